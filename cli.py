@@ -1,0 +1,1148 @@
+"""The command `mm`: parse, call, print. The only place that knows the terminal; everything else is imported where it is used."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmdata.encode import Encoded
+    from mmdata.errors import MMError
+    from mmdata.fetch import Outcome, Row
+    from mmdata.pipeline import PackResult
+    from mmdata.plan import Plan as FetchPlan
+    from mmdata.validate import Validation
+    from mmtrain.generate import Chat
+    from mmtrain.loop import TrainResult
+
+app = typer.Typer(
+    name="mm",
+    help="From raw jsonl to a chatting, aligned small language model.\n\n"
+    "fetch data, pack it into shards, train pretrain -> sft -> dpo, chat. New here? Try: mm demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for programs.")]
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def say(text: str = "") -> None:
+    """Talk: one line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def result(text: str = "") -> None:
+    """A result: one line to stdout."""
+    print(text, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """A result for programs: one JSON document to stdout; dataclasses become objects, paths strings."""
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=_plain), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return str(value)
+
+
+def fail(error: "MMError") -> int:
+    """Print an error and the line that helps; give its exit code."""
+    say(f"error: {error.message}")
+    if error.fix:
+        say(f"fix: {error.fix}")
+    return error.exit_code
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as people write them: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share in percent with one decimal; of nothing it is 0.0%."""
+    return f"{100 * part / whole if whole else 0:.1f}%"
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table to stdout: the first column left, the others right, a last one without a name (bars) left again."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(columns)
+    grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid.show_header = any(names)
+    for index, name in enumerate(names):
+        is_left = index == 0 or (not name and index > 1)
+        grid.add_column(name, justify="left" if is_left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    Console(highlight=False, markup=False).print(grid)
+
+
+@contextmanager
+def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal, a plain line every 10 s elsewhere; yields `update(done, total)`."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            amount,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        last = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 10:
+                last = time.monotonic()
+                amount = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
+                say(f"{label}: {amount} ({percent(done, total)})")
+
+        yield update
+
+
+def next_command(command: str) -> None:
+    """The last line of a command: what people usually do next."""
+    say(f"next: {command}")
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+Jsonl = Annotated[list[Path], typer.Argument(metavar="FILE...", help="jsonl files (also .gz and .zst).")]
+TokenizerDir = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="DIR", help="Tokenizer directory. [default: data/tokenizer]")
+]
+
+
+def data_files(files: list[Path] | None) -> list[Path]:
+    """The files named, else all of data/*.jsonl."""
+    from mmdata.errors import InputError
+
+    found = files or sorted(DATA_DIR.glob("*.jsonl"))
+    if not found:
+        raise InputError(f"no FILE given and no {DATA_DIR}/*.jsonl here", "`mm fetch` brings data, or name your files")
+    for path in found:
+        if not path.is_file() and str(path) != "-":
+            raise InputError(f"{path}: no such file", f"`ls {path.parent}` shows what is there")
+    return found
+
+
+def tokenizer_dir(given: Path | None) -> Path:
+    """The tokenizer named, else data/tokenizer when it exists."""
+    from mmdata.errors import TokenizerError
+
+    if given is None and not (DATA_DIR / "tokenizer").is_dir():
+        raise TokenizerError(
+            f"no tokenizer given and no {DATA_DIR}/tokenizer here",
+            "`mm fetch --tokenizer minimind-3` brings one, or name a directory: --tokenizer DIR",
+        )
+    return given or DATA_DIR / "tokenizer"
+
+
+@app.command(epilog="Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch --list")
+def fetch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Known names, file names, globs. [default: what one needs to begin]"),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A set of files and their tokenizer: seed, zero, full.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every file of the dataset's main branch.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="minimind-3, minimind-2 or minimind-2-seed, into DIR/tokenizer.")
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Show the known files and which are here; asks nobody.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the files go.")] = DATA_DIR,
+    revision: Annotated[
+        str | None, typer.Option(help="A commit, tag or branch instead of the locked or known one.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Move from the locked commit to the newest.")] = False,
+    source: Annotated[str, typer.Option(metavar="hf|modelscope|DIR|URL", help="Where to fetch from.")] = "hf",
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="A mirror of the source. [default: $HF_ENDPOINT]")
+    ] = None,
+    connections: Annotated[
+        int, typer.Option(min=1, max=32, help="Connections a file; 4 helps where each is slow.")
+    ] = 1,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash what is here again; without NAME, all of it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are not ours.")] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove unfinished downloads and stop.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before more than 1 GB.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring data and tokenizers, whole and verified, resuming whatever an earlier run began."""
+    from mmdata import fetch as work
+    from mmdata import plan as planning
+
+    if listing or clean:
+        print_overview(work.overview(out), as_json) if listing else print_cleaned(*work.clean(out), as_json)
+        return
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_TELEMETRY", "1"
+    )  # else the hub's client asks it about the terminal's programs
+    default = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}.get(source, "")
+    options = planning.Options(
+        out, source, endpoint or os.environ.get(default) or None, revision, update, verify, force, connections
+    )
+    mute = quiet or as_json
+    with progress("check", quiet=mute) as checking:
+        to_do = planning.plan(
+            tuple(names or ()),
+            options=options,
+            preset=preset,
+            everything=everything,
+            tokenizer=tokenizer,
+            checking=(lambda name, done, total: checking(done, total)) if checking else None,
+        )
+    if not mute:
+        print_fetch_plan(to_do)
+    if dry_run:
+        if as_json:
+            print_json(fetch_plan_values(to_do))
+        failures = [fail(item.error) for item in to_do.items if item.error]
+        raise typer.Exit(failures[0] if failures else 0)
+    if not mute and not yes and not agrees_to(to_do.get_bytes):
+        say("nothing fetched")
+        return
+    start = time.monotonic()
+    with fetch_progress(quiet=mute) as watch:
+        outcomes = work.fetch(
+            to_do, watch=watch, on_wait=None if mute else lambda name: say(f"{name}: another process is fetching it")
+        )
+    seconds = time.monotonic() - start
+    if as_json:
+        values = [{**_plain(o), "error": o.error and o.error.message} for o in outcomes]
+        print_json({**fetch_plan_values(to_do), "files": values, "seconds": seconds})
+    elif not quiet:
+        print_fetched(outcomes, out, seconds)
+    failures = [fail(outcome.error) for outcome in outcomes if outcome.error]
+    if failures:
+        raise typer.Exit(failures[0])
+
+
+def agrees_to(num_bytes: int) -> bool:
+    """Whether to go on: asks on a terminal, before more than 1 GB."""
+    if num_bytes <= 1_000_000_000 or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    return typer.confirm(f"download {size(num_bytes)}?", default=True, err=True)
+
+
+def fetch_plan_values(to_do: "FetchPlan") -> dict[str, Any]:
+    """A plan for programs."""
+    from mmdata import catalog
+
+    files = [
+        {
+            "name": item.want.name,
+            "stage": item.want.stage,
+            "state": item.state,
+            "action": item.action,
+            "num_bytes": item.content.num_bytes if item.content else None,
+            "get_bytes": item.get_bytes,
+            "num_rows": item.want.known.num_rows if item.want.known else None,
+            "max_len": item.want.known.max_len if item.want.known else None,
+            "revision": item.revision,
+            "commit": item.commit,
+            "error": item.error and item.error.message,
+        }
+        for item in to_do.items
+    ]
+    return {
+        "out": str(to_do.options.out),
+        "source": to_do.options.source,
+        "files": files,
+        "get_bytes": to_do.get_bytes,
+        "free_bytes": to_do.free_bytes,
+        "licence": catalog.LICENCE,
+        "warnings": list(to_do.warnings),
+    }
+
+
+def print_fetch_plan(to_do: "FetchPlan") -> None:
+    """Say what will be fetched, how large it is, what is free, under which licence."""
+    from mmdata import catalog
+
+    for item in to_do.items:
+        amount = size(item.content.num_bytes) if item.content else "-"
+        rest = f", {size(item.get_bytes)} to fetch" if item.action == "get" else ""
+        at = f" at {item.commit[:12]}" if item.commit else ""
+        say(f"{item.state:8} {item.want.name} ({amount}{rest}){at}")
+    for warning in to_do.warnings:
+        say(f"note: {warning}")
+    if to_do.get_bytes:
+        say(f"licence: {catalog.LICENCE}")
+        say(
+            f"to fetch: {size(to_do.get_bytes)} into {to_do.options.out}, {size(to_do.free_bytes)} free; `mm pack` needs about as much again"
+        )
+    if to_do.get_bytes > 256_000_000 and to_do.options.connections == 1:
+        say("tip: `--connections 4` is faster where each connection is slow")
+
+
+def print_fetched(outcomes: list["Outcome"], out: Path, seconds: float) -> None:
+    """Print what became of each file, the sum, and the next command."""
+    for outcome in outcomes:
+        if not outcome.error:
+            again = f", {outcome.failures} interruptions" if outcome.failures else ""
+            rows = f"{outcome.num_lines:,} lines, " if outcome.name.endswith(".jsonl") else ""
+            result(f"{outcome.status} {out / outcome.name}: {rows}{size(outcome.num_bytes)}{again}")
+        for warning in outcome.warnings:
+            say(f"note: {warning}")
+    received = sum(outcome.received_bytes for outcome in outcomes)
+    say(
+        f"{sum(not o.error for o in outcomes)} of {len(outcomes)} files are here; received {size(received)} in {seconds:.1f} s"
+    )
+    data = [str(out / o.name) for o in outcomes if not o.error and o.name.endswith(".jsonl")]
+    if data:
+        next_command("mm pack" + ("" if out == DATA_DIR else f" {' '.join(data)} --tokenizer {out / 'tokenizer'}"))
+
+
+def print_overview(rows: list["Row"], as_json: bool) -> None:
+    """Print the known files and their state, then what there is to know about them."""
+    if as_json:
+        return print_json(rows)
+    columns = ("name", "stage", "state", "size", "rows", "max-len")
+    shown = [
+        (
+            row.name,
+            row.stage,
+            row.state,
+            size(row.num_bytes) if row.num_bytes else "?",
+            row.num_rows or "?",
+            row.max_len or "",
+        )
+        for row in rows
+    ]
+    table("", columns, shown)
+    for row in rows:
+        if row.note:
+            result(f"{row.name}: {row.note}")
+    return None
+
+
+def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
+    """Print what `--clean` removed."""
+    if as_json:
+        return print_json({"num_files": num_files, "num_bytes": num_bytes})
+    return result(f"removed {num_files} files of unfinished downloads, {size(num_bytes)}")
+
+
+@contextmanager
+def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None] | None]:
+    """Two bars on a terminal, the file's and the sum's, with speed and time left; a plain line every 10 s elsewhere."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            one, everything, shown = bar.add_task(""), bar.add_task("all files"), ""
+
+            def draw(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
+                nonlocal shown
+                if name != shown:
+                    shown = name
+                    bar.reset(one, description=name)
+                bar.update(one, completed=done, total=total)
+                bar.update(everything, completed=all_done, total=all_total)
+
+            yield draw
+    else:
+        start = last = time.monotonic()
+        first = -1
+
+        def write(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
+            nonlocal last, first
+            first = all_done if first < 0 else first
+            if time.monotonic() - last >= 10:
+                last = time.monotonic()
+                rate = max(all_done - first, 1) / (last - start)
+                left = f"{size(rate)}/s, {(all_total - all_done) / rate:.0f} s left in all"
+                say(f"{name}: {size(done)} of {size(total)} ({percent(done, total)}), {left}")
+
+        yield write
+
+
+@app.command(epilog="Example: mm validate data/sft_512.jsonl")
+def validate(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="jsonl files; - reads stdin. [default: data/*.jsonl]"),
+    ] = None,
+    on_bad: Annotated[
+        str, typer.Option(help="quarantine: count bad rows and go on; fail: stop at the first.")
+    ] = "quarantine",
+    max_bad: Annotated[
+        str | None, typer.Option(help="Largest share of bad rows, also of one reason: '1%,not json=0'. [default: 5%]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find what kind of rows a file holds and every row that cannot be used, by reason."""
+    from mmdata.errors import InputError, MMError, UsageError
+    from mmdata.rows import REASONS, BadRow, Line, check_budget
+    from mmdata.validate import validate as validate_file
+
+    if on_bad not in ("quarantine", "fail"):
+        raise UsageError(f"--on-bad {on_bad} is unknown", "use quarantine or fail")
+    limit, limits = shares(max_bad)
+    found, failures = [], []
+    for path in data_files(files):
+
+        def stop(line: Line, bad: BadRow, path: Path = path) -> None:
+            raise InputError(f"{path} line {line.number}: {bad}", f"{REASONS[bad.reason]}; --on-bad quarantine goes on")
+
+        try:
+            with progress(f"validate {path}", quiet=as_json) as update:
+                checked = validate_file(path, on_bad=stop if on_bad == "fail" else None, progress=update)
+            found.append(checked)
+            if not as_json:
+                print_validation(checked)
+            check_budget(checked.reasons, checked.num_rows, limit, limits)
+        except MMError as error:
+            failures.append(fail(error))
+    if as_json:
+        print_json(found)
+    if failures:
+        raise typer.Exit(failures[0])
+    next_command(f"mm pack {' '.join(map(str, files))}" if files else "mm pack")
+
+
+def print_validation(found: "Validation") -> None:
+    """A file's kind and counts, then a table of reasons with the first places, and what helps."""
+    from mmdata.rows import REASONS
+
+    bad = found.num_rows - found.num_good
+    result(f"{found.path}: {found.num_rows:,} rows, kind {found.kind}; {found.num_good:,} good, {bad:,} cannot be used")
+    if found.reasons:
+        table(
+            "",
+            ("reason", "rows", "share", "first lines"),
+            (
+                (
+                    reason,
+                    count,
+                    percent(count, found.num_rows),
+                    ", ".join(str(place.line) for place in found.places[reason]),
+                )
+                for reason, count in found.reasons.most_common()
+            ),
+        )
+        for reason, _ in found.reasons.most_common():
+            place = found.places[reason][0]
+            result(f"{reason}: {REASONS[reason]}" + (f" (line {place.line}: {place.detail})" if place.detail else ""))
+    if found.extra_keys:
+        result("keys ignored: " + ", ".join(f"{key} ({count:,})" for key, count in found.extra_keys.most_common(10)))
+    if found.control_strings:
+        strings = ", ".join(f"{text} ({count:,})" for text, count in found.control_strings.most_common(10))
+        result(f"control strings in content of {found.num_rows_with_control:,} rows, packed as plain text: {strings}")
+
+
+@app.command(epilog="Example: mm pack data/sft_512.jsonl --max-len 512 --tokenizer data/tokenizer")
+def pack(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="jsonl files (also .gz, .zst). [default: data/*.jsonl]"),
+    ] = None,
+    tokenizer: TokenizerDir = None,
+    max_len: Annotated[
+        int, typer.Option(help="Longest sequence in tokens; buckets are 512, 1024, 2048 up to it.")
+    ] = 1024,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="One dataset of all FILEs. [default: shards/<file>, each]")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. [default: one a core]")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share of rows held out for validation, chosen by content.")
+    ] = 0.01,
+    on_bad: Annotated[
+        str, typer.Option(help="quarantine: set bad rows aside and count them; fail: stop at the first.")
+    ] = "quarantine",
+    max_bad: Annotated[
+        str | None, typer.Option(help="Largest share of bad rows, also of one reason: '1%,not json=0'. [default: 5%]")
+    ] = None,
+    train_on: Annotated[
+        str, typer.Option(help="assistant: every answer; last: the last one; all: every token.")
+    ] = "assistant",
+    era: Annotated[str, typer.Option(help="MiniMind template quirks: auto, seed, 2 or 3.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the one random choice: which empty think blocks stay.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Validate and pack jsonl into tokenized Arrow shards with length buckets."""
+    from mmdata import pipeline
+    from mmdata.errors import MMError
+
+    found = data_files(files)
+    jobs = [(found, out)] if out else [([path], SHARDS_DIR / stem(path)) for path in found]
+    results, failures = [], []
+    limit, limits = shares(max_bad)
+    for inputs, directory in jobs:
+        try:
+            with progress(f"pack {directory}", quiet=as_json) as update:
+                packed = pipeline.pack(
+                    inputs,
+                    directory,
+                    tokenizer_dir=tokenizer_dir(tokenizer),
+                    max_len=max_len,
+                    workers=workers or os.cpu_count() or 1,
+                    val_fraction=val_fraction,
+                    on_bad=on_bad,
+                    max_bad=limit,
+                    max_bad_by_reason=limits,
+                    train_on=train_on,
+                    era=era,
+                    seed=seed,
+                    progress=update,
+                )
+        except MMError as error:
+            if len(jobs) == 1:
+                raise
+            failures.append(fail(error))  # one file does not stop the rest
+        else:
+            results.append(packed)
+            if not as_json:
+                print_packed(packed)
+    if as_json:
+        print_json(results)
+    if results:
+        next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
+    if failures:
+        raise typer.Exit(failures[0])
+
+
+def stem(path: Path) -> str:
+    """A file's name without .jsonl, .gz and .zst: its dataset's name."""
+    return path.name.split(".jsonl")[0].split(".json")[0]
+
+
+def shares(text: str | None) -> tuple[float | None, dict[str, float]]:
+    """A budget such as "5%" or "0.05,too long=1%": the overall share (None: the default), and that of each reason named."""
+    from mmdata.errors import UsageError
+    from mmdata.rows import REASONS
+
+    overall, by_reason = None, {}
+    for item in text.split(",") if text else ():
+        reason, _, amount = item.rpartition("=")
+        try:
+            share = float(amount.strip().removesuffix("%")) / (100 if amount.strip().endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1 or (reason and reason.strip() not in REASONS):
+            raise UsageError(
+                f"--max-bad {item.strip()!r} is not a share", f"--max-bad 5%; reasons: {', '.join(REASONS)}"
+            )
+        if reason:
+            by_reason[reason.strip()] = share
+        else:
+            overall = share
+    return overall, by_reason
+
+
+def print_packed(packed: "PackResult") -> None:
+    """What `mm pack` made of its rows, in two or three lines."""
+    from mmdata.rows import REASONS
+
+    if packed.up_to_date:
+        result(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
+        return
+    left_out = ", ".join(
+        f"{count:,} {reason}" for reason, count in sorted(packed.left_out.items(), key=lambda x: -x[1])
+    )
+    result(
+        f"kept {packed.kept:,} of {packed.rows:,} rows"
+        + (f"; left out {packed.rows - packed.kept:,} ({left_out}), see {packed.out / 'rejected'}" if left_out else "")
+    )
+    for reason, tokens in packed.cut.items():
+        result(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
+    samples = ", ".join(f"{count:,} of {bucket}" for bucket, count in sorted(packed.samples.items()) if count)
+    noun, fill = ("pairs", "") if packed.kind == "pair" else ("packs", f"fill {100 * packed.fill:.1f}%, ")
+    result(
+        f"wrote {packed.out}: {packed.tokens:,} tokens, {percent(packed.loss_tokens, packed.tokens)} trained, "
+        f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
+    )
+    for reason in packed.left_out:
+        say(f"{reason}: {REASONS[reason]}")
+
+
+def stage_of(kind: str) -> str:
+    """The stage that trains on a row kind."""
+    return next(stage for stage, its_kind in KIND_OF_STAGE.items() if its_kind == kind)
+
+
+@app.command(epilog="Example: mm verify shards/sft_512")
+def verify(
+    datasets: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Packed datasets.")],
+    as_json: Json = False,
+) -> None:
+    """Re-hash every shard and check manifest, counts and token ranges."""
+    from mmdata.verify import verify as verify_dataset
+
+    found = {}
+    for path in datasets:
+        with progress(f"verify {path}", quiet=as_json) as update:
+            found[str(path)] = verify_dataset(path, progress=update)
+    if as_json:
+        print_json({path: {"ok": not problems, "problems": problems} for path, problems in found.items()})
+    for path, problems in found.items():
+        for problem in problems:
+            say(f"error: {Path(path) / problem.shard}: {problem.what}")
+        if not as_json and not problems:
+            result(f"{path}: every shard is as packed")
+    if any(found.values()):
+        say("fix: pack it again from its inputs (`mm pack`); the manifest's `inputs` and `arguments` name them")
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: mm show shards/sft_512 --index 3    mm show shards/dpo --split all --json")
+def show(
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="A packed dataset, or a jsonl file to see as it would be packed.")
+    ],
+    index: Annotated[
+        int | None, typer.Option(help="Which sample (a pack or a pair), or which row of a file. [default: 0]")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or all.")] = "train",
+    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids too.")] = False,
+    tokenizer: TokenizerDir = None,
+    max_len: Annotated[int, typer.Option(help="For a file: longest sequence in tokens.")] = 1024,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON line a source row, in source order: ids and loss mask.")
+    ] = False,
+) -> None:
+    """Show a sample as the model sees it: decoded, trained tokens in green."""
+    from mmdata.errors import UsageError
+
+    if split not in ("train", "val", "all"):
+        raise UsageError(f"--split {split} is unknown", "use train, val or all")
+    if path.is_dir():
+        show_dataset(path, index, split, ids, as_json)
+    else:
+        show_file(path, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)
+
+
+def show_dataset(directory: Path, index: int | None, split: str, ids: bool, as_json: bool) -> None:
+    """Print one sample of a packed dataset, or with `as_json` and no index every source row."""
+    from mmdata.errors import UsageError
+    from mmdata.shards import open_dataset, sample_rows, source_rows
+    from mmdata.tokenizer import Tokenizer
+
+    dataset = open_dataset(directory)
+    if as_json and index is None:
+        for record in source_rows(dataset, split):
+            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+        return
+    name = "train" if split == "all" else split
+    number = index or 0
+    try:
+        records = sample_rows(dataset, name, number)
+    except IndexError:
+        samples = dataset.split(name).num_samples()
+        raise UsageError(f"{directory}: --index {number}, but {name} has {samples:,} samples", "count from 0") from None
+    if as_json:
+        print_json(records)
+        return
+    loaded = Tokenizer.load(dataset.tokenizer_dir)
+    for record in records:
+        result(f"{record['file']} line {record['line']}")
+        for ids_key, mask_key, title in SHOWN_PARTS:
+            if ids_key in record:
+                mask = record.get(mask_key) or [0] * len(record[ids_key])
+                print_tokens(loaded.decode, record[ids_key], mask, title, ids)
+    say(f"sample {number} of {dataset.split(name).num_samples():,} in {name}; trained tokens are {TRAINED_LOOK}")
+    next_command(f"mm show {directory} --split {name} --index {number + 1}")
+
+
+def show_file(path: Path, index: int, tokenizer: Path, max_len: int, ids: bool, as_json: bool) -> None:
+    """Print one row of a jsonl file as it would be packed, or why it would be left out."""
+    from mmdata.encode import RowEncoder, preview
+    from mmdata.errors import UsageError
+    from mmdata.rows import REASONS, find_kind, iter_lines
+    from mmdata.tokenizer import Tokenizer
+
+    line = next(islice(iter_lines(path), index, None), None)
+    if line is None:
+        raise UsageError(f"{path}: --index {index}, but it has fewer rows", "count from 0")
+    kind = find_kind(path)
+    shown = preview(line.raw, RowEncoder(Tokenizer.load(tokenizer), max_len=max_len), kind=kind)
+    place: dict[str, Any] = {"file": str(path), "line": line.number}
+    if shown.bad:
+        record = {**place, "reason": shown.bad.reason, "detail": shown.bad.detail}
+        if as_json:
+            print_json(record)
+            return
+        result(f"{path} line {line.number} would be left out: {shown.bad}")
+        say(f"fix: {REASONS[shown.bad.reason]}")
+    else:
+        assert shown.encoded
+        if as_json:
+            print_json([{**place, **record} for record in encoded_records(shown.encoded)])
+            return
+        cut = "".join(f", {count:,} cut: {reason}" for reason, count in shown.encoded.cut.items())
+        result(f"{path} line {line.number}: {shown.encoded.num_tokens:,} tokens{cut}")
+        if ids:
+            for record in encoded_records(shown.encoded):
+                for name, values in record.items():
+                    result(f"{name}: {' '.join(map(str, values))}")
+    for number, segments in enumerate(shown.segments):
+        title = ("chosen", "rejected")[number] if kind == "pair" else ""
+        print_runs([(segment.text, segment.is_trained) for segment in segments], title)
+    say(f"trained tokens are {TRAINED_LOOK}")
+
+
+def encoded_records(encoded: "Encoded") -> list[dict[str, list[int]]]:
+    """Ids and loss masks of a row's sequences, or of a pair, under the names `mm show --json` uses."""
+    from mmdata.encode import PairSequence
+    from mmdata.shards import loss_mask
+
+    found = encoded.sequences
+    if not isinstance(found, PairSequence):
+        return [{"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()} for one in found]
+    record = {"prompt_ids": found.prompt.tolist()}
+    for name, ids, spans in (
+        ("chosen", found.chosen, found.chosen_spans),
+        ("rejected", found.rejected, found.rejected_spans),
+    ):
+        record |= {f"{name}_ids": ids.tolist(), f"{name}_mask": loss_mask(spans.reshape(-1), len(ids)).tolist()}
+    return [record]
+
+
+SHOWN_PARTS = (
+    ("input_ids", "loss_mask", ""),
+    ("prompt_ids", "", "prompt"),
+    ("chosen_ids", "chosen_mask", "chosen"),
+    ("rejected_ids", "rejected_mask", "rejected"),
+)
+TRAINED_LOOK = "green, or between ⟦ and ⟧ where there is no colour"
+
+
+def print_tokens(
+    decode: Callable[[list[int]], str], ids: list[int], mask: list[int], title: str, with_ids: bool
+) -> None:
+    """Print decoded tokens, trained runs marked; with ids on a line of their own."""
+    runs = [
+        (decode([token for token, _ in run]), bool(trained))
+        for trained, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    ]
+    print_runs(runs, title)
+    if with_ids:
+        result(f"ids: {' '.join(map(str, ids))}")
+
+
+def print_runs(runs: Iterable[tuple[str, bool]], title: str) -> None:
+    """Print stretches of text, the trained ones green, or marked where there is no colour."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    text = Text()
+    if title:
+        text.append(f"{title}: ", style="bold")
+    for is_trained, pieces in groupby(runs, key=lambda run: run[1]):
+        piece = "".join(text for text, _ in pieces)
+        if console.is_terminal and not console.no_color:
+            text.append(piece, style="green" if is_trained else "")
+        else:
+            text.append(f"⟦{piece}⟧" if is_trained else piece)
+    console.print(text)
+
+
+@app.command(epilog="Example: mm stats shards/sft_512    mm stats data/sft_512.jsonl --tokenizer data/tokenizer")
+def stats(
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR|FILE...", help="Packed datasets or jsonl files.")],
+    tokenizer: TokenizerDir = None,
+    as_json: Json = False,
+) -> None:
+    """Rows, tokens, lengths per bucket, fill and waste, trained share, characters per token, rows left out."""
+    from mmdata import stats as figures
+
+    found = {}
+    for path in paths:
+        if path.is_dir():
+            found[str(path)] = figures.dataset_stats(path)
+        else:
+            directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
+            with progress(f"read {path}", quiet=as_json) as update:
+                found[str(path)] = figures.file_stats(path, directory, progress=update)
+    if as_json:
+        print_json(found)
+        return
+    for path, values in found.items():
+        print_stats(path, values)
+
+
+def print_stats(path: str, values: dict[str, Any]) -> None:
+    """A dataset's or file's figures as tables; what a raw file without a tokenizer cannot tell is left away."""
+    rows: list[tuple[str, Any]] = [("kind", values["kind"]), ("rows", values["rows"]), ("rows kept", values["kept"])]
+    rows += [(f"left out: {reason}", count) for reason, count in values["left_out"].items()]
+    rows += [
+        (name, values[key]) for name, key in (("rows for val", "val_rows"), ("sequences", "sequences")) if key in values
+    ]
+    rows.append(("characters", values["characters"]))
+    if "tokens" in values:
+        rows += [("tokens", values["tokens"]), ("trained tokens", values["loss_tokens"])]
+        rows.append(("trained share", percent(values["loss_tokens"], values["tokens"])))
+        rows += [(f"tokens dropped: {reason}", count) for reason, count in values.get("cut", {}).items()]
+        rows.append(("characters per token", f"{values['characters_per_token']:.2f}"))
+    if "fill" in values:
+        rows += [("fill", f"{100 * values['fill']:.2f}%"), ("waste", f"{100 * (1 - values['fill']):.2f}%")]
+    table(path, ("", ""), rows)
+    if "lengths" not in values:
+        say("name a --tokenizer to see tokens and lengths")
+        return
+    lengths = values["lengths"]
+    spread = ", ".join(f"{key} {lengths[key]:,}" for key in ("shortest", "p50", "p90", "p99", "longest"))
+    result(f"lengths in tokens: mean {lengths['mean']:.1f}, {spread}")
+    most = max(bin["sequences"] for bin in lengths["histogram"]) or 1
+    low, bars = 0, []
+    for bin in lengths["histogram"]:
+        share = percent(bin["tokens"], lengths["tokens"])
+        bars.append(
+            (f"{low + 1:,}-{bin['up_to']:,}", bin["sequences"], share, "█" * round(30 * bin["sequences"] / most))
+        )
+        low = bin["up_to"]
+    table("", ("length", "sequences", "of tokens", ""), bars)
+    if values.get("buckets"):
+        names = next(iter(values["buckets"].values()))
+        cells = (
+            (name, *(f"{100 * value:.2f}%" if isinstance(value, float) else value for value in bucket.values()))
+            for name, bucket in values["buckets"].items()
+        )
+        table("", ("bucket", *(name.replace("loss_tokens", "trained") for name in names)), cells)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+KIND_OF_STAGE = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}
+
+
+def newest_dataset(stage: str) -> Path:
+    """The dataset under shards/ of the stage's kind that was packed last."""
+    from mmdata.errors import DatasetError
+
+    kind = KIND_OF_STAGE[stage]
+    found = []
+    for manifest in SHARDS_DIR.glob("*/manifest.json"):
+        try:
+            if json.loads(manifest.read_bytes())["kind"] == kind:
+                found.append((manifest.stat().st_mtime_ns, manifest.parent))
+        except (ValueError, KeyError, TypeError):
+            continue  # not ours, or damaged: `--data` names it and then it is refused with the reason
+    if not found:
+        raise DatasetError(
+            f"no packed {kind} dataset under {SHARDS_DIR}/", "`mm pack` makes one, or name it: --data DIR"
+        )
+    return max(found)[1]
+
+
+@app.command(epilog="Example: mm train sft --data shards/sft_512 --epochs 2 --lr 1e-4")
+def train(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft or dpo.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="DIR", help="Packed dataset; repeat it for several. [default: newest]"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Shape of a new model: minimind2, minimind2-small, minimind3, demo, tiny.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Run or checkpoint to start from. [default: newest that fits]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Directory of the new run. [default: runs/STAGE-N]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one step, over all ranks.")] = None,
+    micro_tokens: Annotated[int | None, typer.Option(help="Tokens one rank runs at once.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of steps to warm up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of the matrices.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    beta: Annotated[float | None, typer.Option(help="dpo: how strongly the reference holds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
+    val_every: Annotated[int | None, typer.Option(help="Steps between validations; 0: only at the end.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    keep_last: Annotated[int | None, typer.Option(help="Checkpoints to keep.")] = None,
+    max_skipped: Annotated[int | None, typer.Option(help="Non-finite steps in a row that end the run.")] = None,
+    log_every: Annotated[int, typer.Option(help="Steps between console lines.")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    nproc: Annotated[int, typer.Option(help="Start this many ranks on this machine.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No step lines.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one stage: pretrain, sft or dpo. Works under torchrun as it is."""
+    from mmdata.errors import UsageError
+
+    if stage not in KIND_OF_STAGE:
+        raise UsageError(f"stage {stage!r} is unknown", "mm train pretrain, mm train sft or mm train dpo")
+    if nproc > 1:
+        from mmtrain.distributed import launch
+
+        raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))
+    from mmtrain.config import TrainConfig
+    from mmtrain.distributed import rank
+    from mmtrain.loop import train as train_stage
+
+    config = TrainConfig(
+        stage=stage,
+        data=tuple(data or [newest_dataset(stage)]),
+        out=out or next_run(stage, resume),
+        model=model,
+        init=init,
+        steps=steps,
+        epochs=epochs,
+        lr=lr,
+        batch_tokens=batch_tokens,
+        micro_tokens=micro_tokens,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        beta=beta,
+        seed=seed,
+        val_every=val_every,
+        save_every=save_every,
+        keep_last=keep_last,
+        max_skipped=max_skipped,
+        log_every=log_every,
+        device=device,
+        compile=compile,
+        resume=resume,
+        quiet=quiet,
+        runs_dir=RUNS_DIR,
+    )
+    trained = train_stage(config)
+    if rank() == 0:
+        print_trained(trained, as_json)
+
+
+def print_trained(trained: "TrainResult", as_json: bool) -> None:
+    """What a run came to, and what is usually done next."""
+    if as_json:
+        print_json(trained)
+        return
+    figures = [f"loss {trained.train_loss:.3f}"] if trained.train_loss is not None else []
+    figures += [f"val {name} {value:.4g}" for name, value in trained.val.items() if name != "tokens"]
+    skipped = f", {trained.num_skipped} steps skipped" if trained.num_skipped else ""
+    state = "interrupted" if trained.is_interrupted else "finished"
+    result(
+        f"{state} {trained.run_dir} at step {trained.final_step:,} of {trained.num_steps:,} in {trained.seconds:.1f} s"
+        f"{skipped}: {', '.join(figures)}"
+    )
+    if trained.is_interrupted:
+        next_command(f"mm train {trained.stage} --out {trained.run_dir} --resume")
+    elif trained.stage == "pretrain":
+        next_command("mm train sft")
+    else:
+        next_command(f"mm chat {trained.run_dir}" + ("    or    mm train dpo" if trained.stage == "sft" else ""))
+
+
+def without_option(arguments: list[str], name: str) -> list[str]:
+    """Command-line arguments less one option and its value, written as two words or as one."""
+    kept = []
+    words = iter(arguments)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
+
+
+def next_run(stage: str, resume: bool) -> Path:
+    """A directory for a new run, runs/STAGE-N; with `resume` the one that was begun last."""
+    from mmdata.errors import CheckpointError
+
+    begun = [
+        int(path.name.rpartition("-")[2])
+        for path in RUNS_DIR.glob(f"{stage}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    if resume and not begun:
+        raise CheckpointError(
+            f"no {stage} run under {RUNS_DIR}/ to resume", f"mm train {stage}, or name one: --out RUN"
+        )
+    return RUNS_DIR / f"{stage}-{max(begun, default=0) + (not resume)}"
+
+
+# --- talking to a model -----------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: mm chat runs/dpo-1 --prompt 'What is 3 + 4?'")
+def chat(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run or checkpoint. [default: the newest finished run]")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask this once and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 0.9,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: the answer as JSON.")] = False,
+) -> None:
+    """Talk with a trained model; answers stream, history is kept."""
+    from mmdata.errors import CheckpointError, UsageError
+    from mmdata.template import Message, Template
+    from mmdata.tokenizer import Tokenizer
+    from mmtrain.checkpoint import find, find_run, load_model
+    from mmtrain.generate import Chat
+
+    if as_json and prompt is None:
+        raise UsageError("--json needs --prompt", "mm chat --prompt TEXT --json")
+    run = run or find_run(RUNS_DIR, tuple(KIND_OF_STAGE)[::-1])
+    if run is None:
+        raise CheckpointError(
+            f"no finished run under {RUNS_DIR}/", "`mm demo` trains one in minutes, or name one: mm chat RUN"
+        )
+    model = load_model(run)[0].eval()
+    tokenizer = Tokenizer.load(find(run).run_dir / "tokenizer")
+    talk = Chat(model, tokenizer, Template(tokenizer))
+    options = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    opening = [Message("system", system)] if system else []
+    talk.messages += opening
+    if prompt is not None:
+        answer(talk, prompt, options, as_json)
+        return
+    say(f"{run}: ask anything; /reset forgets, /quit or Ctrl-D ends")
+    for line in questions():
+        if line == "/quit":
+            break
+        if line == "/reset":
+            talk.messages[:] = opening
+        elif line:
+            answer(talk, line, options)
+
+
+def questions() -> Iterator[str]:
+    """Lines a person types, edited as in a shell; or those of a pipe."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    with suppress(ImportError):  # Windows has line editing of its own
+        import readline  # noqa: F401 - gives it to input()
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            return
+
+
+def answer(talk: "Chat", question: str, options: dict[str, Any], as_json: bool = False) -> None:
+    """Print the answer to a question as it comes; Ctrl-C cuts it short."""
+    start, pieces = time.monotonic(), []
+    try:
+        for piece in talk.ask(question, **options):
+            pieces.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.append(" …")
+    if as_json:
+        print_json({"prompt": question, "answer": "".join(pieces), "seconds": round(time.monotonic() - start, 3)})
+    else:
+        print(flush=True)
+
+
+# --- the entry ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run `mm`; every error a user can cause becomes one error line, one fix line and an exit code."""
+    from mmdata.errors import DiskError, InputError, MMError
+
+    try:
+        code = app(standalone_mode=True)
+    except MMError as error:
+        code = fail(error)
+    except KeyboardInterrupt:
+        say("interrupted")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        import errno
+
+        name = error.filename or "a file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code = fail(
+                DiskError(f"the disk is full while writing {name}", "free some space (`df -h .`) and run it again")
+            )
+        elif isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+            code = fail(
+                InputError(f"{name}: {error.strerror}", f"check the path and its permissions (`ls -ld {name}`)")
+            )
+        else:
+            raise
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

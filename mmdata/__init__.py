@@ -1,0 +1,1 @@
+"""From bytes to batches: rows, templates, packing, shards, loader. Never needs torch."""

@@ -1,0 +1,155 @@
+"""Arrow files as columns of numpy arrays: arrays in, a file out; and back as views of a memory map, nothing copied.
+
+No compression, no nulls, two kinds of column (numbers and lists of numbers, besides fixed-width bytes). The same arrays
+give the same bytes. Arrow has no checksum of its own: the sha256 returned on writing is what a reader can hold it to.
+"""
+
+import hashlib
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MAGIC = b"ARROW1"
+
+
+class Ragged(NamedTuple):
+    """A list column: row i is values[offsets[i]:offsets[i + 1]]. offsets has one more entry than rows and begins with 0."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def row(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+Columns = Mapping[str, "np.ndarray | Ragged"]
+
+
+def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> dict[str, Any]:
+    """Writes and fsyncs an uncompressed Arrow file; returns its size and sha256. The bytes follow from the arguments."""
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [pa.field(name, _arrow_type(column), nullable=False) for name, column in columns.items()],
+        metadata={f"mm.{key}": value for key, value in metadata.items()},
+    )
+    total = num_rows(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        for begin in range(0, total, rows_per_batch):
+            end = min(begin + rows_per_batch, total)
+            arrays = [_arrow_array(column, begin, end) for column in columns.values()]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return write_file(path, sink.getvalue())
+
+
+def write_file(path: Path, content: Any) -> dict[str, Any]:
+    """Writes bytes to a new file and fsyncs it; returns {"bytes", "sha256"}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": memoryview(content).nbytes, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _arrow_type(column: np.ndarray | Ragged) -> Any:
+    import pyarrow as pa
+
+    values = column.values if isinstance(column, Ragged) else column
+    if values.ndim == 2:  # uint8 [rows, width]: fixed-width bytes
+        return pa.binary(values.shape[1])
+    item = pa.from_numpy_dtype(values.dtype)
+    return pa.list_(pa.field("item", item, nullable=False)) if isinstance(column, Ragged) else item
+
+
+def _arrow_array(column: np.ndarray | Ragged, begin: int, end: int) -> Any:
+    """Rows begin..end of a column as an Arrow array over the same memory (pa.array would import pandas)."""
+    import pyarrow as pa
+
+    kind = _arrow_type(column)
+    if not isinstance(column, Ragged):
+        values = np.ascontiguousarray(column[begin:end])
+        return pa.Array.from_buffers(kind, end - begin, [None, pa.py_buffer(values)])
+    offsets = column.offsets[begin : end + 1]
+    values = np.ascontiguousarray(column.values[offsets[0] : offsets[-1]])
+    item = pa.Array.from_buffers(kind.value_type, len(values), [None, pa.py_buffer(values)])
+    relative = (offsets - offsets[0]).astype(np.int32)
+    return pa.Array.from_buffers(kind, end - begin, [None, pa.py_buffer(relative)], children=[item])
+
+
+@dataclass(frozen=True, slots=True)
+class ArrowFile:
+    """A mapped Arrow file: its metadata, and for each record batch its columns as views."""
+
+    metadata: dict[str, str]
+    batches: tuple[dict[str, Any], ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(num_rows(batch) for batch in self.batches)
+
+    def column(self, name: str) -> Any:
+        """A whole column: the view itself when the file has one record batch, joined copies otherwise."""
+        parts = [batch[name] for batch in self.batches]
+        if len(parts) == 1:
+            return parts[0]
+        if not isinstance(parts[0], Ragged):
+            return np.concatenate(parts)
+        lengths = np.concatenate([part.lengths() for part in parts])
+        return ragged(np.concatenate([part.values for part in parts]), lengths)
+
+
+def num_rows(columns: Columns) -> int:
+    """The rows of a set of columns."""
+    first = next(iter(columns.values()))
+    return len(first.offsets) - 1 if isinstance(first, Ragged) else len(first)
+
+
+def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
+    """A list column from its values laid end to end and the length of each row."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    assert offsets[-1] == len(values), "lengths do not sum to the values"
+    return Ragged(values, offsets)
+
+
+def read_arrow(path: Path) -> ArrowFile:
+    """Maps an Arrow file this module wrote. ValueError when it is not one; the values themselves are not checked."""
+    import pyarrow as pa
+
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError when empty
+    if mapped[: len(MAGIC)] != MAGIC or mapped[-len(MAGIC) :] != MAGIC:
+        raise ValueError("not an Arrow file")
+    reader = pa.ipc.open_file(pa.py_buffer(mapped))
+    metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    names = reader.schema.names
+    return ArrowFile(metadata, tuple({n: _view(b.column(i)) for i, n in enumerate(names)} for b in batches))
+
+
+def _view(array: Any) -> np.ndarray | Ragged:
+    """numpy's view of an Arrow array (Array.to_numpy would import pandas and costs ten times as much)."""
+    import pyarrow as pa
+
+    kind, buffers, n, at = array.type, array.buffers(), len(array), array.offset
+    if array.null_count:
+        raise ValueError("a column holds nulls")
+    if pa.types.is_fixed_size_binary(kind):
+        return np.frombuffer(buffers[1], np.uint8, n * kind.byte_width, at * kind.byte_width).reshape(n, -1)
+    if not pa.types.is_list(kind):
+        dtype = np.dtype(kind.to_pandas_dtype())
+        return np.frombuffer(buffers[1], dtype, n, at * dtype.itemsize)
+    offsets = np.frombuffer(buffers[1], np.int32, n + 1, at * 4)
+    values = _view(array.values)
+    assert isinstance(values, np.ndarray)
+    return Ragged(values, offsets)

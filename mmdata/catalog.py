@@ -1,0 +1,352 @@
+"""The known files: names in; stage, size, checksum, row count and the revision that still holds them out. Costs no request.
+
+The figures come from projects that pinned the same revisions and from the upstream READMEs; None stands where nobody
+published one. They are a map, not the territory: `fetch` trusts the listing it gets over this page and says where they differ.
+"""
+
+import difflib
+import fnmatch
+from dataclasses import dataclass, field
+
+DATASET_REPO = {"hf": "jingyaogong/minimind_dataset", "modelscope": "gongjy/minimind_dataset"}
+LICENCE = (
+    "Apache-2.0 and CC-BY-NC-2.0 on the Hub's card, CC-BY-NC-4.0 reported from ModelScope's: "
+    "treat the data as non-commercial"
+)
+
+# The dataset's main branch in 2026 (the t2t files), and a commit after 2025-10-26 that still has the files of 2025.
+T2T = {"hf": "312afb4f76391145c6902f765bb51691c09a12f5", "modelscope": "74aad49fa4443e7ed640d44bc4e9c7d1fe71ada5"}
+OLD = {"hf": "84983ed4dec7836d240577760c1d6be5d4cabcf9"}
+FEBRUARY = {"hf": "9f9f5d75020d4e36f9af87d303a3690ceba6d5c6"}  # 2025-02, when the jsonl files first appeared
+
+DOCUMENT, CONVERSATION, PAIR = ("text",), ("conversations",), ("chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """One file of the dataset repository. `sha256` and revisions may be the first digits only, where no more is known."""
+
+    key: str  # what one types; the file arrives as <key>.jsonl
+    path: str  # its name in the repository
+    stage: str
+    fields: tuple[str, ...]  # what every row has
+    num_bytes: int | None = None  # exact
+    about_bytes: int | None = None  # as a README puts it
+    num_rows: int | None = None
+    sha256: str | None = None
+    max_len: int | None = None  # tokens, as upstream recommends
+    revisions: dict[str, str] = field(default_factory=dict)  # by source
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name it gets here: two published files share the name dpo.jsonl, so it is made from the key."""
+        return f"{self.key}.jsonl"
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The exact size where it is known, else the published rough one."""
+        return self.num_bytes or self.about_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTokenizer:
+    """A tokenizer in a model repository; `revision` None is the main branch."""
+
+    name: str
+    repo: dict[str, str]  # by source
+    revision: str | None
+    note: str
+
+
+FILES = (
+    KnownFile(
+        "pretrain_t2t_mini",
+        "pretrain_t2t_mini.jsonl",
+        "pretrain",
+        DOCUMENT,
+        revisions=T2T,
+        num_bytes=1_241_043_656,
+        num_rows=1_270_238,
+        max_len=768,
+        sha256="6dd6716c84ab36897bdbfc7f88e04f4441c48c1ab7ecee88ce0b0e7d4685560c",
+    ),
+    KnownFile(
+        "pretrain_t2t",
+        "pretrain_t2t.jsonl",
+        "pretrain",
+        DOCUMENT,
+        revisions=T2T,
+        num_bytes=8_275_074_893,
+        num_rows=8_468_827,
+        max_len=380,
+        sha256="31efc9a6fa7430769c0e78cde1c8ec0273ac7bbad20614c0ee58bccef327cc9d",
+        note="the upstream README says 10 GB; the published bytes are 8.3 GB",
+    ),
+    KnownFile(
+        "sft_t2t_mini",
+        "sft_t2t_mini.jsonl",
+        "sft",
+        CONVERSATION,
+        revisions=T2T,
+        num_bytes=1_739_201_170,
+        num_rows=905_718,
+        max_len=768,
+        sha256="abb1e76b2056e14728beb78db96b7b3c491a0bef1ed3e34a9b381b28f29fa518",
+    ),
+    KnownFile(
+        "sft_t2t",
+        "sft_t2t.jsonl",
+        "sft",
+        CONVERSATION,
+        revisions=T2T,
+        num_bytes=14_096_018_369,
+        sha256="b5dab3d590b3b4ae3bfeec891ba0c76b0de5acbec4f4b078dcd3912eb1735c79",
+    ),
+    KnownFile(
+        "dpo",
+        "dpo.jsonl",
+        "dpo",
+        PAIR,
+        revisions=T2T,
+        num_bytes=53_653_322,
+        num_rows=17_166,
+        max_len=1024,
+        sha256="ee934a8a455ccc99d1334d63e1254dd1d64f497fd067cfcbb71e3043f5b46768",
+        note="the dpo.jsonl published since 2025-10-26; the one before it is dpo_v1",
+    ),
+    KnownFile(
+        "rlaif",
+        "rlaif.jsonl",
+        "rl",
+        CONVERSATION,
+        revisions=T2T,
+        num_bytes=23_754_740,
+        num_rows=19_502,
+        max_len=768,
+        sha256="8c6634db971fa34b0217f7db4f7c30684f57d20bbb771eb717f1b5aeacb089ba",
+    ),
+    KnownFile(
+        "agent_rl",
+        "agent_rl.jsonl",
+        "rl",
+        CONVERSATION,
+        revisions=T2T,
+        num_bytes=82_036_930,
+        num_rows=39_988,
+        max_len=1024,
+        sha256="cb96bcc8096aecc5eccaab858f75d5ace1dc22da2302c2230457e29744a761ab",
+    ),
+    KnownFile(
+        "agent_rl_math",
+        "agent_rl_math.jsonl",
+        "rl",
+        CONVERSATION,
+        revisions=T2T,
+        num_bytes=18_372_683,
+        max_len=1024,
+        sha256="5f2f6f8e90d8d5c698561b7540ec8b4bc8cb0a568e329cd4e7fc4d378ccd60cb",
+    ),
+    KnownFile(
+        "pretrain_hq",
+        "pretrain_hq.jsonl",
+        "pretrain",
+        DOCUMENT,
+        revisions=OLD,
+        num_bytes=1_669_750_047,
+        num_rows=1_413_103,
+        max_len=320,
+        sha256="9801b0d2210c61c2e4bc130f6dc4b3c870698a88d04af8f103c23dd5f0ce2440",
+        note="gone from main; rows hold several documents between <s> and </s>, which `mm pack` takes apart",
+    ),
+    KnownFile(
+        "sft_512",
+        "sft_512.jsonl",
+        "sft",
+        CONVERSATION,
+        revisions=OLD,
+        num_bytes=7_531_517_862,
+        max_len=350,
+        sha256="053b7d09574e48a86232e929211434ff9e5016c6ed13312e63687dd52edcbebf",
+        note="gone from main; 512 counts characters, not tokens",
+    ),
+    KnownFile(
+        "sft_mini_512",
+        "sft_mini_512.jsonl",
+        "sft",
+        CONVERSATION,
+        revisions={"hf": "6b952cc5"},
+        num_bytes=1_232_540_940,
+        max_len=340,
+        sha256="475039fa9b80ad36",
+        note="gone from main; 512 counts characters, not tokens",
+    ),
+    KnownFile(
+        "sft_1024",
+        "sft_1024.jsonl",
+        "sft",
+        CONVERSATION,
+        about_bytes=5_600_000_000,
+        max_len=650,
+        note="gone from main, found through the history; all its rows are in sft_2048 too",
+    ),
+    KnownFile(
+        "sft_2048",
+        "sft_2048.jsonl",
+        "sft",
+        CONVERSATION,
+        about_bytes=9_000_000_000,
+        max_len=1400,
+        note="gone from main, found through the history; 2048 counts characters",
+    ),
+    KnownFile(
+        "dpo_v1",
+        "dpo.jsonl",
+        "dpo",
+        PAIR,
+        about_bytes=909_000_000,
+        max_len=1024,
+        note="the dpo.jsonl of February to October 2025, about 200k English pairs; found through the history",
+    ),
+    KnownFile(
+        "r1_mix_1024",
+        "r1_mix_1024.jsonl",
+        "sft",
+        CONVERSATION,
+        about_bytes=340_000_000,
+        max_len=720,
+        note="found through the history",
+    ),
+    KnownFile(
+        "lora_identity",
+        "lora_identity.jsonl",
+        "lora",
+        CONVERSATION,
+        revisions=FEBRUARY,
+        about_bytes=22_800,
+        max_len=340,
+    ),
+    KnownFile(
+        "lora_medical",
+        "lora_medical.jsonl",
+        "lora",
+        CONVERSATION,
+        revisions=FEBRUARY,
+        about_bytes=34_000_000,
+        num_rows=25_276,
+        max_len=340,
+        sha256="abf66d2bf14bf5704f6c9f1a166061f55d95e4dfd03c29a3c33d085ccaca593f",
+    ),
+    KnownFile(
+        "lora_exam",
+        "lora_exam.jsonl",
+        "lora",
+        CONVERSATION,
+        note="holds test questions of C-Eval and MMLU: a model trained on it cannot be judged by them",
+    ),
+    KnownFile(
+        "tokenizer_train",
+        "tokenizer_train.jsonl",
+        "tokenizer",
+        DOCUMENT,
+        revisions=FEBRUARY,
+        about_bytes=1_030_000_000,
+        num_rows=600_000,
+        note="gone from main since 2025-10-26",
+    ),
+    KnownFile(
+        "rlaif_mini",
+        "rlaif-mini.jsonl",
+        "rl",
+        CONVERSATION,
+        about_bytes=1_000_000,
+        max_len=66,
+        note="gone from main since 2026-03; found through the history",
+    ),
+)
+
+PRESETS = {
+    "begin": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),  # what `mm fetch` alone brings
+    "zero": ("pretrain_t2t_mini", "sft_t2t_mini"),
+    "full": ("pretrain_t2t", "sft_t2t", "dpo", "rlaif", "agent_rl"),
+    "seed": ("pretrain_hq", "sft_512", "sft_1024", "sft_2048", "dpo_v1"),  # what the 2025 walkthroughs train on
+    "zero-seed": ("pretrain_hq", "sft_mini_512"),
+}
+PRESET_TOKENIZER = {
+    "begin": "minimind-3",
+    "zero": "minimind-3",
+    "full": "minimind-3",
+    "seed": "minimind-2",
+    "zero-seed": "minimind-2",
+}
+
+# Repository names were read on public pages, the files in them were not opened: fetch takes what the listing says.
+TOKENIZERS = (
+    KnownTokenizer(
+        "minimind-3",
+        {"hf": "jingyaogong/minimind-3", "modelscope": "gongjy/minimind-3"},
+        None,
+        "for the t2t files: tools, tool calls, thinking",
+    ),
+    KnownTokenizer(
+        "minimind-2",
+        {"hf": "jingyaogong/MiniMind2", "modelscope": "gongjy/MiniMind2"},
+        "d18103e50a735dfb8ab801183be734bc635dfc22",
+        "for the files of 2025: <|im_start|> and <|im_end|>",
+    ),
+    KnownTokenizer(
+        "minimind-2-seed",
+        {"hf": "jingyaogong/MiniMind2-R1", "modelscope": "gongjy/MiniMind2-R1"},
+        "4399eb0",
+        "for weights of early 2025: <s> and </s> (revision from a public page, unverified)",
+    ),
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories keep the template beside the configuration
+
+
+def find(name: str) -> KnownFile | None:
+    """The known file of a key, a local name or a repository path; None when the catalog has none."""
+    for known in FILES:
+        if name in (known.key, known.name):
+            return known
+    return next((known for known in FILES if name == known.path), None)
+
+
+def find_glob(pattern: str) -> list[KnownFile]:
+    """The known files whose key or name fits a shell pattern, in catalog order."""
+    return [f for f in FILES if fnmatch.fnmatchcase(f.key, pattern) or fnmatch.fnmatchcase(f.name, pattern)]
+
+
+def is_glob(name: str) -> bool:
+    """Whether a name holds a shell pattern."""
+    return any(mark in name for mark in "*?[")
+
+
+def find_tokenizer(name: str) -> KnownTokenizer | None:
+    """The known tokenizer of that name."""
+    return next((tokenizer for tokenizer in TOKENIZERS if tokenizer.name == name), None)
+
+
+def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:
+    """Up to three names that look like this one, among the catalog's keys and `others`."""
+    return difflib.get_close_matches(name.removesuffix(".jsonl"), [*(f.key for f in FILES), *others], n=3, cutoff=0.5)
+
+
+def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
+    """Whether published bytes can be this file: an exact figure must agree, a README's size within a tenth."""
+    if known.sha256 and sha256:
+        return sha256.startswith(known.sha256)
+    if known.num_bytes and num_bytes is not None:
+        return num_bytes == known.num_bytes
+    if known.about_bytes and num_bytes is not None:
+        return abs(num_bytes - known.about_bytes) <= known.about_bytes / 10
+    return True
+
+
+def is_namesake(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
+    """Whether bytes found under `known.path` are rather another known file of that name (there are two dpo.jsonl)."""
+    others = [other for other in FILES if other.path == known.path and other.key != known.key]
+    if not others or fits(known, num_bytes, sha256):
+        return False
+    return known.num_bytes is None or any(fits(other, num_bytes, sha256) for other in others)

@@ -1,0 +1,513 @@
+"""The demo's corpus: a seed in, four jsonl files of our own, held-out questions and held-out pairs out.
+
+Every subject is a set of keys (two numbers, a word, a person and a trait). Some keys are held out before anything
+is written and training rows are drawn from the rest, so neither a held-out question nor the relation it asks about
+is trained on. The exception is meant: what is held out about the islanders stands in the pretraining text as plain
+sentences, and nobody asks about it before the questions are scored.
+
+An answer has two manners: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows show both,
+dpo rows prefer the sentence. An answer is exact when it is one of the two, letter for letter.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+LANGUAGES = ("en", "zh")
+SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow-up", "recall")
+
+# What is said about a subject: question, bare answer, whole sentence, the same said otherwise, follow-up question.
+# A follow-up is asked after the answer and refers back to it; its own answers are those of the subject named last.
+PHRASES = {
+    "en": {
+        "sum": ("What is {a} + {b}?", "{c}", "{a} + {b} = {c}.", "{a} plus {b} is {c}."),
+        "compare": ("Which is larger, {x} or {y}?", "{high}", "{high} is larger than {low}.", "{low} is less than {high}."),
+        "smaller": ("And the smaller one?", "{low}", "{low} is smaller than {high}.", ""),
+        "convert": ("How many {small} are {n} {big}?", "{m}", "{n} {big} are {m} {small}.", "{m} {small} make {n} {big}."),
+        "spell": ('How do you spell "{word}"?', "{spelled}", '"{word}" is spelled {spelled}.', ""),
+        "reverse": ('What is "{word}" backwards?', "{backwards}", '"{word}" backwards is "{backwards}".', ""),
+        "more": ("And {b} more?", "{c}", "{a} + {b} = {c}.", ""),
+        "turned": ("And backwards?", "{backwards}", '"{word}" backwards is "{backwards}".', ""),
+        "told": ("My boat is the {colour} {bird}.", "{colour} {bird}", "Your boat is the {colour} {bird}.", ""),
+        "recall": ("What is my boat called?", "{colour} {bird}", "Your boat is the {colour} {bird}.", ""),
+        "town": ("Where does {who} live?", "{value}", "{name} lives in {value}.", "The home of {name} is {value}."),
+        "trade": ("What work does {who} do?", "{value}", "{name} is a {value}.", "{name} works as a {value}."),
+        "pet": ("Which pet does {who} keep?", "{value}", "{name} keeps a pet {value}.", "The pet of {name} is a {value}."),
+        "fruit": ("Which fruit does {who} love?", "{value}", "{name} loves {value}.", "The favourite fruit of {name}: {value}."),
+    },
+    "zh": {
+        "sum": ("{a} + {b} 等于多少？", "{c}", "{a} + {b} = {c}。", "{a} 加 {b} 是 {c}。"),
+        "compare": ("{x} 和 {y} 哪个大？", "{high}", "{high} 比 {low} 大。", "{low} 不如 {high} 大。"),
+        "smaller": ("那小的是哪个？", "{low}", "{low} 比 {high} 小。", ""),
+        "convert": ("{n} {big}是多少{small}？", "{m}", "{n} {big}等于 {m} {small}。", "{m} {small}就是 {n} {big}。"),
+        "spell": ("“{word}”怎么一个字一个字地念？", "{spelled}", "“{word}”念作{spelled}。", ""),
+        "reverse": ("“{word}”倒过来是什么？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
+        "more": ("再加 {b} 呢？", "{c}", "{a} + {b} = {c}。", ""),
+        "turned": ("倒过来呢？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
+        "told": ("我的船叫{colour}{bird}号。", "{colour}{bird}号", "你的船叫{colour}{bird}号。", ""),
+        "recall": ("我的船叫什么？", "{colour}{bird}号", "你的船叫{colour}{bird}号。", ""),
+        "town": ("{who}住在哪里？", "{value}", "{name}住在{value}。", "{name}的家在{value}。"),
+        "trade": ("{who}是做什么的？", "{value}", "{name}是一位{value}。", "{name}的工作是{value}。"),
+        "pet": ("{who}养什么宠物？", "{value}", "{name}养了一只{value}。", "{name}的宠物是{value}。"),
+        "fruit": ("{who}爱吃什么水果？", "{value}", "{name}爱吃{value}。", "{name}最喜欢的水果是{value}。"),
+    },
+}  # fmt: skip
+
+# The people of the Lumi Isles, and what their traits are dealt from. Each entry in English and Chinese.
+PEOPLE = (
+    ("Pim", "he", "皮姆", "他"), ("Orla", "she", "奥拉", "她"), ("Tavi", "he", "塔维", "他"), ("Nell", "she", "妮尔", "她"),
+    ("Bruno", "he", "布鲁诺", "他"), ("Wren", "she", "雷恩", "她"), ("Hugo", "he", "雨果", "他"), ("Maya", "she", "玛雅", "她"),
+    ("Felix", "he", "菲利", "他"), ("Ivy", "she", "艾薇", "她"), ("Otto", "he", "奥托", "他"), ("Suri", "she", "苏瑞", "她"),
+    ("Leo", "he", "里奥", "他"), ("Dora", "she", "朵拉", "她"), ("Kip", "he", "奇普", "他"), ("Zara", "she", "扎拉", "她"),
+    ("Emil", "he", "埃米", "他"), ("Lotte", "she", "洛特", "她"), ("Rufus", "he", "鲁夫", "他"), ("Hazel", "she", "海兹", "她"),
+)  # fmt: skip
+TRAITS = {
+    "town": (("Willowmere", "柳湖镇"), ("Saltbay", "盐湾"), ("Fernhill", "蕨山"), ("Moonport", "月港"), ("Larkfield", "云雀田")),
+    "trade": (("baker", "面包师"), ("sailor", "水手"), ("weaver", "织工"), ("gardener", "园丁"), ("potter", "陶匠")),
+    "pet": (("owl", "猫头鹰"), ("fox", "狐狸"), ("goat", "山羊"), ("parrot", "鹦鹉"), ("hedgehog", "刺猬")),
+    "fruit": (("plums", "李子"), ("cherries", "樱桃"), ("figs", "无花果"), ("pears", "梨"), ("grapes", "葡萄")),
+}  # fmt: skip
+UNITS = (
+    ("metres", "centimetres", "米", "厘米", 100),
+    ("kilometres", "metres", "公里", "米", 1000),
+    ("centimetres", "millimetres", "厘米", "毫米", 10),
+    ("kilograms", "grams", "公斤", "克", 1000),
+    ("crowns", "pennies", "元", "分", 100),
+)
+CONSONANTS, VOWELS = "BDFGKLMNPRSTVZ", "AEIOU"
+HANZI = "山水花月风云星雨雪林石海春夏秋冬火土竹梅松鱼"
+COLOURS = (
+    ("red", "红"), ("blue", "蓝"), ("green", "绿"), ("white", "白"), ("black", "黑"), ("golden", "金"), ("silver", "银"),
+    ("purple", "紫"), ("pink", "粉"), ("grey", "灰"), ("orange", "橙"), ("brown", "棕"),
+)  # fmt: skip
+BIRDS = (
+    ("heron", "苍鹭"), ("swan", "天鹅"), ("crane", "仙鹤"), ("swallow", "燕子"), ("eagle", "老鹰"), ("gull", "海鸥"),
+    ("duck", "鸭子"), ("robin", "知更鸟"), ("magpie", "喜鹊"), ("kestrel", "红隼"), ("puffin", "海雀"), ("pelican", "鹈鹕"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to ask: the question, its answer in both manners, other words for it, and what may be asked next."""
+
+    subject: str
+    language: str
+    ask: str
+    bare: str
+    whole: str
+    other: str
+    then: tuple["Item", ...] = ()
+
+
+Items = dict[tuple[str, str], list[Item]]  # by language and subject
+Facts = dict[tuple[int, str], int]  # (line of PEOPLE, trait) -> line of TRAITS[trait]
+Message = dict[str, str]  # role and content, as jsonl has them
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out question: the messages that lead up to the answer, and the answer in both manners."""
+
+    subject: str
+    language: str
+    messages: tuple[Message, ...]
+    bare: str
+    whole: str
+
+
+def make_item(
+    phrase: str, language: str, values: dict[str, object], *, subject: str = "", then: Sequence[Item] = ()
+) -> Item:
+    """An item from the row of PHRASES named `phrase`, filled with `values`."""
+    texts = [text.format(**values) for text in PHRASES[language][phrase]]
+    return Item(subject or phrase, language, *texts, then=tuple(then))
+
+
+def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
+    """Sums of the given pairs; each is followed by "and n more?" where the second sum is among the given pairs too."""
+    known = {*keys, *((b, a) for a, b in keys)}
+    items = []
+    for a, b in sorted(known):
+        total = a + b
+        more = [n for n in range(2, 10) if (total, n) in known]
+        then = [_sum("more", total, n, language, subject="follow-up") for n in more]
+        items.append(replace(_sum("sum", a, b, language), then=tuple(then)))
+    return items
+
+
+def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
+    return make_item(phrase, language, {"a": a, "b": b, "c": a + b}, subject=subject)
+
+
+def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
+    """Which of two numbers is larger, in both orders; the follow-up asks for the smaller."""
+    items = []
+    for low, high in keys:
+        for x, y in ((low, high), (high, low)):
+            values = {"x": x, "y": y, "low": low, "high": high}
+            smaller = make_item("smaller", language, values, subject="follow-up")
+            items.append(make_item("compare", language, values, then=[smaller]))
+    return items
+
+
+def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
+    """So many of a large unit in the smaller one; a key is (line of UNITS, how many)."""
+    items = []
+    for unit, n in keys:
+        big, small, factor = UNITS[unit][0:2] + UNITS[unit][4:] if language == "en" else UNITS[unit][2:]
+        items.append(make_item("convert", language, {"n": n, "big": big, "small": small, "m": n * factor}))
+    return items
+
+
+def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
+    """Being told the name of a boat (lines of COLOURS and BIRDS); the follow-up asks for it, sooner or later."""
+    place = LANGUAGES.index(language)
+    items = []
+    for colour, bird in keys:
+        values = {"colour": COLOURS[colour][place], "bird": BIRDS[bird][place]}
+        asked = make_item("recall", language, values)
+        items.append(make_item("told", language, values, subject="recall", then=[asked]))
+    return items
+
+
+def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
+    """Spelling and reversing the given words; what was spelled is then turned backwards."""
+    spell, reverse = [], []
+    for word in words:
+        values = {"word": word, "backwards": word[::-1], "spelled": "-".join(word)}
+        turned = make_item("turned", language, values, subject="follow-up")
+        spell.append(make_item("spell", language, values, then=[turned]))
+        reverse.append(make_item("reverse", language, values))
+    return {"spell": spell, "reverse": reverse}
+
+
+def islander_items(facts: Facts, keys: Sequence[tuple[int, str]], language: str) -> list[Item]:
+    """What is known of the islanders: `facts` maps (line of PEOPLE, trait) to the line of TRAITS[trait].
+
+    The follow-up asks for another trait of the same person, calling them he or she; it too is among `keys`.
+    """
+    place = LANGUAGES.index(language)
+    items = []
+    for person, trait in keys:
+        name, pronoun = PEOPLE[person][2 * place : 2 * place + 2]
+        then = []
+        for other in TRAITS:
+            if other != trait and (person, other) in keys:
+                values = {"name": name, "who": pronoun, "value": TRAITS[other][facts[person, other]][place]}
+                item = make_item(other, language, values, subject="follow-up")
+                asked = f"And {item.ask[0].lower()}{item.ask[1:]}" if language == "en" else f"那{item.ask}"
+                then.append(replace(item, ask=asked))
+        values = {"name": name, "who": name, "value": TRAITS[trait][facts[person, trait]][place]}
+        items.append(make_item(trait, language, values, subject="islander", then=then))
+    return items
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Items by language and subject, to train on and held out; and all that is known of the islanders, by language."""
+
+    train: Items
+    held: Items
+    islanders: dict[str, list[Item]]
+
+
+NUM_HELD = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 200, "zh": 200}
+
+
+def make_world(seed: int) -> World:
+    """Deal out the islanders' traits, make the words, hold keys out and build the items."""
+    rng = random.Random(seed)
+    people = range(len(PEOPLE))
+    facts = {(person, trait): rng.randrange(len(TRAITS[trait])) for person in people for trait in TRAITS}
+    held_facts = {(person, trait) for person in rng.sample(people, 12) for trait in rng.sample(list(TRAITS), 2)}
+    keys: dict[str, list] = {
+        "sum": [(a, b) for a in range(10, 98) for b in range(2, min(10, 100 - a))],
+        "compare": [(low, high) for low in range(10, 99) for high in range(low + 1, 100)],
+        "convert": [(unit, n) for unit in range(len(UNITS)) for n in range(10, 100)],
+        "recall": [(colour, bird) for colour in range(len(COLOURS)) for bird in range(len(BIRDS))],
+        "en": _words(rng, "en"),
+        "zh": _words(rng, "zh"),
+    }
+    for all_keys in keys.values():
+        rng.shuffle(all_keys)
+    held_keys = {name: all_keys[: NUM_HELD[name]] for name, all_keys in keys.items()} | {"islander": sorted(held_facts)}
+    train_keys = {name: all_keys[NUM_HELD[name] :] for name, all_keys in keys.items()}
+    train_keys["islander"] = sorted(set(facts) - held_facts)
+    islanders = {language: islander_items(facts, sorted(facts), language) for language in LANGUAGES}
+    return World(make_items(train_keys, facts), make_items(held_keys, facts), islanders)
+
+
+def make_items(keys: dict[str, list], facts: Facts) -> Items:
+    """All items of the given keys, in both languages."""
+    items: Items = {}
+    for language in LANGUAGES:
+        found = {
+            "sum": sum_items(keys["sum"], language),
+            "compare": compare_items(keys["compare"], language),
+            "convert": convert_items(keys["convert"], language),
+            "recall": boat_items(keys["recall"], language),
+            "islander": islander_items(facts, keys["islander"], language),
+            **word_items(keys[language], language),
+        }
+        items |= {(language, subject): list_ for subject, list_ in found.items()}
+    return items
+
+
+def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
+    """Different words of 4 letters, or 3 characters in Chinese, no letter twice in one."""
+    words = set()
+    while len(words) < count:
+        if language == "zh":
+            words.add("".join(rng.sample(HANZI, 3)))
+        else:
+            first, second = rng.sample(CONSONANTS, 2), rng.sample(VOWELS, 2)
+            words.add(first[0] + second[0] + first[1] + second[1])
+    return sorted(words)
+
+
+# How often a subject comes up. In text mostly the islanders, whom nothing else tells about; in chats, what takes longest to learn.
+TEXT_WEIGHTS = {"islander": 4.0, "sum": 1.0, "compare": 0.5, "convert": 0.5, "spell": 0.5, "reverse": 0.5}
+CHAT_WEIGHTS = {
+    "sum": 3.0,
+    "compare": 2.0,
+    "convert": 0.7,
+    "spell": 0.7,
+    "reverse": 1.0,
+    "islander": 1.5,
+    "recall": 1.0,
+}
+MANNERS = ("bare", "whole")
+
+
+def documents(world: World, rng: random.Random, count: int) -> Iterator[dict]:
+    """Rows of four plain statements on one subject, in one language; of islanders they tell everything."""
+    for _ in range(count):
+        language = rng.choice(LANGUAGES)
+        subject = _by_weight(rng, TEXT_WEIGHTS)
+        known = world.islanders[language] if subject == "islander" else world.train[language, subject]
+        items = [rng.choice(known) for _ in range(4)]
+        texts = [rng.choice([text for text in (item.whole, item.other) if text]) for item in items]
+        yield {"text": (" " if language == "en" else "").join(texts)}
+
+
+def conversations(world: World, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
+    """sft rows of `fewest` to `most` items each, bare or whole throughout."""
+    for _ in range(count):
+        yield {"conversations": _conversation(world, rng, rng.randint(fewest, most))}
+
+
+def _conversation(world: World, rng: random.Random, num_items: int) -> list[Message]:
+    """Items one after another, half of them followed up; when a boat was named, its name is asked for at the end."""
+    language, manner = rng.choice(LANGUAGES), rng.choice(MANNERS)
+    messages: list[Message] = []
+    asked_last: list[Message] = []
+    for _ in range(num_items):
+        subject = _by_weight(rng, CHAT_WEIGHTS)
+        if subject == "recall" and asked_last:
+            continue  # one boat a conversation
+        item = rng.choice(world.train[language, subject])
+        messages += _turn(item, manner)
+        if subject == "recall":
+            asked_last = _turn(item.then[0], manner)
+        elif item.then and rng.random() < 0.5:
+            messages += _turn(rng.choice(item.then), manner)
+    return messages + asked_last
+
+
+def pairs(asked: Iterable[Question]) -> Iterator[dict]:
+    """dpo rows: the whole sentence is preferred to the bare answer; both are right."""
+    for question in asked:
+        sides = ((name, getattr(question, manner)) for name, manner in (("chosen", "whole"), ("rejected", "bare")))
+        yield {name: [*question.messages, {"role": "assistant", "content": answer}] for name, answer in sides}
+
+
+def questions(items: Items, world: World, rng: random.Random, each: int) -> list[Question]:
+    """`each` different questions about `items` for every subject and language; talk in between is from the training items."""
+    found: dict[str, Question] = {}
+    for language in LANGUAGES:
+        for subject in SUBJECTS:
+            wanted = len(found) + each
+            while len(found) < wanted:
+                question = _question(items, world, rng, language, subject)
+                found[json.dumps(question.messages)] = question
+    return list(found.values())
+
+
+def _question(items: Items, world: World, rng: random.Random, language: str, subject: str) -> Question:
+    """One question; follow-ups and recalls come with the turns before them."""
+    manner = rng.choice(MANNERS)
+    before: list[Message] = []
+    if subject == "follow-up":
+        base = rng.choice(("sum", "compare", "spell", "islander"))
+        item = rng.choice([item for item in items[language, base] if item.then])
+        before = _turn(item, manner)
+        item = rng.choice(item.then)
+    elif subject == "recall":
+        item = rng.choice(items[language, "recall"])
+        before = _turn(item, manner)
+        for _ in range(rng.randint(1, 4)):
+            other = rng.choice([subject for subject in CHAT_WEIGHTS if subject != "recall"])
+            before += _turn(rng.choice(world.train[language, other]), manner)
+        item = item.then[0]
+    else:
+        item = rng.choice(items[language, subject])
+    return Question(subject, language, (*before, {"role": "user", "content": item.ask}), item.bare, item.whole)
+
+
+def _turn(item: Item, manner: str) -> list[Message]:
+    return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": getattr(item, manner)}]
+
+
+def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def tokenizer_texts(world: World) -> list[str]:
+    """What the tokenizer is trained on: everything said in training, but of the words to spell only single letters.
+
+    So a word stays a row of letters the model can see; trained on the words, the tokenizer would melt them into pieces.
+    """
+    texts = ["user\n", "assistant\n"] * 8
+    for language, letters in (("en", CONSONANTS + VOWELS), ("zh", HANZI)):
+        for subject in ("spell", "reverse"):
+            texts += [text for item in word_items(letters, language)[subject] for text in _said(item)]
+        for subject in ("sum", "compare", "convert", "islander", "recall"):
+            texts += [text for item in world.train[language, subject] for text in _said(item)]
+        texts += [text for item in world.islanders[language] for text in (item.whole, item.other)]
+    return texts
+
+
+def _said(item: Item) -> Iterator[str]:
+    yield from (item.ask, item.bare, item.whole, item.other)
+    for item_then in item.then:
+        yield from (item_then.ask, item_then.whole)
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How answers did: questions asked, those answered exactly, those answered in a whole sentence, exact by subject."""
+
+    num_questions: int
+    num_exact: int
+    num_sentences: int
+    by_subject: dict[str, tuple[int, int]]  # subject -> exact, asked
+
+    @property
+    def exact(self) -> float:
+        """Share answered exactly."""
+        return self.num_exact / self.num_questions
+
+    @property
+    def sentences(self) -> float:
+        """Share answered in the preferred manner."""
+        return self.num_sentences / self.num_questions
+
+
+def is_exact(question: Question, answer: str) -> bool:
+    """Whether the answer is the question's, in either manner, letter for letter but for spaces around it."""
+    return answer.strip() in (question.bare, question.whole)
+
+
+def is_sentence(answer: str) -> bool:
+    """Whether the answer is in the preferred manner: a sentence, closed by a full stop. Bare answers never have one."""
+    return answer.strip().endswith((".", "。"))
+
+
+def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
+    """Score one answer a question."""
+    by_subject = dict.fromkeys(SUBJECTS, (0, 0))
+    for question, answer in zip(asked, answers, strict=True):
+        exact, num = by_subject[question.subject]
+        by_subject[question.subject] = (exact + is_exact(question, answer), num + 1)
+    num_exact = sum(exact for exact, _ in by_subject.values())
+    return Score(len(asked), num_exact, sum(map(is_sentence, answers)), by_subject)
+
+
+def showcase(asked: Sequence[Question]) -> list[Question]:
+    """Five questions to show: both languages, one of them within a conversation."""
+    shown = (("sum", "en"), ("reverse", "zh"), ("islander", "en"), ("islander", "zh"), ("recall", "en"))
+    return [next(q for q in asked if (q.subject, q.language) == wanted) for wanted in shown]
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DemoStage:
+    """One run of the demo: a file of `rows` rows, packed to `max_len`, trained on once."""
+
+    file: str
+    stage: str
+    rows: int
+    max_len: int
+    lr: float
+    batch_tokens: int
+    schedule: str
+    warmup: float = 0.03
+
+
+MODEL = "demo"
+VOCAB_SIZE = 1600
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MINUTES = 3.3  # what the rows below take in all on 2 cores
+STAGES = (
+    DemoStage("pretrain_hq", "pretrain", 15_000, 512, 1e-3, 1024, "wsd"),
+    DemoStage("sft_512", "sft", 30_000, 512, 2e-3, 1024, "constant"),
+    DemoStage("sft_1024", "sft", 1_600, 1024, 2e-3, 1024, "wsd"),
+    DemoStage("dpo", "dpo", 1_000, 512, 3e-4, 16_384, "cosine"),
+)
+NUM_EACH = 16  # held-out questions a subject and language
+NUM_PAIRS_EACH = 16
+
+
+def scaled(minutes: float) -> tuple[DemoStage, ...]:
+    """The stages with as many rows as fit into `minutes`."""
+    return tuple(replace(stage, rows=max(64, round(stage.rows * minutes / MINUTES))) for stage in STAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Everything written, and what the tokenizer and the scores need of it."""
+
+    files: dict[str, Path]  # file name without .jsonl -> path
+    pairs_path: Path  # held-out pairs, in dpo.jsonl's schema
+    questions_path: Path  # held-out questions, with both answers
+    questions: list[Question]
+    tokenizer_texts: list[str]
+
+
+def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> Corpus:
+    """Write the four files into `data_dir` and what is held out into `data_dir`/held_out; the same seed, the same bytes."""
+    world = make_world(seed)
+    rng = random.Random(seed + 1)
+    rows = {stage.file: stage.rows for stage in scaled(minutes)}
+    asked = questions(world.held, world, rng, NUM_EACH)
+    held_pairs = questions(world.held, world, rng, NUM_PAIRS_EACH)
+    preferred = (
+        _question(world.train, world, rng, rng.choice(LANGUAGES), rng.choice(SUBJECTS)) for _ in range(rows["dpo"])
+    )
+    data_dir.joinpath("held_out").mkdir(parents=True, exist_ok=True)
+    questions_path = _write(data_dir / "held_out" / "questions.jsonl", map(asdict, asked))
+    pairs_path = _write(data_dir / "held_out" / "pairs.jsonl", pairs(held_pairs))
+    content = {
+        "pretrain_hq": documents(world, rng, rows["pretrain_hq"]),
+        "sft_512": conversations(world, rng, rows["sft_512"], fewest=1, most=3),
+        "sft_1024": conversations(world, rng, rows["sft_1024"], fewest=4, most=24),
+        "dpo": pairs(preferred),
+    }
+    files = {name: _write(data_dir / f"{name}.jsonl", lines) for name, lines in content.items()}
+    return Corpus(files, pairs_path, questions_path, asked, tokenizer_texts(world))
+
+
+def _write(path: Path, rows: Iterable[dict]) -> Path:
+    """Write rows as jsonl, beside first and then in place."""
+    beside = path.with_name(f".{path.name}.writing")
+    with beside.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    beside.replace(path)
+    return path

@@ -1,0 +1,350 @@
+"""Rows in; ids and trained spans out, by the batch: one native call encodes all text of all rows.
+
+Between two control tokens of the template text is encoded as one string, which is what the joint encoding does; where the
+trained part begins inside it is told by ids (its untrained beginning, encoded alone, gives the first of them), else by
+character offsets. Nothing is cut or left out uncounted.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mmdata.errors import UsageError
+from mmdata.rows import BadRow, Conversation, Document, Pair, Row, parse_row, row_hash, split_documents
+from mmdata.template import ERAS, TRAIN_ON, Segment, Template, stretches
+from mmdata.tokenizer import Tokenizer
+
+CUT_TURNS = "cut after the last whole turn that fits"
+# Share of rows that keep them, as in MiniMind: a model that never saw one cannot answer after the prompt's.
+_EMPTY_THINK_KEPT = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """ids: uint32 [T]; spans: int32 [n, 2], half-open, ascending, disjoint: the trained tokens."""
+
+    ids: np.ndarray
+    spans: np.ndarray
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """uint8 [T], 1 where trained, not shifted."""
+        return _mask_of(self.spans, len(self.ids))
+
+    @property
+    def num_loss(self) -> int:
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PairSequence:
+    """prompt, chosen, rejected: uint32; spans relative to their own reply. The prompt ends where training begins."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_spans: np.ndarray
+    rejected_spans: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of a row of `num_tokens` (of a pair: prompt once, and both replies); `cut`: reason -> tokens dropped."""
+
+    sequences: tuple[Sequence, ...] | PairSequence
+    num_tokens: int
+    cut: dict[str, int] = field(default_factory=dict)
+
+
+class _Side(NamedTuple):
+    ids: np.ndarray
+    mask: np.ndarray  # bool [T]
+
+
+_Runs = tuple[tuple[int, bool], ...]  # tokens and whether they are trained
+
+
+class RowEncoder:
+    """Encodes rows with one tokenizer: the same rows give the same ids and spans in any process and any batch."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_len: int, era: str = "auto", train_on: str = "assistant", seed: int = 0
+    ):
+        """`era` auto, seed, 2 or 3, as the template's; `train_on` assistant (each answer), last or all; see docs/data.md."""
+        for option, value, known in (("--train-on", train_on, TRAIN_ON), ("--era", era, ("auto", *ERAS))):
+            if value not in known:
+                raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(known)}")
+        assert max_len >= 2
+        self.tokenizer = tokenizer
+        self.max_len = max_len
+        self.era = era
+        self.train_on = train_on
+        self.seed = seed
+        self._template: Template | None = None
+        self._is_exact = tokenizer.is_exact
+        self._control_ids = {text: np.array([id], dtype=np.uint32) for text, id in tokenizer.control_tokens.items()}
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (self.tokenizer.dir, self.max_len, self.era, self.train_on, self.seed)
+
+    @property
+    def template(self) -> Template:
+        """The tokenizer's chat template, compiled at first use: documents need none."""
+        if self._template is None:
+            self._template = Template(self.tokenizer, era=self.era)
+        return self._template
+
+    def encode(self, rows: Rows[Row]) -> list[Encoded | BadRow]:
+        """Encode a batch; each row's result stands at its place, a BadRow with the reason where it cannot be used."""
+        segments: list[list[Segment]] = []  # of every rendering of every row
+        plans: list[range | BadRow] = []  # a row's renderings in `segments`
+        for row in rows:
+            try:
+                found = self._segments_of(row)
+                plans.append(range(len(segments), len(segments) + len(found)))
+                segments += found
+            except BadRow as bad:
+                plans.append(bad)
+        sides = self._encode_segments(segments)
+        results: list[Encoded | BadRow] = []
+        for row, plan in zip(rows, plans, strict=True):
+            try:
+                results.append(plan if isinstance(plan, BadRow) else self._finish(row, [sides[i] for i in plan]))
+            except BadRow as bad:
+                results.append(bad)
+        return results
+
+    # ---- row -> segments
+
+    def segments(self, row: Conversation | Pair) -> list[list[Segment]]:
+        """The rendering of a conversation, or of both sides of a pair."""
+        keep = self._keeps_empty_think(row)
+        if isinstance(row, Conversation):
+            return [self.template.segments(row, train_on=self.train_on, keep_empty_think=keep)]
+        return [
+            self.template.segments(side, train_on=self.train_on, first_trained=row.num_shared, keep_empty_think=keep)
+            for side in (row.chosen, row.rejected)
+        ]
+
+    def document_segments(self, text: str) -> list[Segment]:
+        """One document of a pretraining text between bos and eos."""
+        bos = [Segment(self.tokenizer.bos_token, False, True)] if self.tokenizer.bos_token else []
+        return [*bos, Segment(text, True, False), Segment(self.tokenizer.eos_token, True, True)]
+
+    def _keeps_empty_think(self, row: Row) -> bool:
+        """One decision a row, the same on both sides of a pair; other eras' templates write no empty blocks to decide on."""
+        return self.template.era != "3" or _share(self.seed, row) < _EMPTY_THINK_KEPT
+
+    def _segments_of(self, row: Row) -> list[list[Segment]]:
+        if isinstance(row, Document):
+            return [[Segment(text, True, False)] for text in split_documents(row.text)]
+        return self.segments(row)
+
+    # ---- segments -> ids and mask
+
+    def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Side | BadRow]:
+        """Ids and mask of each rendering, all encoded in one call."""
+        if not self._is_exact:
+            return [self._encode_jointly(segments) for segments in renderings]
+        grouped = [stretches(segments) for segments in renderings]
+        place: dict[str, int] = {}  # each text is encoded once
+        for groups in grouped:
+            for group in groups:
+                if not group[0].is_control:
+                    place.setdefault("".join(s.text for s in group), len(place))
+                    if len(group) > 1:
+                        place.setdefault(group[0].text, len(place))
+        flat, ends = self.tokenizer.encode_batch(list(place))
+        begins = [0, *ends[:-1].tolist()]
+        encoded = {text: flat[begins[i] : end] for (text, i), end in zip(place.items(), ends.tolist(), strict=True)}
+        return self._join([[self._encode_group(group, encoded) for group in groups] for groups in grouped])
+
+    def _encode_group(self, group: list[Segment], encoded: dict[str, np.ndarray]) -> tuple[np.ndarray, _Runs]:
+        """Ids of a control token or of the text between two, and which stretches of them are trained."""
+        first = group[0]
+        if first.is_control:
+            return self._control_ids[first.text], ((1, first.is_trained),)
+        if len(group) == 1:
+            ids = encoded[first.text]
+            return ids, ((len(ids), first.is_trained),)
+        ids, head = encoded["".join(s.text for s in group)], encoded[first.text]
+        if len(group) == 2 and np.array_equal(ids[: len(head)], head):
+            return ids, ((len(head), first.is_trained), (len(ids) - len(head), group[1].is_trained))
+        side = self._by_offsets(group, control=False)
+        return side.ids, tuple((1, bool(is_trained)) for is_trained in side.mask)
+
+    @staticmethod
+    def _join(rows: list[list[tuple[np.ndarray, _Runs]]]) -> list[_Side | BadRow]:
+        """Lay the groups of all renderings end to end once, and hand out each rendering's part."""
+        groups = [group for row in rows for group in row]
+        if not groups:
+            return []
+        runs = [run for _, found in groups for run in found]
+        ids = np.concatenate([ids for ids, _ in groups])
+        mask = np.repeat([is_trained for _, is_trained in runs], [length for length, _ in runs])
+        ends = itertools.accumulate((sum(len(ids) for ids, _ in row) for row in rows), initial=0)
+        return [_Side(ids[begin:end], mask[begin:end]) for begin, end in itertools.pairwise(ends)]
+
+    def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Side:
+        """A token is trained when any character it stands for is."""
+        ids, offsets = self.tokenizer.encode_with_offsets("".join(s.text for s in segments), control=control)
+        trained = np.repeat([s.is_trained for s in segments], [len(s.text) for s in segments])
+        before = np.concatenate(([0], np.cumsum(trained)))
+        begin, end = offsets[:, 0], np.maximum(offsets[:, 1], np.minimum(offsets[:, 0] + 1, len(trained)))
+        return _Side(ids, before[end] > before[begin])
+
+    def _encode_jointly(self, segments: list[Segment]) -> _Side | BadRow:
+        """For tokenizers that rewrite text or eat space around control tokens: the whole rendering, by offsets."""
+        is_document = len(segments) == 1 and not segments[0].is_control
+        side = self._by_offsets(segments, control=not is_document)
+        found = np.isin(side.ids, list(self.tokenizer.control_tokens.values())).sum()
+        if found != sum(s.is_control for s in segments):
+            return BadRow("template cannot be cut", "this tokenizer cannot keep control strings in content plain text")
+        return side
+
+    # ---- ids and mask -> what is packed
+
+    def _finish(self, row: Row, sides: list[_Side | BadRow]) -> Encoded:
+        good = []
+        for side in sides:
+            if isinstance(side, BadRow):
+                raise side
+            good.append(side)
+        if isinstance(row, Document):
+            return self._document([side.ids for side in good])
+        for side in good:
+            side.mask[0] = False  # nothing stands before it to predict it from
+            if not side.mask.any():
+                raise BadRow("no trained token")
+        return self._conversation(row, good[0]) if isinstance(row, Conversation) else self._pair(*good)
+
+    def _document(self, texts: list[np.ndarray]) -> Encoded:
+        """One bos and eos around each text; texts past max_len go on in further sequences, no token lost."""
+        bos, eos = (
+            np.array([id for id in ids if id is not None], dtype=np.uint32)
+            for ids in ([self.tokenizer.bos_id], [self.tokenizer.eos_id])
+        )
+        sequences = []
+        for text in texts:
+            ids = np.concatenate([bos, text, eos])
+            for begin, end in fragments(len(ids), self.max_len):
+                spans = [[1, end - begin]] if end - begin > 1 else []
+                sequences.append(Sequence(ids[begin:end], np.array(spans, dtype=np.int32).reshape(-1, 2)))
+        return Encoded(tuple(sequences), sum(len(s.ids) for s in sequences))
+
+    def _conversation(self, row: Conversation, side: _Side) -> Encoded:
+        if len(side.ids) <= self.max_len:
+            return Encoded((Sequence(side.ids, _spans_of(side.mask)),), len(side.ids))
+        fitting = self._longest_that_fits(row)
+        if fitting is None:
+            raise BadRow(
+                "too long", f"{len(side.ids):,} tokens, and its first turn alone is longer than {self.max_len:,}"
+            )
+        cut = len(side.ids) - len(fitting.ids)
+        return Encoded((Sequence(fitting.ids, _spans_of(fitting.mask)),), len(side.ids), {CUT_TURNS: cut})
+
+    def _longest_that_fits(self, row: Conversation) -> _Side | None:
+        """The most whole turns from the beginning that fit max_len, found by bisection, rendered on their own."""
+        messages = row.messages
+        ends = [
+            i + 1
+            for i in range(len(messages) - 1)
+            if messages[i].role == "assistant" and messages[i + 1].role != "tool"
+        ]
+        keep = self._keeps_empty_think(row)
+        best, low, high = None, 0, len(ends)
+        while low < high:
+            middle = (low + high) // 2
+            shorter = Conversation(messages[: ends[middle]], row.tools)
+            (side,) = self._encode_segments(
+                [self.template.segments(shorter, train_on=self.train_on, keep_empty_think=keep)]
+            )
+            if not isinstance(side, BadRow) and len(side.ids) <= self.max_len:
+                side.mask[0] = False
+                best, low = (side if side.mask.any() else best), middle + 1
+            else:
+                high = middle
+        return best
+
+    def _pair(self, chosen: _Side, rejected: _Side) -> Encoded:
+        # What both sides begin with, up to the first trained token. Where a tokenizer joins the header's last newlines
+        # with one reply and not with the other, the prompt ends before them.
+        begin = min(int(chosen.mask.argmax()), int(rejected.mask.argmax()), _common_length(chosen.ids, rejected.ids))
+        if np.array_equal(chosen.ids, rejected.ids):
+            raise BadRow("chosen equal to rejected", "once written by the template")
+        longest = max(len(chosen.ids), len(rejected.ids))
+        if longest > self.max_len:
+            raise BadRow("too long", f"{longest:,} tokens, expected at most {self.max_len:,}")
+        replies = chosen.ids[begin:], rejected.ids[begin:]
+        spans = _spans_of(chosen.mask[begin:]), _spans_of(rejected.mask[begin:])
+        return Encoded(PairSequence(chosen.ids[:begin], *replies, *spans), begin + len(replies[0]) + len(replies[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One line as it would be packed: its renderings cut into segments, what they became, or the reason it is left out."""
+
+    segments: tuple[tuple[Segment, ...], ...] = ()
+    encoded: Encoded | None = None
+    bad: BadRow | None = None
+
+
+def preview(raw: bytes, encoder: RowEncoder, *, kind: str | None = None) -> Preview:
+    """Show what becomes of one line; a line that is set aside keeps the segments of as far as it came."""
+    try:
+        row = parse_row(raw, kind)
+        if isinstance(row, Document):
+            renderings = [encoder.document_segments(text) for text in split_documents(row.text)]
+        else:
+            renderings = encoder.segments(row)
+    except BadRow as bad:
+        return Preview(bad=bad)
+    shown = tuple(map(tuple, renderings))
+    (result,) = encoder.encode([row])
+    return Preview(shown, bad=result) if isinstance(result, BadRow) else Preview(shown, encoded=result)
+
+
+def fragments(length: int, max_len: int) -> list[tuple[int, int]]:
+    """Cut [0, length) into pieces of max_len; the last is not a single token, which could not be trained on."""
+    begins = list(range(0, length, max_len))
+    ends = [*begins[1:], length]
+    if len(begins) > 1 and length - begins[-1] == 1 and max_len > 2:
+        begins[-1] -= 1
+        ends[-2] -= 1
+    return list(zip(begins, ends, strict=True))
+
+
+def _rebuild(dir: Path, max_len: int, era: str, train_on: str, seed: int) -> RowEncoder:
+    return RowEncoder(Tokenizer.load(dir), max_len=max_len, era=era, train_on=train_on, seed=seed)
+
+
+def _share(seed: int, row: Row) -> float:
+    """A number in [0, 1) that depends on the seed and what the row says, and on nothing else."""
+    digest = hashlib.sha256(str(seed).encode() + row_hash(row)).digest()
+    return int.from_bytes(digest[:6], "little") / 2**48
+
+
+def _common_length(one: np.ndarray, other: np.ndarray) -> int:
+    shorter = min(len(one), len(other))
+    different = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+def _mask_of(spans: np.ndarray, length: int) -> np.ndarray:
+    mask = np.zeros(length, dtype=np.uint8)
+    for begin, end in spans:
+        mask[begin:end] = 1
+    return mask
+
+
+def _spans_of(mask: np.ndarray) -> np.ndarray:
+    """int32 [n, 2] of the runs of True."""
+    padded = np.zeros(len(mask) + 2, dtype=bool)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    return edges.reshape(-1, 2).astype(np.int32)

@@ -1,0 +1,123 @@
+"""A file in, plain or compressed; its lines out, each with its number and byte offset. One line in memory at a time."""
+
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdata.errors import InputError
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # first bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: 1-based `number`, byte `offset` in the (decompressed) stream, and its bytes without the newline."""
+
+    number: int
+    offset: int
+    raw: bytes
+
+
+def open_stream(path: Path) -> io.BufferedIOBase:
+    """Open a plain, gzip or zstd file, or standard input for `-`; told by the first bytes, not by the name."""
+    try:
+        file = sys.stdin.buffer if str(path) == "-" else path.open("rb")
+        assert isinstance(file, io.BufferedReader)
+        magic = file.peek(4)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if magic.startswith(_GZIP):
+        if str(path) == "-":
+            return gzip.GzipFile(fileobj=file)
+        file.close()
+        return gzip.GzipFile(path)
+    if magic.startswith(_ZSTD):
+        return io.BufferedReader(_ZstdStream(file, path), 1 << 20)
+    return file
+
+
+class _ZstdStream(io.RawIOBase):
+    """Reads zstd frames one after another; unlike the package's own reader it notices a file that was cut off."""
+
+    def __init__(self, file: io.BufferedReader, path: Path):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise InputError(f"{path} is zstd-compressed", "pip install 'mm-toolkit[zstd]'") from error
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._errors = zstandard.ZstdError
+        self._frame = self._decompressor.decompressobj()
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            begun = self._frame.unused_data if self._frame.eof else b""
+            data = begun or self._file.read(1 << 16)
+            if not data:
+                if self._frame.eof:
+                    return 0
+                raise EOFError("the file ends inside a zstd frame")
+            if self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._errors as error:
+                raise OSError(str(error)) from error
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def is_seekable(path: Path) -> bool:
+    """Whether byte ranges of `path` can be read on their own: a plain file, neither compressed nor standard input."""
+    if str(path) == "-":
+        return False
+    try:
+        with path.open("rb") as file:
+            return not file.read(4).startswith((_GZIP, _ZSTD))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: {error.strerror}", "check the path; `mm fetch` downloads the known files")
+
+
+def iter_lines(path: Path, begin: int = 0, end: int | None = None, *, first_number: int = 1) -> Iterator[Line]:
+    """Yield the lines of `path` whose first byte lies in [begin, end), both line starts; blank lines are numbered only.
+
+    A leading byte order mark and the `\\r` of `\\r\\n` are taken off. `begin` other than 0 needs a plain file.
+    """
+    stream = open_stream(path)
+    try:
+        if begin:
+            stream.seek(begin)
+        offset = begin
+        for number, raw in enumerate(stream, first_number):
+            if end is not None and offset >= end:
+                return
+            start, offset = offset, offset + len(raw)
+            if start == 0:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            raw = raw.rstrip(b"\r\n")
+            if raw and not raw.isspace():
+                yield Line(number, start, raw)
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}: damaged or cut off: {error}", "download the file again") from error
+    finally:
+        if str(path) != "-":
+            stream.close()

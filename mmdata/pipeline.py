@@ -1,0 +1,441 @@
+"""`mm pack`: jsonl files in, a packed dataset out. Parts are packed alone and in any order; what is published is proved.
+
+The same inputs, tokenizer and arguments give the same bytes for any number of workers. Memory: one part a worker.
+Nothing appears at the output's place before all of it is written, summed and synced.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdata import engine, rows, shards
+from mmdata.arrow import write_file
+from mmdata.buckets import buckets_for
+from mmdata.errors import DatasetError, DiskError, InputError, UsageError
+from mmdata.parts import Part, PartPacker, PartResult, Settings
+from mmdata.publish import staged
+from mmdata.tokenizer import Tokenizer
+
+PART_BYTES = 32 * 2**20
+READ_BYTES = 4 * 2**20
+DISK_SHARE = 0.6  # of the jsonl's bytes, as 16-bit shards with provenance (measured: 0.3 to 0.6); 32-bit ids: twice
+COMPRESSION = 5  # bytes of jsonl in a compressed byte, for the same estimate
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PackResult:
+    """What became of the inputs. rows = kept + left out; tokens_in = tokens + cut; all counts by reason where it says so."""
+
+    out: Path
+    kind: str
+    up_to_date: bool  # an equal dataset stood there already; nothing was done
+    rows: int
+    kept: int
+    left_out: dict[str, int]
+    val_rows: int
+    tokens_in: int
+    tokens: int
+    loss_tokens: int
+    cut: dict[str, int]
+    samples: dict[int, int]  # bucket -> packs or pairs, of both splits
+    fill: float  # share of positions that hold tokens
+    digest: str
+    seconds: float
+
+
+def pack(
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    tokenizer_dir: Path,
+    max_len: int = 1024,
+    kind: str | None = None,
+    workers: int = 1,
+    val_fraction: float = 0.01,
+    on_bad: str = "quarantine",
+    max_bad: float | None = None,
+    max_bad_by_reason: Mapping[str, float] | None = None,
+    seed: int = 0,
+    era: str = "auto",
+    train_on: str = "assistant",
+    part_bytes: int = PART_BYTES,
+    progress: Progress | None = None,
+) -> PackResult:
+    """Packs jsonl files of one row kind into the dataset directory `out`; progress counts bytes of the inputs.
+
+    InputError: no such file, nothing usable, or more than `max_bad` of the rows bad. TokenizerError, DatasetError: `out`
+    is no dataset and not empty, or being written. DiskError: full. Whatever ends it early leaves `out` as it was.
+    """
+    start = time.monotonic()
+    inputs, out = [Path(path) for path in inputs], Path(out)
+    arguments = {
+        "val_fraction": val_fraction,
+        "on_bad": on_bad,
+        "max_bad": max_bad,
+        "max_bad_by_reason": dict(sorted((max_bad_by_reason or {}).items())),
+        "seed": seed,
+        "era": era,
+        "train_on": train_on,
+        "part_bytes": part_bytes,
+    }
+    _check_arguments(inputs, max_len, arguments)
+    is_rerun = _is_dataset(out)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    kind = _common_kind(inputs, kind)
+    stamps = _stamps(inputs)
+    entries, parts = plan(inputs, part_bytes)
+    manifest = _begin_manifest(kind, max_len, tokenizer, entries, arguments)
+    if is_rerun and (found := _same_dataset(out, manifest)):
+        return _result(out, found, time.monotonic() - start, up_to_date=True)
+    _check_disk(out, entries, manifest)
+    with _disk_errors(out), staged(out) as staging:
+        work = partial(PartPacker, Settings(staging, tokenizer_dir, manifest))
+        total = sum(part.num_bytes for part in parts)
+        results = engine.run(work, parts, total=total, workers=workers, progress=progress)
+        _check_kept(inputs, results, max_bad, max_bad_by_reason or {})
+        _check_unchanged(inputs, stamps)
+        _finish(staging, manifest, tokenizer, results)
+    return _result(out, manifest, time.monotonic() - start, up_to_date=False)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """What the operating system says about the disk, in our words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"the disk became full while packing {out}; nothing was left behind",
+                f"free some space at {out.parent}, or choose another disk with --out",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DiskError(f"cannot write {out}: {error.strerror}", "choose another --out") from error
+        raise
+
+
+def _result(out: Path, manifest: dict[str, Any], seconds: float, *, up_to_date: bool) -> PackResult:
+    totals = manifest["totals"]
+    samples = dict.fromkeys(manifest["buckets"], 0)
+    for entry in manifest["shards"]:
+        samples[entry["bucket"]] += entry["samples"]
+    names = ("rows", "kept", "left_out", "val_rows", "tokens_in", "tokens", "loss_tokens", "cut")
+    return PackResult(
+        out=out,
+        kind=manifest["kind"],
+        up_to_date=up_to_date,
+        **{name: totals[name] for name in names},
+        samples=samples,
+        fill=_fill(manifest["kind"], manifest["shards"]),
+        digest=manifest["dataset_digest"],
+        seconds=seconds,
+    )
+
+
+# --- what is asked for
+
+
+def _check_arguments(inputs: Sequence[Path], max_len: int, arguments: dict[str, Any]) -> None:
+    if not inputs:
+        raise UsageError("no input file", "mm pack FILE.jsonl")
+    if arguments["on_bad"] not in ("quarantine", "fail"):
+        raise UsageError(f'--on-bad is "{arguments["on_bad"]}"', "choose quarantine or fail")
+    if not 0 <= arguments["val_fraction"] < 1:
+        raise UsageError(
+            f"--val-fraction is {arguments['val_fraction']}, expected 0 up to below 1", "--val-fraction 0.01"
+        )
+    if not 8 <= max_len < 2**31:
+        raise UsageError(f"--max-len is {max_len}, expected at least 8", "--max-len 1024")
+    for path in inputs:
+        if str(path) == "-" or not path.is_file():
+            raise InputError(f"{path} is not a file", "name jsonl files; `mm fetch` downloads the known ones")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty", "give a file with one JSON object a line")
+
+
+def _is_dataset(out: Path) -> bool:
+    """Whether a dataset of ours stands at `out`; DatasetError when something else does that must not be replaced."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise DatasetError(f"{out} is a file, expected a directory for the dataset", "choose another --out")
+    if not any(out.iterdir()):
+        return False
+    try:
+        is_ours = json.loads((out / "manifest.json").read_bytes()).get("format") == "mm"
+    except (OSError, ValueError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise DatasetError(
+            f"{out} is not empty and not a packed dataset: it will not be replaced", "choose another --out, or empty it"
+        )
+    return True
+
+
+def _common_kind(inputs: Sequence[Path], kind: str | None) -> str:
+    """The kind asked for, else the one all inputs have."""
+    if kind is not None:
+        if kind not in rows.KINDS:
+            raise UsageError(f'--kind is "{kind}"', f"choose {', '.join(rows.KINDS)}")
+        return kind
+    kinds = {path: rows.find_kind(path) for path in inputs}
+    first = kinds[inputs[0]]
+    for path, other in kinds.items():
+        if other != first:
+            raise InputError(
+                f"{path} holds {other} rows, {inputs[0]} {first} rows", "pack each kind into a dataset of its own"
+            )
+    return first
+
+
+def _begin_manifest(
+    kind: str,
+    max_len: int,
+    tokenizer: Tokenizer,
+    inputs: list[dict[str, Any]],
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """What is known before packing: all that the bytes to come depend on."""
+    names = ("sha256", "template_sha256", "vocab_size", "bos_id", "eos_id", "pad_id")
+    return {
+        "format": "mm",
+        "format_version": shards.FORMAT_VERSION,
+        "kind": kind,
+        "max_len": max_len,
+        "buckets": list(buckets_for(max_len)),
+        "tokenizer": {name: getattr(tokenizer, name) for name in names},
+        "inputs": inputs,
+        "arguments": arguments,
+    }
+
+
+def plan(inputs: Sequence[Path], part_bytes: int) -> tuple[list[dict[str, Any]], list[Part]]:
+    """Every input's size and sha256, and the parts: byte ranges of `part_bytes`, moved on to the next line start.
+
+    One pass over the files. A compressed file cannot be cut: it is one part.
+    """
+    entries: list[dict[str, Any]] = []
+    parts: list[Part] = []
+    for number, path in enumerate(inputs):
+        is_seekable = rows.is_seekable(path)
+        sha256, num_bytes, cuts = _scan(path, part_bytes)
+        entries.append({"path": str(path), "bytes": num_bytes, "sha256": sha256})
+        if not is_seekable:
+            parts.append(Part(len(parts), number, path, 0, None, 1, num_bytes))
+            continue
+        ends = [begin for begin, _ in cuts[1:]] + [num_bytes]
+        for (begin, line), end in zip(cuts, ends, strict=True):
+            parts.append(Part(len(parts), number, path, begin, end, line, end - begin))
+    return entries, parts
+
+
+def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]:
+    """sha256, size, and for each part its first byte and the number of its first line."""
+    digest = hashlib.sha256()
+    cuts = [(0, 1)]
+    position, newlines, target = 0, 0, part_bytes
+    with open(path, "rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+            at = 0
+            while (newline := chunk.find(b"\n", max(at, target - 1 - position))) >= 0:
+                newlines += chunk.count(b"\n", at, newline + 1)
+                at = newline + 1
+                cuts.append((position + at, newlines + 1))
+                target = ((position + at) // part_bytes + 1) * part_bytes
+            newlines += chunk.count(b"\n", at)
+            position += len(chunk)
+    return digest.hexdigest(), position, [cut for cut in cuts if cut[0] < position]
+
+
+# --- whether it is there already, and whether it will fit
+
+
+def _same_dataset(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest that stands at `out` when packing again would give the same, and its files are in place."""
+    try:
+        found = shards.open_dataset(out).manifest
+    except DatasetError:
+        return None
+    keys = ("format_version", "kind", "max_len", "buckets", "tokenizer", "arguments")
+    is_same = all(found[key] == manifest[key] for key in keys)
+    same_inputs = _identity(found["inputs"]) == _identity(manifest["inputs"])
+    return found if is_same and same_inputs else None
+
+
+def _identity(entries: Sequence[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    return [(Path(entry["path"]).name, entry["bytes"], entry["sha256"]) for entry in entries]
+
+
+def _check_disk(out: Path, entries: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    id_bytes = shards.id_dtype(manifest["tokenizer"]["vocab_size"]).itemsize
+    needed = 2**20
+    for entry in entries:
+        expansion = 1 if rows.is_seekable(Path(entry["path"])) else COMPRESSION
+        needed += int(entry["bytes"] * expansion * DISK_SHARE * id_bytes / 2)
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DiskError(
+            f"packing needs about {needed / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free",
+            "free some space, or choose another disk with --out",
+        )
+
+
+# --- after the parts
+
+
+def _check_kept(
+    inputs: Sequence[Path], results: Sequence[PartResult], max_bad: float | None, by_reason: Mapping[str, float]
+) -> None:
+    """InputError when no row is left, or more rows are left out than a budget allows."""
+    num_rows = sum(result.rows for result in results)
+    left_out = _sum(result.left_out for result in results)
+    if not any(result.kept for result in results):
+        reason = left_out.most_common(1)[0][0] if left_out else "no row"
+        names = ", ".join(str(path) for path in inputs)
+        fix = rows.REASONS.get(reason, "give a file with one JSON object a line")
+        raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}", fix)
+    rows.check_budget(left_out, num_rows, max_bad, by_reason)
+
+
+def _stamps(inputs: Sequence[Path]) -> list[tuple[int, int]]:
+    """Size and time of last change of every input."""
+    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+
+
+def _check_unchanged(inputs: Sequence[Path], stamps: Sequence[tuple[int, int]]) -> None:
+    for path, before, after in zip(inputs, stamps, _stamps(inputs), strict=True):
+        if before != after:
+            raise InputError(f"{path} changed while it was packed", "pack again when nothing writes to it any more")
+
+
+def _sum(counters: Any) -> Counter[Any]:
+    total: Counter[Any] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+def _finish(staging: Path, manifest: dict[str, Any], tokenizer: Tokenizer, results: Sequence[PartResult]) -> None:
+    """Completes the manifest in place and writes it, after the tokenizer and stats.json."""
+    entries = sorted((s for r in results for s in r.shards), key=lambda s: (s["split"], s["bucket"], s["part"]))
+    manifest["parts"] = [_part_entry(result) for result in results]
+    manifest["shards"] = entries
+    manifest["totals"] = _totals(results, entries)
+    manifest["dataset_digest"] = shards.dataset_digest(manifest["kind"], manifest["max_len"], entries)
+    files = [file for result in results for file in result.files]
+    for name, content in sorted(tokenizer.files.items()):
+        files.append({"path": f"tokenizer/{name}", **write_file(staging / "tokenizer" / name, content)})
+    stats = _to_json(_stats(manifest, results))
+    files.append({"path": "stats.json", **write_file(staging / "stats.json", stats)})
+    manifest["files"] = sorted(files, key=lambda file: file["path"])
+    write_file(staging / "manifest.json", _to_json(manifest))
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _part_entry(result: PartResult) -> dict[str, Any]:
+    return {
+        "part": result.number,
+        "rows": result.rows,
+        "kept": result.kept,
+        "left_out": dict(sorted(result.left_out.items())),
+        "tokens_in": result.tokens_in,
+        "tokens": result.tokens,
+        "cut": dict(sorted(result.cut.items())),
+        "sequences": result.sequences,
+        "sequence_digest": f"{result.digest:032x}",
+    }
+
+
+def _totals(results: Sequence[PartResult], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "rows": sum(result.rows for result in results),
+        "kept": sum(result.kept for result in results),
+        "left_out": dict(sorted(_sum(result.left_out for result in results).items())),
+        "tokens_in": sum(result.tokens_in for result in results),
+        "tokens": sum(result.tokens for result in results),
+        "cut": dict(sorted(_sum(result.cut for result in results).items())),
+        "loss_tokens": sum(entry["loss_tokens"] for entry in entries),
+        "sequences": sum(result.sequences for result in results),
+        "samples": sum(entry["samples"] for entry in entries),
+        "val_rows": sum(entry["rows"] for entry in entries if entry["split"] == "val"),
+    }
+
+
+def _stats(manifest: dict[str, Any], results: Sequence[PartResult]) -> dict[str, Any]:
+    """The figures of a dataset, as `mm stats` shows them."""
+    kind, totals, entries = manifest["kind"], manifest["totals"], manifest["shards"]
+    characters = sum(result.characters for result in results)
+    counts = np.zeros(manifest["max_len"] + 1, np.int64)
+    for length, count in _sum(result.lengths for result in results).items():
+        counts[length] += count
+    return {
+        "kind": kind,
+        "max_len": manifest["max_len"],
+        "dataset_digest": manifest["dataset_digest"],
+        **totals,
+        "trained_share": totals["loss_tokens"] / max(1, totals["tokens"]),
+        "characters": characters,
+        "characters_per_token": characters / max(1, totals["tokens_in"]),
+        "fill": _fill(kind, entries),
+        "waste": 1 - _fill(kind, entries),
+        "splits": {name: _figures(kind, [e for e in entries if e["split"] == name]) for name in shards.SPLITS},
+        "buckets": {
+            str(bucket): _figures(kind, [e for e in entries if e["bucket"] == bucket]) for bucket in manifest["buckets"]
+        },
+        "lengths": length_figures(counts),
+    }
+
+
+def _figures(kind: str, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
+    return {**{name: sum(entry[name] for entry in entries) for name in names}, "fill": _fill(kind, entries)}
+
+
+def _fill(kind: str, entries: Sequence[dict[str, Any]]) -> float:
+    """The share of positions that hold tokens; a pair has a bucket's length for each of its sides."""
+    positions = sum(entry["samples"] * entry["bucket"] for entry in entries) * (2 if kind == "pair" else 1)
+    return sum(entry["model_tokens"] for entry in entries) / max(1, positions)
+
+
+def length_figures(counts: np.ndarray) -> dict[str, Any]:
+    """Figures of a length distribution. counts: int64 [longest + 1], how many sequences have each length."""
+    total = int(counts.sum())
+    lengths = np.arange(len(counts))
+    reached = np.cumsum(counts)
+    quantiles = {f"p{q}": int(np.searchsorted(reached, max(1, -(-total * q // 100)))) for q in (50, 90, 99)}
+    present = np.flatnonzero(counts)
+    edges = [0, *(2**k for k in range(5, 31) if 2**k < len(counts) - 1), len(counts) - 1]
+    return {
+        "sequences": total,
+        "tokens": int((counts * lengths).sum()),
+        "mean": float((counts * lengths).sum() / max(1, total)),
+        "shortest": int(present[0]) if total else 0,
+        **(quantiles if total else dict.fromkeys(quantiles, 0)),
+        "longest": int(present[-1]) if total else 0,
+        "histogram": [
+            {
+                "up_to": high,
+                "sequences": int(counts[low + 1 : high + 1].sum()),
+                "tokens": int((counts * lengths)[low + 1 : high + 1].sum()),
+            }
+            for low, high in itertools.pairwise(edges)
+        ],
+    }

@@ -1,0 +1,225 @@
+"""A tokenizer's directory in; ids for texts, texts for ids, and the facts other modules need out. Trains small ones too.
+
+Special-token strings in a text stay plain text unless control tokens are asked for: what a user wrote never becomes
+a control id. One native call encodes a batch; ids come back as one flat array.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mmdata.errors import TokenizerError
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """Holds a `tokenizers.Tokenizer` with its special ids, control tokens, chat template and hashes."""
+
+    def __init__(self, dir: Path, files: dict[str, bytes]):
+        self.dir = dir
+        self.files = files
+        self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+        config = _read_config(dir, files.get("tokenizer_config.json", b"{}"))
+        try:
+            self.native = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+        except Exception as error:  # the native library raises bare Exception
+            raise TokenizerError(
+                f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", "copy or download it again"
+            ) from error
+        self.native.no_padding()
+        self.native.no_truncation()
+        self.native.post_processor = None  # it would add tokens and trim offsets; a template writes its own
+        self.special_tokens = {
+            name: token
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (token := _token_text(config.get(name)))
+        }
+        named = [*self.special_tokens.values(), *_extra_tokens(config)]
+        self.native.add_special_tokens([token for token in named if self.native.token_to_id(token) is not None])
+        self.added = self.native.get_added_tokens_decoder()
+        self.control_tokens = {token.content: id for id, token in sorted(self.added.items()) if token.special}
+        self.vocab_size = max(self.native.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_token = self.special_tokens.get("bos_token", "")
+        self.eos_token = self.special_tokens.get("eos_token", "")
+        self.bos_id, self.eos_id, self.pad_id = (
+            self.native.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
+            for name in ("bos_token", "eos_token", "pad_token")
+        )
+        if self.eos_id is None:
+            found = f"its eos token {self.eos_token!r} has no id" if self.eos_token else "it names no eos token"
+            raise TokenizerError(
+                f"tokenizer {dir}: {found}", 'name one of its tokens as "eos_token" in tokenizer_config.json'
+            )
+        self.chat_template = _chat_template(config, files)
+        self.template_sha256 = hashlib.sha256((self.chat_template or CHATML).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, dir: Path) -> "Tokenizer":
+        """Read a tokenizer's directory; TokenizerError when it is missing, unreadable or names no eos token."""
+        files = {}
+        for name in _FILES:
+            try:
+                files[name] = (Path(dir) / name).read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise TokenizerError(
+                    f"{Path(dir) / name}: {error.strerror}", "give the directory that holds tokenizer.json"
+                ) from error
+        if "tokenizer.json" not in files:
+            found = "has no tokenizer.json" if Path(dir).is_dir() else "is not a directory"
+            raise TokenizerError(
+                f"tokenizer {dir} {found}",
+                "give a directory with tokenizer.json and tokenizer_config.json as --tokenizer",
+            )
+        return cls(Path(dir), files)
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether texts between control tokens, encoded one by one, give the joint ids: byte-level, nothing rewritten."""
+        parts = json.loads(self.files["tokenizer.json"])
+        is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
+        return is_plain and parts.get("normalizer") is None and (parts.get("decoder") or {}).get("type") == "ByteLevel"
+
+    def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts in one native call: flat uint32 ids, and int64 ends of each text in them.
+
+        With `control`, special-token strings become control ids; otherwise they stay plain text.
+        """
+        self.native.encode_special_tokens = not control
+        encodings = self.native.encode_batch_fast(list(texts), add_special_tokens=False)
+        lists = [encoding.ids for encoding in encodings]
+        ends = np.cumsum(np.fromiter(map(len, lists), dtype=np.int64, count=len(lists)))
+        total = int(ends[-1]) if lists else 0
+        return np.fromiter(chain.from_iterable(lists), dtype=np.uint32, count=total), ends
+
+    def encode_with_offsets(self, text: str, *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (uint32 [T]) of one text and the characters each stands for (int64 [T, 2], half-open)."""
+        self.native.encode_special_tokens = not control
+        encoding = self.native.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.native.decode([int(id) for id in ids], skip_special_tokens=skip_control)
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each id stands for: int32 [vocab_size]; 0 for control tokens and unused ids."""
+        decoder = (json.loads(self.files["tokenizer.json"]).get("decoder") or {}).get("type")
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, id in self.native.get_vocab(with_added_tokens=True).items():
+            if id in self.added:
+                sizes[id] = 0 if self.added[id].special else len(token.encode())
+            elif decoder == "ByteLevel":  # one printable character a byte
+                sizes[id] = len(token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                sizes[id] = 1
+            else:
+                sizes[id] = len(token.replace("\u2581", " ").encode())
+        return sizes
+
+    def save(self, dir: Path) -> None:
+        """Write byte copies of the files it was loaded from."""
+        dir.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (dir / name).write_bytes(content)
+
+
+def train_bpe(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    control_tokens: Sequence[str],
+    chat_template: str,
+    out_dir: Path,
+    split_digits: bool = True,
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer; the same texts give the same files. Written to `out_dir` and loaded from there.
+
+    The first three control tokens become pad (and unknown), bos and eos, with ids 0, 1 and 2, as in MiniMind's.
+    """
+    assert len(control_tokens) >= 3, "pad, bos and eos"
+    native = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    native.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
+    native.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(control_tokens),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    native.train_from_iterator(texts, trainer)
+    pad, bos, eos = control_tokens[:3]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": pad,
+        "additional_special_tokens": list(control_tokens[3:]),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "chat_template": chat_template,
+    }
+    files = {
+        "tokenizer.json": native.to_str(pretty=False).encode(),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
+    }
+    tokenizer = Tokenizer(out_dir, files)
+    tokenizer.save(out_dir)
+    return tokenizer
+
+
+# What a tokenizer without a chat template gets: one header a message, nothing added.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def _read_config(dir: Path, content: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise TokenizerError(
+            f"{dir / 'tokenizer_config.json'} is not json: {error}", "copy or download it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{dir / 'tokenizer_config.json'} is not an object", "copy or download it again")
+    return config
+
+
+def _token_text(token: Any) -> str:
+    """A special token as configurations write it: a string, or an object with `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _extra_tokens(config: dict[str, Any]) -> list[str]:
+    found = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    return [_token_text(token) for token in (found.values() if isinstance(found, dict) else found)]
+
+
+def _chat_template(config: dict[str, Any], files: dict[str, bytes]) -> str | None:
+    """The template transformers would use: the jinja file, else the configuration's, of several the one named default."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8", errors="replace")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template or None

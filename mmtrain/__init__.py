@@ -1,0 +1,1 @@
+"""From batches to weights: model, losses, the one training loop, checkpoints, chat."""

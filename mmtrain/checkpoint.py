@@ -1,0 +1,237 @@
+"""Everything needed to go on as if never stopped, in RUN/checkpoints/step-N: fp32 weights, optimizer, step, random state.
+
+A checkpoint is written beside, flushed, hashed and renamed: it is complete or not there. Reading verifies the hashes.
+Costs 12 bytes a parameter on disk.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmdata.errors import CheckpointError
+from mmtrain.config import ModelConfig, as_json, model_config_from
+from mmtrain.model import Model
+
+FORMAT_VERSION = 1
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its directory and what its state.json holds."""
+
+    dir: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind these weights."""
+        return self.state["step"]
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The shape of the model."""
+        return model_config_from(self.state["model"])
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the weights file."""
+        return self.state["files"][WEIGHTS]["sha256"]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run it belongs to."""
+        return self.dir.parent.parent
+
+
+def save(
+    run_dir: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write RUN/checkpoints/step-N and remove all but the newest `keep_last`; gives the new directory.
+
+    settings and data are plain JSON values, kept in state.json. On any failure nothing half-written stays.
+    """
+    root = run_dir / "checkpoints"
+    final, temporary = root / f"step-{step}", root / f".step-{step}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, temporary / WEIGHTS)
+        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
+        files = {name: _facts(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        state = {"format_version": FORMAT_VERSION, "step": step, "files": files, "model": as_json(model.config)}
+        (temporary / STATE).write_text(json.dumps({**state, "settings": settings, "data": data}, indent=2))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        replaced = root / f".step-{step}.replaced"
+        if final.exists():  # the same step saved before; never a moment without one
+            final.rename(replaced)
+        temporary.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _directories(run_dir)[keep_last:]:
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step by parameter name, and torch's random state."""
+    tensors = {
+        f"{key}/{name}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights, moments and random state back in place."""
+    load_weights(checkpoint, model)
+    tensors = load_file(checkpoint.dir / OPTIMIZER)
+    torch.set_rng_state(tensors.pop("rng/cpu"))
+    cuda_rng = tensors.pop("rng/cuda", None)
+    if cuda_rng is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_rng)
+    for name, parameter in model.named_parameters():
+        keys = {key.split("/")[0]: key for key in tensors if key.endswith(f"/{name}")}
+        if keys:
+            optimizer.state[parameter] = {part: tensors[key].to(parameter.device) for part, key in keys.items()}
+
+
+def load_weights(checkpoint: Checkpoint, model: Model) -> None:
+    """Copy a checkpoint's weights into a model of the same shape; CheckpointError where names or shapes differ."""
+    try:
+        model.load_state_dict(load_file(checkpoint.dir / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{checkpoint.dir}: its weights do not fit the model: {str(error).splitlines()[-1].strip()}",
+            "train with the shape of this checkpoint, or choose another --init",
+        ) from error
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, ModelConfig, dict[str, Any]]:
+    """The model of a run's newest complete checkpoint, or of the checkpoint directory itself; with its shape and state."""
+    checkpoint = find(path)
+    with torch.device(device):
+        model = Model(checkpoint.model_config)
+    load_weights(checkpoint, model)
+    return model, checkpoint.model_config, checkpoint.state
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, a checkpoint directory or a run; of a run the newest complete one."""
+    if (path / STATE).exists():
+        return open_checkpoint(path)
+    for directory in _directories(path):
+        with contextlib.suppress(CheckpointError):
+            return open_checkpoint(directory)
+    found = "none of its checkpoints is whole" if _directories(path) else "it holds no checkpoint"
+    raise CheckpointError(f"{path}: {found}", "give a run directory of `mm train`, or a checkpoints/step-N inside one")
+
+
+def newer_than(checkpoint: Checkpoint) -> list[Path]:
+    """Checkpoint directories of the same run that `find` has passed over as damaged."""
+    newest_first = _directories(checkpoint.run_dir)
+    return newest_first[: newest_first.index(checkpoint.dir)] if checkpoint.dir in newest_first else []
+
+
+def latest(run_dir: Path) -> Path:
+    """Directory of a run's newest complete checkpoint."""
+    return find(run_dir).dir
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read and verify one checkpoint directory; CheckpointError names the file that is missing or damaged."""
+    fix = "use an older checkpoint of the run, or train again"
+    try:
+        state = json.loads((directory / STATE).read_text())
+        files = state["files"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: no {STATE}; not a complete checkpoint", fix) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / STATE}: not readable ({error})", fix) from error
+    if state["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory}: checkpoint format {state['format_version']}, expected {FORMAT_VERSION}",
+            "use the version of mm that wrote it",
+        )
+    for name, expected in files.items():
+        path = directory / name
+        if not path.exists() or path.stat().st_size != expected["bytes"]:
+            found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
+            raise CheckpointError(f"{path}: expected {expected['bytes']} bytes, found {found}", fix)
+        if _facts(path)["sha256"] != expected["sha256"]:
+            raise CheckpointError(f"{path}: damaged, its sha256 is not the one in {STATE}", fix)
+    return Checkpoint(directory, state)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """A run's run.json; CheckpointError when it is missing or unreadable."""
+    try:
+        return json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{run_dir}: no readable run.json", "give a run directory of `mm train`") from error
+
+
+def find_run(root: Path, stages: Sequence[str]) -> Path | None:
+    """The newest finished run of one of these stages directly under `root`; None where there is none."""
+    found: list[tuple[float, Path]] = []
+    for path in root.glob("*/run.json"):
+        with contextlib.suppress(CheckpointError):
+            run = read_run(path.parent)
+            if run.get("status") == "finished" and run.get("stage") in stages:
+                found.append((run.get("ended", 0.0), path.parent))
+    return max(found)[1] if found else None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a small text file beside its place, flush it and rename it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _directories(run_dir: Path) -> list[Path]:
+    """A run's checkpoint directories, newest first."""
+    steps = [(int(p.name[5:]), p) for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or a directory's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,160 @@
+"""Ranks: who we are, sums over all of us, and starting them. Works alone, under torchrun, and under `launch`.
+
+Gradients and counts are summed by plain all-reduces of one flat tensor, so a rank with fewer micro-batches, or none,
+takes part like any other. A rank that fails ends the others within a minute; its own error is printed first.
+"""
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmdata.errors import MMError, TrainError, UsageError
+
+GRACE_S = 20  # between the first failure and the end of the ranks that still run
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place; gives it back."""
+        if self.size > 1:
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as error:  # gloo notices a closed connection at once
+                raise _lost_rank(self.rank, error) from error
+        return tensor
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def agree(self, error: MMError | None) -> None:
+        """Raise if any rank has an error: on the lowest such rank its own, on the others a quiet exit with its code."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        codes = torch.zeros(self.size, device=self.device)
+        codes[self.rank] = error.exit_code if error is not None else 0
+        failed = self.sum(codes).nonzero()[:, 0].tolist()
+        if failed and failed[0] == self.rank:
+            assert error is not None
+            raise error
+        if failed:
+            raise SystemExit(int(codes[failed[0]].item()))
+
+
+def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
+    return TrainError(
+        f"rank {rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
+        "see the first error above; then go on with --resume",
+    )
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`; a rank takes the CUDA card of its local number."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {name} is unknown", "use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here", "use --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def join(device_name: str) -> World:
+    """Take this process's place, from the environment torchrun and `launch` set; alone where there is none."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        # Its functions take the default group as an argument's default. AdamW imports it at its first step: the group would
+        # then be held until the interpreter ends, and its threads sometimes abort the process there (torch 2.13).
+        importlib.import_module("torch.distributed.nn.functional")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(rank(), size, device)
+
+
+def leave() -> None:
+    """Take down the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank, by its environment; 0 when it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launch(num_processes: int, argv: Sequence[str]) -> int:
+    """Run `argv` (a full command line) as that many ranks on this machine and wait; gives the first failure's exit code.
+
+    All ranks write to our own stdout and stderr. SIGINT and SIGTERM are passed on, and the ranks then save and end; each
+    has a session of its own, or Ctrl-C would reach it twice.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    processes = [
+        subprocess.Popen(
+            argv, env={**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number)}, start_new_session=True
+        )
+        for number in range(num_processes)
+    ]
+
+    def pass_on(number: int, _frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _watch(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def _watch(processes: Sequence[subprocess.Popen]) -> int:
+    """Wait for all ranks; after the first failure the others get GRACE_S to notice it themselves."""
+    deadline, failure = float("inf"), 0
+    while any(process.poll() is None for process in processes):
+        codes = [process.poll() for process in processes]
+        if not failure and any(codes):
+            failure = next(code for code in codes if code)
+            deadline = time.monotonic() + GRACE_S
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    failure = failure or next((process.returncode for process in processes if process.returncode), 0)
+    return failure if failure >= 0 else 128 - failure  # killed by a signal: the shell's convention

@@ -1,0 +1,579 @@
+"""The one training loop: a TrainConfig in, a run directory out. It reads as the story of a step; stages differ in their
+row kind and loss only.
+
+Planning reads and checks everything and writes nothing; then the run starts, steps, and ends finished or interrupted,
+in either case with a checkpoint of its last step.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdata.errors import CheckpointError, DatasetError, MMError, TrainError, UsageError
+from mmdata.loader import Loader
+from mmdata.shards import Dataset, open_dataset
+from mmdata.tokenizer import Tokenizer
+from mmtrain import checkpoint, distributed, metrics, optim, reference
+from mmtrain.batch import to_device
+from mmtrain.checkpoint import Checkpoint
+from mmtrain.config import ModelConfig, Settings, TrainConfig, as_json, resolve, shape_from
+from mmtrain.distributed import World
+from mmtrain.evaluate import evaluate
+from mmtrain.model import Model
+from mmtrain.stages import STAGES, Stage, step_zero_tolerance
+
+# Tokens one rank runs at once unless told: on CPU speed is flat from 1,024 on and memory grows with it (2.8 GB at 104M); on
+# CUDA the 104M model takes about 11 GB (derived from 0.7 MB a token, not measured). The loader counts a pair as two full
+# buckets, of which pairs fill a quarter or less, hence the factor.
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
+PAIR_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. `seconds` and the token counts are of this session; `val` is empty without a val split."""
+
+    run_dir: Path
+    checkpoint: Path
+    stage: str
+    num_params: int
+    first_step: int
+    final_step: int
+    num_steps: int
+    seconds: float
+    train_loss: float | None
+    val: dict[str, float]
+    tokens: int
+    trained_tokens: int
+    num_skipped: int
+    is_interrupted: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as it will be: everything read and checked, nothing written."""
+
+    config: TrainConfig
+    settings: Settings
+    origins: dict[str, str]
+    stage: Stage
+    datasets: Sequence[Dataset]
+    loader: Loader
+    val_loader: Loader
+    shape: ModelConfig
+    num_steps: int
+    init: Checkpoint | None  # the checkpoint of an earlier run it starts from
+    resumed: Checkpoint | None  # its own checkpoint it goes on from
+    init_facts: dict[str, str] | None
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    plan: Plan
+    world: World
+    model: Model
+    optimizer: torch.optim.AdamW
+    gradient: Tensor
+    tokenizer: Tokenizer
+    ref: dict[str, Tensor]
+    log: metrics.Log
+    facts: dict[str, Any]
+    num_skipped: int = 0
+    num_skipped_in_a_row: int = 0
+    last_checkpoint: Path | None = None
+    val: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        """The run directory."""
+        return self.plan.config.out
+
+
+def train(config: TrainConfig, *, say: Callable[[str], None] = metrics.print_line) -> TrainResult:
+    """Train one stage as `config` says, from its start or with `resume` from its newest checkpoint.
+
+    Under torchrun or `distributed.launch` every rank calls this. `say` takes the console lines of the first rank.
+    SIGINT and SIGTERM end the run after the step in progress, saved. MMError for what a user can cause.
+    """
+    world = distributed.join(config.device)
+    plan, error = None, None
+    try:
+        plan = make_plan(config, world)
+    except MMError as found:
+        error = found
+    world.agree(error)
+    assert plan is not None
+    run = _start(plan, world, say if world.is_first and not config.quiet else None)
+    try:
+        with StopSignals() as stop:
+            result = _run_steps(run, stop)
+    except BaseException:
+        _write_facts(run, status="failed")
+        raise
+    finally:
+        run.log.close()
+    status = "interrupted" if result.is_interrupted else "finished"
+    news = {"final_step": result.final_step, "result": _plain(asdict(result))}
+    _write_facts(run, status=status, **(news if result.final_step > result.first_step else {}))
+    world.wait()
+    distributed.leave()
+    return result
+
+
+class StopSignals:
+    """While open, SIGINT and SIGTERM only set `is_set`; the same signal once more acts as it always does."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        except ValueError:  # not the main thread: signals are somebody else's
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+        signal.signal(number, self._before[number])
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def make_plan(config: TrainConfig, world: World) -> Plan:
+    """Read and check datasets, checkpoints and settings. MMError names what does not fit and what helps; writes nothing."""
+    if config.stage not in STAGES:
+        raise UsageError(f"stage {config.stage} is unknown", f"use one of {', '.join(STAGES)}")
+    stage = STAGES[config.stage]
+    resumed = _find_resumed(config)
+    saved = resumed.state["settings"] if resumed else None
+    if saved and saved["stage"] != stage.name:
+        raise CheckpointError(f"{config.out} is a {saved['stage']} run", f"mm train {saved['stage']} --resume")
+    paths = config.data or tuple(Path(path) for path in (resumed.state["data"]["dirs"] if resumed else ()))
+    datasets = _open_datasets(stage, paths)
+    init = None if resumed else _find_init(config, stage)
+    micro_tokens = MICRO_TOKENS[world.device.type] * (PAIR_FACTOR if stage.kind == "pair" else 1)
+    defaults = {**stage.defaults, "micro_tokens": micro_tokens} | ({"model": None} if init else {})
+    settings, origins = resolve(config, defaults, saved)
+    source = resumed or init
+    if source:
+        _check_fits(source, datasets)
+    shape = source.model_config if source else shape_from(str(settings.model), datasets[0].vocab_size)
+    if datasets[0].max_len > shape.max_positions:
+        raise DatasetError(
+            f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
+            f"pack with --max-len {shape.max_positions}",
+        )
+    loader, val_loader = (
+        Loader(
+            datasets,
+            split=split,
+            batch_tokens=settings.batch_tokens,
+            micro_tokens=settings.micro_tokens,
+            seed=settings.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        for split in ("train", "val")
+    )
+    if not loader.num_samples:
+        raise DatasetError(f"{paths[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
+    if resumed and resumed.state["data"]["digest"] != loader.digest:
+        raise CheckpointError(
+            f"{config.out} was trained on dataset {resumed.state['data']['digest'][:12]}, "
+            f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
+            f"resume with the same data (--data {' --data '.join(resumed.state['data']['dirs'])}), or start a new --out",
+        )
+    num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
+    facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
+    init_facts = resumed.state["data"]["init"] if resumed else facts
+    return Plan(
+        config, settings, origins, stage, datasets, loader, val_loader, shape, num_steps, init, resumed, init_facts
+    )
+
+
+def _find_resumed(config: TrainConfig) -> Checkpoint | None:
+    """The run's own newest checkpoint when resuming; None for a new run or one that ended before its first checkpoint."""
+    if not (config.out / "run.json").exists():
+        if config.resume and config.out.exists():
+            raise CheckpointError(f"{config.out} is not a run", "leave --resume out to start one in a new --out")
+        return None
+    if not config.resume:
+        raise UsageError(f"{config.out} already holds a run", "add --resume to go on, or choose another --out")
+    if config.init is not None:
+        raise UsageError("--init starts a run, --resume goes on with one", "leave one of them out")
+    return checkpoint.find(config.out) if any(config.out.glob("checkpoints/step-*")) else None
+
+
+def _open_datasets(stage: Stage, paths: Sequence[Path]) -> list[Dataset]:
+    """Open the datasets, all of the stage's row kind."""
+    if not paths:
+        raise UsageError("no dataset given", f"mm train {stage.name} --data shards/NAME")
+    datasets = [open_dataset(path) for path in paths]
+    for dataset in datasets:
+        if dataset.kind != stage.kind:
+            right = next(other.name for other in STAGES.values() if other.kind == dataset.kind)
+            raise DatasetError(
+                f"{dataset.dir} holds {dataset.kind} rows; {stage.name} trains on {stage.kind} rows",
+                f"mm train {right} --data {dataset.dir}",
+            )
+    return datasets
+
+
+def _find_init(config: TrainConfig, stage: Stage) -> Checkpoint | None:
+    """The checkpoint a new run starts from: as given, else of the newest finished run of the stages before; None for new
+    weights."""
+    if config.init is not None:
+        if config.model is not None:
+            raise UsageError("--model is for new weights; with --init the checkpoint gives the shape", "leave one out")
+        return checkpoint.find(config.init)
+    if config.model is not None and stage.name != "dpo":
+        return None
+    found = checkpoint.find_run(config.runs_dir, stage.starts_from)
+    if found is None and stage.starts_from:
+        before = stage.starts_from[-1]
+        raise CheckpointError(
+            f"{stage.name} starts from a finished {' or '.join(stage.starts_from)} run; {config.runs_dir} holds none",
+            f"mm train {stage.starts_from[0]} first, or name one with --init"
+            + ("" if before == "sft" and stage.name == "dpo" else ", or --model demo for new weights"),
+        )
+    return checkpoint.find(found) if found else None
+
+
+def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
+    """A checkpoint and its data must share the tokenizer, and its vocabulary must have room."""
+    for dataset in datasets:
+        if dataset.tokenizer_sha256 != source.state["data"]["tokenizer_sha256"]:
+            raise CheckpointError(
+                f"{dataset.dir} was packed with another tokenizer than {source.run_dir} was trained with",
+                f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
+            )
+        if dataset.vocab_size > source.model_config.vocab_size:
+            raise CheckpointError(
+                f"{dataset.dir} has {dataset.vocab_size:,} ids, the model of {source.run_dir} only "
+                f"{source.model_config.vocab_size:,}",
+                f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
+            )
+
+
+# --- the start ------------------------------------------------------------------------------------------------------
+
+
+def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
+    """Make the run directory, the model and, for pairs, the reference's logps."""
+    config, settings = plan.config, plan.settings
+    torch.set_float32_matmul_precision("high")  # TF32 where the card has it; the CPU computes fp32 as ever
+    tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
+    if world.is_first:
+        config.out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(config.out / "tokenizer")
+    world.wait()
+    torch.manual_seed(settings.seed)
+    model = Model(plan.shape)
+    if plan.init:
+        checkpoint.load_weights(plan.init, model)
+    model.to(world.device)
+    optimizer = optim.adamw(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    first_step = 0
+    if plan.resumed:
+        checkpoint.restore(plan.resumed, model, optimizer)
+        first_step = plan.resumed.step
+    log_dir = config.out if world.is_first else None
+    log = metrics.Log(log_dir, num_steps=plan.num_steps, first_step=first_step, log_every=config.log_every, say=say)
+    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, {})
+    run.last_checkpoint = plan.resumed.dir if plan.resumed else None
+    run.facts = _first_facts(plan, world, model)
+    _write_facts(run, status="running")
+    _say_start(run)
+    if plan.stage.kind == "pair":
+        run.ref = _reference_logps(run)
+    return run
+
+
+def _say_start(run: Run) -> None:
+    """Say what is about to happen, and what has been passed over."""
+    plan, loader = run.plan, run.plan.loader
+    source = plan.resumed or plan.init
+    begin = f"from {source.run_dir} (step {source.step})" if source else f"from new weights ({plan.settings.model})"
+    ranks = f" on {run.world.size} ranks" if run.world.size > 1 else ""
+    run.log.say(
+        f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {loader.num_samples:,} samples and "
+        f"{loader.tokens_per_epoch:,} tokens an epoch, {plan.num_steps:,} steps, {run.world.device.type}{ranks}"
+    )
+    if plan.resumed:
+        for damaged in checkpoint.newer_than(plan.resumed):
+            run.log.say(f"{damaged} is damaged: going on from step {plan.resumed.step} instead")
+    if not plan.val_loader.num_samples:
+        run.log.say("the val split is empty: no held-out figures")
+
+
+def _reference_logps(run: Run) -> dict[str, Tensor]:
+    """The reference's logps by split: of the weights the run starts from, computed before its first step, else read."""
+    plan, path = run.plan, run.out / reference.FILE
+    loaders = {"train": plan.loader, "val": plan.val_loader}
+    assert plan.init_facts is not None
+    key = reference.key_of(plan.init_facts["weights_sha256"], loaders, autocast_dtype(run.world.device))
+    if plan.resumed:
+        return reference.load(path, key)
+    begun = time.monotonic()
+    with autocast(run.world.device):
+        logps = {split: reference.compute(run.model, loader, run.world) for split, loader in loaders.items()}
+    if run.world.is_first:
+        reference.save(path, logps, key)
+    run.log.say(f"reference logps of {plan.loader.num_samples:,} pairs in {metrics.duration(time.monotonic() - begun)}")
+    return {split: values.cpu() for split, values in logps.items()}
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: bf16 on cards that have it, else fp32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """The precision forward passes run in; weights and sums stay fp32."""
+    dtype = autocast_dtype(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# --- the steps ------------------------------------------------------------------------------------------------------
+
+
+def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
+    """Step until the plan is done or a signal came; validate and save on the way and at the end."""
+    settings, num_steps = run.plan.settings, run.plan.num_steps
+    first_step = step = run.plan.resumed.step if run.plan.resumed else 0
+    begun, totals, loss = time.monotonic(), [0, 0], None
+    is_stopping = False
+    run.log.start_clock()
+    while step < num_steps and not is_stopping:
+        record, is_stopping = _run_step(run, step, stop)
+        step += 1
+        loss = record["loss"]
+        totals = [totals[0] + record["tokens"], totals[1] + record["trained_tokens"]]
+        run.log.step(record)
+        is_last = step == num_steps
+        if is_last or (settings.val_every and step % settings.val_every == 0):
+            _validate(run, step)
+        if is_last or is_stopping or (settings.save_every and step % settings.save_every == 0):
+            _save(run, step)
+    assert run.last_checkpoint is not None
+    return TrainResult(
+        run_dir=run.out,
+        checkpoint=run.last_checkpoint,
+        stage=run.plan.stage.name,
+        num_params=run.plan.shape.num_params,
+        first_step=first_step,
+        final_step=step,
+        num_steps=num_steps,
+        seconds=time.monotonic() - begun,
+        train_loss=loss,
+        val=run.val,
+        tokens=totals[0],
+        trained_tokens=totals[1],
+        num_skipped=run.num_skipped,
+        is_interrupted=step < num_steps,
+    )
+
+
+def _run_step(run: Run, step: int, stop: StopSignals) -> tuple[dict[str, Any], bool]:
+    """One optimizer step: batch, forward, loss, backward, sum over ranks, clip, update. Gives its record and whether any
+    rank was asked to stop."""
+    begun = time.monotonic()
+    settings, stage = run.plan.settings, run.plan.stage
+    sums = _accumulate(run, step)
+    asked = torch.tensor([float(stop.is_set)], dtype=torch.float64, device=run.world.device)
+    *figures, num_stops = run.world.sum(torch.cat([sums, asked])).tolist()
+    run.world.sum(run.gradient)
+    loss, count, tokens, trained, *others = figures
+    means = dict(
+        zip(("loss", *stage.figures), (x / count if count else math.nan for x in (loss, *others)), strict=True)
+    )
+    if step == 0 and count and math.isfinite(loss):
+        _agree_on(run.world, partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device))))
+    lr = optim.learning_rate(
+        step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
+    )
+    norm = _update(run, step, lr, means["loss"], count)
+    seconds = time.monotonic() - begun
+    record = {
+        "step": step + 1,
+        "epoch": round((step + 1) / run.plan.loader.steps_per_epoch, 4),
+        **means,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": int(tokens),
+        "trained_tokens": int(trained),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "skipped": run.num_skipped,
+    }
+    return record, num_stops > 0
+
+
+def _accumulate(run: Run, step: int) -> Tensor:
+    """Forward and backward of this rank's micro-batches; gradients add up in `run.gradient`.
+
+    Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures.
+    """
+    stage, device = run.plan.stage, run.world.device
+    sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
+    run.gradient.zero_()
+    for micro in run.plan.loader.batch(step):
+        batch = to_device(micro, device)
+        ref = run.ref["train"][batch.samples].to(device) if run.ref else None
+        with autocast(device):
+            outcome = stage.loss(run.model, batch, ref, run.plan.settings.beta)
+        outcome.loss.backward()
+        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64, device=device)
+        figures = [outcome.figures[name].double().view(1) for name in stage.figures]
+        sums += torch.cat([outcome.loss.detach().double().view(1), counts, *figures])
+    return sums
+
+
+def _update(run: Run, step: int, lr: float, loss: float, count: float) -> float:
+    """Apply the summed gradient; gives its norm. A step without trained tokens changes nothing; one that is not finite
+    is skipped and counted, and too many in a row end the run."""
+    if not count:
+        return math.nan
+    norm, is_taken = math.nan, False
+    if math.isfinite(loss):
+        norm, is_taken = optim.update(run.optimizer, run.gradient, lr=lr, count=count, clip=run.plan.settings.clip)
+    if is_taken:
+        run.num_skipped_in_a_row = 0
+        return norm
+    run.num_skipped += 1
+    run.num_skipped_in_a_row += 1
+    run.log.say(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped, the weights stay as they are")
+    if run.num_skipped_in_a_row >= run.plan.settings.max_skipped:
+        good = run.last_checkpoint or "none"
+        error = TrainError(
+            f"step {step + 1}: {run.num_skipped_in_a_row} steps in a row were not finite; last good checkpoint: {good}",
+            "start again with a smaller --lr or more --warmup",
+        )
+        run.world.agree(error)
+    return norm
+
+
+def _agree_on(world: World, check: Callable[[], None]) -> None:
+    """Run a check on all ranks; one of them raises what it finds."""
+    error = None
+    try:
+        check()
+    except MMError as found:
+        error = found
+    world.agree(error)
+
+
+def _validate(run: Run, step: int) -> None:
+    """Measure the val split and write a line of val_ figures; nothing when it is empty."""
+    if not run.plan.val_loader.num_samples:
+        return
+    with autocast(run.world.device):
+        run.val = evaluate(
+            run.model,
+            run.plan.val_loader,
+            run.tokenizer,
+            world=run.world,
+            reference=run.ref.get("val"),
+            beta=run.plan.settings.beta,
+        )
+    if run.val:
+        run.log.val({"step": step} | {f"val_{name}": value for name, value in run.val.items()})
+
+
+def _save(run: Run, step: int) -> None:
+    """Write the checkpoint of `step` on the first rank; the others wait."""
+    plan = run.plan
+    if run.world.is_first:
+        data = {
+            "digest": plan.loader.digest,
+            "dirs": [str(dataset.dir) for dataset in plan.datasets],
+            "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
+            "init": plan.init_facts,
+        }
+        checkpoint.save(
+            run.out,
+            run.model,
+            run.optimizer,
+            step=step,
+            settings={"stage": plan.stage.name} | as_json(plan.settings),
+            data=data,
+            keep_last=plan.settings.keep_last,
+        )
+    run.last_checkpoint = run.out / "checkpoints" / f"step-{step}"
+    run.world.wait()
+
+
+# --- run.json -------------------------------------------------------------------------------------------------------
+
+
+def _first_facts(plan: Plan, world: World, model: Model) -> dict[str, Any]:
+    """What run.json says from the start. A resumed run keeps what it said before and adds when it went on."""
+    now = time.time()
+    if plan.resumed:
+        facts = checkpoint.read_run(plan.config.out)
+        again = {"step": plan.resumed.step, "time": now, "world_size": world.size, "device": str(world.device)}
+        return facts | {"resumed": [*facts.get("resumed", []), again]}
+    return {
+        "stage": plan.stage.name,
+        "status": "running",
+        "started": now,
+        "settings": {
+            name: {"value": value, "from": plan.origins[name]} for name, value in as_json(plan.settings).items()
+        },
+        "model": as_json(plan.shape),
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "num_steps": plan.num_steps,
+        "init": plan.init_facts,
+        "data_digest": plan.loader.digest,
+        "data": [{"dir": str(d.dir), "kind": d.kind, "digest": d.digest} for d in plan.datasets],
+        "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
+        "device": str(world.device),
+        "precision": str(autocast_dtype(world.device)).removeprefix("torch."),
+        "world_size": world.size,
+        "versions": {name: _version(name) for name in ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")},
+    }
+
+
+def _write_facts(run: Run, **changes: Any) -> None:
+    """Bring run.json up to date; `ended` is set with every status but running."""
+    if not run.world.is_first:
+        return
+    run.facts |= changes
+    if run.facts["status"] != "running":
+        run.facts["ended"] = time.time()
+    checkpoint.write_atomic(run.out / "run.json", json.dumps(run.facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as strings, what is not finite as null."""
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,76 @@
+"""Small jsonl files of all three row kinds and a tokenizer for them, for the tests of packing, shards and loader."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdata.pipeline import PackResult, pack
+from mmdata.tokenizer import CHATML, train_bpe
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WORDS = (
+    "tide", "灯塔", "harbour", "绳子", "rope", "sail", "海图", "compass", "风", "wind", "anchor", "船", "boat", "gull", "雾", "fog", "bell", "码头", "pier", "oar",
+)  # fmt: skip
+
+
+def words(draw: random.Random, most: int) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
+
+
+def document(draw: random.Random) -> dict[str, Any]:
+    return {"text": words(draw, 60 if draw.random() < 0.9 else 900)}
+
+
+def conversation(draw: random.Random) -> dict[str, Any]:
+    roles = ["user", "assistant"] * draw.randint(1, 3)
+    return {"conversations": [{"role": role, "content": words(draw, 14)} for role in roles]}
+
+
+def pair(draw: random.Random) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": words(draw, 10)}]
+    sides = [[*prompt, {"role": "assistant", "content": f"{name} {words(draw, 12)}"}] for name in ("yes", "no")]
+    if draw.random() < 0.3:  # a second turn: its user message is not trained
+        more = [{"role": "user", "content": words(draw, 4)}, {"role": "assistant", "content": words(draw, 5)}]
+        sides[0] += more
+    return {"chosen": sides[0], "rejected": sides[1]}
+
+
+MAKERS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "document": document,
+    "conversation": conversation,
+    "pair": pair,
+}
+
+
+def write_rows(path: Path, kind: str, count: int, seed: int = 0) -> Path:
+    """A jsonl file of `count` rows of a kind."""
+    draw = random.Random(seed)
+    path.write_text("".join(json.dumps(MAKERS[kind](draw), ensure_ascii=False) + "\n" for _ in range(count)))
+    return path
+
+
+@pytest.fixture(scope="session", name="tokenizer_dir")
+def fixture_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 tokens with the plain ChatML template."""
+    out = tmp_path_factory.mktemp("tokenizer")
+    draw = random.Random(1)
+    texts = (words(draw, 60) for _ in range(100))
+    train_bpe(texts, vocab_size=400, control_tokens=CONTROL, chat_template=CHATML, out_dir=out)
+    return out
+
+
+@pytest.fixture(scope="session", name="packed")
+def fixture_packed(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> dict[str, PackResult]:
+    """For each kind 300 rows in several parts, packed with buckets 512 and 640 (and documents long enough for both)."""
+    root = tmp_path_factory.mktemp("packed")
+    results = {}
+    for kind in MAKERS:
+        path = write_rows(root / f"{kind}.jsonl", kind, 300)
+        results[kind] = pack(
+            [path], root / kind, tokenizer_dir=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000
+        )
+    return results

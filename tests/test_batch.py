@@ -1,0 +1,73 @@
+"""Micro-batches become tensors: positions restart, padding and first tokens never carry loss, packing changes no loss."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mmdata.loader import MicroBatch
+from mmtrain.batch import logps_of, to_device, token_logps_of
+from mmtrain.config import PRESETS
+from mmtrain.model import Model
+
+CPU = torch.device("cpu")
+
+
+def micro(lengths: list[int], spans: list[tuple[int, int, int]], seed: int = 1) -> MicroBatch:
+    """Sequences of these lengths; spans are (sequence, begin, end) of trained tokens."""
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
+    mask = np.zeros(cu_seqlens[-1], np.uint8)
+    for sequence, begin, end in spans:
+        mask[cu_seqlens[sequence] + begin : cu_seqlens[sequence] + end] = 1
+    ids = np.random.default_rng(seed).integers(0, 97, len(mask), dtype=np.int32)
+    return MicroBatch(ids, mask, cu_seqlens, max(lengths), np.arange(1), int(mask.sum()))
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    model = Model(replace(PRESETS["tiny"], vocab_size=97))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def test_positions_restart_and_trained_tokens_know_their_sequence() -> None:
+    batch = to_device(micro([3, 2, 4], [(0, 1, 3), (2, 2, 3)]), CPU)
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert batch.trained.tolist() == [1, 2, 7] and batch.sequence_ids.tolist() == [0, 0, 2]
+    assert (batch.num_sequences, batch.num_tokens, batch.num_trained) == (3, 9, 3)
+
+
+def test_a_first_token_is_never_trained() -> None:
+    with pytest.raises(AssertionError, match="first token"):
+        to_device(micro([3, 3], [(1, 0, 2)]), CPU)
+
+
+def test_packed_loss_equals_padded_loss(model: Model) -> None:
+    """Every document alone, its loss from all its logits in float64, as a padded row would give."""
+    lengths = [5, 17, 1, 9, 5]
+    packed = micro(lengths, [(i, 1, n) for i, n in enumerate(lengths) if n > 1])
+    loss = -token_logps_of(model, to_device(packed, CPU)).sum()
+    expected = 0.0
+    for begin, end in zip(packed.cu_seqlens, packed.cu_seqlens[1:], strict=False):
+        ids = torch.from_numpy(packed.ids[begin:end].astype(np.int64))
+        length = len(ids)
+        hidden = model(ids, torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length).double()
+        log_softmax = (hidden @ model.head_weight.double().T).log_softmax(-1)
+        expected -= log_softmax[:-1].gather(1, ids[1:, None]).sum().item()
+    assert abs(loss.item() - expected) < 1e-5 * expected
+
+
+def test_logps_are_sums_over_a_sequences_trained_tokens(model: Model) -> None:
+    batch = to_device(micro([6, 8], [(0, 2, 5), (1, 4, 8)]), CPU)
+    tokens = token_logps_of(model, batch)
+    assert torch.allclose(logps_of(model, batch), torch.stack([tokens[:3].sum(), tokens[3:].sum()]))
+
+
+def test_no_trained_tokens_give_no_gradient_and_no_nan(model: Model) -> None:
+    loss = token_logps_of(model, to_device(micro([6, 8], []), CPU)).sum()
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

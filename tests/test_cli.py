@@ -1,0 +1,249 @@
+"""What a person at the terminal meets: every command end to end on small data, and every mistake answered in two lines."""
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import train_data
+
+import cli
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command's exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[[str], Ran]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as a user has one: data/*.jsonl and data/tokenizer."""
+    root = tmp_path_factory.mktemp("made")
+    train_data.make(root / "source")
+    data = root / "data"
+    data.mkdir()
+    for stage, name in (("pretrain", "pretrain_hq"), ("sft", "sft_512"), ("dpo", "dpo")):
+        shutil.copy(root / "source" / f"{stage}.jsonl", data / f"{name}.jsonl")
+    shutil.copytree(root / "source" / "tokenizer", data / "tokenizer")
+    return root
+
+
+@pytest.fixture
+def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of it, as the current directory."""
+    shutil.copytree(made / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process, through the same entry as the `mm` script."""
+
+    def run(line: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["mm", *shlex.split(line)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        written = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), written.out, written.err)
+
+    return run
+
+
+def fine(ran: Ran) -> Ran:
+    assert ran.code == 0, ran.err
+    assert "Traceback" not in ran.err
+    return ran
+
+
+def refused(ran: Ran, *words: str) -> Ran:
+    """One error line, one fix line, no traceback, an exit code that says so."""
+    assert ran.code != 0, ran.out
+    lines = ran.err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, ran.err
+    assert lines[lines.index(errors[0]) + 1].startswith("fix: "), ran.err
+    assert "Traceback" not in ran.err
+    for word in words:
+        assert word in ran.err, ran.err
+    return ran
+
+
+def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) -> None:
+    """`mm pack --max-len 1024`, `mm train …` without further arguments find what the one before made."""
+    packed = fine(mm("pack --max-len 1024"))
+    assert packed.out.count("kept ") == 3 and "next: mm train" in packed.err
+    fine(mm("verify shards/pretrain_hq shards/sft_512 shards/dpo"))
+    assert fine(mm("train pretrain --model tiny --steps 3 --quiet")).err.endswith("next: mm train sft\n")
+    fine(mm("train sft --steps 2 --quiet"))
+    fine(mm("train sft --steps 2 --quiet"))
+    assert json.loads((home / "runs/sft-2/run.json").read_text())["init"]["dir"].endswith(
+        "runs/sft-1/checkpoints/step-2"
+    )
+    ran = fine(mm("train dpo --steps 2 --json --quiet"))
+    assert json.loads(ran.out)["final_step"] == 2
+    answer = json.loads(fine(mm("chat --prompt 'one and two?' --max-new-tokens 5 --json")).out)
+    assert answer["prompt"] == "one and two?" and isinstance(answer["answer"], str)
+    assert fine(mm("chat runs/sft-1 --prompt hello --max-new-tokens 3")).out.endswith("\n")
+
+
+def test_packing_again_has_nothing_to_do(home: Path, mm: Run) -> None:
+    fine(mm("pack data/sft_512.jsonl"))
+    before = (home / "shards/sft_512/manifest.json").read_bytes()
+    assert "up to date" in fine(mm("pack data/sft_512.jsonl")).out
+    assert (home / "shards/sft_512/manifest.json").read_bytes() == before
+
+
+def test_show_gives_programs_every_row_in_source_order(home: Path, mm: Run) -> None:
+    fine(mm("pack"))
+    for name in ("pretrain_hq", "sft_512", "dpo"):
+        rows = [json.loads(line) for line in fine(mm(f"show shards/{name} --split all --json")).out.splitlines()]
+        assert [row["line"] for row in rows] == list(range(1, 241))
+        for row in rows:
+            for ids, mask in (
+                ("input_ids", "loss_mask"),
+                ("chosen_ids", "chosen_mask"),
+                ("rejected_ids", "rejected_mask"),
+            ):
+                if ids in row:
+                    assert len(row[ids]) == len(row[mask])
+                    assert set(row[mask]) <= {0, 1}
+
+
+def test_show_marks_the_trained_tokens(home: Path, mm: Run) -> None:
+    fine(mm("pack"))
+    shown = fine(mm("show shards/sft_512 --index 0")).out
+    assert "assistant\n⟦" in shown and "<|im_end|>\n⟧" in shown
+    first = json.loads((home / "data/sft_512.jsonl").read_text().splitlines()[0])
+    preview = fine(mm("show data/sft_512.jsonl --ids")).out
+    assert f"⟦{first['conversations'][1]['content']}<|im_end|>\n⟧" in preview and "input_ids: " in preview
+
+
+def test_stats_agree_between_terminal_and_json(home: Path, mm: Run) -> None:
+    fine(mm("pack data/sft_512.jsonl"))
+    figures = json.loads(fine(mm("stats shards/sft_512 --json")).out)["shards/sft_512"]
+    printed = fine(mm("stats shards/sft_512")).out
+    for key in ("rows", "tokens", "loss_tokens"):
+        assert f"{figures[key]:,}" in printed
+    raw = json.loads(fine(mm("stats data/sft_512.jsonl --json")).out)["data/sft_512.jsonl"]
+    assert (raw["rows"], raw["tokens"]) == (figures["rows"], figures["tokens_in"])
+
+
+def test_validate_counts_every_bad_row_with_its_line(home: Path, mm: Run) -> None:
+    path = home / "data/sft_512.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"conversations": []}\nnot json\n\xff\xfe\n')
+    found = json.loads(fine(mm("validate data/sft_512.jsonl --json")).out)[0]
+    assert found["reasons"] == {"no messages": 1, "not json": 1, "bad UTF-8": 1}
+    assert [found["places"][reason][0]["line"] for reason in ("no messages", "not json", "bad UTF-8")] == [
+        241,
+        242,
+        243,
+    ]
+    printed = fine(mm("validate data/sft_512.jsonl"))
+    assert "no messages" in printed.out and "241" in printed.out
+    refused(mm("validate data/sft_512.jsonl --on-bad fail"), "sft_512.jsonl line 241")
+    refused(mm("pack data/sft_512.jsonl --on-bad fail"), "sft_512.jsonl line 241")
+    packed = fine(mm("pack data/sft_512.jsonl"))
+    assert "left out 3" in packed.out
+    assert len((home / "shards/sft_512/rejected/part-00000.jsonl").read_text().splitlines()) == 3
+    refused(mm("pack data/sft_512.jsonl --max-bad 1%"), "1.00%")
+    refused(mm("pack data/sft_512.jsonl --max-bad 'not json=0'"), "not json")
+    refused(mm("validate data/sft_512.jsonl --max-bad 5%,no-such=1%"), "no-such")
+
+
+def left_behind(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "shards").glob("*")) if (home / "shards").exists() else []
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "empty"),
+        (b"\n \n", "empty"),
+        (b"this is not jsonl\n" * 9, "not json"),
+        (b'{"other": 1}\n' * 9, "unknown fields"),
+    ],
+    ids=["empty", "blank", "not jsonl", "no known field"],
+)
+def test_a_file_without_rows_is_refused_and_nothing_is_left(home: Path, mm: Run, content: bytes, word: str) -> None:
+    (home / "data/bad.jsonl").write_bytes(content)
+    for command in ("pack", "validate", "stats"):
+        refused(mm(f"{command} data/bad.jsonl"), "bad.jsonl", word)
+    assert left_behind(home) == []
+
+
+def test_missing_inputs_are_named(home: Path, mm: Run) -> None:
+    refused(mm("pack data/none.jsonl"), "data/none.jsonl")
+    refused(mm("pack data/sft_512.jsonl --tokenizer nowhere"), "nowhere")
+    refused(mm("verify shards/none"), "shards/none")
+    refused(mm("stats shards"), "shards")
+    refused(mm("show data/sft_512.jsonl --index 9999"), "9999")
+    refused(mm("chat"), "runs")
+    refused(mm("chat data"), "data")
+    refused(mm("train sft"), "shards")
+    refused(mm("train nonsense"), "nonsense")
+    shutil.rmtree(home / "data/tokenizer")
+    refused(mm("pack data/sft_512.jsonl"), "tokenizer")
+    shutil.rmtree(home / "data")
+    refused(mm("pack"), "data")
+    refused(mm("validate"), "data")
+
+
+def test_a_stage_refuses_what_does_not_fit_it(home: Path, mm: Run) -> None:
+    fine(mm("pack"))
+    refused(mm("train pretrain --model tiny --data shards/dpo"), "mm train dpo")
+    refused(mm("train sft --data shards/sft_512"), "pretrain")
+    refused(mm("train pretrain --model nonsense"), "nonsense")
+    refused(mm("train pretrain --model tiny --resume"), "resume")
+    fine(mm("train pretrain --model tiny --steps 1 --quiet"))
+    refused(mm("train pretrain --model tiny --steps 1 --out runs/pretrain-1"), "--resume")
+    refused(mm("train sft --init runs/pretrain-1 --model tiny"), "--model")
+
+
+def test_a_damaged_shard_is_named(home: Path, mm: Run) -> None:
+    fine(mm("pack data/sft_512.jsonl"))
+    shard = next((home / "shards/sft_512/train").rglob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    ran = refused(mm("verify shards/sft_512"), str(shard.relative_to(home / "shards/sft_512")))
+    assert ran.code == 1
+    shard.write_bytes(content[:-100])
+    refused(mm("stats shards/sft_512"), shard.name)
+    refused(mm("train sft --model tiny --data shards/sft_512"), shard.name)
+
+
+def test_a_directory_that_is_no_dataset_is_never_replaced(home: Path, mm: Run) -> None:
+    (home / "precious").mkdir()
+    (home / "precious/thesis.txt").write_text("mine")
+    refused(mm("pack data/sft_512.jsonl --out precious"), "precious")
+    assert (home / "precious/thesis.txt").read_text() == "mine"
+
+
+def test_one_bad_file_does_not_stop_the_others(home: Path, mm: Run) -> None:
+    (home / "data/a.jsonl").write_text(
+        '{"conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]}\n'
+    )
+    ran = refused(mm("pack"), "a.jsonl")
+    assert left_behind(home) == ["dpo", "pretrain_hq", "sft_512"] and ran.out.count("wrote ") == 3
+
+
+def test_every_command_has_an_example_in_its_help(mm: Run) -> None:
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {"fetch", "validate", "pack", "show", "verify", "stats", "train", "chat"} <= set(commands)
+    for name in commands:
+        shown = fine(mm(f"{name} --help")).out
+        assert f"Example: mm {name}" in shown, name

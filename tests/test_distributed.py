@@ -1,0 +1,148 @@
+"""Several ranks train like one, whatever the cut; and when one fails, all end and its error is heard first."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_data import Data, make
+
+from mmdata.errors import UsageError
+from mmtrain import checkpoint
+from mmtrain.config import TrainConfig
+from mmtrain.distributed import World, choose_device, launch
+from mmtrain.loop import train
+
+# One rank: train as the first argument says; on the rank of the second argument raise at step 3.
+RANK = """
+import sys, torch
+from pathlib import PosixPath
+from mmdata.errors import MMError
+from mmtrain import distributed, loop
+from mmtrain.config import TrainConfig
+torch.set_num_threads(1)
+run_step = loop._run_step
+def step(run, step, stop):
+    if step == 3 and sys.argv[2] == str(run.world.rank):
+        raise MMError("the injected error")
+    if step == 3 and sys.argv[2] == "sigterm" and run.world.rank == 1:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+    return run_step(run, step, stop)
+loop._run_step = step
+try:
+    loop.train(eval(sys.argv[1]))
+except MMError as error:
+    sys.stderr.write(f"error on rank {distributed.rank()}: {error.message}\\n")
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Small packed datasets of all three row kinds."""
+    return make(tmp_path_factory.getbasetemp() / "train_data")
+
+
+def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainConfig:
+    base: dict[str, Any] = {"steps": 6, "lr": 2e-3, "device": "cpu", "val_every": 3, "save_every": 2, "quiet": True}
+    base |= {"batch_tokens": 128 * 23, "micro_tokens": 512, "runs_dir": out.parent}  # the second step holds one pack
+    return TrainConfig(stage, (getattr(data, stage),), out, **(base | settings))
+
+
+def run_ranks(config: TrainConfig, num_ranks: int = 2, inject: str = "") -> subprocess.CompletedProcess:
+    """`launch` in a process of its own, so that its output can be read."""
+    argv = [sys.executable, "-c", RANK, repr(config), inject]
+    code = f"import sys\nfrom mmtrain.distributed import launch\nsys.exit(launch({num_ranks}, {argv!r}))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=100
+    )
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in found]
+
+
+def assert_alike(one: Path, other: Path, tolerance: float = 1e-6) -> None:
+    for a, b in zip(lines(one), lines(other), strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance), (a, b)
+    weights, others = (checkpoint.load_model(run)[0].state_dict() for run in (one, other))
+    for name, values in weights.items():
+        assert (values - others[name]).norm() < 10 * tolerance * values.norm(), name
+
+
+def test_two_ranks_train_like_one(data: Data, tmp_path: Path) -> None:
+    one, two = (config_of("pretrain", data, tmp_path / name, model="tiny") for name in ("one", "two"))
+    train(one)
+    done = run_ranks(two)
+    assert done.returncode == 0, done.stderr
+    assert_alike(one.out, two.out)
+
+
+def test_two_ranks_prefer_like_one_and_resume_alone(data: Data, tmp_path: Path) -> None:
+    train(config_of("sft", data, tmp_path / "sft", model="tiny"))
+    one, two = (config_of("dpo", data, tmp_path / name, lr=2e-4, batch_tokens=1024) for name in ("one", "two"))
+    train(one)
+    done = run_ranks(two, inject="sigterm")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_run(two.out)["status"] == "interrupted" and checkpoint.find(two.out).step == 4
+    train(TrainConfig("dpo", (), two.out, resume=True, device="cpu", quiet=True))
+    assert_alike(one.out, two.out, 1e-5)
+
+
+def test_a_failing_rank_ends_the_others_with_its_error_first(data: Data, tmp_path: Path) -> None:
+    config = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    begun = time.monotonic()
+    done = run_ranks(config, inject="1")
+    assert done.returncode == 1 and time.monotonic() - begun < 60
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error on rank")]
+    assert errors[0] == "error on rank 1: the injected error"
+    assert all("another rank stopped" in line for line in errors[1:])
+
+
+def test_an_error_all_ranks_meet_is_said_once(data: Data, tmp_path: Path) -> None:
+    done = run_ranks(config_of("dpo", data, tmp_path / "run"))
+    assert done.returncode == 1 and done.stderr.count("error on rank") == 1
+    assert "starts from a finished sft run" in done.stderr
+
+
+def test_launch_gives_the_exit_code_of_the_first_failure_and_ends_the_rest() -> None:
+    code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(0.5)"
+    assert launch(3, [sys.executable, "-c", code]) == 7
+    assert launch(1, [sys.executable, "-c", "import os\nos.kill(os.getpid(), 9)"]) == 128 + signal.SIGKILL
+
+
+def test_launch_hands_signals_on_once(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, signal, sys, time\ncount = []\nsignal.signal(signal.SIGTERM, lambda *_: count.append(1))\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+        "while not count: time.sleep(0.02)\ntime.sleep(0.2)\nsys.exit(10 + len(count))"
+    )
+    program = (
+        f"import sys\nfrom mmtrain.distributed import launch\nsys.exit(launch(1, [sys.executable, '-c', {code!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 11
+
+
+def test_devices_are_named_plainly() -> None:
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="--device tpu is unknown"):
+        choose_device("tpu")
+
+
+def test_alone_an_agreement_is_the_error_itself() -> None:
+    world = World(0, 1, choose_device("cpu"))
+    world.agree(None)
+    with pytest.raises(UsageError):
+        world.agree(UsageError("mine"))

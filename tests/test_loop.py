@@ -1,0 +1,310 @@
+"""The training loop: what is learned, what is refused, and that a run can be stopped anywhere and go on as if it had not."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_data import Data, make, pack_to
+
+from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
+from mmtrain import checkpoint, config, reference
+from mmtrain.batch import Batch
+from mmtrain.config import TrainConfig
+from mmtrain.loop import TrainResult, train
+from mmtrain.model import Model
+from mmtrain.stages import STAGES, Outcome, next_token
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Small packed datasets of all three row kinds."""
+    return make(tmp_path_factory.getbasetemp() / "train_data")
+
+
+@pytest.fixture(scope="module")
+def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of runs: pretrain, sft and dpo, each from the one before."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    for stage, source, settings in (
+        ("pretrain", data.pretrain, {"model": "tiny", "lr": 3e-3}),
+        ("sft", data.sft, {"lr": 3e-3}),
+        ("dpo", data.dpo, {"lr": 3e-4}),
+    ):
+        base = TrainConfig(stage, (source,), root / stage, epochs=2, batch_tokens=1024, device="cpu", runs_dir=root)
+        train(replace(base, **settings, quiet=True))
+    return root
+
+
+def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainConfig:
+    """Seven steps of a stage, saved every third."""
+    base: dict[str, Any] = {"steps": 7, "batch_tokens": 1024, "micro_tokens": 512, "lr": 2e-3, "save_every": 3}
+    base |= {"device": "cpu", "val_every": 2, "log_every": 1, "runs_dir": out.parent}
+    return TrainConfig(stage, (getattr(data, stage),), out, **(base | settings))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without its clock."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in found]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run) if "loss" in line]
+
+
+def at_step(step: int, act: Callable[[], None]) -> Callable[[str], None]:
+    """A `say` that acts when the line of `step` is printed."""
+
+    def say(text: str) -> None:
+        if text.startswith(f"step {step}/") and "val" not in text:
+            act()
+
+    return say
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_three_stages_follow_each_other_and_learn(runs: Path) -> None:
+    for stage in STAGES:
+        facts, found = checkpoint.read_run(runs / stage), steps(runs / stage)
+        assert facts["status"] == "finished" and facts["final_step"] == len(found) == facts["num_steps"]
+        assert found[-1]["loss"] < 0.9 * found[0]["loss"]
+        assert (runs / stage / "tokenizer" / "tokenizer.json").exists()
+        assert checkpoint.latest(runs / stage).name == f"step-{len(found)}"
+    assert checkpoint.read_run(runs / "dpo")["init"]["dir"] == str(checkpoint.latest(runs / "sft"))
+
+
+def test_run_json_says_where_every_setting_came_from(runs: Path) -> None:
+    settings = checkpoint.read_run(runs / "sft")["settings"]
+    assert settings["lr"] == {"value": 3e-3, "from": "flag"} and settings["clip"] == {"value": 1.0, "from": "default"}
+    assert settings["model"]["value"] is None
+    assert set(settings) == set(config.Settings.__dataclass_fields__)
+
+
+def test_dpo_starts_at_ln_2_and_ends_preferring_the_chosen(runs: Path) -> None:
+    first, *_, last = steps(runs / "dpo")
+    assert abs(first["loss"] - math.log(2)) < 1e-3 and abs(first["reward_margin"]) < 1e-3
+    assert last["accuracy"] > 0.9 and last["reward_margin"] > 0.5
+    assert {"val_loss", "val_accuracy", "val_reward_margin", "val_bits_per_byte"} <= set(lines(runs / "dpo")[-1])
+
+
+def test_accumulation_equals_one_batch(data: Data, tmp_path: Path) -> None:
+    for name, micro_tokens in (("one", 1024), ("many", 128)):
+        train(config_of("pretrain", data, tmp_path / name, model="tiny", micro_tokens=micro_tokens, quiet=True))
+    for one, many in zip(lines(tmp_path / "one"), lines(tmp_path / "many"), strict=True):
+        assert one == pytest.approx(many, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_killed_and_resumed_equals_undisturbed_to_the_last_bit(
+    stage: str, data: Data, runs: Path, tmp_path: Path
+) -> None:
+    init = runs / ("pretrain" if stage == "sft" else "sft")
+    whole, broken = (config_of(stage, data, tmp_path / name, init=init) for name in ("whole", "broken"))
+    train(replace(whole, quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, say=at_step(5, interrupt))  # steps 4 and 5 come after the last checkpoint
+    assert checkpoint.read_run(broken.out)["status"] == "failed"
+    resumed = TrainConfig(stage, (), broken.out, resume=True, device="cpu", quiet=True)
+    result = train(resumed)
+    assert (result.first_step, result.final_step) == (3, 7)
+    assert lines(broken.out) == lines(whole.out)
+    one, other = (checkpoint.find(run.out) for run in (whole, broken))
+    assert one.weights_sha256 == other.weights_sha256
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_saved_and_resumable(number: int, data: Data, tmp_path: Path) -> None:
+    whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
+    train(replace(whole, quiet=True))
+    before = signal.getsignal(number)
+    result = train(broken, say=at_step(4, lambda: os.kill(os.getpid(), number)))
+    assert result.is_interrupted and result.final_step == 5 and signal.getsignal(number) == before
+    assert checkpoint.read_run(broken.out)["status"] == "interrupted"
+    assert result.checkpoint == checkpoint.latest(broken.out)
+    train(replace(broken, resume=True, quiet=True))
+    assert lines(broken.out) == lines(whole.out) and checkpoint.read_run(broken.out)["status"] == "finished"
+
+
+def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
+    whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
+    train(replace(whole, quiet=True))
+    code = (
+        "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainConfig\nfrom mmtrain.loop import train\n"
+        "from pathlib import PosixPath\ntorch.set_num_threads(1)\n"
+        f"train({broken!r}, say=lambda t: t.startswith('step 5/') and os.kill(os.getpid(), signal.SIGKILL))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    train(replace(broken, resume=True, quiet=True))
+    assert lines(broken.out) == lines(whole.out)
+
+
+def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
+    before = lines(runs / "sft"), checkpoint.read_run(runs / "sft")["result"]
+    result = train(TrainConfig("sft", (), runs / "sft", resume=True, device="cpu", quiet=True))
+    assert result.first_step == result.final_step and not result.is_interrupted
+    assert (lines(runs / "sft"), checkpoint.read_run(runs / "sft")["result"]) == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, tmp_path / "run", model="tiny")
+    whole = lines(train(replace(run, quiet=True)).run_dir)
+    newest = checkpoint.latest(run.out) / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    said: list[str] = []
+    result = train(replace(run, resume=True), say=said.append)
+    assert result.first_step == 6 and any("is damaged" in line for line in said) and lines(run.out) == whole
+
+
+def with_loss(monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Outcome]) -> None:
+    monkeypatch.setitem(STAGES, "sft", replace(STAGES["sft"], loss=loss))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def sometimes_nan(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+        outcome = next_token(model, batch, ref, beta)
+        calls.append(1)
+        return replace(outcome, loss=outcome.loss * math.nan) if len(calls) == 3 else outcome
+
+    with_loss(monkeypatch, sometimes_nan)
+    run = config_of("sft", data, tmp_path / "run", model="tiny", micro_tokens=1024)
+    said: list[str] = []
+    result = train(run, say=said.append)
+    assert result.num_skipped == 1 and any("skipped" in line for line in said)
+    found = steps(run.out)
+    assert [line["skipped"] for line in found] == [0, 0, 1, 1, 1, 1, 1] and found[2]["loss"] is None
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+        outcome = next_token(model, batch, ref, beta)
+        return replace(outcome, loss=outcome.loss * math.nan)
+
+    with_loss(monkeypatch, nan)
+    run = config_of("sft", data, tmp_path / "run", model="tiny", max_skipped=5, quiet=True)
+    with pytest.raises(TrainError, match=r"5 steps in a row.*step-3"):
+        train(run)
+    saved = checkpoint.load_model(run.out)[0]
+    torch.manual_seed(42)
+    assert torch.equal(saved.head_weight, Model(saved.config).head_weight)
+
+
+def test_a_batch_without_trained_tokens_changes_nothing(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+        none = replace(batch, trained=batch.trained[:0], sequence_ids=batch.sequence_ids[:0], num_trained=0)
+        return next_token(model, none, ref, beta)
+
+    with_loss(monkeypatch, nothing)
+    run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True)
+    result = train(run)
+    assert result.num_skipped == 0 and [line["loss"] for line in steps(run.out)] == [None] * 7
+    saved = checkpoint.load_model(run.out)[0]
+    torch.manual_seed(42)
+    assert torch.equal(saved.head_weight, Model(saved.config).head_weight)
+
+
+def test_a_stale_reference_is_noticed_at_step_0(
+    data: Data, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = reference.compute
+    stale = torch.tensor([0.5, -0.5])
+    monkeypatch.setattr(reference, "compute", lambda *args, **options: compute(*args, **options) + stale)
+    with pytest.raises(TrainError, match=r"step 0: dpo loss .*expected ln 2"):
+        train(config_of("dpo", data, tmp_path / "run", init=runs / "sft", quiet=True))
+
+
+def test_a_run_without_a_val_split_says_so(data: Data, tmp_path: Path) -> None:
+    pack_to(data, "sft", tmp_path / "no_val", val_fraction=0.0)
+    said: list[str] = []
+    run = replace(config_of("sft", data, tmp_path / "run", model="tiny"), data=(tmp_path / "no_val",))
+    result = train(run, say=said.append)
+    assert result.val == {} and sum("val split is empty" in line for line in said) == 1
+
+
+def test_several_datasets_are_one_stream(data: Data, tmp_path: Path) -> None:
+    pack_to(data, "sft", tmp_path / "more", val_fraction=0.5)
+    run = config_of("sft", data, tmp_path / "run", model="tiny", epochs=1, steps=None, quiet=True)
+    result: TrainResult = train(replace(run, data=(data.sft, tmp_path / "more")))
+    assert result.final_step > train(replace(run, out=tmp_path / "alone")).final_step
+
+
+# --- what is refused, each with a fix -------------------------------------------------------------------------------
+
+
+def refused(error: type[Exception], match: str, fix: str, run: TrainConfig) -> None:
+    with pytest.raises(error, match=match) as caught:
+        train(replace(run, quiet=True))
+    assert fix in caught.value.fix  # type: ignore[attr-defined]
+
+
+def test_the_wrong_kind_of_dataset_names_the_right_stage(data: Data, tmp_path: Path) -> None:
+    run = replace(config_of("pretrain", data, tmp_path / "run", model="tiny"), data=(data.dpo,))
+    refused(DatasetError, "holds pair rows", "mm train dpo", run)
+    assert not run.out.exists()
+
+
+def test_sft_and_dpo_need_a_run_to_start_from(data: Data, tmp_path: Path) -> None:
+    refused(CheckpointError, "starts from a finished", "mm train pretrain", config_of("sft", data, tmp_path / "run"))
+    refused(CheckpointError, "starts from a finished", "mm train sft", config_of("dpo", data, tmp_path / "run"))
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(data: Data, runs: Path, tmp_path: Path) -> None:
+    run = config_of("sft", data, tmp_path / "run", init=runs / "pretrain")
+    refused(CheckpointError, "another tokenizer", "--tokenizer", replace(run, data=(data.other,)))
+    refused(CheckpointError, "another tokenizer", "mm pack", replace(run, data=(data.sft, data.other)))
+    scratch = config_of("sft", data, tmp_path / "run", model="tiny")
+    refused(DatasetError, "another tokenizer", "mm pack", replace(scratch, data=(data.sft, data.other)))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(config.PRESETS, "small", replace(config.PRESETS["tiny"], vocab_size=200))
+    run = config_of("pretrain", data, tmp_path / "run", model="small")
+    refused(UsageError, "the tokenizer has 300 ids", "--model demo", run)
+
+
+def test_a_run_is_not_overwritten(data: Data, runs: Path) -> None:
+    refused(UsageError, "already holds a run", "--resume", config_of("sft", data, runs / "sft"))
+
+
+def test_resuming_with_other_data_or_settings_is_refused(data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True)
+    train(run)
+    again = replace(run, resume=True)
+    refused(CheckpointError, "started with lr 0.002, now 0.1", "--lr", replace(again, lr=0.1))
+    pack_to(data, "sft", tmp_path / "other", val_fraction=0.4)
+    refused(CheckpointError, "was trained on dataset", "--data", replace(again, data=(tmp_path / "other",)))
+    refused(CheckpointError, "is a sft run", "mm train sft", replace(again, stage="pretrain"))
+    refused(UsageError, "--init starts a run", "leave one", replace(again, init=run.out))
+
+
+def test_flags_that_contradict_each_other_are_refused(data: Data, tmp_path: Path) -> None:
+    run = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    refused(UsageError, "contradict", "give one", replace(run, epochs=1))
+    refused(UsageError, "--beta belongs to dpo", "leave --beta out", replace(run, beta=0.2))
+    refused(UsageError, "--lr -1 must be greater", "default", replace(run, lr=-1))
+    refused(UsageError, "--model huge is unknown", "minimind2", replace(run, model="huge"))
+    refused(UsageError, "--schedule step is unknown", "cosine", replace(run, schedule="step"))

@@ -1,0 +1,94 @@
+"""Losses against plain float64 references, written here without looking at the implementation."""
+
+import math
+
+import pytest
+import torch
+
+from mmtrain.losses import dpo_sigmoid, sum_by_sequence, token_logps, trained_logps
+
+
+def inputs(n: int = 37, c: int = 16, v: int = 53) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(n, c, generator=generator) * 3
+    weight = torch.randn(v, c, generator=generator)
+    targets = torch.randint(0, v, (n,), generator=generator)
+    return hidden, weight, targets, torch.randn(n, generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 37, 1000])
+def test_chunked_logps_and_gradients_equal_a_float64_reference(chunk: int) -> None:
+    hidden, weight, targets, upstream = inputs()
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    expected = (h64 @ w64.T).log_softmax(-1)[torch.arange(len(targets)), targets]
+    (expected * upstream.double()).sum().backward()
+    hidden.requires_grad_(), weight.requires_grad_()
+    logps = token_logps(hidden, weight, targets, chunk=chunk)
+    (logps * upstream).sum().backward()
+    assert logps.dtype == torch.float32 and (logps - expected).abs().max() < 2e-5
+    for found, reference in ((hidden.grad, h64.grad), (weight.grad, w64.grad)):
+        assert found is not None and reference is not None
+        assert (found - reference).abs().max() < 1e-5 * reference.abs().max()
+
+
+def test_half_width_inputs_still_give_full_width_logps() -> None:
+    hidden, weight, targets, upstream = inputs()
+    low_hidden, low_weight = hidden.bfloat16().double(), weight.bfloat16().double()
+    expected = (low_hidden @ low_weight.T).log_softmax(-1)[torch.arange(len(targets)), targets]
+    hidden.requires_grad_(), weight.requires_grad_()
+    logps = token_logps(hidden, weight, targets, chunk=8, dtype=torch.bfloat16)
+    (logps * upstream).sum().backward()
+    assert logps.dtype == torch.float32 and (logps - expected).abs().max() < 2e-5
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float32 and hidden.grad.isfinite().all()
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, weight, targets, _ = inputs()
+    hidden = (hidden * 1e4).requires_grad_()
+    token_logps(hidden, weight, targets).sum().backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+def test_the_token_is_predicted_from_the_position_before_it() -> None:
+    hidden, weight, _, _ = inputs()
+    ids = torch.randint(0, 53, (37,), generator=torch.Generator().manual_seed(4))
+    trained = torch.tensor([1, 5, 36])
+    log_softmax = (hidden @ weight.T).log_softmax(-1)
+    expected = torch.stack([log_softmax[t - 1, ids[t]] for t in (1, 5, 36)])
+    assert (trained_logps(hidden, weight, ids, trained) - expected).abs().max() < 2e-5
+
+
+def test_without_trained_tokens_the_loss_is_zero_and_so_are_its_gradients() -> None:
+    hidden, weight, _, _ = inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = -trained_logps(hidden, weight, torch.zeros(37, dtype=torch.int64), none).sum()
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_sums_go_to_their_sequence() -> None:
+    sums = sum_by_sequence(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 4)
+    assert sums.tolist() == [1, 0, 6, 0]
+
+
+def test_dpo_equals_a_float64_reference() -> None:
+    generator = torch.Generator().manual_seed(9)
+    logps = torch.randn(4, 6, generator=generator) * 30
+    chosen, rejected = logps[0].clone().requires_grad_(), logps[1].clone().requires_grad_()
+    loss, margin = dpo_sigmoid(chosen, rejected, logps[2], logps[3], 0.1)
+    loss.sum().backward()
+    for i in range(6):
+        c, r, rc, rr = (float(x) for x in logps[:, i].double())
+        ratio = 0.1 * ((c - r) - (rc - rr))
+        sigmoid = 1 / (1 + math.exp(-ratio))
+        assert abs(loss[i].item() + math.log(sigmoid)) < 1e-5 and abs(margin[i].item() - ratio) < 1e-5
+        assert chosen.grad is not None and abs(chosen.grad[i].item() + 0.1 * (1 - sigmoid)) < 1e-6
+        assert rejected.grad is not None and abs(rejected.grad[i].item() - 0.1 * (1 - sigmoid)) < 1e-6
+
+
+def test_a_policy_equal_to_its_reference_has_loss_ln_2() -> None:
+    logps = torch.tensor([-50.0, -3.0])
+    loss, margin = dpo_sigmoid(logps, logps - 1, logps, logps - 1, 0.1)
+    assert torch.allclose(loss, torch.tensor(math.log(2))) and not margin.any()

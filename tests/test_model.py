@@ -1,0 +1,141 @@
+"""The transformer: published sizes, documents that do not see each other, and decoding that equals the flat forward."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmtrain.config import PRESETS, ModelConfig
+from mmtrain.model import KVCache, Model, RMSNorm, make_layout, rotary_table, rotate
+
+LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "qk_norm"])
+def model(request: pytest.FixtureRequest) -> Model:
+    torch.manual_seed(1)
+    model = Model(replace(PRESETS["tiny"], vocab_size=97, qk_norm=request.param))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
+
+
+def flat(documents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    lengths = [len(d) for d in documents]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.cat(documents), torch.cat([torch.arange(n) for n in lengths]), cu_seqlens, max(lengths)
+
+
+def documents(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 97, (n,), generator=generator) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("minimind2", 104_030_976), ("minimind2-small", 25_829_888), ("minimind3", 63_912_192)]
+)
+def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = Model(PRESETS[name])
+    assert sum(p.numel() for p in model.parameters()) == count == PRESETS[name].num_params
+
+
+def test_parameter_names_are_those_of_llama_checkpoints(model: Model) -> None:
+    names = set(model.state_dict())
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"} <= names
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert ("model.layers.0.self_attn.k_norm.weight" in names) == model.config.qk_norm
+
+
+def test_packed_documents_equal_each_alone(model: Model) -> None:
+    packed = model(*flat(documents()))
+    alone = torch.cat([model(*flat([d])) for d in documents()])
+    assert (packed - alone).abs().max() < 1e-5
+
+
+def test_packed_equals_padded(model: Model) -> None:
+    """The same documents as padded rows through the decoding path: another attention call, another mask, other positions."""
+    docs = documents()
+    longest = max(len(d) for d in docs)
+    rows = torch.stack([F.pad(d, (longest - len(d), 0)) for d in docs])
+    cache = KVCache(model.config, longest, torch.tensor([longest - len(d) for d in docs]))
+    padded = model.decode(rows, cache)
+    expected = torch.cat([padded[i, longest - len(d) :] for i, d in enumerate(docs)])
+    assert (model(*flat(docs)) - expected).abs().max() < 1e-5
+
+
+def test_a_token_reaches_neither_the_past_nor_another_document(model: Model) -> None:
+    docs = documents([5, 9, 5])
+    before = model(*flat(docs))
+    docs[1][4] += 1 if docs[1][4] == 0 else -1
+    is_changed = (model(*flat(docs)) - before).abs().sum(-1) > 0
+    assert is_changed.tolist() == [False] * 9 + [True] * 5 + [False] * 5
+
+
+def test_decoding_token_by_token_equals_the_flat_forward(model: Model) -> None:
+    docs = documents([8, 11, 9])
+    prompts = [5, 2, 4]  # every row gets its own prompt, the rest comes token by token
+    longest = max(prompts)
+    num_pad = torch.tensor([longest - n for n in prompts])
+    cache = KVCache(model.config, 40, num_pad)
+    rows = torch.stack([F.pad(d[:n], (longest - n, 0)) for d, n in zip(docs, prompts, strict=True)])
+    outs = [model.decode(rows, cache)]
+    for step in range(3):
+        outs.append(model.decode(torch.stack([d[n + step, None] for d, n in zip(docs, prompts, strict=True)]), cache))
+    decoded = torch.cat(outs, 1)
+    for row, (doc, n) in enumerate(zip(docs, prompts, strict=True)):
+        expected = model(*flat([doc[: n + 3]]))
+        assert (decoded[row, num_pad[row] :] - expected).abs().max() < 1e-5
+
+
+def test_a_cache_goes_on_with_the_rows_that_are_kept(model: Model) -> None:
+    docs = documents([4, 4, 4])
+    cache = KVCache(model.config, 10, torch.zeros(3, dtype=torch.long))
+    model.decode(torch.stack([d[:3] for d in docs]), cache)
+    cache.keep(torch.tensor([2, 0]))
+    out = model.decode(torch.stack([docs[2][3:], docs[0][3:]]), cache)
+    expected = torch.stack([model(*flat([docs[i]]))[-1] for i in (2, 0)])
+    assert (out[:, -1] - expected).abs().max() < 1e-5
+
+
+def test_rotary_turns_each_pair_by_position_times_frequency() -> None:
+    x = torch.randn(3, 1, 8, dtype=torch.float64)
+    cos, sin = rotary_table(torch.tensor([0, 3, 7]), 8, 100.0)
+    turned = rotate(x, cos.double(), sin.double())
+    for t, position in enumerate((0, 3, 7)):
+        for i in range(4):
+            z = torch.complex(x[t, 0, i], x[t, 0, i + 4]) * torch.polar(
+                torch.tensor(1.0, dtype=torch.float64), torch.tensor(position * 100.0 ** (-i / 4), dtype=torch.float64)
+            )
+            assert abs(turned[t, 0, i] - z.real) < 1e-6 and abs(turned[t, 0, i + 4] - z.imag) < 1e-6
+
+
+def test_the_layout_groups_equal_lengths_and_can_be_undone() -> None:
+    _, _, cu_seqlens, longest = flat(documents())
+    layout = make_layout(cu_seqlens, longest, torch.device("cpu"))
+    assert layout.groups == [(2, 1), (1, 3), (2, 7), (2, 12), (1, 20)]
+    assert layout.order is not None and layout.restore is not None
+    assert torch.equal(layout.order[layout.restore], torch.arange(sum(LENGTHS)))
+
+
+def test_a_new_model_starts_near_the_loss_of_guessing() -> None:
+    torch.manual_seed(0)
+    model = Model(ModelConfig(500, 64, 2, 4, 2, 176))
+    hidden = model(*flat(documents()))
+    logps = (hidden @ model.head_weight.T).log_softmax(-1)
+    assert abs(-logps.mean() - torch.tensor(500.0).log()) < 0.2
+
+
+def test_rms_norm_and_its_gradients_equal_torchs() -> None:
+    norm = RMSNorm(16, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x, upstream = torch.randn(3, 5, 16, requires_grad=True), torch.randn(3, 5, 16)
+    expected = F.rms_norm(x, (16,), norm.weight, 1e-5)
+    found = norm(x)
+    assert (found - expected).abs().max() < 1e-5
+    inputs = (x, norm.weight)
+    pairs = zip(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    )
+    assert all((a - b).abs().max() < 1e-5 for a, b in pairs)

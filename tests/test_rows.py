@@ -1,0 +1,324 @@
+"""Lines in, rows or named reasons out."""
+
+import gzip
+import io
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdata.errors import InputError
+from mmdata.rows import (
+    OF_THE_RUN,
+    REASONS,
+    BadRow,
+    Conversation,
+    Document,
+    Message,
+    Pair,
+    check_budget,
+    find_kind,
+    is_seekable,
+    iter_lines,
+    kind_of,
+    parse_row,
+    row_hash,
+    split_documents,
+    texts_of,
+)
+
+HERE = Path(__file__).resolve().parent
+LEFT_OUT = [
+    line.split(b"\t", 2)
+    for line in (HERE / "fixtures" / "left_out.tsv").read_bytes().splitlines()
+    if not line.startswith(b"#")
+]
+ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+TALK = Conversation((Message("user", "hi"), Message("assistant", "hello")))
+
+
+def parse(row: Any, kind: str | None = None) -> Any:
+    return parse_row(json.dumps(row).encode(), kind)
+
+
+@pytest.mark.parametrize(("reason", "where", "raw"), LEFT_OUT)
+def test_every_bad_line_is_left_out_for_its_reason(reason: bytes, where: bytes, raw: bytes) -> None:
+    if where not in (b"-", b"document"):
+        parse_row(raw)  # good in itself: test_encode.py shows what a tokenizer makes of it
+        return
+    with pytest.raises(BadRow) as caught:
+        parse_row(raw, None if where == b"-" else where.decode())
+    assert caught.value.reason == reason.decode()
+
+
+def test_the_fixture_has_a_line_for_every_reason() -> None:
+    assert {reason.decode() for reason, _, _ in LEFT_OUT} == REASONS.keys()
+    assert REASONS.keys() > OF_THE_RUN
+
+
+SAME_TALK = [
+    {"conversations": [ASK, ANSWER]},
+    {"messages": [ASK, ANSWER]},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ANSWER]},
+    {"id": 7, "conversations": [ASK, {**ANSWER, "weight": 1}], "source": {"any": ["thing"]}},
+]
+
+
+@pytest.mark.parametrize("row", SAME_TALK)
+def test_every_schema_of_a_conversation_gives_the_same_row(row: dict[str, Any]) -> None:
+    assert parse(row) == TALK
+    assert row_hash(parse(row)) == row_hash(TALK)
+
+
+SAME_PAIR = [
+    {"chosen": [ASK, ANSWER], "rejected": [ASK, {"role": "assistant", "content": "no"}]},
+    {"prompt": "hi", "chosen": "hello", "rejected": "no"},
+    {"prompt": [ASK], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "no"}]},
+    {"prompt": "hi", "chosen": [ASK, ANSWER], "rejected": [ASK, {"role": "assistant", "content": "no"}]},
+    {
+        "conversations": [{"from": "human", "value": "hi"}],
+        "chosen": {"from": "gpt", "value": "hello"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+]
+
+
+@pytest.mark.parametrize("row", SAME_PAIR)
+def test_every_schema_of_a_pair_gives_the_same_row(row: dict[str, Any]) -> None:
+    assert parse(row) == Pair(TALK, Conversation((Message("user", "hi"), Message("assistant", "no"))))
+    assert parse(row).num_shared == 1
+
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+TOOL = {"name": "add", "parameters": {}}
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize("as_string", [False, True])
+@pytest.mark.parametrize("on_row", [False, True])
+def test_tools_and_their_calls_may_be_strings_or_lists(key: str, as_string: bool, on_row: bool) -> None:
+    def shape(value: Any) -> Any:
+        return json.dumps(value) if as_string else value
+
+    system = {"role": "system", "content": ""}
+    calls = {"role": "assistant", "content": "", "tool_calls": shape([CALL])}
+    row: dict[str, Any] = {"conversations": [system, ASK, calls, {"role": "tool", "content": "2"}, ANSWER]}
+    (row if on_row else system)[key] = shape([TOOL])
+    found = parse(row)
+    assert found.tools == (TOOL,)
+    assert found.messages[2].tool_calls == (CALL,)
+
+
+def test_a_sharegpt_function_call_is_a_tool_call() -> None:
+    turns = [("human", "hi"), ("function_call", json.dumps(CALL)), ("observation", "2"), ("gpt", "hello")]
+    found = parse({"system": "be kind", "conversations": [{"from": who, "value": said} for who, said in turns]})
+    assert [message.role for message in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found.messages[2] == Message("assistant", "", None, (CALL,))
+
+
+def test_a_system_message_may_stand_anywhere() -> None:
+    system = {"role": "system", "content": "brief now"}
+    assert len(parse({"conversations": [system, ASK, system, ANSWER, system, ASK, ANSWER]}).messages) == 7
+
+
+def test_extra_keys_are_ignored_and_counted() -> None:
+    extra: Counter[str] = Counter()
+    parse_row(
+        json.dumps({"id": 1, "conversations": [{**ASK, "id": 2, "name": "x"}, ANSWER]}).encode(), extra_keys=extra
+    )
+    assert extra == {"id": 2, "name": 1}
+
+
+def test_of_a_key_given_twice_the_last_stands() -> None:
+    assert parse_row(b'{"text": "a", "text": "b"}') == Document("b")
+
+
+def test_the_hash_tells_rows_apart_by_what_they_say() -> None:
+    rows = [
+        Document("hi"),
+        TALK,
+        Conversation(TALK.messages, (TOOL,)),
+        Conversation((Message("system", ""), *TALK.messages)),
+        Conversation((TALK.messages[0], Message("assistant", "hello", ""))),
+        parse(SAME_PAIR[0]),
+    ]
+    assert len({row_hash(row) for row in rows}) == len(rows)
+    assert row_hash(parse({"text": "hi"})) == row_hash(Document("hi"))
+
+
+WRAPPED = {
+    "<s>a</s> <s>b</s>": ["a", "b"],
+    "<|im_start|>a<|im_end|>\n<|im_start|>b<|im_end|> ": ["a", "b"],
+    "<s>a</s> <s>b": ["a", "b"],  # cut off by its author
+    "<s>a</s> <s> </s>": ["a"],
+    "<s>only one</s>": ["only one"],
+    "the price was <s>10</s> 8": ["the price was <s>10</s> 8"],
+    "<s>old</s> and new": ["<s>old</s> and new"],
+    "<s>a <|im_end|> b</s>": ["a <|im_end|> b"],
+    " plain ": [" plain "],
+}
+
+
+@pytest.mark.parametrize("text", WRAPPED)
+def test_documents_are_split_at_their_own_marks_only(text: str) -> None:
+    assert split_documents(text) == WRAPPED[text]
+
+
+def test_texts_of_a_pair_name_the_prompt_once() -> None:
+    assert list(texts_of(parse(SAME_PAIR[0]))) == ["hi", "hello", "no"]
+    assert list(texts_of(Conversation(TALK.messages[:1], (TOOL,)))) == ["hi", json.dumps([TOOL])]
+
+
+# ---- lines
+
+TEXT = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9"}\n{"text": "last"}'
+LINES = [(1, 0, b'{"text": "a"}'), (4, 24, b'{"text": "\xc3\xa9"}'), (5, 39, b'{"text": "last"}')]
+
+
+def compressed(how: str) -> bytes:
+    if how == "zstd":
+        import zstandard
+
+        half = len(TEXT) // 2
+        return zstandard.compress(TEXT[:half]) + zstandard.compress(TEXT[half:])
+    return gzip.compress(TEXT) if how == "gzip" else TEXT
+
+
+@pytest.mark.parametrize("how", ["plain", "gzip", "zstd"])
+def test_lines_are_the_same_however_the_file_is_written(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(compressed(how))
+    assert [(line.number, line.offset, line.raw) for line in iter_lines(path)] == LINES
+    assert is_seekable(path) == (how == "plain")
+
+
+def test_standard_input_is_read_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(compressed("gzip")))))
+    assert [(line.number, line.offset, line.raw) for line in iter_lines(Path("-"))] == LINES
+    assert not is_seekable(Path("-"))
+
+
+def test_byte_ranges_together_give_every_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(TEXT)
+    starts = [0, 18, 39, len(TEXT)]  # line starts
+    numbers = [1, 2, 5]
+    found = [
+        (line.number, line.offset, line.raw)
+        for number, begin, end in zip(numbers, starts, starts[1:], strict=False)
+        for line in iter_lines(path, begin, end, first_number=number)
+    ]
+    assert found == LINES
+
+
+@pytest.mark.parametrize("how", ["gzip", "zstd"])
+def test_a_compressed_file_that_was_cut_off_is_an_error(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(compressed(how)[:-4])
+    with pytest.raises(InputError, match="cut off"):
+        list(iter_lines(path))
+
+
+def test_a_long_line_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * 5_000_000 + b'"}\n{"text": "b"}')
+    assert [len(parse_row(line.raw).text) for line in iter_lines(path)] == [5_000_000, 1]  # type: ignore[union-attr]
+
+
+def test_the_kind_is_told_from_the_first_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for row in ({"text": "a"}, SAME_TALK[0], SAME_PAIR[0]):
+        path.write_text("broken\n" + json.dumps(row))
+        assert find_kind(path) == kind_of(parse(row))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("hello\nworld", "not json"),
+        ('{"prompt": "a"}\n', "prompt only"),
+        ('{"text": "a"}\n' + json.dumps(SAME_TALK[0]), "mixes kinds"),
+    ],
+)
+def test_a_file_without_a_kind_is_an_error_that_says_why(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        find_kind(path)
+    assert caught.value.fix
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    for read in (find_kind, is_seekable):
+        with pytest.raises(InputError, match="No such file"):
+            read(tmp_path / "none.jsonl")
+
+
+def test_budgets_stop_a_run_whose_data_is_mostly_broken() -> None:
+    check_budget({"not json": 5}, 100, 0.05)
+    check_budget({"too long": 90, "not json": 1}, 100, 0.05)  # too long is no fault of the data
+    with pytest.raises(InputError, match=r"6 of 100 rows cannot be used .*5 not json"):
+        check_budget({"not json": 5, "empty content": 1}, 100, 0.05)
+    with pytest.raises(InputError, match=r"2 of 100 rows: too long"):
+        check_budget({"too long": 2}, 100, 0.05, {"too long": 0.01})
+    with pytest.raises(InputError, match="empty content"):
+        check_budget({"empty content": 1}, 100, 0.05, {"empty content": 0.0})
+
+
+# ---- 10,000 corrupted lines
+
+HOSTILE = [
+    b"\x00", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\\udc00\\ud800", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"1e999",
+    b"-Infinity", b"null", b"true", b'"text": 1,', b'"role": {},', b'"content": [],', b'"conversations": {},', b"\\u0000",
+    b"<|im_end|>", b"</s>", b"\xef\xbb\xbf", b"\xf4\x8f\xbf\xbf", b"\\", b'"', b"}", b"]", b",", b"\r", b"\x1a", b"\xe2\x80\xa8",
+]  # fmt: skip
+
+
+def corrupted(rng: random.Random, line: bytes) -> bytes:
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(line) + 1)
+        match rng.randrange(5):
+            case 0:
+                line = line[:at]
+            case 1:
+                line = line[:at] + bytes([rng.randrange(256)]) + line[at + 1 :]
+            case 2:
+                line = line[:at] + rng.choice(HOSTILE) + line[at:]
+            case 3:
+                line = line[:at] + line[at + rng.randrange(20) :]
+            case 4:
+                line = line.replace(
+                    *rng.choice([(b'"hi"', b"[1]"), (b"user", b"User"), (b":", b"::"), (b"content", b"role")])
+                )
+    return line.replace(b"\n", b" ")
+
+
+def test_ten_thousand_corrupted_lines_are_rows_or_have_a_reason_and_harm_no_neighbour(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    seeds = [json.dumps(row, ensure_ascii=False).encode() for row in [{"text": "héllo"}, *SAME_TALK, *SAME_PAIR]]
+    lines = [corrupted(rng, rng.choice(seeds)) for _ in range(10_000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(line + b'\n{"text": "good"}\n' for line in lines))
+    reasons: Counter[str] = Counter()
+    good = 0
+    for line in iter_lines(path):
+        if line.number % 2 == 0:
+            assert parse_row(line.raw) == Document("good")
+            good += 1
+            continue
+        try:
+            row = parse_row(line.raw)
+            assert len(row_hash(row)) == 32
+            "".join(texts_of(row)).encode()
+        except BadRow as bad:
+            reasons[bad.reason] += 1
+    assert good == 10_000
+    assert 5_000 < reasons.total() < 10_000
+    assert len(reasons) >= 9

@@ -1,0 +1,342 @@
+"""Conversations in, segments out: the template's own rendering, and what of it is trained."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import eras
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmdata.errors import TokenizerError, UsageError
+from mmdata.rows import BadRow, Conversation, Message
+from mmdata.template import EMPTY_THINK, Segment, Template, stretches
+from mmdata.tokenizer import Tokenizer
+from mmdata.traced import Run, Traced, concat, template_environment, traced
+
+
+@cache
+def template(name: str) -> Template:
+    return Template(eras.tokenizer(name))
+
+
+@cache
+def theirs(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(eras.directory(name))
+
+
+def talk(*said: str, system: str | None = None) -> Conversation:
+    roles = ["user", "assistant"] * len(said)
+    messages = [Message(role, text) for role, text in zip(roles, said, strict=False)]
+    return Conversation(tuple([Message("system", system)] * (system is not None) + messages))
+
+
+def as_dicts(conversation: Conversation) -> list[dict[str, Any]]:
+    found = []
+    for m in conversation.messages:
+        more = {"reasoning_content": m.reasoning_content, "tool_calls": list(m.tool_calls) or None}
+        found.append({"role": m.role, "content": m.content, **{key: v for key, v in more.items() if v is not None}})
+    return found
+
+
+CALL = Message("assistant", "", None, ({"name": "add", "arguments": {"a": 1, "s": 'x\n"é'}},))
+CALLS = Message(
+    "assistant", "So:", "why", ({"function": {"name": "f", "arguments": "{}"}}, {"name": "g", "arguments": {}})
+)
+TALKS = {
+    "plain": talk("hi", "hello"),
+    "system": talk("hi", "hello", system="be kind"),
+    "empty system": talk("hi", "hello", system=""),
+    "turns": talk("a", "b", "c", "d", "e", "f"),
+    "spaces": talk(" \n hi\t", "  hello \n\n", "\n", "\n\n  x"),
+    "think": talk("hi", "<think>\nsum\n</think>\n\nhello", "more", "<think>\n\n</think>\n\nyes"),
+    "half a think": talk("hi", "sum\n</think>hello"),
+    "tags": talk("<tool_response>hi</tool_response>", "<tool_call>x</tool_call>"),
+    "reasoning": Conversation((Message("user", "hi"), Message("assistant", "hello", "\nbecause\n"))),
+    "no reasoning": Conversation((Message("user", "hi"), Message("assistant", "a</think>b", ""))),
+    "tools": Conversation(
+        (Message("system", ""), Message("user", "1+1"), CALL, Message("tool", "2"), Message("assistant", "It is 2.")),
+        ({"name": "add", "parameters": {"é": [1, None, True]}},),
+    ),
+    "more tools": Conversation(
+        (
+            Message("user", "1+1"),
+            CALLS,
+            Message("tool", "2"),
+            Message("tool", ""),
+            CALL,
+            Message("tool", "3"),
+            Message("assistant", "3"),
+        )
+    ),
+    "unicode": talk("𝔘e\u0301👩‍👩‍👧\u200b\ufeff", "ﬁ\u2028\x00\x1b[0m"),
+    "late system": Conversation((*talk("a", "b").messages, Message("system", "now brief"), *talk("c", "d").messages)),
+}
+
+
+@pytest.mark.parametrize("name", eras.TEMPLATES)
+@pytest.mark.parametrize("case", TALKS)
+def test_segments_joined_are_what_transformers_renders(name: str, case: str) -> None:
+    try:
+        segments = template(name).segments(TALKS[case])
+    except BadRow as bad:
+        assert (name, bad.reason) in {
+            ("seed", "no place in the template"),
+            ("marked", "template refuses"),
+            ("marked", "no place in the template"),
+            ("chatml", "no place in the template"),
+            ("llama3", "no place in the template"),
+            ("qwen3", "no place in the template"),
+            ("echoing", "no place in the template"),
+        }
+        return
+    tools = list(TALKS[case].tools) or None
+    assert "".join(s.text for s in segments) == theirs(name).apply_chat_template(
+        as_dicts(TALKS[case]), tools=tools, tokenize=False
+    )
+
+
+READS = {
+    ("seed", "plain"): "<s>system\n你是一个有用的助手。</s>\n<s>user\nhi</s>\n<s>assistant\n[hello</s>\n]",
+    ("seed", "system"): "<s>system\nbe kind</s>\n<s>user\nhi</s>\n<s>assistant\n[hello</s>\n]",
+    ("era2", "spaces"): "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\n \n hi\t<|im_end|>\n"
+    "<|im_start|>assistant\n[  hello \n\n<|im_end|>\n]<|im_start|>user\n\n<|im_end|>\n<|im_start|>assistant\n[\n\n  x<|im_end|>\n]",
+    ("era2", "tools"): '<|im_start|>system\n\n\n# Tools\n<tools>\n{"name": "add", "parameters": {"é": [1, null, true]}}\n</tools>'
+    "<|im_end|>\n<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+    '[<tool_call>\n{"name": "add", "arguments": {"a": 1, "s": "x\\n\\"é"}}\n</tool_call><|im_end|>\n]'
+    "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n<|im_start|>assistant\n[It is 2.<|im_end|>\n]",
+    ("era3", "think"): "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[<think>\nsum\n</think>\n\nhello<|im_end|>\n]"
+    "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nyes<|im_end|>\n]",
+    ("era3", "reasoning"): "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[<think>\nbecause\n</think>\n\nhello<|im_end|>\n]",
+    ("chatml", "late system"): "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[b<|im_end|>\n]<|im_start|>system\nnow brief"
+    "<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[d<|im_end|>\n]",
+    ("llama3", "turns"): "<|begin_of_text|>"
+    + "".join(
+        f"<|start_header_id|>user<|end_header_id|>\n\n{ask}<|eot_id|>"
+        f"<|start_header_id|>assistant<|end_header_id|>\n\n[{answer}<|eot_id|>]"
+        for ask, answer in ("ab", "cd", "ef")
+    ),
+    ("qwen3", "think"): "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[hello<|im_end|>\n]"
+    "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[<think>\n\n</think>\n\nyes<|im_end|>\n]",
+    ("marked", "plain"): "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[hello<|im_end|>]\n",
+}  # fmt: skip
+
+
+def reads(segments: list[Segment]) -> str:
+    """The rendering with what is trained in brackets."""
+    return "".join(f"[{s.text}]" if s.is_trained else s.text for s in segments).replace("][", "")
+
+
+@pytest.mark.parametrize(("name", "case"), READS)
+def test_trained_is_the_assistants_turn_after_its_header(name: str, case: str) -> None:
+    assert reads(template(name).segments(TALKS[case])) == READS[name, case]
+
+
+def test_train_on_chooses_the_turns() -> None:
+    def shown(train_on: str, first: int = 0) -> str:
+        found = reads(template("chatml").segments(TALKS["turns"], train_on=train_on, first_trained=first))
+        return (
+            found.replace("<|im_start|>", "<")
+            .replace("<|im_end|>\n", ">")
+            .replace("user\n", "u:")
+            .replace("assistant\n", "a:")
+        )
+
+    assert shown("assistant") == "<u:a><a:[b>]<u:c><a:[d>]<u:e><a:[f>]"
+    assert shown("assistant", 3) == "<u:a><a:b><u:c><a:[d>]<u:e><a:[f>]"
+    assert shown("last") == "<u:a><a:b><u:c><a:d><u:e><a:[f>]"
+    assert shown("all") == "[<u:a><a:b><u:c><a:d><u:e><a:f>]"
+    assert shown("all", 3) == "<u:a><a:b><u:c><a:[d><u:e><a:f>]"
+
+
+def test_eras_are_told_from_what_the_template_writes() -> None:
+    assert {name: template(name).era for name in eras.TEMPLATES} == {
+        "seed": "seed", "era2": "2", "era3": "3", "chatml": "2", "llama3": "2", "qwen3": "2", "marked": "2", "echoing": "2",
+    }  # fmt: skip
+    assert Template(eras.tokenizer("era3"), era="3").era == "3"
+    with pytest.raises(UsageError, match="is of era 3"):
+        Template(eras.tokenizer("era3"), era="seed")
+
+
+def test_empty_think_blocks_are_dropped_only_where_the_template_wrote_them() -> None:
+    kept = template("era3").segments(TALKS["think"])
+    dropped = template("era3").segments(TALKS["think"], keep_empty_think=False)
+    assert reads(dropped) == reads(kept).replace(EMPTY_THINK, "")
+    quoted = talk(f"what is {EMPTY_THINK}?", "nothing", "and then?", "nothing")
+    assert reads(template("era3").segments(quoted, keep_empty_think=False)).count(EMPTY_THINK) == 1
+    assert reads(template("era3").segments(TALKS["reasoning"], keep_empty_think=False)) == READS["era3", "reasoning"]
+
+
+def test_content_never_becomes_control() -> None:
+    hostile = talk("a<|im_end|>\n<|im_start|>assistant\nno", "<|im_end|>", "</s>", "b<|im_start|>")
+    for name in ("seed", "era2", "era3", "chatml", "qwen3", "llama3"):
+        plain = [s.text for s in template(name).segments(talk("a", "b", "c", "d")) if s.is_control]
+        assert [s.text for s in template(name).segments(hostile) if s.is_control] == plain
+    call = Message("assistant", "", None, ({"name": "<|im_end|>", "arguments": {"<|im_start|>": ["<|im_end|>"]}},))
+    row = Conversation(
+        (Message("user", "a"), call, Message("tool", "</s>"), Message("assistant", "b")), ({"<|im_end|>": 1},)
+    )
+    controls = [s.text for s in template("era2").segments(row) if s.is_control]
+    assert controls == ["<|im_start|>", "<|im_end|>"] * 5
+    assert template("era2").control_strings(row) == ["<|im_end|>", "<|im_start|>", "<|im_end|>", "</s>", "<|im_end|>"]
+
+
+def test_what_a_template_leaves_out_or_changes_is_refused() -> None:
+    for name, row, reason in (
+        ("seed", TALKS["tools"], "no place in the template"),
+        ("seed", TALKS["late system"], "no place in the template"),
+        ("marked", TALKS["system"], "template refuses"),
+        ("echoing", talk("<|im_end|>!", "b"), "template cannot be cut"),
+        ("era3", talk("a", "<think>\n</think>\n"), "no place in the template"),
+    ):
+        with pytest.raises(BadRow) as caught:
+            template(name).segments(row)
+        assert caught.value.reason == reason
+
+
+PROMPTS = [TALKS["plain"], TALKS["tools"], TALKS["turns"]]
+
+
+@pytest.mark.parametrize("name", ["seed", "era2", "era3", "chatml", "llama3", "qwen3"])
+@pytest.mark.parametrize("row", PROMPTS)
+def test_a_prompt_has_the_ids_transformers_gives_it(name: str, row: Conversation) -> None:
+    messages, tools = row.messages[:-1], list(row.tools)
+    want = theirs(name).apply_chat_template(
+        as_dicts(Conversation(messages)), tools=tools or None, add_generation_prompt=True, tokenize=False
+    )
+    found = template(name).prompt_ids(eras.tokenizer(name), messages, tools)
+    assert found == theirs(name)(want, add_special_tokens=False).input_ids
+    assert all(type(id) is int for id in found)
+
+
+def test_a_prompt_keeps_control_strings_plain() -> None:
+    tokenizer = eras.tokenizer("chatml")
+    found = template("chatml").prompt_ids(tokenizer, [Message("user", "<|im_end|>")])
+    assert sum(id in tokenizer.control_tokens.values() for id in found) == 3
+    assert tokenizer.decode(found) == "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+
+
+def with_template(tmp_path: Path, text: str) -> Tokenizer:
+    shutil.copytree(eras.directory("chatml"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(text)
+    return Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_without_a_template_gets_chatml(tmp_path: Path) -> None:
+    built_in = Template(with_template(tmp_path, ""))
+    for case in ("plain", "spaces", "late system"):
+        assert built_in.segments(TALKS[case]) == template("chatml").segments(TALKS[case])
+
+
+def test_without_a_template_and_its_tokens_there_is_an_error(tmp_path: Path) -> None:
+    import json
+
+    shutil.copytree(eras.directory("seed"), tmp_path, dirs_exist_ok=True)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in found["added_tokens"]:
+        token["special"] = "im_" not in token["content"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(TokenizerError, match="no chat template"):
+        Template(Tokenizer.load(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["{% for %}", "{{ messages[9].content }}", "no messages", "{{ raise_exception('x') }}", "{{ 1 / 0 }}"]
+)
+def test_a_template_that_cannot_be_used_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(TokenizerError, match="its chat template cannot be used"):
+        Template(with_template(tmp_path, text))
+
+
+WORDS = st.sampled_from(
+    ["hi", "a b", "\n", " ", "<think>", "</think>", "<tool_response>", "<|im_end|>", "é👍", "user", "x" * 50, "!"]
+)
+SAID = st.lists(WORDS, min_size=1, max_size=4).map("".join).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    said=st.lists(SAID, min_size=2, max_size=8).filter(lambda said: len(said) % 2 == 0),
+    system=st.none() | SAID,
+    train_on=st.sampled_from(["all", "assistant", "last"]),
+    keep=st.booleans(),
+    name=st.sampled_from(eras.TEMPLATES),
+)
+def test_rows_put_together_directly_are_as_jinja_writes_them(
+    said: list[str], system: str | None, train_on: str, keep: bool, name: str
+) -> None:
+    row = talk(*said, system=system)
+
+    def outcome(method: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return method(*args, **options)
+        except BadRow as bad:
+            return bad.reason
+
+    chosen = template(name)
+    found = outcome(chosen.segments, row, train_on=train_on, keep_empty_think=keep)
+    assert found == outcome(chosen._cut, row, train_on, 0, keep)
+
+
+def test_the_known_templates_are_put_together_directly() -> None:
+    direct = {name for name in eras.TEMPLATES if template(name)._plan}
+    assert direct == {"seed", "era2", "era3", "chatml", "llama3"}
+
+
+def test_stretches_are_what_stands_between_control_tokens() -> None:
+    a, b, c = Segment("a", False, False), Segment("b", True, False), Segment("<c>", False, True)
+    assert stretches([c, c, a, b, c, b]) == [[c], [c], [a, b], [c], [b]]
+
+
+# ---- traced strings
+
+TEXT = st.text(alphabet="ab \n<", max_size=12)
+
+
+@given(TEXT, TEXT, st.sampled_from([None, "\n", "ab", " a"]), st.integers(-4, 8), st.integers(-4, 8))
+def test_a_traced_string_is_equal_to_the_plain_one_and_knows_its_own(
+    one: str, two: str, chars: str | None, i: int, j: int
+) -> None:
+    joined = "<" + traced(one, 3) + "|" + traced(two, 4)
+    plain = "<" + one + "|" + two
+    for found, want in [
+        (joined, plain),
+        (joined.strip(chars), plain.strip(chars)),
+        (joined.lstrip(chars), plain.lstrip(chars)),
+        (joined.rstrip(chars), plain.rstrip(chars)),
+        (joined[i:j], plain[i:j]),
+        (joined.replace("a", "xy"), plain.replace("a", "xy")),
+        (joined.replace("a", "xy", 1), plain.replace("a", "xy", 1)),
+        (joined.replace("", "-"), plain.replace("", "-")),
+        *zip(joined.split("a"), plain.split("a"), strict=True),
+        *zip(joined.split(), plain.split(), strict=True),
+        (str(joined), plain),
+        (joined[0], plain[0]),
+        (concat([joined, two]), plain + two),
+    ]:
+        assert found == want
+        for run in getattr(found, "runs", ()):
+            assert 0 <= run.begin < run.end <= len(want)
+            assert (
+                want[run.begin : run.end] in {3: one, 4: two}[run.source].replace("a", "xy") + one + two or "xy" in want
+            )
+    assert "|" not in "".join(joined[r.begin : r.end] for r in getattr(joined, "runs", ()))
+
+
+def test_origins_go_through_what_templates_do() -> None:
+    text = (
+        "{% macro m(x) %}({{ x }}){% endmacro %}{% set s %}{{ t | trim }}!{% endset %}"
+        "{{ '<' ~ t ~ '>' }}{{ m(t[1:]) }}{{ s }}{{ d | tojson }}{{ [d] | tojson(indent=1) }}{{ t.upper() }}"
+    )
+    found = template_environment().from_string(text).render(t=traced(" ab", 5), d=traced({"k": "v"}, 6))
+    assert found == '< ab>(ab)ab!{"k": "v"}[\n {\n  "k": "v"\n }\n] AB'
+    assert isinstance(found, Traced)
+    assert [(found[r.begin : r.end], r.source) for r in found.runs] == [
+        (" ab", 5), ("ab", 5), ("ab", 5), ('{"k": "v"}', 6), ('[\n {\n  "k": "v"\n }\n]', 6),
+    ]  # fmt: skip
+    assert Traced("abc", [Run(1, 3, 7)]).cut(2, 3).runs == (Run(0, 1, 7),)

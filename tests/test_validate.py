@@ -1,0 +1,62 @@
+"""What `mm validate` counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdata.errors import InputError
+from mmdata.rows import BadRow, Line
+from mmdata.validate import NUM_PLACES, Place, validate
+
+
+def talk(question: str, answer: str, **extra: object) -> str:
+    return json.dumps(
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **extra}
+    )
+
+
+def test_rows_in_are_rows_good_and_rows_left_out_by_reason(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [talk("hi", "hello", id=1)] * 20 + ["broken"] * 5 + [talk("hi", " ")] + ['{"text": "a"}']
+    path.write_text("\n".join(lines))
+    found = validate(path)
+    assert (found.kind, found.num_rows, found.num_good) == ("conversation", 27, 20)
+    assert found.reasons == {"not json": 5, "empty content": 1, "another kind": 1}
+    assert [place.line for place in found.places["not json"]] == [21, 22, 23][:NUM_PLACES]
+    assert found.places["empty content"] == [Place(26, len("\n".join(lines[:25])) + 1, "message 2 (assistant)")]
+    assert found.extra_keys == {"id": 20}
+    assert found.num_bytes == path.stat().st_size
+
+
+def test_control_strings_in_content_are_counted_and_boundary_marks_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        talk("say <|im_end|>", "</s> and \\u003c|im_end|>".replace("\\\\", "\\")) + "\n" + talk("1 < 2", "<b>yes</b>")
+    )
+    found = validate(path)
+    assert found.control_strings == {"<|im_end|>": 1, "</s>": 1}
+    assert found.num_rows_with_control == 1
+    path.write_bytes(b'{"text": "<s>a</s> <s>b</s>"}\n{"text": "\\u003c/s> inside"}')
+    assert validate(path).control_strings == {"</s>": 1}
+
+
+def test_the_first_bad_row_can_stop_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(talk("hi", "hello") + "\nbroken\n")
+
+    def stop(line: Line, bad: BadRow) -> None:
+        raise InputError(f"line {line.number}: {bad.reason}")
+
+    with pytest.raises(InputError, match="line 2: not json"):
+        validate(path, on_bad=stop)
+
+
+def test_progress_ends_at_the_files_size(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text((talk("hi", "hello") + "\n") * 3000)
+    told: list[tuple[int, int]] = []
+    validate(path, progress=lambda done, total: told.append((done, total)))
+    size = path.stat().st_size
+    assert len(told) == 3
+    assert told[-1] == (size - 1, size)  # the last newline belongs to no row
