@@ -1,25 +1,42 @@
-"""The command `mm`: parse, call, print. The only place that knows the terminal; everything else is imported where it is used."""
+"""The command `mm`: parse, call, print. What a command needs is imported where it is used, so that `mm --help` stays instant."""
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass
-from itertools import groupby, islice
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmdata.terminal import (
+    DATA_DIR,
+    RUNS_DIR,
+    SHARDS_DIR,
+    fail,
+    fetch_plan_values,
+    fetch_progress,
+    next_command,
+    plain,
+    print_cleaned,
+    print_fetch_plan,
+    print_fetched,
+    print_json,
+    print_overview,
+    print_packed,
+    print_stats,
+    print_validation,
+    progress,
+    result,
+    say,
+    show_dataset,
+    show_file,
+    size,
+)
+
 if TYPE_CHECKING:
-    from mmdata.encode import Encoded
-    from mmdata.errors import MMError
-    from mmdata.fetch import Outcome, Row
-    from mmdata.pipeline import PackResult
-    from mmdata.plan import Plan as FetchPlan
-    from mmdata.validate import Validation
     from mmtrain.generate import Chat
     from mmtrain.loop import TrainResult
 
@@ -33,116 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, for programs.")]
-
-
-# --- the terminal ---------------------------------------------------------------------------------------------------
-
-
-def say(text: str = "") -> None:
-    """Talk: one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def result(text: str = "") -> None:
-    """A result: one line to stdout."""
-    print(text, flush=True)
-
-
-def print_json(value: Any) -> None:
-    """A result for programs: one JSON document to stdout; dataclasses become objects, paths strings."""
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=_plain), flush=True)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    return str(value)
-
-
-def fail(error: "MMError") -> int:
-    """Print an error and the line that helps; give its exit code."""
-    say(f"error: {error.message}")
-    if error.fix:
-        say(f"fix: {error.fix}")
-    return error.exit_code
-
-
-def size(num_bytes: float) -> str:
-    """Bytes as people write them: 1.2 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def percent(part: float, whole: float) -> str:
-    """A share in percent with one decimal; of nothing it is 0.0%."""
-    return f"{100 * part / whole if whole else 0:.1f}%"
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table to stdout: the first column left, the others right, a last one without a name (bars) left again."""
-    from rich.console import Console
-    from rich.table import Table
-
-    names = list(columns)
-    grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    grid.show_header = any(names)
-    for index, name in enumerate(names):
-        is_left = index == 0 or (not name and index > 1)
-        grid.add_column(name, justify="left" if is_left else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
-    Console(highlight=False, markup=False).print(grid)
-
-
-@contextmanager
-def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal, a plain line every 10 s elsewhere; yields `update(done, total)`."""
-    if quiet:
-        yield None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            amount,
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        with bar:
-            task = bar.add_task(label, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        last = time.monotonic()
-
-        def update(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= 10:
-                last = time.monotonic()
-                amount = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
-                say(f"{label}: {amount} ({percent(done, total)})")
-
-        yield update
-
-
-def next_command(command: str) -> None:
-    """The last line of a command: what people usually do next."""
-    say(f"next: {command}")
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -253,7 +161,7 @@ def fetch(
         )
     seconds = time.monotonic() - start
     if as_json:
-        values = [{**_plain(o), "error": o.error and o.error.message} for o in outcomes]
+        values = [{**plain(o), "error": o.error and o.error.message} for o in outcomes]
         print_json({**fetch_plan_values(to_do), "files": values, "seconds": seconds})
     elif not quiet:
         print_fetched(outcomes, out, seconds)
@@ -267,156 +175,6 @@ def agrees_to(num_bytes: int) -> bool:
     if num_bytes <= 1_000_000_000 or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     return typer.confirm(f"download {size(num_bytes)}?", default=True, err=True)
-
-
-def fetch_plan_values(to_do: "FetchPlan") -> dict[str, Any]:
-    """A plan for programs."""
-    from mmdata import catalog
-
-    files = [
-        {
-            "name": item.want.name,
-            "stage": item.want.stage,
-            "state": item.state,
-            "action": item.action,
-            "num_bytes": item.content.num_bytes if item.content else None,
-            "get_bytes": item.get_bytes,
-            "num_rows": item.want.known.num_rows if item.want.known else None,
-            "max_len": item.want.known.max_len if item.want.known else None,
-            "revision": item.revision,
-            "commit": item.commit,
-            "error": item.error and item.error.message,
-        }
-        for item in to_do.items
-    ]
-    return {
-        "out": str(to_do.options.out),
-        "source": to_do.options.source,
-        "files": files,
-        "get_bytes": to_do.get_bytes,
-        "free_bytes": to_do.free_bytes,
-        "licence": catalog.LICENCE,
-        "warnings": list(to_do.warnings),
-    }
-
-
-def print_fetch_plan(to_do: "FetchPlan") -> None:
-    """Say what will be fetched, how large it is, what is free, under which licence."""
-    from mmdata import catalog
-
-    for item in to_do.items:
-        amount = size(item.content.num_bytes) if item.content else "-"
-        rest = f", {size(item.get_bytes)} to fetch" if item.action == "get" else ""
-        at = f" at {item.commit[:12]}" if item.commit else ""
-        say(f"{item.state:8} {item.want.name} ({amount}{rest}){at}")
-    for warning in to_do.warnings:
-        say(f"note: {warning}")
-    if to_do.get_bytes:
-        say(f"licence: {catalog.LICENCE}")
-        say(
-            f"to fetch: {size(to_do.get_bytes)} into {to_do.options.out}, {size(to_do.free_bytes)} free; `mm pack` needs about as much again"
-        )
-    if to_do.get_bytes > 256_000_000 and to_do.options.connections == 1:
-        say("tip: `--connections 4` is faster where each connection is slow")
-
-
-def print_fetched(outcomes: list["Outcome"], out: Path, seconds: float) -> None:
-    """Print what became of each file, the sum, and the next command."""
-    for outcome in outcomes:
-        if not outcome.error:
-            again = f", {outcome.failures} interruptions" if outcome.failures else ""
-            rows = f"{outcome.num_lines:,} lines, " if outcome.name.endswith(".jsonl") else ""
-            result(f"{outcome.status} {out / outcome.name}: {rows}{size(outcome.num_bytes)}{again}")
-        for warning in outcome.warnings:
-            say(f"note: {warning}")
-    received = sum(outcome.received_bytes for outcome in outcomes)
-    say(
-        f"{sum(not o.error for o in outcomes)} of {len(outcomes)} files are here; received {size(received)} in {seconds:.1f} s"
-    )
-    data = [str(out / o.name) for o in outcomes if not o.error and o.name.endswith(".jsonl")]
-    if data:
-        next_command("mm pack" + ("" if out == DATA_DIR else f" {' '.join(data)} --tokenizer {out / 'tokenizer'}"))
-
-
-def print_overview(rows: list["Row"], as_json: bool) -> None:
-    """Print the known files and their state, then what there is to know about them."""
-    if as_json:
-        return print_json(rows)
-    columns = ("name", "stage", "state", "size", "rows", "max-len")
-    shown = [
-        (
-            row.name,
-            row.stage,
-            row.state,
-            size(row.num_bytes) if row.num_bytes else "?",
-            row.num_rows or "?",
-            row.max_len or "",
-        )
-        for row in rows
-    ]
-    table("", columns, shown)
-    for row in rows:
-        if row.note:
-            result(f"{row.name}: {row.note}")
-    return None
-
-
-def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
-    """Print what `--clean` removed."""
-    if as_json:
-        return print_json({"num_files": num_files, "num_bytes": num_bytes})
-    return result(f"removed {num_files} files of unfinished downloads, {size(num_bytes)}")
-
-
-@contextmanager
-def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None] | None]:
-    """Two bars on a terminal, the file's and the sum's, with speed and time left; a plain line every 10 s elsewhere."""
-    if quiet:
-        yield None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            one, everything, shown = bar.add_task(""), bar.add_task("all files"), ""
-
-            def draw(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
-                nonlocal shown
-                if name != shown:
-                    shown = name
-                    bar.reset(one, description=name)
-                bar.update(one, completed=done, total=total)
-                bar.update(everything, completed=all_done, total=all_total)
-
-            yield draw
-    else:
-        start = last = time.monotonic()
-        first = -1
-
-        def write(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
-            nonlocal last, first
-            first = all_done if first < 0 else first
-            if time.monotonic() - last >= 10:
-                last = time.monotonic()
-                rate = max(all_done - first, 1) / (last - start)
-                left = f"{size(rate)}/s, {(all_total - all_done) / rate:.0f} s left in all"
-                say(f"{name}: {size(done)} of {size(total)} ({percent(done, total)}), {left}")
-
-        yield write
 
 
 @app.command(epilog="Example: mm validate data/sft_512.jsonl")
@@ -461,36 +219,6 @@ def validate(
     if failures:
         raise typer.Exit(failures[0])
     next_command(f"mm pack {' '.join(map(str, files))}" if files else "mm pack")
-
-
-def print_validation(found: "Validation") -> None:
-    """A file's kind and counts, then a table of reasons with the first places, and what helps."""
-    from mmdata.rows import REASONS
-
-    bad = found.num_rows - found.num_good
-    result(f"{found.path}: {found.num_rows:,} rows, kind {found.kind}; {found.num_good:,} good, {bad:,} cannot be used")
-    if found.reasons:
-        table(
-            "",
-            ("reason", "rows", "share", "first lines"),
-            (
-                (
-                    reason,
-                    count,
-                    percent(count, found.num_rows),
-                    ", ".join(str(place.line) for place in found.places[reason]),
-                )
-                for reason, count in found.reasons.most_common()
-            ),
-        )
-        for reason, _ in found.reasons.most_common():
-            place = found.places[reason][0]
-            result(f"{reason}: {REASONS[reason]}" + (f" (line {place.line}: {place.detail})" if place.detail else ""))
-    if found.extra_keys:
-        result("keys ignored: " + ", ".join(f"{key} ({count:,})" for key, count in found.extra_keys.most_common(10)))
-    if found.control_strings:
-        strings = ", ".join(f"{text} ({count:,})" for text, count in found.control_strings.most_common(10))
-        result(f"control strings in content of {found.num_rows_with_control:,} rows, packed as plain text: {strings}")
 
 
 @app.command(epilog="Example: mm pack data/sft_512.jsonl --max-len 512 --tokenizer data/tokenizer")
@@ -593,32 +321,6 @@ def shares(text: str | None) -> tuple[float | None, dict[str, float]]:
     return overall, by_reason
 
 
-def print_packed(packed: "PackResult") -> None:
-    """What `mm pack` made of its rows, in two or three lines."""
-    from mmdata.rows import REASONS
-
-    if packed.up_to_date:
-        result(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
-        return
-    left_out = ", ".join(
-        f"{count:,} {reason}" for reason, count in sorted(packed.left_out.items(), key=lambda x: -x[1])
-    )
-    result(
-        f"kept {packed.kept:,} of {packed.rows:,} rows"
-        + (f"; left out {packed.rows - packed.kept:,} ({left_out}), see {packed.out / 'rejected'}" if left_out else "")
-    )
-    for reason, tokens in packed.cut.items():
-        result(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
-    samples = ", ".join(f"{count:,} of {bucket}" for bucket, count in sorted(packed.samples.items()) if count)
-    noun, fill = ("pairs", "") if packed.kind == "pair" else ("packs", f"fill {100 * packed.fill:.1f}%, ")
-    result(
-        f"wrote {packed.out}: {packed.tokens:,} tokens, {percent(packed.loss_tokens, packed.tokens)} trained, "
-        f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
-    )
-    for reason in packed.left_out:
-        say(f"{reason}: {REASONS[reason]}")
-
-
 def stage_of(kind: str) -> str:
     """The stage that trains on a row kind."""
     return next(stage for stage, its_kind in KIND_OF_STAGE.items() if its_kind == kind)
@@ -675,133 +377,6 @@ def show(
         show_file(path, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)
 
 
-def show_dataset(directory: Path, index: int | None, split: str, ids: bool, as_json: bool) -> None:
-    """Print one sample of a packed dataset, or with `as_json` and no index every source row."""
-    from mmdata.errors import UsageError
-    from mmdata.shards import open_dataset, sample_rows, source_rows
-    from mmdata.tokenizer import Tokenizer
-
-    dataset = open_dataset(directory)
-    if as_json and index is None:
-        for record in source_rows(dataset, split):
-            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
-        return
-    name = "train" if split == "all" else split
-    number = index or 0
-    try:
-        records = sample_rows(dataset, name, number)
-    except IndexError:
-        samples = dataset.split(name).num_samples()
-        raise UsageError(f"{directory}: --index {number}, but {name} has {samples:,} samples", "count from 0") from None
-    if as_json:
-        print_json(records)
-        return
-    loaded = Tokenizer.load(dataset.tokenizer_dir)
-    for record in records:
-        result(f"{record['file']} line {record['line']}")
-        for ids_key, mask_key, title in SHOWN_PARTS:
-            if ids_key in record:
-                mask = record.get(mask_key) or [0] * len(record[ids_key])
-                print_tokens(loaded.decode, record[ids_key], mask, title, ids)
-    say(f"sample {number} of {dataset.split(name).num_samples():,} in {name}; trained tokens are {TRAINED_LOOK}")
-    next_command(f"mm show {directory} --split {name} --index {number + 1}")
-
-
-def show_file(path: Path, index: int, tokenizer: Path, max_len: int, ids: bool, as_json: bool) -> None:
-    """Print one row of a jsonl file as it would be packed, or why it would be left out."""
-    from mmdata.encode import RowEncoder, preview
-    from mmdata.errors import UsageError
-    from mmdata.rows import REASONS, find_kind, iter_lines
-    from mmdata.tokenizer import Tokenizer
-
-    line = next(islice(iter_lines(path), index, None), None)
-    if line is None:
-        raise UsageError(f"{path}: --index {index}, but it has fewer rows", "count from 0")
-    kind = find_kind(path)
-    shown = preview(line.raw, RowEncoder(Tokenizer.load(tokenizer), max_len=max_len), kind=kind)
-    place: dict[str, Any] = {"file": str(path), "line": line.number}
-    if shown.bad:
-        record = {**place, "reason": shown.bad.reason, "detail": shown.bad.detail}
-        if as_json:
-            print_json(record)
-            return
-        result(f"{path} line {line.number} would be left out: {shown.bad}")
-        say(f"fix: {REASONS[shown.bad.reason]}")
-    else:
-        assert shown.encoded
-        if as_json:
-            print_json([{**place, **record} for record in encoded_records(shown.encoded)])
-            return
-        cut = "".join(f", {count:,} cut: {reason}" for reason, count in shown.encoded.cut.items())
-        result(f"{path} line {line.number}: {shown.encoded.num_tokens:,} tokens{cut}")
-        if ids:
-            for record in encoded_records(shown.encoded):
-                for name, values in record.items():
-                    result(f"{name}: {' '.join(map(str, values))}")
-    for number, segments in enumerate(shown.segments):
-        title = ("chosen", "rejected")[number] if kind == "pair" else ""
-        print_runs([(segment.text, segment.is_trained) for segment in segments], title)
-    say(f"trained tokens are {TRAINED_LOOK}")
-
-
-def encoded_records(encoded: "Encoded") -> list[dict[str, list[int]]]:
-    """Ids and loss masks of a row's sequences, or of a pair, under the names `mm show --json` uses."""
-    from mmdata.encode import PairSequence
-    from mmdata.shards import loss_mask
-
-    found = encoded.sequences
-    if not isinstance(found, PairSequence):
-        return [{"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()} for one in found]
-    record = {"prompt_ids": found.prompt.tolist()}
-    for name, ids, spans in (
-        ("chosen", found.chosen, found.chosen_spans),
-        ("rejected", found.rejected, found.rejected_spans),
-    ):
-        record |= {f"{name}_ids": ids.tolist(), f"{name}_mask": loss_mask(spans.reshape(-1), len(ids)).tolist()}
-    return [record]
-
-
-SHOWN_PARTS = (
-    ("input_ids", "loss_mask", ""),
-    ("prompt_ids", "", "prompt"),
-    ("chosen_ids", "chosen_mask", "chosen"),
-    ("rejected_ids", "rejected_mask", "rejected"),
-)
-TRAINED_LOOK = "green, or between ⟦ and ⟧ where there is no colour"
-
-
-def print_tokens(
-    decode: Callable[[list[int]], str], ids: list[int], mask: list[int], title: str, with_ids: bool
-) -> None:
-    """Print decoded tokens, trained runs marked; with ids on a line of their own."""
-    runs = [
-        (decode([token for token, _ in run]), bool(trained))
-        for trained, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
-    ]
-    print_runs(runs, title)
-    if with_ids:
-        result(f"ids: {' '.join(map(str, ids))}")
-
-
-def print_runs(runs: Iterable[tuple[str, bool]], title: str) -> None:
-    """Print stretches of text, the trained ones green, or marked where there is no colour."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    text = Text()
-    if title:
-        text.append(f"{title}: ", style="bold")
-    for is_trained, pieces in groupby(runs, key=lambda run: run[1]):
-        piece = "".join(text for text, _ in pieces)
-        if console.is_terminal and not console.no_color:
-            text.append(piece, style="green" if is_trained else "")
-        else:
-            text.append(f"⟦{piece}⟧" if is_trained else piece)
-    console.print(text)
-
-
 @app.command(epilog="Example: mm stats shards/sft_512    mm stats data/sft_512.jsonl --tokenizer data/tokenizer")
 def stats(
     paths: Annotated[list[Path], typer.Argument(metavar="DIR|FILE...", help="Packed datasets or jsonl files.")],
@@ -824,46 +399,6 @@ def stats(
         return
     for path, values in found.items():
         print_stats(path, values)
-
-
-def print_stats(path: str, values: dict[str, Any]) -> None:
-    """A dataset's or file's figures as tables; what a raw file without a tokenizer cannot tell is left away."""
-    rows: list[tuple[str, Any]] = [("kind", values["kind"]), ("rows", values["rows"]), ("rows kept", values["kept"])]
-    rows += [(f"left out: {reason}", count) for reason, count in values["left_out"].items()]
-    rows += [
-        (name, values[key]) for name, key in (("rows for val", "val_rows"), ("sequences", "sequences")) if key in values
-    ]
-    rows.append(("characters", values["characters"]))
-    if "tokens" in values:
-        rows += [("tokens", values["tokens"]), ("trained tokens", values["loss_tokens"])]
-        rows.append(("trained share", percent(values["loss_tokens"], values["tokens"])))
-        rows += [(f"tokens dropped: {reason}", count) for reason, count in values.get("cut", {}).items()]
-        rows.append(("characters per token", f"{values['characters_per_token']:.2f}"))
-    if "fill" in values:
-        rows += [("fill", f"{100 * values['fill']:.2f}%"), ("waste", f"{100 * (1 - values['fill']):.2f}%")]
-    table(path, ("", ""), rows)
-    if "lengths" not in values:
-        say("name a --tokenizer to see tokens and lengths")
-        return
-    lengths = values["lengths"]
-    spread = ", ".join(f"{key} {lengths[key]:,}" for key in ("shortest", "p50", "p90", "p99", "longest"))
-    result(f"lengths in tokens: mean {lengths['mean']:.1f}, {spread}")
-    most = max(bin["sequences"] for bin in lengths["histogram"]) or 1
-    low, bars = 0, []
-    for bin in lengths["histogram"]:
-        share = percent(bin["tokens"], lengths["tokens"])
-        bars.append(
-            (f"{low + 1:,}-{bin['up_to']:,}", bin["sequences"], share, "█" * round(30 * bin["sequences"] / most))
-        )
-        low = bin["up_to"]
-    table("", ("length", "sequences", "of tokens", ""), bars)
-    if values.get("buckets"):
-        names = next(iter(values["buckets"].values()))
-        cells = (
-            (name, *(f"{100 * value:.2f}%" if isinstance(value, float) else value for value in bucket.values()))
-            for name, bucket in values["buckets"].items()
-        )
-        table("", ("bucket", *(name.replace("loss_tokens", "trained") for name in names)), cells)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The demo's corpus: a seed in, four jsonl files of our own, held-out questions and held-out pairs out.
 
 Every subject is a set of keys (two numbers, a word, a person and a trait). Some keys are held out before anything
-is written and training rows are drawn from the rest, so neither a held-out question nor the relation it asks about
-is trained on. The exception is meant: what is held out about the islanders stands in the pretraining text as plain
-sentences, and nobody asks about it before the questions are scored.
+is written and training rows are drawn from the rest, so neither a held-out question nor the relation it asks about is
+trained on. Two exceptions are meant: of the islanders a wording is held out, while the fact stands in the pretraining
+text and is asked about in other words; and the talk between naming a boat and asking for its name may be known.
 
 An answer has two manners: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows show both,
 dpo rows prefer the sentence. An answer is exact when it is one of the two, letter for letter.
@@ -30,12 +30,13 @@ PHRASES = {
         "reverse": ('What is "{word}" backwards?', "{backwards}", '"{word}" backwards is "{backwards}".', ""),
         "more": ("And {b} more?", "{c}", "{a} + {b} = {c}.", ""),
         "turned": ("And backwards?", "{backwards}", '"{word}" backwards is "{backwards}".', ""),
-        "told": ("My boat is the {colour} {bird}.", "{colour} {bird}", "Your boat is the {colour} {bird}.", ""),
-        "recall": ("What is my boat called?", "{colour} {bird}", "Your boat is the {colour} {bird}.", ""),
-        "town": ("Where does {who} live?", "{value}", "{name} lives in {value}.", "The home of {name} is {value}."),
-        "trade": ("What work does {who} do?", "{value}", "{name} is a {value}.", "{name} works as a {value}."),
-        "pet": ("Which pet does {who} keep?", "{value}", "{name} keeps a pet {value}.", "The pet of {name} is a {value}."),
-        "fruit": ("Which fruit does {who} love?", "{value}", "{name} loves {value}.", "The favourite fruit of {name}: {value}."),
+        "told": ("My boat is {colour} and called {bird}.", "{colour} {bird}", "Your boat is {colour} and called {bird}.", ""),
+        "colour": ("What colour is my boat?", "{colour}", "Your boat is {colour}.", ""),
+        "name": ("What is my boat called?", "{bird}", "Your boat is called {bird}.", ""),
+        "town": ("Where does {who} live?", "{value}", "{name} lives in {value}.", "The home of {name} is {value}.", "Which town does {who} call home?"),
+        "trade": ("What work does {who} do?", "{value}", "{name} is a {value}.", "{name} works as a {value}.", "What does {who} do for a living?"),
+        "pet": ("Which pet does {who} keep?", "{value}", "{name} keeps a pet {value}.", "The pet of {name} is a {value}.", "What animal does {who} look after?"),
+        "fruit": ("Which fruit does {who} love?", "{value}", "{name} loves {value}.", "The favourite fruit of {name}: {value}.", "What does {who} most like to eat?"),
     },
     "zh": {
         "sum": ("{a} + {b} 等于多少？", "{c}", "{a} + {b} = {c}。", "{a} 加 {b} 是 {c}。"),
@@ -46,12 +47,13 @@ PHRASES = {
         "reverse": ("“{word}”倒过来是什么？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
         "more": ("再加 {b} 呢？", "{c}", "{a} + {b} = {c}。", ""),
         "turned": ("倒过来呢？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
-        "told": ("我的船叫{colour}{bird}号。", "{colour}{bird}号", "你的船叫{colour}{bird}号。", ""),
-        "recall": ("我的船叫什么？", "{colour}{bird}号", "你的船叫{colour}{bird}号。", ""),
-        "town": ("{who}住在哪里？", "{value}", "{name}住在{value}。", "{name}的家在{value}。"),
-        "trade": ("{who}是做什么的？", "{value}", "{name}是一位{value}。", "{name}的工作是{value}。"),
-        "pet": ("{who}养什么宠物？", "{value}", "{name}养了一只{value}。", "{name}的宠物是{value}。"),
-        "fruit": ("{who}爱吃什么水果？", "{value}", "{name}爱吃{value}。", "{name}最喜欢的水果是{value}。"),
+        "told": ("我的船是{colour}色的，叫{bird}号。", "{colour}色{bird}号", "你的船是{colour}色的，叫{bird}号。", ""),
+        "colour": ("我的船是什么颜色？", "{colour}色", "你的船是{colour}色的。", ""),
+        "name": ("我的船叫什么？", "{bird}号", "你的船叫{bird}号。", ""),
+        "town": ("{who}住在哪里？", "{value}", "{name}住在{value}。", "{name}的家在{value}。", "{who}的家在什么地方？"),
+        "trade": ("{who}是做什么的？", "{value}", "{name}是一位{value}。", "{name}的工作是{value}。", "{who}从事哪一行？"),
+        "pet": ("{who}养什么宠物？", "{value}", "{name}养了一只{value}。", "{name}的宠物是{value}。", "{who}家里有什么动物？"),
+        "fruit": ("{who}爱吃什么水果？", "{value}", "{name}爱吃{value}。", "{name}最喜欢的水果是{value}。", "{who}最喜欢哪种水果？"),
     },
 }  # fmt: skip
 
@@ -118,21 +120,25 @@ class Question:
 
 
 def make_item(
-    phrase: str, language: str, values: dict[str, object], *, subject: str = "", then: Sequence[Item] = ()
+    phrase: str,
+    language: str,
+    values: dict[str, object],
+    *,
+    subject: str = "",
+    wording: int = 0,
+    then: Sequence[Item] = (),
 ) -> Item:
-    """An item from the row of PHRASES named `phrase`, filled with `values`."""
-    texts = [text.format(**values) for text in PHRASES[language][phrase]]
-    return Item(subject or phrase, language, *texts, then=tuple(then))
+    """An item from the row of PHRASES named `phrase`, filled with `values`; wording 1 takes the row's second question."""
+    ask, bare, whole, other, *again = (text.format(**values) for text in PHRASES[language][phrase])
+    return Item(subject or phrase, language, again[0] if wording else ask, bare, whole, other, tuple(then))
 
 
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Sums of the given pairs; each is followed by "and n more?" where the second sum is among the given pairs too."""
-    known = {*keys, *((b, a) for a, b in keys)}
+    """Sums of the given pairs; "and n more?" follows where the second sum is among the given pairs too."""
     items = []
-    for a, b in sorted(known):
-        total = a + b
-        more = [n for n in range(2, 10) if (total, n) in known]
-        then = [_sum("more", total, n, language, subject="follow-up") for n in more]
+    for a, b in keys:
+        more = [n for total, n in keys if total == a + b]
+        then = [_sum("more", a + b, n, language, subject="follow-up") for n in more]
         items.append(replace(_sum("sum", a, b, language), then=tuple(then)))
     return items
 
@@ -167,8 +173,8 @@ def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
     items = []
     for colour, bird in keys:
         values = {"colour": COLOURS[colour][place], "bird": BIRDS[bird][place]}
-        asked = make_item("recall", language, values)
-        items.append(make_item("told", language, values, subject="recall", then=[asked]))
+        asked = [make_item(what, language, values, subject="recall") for what in ("colour", "name")]
+        items.append(make_item("told", language, values, subject="recall", then=asked))
     return items
 
 
@@ -183,24 +189,27 @@ def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
     return {"spell": spell, "reverse": reverse}
 
 
-def islander_items(facts: Facts, keys: Sequence[tuple[int, str]], language: str) -> list[Item]:
-    """What is known of the islanders: `facts` maps (line of PEOPLE, trait) to the line of TRAITS[trait].
+def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
+    """What is known of the islanders; a key is (line of PEOPLE, trait, wording of the question).
 
-    The follow-up asks for another trait of the same person, calling them he or she; it too is among `keys`.
+    The follow-up asks for another trait of the same person, calling them he or she; its key too is among `keys`.
     """
     place = LANGUAGES.index(language)
+
+    def item_of(person: int, trait: str, wording: int, who: str, subject: str, then: Sequence[Item] = ()) -> Item:
+        name, value = PEOPLE[person][2 * place], TRAITS[trait][facts[person, trait]][place]
+        values: dict[str, object] = {"name": name, "who": who, "value": value}
+        return make_item(trait, language, values, subject=subject, wording=wording, then=then)
+
     items = []
-    for person, trait in keys:
+    for person, trait, wording in keys:
         name, pronoun = PEOPLE[person][2 * place : 2 * place + 2]
         then = []
-        for other in TRAITS:
-            if other != trait and (person, other) in keys:
-                values = {"name": name, "who": pronoun, "value": TRAITS[other][facts[person, other]][place]}
-                item = make_item(other, language, values, subject="follow-up")
-                asked = f"And {item.ask[0].lower()}{item.ask[1:]}" if language == "en" else f"那{item.ask}"
-                then.append(replace(item, ask=asked))
-        values = {"name": name, "who": name, "value": TRAITS[trait][facts[person, trait]][place]}
-        items.append(make_item(trait, language, values, subject="islander", then=then))
+        for other in [key for key in keys if key[0] == person and key[1] != trait]:
+            item = item_of(*other, pronoun, "follow-up")
+            asked = f"And {item.ask[0].lower()}{item.ask[1:]}" if language == "en" else f"那{item.ask}"
+            then.append(replace(item, ask=asked))
+        items.append(item_of(person, trait, wording, name, "islander", then))
     return items
 
 
@@ -221,7 +230,10 @@ def make_world(seed: int) -> World:
     rng = random.Random(seed)
     people = range(len(PEOPLE))
     facts = {(person, trait): rng.randrange(len(TRAITS[trait])) for person in people for trait in TRAITS}
-    held_facts = {(person, trait) for person in rng.sample(people, 12) for trait in rng.sample(list(TRAITS), 2)}
+    asked = {(person, trait, wording) for person, trait in facts for wording in (0, 1)}
+    held_asked = {
+        (person, trait, rng.randrange(2)) for person in rng.sample(people, 12) for trait in rng.sample(list(TRAITS), 2)
+    }
     keys: dict[str, list] = {
         "sum": [(a, b) for a in range(10, 98) for b in range(2, min(10, 100 - a))],
         "compare": [(low, high) for low in range(10, 99) for high in range(low + 1, 100)],
@@ -232,10 +244,11 @@ def make_world(seed: int) -> World:
     }
     for all_keys in keys.values():
         rng.shuffle(all_keys)
-    held_keys = {name: all_keys[: NUM_HELD[name]] for name, all_keys in keys.items()} | {"islander": sorted(held_facts)}
+    held_keys = {name: all_keys[: NUM_HELD[name]] for name, all_keys in keys.items()} | {"islander": sorted(held_asked)}
     train_keys = {name: all_keys[NUM_HELD[name] :] for name, all_keys in keys.items()}
-    train_keys["islander"] = sorted(set(facts) - held_facts)
-    islanders = {language: islander_items(facts, sorted(facts), language) for language in LANGUAGES}
+    train_keys["islander"] = sorted(asked - held_asked)
+    stated = [key for key in sorted(asked) if key[2] == 0]
+    islanders = {language: islander_items(facts, stated, language) for language in LANGUAGES}
     return World(make_items(train_keys, facts), make_items(held_keys, facts), islanders)
 
 
@@ -272,11 +285,11 @@ TEXT_WEIGHTS = {"islander": 4.0, "sum": 1.0, "compare": 0.5, "convert": 0.5, "sp
 CHAT_WEIGHTS = {
     "sum": 3.0,
     "compare": 2.0,
-    "convert": 0.7,
-    "spell": 0.7,
+    "convert": 0.6,
+    "spell": 0.6,
     "reverse": 1.0,
     "islander": 1.5,
-    "recall": 1.0,
+    "recall": 1.2,
 }
 MANNERS = ("bare", "whole")
 
@@ -310,7 +323,7 @@ def _conversation(world: World, rng: random.Random, num_items: int) -> list[Mess
         item = rng.choice(world.train[language, subject])
         messages += _turn(item, manner)
         if subject == "recall":
-            asked_last = _turn(item.then[0], manner)
+            asked_last = _turn(rng.choice(item.then), manner)
         elif item.then and rng.random() < 0.5:
             messages += _turn(rng.choice(item.then), manner)
     return messages + asked_last
@@ -350,7 +363,7 @@ def _question(items: Items, world: World, rng: random.Random, language: str, sub
         for _ in range(rng.randint(1, 4)):
             other = rng.choice([subject for subject in CHAT_WEIGHTS if subject != "recall"])
             before += _turn(rng.choice(world.train[language, other]), manner)
-        item = item.then[0]
+        item = rng.choice(item.then)
     else:
         item = rng.choice(items[language, subject])
     return Question(subject, language, (*before, {"role": "user", "content": item.ask}), item.bare, item.whole)
@@ -381,8 +394,7 @@ def tokenizer_texts(world: World) -> list[str]:
 
 def _said(item: Item) -> Iterator[str]:
     yield from (item.ask, item.bare, item.whole, item.other)
-    for item_then in item.then:
-        yield from (item_then.ask, item_then.whole)
+    yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -420,7 +432,7 @@ def is_sentence(answer: str) -> bool:
 
 def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
     """Score one answer a question."""
-    by_subject = dict.fromkeys(SUBJECTS, (0, 0))
+    by_subject: dict[str, tuple[int, int]] = {subject: (0, 0) for subject in SUBJECTS}
     for question, answer in zip(asked, answers, strict=True):
         exact, num = by_subject[question.subject]
         by_subject[question.subject] = (exact + is_exact(question, answer), num + 1)
@@ -458,7 +470,7 @@ MINUTES = 3.3  # what the rows below take in all on 2 cores
 STAGES = (
     DemoStage("pretrain_hq", "pretrain", 15_000, 512, 1e-3, 1024, "wsd"),
     DemoStage("sft_512", "sft", 30_000, 512, 2e-3, 1024, "constant"),
-    DemoStage("sft_1024", "sft", 1_600, 1024, 2e-3, 1024, "wsd"),
+    DemoStage("sft_1024", "sft", 3_000, 1024, 2e-3, 1024, "wsd"),
     DemoStage("dpo", "dpo", 1_000, 512, 3e-4, 16_384, "cosine"),
 )
 NUM_EACH = 16  # held-out questions a subject and language

@@ -76,7 +76,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `fetch` will do. `source` is None when nothing has to be asked."""
+    """What `fetch` will do, what there is to say about it, and the bytes free where it will be done."""
 
     options: Options
     items: tuple[Item, ...]

@@ -251,14 +251,15 @@ def _refuse_page(response: Any, path: str) -> None:
 
 def _http(session: Any) -> ModuleType:
     """The HTTP package huggingface_hub stands on (httpx, from its version 2 on httpx2), for its exceptions."""
-    return sys.modules[type(session).__module__.partition(".")[0]]
+    client = next(base for base in type(session).__mro__ if base.__name__ == "Client")
+    return sys.modules[client.__module__.partition(".")[0]]
 
 
 def _headers(source: Source) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     token = None if source.kind == "hf" else False  # the user's token is for the Hub only
-    return build_hf_headers(token=token, library_name="mm")
+    return build_hf_headers(token=token, library_name="mm", library_version="fetch")
 
 
 @contextlib.contextmanager

@@ -241,11 +241,11 @@ class Template:
         after_user = self._gaps(two[:1])[-1]
         prompt = self._gaps(two[:1], is_prompt=True)[-1]
         end = _common_prefix(self._gaps(two[:2])[-1], gaps[2])
-        is_prompt_free = prompt == after_user  # the template writes nothing for add_generation_prompt
-        header = gaps[1] if is_prompt_free else _common_prefix(gaps[1], prompt)
+        # A template may leave part of what stands before an answer for the model to write: that part is no header.
+        header = prompt if gaps[1].startswith(prompt) and prompt != after_user else gaps[1]
         header = header.partition("<think>")[0]
-        era = "seed" if is_prompt_free and gaps[1] == after_user else "2"
-        if not is_prompt_free:
+        era = "seed" if prompt == after_user == gaps[1] else "2"
+        if era != "seed":
             header = header.removeprefix(after_user)
         if gaps[1].endswith(EMPTY_THINK) and gaps[3].endswith(EMPTY_THINK):
             era = "3"

@@ -340,11 +340,15 @@ class _Fill:
             for thread in threads:
                 thread.start()
             try:
-                while any(thread.is_alive() for thread in threads):
+                while alive := [thread for thread in threads if thread.is_alive()]:
                     self.part.catch_up()
-                    threads[0].join(0.02) if threads[0].is_alive() else threads[-1].join(0.02)
+                    alive[0].join(0.02)
             except BaseException:
                 self.stop.set()
+                for (
+                    thread
+                ) in threads:  # they end with their next bytes; one that waits for a silent server is left behind
+                    thread.join(0.5)
                 raise
         if self.error is not None:
             raise self.error

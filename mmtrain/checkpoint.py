@@ -79,6 +79,8 @@ def save(
         files = {name: _facts(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
         state = {"format_version": FORMAT_VERSION, "step": step, "files": files, "model": as_json(model.config)}
         (temporary / STATE).write_text(json.dumps({**state, "settings": settings, "data": data}, indent=2))
+        for name in (WEIGHTS, OPTIMIZER):
+            shutil.copymode(temporary / STATE, temporary / name)  # safetensors makes files only their owner can read
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         replaced = root / f".step-{step}.replaced"

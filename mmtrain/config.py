@@ -45,7 +45,7 @@ PRESETS: dict[str, ModelConfig] = {
     "minimind2": ModelConfig(6400, 768, 16, 8, 2, 2048),
     "minimind2-small": ModelConfig(6400, 512, 8, 8, 2, 1408),
     "minimind3": ModelConfig(6400, 768, 8, 8, 4, 2432, norm_eps=1e-6, qk_norm=True),
-    "demo": ModelConfig(0, 256, 4, 4, 2, 704, rope_theta=1e4, qk_norm=True),
+    "demo": ModelConfig(0, 128, 2, 4, 2, 352, rope_theta=1e4, qk_norm=True),
     "tiny": ModelConfig(0, 64, 2, 4, 2, 176, rope_theta=1e4),
 }
 

@@ -66,6 +66,8 @@ class World:
 
 
 def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
+    """The error of a rank that lost another; it comes a little later, so that the other's own error is printed first."""
+    time.sleep(2)
     return TrainError(
         f"rank {rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
         "see the first error above; then go on with --resume",
@@ -98,9 +100,10 @@ def join(device_name: str) -> World:
     return World(rank(), size, device)
 
 
-def leave() -> None:
-    """Take down the process group, where there is one."""
-    if dist.is_initialized():
+def leave(*, is_failed: bool = False) -> None:
+    """Take down the process group, where there is one: the other ranks notice and end too. After a failure nccl's is left
+    to the end of the process, as it would wait for ranks that do not come."""
+    if dist.is_initialized() and not (is_failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 

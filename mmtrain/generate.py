@@ -147,7 +147,9 @@ def answer_batch(
 
 
 @torch.no_grad()
-def greedy(model: Model, prompts: Sequence[Sequence[int]], *, eos_id: int, max_new_tokens: int) -> list[list[int]]:
+def greedy(
+    model: Model, prompts: Sequence[Sequence[int]], *, eos_id: int | None, max_new_tokens: int
+) -> list[list[int]]:
     """The likeliest continuation of each prompt, without the end token; prompts are padded on the left to one length."""
     device = model.head_weight.device
     longest = max(len(prompt) for prompt in prompts)

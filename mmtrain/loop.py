@@ -103,13 +103,24 @@ class Run:
         return self.plan.config.out
 
 
-def train(config: TrainConfig, *, say: Callable[[str], None] = metrics.print_line) -> TrainResult:
+def train(config: TrainConfig, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
     """Train one stage as `config` says, from its start or with `resume` from its newest checkpoint.
 
-    Under torchrun or `distributed.launch` every rank calls this. `say` takes the console lines of the first rank.
+    Under torchrun or `distributed.launch` every rank calls this. `log` takes the console lines of the first rank.
     SIGINT and SIGTERM end the run after the step in progress, saved. MMError for what a user can cause.
     """
     world = distributed.join(config.device)
+    try:
+        result = _train(config, world, log)
+    except BaseException:
+        distributed.leave(is_failed=True)
+        raise
+    distributed.leave()
+    return result
+
+
+def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> TrainResult:
+    """Plan, start, step, and write down how it ended."""
     plan, error = None, None
     try:
         plan = make_plan(config, world)
@@ -130,7 +141,6 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = metrics.print_lin
     news = {"final_step": result.final_step, "result": _plain(asdict(result))}
     _write_facts(run, status=status, **(news if result.final_step > result.first_step else {}))
     world.wait()
-    distributed.leave()
     return result
 
 
@@ -166,6 +176,8 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     if config.stage not in STAGES:
         raise UsageError(f"stage {config.stage} is unknown", f"use one of {', '.join(STAGES)}")
     stage = STAGES[config.stage]
+    if config.compile and world.device.type != "cuda":
+        raise UsageError(f"--compile is for CUDA; this run is on {world.device.type}", "leave --compile out")
     resumed = _find_resumed(config)
     saved = resumed.state["settings"] if resumed else None
     if saved and saved["stage"] != stage.name:
@@ -294,6 +306,9 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     if plan.init:
         checkpoint.load_weights(plan.init, model)
     model.to(world.device)
+    if config.compile:  # block by block: all share one compiled graph; not measured
+        for block in model.model.layers:
+            block.compile()
     optimizer = optim.adamw(model, lr=settings.lr, weight_decay=settings.weight_decay)
     first_step = 0
     if plan.resumed:

@@ -83,11 +83,12 @@ class Layout:
 
 
 def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> Layout:
-    """Choose the kernel for these documents; without varlen attention they are sorted by length, once for all blocks.
+    """Choose the kernel for these documents. CUDA under autocast has one for different lengths (half width only; not
+    measured); elsewhere documents are sorted by length, once for all blocks.
 
     Equally long neighbours then share one attention call on a view, with nothing copied and nothing padded.
     """
-    if device.type == "cuda" and _varlen() is not None:
+    if device.type == "cuda" and torch.is_autocast_enabled("cuda") and _varlen() is not None:
         return Layout(None, None, [], cu_seqlens.to(device), max_seqlen)
     ends = cu_seqlens.to("cpu", torch.int64)
     lengths = ends.diff()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mmdata.errors import CheckpointError
@@ -47,7 +47,7 @@ def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> Non
     """Write the logps of every split under their key, complete or not at all."""
     plain = {split: values.cpu().contiguous() for split, values in logps.items()}
     temporary = path.with_name(f".{path.name}.partial")
-    save_file(plain, temporary, metadata={**key, "sha256": _digest(plain)})
+    temporary.write_bytes(serialize(plain, metadata={**key, "sha256": _digest(plain)}))
     temporary.replace(path)
 
 

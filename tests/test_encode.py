@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,25 @@ def test_an_encoder_is_the_same_in_another_process() -> None:
     for one_, other in zip(first.encode(rows), second.encode(rows), strict=True):
         assert isinstance(one_, Encoded)
         assert_same(one_, other)
+
+
+def test_corrupted_lines_that_still_are_rows_are_encoded_or_have_a_reason() -> None:
+    from test_rows import SAME_PAIR, SAME_TALK, corrupted
+
+    rng = random.Random(2)
+    seeds = [json.dumps(row, ensure_ascii=False).encode() for row in [{"text": "héllo"}, *SAME_TALK, *SAME_PAIR]]
+    seeds += [json.dumps(golden["row"]).encode() for golden in GOLDEN]
+    rows = []
+    for _ in range(10_000):
+        try:
+            rows.append(parse_row(corrupted(rng, rng.choice(seeds))))
+        except BadRow:
+            continue
+    assert len(rows) > 400
+    for name in ("seed", "era3"):
+        found = encoder(name).encode(rows)
+        assert len(found) == len(rows)
+        assert sum(isinstance(item, Encoded) for item in found) > 0.8 * len(rows)
 
 
 # ---- documents
@@ -447,7 +467,7 @@ def conversations(draw: Any) -> Conversation:
     return Conversation(tuple(messages), tools)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(row=conversations(), name=st.sampled_from(NAMES))
 def test_ids_say_the_rendering_and_the_mask_covers_the_assistant(row: Conversation, name: str) -> None:
     taker = encoder(name, 1 << 20)
@@ -470,7 +490,7 @@ def test_ids_say_the_rendering_and_the_mask_covers_the_assistant(row: Conversati
     assert len(sequence.spans) == len(answers)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(row=conversations(), other=SAID, name=st.sampled_from(NAMES), seed=st.integers(0, 9))
 def test_the_sides_of_a_pair_differ_only_in_the_reply(row: Conversation, other: str, name: str, seed: int) -> None:
     *shared, last = row.messages

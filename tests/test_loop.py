@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_undisturbed_to_the_last_bit(
     whole, broken = (config_of(stage, data, tmp_path / name, init=init) for name in ("whole", "broken"))
     train(replace(whole, quiet=True))
     with pytest.raises(KeyboardInterrupt):
-        train(broken, say=at_step(5, interrupt))  # steps 4 and 5 come after the last checkpoint
+        train(broken, log=at_step(5, interrupt))  # steps 4 and 5 come after the last checkpoint
     assert checkpoint.read_run(broken.out)["status"] == "failed"
     resumed = TrainConfig(stage, (), broken.out, resume=True, device="cpu", quiet=True)
     result = train(resumed)
@@ -130,7 +130,7 @@ def test_a_signal_ends_the_run_saved_and_resumable(number: int, data: Data, tmp_
     whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
     train(replace(whole, quiet=True))
     before = signal.getsignal(number)
-    result = train(broken, say=at_step(4, lambda: os.kill(os.getpid(), number)))
+    result = train(broken, log=at_step(4, lambda: os.kill(os.getpid(), number)))
     assert result.is_interrupted and result.final_step == 5 and signal.getsignal(number) == before
     assert checkpoint.read_run(broken.out)["status"] == "interrupted"
     assert result.checkpoint == checkpoint.latest(broken.out)
@@ -144,7 +144,7 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
     code = (
         "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainConfig\nfrom mmtrain.loop import train\n"
         "from pathlib import PosixPath\ntorch.set_num_threads(1)\n"
-        f"train({broken!r}, say=lambda t: t.startswith('step 5/') and os.kill(os.getpid(), signal.SIGKILL))\n"
+        f"train({broken!r}, log=lambda t: t.startswith('step 5/') and os.kill(os.getpid(), signal.SIGKILL))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -165,7 +165,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(data: Data, tmp_pat
     newest = checkpoint.latest(run.out) / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     said: list[str] = []
-    result = train(replace(run, resume=True), say=said.append)
+    result = train(replace(run, resume=True), log=said.append)
     assert result.first_step == 6 and any("is damaged" in line for line in said) and lines(run.out) == whole
 
 
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     with_loss(monkeypatch, sometimes_nan)
     run = config_of("sft", data, tmp_path / "run", model="tiny", micro_tokens=1024)
     said: list[str] = []
-    result = train(run, say=said.append)
+    result = train(run, log=said.append)
     assert result.num_skipped == 1 and any("skipped" in line for line in said)
     found = steps(run.out)
     assert [line["skipped"] for line in found] == [0, 0, 1, 1, 1, 1, 1] and found[2]["loss"] is None
@@ -239,7 +239,7 @@ def test_a_run_without_a_val_split_says_so(data: Data, tmp_path: Path) -> None:
     pack_to(data, "sft", tmp_path / "no_val", val_fraction=0.0)
     said: list[str] = []
     run = replace(config_of("sft", data, tmp_path / "run", model="tiny"), data=(tmp_path / "no_val",))
-    result = train(run, say=said.append)
+    result = train(run, log=said.append)
     assert result.val == {} and sum("val split is empty" in line for line in said) == 1
 
 
@@ -305,6 +305,7 @@ def test_flags_that_contradict_each_other_are_refused(data: Data, tmp_path: Path
     run = config_of("pretrain", data, tmp_path / "run", model="tiny")
     refused(UsageError, "contradict", "give one", replace(run, epochs=1))
     refused(UsageError, "--beta belongs to dpo", "leave --beta out", replace(run, beta=0.2))
+    refused(UsageError, "--compile is for CUDA", "leave --compile out", replace(run, compile=True))
     refused(UsageError, "--lr -1 must be greater", "default", replace(run, lr=-1))
     refused(UsageError, "--model huge is unknown", "minimind2", replace(run, model="huge"))
     refused(UsageError, "--schedule step is unknown", "cosine", replace(run, schedule="step"))

@@ -94,6 +94,20 @@ def test_every_schema_of_a_pair_gives_the_same_row(row: dict[str, Any]) -> None:
     assert parse(row).num_shared == 1
 
 
+def test_the_rows_that_the_documentation_shows_are_rows() -> None:
+    blocks = (HERE.parent / "docs" / "data.md").read_text(encoding="utf-8").split("\n\n")
+    kinds: Counter[str] = Counter()
+    for block in (block for block in blocks if block.startswith("    {")):
+        text = block.replace("[…]", '[{"role": "assistant", "content": "no"}]').replace(
+            "{…}", '{"from": "gpt", "value": "no"}'
+        )
+        while text.strip().startswith("{"):
+            row, end = json.JSONDecoder().raw_decode(text.strip())
+            kinds[kind_of(parse(row))] += 1
+            text = text.strip()[end:].partition("\n")[2]
+    assert kinds == {"document": 3, "conversation": 4, "pair": 4}
+
+
 CALL = {"name": "add", "arguments": {"a": 1}}
 TOOL = {"name": "add", "parameters": {}}
 
@@ -270,6 +284,9 @@ def test_budgets_stop_a_run_whose_data_is_mostly_broken() -> None:
         check_budget({"too long": 2}, 100, 0.05, {"too long": 0.01})
     with pytest.raises(InputError, match="empty content"):
         check_budget({"empty content": 1}, 100, 0.05, {"empty content": 0.0})
+    check_budget({"not json": 90}, 100)  # by default few bad rows never stop a run
+    with pytest.raises(InputError, match=r"101 of 1,000 rows .*allowed: 5\.00%"):
+        check_budget({"not json": 101}, 1_000)
 
 
 # ---- 10,000 corrupted lines

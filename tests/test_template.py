@@ -253,13 +253,33 @@ def test_a_template_that_cannot_be_used_is_an_error(tmp_path: Path, text: str) -
         Template(with_template(tmp_path, text))
 
 
+LOOP = "{% for m in messages %}{{ '<' + m.role + '>' + (extra if m.role == 'assistant' else '') + m.content + '.' }}{% endfor %}"
+HEADERS = {
+    # the template writes no generation prompt: all that stands before the answer is its header
+    LOOP.replace("extra", "'a: '"): "<user>hi.<assistant>a: [ok.]",
+    # the prompt leaves a part for the model to write: that part is trained
+    LOOP.replace("extra", "'a: '")
+    + "{% if add_generation_prompt %}<assistant>{% endif %}": "<user>hi.<assistant>[a: ok.]",
+    # the prompt says more than stands before an answer of the data
+    LOOP.replace("extra", "''")
+    + "{% if add_generation_prompt %}<assistant><think>{% endif %}": "<user>hi.<assistant>[ok.]",
+    # it ends with a space that answers do not begin with
+    LOOP.replace("extra", "''") + "{% if add_generation_prompt %}<assistant> {% endif %}": "<user>hi.<assistant>[ok.]",
+}
+
+
+@pytest.mark.parametrize("text", HEADERS)
+def test_a_header_is_what_a_model_is_given_before_it_answers(tmp_path: Path, text: str) -> None:
+    assert reads(Template(with_template(tmp_path, text)).segments(talk("hi", "ok"))) == HEADERS[text]
+
+
 WORDS = st.sampled_from(
     ["hi", "a b", "\n", " ", "<think>", "</think>", "<tool_response>", "<|im_end|>", "é👍", "user", "x" * 50, "!"]
 )
 SAID = st.lists(WORDS, min_size=1, max_size=4).map("".join).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     said=st.lists(SAID, min_size=2, max_size=8).filter(lambda said: len(said) % 2 == 0),
     system=st.none() | SAID,
@@ -298,6 +318,7 @@ def test_stretches_are_what_stands_between_control_tokens() -> None:
 TEXT = st.text(alphabet="ab \n<", max_size=12)
 
 
+@settings(deadline=None, derandomize=True)
 @given(TEXT, TEXT, st.sampled_from([None, "\n", "ab", " a"]), st.integers(-4, 8), st.integers(-4, 8))
 def test_a_traced_string_is_equal_to_the_plain_one_and_knows_its_own(
     one: str, two: str, chars: str | None, i: int, j: int

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -79,14 +80,15 @@ def raw_encoder(path: Path, tokenizer: Tokenizer) -> float:
 
 
 def peer(path: Path, tokenizer: Tokenizer, workers: int, cache: Path) -> float | None:
-    """Wall seconds of datasets.map with the same template and mask; None when `datasets` is not installed."""
+    """Wall seconds of load_dataset and map with the same template and mask; None when `datasets` is not installed."""
     try:
         import datasets
     except ImportError:
         return None
     datasets.disable_progress_bars()
-    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
+    shutil.rmtree(cache, ignore_errors=True)
     start = time.monotonic()
+    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
     rows.map(
         _map_batch,
         batched=True,

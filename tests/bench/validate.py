@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-WORDS = ["the", "of", "and", "to", "in", "is", "一", "是", "不", "了", "我", "有", "这", "个", "model", "train", "data", "token", "人", "工", "智", "能", "-", "1.", "code:", "x", "=", "y", "+", "1"]
+TEXT = "the of and to in is 一 是 不 了 我 有 这 个 model train data token 人 工 智 能 - 1. code: x = y + 1"
+WORDS = TEXT.split()
 
 
 def write_rows(path: Path, num_bytes: int, words_per_message: int) -> None:
