@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +112,30 @@ def leave(*, is_failed: bool = False) -> None:
 def rank() -> int:
     """This process's rank, by its environment; 0 when it is alone."""
     return int(os.environ.get("RANK", "0"))
+
+
+class StopSignals:
+    """While open, SIGINT and SIGTERM only set `is_set`; the same signal once more acts as it always does."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        except ValueError:  # not the main thread: signals are somebody else's
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+        signal.signal(number, self._before[number])
 
 
 def launch(num_processes: int, argv: Sequence[str]) -> int:

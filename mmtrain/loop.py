@@ -7,7 +7,6 @@ in either case with a checkpoint of its last step.
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from mmtrain import checkpoint, distributed, metrics, optim, reference
 from mmtrain.batch import to_device
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig, Settings, TrainConfig, as_json, resolve, shape_from
-from mmtrain.distributed import World
+from mmtrain.distributed import StopSignals, World
 from mmtrain.evaluate import evaluate
 from mmtrain.model import Model
 from mmtrain.stages import STAGES, Stage, step_zero_tolerance
@@ -144,30 +142,6 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
     return result
 
 
-class StopSignals:
-    """While open, SIGINT and SIGTERM only set `is_set`; the same signal once more acts as it always does."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: signals are somebody else's
-            pass
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.is_set = True
-        signal.signal(number, self._before[number])
-
-
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
@@ -197,32 +171,41 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
             f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
             f"pack with --max-len {shape.max_positions}",
         )
-    loader, val_loader = (
-        Loader(
-            datasets,
-            split=split,
-            batch_tokens=settings.batch_tokens,
-            micro_tokens=settings.micro_tokens,
-            seed=settings.seed,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        for split in ("train", "val")
-    )
+    loader, val_loader = (_make_loader(datasets, split, settings, world) for split in ("train", "val"))
     if not loader.num_samples:
         raise DatasetError(f"{paths[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
-    if resumed and resumed.state["data"]["digest"] != loader.digest:
-        raise CheckpointError(
-            f"{config.out} was trained on dataset {resumed.state['data']['digest'][:12]}, "
-            f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
-            f"resume with the same data (--data {' --data '.join(resumed.state['data']['dirs'])}), or start a new --out",
-        )
+    if resumed:
+        _check_same_data(resumed, loader, paths)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
     facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
     init_facts = resumed.state["data"]["init"] if resumed else facts
     return Plan(
         config, settings, origins, stage, datasets, loader, val_loader, shape, num_steps, init, resumed, init_facts
     )
+
+
+def _make_loader(datasets: Sequence[Dataset], split: str, settings: Settings, world: World) -> Loader:
+    """This rank's batches of a split."""
+    return Loader(
+        datasets,
+        split=split,
+        batch_tokens=settings.batch_tokens,
+        micro_tokens=settings.micro_tokens,
+        seed=settings.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def _check_same_data(resumed: Checkpoint, loader: Loader, paths: Sequence[Path]) -> None:
+    """A run goes on with the tokens it began with."""
+    begun = resumed.state["data"]
+    if begun["digest"] != loader.digest:
+        raise CheckpointError(
+            f"{resumed.run_dir} was trained on dataset {begun['digest'][:12]}, "
+            f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
+            f"resume with the same data (--data {' --data '.join(begun['dirs'])}), or start a new --out",
+        )
 
 
 def _find_resumed(config: TrainConfig) -> Checkpoint | None:
