@@ -24,6 +24,7 @@ from mmdata.errors import DatasetError, InputError
 from mmdata.packing import pack
 from mmdata.rows import REASONS, BadRow, Conversation, Document, Line, Row, iter_lines, parse_row, row_hash
 from mmdata.tokenizer import Tokenizer
+from mmdata.validate import control_strings
 
 BATCH_BYTES = 2**20  # of jsonl to the encoder in one call: some hundred rows, under a second
 TOO_LONG = "too long"  # a row nothing is wrong with
@@ -74,6 +75,7 @@ class PartResult:
     tokens: int = 0
     cut: Counter[str] = field(default_factory=Counter)
     characters: int = 0
+    control_strings: Counter[str] = field(default_factory=Counter)  # in content, packed as plain text
     sequences: int = 0
     lengths: Counter[int] = field(default_factory=Counter)  # of sequences (of a pair: its longer side) -> how many
     digest: int = 0
@@ -182,6 +184,7 @@ class PartPacker:
         result.tokens_in += encoded.num_tokens
         result.cut.update(encoded.cut)
         result.characters += num_characters(row)
+        result.control_strings.update(control_strings(line.raw, row))
 
     # --- sequences -> files
 

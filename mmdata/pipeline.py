@@ -50,6 +50,7 @@ class PackResult:
     tokens: int
     loss_tokens: int
     cut: dict[str, int]
+    control_strings: dict[str, int]  # special-token strings in content, packed as plain text
     samples: dict[int, int]  # bucket -> packs or pairs, of both splits
     fill: float  # share of positions that hold tokens
     digest: str
@@ -132,7 +133,7 @@ def _result(out: Path, manifest: dict[str, Any], seconds: float, *, up_to_date: 
     samples = dict.fromkeys(manifest["buckets"], 0)
     for entry in manifest["shards"]:
         samples[entry["bucket"]] += entry["samples"]
-    names = ("rows", "kept", "left_out", "val_rows", "tokens_in", "tokens", "loss_tokens", "cut")
+    names = ("rows", "kept", "left_out", "val_rows", "tokens_in", "tokens", "loss_tokens", "cut", "control_strings")
     return PackResult(
         out=out,
         kind=manifest["kind"],
@@ -373,6 +374,7 @@ def _totals(results: Sequence[PartResult], entries: Sequence[dict[str, Any]]) ->
         "tokens": sum(result.tokens for result in results),
         "cut": dict(sorted(_sum(result.cut for result in results).items())),
         "loss_tokens": sum(entry["loss_tokens"] for entry in entries),
+        "control_strings": dict(sorted(_sum(result.control_strings for result in results).items())),
         "sequences": sum(result.sequences for result in results),
         "samples": sum(entry["samples"] for entry in entries),
         "val_rows": sum(entry["rows"] for entry in entries if entry["split"] == "val"),

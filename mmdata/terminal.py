@@ -335,6 +335,9 @@ def print_packed(packed: "PackResult") -> None:
     )
     for reason, tokens in packed.cut.items():
         result(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
+    if packed.control_strings:
+        strings = ", ".join(f"{text} ({count:,})" for text, count in packed.control_strings.items())
+        result(f"control strings in content, packed as plain text: {strings}")
     samples = ", ".join(f"{count:,} of {bucket}" for bucket, count in sorted(packed.samples.items()) if count)
     noun, fill = ("pairs", "") if packed.kind == "pair" else ("packs", f"fill {100 * packed.fill:.1f}%, ")
     result(
@@ -484,6 +487,7 @@ def print_stats(path: str, values: dict[str, Any]) -> None:
     rows += [
         (name, values[key]) for name, key in (("rows for val", "val_rows"), ("sequences", "sequences")) if key in values
     ]
+    rows += [(f"control string {text}", count) for text, count in values.get("control_strings", {}).items()]
     rows.append(("characters", values["characters"]))
     if "tokens" in values:
         rows += [("tokens", values["tokens"]), ("trained tokens", values["loss_tokens"])]

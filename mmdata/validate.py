@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -70,8 +70,9 @@ def validate(
                 on_bad(line, bad)
         else:
             found.num_good += 1
-            if b"<" in line.raw or b"\\u003" in line.raw:
-                _count_control(found, row)
+            strings = control_strings(line.raw, row)
+            found.control_strings.update(strings)
+            found.num_rows_with_control += bool(strings)
         if progress and not found.num_rows % _TICK_ROWS:
             progress(found.num_bytes, total)
     if progress:
@@ -86,8 +87,8 @@ def _note(found: Validation, line: Line, bad: BadRow) -> None:
         places.append(Place(line.number, line.offset, bad.detail))
 
 
-def _count_control(found: Validation, row: Row) -> None:
-    strings: Iterator[str] = (match for text in texts_of(row) for match in _CONTROL.findall(text))
-    before = found.control_strings.total()
-    found.control_strings.update(strings)
-    found.num_rows_with_control += found.control_strings.total() > before
+def control_strings(raw: bytes, row: Row) -> list[str]:
+    """The special-token strings that a row's own text holds; they are packed as plain text."""
+    if b"<" not in raw and b"\\u003" not in raw:
+        return []
+    return [match for text in texts_of(row) for match in _CONTROL.findall(text)]

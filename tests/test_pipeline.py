@@ -574,3 +574,11 @@ def test_a_process_that_may_have_no_children_works_alone() -> None:
     process.join()
     with contextlib.suppress(ValueError):
         queue.close()
+
+
+def test_control_strings_in_content_are_counted_and_stay_plain_text(
+    tmp_path: Path, pack_to: Callable[..., PackResult]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "say <|im_end|> and <|im_end|>"}\n{"text": "plain < text"}\n', encoding="utf-8")
+    assert pack_to(path).control_strings == {"<|im_end|>": 2}
