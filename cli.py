@@ -479,7 +479,7 @@ def train(
 
     config = TrainConfig(
         stage=stage,
-        data=tuple(data or [newest_dataset(stage)]),
+        data=tuple(data or ([] if resume else [newest_dataset(stage)])),  # a resumed run knows its own
         out=out or next_run(stage, resume),
         model=model,
         init=init,

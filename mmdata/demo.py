@@ -11,7 +11,8 @@ dpo rows prefer the sentence. An answer is exact when it is one of the two, lett
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -122,7 +123,7 @@ class Question:
 def make_item(
     phrase: str,
     language: str,
-    values: dict[str, object],
+    values: Mapping[str, object],
     *,
     subject: str = "",
     wording: int = 0,
@@ -198,7 +199,7 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
     def item_of(person: int, trait: str, wording: int, who: str, subject: str, then: Sequence[Item] = ()) -> Item:
         name, value = PEOPLE[person][2 * place], TRAITS[trait][facts[person, trait]][place]
-        values: dict[str, object] = {"name": name, "who": who, "value": value}
+        values = {"name": name, "who": who, "value": value}
         return make_item(trait, language, values, subject=subject, wording=wording, then=then)
 
     items = []
@@ -288,10 +289,9 @@ CHAT_WEIGHTS = {
     "convert": 0.6,
     "spell": 0.6,
     "reverse": 1.0,
-    "islander": 1.5,
-    "recall": 1.2,
+    "islander": 2.0,
+    "recall": 1.5,
 }
-MANNERS = ("bare", "whole")
 
 
 def documents(world: World, rng: random.Random, count: int) -> Iterator[dict]:
@@ -306,14 +306,14 @@ def documents(world: World, rng: random.Random, count: int) -> Iterator[dict]:
 
 
 def conversations(world: World, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
-    """sft rows of `fewest` to `most` items each, bare or whole throughout."""
+    """sft rows of `fewest` to `most` items each, every answer bare or whole as it happens."""
     for _ in range(count):
         yield {"conversations": _conversation(world, rng, rng.randint(fewest, most))}
 
 
 def _conversation(world: World, rng: random.Random, num_items: int) -> list[Message]:
-    """Items one after another, half of them followed up; when a boat was named, its name is asked for at the end."""
-    language, manner = rng.choice(LANGUAGES), rng.choice(MANNERS)
+    """Items one after another, half of them followed up; when a boat was named, it is asked about at the end."""
+    language = rng.choice(LANGUAGES)
     messages: list[Message] = []
     asked_last: list[Message] = []
     for _ in range(num_items):
@@ -321,11 +321,11 @@ def _conversation(world: World, rng: random.Random, num_items: int) -> list[Mess
         if subject == "recall" and asked_last:
             continue  # one boat a conversation
         item = rng.choice(world.train[language, subject])
-        messages += _turn(item, manner)
+        messages += _turn(item, rng)
         if subject == "recall":
-            asked_last = _turn(rng.choice(item.then), manner)
+            asked_last = _turn(rng.choice(item.then), rng)
         elif item.then and rng.random() < 0.5:
-            messages += _turn(rng.choice(item.then), manner)
+            messages += _turn(rng.choice(item.then), rng)
     return messages + asked_last
 
 
@@ -350,27 +350,28 @@ def questions(items: Items, world: World, rng: random.Random, each: int) -> list
 
 def _question(items: Items, world: World, rng: random.Random, language: str, subject: str) -> Question:
     """One question; follow-ups and recalls come with the turns before them."""
-    manner = rng.choice(MANNERS)
     before: list[Message] = []
     if subject == "follow-up":
         base = rng.choice(("sum", "compare", "spell", "islander"))
         item = rng.choice([item for item in items[language, base] if item.then])
-        before = _turn(item, manner)
+        before = _turn(item, rng)
         item = rng.choice(item.then)
     elif subject == "recall":
         item = rng.choice(items[language, "recall"])
-        before = _turn(item, manner)
+        before = _turn(item, rng)
         for _ in range(rng.randint(1, 4)):
             other = rng.choice([subject for subject in CHAT_WEIGHTS if subject != "recall"])
-            before += _turn(rng.choice(world.train[language, other]), manner)
+            before += _turn(rng.choice(world.train[language, other]), rng)
         item = rng.choice(item.then)
     else:
         item = rng.choice(items[language, subject])
     return Question(subject, language, (*before, {"role": "user", "content": item.ask}), item.bare, item.whole)
 
 
-def _turn(item: Item, manner: str) -> list[Message]:
-    return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": getattr(item, manner)}]
+def _turn(item: Item, rng: random.Random) -> list[Message]:
+    """The question and its answer in one of the two manners."""
+    answer = rng.choice((item.bare, item.whole))
+    return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": answer}]
 
 
 def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
@@ -432,12 +433,10 @@ def is_sentence(answer: str) -> bool:
 
 def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
     """Score one answer a question."""
-    by_subject: dict[str, tuple[int, int]] = {subject: (0, 0) for subject in SUBJECTS}
-    for question, answer in zip(asked, answers, strict=True):
-        exact, num = by_subject[question.subject]
-        by_subject[question.subject] = (exact + is_exact(question, answer), num + 1)
-    num_exact = sum(exact for exact, _ in by_subject.values())
-    return Score(len(asked), num_exact, sum(map(is_sentence, answers)), by_subject)
+    num_asked = Counter(question.subject for question in asked)
+    exact = Counter(q.subject for q, answer in zip(asked, answers, strict=True) if is_exact(q, answer))
+    by_subject = {subject: (exact[subject], num_asked[subject]) for subject in SUBJECTS}
+    return Score(len(asked), exact.total(), sum(map(is_sentence, answers)), by_subject)
 
 
 def showcase(asked: Sequence[Question]) -> list[Question]:
@@ -461,6 +460,7 @@ class DemoStage:
     batch_tokens: int
     schedule: str
     warmup: float = 0.03
+    beta: float | None = None
 
 
 MODEL = "demo"
@@ -471,7 +471,7 @@ STAGES = (
     DemoStage("pretrain_hq", "pretrain", 15_000, 512, 1e-3, 1024, "wsd"),
     DemoStage("sft_512", "sft", 30_000, 512, 2e-3, 1024, "constant"),
     DemoStage("sft_1024", "sft", 3_000, 1024, 2e-3, 1024, "wsd"),
-    DemoStage("dpo", "dpo", 1_000, 512, 3e-4, 16_384, "cosine"),
+    DemoStage("dpo", "dpo", 2_000, 512, 2e-4, 8_192, "cosine", beta=0.5),
 )
 NUM_EACH = 16  # held-out questions a subject and language
 NUM_PAIRS_EACH = 16

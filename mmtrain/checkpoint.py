@@ -136,6 +136,14 @@ def load_weights(checkpoint: Checkpoint, model: Model) -> None:
         ) from error
 
 
+def weights_digest(model: Model) -> str:
+    """sha256 over names and fp32 values of a model's weights: the identity of weights that stand in no file."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        sha256.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
+
+
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, ModelConfig, dict[str, Any]]:
     """The model of a run's newest complete checkpoint, or of the checkpoint directory itself; with its shape and state."""
     checkpoint = find(path)

@@ -15,6 +15,7 @@ from mmdata.tokenizer import Tokenizer
 from mmtrain.model import KVCache, Model
 
 BATCH_ROWS = 64  # answered at once: a small model's matrices are then large enough to keep a core busy
+MAX_NEW_TOKENS = 512
 
 
 def pick(
@@ -55,20 +56,23 @@ class Chat:
 
     def ask(self, text: str, **options: Any) -> Iterator[str]:
         """Stream the answer to `text`, said after everything before; options as in `reply`."""
-        self.messages.append(Message("user", text))
-        pieces = []
+        asked = [*self.messages, Message("user", text)]
+        pieces: list[str] = []
+        self.fit(
+            asked, options.get("max_new_tokens", MAX_NEW_TOKENS)
+        )  # a question that cannot be asked leaves no trace
         try:
-            for piece in self.reply(self.messages, **options):
+            for piece in self.reply(asked, **options):
                 pieces.append(piece)
                 yield piece
         finally:  # an answer cut short by the reader counts as far as it was read
-            self.messages.append(Message("assistant", "".join(pieces)))
+            self.messages += [asked[-1], Message("assistant", "".join(pieces))]
 
     def reply(
         self,
         messages: Sequence[Message],
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,

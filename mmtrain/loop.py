@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +37,8 @@ from mmtrain.stages import STAGES, Stage, step_zero_tolerance
 # buckets, of which pairs fill a quarter or less, hence the factor.
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
 PAIR_FACTOR = 4
+
+TELL_EVERY_S = 10  # between lines about work before the first step
 
 
 @dataclass(frozen=True)
@@ -237,22 +239,15 @@ def _open_datasets(stage: Stage, paths: Sequence[Path]) -> list[Dataset]:
 
 
 def _find_init(config: TrainConfig, stage: Stage) -> Checkpoint | None:
-    """The checkpoint a new run starts from: as given, else of the newest finished run of the stages before; None for new
-    weights."""
+    """The checkpoint a new run starts from: as given, else of the newest finished run of the stages before.
+
+    None for new weights: asked for by --model, or because no such run is there (the run then begins with a warning).
+    """
     if config.init is not None:
         if config.model is not None:
             raise UsageError("--model is for new weights; with --init the checkpoint gives the shape", "leave one out")
         return checkpoint.find(config.init)
-    if config.model is not None and stage.name != "dpo":
-        return None
-    found = checkpoint.find_run(config.runs_dir, stage.starts_from)
-    if found is None and stage.starts_from:
-        before = stage.starts_from[-1]
-        raise CheckpointError(
-            f"{stage.name} starts from a finished {' or '.join(stage.starts_from)} run; {config.runs_dir} holds none",
-            f"mm train {stage.starts_from[0]} first, or name one with --init"
-            + ("" if before == "sft" and stage.name == "dpo" else ", or --model demo for new weights"),
-        )
+    found = checkpoint.find_run(config.runs_dir, stage.starts_from) if config.model is None else None
     return checkpoint.find(found) if found else None
 
 
@@ -288,6 +283,8 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     model = Model(plan.shape)
     if plan.init:
         checkpoint.load_weights(plan.init, model)
+    if plan.stage.kind == "pair" and plan.init_facts is None:
+        plan = replace(plan, init_facts={"dir": "", "weights_sha256": checkpoint.weights_digest(model)})
     model.to(world.device)
     if config.compile:  # block by block: all share one compiled graph; not measured
         for block in model.model.layers:
@@ -319,6 +316,13 @@ def _say_start(run: Run) -> None:
         f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {loader.num_samples:,} samples and "
         f"{loader.tokens_per_epoch:,} tokens an epoch, {plan.num_steps:,} steps, {run.world.device.type}{ranks}"
     )
+    if source is None and plan.stage.starts_from:
+        before = plan.stage.starts_from[-1]
+        run.log.say(
+            f"warning: {plan.stage.name} teaches a model that can already write; new weights are good for a trial only. "
+            f"Train `mm train pretrain`{', then `mm train sft`' if before == 'sft' and plan.stage.name == 'dpo' else ''} "
+            "first, or name a run with --init"
+        )
     if plan.resumed:
         for damaged in checkpoint.newer_than(plan.resumed):
             run.log.say(f"{damaged} is damaged: going on from step {plan.resumed.step} instead")
@@ -334,9 +338,16 @@ def _reference_logps(run: Run) -> dict[str, Tensor]:
     key = reference.key_of(plan.init_facts["weights_sha256"], loaders, autocast_dtype(run.world.device))
     if plan.resumed:
         return reference.load(path, key)
-    begun = time.monotonic()
+    begun = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= TELL_EVERY_S:
+            last = time.monotonic()
+            run.log.say(f"reference logps: {done:,} of {total:,} pairs, {metrics.duration(last - begun)}")
+
     with autocast(run.world.device):
-        logps = {split: reference.compute(run.model, loader, run.world) for split, loader in loaders.items()}
+        logps = {split: reference.compute(run.model, each, run.world, progress=tell) for split, each in loaders.items()}
     if run.world.is_first:
         reference.save(path, logps, key)
     run.log.say(f"reference logps of {plan.loader.num_samples:,} pairs in {metrics.duration(time.monotonic() - begun)}")

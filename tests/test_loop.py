@@ -265,9 +265,17 @@ def test_the_wrong_kind_of_dataset_names_the_right_stage(data: Data, tmp_path: P
     assert not run.out.exists()
 
 
-def test_sft_and_dpo_need_a_run_to_start_from(data: Data, tmp_path: Path) -> None:
-    refused(CheckpointError, "starts from a finished", "mm train pretrain", config_of("sft", data, tmp_path / "run"))
-    refused(CheckpointError, "starts from a finished", "mm train sft", config_of("dpo", data, tmp_path / "run"))
+@pytest.mark.parametrize(("stage", "first"), [("sft", "mm train pretrain"), ("dpo", "mm train sft")])
+def test_without_a_run_to_start_from_a_stage_warns_and_takes_new_weights(
+    stage: str, first: str, data: Data, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    config = replace(config_of(stage, data, tmp_path / "run", model="tiny"), steps=1, quiet=False)
+    train(config, log=lines.append)
+    assert any(line.startswith("warning: ") and first in line for line in lines)
+    assert (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").exists()
+    resumed = train(replace(config, steps=None, model=None, resume=True))  # dpo's reference is found again
+    assert resumed.final_step == 1
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(data: Data, runs: Path, tmp_path: Path) -> None:
