@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from mmdata.terminal import (
     next_command,
     plain,
     print_cleaned,
+    print_demo,
     print_fetch_plan,
     print_fetched,
     print_json,
@@ -37,6 +39,7 @@ from mmdata.terminal import (
 )
 
 if TYPE_CHECKING:
+    from mmdata.demo import Question
     from mmtrain.generate import Chat
     from mmtrain.loop import TrainResult
 
@@ -645,13 +648,159 @@ def answer(talk: "Chat", question: str, options: dict[str, Any], as_json: bool =
         print(flush=True)
 
 
+# --- the demo -------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: mm demo --out demo --minutes 2")
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where everything goes; an earlier demo there is replaced.")
+    ] = Path("demo"),
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Training time on two present-day cores; rows scale with it. [default: about 2]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the corpus, the weights and the order.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a small bilingual corpus, train a model on it from nothing, and score it on questions it has never seen."""
+    from mmdata import demo as recipe
+    from mmdata.errors import UsageError
+
+    if minutes is not None and not 0 < minutes <= 60:
+        raise UsageError(f"--minutes {minutes:g} must be more than 0 and at most 60", "--minutes 2")
+    start = time.monotonic()
+    clear_demo(out)
+    figures = run_demo(out, minutes or recipe.MINUTES, seed)
+    figures["minutes"] = (time.monotonic() - start) / 60
+    (out / "demo.json").write_text(
+        json.dumps(figures, ensure_ascii=False, indent=1, default=plain) + "\n", encoding="utf-8"
+    )
+    if as_json:
+        print_json(figures)
+    else:
+        print_demo(figures, out)
+    run = out / "runs" / recipe.STAGES[-1].file
+    if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        chat(run, temperature=0.0)
+    next_command(f"mm chat {run}    or    mm show {out / 'shards' / 'sft_512'}")
+
+
+def clear_demo(out: Path) -> None:
+    """Empty a demo's directory; UsageError when something else stands there."""
+    import shutil
+
+    from mmdata.errors import UsageError
+
+    if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty and no demo of ours", "choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "demo.json").write_text("{}\n", encoding="utf-8")  # ours from now on, should it be interrupted
+
+
+def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """Write the corpus, train the tokenizer, pack, then train and score stage after stage; gives all figures."""
+    from mmdata import demo as recipe
+    from mmdata.pipeline import pack as pack_files
+    from mmdata.tokenizer import CHATML, train_bpe
+    from mmtrain.config import TrainConfig
+    from mmtrain.loop import train as train_stage
+
+    say("writing the corpus, training its tokenizer, packing")
+    corpus = recipe.write_corpus(out / "data", seed=seed, minutes=minutes)
+    tokenizer = out / "data" / "tokenizer"
+    train_bpe(
+        corpus.tokenizer_texts,
+        vocab_size=recipe.VOCAB_SIZE,
+        control_tokens=recipe.CONTROL_TOKENS,
+        chat_template=CHATML,
+        out_dir=tokenizer,
+    )
+    stages = recipe.scaled(minutes)
+    for stage in stages:
+        shards = out / "shards" / stage.file
+        print_packed(
+            pack_files([corpus.files[stage.file]], shards, tokenizer_dir=tokenizer, max_len=stage.max_len), say
+        )
+    pack_files(
+        [corpus.pairs_path], out / "shards" / "held_out_pairs", tokenizer_dir=tokenizer, max_len=512, val_fraction=0
+    )
+    figures: dict[str, Any] = {"questions": len(corpus.questions), "stages": []}
+    init: Path | None = None
+    for stage in stages:
+        begun = time.monotonic()
+        config = TrainConfig(
+            stage=stage.stage,
+            data=(out / "shards" / stage.file,),
+            out=out / "runs" / stage.file,
+            model=None if init else recipe.MODEL,
+            init=init,
+            epochs=1.0,
+            lr=stage.lr,
+            batch_tokens=stage.batch_tokens,
+            schedule=stage.schedule,
+            warmup=stage.warmup,
+            beta=stage.beta,
+            seed=seed,
+            val_every=0,
+            save_every=10**9,
+            log_every=400 if stage.stage != "dpo" else 20,
+            device="cpu",
+        )
+        trained = train_stage(config, log=say)
+        init = trained.run_dir
+        scored = score_demo(init, corpus.questions, out / "shards" / "held_out_pairs")
+        spent = (time.monotonic() - begun) / 60
+        figures["stages"].append({"stage": stage.file, **trained.val, **scored, "minutes": spent})
+        say(f"{stage.file}: {100 * scored['exact']:.1f}% of held-out questions answered exactly")
+    return figures
+
+
+def score_demo(run: Path, asked: "list[Question]", pairs: Path) -> dict[str, Any]:
+    """Ask a run the held-out questions and rank the held-out pairs; greedy answers, pairs by their log-probabilities."""
+    from mmdata import demo as recipe
+    from mmdata.loader import Loader
+    from mmdata.shards import open_dataset
+    from mmdata.template import Message, Template
+    from mmdata.tokenizer import Tokenizer
+    from mmtrain.checkpoint import load_model
+    from mmtrain.evaluate import evaluate
+    from mmtrain.generate import answer_batch
+
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    model = load_model(run)[0].eval()
+    conversations = [[Message(m["role"], m["content"]) for m in question.messages] for question in asked]
+    answers = answer_batch(model, tokenizer, Template(tokenizer), conversations, max_new_tokens=48)
+    score = recipe.score(asked, answers)
+    ranked = evaluate(model, Loader([open_dataset(pairs)], batch_tokens=2**14, seed=0), tokenizer)
+    transcript = []
+    for question in recipe.showcase(asked):
+        said = answers[asked.index(question)].strip()
+        record = {"messages": question.messages, "answer": said, "expected": question.whole}
+        transcript.append({**record, "is_exact": recipe.is_exact(question, said)})
+    return {
+        "exact": score.exact,
+        "sentences": score.sentences,
+        "by_subject": score.by_subject,
+        "preference_accuracy": ranked["accuracy"],
+        "transcript": transcript,
+    }
+
+
 # --- the entry ------------------------------------------------------------------------------------------------------
+
+
+def interrupt(_number: int, _frame: object) -> None:
+    """End what is running as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run `mm`; every error a user can cause becomes one error line, one fix line and an exit code."""
     from mmdata.errors import DiskError, InputError, MMError
 
+    signal.signal(signal.SIGTERM, interrupt)  # ends like Ctrl-C: cleaned up
     try:
         code = app(standalone_mode=True)
     except MMError as error:

@@ -4,11 +4,12 @@ Results do not depend on the number of workers. Workers are spawned, not forked;
 through as it is, the earliest job's when several fail; Ctrl-C ends the workers at once.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -62,25 +63,42 @@ def _run_in_pool(
     progress: Progress | None,
 ) -> list[Result]:
     context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (make, counter, stop)) as pool:
+    # No locks: a process that dies holding one would leave the others waiting. A job's count has one writer.
+    counts, stop = context.RawArray("q", len(jobs)), context.RawValue("b", 0)
+    with ProcessPoolExecutor(workers, context, _start_worker, (make, counts, stop)) as pool:
         try:
-            futures = [pool.submit(_work_on, job) for job in jobs]
-            _wait(futures, counter, total, progress)
+            with _children_without_ctrl_c():
+                futures = [pool.submit(_work_on, number, job) for number, job in enumerate(jobs)]
+            _wait(futures, counts, total, progress)
             return _results(futures)
         except BaseException:
-            stop.set()  # an error or Ctrl-C: what the other workers are at is of no use, they end at their next tick
+            stop.value = (
+                1  # an error or Ctrl-C: what the other workers are at is of no use, they end at their next tick
+            )
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _wait(futures: Sequence[Future[Any]], counter: Any, total: int, progress: Progress | None) -> None:
+@contextlib.contextmanager
+def _children_without_ctrl_c() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, not even before they can ignore it: the parent alone decides."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Progress | None) -> None:
     """Until all are done or one failed, telling progress on the way."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
         if progress:
-            progress(counter.value, total)
+            progress(sum(counts), total)
         if any(future.exception() for future in done):
             return
 
@@ -95,18 +113,18 @@ def _results(futures: Sequence[Future[Any]]) -> list[Any]:
         raise MMError("a worker process died (killed, or out of memory)", "run again with fewer --workers") from None
 
 
-_state: dict[str, Any] = {}  # of a worker process: its function, the shared counter, the sign to stop
+_state: dict[str, Any] = {}  # of a worker process: its function, what each job has ticked, the sign to stop
 
 
 class _Stopped(Exception):
     """Ends a worker's job whose result nobody waits for."""
 
 
-def _start_worker(make: Callable[[], Any], counter: Any, stop: Any) -> None:
+def _start_worker(make: Callable[[], Any], counts: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # one core a worker; read by the native library alone
-    _state.update(work=make(), counter=counter, stop=stop)
+    _state.update(work=make(), counts=counts, stop=stop)
 
 
 def _die_with_parent() -> None:
@@ -117,12 +135,10 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _work_on(job: Any) -> Any:
+def _work_on(number: int, job: Any) -> Any:
     def tick(units: int) -> None:
-        if _state["stop"].is_set():
+        if _state["stop"].value:
             raise _Stopped
-        counter = _state["counter"]
-        with counter.get_lock():
-            counter.value += units
+        _state["counts"][number] += units
 
     return _state["work"](job, tick)

@@ -319,28 +319,28 @@ def print_validation(found: "Validation") -> None:
         result(f"control strings in content of {found.num_rows_with_control:,} rows, packed as plain text: {strings}")
 
 
-def print_packed(packed: "PackResult") -> None:
+def print_packed(packed: "PackResult", tell: Callable[[str], None] = result) -> None:
     """What `mm pack` made of its rows, in two or three lines."""
     from mmdata.rows import REASONS
 
     if packed.up_to_date:
-        result(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
+        tell(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
         return
     left_out = ", ".join(
         f"{count:,} {reason}" for reason, count in sorted(packed.left_out.items(), key=lambda x: -x[1])
     )
-    result(
+    tell(
         f"kept {packed.kept:,} of {packed.rows:,} rows"
         + (f"; left out {packed.rows - packed.kept:,} ({left_out}), see {packed.out / 'rejected'}" if left_out else "")
     )
     for reason, tokens in packed.cut.items():
-        result(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
+        tell(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
     if packed.control_strings:
         strings = ", ".join(f"{text} ({count:,})" for text, count in packed.control_strings.items())
-        result(f"control strings in content, packed as plain text: {strings}")
+        tell(f"control strings in content, packed as plain text: {strings}")
     samples = ", ".join(f"{count:,} of {bucket}" for bucket, count in sorted(packed.samples.items()) if count)
     noun, fill = ("pairs", "") if packed.kind == "pair" else ("packs", f"fill {100 * packed.fill:.1f}%, ")
-    result(
+    tell(
         f"wrote {packed.out}: {packed.tokens:,} tokens, {percent(packed.loss_tokens, packed.tokens)} trained, "
         f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
     )
@@ -519,3 +519,34 @@ def print_stats(path: str, values: dict[str, Any]) -> None:
             for name, bucket in values["buckets"].items()
         )
         table("", ("bucket", *(name.replace("loss_tokens", "trained") for name in names)), cells)
+
+
+# --- the demo
+
+
+def print_demo(figures: dict[str, Any], out: Path) -> None:
+    """The demo's figures stage by stage, five answers of its last model, and where everything is."""
+    columns = ("stage", "val bits/byte", "exact answers", "whole sentences", "pairs ranked right", "minutes")
+    rows = [
+        (
+            stage["stage"],
+            f"{stage['bits_per_byte']:.3f}" if "bits_per_byte" in stage else "-",
+            percent(stage["exact"], 1),
+            percent(stage["sentences"], 1),
+            percent(stage["preference_accuracy"], 1),
+            f"{stage['minutes']:.1f}",
+        )
+        for stage in figures["stages"]
+    ]
+    result()
+    table(f"{figures['questions']} held-out questions, none of them trained on", columns, rows)
+    result()
+    for shown in figures["stages"][-1]["transcript"]:
+        for message in shown["messages"]:
+            result(f"{'you' if message['role'] == 'user' else ' mm'}: {message['content']}")
+        result(f" mm: {shown['answer']}" + ("" if shown["is_exact"] else f"    (expected: {shown['expected']})"))
+        result()
+    result(f"made in {figures['minutes']:.1f} minutes, all under {out}:")
+    result(
+        "  data/ the corpus, its tokenizer and what is held out; shards/ packed; runs/ trained; demo.json these figures"
+    )

@@ -3,7 +3,7 @@
 An answer ends at the tokenizer's end-of-turn token, which is never shown, or after `max_new_tokens`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +54,11 @@ class Chat:
         self.cache = KVCache(model.config, self.window, torch.zeros(1, dtype=torch.int64, device=self.device))
         self.cached_ids: list[int] = []
 
-    def ask(self, text: str, **options: Any) -> Iterator[str]:
+    def ask(self, text: str, **options: Any) -> Generator[str, None, None]:
         """Stream the answer to `text`, said after everything before; options as in `reply`."""
         asked = [*self.messages, Message("user", text)]
         pieces: list[str] = []
-        self.fit(
-            asked, options.get("max_new_tokens", MAX_NEW_TOKENS)
-        )  # a question that cannot be asked leaves no trace
+        self.fit(asked, options.get("max_new_tokens", MAX_NEW_TOKENS))  # what cannot be asked leaves no trace
         try:
             for piece in self.reply(asked, **options):
                 pieces.append(piece)
@@ -77,7 +75,7 @@ class Chat:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Stream the answer to `messages` as text in whole characters; the same seed gives the same answer."""
         prompt = self.fit(messages, max_new_tokens)
         generator = torch.Generator().manual_seed(seed)

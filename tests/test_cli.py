@@ -242,7 +242,20 @@ def test_every_command_has_an_example_in_its_help(mm: Run) -> None:
     import typer
 
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert {"fetch", "validate", "pack", "show", "verify", "stats", "train", "chat"} <= set(commands)
+    assert {"fetch", "validate", "pack", "show", "verify", "stats", "train", "chat", "demo"} <= set(commands)
     for name in commands:
         shown = fine(mm(f"{name} --help")).out
         assert f"Example: mm {name}" in shown, name
+
+
+def test_the_demo_goes_through_all_stages_and_scores_each(home: Path, mm: Run) -> None:
+    """Too short to learn anything; that it learns is measured by `mm demo` itself."""
+    refused(mm("demo --out data --minutes 0.01"), "data")
+    figures = json.loads(fine(mm("demo --out d --minutes 0.01 --json")).out)
+    assert [stage["stage"] for stage in figures["stages"]] == ["pretrain_hq", "sft_512", "sft_1024", "dpo"]
+    assert all(0 <= stage["exact"] <= 1 and stage["by_subject"] for stage in figures["stages"])
+    assert len(figures["stages"][-1]["transcript"]) == 5 and figures["questions"] >= 200
+    assert json.loads((home / "d/demo.json").read_text(encoding="utf-8")) == figures
+    fine(mm("verify d/shards/sft_512 d/shards/dpo"))
+    assert fine(mm("chat d/runs/dpo --prompt hello --max-new-tokens 2")).out
+    fine(mm("demo --out d --minutes 0.01"))  # an earlier demo is replaced

@@ -1,0 +1,187 @@
+"""The demo's corpus: what is held out stays held out, every row is a row, and scores count what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdata import demo, rows
+from mmdata.tokenizer import CHATML, train_bpe
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> demo.Corpus:
+    return demo.write_corpus(tmp_path_factory.mktemp("demo") / "data", seed=3, minutes=0.4)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def conversations_of(row: dict) -> list[list[dict]]:
+    return [messages for messages in row.values() if isinstance(messages, list)]
+
+
+def asked_in(messages: list[dict]) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "user"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    one, two, other = (
+        demo.write_corpus(tmp_path / name, seed=seed, minutes=0.05)
+        for name, seed in (("one", 5), ("two", 5), ("other", 6))
+    )
+    for name in one.files:
+        assert one.files[name].read_bytes() == two.files[name].read_bytes()
+        assert one.files[name].read_bytes() != other.files[name].read_bytes()
+    assert one.questions == two.questions
+    assert one.pairs_path.read_bytes() == two.pairs_path.read_bytes()
+    assert one.tokenizer_texts == two.tokenizer_texts
+
+
+def test_files_carry_the_datasets_names_and_rows_of_their_kind(corpus: demo.Corpus) -> None:
+    kinds = {"pretrain_hq": "document", "sft_512": "conversation", "sft_1024": "conversation", "dpo": "pair"}
+    assert corpus.files.keys() == kinds.keys()
+    for name, path in [*corpus.files.items(), ("dpo", corpus.pairs_path)]:
+        assert path.name == (f"{name}.jsonl" if path != corpus.pairs_path else "pairs.jsonl")
+        for line in rows.iter_lines(path):
+            assert rows.kind_of(rows.parse_row(line.raw)) == kinds[name]
+
+
+def test_held_out_files_lie_where_packing_the_folder_does_not_find_them(corpus: demo.Corpus) -> None:
+    data_dir = corpus.files["dpo"].parent
+    assert sorted(path.stem for path in data_dir.glob("*.jsonl")) == sorted(corpus.files)
+
+
+def test_no_held_out_question_occurs_in_training(corpus: demo.Corpus) -> None:
+    trained = [messages for path in corpus.files.values() for row in read(path) for messages in conversations_of(row)]
+    singles = {question for messages in trained for question in asked_in(messages)}
+    sequences = {tuple(m["content"] for m in messages[:k]) for messages in trained for k in range(1, len(messages), 2)}
+    held = [(question.subject, list(question.messages)) for question in corpus.questions]
+    held += [("", row["chosen"][:-1]) for row in read(corpus.pairs_path)]
+    for subject, messages in held:
+        assert tuple(m["content"] for m in messages) not in sequences
+        if len(messages) == 1:
+            assert messages[0]["content"] not in singles
+        if subject == "follow-up":
+            assert messages[0]["content"] not in singles  # already what it refers to was never asked
+
+
+def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.Corpus) -> None:
+    text = "\n".join(row["text"] for row in read(corpus.files["pretrain_hq"]))
+    trained = [messages for path in corpus.files.values() for row in read(path) for messages in conversations_of(row)]
+    said = {message["content"] for messages in trained for message in messages}
+    for question in corpus.questions:
+        if question.subject in ("sum", "compare", "convert", "spell", "reverse"):
+            assert question.whole not in said
+            assert not any(before + question.whole.rstrip(".。") in text for before in (" ", "\n", "。"))
+
+
+def test_no_word_to_spell_is_another_one_backwards() -> None:
+    for items in demo.make_world(1).train, demo.make_world(1).held:
+        words = {item.bare for language in demo.LANGUAGES for item in items[language, "reverse"]}
+        assert not words & {word[::-1] for word in words}
+
+
+def test_what_is_asked_about_the_islanders_stands_in_the_pretraining_text() -> None:
+    world = demo.make_world(0)
+    for language in demo.LANGUAGES:
+        stated = {item.whole for item in world.islanders[language]}
+        assert {item.whole for item in world.held[language, "islander"]} <= stated
+
+
+def test_held_out_questions_cover_every_subject_in_both_languages(corpus: demo.Corpus) -> None:
+    counts = {(q.subject, q.language): 0 for q in corpus.questions}
+    for question in corpus.questions:
+        counts[question.subject, question.language] += 1
+    assert set(counts) == {(subject, language) for subject in demo.SUBJECTS for language in demo.LANGUAGES}
+    assert min(counts.values()) == demo.NUM_EACH
+    assert len(corpus.questions) >= 200
+
+
+def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.Corpus, tmp_path: Path) -> None:
+    tokenizer = train_bpe(
+        corpus.tokenizer_texts,
+        vocab_size=demo.VOCAB_SIZE,
+        control_tokens=demo.CONTROL_TOKENS,
+        chat_template=CHATML,
+        out_dir=tmp_path / "tokenizer",
+    )
+    lengths = {}
+    for name in ("sft_512", "sft_1024"):
+        texts = ["\n".join(m["content"] for m in row["conversations"]) for row in read(corpus.files[name])]
+        ends = tokenizer.encode_batch(texts)[1].tolist()
+        lengths[name] = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    assert max(lengths["sft_512"]) < 512
+    assert max(lengths["sft_1024"]) > 512
+
+
+def test_words_to_spell_stay_single_letters_for_the_model(corpus: demo.Corpus, tmp_path: Path) -> None:
+    tokenizer = train_bpe(
+        corpus.tokenizer_texts,
+        vocab_size=demo.VOCAB_SIZE,
+        control_tokens=demo.CONTROL_TOKENS,
+        chat_template=CHATML,
+        out_dir=tmp_path / "tokenizer",
+    )
+    for question in corpus.questions:
+        if question.subject == "reverse":
+            assert len(tokenizer.encode_batch([question.bare])[0]) == len(question.bare)
+
+
+def test_both_sides_of_a_pair_are_right_and_only_the_chosen_one_is_a_sentence(corpus: demo.Corpus) -> None:
+    for row in read(corpus.files["dpo"]):
+        chosen, rejected = row["chosen"], row["rejected"]
+        assert chosen[:-1] == rejected[:-1]
+        assert demo.is_sentence(chosen[-1]["content"])
+        assert not demo.is_sentence(rejected[-1]["content"])
+
+
+SUM = demo.Question("sum", "en", ({"role": "user", "content": "What is 12 + 5?"},), "17", "12 + 5 = 17.")
+REVERSE = demo.Question("reverse", "zh", ({"role": "user", "content": "…"},), "月花山", "“山花月”倒过来是“月花山”。")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "is_exact", "is_sentence"),
+    [
+        (SUM, "17", True, False),
+        (SUM, " 17\n", True, False),
+        (SUM, "12 + 5 = 17.", True, True),
+        (SUM, "12 + 5 = 18.", False, True),
+        (SUM, "17.", False, True),
+        (SUM, "117", False, False),
+        (SUM, "", False, False),
+        (REVERSE, "月花山", True, False),
+        (REVERSE, "“山花月”倒过来是“月花山”。", True, True),
+        (REVERSE, "山花月", False, False),
+    ],
+)
+def test_an_answer_is_exact_letter_for_letter_in_either_manner(
+    question: demo.Question, answer: str, is_exact: bool, is_sentence: bool
+) -> None:
+    assert demo.is_exact(question, answer) == is_exact
+    assert demo.is_sentence(answer) == is_sentence
+
+
+def test_scores_add_up_over_subjects(corpus: demo.Corpus) -> None:
+    answers = [q.whole if q.subject == "sum" else q.bare if q.subject == "recall" else "?" for q in corpus.questions]
+    score = demo.score(corpus.questions, answers)
+    each = 2 * demo.NUM_EACH
+    assert score.by_subject["sum"] == score.by_subject["recall"] == (each, each)
+    assert score.by_subject["spell"] == (0, each)
+    assert score.exact == pytest.approx(2 / len(demo.SUBJECTS))
+    assert score.sentences == pytest.approx(1 / len(demo.SUBJECTS))
+
+
+def test_five_questions_are_shown_in_both_languages_and_within_a_conversation(corpus: demo.Corpus) -> None:
+    shown = demo.showcase(corpus.questions)
+    assert len(shown) == 5
+    assert {question.language for question in shown} == set(demo.LANGUAGES)
+    assert any(len(question.messages) > 1 for question in shown)
+
+
+def test_minutes_scale_the_rows_of_every_stage() -> None:
+    half = demo.scaled(demo.MINUTES / 2)
+    for stage, smaller in zip(demo.STAGES, half, strict=True):
+        assert smaller.rows == pytest.approx(stage.rows / 2, abs=1)
+        assert smaller.lr == stage.lr
