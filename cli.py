@@ -228,7 +228,9 @@ def validate(
 def pack(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="jsonl files (also .gz, .zst). [default: data/*.jsonl]"),
+        typer.Argument(
+            metavar="[FILE]...", help="jsonl files (also .gz, .zst); - reads stdin. [default: data/*.jsonl]"
+        ),
     ] = None,
     tokenizer: TokenizerDir = None,
     max_len: Annotated[
@@ -258,7 +260,7 @@ def pack(
     from mmdata import pipeline
     from mmdata.errors import MMError
 
-    found = data_files(files)
+    found = [kept_stdin(out) if str(path) == "-" else path for path in data_files(files)]
     jobs = [(found, out)] if out else [([path], SHARDS_DIR / stem(path)) for path in found]
     results, failures = [], []
     limit, limits = shares(max_bad)
@@ -294,6 +296,27 @@ def pack(
         next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
     if failures:
         raise typer.Exit(failures[0])
+
+
+def kept_stdin(out: Path | None) -> Path:
+    """Standard input as a file beside the dataset, where its rows' provenance can point to."""
+    import shutil
+
+    from mmdata.errors import UsageError
+
+    if out is None:
+        raise UsageError("packing standard input needs a name for the dataset", "mm pack - --out shards/NAME")
+    path = out.with_name(f"{out.name}.jsonl")
+    beside = path.with_name(f".{path.name}.writing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with beside.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    say(f"standard input is kept as {path}: the dataset's rows refer to it")
+    return path
 
 
 def stem(path: Path) -> str:
@@ -658,7 +681,7 @@ def demo(
     ] = Path("demo"),
     minutes: Annotated[
         float | None,
-        typer.Option(help="Training time on two present-day cores; rows scale with it. [default: about 2]"),
+        typer.Option(help="Training time on two present-day cores; rows scale with it. [default: 2.6]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the corpus, the weights and the order.")] = 0,
     as_json: Json = False,

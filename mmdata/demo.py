@@ -469,7 +469,7 @@ class DemoStage:
 
 
 # Measured on 2 idle cores (Xeon, AVX-512): 2.6 minutes in all, 5.3 million tokens in 5,300 steps. Small steps learn more from
-# a token than large ones; 3e-3 and more learns sums late or never. dpo holds to its reference ten times harder than usual
+# a token than large ones; 3e-3 learned sums late in the one run that tried it. dpo holds to its reference ten times harder than usual
 # (beta 1): the preference needs a few nats, and with 0.1 it goes on pushing until answers go wrong.
 MODEL = "demo"
 VOCAB_SIZE = 1600

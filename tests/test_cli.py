@@ -1,5 +1,6 @@
 """What a person at the terminal meets: every command end to end on small data, and every mistake answered in two lines."""
 
+import io
 import json
 import shlex
 import shutil
@@ -103,6 +104,15 @@ def test_packing_again_has_nothing_to_do(home: Path, mm: Run) -> None:
     before = (home / "shards/sft_512/manifest.json").read_bytes()
     assert "up to date" in fine(mm("pack data/sft_512.jsonl")).out
     assert (home / "shards/sft_512/manifest.json").read_bytes() == before
+
+
+def test_standard_input_is_packed_and_kept(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (home / "data/sft_512.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    refused(mm("pack -"), "--out")
+    fine(mm("pack - --out shards/piped"))
+    assert (home / "shards/piped.jsonl").read_bytes() == content
+    assert json.loads((home / "shards/piped/manifest.json").read_text())["inputs"][0]["path"] == "shards/piped.jsonl"
 
 
 def test_show_gives_programs_every_row_in_source_order(home: Path, mm: Run) -> None:
