@@ -273,6 +273,7 @@ def _num_characters(conversation: Conversation, begin: int) -> int:
 
 
 def batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    """Lines in lists of about BATCH_BYTES each: one call of the encoder."""
     batch: list[Line] = []
     num_bytes = 0
     for line in lines:
@@ -298,6 +299,7 @@ def _num_model_tokens(sequence: Any) -> int:
 
 
 def num_loss_tokens(sequence: Any) -> int:
+    """Trained tokens of a sequence, or of both replies of a pair."""
     both = (sequence.chosen_spans, sequence.rejected_spans) if isinstance(sequence, PairSequence) else (sequence.spans,)
     return sum(int((spans[:, 1] - spans[:, 0]).sum()) for spans in both)
 
