@@ -164,6 +164,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     micro_tokens = MICRO_TOKENS[world.device.type] * (PAIR_FACTOR if stage.kind == "pair" else 1)
     defaults = {**stage.defaults, "micro_tokens": micro_tokens} | ({"model": None} if init else {})
     settings, origins = resolve(config, defaults, saved)
+    origins |= {"model": "checkpoint"} if init else {}
     source = resumed or init
     if source:
         _check_fits(source, datasets)
