@@ -8,7 +8,7 @@ in either case with a checkpoint of its last step.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,24 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdata.errors import CheckpointError, DatasetError, MMError, TrainError, UsageError
-from mmdata.loader import Loader
-from mmdata.shards import Dataset, open_dataset
+from mmdata.errors import MMError, TrainError
 from mmdata.tokenizer import Tokenizer
 from mmtrain import checkpoint, distributed, metrics, optim, reference
 from mmtrain.batch import to_device
-from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import ModelConfig, Settings, TrainConfig, as_json, resolve, shape_from
+from mmtrain.config import TrainConfig, as_json
 from mmtrain.distributed import StopSignals, World
 from mmtrain.evaluate import evaluate
 from mmtrain.model import Model
-from mmtrain.stages import STAGES, Stage, step_zero_tolerance
-
-# Tokens one rank runs at once unless told: on CPU speed is flat from 1,024 on and memory grows with it (2.8 GB at 104M); on
-# CUDA the 104M model takes about 11 GB (derived from 0.7 MB a token, not measured). The loader counts a pair as two full
-# buckets, of which pairs fill a quarter or less, hence the factor.
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
-PAIR_FACTOR = 4
+from mmtrain.plan import Plan, make_plan
+from mmtrain.stages import step_zero_tolerance
 
 TELL_EVERY_S = 10  # between lines about work before the first step
 
@@ -59,24 +51,6 @@ class TrainResult:
     trained_tokens: int
     num_skipped: int
     is_interrupted: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run as it will be: everything read and checked, nothing written."""
-
-    config: TrainConfig
-    settings: Settings
-    origins: dict[str, str]
-    stage: Stage
-    datasets: Sequence[Dataset]
-    loader: Loader
-    val_loader: Loader
-    shape: ModelConfig
-    num_steps: int
-    init: Checkpoint | None  # the checkpoint of an earlier run it starts from
-    resumed: Checkpoint | None  # its own checkpoint it goes on from
-    init_facts: dict[str, str] | None
 
 
 @dataclass
@@ -142,130 +116,6 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
     _write_facts(run, status=status, **(news if result.final_step > result.first_step else {}))
     world.wait()
     return result
-
-
-# --- the plan -------------------------------------------------------------------------------------------------------
-
-
-def make_plan(config: TrainConfig, world: World) -> Plan:
-    """Read and check datasets, checkpoints and settings. MMError names what does not fit and what helps; writes nothing."""
-    if config.stage not in STAGES:
-        raise UsageError(f"stage {config.stage} is unknown", f"use one of {', '.join(STAGES)}")
-    stage = STAGES[config.stage]
-    if config.compile and world.device.type != "cuda":
-        raise UsageError(f"--compile is for CUDA; this run is on {world.device.type}", "leave --compile out")
-    resumed = _find_resumed(config)
-    saved = resumed.state["settings"] if resumed else None
-    if saved and saved["stage"] != stage.name:
-        raise CheckpointError(f"{config.out} is a {saved['stage']} run", f"mm train {saved['stage']} --resume")
-    paths = config.data or tuple(Path(path) for path in (resumed.state["data"]["dirs"] if resumed else ()))
-    datasets = _open_datasets(stage, paths)
-    init = None if resumed else _find_init(config, stage)
-    micro_tokens = MICRO_TOKENS[world.device.type] * (PAIR_FACTOR if stage.kind == "pair" else 1)
-    defaults = {**stage.defaults, "micro_tokens": micro_tokens} | ({"model": None} if init else {})
-    settings, origins = resolve(config, defaults, saved)
-    origins |= {"model": "checkpoint"} if init else {}
-    source = resumed or init
-    if source:
-        _check_fits(source, datasets)
-    shape = source.model_config if source else shape_from(str(settings.model), datasets[0].vocab_size)
-    if datasets[0].max_len > shape.max_positions:
-        raise DatasetError(
-            f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
-            f"pack with --max-len {shape.max_positions}",
-        )
-    loader, val_loader = (_make_loader(datasets, split, settings, world) for split in ("train", "val"))
-    if not loader.num_samples:
-        raise DatasetError(f"{paths[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
-    if resumed:
-        _check_same_data(resumed, loader, paths)
-    num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
-    facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
-    init_facts = resumed.state["data"]["init"] if resumed else facts
-    return Plan(
-        config, settings, origins, stage, datasets, loader, val_loader, shape, num_steps, init, resumed, init_facts
-    )
-
-
-def _make_loader(datasets: Sequence[Dataset], split: str, settings: Settings, world: World) -> Loader:
-    """This rank's batches of a split."""
-    return Loader(
-        datasets,
-        split=split,
-        batch_tokens=settings.batch_tokens,
-        micro_tokens=settings.micro_tokens,
-        seed=settings.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
-
-
-def _check_same_data(resumed: Checkpoint, loader: Loader, paths: Sequence[Path]) -> None:
-    """A run goes on with the tokens it began with."""
-    begun = resumed.state["data"]
-    if begun["digest"] != loader.digest:
-        raise CheckpointError(
-            f"{resumed.run_dir} was trained on dataset {begun['digest'][:12]}, "
-            f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
-            f"resume with the same data (--data {' --data '.join(begun['dirs'])}), or start a new --out",
-        )
-
-
-def _find_resumed(config: TrainConfig) -> Checkpoint | None:
-    """The run's own newest checkpoint when resuming; None for a new run or one that ended before its first checkpoint."""
-    if not (config.out / "run.json").exists():
-        if config.resume and config.out.exists():
-            raise CheckpointError(f"{config.out} is not a run", "leave --resume out to start one in a new --out")
-        return None
-    if not config.resume:
-        raise UsageError(f"{config.out} already holds a run", "add --resume to go on, or choose another --out")
-    if config.init is not None:
-        raise UsageError("--init starts a run, --resume goes on with one", "leave one of them out")
-    return checkpoint.find(config.out) if any(config.out.glob("checkpoints/step-*")) else None
-
-
-def _open_datasets(stage: Stage, paths: Sequence[Path]) -> list[Dataset]:
-    """Open the datasets, all of the stage's row kind."""
-    if not paths:
-        raise UsageError("no dataset given", f"mm train {stage.name} --data shards/NAME")
-    datasets = [open_dataset(path) for path in paths]
-    for dataset in datasets:
-        if dataset.kind != stage.kind:
-            right = next(other.name for other in STAGES.values() if other.kind == dataset.kind)
-            raise DatasetError(
-                f"{dataset.dir} holds {dataset.kind} rows; {stage.name} trains on {stage.kind} rows",
-                f"mm train {right} --data {dataset.dir}",
-            )
-    return datasets
-
-
-def _find_init(config: TrainConfig, stage: Stage) -> Checkpoint | None:
-    """The checkpoint a new run starts from: as given, else of the newest finished run of the stages before.
-
-    None for new weights: asked for by --model, or because no such run is there (the run then begins with a warning).
-    """
-    if config.init is not None:
-        if config.model is not None:
-            raise UsageError("--model is for new weights; with --init the checkpoint gives the shape", "leave one out")
-        return checkpoint.find(config.init)
-    found = checkpoint.find_run(config.runs_dir, stage.starts_from) if config.model is None else None
-    return checkpoint.find(found) if found else None
-
-
-def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
-    """A checkpoint and its data must share the tokenizer, and its vocabulary must have room."""
-    for dataset in datasets:
-        if dataset.tokenizer_sha256 != source.state["data"]["tokenizer_sha256"]:
-            raise CheckpointError(
-                f"{dataset.dir} was packed with another tokenizer than {source.run_dir} was trained with",
-                f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
-            )
-        if dataset.vocab_size > source.model_config.vocab_size:
-            raise CheckpointError(
-                f"{dataset.dir} has {dataset.vocab_size:,} ids, the model of {source.run_dir} only "
-                f"{source.model_config.vocab_size:,}",
-                f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
-            )
 
 
 # --- the start ------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ PATH = {
         "generate",
         "stages",
         "demo",
+        "plan",
         "loop",
     ],
 }
