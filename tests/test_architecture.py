@@ -67,6 +67,7 @@ PATH = {
         "reference",
         "metrics",
         "evaluate",
+        "replies",
         "generate",
         "stages",
         "demo",
