@@ -1,37 +1,54 @@
-"""Parameters -> one flat gradient and a fused AdamW; the learning rate as a function of the step. No state of its own beyond
-AdamW's."""
+"""Parameters -> one flat gradient and an optimizer, fused AdamW or Muon; the learning rate as a function of the step. No
+state of its own beyond the optimizer's."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-BETAS = (
-    0.9,
-    0.95,
-)  # GPT-3's and Llama's for pretraining; a shorter memory than 0.999 forgives the noise of small batches
+from mmtrain.muon import Muon
+
+BETA2 = 0.95  # GPT-3's and Llama's for pretraining; a shorter memory than 0.999 forgives the noise of small batches
 EPS = 1e-8
+OPTIMIZERS = ("adamw", "muon")
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
-    """One fp32 vector of which every parameter's gradient is a view: zeroed, summed over ranks and measured in one call."""
-    parameters = list(model.parameters())
+    """One fp32 vector of which the gradient of every parameter to be trained is a view: zeroed, summed over ranks and
+    measured in one call."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = piece.view_as(parameter)
     return flat
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW; only matrices decay, norms do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
+def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: float = BETA2) -> torch.optim.Optimizer:
+    """The optimizer called `name` for all parameters to be trained; only matrices decay, norms do not.
+
+    muon takes the hidden matrices, AdamW then the embedding (which is the output too) and the norms.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for n, p in trained.items() if p.dim() >= 2 and not (name == "muon" and "embed" in n)]
+    embedding = [p for n, p in trained.items() if p.dim() >= 2 and name == "muon" and "embed" in n]
+    vectors = [p for p in trained.values() if p.dim() < 2]
+    options: dict[str, Any] = {"lr": lr, "betas": (0.9, beta2), "eps": EPS}
+    if name == "muon":
+        others = [{"params": embedding, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return Muon(hidden, others, weight_decay=weight_decay, **options)
+    assert name == "adamw", name
+    groups = [{"params": hidden, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Fused AdamW with the usual memory."""
+    return make(model, "adamw", lr=lr, weight_decay=weight_decay)
 
 
 def update(
-    optimizer: torch.optim.AdamW, gradient: Tensor, *, lr: float, count: float, clip: float
+    optimizer: torch.optim.Optimizer, gradient: Tensor, *, lr: float, count: float, clip: float
 ) -> tuple[float, bool]:
     """One step on `gradient`, a sum over `count` tokens or pairs: averaged, clipped to norm `clip`, applied.
 
