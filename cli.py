@@ -467,9 +467,16 @@ def train(
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Directory of the new run. [default: runs/STAGE-N]")
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="MiniMind's own settings for the stage: minimind2 or minimind3.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, or for pretrain muon: fewer steps to the same loss.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="AdamW's decay of squared gradients.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one step, over all ranks.")] = None,
     micro_tokens: Annotated[int | None, typer.Option(help="Tokens one rank runs at once.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, wsd or constant.")] = None,
@@ -507,11 +514,14 @@ def train(
         stage=stage,
         data=tuple(data or ([] if resume else [newest_dataset(stage)])),  # a resumed run knows its own
         out=out or next_run(stage, resume),
+        preset=preset,
         model=model,
         init=init,
         steps=steps,
         epochs=epochs,
+        optimizer=optimizer,
         lr=lr,
+        beta2=beta2,
         batch_tokens=batch_tokens,
         micro_tokens=micro_tokens,
         schedule=schedule,

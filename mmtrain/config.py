@@ -61,18 +61,24 @@ class TrainConfig:
     stage: str
     data: tuple[Path, ...]
     out: Path
+    preset: str | None = None  # minimind2 | minimind3: its defaults for the stage
     model: str | None = None
     init: Path | None = None
     steps: int | None = None
     epochs: float | None = None
     batch_tokens: int | None = None
     micro_tokens: int | None = None
+    optimizer: str | None = None  # adamw | muon
     lr: float | None = None
+    beta2: float | None = None  # of AdamW
     schedule: str | None = None  # cosine | wsd | constant
     warmup: float | None = None
     weight_decay: float | None = None
     clip: float | None = None
     beta: float | None = None  # dpo only
+    lora: int | None = None  # rank of the adapters; 0 trains all weights
+    ema: float | None = None  # decay of the weights' average; 0 keeps none
+    patience: int | None = None  # validations without a better val loss that end the run; 0: none do
     seed: int | None = None
     max_skipped: int | None = None  # this many non-finite steps in a row end the run
     val_every: int | None = None
@@ -91,17 +97,23 @@ class Settings:
     """The same settings with every value decided. `model` is None where a checkpoint gives the shape; of `steps` and
     `epochs` one may be None."""
 
+    preset: str | None
     model: str | None
     steps: int | None
     epochs: float | None
     batch_tokens: int
     micro_tokens: int
+    optimizer: str
     lr: float
+    beta2: float
     schedule: str
     warmup: float
     weight_decay: float
     clip: float
     beta: float
+    lora: int
+    ema: float
+    patience: int
     seed: int
     max_skipped: int
     val_every: int
@@ -110,13 +122,16 @@ class Settings:
 
 
 # May differ when a run is resumed; with any other setting changed it would not be the same run.
-FREE_ON_RESUME = {"micro_tokens", "max_skipped", "val_every", "save_every", "keep_last"}
+FREE_ON_RESUME = {"micro_tokens", "patience", "max_skipped", "val_every", "save_every", "keep_last"}
 
 
 def resolve(
-    config: TrainConfig, defaults: Mapping[str, Any], saved: Mapping[str, Any] | None = None
+    config: TrainConfig,
+    defaults: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+    preset: Mapping[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """Decide every setting: flag first, then the checkpoint being resumed, then the stage's default.
+    """Decide every setting: flag first, then the checkpoint being resumed, then the preset, then the stage's default.
 
     Gives the settings and, by name, where each came from. A flag that contradicts a resumed run is refused.
     """
@@ -125,15 +140,17 @@ def resolve(
     origins: dict[str, str] = {}
     for name in (field.name for field in fields(Settings)):
         given = getattr(config, name)
-        if given is not None and saved is not None and name not in FREE_ON_RESUME and saved[name] != given:
+        if given is not None and saved is not None and name not in FREE_ON_RESUME and saved.get(name) != given:
             raise CheckpointError(
-                f"{config.out}: the run was started with {name} {saved[name]}, now {given} is asked for",
+                f"{config.out}: the run was started with {name} {saved.get(name)}, now {given} is asked for",
                 f"resume without --{name.replace('_', '-')}, or start a new run with another --out",
             )
         if given is not None:
             values[name], origins[name] = given, "flag"
-        elif saved is not None:
+        elif saved is not None and name in saved:
             values[name], origins[name] = saved[name], "checkpoint"
+        elif preset is not None and name in preset:
+            values[name], origins[name] = preset[name], "preset"
         else:
             values[name], origins[name] = defaults[name], "default"
     if config.steps is not None:
@@ -155,6 +172,23 @@ def _check(config: TrainConfig) -> None:
         if value is not None and value <= 0:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {value} must be greater than 0", f"leave --{flag} out for the default")
+    if config.optimizer not in (None, "adamw", "muon"):
+        raise UsageError(f"--optimizer {config.optimizer} is unknown", "use adamw or muon")
+    if config.optimizer == "muon" and (config.stage != "pretrain" or config.lora):
+        raise UsageError(
+            "--optimizer muon is for pretraining: weights that AdamW trained, and adapters, are better left to it",
+            "leave --optimizer out",
+        )
+    for name in ("beta2", "ema"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise UsageError(f"--{name} {value} must be at least 0 and below 1", f"leave --{name} out for the default")
+    for name in ("lora", "patience"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UsageError(f"--{name} {value} must not be negative", f"leave --{name} out, or give 0, for none")
+    if config.lora and config.stage == "pretrain":
+        raise UsageError("--lora adapts a trained model; pretraining trains all weights", "leave --lora out")
     if config.warmup is not None and not 0 <= config.warmup < 1:
         raise UsageError(f"--warmup {config.warmup} must be a share of all steps, 0 to 1", "try --warmup 0.03")
 

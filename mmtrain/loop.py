@@ -60,7 +60,7 @@ class Run:
     plan: Plan
     world: World
     model: Model
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     gradient: Tensor
     tokenizer: Tokenizer
     ref: dict[str, Tensor]
@@ -140,7 +140,9 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     if config.compile:  # block by block: all share one compiled graph; not measured
         for block in model.model.layers:
             block.compile()
-    optimizer = optim.adamw(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = optim.make(
+        model, settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay, beta2=settings.beta2
+    )
     first_step = 0
     if plan.resumed:
         checkpoint.restore(plan.resumed, model, optimizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.loader import Loader
 from mmdata.shards import Dataset, open_dataset
-from mmtrain import checkpoint
+from mmtrain import checkpoint, presets
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig, Settings, TrainConfig, resolve, shape_from
 from mmtrain.distributed import World
@@ -54,8 +54,9 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     datasets = _open_datasets(stage, paths)
     init = None if resumed else _find_init(config, stage)
     micro_tokens = MICRO_TOKENS[world.device.type] * (PAIR_FACTOR if stage.kind == "pair" else 1)
-    defaults = {**stage.defaults, "micro_tokens": micro_tokens} | ({"model": None} if init else {})
-    settings, origins = resolve(config, defaults, saved)
+    shaped = {"model": None} if init else {}
+    defaults = {**presets.defaults_of(config, stage.defaults), "micro_tokens": micro_tokens} | shaped
+    settings, origins = resolve(config, defaults, saved, {**presets.preset_of(config)} | shaped)
     origins |= {"model": "checkpoint"} if init else {}
     source = resumed or init
     if source:

@@ -12,6 +12,7 @@ from mmdata.errors import TrainError
 from mmtrain.batch import Batch, logps_of, token_logps_of
 from mmtrain.losses import dpo_sigmoid
 from mmtrain.model import Model
+from mmtrain.optim import BETA2
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,16 @@ def step_zero_tolerance(dtype: torch.dtype) -> float:
 
 
 _COMMON = {
+    "preset": None,
     "model": "minimind2-small",
     "steps": None,
+    "optimizer": "adamw",
+    "beta2": BETA2,
     "schedule": "cosine",
     "beta": 0.0,
+    "lora": 0,
+    "ema": 0.0,
+    "patience": 0,
     "clip": 1.0,
     "seed": 42,
     "max_skipped": 10,

@@ -1,12 +1,19 @@
 """Muon against torch's own step by step, its orthogonalisation against a singular value decomposition, and its skips."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from test_loop import at_step, config_of, interrupt, lines
 from torch import nn
+from train_data import Data
+from train_data import make as make_data
 
-from mmtrain import muon
+from mmtrain import checkpoint, muon
+from mmtrain.config import TrainConfig
+from mmtrain.loop import train
 from mmtrain.muon import COEFFICIENTS, EPS, ITERATIONS, MOMENTUM, Muon, orthogonalized
 from mmtrain.optim import flat_gradient, make, update
 
@@ -153,3 +160,25 @@ def test_grad_scale_divides_the_gradient() -> None:
             optimizer.step()
     for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+# --- in a run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Small packed datasets of all three row kinds."""
+    return make_data(tmp_path_factory.getbasetemp() / "train_data")
+
+
+def test_a_run_learns_with_muon_and_resumes_to_the_last_bit(data: Data, tmp_path: Path) -> None:
+    whole, broken = (
+        config_of("pretrain", data, tmp_path / name, model="tiny", optimizer="muon") for name in ("whole", "broken")
+    )
+    train(replace(whole, quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, log=at_step(5, interrupt))
+    train(TrainConfig("pretrain", (), broken.out, resume=True, device="cpu", quiet=True))
+    assert lines(broken.out) == lines(whole.out) and lines(whole.out)[-2]["loss"] < lines(whole.out)[0]["loss"]
+    assert checkpoint.find(broken.out).weights_sha256 == checkpoint.find(whole.out).weights_sha256
+    assert checkpoint.read_run(whole.out)["settings"]["optimizer"] == {"value": "muon", "from": "flag"}

@@ -1,0 +1,80 @@
+"""Which value wins, and what is refused before anything begins."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdata.errors import CheckpointError, UsageError
+from mmtrain.config import PRESETS, Settings, TrainConfig, as_json, resolve
+from mmtrain.presets import TABLE, defaults_of, preset_of
+from mmtrain.stages import STAGES
+
+
+def decide(stage: str, saved: dict[str, Any] | None = None, **given: Any) -> tuple[Settings, dict[str, str]]:
+    config = replace(TrainConfig(stage, (), Path("run")), **given)
+    defaults = {**defaults_of(config, STAGES[stage].defaults), "micro_tokens": 2048}
+    return resolve(config, defaults, saved, preset_of(config))
+
+
+@pytest.mark.parametrize("preset", TABLE)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_preset_stands_between_flags_and_defaults(preset: str, stage: str) -> None:
+    settings, origins = decide(stage, preset=preset, epochs=3.0)
+    expected = TABLE[preset][stage]
+    assert (settings.lr, origins["lr"]) == (expected["lr"], "preset") and settings.beta2 == 0.999
+    assert (settings.epochs, origins["epochs"]) == (3.0, "flag")
+    assert (settings.keep_last, origins["keep_last"]) == (STAGES[stage].defaults["keep_last"], "default")
+    assert settings.model == preset and settings.preset == preset
+
+
+def test_every_preset_names_settings_and_a_shape_that_exist() -> None:
+    names = {field.name for field in fields(Settings)}
+    for preset in TABLE.values():
+        assert set(preset) == {*STAGES, "lora"}
+        for values in preset.values():
+            assert set(values) <= names and values["model"] in PRESETS
+
+
+def test_adapters_have_settings_of_their_own() -> None:
+    assert decide("sft", lora=8)[0].lr > decide("sft")[0].lr
+    settings = decide("sft", lora=16, preset="minimind3")[0]
+    assert (settings.lr, settings.batch_tokens, settings.epochs) == (1e-4, 10_880, 10.0)
+    pairs = decide("dpo", lora=8, preset="minimind3")[0]
+    assert (pairs.beta, pairs.epochs, pairs.lora) == (0.15, 1.0, 8)
+
+
+def test_what_a_run_was_started_with_stays() -> None:
+    saved = as_json(decide("pretrain", preset="minimind2", optimizer="muon")[0])
+    settings, origins = decide("pretrain", saved)
+    assert as_json(settings) == saved and set(origins.values()) == {"checkpoint"}
+    assert decide("pretrain", saved, patience=3)[0].patience == 3  # may be asked for later
+    for name, value in (("preset", "minimind3"), ("optimizer", "adamw"), ("ema", 0.9)):
+        with pytest.raises(CheckpointError, match=f"started with {name}"):
+            decide("pretrain", saved, **{name: value})
+
+
+def test_a_run_of_before_a_setting_was_there_takes_its_default() -> None:
+    saved = {k: v for k, v in as_json(decide("sft")[0]).items() if k not in ("ema", "optimizer")}
+    settings, origins = decide("sft", saved)
+    assert settings.optimizer == "adamw" and origins["optimizer"] == "default" and origins["lr"] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "what"),
+    [
+        ("pretrain", {"preset": "gpt4"}, "--preset gpt4 is unknown"),
+        ("pretrain", {"optimizer": "sgd"}, "--optimizer sgd is unknown"),
+        ("sft", {"optimizer": "muon"}, "is for pretraining"),
+        ("pretrain", {"lora": 8}, "pretraining trains all weights"),
+        ("sft", {"lora": -1}, "--lora -1"),
+        ("sft", {"ema": 1.0}, "--ema 1.0"),
+        ("sft", {"beta2": -0.1}, "--beta2 -0.1"),
+        ("sft", {"patience": -2}, "--patience -2"),
+    ],
+)
+def test_what_no_run_can_have_is_refused(stage: str, given: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what) as caught:
+        decide(stage, **given)
+    assert caught.value.fix
