@@ -83,12 +83,14 @@ class Muon(torch.optim.Optimizer):
             is_taken = 1 - self.found_inf
             gradient = torch.where(is_taken > 0, gradient, 0.0)  # a NaN times 0 would still be one
         momentum = torch.stack(buffers).lerp_(gradient, (1 - MOMENTUM) * is_taken)
-        torch._foreach_copy_(buffers, list(momentum))
+        for buffer, value in zip(buffers, momentum, strict=True):
+            buffer.copy_(value)
         update = orthogonalized(gradient.lerp_(momentum, MOMENTUM), _product_dtype(gradient.device))  # Nesterov's
         # The spread of an orthogonal A x B matrix is 1 / sqrt(max(A, B)), AdamW's about 0.2: Liu et al. 2025, eq. 4.
         rate = lr * 0.2 * math.sqrt(max(update.shape[-2:]))
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay * is_taken)
-        torch._foreach_sub_(parameters, list(update.float().mul_(rate * is_taken)))
+        update, kept = update.float() * (rate * is_taken), 1 - lr * weight_decay * is_taken
+        for parameter, value in zip(parameters, update, strict=True):
+            parameter.mul_(kept).sub_(value)
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
         """A matrix's momentum, 0 before its first step."""
