@@ -7,15 +7,20 @@ character offsets. Nothing is cut or left out uncounted.
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmdata.errors import UsageError
 from mmdata.rows import BadRow, Conversation, Document, Pair, Row, parse_row, row_hash, split_documents
+from mmdata.sequences import Encoded as Encoded
+from mmdata.sequences import Flat, flatten
+from mmdata.sequences import PairSequence as PairSequence
+from mmdata.sequences import Sequence as Sequence
 from mmdata.template import ERAS, TRAIN_ON, Segment, Template, stretches
 from mmdata.tokenizer import Tokenizer
 
@@ -25,40 +30,18 @@ _EMPTY_THINK_KEPT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
-    """ids: uint32 [T]; spans: int32 [n, 2], half-open, ascending, disjoint: the trained tokens."""
+class Batch:
+    """What became of a batch of R rows. flat: the sequences of those that can be used, in the order of the rows.
 
-    ids: np.ndarray
-    spans: np.ndarray
+    num_sequences: int64 [R], 0 where a row cannot be used; num_tokens: of all rows, before cutting; cut: reason -> tokens
+    dropped; bad: row -> why it cannot be used.
+    """
 
-    @property
-    def loss_mask(self) -> np.ndarray:
-        """uint8 [T], 1 where trained, not shifted."""
-        return _mask_of(self.spans, len(self.ids))
-
-    @property
-    def num_loss(self) -> int:
-        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
-
-
-@dataclass(frozen=True, slots=True)
-class PairSequence:
-    """prompt, chosen, rejected: uint32; spans relative to their own reply. The prompt ends where training begins."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    chosen_spans: np.ndarray
-    rejected_spans: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What became of a row of `num_tokens` (of a pair: prompt once, and both replies); `cut`: reason -> tokens dropped."""
-
-    sequences: tuple[Sequence, ...] | PairSequence
+    flat: Flat
+    num_sequences: np.ndarray
     num_tokens: int
-    cut: dict[str, int] = field(default_factory=dict)
+    cut: Counter[str]
+    bad: dict[int, BadRow]
 
 
 class _Side(NamedTuple):
@@ -118,6 +101,22 @@ class RowEncoder:
             except BadRow as bad:
                 results.append(bad)
         return results
+
+    def encode_batch(self, rows: Rows[Row], hashes: Rows[bytes]) -> Batch:
+        """As `encode`, into flat arrays. hashes: the `row_hash` of each row."""
+        found = self.encode(rows)
+        sequences: list[Any] = []
+        counts = np.zeros(len(rows), np.int64)
+        cut: Counter[str] = Counter()
+        for i, item in enumerate(found):
+            if isinstance(item, Encoded):
+                of_row = [item.sequences] if isinstance(item.sequences, PairSequence) else item.sequences
+                counts[i] = len(of_row)
+                sequences += of_row
+                cut.update(item.cut)
+        bad = {i: item for i, item in enumerate(found) if isinstance(item, BadRow)}
+        num_tokens = sum(item.num_tokens for item in found if isinstance(item, Encoded))
+        return Batch(flatten(sequences), counts, num_tokens, cut, bad)
 
     # ---- row -> segments
 
@@ -333,13 +332,6 @@ def _common_length(one: np.ndarray, other: np.ndarray) -> int:
     shorter = min(len(one), len(other))
     different = np.flatnonzero(one[:shorter] != other[:shorter])
     return int(different[0]) if len(different) else shorter
-
-
-def _mask_of(spans: np.ndarray, length: int) -> np.ndarray:
-    mask = np.zeros(length, dtype=np.uint8)
-    for begin, end in spans:
-        mask[begin:end] = 1
-    return mask
 
 
 def _spans_of(mask: np.ndarray) -> np.ndarray:

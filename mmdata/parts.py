@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from mmdata import shards
-from mmdata.arrow import ArrowFile, Ragged, ragged, read_arrow, write_arrow, write_file
-from mmdata.buckets import bucket_of
-from mmdata.encode import Encoded, PairSequence, RowEncoder
-from mmdata.encode import Sequence as TokenSequence
+from mmdata.arrow import read_arrow, write_arrow, write_file
+from mmdata.columns import columns_of, read_back
+from mmdata.encode import Batch, RowEncoder
 from mmdata.engine import Tick
 from mmdata.errors import DatasetError, InputError
 from mmdata.packing import pack
 from mmdata.rows import REASONS, BadRow, Conversation, Document, Line, Row, iter_lines, parse_row, row_hash
+from mmdata.sequences import Flat, join, take
 from mmdata.tokenizer import Tokenizer
 from mmdata.validate import control_strings
 
@@ -85,13 +85,24 @@ class PartResult:
 
 @dataclass(slots=True)
 class _Collected:
-    """The kept rows of a part, before packing."""
+    """The kept rows of a part, before packing; a list's items are a batch's."""
 
-    sequences: list[Any] = field(default_factory=list)  # TokenSequence or PairSequence, in source order
-    is_val: list[bool] = field(default_factory=list)  # a sequence
-    is_first: list[bool] = field(default_factory=list)  # whether it begins its row
-    sources: list[tuple[int, int, bytes, int]] = field(default_factory=list)  # a row: line, offset, sha, first sequence
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    flats: list[Flat] = field(default_factory=list)  # in source order
+    num_sequences: list[np.ndarray] = field(default_factory=list)  # of each kept row
+    is_val: list[bool] = field(default_factory=list)  # a row, as the lists below
+    lines: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    shas: list[bytes] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)  # rows left out
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The kept rows of a part as they are packed. A sequence: its row is in val, it is its row's first."""
+
+    flat: Flat
+    is_val: np.ndarray
+    is_first: np.ndarray
 
 
 class PartPacker:
@@ -111,49 +122,48 @@ class PartPacker:
     def __call__(self, part: Part, tick: Tick) -> PartResult:
         """Reads, encodes, packs and writes a part, then proves from the written bytes that all is there."""
         result = PartResult(part.number)
-        rows = self._collect(part, result, tick)
-        before = _flatten(rows.sequences)
-        result.sequences = len(rows.sequences)
-        result.tokens = int(before.lengths.sum())
-        result.digest = before.digest()
-        result.lengths.update(sample_lengths(rows.sequences).tolist())
+        collected = self._collect(part, result, tick)
+        rows = _rows_of(collected)
+        result.sequences = len(rows.flat)
+        result.tokens = int(rows.flat.lengths.sum())
+        result.lengths.update(_counts(rows.flat.widths()))
         for is_val, split in enumerate(shards.SPLITS):
-            ordinals = np.flatnonzero(np.array(rows.is_val, bool) == bool(is_val))
-            self._write_split(part, result, rows, split, ordinals)
-        self._write_sources(part, result, rows)
-        _prove(self._settings, result, before)
+            self._write_split(part, result, rows, split, np.flatnonzero(rows.is_val == bool(is_val)))
+        self._write_sources(part, result, collected)
+        _prove(self._settings, result, rows.flat)
         return result
 
     # --- rows -> sequences
 
     def _collect(self, part: Part, result: PartResult, tick: Tick) -> _Collected:
-        rows = _Collected()
+        found = _Collected()
         told = 0
         for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
             result.rows += len(lines)
-            good = self._parse(part, lines, rows, result)
-            encoded = self._encoder.encode([row for _, row in good])
-            for (line, row), item in zip(good, encoded, strict=True):
-                if isinstance(item, BadRow):
-                    self._leave_out(part, line, item, rows, result)
-                else:
-                    self._keep(line, row, item, rows, result)
+            good = self._parse(part, lines, found, result)
+            hashes = [row_hash(row) for _, row in good]
+            batch = self._encoder.encode_batch([row for _, row in good], hashes)
+            for i, bad in batch.bad.items():
+                self._leave_out(part, good[i][0], bad, found, result)
+            self._keep(good, hashes, batch, found, result)
             consumed = lines[-1].offset + len(lines[-1].raw) - part.begin if part.end is not None else 0
             tick(consumed - told)
             told = consumed
         tick(part.num_bytes - told)
-        return rows
+        return found
 
-    def _parse(self, part: Part, lines: Sequence[Line], rows: _Collected, result: PartResult) -> list[tuple[Line, Row]]:
+    def _parse(
+        self, part: Part, lines: Sequence[Line], found: _Collected, result: PartResult
+    ) -> list[tuple[Line, Row]]:
         good: list[tuple[Line, Row]] = []
         for line in lines:
             try:
                 good.append((line, parse_row(line.raw, self._settings.kind)))
             except BadRow as bad:
-                self._leave_out(part, line, bad, rows, result)
+                self._leave_out(part, line, bad, found, result)
         return good
 
-    def _leave_out(self, part: Part, line: Line, bad: BadRow, rows: _Collected, result: PartResult) -> None:
+    def _leave_out(self, part: Part, line: Line, bad: BadRow, found: _Collected, result: PartResult) -> None:
         if self._settings.argument("on_bad") == "fail" and bad.reason != TOO_LONG:
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",
@@ -170,49 +180,60 @@ class PartPacker:
         }
         if record["raw"].encode() != line.raw:
             record["raw_base64"] = base64.b64encode(line.raw).decode()
-        rows.rejected.append(record)
+        found.rejected.append(record)
 
-    def _keep(self, line: Line, row: Row, encoded: Encoded, rows: _Collected, result: PartResult) -> None:
-        found = encoded.sequences
-        sequences = [found] if isinstance(found, PairSequence) else list(found)
-        assert sequences, f"line {line.number}: a kept row without a sequence"
-        rows.sources.append((line.number, line.offset, hashlib.sha256(line.raw).digest()[:8], len(rows.sequences)))
-        rows.sequences += sequences
-        rows.is_val += [is_for_val(row, self._settings.argument("val_fraction"))] * len(sequences)
-        rows.is_first += [True] + [False] * (len(sequences) - 1)
-        result.kept += 1
-        result.tokens_in += encoded.num_tokens
-        result.cut.update(encoded.cut)
-        result.characters += num_characters(row)
-        result.control_strings.update(control_strings(line.raw, row))
+    def _keep(
+        self,
+        good: Sequence[tuple[Line, Row]],
+        hashes: Sequence[bytes],
+        batch: Batch,
+        found: _Collected,
+        result: PartResult,
+    ) -> None:
+        """Takes the rows of a batch that can be used."""
+        if batch.bad:
+            kept = np.flatnonzero(batch.num_sequences).tolist()
+            good, hashes = [good[i] for i in kept], [hashes[i] for i in kept]
+        val_fraction = self._settings.argument("val_fraction")
+        found.flats.append(batch.flat)
+        found.num_sequences.append(batch.num_sequences[batch.num_sequences > 0])
+        found.is_val += [is_for_val(hash, val_fraction) for hash in hashes]
+        found.lines += [line.number for line, _ in good]
+        found.offsets += [line.offset for line, _ in good]
+        found.shas += [hashlib.sha256(line.raw).digest()[:8] for line, _ in good]
+        result.kept += len(good)
+        result.tokens_in += batch.num_tokens
+        result.cut.update(batch.cut)
+        for line, row in good:
+            result.characters += num_characters(row)
+            if strings := control_strings(line.raw, row):
+                result.control_strings.update(strings)
 
     # --- sequences -> files
 
-    def _write_split(self, part: Part, result: PartResult, rows: _Collected, split: str, ordinals: np.ndarray) -> None:
+    def _write_split(self, part: Part, result: PartResult, rows: _Rows, split: str, ordinals: np.ndarray) -> None:
         """Packs the sequences with these ordinals and writes a shard for each bucket that gets some."""
-        widths = sample_lengths([rows.sequences[ordinal] for ordinal in ordinals.tolist()])
-        members: dict[int, list[np.ndarray]] = {}
+        buckets = self._settings.buckets
+        widths = rows.flat.widths()[ordinals]
         if self._settings.kind == "pair":
-            for ordinal, width in zip(ordinals, widths.tolist(), strict=True):
-                members.setdefault(bucket_of(width, self._settings.buckets), []).append(ordinal[None])
+            bucket_of_sample = np.array(buckets)[np.searchsorted(buckets, widths)]
+            members, sizes = np.arange(len(ordinals)), np.ones(len(ordinals), np.int64)
         else:
-            for bucket, indices in pack(widths, self._settings.buckets):
-                members.setdefault(bucket, []).append(ordinals[indices])
-        for bucket in sorted(members):
-            result.shards.append(self._write_shard(part, rows, split, bucket, members[bucket]))
+            packs = pack(widths, buckets)
+            bucket_of_sample, members, sizes = packs.buckets, packs.members, np.diff(packs.ends, prepend=0)
+        for bucket in np.unique(bucket_of_sample).tolist():
+            is_here = bucket_of_sample == bucket
+            samples = ordinals[members[np.repeat(is_here, sizes)]]
+            result.shards.append(self._write_shard(part, rows, split, bucket, samples, sizes[is_here]))
 
     def _write_shard(
-        self, part: Part, rows: _Collected, split: str, bucket: int, samples: Sequence[np.ndarray]
+        self, part: Part, rows: _Rows, split: str, bucket: int, ordinals: np.ndarray, sizes: np.ndarray
     ) -> dict[str, Any]:
+        """ordinals: the sequences of a shard in the order of its samples, `sizes` of them in each."""
         settings = self._settings
-        ordinals = np.concatenate(samples)
-        sequences = [rows.sequences[ordinal] for ordinal in ordinals.tolist()]
+        flat = rows.flat
         id_dtype = shards.id_dtype(settings.manifest["tokenizer"]["vocab_size"])
-        types = (id_dtype, shards.position_dtype(bucket))
-        if settings.kind == "pair":
-            columns = _pair_columns(sequences, ordinals, *types)
-        else:
-            columns = _pack_columns(sequences, ordinals, np.array([len(sample) for sample in samples]), *types)
+        columns = columns_of(flat, ordinals, sizes, id_dtype, shards.position_dtype(bucket))
         path = f"{split}/b{bucket:04d}/part-{part.number:05d}.arrow"
         metadata = shards.shard_metadata(settings.manifest, bucket)
         written = write_arrow(settings.staging / path, columns, metadata, shards.TOKENS_PER_BATCH // bucket)
@@ -221,41 +242,54 @@ class PartPacker:
             "split": split,
             "bucket": bucket,
             "part": part.number,
-            "samples": len(samples),
-            "sequences": len(sequences),
-            "rows": sum(rows.is_first[ordinal] for ordinal in ordinals.tolist()),
-            "tokens": sum(num_tokens(sequence) for sequence in sequences),
-            "model_tokens": sum(_num_model_tokens(sequence) for sequence in sequences),
-            "loss_tokens": sum(num_loss_tokens(sequence) for sequence in sequences),
+            "samples": len(sizes),
+            "sequences": len(ordinals),
+            "rows": int(rows.is_first[ordinals].sum()),
+            "tokens": int(flat.lengths[ordinals].sum()),
+            "model_tokens": int(flat.model_lengths()[ordinals].sum()),
+            "loss_tokens": int(flat.num_loss()[ordinals].sum()),
             **written,
             "token_digest": shards.token_digest(read_arrow(settings.staging / path), settings.kind),
         }
 
-    def _write_sources(self, part: Part, result: PartResult, rows: _Collected) -> None:
+    def _write_sources(self, part: Part, result: PartResult, found: _Collected) -> None:
         staging = self._settings.staging
-        if rows.sources:
-            lines, offsets, shas, firsts = zip(*rows.sources, strict=True)
+        if found.lines:
+            num_sequences = np.concatenate(found.num_sequences)
             columns = {
-                "file": np.full(len(lines), part.input, np.uint16),
-                "line": np.array(lines, np.uint32),
-                "offset": np.array(offsets, np.uint64),
-                "sha": np.frombuffer(b"".join(shas), np.uint8).reshape(-1, 8),
-                "first": np.array(firsts, np.uint32),
+                "file": np.full(len(found.lines), part.input, np.uint16),
+                "line": np.array(found.lines, np.uint32),
+                "offset": np.array(found.offsets, np.uint64),
+                "sha": np.frombuffer(b"".join(found.shas), np.uint8).reshape(-1, 8),
+                "first": (np.cumsum(num_sequences) - num_sequences).astype(np.uint32),
             }
             path = shards.sources_path(part.number)
             metadata = {"format_version": str(shards.FORMAT_VERSION)}
             written = write_arrow(staging / path, columns, metadata, shards.SOURCES_PER_BATCH)
             result.files.append({"path": path, **written})
-        if rows.rejected:
+        if found.rejected:
             path = f"rejected/part-{part.number:05d}.jsonl"
-            rejected = sorted(rows.rejected, key=lambda record: record["line"])
+            rejected = sorted(found.rejected, key=lambda record: record["line"])
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
             result.files.append({"path": path, **write_file(staging / path, text.encode())})
 
 
-def is_for_val(row: Row, fraction: float) -> bool:
-    """Whether a row belongs to val: by its content alone, so that equal rows never stand on both sides."""
-    salted = hashlib.sha256(b"mm val split\0" + row_hash(row)).digest()
+def _rows_of(found: _Collected) -> _Rows:
+    num_sequences = np.concatenate([np.empty(0, np.int64), *found.num_sequences])
+    is_first = np.zeros(num_sequences.sum(), bool)
+    is_first[np.cumsum(num_sequences) - num_sequences] = True
+    return _Rows(join(found.flats), np.repeat(np.array(found.is_val, bool), num_sequences), is_first)
+
+
+def _counts(values: np.ndarray) -> dict[int, int]:
+    """How often each value stands there."""
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def is_for_val(hash: bytes, fraction: float) -> bool:
+    """Whether a row with this `row_hash` belongs to val: by its content alone, so that equal rows never stand on both sides."""
+    salted = hashlib.sha256(b"mm val split\0" + hash).digest()
     return int.from_bytes(salted[:8], "big") < fraction * 2**64
 
 
@@ -286,159 +320,36 @@ def batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
         yield batch
 
 
-def num_tokens(sequence: Any) -> int:
-    """Tokens as they are stored: a pair's prompt once."""
-    if isinstance(sequence, PairSequence):
-        return len(sequence.prompt) + len(sequence.chosen) + len(sequence.rejected)
-    return len(sequence.ids)
-
-
-def _num_model_tokens(sequence: Any) -> int:
-    """Tokens as a model sees them: a pair's prompt before each of its replies."""
-    return num_tokens(sequence) + (len(sequence.prompt) if isinstance(sequence, PairSequence) else 0)
-
-
-def num_loss_tokens(sequence: Any) -> int:
-    """Trained tokens of a sequence, or of both replies of a pair."""
-    both = (sequence.chosen_spans, sequence.rejected_spans) if isinstance(sequence, PairSequence) else (sequence.spans,)
-    return sum(int((spans[:, 1] - spans[:, 0]).sum()) for spans in both)
-
-
-def sample_lengths(sequences: Sequence[Any]) -> np.ndarray:
-    """int64 [N]: the length that must fit a bucket."""
-    if sequences and isinstance(sequences[0], PairSequence):
-        return np.array([len(s.prompt) + max(len(s.chosen), len(s.rejected)) for s in sequences], np.int64)
-    return np.array([len(s.ids) for s in sequences], np.int64)
-
-
-def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-    """Arrays of any shape, flat and end to end; the values are known to fit the type."""
-    if not arrays:
-        return np.empty(0, dtype)
-    return np.concatenate([array.reshape(-1) for array in arrays], dtype=dtype, casting="unsafe")
-
-
-def _list_column(arrays: Sequence[np.ndarray], dtype: np.dtype) -> Ragged:
-    return ragged(_concatenate(arrays, dtype), np.array([array.size for array in arrays]))
-
-
-def _pack_columns(
-    sequences: Sequence[TokenSequence],
-    ordinals: np.ndarray,
-    sizes: np.ndarray,
-    id_dtype: np.dtype,
-    position_dtype: np.dtype,
-) -> dict[str, Any]:
-    """The columns of packs. sequences in pack order, with their ordinals; sizes: sequences of each pack."""
-    lengths = np.array([len(sequence.ids) for sequence in sequences])
-    num_spans = np.array([len(sequence.spans) for sequence in sequences])
-    pack_ends = np.cumsum(sizes)
-    pack_begins = pack_ends - sizes
-    begins = np.cumsum(lengths) - lengths  # of each sequence: in the shard, then in its pack
-    begins -= np.repeat(begins[pack_begins], sizes)
-    spans = _concatenate([sequence.spans for sequence in sequences], np.int64)
-    num_loss = np.concatenate([[0], np.cumsum(spans[1::2] - spans[0::2])])
-    span_ends = np.cumsum(num_spans)[pack_ends - 1]
-    spans += np.repeat(begins, 2 * num_spans)
-    return {
-        "ids": ragged(
-            _concatenate([sequence.ids for sequence in sequences], id_dtype), np.add.reduceat(lengths, pack_begins)
-        ),
-        "doc_len": ragged(lengths.astype(position_dtype), sizes),
-        "span": ragged(spans.astype(position_dtype), 2 * np.add.reduceat(num_spans, pack_begins)),
-        "n_loss": np.diff(num_loss[span_ends], prepend=0).astype(position_dtype),
-        "doc": ragged(ordinals.astype(np.uint32), sizes),
-    }
-
-
-def _pair_columns(
-    pairs: Sequence[PairSequence], ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
-) -> dict[str, Any]:
-    """The columns of pairs. A reply that is trained as a whole has an empty span list."""
-
-    def spans(of: np.ndarray, reply: np.ndarray) -> np.ndarray:
-        is_whole = of.shape == (1, 2) and of[0, 0] == 0 and of[0, 1] == len(reply)
-        return of[:0] if is_whole else of
-
-    def num_loss(of: Sequence[np.ndarray]) -> np.ndarray:
-        return np.array([(s[:, 1] - s[:, 0]).sum() for s in of], position_dtype)
-
-    return {
-        "prompt": _list_column([pair.prompt for pair in pairs], id_dtype),
-        "chosen": _list_column([pair.chosen for pair in pairs], id_dtype),
-        "rejected": _list_column([pair.rejected for pair in pairs], id_dtype),
-        "chosen_span": _list_column([spans(pair.chosen_spans, pair.chosen) for pair in pairs], position_dtype),
-        "rejected_span": _list_column([spans(pair.rejected_spans, pair.rejected) for pair in pairs], position_dtype),
-        "n_chosen": num_loss([pair.chosen_spans for pair in pairs]),
-        "n_rejected": num_loss([pair.rejected_spans for pair in pairs]),
-        "doc": ordinals.astype(np.uint32),
-    }
-
-
 # --- proof
 
 
-@dataclass(frozen=True, slots=True)
-class _Flat:
-    """Sequences end to end: what must be the same before packing and after. Marks are spans; for pairs lengths too."""
+def _prove(settings: Settings, result: PartResult, before: Flat) -> None:
+    """Rows and tokens balance, and the files on disk hold every sequence once, with its length, ids and spans.
 
-    ids: np.ndarray
-    lengths: np.ndarray
-    marks: np.ndarray
-    num_marks: np.ndarray
-
-    def digest(self) -> int:
-        return shards.sequence_digest(self.ids, self.lengths, self.marks, self.num_marks)
-
-
-def _flatten(sequences: Sequence[Any]) -> _Flat:
-    if sequences and isinstance(sequences[0], PairSequence):
-        return _flatten_pairs(
-            [(s.prompt, s.chosen, s.rejected, s.chosen_spans.ravel(), s.rejected_spans.ravel()) for s in sequences]
-        )
-    ids, spans = [s.ids for s in sequences], [s.spans for s in sequences]
-    return _Flat(_concatenate(ids, np.uint32), _sizes(ids), _concatenate(spans, np.int64), _sizes(spans))
-
-
-def _flatten_pairs(pairs: Sequence[tuple[np.ndarray, ...]]) -> _Flat:
-    """pairs: prompt, chosen, rejected, chosen spans, rejected spans."""
-    ids = [array for pair in pairs for array in pair[:3]]
-    marks = [np.concatenate([[len(array) for array in pair], *pair[3:]]) for pair in pairs]
-    lengths = _sizes(ids).reshape(-1, 3).sum(axis=1)
-    return _Flat(_concatenate(ids, np.uint32), lengths, _concatenate(marks, np.int64), _sizes(marks))
-
-
-def _sizes(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([array.size for array in arrays], np.int64)
-
-
-def _read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, _Flat]:
-    """The ordinals and sequences that a shard holds, in its order."""
-    if kind == "pair":
-        views = [shards.pair_view(batch, i) for batch in file.batches for i in range(len(batch["doc"]))]
-        return file.column("doc"), _flatten_pairs([tuple(view[:5]) for view in views])
-    ids, doc_len, span, doc = (file.column(name) for name in ("ids", "doc_len", "span", "doc"))
-    lengths = doc_len.values.astype(np.int64)
-    begins = np.cumsum(lengths) - lengths
-    spans = span.values.astype(np.int64) + np.repeat(ids.offsets[:-1], span.lengths())  # in the shard's positions
-    of_span = np.searchsorted(begins, spans[0::2], side="right") - 1  # the sequence each span lies in
-    num_marks = 2 * np.bincount(of_span, minlength=len(lengths))
-    return doc.values, _Flat(ids.values, lengths, spans - np.repeat(begins[of_span], 2), num_marks)
-
-
-def _prove(settings: Settings, result: PartResult, before: _Flat) -> None:
-    """Rows and tokens balance, and the files on disk hold every sequence once, with its length, ids and spans."""
+    What is read back is compared with what was to be packed, token by token; its digest, then that of both, is taken of
+    what is on disk.
+    """
     _require(result.rows == result.kept + result.left_out.total(), "rows in are not rows kept plus rows left out")
     _require(result.tokens_in == result.tokens + result.cut.total(), "tokens in are not tokens packed plus tokens cut")
-    found = np.zeros_like(before.lengths)
-    digest = 0
-    for entry in result.shards:
-        ordinals, flat = _read_back(read_arrow(settings.staging / entry["path"]), settings.kind)
-        np.add.at(found, ordinals, flat.lengths)  # a sequence that stands twice has twice its length
-        digest = (digest + flat.digest()) % 2**128
-    _require(np.array_equal(found, before.lengths), "a sequence is lost, doubled or of another length in the shards")
-    _require(digest == result.digest, "the shards hold other tokens or spans than the rows gave")
     _require(result.tokens == sum(entry["tokens"] for entry in result.shards), "shards and rows count other tokens")
+    found = [read_back(read_arrow(settings.staging / entry["path"]), settings.kind) for entry in result.shards]
+    ordinals = np.concatenate([np.empty(0, np.int64), *(ordinals for ordinals, _ in found)])
+    after = join([flat for _, flat in found])
+    order = np.argsort(ordinals, kind="stable")
+    is_once = np.array_equal(ordinals[order], np.arange(len(before)))
+    _require(
+        is_once and np.array_equal(after.lengths[order], before.lengths),
+        "a sequence is lost, doubled or of another length in the shards",
+    )
+    ids = take(after.ids, after.begins[order], before.lengths)
+    marks = take(after.marks, after.mark_begins[order], after.num_marks[order])
+    _require(
+        np.array_equal(ids, before.ids)
+        and np.array_equal(after.num_marks[order], before.num_marks)
+        and np.array_equal(marks, before.marks),
+        "the shards hold other tokens or spans than the rows gave",
+    )
+    result.digest = shards.sequence_digest(after.ids, after.lengths, after.marks, after.num_marks)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 
 from mmdata import rows, shards
 from mmdata.buckets import BUCKETS
-from mmdata.encode import PairSequence, RowEncoder
+from mmdata.encode import RowEncoder
 from mmdata.errors import InputError
-from mmdata.parts import batches, num_characters, num_loss_tokens, num_tokens, sample_lengths
+from mmdata.parts import batches, num_characters
 from mmdata.pipeline import length_figures
 from mmdata.tokenizer import Tokenizer
 
@@ -48,17 +48,15 @@ def file_stats(path: Path, tokenizer_dir: Path | None = None, progress: Progress
                 good.append(rows.parse_row(line.raw, kind))
             except rows.BadRow as bad:
                 left_out[bad.reason] += 1
-        for row, item in zip(good, encoder.encode(good) if encoder else [None] * len(good), strict=True):
-            if isinstance(item, rows.BadRow):
-                left_out[item.reason] += 1
-                continue
-            counts["kept"] += 1
-            counts["characters"] += num_characters(row)
-            if item:
-                sequences = [item.sequences] if isinstance(item.sequences, PairSequence) else list(item.sequences)
-                counts["tokens"] += sum(num_tokens(sequence) for sequence in sequences)
-                counts["loss_tokens"] += sum(num_loss_tokens(sequence) for sequence in sequences)
-                lengths.update(sample_lengths(sequences).tolist())
+        if encoder:
+            batch = encoder.encode_batch(good, [rows.row_hash(row) for row in good])
+            left_out.update(bad.reason for bad in batch.bad.values())
+            good = [row for i, row in enumerate(good) if i not in batch.bad]
+            counts["tokens"] += int(batch.flat.lengths.sum())
+            counts["loss_tokens"] += int(batch.flat.num_loss().sum())
+            lengths.update(batch.flat.widths().tolist())
+        counts["kept"] += len(good)
+        counts["characters"] += sum(map(num_characters, good))
         if progress:
             progress(min(total, lines[-1].offset + len(lines[-1].raw) + 1), total)
     if not counts["kept"]:
