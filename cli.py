@@ -455,8 +455,12 @@ def newest_dataset(stage: str) -> Path:
 def train(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft or dpo.")],
     data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", metavar="DIR", help="Packed dataset; repeat it for several. [default: newest]"),
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="DIR[:WEIGHT]",
+            help="Packed dataset; repeat it for several, each with its share of the tokens. [default: newest]",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Shape of a new model: minimind2, minimind2-small, minimind3, demo, tiny.")
@@ -510,9 +514,11 @@ def train(
     from mmtrain.distributed import rank
     from mmtrain.loop import train as train_stage
 
+    paths, weights = weighted(data or [])
     config = TrainConfig(
         stage=stage,
-        data=tuple(data or ([] if resume else [newest_dataset(stage)])),  # a resumed run knows its own
+        data=paths or (() if resume else (newest_dataset(stage),)),  # a resumed run knows its own
+        weights=weights,
         out=out or next_run(stage, resume),
         preset=preset,
         model=model,
@@ -544,6 +550,26 @@ def train(
     trained = train_stage(config)
     if rank() == 0:
         print_trained(trained, as_json)
+
+
+def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
+    """Datasets and their weights, DIR:WEIGHT each; None without weights."""
+    from mmdata.errors import UsageError
+
+    paths, weights = [], []
+    for text in data:
+        name, colon, number = text.rpartition(":")
+        weight = None
+        if colon and not Path(text).exists():
+            with suppress(ValueError):
+                weight = float(number)
+            if weight is not None and not 0 < weight < float("inf"):
+                raise UsageError(f"--data {text}: the weight must be greater than 0", f"--data {name}:0.5")
+        paths.append(Path(text if weight is None else name))
+        weights += [] if weight is None else [weight]
+    if weights and len(weights) != len(paths):
+        raise UsageError("some --data have a weight and some have none", "--data A:0.7 --data B:0.3")
+    return tuple(paths), tuple(weights) or None
 
 
 def print_trained(trained: "TrainResult", as_json: bool) -> None:

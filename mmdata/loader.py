@@ -2,21 +2,26 @@
 
 Samples are grouped into cells of equal width, so that every batch costs the same whatever the buckets: a cell is one
 sample of the largest bucket, or as many of a smaller one as fit in its place. Order is a keyed permutation computed on
-demand (nothing stored, any step at once). Assembling a batch is one copy out of the mapped shards: no worker processes.
+demand (nothing stored, any step at once). Assembling a batch is one copy out of the mapped shards: no worker processes;
+`ahead` does it in one thread while the last batch is in use.
 """
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mmdata.errors import DatasetError
-from mmdata.shards import Dataset, PackView, PairView, Split, loss_mask
+from mmdata.order import Mixture, draws_per_epoch, permute
+from mmdata.shards import Dataset, PairView, Split, loss_mask
 
 DEFAULT_MICRO_TOKENS = 32_768
-FEISTEL_ROUNDS = 6
+BLOCK_CELLS = 4096  # put in order at once: some ten steps, so that the permutation's cost a step is small
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,32 +36,13 @@ class MicroBatch:
     num_loss_tokens: int
 
 
-def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Where each index stands in the permutation of 0..size-1 that `key` names. index: integers [N]; O(N), any size.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a dataset gives to an epoch: its share of the tokens, and how often each of its samples is seen."""
 
-    A Feistel network on the digits of a two-digit number, walked again in the rare case that it leaves the range.
-    Integers only: the same on every machine and with every numpy.
-    """
-    high = math.isqrt(size - 1) + 1  # high * low is at least size, and more by less than high
-    low = np.uint64(-(-size // high))
-    round_keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")[:FEISTEL_ROUNDS]
-    result = np.array(index, np.uint64)
-    todo = np.arange(len(result))
-    while len(todo):
-        left, right = np.divmod(result[todo], low)
-        for even, odd in round_keys.reshape(-1, 2):
-            left = (left + _mix(right ^ even)) % np.uint64(high)
-            right = (right + _mix(left ^ odd)) % low
-        result[todo] = left * low + right
-        todo = todo[result[todo] >= size]
-    return result.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Scrambles 64 bits to 32 with the multipliers of splitmix64 (Steele, Lea, Flood 2014)."""
-    x = x * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(32)) * np.uint64(0x94D049BB133111EB)
-    return x >> np.uint64(32)
+    dataset: Dataset
+    tokens: float
+    passes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +61,29 @@ class _Group:
         return -(-self.num_samples // self.samples_per_cell)
 
 
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """The samples of some cells, cell after cell: group and index in it, int64 [N]; `ends` [cells + 1], beginning with 0."""
+
+    group: np.ndarray
+    index: np.ndarray
+    ends: np.ndarray
+
+    def of(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Group and index of the samples of these cells (numbers within this block)."""
+        counts = self.ends[cells + 1] - self.ends[cells]
+        at = np.repeat(self.ends[cells] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        return self.group[at], self.index[at]
+
+
 class Loader:
     """The batches of a split. `batch(step)` gives this rank's micro-batches of an optimizer step.
 
-    Over all ranks a step's micro-batches hold the same samples whatever the world size and `micro_tokens`; steps of one
-    epoch hold every sample once. Widths (batch_tokens, micro_tokens) are nominal: padding that is not there counts.
+    Over all ranks a step's micro-batches hold the same samples whatever the world size and `micro_tokens`. Without
+    weights the steps of one epoch hold every sample once; with them, an epoch has as many tokens as the datasets hold
+    together, of each dataset the share its weight says. Within a step the widest buckets come first and ranks take cells
+    in turn, so that in a micro-step all ranks hold the same bucket (but at most one cell, where a bucket ends).
+    Widths (batch_tokens, micro_tokens) are nominal: padding that is not there counts.
     """
 
     def __init__(
@@ -93,23 +97,38 @@ class Loader:
         world_size: int = 1,
         micro_tokens: int | None = None,
         shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+        allocate: Callable[[int, Any], np.ndarray] = np.empty,
     ):
         assert 0 <= rank < world_size and batch_tokens > 0, (rank, world_size, batch_tokens)
         _check_alike(datasets)
         self.kind = datasets[0].kind
         self._rank, self._world_size = rank, world_size
-        self._seed, self._shuffle = seed, shuffle
-        digests = [dataset.digest for dataset in datasets]
-        self.digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        self._allocate = (
+            allocate  # (count, dtype) -> the buffers that ids and masks are written to, pinned ones perhaps
+        )
+        self.weights = None if weights is None else list(weights)
+        self.digest = _digest(datasets, weights)
+        self._key = f"{self.digest}:{seed}" if shuffle else ""
         sequences = 2 if self.kind == "pair" else 1  # of a sample, side by side
         self.cell_tokens = sequences * max(dataset.buckets[-1] for dataset in datasets)
         self._cells_per_step = max(1, batch_tokens // self.cell_tokens)
         self._cells_per_micro = max(1, (micro_tokens or DEFAULT_MICRO_TOKENS) // self.cell_tokens)
-        self._groups = self._make_groups([dataset.split(split) for dataset in datasets], sequences)
+        splits = [dataset.split(split) for dataset in datasets]
+        self._groups = self._make_groups(splits, sequences)
+        self._first_cells = np.array([group.first_cell for group in self._groups])
         self.num_samples = sum(group.num_samples for group in self._groups)
         self._num_cells = sum(group.num_cells for group in self._groups)
-        self.steps_per_epoch = -(-self._num_cells // self._cells_per_step)
-        self.tokens_per_epoch = sum(dataset.split(split).totals.model_tokens for dataset in datasets)
+        self._mixture = self._make_mixture(datasets, splits, weights)
+        self.steps_per_epoch = -(-self._mixture.size // self._cells_per_step)
+        passes = [draws / max(1, cells) for cells, draws in zip(self._mixture.cells, self._mixture.draws, strict=True)]
+        tokens = [split.totals.model_tokens * times for split, times in zip(splits, passes, strict=True)]
+        self.tokens_per_epoch = round(sum(tokens))
+        self.shares = [
+            Share(dataset, own / max(1, sum(tokens)), times)
+            for dataset, own, times in zip(datasets, tokens, passes, strict=True)
+        ]
+        self._block: tuple[tuple[int, int], _Samples] | None = None  # the last one put in order
 
     def _make_groups(self, splits: Sequence[Split], sequences: int) -> list[_Group]:
         groups: list[_Group] = []
@@ -122,6 +141,18 @@ class Loader:
                 groups.append(group)
         return [group for group in groups if group.num_samples]
 
+    def _make_mixture(
+        self, datasets: Sequence[Dataset], splits: Sequence[Split], weights: Sequence[float] | None
+    ) -> Mixture:
+        cells = [sum(group.num_cells for group in self._groups if group.split is split) for split in splits]
+        if weights is None:
+            return Mixture(tuple(cells), tuple(cells))
+        for dataset, split, count in zip(datasets, splits, cells, strict=True):
+            if not count:
+                raise DatasetError(f"{dataset.dir}: the {split.name} split is empty", "leave it out of --data")
+        tokens = [split.totals.model_tokens for split in splits]
+        return Mixture(tuple(cells), tuple(draws_per_epoch(tokens, cells, weights)))
+
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimizer step `step` (from 0, over all epochs).
 
@@ -132,56 +163,98 @@ class Loader:
                 "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
             )
         epoch, k = divmod(step, self.steps_per_epoch)
-        begin = k * self._cells_per_step
-        places = np.arange(begin, min(begin + self._cells_per_step, self._num_cells))[self._rank :: self._world_size]
-        cells = permute(places, self._num_cells, self._key(epoch, "cells")) if self._shuffle else places
-        return [self._assemble(self._samples(part, epoch)) for part in self._micro(cells)]
+        steps = max(1, BLOCK_CELLS // self._cells_per_step)
+        block = self._ordered(epoch, k // steps, steps * self._cells_per_step)
+        begin = k % steps * self._cells_per_step
+        end = min(begin + self._cells_per_step, len(block.ends) - 1)
+        cells = np.arange(begin + self._rank, end, self._world_size)
+        return [self._assemble(*block.of(part)) for part in self._micro(cells)]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the whole split once, in the order of the shards."""
         for cells in self._micro(np.arange(self._num_cells)[self._rank :: self._world_size]):
-            yield self._assemble(self._samples(cells, None))
+            samples = self._samples(cells, None)
+            yield self._assemble(samples.group, samples.index)
 
     def _micro(self, cells: np.ndarray) -> list[np.ndarray]:
         return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]
 
-    def _key(self, epoch: int, what: str) -> str:
-        return f"{self.digest}:{self._seed}:{epoch}:{what}"
+    def _ordered(self, epoch: int, number: int, size: int) -> _Samples:
+        """The samples of `size` cells of an epoch, in the order of training: step after step, widest buckets first."""
+        if self._block and self._block[0] == (epoch, number):
+            return self._block[1]
+        places = np.arange(number * size, min((number + 1) * size, self._mixture.size))
+        cells, passes = self._mixture.draw(places, epoch, self._key)
+        if self._key:
+            widths = np.array([group.bucket for group in self._groups])
+            of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
+            order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties stay in drawn order
+            cells, passes = cells[order], passes[order]
+        samples = self._samples(cells, passes)
+        self._block = ((epoch, number), samples)
+        return samples
 
-    def _samples(self, cells: np.ndarray, epoch: int | None) -> list[tuple[_Group, int]]:
-        """(group, index in its bucket) of every sample in these cells, in cell order; unshuffled without an epoch."""
-        first_cells = [group.first_cell for group in self._groups]
-        of_cell = np.searchsorted(first_cells, cells, side="right") - 1
-        found: list[list[tuple[_Group, int]]] = [[] for _ in cells]
-        for g in np.unique(of_cell).tolist():
-            group = self._groups[g]
-            at = np.flatnonzero(of_cell == g)
-            first = (cells[at] - group.first_cell) * group.samples_per_cell
-            places = first[:, None] + np.arange(group.samples_per_cell)
-            is_there = places < group.num_samples  # the group's last cell may be partial
-            order = places[is_there]
-            if epoch is not None and self._shuffle:
-                order = permute(order, group.num_samples, self._key(epoch, f"bucket {g}"))
-            for cell, index in zip(np.repeat(at, is_there.sum(1)).tolist(), order.tolist(), strict=True):
-                found[cell].append((group, index))
-        return [sample for cell in found for sample in cell]
+    def _samples(self, cells: np.ndarray, passes: np.ndarray | None) -> _Samples:
+        """The samples in these cells, in cell order; within a bucket shuffled anew with each pass over its dataset."""
+        of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
+        per_cell = np.array([group.samples_per_cell for group in self._groups])[of_cell]
+        group = np.repeat(of_cell, per_cell)
+        within = np.arange(len(group)) - np.repeat(np.cumsum(per_cell) - per_cell, per_cell)
+        index = np.repeat((cells - self._first_cells[of_cell]) * per_cell, per_cell) + within
+        is_there = index < np.array([g.num_samples for g in self._groups])[group]  # a group's last cell may be partial
+        if passes is not None and self._key:
+            self._shuffle(group, index, np.repeat(passes, per_cell), is_there)
+        ends = np.concatenate([[0], np.cumsum(is_there)])[np.concatenate([[0], np.cumsum(per_cell)])]
+        return _Samples(group[is_there], index[is_there], ends)
 
-    def _assemble(self, samples: Sequence[tuple[_Group, int]]) -> MicroBatch:
-        views = [group.split.sample(group.bucket, index) for group, index in samples]
-        numbers = np.array([group.first_sample + index for group, index in samples], np.int64)
-        return _pair_batch(views, numbers) if self.kind == "pair" else _pack_batch(views, numbers)
+    def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
+        """Permutes the indices in place, each group's in an order of its own; cells of one sample are shuffled already."""
+        for g in np.unique(group).tolist():
+            if self._groups[g].samples_per_cell == 1:
+                continue
+            for number in np.unique(passes[group == g]).tolist():
+                at = np.flatnonzero((group == g) & (passes == number) & is_there)
+                key = f"{self._key}:{number}:bucket {g}"
+                index[at] = permute(index[at], self._groups[g].num_samples, key)
+
+    def _assemble(self, group: np.ndarray, index: np.ndarray) -> MicroBatch:
+        numbers = np.array([each.first_sample for each in self._groups], np.int64)[group] + index
+        where = [(self._groups[g], i) for g, i in zip(group.tolist(), index.tolist(), strict=True)]
+        if self.kind == "pair":
+            views = [of.split.sample(of.bucket, i) for of, i in where]
+            return self._micro_batch(*_lay_out_pairs(views), numbers)
+        return self._micro_batch(*_lay_out_packs(where), numbers)
+
+    def _micro_batch(
+        self, pieces: Sequence[np.ndarray], lengths: np.ndarray, spans: np.ndarray, numbers: np.ndarray
+    ) -> MicroBatch:
+        """pieces: ids, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending."""
+        cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        total = int(cu_seqlens[-1])
+        ids, mask = self._allocate(total, np.int32), self._allocate(total, np.uint8)
+        np.concatenate(pieces, out=ids, casting="unsafe")  # ids < 2**31 by the manifest
+        mask[:] = loss_mask(spans, total)
+        num_loss = int((spans[1::2] - spans[0::2]).sum())
+        return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss)
 
 
-def _pack_batch(packs: Sequence[PackView], numbers: np.ndarray) -> MicroBatch:
-    ids = np.concatenate([pack.ids for pack in packs], dtype=np.int32, casting="unsafe")  # ids < 2**31 by the manifest
-    lengths = np.concatenate([pack.doc_len for pack in packs])
-    begins = np.cumsum([0, *(len(pack.ids) for pack in packs[:-1])])
-    spans = np.concatenate([pack.span for pack in packs], dtype=np.int64)
-    spans += np.repeat(begins, [len(pack.span) for pack in packs])
-    return _micro_batch(ids, lengths, spans, numbers, sum(pack.n_loss for pack in packs))
+def _lay_out_packs(where: Sequence[tuple[_Group, int]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """ids in pieces, lengths of the sequences, and spans in positions of the whole. Slices alone: no object a sample."""
+    ids, lengths, spans = [], [], []
+    for group, index in where:
+        columns, i = group.split.place(group.bucket, index)
+        for column, views in ((columns["ids"], ids), (columns["doc_len"], lengths), (columns["span"], spans)):
+            begin, end = column.offsets[i : i + 2].tolist()
+            views.append(column.values[begin:end])
+    begins = np.cumsum([0, *(len(pack) for pack in ids[:-1])])
+    joined = np.concatenate(spans, dtype=np.int64)
+    joined += np.repeat(begins, [len(span) for span in spans])
+    return ids, np.concatenate(lengths), joined
 
 
-def _pair_batch(pairs: Sequence[PairView], numbers: np.ndarray) -> MicroBatch:
+def _lay_out_pairs(pairs: Sequence[PairView]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """The same of pairs: chosen and rejected in turn, each with its prompt in front."""
     pieces: list[np.ndarray] = []
     lengths: list[int] = []
     spans: list[np.ndarray] = []
@@ -192,17 +265,55 @@ def _pair_batch(pairs: Sequence[PairView], numbers: np.ndarray) -> MicroBatch:
             lengths.append(len(pair.prompt) + len(reply))
             spans.append(span.astype(np.int64) + begin + len(pair.prompt))
             begin += lengths[-1]
-    ids = np.concatenate(pieces, dtype=np.int32, casting="unsafe")
-    num_loss = sum(pair.n_chosen + pair.n_rejected for pair in pairs)
-    return _micro_batch(ids, np.array(lengths), np.concatenate(spans), numbers, num_loss)
+    return pieces, np.array(lengths), np.concatenate(spans)
 
 
-def _micro_batch(
-    ids: np.ndarray, lengths: np.ndarray, spans: np.ndarray, numbers: np.ndarray, num_loss: int
-) -> MicroBatch:
-    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
-    return MicroBatch(ids, loss_mask(spans, len(ids)), cu_seqlens, int(lengths.max()), numbers, num_loss)
+def _digest(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
+    """Names what is trained on: one dataset's own digest, or that of several and their weights."""
+    digests = [dataset.digest for dataset in datasets]
+    if len(digests) == 1 and weights is None:
+        return digests[0]
+    parts = digests if weights is None else [f"{d}:{w!r}" for d, w in zip(digests, weights, strict=True)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Iterator[Made]:
+    """`make(step)` for every step in turn, made in one thread up to `depth` steps before they are asked for.
+
+    What `make` raises is raised where its step is asked for. Closing the iterator ends the thread.
+    """
+    made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    is_over = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> None:
+        while not is_over.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        for step in steps:
+            if is_over.is_set():
+                return
+            try:
+                put((make(step), None))
+            except BaseException as error:  # whatever it is, it belongs to the thread that asks
+                put((None, error))
+                return
+
+    thread = threading.Thread(target=work, name="batches ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            value, error = made.get()
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _check_alike(datasets: Sequence[Dataset]) -> None:

@@ -3,7 +3,6 @@
 The hashes alone would do for damage on disk; the counts and ranges also catch a writer that was wrong from the start.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mmdata import shards
+from mmdata import shards, stamps
 from mmdata.arrow import ArrowFile, Ragged, read_arrow
 from mmdata.errors import DatasetError
 
-READ_BYTES = 2**20
 Progress = Callable[[int, int], None]
 
 
@@ -45,11 +43,13 @@ def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
         done += entry["bytes"]
         if progress:
             progress(done, total)
-    known = {"manifest.json", *(entry["path"] for entry in entries)}
+    known = {"manifest.json", stamps.STAMPS_NAME, stamps.LOCK_NAME, *(entry["path"] for entry in entries)}
     there = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     problems += [Problem(path, "is not in the manifest") for path in sorted(there - known)]
     if not problems:
         problems += _check_sequences(directory, manifest)
+    if not problems:
+        stamps.stamp_all(directory, manifest["shards"])
     return problems
 
 
@@ -81,12 +81,8 @@ def _check_bytes(directory: Path, entry: Mapping[str, Any]) -> Iterator[Problem]
     if (size := path.stat().st_size) != entry["bytes"]:
         yield Problem(entry["path"], f"has {size:,} bytes, expected {entry['bytes']:,}")
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != entry["sha256"]:
-        yield Problem(entry["path"], f"sha256 is {digest.hexdigest()}, expected {entry['sha256']}")
+    if (digest := stamps.sha256_of(path)) != entry["sha256"]:
+        yield Problem(entry["path"], f"sha256 is {digest}, expected {entry['sha256']}")
 
 
 def _check_shard(directory: Path, manifest: dict[str, Any], entry: Mapping[str, Any]) -> Iterator[Problem]:

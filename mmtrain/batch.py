@@ -5,6 +5,7 @@ asking the device how many there are.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class Batch:
     num_trained: int
 
 
+def pinned(count: int, dtype: Any) -> np.ndarray:
+    """A buffer in page-locked memory, which a CUDA device copies from while it computes. Not measured."""
+    return torch.from_numpy(np.empty(0, dtype)).new_empty(count, pin_memory=True).numpy()
+
+
 def to_device(micro: MicroBatch, device: torch.device) -> Batch:
     """Bring a micro-batch to the device. A document's first token has no predecessor and must not be trained."""
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
@@ -45,7 +51,7 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
     position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
 
     def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
 
     return Batch(
         ids=put(micro.ids),

@@ -61,6 +61,7 @@ class TrainConfig:
     stage: str
     data: tuple[Path, ...]
     out: Path
+    weights: tuple[float, ...] | None = None  # of `data`, as shares of the tokens; None: every dataset once an epoch
     preset: str | None = None  # minimind2 | minimind3: its defaults for the stage
     model: str | None = None
     init: Path | None = None

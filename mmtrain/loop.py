@@ -8,8 +8,8 @@ in either case with a checkpoint of its last step.
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmdata.errors import MMError, TrainError
+from mmdata.loader import MicroBatch, ahead
 from mmdata.tokenizer import Tokenizer
 from mmtrain import checkpoint, distributed, metrics, optim, reference
 from mmtrain.batch import to_device
@@ -66,6 +67,7 @@ class Run:
     ref: dict[str, Tensor]
     log: metrics.Log
     facts: dict[str, Any]
+    batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # of the steps to come
     num_skipped: int = 0
     num_skipped_in_a_row: int = 0
     last_checkpoint: Path | None = None
@@ -169,6 +171,12 @@ def _say_start(run: Run) -> None:
         f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {loader.num_samples:,} samples and "
         f"{loader.tokens_per_epoch:,} tokens an epoch, {plan.num_steps:,} steps, {run.world.device.type}{ranks}"
     )
+    if loader.weights or len(loader.shares) > 1:
+        for share in loader.shares:
+            run.log.say(
+                f"{share.dataset.dir}: {100 * share.tokens:.1f}% of the tokens; an epoch takes each of its samples "
+                f"{share.passes:.2f} times"
+            )
     if source is None and plan.stage.starts_from:
         before = plan.stage.starts_from[-1]
         run.log.say(
@@ -229,17 +237,18 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
     begun, totals, loss = time.monotonic(), [0, 0], None
     is_stopping = False
     run.log.start_clock()
-    while step < num_steps and not is_stopping:
-        record, is_stopping = _run_step(run, step, stop)
-        step += 1
-        loss = record["loss"]
-        totals = [totals[0] + record["tokens"], totals[1] + record["trained_tokens"]]
-        run.log.step(record)
-        is_last = step == num_steps
-        if is_last or (settings.val_every and step % settings.val_every == 0):
-            _validate(run, step)
-        if is_last or is_stopping or (settings.save_every and step % settings.save_every == 0):
-            _save(run, step)
+    with closing(ahead(run.plan.loader.batch, range(step, num_steps))) as run.batches:
+        while step < num_steps and not is_stopping:
+            record, is_stopping = _run_step(run, step, stop)
+            step += 1
+            loss = record["loss"]
+            totals = [totals[0] + record["tokens"], totals[1] + record["trained_tokens"]]
+            run.log.step(record)
+            is_last = step == num_steps
+            if is_last or (settings.val_every and step % settings.val_every == 0):
+                _validate(run, step)
+            if is_last or is_stopping or (settings.save_every and step % settings.save_every == 0):
+                _save(run, step)
     assert run.last_checkpoint is not None
     return TrainResult(
         run_dir=run.out,
@@ -264,7 +273,7 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> tuple[dict[str, Any], b
     rank was asked to stop."""
     begun = time.monotonic()
     settings, stage = run.plan.settings, run.plan.stage
-    sums = _accumulate(run, step)
+    sums = _accumulate(run)
     asked = torch.tensor([float(stop.is_set)], dtype=torch.float64, device=run.world.device)
     *figures, num_stops = run.world.sum(torch.cat([sums, asked])).tolist()
     run.world.sum(run.gradient)
@@ -293,7 +302,7 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> tuple[dict[str, Any], b
     return record, num_stops > 0
 
 
-def _accumulate(run: Run, step: int) -> Tensor:
+def _accumulate(run: Run) -> Tensor:
     """Forward and backward of this rank's micro-batches; gradients add up in `run.gradient`.
 
     Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures.
@@ -301,7 +310,7 @@ def _accumulate(run: Run, step: int) -> Tensor:
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
     run.gradient.zero_()
-    for micro in run.plan.loader.batch(step):
+    for micro in next(run.batches):
         batch = to_device(micro, device)
         ref = run.ref["train"][batch.samples].to(device) if run.ref else None
         with autocast(device):
@@ -371,6 +380,7 @@ def _save(run: Run, step: int) -> None:
         data = {
             "digest": plan.loader.digest,
             "dirs": [str(dataset.dir) for dataset in plan.datasets],
+            "weights": plan.loader.weights,
             "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
             "init": plan.init_facts,
         }
@@ -409,7 +419,10 @@ def _first_facts(plan: Plan, world: World, model: Model) -> dict[str, Any]:
         "num_steps": plan.num_steps,
         "init": plan.init_facts,
         "data_digest": plan.loader.digest,
-        "data": [{"dir": str(d.dir), "kind": d.kind, "digest": d.digest} for d in plan.datasets],
+        "data": [
+            {"dir": str(s.dataset.dir), "kind": s.dataset.kind, "digest": s.dataset.digest, "share": s.tokens}
+            for s in plan.loader.shares
+        ],
         "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
         "device": str(world.device),
         "precision": str(autocast_dtype(world.device)).removeprefix("torch."),

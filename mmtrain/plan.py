@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.loader import Loader
 from mmdata.shards import Dataset, open_dataset
 from mmtrain import checkpoint, presets
+from mmtrain.batch import pinned
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig, Settings, TrainConfig, resolve, shape_from
 from mmtrain.distributed import World
@@ -51,6 +54,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     if saved and saved["stage"] != stage.name:
         raise CheckpointError(f"{config.out} is a {saved['stage']} run", f"mm train {saved['stage']} --resume")
     paths = config.data or tuple(Path(path) for path in (resumed.state["data"]["dirs"] if resumed else ()))
+    weights = resumed.state["data"].get("weights") if resumed and not config.data else config.weights
     datasets = _open_datasets(stage, paths)
     init = None if resumed else _find_init(config, stage)
     micro_tokens = MICRO_TOKENS[world.device.type] * (PAIR_FACTOR if stage.kind == "pair" else 1)
@@ -67,7 +71,8 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
             f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
             f"pack with --max-len {shape.max_positions}",
         )
-    loader, val_loader = (_make_loader(datasets, split, settings, world) for split in ("train", "val"))
+    loader = _make_loader(datasets, "train", settings, world, weights)
+    val_loader = _make_loader(datasets, "val", settings, world)
     if not loader.num_samples:
         raise DatasetError(f"{paths[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
     if resumed:
@@ -80,11 +85,15 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     )
 
 
-def _make_loader(datasets: Sequence[Dataset], split: str, settings: Settings, world: World) -> Loader:
-    """This rank's batches of a split."""
+def _make_loader(
+    datasets: Sequence[Dataset], split: str, settings: Settings, world: World, weights: Sequence[float] | None = None
+) -> Loader:
+    """This rank's batches of a split, in buffers that its device can copy from while it computes."""
     return Loader(
         datasets,
         split=split,
+        weights=weights,
+        allocate=pinned if world.device.type == "cuda" else np.empty,
         batch_tokens=settings.batch_tokens,
         micro_tokens=settings.micro_tokens,
         seed=settings.seed,
@@ -97,10 +106,12 @@ def _check_same_data(resumed: Checkpoint, loader: Loader, paths: Sequence[Path])
     """A run goes on with the tokens it began with."""
     begun = resumed.state["data"]
     if begun["digest"] != loader.digest:
+        weights = begun.get("weights") or [""] * len(begun["dirs"])
+        same = [f"{path}:{w}" if w else path for path, w in zip(begun["dirs"], weights, strict=True)]
         raise CheckpointError(
             f"{resumed.run_dir} was trained on dataset {begun['digest'][:12]}, "
             f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
-            f"resume with the same data (--data {' --data '.join(begun['dirs'])}), or start a new --out",
+            f"resume with the same data (--data {' --data '.join(same)}), or start a new --out",
         )
 
 
@@ -123,6 +134,7 @@ def _open_datasets(stage: Stage, paths: Sequence[Path]) -> list[Dataset]:
         raise UsageError("no dataset given", f"mm train {stage.name} --data shards/NAME")
     datasets = [open_dataset(path) for path in paths]
     for dataset in datasets:
+        dataset.check_bytes()
         if dataset.kind != stage.kind:
             right = next(other.name for other in STAGES.values() if other.kind == dataset.kind)
             raise DatasetError(

@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
 
+from mmdata import stamps
 from mmdata.errors import DatasetError
-from mmdata.loader import Loader, MicroBatch, permute
+from mmdata.loader import Loader, MicroBatch, ahead
+from mmdata.order import permute
 from mmdata.pipeline import pack
 from mmdata.shards import Dataset, open_dataset
 
@@ -198,3 +202,190 @@ def test_an_empty_split_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert list(loader.micro_batches()) == []
     with pytest.raises(DatasetError, match="empty"):
         loader.batch(0)
+
+
+def test_ranks_hold_the_same_bucket_in_the_same_micro_step(datasets: dict[str, Dataset]) -> None:
+    split, world_size = datasets["document"].split("train"), 3
+    options = {"batch_tokens": 640 * 12, "micro_tokens": 640, "seed": 5, "world_size": world_size}
+    loaders = [Loader([datasets["document"]], rank=rank, **options) for rank in range(world_size)]
+    for step in range(loaders[0].steps_per_epoch - 1):
+        micro_steps = zip(*(loader.batch(step) for loader in loaders), strict=True)
+        buckets = [{split.locate(n)[0] for batch in row for n in batch.samples.tolist()} for row in micro_steps]
+        assert sum(len(found) > 1 for found in buckets) <= len(split.buckets) - 1  # only where one bucket ends
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_run_resumed_at_another_world_size_sees_every_sample_once(
+    datasets: dict[str, Dataset], before: int, after: int
+) -> None:
+    first = epoch_steps(datasets["conversation"], batch_tokens=4000, world_size=before)
+    then = epoch_steps(datasets["conversation"], batch_tokens=4000, world_size=after, micro_tokens=700)
+    half = len(first) // 2
+    seen = [n for step in first[:half] + then[half:] for n in step]
+    assert sorted(seen) == list(range(datasets["conversation"].split("train").num_samples()))
+
+
+# --- datasets mixed by weight
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, datasets: dict[str, Dataset]) -> list[Dataset]:
+    root = tmp_path_factory.mktemp("two")
+    path = write_rows(root / "more.jsonl", "document", 500, seed=9)
+    pack([path], root / "more", tokenizer_dir=tokenizer_dir, max_len=64)
+    return [datasets["document"], open_dataset(root / "more")]
+
+
+def tokens_by_dataset(loader: Loader, steps: range, border: int) -> np.ndarray:
+    """Tokens of the first dataset (sample numbers below `border`) and of the second."""
+    found = np.zeros(2, np.int64)
+    for step in steps:
+        for batch in loader.batch(step):
+            of = loader_rows(loader, batch)
+            for number, tokens in zip(batch.samples.tolist(), of, strict=True):
+                found[int(number >= border)] += tokens
+    return found
+
+
+def loader_rows(loader: Loader, batch: MicroBatch) -> list[int]:
+    """Tokens of each sample of a batch of packs."""
+    found = []
+    for number in batch.samples.tolist():
+        for share in loader.shares:
+            split = share.dataset.split("train")
+            if number < split.num_samples():
+                found.append(len(split.sample(*split.locate(number)).ids))
+                break
+            number -= split.num_samples()
+    return found
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1, 3), (0.05, 0.95)])
+def test_weights_are_shares_of_an_epochs_tokens(two: list[Dataset], weights: tuple[float, float]) -> None:
+    loader = Loader(two, batch_tokens=4096, seed=0, weights=weights)
+    border = two[0].split("train").num_samples()
+    found = tokens_by_dataset(loader, range(loader.steps_per_epoch), border)
+    share = weights[0] / sum(weights)
+    assert abs(found[0] / found.sum() - share) < 0.05 and abs(loader.shares[0].tokens - share) < 0.05
+    plain = Loader(two, batch_tokens=4096, seed=0)
+    assert abs(loader.tokens_per_epoch / plain.tokens_per_epoch - 1) < 0.06
+
+
+def test_weighted_samples_are_seen_equally_often_over_epochs(two: list[Dataset]) -> None:
+    loader = Loader(two, batch_tokens=4096, seed=0, weights=(0.9, 0.1))
+    counts = np.zeros(loader.num_samples, np.int64)
+    for step in range(4 * loader.steps_per_epoch):
+        for batch in loader.batch(step):
+            np.add.at(counts, batch.samples, 1)
+    border = two[0].split("train").num_samples()
+    for own, share in zip((counts[:border], counts[border:]), loader.shares, strict=True):
+        assert own.max() - own.min() <= 1 and abs(own.mean() - 4 * share.passes) < 1
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_a_weighted_batch_is_the_same_for_every_world_size_and_any_step(two: list[Dataset], world_size: int) -> None:
+    options = {"batch_tokens": 4096, "seed": 3, "weights": (0.6, 0.4)}
+    alone = Loader(two, **options)
+    ranks = [Loader(two, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    for step in (2 * alone.steps_per_epoch + 1, 0, alone.steps_per_epoch - 1):
+        together = [n for loader in ranks for n in samples(loader.batch(step))]
+        assert sorted(together) == sorted(samples(alone.batch(step)))
+
+
+def test_other_weights_are_another_digest(two: list[Dataset]) -> None:
+    found = {Loader(two, batch_tokens=4096, seed=0, weights=w).digest for w in (None, (0.5, 0.5), (0.6, 0.4))}
+    assert len(found) == 3
+
+
+# --- made ahead
+
+
+def test_batches_made_ahead_are_those_asked_for(datasets: dict[str, Dataset]) -> None:
+    loader = Loader([datasets["document"]], batch_tokens=2000, seed=0)
+    steps = range(3, loader.steps_per_epoch)
+    found = [samples(batches) for batches in ahead(loader.batch, steps)]
+    assert found == [samples(loader.batch(step)) for step in steps]
+
+
+def test_an_error_ahead_is_raised_at_its_step() -> None:
+    def make(step: int) -> int:
+        if step == 3:
+            raise DatasetError("step 3", "none")
+        return step
+
+    batches = ahead(make, range(10))
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(DatasetError, match="step 3"):
+        next(batches)
+
+
+def test_closing_ends_the_thread() -> None:
+    before = threading.active_count()
+    batches = ahead(lambda step: step, range(10**9))
+    assert next(batches) == 0 and threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_buffers_come_from_the_allocator_that_is_given(datasets: dict[str, Dataset]) -> None:
+    made: list[np.ndarray] = []
+
+    def allocate(count: int, dtype: Any) -> np.ndarray:
+        made.append(np.empty(count, dtype))
+        return made[-1]
+
+    (batch,) = Loader([datasets["document"]], batch_tokens=640, seed=0, allocate=allocate).batch(0)
+    assert batch.ids is made[0] and batch.loss_mask is made[1]
+
+
+# --- a dataset that has changed
+
+
+def test_a_flipped_byte_is_refused_with_its_shard_and_the_repair_command(
+    tmp_path: Path, datasets: dict[str, Dataset]
+) -> None:
+    shutil.copytree(datasets["document"].dir, tmp_path / "copy")
+    dataset = open_dataset(tmp_path / "copy")
+    dataset.check_bytes()
+    shard = dataset.manifest["shards"][1]["path"]
+    content = bytearray((tmp_path / "copy" / shard).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "copy" / shard).write_bytes(content)
+    with pytest.raises(DatasetError, match=shard) as caught:
+        open_dataset(tmp_path / "copy").check_bytes()
+    assert caught.value.fix == f"mm verify {tmp_path / 'copy'} --repair"
+
+
+def test_bytes_are_read_once_for_each_state_of_a_file(
+    tmp_path: Path, datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    real = stamps.sha256_of
+    monkeypatch.setattr(stamps, "sha256_of", lambda path: (read.append(path), real(path))[1])
+    shutil.copytree(datasets["pair"].dir, tmp_path / "copy")
+    dataset = open_dataset(tmp_path / "copy")
+    dataset.check_bytes()
+    assert len(read) == len(dataset.manifest["shards"])
+    dataset.check_bytes()
+    assert len(read) == len(dataset.manifest["shards"])
+    (tmp_path / "copy" / dataset.manifest["shards"][0]["path"]).touch()
+    dataset.check_bytes()
+    assert len(read) == len(dataset.manifest["shards"]) + 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer"])
+def test_opening_refuses_and_names_what_is_damaged(tmp_path: Path, datasets: dict[str, Dataset], damage: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(datasets["document"].dir, copy)
+    shard = copy / open_dataset(copy).manifest["shards"][0]["path"]
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-9])
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        shard = copy / "tokenizer" / "tokenizer.json"
+        shard.write_text(shard.read_text() + " ")
+    with pytest.raises(DatasetError, match=shard.name) as caught:
+        open_dataset(copy)
+    assert "--repair" in caught.value.fix
