@@ -9,7 +9,7 @@ demand (nothing stored, any step at once). Assembling a batch is one copy out of
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -277,7 +277,7 @@ def _digest(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Iterator[Made]:
+def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Generator[Made, None, None]:
     """`make(step)` for every step in turn, made in one thread up to `depth` steps before they are asked for.
 
     What `make` raises is raised where its step is asked for. Closing the iterator ends the thread.
