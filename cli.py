@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mmdata.demo import Question
     from mmtrain.generate import Chat
     from mmtrain.loop import TrainResult
+    from mmtrain.sampling import Sampling
 
 app = typer.Typer(
     name="mm",
@@ -644,6 +645,7 @@ def chat(
     from mmdata.tokenizer import Tokenizer
     from mmtrain.checkpoint import find, find_run, load_model
     from mmtrain.generate import Chat
+    from mmtrain.sampling import Sampling
 
     if as_json and prompt is None:
         raise UsageError("--json needs --prompt", "mm chat --prompt TEXT --json")
@@ -655,13 +657,7 @@ def chat(
     model = load_model(run)[0].eval()
     tokenizer = Tokenizer.load(find(run).run_dir / "tokenizer")
     talk = Chat(model, tokenizer, Template(tokenizer))
-    options = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
+    options = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
     opening = [Message("system", system)] if system else []
     talk.messages += opening
     if prompt is not None:
@@ -691,11 +687,11 @@ def questions() -> Iterator[str]:
             return
 
 
-def answer(talk: "Chat", question: str, options: dict[str, Any], as_json: bool = False) -> None:
+def answer(talk: "Chat", question: str, options: "Sampling", as_json: bool = False) -> None:
     """Print the answer to a question as it comes; Ctrl-C cuts it short."""
     start, pieces = time.monotonic(), []
     try:
-        for piece in talk.ask(question, **options):
+        for piece in talk.ask(question, options):
             pieces.append(piece)
             if not as_json:
                 print(piece, end="", flush=True)

@@ -101,14 +101,20 @@ class Template:
         return self._cut(conversation, train_on, first_trained, keep_empty_think)
 
     def prompt_ids(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        think: bool | None = None,
     ) -> list[int]:
         """Ids of messages with the header of the answer to come, as a model is asked; content never becomes control.
 
+        `think` asks for an answer with or without thinking, from templates that know the difference (None: their habit).
         Raises TokenizerError when the template refuses the messages.
         """
         try:
-            segments = self._assemble(self._render(messages, tools, is_prompt=True), [], [])
+            segments = self._assemble(self._render(messages, tools, is_prompt=True, think=think), [], [])
         except BadRow as bad:
             raise TokenizerError(f"{self.name}: its chat template cannot show these messages: {bad.detail}") from None
         ids: list[int] = []
@@ -121,14 +127,22 @@ class Template:
     # ---- rendering
 
     def _render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, is_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        is_prompt: bool = False,
+        think: bool | None = None,
     ) -> str:
+        # MiniMind-3's name for it and Qwen3's
+        thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
         try:
             return self._compiled.render(
                 messages=[_as_dict(message, i) for i, message in enumerate(messages)],
                 tools=[traced(tool, TOOLS) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=is_prompt,
+                **thinking,
                 **self._special,
             )
         except _RENDER_ERRORS as error:

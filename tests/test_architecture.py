@@ -73,6 +73,8 @@ PATH = {
         "metrics",
         "evaluate",
         "replies",
+        "decoder",
+        "sampling",
         "generate",
         "stages",
         "presets",

@@ -1,0 +1,100 @@
+"""Drawing: the settings mean what transformers' mean, the same seed draws the same, and nonsense is refused."""
+
+import pytest
+import torch
+
+from mmdata.errors import UsageError
+from mmtrain.sampling import Sampling, candidates, penalize, pick, top_logps
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"temperature": 0.0}, {2}),
+        ({"temperature": 1.0, "top_k": 1}, {2}),
+        ({"temperature": 1.0, "top_p": 0.0001}, {2}),
+        ({"temperature": 1.0, "top_k": 2}, {2, 0}),
+        ({"temperature": 1.0, "top_p": 0.7}, {2, 0}),  # 0.64 alone does not reach 0.7
+        ({"temperature": 1.0, "min_p": 0.3}, {2, 0}),  # 0.23 is more than 0.3 x 0.64
+        ({"temperature": 1.0, "min_p": 1.0}, {2}),
+        ({"temperature": 1.0}, {0, 1, 2, 3}),
+    ],
+)
+def test_only_tokens_that_the_settings_keep_are_drawn(options: dict, allowed: set[int]) -> None:
+    logits = torch.tensor([0.23, 0.09, 0.64, 0.04]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {pick(logits, Sampling(**options), generator) for _ in range(300)}
+    assert drawn == allowed
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    logits = torch.tensor([0.23, 0.09, 0.64, 0.04]).log()
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[pick(logits, Sampling(temperature=1.0), generator)] += 1
+    torch.testing.assert_close(counts / 4000, logits.exp(), atol=0.03, rtol=0)
+
+
+def test_the_settings_mean_what_they_mean_in_transformers() -> None:
+    """Probabilities of every token, on random logits and settings, as transformers' processors leave them."""
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(60):
+        logits = torch.randn(200, generator=generator) * 3
+        seen = torch.randint(0, 200, (20,), generator=generator)
+        draw = torch.rand(4, generator=generator).tolist()
+        options = Sampling(
+            temperature=0.3 + draw[0],
+            top_k=(0, 50)[trial % 2],
+            top_p=0.5 + draw[1] / 2,
+            min_p=draw[2] / 10,
+            repetition_penalty=1 + draw[3],
+        )
+        steps = [
+            RepetitionPenaltyLogitsProcessor(options.repetition_penalty),
+            TemperatureLogitsWarper(options.temperature),
+        ]
+        steps += [TopKLogitsWarper(options.top_k)] if options.top_k else []
+        steps += [TopPLogitsWarper(options.top_p), MinPLogitsWarper(options.min_p)]
+        expected = LogitsProcessorList(steps)(seen[None], logits[None].clone())[0].softmax(-1)  # type: ignore[arg-type]
+        probs, ids = candidates(penalize(logits, seen.tolist(), options.repetition_penalty), options)
+        found = torch.zeros(200).index_put((ids,), probs.float())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_log_probabilities_are_those_of_the_logits() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    logp, top = top_logps(logits, 7, 4)
+    logps = logits.log_softmax(-1)
+    assert logp == pytest.approx(float(logps[7]), abs=1e-6)
+    assert [id for id, _ in top] == logps.topk(4).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"seed": 2**63},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+        {"logprobs": -1},
+    ],
+)
+def test_nonsense_is_refused_by_name(options: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(options)).replace("_", ".").split(".")[0]):
+        Sampling(**options)
