@@ -26,9 +26,9 @@ from mmdata.terminal import (
     print_fetch_plan,
     print_fetched,
     print_json,
+    print_measured,
     print_overview,
     print_packed,
-    print_stats,
     print_validation,
     progress,
     result,
@@ -255,6 +255,9 @@ def pack(
     ] = "assistant",
     era: Annotated[str, typer.Option(help="MiniMind template quirks: auto, seed, 2 or 3.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the one random choice: which empty think blocks stay.")] = 0,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Do not write report.html beside the manifest.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Validate and pack jsonl into tokenized Arrow shards with length buckets."""
@@ -291,12 +294,30 @@ def pack(
             results.append(packed)
             if not as_json:
                 print_packed(packed)
+            if not no_report:
+                write_report(packed.out, is_new=not packed.up_to_date)
     if as_json:
         print_json(results)
     if results:
         next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
     if failures:
         raise typer.Exit(failures[0])
+
+
+def write_report(directory: Path, *, is_new: bool) -> None:
+    """The dataset's page beside its manifest, from its counts and a sample; what keeps it from being made is said, no more."""
+    from mmdata import report, stats
+    from mmdata.errors import MMError
+
+    path = directory / report.FILE
+    if path.exists() and not is_new:
+        return
+    try:
+        report.write(path, report.dataset_page([stats.measure_dataset(directory, is_quick=True)]))
+    except (MMError, OSError) as error:
+        say(f"note: no {path}: {error}")
+    else:
+        say(f"look: {path}")
 
 
 def kept_stdin(out: Path | None) -> Path:
@@ -404,28 +425,81 @@ def show(
         show_file(path, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)
 
 
-@app.command(epilog="Example: mm stats shards/sft_512    mm stats data/sft_512.jsonl --tokenizer data/tokenizer")
+@app.command(epilog="Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl")
 def stats(
     paths: Annotated[list[Path], typer.Argument(metavar="DIR|FILE...", help="Packed datasets or jsonl files.")],
     tokenizer: TokenizerDir = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report: one HTML file that needs nothing else."),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="DIR|FILE", help="Another dataset, put beside the one named.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Tokenize every row of a jsonl file, not a sample of a large one.")
+    ] = False,
+    losses: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `mm eval --per-sequence` wrote: shows rows of high loss.")
+    ] = None,
+    lang: Annotated[str, typer.Option(help="Of the HTML report: en or zh.")] = "en",
+    workers: Annotated[int | None, typer.Option(help="Processes. [default: one a core]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Rows, tokens, lengths per bucket, fill and waste, trained share, characters per token, rows left out."""
+    """Everything there is to know about data: counts, lengths, languages, repeats, vocabulary, samples; as a page too."""
+    from mmdata import report
     from mmdata import stats as figures
+    from mmdata.errors import UsageError
 
-    found = {}
-    for path in paths:
-        if path.is_dir():
-            found[str(path)] = figures.dataset_stats(path)
-        else:
-            directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
-            with progress(f"read {path}", quiet=as_json) as update:
-                found[str(path)] = figures.file_stats(path, directory, progress=update)
+    check_lang(lang)
+    if compare and len(paths) != 1:
+        raise UsageError(
+            f"--compare puts two datasets side by side, {len(paths)} are named", "mm stats ONE --compare OTHER"
+        )
+    if exact and not any(path.is_file() for path in [*paths, *filter(None, [compare])]):
+        raise UsageError("--exact is for jsonl files; a packed dataset's figures are exact", "leave --exact out")
+    losses_of = figures.read_losses(losses) if losses else None
+    directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
+    measured = []
+    for path in [*paths, *([compare] if compare else [])]:
+        with progress(f"read {path}", quiet=as_json) as update:
+            options = {"workers": workers or os.cpu_count() or 1, "losses": losses_of, "progress": update}
+            if path.is_dir():
+                measured.append(figures.measure_dataset(path, **options))
+            else:
+                measured.append(figures.measure_file(path, directory, is_exact=exact, **options))
+    together = figures.contained(measured)
+    found: dict[str, Any] = {str(one.path): one.figures for one in measured}
+    if compare:
+        found["differences"] = report.differences(measured[0].figures, measured[1].figures)
+    if together:
+        found["warnings"] = together
+    if html:
+        made = (
+            report.compare_page(*measured, lang=lang, others=together)
+            if compare
+            else report.dataset_page(measured, lang=lang, others=together)
+        )
+        report.write(html, made)
     if as_json:
         print_json(found)
-        return
-    for path, values in found.items():
-        print_stats(path, values)
+    else:
+        print_measured(measured, found.get("differences"), together)
+    if html:
+        say(f"wrote {html} ({size(html.stat().st_size)})")
+    elif not as_json:
+        next_command(
+            f"mm stats {' '.join(map(str, paths))}{f' --compare {compare}' if compare else ''} --html stats.html"
+        )
+
+
+def check_lang(lang: str) -> None:
+    """Refuse a language no report is written in."""
+    from mmdata.errors import UsageError
+    from mmdata.page import LANGS
+
+    if lang not in LANGS:
+        raise UsageError(f"--lang {lang} is unknown", f"use {' or '.join(LANGS)}")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from mmdata.errors import DatasetError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+REPORT = "report.html"  # a page for people beside the manifest, which does not name it: no part of the dataset
 TOKENS_PER_BATCH = 2**25  # of a record batch: 65,536 rows of 512, 32,768 of 1024, 16,384 of 2048
 SOURCES_PER_BATCH = 2**20
 MANIFEST_KEYS = ("kind", "max_len", "buckets", "tokenizer", "inputs", "arguments", "parts", "shards", "totals", "files")

@@ -6,7 +6,7 @@ Only `cli` uses this. At its top it imports the standard library alone, so that 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import groupby, islice
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmdata.fetch import Outcome, Row
     from mmdata.pipeline import PackResult
     from mmdata.plan import Plan as FetchPlan
+    from mmdata.stats import Measured
     from mmdata.validate import Validation
 
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look unless told
@@ -76,7 +77,9 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     from rich.console import Console
     from rich.table import Table
 
-    names = list(columns)
+    names, rows = list(columns), list(rows)
+    if not rows:
+        return
     grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     grid.show_header = any(names)
     for index, name in enumerate(names):
@@ -480,45 +483,176 @@ def print_runs(runs: Iterable[tuple[str, bool]], title: str) -> None:
     console.print(text)
 
 
-def print_stats(path: str, values: dict[str, Any]) -> None:
-    """A dataset's or file's figures as tables; what a raw file without a tokenizer cannot tell is left away."""
-    rows: list[tuple[str, Any]] = [("kind", values["kind"]), ("rows", values["rows"]), ("rows kept", values["kept"])]
-    rows += [(f"left out: {reason}", count) for reason, count in values["left_out"].items()]
-    rows += [
-        (name, values[key]) for name, key in (("rows for val", "val_rows"), ("sequences", "sequences")) if key in values
+def print_measured(
+    measured: Sequence["Measured"], differences: list[dict[str, Any]] | None, together: list[dict[str, Any]]
+) -> None:
+    """The figures of datasets and files as tables, then what they have in common and how two differ."""
+    for one in measured:
+        print_figures(one.figures)
+    for warning in together:
+        result(f"! {warning['text']}")
+    if differences is not None:
+        from mmdata.report import shown_change, shown_value
+
+        rows = [
+            (
+                ("* " if found["differs"] else "  ") + found["figure"],
+                *(shown_value(found["figure"], found[side]) for side in ("one", "other")),
+                shown_change(found),
+            )
+            for found in differences
+        ]
+        table("side by side (* differs)", ("", measured[0].path.name, measured[1].path.name, "difference"), rows)
+
+
+def print_figures(values: dict[str, Any]) -> None:
+    """One dataset's or file's figures: as the HTML report has them, in its order."""
+    from mmdata.report import glance
+
+    table(values["path"], ("", "", ""), [("kind", values["kind"], ""), *glance(values)])
+    if "sample" in values:
+        result(f"(tokens and texts from a sample of {values['sample']['rows']:,} of {values['sample']['of']:,} rows)")
+    for warning in values["warnings"]:
+        result(f"! {warning['text']}")
+    losses = [
+        ("left out", reason, count, percent(count, values["rows"])) for reason, count in values["left_out"].items()
     ]
-    rows += [(f"control string {text}", count) for text, count in values.get("control_strings", {}).items()]
-    rows.append(("characters", values["characters"]))
-    if "tokens" in values:
-        rows += [("tokens", values["tokens"]), ("trained tokens", values["loss_tokens"])]
-        rows.append(("trained share", percent(values["loss_tokens"], values["tokens"])))
-        rows += [(f"tokens dropped: {reason}", count) for reason, count in values.get("cut", {}).items()]
-        rows.append(("characters per token", f"{values['characters_per_token']:.2f}"))
-    if "fill" in values:
-        rows += [("fill", f"{100 * values['fill']:.2f}%"), ("waste", f"{100 * (1 - values['fill']):.2f}%")]
-    table(path, ("", ""), rows)
-    if "lengths" not in values:
-        say("name a --tokenizer to see tokens and lengths")
+    losses += [("tokens cut", why, n, percent(n, values["tokens_in"])) for why, n in values.get("cut", {}).items()]
+    losses += [("control string", text, count, "") for text, count in values["control_strings"].items()]
+    losses += [("key ignored", key, count, "") for key, count in values.get("extra_keys", {}).items()]
+    table("", ("", "", "", ""), losses)
+    _print_lengths(values)
+    _print_texts(values)
+    _print_vocabulary(values)
+    _print_rows(values)
+    if "tokens" not in values:
+        say("name a --tokenizer to see tokens")
+
+
+def _print_lengths(values: dict[str, Any]) -> None:
+    if "lengths" in values:
+        lengths = values["lengths"]
+        most = max(bin["sequences"] for bin in lengths["histogram"]) or 1
+        low, bars = 0, []
+        for bin in lengths["histogram"]:
+            share = percent(bin["tokens"], lengths["tokens"])
+            bars.append(
+                (f"{low + 1:,}-{bin['up_to']:,}", bin["sequences"], share, "█" * round(30 * bin["sequences"] / most))
+            )
+            low = bin["up_to"]
+        table("lengths in tokens", ("length", "sequences", "of tokens", ""), bars)
+    rows = []
+    for unit, found in (("characters", values.get("characters_by")), ("tokens", values.get("tokens_by"))):
+        groups: dict[str, Any] = {key: (found or {}).get(key) for key in ("row", "sequence")}
+        groups |= (found or {}).get("roles", {}) | (found or {}).get("pair", {})
+        groups |= {f"answer {turn}": lengths for turn, lengths in (found or {}).get("turns", {}).items()}
+        spread = ("shortest", "p50", "p90", "p99", "longest")
+        rows += [
+            (f"{name}, {unit}", lengths["count"], f"{lengths['mean']:,.1f}", *(lengths[key] for key in spread))
+            for name, lengths in groups.items()
+            if lengths
+        ]
+    table("lengths", ("of", "number", "mean", "shortest", "half", "90 %", "99 %", "longest"), rows)
+    cuts = [
+        (
+            f"{cut['max_len']:,}",
+            percent(cut["longer_share"], 1),
+            percent(cut["tokens_beyond_share"], 1),
+            percent(cut["tokens_in_longer_share"], 1),
+            percent(cut["padding_share"], 1),
+            "-" if cut["packed_fill"] is None else percent(cut["packed_fill"], 1),
+            cut["steps"],
+        )
+        for cut in values.get("cuts", ())
+    ]
+    names = ("length limit", "longer", "tokens beyond", "tokens of longer", "padding", "packed fill", "epoch steps")
+    table("what a length limit costs", names, cuts)
+    if values.get("trained_shares"):
+        step = 100 // len(values["trained_shares"])
+        most = max(values["trained_shares"]) or 1
+        shares = [
+            (f"{step * i}-{step * (i + 1)} %", count, "█" * round(30 * count / most))
+            for i, count in enumerate(values["trained_shares"])
+            if count
+        ]
+        table("trained share", ("share", "sequences", ""), shares)
+    for title in ("buckets", "splits"):
+        if values.get(title):
+            names = next(iter(values[title].values()))
+            cells = (
+                (name, *(f"{100 * value:.2f}%" if isinstance(value, float) else value for value in group.values()))
+                for name, group in values[title].items()
+            )
+            table(title, (title.rstrip("s"), *(name.replace("loss_tokens", "trained") for name in names)), cells)
+
+
+def _print_texts(values: dict[str, Any]) -> None:
+    number = sum(values.get("languages", {}).values())
+    rows = [(name, count, percent(count, number)) for name, count in values.get("languages", {}).items()]
+    table("languages", ("language", "rows", "share"), rows)
+    scripts = values.get("scripts", {})
+    number = sum(script["characters"] for script in scripts.values())
+    by_tokens = values.get("token_scripts", {})
+    rows = []
+    for name in dict.fromkeys([*scripts, *by_tokens]):
+        characters = scripts.get(name, {}).get("characters")
+        found = by_tokens.get(name)
+        of_tokens = ("", "", "", "")
+        if found:
+            per = (f"{found['characters_per_token']:.2f}", f"{found['bytes_per_token']:.2f}")
+            of_tokens = (found["tokens"], percent(found["share"], 1), *per)
+        rows.append((name, "" if characters is None else characters, percent(characters or 0, number), *of_tokens))
+    names = ("script", "characters", "share", "tokens", "share", "characters a token", "bytes a token")
+    table("scripts", names, rows)
+    repeats = values.get("duplicates")
+    if repeats:
+        near = f", nearly {repeats['near']:,} of {repeats['rows_compared']:,}" if repeats["near"] is not None else ""
+        result(f"rows that repeat an earlier one: exactly {repeats['exact']:,} of {repeats['rows']:,}{near}")
+    for key, title in (("openings", "most repeated openings"), ("ngrams", "most repeated phrases")):
+        rows = [(" ".join(item["text"].split()), item["count"]) for item in values.get(key, ())[:10]]
+        table(title if rows else "", ("", ""), rows)
+
+
+def _print_vocabulary(values: dict[str, Any]) -> None:
+    used = values.get("vocabulary")
+    if not used or not used["counted"]:
         return
-    lengths = values["lengths"]
-    spread = ", ".join(f"{key} {lengths[key]:,}" for key in ("shortest", "p50", "p90", "p99", "longest"))
-    result(f"lengths in tokens: mean {lengths['mean']:.1f}, {spread}")
-    most = max(bin["sequences"] for bin in lengths["histogram"]) or 1
-    low, bars = 0, []
-    for bin in lengths["histogram"]:
-        share = percent(bin["tokens"], lengths["tokens"])
-        bars.append(
-            (f"{low + 1:,}-{bin['up_to']:,}", bin["sequences"], share, "█" * round(30 * bin["sequences"] / most))
+    cover = ", ".join(f"{number:,} cover {share} %" for share, number in used["cover"].items())
+    result(f"vocabulary: {used['seen']:,} of {used['size']:,} seen, {used['never']:,} never; the most frequent {cover}")
+    rows = [("special", item["text"], item["id"], item["count"]) for item in used["control"] if item["count"]]
+    rows += [("top", repr(item["text"])[1:-1], item["id"], item["count"]) for item in used["top"][:10]]
+    table("", ("token", "text", "id", "times"), rows)
+
+
+def _print_rows(values: dict[str, Any]) -> None:
+    if values.get("turns"):
+        turns = ", ".join(f"{turns}: {count:,}" for turns, count in values["turns"].items())
+        result(f"conversations by turns: {turns}")
+        systems, tools = values["systems"], values["tools"]
+        result(
+            f"with a system prompt {systems['rows']:,} ({systems['different']:,} different), with tools {tools['rows']:,} "
+            f"({tools['calls']:,} calls), messages with reasoning {values['reasoning']:,}"
         )
-        low = bin["up_to"]
-    table("", ("length", "sequences", "of tokens", ""), bars)
-    if values.get("buckets"):
-        names = next(iter(values["buckets"].values()))
-        cells = (
-            (name, *(f"{100 * value:.2f}%" if isinstance(value, float) else value for value in bucket.values()))
-            for name, bucket in values["buckets"].items()
+        rows = [("system prompt", " ".join(item["text"].split())[:80], item["count"]) for item in systems["top"][:5]]
+        table("", ("", "", ""), [*rows, *(("tool", item["text"], item["count"]) for item in tools["top"][:5])])
+    if values.get("pairs"):
+        pairs = values["pairs"]
+        longer = ", ".join(f"{name} {count:,}" for name, count in pairs["longer"].items())
+        result(f"pairs: the longer answer is {longer}")
+        alike = ", ".join(
+            f"{10 * i}-{10 * (i + 1)} %: {count:,}" for i, count in enumerate(pairs["similarity"]) if count
         )
-        table("", ("bucket", *(name.replace("loss_tokens", "trained") for name in names)), cells)
+        result(f"likeness of the two answers: {alike}")
+    sources = values.get("sources") or ()
+    rows = [
+        (s["path"], s["kept"], s["tokens"], percent(s["loss_tokens"], s["tokens"]), size(s["bytes"])) for s in sources
+    ]
+    table("", ("source", "rows", "tokens", "trained", "bytes"), rows)
+    for item in values["set_aside"]:
+        for example in item["examples"][:1]:
+            result(
+                f"set aside for {item['reason']}: {example['file']} line {example['line']} {example['detail']}".rstrip()
+            )
 
 
 # --- the demo

@@ -43,7 +43,8 @@ def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
         done += entry["bytes"]
         if progress:
             progress(done, total)
-    known = {"manifest.json", stamps.STAMPS_NAME, stamps.LOCK_NAME, *(entry["path"] for entry in entries)}
+    known = {"manifest.json", shards.REPORT, stamps.STAMPS_NAME, stamps.LOCK_NAME}
+    known |= {entry["path"] for entry in entries}
     there = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     problems += [Problem(path, "is not in the manifest") for path in sorted(there - known)]
     if not problems:

@@ -1,0 +1,453 @@
+"use strict";
+// Draws the page's plots and its sample browser from the JSON beside them. All text goes in as text, never as HTML.
+(() => {
+const root = document.documentElement;
+let words = JSON.parse(document.getElementById("words").textContent);
+const say = (phrase) => words[phrase] || phrase;
+const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+const COLORS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6"];
+const make = (tag, name, text) => {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  return node;
+};
+let plots = [];
+let printing = false;
+
+// --- numbers
+
+function short(value) {
+  const size = Math.abs(value);
+  for (const [limit, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
+    if (size >= limit) return trim(value / limit) + unit;
+  return trim(value);
+}
+function trim(value) {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size < 1e-3) return value.toExponential(1).replace("e-", "e−");
+  return String(Number(value.toPrecision(size >= 100 ? 4 : 3)));
+}
+function whole(value) {
+  if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value)) return value.toLocaleString("en-US");
+  const size = Math.abs(value);
+  return size >= 1e5 ? short(value) : size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(5)));
+}
+const percent = (share) => (share === null || share === undefined ? "–" : trim(100 * share) + " %");
+
+// --- plots
+
+const axisName = () => { const control = document.getElementById("axis"); return control ? control.value : null; };
+
+function colorOf(spec, i) {
+  const series = spec.series[i];
+  return css(COLORS[(series.color === undefined ? i : series.color) % COLORS.length]);
+}
+
+function clear(figure) {
+  const kept = figure.plot;
+  if (kept) kept.destroy();
+  figure.plot = null;
+  figure.querySelector(".canvas").replaceChildren();
+  figure.querySelector(".legend").replaceChildren();
+}
+
+function draw(figure) {
+  clear(figure);
+  const spec = JSON.parse(figure.querySelector("script").textContent);
+  const canvas = figure.querySelector(".canvas");
+  canvas.classList.toggle("tall", Boolean(spec.tall));
+  if (!spec.series.some((series) => series.y.some((value) => value !== null))) {
+    canvas.append(make("div", "empty", say("no data")));
+    figure.dataset.drawn = "empty";
+    return;
+  }
+  const off = new Set((figure.dataset.off || "").split("|").filter(Boolean));
+  const width = printing ? 640 : Math.max(240, canvas.clientWidth);
+  const built = spec.kind === "bars" ? barsOf(spec) : linesOf(spec);
+  const options = {
+    width,
+    height: printing ? 200 : spec.tall ? 280 : 220,
+    legend: { show: false },
+    padding: [spec.marks && spec.marks.length ? 20 : 12, 20, 0, 0],
+    ...built.options,
+  };
+  options.series.slice(1).forEach((series) => { series.show = !off.has(series.label); });
+  const plot = new uPlot(options, built.data, canvas);
+  figure.plot = plot;
+  plot.spec = spec;
+  plots.push(plot);
+  addLegend(figure, spec, plot, off);
+  addTip(figure, spec, plot, built);
+  addTouch(plot);
+  figure.dataset.drawn = "yes";
+}
+
+function look(options) {
+  return {
+    stroke: css("--muted"), font: "11px system-ui, sans-serif", ticks: { show: false }, gap: 4,
+    grid: { stroke: css("--line"), width: 1 }, ...options,
+  };
+}
+
+function yAxis(spec, series) {
+  const format = spec.share ? (value) => trim(100 * value) + "%" : short;
+  return look({ size: 48, values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))), space: 34 });
+}
+
+function barsOf(spec) {
+  const number = spec.edges.length - 1;
+  const single = spec.series.length === 1;
+  const xs = Array.from({ length: number + (single ? 0 : 1) }, (_, i) => i);
+  const data = [xs, ...spec.series.map((series) => (single ? series.y : [...series.y, series.y[number - 1]]))];
+  const ticks = spec.ticks.map(([edge, label]) => [place(spec.edges, edge), label]);
+  const series = spec.series.map((one, i) => {
+    const color = colorOf(spec, i);
+    return {
+      label: one.name, stroke: color, width: single ? 0 : 1.75, fill: color + (single ? "d0" : "26"),
+      paths: single ? uPlot.paths.bars({ size: [1, 200], align: 1, gap: 1, radius: 0.12 }) : uPlot.paths.stepped({ align: 1 }),
+      points: { show: false },
+    };
+  });
+  return {
+    data,
+    options: {
+      series: [{}, ...series],
+      scales: { x: { time: false, range: [0, number] }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.06 : 1] } },
+      axes: [
+        look({ splits: () => ticks.map((tick) => tick[0]), values: () => ticks.map((tick) => tick[1]), size: 28, grid: { show: false } }),
+        yAxis(spec),
+      ],
+      cursor: { drag: { x: false, y: false }, points: { show: false }, y: false },
+      hooks: { draw: [(plot) => drawMarks(plot, spec.marks.map(([at, label]) => [place(spec.edges, at), label]))] },
+    },
+  };
+}
+
+// Where a value lies among edges that are drawn equally far apart.
+function place(edges, value) {
+  if (value <= edges[0]) return 0;
+  for (let i = 0; i + 1 < edges.length; i++)
+    if (value < edges[i + 1])
+      return i + (edges[i] > 0 && edges[i + 1] / edges[i] > 1.01 && value > 0
+        ? Math.log(value / edges[i]) / Math.log(edges[i + 1] / edges[i]) : (value - edges[i]) / (edges[i + 1] - edges[i]));
+  return edges.length - 1;
+}
+
+function linesOf(spec) {
+  const axis = axisName() in (spec.axes || {}) ? axisName() : Object.keys(spec.axes)[0];
+  const about = spec.axes[axis];
+  const tables = [], series = [], bands = [];
+  spec.series.forEach((one, i) => {
+    const color = colorOf(spec, i);
+    const xs = one.x[axis];
+    const table = [xs, one.y];
+    const style = { label: one.name, stroke: color, width: one.faint ? 1 : 1.9, spanGaps: true,
+      dash: one.dash ? [5, 4] : undefined, points: { show: Boolean(one.points), size: 5, fill: color, stroke: color } };
+    series.push(style);
+    if (one.low) {
+      const at = series.length;
+      table.push(one.high, one.low);
+      const hidden = { label: one.name, stroke: "transparent", width: 0, spanGaps: true, points: { show: false }, band: true };
+      series.push({ ...hidden }, { ...hidden });
+      bands.push({ series: [at + 1, at + 2], fill: color + "22" });
+    }
+    tables.push(table);
+  });
+  const data = tables.length === 1 ? tables[0] : uPlot.join(tables);
+  const marks = (spec.marks || []).map((mark) => [mark.x[axis], mark.label]).filter((mark) => mark[0] !== null && mark[0] !== undefined);
+  const sync = spec.group ? { key: spec.group, setSeries: false, scales: ["x", null] } : undefined;
+  return {
+    data, axis,
+    options: {
+      series: [{}, ...series], bands,
+      scales: { x: { time: false, distr: spec.logx ? 3 : 1 }, y: { distr: spec.logy ? 3 : 1, ...(spec.floor !== undefined ? { range: (_, low, high) => [Math.min(spec.floor, low), high > spec.floor ? high * 1.05 : spec.floor + 1] } : {}) } },
+      axes: [
+        look({ size: 28, values: (_, splits) => splits.map((value) => (value === null ? "" : about.hours ? hours(value) : short(value))), space: 56 }),
+        yAxis(spec),
+      ],
+      cursor: { drag: { x: true, y: false, dist: 6 }, y: false, sync, points: { size: 6 } },
+      hooks: { draw: [(plot) => drawMarks(plot, marks)], setScale: [(plot, key) => key === "x" && zoomAlike(plot)] },
+    },
+  };
+}
+
+function hours(value) {
+  if (value === 0) return "0";
+  if (value < 1 / 60) return trim(value * 3600) + "s";
+  return value < 1 ? trim(value * 60) + "m" : trim(value) + "h";
+}
+
+function drawMarks(plot, marks) {
+  const context = plot.ctx, ratio = devicePixelRatio || 1, box = plot.bbox;
+  context.save();
+  context.strokeStyle = css("--muted");
+  context.fillStyle = css("--muted");
+  context.font = `${10.5 * ratio}px system-ui, sans-serif`;
+  context.textAlign = "center";
+  context.lineWidth = ratio;
+  let end = -1e9;
+  for (const [at, label] of marks) {
+    if (at < plot.scales.x.min || at > plot.scales.x.max) continue;
+    const x = Math.round(plot.valToPos(at, "x", true));
+    context.setLineDash([3 * ratio, 3 * ratio]);
+    context.globalAlpha = 0.65;
+    context.beginPath();
+    context.moveTo(x, box.top);
+    context.lineTo(x, box.top + box.height);
+    context.stroke();
+    context.globalAlpha = 1;
+    const half = context.measureText(label).width / 2 + 3 * ratio;
+    const middle = Math.min(Math.max(x, half), plot.width * ratio - half);
+    if (middle - half > end) {
+      context.fillText(label, middle, box.top - 5 * ratio);
+      end = middle + half;
+    }
+  }
+  context.restore();
+}
+
+let isZooming = false;
+function zoomAlike(plot) {
+  const { min, max } = plot.scales.x;
+  const xs = plot.data[0];
+  const figure = plot.root.closest("figure");
+  if (figure) {
+    const isZoomed = min > xs[0] || max < xs[xs.length - 1];
+    const button = figure.querySelector(".zoomed");
+    if (button) button.hidden = !isZoomed;
+  }
+  if (isZooming || !plot.spec || !plot.spec.group) return;
+  isZooming = true;
+  for (const other of plots)
+    if (other !== plot && other.spec.group === plot.spec.group && (other.scales.x.min !== min || other.scales.x.max !== max))
+      other.setScale("x", { min, max });
+  isZooming = false;
+}
+
+function addLegend(figure, spec, plot, off) {
+  const legend = figure.querySelector(".legend");
+  if (spec.series.length > 1 || spec.legend)
+    spec.series.forEach((one, i) => {
+      const button = make("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", String(!off.has(one.name)));
+      const swatch = make("i", one.dash ? "dash" : spec.kind === "bars" ? "box" : "");
+      swatch.style.setProperty("--swatch", colorOf(spec, i));
+      button.append(swatch, make("span", "", one.name));
+      button.onclick = () => {
+        const show = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", String(show));
+        plot.series.forEach((series, at) => { if (at && series.label === one.name) plot.setSeries(at, { show }); });
+        if (show) off.delete(one.name); else off.add(one.name);
+        figure.dataset.off = [...off].join("|");
+      };
+      legend.append(button);
+    });
+  if (spec.kind === "lines") {
+    const button = make("button", "zoomed", "⤢ " + say("reset zoom"));
+    button.type = "button";
+    button.hidden = true;
+    button.onclick = () => { const xs = plot.data[0]; plot.setScale("x", { min: xs[0], max: xs[xs.length - 1] }); };
+    legend.append(button);
+  }
+}
+
+function addTip(figure, spec, plot, built) {
+  const tip = make("div", "tip");
+  plot.over.append(tip);
+  const hide = () => { tip.style.display = "none"; };
+  plot.over.addEventListener("mouseleave", hide);
+  plot.hooks.setCursor = [(self) => {
+    const { left, top, event } = self.cursor;
+    if (left < 0 || left === undefined || (event && !self.over.contains(event.target))) return hide();
+    const i = spec.kind === "bars" ? Math.floor(self.posToVal(left, "x")) : self.cursor.idx;
+    if (i === null || i === undefined || i < 0 || i >= (spec.kind === "bars" ? spec.edges.length - 1 : self.data[0].length)) return hide();
+    tip.replaceChildren(make("b", "", spec.kind === "bars" ? range(spec, i) : about(spec, built.axis, self.data[0][i])));
+    self.series.forEach((series, at) => {
+      if (!at || !series.show || series.band) return;
+      const value = spec.kind === "bars" ? self.data[at][i] : nearest(self.data[at], i);
+      if (value === null || value === undefined) return;
+      const line = make("div"), swatch = make("i");
+      swatch.style.background = typeof series.stroke === "function" ? series.stroke(self, at) : series.stroke;
+      line.append(swatch, make("span", "", (self.series.length > 2 ? series.label + ": " : "") + (spec.share ? percent(value) : whole(value)) + (spec.kind === "bars" && spec.unit ? " " + spec.unit : "")));
+      tip.append(line);
+    });
+    tip.style.display = "block";
+    const x = left + 14 + tip.offsetWidth > self.over.clientWidth ? left - tip.offsetWidth - 14 : left + 14;
+    tip.style.left = Math.max(-40, x) + "px";
+    tip.style.top = Math.min(Math.max(0, (top > 0 ? top : 0) - 10), Math.max(0, self.over.clientHeight - tip.offsetHeight)) + "px";
+  }];
+}
+
+function nearest(values, i) {
+  for (let away = 0; away < 40; away++) {
+    if (values[i - away] !== null && values[i - away] !== undefined) return values[i - away];
+    if (values[i + away] !== null && values[i + away] !== undefined) return values[i + away];
+  }
+  return null;
+}
+
+function range(spec, i) {
+  const [low, high] = [spec.edges[i], spec.edges[i + 1]];
+  if (spec.names) return spec.names[i];
+  if (Number.isInteger(low) && Number.isInteger(high)) return high - 1 > low ? `${whole(low)} – ${whole(high - 1)}` : whole(low);
+  return `${trim(low)} – ${trim(high)}`;
+}
+
+function about(spec, axis, value) {
+  const { label, hours: isHours } = spec.axes[axis];
+  return isHours ? `${hours(value)}` : `${whole(value)} ${label}`;
+}
+
+function addTouch(plot) {
+  const move = (event) => {
+    const box = plot.over.getBoundingClientRect(), touch = event.touches[0];
+    plot.setCursor({ left: touch.clientX - box.left, top: touch.clientY - box.top });
+  };
+  plot.over.addEventListener("touchstart", move, { passive: true });
+  plot.over.addEventListener("touchmove", move, { passive: true });
+}
+
+function drawAll() {
+  plots = [];
+  document.querySelectorAll("figure.plot").forEach((figure) => { clear(figure); });
+  document.querySelectorAll("figure.plot").forEach(draw);
+}
+
+// --- samples
+
+const WHYS = { random: "random", longest: "longest", shortest: "shortest", loss: "highest loss" };
+
+function browse(box) {
+  const samples = JSON.parse(box.querySelector("script").textContent);
+  const choice = box.querySelector(".why"), place = box.querySelector(".place"), target = box.querySelector(".sample");
+  let at = 0, shown = samples;
+  const option = (value, text) => { const node = make("option", "", text); node.value = value; return node; };
+  const whys = [...new Set(samples.map((sample) => sample.why))];
+  choice.replaceChildren(option("", `${say("all")} (${samples.length})`),
+    ...whys.map((why) => option(why, `${say(WHYS[why])} (${samples.filter((sample) => sample.why === why).length})`)));
+  const show = () => {
+    place.textContent = shown.length ? `${at + 1} / ${shown.length}` : "0";
+    target.replaceChildren(...(shown.length ? sampleOf(shown[at]) : []));
+  };
+  choice.onchange = () => { shown = samples.filter((sample) => !choice.value || sample.why === choice.value); at = 0; show(); };
+  box.querySelector(".back").onclick = () => { at = (at + shown.length - 1) % shown.length; show(); };
+  box.querySelector(".on").onclick = () => { at = (at + 1) % shown.length; show(); };
+  const edges = box.querySelector(".edges");
+  edges.onchange = () => target.classList.toggle("edges-on", edges.checked);
+  show();
+}
+
+function sampleOf(sample) {
+  const facts = [say(WHYS[sample.why]), `${sample.file} ${say("line")} ${sample.line}`, `${whole(sample.characters)} ${say("characters")}`];
+  if (sample.tokens !== undefined) facts.push(`${whole(sample.tokens)} ${say("tokens")}`, `${say("trained")}: ${whole(sample.trained)}`);
+  if (sample.loss !== undefined) facts.push(`${say("loss")} ${trim(sample.loss)}`);
+  if (sample.set_aside) facts.push(sample.set_aside);
+  const about = make("p", "about");
+  facts.forEach((fact, i) => { if (i) about.append(" · "); about.append(make("bdi", "", fact)); });
+  const nodes = [about];
+  const prompt = sample.parts.filter((part) => part.name !== "chosen" && part.name !== "rejected");
+  nodes.push(...prompt.flatMap(partOf));
+  const sides = sample.parts.filter((part) => part.name === "chosen" || part.name === "rejected");
+  if (sides.length) {
+    const row = make("div", "sides");
+    for (const side of sides) {
+      const column = make("div", "side");
+      column.append(make("h4", "", say(side.name)), ...partOf(side));
+      row.append(column);
+    }
+    nodes.push(row);
+  }
+  const keys = make("div", "keys");
+  keys.append(make("span", "t", say("trained")), make("span", "", say("not trained")));
+  nodes.push(keys);
+  return nodes;
+}
+
+function partOf(part) {
+  const nodes = part.messages.map((message) => {
+    const box = make("div", "message " + message.role);
+    box.append(make("div", "role", say(message.role)));
+    const text = make("div", "text");
+    text.dir = "auto";
+    message.text.forEach((piece, i) => {
+      const mark = message.marks[Math.min(i, message.marks.length - 1)];
+      const isControl = mark === "2" || mark === "3";
+      const node = make("span", (mark === "1" || mark === "3" ? "t" : "") + (isControl ? " k" : ""), piece);
+      if (message.ids.length) node.title = `${message.ids[i].join(" ")} · ${say(mark === "1" || mark === "3" ? "trained" : "not trained")}${isControl ? " · " + say("control token") : ""}`;
+      text.append(node);
+    });
+    box.append(text);
+    return box;
+  });
+  if (part.hidden) nodes.push(make("p", "hidden", `… ${whole(part.hidden)} ${say(part.messages.some((message) => message.ids.length) ? "more tokens not shown" : "more characters not shown")}`));
+  return nodes;
+}
+
+// --- the page
+
+const THEMES = ["auto", "light", "dark"];
+const button = document.getElementById("theme");
+function setTheme(theme) {
+  if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
+  button.textContent = { auto: "◐ ", light: "☀ ", dark: "☾ " }[theme] + say(theme);
+  button.dataset.theme = theme;
+}
+button.onclick = () => {
+  const theme = THEMES[(THEMES.indexOf(button.dataset.theme) + 1) % THEMES.length];
+  setTheme(theme);
+  try { localStorage.setItem("mm-theme", theme); } catch { /* a page from disk may have no storage */ }
+  drawAll();
+};
+let kept = "auto";
+try { kept = localStorage.getItem("mm-theme") || "auto"; } catch { /* as above */ }
+setTheme(THEMES.includes(kept) ? kept : "auto");
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+function start() {
+  drawAll();
+  document.querySelectorAll(".browser").forEach(browse);
+  document.querySelectorAll("details").forEach((node) => node.addEventListener("toggle", () => {
+    if (node.open) node.querySelectorAll("figure.plot").forEach(draw);
+  }));
+}
+const axis = document.getElementById("axis");
+if (axis) axis.onchange = drawAll;
+start();
+
+let width = innerWidth;
+let waiting = 0;
+addEventListener("resize", () => {
+  if (innerWidth === width) return;
+  width = innerWidth;
+  clearTimeout(waiting);
+  waiting = setTimeout(drawAll, 120);
+});
+let before = "";
+addEventListener("beforeprint", () => { before = button.dataset.theme; printing = true; setTheme("light"); drawAll(); });
+addEventListener("afterprint", () => { printing = false; setTheme(before); drawAll(); });
+
+if (root.dataset.refresh) {
+  let last = "";
+  setInterval(async () => {
+    try {
+      const text = await (await fetch(location.href, { cache: "no-store" })).text();
+      if (text === last) return;
+      const isFirst = !last;
+      last = text;
+      if (isFirst) return;
+      const found = new DOMParser().parseFromString(text, "text/html");
+      const open = [...document.querySelectorAll("details")].map((node) => node.open);
+      document.querySelector("main").replaceWith(found.querySelector("main"));
+      document.querySelectorAll("details").forEach((node, i) => { node.open = open[i] || false; });
+      document.querySelector(".subtitle").replaceWith(found.querySelector(".subtitle"));
+      start();
+      root.dataset.refreshed = String(Number(root.dataset.refreshed || 0) + 1);
+    } catch { /* the run's server has ended; what is drawn stays */ }
+  }, 1000 * Number(root.dataset.refresh));
+}
+root.dataset.ready = "yes";
+})();

@@ -1,0 +1,293 @@
+"""Jsonl files or shards in, tallies of their rows and tokens out: one pass, in as many processes as asked, memory flat.
+
+All text is measured. Tokens of a raw file are those of a sample of its rows, drawn by line, unless all are asked for:
+tokenizing costs ten times as much as everything else.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from heapq import nlargest, nsmallest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdata import engine, measure, shards
+from mmdata.arrow import Ragged, num_rows
+from mmdata.encode import PairSequence, RowEncoder
+from mmdata.engine import Tick
+from mmdata.measure import RowTally
+from mmdata.parts import Part, batches, num_characters
+from mmdata.pipeline import plan
+from mmdata.rows import BadRow, Line, Row, iter_lines, parse_row
+from mmdata.token_tally import Flat, TokenTally, Vocabulary, flat_of
+from mmdata.tokenizer import Tokenizer
+
+UNCUT = 2**24  # a length limit that no row meets: figures of a file are those of its whole rows
+PART_BYTES = 16 * 2**20
+MOST_PARTS = 256
+SAMPLE_BYTES = 12_000_000  # of rows that are tokenized, and read for repeated n-grams
+NUM_EXTREMES = 6
+RAW_KEPT = 2**17  # bytes; a longer row is no sample for show
+SLICE_TOKENS = 2**21  # of a shard at once
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A row kept for show: why, where it stands, its line, its length in characters."""
+
+    why: str  # random, longest, shortest, loss
+    file: str
+    line: int
+    raw: bytes
+    characters: int
+    nll: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How files are read. share: of rows that are sampled; wanted: lines to keep for show, by file."""
+
+    kind: str
+    tokenizer_dir: Path | None
+    share: float
+    rows_for_near: int
+    wanted: dict[str, dict[int, float]] = field(default_factory=dict)
+    left_out: dict[str, frozenset[int]] = field(default_factory=dict)  # by file: lines that are passed over
+
+
+@dataclass(slots=True)
+class PartScan:
+    """What one part of a file came to. sampled: its sampled rows, how many and their characters."""
+
+    input: int
+    rows: RowTally
+    tokens: TokenTally
+    sampled_rows: int = 0
+    sampled_characters: int = 0
+    characters: int = 0  # as packing counts them
+    sample: list[Shown] = field(default_factory=list)
+    longest: list[Shown] = field(default_factory=list)
+    shortest: list[Shown] = field(default_factory=list)
+    wanted: list[Shown] = field(default_factory=list)
+
+
+class _FileScanner:
+    """Measures parts of files with one set of settings; holds the encoder."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._encoder = self._known = None
+        if settings.tokenizer_dir:
+            tokenizer = Tokenizer.load(settings.tokenizer_dir)
+            self._known = Vocabulary(tokenizer)
+            self._encoder = RowEncoder(tokenizer, max_len=UNCUT)
+
+    def __call__(self, part: Part, tick: Tick) -> PartScan:
+        found = PartScan(part.input, RowTally(most_signed=self._settings.rows_for_near), TokenTally())
+        told = part.begin
+        for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
+            self._measure(part, lines, found)
+            last = lines[-1].offset + len(lines[-1].raw) + 1
+            done = min(last, part.begin + part.num_bytes) - told
+            if done > 0:
+                tick(done)
+                told += done
+        tick(part.begin + part.num_bytes - told)
+        found.rows.trim()
+        return found
+
+    def _measure(self, part: Part, lines: Sequence[Line], found: PartScan) -> None:
+        good: list[tuple[Line, Row]] = []
+        passed = self._settings.left_out.get(str(part.path), frozenset())
+        for line in lines:
+            if line.number in passed:
+                continue
+            try:
+                good.append((line, parse_row(line.raw, self._settings.kind, extra_keys=found.rows.extra_keys)))
+            except BadRow as bad:
+                found.rows.set_aside(line, bad, str(part.path))
+        if not good:
+            return
+        numbers = np.array([line.number for line, _ in good], np.uint64)
+        drawn = drawn_lines(numbers, part.input, self._settings.share)
+        if self._encoder and self._settings.share >= 1:
+            good, drawn = self._encode(part, good, found), np.ones(len(good), bool)
+        elif self._encoder:
+            self._encode(part, [pair for pair, is_drawn in zip(good, drawn, strict=True) if is_drawn], found, True)
+        if good:
+            lengths = found.rows.add([row for _, row in good], [line.raw for line, _ in good])
+            self._keep(part, [line for line, _ in good], lengths, drawn[: len(good)], found)
+            found.characters += sum(num_characters(row) for _, row in good)
+
+    def _encode(
+        self, part: Part, good: Sequence[tuple[Line, Row]], found: PartScan, is_sample: bool = False
+    ) -> list[tuple[Line, Row]]:
+        """Count the tokens of rows; those that cannot be encoded are set aside, unless they are a sample of all."""
+        assert self._encoder and self._known
+        kept, sequences = [], []
+        for (line, row), item in zip(good, self._encoder.encode([row for _, row in good]), strict=True):
+            if not isinstance(item, BadRow):
+                kept.append((line, row))
+                sequences += [item.sequences] if isinstance(item.sequences, PairSequence) else list(item.sequences)
+            elif not is_sample:
+                found.rows.set_aside(line, item, str(part.path))
+        if sequences:
+            add_sequences(found.tokens, sequences, self._known)
+        found.sampled_rows += len(kept)
+        found.sampled_characters += sum(num_characters(row) for _, row in kept)
+        return kept
+
+    def _keep(self, part: Part, lines: Sequence[Line], lengths: np.ndarray, drawn: np.ndarray, found: PartScan) -> None:
+        """Keep the sampled rows, the longest and shortest, and those asked for."""
+        wanted = self._settings.wanted.get(str(part.path), {})
+
+        def shown(i: int, why: str, nll: float | None = None) -> Shown:
+            return Shown(why, str(part.path), lines[i].number, lines[i].raw, int(lengths[i]), nll)
+
+        fits = np.array([len(line.raw) <= RAW_KEPT for line in lines])
+        found.sample += [shown(i, "random") for i in np.flatnonzero(drawn & fits).tolist()]
+        order = np.argsort(lengths, kind="stable")
+        order = order[fits[order]].tolist()
+        found.shortest = nsmallest(
+            NUM_EXTREMES, found.shortest + [shown(i, "shortest") for i in order[:NUM_EXTREMES]], key=_by_length
+        )
+        found.longest = nlargest(
+            NUM_EXTREMES, found.longest + [shown(i, "longest") for i in order[-NUM_EXTREMES:]], key=_by_length
+        )
+        if wanted:
+            found.wanted += [
+                shown(i, "loss", wanted[line.number]) for i, line in enumerate(lines) if line.number in wanted
+            ]
+
+
+def _by_length(shown: Shown) -> int:
+    return shown.characters
+
+
+def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
+    """bool [N]: whether each line belongs to the sample; by file and line number alone, whoever reads it."""
+    if share >= 1:
+        return np.ones(len(numbers), bool)
+    mixed = (numbers + np.uint64(file) * np.uint64(2**40) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ mixed >> np.uint64(31)) * np.uint64(0xD6E8FEB86659FD93)
+    return (mixed ^ mixed >> np.uint64(32)) < np.uint64(share * 2**64)
+
+
+def add_sequences(tally: TokenTally, sequences: Sequence[Any], known: Vocabulary) -> None:
+    """Count encoded sequences, all of one kind."""
+    prompts = None
+    if isinstance(sequences[0], PairSequence):
+        prompts = np.array([len(pair.prompt) for pair in sequences], np.int64)
+    tally.add(flat_of(sequences), known, pair_prompts=prompts)
+
+
+def scan_files(
+    paths: Sequence[Path],
+    kind: str,
+    tokenizer_dir: Path | None,
+    *,
+    is_exact: bool = False,
+    workers: int = 1,
+    wanted: dict[str, dict[int, float]] | None = None,
+    left_out: dict[str, frozenset[int]] | None = None,
+    sha256s: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[PartScan]:
+    """Measure files of one kind; the same parts and results for any number of workers. progress counts bytes.
+
+    is_exact: tokenize every row, not a sample. wanted: for each file lines to keep for show, with their nll. left_out:
+    lines that are passed over. sha256s: what the files must be; nothing is measured when one is something else.
+    """
+    total = sum(path.stat().st_size for path in paths)
+    entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS))
+    if sha256s is not None and [entry["sha256"] for entry in entries] != list(sha256s):
+        return []
+    share = 1.0 if is_exact else min(1.0, SAMPLE_BYTES / max(total, 1))
+    rows_for_near = -(-measure.ROWS_FOR_NEAR // max(len(parts), 1))
+    settings = Settings(kind, tokenizer_dir, share, rows_for_near, wanted or {}, left_out or {})
+    num_bytes = sum(part.num_bytes for part in parts)
+    return engine.run(partial(_FileScanner, settings), parts, total=num_bytes, workers=workers, progress=progress)
+
+
+# --- shards
+
+
+class _ShardScanner:
+    """Counts the tokens of shards of one dataset."""
+
+    def __init__(self, directory: Path, share: float):
+        self._dataset = shards.open_dataset(directory)
+        self._known = Vocabulary(Tokenizer.load(self._dataset.tokenizer_dir))
+        self._share = share
+
+    def __call__(self, entry: dict[str, Any], tick: Tick) -> TokenTally:
+        tally = TokenTally()
+        for batch in self._dataset.open_shard(entry).batches:
+            for columns in _slices(batch, entry["bucket"], self._share):
+                if self._dataset.kind == "pair":
+                    flat, prompts = flat_pairs(columns)
+                    tally.add(flat, self._known, pair_prompts=prompts)
+                else:
+                    tally.add(flat_packs(columns), self._known)
+        tick(entry["tokens"])
+        return tally
+
+
+def scan_shards(
+    dataset: shards.Dataset, *, share: float = 1.0, workers: int = 1, progress: Progress | None = None
+) -> TokenTally:
+    """Count the tokens of a dataset, or of about a share of its samples. progress counts tokens."""
+    entries = dataset.manifest["shards"]
+    workers = workers if share >= 1 and sum(entry["tokens"] for entry in entries) > 2**25 else 1
+    total = TokenTally()
+    for tally in engine.run(
+        partial(_ShardScanner, dataset.dir, share),
+        entries,
+        total=sum(entry["tokens"] for entry in entries),
+        workers=workers,
+        progress=progress,
+    ):
+        total.merge(tally)
+    return total
+
+
+def _slices(batch: dict[str, Any], bucket: int, share: float) -> Iterator[dict[str, Any]]:
+    """A record batch as pieces of at most SLICE_TOKENS positions; with a share, the beginnings of sixteen stretches."""
+    number = num_rows(batch)
+    step = max(1, SLICE_TOKENS // bucket)
+    if share < 1:
+        step = max(1, -(-number // 16))
+    for begin in range(0, number, step):
+        size = min(step, number - begin)
+        end = begin + (size if share >= 1 else max(1, int(size * share)))
+        yield {
+            name: Ragged(column.values, column.offsets[begin : end + 1])
+            if isinstance(column, Ragged)
+            else column[begin:end]
+            for name, column in batch.items()
+        }
+
+
+def _values(column: Ragged) -> np.ndarray:
+    return column.values[column.offsets[0] : column.offsets[-1]]
+
+
+def flat_packs(columns: dict[str, Any]) -> Flat:
+    """The sequences of packs, spans in flat positions."""
+    ids, span = columns["ids"], columns["span"]
+    begins = ids.offsets[:-1].astype(np.int64) - ids.offsets[0]
+    spans = _values(span).astype(np.int64) + np.repeat(begins, span.lengths())
+    return Flat(_values(ids), _values(columns["doc_len"]).astype(np.int64), spans)
+
+
+def flat_pairs(columns: dict[str, Any]) -> tuple[Flat, np.ndarray]:
+    """The sides of pairs as sequences with their prompts, and the prompts' lengths."""
+    pairs = [shards.pair_view(columns, i) for i in range(len(columns["doc"]))]
+    sequences = [
+        PairSequence(p.prompt, p.chosen, p.rejected, p.chosen_span.reshape(-1, 2), p.rejected_span.reshape(-1, 2))
+        for p in pairs
+    ]
+    return flat_of(sequences), np.array([len(pair.prompt) for pair in pairs], np.int64)

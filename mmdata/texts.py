@@ -1,0 +1,189 @@
+"""Texts in; their scripts, language, shingles and signatures out, a batch at a time. Numpy over code points; imports nothing of
+ours.
+
+The language of a text is a rule of thumb (written down in docs/reports.md): good for shares of a dataset, not for one row.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+SCRIPTS = (
+    "han",
+    "latin",
+    "accented",
+    "kana",
+    "hangul",
+    "cyrillic",
+    "arabic",
+    "other",
+    "digit",
+    "space",
+    "code",
+    "mark",
+)
+HAN, LATIN, ACCENTED, KANA, HANGUL, CYRILLIC, ARABIC, OTHER, DIGIT, SPACE, CODE, MARK = range(len(SCRIPTS))
+LANGUAGES = ("Chinese", "English", "code", "other")
+CHINESE, ENGLISH, IS_CODE, OTHER_LANGUAGE = range(len(LANGUAGES))
+
+_RANGES = (
+    (0x00C0, 0x0250, ACCENTED), (0x0250, 0x02B0, OTHER), (0x0370, 0x0400, OTHER), (0x0400, 0x0530, CYRILLIC),
+    (0x0590, 0x0780, ARABIC), (0x08A0, 0x0900, ARABIC), (0x1100, 0x1200, HANGUL), (0x1E00, 0x1F00, ACCENTED),
+    (0x2000, 0x206F, MARK), (0x20A0, 0x2C00, MARK), (0x2E80, 0x2FE0, HAN), (0x3000, 0x3040, MARK), (0x3040, 0x3100, KANA),
+    (0x3130, 0x3190, HANGUL), (0x31F0, 0x3200, KANA), (0x3400, 0x4DC0, HAN), (0x4E00, 0xA000, HAN), (0xAC00, 0xD7B0, HANGUL),
+    (0xF900, 0xFB00, HAN), (0xFB1D, 0xFE00, ARABIC), (0xFE10, 0xFE50, MARK), (0xFE70, 0xFF00, ARABIC), (0xFF00, 0xFF66, MARK),
+    (0xFF66, 0xFFA0, KANA), (0x1F000, 0x1FB00, MARK), (0x20000, 0x32000, HAN),
+)  # fmt: skip
+_WORDS = re.compile(r"\b(?:the|of|and|to|is|in|are|you|for|what|how|a|an|i|it|this|that|with|on|be)\b", re.IGNORECASE)
+
+GRAM = 8  # characters of a shingle
+NUM_BINS = 16  # of a signature; its 16-bit entries are the smallest shingle hash of each bin
+LEAST_GRAMS = 24  # a text with fewer shingles has no signature
+MANY_GRAMS = 512  # a text with more is signed by an eighth of them, chosen by hash
+EMPTY = 0xFFFF
+NEAR = 0.8  # the share of equal entries from which two texts are called near duplicates
+_BASE = 0x9E3779B97F4A7C15
+_MIX = np.uint64(0xD6E8FEB86659FD93)
+
+
+def _table() -> np.ndarray:
+    table = np.full(0x110000, OTHER, np.uint8)
+    table[:0x80] = MARK
+    table[0x80:0xC0] = MARK
+    for text, script in ((" \t\n\r\v\f\u00a0\u3000", SPACE), ("{}()[]<>=;_#$&|\\/*+^%@`~", CODE)):
+        table[[ord(c) for c in text]] = script
+    table[ord("0") : ord("9") + 1] = DIGIT
+    for first in "aA":
+        table[ord(first) : ord(first) + 26] = LATIN
+    for begin, end, script in _RANGES:
+        table[begin:end] = script
+    table[0x3000] = SPACE
+    return table
+
+
+_SCRIPT_OF = _table()
+
+
+def code_points(text: str) -> np.ndarray:
+    """uint32 [len(text)]."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+
+
+def scripts_of(points: np.ndarray) -> np.ndarray:
+    """uint8 [N]: an index into SCRIPTS for each code point."""
+    return _SCRIPT_OF[points]
+
+
+def count_scripts(scripts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64 [texts, scripts]: characters of each script in texts that stand end to end with these lengths."""
+    key = np.repeat(np.arange(len(lengths), dtype=np.int64) * len(SCRIPTS), lengths)
+    key += scripts
+    return np.bincount(key, minlength=len(lengths) * len(SCRIPTS)).reshape(len(lengths), len(SCRIPTS))
+
+
+def languages_of(counts: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+    """int64 [texts]: an index into LANGUAGES by the characters of each script, and for Latin letters by common words."""
+    letters = counts[:, :DIGIT].sum(axis=1)
+    written = np.maximum(counts.sum(axis=1) - counts[:, SPACE], 1)
+    latin = counts[:, LATIN] + counts[:, ACCENTED]
+    is_code = (
+        (counts[:, CODE] >= 5)
+        & (counts[:, CODE] > 0.08 * written)
+        & (latin > 0.2 * written)
+        & (counts[:, HAN] < 0.1 * written)
+    )
+    is_code |= np.array(["```" in text and _fenced(text) > len(text) / 2 for text in texts], bool)
+    # A Chinese character says as much as some four letters.
+    is_chinese = (4 * counts[:, HAN] >= latin) & (counts[:, HAN] > 4 * counts[:, KANA]) & (counts[:, HAN] > 0)
+    is_latin = (latin > 0.5 * letters) & (counts[:, ACCENTED] <= 0.02 * latin)
+    is_english = is_latin & ~is_chinese
+    long_latin = is_english & (latin >= 40)
+    for i in np.flatnonzero(long_latin).tolist():
+        is_english[i] = _WORDS.search(texts[i]) is not None
+    return np.select([is_code, is_chinese, is_english], [IS_CODE, CHINESE, ENGLISH], OTHER_LANGUAGE)
+
+
+def _fenced(text: str) -> int:
+    """Characters between ``` fences; an open one reaches to the end."""
+    return sum(len(piece) for piece in text.split("```")[1::2])
+
+
+def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all runs of GRAM characters inside each text: uint64 [M], and int64 [M] the text of each."""
+    if len(points) < GRAM:
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
+    hashes = points.astype(np.uint64)
+    base, width = _BASE, 1
+    while width < GRAM:  # a run of 2n characters from two runs of n
+        hashes = hashes[:-width] * np.uint64(base) + hashes[width:]
+        base, width = base * base % 2**64, 2 * width
+    hashes ^= hashes >> np.uint64(32)
+    hashes *= _MIX
+    hashes ^= hashes >> np.uint64(29)
+    numbers = np.maximum(lengths - (GRAM - 1), 0)
+    text = np.repeat(np.arange(len(lengths)), numbers)
+    begins = np.cumsum(lengths) - lengths
+    first = np.cumsum(numbers) - numbers
+    if (lengths >= GRAM).all() and len(lengths) == 1:
+        return hashes, text
+    at = np.arange(len(text)) + np.repeat(begins - first, numbers)
+    return hashes[at], text
+
+
+def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarray:
+    """uint16 [texts, NUM_BINS] by one-permutation hashing (Li, Owen, Zhang 2012): the share of equal entries of two texts
+    estimates the Jaccard similarity of their shingles. All EMPTY where there are too few shingles."""
+    numbers = np.bincount(text, minlength=num_texts)
+    keep = (hashes & np.uint64(7) == 0) | (numbers <= MANY_GRAMS)[text]
+    hashes, text = hashes[keep], text[keep]
+    place = text.astype(np.uint64) * np.uint64(NUM_BINS) + (hashes >> np.uint64(60))
+    key = (place << np.uint64(32)) | (hashes >> np.uint64(8) & np.uint64(0xFFFFFFFF))
+    key.sort()
+    place = (key >> np.uint64(32)).astype(np.int64)
+    first = np.flatnonzero(np.diff(place, prepend=-1))
+    found = np.full(num_texts * NUM_BINS, EMPTY, np.uint16)
+    low = key[first] & np.uint64(0xFFFF)  # the smallest value's low bits: as good as random
+    found[place[first]] = np.minimum(low, EMPTY - 1)
+    found = found.reshape(num_texts, NUM_BINS)
+    found[numbers < LEAST_GRAMS] = EMPTY
+    return found
+
+
+def near_duplicates(found: np.ndarray) -> np.ndarray:
+    """bool [rows]: rows whose signature is like that of an earlier row. found: uint16 [rows, NUM_BINS].
+
+    Candidates share a quarter of the signature, at any of its four places; a row is compared with the first and the last
+    before it. Rows without a signature are none.
+    """
+    signed = np.flatnonzero((found != EMPTY).any(axis=1))
+    found = np.ascontiguousarray(found[signed])
+    is_near = np.zeros(len(found), bool)
+    for band in found.view(np.uint64).T:
+        order = np.argsort(band, kind="stable")
+        same = np.flatnonzero(band[order][1:] == band[order][:-1]) + 1
+        starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] ^ np.uint64(1)))
+        first = order[starts[np.searchsorted(starts, same, "right") - 1]]
+        for other in (first, order[same - 1]):
+            is_near[order[same]] |= likeness(found[order[same]], found[other]) >= NEAR
+    result = np.zeros(int(signed.max()) + 1 if len(signed) else 0, bool)
+    result[signed] = is_near
+    return result
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """float64 [rows]: estimated Jaccard similarity of signatures; bins empty in both tell nothing."""
+    known = ~((one == EMPTY) & (other == EMPTY))
+    return ((one == other) & known).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+
+
+def jaccard(hashes: np.ndarray, text: np.ndarray, num_pairs: int) -> np.ndarray:
+    """float64 [pairs]: similarity of the shingle sets of texts 2i and 2i + 1; 1 where neither has any."""
+    key = (text.astype(np.uint64) << np.uint64(40)) | (hashes >> np.uint64(24))
+    key = np.unique(key)
+    text = (key >> np.uint64(40)).astype(np.int64)
+    pair = (text // 2).astype(np.uint64) << np.uint64(40) | (key & np.uint64(2**40 - 1))
+    pair.sort()
+    both = np.bincount((pair[1:][pair[1:] == pair[:-1]] >> np.uint64(40)).astype(np.int64), minlength=num_pairs)
+    either = np.bincount(text // 2, minlength=num_pairs) - both
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)

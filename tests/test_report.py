@@ -1,0 +1,245 @@
+"""The data report: its figures are those of JSON and terminal, in both languages, whatever the rows say."""
+
+import json
+import random
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
+from test_cli import Run, fine, home, made, mm, refused
+from test_page import HOSTILE, parsed
+
+from mmdata import report, stats
+from mmdata.pipeline import PackResult, pack
+from mmdata.verify import verify
+
+__all__ = ["home", "made", "mm"]  # fixtures
+KINDS = ("document", "conversation", "pair")
+
+
+def cards(html: str) -> dict[str, str]:
+    """Label -> value of the page's large figures."""
+    found = re.findall(r'class="label">(.*?)</div><div class="value">(.*?)</div>', html)
+    return {unescape(label): unescape(value) for label, value in found}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_packed_dataset_and_its_file_can_be_reported(
+    packed: dict[str, PackResult], tokenizer_dir: Path, kind: str, lang: str
+) -> None:
+    of_dataset = stats.measure_dataset(packed[kind].out)
+    of_file = stats.measure_file(packed[kind].out.with_suffix(".jsonl"), tokenizer_dir)
+    for measured in (of_dataset, of_file, stats.measure_dataset(packed[kind].out, is_quick=True)):
+        html = report.dataset_page([measured], lang=lang)
+        assert len(html.encode()) < 2_000_000 and html.startswith("<!doctype html>")
+        assert f"{measured.figures['tokens']:,}" in html
+    both = stats.contained([of_dataset, of_file])
+    assert [warning["exact"] for warning in both] == [1.0, 1.0]
+    assert report.compare_page(of_dataset, of_file, lang=lang, others=both)
+    assert report.dataset_page([of_dataset, of_file], lang=lang, others=both)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_and_its_file_say_the_same_about_texts(
+    packed: dict[str, PackResult], tokenizer_dir: Path, kind: str
+) -> None:
+    one = stats.measure_dataset(packed[kind].out).figures
+    other = stats.measure_file(packed[kind].out.with_suffix(".jsonl"), tokenizer_dir).figures
+    same = ("characters_by", "languages", "scripts", "turns", "duplicates", "openings", "ngrams", "systems", "tools")
+    for name in (*same, "vocabulary", "token_scripts"):
+        if name != "vocabulary" or kind != "document":  # a document cut in two gets one more bos
+            assert one.get(name) == other.get(name), name
+    assert one.get("pairs") == other.get("pairs")
+
+
+def test_html_json_and_terminal_agree(home: Path, mm: Run) -> None:
+    fine(mm("pack data/sft_512.jsonl data/dpo.jsonl"))
+    for path in ("shards/sft_512", "shards/dpo", "data/sft_512.jsonl"):
+        ran = fine(mm(f"stats {path} --json --html page.html"))
+        figures = json.loads(ran.out)[path]
+        shown = cards(Path("page.html").read_text(encoding="utf-8"))
+        printed = fine(mm(f"stats {path}")).out
+        for name, key in (("rows", "kept"), ("tokens", "tokens"), ("trained tokens", "loss_tokens")):
+            assert shown[name] == f"{figures[key]:,}"
+            assert re.search(rf"^{name} +{figures[key]:,}\b", printed, re.M), printed
+        assert shown["epoch steps"] == f"{figures['epoch']['steps']:,}"
+        for warning in figures["warnings"]:
+            assert f"! {warning['text']}" in printed
+        exact = figures["duplicates"]["exact"]
+        assert shown["exact repeats"] == f"{exact:,}" and f"exactly {exact:,} of" in printed
+
+
+def test_pack_writes_the_report_and_the_dataset_stays_what_it_was(home: Path, mm: Run) -> None:
+    assert "look: shards/sft_512/report.html" in fine(mm("pack data/sft_512.jsonl")).err
+    page = home / "shards/sft_512/report.html"
+    before = page.read_bytes()
+    assert verify(home / "shards/sft_512") == []
+    fine(mm("pack data/sft_512.jsonl"))
+    assert page.read_bytes() == before
+    fine(mm("pack data/sft_512.jsonl --out shards/other --no-report"))
+    assert not (home / "shards/other/report.html").exists()
+    one, other = (sorted(p.relative_to(d) for p in d.rglob("*")) for d in (page.parent, home / "shards/other"))
+    assert [path for path in one if path.name != "report.html"] == other
+    for path in other:
+        if (page.parent / path).is_file():
+            assert (page.parent / path).read_bytes() == (home / "shards/other" / path).read_bytes()
+
+
+def test_options_are_honoured_or_refused(home: Path, mm: Run) -> None:
+    refused(mm("stats data/sft_512.jsonl --lang de"), "de", "zh")
+    refused(mm("stats data/sft_512.jsonl data/dpo.jsonl --compare data/dpo.jsonl"), "--compare")
+    refused(mm("stats data/nothing.jsonl"), "nothing.jsonl")
+    refused(mm("stats data/sft_512.jsonl --losses data/dpo.jsonl"), "line 1", "nll")
+    fine(mm("pack data/sft_512.jsonl --no-report"))
+    refused(mm("stats shards/sft_512 --exact"), "--exact")
+    fine(mm("stats shards/sft_512 --lang zh --html page.html"))
+    assert 'lang="zh-CN"' in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_compare_marks_what_differs(home: Path, mm: Run) -> None:
+    lines = (home / "data/sft_512.jsonl").read_text().splitlines(keepends=True)
+    (home / "data/half.jsonl").write_text("".join(lines[::2]))
+    ran = fine(mm("stats data/sft_512.jsonl --compare data/half.jsonl --json --html page.html"))
+    found = {one["figure"]: one for one in json.loads(ran.out)["differences"]}
+    assert found["rows"] == {"figure": "rows", "one": 240, "other": 120, "change": -0.5, "differs": True}
+    assert not found["tools, share of rows"]["differs"]
+    assert "100 % of half.jsonl is also in sft_512.jsonl" in json.dumps(json.loads(ran.out)["warnings"])
+    html = Path("page.html").read_text(encoding="utf-8")
+    assert re.search(r'<tr class="differs"><td>rows</td><td class="num">240</td><td class="num">120</td>', html)
+    assert "-50.0 %" in fine(mm("stats data/sft_512.jsonl --compare data/half.jsonl")).out
+
+
+def test_rows_of_highest_loss_are_shown(home: Path, mm: Run) -> None:
+    records = [{"file": "data/sft_512.jsonl", "line": n, "tokens": 4, "nll": 4.0 * n} for n in range(1, 30)]
+    (home / "losses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    fine(mm("pack data/sft_512.jsonl --no-report"))
+    for path in ("data/sft_512.jsonl", "shards/sft_512"):
+        fine(mm(f"stats {path} --losses losses.jsonl --html page.html"))
+        scripts = parsed(Path("page.html").read_text(encoding="utf-8")).scripts
+        samples = next(json.loads(s) for s in scripts if s.startswith("[{"))
+        assert [(s["line"], s["loss"]) for s in samples if s["why"] == "loss"] == [(n, n) for n in range(29, 23, -1)]
+
+
+def samples_of(figures: list[dict[str, Any]], why: str) -> list[dict[str, Any]]:
+    return [sample for sample in figures if sample["why"] == why]
+
+
+def test_samples_hold_the_whole_text_and_the_trained_tokens(packed: dict[str, PackResult]) -> None:
+    measured = stats.measure_dataset(packed["conversation"].out)
+    lines = packed["conversation"].out.with_suffix(".jsonl").read_text().splitlines()
+    assert len(samples_of(measured.samples, "random")) == 12
+    lengths = [sum(len(m["content"]) for m in json.loads(line)["conversations"]) for line in lines]
+    assert [s["characters"] for s in samples_of(measured.samples, "longest")] == sorted(lengths)[::-1][:6]
+    assert [s["characters"] for s in samples_of(measured.samples, "shortest")] == sorted(lengths)[:6]
+    for sample in measured.samples:
+        row = json.loads(lines[sample["line"] - 1])["conversations"]
+        (part,) = sample["parts"]
+        assert [message["role"] for message in part["messages"]] == [message["role"] for message in row]
+        for message, said in zip(part["messages"], row, strict=True):
+            plain = [(t, m) for t, m in zip(message["text"], message["marks"], strict=True) if m in "01"]
+            assert "".join(text for text, _ in plain).strip() == said["content"]
+            assert {mark for _, mark in plain if _.strip()} == {"1" if said["role"] == "assistant" else "0"}
+        trained = sum(
+            len(ids) for m in part["messages"] for ids, mark in zip(m["ids"], m["marks"], strict=True) if mark in "13"
+        )
+        assert trained == sample["trained"]
+
+
+def hostile_rows(kind: str) -> list[dict[str, Any]]:
+    found = []
+    for text in [*HOSTILE, "x" * 1_100_000, "很" * 100_000]:
+        if kind == "document":
+            found.append({"text": text})
+        else:
+            found.append({"conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]})
+    return found
+
+
+@pytest.mark.parametrize("kind", ["document", "conversation"])
+def test_hostile_rows_are_shown_as_text(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    path = write_rows(tmp_path / "</script><b>.jsonl".replace("/", "⁄"), kind, 30)
+    with path.open("a") as file:
+        for row in hostile_rows(kind):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write('{"text": "<script>alert(1)</script>\n')
+        file.write("\u202e not json </script>\n")
+    pack([path], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128)
+    for measured in (stats.measure_dataset(tmp_path / "packed"), stats.measure_file(path, tokenizer_dir)):
+        html = report.dataset_page([measured])
+        assert len(html.encode()) < 2_000_000
+        assert "<script>alert" not in html and "<img src=x" not in html and "<b>.jsonl" not in html
+        assert len(parsed(html).tags) > 100
+        assert json.loads(json.dumps(measured.figures)) == measured.figures
+
+
+def test_a_large_files_tokens_are_a_samples_and_near_the_truth(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", "conversation", 2000)
+    monkeypatch.setattr("mmdata.scan.SAMPLE_BYTES", path.stat().st_size // 4)
+    found = stats.measure_file(path, tokenizer_dir).figures
+    exact = stats.measure_file(path, tokenizer_dir, is_exact=True).figures
+    assert "sample" not in exact and found["sample"]["of"] == 2000 and 300 < found["sample"]["rows"] < 700
+    assert found["tokens"] == pytest.approx(exact["tokens"], rel=0.05)
+    assert found["characters"] == exact["characters"] and found["duplicates"] == exact["duplicates"]
+    assert "--exact" in report.dataset_page([stats.measure_file(path, tokenizer_dir)])
+
+
+def test_workers_change_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", "pair", 300)
+    whole = stats.measure_file(path, tokenizer_dir)
+    monkeypatch.setattr("mmdata.scan.PART_BYTES", 20_000)
+    parts = stats.measure_file(path, tokenizer_dir)
+    assert parts.figures == whole.figures and parts.samples == whole.samples
+
+
+def test_a_dataset_whose_inputs_are_gone_says_so(
+    packed: dict[str, PackResult], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", "conversation", 100)
+    pack([path], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128)
+    path.write_bytes(path.read_bytes().replace(b"rope", b"hope"))  # the same size
+    found = stats.measure_dataset(tmp_path / "packed")
+    assert found.figures["texts_from"] == "none" and "languages" not in found.figures
+    path.unlink()
+    found = stats.measure_dataset(tmp_path / "packed")
+    assert found.figures["texts_from"] == "none" and found.figures["vocabulary"]["counted"] > 0
+    assert "The inputs are gone" in report.dataset_page([found])
+
+
+def test_cut_lines_say_what_a_limit_costs() -> None:
+    import numpy as np
+
+    from mmdata.tally import Lengths
+
+    draw = random.Random(3)
+    values = [draw.randint(1, 3000) for _ in range(500)]
+    lengths = Lengths()
+    lengths.add(np.array(values))
+    for cut in stats.cut_lines(lengths, "conversation", [512, 2048]):
+        limit = cut["max_len"]
+        assert cut["longer"] == sum(v > limit for v in values)
+        assert cut["tokens_beyond"] == sum(max(0, v - limit) for v in values)
+        assert cut["tokens_in_longer_share"] == pytest.approx(sum(v for v in values if v > limit) / sum(values))
+        assert cut["padding_share"] == pytest.approx(1 - sum(min(v, limit) for v in values) / (500 * limit))
+        assert 1 - cut["padding_share"] <= cut["packed_fill"] <= 1
+
+
+def test_the_stages_take_batches_of_these_tokens() -> None:
+    from mmtrain.stages import STAGES
+
+    assert {stage.kind: stage.defaults["batch_tokens"] for stage in STAGES.values()} == stats.BATCH_TOKENS
+
+
+def test_the_reports_assets_are_packaged() -> None:
+    import tomllib
+
+    root = Path(__file__).resolve().parent.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-data"]["mmdata"] == ["assets/*"]
+    names = {path.name for path in (root / "mmdata/assets").iterdir()}
+    assert names == {"page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
