@@ -258,6 +258,16 @@ def pack(
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not write report.html beside the manifest.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option(help="local: processes here; ray: a cluster (pip install 'mm-toolkit[ray]').")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Ray cluster; auto finds it. [default: one started here]")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Pack only this share, on a shared filesystem; then --finish.")
+    ] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Publish what all shards packed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Validate and pack jsonl into tokenized Arrow shards with length buckets."""
@@ -284,7 +294,12 @@ def pack(
                     train_on=train_on,
                     era=era,
                     seed=seed,
+                    engine_name=engine,
+                    ray_address=ray_address,
+                    shard=share_of(shard, finish),
+                    finish=finish,
                     progress=update,
+                    note=say,
                 )
         except MMError as error:
             if len(jobs) == 1:
@@ -294,12 +309,14 @@ def pack(
             results.append(packed)
             if not as_json:
                 print_packed(packed)
-            if not no_report:
+            if not no_report and packed.parts_left is None:
                 write_report(packed.out, is_new=not packed.up_to_date)
     if as_json:
         print_json(results)
-    if results:
+    if results and results[-1].parts_left is None:
         next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
+    elif results:
+        next_command("the other shards, then the same command with --finish in place of --shard")
     if failures:
         raise typer.Exit(failures[0])
 
@@ -318,6 +335,20 @@ def write_report(directory: Path, *, is_new: bool) -> None:
         say(f"note: no {path}: {error}")
     else:
         say(f"look: {path}")
+
+
+def share_of(text: str | None, finish: bool) -> tuple[int, int] | None:
+    """--shard I/N as two numbers."""
+    from mmdata.errors import UsageError
+
+    if text is None:
+        return None
+    if finish:
+        raise UsageError("--shard packs, --finish publishes when all shards have packed", "leave one of them out")
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise UsageError(f"--shard {text} is not I/N", "--shard 1/4, …, --shard 4/4")
+    return int(number), int(count)
 
 
 def kept_stdin(out: Path | None) -> Path:

@@ -7,6 +7,7 @@ give the same bytes. Arrow has no checksum of its own: the sha256 returned on wr
 import hashlib
 import mmap
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +53,29 @@ def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Writes bytes to a new file and fsyncs it; returns {"bytes", "sha256"}."""
+    """Writes bytes to a file, synced, complete or not at all, replacing what is there; returns {"bytes", "sha256"}."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
     return {"bytes": memoryview(content).nbytes, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def sync(directory: Path) -> None:
+    """fsyncs a directory: the names in it then outlive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _arrow_type(column: np.ndarray | Ragged) -> Any:

@@ -1,25 +1,28 @@
-"""One function over many jobs, in this process or in several: jobs in, results in the order of the jobs out.
+"""One function over many jobs, in this process, in several, or on a cluster: jobs in, results in the order of the jobs out.
 
-Results do not depend on the number of workers. Workers are spawned, not forked; a job's error ends the run and comes
+Results do not depend on the engine or the number of workers. Workers are spawned, not forked; a job's error ends the run and comes
 through as it is, the earliest job's when several fail; Ctrl-C ends the workers at once.
 """
 
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
-from mmdata.errors import MMError
+from mmdata.errors import MMError, UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 Tick = Callable[[int], None]  # n more units are done
 POLL_S = 0.2
+ENGINES = ("local", "ray")
+RAY_RETRIES = 2  # of a job whose machine or process died; an error of the job itself is final
 
 
 def run(
@@ -28,13 +31,22 @@ def run(
     *,
     total: int,
     workers: int = 1,
+    engine: str = "local",
+    ray_address: str | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
     """The results of `make()` applied to every job; `make` is called once in each process and must pickle.
 
-    What `make` gives is called with a job and `tick`; `tick(n)` says that n more units of the job are done. total: the units that all jobs together tick, for `progress`. One job, one worker, or a process that may not have
-    children (a daemon): everything runs right here.
+    What `make` gives is called with a job and `tick`; `tick(n)` says that n more units of the job are done. total: the
+    units that all jobs together tick, for `progress`. engine "local": one job, one worker, or a process that may not have
+    children (a daemon): everything runs right here. "ray": on the cluster at `ray_address`, or one started here.
     """
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine} is unknown", f"use {' or '.join(ENGINES)}")
+    if ray_address and engine != "ray":
+        raise UsageError("--ray-address belongs to --engine ray", "add --engine ray, or leave it out")
+    if engine == "ray":
+        return _run_on_ray(make, jobs, total, workers, ray_address, progress)
     workers = min(workers, len(jobs))
     if workers <= 1 or multiprocessing.current_process().daemon:
         return _run_here(make(), jobs, total, progress)
@@ -142,3 +154,73 @@ def _work_on(number: int, job: Any) -> Any:
         _state["counts"][number] += units
 
     return _state["work"](job, tick)
+
+
+# --- ray
+
+
+def _run_on_ray(
+    make: Callable[[], Callable[[Job, Tick], Result]],
+    jobs: Sequence[Job],
+    total: int,
+    workers: int,
+    address: str | None,
+    progress: Progress | None,
+) -> list[Result]:
+    """One task a job, each on one core; a task whose machine dies runs again elsewhere, which jobs must bear.
+
+    The jobs' files must have the same paths on every machine.
+    """
+    ray = _import_ray()
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+        try:
+            ray.init(log_to_driver=False, logging_level="error", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise MMError(f"no ray at {address}: {error}", "`ray status` shows clusters; --ray-address auto") from None
+    try:
+        task = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_work_on_ray)
+        shared = ray.put(make)
+        return _gather(ray, [task.remote(shared, job) for job in jobs], total, progress)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | None) -> list[Any]:
+    """The results of all tasks; the first error ends it, and the others are not waited for."""
+    pending, done = list(tasks), 0
+    results: dict[Any, Any] = {}
+    while pending:
+        ready, pending = ray.wait(pending, timeout=POLL_S)
+        for task in ready:
+            try:
+                results[task], units = ray.get(task)
+            except ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, MMError) else error) from None
+            except ray.exceptions.RayError as error:
+                raise MMError(f"a ray worker died: {error}", "look at `ray logs`; run again to go on") from None
+            done += units
+        if progress:
+            progress(done, total)
+    return [results[task] for task in tasks]
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise UsageError("--engine ray needs ray", "pip install 'mm-toolkit[ray]'") from None
+    return ray
+
+
+def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, int]:
+    """A job's result and its units. A process keeps what `make` gave for the tasks that follow."""
+    key = pickle.dumps(make)
+    if _state.get("key") != key:
+        os.putenv("TOKENIZERS_PARALLELISM", "false")
+        _state.update(key=key, work=make())
+    units: list[int] = []
+    return _state["work"](job, units.append), sum(units)

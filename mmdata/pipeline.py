@@ -1,7 +1,8 @@
 """`mm pack`: jsonl files in, a packed dataset out. Parts are packed alone and in any order; what is published is proved.
 
-The same inputs, tokenizer and arguments give the same bytes for any number of workers. Memory: one part a worker.
-Nothing appears at the output's place before all of it is written, summed and synced.
+The same inputs, tokenizer and arguments give the same bytes for any number of workers, any engine, and however often a
+pack was killed on the way. Memory: one part a worker. Nothing appears at the output's place before all of it is written,
+summed and synced.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -20,24 +22,29 @@ from typing import Any
 
 import numpy as np
 
-from mmdata import engine, rows, shards
+from mmdata import engine, rows, shards, unfinished
 from mmdata.arrow import write_file
 from mmdata.buckets import buckets_for
-from mmdata.errors import DatasetError, DiskError, InputError, UsageError
-from mmdata.parts import Part, PartPacker, PartResult, Settings
-from mmdata.publish import staged
+from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
+from mmdata.parts import Part, PartResult, Settings
+from mmdata.publish import Staging, one_of_several, only_writer
 from mmdata.tokenizer import Tokenizer
+from mmdata.unfinished import RecordingPacker
 
 PART_BYTES = 32 * 2**20
 READ_BYTES = 4 * 2**20
 DISK_SHARE = 0.6  # of the jsonl's bytes, as 16-bit shards with provenance (measured: 0.3 to 0.6); 32-bit ids: twice
 COMPRESSION = 5  # bytes of jsonl in a compressed byte, for the same estimate
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What became of the inputs. rows = kept + left out; tokens_in = tokens + cut; all counts by reason where it says so."""
+    """What became of the inputs. rows = kept + left out; tokens_in = tokens + cut; all counts by reason where it says so.
+
+    Of one of several shards: what became of its parts.
+    """
 
     out: Path
     kind: str
@@ -53,8 +60,22 @@ class PackResult:
     control_strings: dict[str, int]  # special-token strings in content, packed as plain text
     samples: dict[int, int]  # bucket -> packs or pairs, of both splits
     fill: float  # share of positions that hold tokens
-    digest: str
+    digest: str  # "" while nothing is published
+    parts_left: int | None  # of a shard: what others shards still have to pack; None: published
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is asked for, read and checked; nothing is written yet."""
+
+    inputs: list[Path]
+    out: Path
+    tokenizer: Tokenizer
+    tokenizer_dir: Path
+    stamps: list[tuple[int, int]]
+    parts: list[Part]
+    manifest: dict[str, Any]  # its beginning
 
 
 def pack(
@@ -73,15 +94,21 @@ def pack(
     era: str = "auto",
     train_on: str = "assistant",
     part_bytes: int = PART_BYTES,
+    engine_name: str = "local",
+    ray_address: str | None = None,
+    shard: tuple[int, int] | None = None,
+    finish: bool = False,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> PackResult:
     """Packs jsonl files of one row kind into the dataset directory `out`; progress counts bytes of the inputs.
 
-    InputError: no such file, nothing usable, or more than `max_bad` of the rows bad. TokenizerError, DatasetError: `out`
-    is no dataset and not empty, or being written. DiskError: full. Whatever ends it early leaves `out` as it was.
+    shard (i, n), from 1: packs every n-th part and publishes nothing; `finish` publishes what all shards packed. note
+    takes sentences about what an unfinished pack left. InputError: no such file, nothing usable, or more than `max_bad`
+    of the rows bad. TokenizerError, DatasetError: `out` is no dataset and not empty, or being written. DiskError: full.
+    Whatever ends it early leaves `out` as it was; after a kill, Ctrl-C or a full disk the same pack goes on where it was.
     """
     start = time.monotonic()
-    inputs, out = [Path(path) for path in inputs], Path(out)
     arguments = {
         "val_fraction": val_fraction,
         "on_bad": on_bad,
@@ -92,24 +119,132 @@ def pack(
         "train_on": train_on,
         "part_bytes": part_bytes,
     }
-    _check_arguments(inputs, max_len, arguments)
+    inputs, out = [Path(path) for path in inputs], Path(out)
+    _check_arguments(inputs, max_len, arguments, shard)
     is_rerun = _is_dataset(out)
+    job = _plan_job(inputs, out, tokenizer_dir, max_len, kind, arguments)
+    if is_rerun and (found := _same_dataset(out, job.manifest)):
+        return _result(out, found, time.monotonic() - start, up_to_date=True)
+    run = partial(engine.run, workers=workers, engine=engine_name, ray_address=ray_address)
+    say = note or (lambda _: None)
+    if shard:
+        return _pack_shard(job, shard, run, progress, start)
+    with _disk_errors(out), only_writer(job.out) as staging, _kept_parts(staging, job, say):
+        done = _go_on(staging, job, say)
+        if finish:
+            _check_all_done(job, done, staging)
+        _check_disk(job, [part for part in job.parts if part.number not in done])
+        results = _pack_parts(staging, job, job.parts, done, run, progress)
+        _check_kept(inputs, results, max_bad, max_bad_by_reason or {})
+        _check_unchanged(inputs, job.stamps)
+        manifest = _finish(staging, job, results)
+    return _result(out, manifest, time.monotonic() - start, up_to_date=False)
+
+
+def _plan_job(
+    inputs: list[Path], out: Path, tokenizer_dir: Path, max_len: int, kind: str | None, arguments: dict[str, Any]
+) -> _Job:
     tokenizer = Tokenizer.load(tokenizer_dir)
     kind = _common_kind(inputs, kind)
     stamps = _stamps(inputs)
-    entries, parts = plan(inputs, part_bytes)
+    entries, parts = plan(inputs, arguments["part_bytes"])
     manifest = _begin_manifest(kind, max_len, tokenizer, entries, arguments)
-    if is_rerun and (found := _same_dataset(out, manifest)):
-        return _result(out, found, time.monotonic() - start, up_to_date=True)
-    _check_disk(out, entries, manifest)
-    with _disk_errors(out), staged(out) as staging:
-        work = partial(PartPacker, Settings(staging, tokenizer_dir, manifest))
-        total = sum(part.num_bytes for part in parts)
-        results = engine.run(work, parts, total=total, workers=workers, progress=progress)
-        _check_kept(inputs, results, max_bad, max_bad_by_reason or {})
-        _check_unchanged(inputs, stamps)
-        _finish(staging, manifest, tokenizer, results)
-    return _result(out, manifest, time.monotonic() - start, up_to_date=False)
+    place = Path(os.path.realpath(out))
+    return _Job(inputs, place, tokenizer, tokenizer_dir, stamps, parts, manifest)
+
+
+def _pack_parts(
+    staging: Staging,
+    job: _Job,
+    parts: Sequence[Part],
+    done: Mapping[int, PartResult],
+    run: Callable[..., list[PartResult]],
+    progress: Progress | None,
+) -> list[PartResult]:
+    """The results of these parts, in their order; those that are not done are packed."""
+    total = sum(part.num_bytes for part in parts)
+    before = sum(part.num_bytes for part in parts if part.number in done)
+    todo = [part for part in parts if part.number not in done]
+    tell = (lambda ticked, _: progress(before + ticked, total)) if progress else None
+    work = partial(RecordingPacker, Settings(staging.dataset, job.tokenizer_dir, job.manifest), job.out)
+    new = {result.number: result for result in run(work, todo, total=total - before, progress=tell)} if todo else {}
+    return [done.get(part.number) or new[part.number] for part in parts]
+
+
+def _pack_shard(
+    job: _Job, shard: tuple[int, int], run: Callable[..., list[PartResult]], progress: Progress | None, start: float
+) -> PackResult:
+    """Packs every n-th part beside other processes that pack theirs."""
+    number, count = shard
+    own = job.parts[number - 1 :: count]
+    with _disk_errors(job.out), one_of_several(job.out, f"{number}-of-{count}") as staging:
+        key = unfinished.key_of(job.manifest)
+        begun = staging.begun()
+        if begun is not None and (found := unfinished.differences(begun, key)):
+            raise DatasetError(
+                f"shards of another pack to {job.out} are there already: {'; '.join(found)}",
+                f"give all shards the same arguments, or begin anew: rm -r {staging.dir}",
+            )
+        if begun is None:
+            staging.begin(key)
+        done = unfinished.finished_parts(staging, [part.number for part in own])
+        _check_disk(job, [part for part in own if part.number not in done])
+        results = _pack_parts(staging, job, own, done, run, progress)
+        _check_unchanged(job.inputs, job.stamps)
+        left = len(job.parts) - len(staging.records())
+    entries = [entry for result in results for entry in result.shards]
+    found = {**job.manifest, "shards": entries, "totals": _totals(results, entries), "dataset_digest": ""}
+    return _result(job.out, found, time.monotonic() - start, up_to_date=False, parts_left=left)
+
+
+def _check_all_done(job: _Job, done: Mapping[int, PartResult], staging: Staging) -> None:
+    missing = [part.number for part in job.parts if part.number not in done]
+    if missing:
+        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        raise UnfinishedError(
+            f"{len(missing):,} of {len(job.parts):,} parts of {job.out} are not packed yet: {names}",
+            "run the shards that pack them (part k belongs to shard k mod n + 1), or leave --finish out to pack them here",
+        )
+
+
+# --- what an unfinished pack left
+
+
+def _go_on(staging: Staging, job: _Job, say: Note) -> dict[int, PartResult]:
+    """The parts that an earlier, unfinished pack of the same has done; what another one left is removed, and named."""
+    key = unfinished.key_of(job.manifest)
+    begun = staging.begun()
+    if begun is not None and (found := unfinished.differences(begun, key)):
+        say(f"an unfinished pack to {job.out} cannot be gone on with ({'; '.join(found)}): it is begun anew")
+        begun = None
+    if begun is None:
+        staging.clear()
+        staging.begin(key)
+        return {}
+    done = unfinished.finished_parts(staging)
+    if done:
+        say(f"{job.out}: going on with an unfinished pack, {len(done):,} of {len(job.parts):,} parts are done")
+    return done
+
+
+@contextlib.contextmanager
+def _kept_parts(staging: Staging, job: _Job, say: Note) -> Iterator[None]:
+    """Keeps what is packed when a pack ends early, unless its inputs are of no use as they are or nothing is done yet."""
+    try:
+        yield
+    except BaseException as error:
+        of_no_use = isinstance(error, (InputError, UsageError, TokenizerError, DatasetError))
+        if of_no_use and not isinstance(error, UnfinishedError):
+            staging.clear()
+        elif num_done := len(staging.records()):
+            say(f"{num_done:,} of {len(job.parts):,} parts are done and kept: the same command goes on from there")
+        else:
+            staging.clear()
+        raise
+
+
+class UnfinishedError(DatasetError):
+    """Shards that have not all packed their parts."""
 
 
 @contextlib.contextmanager
@@ -120,15 +255,17 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(
-                f"the disk became full while packing {out}; nothing was left behind",
-                f"free some space at {out.parent}, or choose another disk with --out",
+                f"the disk became full while packing {out}; what stood there is untouched",
+                f"free some space at {out.parent} and run the same command again, or choose another disk with --out",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DiskError(f"cannot write {out}: {error.strerror}", "choose another --out") from error
         raise
 
 
-def _result(out: Path, manifest: dict[str, Any], seconds: float, *, up_to_date: bool) -> PackResult:
+def _result(
+    out: Path, manifest: Mapping[str, Any], seconds: float, *, up_to_date: bool, parts_left: int | None = None
+) -> PackResult:
     totals = manifest["totals"]
     samples = dict.fromkeys(manifest["buckets"], 0)
     for entry in manifest["shards"]:
@@ -142,6 +279,7 @@ def _result(out: Path, manifest: dict[str, Any], seconds: float, *, up_to_date: 
         samples=samples,
         fill=_fill(manifest["kind"], manifest["shards"]),
         digest=manifest["dataset_digest"],
+        parts_left=parts_left,
         seconds=seconds,
     )
 
@@ -149,9 +287,13 @@ def _result(out: Path, manifest: dict[str, Any], seconds: float, *, up_to_date: 
 # --- what is asked for
 
 
-def _check_arguments(inputs: Sequence[Path], max_len: int, arguments: dict[str, Any]) -> None:
+def _check_arguments(
+    inputs: Sequence[Path], max_len: int, arguments: dict[str, Any], shard: tuple[int, int] | None
+) -> None:
     if not inputs:
         raise UsageError("no input file", "mm pack FILE.jsonl")
+    if shard and not 1 <= shard[0] <= shard[1]:
+        raise UsageError(f"--shard is {shard[0]}/{shard[1]}, expected 1/n up to n/n", "--shard 1/4")
     if arguments["on_bad"] not in ("quarantine", "fail"):
         raise UsageError(f'--on-bad is "{arguments["on_bad"]}"', "choose quarantine or fail")
     if not 0 <= arguments["val_fraction"] < 1:
@@ -281,13 +423,14 @@ def _identity(entries: Sequence[dict[str, Any]]) -> list[tuple[str, int, str]]:
     return [(Path(entry["path"]).name, entry["bytes"], entry["sha256"]) for entry in entries]
 
 
-def _check_disk(out: Path, entries: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> None:
-    id_bytes = shards.id_dtype(manifest["tokenizer"]["vocab_size"]).itemsize
+def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
+    """DiskError when what is still to be packed will hardly fit."""
+    id_bytes = shards.id_dtype(job.manifest["tokenizer"]["vocab_size"]).itemsize
     needed = 2**20
-    for entry in entries:
-        expansion = 1 if rows.is_seekable(Path(entry["path"])) else COMPRESSION
-        needed += int(entry["bytes"] * expansion * DISK_SHARE * id_bytes / 2)
-    place = next(parent for parent in out.absolute().parents if parent.exists())
+    for part in parts:
+        expansion = 1 if part.end is not None else COMPRESSION
+        needed += int(part.num_bytes * expansion * DISK_SHARE * id_bytes / 2)
+    place = next(parent for parent in job.out.parents if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise DiskError(
@@ -331,20 +474,23 @@ def _sum(counters: Any) -> Counter[Any]:
     return total
 
 
-def _finish(staging: Path, manifest: dict[str, Any], tokenizer: Tokenizer, results: Sequence[PartResult]) -> None:
-    """Completes the manifest in place and writes it, after the tokenizer and stats.json."""
+def _finish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> dict[str, Any]:
+    """Writes the tokenizer, stats.json and, last of all, the manifest, which it returns; then publishes."""
+    manifest = dict(job.manifest)
     entries = sorted((s for r in results for s in r.shards), key=lambda s: (s["split"], s["bucket"], s["part"]))
     manifest["parts"] = [_part_entry(result) for result in results]
     manifest["shards"] = entries
     manifest["totals"] = _totals(results, entries)
     manifest["dataset_digest"] = shards.dataset_digest(manifest["kind"], manifest["max_len"], entries)
     files = [file for result in results for file in result.files]
-    for name, content in sorted(tokenizer.files.items()):
-        files.append({"path": f"tokenizer/{name}", **write_file(staging / "tokenizer" / name, content)})
+    for name, content in sorted(job.tokenizer.files.items()):
+        files.append({"path": f"tokenizer/{name}", **write_file(staging.dataset / "tokenizer" / name, content)})
     stats = _to_json(_stats(manifest, results))
-    files.append({"path": "stats.json", **write_file(staging / "stats.json", stats)})
+    files.append({"path": "stats.json", **write_file(staging.dataset / "stats.json", stats)})
     manifest["files"] = sorted(files, key=lambda file: file["path"])
-    write_file(staging / "manifest.json", _to_json(manifest))
+    write_file(staging.dataset / "manifest.json", _to_json(manifest))
+    staging.publish(["manifest.json", *(file["path"] for file in [*files, *entries])])
+    return manifest
 
 
 def _to_json(value: Any) -> bytes:

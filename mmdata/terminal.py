@@ -341,6 +341,11 @@ def print_packed(packed: "PackResult", tell: Callable[[str], None] = result) -> 
     if packed.control_strings:
         strings = ", ".join(f"{text} ({count:,})" for text, count in packed.control_strings.items())
         tell(f"control strings in content, packed as plain text: {strings}")
+    if packed.parts_left is not None:
+        tell(
+            f"packed this shard of {packed.out} in {packed.seconds:.1f} s; {packed.parts_left:,} parts of others are left"
+        )
+        return
     samples = ", ".join(f"{count:,} of {bucket}" for bucket, count in sorted(packed.samples.items()) if count)
     noun, fill = ("pairs", "") if packed.kind == "pair" else ("packs", f"fill {100 * packed.fill:.1f}%, ")
     tell(

@@ -22,7 +22,7 @@ DECLARED = {
     "jinja2",
     "filelock",
 }
-EXTRAS = {"zstandard"}  # imported only inside the function that needs it
+EXTRAS = {"zstandard", "ray"}  # imported only inside the function that needs it
 # All that mmtrain takes from mmdata; `page` because the run's report is drawn like the data's.
 FROM_DATA = {"loader", "shards", "template", "tokenizer", "errors", "page"}
 
@@ -56,6 +56,7 @@ PATH = {
         "engine",
         "parts",
         "publish",
+        "unfinished",
         "pipeline",
         "tally",
         "texts",

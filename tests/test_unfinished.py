@@ -1,0 +1,351 @@
+"""Packs that are killed, interrupted, shared out or run by other engines: always one digest, and nothing done twice."""
+
+import errno
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack_data import CONTROL, fixture_tokenizer_dir, write_rows  # noqa: F401
+
+from mmdata import parts, unfinished
+from mmdata.errors import DatasetError, DiskError, InputError, UsageError
+from mmdata.pipeline import PackResult, pack
+from mmdata.tokenizer import CHATML, train_bpe
+from mmdata.verify import verify
+
+ROOT = Path(__file__).parent.parent
+PART_BYTES = 4000
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", "conversation", 200)
+
+
+@pytest.fixture
+def pack_to(tmp_path: Path, tokenizer_dir: Path, rows: Path) -> Callable[..., PackResult]:
+    """Packs the rows into tmp_path / "out" in about ten parts."""
+
+    def run(*, out: str = "out", **options: Any) -> PackResult:
+        defaults = {"tokenizer_dir": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES, "val_fraction": 0.1}
+        return pack([rows], tmp_path / out, **defaults | options)
+
+    return run
+
+
+@pytest.fixture
+def undisturbed(pack_to: Callable[..., PackResult], tmp_path: Path) -> dict[str, bytes]:
+    """The bytes a pack gives that nothing happens to."""
+    pack_to(out="undisturbed")
+    return tree(tmp_path / "undisturbed")
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def interrupt_at(share: float, error: type[BaseException] = KeyboardInterrupt) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done > share * total:
+            raise error
+
+    return progress
+
+
+@pytest.fixture
+def packed_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the parts that are packed from now on."""
+    found: list[int] = []
+    real = parts.PartPacker.__call__
+
+    def count(self: parts.PartPacker, part: parts.Part, tick: Any) -> Any:
+        found.append(part.number)
+        return real(self, part, tick)
+
+    monkeypatch.setattr(parts.PartPacker, "__call__", count)
+    return found
+
+
+def leave_half(pack_to: Callable[..., PackResult], **options: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(progress=interrupt_at(0.5), **options)
+
+
+# --- going on
+
+
+def test_an_interrupted_pack_goes_on_at_the_first_unfinished_part(
+    tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes], packed_parts: list[int]
+) -> None:
+    notes: list[str] = []
+    leave_half(pack_to, note=notes.append)
+    half = len(packed_parts) - 1  # the last was not finished
+    assert half > 1 and "kept" in notes[-1]
+    pack_to(note=notes.append)
+    assert packed_parts[half + 1 :] == list(range(half, len(packed_parts) - 1)) and f"{half} of " in notes[-1]
+    assert tree(tmp_path / "out") == undisturbed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl", "undisturbed"]
+
+
+def test_progress_of_a_resumed_pack_begins_where_it_was(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
+    leave_half(pack_to)
+    seen: list[tuple[int, int]] = []
+    pack_to(progress=lambda done, total: seen.append((done, total)))
+    size = (tmp_path / "rows.jsonl").stat().st_size
+    assert seen[0][0] > 0.3 * size and seen[-1] == (size, size)
+
+
+def test_a_finished_part_whose_file_is_damaged_is_packed_again(
+    tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
+) -> None:
+    leave_half(pack_to)
+    shard = next((tmp_path / ".out.packing" / "dataset" / "train").rglob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    pack_to()
+    assert tree(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("change", ["input", "tokenizer", "argument", "length", "version"])
+def test_what_has_changed_is_named_and_the_pack_begun_anew(
+    tmp_path: Path,
+    rows: Path,
+    pack_to: Callable[..., PackResult],
+    packed_parts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+) -> None:
+    leave_half(pack_to)
+    packed_parts.clear()
+    options: dict[str, Any] = {}
+    if change == "input":
+        write_rows(rows, "conversation", 201)
+        named = "rows.jsonl has changed"
+    elif change == "tokenizer":
+        train_bpe(
+            ["other words"], vocab_size=300, control_tokens=CONTROL, chat_template=CHATML, out_dir=tmp_path / "other"
+        )
+        options, named = {"tokenizer_dir": tmp_path / "other"}, "the tokenizer is another one"
+    elif change == "argument":
+        options, named = {"val_fraction": 0.2}, "--val-fraction was 0.1, now 0.2"
+    elif change == "length":
+        options, named = {"max_len": 128}, "max-len was 256, now 128"
+    else:
+        monkeypatch.setattr(unfinished, "version", lambda name: "99")
+        named = "version of pyarrow was"
+    notes: list[str] = []
+    pack_to(note=notes.append, **options)
+    assert named in notes[0] and "begun anew" in notes[0] and packed_parts[0] == 0
+
+
+def test_a_budget_may_change_without_packing_again(
+    tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult], packed_parts: list[int]
+) -> None:
+    leave_half(pack_to, max_bad=0.01)
+    done = len(packed_parts) - 1
+    pack_to(max_bad=0.5)
+    assert packed_parts[done + 1] == done
+
+
+def test_a_full_disk_keeps_the_finished_parts(
+    tmp_path: Path,
+    pack_to: Callable[..., PackResult],
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, room = parts.write_arrow, [8]
+
+    def fill(*arguments: Any) -> dict[str, Any]:
+        room[0] -= 1
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(parts, "write_arrow", fill)
+    notes: list[str] = []
+    with pytest.raises(DiskError, match="full"):
+        pack_to(note=notes.append)
+    assert "the same command goes on" in notes[-1]
+    pack_to()
+    assert tree(tmp_path / "out") == undisturbed
+
+
+def test_an_unusable_input_leaves_nothing(tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult]) -> None:
+    with rows.open("a") as file:
+        file.write("not json\n")
+    with pytest.raises(InputError):
+        pack_to(on_bad="fail")
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+# --- killed
+
+PACK = """
+import sys
+from pathlib import Path
+from mmdata.pipeline import pack
+if __name__ == "__main__":
+    rows, out, tokenizer = map(Path, sys.argv[1:4])
+    print("begun", flush=True)
+    pack([rows], out, tokenizer_dir=tokenizer, max_len=256, part_bytes=4000, val_fraction=0.1, workers=int(sys.argv[4]),
+         progress=lambda done, total: print(done, total, flush=True))
+"""
+
+
+def start(tmp_path: Path, tokenizer_dir: Path, workers: int) -> subprocess.Popen[str]:
+    (tmp_path / "script.py").write_text(PACK)
+    command = [sys.executable, str(tmp_path / "script.py"), *map(str, (tmp_path / "rows.jsonl", tmp_path / "out"))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, str(tokenizer_dir), str(workers)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def kill_at(process: subprocess.Popen[str], delay_s: float) -> bool:
+    """Kills a pack so long after it began; whether it was still running."""
+    assert process.stdout
+    process.stdout.readline()
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("kills", "workers"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.slow, id="20 kills, two workers")]
+)
+def test_a_pack_killed_again_and_again_ends_with_the_same_bytes(
+    tmp_path: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes], pack_to: Any, kills: int, workers: int
+) -> None:
+    draw, killed, longest = random.Random(kills), 0, 0.35 if workers == 1 else 1.3
+    for _ in range(3 * kills):
+        killed += kill_at(start(tmp_path, tokenizer_dir, workers), draw.uniform(0, longest))
+        if killed == kills or (tmp_path / "out").exists():
+            if killed == kills:
+                break
+            for path in sorted((tmp_path / "out").rglob("*"), reverse=True):  # it was done first: once more
+                path.rmdir() if path.is_dir() else path.unlink()
+            (tmp_path / "out").rmdir()
+    assert killed == kills
+    pack_to()
+    assert tree(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_two_packs_into_one_place_are_kept_apart_and_a_dead_ones_lock_is_taken_over(
+    tmp_path: Path, tokenizer_dir: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
+) -> None:
+    process = start(tmp_path, tokenizer_dir, 1)
+    assert process.stdout
+    while not process.stdout.readline()[0].isdigit():
+        pass
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(DatasetError, match=rf"process {process.pid} on {socket.gethostname()}"):
+            pack_to()
+        with pytest.raises(DatasetError, match=rf"process {process.pid} "):
+            pack_to(shard=(1, 2))
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / ".out.lock").exists()
+    pack_to()
+    assert tree(tmp_path / "out") == undisturbed and not (tmp_path / ".out.lock").exists()
+
+
+def test_a_lock_of_another_host_is_not_taken_over(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
+    lock = tmp_path / ".out.lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    with pytest.raises(DatasetError, match="process 7 on elsewhere") as caught:
+        pack_to()
+    assert f"rm {lock}" in caught.value.fix
+    lock.unlink()
+    assert pack_to().kept == 200
+
+
+# --- other engines
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_of_a_pack_finish_as_one(
+    tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes], count: int
+) -> None:
+    left = [pack_to(shard=(number, count)).parts_left for number in range(count, 0, -1)]
+    assert left == sorted(left, reverse=True) and left[-1] == 0 and not (tmp_path / "out").exists()
+    result = pack_to(finish=True)
+    assert result.parts_left is None and result.kept == 200
+    assert tree(tmp_path / "out") == undisturbed and not list(tmp_path.glob(".out*"))
+
+
+def test_a_missing_shard_is_named_and_the_others_are_kept(
+    tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
+) -> None:
+    pack_to(shard=(2, 2))
+    with pytest.raises(DatasetError, match=r"not packed yet: 0, 2"):
+        pack_to(finish=True)
+    pack_to(shard=(1, 2))
+    pack_to(finish=True)
+    assert tree(tmp_path / "out") == undisturbed
+
+
+def test_a_shard_with_other_arguments_is_refused(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
+    pack_to(shard=(1, 2))
+    with pytest.raises(DatasetError, match=r"--val-fraction was 0\.1, now 0\.3"):
+        pack_to(shard=(2, 2), val_fraction=0.3)
+    with pytest.raises(UsageError, match="--shard"):
+        pack_to(shard=(3, 2))
+
+
+def test_ray_is_asked_for_by_name_and_its_absence_names_the_extra(
+    pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError) as caught:
+        pack_to(engine_name="ray")
+    assert "mm-toolkit[ray]" in caught.value.fix
+    with pytest.raises(UsageError, match="--engine"):
+        pack_to(engine_name="spark")
+    with pytest.raises(UsageError, match="--ray-address"):
+        pack_to(ray_address="auto")
+
+
+RAY = """
+import sys
+from pathlib import Path
+from mmdata.errors import InputError
+from mmdata.pipeline import pack
+if __name__ == "__main__":
+    rows, out, tokenizer, bad = map(Path, sys.argv[1:5])
+    options = {"tokenizer_dir": tokenizer, "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1, "engine_name": "ray"}
+    pack([rows], out, workers=2, **options)
+    try:
+        pack([bad], out.with_name("bad"), workers=2, on_bad="fail", **options)
+    except InputError as error:
+        print(error.message, "|", error.fix)
+"""
+
+
+@pytest.mark.slow
+def test_ray_packs_the_same_bytes_and_a_tasks_error_is_its_own(
+    tmp_path: Path, rows: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes]
+) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "script.py").write_text(RAY)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(rows.read_text() + "not json\n")
+    command = [sys.executable, "script.py", *map(str, (rows, tmp_path / "out", tokenizer_dir, bad))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{bad} line 201: not json" in done.stdout and "quarantine" in done.stdout
+    assert tree(tmp_path / "out") == undisturbed and verify(tmp_path / "out") == []
