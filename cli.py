@@ -582,6 +582,9 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Train adapters of this rank; the weights stay as they are.")
+    ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="adamw, or for pretrain muon: fewer steps to the same loss.")
     ] = None,
@@ -594,12 +597,22 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay of the matrices.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
     beta: Annotated[float | None, typer.Option(help="dpo: how strongly the reference holds.")] = None,
+    ema: Annotated[
+        float | None, typer.Option(metavar="DECAY", help="Keep a running average of the weights, such as 0.999.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(metavar="N", help="End after N validations without a better val loss.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
     val_every: Annotated[int | None, typer.Option(help="Steps between validations; 0: only at the end.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     keep_last: Annotated[int | None, typer.Option(help="Checkpoints to keep.")] = None,
     max_skipped: Annotated[int | None, typer.Option(help="Non-finite steps in a row that end the run.")] = None,
     log_every: Annotated[int, typer.Option(help="Steps between console lines.")] = 10,
+    log: Annotated[
+        list[str] | None,
+        typer.Option("--log", help="Also to tensorboard, wandb, swanlab or trackio; repeat it for several."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
     nproc: Annotated[int, typer.Option(help="Start this many ranks on this machine.")] = 1,
@@ -631,6 +644,7 @@ def train(
         init=init,
         steps=steps,
         epochs=epochs,
+        lora=lora,
         optimizer=optimizer,
         lr=lr,
         beta2=beta2,
@@ -641,12 +655,15 @@ def train(
         weight_decay=weight_decay,
         clip=clip,
         beta=beta,
+        ema=ema,
+        patience=patience,
         seed=seed,
         val_every=val_every,
         save_every=save_every,
         keep_last=keep_last,
         max_skipped=max_skipped,
         log_every=log_every,
+        trackers=tuple(log or ()),
         device=device,
         compile=compile,
         resume=resume,
@@ -689,7 +706,7 @@ def print_trained(trained: "TrainResult", as_json: bool) -> None:
     state = "interrupted" if trained.is_interrupted else "finished"
     result(
         f"{state} {trained.run_dir} at step {trained.final_step:,} of {trained.num_steps:,} in {trained.seconds:.1f} s"
-        f"{skipped}: {', '.join(figures)}"
+        f"{skipped}: {', '.join(figures)}{f' (ended early: {trained.early_stop})' if trained.early_stop else ''}"
     )
     if trained.is_interrupted:
         next_command(f"mm train {trained.stage} --out {trained.run_dir} --resume")

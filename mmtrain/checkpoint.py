@@ -1,7 +1,8 @@
 """Everything needed to go on as if never stopped, in RUN/checkpoints/step-N: fp32 weights, optimizer, step, random state.
 
 A checkpoint is written beside, flushed, hashed and renamed: it is complete or not there. Reading verifies the hashes.
-Costs 12 bytes a parameter on disk.
+Costs 12 bytes a parameter on disk. Of an adapted model it holds the adapters alone, in PEFT's format; the weights they
+belong to stand once in RUN/base.safetensors, and reading gives both merged.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdata.errors import CheckpointError
+from mmtrain import lora
 from mmtrain.config import ModelConfig, as_json, model_config_from
 from mmtrain.model import Model
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names peft looks for
+BASE = "base.safetensors"  # beside run.json
+EXTRA = "extra/"  # before the names of further tensors in OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,17 @@ class Checkpoint:
 
     @property
     def weights_sha256(self) -> str:
-        """Hash of the weights file."""
-        return self.state["files"][WEIGHTS]["sha256"]
+        """Hash of the weights file; of an adapted model, of the hashes of its two."""
+        files = self.state["files"]
+        if not self.is_adapted:
+            return files[WEIGHTS]["sha256"]
+        both = files[f"../../{BASE}"]["sha256"] + files[ADAPTERS]["sha256"]
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether it holds adapters instead of weights."""
+        return ADAPTERS in self.state["files"]
 
     @property
     def run_dir(self) -> Path:
@@ -64,22 +79,27 @@ def save(
     settings: Mapping[str, Any],
     data: Mapping[str, Any],
     keep_last: int,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-N and remove all but the newest `keep_last`; gives the new directory.
 
-    settings and data are plain JSON values, kept in state.json. On any failure nothing half-written stays.
+    settings and data are plain JSON values, kept in state.json; `extra` are further tensors by name, which `restore`
+    gives back. On any failure nothing half-written stays.
     """
     root = run_dir / "checkpoints"
     final, temporary = root / f"step-{step}", root / f".step-{step}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, temporary / WEIGHTS)
-        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        files = {name: _facts(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        names = [*_save_weights(model, temporary), OPTIMIZER]
+        others = {f"{EXTRA}{name}": value.contiguous() for name, value in (extra or {}).items()}
+        save_file(_optimizer_tensors(model, optimizer) | others, temporary / OPTIMIZER)
+        files = {name: _facts(temporary / name) for name in names}
+        if ADAPTERS in files:
+            files[f"../../{BASE}"] = _facts_of_base(run_dir / BASE)
         state = {"format_version": FORMAT_VERSION, "step": step, "files": files, "model": as_json(model.config)}
         (temporary / STATE).write_text(json.dumps({**state, "settings": settings, "data": data}, indent=2))
-        for name in (WEIGHTS, OPTIMIZER):
+        for name in names:
             shutil.copymode(temporary / STATE, temporary / name)  # safetensors makes files only their owner can read
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
@@ -98,6 +118,40 @@ def save(
     return final
 
 
+def _save_weights(model: Model, directory: Path) -> list[str]:
+    """Write a model's weights, or its adapters where it has some; gives the names of the files."""
+    adapters = lora.adapters_of(model)
+    if not adapters:
+        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, directory / WEIGHTS)
+        return [WEIGHTS]
+    save_file({k: v.detach().contiguous() for k, v in adapters.items()}, directory / ADAPTERS)
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(lora.peft_config(adapters), indent=2) + "\n")
+    return [ADAPTERS, ADAPTER_CONFIG]
+
+
+def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
+    """Keep the weights a run adapts as RUN/base.safetensors: the very file of `init` by another name where that can be,
+    else the model's, which are those of `init` merged, or new."""
+    path = run_dir / BASE
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if init is not None and not init.is_adapted:
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(init.dir / WEIGHTS, path)
+            return
+    temporary = path.with_name(f".{BASE}.partial")
+    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, temporary)
+    path.touch()
+    shutil.copymode(path, temporary)  # safetensors makes files only their owner can read
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def load_base(run_dir: Path, model: Model) -> None:
+    """Copy RUN/base.safetensors into a model without adapters."""
+    model.load_state_dict(load_file(run_dir / BASE))
+
+
 def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's moments and step by parameter name, and torch's random state."""
     tensors = {
@@ -111,10 +165,14 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
     return tensors
 
 
-def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights, moments and random state back in place."""
-    load_weights(checkpoint, model)
+def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put a checkpoint's weights or adapters, moments and random state back in place; gives the `extra` it was saved with."""
+    if checkpoint.is_adapted:
+        lora.load_adapters(model, load_file(checkpoint.dir / ADAPTERS))
+    else:
+        load_weights(checkpoint, model)
     tensors = load_file(checkpoint.dir / OPTIMIZER)
+    extra = {name.removeprefix(EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
     torch.set_rng_state(tensors.pop("rng/cpu"))
     cuda_rng = tensors.pop("rng/cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
@@ -123,12 +181,20 @@ def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimiz
         keys = {key.split("/")[0]: key for key in tensors if key.endswith(f"/{name}")}
         if keys:
             optimizer.state[parameter] = {part: tensors[key].to(parameter.device) for part, key in keys.items()}
+    return extra
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's weights fp32 by name, adapters merged into them."""
+    if not checkpoint.is_adapted:
+        return load_file(checkpoint.dir / WEIGHTS)
+    return lora.merge(load_file(checkpoint.run_dir / BASE), load_file(checkpoint.dir / ADAPTERS))
 
 
 def load_weights(checkpoint: Checkpoint, model: Model) -> None:
     """Copy a checkpoint's weights into a model of the same shape; CheckpointError where names or shapes differ."""
     try:
-        model.load_state_dict(load_file(checkpoint.dir / WEIGHTS))
+        model.load_state_dict(read_weights(checkpoint))
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.dir}: its weights do not fit the model: {str(error).splitlines()[-1].strip()}",
@@ -231,6 +297,12 @@ def _directories(run_dir: Path) -> list[Path]:
     """A run's checkpoint directories, newest first."""
     steps = [(int(p.name[5:]), p) for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
     return [path for _, path in sorted(steps, reverse=True)]
+
+
+@cache
+def _facts_of_base(path: Path) -> dict[str, Any]:
+    """The facts of a run's base weights, hashed once: a run never changes them."""
+    return _facts(path)
 
 
 def _facts(path: Path) -> dict[str, Any]:

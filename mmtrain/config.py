@@ -86,6 +86,7 @@ class TrainConfig:
     save_every: int | None = None
     keep_last: int | None = None
     log_every: int = 10
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio, beside metrics.jsonl
     device: str = "auto"  # auto | cpu | cuda
     compile: bool = False
     resume: bool = False

@@ -5,6 +5,7 @@ Planning reads and checks everything and writes nothing; then the run starts, st
 in either case with a checkpoint of its last step.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -22,14 +23,17 @@ from torch import Tensor
 from mmdata.errors import MMError, TrainError
 from mmdata.loader import MicroBatch, ahead
 from mmdata.tokenizer import Tokenizer
-from mmtrain import checkpoint, distributed, metrics, optim, reference
+from mmtrain import checkpoint, distributed, lora, metrics, optim, reference
 from mmtrain.batch import to_device
 from mmtrain.config import TrainConfig, as_json
 from mmtrain.distributed import StopSignals, World
+from mmtrain.ema import Average
 from mmtrain.evaluate import evaluate
 from mmtrain.model import Model
 from mmtrain.plan import Plan, make_plan
 from mmtrain.stages import step_zero_tolerance
+from mmtrain.trackers import Tracked, Trackers
+from mmtrain.trackers import check as check_trackers
 
 TELL_EVERY_S = 10  # between lines about work before the first step
 
@@ -52,6 +56,7 @@ class TrainResult:
     trained_tokens: int
     num_skipped: int
     is_interrupted: bool
+    early_stop: str  # why it ended before its last step by --patience; empty when it did not
 
 
 @dataclass
@@ -68,6 +73,9 @@ class Run:
     log: metrics.Log
     facts: dict[str, Any]
     batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # of the steps to come
+    average: Average | None = None
+    trackers: Trackers | None = None
+    val_losses: list[float] = field(default_factory=list)
     num_skipped: int = 0
     num_skipped_in_a_row: int = 0
     last_checkpoint: Path | None = None
@@ -113,6 +121,8 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
         raise
     finally:
         run.log.close()
+        if run.trackers:
+            run.trackers.close()
     status = "interrupted" if result.is_interrupted else "finished"
     news = {"final_step": result.final_step, "result": _plain(asdict(result))}
     _write_facts(run, status=status, **(news if result.final_step > result.first_step else {}))
@@ -138,6 +148,8 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
         checkpoint.load_weights(plan.init, model)
     if plan.stage.kind == "pair" and plan.init_facts is None:
         plan = replace(plan, init_facts={"dir": "", "weights_sha256": checkpoint.weights_digest(model)})
+    if settings.lora:
+        _adapt(plan, world, model)
     model.to(world.device)
     if config.compile:  # block by block: all share one compiled graph; not measured
         for block in model.model.layers:
@@ -145,20 +157,50 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     optimizer = optim.make(
         model, settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay, beta2=settings.beta2
     )
-    first_step = 0
+    first_step, in_training = 0, {}
     if plan.resumed:
-        checkpoint.restore(plan.resumed, model, optimizer)
+        in_training = checkpoint.restore(plan.resumed, model, optimizer)
         first_step = plan.resumed.step
+    average = Average(model, settings.ema) if settings.ema else None
+    if average and plan.resumed:
+        average.go_on(in_training)
     log_dir = config.out if world.is_first else None
     log = metrics.Log(log_dir, num_steps=plan.num_steps, first_step=first_step, log_every=config.log_every, say=say)
-    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, {})
+    world.wait()  # metrics.jsonl now ends at the first step
+    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, {}, average)
+    run.val_losses = metrics.val_losses(config.out) if plan.resumed else []
     run.last_checkpoint = plan.resumed.dir if plan.resumed else None
     run.facts = _first_facts(plan, world, model)
+    _agree_on(world, partial(_open_trackers, run))
     _write_facts(run, status="running")
     _say_start(run)
     if plan.stage.kind == "pair":
         run.ref = _reference_logps(run)
     return run
+
+
+def _adapt(plan: Plan, world: World, model: Model) -> None:
+    """Give the model adapters, and the run the weights they belong to."""
+    out = plan.config.out
+    if plan.resumed:
+        checkpoint.load_base(out, model)
+    elif world.is_first:
+        checkpoint.save_base(out, model, plan.init)
+    lora.adapt(model, plan.settings.lora)
+
+
+def _open_trackers(run: Run) -> None:
+    """Open the trackers asked for, or those the run had, on the first rank."""
+    names = run.plan.config.trackers or tuple(run.facts.get("trackers", {}))
+    run.facts["trackers"] = dict.fromkeys(names, "open")
+    if not (names and run.world.is_first):
+        return
+    check_trackers(names)  # those of a resumed run too
+    identity = hashlib.sha256(f"{run.facts['started']} {run.out.name}".encode()).hexdigest()[:8]
+    first_step = run.plan.resumed.step if run.plan.resumed else 0
+    settings = {"stage": run.plan.stage.name, "num_params": run.facts["num_params"]} | as_json(run.plan.settings)
+    run.trackers = Trackers(names, Tracked(run.out, identity, first_step, settings), run.log.say)
+    run.log.also = run.trackers.write
 
 
 def _say_start(run: Run) -> None:
@@ -184,6 +226,9 @@ def _say_start(run: Run) -> None:
             f"Train `mm train pretrain`{', then `mm train sft`' if before == 'sft' and plan.stage.name == 'dpo' else ''} "
             "first, or name a run with --init"
         )
+    if plan.settings.lora:
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        run.log.say(f"adapters of rank {plan.settings.lora}: {trained:,} parameters are trained, the others stay")
     if plan.resumed:
         for damaged in checkpoint.newer_than(plan.resumed):
             run.log.say(f"{damaged} is damaged: going on from step {plan.resumed.step} instead")
@@ -237,8 +282,9 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
     begun, totals, loss = time.monotonic(), [0, 0], None
     is_stopping = False
     run.log.start_clock()
+    early_stop = _early_stop(run)
     with closing(ahead(run.plan.loader.batch, range(step, num_steps))) as run.batches:
-        while step < num_steps and not is_stopping:
+        while step < num_steps and not is_stopping and not early_stop:
             record, is_stopping = _run_step(run, step, stop)
             step += 1
             loss = record["loss"]
@@ -247,7 +293,8 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
             is_last = step == num_steps
             if is_last or (settings.val_every and step % settings.val_every == 0):
                 _validate(run, step)
-            if is_last or is_stopping or (settings.save_every and step % settings.save_every == 0):
+                early_stop = "" if is_last else _early_stop(run)
+            if is_last or is_stopping or early_stop or (settings.save_every and step % settings.save_every == 0):
                 _save(run, step)
     assert run.last_checkpoint is not None
     return TrainResult(
@@ -264,7 +311,8 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
         tokens=totals[0],
         trained_tokens=totals[1],
         num_skipped=run.num_skipped,
-        is_interrupted=step < num_steps,
+        is_interrupted=step < num_steps and not early_stop,
+        early_stop=early_stop,
     )
 
 
@@ -287,6 +335,8 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> tuple[dict[str, Any], b
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
     norm = _update(run, step, lr, means["loss"], count)
+    if run.average:
+        run.average.update(step)
     seconds = time.monotonic() - begun
     record = {
         "step": step + 1,
@@ -360,7 +410,7 @@ def _validate(run: Run, step: int) -> None:
     """Measure the val split and write a line of val_ figures; nothing when it is empty."""
     if not run.plan.val_loader.num_samples:
         return
-    with autocast(run.world.device):
+    with autocast(run.world.device), _offered(run):
         run.val = evaluate(
             run.model,
             run.plan.val_loader,
@@ -370,7 +420,22 @@ def _validate(run: Run, step: int) -> None:
             beta=run.plan.settings.beta,
         )
     if run.val:
+        run.val_losses.append(run.val["loss"])
         run.log.val({"step": step} | {f"val_{name}": value for name, value in run.val.items()})
+
+
+def _offered(run: Run) -> AbstractContextManager[dict[str, Tensor]]:
+    """While open the model holds the weights the run offers, their average where it keeps one; gives those in training."""
+    return run.average.in_place() if run.average else nullcontext({})
+
+
+def _early_stop(run: Run) -> str:
+    """Why the run ends before its last step: its val loss has not become better for as long as --patience allows."""
+    patience = run.plan.settings.patience
+    if not patience or metrics.num_since_best(run.val_losses) < patience:
+        return ""
+    best = min((loss for loss in run.val_losses if math.isfinite(loss)), default=math.nan)
+    return f"no better val loss in {patience} validations; the best was {best:.4g}"
 
 
 def _save(run: Run, step: int) -> None:
@@ -384,15 +449,17 @@ def _save(run: Run, step: int) -> None:
             "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
             "init": plan.init_facts,
         }
-        checkpoint.save(
-            run.out,
-            run.model,
-            run.optimizer,
-            step=step,
-            settings={"stage": plan.stage.name} | as_json(plan.settings),
-            data=data,
-            keep_last=plan.settings.keep_last,
-        )
+        with _offered(run) as in_training:
+            checkpoint.save(
+                run.out,
+                run.model,
+                run.optimizer,
+                step=step,
+                settings={"stage": plan.stage.name} | as_json(plan.settings),
+                data=data,
+                keep_last=plan.settings.keep_last,
+                extra=in_training,
+            )
     run.last_checkpoint = run.out / "checkpoints" / f"step-{step}"
     run.world.wait()
 
@@ -436,6 +503,8 @@ def _write_facts(run: Run, **changes: Any) -> None:
     if not run.world.is_first:
         return
     run.facts |= changes
+    if run.trackers:
+        run.facts["trackers"] |= run.trackers.failed
     if run.facts["status"] != "running":
         run.facts["ended"] = time.time()
     checkpoint.write_atomic(run.out / "run.json", json.dumps(run.facts, indent=2, ensure_ascii=False) + "\n")

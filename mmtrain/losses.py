@@ -37,12 +37,13 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         """With p = softmax: d logp / d logits = onehot(target) - p."""
         hidden, weight, targets, lse = ctx.saved_tensors
         (grad,) = grads
         grad_hidden = torch.empty(hidden.shape, dtype=ctx.dtypes[0], device=hidden.device)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
+        is_frozen = not ctx.needs_input_grad[1]  # where adapters are trained alone
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if not is_frozen else None
         for begin in range(0, len(hidden), ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
             logits = _matmul(hidden[rows], weight.t()) if ctx.logits is None else ctx.logits
@@ -50,8 +51,9 @@ class _TokenLogps(torch.autograd.Function):
             grad_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
             low = grad_logits.to(hidden.dtype)
             grad_hidden[rows] = _matmul(low, weight)
-            grad_weight += _matmul(low.t(), hidden[rows])
-        return grad_hidden, grad_weight.to(ctx.dtypes[1]), None, None, None
+            if grad_weight is not None:
+                grad_weight += _matmul(low.t(), hidden[rows])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.dtypes[1]), None, None, None
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Log:
     ):
         self.say_line, self._log_every, self._num_steps = say, log_every, num_steps
         self._first_step = first_step
+        self.also: Callable[[Mapping[str, Any]], None] | None = None  # takes every line of metrics.jsonl too
         self._file = None
         if run_dir is not None:
             cut_after(run_dir / "metrics.jsonl", first_step)
@@ -75,6 +76,8 @@ class Log:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        if self.also is not None:
+            self.also(finite)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         done = record["step"]
@@ -96,6 +99,23 @@ class Log:
         if record["skipped"]:
             parts.append(f"skipped {record['skipped']}")
         return " | ".join(parts)
+
+
+def val_losses(run_dir: Path) -> list[float]:
+    """The val losses metrics.jsonl holds, in order; none where there is no file."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = [json.loads(line).get("val_loss", "") for line in lines]
+    return [math.nan if loss is None else loss for loss in found if loss != ""]
+
+
+def num_since_best(losses: Sequence[float]) -> int:
+    """How many of these came after the smallest; one that is not a number is never the smallest."""
+    best, best_at = math.inf, -1
+    for at, loss in enumerate(losses):
+        if loss < best:
+            best, best_at = loss, at
+    return len(losses) - 1 - best_at
 
 
 def cut_after(path: Path, step: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.loader import Loader
 from mmdata.shards import Dataset, open_dataset
-from mmtrain import checkpoint, presets
+from mmtrain import checkpoint, presets, trackers
 from mmtrain.batch import pinned
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig, Settings, TrainConfig, resolve, shape_from
@@ -49,6 +49,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     stage = STAGES[config.stage]
     if config.compile and world.device.type != "cuda":
         raise UsageError(f"--compile is for CUDA; this run is on {world.device.type}", "leave --compile out")
+    trackers.check(config.trackers)
     resumed = _find_resumed(config)
     saved = resumed.state["settings"] if resumed else None
     if saved and saved["stage"] != stage.name:
@@ -75,6 +76,11 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     val_loader = _make_loader(datasets, "val", settings, world)
     if not loader.num_samples:
         raise DatasetError(f"{paths[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
+    if settings.patience and not (settings.val_every and val_loader.num_samples):
+        raise UsageError(
+            f"--patience {settings.patience} counts validations, and there are none on the way",
+            "give --val-every, and data packed with a val split; or leave --patience out",
+        )
     if resumed:
         _check_same_data(resumed, loader, paths)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))

@@ -22,7 +22,7 @@ DECLARED = {
     "jinja2",
     "filelock",
 }
-EXTRAS = {"zstandard", "ray"}  # imported only inside the function that needs it
+EXTRAS = {"zstandard", "ray", "wandb", "swanlab", "trackio"}  # imported only inside the function that needs it
 # All that mmtrain takes from mmdata; `page` because the run's report is drawn like the data's.
 FROM_DATA = {"loader", "shards", "template", "tokenizer", "errors", "page"}
 
@@ -78,10 +78,13 @@ PATH = {
         "batch",
         "muon",
         "optim",
+        "ema",
+        "lora",
         "distributed",
         "checkpoint",
         "reference",
         "metrics",
+        "trackers",
         "evaluate",
         "replies",
         "decoder",

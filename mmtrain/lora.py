@@ -1,0 +1,96 @@
+"""Low-rank adapters: y = x W^T + 2 (x A^T) B^T with W frozen, for every matrix of the blocks (Hu et al. 2021).
+
+A run with --lora RANK trains A and B alone; its checkpoints hold them in PEFT's format, a few MB, and RUN/base.safetensors
+holds the weights they belong to. Whoever loads such a checkpoint (chat, eval, export, --init) gets the merged weights.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# alpha / rank, for any rank: alpha = 2 rank is the usual choice
+SCALE = 2.0
+PEFT_PREFIX = "base_model.model."
+
+
+class AdaptedLinear(nn.Linear):
+    """A bias-free linear layer with adapters A [rank, in] and B [out, rank] beside its frozen weight, which it shares."""
+
+    def __init__(self, layer: nn.Linear, rank: int):
+        assert layer.bias is None
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, None
+        self.lora_A = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
+        self.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))  # B A = 0: begins as it was
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT and nn.Linear do
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight) + F.linear(F.linear(input, self.lora_A), SCALE * self.lora_B)
+
+
+def adapt(model: nn.Module, rank: int) -> None:
+    """Freeze a model and give every linear layer in it adapters; drawn from torch's random state, so seed it first."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, AdaptedLinear(child, rank))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is an adapter's."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def adapters_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's adapters under the names PEFT gives them; empty for a model without."""
+    found = {name: value for name, value in model.state_dict().items() if is_adapter(name)}
+    return {f"{PEFT_PREFIX}{name}.weight": value for name, value in found.items()}
+
+
+def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy adapters in PEFT's names into an adapted model of the same shape; RuntimeError where they do not fit."""
+    held = adapters_of(model)
+    if {name: value.shape for name, value in held.items()} != {name: value.shape for name, value in tensors.items()}:
+        raise RuntimeError("the adapters are of other layers or another rank")
+    for name, value in held.items():
+        value.copy_(tensors[name])
+
+
+def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with adapters (PEFT's names) added in, W + 2 B A, in fp32; both as they were."""
+    merged = dict(weights)
+    for name, a, b in _pairs(adapters):
+        merged[name] = weights[name].float() + SCALE * (b.float() @ a.float())
+    return merged
+
+
+def peft_config(adapters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """adapter_config.json for these adapters, as peft reads it."""
+    pairs = list(_pairs(adapters))
+    rank = pairs[0][1].shape[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": SCALE * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted({name.split(".")[-2] for name, _, _ in pairs}),
+    }
+
+
+def _pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name of the weight, A and B of every adapted layer."""
+    for name, a in adapters.items():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            yield f"{layer.removeprefix(PEFT_PREFIX)}.weight", a, adapters[f"{layer}.lora_B.weight"]
