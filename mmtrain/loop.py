@@ -164,14 +164,20 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     average = Average(model, settings.ema) if settings.ema else None
     if average and plan.resumed:
         average.go_on(in_training)
-    log_dir = config.out if world.is_first else None
-    log = metrics.Log(log_dir, num_steps=plan.num_steps, first_step=first_step, log_every=config.log_every, say=say)
+    facts = _first_facts(plan, world, model)
+    trackers = _open_trackers(plan, world, facts, say or (lambda _: None))
+    log = metrics.Log(
+        config.out if world.is_first else None,
+        num_steps=plan.num_steps,
+        first_step=first_step,
+        log_every=config.log_every,
+        say=say,
+        also=trackers.write if trackers else None,
+    )
     world.wait()  # metrics.jsonl now ends at the first step
-    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, {}, average)
+    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, facts, average, trackers)
     run.val_losses = metrics.val_losses(config.out) if plan.resumed else []
     run.last_checkpoint = plan.resumed.dir if plan.resumed else None
-    run.facts = _first_facts(plan, world, model)
-    _agree_on(world, partial(_open_trackers, run))
     _write_facts(run, status="running")
     _say_start(run)
     if plan.stage.kind == "pair":
@@ -189,18 +195,21 @@ def _adapt(plan: Plan, world: World, model: Model) -> None:
     lora.adapt(model, plan.settings.lora)
 
 
-def _open_trackers(run: Run) -> None:
-    """Open the trackers asked for, or those the run had, on the first rank."""
-    names = run.plan.config.trackers or tuple(run.facts.get("trackers", {}))
-    run.facts["trackers"] = dict.fromkeys(names, "open")
-    if not (names and run.world.is_first):
-        return
-    check_trackers(names)  # those of a resumed run too
-    identity = hashlib.sha256(f"{run.facts['started']} {run.out.name}".encode()).hexdigest()[:8]
-    first_step = run.plan.resumed.step if run.plan.resumed else 0
-    settings = {"stage": run.plan.stage.name, "num_params": run.facts["num_params"]} | as_json(run.plan.settings)
-    run.trackers = Trackers(names, Tracked(run.out, identity, first_step, settings), run.log.say)
-    run.log.also = run.trackers.write
+def _open_trackers(plan: Plan, world: World, facts: dict[str, Any], say: Callable[[str], None]) -> Trackers | None:
+    """Open the trackers asked for, or those the run had, on the first rank; None where there are none."""
+    names = plan.config.trackers or tuple(facts.get("trackers", {}))
+    facts["trackers"] = dict.fromkeys(names, "open")
+    found: list[Trackers] = []
+
+    def open_all() -> None:
+        check_trackers(names)  # those of a resumed run too
+        identity = hashlib.sha256(f"{facts['started']} {plan.config.out.name}".encode()).hexdigest()[:8]
+        first_step = plan.resumed.step if plan.resumed else 0
+        settings = {"stage": plan.stage.name, "num_params": facts["num_params"]} | as_json(plan.settings)
+        found.append(Trackers(names, Tracked(plan.config.out, identity, first_step, settings), say))
+
+    _agree_on(world, open_all if names and world.is_first else lambda: None)
+    return found[0] if found else None
 
 
 def _say_start(run: Run) -> None:

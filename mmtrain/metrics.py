@@ -20,7 +20,8 @@ def print_line(text: str) -> None:
 class Log:
     """The story of a run: every step to RUN/metrics.jsonl, a console line every `log_every` steps.
 
-    run_dir None writes no file, say None prints nothing: so it is on all ranks but the first.
+    run_dir None writes no file, say None prints nothing: so it is on all ranks but the first. `also` takes every line
+    that is written.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class Log:
         first_step: int,
         log_every: int,
         say: Callable[[str], None] | None,
+        also: Callable[[Mapping[str, Any]], None] | None = None,
     ):
         self.say_line, self._log_every, self._num_steps = say, log_every, num_steps
         self._first_step = first_step
-        self.also: Callable[[Mapping[str, Any]], None] | None = None  # takes every line of metrics.jsonl too
+        self._also = also
         self._file = None
         if run_dir is not None:
             cut_after(run_dir / "metrics.jsonl", first_step)
@@ -76,8 +78,8 @@ class Log:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self.also is not None:
-            self.also(finite)
+        if self._also is not None:
+            self._also(finite)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         done = record["step"]
