@@ -117,6 +117,8 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
         with StopSignals() as stop:
             result = _run_steps(run, stop)
     except BaseException:
+        if run.trackers:
+            run.trackers.close(is_failed=True)
         _write_facts(run, status="failed")
         raise
     finally:
@@ -175,7 +177,8 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
         also=trackers.write if trackers else None,
     )
     world.wait()  # metrics.jsonl now ends at the first step
-    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, facts, average, trackers)
+    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, facts)
+    run.average, run.trackers = average, trackers
     run.val_losses = metrics.val_losses(config.out) if plan.resumed else []
     run.last_checkpoint = plan.resumed.dir if plan.resumed else None
     _write_facts(run, status="running")

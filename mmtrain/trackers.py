@@ -37,10 +37,10 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Sink:
-    """An open tracker: takes the figures of a step, and the end."""
+    """An open tracker: takes the figures of a step, and the end with whether the run failed."""
 
     write: Callable[[int, Mapping[str, float]], object]
-    close: Callable[[], object]
+    close: Callable[[bool], object]
 
 
 def check(names: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ class Trackers:
                 with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
                     self._open[name] = OPEN[name](run)
             except Exception as error:  # other people's code: it may raise anything
-                self.close()
+                self.close(is_failed=True)
                 raise TrainError(f"--log {name} does not start: {_first_line(error)}", HELP[name]) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -78,10 +78,10 @@ class Trackers:
         for name, sink in list(self._open.items()):
             self._try(name, lambda sink=sink: sink.write(record["step"], figures), f"at step {record['step']}")
 
-    def close(self) -> None:
-        """Let every tracker finish its work."""
+    def close(self, *, is_failed: bool = False) -> None:
+        """Let every tracker finish its work; nothing the second time."""
         for name, sink in list(self._open.items()):
-            self._try(name, sink.close, "when closing")
+            self._try(name, lambda sink=sink: sink.close(is_failed), "when closing")
         self._open.clear()
 
     def _try(self, name: str, act: Callable[[], object], when: str) -> None:
@@ -111,7 +111,7 @@ def _tensorboard(run: Tracked) -> Sink:
         for name, value in figures.items():
             writer.add_scalar(name, value, step)
 
-    return Sink(write, writer.close)
+    return Sink(write, lambda is_failed: writer.close())
 
 
 def _wandb(run: Tracked) -> Sink:
@@ -129,7 +129,9 @@ def _wandb(run: Tracked) -> Sink:
         settings=wandb.Settings(console="off"),
     )
     opened.define_metric("*", step_metric="step")
-    return Sink(lambda step, figures: opened.log({"step": step, **figures}), opened.finish)
+    return Sink(
+        lambda step, figures: opened.log({"step": step, **figures}), lambda bad: opened.finish(exit_code=int(bad))
+    )
 
 
 def _swanlab(run: Tracked) -> Sink:
@@ -144,7 +146,7 @@ def _swanlab(run: Tracked) -> Sink:
         log_dir=str(run.dir / "swanlog"),
         config=dict(run.settings),
     )
-    return Sink(lambda step, figures: opened.log(dict(figures), step=step), opened.finish)
+    return Sink(lambda step, figures: opened.log(dict(figures), step=step), lambda is_failed: opened.finish())
 
 
 def _trackio(run: Tracked) -> Sink:
@@ -153,7 +155,7 @@ def _trackio(run: Tracked) -> Sink:
 
     name = f"{run.dir.name}-{run.id}"
     opened = trackio.init(project=PROJECT, name=name, resume="allow", config=dict(run.settings), embed=False)
-    return Sink(lambda step, figures: opened.log(dict(figures), step=step), opened.finish)
+    return Sink(lambda step, figures: opened.log(dict(figures), step=step), lambda is_failed: opened.finish())
 
 
 OPEN: Mapping[str, Callable[[Tracked], Sink]] = {

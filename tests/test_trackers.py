@@ -49,7 +49,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
             raise ConnectionError("no route to host\nand much more")
         kept.lines.append((at, figures))
 
-    def finish() -> None:
+    def finish(exit_code: int = 0) -> None:
         kept.closed += 1
 
     def init(**options: Any) -> SimpleNamespace:
@@ -186,7 +186,7 @@ def test_extras_are_declared_under_their_names() -> None:
 def test_what_is_not_a_number_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, float]] = []
     opened: dict[str, Callable[[Tracked], Sink]] = {
-        "wandb": lambda run: Sink(lambda step, figures: found.append(dict(figures)), lambda: None)
+        "wandb": lambda run: Sink(lambda step, figures: found.append(dict(figures)), lambda is_failed: None)
     }
     monkeypatch.setattr(trackers, "OPEN", opened)
     several = Trackers(["wandb"], Tracked(tmp_path, "1", 0, {}), print)
