@@ -127,11 +127,12 @@ def test_the_configuration_names_what_peft_asks_for() -> None:
 
 
 def test_a_run_of_adapters_learns_and_gives_merged_weights(data: Data, base: Path, tmp_path: Path) -> None:
-    run = config_of("sft", data, tmp_path / "lora", init=base, lora=4, lr=5e-3, steps=12)
+    run = config_of("sft", data, tmp_path / "lora", init=base, lora=4, lr=5e-3, steps=24)
     said: list[str] = []
     train(run, log=said.append)
     assert any(line.startswith("adapters of rank 4: ") for line in said)
-    assert steps(run.out)[-1]["loss"] < steps(run.out)[0]["loss"]
+    losses = [line["loss"] for line in steps(run.out)]
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
     found = checkpoint.find(run.out)
     assert found.is_adapted and not (found.dir / WEIGHTS).exists()
     before, after = (checkpoint.read_weights(each) for each in (checkpoint.find(base), found))
