@@ -408,11 +408,29 @@ def stage_of(kind: str) -> str:
 @app.command(epilog="Example: mm verify shards/sft_512")
 def verify(
     datasets: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Packed datasets.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First rebuild damaged files from the inputs, to the same bytes.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --repair: where a damaged tokenizer copy came from.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="With --repair: processes. [default: one a core]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Re-hash every shard and check manifest, counts and token ranges."""
+    """Re-hash every shard and check manifest, counts and token ranges; with --repair rebuild what is damaged."""
+    from mmdata.errors import UsageError
+    from mmdata.repair import repair as repair_dataset
     from mmdata.verify import verify as verify_dataset
 
+    if (tokenizer or workers) and not repair:
+        raise UsageError("--tokenizer and --workers belong to --repair", "mm verify DIR --repair")
+    for path in datasets if repair else ():
+        with progress(f"repair {path}", quiet=as_json) as update:
+            rebuilt = repair_dataset(
+                path, tokenizer_dir=tokenizer, workers=workers or os.cpu_count() or 1, progress=update
+            )
+        for name in rebuilt:
+            say(f"rebuilt {path / name}")
     found = {}
     for path in datasets:
         with progress(f"verify {path}", quiet=as_json) as update:
@@ -425,7 +443,8 @@ def verify(
         if not as_json and not problems:
             result(f"{path}: every shard is as packed")
     if any(found.values()):
-        say("fix: pack it again from its inputs (`mm pack`); the manifest's `inputs` and `arguments` name them")
+        bad = " ".join(path for path, problems in found.items() if problems)
+        say(f"fix: mm verify {bad} --repair" if not repair else "fix: pack it again from its inputs (`mm pack`)")
         raise typer.Exit(1)
 
 

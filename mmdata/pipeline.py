@@ -485,7 +485,7 @@ def _finish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> dict[
     files = [file for result in results for file in result.files]
     for name, content in sorted(job.tokenizer.files.items()):
         files.append({"path": f"tokenizer/{name}", **write_file(staging.dataset / "tokenizer" / name, content)})
-    stats = _to_json(_stats(manifest, results))
+    stats = stats_json(manifest, results)
     files.append({"path": "stats.json", **write_file(staging.dataset / "stats.json", stats)})
     manifest["files"] = sorted(files, key=lambda file: file["path"])
     write_file(staging.dataset / "manifest.json", _to_json(manifest))
@@ -495,6 +495,11 @@ def _finish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> dict[
 
 def _to_json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def stats_json(manifest: dict[str, Any], results: Sequence[PartResult]) -> bytes:
+    """The content of stats.json, from a manifest with totals and the results of all its parts."""
+    return _to_json(_stats(manifest, results))
 
 
 def _part_entry(result: PartResult) -> dict[str, Any]:

@@ -58,6 +58,7 @@ PATH = {
         "publish",
         "unfinished",
         "pipeline",
+        "repair",
         "tally",
         "texts",
         "measure",
