@@ -29,6 +29,7 @@ from mmdata.terminal import (
     print_measured,
     print_overview,
     print_packed,
+    print_run_chains,
     print_validation,
     progress,
     result,
@@ -637,6 +638,10 @@ def train(
     nproc: Annotated[int, typer.Option(help="Start this many ranks on this machine.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No step lines.")] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not keep RUN/report.html.")] = False,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="Do not let the model answer fixed prompts at validations.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train one stage: pretrain, sft or dpo. Works under torchrun as it is."""
@@ -687,6 +692,8 @@ def train(
         compile=compile,
         resume=resume,
         quiet=quiet,
+        report=not no_report,
+        samples=not no_samples,
         runs_dir=RUNS_DIR,
     )
     trained = train_stage(config)
@@ -761,6 +768,60 @@ def next_run(stage: str, resume: bool) -> Path:
             f"no {stage} run under {RUNS_DIR}/ to resume", f"mm train {stage}, or name one: --out RUN"
         )
     return RUNS_DIR / f"{stage}-{max(begun, default=0) + (not resume)}"
+
+
+@app.command(epilog="Example: mm report runs/sft-1 --html run.html    mm report runs/dpo-1 runs/dpo-2 --follow")
+def report(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs, laid over each other. [default: the newest]")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Serve it on 127.0.0.1, fresh as the run trains; Ctrl-C ends it.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --follow: where; 0: any free one.")] = 8765,
+    lang: Annotated[str, typer.Option(help="Of the HTML report: en or zh.")] = "en",
+    as_json: Json = False,
+) -> None:
+    """What happened in a run and those it goes back to: curves, speed, events, settings, what the model says."""
+    from mmdata.errors import UsageError
+    from mmtrain import history
+    from mmtrain.report import run_page, serve, write
+
+    check_lang(lang)
+    if follow and (html or as_json):
+        raise UsageError("--follow serves the report and writes nothing", "leave --html and --json out, or --follow")
+    found = runs or [newest_run()]
+    if follow:
+        serve(
+            lambda: run_page(history.figures(found), lang=lang, refresh_s=2),
+            port,
+            on_start=lambda url: say(f"look: {url}"),
+        )
+        return
+    figures = history.figures(found)
+    if html:
+        write(html, run_page(figures, lang=lang))
+    if as_json:
+        print_json(figures)
+    else:
+        print_run_chains(figures["chains"])
+    if html:
+        say(f"wrote {html} ({size(html.stat().st_size)})")
+    elif not as_json:
+        next_command(f"mm report {' '.join(map(str, found))} --html run.html    or    --follow")
+
+
+def newest_run() -> Path:
+    """The run under runs/ that wrote last."""
+    from mmdata.errors import CheckpointError
+
+    found = [(path.stat().st_mtime_ns, path.parent) for path in RUNS_DIR.glob("*/run.json")]
+    if not found:
+        raise CheckpointError(f"no run under {RUNS_DIR}/", "`mm train` makes one, or name it: mm report RUN")
+    return max(found)[1]
 
 
 # --- talking to a model -----------------------------------------------------------------------------------------------

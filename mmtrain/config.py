@@ -91,6 +91,8 @@ class TrainConfig:
     compile: bool = False
     resume: bool = False
     quiet: bool = False
+    report: bool = True  # keep RUN/report.html fresh at each validation
+    samples: bool = True  # and let the model answer a few fixed prompts then
     runs_dir: Path = Path("runs")  # where an earlier run is looked for when `init` is not given
 
 

@@ -29,8 +29,10 @@ from mmtrain.config import TrainConfig, as_json
 from mmtrain.distributed import StopSignals, World
 from mmtrain.ema import Average
 from mmtrain.evaluate import evaluate
+from mmtrain.keeper import Keeper
 from mmtrain.model import Model
 from mmtrain.plan import Plan, make_plan
+from mmtrain.speed import matmul_flops
 from mmtrain.stages import step_zero_tolerance
 from mmtrain.trackers import Tracked, Trackers
 from mmtrain.trackers import check as check_trackers
@@ -80,6 +82,7 @@ class Run:
     num_skipped_in_a_row: int = 0
     last_checkpoint: Path | None = None
     val: dict[str, float] = field(default_factory=dict)
+    keeper: Keeper | None = None  # of the first rank's report and samples
 
     @property
     def out(self) -> Path:
@@ -128,6 +131,8 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
     status = "interrupted" if result.is_interrupted else "finished"
     news = {"final_step": result.final_step, "result": _plain(asdict(result))}
     _write_facts(run, status=status, **(news if result.final_step > result.first_step else {}))
+    if run.keeper:
+        run.keeper.write()
     world.wait()
     return result
 
@@ -182,6 +187,8 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     run.val_losses = metrics.val_losses(config.out) if plan.resumed else []
     run.last_checkpoint = plan.resumed.dir if plan.resumed else None
     _write_facts(run, status="running")
+    if world.is_first:
+        run.keeper = Keeper(config.out, first_step=first_step, with_report=config.report, with_samples=config.samples)
     _say_start(run)
     if plan.stage.kind == "pair":
         run.ref = _reference_logps(run)
@@ -306,6 +313,9 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
             if is_last or (settings.val_every and step % settings.val_every == 0):
                 _validate(run, step)
                 early_stop = "" if is_last else _early_stop(run)
+                if run.keeper:
+                    is_end = bool(is_last or early_stop)
+                    run.keeper.validated(step, run.model, run.tokenizer, run.plan.stage.name, is_last=is_end)
             if is_last or is_stopping or early_stop or (settings.save_every and step % settings.save_every == 0):
                 _save(run, step)
     assert run.last_checkpoint is not None
@@ -453,6 +463,8 @@ def _early_stop(run: Run) -> str:
 def _save(run: Run, step: int) -> None:
     """Write the checkpoint of `step` on the first rank; the others wait."""
     plan = run.plan
+    if run.keeper:
+        run.keeper.event(step, "save")
     if run.world.is_first:
         data = {
             "digest": plan.loader.digest,
@@ -504,9 +516,25 @@ def _first_facts(plan: Plan, world: World, model: Model) -> dict[str, Any]:
         ],
         "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
         "device": str(world.device),
+        **_speed_facts(plan, world),
         "precision": str(autocast_dtype(world.device)).removeprefix("torch."),
         "world_size": world.size,
         "versions": {name: _version(name) for name in ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")},
+    }
+
+
+def _speed_facts(plan: Plan, world: World) -> dict[str, Any]:
+    """What the report measures speed against: the device's name and rate, and how full padded rows would be."""
+    if not (plan.config.report and world.is_first):
+        return {}
+    shards = [shard for dataset in plan.datasets for shard in dataset.manifest["shards"] if shard["split"] == "train"]
+    sides = 2 if plan.stage.kind == "pair" else 1
+    positions = sum(sides * shard["samples"] * shard["bucket"] for shard in shards)
+    is_cuda = world.device.type == "cuda"
+    return {
+        "device_name": torch.cuda.get_device_name(world.device) if is_cuda else "CPU",
+        "matmul_flops": matmul_flops(world.device, autocast_dtype(world.device)),
+        "fill": sum(shard["model_tokens"] for shard in shards) / max(1, positions),
     }
 
 

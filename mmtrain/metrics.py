@@ -54,7 +54,7 @@ class Log:
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Write a step's figures; print them at intervals, at the first and at the last step."""
-        self._write(record)
+        self._write({**record, "memory_bytes": memory_bytes()})
         done = record["step"]
         if done % self._log_every == 0 or done in (self._first_step + 1, self._num_steps):
             self.say(self._line(record))

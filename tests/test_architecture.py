@@ -95,6 +95,12 @@ PATH = {
         "presets",
         "demo",
         "plan",
+        "speed",
+        "speak",
+        "history",
+        "report_words",
+        "report",
+        "keeper",
         "loop",
     ],
 }
