@@ -29,7 +29,6 @@ from mmdata.terminal import (
     print_measured,
     print_overview,
     print_packed,
-    print_run_chains,
     print_validation,
     progress,
     result,
@@ -37,6 +36,7 @@ from mmdata.terminal import (
     show_dataset,
     show_file,
     size,
+    table,
 )
 
 if TYPE_CHECKING:
@@ -812,6 +812,41 @@ def report(
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
         next_command(f"mm report {' '.join(map(str, found))} --html run.html    or    --follow")
+
+
+def print_run_chains(chains: list[list[dict[str, Any]]]) -> None:
+    """Runs and those they go back to: figures, settings with their origin, events, and what the model said last."""
+    from mmtrain.report import glance, hours
+
+    for runs in chains:
+        rows = [
+            (
+                run["name"],
+                run["stage"],
+                run["status"],
+                run["step"],
+                run["tokens"],
+                run["trained_tokens"],
+                hours(run["hours"]),
+            )
+            for run in runs
+        ]
+        table("", ("run", "stage", "status", "steps", "tokens", "trained", "time"), rows)
+        if "missing" in runs[0]:
+            result(f"{runs[0]['name']} goes back to {runs[0]['missing']}, which is no longer there")
+        run = runs[-1]
+        table(run["dir"], ("", "", ""), glance(run))
+        pairs = [(name, f"{value:.4f}") for name, value in run["last"].items() if isinstance(value, float)]
+        table("newest figures", ("", ""), pairs)
+        settings = [
+            (name, str(one["value"]), one["from"]) for name, one in run["settings"].items() if one["value"] is not None
+        ]
+        table("settings", ("", "value", "from"), settings)
+        events = [(event["step"], event["event"], event["note"]) for event in run["events"] if event["event"] != "save"]
+        table("events", ("step", "", ""), events)
+        last = [one for one in run["samples"] if one["step"] == run["samples"][-1]["step"]]
+        for one in last:
+            result(f"step {one['step']}: {one['prompt']} → {' '.join(one['text'].split())}")
 
 
 def newest_run() -> Path:

@@ -157,7 +157,8 @@ def _cell(cell: Any, index: int) -> str:
     is_number = index > 0 and not isinstance(cell, Html) and str(cell)[:1] in "0123456789-+–−~≈"
     if is_number and len(str(cell)) < 16:
         return f'<td class="num">{text(cell)}</td>'
-    return f"<td>{text(cell)}</td>"
+    is_short = not isinstance(cell, Html) and len(str(cell)) < 14
+    return f"<td{' class=short' if is_short else ''}>{text(cell)}</td>"
 
 
 def code(said: str) -> Html:
@@ -280,7 +281,7 @@ def page(
 <style>{_asset("uPlot.min.css")}{_asset("page.css")}</style>
 </head>
 <body>
-<header><div class="bar"><h1><bdi>{text(title)}</bdi></h1>
+<header><div class="head"><h1><bdi>{text(title)}</bdi></h1>
 <button id="theme" type="button" aria-label="{text(words("Theme"))}"></button></div>
 <p class="subtitle"><bdi>{text(subtitle)}</bdi></p></header>
 <nav aria-label="{text(words("Contents"))}">{links}</nav>

@@ -660,44 +660,6 @@ def _print_rows(values: dict[str, Any]) -> None:
             )
 
 
-# --- runs
-
-
-def print_run_chains(chains: list[list[dict[str, Any]]]) -> None:
-    """Runs and those they go back to: figures, settings with their origin, events, and what the model said last."""
-    from mmtrain.report import glance, hours
-
-    for runs in chains:
-        rows = [
-            (
-                run["name"],
-                run["stage"],
-                run["status"],
-                run["step"],
-                run["tokens"],
-                run["trained_tokens"],
-                hours(run["hours"]),
-            )
-            for run in runs
-        ]
-        table("", ("run", "stage", "status", "steps", "tokens", "trained", "time"), rows)
-        if "missing" in runs[0]:
-            result(f"{runs[0]['name']} goes back to {runs[0]['missing']}, which is no longer there")
-        run = runs[-1]
-        table(run["dir"], ("", "", ""), glance(run))
-        pairs = [(name, f"{value:.4f}") for name, value in run["last"].items() if isinstance(value, float)]
-        table("newest figures", ("", ""), pairs)
-        settings = [
-            (name, str(one["value"]), one["from"]) for name, one in run["settings"].items() if one["value"] is not None
-        ]
-        table("settings", ("", "value", "from"), settings)
-        events = [(event["step"], event["event"], event["note"]) for event in run["events"] if event["event"] != "save"]
-        table("events", ("step", "", ""), events)
-        last = [one for one in run["samples"] if one["step"] == run["samples"][-1]["step"]]
-        for one in last:
-            result(f"step {one['step']}: {one['prompt']} → {' '.join(one['text'].split())}")
-
-
 # --- the demo
 
 

@@ -168,7 +168,11 @@ def _curves(steps: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tup
         columns["mfu"] = flops / safe / (peak * facts.get("world_size", 1))
     if any("memory_bytes" in step for step in steps):
         columns["memory_gb"] = _column(steps, "memory_bytes") / 1e9
-    columns |= {"step": _column(steps, "step"), "tokens": np.cumsum(tokens), "hours": np.cumsum(seconds) / 3600}
+    columns |= {
+        "step": _column(steps, "step"),
+        "tokens": np.cumsum(np.nan_to_num(tokens)),
+        "hours": np.cumsum(np.nan_to_num(seconds)) / 3600,
+    }
     edges = np.unique(np.linspace(0, len(steps), min(len(steps), POINTS) + 1).astype(int))
     curves = {name: _plain(_means(values, edges)) for name, values in columns.items()}
     for name in ("step", "tokens", "hours"):
@@ -177,9 +181,9 @@ def _curves(steps: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tup
         low, high = _ends(columns["loss"], edges)
         curves |= {"loss_low": _plain(low), "loss_high": _plain(high)}
     totals = {
-        "tokens": int(tokens.sum()),
-        "trained_tokens": int(trained.sum()),
-        "hours": float(seconds.sum() / 3600),
+        "tokens": int(np.nansum(tokens)),
+        "trained_tokens": int(np.nansum(trained)),
+        "hours": float(np.nansum(seconds) / 3600),
         "skipped": int(steps[-1].get("skipped") or 0),
     }
     return curves, totals

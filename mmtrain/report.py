@@ -1,5 +1,6 @@
 """Figures of runs in, one HTML file out, or served while a run trains. Reads no run itself; never torch."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -203,12 +204,12 @@ class _Plotter:
 
     def __init__(self, chains: Sequence[Sequence[Mapping[str, Any]]], words: Words):
         self.chains, self.words = chains, words
-        self.marks = [mark for runs in chains for mark in self._marks(runs)]
+        self.marks = sorted((m for runs in chains for m in self._marks(runs)), key=lambda m: m["x"]["step"])
 
     def _marks(self, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         if len(runs) > 1:
             for run in runs:
-                yield {"x": dict(run["offset"]), "label": run["stage"]}
+                yield {"x": dict(run["offset"]), "label": self.words.or_same(run["stage"])}
         if len(self.chains) > 1:
             return
         for run in runs:
@@ -243,11 +244,18 @@ class _Plotter:
             "axes": _axes(self.words),
             "series": series,
             "marks": self.marks,
-            "group": "run",
+            "group": "dpo" if stages == _DPO else "run",
+            "extent": self._extent(_DPO if stages == _DPO else None),
             "logy": logy,
             **more,
         }
         return page.plot(self.words(title), spec, note=self.words(note) if note else "") if series else Html()
+
+    def _extent(self, stages: Sequence[str] | None) -> dict[str, list[float]]:
+        """Where each axis begins and ends, so that plots of one group stand below each other."""
+        runs = [run for found in self.chains for run in found if not stages or run["stage"] in stages]
+        ends = {axis: [run["offset"][axis] + run[axis] for run in runs] for axis in ("step", "tokens", "hours")}
+        return {axis: [min(run["offset"][axis] for run in runs), max(found)] for axis, found in ends.items()}
 
     def _joined(self, runs: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
         """One curve over the runs of a chain."""
@@ -270,7 +278,7 @@ class _Plotter:
         return found | ({"low": low, "high": high} if low != y else {})
 
 
-_TEXT = ("pretrain", "sft")
+_TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
 def _curves(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
@@ -285,12 +293,11 @@ def _curves(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iter
 
 def _preference(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
     plots = _Plotter(chains, words)
-    dpo = ("dpo",)
-    yield plots.lines("Preference loss", {"loss": "train", "val_loss": "val"}, stages=dpo)
-    yield plots.lines("Pairs ranked right", {"accuracy": "train", "val_accuracy": "val"}, stages=dpo, share=True)
-    yield plots.lines("Margin", {"reward_margin": "train", "val_reward_margin": "val"}, stages=dpo)
+    yield plots.lines("Preference loss", {"loss": "train", "val_loss": "val"}, stages=_DPO)
+    yield plots.lines("Pairs ranked right", {"accuracy": "train", "val_accuracy": "val"}, stages=_DPO, share=True)
+    yield plots.lines("Margin", {"reward_margin": "train", "val_reward_margin": "val"}, stages=_DPO)
     note = "How far the log-probabilities have moved from the reference: both falling is forgetting."
-    yield plots.lines("Drift", {"chosen_drift": "chosen", "rejected_drift": "rejected"}, stages=dpo, note=note)
+    yield plots.lines("Drift", {"chosen_drift": "chosen", "rejected_drift": "rejected"}, stages=_DPO, note=note)
 
 
 def _speed(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
@@ -316,17 +323,24 @@ def _speed(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Itera
 
 
 def _said(runs: Sequence[Mapping[str, Any]], words: Words) -> Iterator[Html]:
-    """What the model said to each prompt as it learned, the newest last."""
+    """What the model said to each prompt as it learned, the newest last; of the runs before the last one folded."""
     for run in runs:
         by_prompt: dict[str, list[Mapping[str, Any]]] = {}
         for sample in run["samples"]:
             by_prompt.setdefault(sample["prompt"], []).append(sample)
-        if not by_prompt:
-            continue
-        yield Html(f"<h3>{page.text(run['name'])} · {page.text(words.or_same(run['stage']))}</h3>")
+        tables = []
         for prompt, found in by_prompt.items():
-            rows = [(f"{one['step']:,}", page.code(one["text"])) for one in _some(found)]
-            yield page.table([words("step"), page.code(prompt)], rows)
+            rows = [(f"{one['step']:,}", page.code(_line(one["text"]))) for one in _some(found)]
+            tables.append(page.table([words("step"), Html(f"<bdi>{page.text(prompt)}</bdi>")], rows))
+        if tables:
+            title = f"{run['name']} · {words.or_same(run['stage'])}"
+            yield Html(f"<h3><bdi>{page.text(title)}</bdi></h3>") if run is runs[-1] else Html()
+            yield page.grid(tables) if run is runs[-1] else page.fold(title, page.grid(tables))
+
+
+def _line(said: str) -> str:
+    """What was said as a line: ends of lines to be seen, many in a row as one with their number."""
+    return re.sub(r"\n+", lambda run: "⏎" if len(run[0]) == 1 else f"⏎×{len(run[0])} ", said).strip() or "∅"
 
 
 def _some(found: Sequence[Any], number: int = 8) -> list[Any]:
@@ -357,7 +371,8 @@ def _event_table(runs: Sequence[Mapping[str, Any]], words: Words) -> Iterator[Ht
 
 def _settings(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Html:
     runs = [run for found in chains for run in found]
-    names = dict.fromkeys(name for run in runs for name in run["settings"])
+    given = ((name, one) for run in runs for name, one in run["settings"].items())
+    names = dict.fromkeys(name for name, one in given if one["value"] is not None)
     rows = []
     for name in names:
         cells = []

@@ -48,11 +48,11 @@ def cut_after(run_dir: Path, step: int) -> None:
     for name in (FILE, "events.jsonl"):
         path = run_dir / name
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _step_of(line) <= step), encoding="utf-8")
+            lines = path.read_bytes().splitlines(keepends=True)  # of bytes: a text may hold U+2028
+            path.write_bytes(b"".join(line for line in lines if _step_of(line) <= step))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         found: Any = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

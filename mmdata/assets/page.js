@@ -78,6 +78,10 @@ function draw(figure) {
   const plot = new uPlot(options, built.data, canvas);
   figure.plot = plot;
   plot.spec = spec;
+  const xs = plot.data[0], all = spec.extent && spec.extent[built.axis];
+  plot.extent = all || [xs[0], xs[xs.length - 1]];
+  if (all) plot.setScale("x", { min: all[0], max: all[1] });
+  plot.isReady = true;
   plots.push(plot);
   addLegend(figure, spec, plot, off);
   addTip(figure, spec, plot, built);
@@ -188,8 +192,8 @@ function drawMarks(plot, marks) {
   context.font = `${10.5 * ratio}px system-ui, sans-serif`;
   context.textAlign = "center";
   context.lineWidth = ratio;
-  let end = -1e9;
-  for (const [at, label] of marks) {
+  const taken = [];
+  for (const [at, label] of [...marks].sort((one, other) => (other[1].length > 1) - (one[1].length > 1))) {
     if (at < plot.scales.x.min || at > plot.scales.x.max) continue;
     const x = Math.round(plot.valToPos(at, "x", true));
     context.setLineDash([3 * ratio, 3 * ratio]);
@@ -200,10 +204,10 @@ function drawMarks(plot, marks) {
     context.stroke();
     context.globalAlpha = 1;
     const half = context.measureText(label).width / 2 + 3 * ratio;
-    const middle = Math.min(Math.max(x, half), plot.width * ratio - half);
-    if (middle - half > end) {
+    const middle = Math.min(Math.max(x, box.left + half), plot.width * ratio - half);
+    if (!taken.some(([begin, end]) => middle - half < end && middle + half > begin)) {
       context.fillText(label, middle, box.top - 5 * ratio);
-      end = middle + half;
+      taken.push([middle - half, middle + half]);
     }
   }
   context.restore();
@@ -211,11 +215,11 @@ function drawMarks(plot, marks) {
 
 let isZooming = false;
 function zoomAlike(plot) {
+  if (!plot.isReady) return;
   const { min, max } = plot.scales.x;
-  const xs = plot.data[0];
   const figure = plot.root.closest("figure");
   if (figure) {
-    const isZoomed = min > xs[0] || max < xs[xs.length - 1];
+    const isZoomed = min > plot.extent[0] || max < plot.extent[1];
     const button = figure.querySelector(".zoomed");
     if (button) button.hidden = !isZoomed;
   }
@@ -250,7 +254,7 @@ function addLegend(figure, spec, plot, off) {
     const button = make("button", "zoomed", "⤢ " + say("reset zoom"));
     button.type = "button";
     button.hidden = true;
-    button.onclick = () => { const xs = plot.data[0]; plot.setScale("x", { min: xs[0], max: xs[xs.length - 1] }); };
+    button.onclick = () => plot.setScale("x", { min: plot.extent[0], max: plot.extent[1] });
     legend.append(button);
   }
 }

@@ -1,0 +1,125 @@
+"""What is told of runs, against plain sums over metrics.jsonl; files that a kill has torn; chains of runs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdata.errors import CheckpointError
+from mmtrain import history
+
+
+def make_run(path: Path, number: int, *, stage: str = "sft", init: str = "", **facts: Any) -> list[dict[str, Any]]:
+    """A run directory with `number` steps, the figures of each a function of its step; gives its step records."""
+    (path / "checkpoints").mkdir(parents=True)
+    run = {"stage": stage, "status": "finished", "num_steps": number, "num_params": 1000, "world_size": 1, **facts}
+    run |= {"model": {"vocab_size": 10, "hidden_size": 20}, "init": {"dir": init} if init else None}
+    run["settings"] = {"lr": {"value": 0.1, "from": "flag"}, "epochs": {"value": None, "from": "default"}}
+    (path / "run.json").write_text(json.dumps(run))
+    records = []
+    with (path / "metrics.jsonl").open("w") as file:
+        for step in range(1, number + 1):
+            record = {
+                "step": step,
+                "loss": 5 - math.log(step),
+                "lr": 0.1 / step,
+                "grad_norm": 1.0,
+                "tokens": 100 + step,
+                "trained_tokens": 50,
+                "tokens_per_s": 10.0 * (1 + step % 3),
+                "skipped": int(step > 7),
+                "memory_bytes": 10**9,
+            }
+            records.append(record)
+            file.write(json.dumps(record) + "\n")
+            if step % 5 == 0:
+                file.write(json.dumps({"step": step, "val_loss": 6 - math.log(step), "val_bits_per_byte": 1.0}) + "\n")
+    return records
+
+
+def test_totals_and_curves_are_plain_sums(tmp_path: Path) -> None:
+    records = make_run(tmp_path / "run", 23, matmul_flops=1e6, fill=0.5)
+    run = history.run_figures(tmp_path / "run")
+    seconds = [record["tokens"] / record["tokens_per_s"] for record in records]
+    assert run["tokens"] == sum(record["tokens"] for record in records)
+    assert run["trained_tokens"] == 50 * 23 and run["step"] == 23 and run["skipped"] == 1
+    assert run["hours"] == pytest.approx(sum(seconds) / 3600)
+    curves = run["curves"]
+    assert curves["step"] == list(range(1, 24))
+    assert curves["loss"] == pytest.approx([record["loss"] for record in records], rel=1e-5)
+    assert curves["tokens"][-1] == run["tokens"] and curves["hours"][-1] == pytest.approx(run["hours"], rel=1e-5)
+    assert curves["padded_per_s"] == pytest.approx([2 * record["tokens_per_s"] for record in records])
+    flops = [6 * (800 * record["tokens"] + 200 * 50) for record in records]
+    assert curves["mfu"] == pytest.approx([f / s / 1e6 for f, s in zip(flops, seconds, strict=True)], rel=1e-4)
+    assert curves["gflops"] == pytest.approx([f / s / 1e9 for f, s in zip(flops, seconds, strict=True)], rel=1e-4)
+    assert set(curves["memory_gb"]) == {1.0}
+    assert [v["step"] for v in run["vals"]] == [5, 10, 15, 20]
+    assert run["vals"][1]["tokens"] == sum(record["tokens"] for record in records[:10])
+    assert run["last"]["best_val_step"] == 20
+    assert [e["step"] for e in run["events"] if e["event"] == "skip"] == [8]
+    json.dumps(run, allow_nan=False)
+
+
+def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:
+    records = make_run(tmp_path / "run", 1000)
+    curves = history.run_figures(tmp_path / "run")["curves"]
+    assert len(curves["loss"]) == history.POINTS == len(curves["tokens"]) and curves["step"][-1] == 1000
+    assert curves["loss"][0] == pytest.approx((records[0]["loss"] + records[1]["loss"]) / 2, rel=1e-4)
+    assert curves["loss_low"][-1] <= curves["loss"][-1] <= curves["loss_high"][-1]
+    sizes = [b - a for a, b in zip([0, *curves["step"]], curves["step"], strict=False)]
+    mean = sum(size * loss for size, loss in zip(sizes, curves["loss"], strict=True)) / 1000
+    assert mean == pytest.approx(sum(record["loss"] for record in records) / 1000, rel=1e-4)
+
+
+def test_what_is_missing_or_not_finite_is_null(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 3)
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": None, "grad_norm": None, "tokens": 9, "tokens_per_s": 0}) + "\n")
+        file.write('["step"]\n{"step": "x"}\nnot json\n{"step": 5, "lo')  # the last one torn
+    run = history.run_figures(tmp_path / "run")
+    assert run["step"] == 4 and run["curves"]["loss"][3] is None and run["curves"]["lr"][3] is None
+    json.dumps(run, allow_nan=False)
+
+
+def test_a_log_reads_what_came_since(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 4)
+    path = tmp_path / "run/metrics.jsonl"
+    log = history.Log(path)
+    log.update()
+    assert len(log.steps) == 4
+    lines = path.read_text()
+    path.write_text(lines + '{"step": 5, "loss"')
+    log.update()
+    path.write_text(lines + '{"step": 5, "loss": 1.0}\n')
+    log.update()
+    log.update()
+    assert [record["step"] for record in log.steps] == [1, 2, 3, 4, 5]
+    path.write_text("".join(lines.splitlines(keepends=True)[:2]))  # cut by a resume
+    log.update()
+    assert [record["step"] for record in log.steps] == [1, 2]
+
+
+def test_a_chain_is_joined_where_each_run_began(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "pretrain-1", 20, stage="pretrain")
+    second = make_run(tmp_path / "sft-1", 10, init=str(tmp_path / "pretrain-1/checkpoints/step-15"))
+    make_run(tmp_path / "dpo-1", 5, stage="dpo", init="elsewhere/sft-1/checkpoints/step-10")  # moved: found beside it
+    runs = history.chain(tmp_path / "dpo-1")
+    assert [run["name"] for run in runs] == ["pretrain-1", "sft-1", "dpo-1"]
+    before = sum(record["tokens"] for record in first[:15])
+    assert runs[0]["step"] == 15 and runs[1]["offset"]["tokens"] == before
+    assert runs[2]["offset"]["tokens"] == before + sum(record["tokens"] for record in second)
+    assert runs[2]["offset"]["step"] == 25
+    told = history.figures([tmp_path / "pretrain-1", tmp_path / "dpo-1", tmp_path / "sft-1"])
+    assert [[run["name"] for run in found] for found in told["chains"]] == [["pretrain-1", "sft-1", "dpo-1"]]
+
+
+def test_a_chain_ends_where_an_ancestor_is_gone_or_comes_again(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 3, init=str(tmp_path / "gone/checkpoints/step-3"))
+    (run,) = history.chain(tmp_path / "a")
+    assert run["missing"] == str(tmp_path / "gone")
+    make_run(tmp_path / "b", 3, init=str(tmp_path / "b/checkpoints/step-3"))
+    assert len(history.chain(tmp_path / "b")) == 1
+    with pytest.raises(CheckpointError, match=r"run\.json"):
+        history.figures([tmp_path / "nothing"])

@@ -1,0 +1,177 @@
+"""The run report: written while runs train, agreeing with JSON and terminal, served, and never a burden to the run."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from html import unescape
+from pathlib import Path
+
+import pytest
+from test_cli import Run, fine, home, made, mm, refused
+from test_history import make_run
+from test_page import HOSTILE, parsed
+from test_report import cards
+
+from mmtrain import history, keeper, report, speak
+from mmtrain.stages import STAGES
+
+__all__ = ["home", "made", "mm"]  # fixtures
+
+
+@pytest.fixture
+def trained(home: Path, mm: Run) -> Path:
+    """A pretrain, an sft and a dpo run on small data."""
+    fine(mm("pack --no-report"))
+    fine(mm("train pretrain --model tiny --steps 6 --val-every 3 --save-every 2 --quiet"))
+    fine(mm("train sft --steps 3 --quiet"))
+    fine(mm("train dpo --steps 2 --quiet"))
+    return home
+
+
+def test_runs_keep_a_report_that_agrees_with_json_and_terminal(trained: Path, mm: Run) -> None:
+    for name in ("pretrain-1", "sft-1", "dpo-1"):
+        assert len((trained / "runs" / name / "report.html").read_bytes()) < 2_000_000
+    (runs,) = json.loads(fine(mm("report runs/dpo-1 --json --html run.html")).out)["chains"]
+    assert [run["stage"] for run in runs] == ["pretrain", "sft", "dpo"]
+    html = Path("run.html").read_text(encoding="utf-8")
+    printed = fine(mm("report")).out  # the newest
+    shown = cards(html)
+    for label, value, _ in report.glance(runs[-1]):
+        assert shown[label] == value
+        assert re.search(rf"^{label} +{re.escape(value)}(?!\S)", printed, re.M), (label, printed)
+    lines = (trained / "runs/dpo-1/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if '"loss"' in line]
+    assert runs[-1]["tokens"] == sum(step["tokens"] for step in steps)
+    assert runs[0]["events"][0] == {"step": 2, "event": "save", "note": ""} | {
+        key: runs[0]["events"][0][key] for key in ("tokens", "hours")
+    }
+    assert {s["prompt"] for s in runs[0]["samples"]} == set(speak.BEGINNINGS)
+    assert {s["prompt"] for s in runs[2]["samples"]} == set(speak.QUESTIONS)
+    settings = runs[0]["settings"]
+    assert settings["steps"] == {"value": 6, "from": "flag"} and unescape(html).count("flag") >= 2
+    assert 'lang="zh-CN"' in report.run_page({"chains": [runs]}, lang="zh")
+
+
+def test_report_and_samples_can_be_left_away(home: Path, mm: Run) -> None:
+    fine(mm("pack data/pretrain_hq.jsonl --no-report"))
+    fine(mm("train pretrain --model tiny --steps 2 --quiet --no-report --no-samples"))
+    run = home / "runs/pretrain-1"
+    assert not (run / "report.html").exists() and not (run / "samples.jsonl").exists()
+    facts = json.loads((run / "run.json").read_text())
+    assert "matmul_flops" not in facts
+    fine(mm("train pretrain --model tiny --steps 2 --quiet"))
+    losses = [
+        [record["loss"] for record in history.read_lines(home / f"runs/pretrain-{n}/metrics.jsonl") if "loss" in record]
+        for n in (1, 2)
+    ]
+    assert losses[0] == losses[1]  # to the last bit: what the model says touches nothing
+    assert json.loads((home / "runs/pretrain-2/run.json").read_text())["matmul_flops"] > 1e7
+
+
+def test_a_resumed_run_says_nothing_twice(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        speak.keep(tmp_path, step, [{"prompt": "a", "text": "\u2028\n"}])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 8, "pro')
+    speak.cut_after(tmp_path, 4)
+    assert [one["step"] for one in history.read_lines(tmp_path / "samples.jsonl")] == [2, 4]
+
+
+def test_reports_take_their_share_of_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(speak, "say", lambda *_: clock.__setitem__(0, clock[0] + 2.0) or [])
+    make_run(tmp_path / "run", 5)
+    kept = keeper.Keeper(tmp_path / "run", first_step=5, with_report=False, with_samples=True)
+    spent = 0.0
+    for step in range(1, 101):
+        clock[0] += 10.0  # of training
+        before = clock[0]
+        kept.validated(step, None, None, "sft", is_last=False)  # type: ignore[arg-type]
+        spent += clock[0] - before
+        assert spent <= max(2.0, 0.01 * clock[0])
+    assert spent >= 8.0
+    before = clock[0]
+    kept.validated(101, None, None, "sft", is_last=True)  # type: ignore[arg-type]
+    assert clock[0] == before + 2.0
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_and_answers_are_text(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run"
+    make_run(
+        path, 6, device_name=text, resumed=[{"step": 3, "device": text}], data=[{"dir": text}], versions={text: text}
+    )
+    speak.keep(path, 4, [{"prompt": text, "text": text}])
+    figures = history.figures([path])
+    html = report.run_page(figures)
+    plain = parsed(report.run_page(json.loads(json.dumps(figures).replace(json.dumps(text)[1:-1], "plain"))))
+    assert [tag for tag, _ in parsed(html).tags] == [tag for tag, _ in plain.tags]
+
+
+def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
+    for name, number in (("a", 30), ("b", 20)):
+        make_run(tmp_path / name, number, fill=0.9, matmul_flops=1e9)
+    html = report.run_page(history.figures([tmp_path / "a", tmp_path / "b"]), lang="zh")
+    specs = [json.loads(script) for script in parsed(html).scripts if script.startswith('{"kind"')]
+    assert {series["name"] for series in specs[0]["series"]} == {"a: 训练", "a: 验证", "b: 训练", "b: 验证"}
+    assert len(html.encode()) < 2_000_000
+
+
+def test_follow_serves_fresh_pages_to_this_machine_alone(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 5)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mmtrain import history, report\n"
+        "make = lambda: report.run_page(history.figures([Path(sys.argv[1])]), refresh_s=1)\n"
+        "report.serve(make, 0, on_start=lambda url: print(url, flush=True))\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(30, server.kill)
+    timer.start()
+    try:
+        assert server.stdout
+        url = server.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        first = urllib.request.urlopen(url).read().decode()
+        assert 'data-refresh="1"' in first and "connect-src 'self'" in first and cards(first)["step"] == "5"
+        with (tmp_path / "run/metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 6, "loss": 1.0, "tokens": 10, "tokens_per_s": 5.0}) + "\n")
+        assert cards(urllib.request.urlopen(url).read().decode())["step"] == "6"
+        for wrong in (f"{url}run.json", urllib.request.Request(url, headers={"Host": "example.org:80"})):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                urllib.request.urlopen(wrong)
+            assert refusal.value.code == 404
+            refusal.value.close()
+        (tmp_path / "run/run.json").unlink()
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(url)
+        assert refusal.value.code == 503
+        refusal.value.close()
+    finally:
+        timer.cancel()
+        server.kill()
+        server.wait()
+        server.stdout.close()  # type: ignore[union-attr]
+
+
+def test_mistakes_are_answered(home: Path, mm: Run) -> None:
+    refused(mm("report"), "no run under runs")
+    refused(mm("report runs/nothing"), "run.json")
+    make_run(home / "runs/a-1", 3)
+    refused(mm("report runs/a-1 --lang fr"), "fr")
+    refused(mm("report runs/a-1 --follow --json"), "--follow")
+
+
+def test_report_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import mmtrain.report, mmtrain.history"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_every_stage_has_a_name_in_chinese() -> None:
+    from mmtrain.report_words import ZH
+
+    assert set(STAGES) <= set(ZH)
