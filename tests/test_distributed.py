@@ -70,7 +70,7 @@ def run_ranks(config: TrainConfig, num_ranks: int = 2, inject: str = "") -> subp
 
 def lines(run: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in found]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in found]
 
 
 def assert_alike(one: Path, other: Path, tolerance: float = 1e-6) -> None:

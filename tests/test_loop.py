@@ -55,7 +55,7 @@ def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainConfig
 def lines(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without its clock."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in found]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in found]
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
