@@ -101,11 +101,11 @@ class RowTally:
         """Measure a batch of usable rows, with their lines where they come from a file. Gives each row's characters."""
         self.rows += len(rows)
         self.kept += len(rows)
+        self.num_bytes += sum(map(len, raws))
         for row, raw in zip(rows, raws, strict=False):
-            self.num_bytes += len(raw)
-            found = control_strings(raw, row)
-            self.control_strings.update(found)
-            self.rows_with_control += bool(found)
+            if found := control_strings(raw, row):
+                self.control_strings.update(found)
+                self.rows_with_control += 1
         spoken = [list(pieces_of(row)) for row in rows]
         whole = ["".join(text for _, text in pieces) for pieces in spoken]
         lengths = np.fromiter(map(len, whole), np.int64, len(whole))
@@ -113,11 +113,9 @@ class RowTally:
         self._add_text(whole, lengths)
         self._add_roles(spoken)
         self.hashes.append(np.array([_hash(pieces) for pieces in spoken], np.uint64))
-        for row in rows:
-            if isinstance(row, Conversation):
-                self._add_conversation(row)
-            elif isinstance(row, Pair):
-                self._add_conversation(row.chosen)
+        self._add_conversations(
+            [row if isinstance(row, Conversation) else row.chosen for row in rows if not isinstance(row, Document)]
+        )
         pairs = [row for row in rows if isinstance(row, Pair)]
         if pairs:
             self._add_pairs(pairs)
@@ -143,22 +141,28 @@ class RowTally:
                 if role == "assistant":
                     turn = min(turn + 1, NUM_TURNS)
                     by_turn.setdefault(turn, []).append(len(text))
-            self.openings.add(_opening(text) for role, text in pieces if role in _ANSWERS)
+        self.openings.add([_opening(text) for pieces in spoken for role, text in pieces if role in _ANSWERS])
         for role, found in by_role.items():
             self.by_role.setdefault(role, Lengths()).add(np.array(found, np.int64))
         for turn, found in by_turn.items():
             self.by_turn.setdefault(turn, Lengths()).add(np.array(found, np.int64))
 
-    def _add_conversation(self, row: Conversation) -> None:
-        self.turns[sum(message.role == "user" for message in row.messages)] += 1
-        said = [m.content for m in row.messages if m.role == "system" and m.content.strip()]
-        self.systems.add(text[:200] for text in said)
-        self.rows_with_system += bool(said)
-        if row.tools:
-            self.rows_with_tools += 1
-            self.tools.add(_name_of(tool) for tool in row.tools)
-        self.calls += sum(len(message.tool_calls) for message in row.messages)
-        self.reasoning += sum(bool(message.reasoning_content) for message in row.messages)
+    def _add_conversations(self, rows: Sequence[Conversation]) -> None:
+        turns, systems, tools = [], [], []
+        for row in rows:
+            turns.append(sum([message.role == "user" for message in row.messages]))
+            said = [m.content[:200] for m in row.messages if m.role == "system" and m.content.strip()]
+            systems += said
+            self.rows_with_system += bool(said)
+            if row.tools:
+                self.rows_with_tools += 1
+                tools += map(_name_of, row.tools)
+            for message in row.messages:
+                self.calls += len(message.tool_calls)
+                self.reasoning += bool(message.reasoning_content)
+        self.turns.update(turns)
+        self.systems.add(systems)
+        self.tools.add(tools)
 
     def _add_pairs(self, pairs: Sequence[Pair]) -> None:
         sides = [_reply(side, pair.num_shared) for pair in pairs for side in (pair.chosen, pair.rejected)]

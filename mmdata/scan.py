@@ -120,7 +120,10 @@ class _FileScanner:
         if good:
             lengths = found.rows.add([row for _, row in good], [line.raw for line, _ in good])
             self._keep(part, [line for line, _ in good], lengths, drawn[: len(good)], found)
-            found.characters += sum(num_characters(row) for _, row in good)
+            if self._settings.kind == "conversation":  # what packing counts is what was measured
+                found.characters += int(lengths.sum())
+            else:
+                found.characters += sum(num_characters(row) for _, row in good)
 
     def _encode(
         self, part: Part, good: Sequence[tuple[Line, Row]], found: PartScan, is_sample: bool = False

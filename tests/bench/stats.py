@@ -1,0 +1,114 @@
+"""How fast and in how much memory data is measured: `python tests/bench/stats.py [--megabytes 1000] [--tokenizer DIR]`.
+
+Makes its own jsonl file of seeded bilingual conversations outside the repository and deletes it; runs `mm stats FILE
+--html` on it in a process of its own with two workers, and prints wall time, the peak memory of all its processes together (sum
+of their resident sizes, sampled every 50 ms, so shared pages count more than once), and for comparison one pass of json.loads.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGLISH = (  # noqa: SIM905
+    "the of and to in is that it was for on are with as his they at be this from have or by one had not but what all were when "
+    "we there can an your which their said if do will each about how up out them then she many some so these would other into "
+    "has more her two like him see time could no make than first been its who now people my made over did down only way find"
+).split()
+CHINESE = "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实"
+
+
+def said(draw: random.Random, is_chinese: bool, words: int) -> str:
+    if is_chinese:
+        return (
+            "，".join("".join(draw.choices(CHINESE, k=draw.randint(4, 12))) for _ in range(max(1, words // 4))) + "。"
+        )
+    return " ".join(draw.choices(ENGLISH, k=words)).capitalize() + "."
+
+
+def write_rows(path: Path, num_bytes: int) -> int:
+    """Conversations of about 600 bytes, three in four Chinese, one in fifty a repeat; gives their number."""
+    draw = random.Random(0)
+    number = written = 0
+    last = b""
+    with path.open("wb") as file:
+        while written < num_bytes:
+            if number % 50 == 49:
+                line = last
+            else:
+                is_chinese = draw.random() < 0.75
+                turns = draw.choice((1, 1, 1, 2))
+                messages = [
+                    {
+                        "role": role,
+                        "content": said(draw, is_chinese, draw.randint(5, 60 if role == "assistant" else 20)),
+                    }
+                    for role in ("user", "assistant") * turns
+                ]
+                line = json.dumps({"conversations": messages}, ensure_ascii=False).encode() + b"\n"
+            last = line
+            file.write(line)
+            written += len(line)
+            number += 1
+    return number
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process and those it started."""
+    total = 0
+    try:
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(resident(int(child)) for child in (task / "children").read_text().split())
+    except OSError:
+        pass  # it has just ended
+    return total
+
+
+def measured(command: list[str]) -> tuple[float, int, float]:
+    """Wall seconds, peak resident bytes and CPU seconds of a command and its children."""
+    before = os.times()
+    start, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, resident(process.pid))
+        time.sleep(0.05)
+    assert process.returncode == 0, command
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.monotonic() - start, peak, cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        path, html = Path(scratch) / "rows.jsonl", Path(scratch) / "report.html"
+        number = write_rows(path, int(options.megabytes * 1e6))
+        size = path.stat().st_size / 1e6
+        start = time.monotonic()
+        with path.open("rb") as file:
+            for line in file:
+                json.loads(line)
+        bare = time.monotonic() - start
+        command = [sys.executable, "-m", "cli", "stats", str(path), "--html", str(html), "--json"]
+        command += ["--workers", str(options.workers)]
+        command += ["--tokenizer", str(options.tokenizer)] if options.tokenizer else []
+        wall, peak, cpu = measured(command)
+        print(
+            f"{size:.0f} MB, {number:,} rows, {options.workers} workers: {wall:.1f} s wall ({size / wall:.1f} MB/s), {cpu:.1f} s CPU, "
+            f"peak {peak / 1e6:.0f} MB, report {html.stat().st_size / 1e6:.2f} MB; json.loads alone, one process: {bare:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Both reports in headless Chromium: phone and desktop, English and Chinese, light and dark. Skipped where there is none."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
+from test_history import make_run
+from test_page import HOSTILE
+
+from mmdata import report as data_report
+from mmdata import stats
+from mmdata.pipeline import pack
+from mmtrain import history, report, speak
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (apt-get install chromium-driver)"
+    ),
+    pytest.mark.filterwarnings("default"),  # selenium's own
+]
+WIDTHS = {"phone": 360, "desktop": 1280}
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    assert CHROMIUM
+    options = Options()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield found
+    found.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """Every kind of report in both languages, from rows and runs that hold hostile text too."""
+    root = tmp_path_factory.mktemp("pages")
+    made = {}
+    for kind in ("conversation", "pair"):
+        path = write_rows(root / f"{kind}.jsonl", kind, 300)
+        if kind == "conversation":
+            with path.open("a") as file:
+                for text in [*HOSTILE, "long " * 220_000]:
+                    row = {"conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+                    file.write(json.dumps(row) + "\n")
+                file.write("not json </script><script>alert(1)</script>\n")
+        pack([path], root / f"packed-{kind}", tokenizer_dir=tokenizer_dir, max_len=640, val_fraction=0.1)
+        made[kind] = stats.measure_dataset(root / f"packed-{kind}")
+    of_file = stats.measure_file(root / "conversation.jsonl", tokenizer_dir)
+    make_run(root / "pretrain-1", 60, stage="pretrain", matmul_flops=1e7, fill=0.9)
+    make_run(root / "sft-1", 900, init=str(root / "pretrain-1/checkpoints/step-60"), matmul_flops=1e7, fill=0.9)
+    pairs = {"accuracy": 0.5, "reward_margin": 0.1, "chosen_drift": 0.2, "rejected_drift": -0.1}
+    records = make_run(root / "dpo-1", 40, stage="dpo", init=str(root / "sft-1/checkpoints/step-900"), fill=0.5)
+    lines = [
+        json.dumps({**record, **{name: value * record["step"] / 40 for name, value in pairs.items()}})
+        for record in records
+    ]
+    (root / "dpo-1/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for step in (10, 20, 30):
+        speak.keep(root / "dpo-1", step, [{"prompt": text, "text": text} for text in HOSTILE])
+    chain, both = history.figures([root / "dpo-1"]), history.figures([root / "pretrain-1", root / "sft-1"])
+    assert len(both["chains"]) == 1
+    make_run(root / "other-1", 300, stage="sft", fill=0.8)
+    overlay = history.figures([root / "sft-1", root / "other-1"])
+    for lang in ("en", "zh"):
+        for kind, measured in made.items():
+            (root / f"{kind}-{lang}.html").write_text(data_report.dataset_page([measured], lang=lang))
+        several = [made["conversation"], of_file]
+        (root / f"several-{lang}.html").write_text(
+            data_report.dataset_page(several, lang=lang, others=stats.contained(several))
+        )
+        (root / f"compare-{lang}.html").write_text(data_report.compare_page(*several, lang=lang))
+        (root / f"run-{lang}.html").write_text(report.run_page(chain, lang=lang))
+        (root / f"overlay-{lang}.html").write_text(report.run_page(overlay, lang=lang))
+    return root
+
+
+def open_page(driver: Any, url: str, *, width: str = "desktop", theme: str = "light") -> None:
+    size = {"width": WIDTHS[width], "height": 800, "deviceScaleFactor": 1, "mobile": width == "phone"}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
+    driver.get_log("browser"), driver.get_log("performance")  # what came before
+    driver.get(url)
+    assert driver.execute_script("return document.documentElement.dataset.ready") == "yes"
+
+
+def nothing_is_wrong(driver: Any, begin: str = "file://") -> None:
+    """No console message, and no request but for the page itself."""
+    assert driver.get_log("browser") == []
+    for entry in driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            assert url.startswith((begin, "data:", "chrome:", "about:")), url
+
+
+DRAWN = """
+return [...document.querySelectorAll("figure.plot")].filter((figure) => figure.offsetParent).map((figure) => {
+  const canvas = figure.querySelector("canvas");
+  if (!canvas) return figure.dataset.drawn || "nothing";
+  const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const colours = new Set();
+  for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 128) colours.add(`${data[i] >> 5},${data[i + 1] >> 5},${data[i + 2] >> 5}`);
+  return colours.size > 2 && canvas.clientWidth <= figure.clientWidth ? "drawn" : `bare: ${colours.size} colours, ${canvas.clientWidth}`;
+});
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("name", ["conversation", "pair", "several", "compare", "run", "overlay"])
+def test_every_plot_is_drawn_and_nothing_overflows(
+    driver: Any, pages: Path, name: str, lang: str, width: str, theme: str
+) -> None:
+    open_page(driver, f"file://{pages}/{name}-{lang}.html", width=width, theme=theme)
+    drawn = driver.execute_script(DRAWN)
+    assert (len(drawn) >= 4 or name == "several") and set(drawn) <= {"drawn"}, drawn
+    assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(int(x) for x in dark[4:-1].split(",")) < 200) == (theme == "dark")
+    assert driver.execute_script("return document.documentElement.lang") == {"en": "en", "zh": "zh-CN"}[lang]
+    assert driver.execute_script("return window.alerted === undefined && document.images.length") == 0
+    nothing_is_wrong(driver)
+
+
+def click(driver: Any, selector: str, number: int = 0) -> None:
+    driver.execute_script("document.querySelectorAll(arguments[0])[arguments[1]].click()", selector, number)
+
+
+def choose(driver: Any, selector: str, value: str) -> None:
+    script = (
+        "const c = document.querySelector(arguments[0]); c.value = arguments[1]; c.dispatchEvent(new Event('change'))"
+    )
+    driver.execute_script(script, selector, value)
+
+
+def text(driver: Any, selector: str) -> str:
+    return driver.execute_script("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def test_the_sample_browser_can_be_used(driver: Any, pages: Path) -> None:
+    open_page(driver, f"file://{pages}/conversation-en.html", width="phone")
+    first = text(driver, ".sample")
+    assert text(driver, ".place").startswith("1 / ")
+    click(driver, ".browser .on")
+    assert text(driver, ".place").startswith("2 / ") and text(driver, ".sample") != first
+    click(driver, ".browser .back")
+    assert text(driver, ".sample") == first
+    choose(driver, ".why", "shortest")
+    assert text(driver, ".place") == "1 / 6" and "shortest" in text(driver, ".about")
+    assert driver.execute_script("return document.querySelectorAll('.sample .t').length > 0")
+    title = driver.execute_script("return document.querySelector('.sample .t').title")
+    assert "trained" in title and title.split()[0].isdigit()
+    click(driver, ".edges")
+    assert driver.execute_script("return document.querySelector('.sample').classList.contains('edges-on')")
+    number = driver.execute_script("return JSON.parse(document.querySelector('.browser script').textContent).length")
+    choose(driver, ".why", "")
+    for _ in range(number):
+        click(driver, ".browser .on")
+    assert text(driver, ".place").startswith("1 / ")
+    nothing_is_wrong(driver)
+
+
+def test_theme_legend_and_folds_can_be_used(driver: Any, pages: Path) -> None:
+    open_page(driver, f"file://{pages}/several-en.html")
+    colours = set()
+    for _ in range(3):
+        click(driver, "#theme")
+        colours.add(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(colours) == 2
+    driver.execute_script("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    time.sleep(0.3)
+    drawn = driver.execute_script(DRAWN)
+    assert len(drawn) > 10 and set(drawn) == {"drawn"}
+    driver.execute_script("document.querySelector('.legend button[aria-pressed]').click()")
+    assert driver.execute_script("return document.querySelectorAll('.legend button[aria-pressed=false]').length") == 1
+    nothing_is_wrong(driver)
+
+
+def drag(driver: Any, number: int) -> None:
+    """Drag over the middle of a plot."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    over = driver.find_elements(By.CSS_SELECTOR, "figure.plot .u-over")[number]
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", over)
+    ActionChains(driver).move_to_element_with_offset(over, -60, 0).click_and_hold().move_by_offset(
+        120, 0
+    ).release().perform()
+
+
+def test_curves_zoom_together_and_change_their_axis(driver: Any, pages: Path) -> None:
+    open_page(driver, f"file://{pages}/run-en.html")
+    limits = (
+        "return [...document.querySelectorAll('figure.plot')].map((f) => [f.plot.scales.x.min, f.plot.scales.x.max])"
+    )
+    before = driver.execute_script(limits)
+    drag(driver, 0)
+    after = driver.execute_script(limits)
+    assert before[0][0] < after[0][0] < after[0][1] < before[0][1] and after[1] == after[0]
+    assert driver.execute_script("return document.querySelectorAll('.zoomed:not([hidden])').length") >= 2
+    click(driver, ".zoomed:not([hidden])")
+    assert driver.execute_script(limits) == before
+    for axis in ("hours", "step", "tokens"):
+        choose(driver, "#axis", axis)
+        assert set(driver.execute_script(DRAWN)) == {"drawn"}
+    assert driver.execute_script(limits) == before
+    driver.execute_script(
+        "const o = document.querySelector('figure.plot .u-over'); const b = o.getBoundingClientRect();"
+        "o.dispatchEvent(new MouseEvent('mousemove', {clientX: b.x + b.width / 2, clientY: b.y + 20, bubbles: true}))"
+    )
+    time.sleep(0.2)
+    assert driver.execute_script("return document.querySelector('.tip').textContent.includes('tokens')")
+    nothing_is_wrong(driver)
+
+
+def test_a_print_is_light_and_whole(driver: Any, pages: Path) -> None:
+    for name in ("conversation-zh", "run-en"):
+        open_page(driver, f"file://{pages}/{name}.html", theme="dark")
+        driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+        assert driver.execute_script("return document.documentElement.dataset.theme") == "light"
+        assert not [state for state in driver.execute_script(DRAWN) if state.startswith(("bare: 1 ", "nothing"))]
+        found = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+        assert len(found["data"]) > 50_000
+        driver.execute_script("window.dispatchEvent(new Event('afterprint'))")
+        assert driver.execute_script("return document.documentElement.dataset.theme || 'auto'") == "auto"
+        nothing_is_wrong(driver)
+
+
+def test_following_a_run_redraws_it_in_place(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", 20)
+    servers: list[ThreadingHTTPServer] = []
+
+    class Kept(ThreadingHTTPServer):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            servers.append(self)
+
+    monkeypatch.setattr(report, "ThreadingHTTPServer", Kept)
+    urls: list[str] = []
+    make = lambda: report.run_page(history.figures([tmp_path / "run"]), refresh_s=0.2)  # noqa: E731
+    thread = threading.Thread(target=lambda: report.serve(make, 0, on_start=urls.append))
+    thread.start()
+    try:
+        while not urls:
+            time.sleep(0.01)
+        open_page(driver, urls[0])
+        choose(driver, "#axis", "step")
+        time.sleep(0.6)
+        with (tmp_path / "run/metrics.jsonl").open("a") as file:
+            for step in range(21, 41):
+                file.write(json.dumps({"step": step, "loss": 1.0, "tokens": 10, "tokens_per_s": 5.0}) + "\n")
+        for _ in range(100):
+            if driver.execute_script("return document.documentElement.dataset.refreshed"):
+                break
+            time.sleep(0.05)
+        assert text(driver, ".card .value") == "40"
+        assert driver.execute_script("return document.querySelector('figure.plot').plot.scales.x.max") == 40
+        assert driver.execute_script("return document.getElementById('axis').value") == "step"
+        assert set(driver.execute_script(DRAWN)) == {"drawn"}
+        nothing_is_wrong(driver, urls[0])
+    finally:
+        driver.get("about:blank")
+        servers[0].shutdown()
+        thread.join()
