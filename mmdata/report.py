@@ -170,6 +170,13 @@ def _glance(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
     yield from _losses(figures, words)
 
 
+def _help(item: Mapping[str, Any], words: Words) -> str:
+    """What helps against a reason, in the page's language where it is known there."""
+    key = f"help: {item['reason']}"
+    said = words.or_same(key)
+    return item["help"] if said == key else said
+
+
 def _losses(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
     """What was left out and what was cut, by reason."""
     rows = [
@@ -178,7 +185,7 @@ def _losses(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
             item["rows"],
             percent(item["share"]),
             Bar(item["share"]),
-            words.or_same(item["help"]),
+            _help(item, words),
         )
         for item in figures["set_aside"]
     ]

@@ -12,7 +12,7 @@ from mmdata.encode import Encoded, PairSequence, RowEncoder
 from mmdata.measure import pieces_of
 from mmdata.rows import BadRow, parse_row
 from mmdata.scan import Shown
-from mmdata.token_tally import Vocabulary, token_pieces
+from mmdata.token_tally import Vocabulary
 
 MOST_TOKENS = 400  # of a row, or of a pair's prompt and of each of its replies
 MOST_CHARACTERS = 1500  # of a row shown without tokens
@@ -20,26 +20,26 @@ MOST_SEQUENCES = 4  # of a document cut into several
 PLAIN, TRAINED, CONTROL = "0", "1", "2"  # "3": a control token that is trained
 
 
-def records(shown: Sequence[Shown], encoder: RowEncoder | None) -> list[dict[str, Any]]:
+def records(
+    shown: Sequence[Shown], encoder: RowEncoder | None, known: Vocabulary | None = None
+) -> list[dict[str, Any]]:
     """One record a row: why, file, line, characters, and `parts`: [{"name", "messages", "hidden" tokens}].
 
     A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}; without an encoder
     there is one piece a message and no ids. A row that cannot be encoded is shown by its text.
     """
-    known = Vocabulary(encoder.tokenizer) if encoder else None
-    pieces = token_pieces(encoder.tokenizer) if encoder else []
+    if encoder and not known:
+        known = Vocabulary(encoder.tokenizer)
     found = []
     for row in shown:
         try:
-            found.append(_record(row, encoder, known, pieces))
+            found.append(_record(row, encoder, known))
         except BadRow:
             continue  # it was usable when it was kept: another template or length limit now
     return found
 
 
-def _record(
-    shown: Shown, encoder: RowEncoder | None, known: Vocabulary | None, pieces: Sequence[bytes]
-) -> dict[str, Any]:
+def _record(shown: Shown, encoder: RowEncoder | None, known: Vocabulary | None) -> dict[str, Any]:
     row = parse_row(shown.raw)
     record: dict[str, Any] = {
         "why": shown.why,
@@ -53,7 +53,7 @@ def _record(
     if isinstance(encoded, BadRow):
         record["set_aside"] = str(encoded)
     if known and isinstance(encoded, Encoded):
-        parts = _token_parts(encoded, known, pieces)
+        parts = _token_parts(encoded, known)
         record |= {"tokens": encoded.num_tokens, "trained": sum(part.pop("num_trained") for part in parts)}
         return record | {"parts": parts}
     return record | {"parts": _plain_parts(list(pieces_of(row)))}
@@ -74,7 +74,7 @@ def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"name": name, "messages": found, "hidden": hidden} for name, found in parts.items()]
 
 
-def _token_parts(encoded: Encoded, known: Vocabulary, pieces: Sequence[bytes]) -> list[dict[str, Any]]:
+def _token_parts(encoded: Encoded, known: Vocabulary) -> list[dict[str, Any]]:
     found = encoded.sequences
     if isinstance(found, PairSequence):
         lists = [
@@ -90,7 +90,7 @@ def _token_parts(encoded: Encoded, known: Vocabulary, pieces: Sequence[bytes]) -
         for begin, end in spans.tolist():
             mask[begin:end] = True
         most = MOST_TOKENS if len(lists) <= 3 else MOST_TOKENS // 2
-        messages = _messages(ids[:most].tolist(), mask, known, pieces, "assistant" if name in _SIDES else "document")
+        messages = _messages(ids[:most].tolist(), mask, known, "assistant" if name in _SIDES else "document")
         parts.append(
             {
                 "name": name,
@@ -105,9 +105,7 @@ def _token_parts(encoded: Encoded, known: Vocabulary, pieces: Sequence[bytes]) -
 _SIDES = ("chosen", "rejected")
 
 
-def _messages(
-    ids: Sequence[int], mask: np.ndarray, known: Vocabulary, pieces: Sequence[bytes], first_role: str
-) -> list[dict[str, Any]]:
+def _messages(ids: Sequence[int], mask: np.ndarray, known: Vocabulary, first_role: str) -> list[dict[str, Any]]:
     """Ids cut at the control tokens that open a message; what names its role is not shown again."""
     messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
     at = 0
@@ -117,20 +115,18 @@ def _messages(
             role, at = header
             messages.append({"role": role, "text": [], "ids": [], "marks": ""})
             continue
-        at = _add_piece(messages[-1], ids, at, mask, known, pieces)
+        at = _add_piece(messages[-1], ids, at, mask, known)
     return [message for message in messages if "".join(message["text"]).strip()]
 
 
-def _add_piece(
-    message: dict[str, Any], ids: Sequence[int], at: int, mask: np.ndarray, known: Vocabulary, pieces: Sequence[bytes]
-) -> int:
+def _add_piece(message: dict[str, Any], ids: Sequence[int], at: int, mask: np.ndarray, known: Vocabulary) -> int:
     """Add the token at `at`, with those after it that complete its last character; gives where the next piece begins."""
     if known.control[ids[at]]:
         text, end = known.tokenizer.native.id_to_token(ids[at]) or "", at + 1
     else:
-        end, content = at + 1, pieces[ids[at]]
+        end, content = at + 1, known.pieces[ids[at]]
         while not _is_whole(content) and end < min(len(ids), at + 4) and not known.control[ids[end]]:
-            content += pieces[ids[end]]
+            content += known.pieces[ids[end]]
             end += 1
         text = content.decode("utf-8", errors="replace")
     message["text"].append(text)

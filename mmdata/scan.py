@@ -221,9 +221,8 @@ def scan_files(
 class _ShardScanner:
     """Counts the tokens of shards of one dataset."""
 
-    def __init__(self, directory: Path, share: float):
-        self._dataset = shards.open_dataset(directory)
-        self._known = Vocabulary(Tokenizer.load(self._dataset.tokenizer_dir))
+    def __init__(self, dataset: shards.Dataset, known: Vocabulary, share: float):
+        self._dataset, self._known = dataset, known
         self._share = share
 
     def __call__(self, entry: dict[str, Any], tick: Tick) -> TokenTally:
@@ -240,14 +239,19 @@ class _ShardScanner:
 
 
 def scan_shards(
-    dataset: shards.Dataset, *, share: float = 1.0, workers: int = 1, progress: Progress | None = None
+    dataset: shards.Dataset,
+    known: Vocabulary,
+    *,
+    share: float = 1.0,
+    workers: int = 1,
+    progress: Progress | None = None,
 ) -> TokenTally:
     """Count the tokens of a dataset, or of about a share of its samples. progress counts tokens."""
     entries = dataset.manifest["shards"]
     workers = workers if share >= 1 and sum(entry["tokens"] for entry in entries) > 2**25 else 1
     total = TokenTally()
     for tally in engine.run(
-        partial(_ShardScanner, dataset.dir, share),
+        partial(_ShardScanner, dataset, known, share),
         entries,
         total=sum(entry["tokens"] for entry in entries),
         workers=workers,

@@ -34,7 +34,8 @@ BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 32_768}  # o
 PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each cut line
 NUM_RANDOM = 12  # samples for show
 NUM_TOP = 20  # of any list
-QUICK_BYTES = 2**19  # of rows that a quick look at a dataset reads: what `mm pack` can spend on its report
+QUICK_BYTES = (2**17, 2**20)  # least and most of the rows that a quick look at a dataset reads …
+QUICK_SHARE = 1 / 400  # … and what lies between: what `mm pack` can spend on its report
 
 
 @dataclass(slots=True)
@@ -132,7 +133,7 @@ def measure_file(
     figures["set_aside"] = _set_aside(tally.left_out, tally.examples, tally.rows)
     figures["warnings"] = warnings(figures)
     encoder = RowEncoder(known.tokenizer, max_len=UNCUT) if known else None
-    return Measured(path, figures, records(_chosen(found), encoder), _all(tally.hashes))
+    return Measured(path, figures, records(_chosen(found), encoder, known), _all(tally.hashes))
 
 
 def _token_figures(tokens: TokenTally, found: Sequence[PartScan], characters: int) -> dict[str, Any]:
@@ -182,11 +183,12 @@ def measure_dataset(
     arguments = {name: dataset.manifest["arguments"][name] for name in ("era", "train_on", "seed")}
     encoder = RowEncoder(known.tokenizer, max_len=dataset.max_len, **arguments)
     if is_quick:
-        share = min(1.0, QUICK_BYTES / max(1, sum(entry["bytes"] for entry in dataset.manifest["inputs"])))
-        tokens = scan.scan_shards(dataset, share=share)
+        num_bytes = max(1, sum(entry["bytes"] for entry in dataset.manifest["inputs"]))
+        share = min(1.0, min(max(num_bytes * QUICK_SHARE, QUICK_BYTES[0]), QUICK_BYTES[1]) / num_bytes)
+        tokens = scan.scan_shards(dataset, known, share=share)
         found = _quick_scan(dataset, inputs, share)
     else:
-        tokens = scan.scan_shards(dataset, workers=workers)
+        tokens = scan.scan_shards(dataset, known, workers=workers)
         paths = [path for path in inputs if path]
         found = []
         if len(paths) == len(inputs):
@@ -225,7 +227,10 @@ def measure_dataset(
     figures["set_aside"] = _set_aside(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)
     return Measured(
-        directory, figures, records(_chosen(found), encoder), np.empty(0, np.uint64) if is_quick else _all(tally.hashes)
+        directory,
+        figures,
+        records(_chosen(found), encoder, known),
+        np.empty(0, np.uint64) if is_quick else _all(tally.hashes),
     )
 
 

@@ -7,6 +7,7 @@ bytes; a token that only continues a character belongs to the script of the toke
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,10 +58,12 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         self.control = np.zeros(self.size, bool)
         self.control[list(tokenizer.control_tokens.values())] = True
-        self._pieces = pieces = token_pieces(tokenizer)
+        self.pieces = pieces = token_pieces(tokenizer)
         self.bytes = np.fromiter(map(len, pieces), np.int64, self.size)
-        self.characters = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], np.int64)
-        self.scripts = np.array([_script(piece) for piece in pieces], np.uint8)
+        is_begin = np.frombuffer(b"".join(pieces), np.uint8) & 0xC0 != 0x80
+        ends = np.concatenate([[0], np.cumsum(is_begin)])[np.cumsum(self.bytes)]
+        self.characters = np.diff(ends, prepend=0)  # those that begin in the token
+        self.scripts = _scripts(pieces)
         # What follows the token that opens a message: a role's name and its line end, which may be one token with it, or
         # the first character of the next.
         self._is_end = np.array([piece.startswith(b"\n") for piece in pieces], bool)
@@ -71,9 +74,12 @@ class Vocabulary:
         alone, line = (self.tokenizer.encode_batch([text])[0].tolist() for text in (role, f"{role}\n"))
         return [(alone, True)] + ([(line, False)] if line[: len(alone)] != alone else [])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.tokenizer.dir,)
+
     def text(self, id: int) -> str:
         """An id's text; bytes that are no character by themselves become U+FFFD."""
-        return self._pieces[id].decode("utf-8", errors="replace") or self.tokenizer.native.id_to_token(id) or ""
+        return self.pieces[id].decode("utf-8", errors="replace") or self.tokenizer.native.id_to_token(id) or ""
 
     def roles(self, ids: np.ndarray, opens: np.ndarray) -> np.ndarray:
         """int64 [N]: an index into ROLES for each control token at `opens` that a role's name follows, else -1."""
@@ -96,8 +102,12 @@ class Vocabulary:
             for name, needs_end in names:
                 end = at + 1 + len(name)
                 if list(ids[at + 1 : end]) == name and (not needs_end or (end < len(ids) and self._is_end[ids[end]])):
-                    return role, end + (needs_end and self._pieces[ids[end]] == b"\n")
+                    return role, end + (needs_end and self.pieces[ids[end]] == b"\n")
         return None
+
+
+def _rebuild(directory: Path) -> Vocabulary:
+    return Vocabulary(Tokenizer.load(directory))
 
 
 def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
@@ -125,21 +135,19 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _script(piece: bytes) -> int:
-    """The script most of a token's characters belong to, spaces apart; a character cut off counts by its first byte."""
-    if not piece:
-        return _CONTINUES
-    text = piece.decode("utf-8", errors="ignore")
-    found = texts.scripts_of(texts.code_points(text))
-    if len(found):
-        counts = np.bincount(found, minlength=len(texts.SCRIPTS))
-        if counts.sum() > counts[texts.SPACE]:
-            counts[texts.SPACE] = 0
-        return int(counts.argmax())
-    lead = next((byte for byte in piece if byte >= 0xC0), None)
-    if lead is None:
-        return _CONTINUES
-    return texts.HAN if 0xE3 <= lead <= 0xE9 else texts.MARK if lead in (0xE2, 0xEF, 0xF0) else texts.OTHER
+def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
+    """uint8 [V]: for each token the script most of its characters belong to, spaces apart; of one that holds no whole
+    character that of its first byte, and _CONTINUES where it begins none."""
+    whole = [piece.decode("utf-8", errors="ignore") for piece in pieces]
+    lengths = np.fromiter(map(len, whole), np.int64, len(whole))
+    counts = texts.count_scripts(texts.scripts_of(texts.code_points("".join(whole))), lengths)
+    counts[counts.sum(axis=1) > counts[:, texts.SPACE], texts.SPACE] = 0
+    scripts = counts.argmax(axis=1).astype(np.uint8)
+    for id in np.flatnonzero(lengths == 0).tolist():
+        lead = next((byte for byte in pieces[id] if byte >= 0xC0), 0)
+        is_han, is_mark = 0xE3 <= lead <= 0xE9, lead in (0xE2, 0xEF, 0xF0)
+        scripts[id] = texts.HAN if is_han else texts.MARK if is_mark else texts.OTHER if lead else _CONTINUES
+    return scripts
 
 
 @dataclass(slots=True)

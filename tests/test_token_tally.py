@@ -18,7 +18,7 @@ from mmdata.tokenizer import Tokenizer
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
 def test_counts_are_those_of_every_row(packed: dict[str, PackResult], kind: str) -> None:
     dataset = open_dataset(packed[kind].out)
-    found = scan_shards(dataset)
+    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
     vocabulary: Counter[int] = Counter()
     trained = 0
     for row in source_rows(dataset):
@@ -35,7 +35,7 @@ def test_counts_are_those_of_every_row(packed: dict[str, PackResult], kind: str)
 def test_messages_are_measured_by_role_and_turn(packed: dict[str, PackResult]) -> None:
     dataset = open_dataset(packed["conversation"].out)
     tokenizer = Tokenizer.load(dataset.tokenizer_dir)
-    found = scan_shards(dataset)
+    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
     by_role: dict[str, Counter[int]] = {}
     by_turn: dict[int, Counter[int]] = {}
     begin = tokenizer.control_tokens["<|im_start|>"]
@@ -56,7 +56,7 @@ def test_characters_and_bytes_of_scripts_are_those_of_the_text(packed: dict[str,
     dataset = open_dataset(packed["document"].out)
     tokenizer = Tokenizer.load(dataset.tokenizer_dir)
     text = "".join(tokenizer.decode(row["input_ids"], skip_control=True) for row in source_rows(dataset))
-    found = scan_shards(dataset)
+    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
     assert found.scripts[:, 1].sum() == len(text)
     assert found.scripts[:, 2].sum() == len(text.encode())
     han = found.scripts[SCRIPTS.index("han")]
@@ -78,5 +78,5 @@ def test_pieces_join_to_what_decoding_gives(tokenizer_dir: Path) -> None:
 @pytest.mark.parametrize("kind", ["document", "pair"])
 def test_a_share_of_the_shards_is_a_sample(packed: dict[str, PackResult], kind: str) -> None:
     dataset = open_dataset(packed[kind].out)
-    found = scan_shards(dataset, share=0.3)
+    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)), share=0.3)
     assert 0 < found.tokens <= packed[kind].tokens
