@@ -49,7 +49,8 @@ class Keeper:
             except MMError as error:
                 self.event(step, "no samples", error.message)
                 self._with_samples = False
-        self.write()
+        if not is_last:  # then it is written when the run has ended
+            self.write()
         self._cost = time.monotonic() - begun
         self._spent += self._cost
 
