@@ -616,7 +616,28 @@ def train(
     warmup: Annotated[float | None, typer.Option(help="Share of steps to warm up.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay of the matrices.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="dpo: sigmoid, sigmoid_norm, robust, hinge, ipo, simpo or orpo. [default: sigmoid]"),
+    ] = None,
     beta: Annotated[float | None, typer.Option(help="dpo: how strongly the reference holds.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="dpo: share of pairs held to be the wrong way.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="dpo: simpo's target margin.")] = None,
+    sft_weight: Annotated[float | None, typer.Option(help="dpo: weight of the chosen reply's NLL in the loss.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="dpo: the reference. [default: the weights it starts from]")
+    ] = None,
+    reference_free: Annotated[bool, typer.Option("--reference-free", help="dpo: no reference at all.")] = False,
+    share_prompt: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-prompt/--no-share-prompt",
+            help="dpo: compute a pair's prompt once. [default: where that is faster]",
+        ),
+    ] = None,
+    guard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="dpo: packed text whose val split shows what is forgotten.")
+    ] = None,
     ema: Annotated[
         float | None, typer.Option(metavar="DECAY", help="Keep a running average of the weights, such as 0.999.")
     ] = None,
@@ -649,6 +670,8 @@ def train(
 
     if stage not in KIND_OF_STAGE:
         raise UsageError(f"stage {stage!r} is unknown", "mm train pretrain, mm train sft or mm train dpo")
+    if reference and reference_free:
+        raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
     if nproc > 1:
         from mmtrain.distributed import launch
 
@@ -678,7 +701,14 @@ def train(
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,
+        loss=loss,
         beta=beta,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        sft_weight=sft_weight,
+        reference="none" if reference_free else str(reference) if reference else None,
+        share_prompt=share_prompt,
+        guard=str(guard) if guard else None,
         ema=ema,
         patience=patience,
         seed=seed,
@@ -727,7 +757,8 @@ def print_trained(trained: "TrainResult", as_json: bool) -> None:
         print_json(trained)
         return
     figures = [f"loss {trained.train_loss:.3f}"] if trained.train_loss is not None else []
-    figures += [f"val {name} {value:.4g}" for name, value in trained.val.items() if name != "tokens"]
+    shown = ("loss", "bits_per_byte", "accuracy", "reward_margin", "chosen_nll", "guard_loss")
+    figures += [f"val {name} {value:.4g}" for name, value in trained.val.items() if name in shown]
     skipped = f", {trained.num_skipped} steps skipped" if trained.num_skipped else ""
     state = "interrupted" if trained.is_interrupted else "finished"
     result(
@@ -1052,7 +1083,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
 def score_demo(run: Path, asked: "list[Question]", pairs: Path) -> dict[str, Any]:
     """Ask a run the held-out questions and rank the held-out pairs; greedy answers, pairs by their log-probabilities."""
     from mmdata import demo as recipe
-    from mmdata.loader import Loader
+    from mmdata.pairs import PairLoader
     from mmdata.shards import open_dataset
     from mmdata.template import Message, Template
     from mmdata.tokenizer import Tokenizer
@@ -1065,7 +1096,7 @@ def score_demo(run: Path, asked: "list[Question]", pairs: Path) -> dict[str, Any
     conversations = [[Message(m["role"], m["content"]) for m in question.messages] for question in asked]
     answers = answer_batch(model, tokenizer, Template(tokenizer), conversations, max_new_tokens=48)
     score = recipe.score(asked, answers)
-    ranked = evaluate(model, Loader([open_dataset(pairs)], batch_tokens=2**14, seed=0), tokenizer)
+    ranked = evaluate(model, PairLoader([open_dataset(pairs)], batch_tokens=2**14, seed=0), tokenizer)
     transcript = []
     for question in recipe.showcase(asked):
         said = answers[asked.index(question)].strip()

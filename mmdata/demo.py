@@ -479,7 +479,7 @@ STAGES = (
     DemoStage("pretrain_hq", "pretrain", 18_600, 512, 1e-3, 1024, "wsd"),
     DemoStage("sft_512", "sft", 42_000, 512, 2e-3, 1024, "wsd"),
     DemoStage("sft_1024", "sft", 4_500, 1024, 2e-3, 1024, "wsd"),
-    DemoStage("dpo", "dpo", 3_100, 512, 5e-5, 8_192, "cosine", beta=1.0),
+    DemoStage("dpo", "dpo", 3_100, 512, 5e-5, 576, "cosine", beta=1.0),
 )
 NUM_EACH = 16  # held-out questions a subject and language
 NUM_PAIRS_EACH = 16

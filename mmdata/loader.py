@@ -17,7 +17,7 @@ import numpy as np
 
 from mmdata.errors import DatasetError
 from mmdata.order import Mixture, draws_per_epoch, permute
-from mmdata.shards import Dataset, PairView, Split, loss_mask
+from mmdata.shards import Dataset, Split, loss_mask
 
 DEFAULT_MICRO_TOKENS = 32_768
 BLOCK_CELLS = 4096  # put in order at once: some ten steps, so that the permutation's cost a step is small
@@ -26,7 +26,8 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences end to end. For pairs: chosen_0, rejected_0, chosen_1, …, each with its prompt in front, n = 2 S."""
+    """Sequences end to end. For pairs: chosen_0, rejected_0, chosen_1, …, each with its prompt in front, n = 2 S; or, where
+    `shared` is given, n = S sequences prompt + chosen + rejected, of which rejected must not see chosen."""
 
     ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # uint8 [T], 1 where a token is trained on (not shifted)
@@ -34,6 +35,7 @@ class MicroBatch:
     max_seqlen: int
     samples: np.ndarray  # int64 [S], sample numbers within the split (over all datasets, in their order)
     num_loss_tokens: int
+    shared: np.ndarray | None = None  # int64 [S, 3]: tokens of prompt, chosen, rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +103,21 @@ class Loader:
         allocate: Callable[[int, Any], np.ndarray] = np.empty,
     ):
         assert 0 <= rank < world_size and batch_tokens > 0, (rank, world_size, batch_tokens)
-        _check_alike(datasets)
+        check_alike(datasets)
         self.kind = datasets[0].kind
         self._rank, self._world_size = rank, world_size
         self._allocate = (
             allocate  # (count, dtype) -> the buffers that ids and masks are written to, pinned ones perhaps
         )
         self.weights = None if weights is None else list(weights)
-        self.digest = _digest(datasets, weights)
+        self.digest = digest_of(datasets, weights)
         self._key = f"{self.digest}:{seed}" if shuffle else ""
-        sequences = 2 if self.kind == "pair" else 1  # of a sample, side by side
-        self.cell_tokens = sequences * max(dataset.buckets[-1] for dataset in datasets)
+        assert self.kind != "pair", "PairLoader is for pairs"
+        self.cell_tokens = max(dataset.buckets[-1] for dataset in datasets)
         self._cells_per_step = max(1, batch_tokens // self.cell_tokens)
         self._cells_per_micro = max(1, (micro_tokens or DEFAULT_MICRO_TOKENS) // self.cell_tokens)
         splits = [dataset.split(split) for dataset in datasets]
-        self._groups = self._make_groups(splits, sequences)
+        self._groups = self._make_groups(splits)
         self._first_cells = np.array([group.first_cell for group in self._groups])
         self.num_samples = sum(group.num_samples for group in self._groups)
         self._num_cells = sum(group.num_cells for group in self._groups)
@@ -130,12 +132,12 @@ class Loader:
         ]
         self._block: tuple[tuple[int, int], _Samples] | None = None  # the last one put in order
 
-    def _make_groups(self, splits: Sequence[Split], sequences: int) -> list[_Group]:
+    def _make_groups(self, splits: Sequence[Split]) -> list[_Group]:
         groups: list[_Group] = []
         sample = cell = 0
         for split in splits:
             for bucket in split.buckets:
-                per_cell = self.cell_tokens // (sequences * bucket)
+                per_cell = self.cell_tokens // bucket
                 group = _Group(split, bucket, split.num_samples(bucket), per_cell, sample, cell)
                 sample, cell = sample + group.num_samples, cell + group.num_cells
                 groups.append(group)
@@ -220,23 +222,27 @@ class Loader:
     def _assemble(self, group: np.ndarray, index: np.ndarray) -> MicroBatch:
         numbers = np.array([each.first_sample for each in self._groups], np.int64)[group] + index
         where = [(self._groups[g], i) for g, i in zip(group.tolist(), index.tolist(), strict=True)]
-        if self.kind == "pair":
-            views = [of.split.sample(of.bucket, i) for of, i in where]
-            return self._micro_batch(*_lay_out_pairs(views), numbers)
-        return self._micro_batch(*_lay_out_packs(where), numbers)
+        return assemble(*_lay_out_packs(where), numbers, self._allocate)
 
-    def _micro_batch(
-        self, pieces: Sequence[np.ndarray], lengths: np.ndarray, spans: np.ndarray, numbers: np.ndarray
-    ) -> MicroBatch:
-        """pieces: ids, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending."""
-        cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
-        total = int(cu_seqlens[-1])
-        ids, mask = self._allocate(total, np.int32), self._allocate(total, np.uint8)
-        np.concatenate(pieces, out=ids, casting="unsafe")  # ids < 2**31 by the manifest
-        mask[:] = loss_mask(spans, total)
-        num_loss = int((spans[1::2] - spans[0::2]).sum())
-        return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss)
+
+def assemble(
+    pieces: Sequence[np.ndarray],
+    lengths: np.ndarray,
+    spans: np.ndarray,
+    numbers: np.ndarray,
+    allocate: Callable[[int, Any], np.ndarray],
+    shared: np.ndarray | None = None,
+) -> MicroBatch:
+    """pieces: ids, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending; numbers:
+    of the samples; allocate: gives the buffers ids and mask are written to; shared: see `MicroBatch`."""
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    total = int(cu_seqlens[-1])
+    ids, mask = allocate(total, np.int32), allocate(total, np.uint8)
+    np.concatenate(pieces, out=ids, casting="unsafe")  # ids < 2**31 by the manifest
+    mask[:] = loss_mask(spans, total)
+    num_loss = int((spans[1::2] - spans[0::2]).sum())
+    return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss, shared)
 
 
 def _lay_out_packs(where: Sequence[tuple[_Group, int]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
@@ -253,22 +259,7 @@ def _lay_out_packs(where: Sequence[tuple[_Group, int]]) -> tuple[list[np.ndarray
     return ids, np.concatenate(lengths), joined
 
 
-def _lay_out_pairs(pairs: Sequence[PairView]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """The same of pairs: chosen and rejected in turn, each with its prompt in front."""
-    pieces: list[np.ndarray] = []
-    lengths: list[int] = []
-    spans: list[np.ndarray] = []
-    begin = 0
-    for pair in pairs:
-        for reply, span in ((pair.chosen, pair.chosen_span), (pair.rejected, pair.rejected_span)):
-            pieces += (pair.prompt, reply)
-            lengths.append(len(pair.prompt) + len(reply))
-            spans.append(span.astype(np.int64) + begin + len(pair.prompt))
-            begin += lengths[-1]
-    return pieces, np.array(lengths), np.concatenate(spans)
-
-
-def _digest(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
+def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
     """Names what is trained on: one dataset's own digest, or that of several and their weights."""
     digests = [dataset.digest for dataset in datasets]
     if len(digests) == 1 and weights is None:
@@ -316,7 +307,7 @@ def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Gener
         thread.join()
 
 
-def _check_alike(datasets: Sequence[Dataset]) -> None:
+def check_alike(datasets: Sequence[Dataset]) -> None:
     """Datasets of one batch must share row kind and tokenizer."""
     assert datasets, "no dataset"
     first = datasets[0]

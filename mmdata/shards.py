@@ -156,6 +156,11 @@ class Split:
         at = bisect_right(begins, i) - 1
         return self._batches[bucket][at], i - begins[at]
 
+    def list_lengths(self, name: str) -> np.ndarray:
+        """Entries of a list column of every sample, int64 [num_samples], in the order of sample numbers."""
+        lengths = [batch[name].lengths() for bucket in self.buckets for batch in self._batches[bucket]]
+        return np.concatenate(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
+
     def sample(self, bucket: int, i: int) -> Any:
         """Sample i of a bucket: a PackView, or for pairs a PairView."""
         columns, i = self.place(bucket, i)

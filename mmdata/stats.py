@@ -19,9 +19,9 @@ from mmdata.arrow import read_arrow
 from mmdata.buckets import BUCKETS, buckets_for
 from mmdata.encode import RowEncoder
 from mmdata.errors import InputError
-from mmdata.loader import Loader
 from mmdata.measure import RowTally
 from mmdata.packing import pack
+from mmdata.pairs import make_loader
 from mmdata.pipeline import length_figures
 from mmdata.samples import records
 from mmdata.scan import UNCUT, PartScan, Shown
@@ -30,7 +30,7 @@ from mmdata.token_tally import TokenTally, Vocabulary
 from mmdata.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
-BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 32_768}  # of a step, the stages' defaults
+BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # of a step, the stages' defaults
 PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each cut line
 NUM_RANDOM = 12  # samples for show
 NUM_TOP = 20  # of any list
@@ -222,7 +222,7 @@ def measure_dataset(
     )
     figures["sources"] = _sources(dataset, found if not is_quick else [])
     batch_tokens = BATCH_TOKENS[dataset.kind]
-    steps = Loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
+    steps = make_loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
     figures["epoch"] = {"batch_tokens": batch_tokens, "steps": steps}
     figures["set_aside"] = _set_aside(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)

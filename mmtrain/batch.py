@@ -20,7 +20,8 @@ from mmtrain.model import Model
 class Batch:
     """One micro-batch on its device. T tokens, N of them trained, in `num_sequences` sequences.
 
-    `trained` int64 [N] are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each.
+    `trained` int64 [N] are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each. Both sides
+    of a pair count as sequences, whether or not they share their prompt.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class Batch:
     samples: np.ndarray
     num_tokens: int
     num_trained: int
+    shared: Tensor | None = None  # int64 [S, 3] on the CPU: prompt, chosen and rejected of pairs laid as one sequence
 
 
 def pinned(count: int, dtype: Any) -> np.ndarray:
@@ -47,8 +49,16 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
     trained = np.flatnonzero(micro.loss_mask)
     starts = cu_seqlens[:-1][lengths > 0]
     assert not np.asarray(micro.loss_mask)[starts].any(), "a document's first token is marked trained"
-    sequence_ids = np.repeat(np.arange(len(lengths)), lengths)[trained]
-    position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    if micro.shared is None:
+        sides = lengths
+        position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    else:
+        sides, position_ids = _shared_places(micro.shared)
+        first_alone = (cu_seqlens[1:] - micro.shared[:, 2])[(micro.shared[:, 0] == 0) & (micro.shared[:, 2] > 0)]
+        assert not np.asarray(micro.loss_mask)[first_alone].any(), (
+            "a reply without a prompt has its first token trained"
+        )
+    sequence_ids = np.repeat(np.arange(len(sides)), sides)[trained]
 
     def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
@@ -60,22 +70,41 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
         max_seqlen=int(micro.max_seqlen),
         trained=put(trained),
         sequence_ids=put(sequence_ids),
-        num_sequences=len(lengths),
+        num_sequences=len(sides),
         samples=np.asarray(micro.samples),
         num_tokens=len(position_ids),
         num_trained=len(trained),
+        shared=None if micro.shared is None else torch.from_numpy(micro.shared),
     )
+
+
+def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of pairs laid as prompt + chosen + rejected: the length of each side on the axis (chosen with the prompt in front),
+    and every token's position, which for rejected goes on from the prompt's."""
+    prompt, chosen, rejected = shared.T
+    sides = np.stack([prompt + chosen, rejected], 1).ravel()
+    before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()
+    begins = np.cumsum(sides) - sides
+    return sides, np.arange(sides.sum()) - np.repeat(begins - before, sides)
 
 
 def token_logps_of(model: Model, batch: Batch) -> Tensor:
     """Log-probabilities fp32 [N] of a batch's trained tokens, under the autocast the caller has set."""
-    hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+    hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared)
     device = batch.ids.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     with torch.autocast(device, enabled=False):
-        return trained_logps(hidden, model.head_weight, batch.ids, batch.trained, dtype=dtype)
+        shared = None if batch.shared is None else batch.shared.to(batch.ids.device)
+        return trained_logps(hidden, model.head_weight, batch.ids, batch.trained, shared=shared, dtype=dtype)
 
 
 def logps_of(model: Model, batch: Batch) -> Tensor:
     """Log-probabilities fp32 [num_sequences], each summed over the sequence's trained tokens."""
     return sum_by_sequence(token_logps_of(model, batch), batch.sequence_ids, batch.num_sequences)
+
+
+def counts_of(batch: Batch) -> Tensor:
+    """Trained tokens of each sequence, fp32 [num_sequences]."""
+    return sum_by_sequence(
+        torch.ones_like(batch.sequence_ids, dtype=torch.float32), batch.sequence_ids, batch.num_sequences
+    )

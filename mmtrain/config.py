@@ -76,10 +76,17 @@ class TrainConfig:
     warmup: float | None = None
     weight_decay: float | None = None
     clip: float | None = None
-    beta: float | None = None  # dpo only
     lora: int | None = None  # rank of the adapters; 0 trains all weights
     ema: float | None = None  # decay of the weights' average; 0 keeps none
     patience: int | None = None  # validations without a better val loss that end the run; 0: none do
+    loss: str | None = None  # this and the next eight: dpo only
+    beta: float | None = None
+    label_smoothing: float | None = None
+    gamma: float | None = None
+    sft_weight: float | None = None
+    reference: str | None = None  # "start", "none", or a run
+    share_prompt: bool | None = None  # None: where the prompts' share makes it faster
+    guard: str | None = None  # a packed dataset whose val split shows forgetting
     seed: int | None = None
     max_skipped: int | None = None  # this many non-finite steps in a row end the run
     val_every: int | None = None
@@ -114,7 +121,14 @@ class Settings:
     warmup: float
     weight_decay: float
     clip: float
+    loss: str
     beta: float
+    label_smoothing: float
+    gamma: float
+    sft_weight: float
+    reference: str
+    share_prompt: bool
+    guard: str
     lora: int
     ema: float
     patience: int
@@ -125,8 +139,19 @@ class Settings:
     keep_last: int
 
 
+DPO_ONLY = ("loss", "beta", "label_smoothing", "gamma", "sft_weight", "reference", "share_prompt", "guard")
+
 # May differ when a run is resumed; with any other setting changed it would not be the same run.
-FREE_ON_RESUME = {"micro_tokens", "patience", "max_skipped", "val_every", "save_every", "keep_last"}
+FREE_ON_RESUME = {
+    "micro_tokens",
+    "share_prompt",
+    "guard",
+    "patience",
+    "max_skipped",
+    "val_every",
+    "save_every",
+    "keep_last",
+}
 
 
 def resolve(
@@ -164,8 +189,11 @@ def resolve(
 
 def _check(config: TrainConfig) -> None:
     """Refuse flags no run can have."""
-    if config.beta is not None and config.stage != "dpo":
-        raise UsageError(f"--beta belongs to dpo, not to {config.stage}", "leave --beta out")
+    if config.stage != "dpo":
+        for name in DPO_ONLY:
+            if getattr(config, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} belongs to dpo, not to {config.stage}", f"leave {flag} out")
     if config.schedule not in (None, "cosine", "wsd", "constant"):
         raise UsageError(f"--schedule {config.schedule} is unknown", "use cosine, wsd or constant")
     if config.steps is not None and config.epochs is not None:

@@ -7,41 +7,45 @@ import torch
 from torch import Tensor
 
 from mmdata.loader import Loader
+from mmdata.pairs import PairLoader
 from mmdata.tokenizer import Tokenizer
-from mmtrain.batch import Batch, to_device, token_logps_of
+from mmtrain.batch import Batch, counts_of, to_device, token_logps_of
 from mmtrain.distributed import World
-from mmtrain.losses import dpo_sigmoid, sum_by_sequence
+from mmtrain.losses import sum_by_sequence
 from mmtrain.model import Model
+from mmtrain.preference import FIGURES, Objective, pair_figures
 
 
 @torch.no_grad()
 def evaluate(
     model: Model,
-    loader: Loader,
+    loader: Loader | PairLoader,
     tokenizer: Tokenizer,
     *,
     world: World | None = None,
     reference: Tensor | None = None,
-    beta: float = 0.1,
+    objective: Objective | None = None,
 ) -> dict[str, float]:
     """Held-out figures of the loader's split; empty when the split is.
 
-    loss (nats a trained token), bits_per_byte (over tokens that stand for bytes) and tokens (trained ones). For pairs
-    loss is dpo's and margin and accuracy stand beside it, measured against `reference` (logps fp32 [num_samples, 2]),
-    or with none against a reference that finds everything equally likely; bits_per_byte is then the chosen replies'.
+    loss (nats a trained token), bits_per_byte (over tokens that stand for bytes) and tokens (trained ones). For pairs loss
+    is the objective's, with the figures of `preference.FIGURES` beside it, measured against `reference` (logps fp32
+    [num_samples, 2]), or with none against a reference that finds everything equally likely; bits_per_byte is then the
+    chosen replies'.
     """
+    objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
     token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes(), dtype=np.int64)).to(world.device)
     is_pairs = loader.kind == "pair"
-    text, pairs = torch.zeros(4, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    text, pairs = torch.zeros(4, dtype=torch.float64), torch.zeros(2 + len(FIGURES), dtype=torch.float64)
     text, pairs = text.to(world.device), pairs.to(world.device)
     for micro in loader.micro_batches():
         batch = to_device(micro, world.device)
         logps = token_logps_of(model, batch)
         text += _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
         if is_pairs:
-            ref = torch.zeros(batch.num_sequences // 2, 2) if reference is None else reference[batch.samples]
-            pairs += _pair_sums(batch, logps, ref.to(world.device), beta)
+            ref = None if reference is None else reference[batch.samples].to(world.device)
+            pairs += _pair_sums(batch, logps, ref, objective)
     nats, trained, nats_of_bytes, num_bytes = world.sum(text).tolist()
     if not trained:
         return {}
@@ -51,8 +55,10 @@ def evaluate(
     }
     if is_pairs:
         *sums, num_pairs = world.sum(pairs).tolist()
-        names = ("loss", "reward_margin", "accuracy", "chosen_logps", "rejected_logps")
-        figures |= {name: value / num_pairs for name, value in zip(names, sums, strict=True)}
+        means = {name: value / num_pairs for name, value in zip(("loss", *FIGURES), sums, strict=True)}
+        figures |= {
+            name: value for name, value in means.items() if math.isfinite(value)
+        }  # without a reference no drift
     return figures | {"tokens": int(trained)}
 
 
@@ -64,9 +70,9 @@ def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only:
     return torch.stack([nats.sum(), is_counted.sum(), (nats * (num_bytes > 0)).sum(), (num_bytes * is_counted).sum()])
 
 
-def _pair_sums(batch: Batch, logps: Tensor, ref: Tensor, beta: float) -> Tensor:
-    """Loss, reward margin, accuracy, chosen and rejected logps, number of pairs: float64 [6]."""
-    chosen, rejected = sum_by_sequence(logps, batch.sequence_ids, batch.num_sequences).view(-1, 2).T
-    loss, margin = dpo_sigmoid(chosen, rejected, ref[:, 0], ref[:, 1], beta)
-    columns = (loss, margin, (margin > 0).float(), chosen, rejected, torch.ones_like(loss))
+def _pair_sums(batch: Batch, logps: Tensor, ref: Tensor | None, objective: Objective) -> Tensor:
+    """Loss, FIGURES, number of pairs: float64 [2 + figures]."""
+    sums = sum_by_sequence(logps, batch.sequence_ids, batch.num_sequences).view(-1, 2)
+    loss, figures = pair_figures(objective, sums, counts_of(batch).view(-1, 2), ref)
+    columns = (loss, *(figures[name] for name in FIGURES), torch.ones_like(loss))
     return torch.stack([column.double().sum() for column in columns])

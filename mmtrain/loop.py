@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdata import pair_checks
 from mmdata.errors import MMError, TrainError
 from mmdata.loader import MicroBatch, ahead
+from mmdata.pairs import PairLoader
 from mmdata.tokenizer import Tokenizer
-from mmtrain import checkpoint, distributed, lora, metrics, optim, reference
+from mmtrain import checkpoint, distributed, forecast, lora, metrics, optim
 from mmtrain.batch import to_device
 from mmtrain.config import TrainConfig, as_json
 from mmtrain.distributed import StopSignals, World
@@ -32,12 +34,11 @@ from mmtrain.evaluate import evaluate
 from mmtrain.keeper import Keeper
 from mmtrain.model import Model
 from mmtrain.plan import Plan, make_plan
+from mmtrain.prelude import reference_logps
 from mmtrain.speed import matmul_flops
 from mmtrain.stages import step_zero_tolerance
 from mmtrain.trackers import Tracked, Trackers
 from mmtrain.trackers import check as check_trackers
-
-TELL_EVERY_S = 10  # between lines about work before the first step
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
     assert plan is not None
     run = _start(plan, world, say if world.is_first and not config.quiet else None)
     try:
+        if plan.stage.kind == "pair":
+            _prepare_pairs(run)
         with StopSignals() as stop:
             result = _run_steps(run, stop)
     except BaseException:
@@ -141,7 +144,7 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
 
 
 def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
-    """Make the run directory, the model and, for pairs, the reference's logps."""
+    """Make the run directory and the model, and say what is about to happen."""
     config, settings = plan.config, plan.settings
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it; the CPU computes fp32 as ever
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
@@ -190,8 +193,6 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     if world.is_first:
         run.keeper = Keeper(config.out, first_step=first_step, with_report=config.report, with_samples=config.samples)
     _say_start(run)
-    if plan.stage.kind == "pair":
-        run.ref = _reference_logps(run)
     return run
 
 
@@ -255,28 +256,47 @@ def _say_start(run: Run) -> None:
         run.log.say("the val split is empty: no held-out figures")
 
 
-def _reference_logps(run: Run) -> dict[str, Tensor]:
-    """The reference's logps by split: of the weights the run starts from, computed before its first step, else read."""
-    plan, path = run.plan, run.out / reference.FILE
-    loaders = {"train": plan.loader, "val": plan.val_loader}
-    assert plan.init_facts is not None
-    key = reference.key_of(plan.init_facts["weights_sha256"], loaders, autocast_dtype(run.world.device))
-    if plan.resumed:
-        return reference.load(path, key)
-    begun = last = time.monotonic()
+def _prepare_pairs(run: Run) -> None:
+    """What dpo does before its first step: look at the pairs, get the reference's logps, forecast, and measure the start."""
+    device, plan = run.world.device, run.plan
+    if run.world.is_first and not plan.resumed:
+        for line in pair_checks.lines(pair_checks.pair_figures(plan.datasets)):
+            run.log.say(line)
+    run.ref = reference_logps(
+        run.plan,
+        run.model,
+        run.world,
+        run.facts,
+        dtype=autocast_dtype(device),
+        precision=partial(autocast, device),
+        say=run.log.say,
+    )
+    if not plan.resumed:
+        _forecast(run)
+        run.facts["start_val"] = _held_out(run)
+        if run.facts["start_val"]:
+            run.log.say(f"start val | {metrics.val_line(run.facts['start_val'])}")
+    _write_facts(run)
 
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= TELL_EVERY_S:
-            last = time.monotonic()
-            run.log.say(f"reference logps: {done:,} of {total:,} pairs, {metrics.duration(last - begun)}")
 
-    with autocast(run.world.device):
-        logps = {split: reference.compute(run.model, each, run.world, progress=tell) for split, each in loaders.items()}
-    if run.world.is_first:
-        reference.save(path, logps, key)
-    run.log.say(f"reference logps of {plan.loader.num_samples:,} pairs in {metrics.duration(time.monotonic() - begun)}")
-    return {split: values.cpu() for split, values in logps.items()}
+def _forecast(run: Run) -> None:
+    """Say how far the run can move the margins."""
+    plan = run.plan
+    assert isinstance(plan.loader, PairLoader)
+    found = forecast.forecast(
+        run.model,
+        run.gradient,
+        plan.loader,
+        plan.settings,
+        plan.objective,
+        plan.num_steps,
+        run.world,
+        reference=run.ref.get("train"),
+        precision=partial(autocast, run.world.device),
+    )
+    run.facts["forecast"] = asdict(found) | {"reach": found.reach}
+    for line in forecast.lines(found, plan.settings.lr):
+        run.log.say(line)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
@@ -352,7 +372,10 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> tuple[dict[str, Any], b
         zip(("loss", *stage.figures), (x / count if count else math.nan for x in (loss, *others)), strict=True)
     )
     if step == 0 and count and math.isfinite(loss):
-        _agree_on(run.world, partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device))))
+        _agree_on(
+            run.world,
+            partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device)), run.plan.objective),
+        )
     lr = optim.learning_rate(
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
@@ -384,9 +407,9 @@ def _accumulate(run: Run) -> Tensor:
     run.gradient.zero_()
     for micro in next(run.batches):
         batch = to_device(micro, device)
-        ref = run.ref["train"][batch.samples].to(device) if run.ref else None
+        ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
         with autocast(device):
-            outcome = stage.loss(run.model, batch, ref, run.plan.settings.beta)
+            outcome = stage.loss(run.model, batch, ref, run.plan.objective)
         outcome.loss.backward()
         counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64, device=device)
         figures = [outcome.figures[name].double().view(1) for name in stage.figures]
@@ -429,21 +452,28 @@ def _agree_on(world: World, check: Callable[[], None]) -> None:
 
 
 def _validate(run: Run, step: int) -> None:
-    """Measure the val split and write a line of val_ figures; nothing when it is empty."""
-    if not run.plan.val_loader.num_samples:
-        return
-    with autocast(run.world.device), _offered(run):
-        run.val = evaluate(
-            run.model,
-            run.plan.val_loader,
-            run.tokenizer,
-            world=run.world,
-            reference=run.ref.get("val"),
-            beta=run.plan.settings.beta,
-        )
-    if run.val:
+    """Measure the val split and write a line of val_ figures; nothing when it is empty. Pairs are held against the start."""
+    run.val = _held_out(run)
+    if "loss" in run.val:
         run.val_losses.append(run.val["loss"])
+    if run.val:
         run.log.val({"step": step} | {f"val_{name}": value for name, value in run.val.items()})
+    if warning := forecast.forgetting(run.facts.get("start_val", {}), run.val, run.plan.objective):
+        run.log.say(warning)
+
+
+def _held_out(run: Run) -> dict[str, float]:
+    """Figures of the val split, and of dpo's guard where there is one."""
+    plan, found = run.plan, {}
+    with autocast(run.world.device), _offered(run):
+        if plan.val_loader.num_samples:
+            ref = run.ref.get("val")
+            found = evaluate(
+                run.model, plan.val_loader, run.tokenizer, world=run.world, reference=ref, objective=plan.objective
+            )
+        if plan.guard is not None:
+            found["guard_loss"] = evaluate(run.model, plan.guard, run.tokenizer, world=run.world)["loss"]
+    return found
 
 
 def _offered(run: Run) -> AbstractContextManager[dict[str, Tensor]]:

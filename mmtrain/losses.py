@@ -1,6 +1,7 @@
 """Tensors in, loss out. Log-probabilities are fp32 whatever the model computes in, and all logits are never held at once.
 
-The shift by one stands here and nowhere else: the hidden state at position i - 1 predicts the token at i.
+The shift by one stands here and nowhere else: the hidden state at position i - 1 predicts the token at i; only the first
+token of a reply that shares another's prompt is predicted from the prompt's end (`predecessors`).
 """
 
 from typing import Any
@@ -76,22 +77,89 @@ def token_logps(
     return _TokenLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[return-value]
 
 
+def predecessors(trained: Tensor, shared: Tensor | None = None) -> Tensor:
+    """Where the hidden state that predicts each trained position stands: one before. Here is the shift by one.
+
+    trained int64 [N], ascending. With `shared` (int64 [S, 3]: prompt, chosen, rejected, end to end) the first token of a
+    rejected reply comes after the last of its prompt.
+    """
+    before = trained - 1
+    if shared is None:
+        return before
+    ends = shared.sum(1).cumsum(0)
+    first_rejected = ends - shared[:, 2]
+    prompt_end = ends - shared.sum(1) + shared[:, 0] - 1
+    at = torch.searchsorted(first_rejected, trained, right=True) - 1
+    is_first = (at >= 0) & (first_rejected[at.clamp(min=0)] == trained)
+    return torch.where(is_first, prompt_end[at.clamp(min=0)], before)
+
+
 def trained_logps(
-    hidden: Tensor, weight: Tensor, ids: Tensor, trained: Tensor, *, dtype: torch.dtype = torch.float32
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    trained: Tensor,
+    *,
+    shared: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Log-probabilities fp32 [N] of the tokens ids[trained]; hidden [T, C] of all positions. Here is the shift by one."""
-    return token_logps(hidden.index_select(0, trained - 1), weight, ids[trained], dtype=dtype)
+    """Log-probabilities fp32 [N] of the tokens ids[trained]; hidden [T, C] of all positions. `shared`: see `predecessors`."""
+    return token_logps(hidden.index_select(0, predecessors(trained, shared)), weight, ids[trained], dtype=dtype)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Per-sequence sums [num_sequences] of token values [N]; a sequence without any has 0."""
-    return logps.new_zeros(num_sequences).index_add(0, sequence_ids, logps)
+    """Per-sequence sums [num_sequences] of token values [N], added up in float64; a sequence without any has 0."""
+    sums = logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
+    return sums.to(logps.dtype)
 
 
-def dpo_sigmoid(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Loss and reward margin of each pair, from summed logps [S]: -log sigmoid(margin), margin = beta * (difference of
-    log ratios to the reference). Rafailov et al. 2023, eq. 7."""
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -F.logsigmoid(margin), margin
+# --- pairs: each a function of the papers' quantities, giving one loss a pair --------------------------------------
+#
+# delta [S] is the difference of log ratios, (log pi/ref of chosen) - (log pi/ref of rejected): of sums, or of means a token
+# where the loss says so. epsilon is the share of labels held to be wrong.
+
+
+def dpo_sigmoid(delta: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
+    """-log sigmoid(beta delta): Rafailov et al. 2023, eq. 7. With epsilon the conservative loss of Mitchell 2023, eq. 3.
+
+    With delta of means instead of sums it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6.
+    """
+    return -(1 - epsilon) * F.logsigmoid(beta * delta) - epsilon * F.logsigmoid(-beta * delta)
+
+
+def dpo_robust(delta: Tensor, beta: float, epsilon: float) -> Tensor:
+    """The unbiased loss under labels flipped with probability epsilon < 0.5: Chowdhury et al. 2024, eq. 7."""
+    return (-(1 - epsilon) * F.logsigmoid(beta * delta) + epsilon * F.logsigmoid(-beta * delta)) / (1 - 2 * epsilon)
+
+
+def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
+    """max(0, 1 - beta delta): Zhao et al. 2023 (SLiC) in the form of Liu et al. 2024 (RSO), eq. 9."""
+    return F.relu(1 - beta * delta)
+
+
+def ipo(mean_delta: Tensor, tau: float) -> Tensor:
+    """(delta - 1 / (2 tau))^2 with delta of means a token: Azar et al. 2023, eq. 17, averaged as its authors do."""
+    return (mean_delta - 1 / (2 * tau)).square()
+
+
+def simpo(mean_difference: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> Tensor:
+    """-log sigmoid(beta (mean logp of chosen - of rejected) - gamma): Meng et al. 2024, eq. 6. Needs no reference."""
+    logits = beta * mean_difference - gamma
+    return -(1 - epsilon) * F.logsigmoid(logits) - epsilon * F.logsigmoid(-logits)
+
+
+def log_odds_ratio(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
+    """log odds(chosen) - log odds(rejected), odds(p) = p / (1 - p) of the mean logps: Hong et al. 2024 (ORPO), eq. 4."""
+    return (mean_chosen - mean_rejected) - (_log1mexp(mean_chosen) - _log1mexp(mean_rejected))
+
+
+def orpo(mean_chosen: Tensor, mean_rejected: Tensor, weight: float) -> Tensor:
+    """NLL a token of chosen - weight * log sigmoid(log odds ratio): Hong et al. 2024, eq. 6 and 7. Needs no reference."""
+    return -mean_chosen - weight * F.logsigmoid(log_odds_ratio(mean_chosen, mean_rejected))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, exact at both ends: Mächler 2012. x is held below -1e-6, where float32 still has room."""
+    x = x.clamp(max=-1e-6)
+    small = x > -0.6931
+    return torch.where(small, (-torch.expm1(x.where(small, x.new_tensor(-1.0)))).log(), (-x.exp()).log1p())

@@ -62,10 +62,7 @@ class Log:
     def val(self, record: Mapping[str, Any]) -> None:
         """Write and print held-out figures."""
         self._write(record)
-        figures = " ".join(
-            f"{k.removeprefix('val_')} {v:.4g}" for k, v in record.items() if k != "step" and v is not None
-        )
-        self.say(f"step {record['step']}/{self._num_steps} val | {figures}")
+        self.say(f"step {record['step']}/{self._num_steps} val | {val_line(record)}")
 
     def close(self) -> None:
         """Close metrics.jsonl."""
@@ -93,11 +90,7 @@ class Log:
             f"eta {duration(per_step * (self._num_steps - done))}",
         ]
         if "accuracy" in record:
-            parts.insert(
-                2,
-                f"acc {record['accuracy']:.2f} margin {record['reward_margin']:+.3f} "
-                f"(chosen {record['chosen_drift']:+.2f} rejected {record['rejected_drift']:+.2f})",
-            )
+            parts.insert(2, _pair_part(record))
         if record["skipped"]:
             parts.append(f"skipped {record['skipped']}")
         return " | ".join(parts)
@@ -118,6 +111,28 @@ def num_since_best(losses: Sequence[float]) -> int:
         if loss < best:
             best, best_at = loss, at
     return len(losses) - 1 - best_at
+
+
+def val_line(record: Mapping[str, Any]) -> str:
+    """Held-out figures on one line; of pairs those that show what is learned, the others stand in metrics.jsonl."""
+    found = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
+    if "accuracy" not in found or "loss" not in found:
+        return " ".join(f"{name} {value:.4g}" for name, value in found.items())
+    names = ("chosen_drift", "rejected_drift", "flipped_right", "flipped_wrong")
+    drift = {name: found.get(name, math.nan) for name in names}
+    guard = f" | guard {found['guard_loss']:.3f} nats a token" if "guard_loss" in found else ""
+    part = _pair_part(found | drift)
+    return f"loss {found['loss']:.4g} {part} | chosen {found['chosen_nll']:.3f} nats a token{guard}"
+
+
+def _pair_part(record: Mapping[str, Any]) -> str:
+    """Accuracy and margin; where there is a reference, how far both sides have drifted from it and whose order flipped."""
+    text = f"acc {record['accuracy']:.2f} margin {record['reward_margin']:+.3f}"
+    if not math.isfinite(record["chosen_drift"]):
+        return text
+    drift = f"drift chosen {record['chosen_drift']:+.2f} rejected {record['rejected_drift']:+.2f}"
+    right, wrong = (100 * record[f"flipped_{way}"] for way in ("right", "wrong"))
+    return f"{text} {drift} | flipped right {right:.0f}% wrong {wrong:.0f}%"
 
 
 def cut_after(path: Path, step: int) -> None:

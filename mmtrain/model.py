@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ModelConfig
+from mmtrain.shared_prompt import PairLayout, attend_pairs, make_pair_layout
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -114,8 +115,10 @@ def _varlen() -> tuple | None:
     return varlen_attn, inspect.signature(varlen_attn).parameters
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout | PairLayout) -> Tensor:
     """Causal attention inside each document. q [T, H, D], k and v [T, KV, D] -> [T, H, D]."""
+    if isinstance(layout, PairLayout):
+        return attend_pairs(q, k, v, layout)
     if not layout.groups:
         return _attend_varlen(q, k, v, layout)
     sizes = [n * length for n, length in layout.groups]
@@ -199,7 +202,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout | PairLayout) -> Tensor:
         q, k, v = self.heads(x, cos, sin)
         return self.o_proj(attend(q, k, v, layout).flatten(-2))
 
@@ -234,7 +237,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout | PairLayout) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -277,9 +280,18 @@ class Model(nn.Module):
         """The output matrix [V, C]: the embedding, tied."""
         return self.model.embed_tokens.weight
 
-    def forward(self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Hidden states [T, C] of flat ids [T]; positions restart at every end in cu_seqlens (int32 [n + 1], from 0)."""
-        layout = make_layout(cu_seqlens, max_seqlen, ids.device)
+    def forward(
+        self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, shared: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [T, C] of flat ids [T]; positions restart at every end in cu_seqlens (int32 [n + 1], from 0).
+
+        With `shared` (int64 [n, 3], on the CPU) each sequence is a pair's prompt, chosen and rejected of these lengths,
+        and the positions of rejected go on from the prompt's.
+        """
+        if shared is None:
+            layout = make_layout(cu_seqlens, max_seqlen, ids.device)
+        else:
+            layout = make_pair_layout(shared, ids.device)
         if layout.order is not None:
             ids, position_ids = ids[layout.order], position_ids[layout.order]
         x = self.model.embed_tokens(ids)

@@ -2,26 +2,28 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.loader import Loader
+from mmdata.pairs import PairLoader, make_loader, saved_share
 from mmdata.shards import Dataset, open_dataset
-from mmtrain import checkpoint, presets, trackers
+from mmtrain import checkpoint, preference, presets, trackers
 from mmtrain.batch import pinned
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig, Settings, TrainConfig, resolve, shape_from
 from mmtrain.distributed import World
-from mmtrain.stages import STAGES, Stage
+from mmtrain.preference import Objective
+from mmtrain.stages import STAGES, Stage, pair_defaults
 
 # Tokens one rank runs at once unless told: on CPU speed is flat from 1,024 on and memory grows with it (2.8 GB at 104M); on
-# CUDA the 104M model takes about 11 GB (derived from 0.7 MB a token, not measured). The loader counts a pair as two full
-# buckets, of which pairs fill a quarter or less, hence the factor.
+# CUDA the 104M model takes about 11 GB (derived from 0.7 MB a token, not measured).
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
-PAIR_FACTOR = 4
+PAIR_MICRO_TOKENS = {"cpu": 4096, "cuda": 16_384}  # one pair of 1,024 a side takes up to 2,048
+SHARE_FROM = 0.03  # of tokens saved, from where computing a prompt once for both sides is faster (tests/bench/dpo.py)
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ class Plan:
     origins: dict[str, str]
     stage: Stage
     datasets: Sequence[Dataset]
-    loader: Loader
-    val_loader: Loader
+    loader: Loader | PairLoader
+    val_loader: Loader | PairLoader
     shape: ModelConfig
     num_steps: int
     init: Checkpoint | None  # the checkpoint of an earlier run it starts from
     resumed: Checkpoint | None  # its own checkpoint it goes on from
     init_facts: dict[str, str] | None
+    objective: Objective  # of dpo
+    reference: Checkpoint | None = None  # another run's weights as dpo's reference
+    guard: Loader | PairLoader | None = None  # held-out text that dpo must not forget
 
 
 def make_plan(config: TrainConfig, world: World) -> Plan:
@@ -58,14 +63,25 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     weights = resumed.state["data"].get("weights") if resumed and not config.data else config.weights
     datasets = _open_datasets(stage, paths)
     init = None if resumed else _find_init(config, stage)
-    micro_tokens = MICRO_TOKENS[world.device.type] * (PAIR_FACTOR if stage.kind == "pair" else 1)
+    is_pairs = stage.kind == "pair"
+    micro_tokens = (PAIR_MICRO_TOKENS if is_pairs else MICRO_TOKENS)[world.device.type]
     shaped = {"model": None} if init else {}
+    preset = {**presets.preset_of(config)} | shaped
     defaults = {**presets.defaults_of(config, stage.defaults), "micro_tokens": micro_tokens} | shaped
-    settings, origins = resolve(config, defaults, saved, {**presets.preset_of(config)} | shaped)
+    if is_pairs:
+        defaults |= pair_defaults(str(config.loss or preset.get("loss") or defaults["loss"]))
+        defaults["share_prompt"] = saved_share(datasets) >= SHARE_FROM
+    settings, origins = resolve(config, defaults, saved, preset)
     origins |= {"model": "checkpoint"} if init else {}
+    objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
+    reference = None
+    if is_pairs:
+        preference.check(objective)
+        reference = _find_reference(objective, resumed)
     source = resumed or init
-    if source:
-        _check_fits(source, datasets)
+    for each in (source, reference):
+        if each:
+            _check_fits(each, datasets)
     shape = source.model_config if source else shape_from(str(settings.model), datasets[0].vocab_size)
     if datasets[0].max_len > shape.max_positions:
         raise DatasetError(
@@ -87,16 +103,54 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
     init_facts = resumed.state["data"]["init"] if resumed else facts
     return Plan(
-        config, settings, origins, stage, datasets, loader, val_loader, shape, num_steps, init, resumed, init_facts
+        config,
+        settings,
+        origins,
+        stage,
+        datasets,
+        loader,
+        val_loader,
+        shape,
+        num_steps,
+        init,
+        resumed,
+        init_facts,
+        objective,
+        reference,
+        _guard_loader(settings, datasets, world),
     )
+
+
+def _find_reference(objective: Objective, resumed: Checkpoint | None) -> Checkpoint | None:
+    """The checkpoint of --reference RUN; a resumed run knows which one that was."""
+    if objective.reference in ("start", "none") or resumed:
+        return None
+    return checkpoint.find(Path(objective.reference))
+
+
+def _guard_loader(settings: Settings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
+    """The val split of --guard; it must have one, of texts or conversations, and the run's tokenizer."""
+    if not settings.guard:
+        return None
+    dataset = open_dataset(Path(settings.guard))
+    fix = "name a dataset of documents or conversations, packed with this tokenizer and a --val-fraction"
+    if dataset.kind == "pair":
+        raise DatasetError(f"--guard {settings.guard} holds pairs", fix)
+    if dataset.tokenizer_sha256 != datasets[0].tokenizer_sha256:
+        raise DatasetError(f"--guard {settings.guard} was packed with another tokenizer", fix)
+    loader = _make_loader([dataset], "val", settings, world)
+    if not loader.num_samples:
+        raise DatasetError(f"--guard {settings.guard} has no val split", fix)
+    return loader
 
 
 def _make_loader(
     datasets: Sequence[Dataset], split: str, settings: Settings, world: World, weights: Sequence[float] | None = None
-) -> Loader:
+) -> Loader | PairLoader:
     """This rank's batches of a split, in buffers that its device can copy from while it computes."""
-    return Loader(
+    return make_loader(
         datasets,
+        share_prompt=settings.share_prompt,
         split=split,
         weights=weights,
         allocate=pinned if world.device.type == "cuda" else np.empty,
@@ -108,7 +162,7 @@ def _make_loader(
     )
 
 
-def _check_same_data(resumed: Checkpoint, loader: Loader, paths: Sequence[Path]) -> None:
+def _check_same_data(resumed: Checkpoint, loader: Loader | PairLoader, paths: Sequence[Path]) -> None:
     """A run goes on with the tokens it began with."""
     begun = resumed.state["data"]
     if begun["digest"] != loader.digest:

@@ -14,18 +14,34 @@ from mmtrain.config import TrainConfig
 
 _TORCHS_ADAMW = {"schedule": "cosine", "warmup": 0.0, "weight_decay": 0.01, "beta2": 0.999, "clip": 1.0}
 
+_PAIR = 880  # tokens of a pair of its dpo.jsonl on average, prompt counted twice, of those that fit 1,024
+
 # preset -> stage, or lora for a stage with adapters
 TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "minimind2": {
         "pretrain": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 8 * 512, "lr": 5e-4},
         "sft": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 512, "lr": 5e-5},
-        "dpo": {"model": "minimind2", "epochs": 2.0, "batch_tokens": 8 * 2 * 1024, "lr": 1e-8, "beta": 0.1},
+        "dpo": {
+            "model": "minimind2",
+            "epochs": 2.0,
+            "batch_tokens": 4 * _PAIR,
+            "lr": 1e-8,
+            "loss": "sigmoid_norm",
+            "beta": 0.1,
+        },
         "lora": {"model": "minimind2", "epochs": 50.0, "batch_tokens": 16 * 512, "lr": 5e-5},
     },
     "minimind3": {
         "pretrain": {"model": "minimind3", "epochs": 2.0, "batch_tokens": 32 * 8 * 340, "lr": 5e-4},
         "sft": {"model": "minimind3", "epochs": 2.0, "batch_tokens": 16 * 768, "lr": 1e-5},
-        "dpo": {"model": "minimind3", "epochs": 1.0, "batch_tokens": 4 * 2 * 1024, "lr": 4e-8, "beta": 0.15},
+        "dpo": {
+            "model": "minimind3",
+            "epochs": 1.0,
+            "batch_tokens": 4 * _PAIR,
+            "lr": 4e-8,
+            "loss": "sigmoid",
+            "beta": 0.15,
+        },
         "lora": {"model": "minimind3", "epochs": 10.0, "batch_tokens": 32 * 340, "lr": 1e-4},
     },
 }
@@ -43,7 +59,7 @@ def preset_of(config: TrainConfig) -> Mapping[str, Any]:
         raise UsageError(f"--preset {config.preset} is unknown", f"use one of {', '.join(TABLE)}")
     values = dict(TABLE[config.preset]["lora" if config.lora else config.stage])
     if config.lora and config.stage == "dpo":
-        values |= {key: TABLE[config.preset]["dpo"][key] for key in ("epochs", "batch_tokens", "beta")}
+        values |= {key: TABLE[config.preset]["dpo"][key] for key in ("epochs", "batch_tokens", "loss", "beta")}
     return _TORCHS_ADAMW | values
 
 

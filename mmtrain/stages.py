@@ -1,6 +1,5 @@
 """pretrain, sft, dpo: for each the row kind it trains on, where it starts from, its loss and its defaults."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mmdata.errors import TrainError
-from mmtrain.batch import Batch, logps_of, token_logps_of
-from mmtrain.losses import dpo_sigmoid
+from mmtrain.batch import Batch, counts_of, logps_of, token_logps_of
 from mmtrain.model import Model
 from mmtrain.optim import BETA2
+from mmtrain.preference import FIGURES, GAMMA, LOSSES, Objective, loss_at_reference, pair_figures, uses_reference
 
 
 @dataclass(frozen=True)
@@ -26,53 +25,49 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """What sets one stage apart. `loss(model, batch, ref, beta)`; `check` looks at the very first step's means."""
+    """What sets one stage apart. `loss(model, batch, ref, objective)`; `check` looks at the very first step's means.
+
+    `objective` is what pairs are trained for; the other stages do not look at it.
+    """
 
     name: str
     kind: str
     starts_from: tuple[str, ...]  # stages whose newest finished run it begins with; none: from new weights
-    loss: Callable[[Model, Batch, Tensor | None, float], Outcome]
+    loss: Callable[[Model, Batch, Tensor | None, Objective], Outcome]
     figures: tuple[str, ...]
-    check: Callable[[Mapping[str, float], float], None]
+    check: Callable[[Mapping[str, float], float, Objective], None]
     defaults: Mapping[str, Any]
 
 
-def next_token(model: Model, batch: Batch, ref: Tensor | None, beta: float) -> Outcome:
+def next_token(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
     """Cross-entropy of the trained tokens, in nats."""
     return Outcome(-token_logps_of(model, batch).sum(), batch.num_trained, {})
 
 
-def preference(model: Model, batch: Batch, ref: Tensor | None, beta: float) -> Outcome:
-    """The sigmoid loss of each pair; sequences alternate chosen, rejected. ref: the reference's logps [S, 2]."""
-    assert ref is not None
-    chosen, rejected = logps_of(model, batch).view(-1, 2).T
-    ref_chosen, ref_rejected = ref.T
-    loss, margin = dpo_sigmoid(chosen, rejected, ref_chosen, ref_rejected, beta)
-    figures = {
-        "reward_margin": margin,
-        "margin_size": margin.abs(),
-        "accuracy": (margin > 0).float(),
-        "chosen_logps": chosen,
-        "rejected_logps": rejected,
-        "chosen_drift": chosen - ref_chosen,
-        "rejected_drift": rejected - ref_rejected,
-    }
-    return Outcome(loss.sum(), len(loss), {name: values.detach().sum() for name, values in figures.items()})
+def preference(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
+    """The objective's loss of each pair; sequences alternate chosen, rejected. ref: the reference's logps [S, 2]."""
+    logps = logps_of(model, batch).view(-1, 2)
+    loss, figures = pair_figures(objective, logps, counts_of(batch).view(-1, 2), ref)
+    return Outcome(loss.sum(), len(loss), {name: values.sum() for name, values in figures.items()})
 
 
-def _no_check(means: Mapping[str, float], tolerance: float) -> None:
+def _no_check(means: Mapping[str, float], tolerance: float, objective: Objective) -> None:
     """Any first loss will do."""
 
 
-def _check_reference(means: Mapping[str, float], tolerance: float) -> None:
-    """Before the first update the policy is the reference: its loss is ln 2 and every margin 0, or the logps are stale."""
-    gap = abs(means["loss"] - math.log(2))
-    if not (gap <= tolerance and means["margin_size"] <= tolerance):
+def _check_reference(means: Mapping[str, float], tolerance: float, objective: Objective) -> None:
+    """Before the first update the policy is its reference: every margin is 0 and the loss what it is there (ln 2 for the
+    sigmoid losses), or the logps are stale. Another run's weights as reference are checked when they are read."""
+    if objective.reference != "start" or not uses_reference(objective):
+        return
+    expected = loss_at_reference(objective)
+    found = means["loss"] - objective.sft_weight * means["chosen_nll"]
+    if not (abs(found - expected) <= tolerance * max(1.0, expected) and means["margin_size"] <= tolerance):
         raise TrainError(
-            f"step 0: dpo loss {means['loss']:.5f} (expected ln 2 = {math.log(2):.5f}), mean margin size "
-            f"{means['margin_size']:.5f} (expected 0): the reference's log-probabilities are not those of the "
+            f"step 0: dpo loss {found:.5f} (expected {'ln 2 = ' if objective.loss != 'ipo' else ''}{expected:.5f}), mean "
+            f"margin size {means['margin_size']:.5f} (expected 0): the reference's log-probabilities are not those of the "
             "weights the run starts from",
-            "remove the run's reference.safetensors and start the run again; if it stays, report it",
+            "remove the dataset's .reference directory and start the run again; if it stays, report it",
         )
 
 
@@ -88,7 +83,14 @@ _COMMON = {
     "optimizer": "adamw",
     "beta2": BETA2,
     "schedule": "cosine",
+    "loss": "",
     "beta": 0.0,
+    "label_smoothing": 0.0,
+    "gamma": 0.0,
+    "sft_weight": 0.0,
+    "reference": "",
+    "share_prompt": False,
+    "guard": "",
     "lora": 0,
     "ema": 0.0,
     "patience": 0,
@@ -106,19 +108,17 @@ _COMMON = {
 # rest follow the same recipes. Batches: MiniMind's pretraining step holds 131k positions, about half of them padding.
 _PRETRAIN = {"epochs": 1.0, "batch_tokens": 65_536, "lr": 1e-3, "warmup": 0.02, "weight_decay": 0.1}
 _SFT = {"epochs": 2.0, "batch_tokens": 32_768, "lr": 3e-4, "warmup": 0.03, "weight_decay": 0.0}
-_DPO = {"epochs": 1.0, "batch_tokens": 32_768, "lr": 5e-6, "warmup": 0.1, "weight_decay": 0.0, "beta": 0.1}
-_PAIR_FIGURES = (
-    "reward_margin",
-    "margin_size",
-    "accuracy",
-    "chosen_logps",
-    "rejected_logps",
-    "chosen_drift",
-    "rejected_drift",
-)
+_DPO = {"epochs": 1.0, "batch_tokens": 16_384, "lr": 5e-6, "warmup": 0.1, "weight_decay": 0.0}
+_PAIRS = {"loss": "sigmoid", "reference": "start"}
+
+
+def pair_defaults(loss: str) -> dict[str, float]:
+    """What a loss's own strengths are unless told; an unknown loss has none."""
+    return {"beta": LOSSES[loss].beta, "gamma": GAMMA if loss == "simpo" else 0.0} if loss in LOSSES else {}
+
 
 STAGES = {
     "pretrain": Stage("pretrain", "document", (), next_token, (), _no_check, _COMMON | _PRETRAIN),
     "sft": Stage("sft", "conversation", ("pretrain", "sft"), next_token, (), _no_check, _COMMON | _SFT),
-    "dpo": Stage("dpo", "pair", ("sft",), preference, _PAIR_FIGURES, _check_reference, _COMMON | _DPO),
+    "dpo": Stage("dpo", "pair", ("sft",), preference, FIGURES, _check_reference, _COMMON | _DPO | _PAIRS),
 }

@@ -52,6 +52,8 @@ PATH = {
         "columns",
         "order",
         "loader",
+        "pairs",
+        "pair_checks",
         "verify",
         "engine",
         "parts",
@@ -74,8 +76,10 @@ PATH = {
     ],
     "mmtrain": [
         "config",
+        "shared_prompt",
         "model",
         "losses",
+        "preference",
         "batch",
         "muon",
         "optim",
@@ -94,6 +98,7 @@ PATH = {
         "stages",
         "presets",
         "demo",
+        "forecast",
         "plan",
         "speed",
         "speak",
@@ -101,6 +106,7 @@ PATH = {
         "report_words",
         "report",
         "keeper",
+        "prelude",
         "loop",
     ],
 }
@@ -112,6 +118,7 @@ ALONE = {
     "mmdata.page",
     "mmtrain.losses",
 }  # import nothing of ours
+FROM_DATA |= {"pairs", "pair_checks", "arrow"}  # arrow: a reference's cache is an Arrow file beside the dataset
 MODULES = sorted(path for package in PATH for path in (ROOT / package).glob("*.py") if path.name != "__init__.py")
 
 

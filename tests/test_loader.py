@@ -1,7 +1,6 @@
 import json
 import shutil
 import threading
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mmdata import stamps
 from mmdata.errors import DatasetError
 from mmdata.loader import Loader, MicroBatch, ahead
 from mmdata.order import permute
+from mmdata.pairs import make_loader
 from mmdata.pipeline import pack
 from mmdata.shards import Dataset, open_dataset
 
@@ -31,7 +31,7 @@ def samples(batches: list[MicroBatch]) -> list[int]:
 def epoch_steps(dataset: Dataset, **options: Any) -> list[list[int]]:
     """The sample numbers of every step of the first epoch, ranks joined."""
     world_size = options.pop("world_size", 1)
-    loaders = [Loader([dataset], seed=7, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    loaders = [make_loader([dataset], seed=7, rank=r, world_size=world_size, **options) for r in range(world_size)]
     return [[n for loader in loaders for n in samples(loader.batch(k))] for k in range(loaders[0].steps_per_epoch)]
 
 
@@ -134,23 +134,9 @@ def test_a_micro_batch_holds_what_its_packs_hold(datasets: dict[str, Dataset], k
         assert batch.num_loss_tokens == sum(expected) and batch.max_seqlen == np.diff(batch.cu_seqlens).max()
 
 
-def test_a_pair_gives_chosen_then_rejected_each_with_its_prompt(datasets: dict[str, Dataset]) -> None:
-    split = datasets["pair"].split("train")
-    for batch in Loader([datasets["pair"]], batch_tokens=6000, seed=1).batch(0):
-        assert len(batch.cu_seqlens) == 2 * len(batch.samples) + 1
-        cuts = list(pairwise(batch.cu_seqlens.tolist()))
-        for i, number in enumerate(batch.samples.tolist()):
-            view = split.sample(*split.locate(number))
-            sides = ((view.chosen, view.chosen_span), (view.rejected, view.rejected_span))
-            for (begin, end), (reply, span) in zip(cuts[2 * i : 2 * i + 2], sides, strict=True):
-                assert batch.ids[begin:end].tolist() == [*view.prompt.tolist(), *reply.tolist()]
-                trained = (np.flatnonzero(batch.loss_mask[begin:end]) - len(view.prompt)).tolist()
-                assert trained == [t for b, e in span.reshape(-1, 2).tolist() for t in range(b, e)]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_token_of_a_sequence_is_never_trained(datasets: dict[str, Dataset], kind: str) -> None:
-    for batch in Loader([datasets[kind]], batch_tokens=3000, seed=0).micro_batches():
+    for batch in make_loader([datasets[kind]], batch_tokens=3000, seed=0).micro_batches():
         assert not batch.loss_mask[batch.cu_seqlens[:-1]].any()
 
 
@@ -160,7 +146,7 @@ def test_micro_batches_pass_once_over_the_split_in_order(datasets: dict[str, Dat
     found = [
         samples([batch])
         for rank in range(world_size)
-        for batch in Loader([datasets["pair"]], rank=rank, **options).micro_batches()
+        for batch in make_loader([datasets["pair"]], rank=rank, **options).micro_batches()
     ]
     numbers = [number for batch in found for number in batch]
     assert sorted(numbers) == list(range(datasets["pair"].split("val").num_samples()))
@@ -170,7 +156,7 @@ def test_micro_batches_pass_once_over_the_split_in_order(datasets: dict[str, Dat
 
 def test_tokens_per_epoch_are_those_of_its_batches(datasets: dict[str, Dataset]) -> None:
     for dataset in datasets.values():
-        loader = Loader([dataset], batch_tokens=3000, seed=0)
+        loader = make_loader([dataset], batch_tokens=3000, seed=0)
         batches = [batch for k in range(loader.steps_per_epoch) for batch in loader.batch(k)]
         assert sum(len(batch.ids) for batch in batches) == loader.tokens_per_epoch
         assert sum(batch.num_loss_tokens for batch in batches) == dataset.split("train").totals.loss_tokens

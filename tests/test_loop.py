@@ -21,6 +21,7 @@ from mmtrain.batch import Batch
 from mmtrain.config import TrainConfig
 from mmtrain.loop import TrainResult, train
 from mmtrain.model import Model
+from mmtrain.preference import Objective
 from mmtrain.stages import STAGES, Outcome, next_token
 
 
@@ -178,8 +179,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 ) -> None:
     calls: list[int] = []
 
-    def sometimes_nan(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
-        outcome = next_token(model, batch, ref, beta)
+    def sometimes_nan(model: Model, batch: Batch, ref: None, objective: Objective) -> Outcome:
+        outcome = next_token(model, batch, ref, objective)
         calls.append(1)
         return replace(outcome, loss=outcome.loss * math.nan) if len(calls) == 3 else outcome
 
@@ -196,8 +197,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nan(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
-        outcome = next_token(model, batch, ref, beta)
+    def nan(model: Model, batch: Batch, ref: None, objective: Objective) -> Outcome:
+        outcome = next_token(model, batch, ref, objective)
         return replace(outcome, loss=outcome.loss * math.nan)
 
     with_loss(monkeypatch, nan)
@@ -212,9 +213,9 @@ def test_too_many_skipped_steps_end_the_run_and_name_the_last_good_checkpoint(
 def test_a_batch_without_trained_tokens_changes_nothing(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+    def nothing(model: Model, batch: Batch, ref: None, objective: Objective) -> Outcome:
         none = replace(batch, trained=batch.trained[:0], sequence_ids=batch.sequence_ids[:0], num_trained=0)
-        return next_token(model, none, ref, beta)
+        return next_token(model, none, ref, objective)
 
     with_loss(monkeypatch, nothing)
     run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True)
@@ -231,8 +232,11 @@ def test_a_stale_reference_is_noticed_at_step_0(
     compute = reference.compute
     stale = torch.tensor([0.5, -0.5])
     monkeypatch.setattr(reference, "compute", lambda *args, **options: compute(*args, **options) + stale)
+    pack_to(data, "dpo", tmp_path / "dpo", val_fraction=0.1)  # a dataset of its own, without a cache beside it
     with pytest.raises(TrainError, match=r"step 0: dpo loss .*expected ln 2"):
-        train(config_of("dpo", data, tmp_path / "run", init=runs / "sft", quiet=True))
+        train(
+            replace(config_of("dpo", data, tmp_path / "run", init=runs / "sft", quiet=True), data=(tmp_path / "dpo",))
+        )
 
 
 def test_a_run_without_a_val_split_says_so(data: Data, tmp_path: Path) -> None:

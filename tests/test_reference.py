@@ -8,7 +8,7 @@ import torch
 from train_data import Data, make
 
 from mmdata.errors import CheckpointError
-from mmdata.loader import Loader
+from mmdata.pairs import PairLoader
 from mmdata.shards import open_dataset
 from mmtrain import reference
 from mmtrain.batch import logps_of, to_device
@@ -16,7 +16,7 @@ from mmtrain.config import PRESETS
 from mmtrain.distributed import World
 from mmtrain.model import Model
 
-KEY = {"weights": "w", "data": "d", "precision": "torch.float32", "reduction": "sum"}
+KEY = {"weights": "w", "shape": "s", "data": "d", "precision": "float32", "reduction": "sum"}
 LOGPS = {"train": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), "val": torch.zeros(0, 2)}
 CPU = torch.device("cpu")
 
@@ -31,10 +31,14 @@ def test_every_pair_gets_its_own_logps_whatever_the_cut(data: Data) -> None:
     dataset = open_dataset(data.dpo)
     torch.manual_seed(0)
     model = Model(replace(PRESETS["tiny"], vocab_size=dataset.vocab_size))
-    cuts = [Loader([dataset], batch_tokens=1024, seed=1, micro_tokens=n, shuffle=False) for n in (256, 8192)]
+    cuts = [
+        PairLoader([dataset], batch_tokens=1024, seed=1, micro_tokens=n, share_prompt=n == 256) for n in (256, 8192)
+    ]
     one, many = (reference.compute(model, loader, World(0, 1, CPU)) for loader in cuts)
+    assert reference.differs(model, cuts[0], one, World(0, 1, CPU)) < 1e-5
+    assert reference.differs(model, cuts[0], one + 0.1, World(0, 1, CPU)) > 1e-3
     assert (one - many).abs().max() < 1e-4 and (one < 0).all()
-    for micro in cuts[1].batch(3):
+    for micro in cuts[1].batch(1):
         with torch.no_grad():
             again = logps_of(model, to_device(micro, CPU)).view(-1, 2)
         assert (one[micro.samples] - again).abs().max() < 1e-4
@@ -53,13 +57,28 @@ def test_logps_of_other_weights_data_or_precision_are_refused(tmp_path: Path, na
         reference.load(tmp_path / "r", KEY | {name: "other"})
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "remove"])
+@pytest.mark.parametrize("harm", ["cut", "half", "empty", "flip", "value", "remove"])
 def test_a_damaged_file_is_refused(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "r"
     reference.save(path, LOGPS, KEY)
     content = path.read_bytes()
     path.unlink()
+    at = content.index(b"\x00\x00\x80\xbf")  # -1.0, the first value
+    harmed = {
+        "cut": content[:-3],
+        "half": content[: len(content) // 2],
+        "empty": b"",
+        "flip": content[:-1] + bytes([content[-1] ^ 1]),
+        "value": content[:at] + b"\x01" + content[at + 1 :],
+    }
     if harm != "remove":
-        path.write_bytes(content[:-3] if harm == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+        path.write_bytes(harmed[harm])
     with pytest.raises(CheckpointError, match="damaged"):
         reference.load(path, KEY)
+
+
+def test_a_cache_stands_beside_its_dataset_and_has_a_name_of_its_own(tmp_path: Path) -> None:
+    splits = {"train": 2, "val": 0}
+    found = {reference.cache_path(tmp_path / "dpo", KEY | {name: "other"}, splits) for name in KEY}
+    found |= {reference.cache_path(tmp_path / "dpo", KEY, each) for each in (splits, {"val": 2})}
+    assert len(found) == len(KEY) + 2 and {path.parent for path in found} == {tmp_path / "dpo.reference"}
