@@ -1,0 +1,363 @@
+// The chat page: asks this server's own API and nobody else. Conversations and settings stay in this browser.
+// What a model or a person wrote is only ever put into the page as text.
+
+const WORDS = {
+  en: {
+    new_chat: "New chat", conversations: "Conversations", settings: "Settings", messages: "Messages", message: "Message", send: "Send",
+    stop: "Stop", close: "Close", system: "System prompt", temperature: "Temperature", repetition: "Repetition penalty",
+    max_tokens: "Longest answer, tokens", seed: "Seed", random: "random", api_key: "API key", theme: "Theme", as_system: "As the system",
+    light: "Light", dark: "Dark", language: "Language", defaults: "Back to the defaults", empty: "Ask anything. Answers come from the model on this machine.",
+    copy: "Copy", copied: "Copied", again: "Answer again", save: "Save", thought: "Thinking", call: "Tool call", remove: "Delete",
+    cut: "cut at the longest answer", stopped: "stopped", offline: "The server does not answer. Is `mm serve` still running?",
+    key_needed: "This server wants an API key: enter it in the settings.",
+  },
+  zh: {
+    new_chat: "新对话", conversations: "对话记录", settings: "设置", messages: "消息", message: "输入消息", send: "发送",
+    stop: "停止", close: "关闭", system: "系统提示词", temperature: "温度", repetition: "重复惩罚",
+    max_tokens: "最长回答（token 数）", seed: "随机种子", random: "随机", api_key: "API 密钥", theme: "外观", as_system: "跟随系统",
+    light: "浅色", dark: "深色", language: "语言", defaults: "恢复默认值", empty: "请提问。回答由本机上的模型生成。",
+    copy: "复制", copied: "已复制", again: "重新回答", save: "保存", thought: "思考过程", call: "工具调用", remove: "删除",
+    cut: "已达最长回答长度", stopped: "已停止", offline: "服务器没有响应，mm serve 还在运行吗？",
+    key_needed: "此服务器需要 API 密钥：请在设置中填写。",
+  },
+};
+const DEFAULTS = {
+  system: "", temperature: 0.7, top_p: 0.9, top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "", api_key: "", theme: "",
+  language: navigator.language.startsWith("zh") ? "zh" : "en",
+};
+
+const $ = (id) => document.getElementById(id);
+const kept = (name, otherwise) => {
+  try { return JSON.parse(localStorage.getItem(name)) ?? otherwise; } catch { return otherwise; }
+};
+const keep = (name, value) => {
+  try { localStorage.setItem(name, JSON.stringify(value)); } catch { /* full or forbidden: the page works without memory */ }
+};
+
+let settings = { ...DEFAULTS, ...kept("mm.settings", {}) };
+let conversations = kept("mm.conversations", []); // newest first: {id, messages: [{role, content, …}]}
+let current = null;
+let running = null; // AbortController of the answer being written
+let model = "";
+
+const t = (name) => WORDS[settings.language][name];
+
+function element(tag, name, text) {
+  const made = document.createElement(tag);
+  if (name) made.className = name;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function button(text, act) {
+  const made = element("button", "", text);
+  made.type = "button";
+  made.addEventListener("click", act);
+  return made;
+}
+
+// --- text with the little markup that models write: fenced code, `code`, **bold** ---------------------------------------
+
+function inline(into, text) {
+  for (const piece of text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)) {
+    if (/^`[^`]+`$/.test(piece)) into.append(element("code", "", piece.slice(1, -1)));
+    else if (/^\*\*[^*]+\*\*$/.test(piece)) into.append(element("strong", "", piece.slice(2, -2)));
+    else if (piece) into.append(piece);
+  }
+}
+
+function show(into, text) {
+  into.replaceChildren();
+  text.split(/^```[^\n]*\n?/m).forEach((block, i) => {
+    if (i % 2) {
+      const pre = element("pre");
+      pre.append(element("code", "", block.replace(/\n$/, "")));
+      into.append(pre);
+    } else {
+      for (const part of block.split(/\n{2,}/)) {
+        if (!part.trim()) continue;
+        const p = element("p");
+        inline(p, part.replace(/^\n+|\n+$/g, ""));
+        into.append(p);
+      }
+    }
+  });
+}
+
+// --- messages -----------------------------------------------------------------------------------------------------------
+
+class View {
+  constructor(message) {
+    this.message = message;
+    this.root = element("article", `message ${message.role}`);
+    this.before = element("div");
+    this.said = element("div", "said");
+    this.after = element("div");
+    this.foot = element("div", "foot");
+    this.root.append(this.before, this.said, this.after, this.foot);
+    this.draw();
+  }
+
+  draw() {
+    const { content, reasoning_content: thought, tool_calls: calls, error } = this.message;
+    show(this.said, content ?? "");
+    if (thought && !this.thought) {
+      this.thought = element("details", "thought");
+      this.thought.open = !content;
+      this.thought.append(element("summary", "", t("thought")), element("div"));
+      this.before.append(this.thought);
+    }
+    if (thought) this.thought.lastChild.textContent = thought;
+    this.after.replaceChildren();
+    for (const call of calls ?? []) {
+      const box = element("div", "call");
+      box.append(element("span", "", `${t("call")} `), element("code", "", `${call.function.name}(${call.function.arguments})`));
+      this.after.append(box);
+    }
+    if (error) this.after.append(element("p", "wrong", error));
+  }
+
+  finish(isLast) {
+    const { role, content, figures } = this.message;
+    this.foot.replaceChildren();
+    const copy = button(t("copy"), async () => {
+      await navigator.clipboard?.writeText(content ?? "");
+      copy.textContent = t("copied");
+      setTimeout(() => (copy.textContent = t("copy")), 1200);
+    });
+    if (content && navigator.clipboard) this.foot.append(copy);
+    if (role === "assistant" && isLast) this.foot.append(button(t("again"), again));
+    if (figures) this.foot.append(element("span", "figures", figures));
+  }
+}
+
+let views = [];
+
+function draw() {
+  const log = $("log");
+  log.replaceChildren();
+  views = (current?.messages ?? []).map((message) => new View(message));
+  if (!views.length) log.append(element("p", "empty", t("empty")));
+  views.forEach((view, i) => {
+    view.finish(i === views.length - 1);
+    log.append(view.root);
+  });
+  log.scrollTop = log.scrollHeight;
+}
+
+function drawList() {
+  $("conversations").replaceChildren(
+    ...conversations.map((conversation) => {
+      const item = element("li", conversation === current ? "current" : "");
+      const title = button(conversation.messages[0]?.content.slice(0, 80) || t("new_chat"), () => open(conversation));
+      title.className = "title";
+      const drop = button("✕", () => forget(conversation));
+      drop.className = "drop";
+      drop.setAttribute("aria-label", t("remove"));
+      item.append(title, drop);
+      return item;
+    }),
+  );
+}
+
+function open(conversation) {
+  running?.abort();
+  current = conversation;
+  closeSidebar();
+  draw();
+  drawList();
+  $("text").focus();
+}
+
+function forget(conversation) {
+  conversations = conversations.filter((other) => other !== conversation);
+  keep("mm.conversations", conversations);
+  if (conversation === current) open(null);
+  else drawList();
+}
+
+// --- asking -------------------------------------------------------------------------------------------------------------
+
+function request(messages) {
+  const { system, temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, seed } = settings;
+  const said = messages.map(({ role, content, reasoning_content, tool_calls }) => ({
+    role, content: content ?? "", ...(reasoning_content && { reasoning_content }), ...(tool_calls?.length && { tool_calls }),
+  }));
+  return {
+    model, stream: true, stream_options: { include_usage: true }, temperature, top_p, top_k, min_p, repetition_penalty, max_tokens,
+    messages: system ? [{ role: "system", content: system }, ...said] : said,
+    ...(seed !== "" && { seed: Number(seed) }),
+  };
+}
+
+function headers() {
+  return settings.api_key ? { Authorization: `Bearer ${settings.api_key}` } : {};
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: ")) continue;
+      if (line === "data: [DONE]") return;
+      yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+async function complaint(response) {
+  if (response.status === 401) return t("key_needed");
+  try { return (await response.json()).error.message; } catch { return `HTTP ${response.status}`; }
+}
+
+async function answer() {
+  const conversation = current;
+  const message = { role: "assistant", content: "" };
+  const body = request(conversation.messages);
+  conversation.messages.push(message);
+  draw();
+  const view = views.at(-1);
+  view.root.classList.add("writing");
+  view.foot.replaceChildren();
+  running = new AbortController();
+  busy(true);
+  const begun = performance.now();
+  let first = 0;
+  let frame = 0;
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST", signal: running.signal, headers: { "Content-Type": "application/json", ...headers() }, body: JSON.stringify(body),
+    });
+    if (!response.ok) throw new Error(await complaint(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      const choice = event.choices[0];
+      if (choice?.delta.content) message.content += choice.delta.content;
+      if (choice?.delta.reasoning_content) message.reasoning_content = (message.reasoning_content ?? "") + choice.delta.reasoning_content;
+      if (choice?.delta.tool_calls) (message.tool_calls ??= []).push(...choice.delta.tool_calls.map(({ index, ...call }) => call));
+      if (choice?.finish_reason === "length") message.figures = t("cut");
+      first ||= performance.now();
+      if (event.usage) {
+        const seconds = (performance.now() - begun) / 1000;
+        const rate = event.usage.completion_tokens / Math.max(seconds, 0.001);
+        message.figures = [message.figures, `${event.usage.completion_tokens} tokens · ${rate.toFixed(0)} tok/s`].filter(Boolean).join(" · ");
+      }
+      frame ||= requestAnimationFrame(() => {
+        frame = 0;
+        const log = $("log");
+        const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+        view.draw();
+        if (isAtEnd) log.scrollTop = log.scrollHeight;
+      });
+    }
+  } catch (error) {
+    if (error.name === "AbortError") message.figures = t("stopped");
+    else message.error = error instanceof TypeError ? t("offline") : error.message;
+  }
+  cancelAnimationFrame(frame);
+  if (!message.content && !message.error && !message.tool_calls && !message.reasoning_content && message.figures === t("stopped")) conversation.messages.pop();
+  running = null;
+  busy(false);
+  view.root.classList.remove("writing");
+  remember(conversation);
+  if (conversation === current) draw();
+}
+
+function remember(conversation) {
+  if (!conversations.includes(conversation) && conversation === current) conversations.unshift(conversation);
+  keep("mm.conversations", conversations.slice(0, 200));
+  drawList();
+}
+
+function again() {
+  if (running) return;
+  if (current.messages.at(-1).role === "assistant") current.messages.pop();
+  answer();
+}
+
+function busy(is) {
+  $("send").hidden = is;
+  $("stop").hidden = !is;
+  if (!is) $("text").focus();
+}
+
+function ask() {
+  const content = $("text").value.trim();
+  if (!content || running) return;
+  current ??= { id: crypto.randomUUID?.() ?? String(Math.random()), messages: [] };
+  if (current.messages.at(-1)?.error) current.messages.splice(-1); // what failed is no part of the conversation
+  current.messages.push({ role: "user", content });
+  $("text").value = "";
+  fit();
+  remember(current);
+  answer();
+}
+
+// --- the frame ----------------------------------------------------------------------------------------------------------
+
+function fit() {
+  const text = $("text");
+  text.style.height = "auto";
+  text.style.height = `${text.scrollHeight}px`;
+  $("send").disabled = !text.value.trim();
+}
+
+function closeSidebar() {
+  $("sidebar").classList.remove("open");
+  $("shade").hidden = true;
+  $("menu").setAttribute("aria-expanded", "false");
+}
+
+function apply() {
+  const root = document.documentElement;
+  root.lang = settings.language;
+  if (settings.theme) root.dataset.theme = settings.theme;
+  else delete root.dataset.theme;
+  for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
+  for (const node of document.querySelectorAll("[data-t-label]")) node.setAttribute("aria-label", t(node.dataset.tLabel));
+  for (const node of document.querySelectorAll("[data-t-placeholder]")) node.placeholder = t(node.dataset.tPlaceholder);
+  for (const input of $("settings").querySelectorAll("[name]")) input.value = settings[input.name];
+  if (!running) draw();
+  drawList();
+}
+
+$("ask").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+$("text").addEventListener("input", fit);
+$("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("new").addEventListener("click", () => open(null));
+$("menu").addEventListener("click", () => {
+  $("sidebar").classList.add("open");
+  $("shade").hidden = false;
+  $("menu").setAttribute("aria-expanded", "true");
+});
+$("shade").addEventListener("click", closeSidebar);
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") closeSidebar(); });
+$("tune").addEventListener("click", () => $("settings").showModal());
+$("settings").addEventListener("change", (event) => {
+  const { name, type, value } = event.target;
+  if (type === "number" && value === "" && name !== "seed") event.target.value = DEFAULTS[name];
+  if (!event.target.reportValidity()) return;
+  settings[name] = type === "number" && name !== "seed" ? Number(event.target.value) : event.target.value;
+  keep("mm.settings", settings);
+  apply();
+});
+$("defaults").addEventListener("click", () => {
+  settings = { ...DEFAULTS };
+  keep("mm.settings", settings);
+  apply();
+});
+
+apply();
+fit();
+fetch("v1/models", { headers: headers() })
+  .then((response) => response.json())
+  .then((found) => { model = found.data?.[0]?.id ?? ""; $("model").textContent = model; })
+  .catch(() => { $("model").textContent = t("offline"); });
