@@ -971,6 +971,69 @@ def answer(talk: "Chat", question: str, options: "Sampling", as_json: bool = Fal
         print(flush=True)
 
 
+@app.command(epilog="Example: mm serve runs/dpo-1 --port 8000    mm serve --host 0.0.0.0 --api-key SECRET")
+def serve(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run or checkpoint. [default: the newest finished run]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="MM_API_KEY", help="Ask clients for this key.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients. [default: the run's]")] = None,
+    window: Annotated[int, typer.Option(min=16, help="Tokens of a conversation and its answer.")] = 2048,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer. [default: what the window has room for]")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are turned away.")] = 64,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest request, in bytes.")] = 2**20,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds one request may take.")] = 600,
+) -> None:
+    """Serve a run to OpenAI clients, with a chat page at /. Needs mm[serve]."""
+    from mmdata.errors import UsageError
+    from mmdata.template import Template
+    from mmtrain.generate import Engine
+    from mmtrain.serve import LOOPBACK, Service, check_installed
+    from mmtrain.serve import serve as serve_forever
+    from mmtrain.worker import Worker
+
+    check_installed()
+    run, model, tokenizer = loaded(run, "mm serve RUN")
+    if api_key == "":
+        raise UsageError("the API key is empty", "--api-key SECRET, or leave it out")
+    if host not in LOOPBACK and api_key is None:
+        say(f"warning: {host} can be reached from other machines, and no --api-key is asked for")
+    worker = Worker(Engine(model, tokenizer, max_rows=max_rows, window=window, remember=8), max_waiting=max_waiting)
+    service = Service(
+        name or run.resolve().name,
+        Template(tokenizer),
+        worker,
+        api_key=api_key,
+        host=host,
+        max_body_bytes=max_body,
+        max_tokens=max_tokens,
+        timeout_s=timeout,
+    )
+    serve_forever(
+        service, port, ready=lambda url: say(f"{service.name}: chat at {url}/, OpenAI clients at {url}/v1; Ctrl-C ends")
+    )
+    say("stopped")
+
+
+def loaded(run: Path | None, command: str) -> tuple[Path, Any, Any]:
+    """The run named, else the newest finished one, with its model and tokenizer."""
+    from mmdata.errors import CheckpointError
+    from mmdata.tokenizer import Tokenizer
+    from mmtrain.checkpoint import find, find_run, load_model
+
+    run = run or find_run(RUNS_DIR, tuple(KIND_OF_STAGE)[::-1])
+    if run is None:
+        raise CheckpointError(
+            f"no finished run under {RUNS_DIR}/", f"`mm demo` trains one in minutes, or name one: {command}"
+        )
+    return run, load_model(run)[0].eval(), Tokenizer.load(find(run).run_dir / "tokenizer")
+
+
 # --- the demo -------------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,8 @@ class Request:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    think: bool | None = None  # None: as the template does
+    truncate: bool = False  # the oldest whole turns leave a conversation that is too long, instead of an error
 
     @property
     def is_chat(self) -> bool:
@@ -71,7 +73,10 @@ _COMMON = {
     "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "n", "logprobs",
     "stream", "stream_options",
 }  # fmt: skip
-_CHAT = {"messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs", "response_format"}
+_CHAT = {
+    "messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs", "response_format", "truncation",
+    "chat_template_kwargs",
+}  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # accepted only where they ask for nothing
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
@@ -110,6 +115,8 @@ def chat_request(body: Any, models: Sequence[str]) -> Request:
         prompts=(),
         max_tokens=_max_tokens(fields, longest),
         logprobs=int(top) if logprobs else None,
+        think=_thinking(fields.get("chat_template_kwargs")),
+        truncate=_truncates(fields.get("truncation")),
         **_shared(fields),
     )
 
@@ -216,6 +223,24 @@ def _stops(value: Any) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise RequestError(f"at most {MAX_STOPS} stop texts", param="stop")
     return tuple(stops)
+
+
+def _thinking(value: Any) -> bool | None:
+    """`enable_thinking` of chat_template_kwargs, as other local servers name it."""
+    known = (
+        isinstance(value, dict)
+        and set(value) <= {"enable_thinking"}
+        and type(value.get("enable_thinking", True)) is bool
+    )
+    if value is not None and not known:
+        raise RequestError("chat_template_kwargs takes enable_thinking: true or false", param="chat_template_kwargs")
+    return (value or {}).get("enable_thinking")
+
+
+def _truncates(value: Any) -> bool:
+    if value not in (None, "disabled", "auto"):
+        raise RequestError("truncation must be 'auto' or 'disabled'", param="truncation")
+    return value == "auto"
 
 
 # --- messages and tools -----------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ const WORDS = {
     stop: "Stop", close: "Close", system: "System prompt", temperature: "Temperature", repetition: "Repetition penalty",
     max_tokens: "Longest answer, tokens", seed: "Seed", random: "random", api_key: "API key", theme: "Theme", as_system: "As the system",
     light: "Light", dark: "Dark", language: "Language", defaults: "Back to the defaults", empty: "Ask anything. Answers come from the model on this machine.",
-    copy: "Copy", copied: "Copied", again: "Answer again", save: "Save", thought: "Thinking", call: "Tool call", remove: "Delete",
-    cut: "cut at the longest answer", stopped: "stopped", offline: "The server does not answer. Is `mm serve` still running?",
+    copy: "Copy", copied: "Copied", again: "Answer again", thought: "Thinking", call: "Tool call", remove: "Delete",
+    cut: "cut at the longest answer", stopped: "stopped", tokens: "tokens", offline: "The server does not answer. Is `mm serve` still running?",
+    think: "Thinking", as_model: "As the model does", yes: "On", no: "Off",
     key_needed: "This server wants an API key: enter it in the settings.",
   },
   zh: {
@@ -16,13 +17,14 @@ const WORDS = {
     stop: "停止", close: "关闭", system: "系统提示词", temperature: "温度", repetition: "重复惩罚",
     max_tokens: "最长回答（token 数）", seed: "随机种子", random: "随机", api_key: "API 密钥", theme: "外观", as_system: "跟随系统",
     light: "浅色", dark: "深色", language: "语言", defaults: "恢复默认值", empty: "请提问。回答由本机上的模型生成。",
-    copy: "复制", copied: "已复制", again: "重新回答", save: "保存", thought: "思考过程", call: "工具调用", remove: "删除",
-    cut: "已达最长回答长度", stopped: "已停止", offline: "服务器没有响应，mm serve 还在运行吗？",
+    copy: "复制", copied: "已复制", again: "重新回答", thought: "思考过程", call: "工具调用", remove: "删除",
+    cut: "已达最长回答长度", stopped: "已停止", tokens: "token", offline: "服务器没有响应，mm serve 还在运行吗？",
+    think: "思考", as_model: "由模型决定", yes: "开启", no: "关闭",
     key_needed: "此服务器需要 API 密钥：请在设置中填写。",
   },
 };
 const DEFAULTS = {
-  system: "", temperature: 0.7, top_p: 0.9, top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "", api_key: "", theme: "",
+  system: "", temperature: 0.7, top_p: 0.9, top_k: 0, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "", api_key: "", theme: "", think: "",
   language: navigator.language.startsWith("zh") ? "zh" : "en",
 };
 
@@ -38,7 +40,7 @@ let settings = { ...DEFAULTS, ...kept("mm.settings", {}) };
 let conversations = kept("mm.conversations", []); // newest first: {id, messages: [{role, content, …}]}
 let current = null;
 let running = null; // AbortController of the answer being written
-let model = "";
+let model = {};
 
 const t = (name) => WORDS[settings.language][name];
 
@@ -184,9 +186,10 @@ function request(messages) {
     role, content: content ?? "", ...(reasoning_content && { reasoning_content }), ...(tool_calls?.length && { tool_calls }),
   }));
   return {
-    model, stream: true, stream_options: { include_usage: true }, temperature, top_p, top_k, min_p, repetition_penalty, max_tokens,
+    model: model.id, stream: true, stream_options: { include_usage: true }, truncation: "auto", temperature, top_p, top_k, min_p, repetition_penalty, max_tokens,
     messages: system ? [{ role: "system", content: system }, ...said] : said,
     ...(seed !== "" && { seed: Number(seed) }),
+    ...(settings.think && model.knows_thinking && { chat_template_kwargs: { enable_thinking: settings.think === "yes" } }),
   };
 }
 
@@ -245,7 +248,7 @@ async function answer() {
       if (event.usage) {
         const seconds = (performance.now() - begun) / 1000;
         const rate = event.usage.completion_tokens / Math.max(seconds, 0.001);
-        message.figures = [message.figures, `${event.usage.completion_tokens} tokens · ${rate.toFixed(0)} tok/s`].filter(Boolean).join(" · ");
+        message.figures = [message.figures, `${event.usage.completion_tokens} ${t("tokens")} · ${rate.toFixed(0)} tok/s`].filter(Boolean).join(" · ");
       }
       frame ||= requestAnimationFrame(() => {
         frame = 0;
@@ -348,6 +351,7 @@ $("settings").addEventListener("change", (event) => {
   settings[name] = type === "number" && name !== "seed" ? Number(event.target.value) : event.target.value;
   keep("mm.settings", settings);
   apply();
+  if (name === "api_key") meet();
 });
 $("defaults").addEventListener("click", () => {
   settings = { ...DEFAULTS };
@@ -357,7 +361,17 @@ $("defaults").addEventListener("click", () => {
 
 apply();
 fit();
-fetch("v1/models", { headers: headers() })
-  .then((response) => response.json())
-  .then((found) => { model = found.data?.[0]?.id ?? ""; $("model").textContent = model; })
-  .catch(() => { $("model").textContent = t("offline"); });
+
+async function meet() {
+  try {
+    const response = await fetch("v1/models", { headers: headers() });
+    if (!response.ok) throw new Error(await complaint(response));
+    model = (await response.json()).data[0];
+    $("model").textContent = model.id;
+    $("think").hidden = !model.knows_thinking;
+  } catch (error) {
+    $("model").textContent = error instanceof TypeError ? t("offline") : error.message;
+  }
+}
+
+meet();

@@ -1,0 +1,349 @@
+"""The server answers as the engine does, tells mistakes apart, and stays up whatever a client does."""
+
+import gc
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from serving import SayingEngine, random_engine, served, small_tokenizer
+
+from mmdata.errors import UsageError
+from mmdata.template import Message, Template
+from mmdata.tokenizer import Tokenizer
+from mmtrain.sampling import Sampling
+from mmtrain.serve import listen
+
+HELLO: Any = [{"role": "user", "content": "Where does Pim live?"}]
+CALL = '<think>\nhm\n</think>\n\nI look.\n<tool_call>\n{"name": "find", "arguments": {"who": "Pim"}}\n</tool_call>'
+TOOLS: Any = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def url(tokenizer: Tokenizer) -> Iterator[str]:
+    """A model with random weights."""
+    with served(random_engine(tokenizer, window=256, max_rows=4), max_body_bytes=20_000) as address:
+        yield address
+
+
+def client(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+
+def ask(address: str, body: Any, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, Any]:
+    """Status and JSON of a POST, or of a GET where there is no body."""
+    content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address + path, content, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def expected(tokenizer: Tokenizer, text: str, options: Sampling) -> str:
+    engine = random_engine(tokenizer)
+    row = engine.submit(Template(tokenizer).prompt_ids(tokenizer, [Message("user", text)]), options)
+    while not engine.is_idle:
+        engine.step()
+    return row.text
+
+
+# --- what is answered -------------------------------------------------------------------------------------------------
+
+
+def test_openai_s_client_gets_the_engine_s_answer(url: str, tokenizer: Tokenizer) -> None:
+    made = client(url).chat.completions.create(
+        model="runs-a", messages=HELLO, temperature=0, max_tokens=12, extra_body={"repetition_penalty": 1.3}
+    )
+    said = expected(tokenizer, HELLO[0]["content"], Sampling(max_new_tokens=12, repetition_penalty=1.3))
+    assert made.choices[0].message.content == said
+    assert made.choices[0].finish_reason in ("stop", "length") and made.choices[0].logprobs is None
+    num_prompt = len(Template(tokenizer).prompt_ids(tokenizer, [Message("user", HELLO[0]["content"])]))
+    assert made.usage is not None and made.usage.prompt_tokens == num_prompt
+    assert 0 < made.usage.completion_tokens <= 12
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(url: str) -> None:
+    options: Any = {"model": "runs-a", "messages": HELLO, "temperature": 0.9, "seed": 3, "max_tokens": 20}
+    whole = client(url).chat.completions.create(**options)
+    chunks = list(client(url).chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
+        whole.choices[0].finish_reason
+    ]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_the_same_seed_gives_the_same_answer_in_any_company(url: str) -> None:
+    options: Any = {"model": "runs-a", "messages": HELLO, "temperature": 1.0, "max_tokens": 16}
+
+    def said(seed: int) -> str | None:
+        return client(url).chat.completions.create(**options, seed=seed).choices[0].message.content
+
+    alone = [said(seed) for seed in range(5)]
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(said, range(5))) == alone
+    assert len(set(alone)) > 1
+
+
+def test_n_answers_are_those_of_n_seeds(url: str) -> None:
+    options: Any = {"model": "runs-a", "messages": HELLO, "temperature": 1.0, "max_tokens": 8}
+    three = client(url).chat.completions.create(**options, seed=5, n=3)
+    assert [choice.index for choice in three.choices] == [0, 1, 2]
+    ones = [client(url).chat.completions.create(**options, seed=5 + i) for i in range(3)]
+    assert [c.message.content for c in three.choices] == [one.choices[0].message.content for one in ones]
+    assert three.usage and ones[0].usage and three.usage.prompt_tokens == ones[0].usage.prompt_tokens
+
+
+def test_logprobs_are_the_model_s(url: str) -> None:
+    options: Any = {"model": "runs-a", "messages": HELLO, "temperature": 0, "max_tokens": 6}
+    made = client(url).chat.completions.create(**options, logprobs=True, top_logprobs=3)
+    assert made.choices[0].logprobs and made.choices[0].logprobs.content and made.usage
+    entries = made.choices[0].logprobs.content
+    assert len(entries) == made.usage.completion_tokens
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob < 0  # greedy
+        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+    streamed = client(url).chat.completions.create(**options, logprobs=True, top_logprobs=3, stream=True)
+    found = [c.choices[0].logprobs.content for c in streamed if c.choices[0].logprobs]
+    assert [entry for content in found for entry in content or []] == entries
+
+
+def test_completions_go_on_from_texts(url: str) -> None:
+    options: Any = {"model": "runs-a", "prompt": ["Where does", "皮姆"], "max_tokens": 5, "temperature": 0}
+    made = client(url).completions.create(**options, logprobs=2)
+    assert [choice.index for choice in made.choices] == [0, 1]
+    assert made.choices[0].logprobs and len(made.choices[0].logprobs.tokens or []) == 5
+    streamed = list(client(url).completions.create(**options, stream=True))
+    for index in (0, 1):
+        said = "".join(c.choices[0].text for c in streamed if c.choices and c.choices[0].index == index)
+        assert said == made.choices[index].text
+
+
+def test_a_stop_text_ends_the_answer(url: str, tokenizer: Tokenizer) -> None:
+    whole = expected(tokenizer, HELLO[0]["content"], Sampling(max_new_tokens=12))
+    made = client(url).chat.completions.create(
+        model="runs-a", messages=HELLO, temperature=0, max_tokens=12, stop=[whole[3:5]]
+    )
+    assert made.choices[0].message.content == whole[: whole.index(whole[3:5])]
+    assert made.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking_words_and_calls_stand_apart(tokenizer: Tokenizer, stream: bool) -> None:
+    with served(SayingEngine(tokenizer, CALL)) as address:
+        if not stream:
+            message = client(address).chat.completions.create(model="runs-a", messages=HELLO, tools=TOOLS).choices[0]
+            said, calls, reason = message.message, message.message.tool_calls or [], message.finish_reason
+            words, thought = said.content, said.model_extra["reasoning_content"]  # type: ignore[index]
+        else:
+            chunks = list(
+                client(address).chat.completions.create(model="runs-a", messages=HELLO, tools=TOOLS, stream=True)
+            )
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+            words = "".join(delta.content or "" for delta in deltas)
+            thought = "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas)
+            calls: Any = [call for delta in deltas for call in delta.tool_calls or []]
+            reason = chunks[-1].choices[0].finish_reason
+        assert (words, thought, reason) == ("I look.", "hm", "tool_calls")
+        assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [
+            ("find", {"who": "Pim"})
+        ]
+        plain = client(address).chat.completions.create(model="runs-a", messages=HELLO).choices[0]
+        assert "<tool_call>" in (plain.message.content or "") and plain.finish_reason == "stop"
+
+
+def test_thinking_that_the_prompt_opened_is_told_apart(tokenizer: Tokenizer) -> None:
+    with served(SayingEngine(tokenizer, "hm\n</think>\n\nYes.")) as address:
+        body = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": True}}
+        message = ask(address, body)[1]["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("hm", "Yes.")
+
+
+def test_models_and_health_are_told(url: str) -> None:
+    assert [model.id for model in client(url).models.list()] == ["runs-a"]
+    assert client(url).models.retrieve("runs-a").id == "runs-a"
+    assert ask(url, None, "/health") == (200, {"status": "ok", "model": "runs-a", "running": 0, "waiting": 0})
+
+
+def test_the_page_and_its_parts_are_whole_and_stay_here(url: str) -> None:
+    for path, kind in (("/", "text/html"), ("/chat.js", "text/javascript"), ("/chat.css", "text/css")):
+        with urllib.request.urlopen(url + path, timeout=5) as response:
+            text = response.read().decode()
+            assert response.headers["Content-Type"].startswith(kind)
+            assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+            assert "http://" not in text and "https://" not in text, "the page asks nobody else"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"", 400, "no JSON"),
+        (b"{", 400, "no JSON"),
+        (b"\xff\xfe", 400, "no JSON"),
+        (b"[" * 15_000, 400, "no JSON"),
+        (b'{"messages": NaN}', 400, "NaN"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "no JSON"),
+        (b'{"messages": "' + b"x" * 30_000 + b'"}', 413, "larger than 20,000 bytes"),
+        ({"messages": []}, 400, "at least one message"),
+        ({"messages": HELLO, "nonsense": 1}, 400, "unknown field 'nonsense'"),
+        ({"messages": HELLO, "model": "gpt-4o"}, 404, "there is runs-a"),
+        ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "window of 256"),
+        ({"messages": HELLO, "max_tokens": 10_000}, 400, "window of 256"),
+    ],
+)
+def test_a_bad_request_gets_one_clear_error(url: str, body: Any, status: int, said: str) -> None:
+    found, answer = ask(url, body)
+    assert found == status and said in answer["error"]["message"]
+    assert ask(url, {"messages": HELLO, "max_tokens": 1})[0] == 200
+
+
+def test_what_is_not_there_is_told_as_json(url: str) -> None:
+    assert ask(url, None, "/v1/nothing")[0] == 404
+    status, answer = ask(url, None, "/v1/chat/completions")
+    assert status == 405 and "another method" in answer["error"]["message"]
+    assert ask(url, {"messages": HELLO}, **{"Content-Type": "text/plain"})[0] == 415
+    assert ask(url, None, "/health", Host="evil.example")[0] == 403
+
+
+def test_a_long_conversation_is_an_error_or_loses_its_oldest_turns(url: str) -> None:
+    turn = [{"role": "user", "content": "word " * 20}, {"role": "assistant", "content": "yes"}]
+    body = {"messages": [*turn * 8, *HELLO], "max_tokens": 4}
+    status, answer = ask(url, body)
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+    status, answer = ask(url, body | {"truncation": "auto"})
+    assert status == 200 and answer["usage"]["prompt_tokens"] <= 252
+
+
+def test_an_api_key_guards_the_interface_but_not_the_page(tokenizer: Tokenizer) -> None:
+    with served(SayingEngine(tokenizer, "yes"), api_key="s3cret") as address:
+        for key in ("wrong", "s3cret2", ""):
+            assert ask(address, {"messages": HELLO}, Authorization=f"Bearer {key}")[0] == 401
+        assert client(address, "s3cret").models.list().data
+        assert ask(address, None, "/health")[0] == 200
+        with pytest.raises(openai.AuthenticationError):
+            client(address, "wrong").models.list()
+
+
+def test_too_many_at_once_are_turned_away_and_the_rest_answered(tokenizer: Tokenizer) -> None:
+    engine = SayingEngine(tokenizer, "word " * 4, pause_s=0.02, max_rows=2)
+    with served(engine, max_waiting=2) as address, ThreadPoolExecutor(8) as pool:
+        found = [status for status, _ in pool.map(lambda _: ask(address, {"messages": HELLO}), range(8))]
+    assert set(found) == {200, 503} and found.count(200) >= 2
+
+
+def test_an_answer_that_takes_too_long_is_ended(tokenizer: Tokenizer) -> None:
+    engine = SayingEngine(tokenizer, "word " * 100, pause_s=0.05)
+    with served(engine, timeout_s=0.3) as address:
+        status, answer = ask(address, {"messages": HELLO})
+        assert status == 504 and "0.3 s" in answer["error"]["message"]
+        with pytest.raises(openai.APIError, match="longer than"):
+            list(client(address).chat.completions.create(model="runs-a", messages=HELLO, stream=True))
+        wait_until(lambda: engine.is_idle)
+
+
+def test_a_step_that_fails_ends_its_answers_only(tokenizer: Tokenizer) -> None:
+    engine = SayingEngine(tokenizer, "yes")
+    with served(engine) as address:
+        engine.error = RuntimeError("out of memory")
+        status, answer = ask(address, {"messages": HELLO})
+        assert status == 503 and "out of memory" in answer["error"]["message"]
+        assert ask(address, {"messages": HELLO})[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_answer(tokenizer: Tokenizer, stream: bool) -> None:
+    engine = SayingEngine(tokenizer, "word " * 100, pause_s=0.02)
+    with served(engine) as address:
+        body = json.dumps({"messages": HELLO, "stream": stream}).encode()
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as leaving:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: not engine.is_idle)
+        wait_until(lambda: engine.is_idle)
+        assert engine.num_cancelled == 1
+        assert ask(address, None, "/health")[1]["running"] == 0
+
+
+def test_a_server_that_stops_lets_answers_end(tokenizer: Tokenizer) -> None:
+    engine = SayingEngine(tokenizer, "word " * 10, pause_s=0.02)
+    found: list[tuple[int, Any]] = []
+    with served(engine) as address:
+        thread = threading.Thread(target=lambda: found.append(ask(address, {"messages": HELLO})))
+        thread.start()
+        wait_until(lambda: not engine.is_idle)
+    thread.join()
+    assert found[0][0] == 200 and found[0][1]["choices"][0]["finish_reason"] == "stop"
+
+
+def wait_until(is_so: Any) -> None:
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.01)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port}"):
+            listen("127.0.0.1", port)
+    with pytest.raises(UsageError, match="no port"):
+        listen("127.0.0.1", 70_000)
+    with pytest.raises(UsageError, match="--host"):
+        listen("no such host", 0)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_2000_requests(tokenizer: Tokenizer) -> None:
+    """Answered, streamed, refused and left alone: what they leave behind is not counted in megabytes."""
+    import psutil
+
+    process = psutil.Process()
+    body = {"messages": HELLO, "max_tokens": 8, "temperature": 1.0}
+    kinds = [body, body | {"stream": True, "stream_options": {"include_usage": True}}, {"messages": []}, b"{"]
+
+    def one(i: int) -> None:
+        kind = kinds[i % 4]
+        if i % 4 == 1:
+            request = urllib.request.Request(
+                f"{address}/v1/chat/completions", json.dumps(kind).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                response.read(100 if i % 8 == 1 else -1)  # every second stream is left in the middle
+        else:
+            ask(address, kind)
+
+    with served(random_engine(tokenizer, window=256, max_rows=8)) as address, ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(400)))
+        wait_until(lambda: ask(address, None, "/health")[1]["running"] == 0)
+        gc.collect()
+        memory, objects = process.memory_info().rss, len(gc.get_objects())
+        list(pool.map(one, range(2000)))
+        wait_until(lambda: ask(address, None, "/health")[1]["running"] == 0)
+        gc.collect()
+        assert len(gc.get_objects()) - objects < 500  # a quarter of an object a request
+        assert (
+            process.memory_info().rss - memory < 48 * 2**20
+        )  # the allocator's own habits: it levels off after some thousand

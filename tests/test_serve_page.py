@@ -1,0 +1,160 @@
+"""The chat page in a real browser: it streams, stops, remembers, and shows what a model says as text."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from serving import SayingEngine, served, small_tokenizer
+
+from mmdata.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+HOSTILE = (
+    "<img src=x onerror=\"document.title='owned'\"> **bold** and `code`\n\n```html\n<script>alert(1)</script>\n```"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Headless Chromium that logs its console and every request."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--lang=en"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def find(browser: Any, selector: str) -> Any:
+    return browser.find_element("css selector", selector)
+
+
+def texts(browser: Any, selector: str) -> list[str]:
+    return [element.text for element in browser.find_elements("css selector", selector)]
+
+
+def until(browser: Any, is_so: Any) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 20).until(lambda _: is_so())
+
+
+def ask(browser: Any, text: str) -> None:
+    find(browser, "#text").send_keys(text + "\n")
+
+
+def answered(browser: Any) -> None:
+    until(browser, lambda: find(browser, "#send").is_displayed() and texts(browser, ".assistant .figures"))
+
+
+def check_quiet(browser: Any, address: str) -> None:
+    """Nothing on the console, nothing asked of anybody else."""
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked
+    assert [url for url in asked if not url.startswith((address, "data:", "chrome:"))] == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(1200, 800), (390, 780)])
+def test_an_answer_streams_is_shown_as_text_and_is_remembered(
+    browser: Any, tokenizer: Tokenizer, width: int, height: int
+) -> None:
+    with served(SayingEngine(tokenizer, HOSTILE)) as address:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.get(address)
+        until(browser, lambda: find(browser, "#model").text == "runs-a")
+        ask(browser, "<b>hello</b>")
+        answered(browser)
+        assert texts(browser, ".user .said") == ["<b>hello</b>"]
+        assert browser.title == "mm chat" and not browser.find_elements("css selector", ".said img, .said script")
+        assert texts(browser, ".assistant strong") == ["bold"]
+        assert texts(browser, ".assistant p code") == ["code"]
+        assert texts(browser, ".assistant pre") == ["<script>alert(1)</script>"]
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        browser.refresh()
+        if width < 600:
+            find(browser, "#menu").click()
+        until(browser, lambda: texts(browser, "#conversations .title") == ["<b>hello</b>"])
+        until(browser, lambda: find(browser, "#conversations .title").is_displayed())
+        find(browser, "#conversations .title").click()
+        assert len(texts(browser, ".message")) == 2
+        check_quiet(browser, address)
+
+
+def test_stop_ends_the_answer_here_and_on_the_server(browser: Any, tokenizer: Tokenizer) -> None:
+    engine = SayingEngine(tokenizer, "word " * 100, pause_s=0.03)
+    with served(engine) as address:
+        browser.get(address)
+        ask(browser, "go on")
+        until(browser, lambda: "word" in "".join(texts(browser, ".assistant .said")))
+        find(browser, "#stop").click()
+        answered(browser)
+        until(browser, lambda: engine.is_idle)
+        assert engine.num_cancelled == 1 and texts(browser, ".figures") == ["stopped"]
+        find(browser, ".assistant .foot button:nth-of-type(2)").click()  # answer again
+        until(browser, lambda: not engine.is_idle)
+        find(browser, "#stop").click()
+        answered(browser)
+        check_quiet(browser, address)
+
+
+def test_thinking_and_calls_have_places_of_their_own(browser: Any, tokenizer: Tokenizer) -> None:
+    with served(SayingEngine(tokenizer, "<think>\nhm\n</think>\n\nYes.")) as address:
+        browser.get(address)
+        ask(browser, "is it?")
+        answered(browser)
+        assert texts(browser, ".assistant .said") == ["Yes."]
+        find(browser, "details.thought summary").click()
+        assert "hm" in find(browser, "details.thought").text
+
+
+def test_settings_reach_the_server_and_stay(browser: Any, tokenizer: Tokenizer) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    engine = SayingEngine(tokenizer, "word " * 50)
+    with served(engine, api_key="s3cret") as address:
+        browser.get(address)
+        until(browser, lambda: "API key" in find(browser, "#model").text)
+        find(browser, "#tune").click()
+        for name, value in (("max_tokens", "3"), ("temperature", "0"), ("api_key", "s3cret")):
+            find(browser, f"[name={name}]").send_keys(Keys.CONTROL + "a" + Keys.NULL + value + "\t")
+        for name, value in (("theme", "dark"), ("language", "zh")):
+            find(browser, f"[name={name}] option[value={value}]").click()
+        until(browser, lambda: find(browser, "#model").text == "runs-a")
+        assert find(browser, "#settings-title").text == "设置"
+        assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
+        find(browser, "#settings [value=close]").click()
+        ask(browser, "go on")
+        answered(browser)
+        assert texts(browser, ".figures")[0].startswith("已达最长回答长度 · 3 token")
+        browser.refresh()
+        assert find(browser, "#text").get_attribute("placeholder") == "输入消息"
+
+
+def test_an_error_is_said_in_the_page(browser: Any, tokenizer: Tokenizer) -> None:
+    engine = SayingEngine(tokenizer, "yes")
+    with served(engine) as address:
+        browser.get(address)
+        until(browser, lambda: find(browser, "#model").text == "runs-a")
+        engine.error = RuntimeError("out of memory")
+        ask(browser, "hello")
+        until(browser, lambda: any("out of memory" in text for text in texts(browser, ".wrong")))
+        ask(browser, "hello again")
+        answered(browser)
+        assert texts(browser, ".assistant .said") == ["yes"]
