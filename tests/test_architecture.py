@@ -22,7 +22,8 @@ DECLARED = {
     "jinja2",
     "filelock",
 }
-EXTRAS = {"zstandard", "ray", "wandb", "swanlab", "trackio"}  # imported only inside the function that needs it
+# Imported only inside the function that needs it.
+EXTRAS = {"zstandard", "ray", "wandb", "swanlab", "trackio", "starlette", "uvicorn"}
 # All that mmtrain takes from mmdata; `page` because the run's report is drawn like the data's.
 FROM_DATA = {"loader", "shards", "template", "tokenizer", "errors", "page"}
 
@@ -95,6 +96,9 @@ PATH = {
         "decoder",
         "sampling",
         "generate",
+        "worker",
+        "api",
+        "serve",
         "stages",
         "presets",
         "demo",
