@@ -47,7 +47,7 @@ TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 # Measured on small models, tests/bench/RESULTS.md.
-MUON = {"lr": 2e-3}
+MUON = {"lr": 4e-3}
 LORA = {"lr": 2e-3, "weight_decay": 0.0}
 
 

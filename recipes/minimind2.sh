@@ -6,9 +6,11 @@ set -euo pipefail
 mm fetch --preset seed --tokenizer minimind-2 --yes
 mm pack data/pretrain_hq.jsonl data/sft_512.jsonl --max-len 512
 mm pack data/sft_1024.jsonl data/dpo.jsonl --max-len 1024
+mm pack data/sft_2048.jsonl --max-len 2048
 
 mm train pretrain --model minimind2 --data shards/pretrain_hq --batch-tokens 131072
 mm train sft --data shards/sft_512
 mm train sft --data shards/sft_1024
+mm train sft --data shards/sft_2048
 mm train dpo --data shards/dpo
 mm chat
