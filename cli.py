@@ -259,6 +259,18 @@ def pack(
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not write report.html beside the manifest.")
     ] = False,
+    dedup: Annotated[
+        str | None,
+        typer.Option(
+            help="Leave repeated rows out, the first stays: exact, or near ('mm-toolkit[dedup]').", metavar="exact|near"
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Leave rows out that overlap with this file's texts, say a benchmark's; repeatable."
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="local: processes here; ray: a cluster (pip install 'mm-toolkit[ray]').")
     ] = "local",
@@ -295,6 +307,8 @@ def pack(
                     train_on=train_on,
                     era=era,
                     seed=seed,
+                    dedup=dedup,
+                    exclude=exclude or (),
                     engine_name=engine,
                     ray_address=ray_address,
                     shard=share_of(shard, finish),
@@ -381,7 +395,7 @@ def stem(path: Path) -> str:
 def shares(text: str | None) -> tuple[float | None, dict[str, float]]:
     """A budget such as "5%" or "0.05,too long=1%": the overall share (None: the default), and that of each reason named."""
     from mmdata.errors import UsageError
-    from mmdata.rows import REASONS
+    from mmdata.rows import HELP
 
     overall, by_reason = None, {}
     for item in text.split(",") if text else ():
@@ -390,10 +404,8 @@ def shares(text: str | None) -> tuple[float | None, dict[str, float]]:
             share = float(amount.strip().removesuffix("%")) / (100 if amount.strip().endswith("%") else 1)
         except ValueError:
             share = -1.0
-        if not 0 <= share <= 1 or (reason and reason.strip() not in REASONS):
-            raise UsageError(
-                f"--max-bad {item.strip()!r} is not a share", f"--max-bad 5%; reasons: {', '.join(REASONS)}"
-            )
+        if not 0 <= share <= 1 or (reason and reason.strip() not in HELP):
+            raise UsageError(f"--max-bad {item.strip()!r} is not a share", f"--max-bad 5%; reasons: {', '.join(HELP)}")
         if reason:
             by_reason[reason.strip()] = share
         else:

@@ -21,7 +21,7 @@ from mmdata.encode import Batch, RowEncoder
 from mmdata.engine import Tick
 from mmdata.errors import DatasetError, InputError
 from mmdata.packing import pack
-from mmdata.rows import REASONS, BadRow, Conversation, Document, Line, Row, iter_lines, parse_row, row_hash
+from mmdata.rows import REASONS, SCREENED, BadRow, Conversation, Document, Line, Row, iter_lines, parse_row, row_hash
 from mmdata.sequences import Flat, join, take
 from mmdata.tokenizer import Tokenizer
 from mmdata.validate import control_strings
@@ -54,6 +54,11 @@ class Settings:
     @property
     def kind(self) -> str:
         return self.manifest["kind"]
+
+    @property
+    def screen(self) -> Path:
+        """Where it stands which lines are left out for what other rows or files say."""
+        return self.staging.with_name("screen")
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -94,6 +99,7 @@ class _Collected:
     offsets: list[int] = field(default_factory=list)
     shas: list[bytes] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)  # rows left out
+    screened: dict[int, BadRow] = field(default_factory=dict)  # lines to be left out for what others say
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ class PartPacker:
     # --- rows -> sequences
 
     def _collect(self, part: Part, result: PartResult, tick: Tick) -> _Collected:
-        found = _Collected()
+        found = _Collected(screened=_screened(self._settings, part))
         told = 0
         for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
             result.rows += len(lines)
@@ -157,6 +163,9 @@ class PartPacker:
     ) -> list[tuple[Line, Row]]:
         good: list[tuple[Line, Row]] = []
         for line in lines:
+            if line.number in found.screened:
+                self._leave_out(part, line, found.screened[line.number], found, result)
+                continue
             try:
                 good.append((line, parse_row(line.raw, self._settings.kind)))
             except BadRow as bad:
@@ -164,7 +173,7 @@ class PartPacker:
         return good
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, found: _Collected, result: PartResult) -> None:
-        if self._settings.argument("on_bad") == "fail" and bad.reason != TOO_LONG:
+        if self._settings.argument("on_bad") == "fail" and bad.reason not in (TOO_LONG, *SCREENED):
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",
                 f"{REASONS[bad.reason]}; or `mm pack {part.path} --on-bad quarantine` sets such rows aside",
@@ -272,6 +281,18 @@ class PartPacker:
             rejected = sorted(found.rejected, key=lambda record: record["line"])
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
             result.files.append({"path": path, **write_file(staging / path, text.encode())})
+
+
+def screened_path(directory: Path, part: int) -> Path:
+    """Where the lines of a part stand that are left out for what other rows or files say, with the reason."""
+    return directory / f"{part:05d}.left_out.json"
+
+
+def _screened(settings: Settings, part: Part) -> dict[int, BadRow]:
+    if not settings.manifest["arguments"].get("dedup") and not settings.manifest["arguments"].get("exclude"):
+        return {}
+    found = json.loads(screened_path(settings.screen, part.number).read_bytes())
+    return {int(line): BadRow(reason, detail) for line, (reason, detail) in found.items()}
 
 
 def _rows_of(found: _Collected) -> _Rows:

@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from mmdata import engine, rows, shards, unfinished
+from mmdata import engine, rows, screen, shards, unfinished
 from mmdata.arrow import write_file
 from mmdata.buckets import buckets_for
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.parts import Part, PartResult, Settings
 from mmdata.publish import Staging, one_of_several, only_writer
+from mmdata.stamps import sha256_of
 from mmdata.tokenizer import Tokenizer
 from mmdata.unfinished import RecordingPacker
 
@@ -94,6 +95,8 @@ def pack(
     era: str = "auto",
     train_on: str = "assistant",
     part_bytes: int = PART_BYTES,
+    dedup: str | None = None,
+    exclude: Sequence[Path] = (),
     engine_name: str = "local",
     ray_address: str | None = None,
     shard: tuple[int, int] | None = None,
@@ -118,6 +121,8 @@ def pack(
         "era": era,
         "train_on": train_on,
         "part_bytes": part_bytes,
+        "dedup": dedup,
+        "exclude": _excluded(dedup, exclude),
     }
     inputs, out = [Path(path) for path in inputs], Path(out)
     _check_arguments(inputs, max_len, arguments, shard)
@@ -162,6 +167,8 @@ def _pack_parts(
     progress: Progress | None,
 ) -> list[PartResult]:
     """The results of these parts, in their order; those that are not done are packed."""
+    if any(part.number not in done for part in parts):
+        screen_rows(staging.dir / "screen", job.manifest, job.parts, parts, run, progress)
     total = sum(part.num_bytes for part in parts)
     before = sum(part.num_bytes for part in parts if part.number in done)
     todo = [part for part in parts if part.number not in done]
@@ -169,6 +176,34 @@ def _pack_parts(
     work = partial(RecordingPacker, Settings(staging.dataset, job.tokenizer_dir, job.manifest), job.out)
     new = {result.number: result for result in run(work, todo, total=total - before, progress=tell)} if todo else {}
     return [done.get(part.number) or new[part.number] for part in parts]
+
+
+def screen_rows(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    parts: Sequence[Part],
+    own: Sequence[Part],
+    run: Callable[..., Any],
+    progress: Progress | None,
+) -> None:
+    """Finds the rows to leave out for what other rows or files say; nothing unless that is asked for.
+
+    All parts are looked at, `own` ones first: several shards that begin together so share the work.
+    """
+    arguments = manifest["arguments"]
+    if not arguments.get("dedup") and not arguments.get("exclude"):
+        return
+    exclude = tuple(Path(entry["path"]) for entry in arguments["exclude"])
+    for path, entry in zip(exclude, arguments["exclude"], strict=True):
+        if not path.is_file() or sha256_of(path) != entry["sha256"]:
+            raise InputError(
+                f"{path}: gone, or not what it was when rows were compared with it", "bring the old file back"
+            )
+    screening = screen.Screening(directory, manifest["kind"], arguments["dedup"], exclude)
+    numbers = {part.number for part in own}
+    first = sorted(parts, key=lambda part: part.number not in numbers)
+    screen.mark(screening, first, run, progress)
+    screen.compare(screening, parts)
 
 
 def _pack_shard(
@@ -307,6 +342,13 @@ def _check_arguments(
             raise InputError(f"{path} is not a file", "name jsonl files; `mm fetch` downloads the known ones")
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty", "give a file with one JSON object a line")
+
+
+def _excluded(dedup: str | None, exclude: Sequence[Path]) -> list[dict[str, Any]]:
+    """What decides which rows overlap with excluded files."""
+    screen.check_arguments(dedup, exclude)
+    rule = {"n": screen.EXCLUDE_N, "share": screen.EXCLUDE_SHARE}
+    return [{"path": str(path), "sha256": sha256_of(Path(path)), **rule} for path in exclude]
 
 
 def _is_dataset(out: Path) -> bool:
@@ -451,7 +493,7 @@ def _check_kept(
     if not any(result.kept for result in results):
         reason = left_out.most_common(1)[0][0] if left_out else "no row"
         names = ", ".join(str(path) for path in inputs)
-        fix = rows.REASONS.get(reason, "give a file with one JSON object a line")
+        fix = rows.HELP.get(reason, "give a file with one JSON object a line")
         raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}", fix)
     rows.check_budget(left_out, num_rows, max_bad, by_reason)
 

@@ -95,10 +95,10 @@ def _rebuild(
     inputs, parts = _same_inputs(directory, manifest)
     todo = [part for part in parts if part.number in numbers or STATS in damaged]
     settings = Settings(scratch / "dataset", tokenizer_dir, manifest)
+    run = partial(engine.run, workers=workers)
+    pipeline.screen_rows(settings.screen, manifest, parts, todo, run, progress)
     total = sum(part.num_bytes for part in todo)
-    results: list[PartResult] = engine.run(
-        partial(PartPacker, settings), todo, total=total, workers=workers, progress=progress
-    )
+    results: list[PartResult] = run(partial(PartPacker, settings), todo, total=total, progress=progress)
     if STATS in damaged:
         write_file(settings.staging / STATS, pipeline.stats_json(manifest, results))
     entries = {entry["path"]: entry for entry in [*manifest["shards"], *manifest["files"]]}

@@ -43,8 +43,19 @@ REASONS = {
     "too long": "the row does not fit --max-len; take a larger one",
 }
 
-# These say that a row does not fit the tokenizer or --max-len, not that the data is broken.
-OF_THE_RUN = frozenset({"too long", "no place in the template", "template refuses", "template cannot be cut"})
+# What a row is left out for when that is asked for: nothing is wrong with it.
+DUPLICATE, NEAR_DUPLICATE, OVERLAP = "duplicate", "near duplicate", "overlaps an excluded text"
+SCREENED = {
+    DUPLICATE: "an earlier row says the same",
+    NEAR_DUPLICATE: "an earlier row says nearly the same",
+    OVERLAP: "the row says what a file given with --exclude says",
+}
+HELP = REASONS | SCREENED
+
+# These say that a row does not fit the tokenizer, --max-len or what was asked for, not that the data is broken.
+OF_THE_RUN = frozenset(
+    {"too long", "no place in the template", "template refuses", "template cannot be cut", *SCREENED}
+)
 DEFAULT_MAX_BAD = 0.05  # the share of bad rows that ends a run unless it is told otherwise …
 FEW_BAD_ROWS = 100  # … but so few never do: a small file with some bad rows is packed, and they are counted
 
@@ -112,7 +123,7 @@ class BadRow(ValueError):
     """A row that cannot be used: `reason` is a key of REASONS, `detail` says what was found where."""
 
     def __init__(self, reason: str, detail: str = ""):
-        assert reason in REASONS, reason
+        assert reason in HELP, reason
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -209,7 +220,7 @@ def check_budget(
         if counts.get(reason, 0) > share * num_rows:
             raise InputError(
                 f"{counts[reason]:,} of {num_rows:,} rows: {reason} (allowed: {share:.2%})",
-                f"{REASONS[reason]}; or raise --max-bad for this reason",
+                f"{HELP[reason]}; or raise --max-bad for this reason",
             )
 
 

@@ -544,7 +544,7 @@ def _set_aside(
             "reason": reason,
             "rows": count,
             "share": count / max(num_rows, 1),
-            "help": rows.REASONS.get(reason, ""),
+            "help": rows.HELP.get(reason, ""),
             "examples": examples.get(reason, []),
         }
         for reason, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))

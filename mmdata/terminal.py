@@ -324,7 +324,7 @@ def print_validation(found: "Validation") -> None:
 
 def print_packed(packed: "PackResult", tell: Callable[[str], None] = result) -> None:
     """What `mm pack` made of its rows, in two or three lines."""
-    from mmdata.rows import REASONS
+    from mmdata.rows import HELP
 
     if packed.up_to_date:
         tell(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
@@ -353,7 +353,7 @@ def print_packed(packed: "PackResult", tell: Callable[[str], None] = result) -> 
         f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
     )
     for reason in packed.left_out:
-        say(f"{reason}: {REASONS[reason]}")
+        say(f"{reason}: {HELP[reason]}")
 
 
 # --- samples

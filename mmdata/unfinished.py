@@ -37,7 +37,8 @@ class RecordingPacker:
 def key_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """All that the bytes of the parts depend on, from the beginning of a manifest."""
     arguments = {name: value for name, value in manifest["arguments"].items() if name not in FREE_ARGUMENTS}
-    versions = {name: version(name) for name in PACKAGES}
+    near = ("rensa",) if arguments.get("dedup") == "near" else ()
+    versions = {name: version(name) for name in (*PACKAGES, *near)}
     return {**manifest, "arguments": arguments, "versions": versions}
 
 
