@@ -119,8 +119,10 @@ class Loader:
         splits = [dataset.split(split) for dataset in datasets]
         self._groups = self._make_groups(splits)
         self._first_cells = np.array([group.first_cell for group in self._groups])
+        self._first_samples = np.array([group.first_sample for group in self._groups], np.int64)
         self.num_samples = sum(group.num_samples for group in self._groups)
         self._num_cells = sum(group.num_cells for group in self._groups)
+        self._tables = _Tables(self._groups)
         self._mixture = self._make_mixture(datasets, splits, weights)
         self.steps_per_epoch = -(-self._mixture.size // self._cells_per_step)
         passes = [draws / max(1, cells) for cells, draws in zip(self._mixture.cells, self._mixture.draws, strict=True)]
@@ -220,9 +222,10 @@ class Loader:
                 index[at] = permute(index[at], self._groups[g].num_samples, key)
 
     def _assemble(self, group: np.ndarray, index: np.ndarray) -> MicroBatch:
-        numbers = np.array([each.first_sample for each in self._groups], np.int64)[group] + index
-        where = [(self._groups[g], i) for g, i in zip(group.tolist(), index.tolist(), strict=True)]
-        return assemble(*_lay_out_packs(where), numbers, self._allocate)
+        numbers = self._first_samples[group] + index
+        at = np.searchsorted(self._tables.first_samples, numbers, side="right") - 1
+        rows = numbers - self._tables.first_samples[at]
+        return assemble(*self._tables.lay_out(at.tolist(), rows.tolist()), numbers, self._allocate)
 
 
 def assemble(
@@ -245,18 +248,28 @@ def assemble(
     return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss, shared)
 
 
-def _lay_out_packs(where: Sequence[tuple[_Group, int]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """ids in pieces, lengths of the sequences, and spans in positions of the whole. Slices alone: no object a sample."""
-    ids, lengths, spans = [], [], []
-    for group, index in where:
-        columns, i = group.split.place(group.bucket, index)
-        for column, views in ((columns["ids"], ids), (columns["doc_len"], lengths), (columns["span"], spans)):
-            begin, end = column.offsets[i : i + 2].tolist()
-            views.append(column.values[begin:end])
-    begins = np.cumsum([0, *(len(pack) for pack in ids[:-1])])
-    joined = np.concatenate(spans, dtype=np.int64)
-    joined += np.repeat(begins, [len(span) for span in spans])
-    return ids, np.concatenate(lengths), joined
+class _Tables:
+    """The columns of all record batches of packs, at hand: views, and their offsets where Python reads single ones fast."""
+
+    def __init__(self, groups: Sequence[_Group]):
+        batches = [(g.first_sample + begin, columns) for g in groups for begin, columns in g.split.batches(g.bucket)]
+        self.first_samples = np.array([first for first, _ in batches], np.int64)
+        self._columns = [
+            [(columns[name].values, memoryview(columns[name].offsets)) for name in ("ids", "doc_len", "span")]
+            for _, columns in batches
+        ]
+
+    def lay_out(self, at: list[int], rows: list[int]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """Of samples (record batch, row): ids in pieces, lengths of the sequences, spans in positions of the whole."""
+        pieces: tuple[list[np.ndarray], ...] = ([], [], [])
+        for batch, row in zip(at, rows, strict=True):
+            for (values, offsets), views in zip(self._columns[batch], pieces, strict=True):
+                views.append(values[offsets[row] : offsets[row + 1]])
+        ids, lengths, spans = pieces
+        begins = np.cumsum([0, *map(len, ids[:-1])])
+        joined = np.concatenate(spans, dtype=np.int64)
+        joined += np.repeat(begins, [len(span) for span in spans])
+        return ids, np.concatenate(lengths), joined
 
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:

@@ -150,11 +150,9 @@ class Split:
         """The part a sample was packed in; its `doc` ordinals count within it."""
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
-    def place(self, bucket: int, i: int) -> tuple[dict[str, Any], int]:
-        """The columns that hold sample i of a bucket, and its row in them."""
-        begins = self._begins[bucket]
-        at = bisect_right(begins, i) - 1
-        return self._batches[bucket][at], i - begins[at]
+    def batches(self, bucket: int) -> list[tuple[int, dict[str, Any]]]:
+        """Record batches of a bucket: the number of the first sample in each, and its columns."""
+        return list(zip(self._begins[bucket], self._batches[bucket], strict=False))
 
     def list_lengths(self, name: str) -> np.ndarray:
         """Entries of a list column of every sample, int64 [num_samples], in the order of sample numbers."""
@@ -163,7 +161,10 @@ class Split:
 
     def sample(self, bucket: int, i: int) -> Any:
         """Sample i of a bucket: a PackView, or for pairs a PairView."""
-        columns, i = self.place(bucket, i)
+        begins = self._begins[bucket]
+        at = bisect_right(begins, i) - 1
+        columns = self._batches[bucket][at]
+        i -= begins[at]
         if self.kind == "pair":
             return pair_view(columns, i)
         return PackView(

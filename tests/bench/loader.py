@@ -1,18 +1,23 @@
-"""Tokens a second of assembling 32 x 1024 batches from packed shards, beside the plain copy that bounds it.
+"""Tokens a second of assembling 32 x 1024 batches from packed shards, beside the plain copy that bounds it, and beside peers.
 
-    python tests/bench/loader.py [--tokens 200000000]
+    python tests/bench/loader.py [--tokens 540000000] [--venvs DIR]
 
 Makes a dataset of random packs in a temporary directory (no tokenizer is involved), and times, one process, one thread:
-the Loader; a bare np.concatenate of the same views to int32 (nothing but the copy); and HF datasets in numpy format on
-the same rows when `datasets` is installed. Opening is timed on the same files.
+the Loader (ids, loss mask, cu_seqlens, shuffled); a bare np.concatenate of the same views to int32 (nothing but the copy);
+and peers reading single random rows of 1024 ids, 32 of them stacked to an int64 tensor: HF datasets in torch format,
+MosaicML Streaming, litdata. Each peer has a virtual environment of its own under --venvs, made here with pip and on top of
+this one's torch and numpy; a peer that cannot be installed or fails is named and its row left out.
 """
 
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mmdata import shards  # noqa: E402
-from mmdata.arrow import ragged, read_arrow, write_arrow  # noqa: E402
+from mmdata.arrow import ragged, write_arrow  # noqa: E402
 from mmdata.loader import Loader  # noqa: E402
 from mmdata.shards import open_dataset  # noqa: E402
 
@@ -31,6 +36,13 @@ BUCKET = 1024
 BATCH = 32
 VOCAB = 6400
 PACKS_A_SHARD = 16_384
+PEER_ROWS = 20_000
+# What each peer needs besides torch, numpy and pyarrow; without dependencies, which would replace those.
+PEERS = {
+    "datasets": "datasets multiprocess dill xxhash pandas aiohttp python-dateutil six pytz",
+    "streaming": "mosaicml-streaming Brotli zstd python-snappy cramjam xxhash pillow catalogue",
+    "litdata": "litdata lightning_utilities boto3 botocore jmespath s3transfer python-dateutil six tifffile obstore",
+}
 
 
 def make_dataset(root: Path, num_packs: int) -> None:
@@ -100,10 +112,17 @@ def rate(work: Callable[[int], int], seconds: float = 2.0) -> float:
 def main() -> None:
     """Prints a table, and the lines for RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=200_000_000)
+    parser.add_argument("--tokens", type=int, default=540_000_000)
+    parser.add_argument("--venvs", type=Path, default=Path(tempfile.gettempdir()) / "mm-bench-venvs")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)  # this script in a peer's environment: PEER ROWS
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peer:
+        print(json.dumps(run_peer(arguments.peer, arguments.rows)))
+        return
     with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
+        root = Path(directory) / "dataset"
+        root.mkdir()
         make_dataset(root, max(BATCH, arguments.tokens // BUCKET))
         opening = min(time_opening(root) for _ in range(5))
         dataset = open_dataset(root)
@@ -116,8 +135,11 @@ def main() -> None:
             ),
             "bound: np.concatenate of the ids' views alone": rate(lambda k: copy_only(split, order[k % 4096])),
         }
-        bench |= peer(root, dataset, order)
-    size = sum(entry["bytes"] for entry in dataset.manifest["shards"])
+        size = sum(entry["bytes"] for entry in dataset.manifest["shards"])
+        rows = Path(directory) / "rows.npy"
+        np.save(rows, np.random.default_rng(2).integers(0, VOCAB, (PEER_ROWS, BUCKET)).astype(np.uint16))
+        for name in PEERS:
+            bench |= peer(name, arguments.venvs, rows)
     report(bench, opening, size, split.num_samples())
 
 
@@ -132,25 +154,93 @@ def copy_only(split: shards.Split, indices: list[int]) -> int:
     return len(np.concatenate(views, dtype=np.int32, casting="unsafe"))
 
 
-def peer(root: Path, dataset: shards.Dataset, order: list[list[int]]) -> dict[str, float]:
-    """HF datasets on the same ids, in numpy format; nothing when it is not installed."""
+def peer(name: str, venvs: Path, rows: Path) -> dict[str, float]:
+    """A peer's rate, measured in its own environment; nothing, and why, when that cannot be had."""
+    home = venvs / name
+    python = home / "bin" / "python"
     try:
-        import datasets
-    except ImportError:
-        print("peer: `datasets` is not installed (pip install datasets), its row is left out")
+        if not (home / "ready").exists():
+            venv.create(home, with_pip=True, clear=True)
+            site = next(home.glob("lib/python*/site-packages"))
+            (site / "base.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+            pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", *PEERS[name].split()]
+            subprocess.run(pip, check=True, capture_output=True, text=True)
+            if name == "streaming":
+                stand_in_for_torchvision(site)
+            (home / "ready").touch()
+        command = [str(python), "-W", "ignore", __file__, "--peer", name, "--rows", str(rows)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        print(f"peer {name}: no row ({said[-1] if said else error})")
         return {}
+
+
+def stand_in_for_torchvision(site: Path) -> None:
+    """MosaicML Streaming imports three names of torchvision for its image classes; a build for this torch may not exist."""
+    for path, text in (
+        ("__init__.py", ""),
+        ("datasets.py", "class VisionDataset: ...\nclass CIFAR10: ...\n"),
+        ("transforms/__init__.py", ""),
+        ("transforms/functional.py", "def to_tensor(x): raise NotImplementedError\n"),
+    ):
+        (site / "torchvision" / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / "torchvision" / path).write_text(text)
+
+
+def run_peer(name: str, path: Path) -> dict[str, float]:
+    """Inside a peer's environment: writes the rows in its format, and reads them at random."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = np.load(path)
+    read, title = {"datasets": open_datasets, "streaming": open_streaming, "litdata": open_litdata}[name](
+        rows, path.parent
+    )
+    order = np.random.default_rng(1).integers(0, len(rows) - 1, (4096, BATCH)).tolist()
+    assert torch.equal(read([7, 3]), torch.from_numpy(rows[[7, 3]].astype(np.int64))), "the peer reads other rows"
+    return {title: rate(lambda k: read(order[k % 4096]).numel())}
+
+
+def open_datasets(rows: np.ndarray, directory: Path) -> tuple[Callable[[list[int]], Any], str]:
+    import datasets
     import pyarrow as pa
+    import torch
 
-    entry = dataset.manifest["shards"][0]
-    table = pa.ipc.open_file(pa.memory_map(str(root / entry["path"]))).read_all()
-    rows = datasets.Dataset(table).select_columns(["ids"]).with_format("numpy")
-    count = read_arrow(root / entry["path"]).num_rows
+    values = pa.ListArray.from_arrays(np.arange(0, rows.size + 1, BUCKET, dtype=np.int32), pa.array(rows.reshape(-1)))
+    datasets.Dataset(pa.table({"ids": values})).save_to_disk(str(directory / "hf"))
+    found = datasets.load_from_disk(str(directory / "hf")).with_format("torch")
+    return lambda picked: torch.stack(
+        [found[i]["ids"] for i in picked]
+    ).long(), f"datasets {datasets.__version__}, torch format"
 
-    def work(k: int) -> int:
-        picked = [rows[i % count]["ids"] for i in order[k % 4096]]
-        return len(np.concatenate(picked, dtype=np.int32, casting="unsafe"))
 
-    return {f"datasets {datasets.__version__}: rows in numpy format, ids only": rate(work)}
+def open_streaming(rows: np.ndarray, directory: Path) -> tuple[Callable[[list[int]], Any], str]:
+    import streaming
+    import torch
+
+    with streaming.MDSWriter(out=str(directory / "mds"), columns={"ids": f"ndarray:uint16:{BUCKET}"}) as writer:
+        for row in rows:
+            writer.write({"ids": row})
+    found = streaming.StreamingDataset(local=str(directory / "mds"), batch_size=BATCH)
+    read = lambda picked: torch.from_numpy(np.stack([found[i]["ids"] for i in picked]).astype(np.int64))  # noqa: E731
+    return read, f"MosaicML Streaming {streaming.__version__}"
+
+
+def open_litdata(rows: np.ndarray, directory: Path) -> tuple[Callable[[list[int]], Any], str]:
+    import litdata
+    import torch
+    from litdata.streaming.writer import BinaryWriter
+
+    loader = litdata.TokensLoader(block_size=BUCKET)
+    writer = BinaryWriter(str(directory / "lit"), chunk_size=BUCKET * len(rows), item_loader=loader)
+    for i, row in enumerate(rows):
+        writer[i] = torch.from_numpy(row.astype(np.int32))
+    writer.done()
+    writer.merge()
+    found = litdata.StreamingDataset(str(directory / "lit"), item_loader=litdata.TokensLoader(block_size=BUCKET))
+    return lambda picked: torch.stack([found[i] for i in picked]).long(), f"litdata {litdata.__version__}, TokensLoader"
 
 
 def report(bench: dict[str, float], opening: float, size: int, samples: int) -> None:
