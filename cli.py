@@ -328,12 +328,25 @@ def pack(
                 write_report(packed.out, is_new=not packed.up_to_date)
     if as_json:
         print_json(results)
+    warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(found) > 1])
     if results and results[-1].parts_left is None:
         next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
     elif results:
         next_command("the other shards, then the same command with --finish in place of --shard")
     if failures:
         raise typer.Exit(failures[0])
+
+
+def warn_of_contained(datasets: list[Path]) -> None:
+    """Say which inputs stand in another one: trained on together, their rows would count twice."""
+    from mmdata.overlap import find_contained
+    from mmdata.shards import open_dataset
+
+    for pair in find_contained([open_dataset(path) for path in datasets]):
+        say(
+            f"warning: {pair.rows:,} of {pair.of:,} rows of {pair.inner} stand in {pair.outer} too; to train on both, take "
+            f"them once: mm pack {pair.inner} {pair.outer} --out {SHARDS_DIR}/NAME --dedup exact"
+        )
 
 
 def write_report(directory: Path, *, is_new: bool) -> None:

@@ -51,6 +51,7 @@ PATH = {
         "stamps",
         "shards",
         "columns",
+        "overlap",
         "order",
         "loader",
         "pairs",

@@ -269,3 +269,21 @@ def test_the_demo_goes_through_all_stages_and_scores_each(home: Path, mm: Run) -
     fine(mm("verify d/shards/sft_512 d/shards/dpo"))
     assert fine(mm("chat d/runs/dpo --prompt hello --max-new-tokens 2")).out
     fine(mm("demo --out d --minutes 0.01"))  # an earlier demo is replaced
+
+
+def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run) -> None:
+    lines = (home / "data" / "sft_512.jsonl").read_text().splitlines()
+    (home / "data" / "part.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report"))
+    assert "rows of data/part.jsonl stand in data/sft_512.jsonl too" in done.err
+    done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report --out shards/once --dedup exact"))
+    assert "warning" not in done.err and "duplicate" in done.out
+
+
+def test_shards_of_a_pack_and_weights_by_the_command_line(home: Path, mm: Run) -> None:
+    path = "data/sft_512.jsonl --out shards/several --no-report"
+    assert "parts of others are left" in fine(mm(f"pack {path} --shard 1/2")).out
+    fine(mm(f"pack {path} --shard 2/2"))
+    fine(mm(f"pack {path} --finish"))
+    assert mm(f"pack {path} --shard two").code == 2
+    assert "every shard is as packed" in fine(mm("verify shards/several --repair")).out
