@@ -229,7 +229,7 @@ def validate(
 @app.command(epilog="Example: mm pack data/sft_512.jsonl --max-len 512 --tokenizer data/tokenizer")
 def pack(
     files: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
             metavar="[FILE]...", help="jsonl files (also .gz, .zst); - reads stdin. [default: data/*.jsonl]"
         ),
@@ -239,7 +239,11 @@ def pack(
         int, typer.Option(help="Longest sequence in tokens; buckets are 512, 1024, 2048 up to it.")
     ] = 1024,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="One dataset of all FILEs. [default: shards/<file>, each]")
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            help="One dataset of all FILEs; packed under shards/ and sent, if a URL. [default: shards/<file>, each]",
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes. [default: one a core]")] = None,
     val_fraction: Annotated[
@@ -284,11 +288,13 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Validate and pack jsonl into tokenized Arrow shards with length buckets."""
-    from mmdata import pipeline
+    from mmdata import pipeline, remote
     from mmdata.errors import MMError
 
-    found = [kept_stdin(out) if str(path) == "-" else path for path in data_files(files)]
-    jobs = [(found, out)] if out else [([path], SHARDS_DIR / stem(path)) for path in found]
+    place = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
+    named = [remote.file_at(file) for file in files or ()]
+    found = [kept_stdin(place) if str(path) == "-" else path for path in data_files(named)]
+    jobs = [(found, place)] if place else [([path], SHARDS_DIR / stem(path)) for path in found]
     results, failures = [], []
     limit, limits = shares(max_bad)
     for inputs, directory in jobs:
@@ -326,6 +332,8 @@ def pack(
                 print_packed(packed)
             if not no_report and packed.parts_left is None:
                 write_report(packed.out, is_new=not packed.up_to_date)
+    if out and remote.is_url(out) and results[0].parts_left is None:
+        send(results[0].out, out, quiet=as_json)
     if as_json:
         print_json(results)
     warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(found) > 1])
@@ -347,6 +355,17 @@ def warn_of_contained(datasets: list[Path]) -> None:
             f"warning: {pair.rows:,} of {pair.of:,} rows of {pair.inner} stand in {pair.outer} too; to train on both, take "
             f"them once: mm pack {pair.inner} {pair.outer} --out {SHARDS_DIR}/NAME --dedup exact"
         )
+
+
+def send(directory: Path, url: str, *, quiet: bool) -> None:
+    """Copy a packed dataset to a URL, checked."""
+    from mmdata import remote
+    from mmdata.shards import read_manifest
+
+    with progress(f"send {directory}", quiet=quiet) as update:
+        sent = remote.send(directory, read_manifest(directory), url, progress=update)
+    say(f"{url} holds {directory}: {size(sent)} sent, every file read back and hashed")
+    say(f"to train on it elsewhere: {remote.bring_command(url, directory)}")
 
 
 def write_report(directory: Path, *, is_new: bool) -> None:
@@ -758,10 +777,14 @@ def train(
 
 def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
     """Datasets and their weights, DIR:WEIGHT each; None without weights."""
+    from mmdata import remote
     from mmdata.errors import UsageError
 
     paths, weights = [], []
     for text in data:
+        if remote.is_url(text):
+            local = SHARDS_DIR / remote.file_at(text).name
+            raise UsageError(f"--data {text}: training maps local files", remote.bring_command(text, local))
         name, colon, number = text.rpartition(":")
         weight = None
         if colon and not Path(text).exists():

@@ -32,7 +32,7 @@ def open_stream(path: Path) -> io.BufferedIOBase:
     except OSError as error:
         raise _unreadable(path, error) from error
     if magic.startswith(_GZIP):
-        if str(path) == "-":
+        if not isinstance(path, Path) or str(path) == "-":
             return gzip.GzipFile(fileobj=file)
         file.close()
         return gzip.GzipFile(path)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdata import engine, rows, screen, shards, unfinished
+from mmdata import engine, remote, rows, screen, shards, unfinished
 from mmdata.arrow import write_file
 from mmdata.buckets import buckets_for
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
@@ -124,7 +124,7 @@ def pack(
         "dedup": dedup,
         "exclude": _excluded(dedup, exclude),
     }
-    inputs, out = [Path(path) for path in inputs], Path(out)
+    inputs, out = [remote.file_at(path) for path in inputs], Path(out)
     _check_arguments(inputs, max_len, arguments, shard)
     is_rerun = _is_dataset(out)
     job = _plan_job(inputs, out, tokenizer_dir, max_len, kind, arguments)
@@ -432,7 +432,7 @@ def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]
     digest = hashlib.sha256()
     cuts = [(0, 1)]
     position, newlines, target = 0, 0, part_bytes
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
             at = 0
@@ -462,7 +462,7 @@ def _same_dataset(out: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _identity(entries: Sequence[dict[str, Any]]) -> list[tuple[str, int, str]]:
-    return [(Path(entry["path"]).name, entry["bytes"], entry["sha256"]) for entry in entries]
+    return [(remote.file_at(entry["path"]).name, entry["bytes"], entry["sha256"]) for entry in entries]
 
 
 def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
@@ -500,7 +500,7 @@ def _check_kept(
 
 def _stamps(inputs: Sequence[Path]) -> list[tuple[int, int]]:
     """Size and time of last change of every input."""
-    return [(path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in inputs)]
 
 
 def _check_unchanged(inputs: Sequence[Path], stamps: Sequence[tuple[int, int]]) -> None:

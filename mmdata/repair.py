@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdata import engine, pipeline, shards, stamps
+from mmdata import engine, pipeline, remote, shards, stamps
 from mmdata.arrow import sync, write_file
 from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.parts import Part, PartPacker, PartResult, Settings
@@ -118,7 +118,7 @@ def _rebuild(
 
 def _same_inputs(directory: Path, manifest: Mapping[str, Any]) -> tuple[list[Path], list[Part]]:
     """The inputs and their parts; InputError, with their names, when they are not those that were packed."""
-    inputs = [Path(entry["path"]) for entry in manifest["inputs"]]
+    inputs = [remote.file_at(entry["path"]) for entry in manifest["inputs"]]
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise InputError(
             f"{', '.join(missing)}: not here, and {directory} was packed from it",

@@ -23,7 +23,7 @@ DECLARED = {
     "filelock",
 }
 # Imported only inside the function that needs it.
-EXTRAS = {"zstandard", "ray", "rensa", "wandb", "swanlab", "trackio", "starlette", "uvicorn"}
+EXTRAS = {"zstandard", "ray", "fsspec", "rensa", "wandb", "swanlab", "trackio", "starlette", "uvicorn"}
 # All that mmtrain takes from mmdata; `page` because the run's report is drawn like the data's.
 FROM_DATA = {"loader", "shards", "template", "tokenizer", "errors", "page"}
 
@@ -37,6 +37,7 @@ PATH = {
         "sources",
         "plan",
         "fetch",
+        "remote",
         "lines",
         "rows",
         "validate",
