@@ -782,9 +782,6 @@ def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | Non
 
     paths, weights = [], []
     for text in data:
-        if remote.is_url(text):
-            local = SHARDS_DIR / remote.file_at(text).name
-            raise UsageError(f"--data {text}: training maps local files", remote.bring_command(text, local))
         name, colon, number = text.rpartition(":")
         weight = None
         if colon and not Path(text).exists():
@@ -792,7 +789,10 @@ def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | Non
                 weight = float(number)
             if weight is not None and not 0 < weight < float("inf"):
                 raise UsageError(f"--data {text}: the weight must be greater than 0", f"--data {name}:0.5")
-        paths.append(Path(text if weight is None else name))
+        if remote.is_url(url := text if weight is None else name):
+            local = SHARDS_DIR / remote.file_at(url).name
+            raise UsageError(f"--data {url}: training maps local files", remote.bring_command(url, local))
+        paths.append(Path(url))
         weights += [] if weight is None else [weight]
     if weights and len(weights) != len(paths):
         raise UsageError("some --data have a weight and some have none", "--data A:0.7 --data B:0.3")
