@@ -813,6 +813,8 @@ def print_trained(trained: "TrainResult", as_json: bool) -> None:
         f"{state} {trained.run_dir} at step {trained.final_step:,} of {trained.num_steps:,} in {trained.seconds:.1f} s"
         f"{skipped}: {', '.join(figures)}{f' (ended early: {trained.early_stop})' if trained.early_stop else ''}"
     )
+    if (trained.run_dir / "report.html").exists():
+        say(f"look: {trained.run_dir / 'report.html'}")
     if trained.is_interrupted:
         next_command(f"mm train {trained.stage} --out {trained.run_dir} --resume")
     elif trained.stage == "pretrain":

@@ -1,7 +1,7 @@
 """Makes docs/images/*.png: `python docs/screenshots.py [DIR]`. Needs the dev extra, Chromium and its driver.
 
 Everything shown is made here, in DIR (kept; a temporary directory unless given): the demo's corpus, packed, and a short pretrain,
-sft and dpo run on it, some minutes on two cores.
+sft and dpo run on it, a minute on two cores.
 """
 
 import base64
@@ -34,7 +34,7 @@ def make(work: Path) -> None:
     from mmdata import demo
     from mmdata.tokenizer import CHATML, train_bpe
 
-    corpus = demo.write_corpus(work / "data", seed=3, minutes=0.7)
+    corpus = demo.write_corpus(work / "data", seed=3, minutes=0.4)
     tokenizer = work / "data" / "tokenizer"
     train_bpe(
         corpus.tokenizer_texts,
@@ -51,7 +51,7 @@ def make(work: Path) -> None:
         path.write_text("".join(lines), encoding="utf-8")
     for name in ("pretrain_hq", "sft_512", "dpo"):
         mm(work, "pack", str(corpus.files[name].relative_to(work)), "--max-len", "512", "--val-fraction", "0.03")
-    short = ("--quiet", "--batch-tokens", "2048", "--seed", "1")
+    short = ("--quiet", "--batch-tokens", "512", "--seed", "1")
     mm(
         work,
         "train",
@@ -68,8 +68,8 @@ def make(work: Path) -> None:
         "6e-3",
         *short,
     )
-    mm(work, "train", "sft", "--steps", "240", "--val-every", "20", "--save-every", "120", "--lr", "4e-3", *short)
-    mm(work, "train", "dpo", "--steps", "60", "--val-every", "10", "--lr", "2e-4", *short)
+    mm(work, "train", "sft", "--steps", "160", "--val-every", "16", "--save-every", "80", "--lr", "6e-3", *short)
+    mm(work, "train", "dpo", "--steps", "40", "--val-every", "8", "--lr", "2e-4", *short)
     mm(work, "stats", "shards/sft_512", "--html", "sft-en.html")
     mm(work, "stats", "shards/dpo", "--html", "dpo-zh.html", "--lang", "zh")
     mm(work, "report", "runs/dpo-1", "--html", "run-en.html")

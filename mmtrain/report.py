@@ -132,6 +132,8 @@ def glance(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def hours(value: float) -> str:
     """Hours as people say them."""
+    if value * 3600 < 10:
+        return f"{value * 3600:.1f} s"
     seconds = round(value * 3600)
     if seconds < 60:
         return f"{seconds} s"

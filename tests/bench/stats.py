@@ -3,6 +3,7 @@
 Makes its own jsonl file of seeded bilingual conversations outside the repository and deletes it; runs `mm stats FILE
 --html` on it in a process of its own with two workers, and prints wall time, the peak memory of all its processes together (sum
 of their resident sizes, sampled every 50 ms, so shared pages count more than once), and for comparison one pass of json.loads.
+With --pack it packs the file instead, and prints how long the report takes beside the packing itself.
 """
 
 import argparse
@@ -85,16 +86,36 @@ def measured(command: list[str]) -> tuple[float, int, float]:
     return time.monotonic() - start, peak, cpu
 
 
+def packed(path: Path, tokenizer: Path, workers: int) -> str:
+    """Packing and its report, timed."""
+    sys.path.insert(0, str(ROOT))
+    from mmdata import pipeline, report, stats
+
+    start = time.monotonic()
+    done = pipeline.pack([path], path.with_name("packed"), tokenizer_dir=tokenizer, workers=workers)
+    middle = time.monotonic()
+    measured = stats.measure_dataset(done.out, is_quick=True)
+    report.write(done.out / report.FILE, report.dataset_page([measured]))
+    end = time.monotonic()
+    return (
+        f"packed in {middle - start:.1f} s, report {end - middle:.2f} s, {(end - middle) / (middle - start):.2%} of it"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pack", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path, html = Path(scratch) / "rows.jsonl", Path(scratch) / "report.html"
         number = write_rows(path, int(options.megabytes * 1e6))
         size = path.stat().st_size / 1e6
+        if options.pack:
+            print(f"{size:.0f} MB, {number:,} rows: {packed(path, options.tokenizer, options.workers)}")
+            return
         start = time.monotonic()
         with path.open("rb") as file:
             for line in file:
