@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +28,7 @@ from mmdata.terminal import (
     print_measured,
     print_overview,
     print_packed,
+    print_scores,
     print_validation,
     progress,
     result,
@@ -41,9 +41,10 @@ from mmdata.terminal import (
 
 if TYPE_CHECKING:
     from mmdata.demo import Question
-    from mmtrain.generate import Chat
+    from mmdata.tokenizer import Tokenizer
     from mmtrain.loop import TrainResult
-    from mmtrain.sampling import Sampling
+    from mmtrain.model import Model
+    from mmtrain.talk import Speaker
 
 app = typer.Typer(
     name="mm",
@@ -940,85 +941,312 @@ def newest_run() -> Path:
     return max(found)[1]
 
 
+# --- measuring a model ------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    "eval",
+    epilog="Example: mm eval runs/sft-1 --data shards/sft_512 --per-sequence rows.jsonl    "
+    "mm eval runs/sft-1 --questions my.jsonl --lm-eval ceval-valid,cmmlu",
+)
+def eval_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run, checkpoint, .pth or Hugging Face directory.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="DIR", help="Packed dataset; repeat it for several. [default: the run's own]"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="val, train or all.")] = "val",
+    per_sequence: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one JSON line a sequence: file, line, tokens, nll.")
+    ] = None,
+    noisiest: Annotated[int, typer.Option(min=0, help="Show so many rows the model finds least likely.")] = 0,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="jsonl of question and answer, compared word for word.")
+    ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="jsonl of question, choices and answer: the likeliest counts.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Ask without the chat template. [default: for pretrain runs]")
+    ] = False,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="EleutherAI's harness: ceval-valid, cmmlu, arc_easy, ...")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --lm-eval: so many questions a task.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --questions: longest answer.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: held-out loss by dataset and bucket, pairs ranked, questions answered, the harness's tasks."""
+    from mmdata.errors import UsageError
+    from mmdata.template import Template
+    from mmtrain import exam
+    from mmtrain.convert import open_model
+
+    if split not in ("train", "val", "all"):
+        raise UsageError(f"--split {split} is unknown", "use train, val or all")
+    if limit is not None and lm_eval is None:
+        raise UsageError("--limit belongs to --lm-eval", "leave it out")
+    start = time.monotonic()
+    model, tokenizer = open_model(run)
+    facts = run_facts(run)
+    datasets = data or [Path(item["dir"]) for item in facts.get("data", []) if Path(item["dir"]).is_dir()]
+    if not datasets and not (questions or choices or lm_eval):
+        raise UsageError(f"{run} names no dataset that is here", f"mm eval {run} --data shards/NAME")
+    found: dict[str, Any] = {"model": str(run)}
+    splits = ("train", "val") if split == "all" else (split,)
+    if data or not (questions or choices or lm_eval) or per_sequence or noisiest:
+        found |= measured(model, tokenizer, datasets, splits, per_sequence, noisiest, as_json)
+    template = None if plain or facts.get("stage") == "pretrain" else Template(tokenizer)
+    for name, path in (("questions", questions), ("choices", choices)):
+        if path is not None:
+            items = exam.read_questions(path) if name == "questions" else exam.read_choices(path)
+            with progress(f"ask {path}", unit="items", quiet=as_json) as update:
+                if name == "questions":
+                    outcomes = exam.ask(
+                        model, tokenizer, template, items, max_new_tokens=max_new_tokens, progress=update
+                    )
+                else:
+                    outcomes = exam.choose(model, tokenizer, template, items, progress=update)
+            found[name] = {"file": str(path), **exam.summary(outcomes), "outcomes": outcomes}
+    if lm_eval:
+        found["lm_eval"] = through_harness(
+            run, [task.strip() for task in lm_eval.split(",")], template is not None, limit
+        )
+    found["seconds"] = round(time.monotonic() - start, 3)
+    if as_json:
+        print_json(found)
+    else:
+        print_scores(found)
+
+
+def run_facts(path: Path) -> dict[str, Any]:
+    """The run.json of a run or of a checkpoint in one; empty for another program's model."""
+    from mmtrain.checkpoint import find, read_run
+    from mmtrain.convert import is_foreign
+
+    return {} if is_foreign(path) else read_run(find(path).run_dir)
+
+
+def measured(
+    model: "Model",
+    tokenizer: "Tokenizer",
+    datasets: list[Path],
+    splits: tuple[str, ...],
+    per_sequence: Path | None,
+    noisiest: int,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Figures of every sequence of the datasets' splits; the lines and the noisiest rows where asked for."""
+    from mmdata.errors import DatasetError
+    from mmdata.shards import open_dataset
+    from mmtrain import measure
+
+    scored: list[measure.Scored] = []
+    for path in datasets:
+        dataset = open_dataset(path)
+        for split in splits:
+            with progress(f"eval {path} {split}", unit="samples", quiet=as_json) as update:
+                scored += measure.score(model, tokenizer, dataset, split, progress=update)
+    if not scored:
+        raise DatasetError(
+            f"{', '.join(map(str, datasets))}: the {' and '.join(splits)} split is empty",
+            "--split all takes every row, or pack with a larger --val-fraction",
+        )
+    if per_sequence is not None:
+        lines = "".join(json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scored)
+        beside = per_sequence.with_name(f".{per_sequence.name}.partial")
+        per_sequence.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(lines, encoding="utf-8")
+        beside.replace(per_sequence)
+    found: dict[str, Any] = {"splits": list(splits), "datasets": measure.figures(scored)}
+    if noisiest:
+        found["noisiest"] = [one.record() for one in measure.noisiest(scored, noisiest)]
+    if per_sequence is not None:
+        found["per_sequence"] = {"file": str(per_sequence), "lines": len(scored)}
+    return found
+
+
+def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> dict[str, Any]:
+    """Export a run to a directory of its own for as long as EleutherAI's harness needs it."""
+    import tempfile
+
+    from mmtrain import harness
+    from mmtrain.convert import is_foreign
+    from mmtrain.export import export as export_model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = run if is_foreign(run) and run.is_dir() else Path(temporary) / "hf"
+        if directory != run:
+            export_model(run, directory, format="hf")
+        return harness.run(directory, tasks, is_chat=is_chat, limit=limit)
+
+
+# --- to and from other programs -------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: mm export runs/dpo-1 --format gguf --dtype q8_0 --out exports/dpo-1-gguf")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint.")],
+    format: Annotated[str, typer.Option(help="hf (transformers), gguf (llama.cpp) or minimind (its .pth).")] = "hf",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where it goes. [default: exports/RUN-FORMAT]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="hf: f32, f16, bf16; gguf: f32, f16, q8_0; minimind: f32, f16. [default: f32]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for other programs: transformers, llama.cpp or MiniMind's scripts; logits are compared on the spot."""
+    from mmtrain.checkpoint import find
+    from mmtrain.export import export as export_model
+
+    start = time.monotonic()
+    made = export_model(
+        run, out or Path("exports") / f"{find(run).run_dir.resolve().name}-{format}", format=format, dtype=dtype
+    )
+    if as_json:
+        print_json(made)
+        return
+    for check in made.checks:
+        result(check)
+    what = f"{made.architecture}, {made.num_params:,} parameters, {made.dtype}, {size(made.num_bytes)}"
+    result(f"wrote {made.out}: {what}, in {time.monotonic() - start:.1f} s")
+    if format == "gguf":
+        file = next(file for file in made.files if file.endswith(".gguf"))
+        say(f"next: llama-cli -m {made.out / file}    (llama.cpp's own program)")
+    elif format == "hf":
+        next_command(f"mm chat {made.out}    or    mm import {made.out}")
+
+
+@app.command("import", epilog="Example: mm import out/full_sft_768.pth --tokenizer model --out runs/full_sft_768")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="MiniMind's .pth, or a Hugging Face directory.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Directory of the new run. [default: runs/NAME]")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Its tokenizer, where none stands beside it.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Query heads, which a .pth does not tell. [default: MiniMind's 8]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run of a model trained elsewhere: MiniMind of every era, Llama, Qwen3; chat, eval and --init take it."""
+    from mmtrain.convert import import_model
+
+    start = time.monotonic()
+    made = import_model(path, out or RUNS_DIR / path.resolve().stem, tokenizer_dir=tokenizer, num_heads=num_heads)
+    if as_json:
+        print_json(made)
+        return
+    shape = made.shape
+    say(
+        f"{path}: {made.origin}; {shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} query and "
+        f"{shape.num_kv_heads} key heads; tokenizer {made.tokenizer_dir}"
+    )
+    result(
+        f"wrote {made.run_dir}: {made.num_params:,} parameters, every value as it was, in {time.monotonic() - start:.1f} s"
+    )
+    next_command(f"mm chat {made.run_dir}    or    mm train sft --init {made.run_dir}")
+
+
 # --- talking to a model -----------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="Example: mm chat runs/dpo-1 --prompt 'What is 3 + 4?'")
+@app.command(
+    epilog="Example: mm chat runs/dpo-1 --prompt 'What is 3 + 4?'    mm chat --compare runs/pretrain-1 runs/sft-1 runs/dpo-1"
+)
 def chat(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Run or checkpoint. [default: the newest finished run]")
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Run, checkpoint, .pth or Hugging Face directory; several with --compare. [default: the newest run]",
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Ask this once and end.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Let several models answer, side by side.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="With or without thinking, if the template knows it.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Go on with the text, without chat template. [default: for pretrain runs]")
+    ] = False,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that reach this probability.")] = 0.9,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens this probable beside the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens already there less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer at this text; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens of conversation and answer; oldest turns leave it.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: the answer as JSON.")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="For a .pth with no tokenizer beside it.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Answers as JSON, one a line; with --prompt or a pipe.")
+    ] = False,
 ) -> None:
-    """Talk with a trained model; answers stream, history is kept."""
-    from mmdata.errors import CheckpointError, UsageError
-    from mmdata.template import Message, Template
-    from mmdata.tokenizer import Tokenizer
-    from mmtrain.checkpoint import find, find_run, load_model
-    from mmtrain.generate import Chat
+    """Talk with a trained model; answers stream, history is kept. Lines of a pipe are one conversation."""
+    from mmdata.errors import UsageError
     from mmtrain.sampling import Sampling
+    from mmtrain.talk import Session, piped_lines, typed_lines
 
-    if as_json and prompt is None:
-        raise UsageError("--json needs --prompt", "mm chat --prompt TEXT --json")
-    run = run or find_run(RUNS_DIR, tuple(KIND_OF_STAGE)[::-1])
+    is_typed = prompt is None and sys.stdin.isatty()
+    if as_json and is_typed:
+        raise UsageError("--json needs --prompt or lines on standard input", "mm chat --prompt TEXT --json")
+    if compare and len(runs or ()) < 2:
+        raise UsageError("--compare needs two models or more", "mm chat --compare RUN_A RUN_B")
+    if not compare and len(runs or ()) > 1:
+        raise UsageError("several models are for --compare", "mm chat --compare RUN_A RUN_B, or name one")
+    options = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    speakers = [speaker(path, tokenizer, plain, window) for path in runs or [newest_finished_run()]]
+    session = Session(speakers, options, system, think, as_json)
+    if prompt is not None:
+        session.ask(prompt)
+        return
+    if is_typed:
+        say(f"{' and '.join(s.name for s in speakers)}: ask anything; /help shows the commands, Ctrl-D ends")
+    session.run(typed_lines() if is_typed else piped_lines(), is_lenient=is_typed)
+
+
+def newest_finished_run() -> Path:
+    """The newest finished run under runs/."""
+    from mmdata.errors import CheckpointError
+    from mmtrain.checkpoint import find_run
+
+    run = find_run(RUNS_DIR, (*KIND_OF_STAGE, "imported"))
     if run is None:
         raise CheckpointError(
             f"no finished run under {RUNS_DIR}/", "`mm demo` trains one in minutes, or name one: mm chat RUN"
         )
-    model = load_model(run)[0].eval()
-    tokenizer = Tokenizer.load(find(run).run_dir / "tokenizer")
-    talk = Chat(model, tokenizer, Template(tokenizer))
-    options = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
-    opening = [Message("system", system)] if system else []
-    talk.messages += opening
-    if prompt is not None:
-        answer(talk, prompt, options, as_json)
-        return
-    say(f"{run}: ask anything; /reset forgets, /quit or Ctrl-D ends")
-    for line in questions():
-        if line == "/quit":
-            break
-        if line == "/reset":
-            talk.messages[:] = opening
-        elif line:
-            answer(talk, line, options)
+    return run
 
 
-def questions() -> Iterator[str]:
-    """Lines a person types, edited as in a shell; or those of a pipe."""
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
-        return
-    with suppress(ImportError):  # Windows has line editing of its own
-        import readline  # noqa: F401 - gives it to input()
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            return
+def speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window: int) -> "Speaker":
+    """A model to talk with."""
+    from mmdata.template import Template
+    from mmtrain.convert import open_model
+    from mmtrain.generate import Chat
+    from mmtrain.talk import Speaker
 
-
-def answer(talk: "Chat", question: str, options: "Sampling", as_json: bool = False) -> None:
-    """Print the answer to a question as it comes; Ctrl-C cuts it short."""
-    start, pieces = time.monotonic(), []
-    try:
-        for piece in talk.ask(question, options):
-            pieces.append(piece)
-            if not as_json:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.append(" …")
-    if as_json:
-        print_json({"prompt": question, "answer": "".join(pieces), "seconds": round(time.monotonic() - start, 3)})
-    else:
-        print(flush=True)
+    model, tokenizer = open_model(path, tokenizer_dir=tokenizer_dir)
+    is_plain = is_plain or run_facts(path).get("stage") == "pretrain"
+    return Speaker(str(path), Chat(model, tokenizer, None if is_plain else Template(tokenizer), window=window))
 
 
 @app.command(epilog="Example: mm serve runs/dpo-1 --port 8000    mm serve --host 0.0.0.0 --api-key SECRET")
@@ -1118,7 +1346,7 @@ def demo(
         print_demo(figures, out)
     run = out / "runs" / recipe.STAGES[-1].file
     if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
-        chat(run, temperature=0.0)
+        chat([run], temperature=0.0)
     next_command(f"mm chat {run}    or    mm show {out / 'shards' / 'sft_512'}")
 
 

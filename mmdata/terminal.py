@@ -663,6 +663,41 @@ def _print_rows(values: dict[str, Any]) -> None:
 # --- the demo
 
 
+def print_scores(found: dict[str, Any]) -> None:
+    """What `mm eval` measured."""
+    for dataset, buckets in found.get("datasets", {}).items():
+        is_pairs = "accuracy" in buckets["all"]
+        columns = ["bucket", "sequences", "tokens", "loss", "bits/byte", "perplexity"]
+        columns += ["ranked right", "margin"] if is_pairs else []
+        rows = []
+        for name, figures in buckets.items():
+            row = [f"{name}", int(figures["sequences"]), int(figures["tokens"]), f"{figures['loss']:.4f}"]
+            row += [f"{figures['bits_per_byte']:.4f}", f"{figures['perplexity']:.2f}"]
+            rows.append(row + ([percent(figures["accuracy"], 1), f"{figures['margin']:.2f}"] if is_pairs else []))
+        table(f"{dataset} ({' and '.join(found['splits'])} split)", columns, rows)
+    if rows := found.get("noisiest"):
+        shown = [(f"{row['file']} line {row['line']}", row["tokens"], f"{row['loss']:.3f}") for row in rows]
+        table("least likely rows", ["row", "tokens", "nats a token"], shown)
+    if written := found.get("per_sequence"):
+        result(f"wrote {written['file']}: {written['lines']:,} lines, one a sequence")
+    for name, what in (("questions", "answered word for word"), ("choices", "chosen right")):
+        if name in found:
+            _print_asked(found[name], what)
+    for task, figures in found.get("lm_eval", {}).items():
+        result(f"{task}: {', '.join(f'{metric} {value:.4f}' for metric, value in figures.items())}")
+    say(f"measured {found['model']} in {found['seconds']:.1f} s")
+
+
+def _print_asked(asked: dict[str, Any], what: str) -> None:
+    """How a file of questions went, with the first ones that went wrong."""
+    per_byte = asked.get("accuracy_per_byte")
+    more = f"; by log-probability a byte {percent(per_byte, 1)}" if per_byte is not None else ""
+    result(f"{asked['file']}: {percent(asked['accuracy'], 1)} of {asked['asked']:,} questions {what}{more}")
+    for outcome in [outcome for outcome in asked["outcomes"] if not outcome.is_right][:3]:
+        said = " ".join(outcome.said.split()) or "nothing"
+        say(f"  line {outcome.line}: {outcome.question[:60]!r} -> {said[:60]!r}, expected {outcome.expected[:60]!r}")
+
+
 def print_demo(figures: dict[str, Any], out: Path) -> None:
     """The demo's figures stage by stage, five answers of its last model, and where everything is."""
     columns = ("stage", "val bits/byte", "exact answers", "whole sentences", "pairs ranked right", "minutes")

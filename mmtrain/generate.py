@@ -312,35 +312,40 @@ def fit(
 class Chat:
     """One conversation with a model. Keeps the messages, and the keys and values of their tokens between turns.
 
-    `window` is how many tokens a conversation and its next answer may have; the oldest whole turns leave it first.
+    `window` is how many tokens a conversation and its next answer may have; the oldest whole turns leave it first. Without
+    a template the model goes on with the last text alone: one that was only pretrained knows no turns.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, template: Template, *, window: int = WINDOW):
+    def __init__(self, model: Model, tokenizer: Tokenizer, template: Template | None, *, window: int = WINDOW):
         self.engine = Engine(model, tokenizer, max_rows=1, window=window, remember=1)
         self.template = template
         self.messages: list[Message] = []
         self.row: Row | None = None  # of the newest answer
+        self.opening = ""  # what of it the template has written: an open think block, or nothing
 
     def ask(self, text: str, options: Sampling, *, think: bool | None = None) -> Generator[str, None, None]:
-        """Stream the answer to `text`, said after everything before."""
+        """Stream the answer to `text`, said after everything before. What cannot be asked raises and leaves no trace."""
         asked = [*self.messages, Message("user", text)]
-        opening = THINKING if self.opens_thinking(asked, think) else ""
+        stream = self.reply(asked, options, think=think)
         pieces: list[str] = []
-        stream = self.reply(asked, options, think=think)  # what cannot be asked raises here and leaves no trace
         try:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
         finally:  # an answer cut short by the reader counts as far as it was read
             stream.close()
-            self.messages += [asked[-1], Message("assistant", opening + "".join(pieces))]
+            self.messages += [asked[-1], Message("assistant", self.opening + "".join(pieces))]
 
     def reply(
         self, messages: Sequence[Message], options: Sampling, *, think: bool | None = None
     ) -> Generator[str, None, None]:
         """Stream the answer to `messages`, of which the oldest whole turns are left out when the window is full."""
-        room = self.engine.window - options.max_new_tokens
-        prompt = fit(self.template, self.engine.tokenizer, messages, room=room, think=think)
+        tokenizer, room = self.engine.tokenizer, self.engine.window - options.max_new_tokens
+        if self.template is None:
+            prompt = plain_prompt(tokenizer, messages[-1].content)
+        else:
+            prompt = fit(self.template, tokenizer, messages, room=room, think=think)
+        self.opening = THINKING if self.template and tokenizer.decode(prompt[-8:]).endswith(THINKING) else ""
         self.row = self.engine.submit(prompt, options)
         return self._stream(self.row)
 
@@ -351,10 +356,11 @@ class Chat:
         finally:
             self.engine.cancel(row)
 
-    def opens_thinking(self, messages: Sequence[Message], think: bool | None) -> bool:
-        """Whether the template itself opens the think block that the answer then goes on with."""
-        tail = self.template.prompt_ids(self.engine.tokenizer, messages, think=think)[-8:]
-        return self.engine.tokenizer.decode(tail).endswith(THINKING)
+
+def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text as a document begins, for a model to go on with."""
+    begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    return begin + tokenizer.encode_batch([text])[0].tolist()
 
 
 THINKING = "<think>\n"

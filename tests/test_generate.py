@@ -153,45 +153,6 @@ def test_company_changes_nothing_of_an_answer(
     assert [row.ids for row in rows] == [[token.id for token in found] for found in alone]
 
 
-def test_the_greedy_answers_are_those_of_transformers(model: Model, tokenizer: Tokenizer, template: Template) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    shape = model.config
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_size,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True,
-    )
-    other = Qwen3ForCausalLM(config).eval()
-    other.load_state_dict({**model.state_dict(), "lm_head.weight": model.head_weight})
-    engine = Engine(model, tokenizer)
-    generator = torch.Generator().manual_seed(3)
-    prompts = [
-        torch.randint(3, shape.vocab_size, (int(n),), generator=generator).tolist()
-        for n in torch.randint(1, 60, (50,), generator=generator)
-    ]
-    rows = [engine.submit(prompt, Sampling(max_new_tokens=16)) for prompt in prompts]
-    run(engine, rows)
-    for prompt, row in zip(prompts, rows, strict=True):
-        answer = other.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            do_sample=False,
-            max_new_tokens=16,
-            eos_token_id=tokenizer.eos_id,
-            pad_token_id=tokenizer.eos_id,
-        )[0, len(prompt) :].tolist()
-        assert row.ids == answer[: len(row.ids)]
-        assert answer[len(row.ids) :] == ([tokenizer.eos_id] if row.finish_reason == "stop" else [])
-
-
 def test_a_greedy_stream_joined_is_the_batched_answer(model: Model, tokenizer: Tokenizer, template: Template) -> None:
     batched = answer_batch(model, tokenizer, template, QUESTIONS, max_new_tokens=24)
     chat = Chat(model, tokenizer, template)

@@ -1,171 +1,141 @@
-"""What rows come to, against a count in plain Python over the same rows."""
+"""Figures of `mm eval` are those of training's validation, told apart by row; and noisy rows come out first."""
 
 import json
-import random
-import re
-from collections import Counter
+import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from pack_data import MAKERS
-from test_texts import grams
+import torch
+from train_data import Data, make, pack_to
 
-from mmdata import measure
-from mmdata.measure import RowTally
-from mmdata.rows import BadRow, Line, parse_row
-from mmdata.tally import Lengths, Strings
-
-
-def rows_of(kind: str, number: int, seed: int = 0) -> list[bytes]:
-    """Lines of a kind, a fifth of them repeats, with what only some rows have."""
-    draw = random.Random(seed)
-    found: list[dict[str, Any]] = []
-    for _ in range(number):
-        if found and draw.random() < 0.2:
-            found.append(draw.choice(found))
-            continue
-        row = MAKERS[kind](draw)
-        if kind == "conversation":
-            if draw.random() < 0.3:
-                row["conversations"].insert(0, {"role": "system", "content": f"Answer in {draw.randrange(3)} words"})
-            if draw.random() < 0.2:
-                row["tools"] = [{"type": "function", "function": {"name": f"find_{draw.randrange(2)}"}}]
-            if draw.random() < 0.2:
-                row["conversations"][-1]["reasoning_content"] = "let me see"
-            if draw.random() < 0.1:
-                row["conversations"][-1]["content"] += " <|im_end|>"
-        found.append(row)
-    return [json.dumps(row, ensure_ascii=False).encode() for row in found]
+from mmdata.errors import TokenizerError
+from mmdata.loader import Loader
+from mmdata.shards import open_dataset, source_rows
+from mmdata.tokenizer import Tokenizer
+from mmtrain.config import shape_from
+from mmtrain.evaluate import evaluate
+from mmtrain.measure import Scored, figures, noisiest, score
+from mmtrain.model import Model
 
 
-def measured(lines: list[bytes], batch: int) -> RowTally:
-    tally = RowTally()
-    for at in range(0, len(lines), batch):
-        part = RowTally()
-        chunk = lines[at : at + batch]
-        part.add([parse_row(line) for line in chunk], chunk)
-        tally.merge(part)
-    return tally
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return make(tmp_path_factory.mktemp("data") / "root")
 
 
-def said(message: dict[str, Any]) -> str:
-    return message.get("reasoning_content", "") + message["content"]
+@pytest.fixture(scope="module")
+def tokenizer(data: Data) -> Tokenizer:
+    return Tokenizer.load(data.tokenizer)
 
 
-@pytest.mark.parametrize("batch", [7, 1000])
-def test_conversations_come_to_a_plain_count(batch: int) -> None:
-    lines = rows_of("conversation", 200)
-    rows = [json.loads(line) for line in lines]
-    found = measured(lines, batch)
-    assert found.rows == found.kept == 200 and found.num_bytes == sum(map(len, lines))
-    by_role: dict[str, Counter[int]] = {}
-    for row in rows:
-        for message in row["conversations"]:
-            by_role.setdefault(message["role"], Counter())[len(said(message))] += 1
-    assert {role: lengths.counts for role, lengths in found.by_role.items()} == by_role
-    answers: dict[int, Counter[int]] = {}
-    for row in rows:
-        of_row = [said(m) for m in row["conversations"] if m["role"] == "assistant"]
-        for turn, text in enumerate(of_row, 1):
-            answers.setdefault(turn, Counter())[len(text)] += 1
-    assert {turn: lengths.counts for turn, lengths in found.by_turn.items()} == answers
-    assert found.lengths.counts == Counter(sum(len(said(m)) for m in row["conversations"]) for row in rows)
-    assert found.turns == Counter(sum(m["role"] == "user" for m in row["conversations"]) for row in rows)
-    systems = Counter(m["content"] for row in rows for m in row["conversations"] if m["role"] == "system")
-    assert found.systems.counts == systems and found.rows_with_system == systems.total()
-    assert found.tools.counts == Counter(t["function"]["name"] for row in rows for t in row.get("tools", ()))
-    assert found.reasoning == sum("reasoning_content" in m for row in rows for m in row["conversations"])
-    assert found.rows_with_control == sum("<|im_end|>" in line.decode() for line in lines)
-    openings = Counter(
-        " ".join(said(m)[:40].split())[:20] for row in rows for m in row["conversations"] if m["role"] == "assistant"
-    )
-    assert found.openings.counts == openings
-    text = "".join(said(m) for row in rows for m in row["conversations"])
-    assert found.scripts[0] == len(re.findall(r"[\u4e00-\u9fff]", text)) and found.scripts.sum() == len(text)
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Model:
+    torch.manual_seed(1)
+    return Model(shape_from("tiny", tokenizer.vocab_size)).eval()
 
 
-@pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
-def test_exact_repeats_are_rows_seen_before(kind: str) -> None:
-    lines = rows_of(kind, 150)
-    expected = len(lines) - len(set(lines))
-    assert measure.duplicates(measured(lines, 40))["exact"] == expected > 10
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+def test_the_figures_are_those_of_validation(data: Data, model: Model, tokenizer: Tokenizer, name: str) -> None:
+    dataset = open_dataset(getattr(data, name))
+    scored = list(score(model, tokenizer, dataset, "val"))
+    found = figures(scored)[str(dataset.dir)]["all"]
+    expected = evaluate(model, Loader([dataset], split="val", batch_tokens=4096, seed=0), tokenizer)
+    assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(expected["loss"]), rel=1e-4)
+    assert found["tokens"] == expected["tokens"] == dataset.split("val").totals.loss_tokens
 
 
-def test_pairs_come_to_a_plain_count() -> None:
-    lines = rows_of("pair", 150)
-    found = measured(lines, 40)
-    longer: Counter[str] = Counter()
-    tenths = [0] * 10
-    for line in lines:
-        row = json.loads(line)
-        chosen, rejected = ("\n".join(m["content"] for m in row[side][1:]) for side in ("chosen", "rejected"))
-        longer["chosen" if len(chosen) > len(rejected) else "rejected" if len(rejected) > len(chosen) else "equal"] += 1
-        longer["chosen by 3"] += len(chosen) > 3 * len(rejected)
-        longer["rejected by 3"] += len(rejected) > 3 * len(chosen)
-        either = grams(chosen) | grams(rejected)
-        alike = len(grams(chosen) & grams(rejected)) / len(either) if either else 1
-        tenths[min(9, int(alike * 10))] += 1
-    assert +found.longer == +longer
-    assert found.similarity.tolist() == tenths
-    assert found.ratios.total() == found.margins.figures()["count"] == 150  # type: ignore[index]
+def logps(model: Model, ids: list[int], mask: list[int]) -> float:
+    """Summed log-probability of the trained tokens of one sequence alone."""
+    tokens, ends = torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32)
+    with torch.no_grad():
+        all_logps = (model(tokens, torch.arange(len(ids)), ends, len(ids)) @ model.head_weight.T).log_softmax(-1)
+    places = torch.tensor(mask).nonzero()[:, 0]
+    return float(all_logps[places - 1, tokens[places]].sum())
 
 
-def test_rows_set_aside_are_counted_and_the_first_are_kept() -> None:
-    tally = RowTally()
-    for number in range(5):
-        tally.set_aside(Line(number + 1, 0, b"{" * (number + 1)), BadRow("not json"), "data.jsonl")
-    assert tally.left_out == {"not json": 5} and tally.rows == 5 and tally.kept == 0
-    assert [example["line"] for example in tally.examples["not json"]] == [1, 2, 3]
+def test_pairs_are_ranked_by_their_replies(data: Data, model: Model, tokenizer: Tokenizer) -> None:
+    dataset = open_dataset(data.dpo)
+    margins = []
+    for row in source_rows(dataset, "val"):
+        prompt = row["prompt_ids"]
+        sides = [
+            logps(model, prompt + row[f"{side}_ids"], [0] * len(prompt) + row[f"{side}_mask"])
+            for side in ("chosen", "rejected")
+        ]
+        margins.append(sides[0] - sides[1])
+    found = figures(score(model, tokenizer, dataset, "val"))[str(dataset.dir)]["all"]
+    assert found["sequences"] == len(margins) > 10
+    assert found["accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
+    assert found["margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
 
 
-def test_repeated_phrases_stand_as_they_were_written() -> None:
-    draw = random.Random(2)
-    phrase = "as a helpful assistant, I will always tell you the plain truth"
-    whole = [" ".join(f"w{draw.randrange(10**6)}" for _ in range(30)) for _ in range(40)]
-    for at in range(0, 40, 4):
-        whole[at] += f" {phrase} {draw.randrange(10**9)}"
-    whole[1] = f"{whole[1]} {phrase[:30]}"  # a piece too short to count
-    top = measure.repeated(whole, 3)
-    assert top == [{"text": phrase, "count": 10}]
-    assert measure.repeated(["short"]) == [] == measure.repeated([])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_line_says_where_its_row_stands(data: Data, model: Model, tokenizer: Tokenizer, split: str) -> None:
+    dataset = open_dataset(data.sft)
+    by_row = {(row["file"], row["line"]): row for row in source_rows(dataset, split)}
+    scored = list(score(model, tokenizer, dataset, split))
+    assert len(scored) == len(by_row)
+    token_bytes = tokenizer.token_bytes()
+    for one in scored:
+        row = by_row[one.file, one.line]
+        trained = [id for id, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit]
+        assert (one.tokens, one.bytes, one.side) == (len(trained), sum(token_bytes[trained]), None)
+        assert one.nll == pytest.approx(-logps(model, row["input_ids"], row["loss_mask"]), rel=1e-4)
+    record = json.loads(json.dumps(scored[0].record()))
+    assert {"file", "line", "tokens", "nll", "loss", "dataset", "split", "bucket", "side", "bytes"} == record.keys()
 
 
-@pytest.mark.parametrize("largest", [50, 5_000, 3_000_000])
-def test_lengths_are_those_of_a_plain_sort(largest: int) -> None:
-    draw = np.random.default_rng(1)
-    values = draw.integers(0, largest, 3001)
-    found = Lengths()
-    for part in np.array_split(values, 4):
-        one = Lengths()
-        one.add(part)
-        found.merge(one)
-    figures = found.figures()
-    assert figures
-    ordered = np.sort(values)
-    assert (figures["shortest"], figures["longest"], figures["total"]) == (ordered[0], ordered[-1], values.sum())
-    for name, at in (("p50", 1500), ("p90", 2700), ("p99", 2970)):
-        assert figures[name] == pytest.approx(ordered[at], rel=0.01 if largest > 2**16 else 0)
-    assert sum(figures["counts"]) == 3001 == figures["count"]
-    if largest <= 2**16:
-        assert figures["counts"] == np.histogram(values, [*figures["edges"][:-1], 2**40])[0].tolist()
-    assert Lengths().figures() is None
+def test_pairs_have_a_line_a_side(data: Data, model: Model, tokenizer: Tokenizer) -> None:
+    scored = list(score(model, tokenizer, open_dataset(data.dpo), "val"))
+    assert [one.side for one in scored] == ["chosen", "rejected"] * (len(scored) // 2)
+    assert all(a.line == b.line for a, b in zip(scored[::2], scored[1::2], strict=True))
 
 
-def test_frequent_strings_survive_what_is_forgotten() -> None:
-    found = Strings()
-    for begin in range(0, 60_000, 5_000):
-        part = Strings()
-        part.add(f"rare {i}" for i in range(begin, begin + 5_000))
-        part.add(["often"] * 50)
-        found.merge(part)
-    assert found.top(2) == [{"text": "often", "count": 600}] and found.missed > 0
+def test_buckets_add_up(data: Data, model: Model, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def one(bucket: int, tokens: int, nll: float) -> Scored:
+        return Scored("d", "val", bucket, "f", 1, None, tokens, nll, 2 * tokens, nll)
+
+    found = figures([one(1024, 10, 30.0), one(512, 30, 30.0), one(1024, 10, 10.0)])["d"]
+    assert list(found) == [512, 1024, "all"]
+    assert [values["loss"] for values in found.values()] == [1.0, 2.0, 1.4]
+    assert found["all"] == {
+        "sequences": 3,
+        "tokens": 50,
+        "loss": 1.4,
+        "bits_per_byte": pytest.approx(0.7 / math.log(2)),
+        "perplexity": pytest.approx(math.exp(1.4)),
+    }
 
 
-def test_a_tally_does_not_depend_on_how_rows_were_split(tmp_path: Path) -> None:
-    lines = rows_of("conversation", 90)
-    one, other = measured(lines, 90), measured(lines, 11)
-    assert np.array_equal(np.concatenate(one.hashes), np.concatenate(other.hashes))
-    assert np.array_equal(np.concatenate(one.signatures), np.concatenate(other.signatures))
-    assert np.array_equal(one.languages, other.languages)
+def test_noise_comes_out_first(tmp_path: Path, data: Data, tokenizer: Tokenizer) -> None:
+    """Rows of random letters among sums, under a model that has only counted tokens."""
+    lines = (data.tokenizer.parent / "pretrain.jsonl").read_text().splitlines()
+    lines[100] = json.dumps({"text": "xqzj vvkw qqxz jjkq wvxz"})
+    root = tmp_path / "root"
+    root.mkdir()
+    tokenizer.save(root / "tokenizer")
+    (root / "pretrain.jsonl").write_text("\n".join(lines) + "\n")
+    noisy = Data(root / "tokenizer", root, root, root, root)
+    pack_to(noisy, "pretrain", root / "shards", val_fraction=0.0)
+    dataset = open_dataset(root / "shards")
+    counts = torch.ones(tokenizer.vocab_size)
+    for row in source_rows(dataset):
+        counts += torch.bincount(torch.tensor(row["input_ids"]), minlength=tokenizer.vocab_size)
+    model = Model(shape_from("tiny", tokenizer.vocab_size)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        # hidden states are then all zero but for what the last norm lets through: a constant first coordinate
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.model.embed_tokens.weight[:, 1] = counts.log()
+        model.model.norm.weight[1] = 1.0
+    worst = noisiest(score(model, tokenizer, dataset, "train"), 3)
+    assert worst[0].line == 101
+    assert worst[0].nll / worst[0].tokens > worst[1].nll / worst[1].tokens
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(data: Data, model: Model, tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="packed with another tokenizer"):
+        next(score(model, tokenizer, open_dataset(data.other), "val"))

@@ -1,0 +1,114 @@
+"""Small models as other programs keep them: tensors by MiniMind's names, of the seed and since, and the tokenizer's files.
+
+The seed's forward is written here anew, with rotary positions turning neighbours, to compare what is imported with.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdata.tokenizer import CHATML, Tokenizer, train_bpe
+from mmtrain.config import ModelConfig
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SHAPE = ModelConfig(300, 64, 2, 8, 2, 96)
+NORMED = ModelConfig(300, 64, 2, 8, 4, 96, norm_eps=1e-6, qk_norm=True)
+
+
+def make_tokenizer(out: Path, *, vocab_size: int = 300, split_digits: bool = True) -> Tokenizer:
+    texts = ["user\n", "assistant\n", "Where does Pim live?", "皮姆住在哪里？", "17 + 25 = 42"] * 4
+    return train_bpe(
+        texts,
+        vocab_size=vocab_size,
+        control_tokens=CONTROL,
+        chat_template=CHATML,
+        out_dir=out,
+        split_digits=split_digits,
+    )
+
+
+def weights(shape: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors by the names of MiniMind since April 2025, the output matrix beside its embedding; norms too vary."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator) * (2 * size[-1] ** -0.5 if len(size) > 1 else 0.2) + (
+            len(size) == 1
+        )
+
+    width, kv = shape.hidden_size, shape.num_kv_heads * shape.head_size
+    found = {"model.embed_tokens.weight": draw(shape.vocab_size, width)}
+    for i in range(shape.num_layers):
+        block = {
+            "self_attn.q_proj": draw(width, width),
+            "self_attn.k_proj": draw(kv, width),
+            "self_attn.v_proj": draw(kv, width),
+            "self_attn.o_proj": draw(width, width),
+            "mlp.gate_proj": draw(shape.ffn_size, width),
+            "mlp.up_proj": draw(shape.ffn_size, width),
+            "mlp.down_proj": draw(width, shape.ffn_size),
+            "input_layernorm": draw(width),
+            "post_attention_layernorm": draw(width),
+        }
+        if shape.qk_norm:
+            block |= {"self_attn.q_norm": draw(shape.head_size), "self_attn.k_norm": draw(shape.head_size)}
+        found |= {f"model.layers.{i}.{name}.weight": value for name, value in block.items()}
+    found["model.norm.weight"] = draw(width)
+    return found | {"lm_head.weight": found["model.embed_tokens.weight"]}
+
+
+SEED = {
+    "model.embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "model.": "",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
+
+
+def seed_weights(shape: ModelConfig) -> dict[str, Tensor]:
+    """The same by the names of MiniMind before April 2025."""
+    renamed = {}
+    for name, value in weights(shape).items():
+        for ours, theirs in SEED.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = value
+    return renamed
+
+
+def seed_logits(tensors: dict[str, Tensor], shape: ModelConfig, ids: Tensor) -> Tensor:
+    """Logits [T, V] of ids [T] as the seed's model computes them: complex numbers turn the neighbours (2i, 2i + 1)."""
+    size, num = shape.head_size, len(ids)
+    speeds = shape.rope_theta ** -(torch.arange(0, size, 2) / size)
+    angles = torch.outer(torch.arange(num), speeds)
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + shape.norm_eps).rsqrt() * tensors[f"{name}.weight"]
+
+    def turned(x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turns).flatten(-2)
+
+    x = tensors["tok_embeddings.weight"][ids]
+    for i in range(shape.num_layers):
+        part = {name: tensors[f"layers.{i}.{name}.weight"] for name in (*(f"attention.w{c}" for c in "qkvo"),)}
+        h = normed(x, f"layers.{i}.attention_norm")
+        q, k, v = ((h @ part[f"attention.w{c}"].T).unflatten(-1, (-1, size)) for c in "qkv")
+        q, k = turned(q), turned(k)
+        k, v = (y.repeat_interleave(shape.num_heads // shape.num_kv_heads, 1) for y in (k, v))
+        scores = torch.einsum("thd,shd->hts", q, k) / size**0.5
+        scores = scores.masked_fill(torch.ones(num, num, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+        x = x + torch.einsum("hts,shd->thd", scores, v).flatten(1) @ part["attention.wo"].T
+        h = normed(x, f"layers.{i}.ffn_norm")
+        w1, w2, w3 = (tensors[f"layers.{i}.feed_forward.w{n}.weight"] for n in (1, 2, 3))
+        x = x + (F.silu(h @ w1.T) * (h @ w3.T)) @ w2.T
+    return normed(x, "norm") @ tensors["output.weight"].T
