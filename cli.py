@@ -598,6 +598,291 @@ def check_lang(lang: str) -> None:
         raise UsageError(f"--lang {lang} is unknown", f"use {' or '.join(LANGS)}")
 
 
+# --- tokenizers -----------------------------------------------------------------------------------------------------
+
+tokenizers = typer.Typer(
+    help="Train tokenizers, and tell whether one is good, whole, and fits a model.",
+    epilog="Example: mm tokenizer train data/sft_512.jsonl    mm tokenizer check data/tokenizer",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(tokenizers, name="tokenizer")
+
+TokenizerDirs = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Tokenizer directories.")]
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--data", metavar="FILE", help="jsonl whose text is measured; repeat it. [default: data/*.jsonl]"),
+]
+Seed = Annotated[int, typer.Option(help="Which texts are drawn where not all are.")]
+
+
+def text_files(files: list[Path] | None) -> list[Path]:
+    """As `data_files`, for commands that read a file more than once."""
+    from mmdata.errors import UsageError
+
+    found = data_files(files)
+    if any(str(path) == "-" for path in found):
+        raise UsageError("standard input can be read only once", "write it to a file first")
+    return found
+
+
+def weights_of(given: list[str] | None) -> dict[str, float]:
+    """Weights by name from words such as assistant=2."""
+    from mmdata.errors import UsageError
+
+    found = {}
+    for item in given or ():
+        name, equals, amount = item.rpartition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(
+                f"--weight {item!r} is not NAME=NUMBER", "--weight assistant=2 --weight data/dpo.jsonl=0.5"
+            )
+    return found
+
+
+@tokenizers.command(
+    "train", epilog="Example: mm tokenizer train data/pretrain_hq.jsonl data/sft_512.jsonl --vocab-size 6400"
+)
+def tokenizer_train(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="jsonl files of any row kind. [default: data/*.jsonl]"),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in all, control and reserved ones included.")] = 6400,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where it goes. [default: data/tokenizer-VOCAB_SIZE]")
+    ] = None,
+    algorithm: Annotated[str, typer.Option(help="bpe or unigram, both over bytes.")] = "bpe",
+    special: Annotated[
+        list[str] | None, typer.Option("--special", metavar="TOKEN", help="A further control token; repeat it.")
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="chatml, minimind2 or minimind3: the chat template and its control tokens.")
+    ] = "minimind3",
+    pattern: Annotated[
+        str, typer.Option(help="digits: digits and newlines stand alone; gpt2: cut as MiniMind's tokenizers do.")
+    ] = "digits",
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight",
+            metavar="NAME=W",
+            help="How often texts of a FILE, field (user, assistant …) or language (Chinese, English …) count.",
+        ),
+    ] = None,
+    limit_bytes: Annotated[
+        int, typer.Option(help="Text to draw at most, evenly over files and languages; memory is 12 times as much.")
+    ] = 100_000_000,
+    seed: Seed = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a tokenizer on the text of jsonl files: the same files and seed give the same tokenizer."""
+    from mmdata.terminal_tokenizer import phases, print_trained
+    from mmdata.tokenizer_train import Options, train_to
+
+    directory = out or DATA_DIR / f"tokenizer-{vocab_size}"
+    options = Options(
+        vocab_size,
+        algorithm=algorithm,
+        template=template,
+        special=tuple(special or ()),
+        pattern=pattern,
+        limit_bytes=limit_bytes,
+        weights=weights_of(weight),
+        seed=seed,
+    )
+    with phases(quiet=quiet or as_json) as phase:
+        trained = train_to(text_files(files), directory, options, phase=phase)
+    if as_json:
+        print_json(trained)
+    else:
+        print_trained(trained)
+    next_command(f"mm tokenizer eval {directory}    or    mm pack --tokenizer {directory}")
+
+
+@tokenizers.command(
+    "eval", epilog="Example: mm tokenizer eval data/tokenizer data/tokenizer-6400 --data data/sft_512.jsonl"
+)
+def tokenizer_eval(
+    directories: TokenizerDirs,
+    data: TextFiles = None,
+    limit_bytes: Annotated[
+        int, typer.Option(help="Text to measure at most, drawn evenly over files and languages.")
+    ] = 10_000_000,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of one training step, to tell steps per epoch.")] = 65_536,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the figures as one HTML page too.")
+    ] = None,
+    lang: Annotated[str, typer.Option(help="Of the HTML page: en or zh.")] = "en",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Tokenizers side by side on the same text: compression, what is used, exactness, speed, what it means for a model."""
+    from mmdata import report, tokenizer_report
+    from mmdata.corpus import draw
+    from mmdata.terminal_tokenizer import print_evaluated
+    from mmdata.tokenizer import Tokenizer
+    from mmdata.tokenizer_eval import Shape, evaluate
+    from mmtrain.config import PRESETS
+
+    check_lang(lang)
+    loaded = [Tokenizer.load(directory) for directory in directories]
+    shapes = {
+        name: Shape(shape.hidden_size, shape.num_params - shape.vocab_size * shape.hidden_size, shape.vocab_size)
+        for name, shape in PRESETS.items()
+        if shape.vocab_size
+    }
+    with progress("read", quiet=as_json) as reading:
+        corpus = draw(text_files(data), limit_bytes=positive(limit_bytes, "--limit-bytes"), seed=seed, progress=reading)
+    with progress("encode", quiet=as_json) as update:
+        steps = positive(batch_tokens, "--batch-tokens")
+        figures = evaluate(loaded, corpus, shapes=shapes, step_tokens=steps, progress=update)
+    if html:
+        report.write(html, tokenizer_report.eval_page(figures, lang=lang))
+        say(f"report: {html}")
+    if as_json:
+        print_json(figures)
+        return
+    print_evaluated(figures)
+    next_command(f"mm tokenizer check {directories[0]}")
+
+
+def positive(value: int, option: str) -> int:
+    """The value; UsageError when it is not greater than 0."""
+    from mmdata.errors import UsageError
+
+    if value <= 0:
+        raise UsageError(f"{option} {value} must be greater than 0", f"leave {option} out for the default")
+    return value
+
+
+@tokenizers.command(
+    "compare", epilog="Example: mm tokenizer compare data/tokenizer data/tokenizer-6400 --data data/sft_512.jsonl"
+)
+def tokenizer_compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The tokenizer a model was trained with.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The tokenizer data was packed with.")],
+    data: TextFiles = None,
+    limit_bytes: Annotated[int, typer.Option(help="Text to compare on at most.")] = 2_000_000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """How two tokenizers split the same text, and whether a model trained with A may read shards packed with B."""
+    from mmdata.corpus import draw
+    from mmdata.terminal_tokenizer import print_compared
+    from mmdata.tokenizer import Tokenizer
+    from mmdata.tokenizer_compare import compare
+
+    loaded = Tokenizer.load(a), Tokenizer.load(b)
+    with progress("read", quiet=as_json) as update:
+        corpus = draw(text_files(data), limit_bytes=positive(limit_bytes, "--limit-bytes"), seed=seed, progress=update)
+    found = compare(*loaded, corpus)
+    if as_json:
+        print_json(found)
+    else:
+        print_compared(found)
+
+
+@tokenizers.command("check", epilog="Example: mm tokenizer check data/tokenizer --model minimind3")
+def tokenizer_check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A tokenizer's directory.")],
+    model: Annotated[
+        str | None, typer.Option(help="A model shape whose vocabulary it must fit: minimind2, minimind3 …")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check all that training relies on: ids, special tokens, the template, exact decoding. Exit code 1 on an error."""
+    from mmdata.errors import UsageError
+    from mmdata.terminal_tokenizer import print_findings
+    from mmdata.tokenizer_check import check
+    from mmtrain.config import PRESETS
+
+    if model is not None and model not in PRESETS:
+        raise UsageError(f"--model {model} is unknown", f"use one of {', '.join(PRESETS)}")
+    findings = check(directory, vocab_size=(PRESETS[model].vocab_size or None) if model else None)
+    if as_json:
+        print_json(findings)
+    else:
+        print_findings(directory, findings)
+    errors = [finding for finding in findings if finding.level == "error"]
+    for finding in errors:
+        say(f"error: {directory}: {finding.check}: {finding.found}")
+        say(f"fix: {finding.fix}")
+    if errors:
+        raise typer.Exit(1)
+
+
+@tokenizers.command(
+    "show",
+    epilog="Example: mm tokenizer show data/tokenizer '你好, world'    mm tokenizer show data/tokenizer --from 6000",
+)
+def tokenizer_show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A tokenizer's directory.")],
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="Text to split; - reads stdin. [default: show the vocabulary]"),
+    ] = None,
+    control: Annotated[bool, typer.Option("--control", help="Control strings in TEXT become control tokens.")] = False,
+    begin: Annotated[int, typer.Option("--from", help="Without TEXT: the first id to show.")] = 0,
+    count: Annotated[int, typer.Option(help="Without TEXT: how many ids.")] = 100,
+    find: Annotated[str | None, typer.Option(help="Without TEXT: only tokens that hold this.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A text coloured by token, with ids; or the vocabulary, its bytes as characters where they form any."""
+    from mmdata.errors import UsageError
+    from mmdata.terminal_tokenizer import print_split, print_vocabulary
+    from mmdata.tokenizer import Tokenizer
+    from mmdata.tokenizer_show import split_text, stretch
+
+    loaded = Tokenizer.load(directory)
+    if text is None and control:
+        raise UsageError("--control needs TEXT", f"mm tokenizer show {directory} TEXT --control")
+    if text is not None and (find is not None or begin):
+        raise UsageError("--from and --find show the vocabulary, TEXT a text", "leave one of them out")
+    shown = sys.stdin.read() if text == "-" else text
+    entries = stretch(loaded, begin, count, find) if shown is None else split_text(loaded, shown, control=control)
+    if as_json:
+        print_json(entries)
+    elif shown is None:
+        print_vocabulary(entries, loaded.vocab_size)
+    else:
+        print_split(entries)
+
+
+@tokenizers.command(
+    "extend",
+    epilog="Example: mm tokenizer extend data/tokenizer --add '<think>' --add '</think>' --out data/tokenizer-more",
+)
+def tokenizer_extend(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The tokenizer to extend; it stays as it is.")],
+    add: Annotated[list[str], typer.Option("--add", metavar="TOKEN", help="A token to add; repeat it.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the extended one goes.")],
+    control: Annotated[
+        bool, typer.Option("--control", help="Only templates may write them: text never becomes them.")
+    ] = False,
+    reserved: Annotated[
+        bool,
+        typer.Option("--reserved", help="Take the places of reserved tokens (<|buffer1|> …): no model has to grow."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Add a few tokens after the last id; every id keeps its meaning."""
+    from mmdata.tokenizer_extend import extend
+
+    ids = extend(directory, add, out, is_control=control, reserved=reserved)
+    if as_json:
+        print_json({"out": out, "ids": ids})
+    else:
+        result(f"wrote {out}: " + ", ".join(f"{token} is {id:,}" for token, id in ids.items()))
+    grow = "" if reserved else " --resize-embeddings mean"
+    next_command(f"mm pack FILE --tokenizer {out}    and    mm train STAGE --init RUN{grow}")
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 KIND_OF_STAGE = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}
@@ -638,6 +923,10 @@ def train(
     ] = None,
     init: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Run or checkpoint to start from. [default: newest that fits]")
+    ] = None,
+    resize_embeddings: Annotated[
+        str | None,
+        typer.Option(help="mean or subtoken: grow --init's embedding to the data's extended tokenizer."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Directory of the new run. [default: runs/STAGE-N]")
@@ -734,6 +1023,7 @@ def train(
         preset=preset,
         model=model,
         init=init,
+        resize_embeddings=resize_embeddings,
         steps=steps,
         epochs=epochs,
         lora=lora,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -191,10 +191,13 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return lora.merge(load_file(checkpoint.run_dir / BASE), load_file(checkpoint.dir / ADAPTERS))
 
 
-def load_weights(checkpoint: Checkpoint, model: Model) -> None:
-    """Copy a checkpoint's weights into a model of the same shape; CheckpointError where names or shapes differ."""
+def load_weights(
+    checkpoint: Checkpoint, model: Model, *, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+) -> None:
+    """Copy a checkpoint's weights, changed by `change`, into a model; CheckpointError where names or shapes differ."""
     try:
-        model.load_state_dict(read_weights(checkpoint))
+        weights = read_weights(checkpoint)
+        model.load_state_dict(change(weights) if change else weights)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{checkpoint.dir}: its weights do not fit the model: {str(error).splitlines()[-1].strip()}",

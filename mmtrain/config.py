@@ -65,6 +65,7 @@ class TrainConfig:
     preset: str | None = None  # minimind2 | minimind3: its defaults for the stage
     model: str | None = None
     init: Path | None = None
+    resize_embeddings: str | None = None  # mean | subtoken: grow init's embedding to the data's tokenizer
     steps: int | None = None
     epochs: float | None = None
     batch_tokens: int | None = None

@@ -25,7 +25,7 @@ from mmdata.errors import MMError, TrainError
 from mmdata.loader import MicroBatch, ahead
 from mmdata.pairs import PairLoader
 from mmdata.tokenizer import Tokenizer
-from mmtrain import checkpoint, distributed, forecast, lora, metrics, optim
+from mmtrain import checkpoint, distributed, forecast, lora, metrics, optim, resize
 from mmtrain.batch import to_device
 from mmtrain.config import TrainConfig, as_json
 from mmtrain.distributed import StopSignals, World
@@ -155,9 +155,12 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     torch.manual_seed(settings.seed)
     model = Model(plan.shape)
     if plan.init:
-        checkpoint.load_weights(plan.init, model)
-    if plan.stage.kind == "pair" and plan.init_facts is None:
-        plan = replace(plan, init_facts={"dir": "", "weights_sha256": checkpoint.weights_digest(model)})
+        checkpoint.load_weights(
+            plan.init, model, change=partial(resize.grow, growth=plan.growth) if plan.growth else None
+        )
+    if plan.stage.kind == "pair" and (plan.init_facts is None or plan.growth):
+        facts = {**(plan.init_facts or {"dir": ""}), "weights_sha256": checkpoint.weights_digest(model)}
+        plan = replace(plan, init_facts=facts)
     if settings.lora:
         _adapt(plan, world, model)
     model.to(world.device)
@@ -233,6 +236,9 @@ def _say_start(run: Run) -> None:
         f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {loader.num_samples:,} samples and "
         f"{loader.tokens_per_epoch:,} tokens an epoch, {plan.num_steps:,} steps, {run.world.device.type}{ranks}"
     )
+    if plan.growth:
+        rows = f"ids {plan.growth.facts['added_ids']} from the {plan.growth.method} of rows it has"
+        run.log.say(f"the embedding has grown to {plan.growth.vocab_size:,} rows: {rows}")
     if loader.weights or len(loader.shares) > 1:
         for share in loader.shares:
             run.log.say(

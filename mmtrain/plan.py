@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig, Settings, TrainConfig, resolve, shape_from
 from mmtrain.distributed import World
 from mmtrain.preference import Objective
+from mmtrain.resize import Growth, plan_growth
 from mmtrain.stages import STAGES, Stage, pair_defaults
 
 # Tokens one rank runs at once unless told: on CPU speed is flat from 1,024 on and memory grows with it (2.8 GB at 104M); on
@@ -45,6 +46,7 @@ class Plan:
     objective: Objective  # of dpo
     reference: Checkpoint | None = None  # another run's weights as dpo's reference
     guard: Loader | PairLoader | None = None  # held-out text that dpo must not forget
+    growth: Growth | None = None  # of the embedding, where the datasets' tokenizer has more tokens than init's
 
 
 def make_plan(config: TrainConfig, world: World) -> Plan:
@@ -79,10 +81,12 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         preference.check(objective)
         reference = _find_reference(objective, resumed)
     source = resumed or init
-    for each in (source, reference):
+    growth = _find_growth(config, init, datasets)
+    for each in (None if growth else source, reference):
         if each:
             _check_fits(each, datasets)
     shape = source.model_config if source else shape_from(str(settings.model), datasets[0].vocab_size)
+    shape = replace(shape, vocab_size=growth.vocab_size) if growth else shape
     if datasets[0].max_len > shape.max_positions:
         raise DatasetError(
             f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
@@ -101,6 +105,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         _check_same_data(resumed, loader, paths)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
     facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
+    facts = {**facts, **growth.facts} if facts and growth else facts
     init_facts = resumed.state["data"]["init"] if resumed else facts
     return Plan(
         config,
@@ -118,6 +123,7 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
         objective,
         reference,
         _guard_loader(settings, datasets, world),
+        growth,
     )
 
 
@@ -142,6 +148,23 @@ def _guard_loader(settings: Settings, datasets: Sequence[Dataset], world: World)
     if not loader.num_samples:
         raise DatasetError(f"--guard {settings.guard} has no val split", fix)
     return loader
+
+
+def _find_growth(config: TrainConfig, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
+    """How the embedding of the run started from has to grow; None unless asked for."""
+    if config.resize_embeddings is None:
+        return None
+    if init is None:
+        raise UsageError(
+            "--resize-embeddings grows the embedding of an earlier run, and this run starts from none",
+            "name one with --init; a resumed run has grown already, and new weights take the tokenizer's size",
+        )
+    if config.lora:
+        raise UsageError(
+            "--lora leaves the embedding as it is, so the new tokens would never be learned",
+            "leave --lora out of this run, and adapt the run that comes of it",
+        )
+    return plan_growth(config.resize_embeddings, init, datasets)
 
 
 def _make_loader(
@@ -223,7 +246,7 @@ def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
         if dataset.tokenizer_sha256 != source.state["data"]["tokenizer_sha256"]:
             raise CheckpointError(
                 f"{dataset.dir} was packed with another tokenizer than {source.run_dir} was trained with",
-                f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
+                f"--resize-embeddings mean if it only has tokens more; else mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
             )
         if dataset.vocab_size > source.model_config.vocab_size:
             raise CheckpointError(

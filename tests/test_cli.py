@@ -253,7 +253,8 @@ def test_every_command_has_an_example_in_its_help(mm: Run) -> None:
 
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     assert {"fetch", "validate", "pack", "show", "verify", "stats", "train", "chat", "demo"} <= set(commands)
-    for name in commands:
+    names = [*commands, *(f"{group} {name}" for group in commands for name in getattr(commands[group], "commands", ()))]
+    for name in names:
         shown = fine(mm(f"{name} --help")).out
         assert f"Example: mm {name}" in shown, name
 

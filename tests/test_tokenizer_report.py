@@ -1,0 +1,45 @@
+"""The page of `mm tokenizer eval`: every figure stands in it, in both languages, and text cannot break it."""
+
+from typing import Any
+
+import pytest
+import text_data
+
+from mmdata.corpus import draw
+from mmdata.tokenizer_eval import Shape, evaluate
+from mmdata.tokenizer_report import ZH, eval_page, short_names, tables
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("report")
+    both = [text_data.trained(root), text_data.trained(root, vocab_size=500)]
+    corpus = draw(list(text_data.make(root / "text").values()), limit_bytes=10**9)
+    found = evaluate(both, corpus, shapes={"small": Shape(64, 10_000, 450)}, step_tokens=100, num_hostile=50)
+    found["tokenizers"][0]["round_trip"]["examples"] = ["</script><b>"]
+    return found
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_every_figure_stands_in_the_page(figures: dict[str, Any], lang: str) -> None:
+    made = eval_page(figures, lang=lang)
+    for found in tables(figures):
+        assert (found.title if lang == "en" else ZH[found.title]) in made
+        for _, shown in found.rows:
+            assert all(value in made for value in shown)
+    assert "minimind3-digits-420" in made and "minimind3-digits-500" in made
+    assert "</script><b>" not in made and "&lt;/script&gt;&lt;b&gt;" in made
+
+
+def test_a_row_has_a_value_for_each_tokenizer(figures: dict[str, Any]) -> None:
+    titles = [found.title for found in tables(figures)]
+    assert len(titles) == len(set(titles)) == 5
+    assert all(len(shown) == 2 for found in tables(figures) for _, shown in found.rows)
+    model = dict(zip(titles, tables(figures), strict=True))["a model with it"]
+    assert [value.endswith("!") for value in model.rows[-1][1]] == [False, True]  # 500 ids do not fit 450
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    assert short_names(["a/b/one", "a/b/two"]) == ["one", "two"]
+    assert short_names(["a/x/one", "a/y/one/"]) == ["x/one", "y/one"]
+    assert short_names(["one", "one"]) == ["one", "one"]
