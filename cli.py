@@ -867,7 +867,7 @@ def tokenizer_extend(
     ] = False,
     reserved: Annotated[
         bool,
-        typer.Option("--reserved", help="Take the places of reserved tokens (<|buffer1|> …): no model has to grow."),
+        typer.Option("--reserved", help="Take the places of reserved tokens (<|buffer1|> …): no model becomes larger."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -879,8 +879,7 @@ def tokenizer_extend(
         print_json({"out": out, "ids": ids})
     else:
         result(f"wrote {out}: " + ", ".join(f"{token} is {id:,}" for token, id in ids.items()))
-    grow = "" if reserved else " --resize-embeddings mean"
-    next_command(f"mm pack FILE --tokenizer {out}    and    mm train STAGE --init RUN{grow}")
+    next_command(f"mm pack FILE --tokenizer {out}    and    mm train STAGE --init RUN --resize-embeddings mean")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

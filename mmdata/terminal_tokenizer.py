@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmdata.tokenizer_train import Trained
 
 _EVERY_S = 10
-_COLOURS = ("on #264653", "on #6d3b47", "on #3f5c2e", "on #5b4a8a", "on #7a5c1e")  # each readable under white
+_COLOURS = ("black on cyan", "black on green", "black on yellow", "white on blue", "white on magenta")
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def print_split(pieces: Sequence[dict[str, Any]]) -> None:
     is_coloured = console.is_terminal and not console.no_color
     text = Text()
     for number, piece in enumerate(pieces):
-        style = f"white {_COLOURS[number % len(_COLOURS)]}" if is_coloured else ""
+        style = _COLOURS[number % len(_COLOURS)] if is_coloured else ""
         shown = piece["text"]
         text.append(shown if is_coloured else f"{shown}|", style=style)
         if "⏎" in shown:

@@ -39,7 +39,7 @@ def compare(a: Tokenizer, b: Tokenizer, corpus: Corpus) -> dict[str, Any]:
         "vocab_size": [relation.size_a, relation.size_b],
         "shared_tokens": relation.num_shared,
         "same_ids": relation.same_ids,
-        "first_differing_ids": [_sides(a, b, id) for id in relation.differing[:3]],
+        "first_differing_ids": [_sides(a, b, id) for id in (relation.differing or relation.placed)[:3]],
         "text_bytes": corpus.drawn_bytes,
         "tokens": tokens,
         "bytes_per_token": [corpus.drawn_bytes / max(count, 1) for count in tokens],
@@ -64,10 +64,10 @@ def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
         but = "" if relation.is_split_alike else ", though it has seen text split differently"
         return True, f"Yes: {names} read shards of {b.dir}; every id is the same token in both{but}."
     if relation.b_extends_a:
-        more = relation.size_b - relation.size_a
+        more = len(relation.new_ids)
         return False, (
             f"Not as it is: {b.dir} keeps every id of {a.dir} and has {more:,} more; {names} read its shards once it has "
-            "grown by them: mm train STAGE --init RUN --resize-embeddings mean"
+            "rows for them: mm train STAGE --init RUN --resize-embeddings mean"
         )
     if not relation.differing:
         return (

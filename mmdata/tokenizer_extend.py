@@ -1,11 +1,11 @@
 """A tokenizer's directory and a few tokens in; a directory with these tokens added after the last id out.
 
 Every id that was there keeps its meaning, so a model goes on with it once its embedding has grown
-(`mm train --resize-embeddings`). With `reserved`, tokens take the places of reserved ones (`<|buffer1|>` …) and nothing grows.
+(`mm train --resize-embeddings`). With `reserved`, tokens take the places of reserved ones (`<|buffer1|>` …) and no model has
+to become larger; their rows, which nothing trained, are made anew all the same.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,7 @@ import tokenizers
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer import Tokenizer
 from mmdata.tokenizer_train import publish
-from mmdata.vocabulary import added_ids
-
-_RESERVED = re.compile(r"<\|(?:buffer|reserved|extra|unused)[_a-z]*_?\d+\|>")
+from mmdata.vocabulary import added_ids, is_reserved
 
 
 def extend(
@@ -46,7 +44,7 @@ def extend(
         "tokenizer.json": native.to_str(pretty=True).encode(),
         "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode(),
     }
-    _verify(old, Tokenizer(out, files), tokens, list(ids), reserved)
+    _verify(old, Tokenizer(out, files), tokens, list(ids))
     publish(out, files)
     return dict(zip(tokens, ids, strict=True))
 
@@ -72,7 +70,7 @@ def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
 
 def _take_reserved(old: Tokenizer, parts: dict[str, Any], tokens: Sequence[str]) -> list[int]:
     """Ids of reserved tokens, which are taken out of the vocabulary under their old names."""
-    free = [(id, token.content) for id, token in sorted(old.added.items()) if _RESERVED.fullmatch(token.content)]
+    free = [(id, token.content) for id, token in sorted(old.added.items()) if is_reserved(token.content.encode())]
     if len(free) < len(tokens):
         raise UsageError(
             f"{old.dir} has {len(free)} reserved tokens, {len(tokens)} are to be placed",
@@ -88,12 +86,11 @@ def _take_reserved(old: Tokenizer, parts: dict[str, Any], tokens: Sequence[str])
     return [id for id, _ in free[: len(tokens)]]
 
 
-def _verify(old: Tokenizer, new: Tokenizer, tokens: Sequence[str], ids: list[int], reserved: bool) -> None:
+def _verify(old: Tokenizer, new: Tokenizer, tokens: Sequence[str], ids: list[int]) -> None:
     """The promise, held before anything is written: the tokens have these ids, all others mean what they meant."""
     if [new.native.token_to_id(token) for token in tokens] != ids:
         raise TokenizerError(
             f"{old.dir}: its library gave the added tokens other ids than {ids}",
             "its ids have gaps: `mm tokenizer check` shows them",
         )
-    if not reserved:
-        assert list(added_ids(old, new)) == ids
+    assert list(added_ids(old, new)) == ids

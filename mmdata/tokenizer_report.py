@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdata import page
-from mmdata.page import Bar, Html, Section, Words
+from mmdata.page import Html, Section, Words
 
 ZH = {
     "Tokenizers": "分词器",
@@ -58,11 +58,10 @@ Label = tuple[str, Mapping[str, Any]]  # an English phrase and what fills its {n
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A figure a row, a tokenizer a column; `shares`: rows are drawn as bars against their largest value."""
+    """A figure a row, a tokenizer a column."""
 
     title: str
     rows: Sequence[tuple[Label, Sequence[str]]]
-    shares: bool = False
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -80,11 +79,9 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     each = figures["tokenizers"]
     by_language = _rate_rows(each, "by_language", "bytes_per_token")
     return [
-        Table("bytes per token, by language", by_language, shares=True),
-        Table("bytes per token, by file", _rate_rows(each, "by_file", "bytes_per_token"), shares=True),
-        Table(
-            "characters per token, by language", _rate_rows(each, "by_language", "characters_per_token"), shares=True
-        ),
+        Table("bytes per token, by language", by_language),
+        Table("bytes per token, by file", _rate_rows(each, "by_file", "bytes_per_token")),
+        Table("characters per token, by language", _rate_rows(each, "by_language", "characters_per_token")),
         Table("use and exactness", list(_use_rows(each))),
         Table("a model with it", list(_model_rows(each, figures["step_tokens"]))),
     ]
@@ -170,9 +167,7 @@ def _html(table: Table, names: Sequence[str], words: Words) -> Html:
     rows = []
     for (phrase, values), shown in table.rows:
         label = words(phrase, **values) if values else words.or_same(phrase)
-        most = max((float(value) for value in shown), default=0) if table.shares else 0
-        cells = [Bar(float(value) / most if most else 0, value) for value in shown] if table.shares else list(shown)
-        rows.append((label, *cells))
+        rows.append((label, *shown))
     return page.table(["", *names], rows, title=words(table.title))
 
 

@@ -5,12 +5,14 @@ Byte-level vocabularies look garbled in their files, because each byte is writte
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 
 from mmdata.errors import TokenizerError
 from mmdata.tokenizer import Tokenizer
 
+_RESERVED = re.compile(rb"<\|(?:buffer|reserved|extra|unused)[_a-z]*_?\d+\|>")
 _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -77,33 +79,55 @@ class Relation:
     size_b: int
     num_shared: int  # tokens, whatever their ids
     same_ids: int
-    differing: tuple[int, ...]  # ids below both sizes that are different tokens
+    differing: tuple[int, ...]  # ids below both sizes that are different tokens, other than those …
+    placed: tuple[int, ...]  # … that are reserved in A, as <|buffer1|>, and some token in B
     is_split_alike: bool  # the same pre-tokenizer, merges and normalizer
 
     @property
     def b_is_readable(self) -> bool:
         """Whether every id of B is the same token in A."""
-        return not self.differing and self.size_b <= self.size_a
+        return not self.differing and not self.placed and self.size_b <= self.size_a
 
     @property
     def b_extends_a(self) -> bool:
-        """Whether every id of A is the same token in B, which has more of them."""
-        return not self.differing and self.size_b > self.size_a
+        """Whether every id of A is the same token in B, which has more of them or tokens in the reserved places."""
+        return not self.differing and self.size_b >= self.size_a and not self.b_is_readable
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """Ids of B that mean nothing in A: in reserved places, and past its last."""
+        return (*self.placed, *range(self.size_a, self.size_b))
 
 
 def relate(a: Tokenizer, b: Tokenizer) -> Relation:
     """Compare two vocabularies id by id."""
     texts_a, texts_b = (list(zip(token_texts(each), _kinds(each), strict=True)) for each in (a, b))
     both = list(zip(texts_a, texts_b, strict=False))
-    differing = tuple(id for id, (one, other) in enumerate(both) if one != other)
+    unlike = [id for id, (one, other) in enumerate(both) if one != other]
+    placed = tuple(id for id in unlike if is_reserved(texts_a[id][0]))
+    differing = tuple(id for id in unlike if id not in placed)
     shared = {text for text, _ in texts_a if text is not None} & {text for text, _ in texts_b}
     return Relation(
-        len(texts_a), len(texts_b), len(shared), len(both) - len(differing), differing, _splitting(a) == _splitting(b)
+        size_a=len(texts_a),
+        size_b=len(texts_b),
+        num_shared=len(shared),
+        same_ids=len(both) - len(unlike),
+        differing=differing,
+        placed=placed,
+        is_split_alike=_splitting(a) == _splitting(b),
     )
 
 
-def added_ids(old: Tokenizer, new: Tokenizer) -> range:
-    """The ids `new` has beyond those of `old`; TokenizerError when an id of `old` means something else in `new`."""
+def is_reserved(text: bytes | None) -> bool:
+    """Whether a token is kept free for later use, as MiniMind's <|buffer1|> to <|buffer9|>."""
+    return text is not None and _RESERVED.fullmatch(text) is not None
+
+
+def added_ids(old: Tokenizer, new: Tokenizer) -> tuple[int, ...]:
+    """The ids that `new` gives a meaning and `old` does not: past its last, or reserved.
+
+    TokenizerError when another id of `old` means something else in `new`.
+    """
     relation = relate(old, new)
     if relation.differing or relation.size_b < relation.size_a:
         found = f"{len(relation.differing):,} of its ids are other tokens there"
@@ -113,7 +137,7 @@ def added_ids(old: Tokenizer, new: Tokenizer) -> range:
             f"{new.dir} does not extend {old.dir}: {found}",
             f"`mm tokenizer extend {old.dir} --add TOKEN --out DIR` adds tokens and keeps every id",
         )
-    return range(relation.size_a, relation.size_b)
+    return relation.new_ids
 
 
 def _kinds(tokenizer: Tokenizer) -> list[bool]:
@@ -126,4 +150,5 @@ def _splitting(tokenizer: Tokenizer) -> list[object]:
     parts = json.loads(tokenizer.files["tokenizer.json"])
     model = parts["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", ())]
-    return [parts.get("normalizer"), parts.get("pre_tokenizer"), model.get("type"), merges, model.get("vocab")]
+    scores = model.get("vocab") if isinstance(model.get("vocab"), list) else None  # of unigram
+    return [parts.get("normalizer"), parts.get("pre_tokenizer"), model.get("type"), merges, scores]

@@ -237,8 +237,8 @@ def _say_start(run: Run) -> None:
         f"{loader.tokens_per_epoch:,} tokens an epoch, {plan.num_steps:,} steps, {run.world.device.type}{ranks}"
     )
     if plan.growth:
-        rows = f"ids {plan.growth.facts['added_ids']} from the {plan.growth.method} of rows it has"
-        run.log.say(f"the embedding has grown to {plan.growth.vocab_size:,} rows: {rows}")
+        rows = f"ids {plan.growth.facts['added_ids']} are new, by {plan.growth.method}"
+        run.log.say(f"the embedding has {plan.growth.vocab_size:,} rows: {rows}")
     if loader.weights or len(loader.shares) > 1:
         for share in loader.shares:
             run.log.say(

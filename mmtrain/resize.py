@@ -26,13 +26,16 @@ class Growth:
     """How an embedding grows: to `vocab_size` rows, and from which old rows each added id's is made."""
 
     method: str
+    old_size: int
     vocab_size: int
     rows: Mapping[int, Sequence[int]]
 
     @property
     def facts(self) -> dict[str, str]:
         """For run.json."""
-        added = f"{min(self.rows)}-{max(self.rows)}" if self.rows else "none"
+        ids = sorted(self.rows)
+        spans = [[id for id in ids if at(id)] for at in (lambda id: id < self.old_size, lambda id: id >= self.old_size)]
+        added = ", ".join(f"{span[0]}-{span[-1]}" for span in spans if span) or "none"
         return {"resize_embeddings": self.method, "added_ids": added}
 
 
@@ -51,10 +54,10 @@ def plan_growth(method: str, init: Checkpoint, datasets: Sequence[Dataset]) -> G
                 f"{dataset.dir} was packed with another tokenizer than {datasets[0].dir}", "pack both with the same one"
             )
     added = added_ids(old, new)
-    every = range(old.vocab_size)
+    every = [id for id in range(old.vocab_size) if id not in added]
     texts = token_texts(new)
     rows = {id: every if method == "mean" else _pieces(old, texts[id]) or every for id in added}
-    return Growth(method, max(init.model_config.vocab_size, new.vocab_size), rows)
+    return Growth(method, old.vocab_size, max(init.model_config.vocab_size, new.vocab_size), rows)
 
 
 def _pieces(old: Tokenizer, text: bytes | None) -> list[int]:

@@ -58,7 +58,7 @@ def test_a_grown_run_goes_on_from_its_checkpoint_and_is_the_next_ones_start(
     lines: list[str] = []
     first = sft_config(data, runs, more, tmp_path / "sft", "mean")
     done = train(first, log=lines.append)
-    assert any("grown to 302 rows: ids 300-301" in line for line in lines)
+    assert any("has 302 rows: ids 300-301 are new" in line for line in lines)
     run = checkpoint.read_run(done.run_dir)
     assert run["model"]["vocab_size"] == 302 and run["init"]["resize_embeddings"] == "mean"
     assert (done.run_dir / "tokenizer" / "tokenizer.json").read_bytes() == (
@@ -100,8 +100,9 @@ def test_what_does_not_extend_is_refused(data: Data, runs: Path, more: Path, tmp
 
 def test_rows_of_a_model_larger_than_its_tokenizer_are_kept_or_made() -> None:
     old = torch.arange(12.0).view(4, 3)
-    found = grow({EMBEDDING: old, "x": old}, Growth("subtoken", 6, {3: [0, 1], 4: [2]}))
+    found = grow({EMBEDDING: old, "x": old}, Growth("subtoken", 3, 6, {3: [0, 1], 4: [2]}))
     assert torch.equal(found[EMBEDDING][:3], old[:3]) and found["x"] is old
     assert torch.equal(found[EMBEDDING][3], old[:2].mean(0)) and torch.equal(found[EMBEDDING][4], old[2])
     assert torch.equal(found[EMBEDDING][5], old.mean(0))
-    assert Growth("mean", 4, {}).facts == {"resize_embeddings": "mean", "added_ids": "none"}
+    assert Growth("mean", 4, 4, {}).facts == {"resize_embeddings": "mean", "added_ids": "none"}
+    assert Growth("mean", 4, 6, {1: [], 2: [], 4: [], 5: []}).facts["added_ids"] == "1-2, 4-5"

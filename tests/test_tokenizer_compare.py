@@ -53,6 +53,15 @@ def test_an_extended_one_may_after_growing_and_the_other_way_as_it_is(tmp_path: 
     assert compare(more, base, corpus)["may_read"]
 
 
+def test_tokens_in_reserved_places_are_an_extension_too(tmp_path: Path, corpus: Corpus) -> None:
+    base = text_data.trained(tmp_path)
+    extend(base.dir, ["<new>"], tmp_path / "placed", reserved=True)
+    found = compare(base, Tokenizer.load(tmp_path / "placed"), corpus)
+    assert "has 1 more" in found["answer"] and found["first_differing_ids"] == [
+        {"id": 27, "a": "<|buffer1|>", "b": "<new>"}
+    ]
+
+
 def test_ids_past_the_models_are_said(tmp_path: Path, corpus: Corpus) -> None:
     base, wider = text_data.trained(tmp_path), text_data.trained(tmp_path, vocab_size=430)
     assert compare(wider, base, corpus)["answer"].endswith("though it has seen text split differently.")

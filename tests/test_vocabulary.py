@@ -60,9 +60,21 @@ def test_relations_of_the_same_an_extended_and_another_vocabulary(tmp_path: Path
     assert same.b_is_readable and not same.b_extends_a and same.is_split_alike
     assert grown.b_extends_a and not grown.b_is_readable and (grown.size_a, grown.size_b) == (420, 422)
     assert shrunk.b_is_readable and not shrunk.b_extends_a
-    assert added_ids(base, more) == range(420, 422) and added_ids(base, base) == range(420, 420)
-    assert added_ids(base, other) == range(420, 430)  # trained further on the same text: the first merges are the same
+    assert added_ids(base, more) == (420, 421) and added_ids(base, base) == ()
+    assert added_ids(base, other) == tuple(
+        range(420, 430)
+    )  # trained further on the same text: the first merges are the same
     assert not relate(base, other).is_split_alike
+
+
+def test_reserved_places_may_be_taken_and_not_given_back(tmp_path: Path) -> None:
+    base = text_data.trained(tmp_path)
+    extend(base.dir, ["<|one|>"], tmp_path / "placed", reserved=True)
+    placed = Tokenizer.load(tmp_path / "placed")
+    there, back = relate(base, placed), relate(placed, base)
+    assert there.b_extends_a and not there.b_is_readable and there.placed == (27,) and there.is_split_alike
+    assert added_ids(base, placed) == (27,)
+    assert back.differing == (27,) and not back.b_is_readable and not back.b_extends_a
 
 
 def test_what_is_no_extension_is_refused(tmp_path: Path) -> None:
