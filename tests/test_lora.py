@@ -13,8 +13,10 @@ from test_loop import at_step, config_of, interrupt, lines, steps
 from train_data import Data
 from train_data import make as make_data
 
+from mmdata.arrow import read_arrow
 from mmdata.errors import CheckpointError
 from mmdata.loader import Loader
+from mmdata.pairs import PairLoader
 from mmdata.shards import open_dataset
 from mmdata.tokenizer import Tokenizer
 from mmtrain import checkpoint
@@ -164,17 +166,20 @@ def test_a_run_of_adapters_resumes_to_the_last_bit(data: Data, base: Path, tmp_p
 def test_pairs_on_adapters_begin_at_ln_2_and_their_reference_is_the_base(
     data: Data, base: Path, tmp_path: Path
 ) -> None:
+    data = replace(data, dpo=shutil.copytree(data.dpo, tmp_path / "pairs"))  # with a reference of its own beside it
     run = config_of("dpo", data, tmp_path / "dpo", init=base, lora=4, lr=2e-3)
     with pytest.raises(KeyboardInterrupt):
         train(run, log=at_step(5, interrupt))
     train(TrainConfig("dpo", (), run.out, resume=True, device="cpu", quiet=True))
     assert steps(run.out)[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert steps(run.out)[-1]["reward_margin"] > 0
-    logps = load_file(run.out / "reference.safetensors")["train"]
+    (cached,) = (tmp_path / "pairs.reference").glob("*.arrow")
+    logps = np.stack([read_arrow(cached).column(side) for side in ("chosen", "rejected")], 1)
     model = checkpoint.load_model(base)[0]
-    batch = to_device(Loader([open_dataset(data.dpo)], batch_tokens=2048, seed=0).batch(0)[0], torch.device("cpu"))
+    loader = PairLoader([open_dataset(data.dpo)], batch_tokens=2048, seed=0)
+    batch = to_device(loader.batch(0)[0], torch.device("cpu"))
     with torch.no_grad():
-        assert torch.allclose(logps_of(model, batch).view(-1, 2), logps[batch.samples], atol=1e-3)
+        assert np.allclose(logps_of(model, batch).view(-1, 2), logps[batch.samples], atol=1e-3)
 
 
 def test_a_stage_begins_from_merged_adapters(data: Data, base: Path, tmp_path: Path) -> None:
