@@ -15,6 +15,7 @@ from mmdata.terminal import (
     DATA_DIR,
     RUNS_DIR,
     SHARDS_DIR,
+    PackWatch,
     fail,
     fetch_plan_values,
     fetch_progress,
@@ -22,6 +23,7 @@ from mmdata.terminal import (
     plain,
     print_cleaned,
     print_demo,
+    print_estimate,
     print_fetch_plan,
     print_fetched,
     print_json,
@@ -276,6 +278,9 @@ def pack(
             metavar="FILE", help="Leave rows out that overlap with this file's texts, say a benchmark's; repeatable."
         ),
     ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="auto: the fastest exact one; tokenizers; fastokens (pip install 'mm-toolkit[fast]').")
+    ] = "auto",
     engine: Annotated[
         str, typer.Option(help="local: processes here; ray: a cluster (pip install 'mm-toolkit[ray]').")
     ] = "local",
@@ -286,6 +291,9 @@ def pack(
         str | None, typer.Option(metavar="I/N", help="Pack only this share, on a shared filesystem; then --finish.")
     ] = None,
     finish: Annotated[bool, typer.Option("--finish", help="Publish what all shards packed.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Read about 1 % and say time, disk, tokens and padding; write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Validate and pack jsonl into tokenized Arrow shards with length buckets."""
@@ -294,13 +302,20 @@ def pack(
 
     place = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
     named = [remote.file_at(file) for file in files or ()]
+    if plan:
+        options = {"val_fraction": val_fraction, "era": era, "train_on": train_on, "seed": seed, "encoder": encoder}
+        plan_packs(
+            data_files(named), bool(out), tokenizer_dir(tokenizer), workers or os.cpu_count() or 1, options, as_json
+        )
+        return
     found = [kept_stdin(place) if str(path) == "-" else path for path in data_files(named)]
     jobs = [(found, place)] if place else [([path], SHARDS_DIR / stem(path)) for path in found]
     results, failures = [], []
     limit, limits = shares(max_bad)
     for inputs, directory in jobs:
         try:
-            with progress(f"pack {directory}", quiet=as_json) as update:
+            watched = PackWatch(f"pack {directory}", quiet=as_json)
+            with watched.progress() as update:
                 packed = pipeline.pack(
                     inputs,
                     directory,
@@ -316,11 +331,13 @@ def pack(
                     seed=seed,
                     dedup=dedup,
                     exclude=exclude or (),
+                    encoder=encoder,
                     engine_name=engine,
                     ray_address=ray_address,
                     shard=share_of(shard, finish),
                     finish=finish,
                     progress=update,
+                    watch=watched.watch,
                     note=say,
                 )
         except MMError as error:
@@ -367,6 +384,28 @@ def send(directory: Path, url: str, *, quiet: bool) -> None:
         sent = remote.send(directory, read_manifest(directory), url, progress=update)
     say(f"{url} holds {directory}: {size(sent)} sent, every file read back and hashed")
     say(f"to train on it elsewhere: {remote.bring_command(url, directory)}")
+
+
+def plan_packs(
+    files: list[Path], as_one: bool, tokenizer: Path, workers: int, options: dict[str, Any], as_json: bool
+) -> None:
+    """What packing would give, for each dataset that it would write."""
+    from mmdata.estimate import estimate
+    from mmdata.pipeline import common_kind
+    from mmtrain.stages import STAGES
+
+    found = []
+    for inputs in [files] if as_one else [[path] for path in files]:
+        kind = common_kind(inputs, None)
+        batch_tokens = STAGES[stage_of(kind)].defaults["batch_tokens"]
+        found.append(
+            estimate(inputs, tokenizer_dir=tokenizer, kind=kind, workers=workers, batch_tokens=batch_tokens, **options)
+        )
+        if not as_json:
+            print_estimate(found[-1])
+    if as_json:
+        print_json(found)
+    next_command("mm pack with the --max-len you choose")
 
 
 def write_report(directory: Path, *, is_new: bool) -> None:

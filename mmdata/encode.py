@@ -10,21 +10,25 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from mmdata.blocks import Blocks, learn
+from mmdata.bulk import CUT_TURNS as CUT_TURNS
+from mmdata.bulk import Bulk, Found
+from mmdata.encoders import Encoder, choose
 from mmdata.errors import UsageError
 from mmdata.rows import BadRow, Conversation, Document, Pair, Row, parse_row, row_hash, split_documents
 from mmdata.sequences import Encoded as Encoded
-from mmdata.sequences import Flat, flatten
+from mmdata.sequences import Flat, flatten, join, reorder
 from mmdata.sequences import PairSequence as PairSequence
 from mmdata.sequences import Sequence as Sequence
 from mmdata.template import ERAS, TRAIN_ON, Segment, Template, stretches
 from mmdata.tokenizer import Tokenizer
 
-CUT_TURNS = "cut after the last whole turn that fits"
 # Share of rows that keep them, as in MiniMind: a model that never saw one cannot answer after the prompt's.
 _EMPTY_THINK_KEPT = 0.2
 
@@ -34,13 +38,14 @@ class Batch:
     """What became of a batch of R rows. flat: the sequences of those that can be used, in the order of the rows.
 
     num_sequences: int64 [R], 0 where a row cannot be used; num_tokens: of all rows, before cutting; cut: reason -> tokens
-    dropped; bad: row -> why it cannot be used.
+    dropped, in `rows_cut` rows; bad: row -> why it cannot be used.
     """
 
     flat: Flat
     num_sequences: np.ndarray
     num_tokens: int
     cut: Counter[str]
+    rows_cut: int
     bad: dict[int, BadRow]
 
 
@@ -56,9 +61,20 @@ class RowEncoder:
     """Encodes rows with one tokenizer: the same rows give the same ids and spans in any process and any batch."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_len: int, era: str = "auto", train_on: str = "assistant", seed: int = 0
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_len: int,
+        era: str = "auto",
+        train_on: str = "assistant",
+        seed: int = 0,
+        encoder: Encoder | None = None,
+        is_reference: bool = False,
     ):
-        """`era` auto, seed, 2 or 3, as the template's; `train_on` assistant (each answer), last or all; see docs/data.md."""
+        """`era` auto, seed, 2 or 3, as the template's; `train_on` assistant (each answer), last or all; see docs/data.md.
+
+        encoder: who encodes text (by default `tokenizers`). `is_reference`: every row by itself, rendered by jinja2.
+        """
         for option, value, known in (("--train-on", train_on, TRAIN_ON), ("--era", era, ("auto", *ERAS))):
             if value not in known:
                 raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(known)}")
@@ -68,19 +84,29 @@ class RowEncoder:
         self.era = era
         self.train_on = train_on
         self.seed = seed
+        self.encoder = encoder or choose(tokenizer, "tokenizers")
+        self._is_reference = is_reference
         self._template: Template | None = None
         self._is_exact = tokenizer.is_exact
         self._control_ids = {text: np.array([id], dtype=np.uint32) for text, id in tokenizer.control_tokens.items()}
+        self._bulk = None
+        if Bulk.is_possible(tokenizer) and not is_reference:
+            self._bulk = Bulk(tokenizer, self.encoder, max_len=max_len, train_on=train_on)
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.tokenizer.dir, self.max_len, self.era, self.train_on, self.seed)
+        options = self.max_len, self.era, self.train_on, self.seed, self.encoder.name, self._is_reference
+        return _rebuild, (self.tokenizer.dir, *options)
 
     @property
     def template(self) -> Template:
         """The tokenizer's chat template, compiled at first use: documents need none."""
         if self._template is None:
-            self._template = Template(self.tokenizer, era=self.era)
+            self._template = Template(self.tokenizer, era=self.era, only_jinja=self._is_reference)
         return self._template
+
+    @cached_property
+    def _blocks(self) -> Blocks | None:
+        return learn(self.template)
 
     def encode(self, rows: Rows[Row]) -> list[Encoded | BadRow]:
         """Encode a batch; each row's result stands at its place, a BadRow with the reason where it cannot be used."""
@@ -103,7 +129,42 @@ class RowEncoder:
         return results
 
     def encode_batch(self, rows: Rows[Row], hashes: Rows[bytes]) -> Batch:
-        """As `encode`, into flat arrays. hashes: the `row_hash` of each row."""
+        """As `encode`, into flat arrays, and plain rows in bulk. hashes: the `row_hash` of each row.
+
+        A reference takes every row by itself and needs no hashes.
+        """
+        found = self._in_bulk(rows, hashes)
+        if found is None:
+            return self._one_by_one(rows)
+        bad, cut, flat, num_tokens = found.bad, found.cut, found.flat, found.num_tokens
+        rows_cut = found.rows_cut
+        if found.odd:
+            rest = self._one_by_one([rows[i] for i in found.odd])
+            bad |= {found.odd[i]: reason for i, reason in rest.bad.items()}
+            cut += rest.cut
+            num_tokens += rest.num_tokens
+            rows_cut += rest.rows_cut
+            row_of = np.repeat(np.arange(len(rows)), found.num_sequences)
+            row_of_rest = np.repeat(found.odd, rest.num_sequences)
+            flat = reorder(join([flat, rest.flat]), np.argsort(np.concatenate([row_of, row_of_rest]), kind="stable"))
+            found.num_sequences[found.odd] = rest.num_sequences
+        return Batch(flat, found.num_sequences, num_tokens, cut, rows_cut, bad)
+
+    def _in_bulk(self, rows: Rows[Row], hashes: Rows[bytes]) -> Found | None:
+        """None where all rows have to be looked at one by one."""
+        if self._bulk is None or not rows:
+            return None
+        kinds = set(map(type, rows))
+        if kinds == {Document}:
+            return self._bulk.documents(cast(Rows[Document], rows))
+        if kinds == {Conversation} and self._blocks:
+            keeps = [True] * len(rows)
+            if self.template.era == "3":
+                keeps = [_share(self.seed, hash) < _EMPTY_THINK_KEPT for hash in hashes]
+            return self._bulk.conversations(cast(Rows[Conversation], rows), self._blocks, keeps)
+        return None
+
+    def _one_by_one(self, rows: Rows[Row]) -> Batch:
         found = self.encode(rows)
         sequences: list[Any] = []
         counts = np.zeros(len(rows), np.int64)
@@ -116,7 +177,8 @@ class RowEncoder:
                 cut.update(item.cut)
         bad = {i: item for i, item in enumerate(found) if isinstance(item, BadRow)}
         num_tokens = sum(item.num_tokens for item in found if isinstance(item, Encoded))
-        return Batch(flatten(sequences), counts, num_tokens, cut, bad)
+        rows_cut = sum(bool(item.cut) for item in found if isinstance(item, Encoded))
+        return Batch(flatten(sequences), counts, num_tokens, cut, rows_cut, bad)
 
     # ---- row -> segments
 
@@ -137,11 +199,14 @@ class RowEncoder:
 
     def _keeps_empty_think(self, row: Row) -> bool:
         """One decision a row, the same on both sides of a pair; other eras' templates write no empty blocks to decide on."""
-        return self.template.era != "3" or _share(self.seed, row) < _EMPTY_THINK_KEPT
+        return self.template.era != "3" or _share(self.seed, row_hash(row)) < _EMPTY_THINK_KEPT
 
     def _segments_of(self, row: Row) -> list[list[Segment]]:
         if isinstance(row, Document):
-            return [[Segment(text, True, False)] for text in split_documents(row.text)]
+            texts = split_documents(row.text)
+            if not texts:
+                raise BadRow("empty content", "nothing stands between its marks")
+            return [[Segment(text, True, False)] for text in texts]
         return self.segments(row)
 
     # ---- segments -> ids and mask
@@ -158,7 +223,7 @@ class RowEncoder:
                     place.setdefault("".join(s.text for s in group), len(place))
                     if len(group) > 1:
                         place.setdefault(group[0].text, len(place))
-        flat, ends = self.tokenizer.encode_batch(list(place))
+        flat, ends = self.encoder.encode(list(place), False)
         begins = [0, *ends[:-1].tolist()]
         encoded = {text: flat[begins[i] : end] for (text, i), end in zip(place.items(), ends.tolist(), strict=True)}
         return self._join([[self._encode_group(group, encoded) for group in groups] for groups in grouped])
@@ -318,13 +383,17 @@ def fragments(length: int, max_len: int) -> list[tuple[int, int]]:
     return list(zip(begins, ends, strict=True))
 
 
-def _rebuild(dir: Path, max_len: int, era: str, train_on: str, seed: int) -> RowEncoder:
-    return RowEncoder(Tokenizer.load(dir), max_len=max_len, era=era, train_on=train_on, seed=seed)
+def _rebuild(
+    dir: Path, max_len: int, era: str, train_on: str, seed: int, encoder: str, is_reference: bool
+) -> RowEncoder:
+    tokenizer = Tokenizer.load(dir)
+    options: Any = {"era": era, "train_on": train_on, "seed": seed, "is_reference": is_reference}
+    return RowEncoder(tokenizer, max_len=max_len, encoder=choose(tokenizer, encoder), **options)
 
 
-def _share(seed: int, row: Row) -> float:
+def _share(seed: int, hash: bytes) -> float:
     """A number in [0, 1) that depends on the seed and what the row says, and on nothing else."""
-    digest = hashlib.sha256(str(seed).encode() + row_hash(row)).digest()
+    digest = hashlib.sha256(str(seed).encode() + hash).digest()
     return int.from_bytes(digest[:6], "little") / 2**48
 
 

@@ -18,8 +18,9 @@ from mmdata.errors import MMError, UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
-Tick = Callable[[int], None]  # n more units are done
+Progress = Callable[..., None]  # (units done, of all, and what else the jobs count)
+Tick = Callable[..., None]  # n more units are done, and so many more of each other thing the jobs count
+COUNTS = 4  # units, and up to three other things
 POLL_S = 0.2
 ENGINES = ("local", "ray")
 RAY_RETRIES = 2  # of a job whose machine or process died; an error of the job itself is final
@@ -37,7 +38,8 @@ def run(
 ) -> list[Result]:
     """The results of `make()` applied to every job; `make` is called once in each process and must pickle.
 
-    What `make` gives is called with a job and `tick`; `tick(n)` says that n more units of the job are done. total: the
+    What `make` gives is called with a job and `tick`; `tick(n)` says that n more units of the job are done; it takes up to
+    COUNTS numbers, for other things that `progress` is to be told the sums of. total: the
     units that all jobs together tick, for `progress`. engine "local": one job, one worker, or a process that may not have
     children (a daemon): everything runs right here. "ray": on the cluster at `ray_address`, or one started here.
     """
@@ -56,13 +58,12 @@ def run(
 def _run_here(
     work: Callable[[Job, Tick], Result], jobs: Sequence[Job], total: int, progress: Progress | None
 ) -> list[Result]:
-    done = 0
+    done = [0] * COUNTS
 
-    def tick(units: int) -> None:
-        nonlocal done
-        done += units
+    def tick(*counts: int) -> None:
+        _add(done, 0, counts)
         if progress:
-            progress(done, total)
+            progress(done[0], total, *done[1:])
 
     return [work(job, tick) for job in jobs]
 
@@ -76,8 +77,8 @@ def _run_in_pool(
 ) -> list[Result]:
     context = multiprocessing.get_context("spawn")
     # No locks: a process that dies holding one would leave the others waiting. A job's count has one writer.
-    counts, stop = context.RawArray("q", len(jobs)), context.RawValue("b", 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (make, counts, stop)) as pool:
+    counts, stop = context.RawArray("q", COUNTS * len(jobs)), context.RawValue("b", 0)
+    with ProcessPoolExecutor(workers, context, _start_worker, (make, counts, stop, workers)) as pool:
         try:
             with _children_without_ctrl_c():
                 futures = [pool.submit(_work_on, number, job) for number, job in enumerate(jobs)]
@@ -110,7 +111,8 @@ def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Pro
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
         if progress:
-            progress(sum(counts), total)
+            done_units, *more = (sum(counts[n::COUNTS]) for n in range(COUNTS))
+            progress(done_units, total, *more)
         if any(future.exception() for future in done):
             return
 
@@ -132,11 +134,23 @@ class _Stopped(Exception):
     """Ends a worker's job whose result nobody waits for."""
 
 
-def _start_worker(make: Callable[[], Any], counts: Any, stop: Any) -> None:
+def _start_worker(make: Callable[[], Any], counts: Any, stop: Any, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.putenv("TOKENIZERS_PARALLELISM", "false")  # one core a worker; read by the native library alone
+    _share_cores(workers)
     _state.update(work=make(), counts=counts, stop=stop)
+
+
+def _add(totals: Any, begin: int, counts: Sequence[int]) -> None:
+    for at, count in enumerate(counts, begin):
+        totals[at] += count
+
+
+def _share_cores(workers: int) -> None:
+    """So many threads for the native encoders of this process that all workers together have as many as cores."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.putenv("RAYON_NUM_THREADS", str(threads))  # read by the native libraries alone, at their first use
+    os.putenv("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
 
 
 def _die_with_parent() -> None:
@@ -148,10 +162,10 @@ def _die_with_parent() -> None:
 
 
 def _work_on(number: int, job: Any) -> Any:
-    def tick(units: int) -> None:
+    def tick(*counts: int) -> None:
         if _state["stop"].value:
             raise _Stopped
-        _state["counts"][number] += units
+        _add(_state["counts"], COUNTS * number, counts)
 
     return _state["work"](job, tick)
 
@@ -190,20 +204,20 @@ def _run_on_ray(
 
 def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | None) -> list[Any]:
     """The results of all tasks; the first error ends it, and the others are not waited for."""
-    pending, done = list(tasks), 0
+    pending, done = list(tasks), [0] * COUNTS
     results: dict[Any, Any] = {}
     while pending:
         ready, pending = ray.wait(pending, timeout=POLL_S)
         for task in ready:
             try:
-                results[task], units = ray.get(task)
+                results[task], counts = ray.get(task)
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, MMError) else error) from None
             except ray.exceptions.RayError as error:
                 raise MMError(f"a ray worker died: {error}", "look at `ray logs`; run again to go on") from None
-            done += units
+            _add(done, 0, counts)
         if progress:
-            progress(done, total)
+            progress(done[0], total, *done[1:])
     return [results[task] for task in tasks]
 
 
@@ -216,11 +230,11 @@ def _import_ray() -> Any:
     return ray
 
 
-def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, int]:
-    """A job's result and its units. A process keeps what `make` gave for the tasks that follow."""
+def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:
+    """A job's result and what it ticked. A process keeps what `make` gave for the tasks that follow."""
     key = pickle.dumps(make)
     if _state.get("key") != key:
-        os.putenv("TOKENIZERS_PARALLELISM", "false")
+        _share_cores(os.cpu_count() or 1)  # ray gives a task one core
         _state.update(key=key, work=make())
-    units: list[int] = []
-    return _state["work"](job, units.append), sum(units)
+    done = [0] * COUNTS
+    return _state["work"](job, lambda *counts: _add(done, 0, counts)), done

@@ -18,15 +18,17 @@ from mmdata import shards
 from mmdata.arrow import read_arrow, write_arrow, write_file
 from mmdata.columns import columns_of, read_back
 from mmdata.encode import Batch, RowEncoder
+from mmdata.encoders import JUDGE, Encoder, choose
 from mmdata.engine import Tick
 from mmdata.errors import DatasetError, InputError
 from mmdata.packing import pack
 from mmdata.rows import REASONS, SCREENED, BadRow, Conversation, Document, Line, Row, iter_lines, parse_row, row_hash
-from mmdata.sequences import Flat, join, take
+from mmdata.sequences import Flat, is_equal, join, reorder
 from mmdata.tokenizer import Tokenizer
 from mmdata.validate import control_strings
 
 BATCH_BYTES = 2**20  # of jsonl to the encoder in one call: some hundred rows, under a second
+COMPARED_FIRST, COMPARED = 16, 2  # rows of a part's first batch, and of each other one, that the reference encodes too
 TOO_LONG = "too long"  # a row nothing is wrong with
 
 
@@ -50,6 +52,7 @@ class Settings:
     staging: Path
     tokenizer_dir: Path
     manifest: dict[str, Any]  # its beginning: kind, lengths, tokenizer, arguments
+    encoder: str = "auto"  # who encodes text; no byte depends on it
 
     @property
     def kind(self) -> str:
@@ -86,6 +89,9 @@ class PartResult:
     digest: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
+    encoder: str = ""  # name and version
+    compared: int = 0  # rows held to the reference: jinja's rendering, `tokenizers`' ids, one by one
+    warning: str = ""  # why the fast way was given up
 
 
 @dataclass(slots=True)
@@ -111,24 +117,44 @@ class _Rows:
     is_first: np.ndarray
 
 
+class _DiffersError(Exception):
+    """The fast way gave a row other tokens than the reference."""
+
+
+def _no_tick(*counts: int) -> None:
+    """These units were told before."""
+
+
 class PartPacker:
     """Packs parts with one set of settings; holds the encoder."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        tokenizer = Tokenizer.load(settings.tokenizer_dir)
-        self._encoder = RowEncoder(
-            tokenizer,
-            max_len=settings.manifest["max_len"],
-            era=settings.argument("era"),
-            train_on=settings.argument("train_on"),
-            seed=settings.argument("seed"),
+        self._tokenizer = Tokenizer.load(settings.tokenizer_dir)
+        encoder = choose(self._tokenizer, settings.encoder)
+        self._warning = encoder.warning
+        self._fast = self._row_encoder(encoder)
+        self._reference = self._row_encoder(choose(self._tokenizer, JUDGE), is_reference=True)
+
+    def _row_encoder(self, encoder: Encoder, *, is_reference: bool = False) -> RowEncoder:
+        return RowEncoder(
+            self._tokenizer,
+            max_len=self._settings.manifest["max_len"],
+            era=self._settings.argument("era"),
+            train_on=self._settings.argument("train_on"),
+            seed=self._settings.argument("seed"),
+            encoder=encoder,
+            is_reference=is_reference,
         )
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
         """Reads, encodes, packs and writes a part, then proves from the written bytes that all is there."""
-        result = PartResult(part.number)
-        collected = self._collect(part, result, tick)
+        try:
+            result = PartResult(part.number, warning=self._warning)
+            collected = self._collect(part, result, tick, self._fast)
+        except _DiffersError as error:
+            result = PartResult(part.number, warning=f"{part.path} line {error}; this part is packed the slow way")
+            collected = self._collect(part, result, _no_tick, self._reference)
         rows = _rows_of(collected)
         result.sequences = len(rows.flat)
         result.tokens = int(rows.flat.lengths.sum())
@@ -141,22 +167,44 @@ class PartPacker:
 
     # --- rows -> sequences
 
-    def _collect(self, part: Part, result: PartResult, tick: Tick) -> _Collected:
+    def _collect(self, part: Part, result: PartResult, tick: Tick, encoder: RowEncoder) -> _Collected:
         found = _Collected(screened=_screened(self._settings, part))
+        result.encoder = f"{encoder.encoder.name} {encoder.encoder.version}"
         told = 0
         for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
             result.rows += len(lines)
             good = self._parse(part, lines, found, result)
-            hashes = [row_hash(row) for _, row in good]
-            batch = self._encoder.encode_batch([row for _, row in good], hashes)
+            rows = [row for _, row in good]
+            hashes = [row_hash(row) for row in rows]
+            batch = encoder.encode_batch(rows, hashes)
+            if encoder is not self._reference:
+                self._compare(good, batch, result)
             for i, bad in batch.bad.items():
                 self._leave_out(part, good[i][0], bad, found, result)
             self._keep(good, hashes, batch, found, result)
             consumed = lines[-1].offset + len(lines[-1].raw) - part.begin if part.end is not None else 0
-            tick(consumed - told)
+            tick(consumed - told, len(lines), int(batch.flat.lengths.sum()), len(lines) - len(good) + len(batch.bad))
             told = consumed
         tick(part.num_bytes - told)
         return found
+
+    def _compare(self, good: Sequence[tuple[Line, Row]], batch: Batch, result: PartResult) -> None:
+        """Holds some rows of a batch to the reference; more of a part's first. _DiffersError when one has other tokens."""
+        count = COMPARED_FIRST if not result.compared else COMPARED
+        picks = sorted({i * len(good) // count for i in range(count)} if len(good) > count else range(len(good)))
+        if not picks:
+            return
+        want = self._reference.encode_batch([good[i][1] for i in picks], [])
+        begins = np.cumsum(batch.num_sequences) - batch.num_sequences
+        sequences = [np.arange(begins[i], begins[i] + batch.num_sequences[i]) for i in picks]
+        have = reorder(batch.flat, np.concatenate(sequences))
+        reasons = {n: str(batch.bad[i]) for n, i in enumerate(picks) if i in batch.bad}
+        if reasons != {n: str(bad) for n, bad in want.bad.items()} or not is_equal(have, want.flat):
+            lines = [good[i][0].number for i in picks]
+            raise _DiffersError(
+                f"{lines[0]:,} to {lines[-1]:,}: the fast way gave a row other tokens than the slow way"
+            )
+        result.compared += len(picks)
 
     def _parse(
         self, part: Part, lines: Sequence[Line], found: _Collected, result: PartResult
@@ -362,14 +410,7 @@ def _prove(settings: Settings, result: PartResult, before: Flat) -> None:
         is_once and np.array_equal(after.lengths[order], before.lengths),
         "a sequence is lost, doubled or of another length in the shards",
     )
-    ids = take(after.ids, after.begins[order], before.lengths)
-    marks = take(after.marks, after.mark_begins[order], after.num_marks[order])
-    _require(
-        np.array_equal(ids, before.ids)
-        and np.array_equal(after.num_marks[order], before.num_marks)
-        and np.array_equal(marks, before.marks),
-        "the shards hold other tokens or spans than the rows gave",
-    )
+    _require(is_equal(reorder(after, order), before), "the shards hold other tokens or spans than the rows gave")
     result.digest = shards.sequence_digest(after.ids, after.lengths, after.marks, after.num_marks)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from mmdata import engine, remote, rows, screen, shards, unfinished
 from mmdata.arrow import write_file
 from mmdata.buckets import buckets_for
+from mmdata.encoders import JUDGE, NUM_HOSTILE, choose
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.parts import Part, PartResult, Settings
 from mmdata.publish import Staging, one_of_several, only_writer
@@ -35,9 +36,12 @@ from mmdata.unfinished import RecordingPacker
 PART_BYTES = 32 * 2**20
 READ_BYTES = 4 * 2**20
 DISK_SHARE = 0.6  # of the jsonl's bytes, as 16-bit shards with provenance (measured: 0.3 to 0.6); 32-bit ids: twice
+LARGE_CHARACTERS = 20_000_000  # where a slow encoder is worth a word
 COMPRESSION = 5  # bytes of jsonl in a compressed byte, for the same estimate
 Progress = Callable[[int, int], None]
+Watch = Callable[[int, int, int], None]  # rows, tokens and rows set aside so far
 Note = Callable[[str], None]
+_Told = tuple[Progress | None, Watch | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class PackResult:
     control_strings: dict[str, int]  # special-token strings in content, packed as plain text
     samples: dict[int, int]  # bucket -> packs or pairs, of both splits
     fill: float  # share of positions that hold tokens
+    encoders: dict[str, int]  # who encoded text -> parts
     digest: str  # "" while nothing is published
     parts_left: int | None  # of a shard: what others shards still have to pack; None: published
     seconds: float
@@ -77,6 +82,7 @@ class _Job:
     stamps: list[tuple[int, int]]
     parts: list[Part]
     manifest: dict[str, Any]  # its beginning
+    encoder: str
 
 
 def pack(
@@ -97,14 +103,18 @@ def pack(
     part_bytes: int = PART_BYTES,
     dedup: str | None = None,
     exclude: Sequence[Path] = (),
+    encoder: str = "auto",
     engine_name: str = "local",
     ray_address: str | None = None,
     shard: tuple[int, int] | None = None,
     finish: bool = False,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     note: Note | None = None,
 ) -> PackResult:
     """Packs jsonl files of one row kind into the dataset directory `out`; progress counts bytes of the inputs.
+
+    watch is told what came of them so far, before progress is.
 
     shard (i, n), from 1: packs every n-th part and publishes nothing; `finish` publishes what all shards packed. note
     takes sentences about what an unfinished pack left. InputError: no such file, nothing usable, or more than `max_bad`
@@ -127,35 +137,43 @@ def pack(
     inputs, out = [remote.file_at(path) for path in inputs], Path(out)
     _check_arguments(inputs, max_len, arguments, shard)
     is_rerun = _is_dataset(out)
-    job = _plan_job(inputs, out, tokenizer_dir, max_len, kind, arguments)
+    job = _plan_job(inputs, out, tokenizer_dir, max_len, kind, arguments, encoder)
     if is_rerun and (found := _same_dataset(out, job.manifest)):
         return _result(out, found, time.monotonic() - start, up_to_date=True)
     run = partial(engine.run, workers=workers, engine=engine_name, ray_address=ray_address)
     say = note or (lambda _: None)
     if shard:
-        return _pack_shard(job, shard, run, progress, start)
+        return _pack_shard(job, shard, run, (progress, watch), start)
     with _disk_errors(out), only_writer(job.out) as staging, _kept_parts(staging, job, say):
         done = _go_on(staging, job, say)
         if finish:
             _check_all_done(job, done, staging)
         _check_disk(job, [part for part in job.parts if part.number not in done])
-        results = _pack_parts(staging, job, job.parts, done, run, progress)
+        results = _pack_parts(staging, job, job.parts, done, run, (progress, watch))
         _check_kept(inputs, results, max_bad, max_bad_by_reason or {})
         _check_unchanged(inputs, job.stamps)
+        _say_who_encoded(results, encoder, say)
         manifest = _finish(staging, job, results)
     return _result(out, manifest, time.monotonic() - start, up_to_date=False)
 
 
 def _plan_job(
-    inputs: list[Path], out: Path, tokenizer_dir: Path, max_len: int, kind: str | None, arguments: dict[str, Any]
+    inputs: list[Path],
+    out: Path,
+    tokenizer_dir: Path,
+    max_len: int,
+    kind: str | None,
+    arguments: dict[str, Any],
+    encoder: str,
 ) -> _Job:
     tokenizer = Tokenizer.load(tokenizer_dir)
-    kind = _common_kind(inputs, kind)
+    choose(tokenizer, encoder)  # refuses here, not in every worker
+    kind = common_kind(inputs, kind)
     stamps = _stamps(inputs)
     entries, parts = plan(inputs, arguments["part_bytes"])
     manifest = _begin_manifest(kind, max_len, tokenizer, entries, arguments)
     place = Path(os.path.realpath(out))
-    return _Job(inputs, place, tokenizer, tokenizer_dir, stamps, parts, manifest)
+    return _Job(inputs, place, tokenizer, tokenizer_dir, stamps, parts, manifest, encoder)
 
 
 def _pack_parts(
@@ -164,16 +182,25 @@ def _pack_parts(
     parts: Sequence[Part],
     done: Mapping[int, PartResult],
     run: Callable[..., list[PartResult]],
-    progress: Progress | None,
+    told: _Told,
 ) -> list[PartResult]:
     """The results of these parts, in their order; those that are not done are packed."""
+    progress, watch = told
     if any(part.number not in done for part in parts):
         screen_rows(staging.dir / "screen", job.manifest, job.parts, parts, run, progress)
     total = sum(part.num_bytes for part in parts)
     before = sum(part.num_bytes for part in parts if part.number in done)
     todo = [part for part in parts if part.number not in done]
-    tell = (lambda ticked, _: progress(before + ticked, total)) if progress else None
-    work = partial(RecordingPacker, Settings(staging.dataset, job.tokenizer_dir, job.manifest), job.out)
+    begun = _rows_tokens_left_out([result for result in done.values() if result.number in {p.number for p in parts}])
+
+    def tell(ticked: int, _: int, *counts: int) -> None:
+        if watch:
+            rows, tokens, left_out = (new + old for new, old in zip(counts, begun, strict=True))
+            watch(rows, tokens, left_out)
+        if progress:
+            progress(before + ticked, total)
+
+    work = partial(RecordingPacker, Settings(staging.dataset, job.tokenizer_dir, job.manifest, job.encoder), job.out)
     new = {result.number: result for result in run(work, todo, total=total - before, progress=tell)} if todo else {}
     return [done.get(part.number) or new[part.number] for part in parts]
 
@@ -206,8 +233,16 @@ def screen_rows(
     screen.compare(screening, parts)
 
 
+def _rows_tokens_left_out(results: Sequence[PartResult]) -> tuple[int, int, int]:
+    return (
+        sum(result.rows for result in results),
+        sum(result.tokens for result in results),
+        sum(result.left_out.total() for result in results),
+    )
+
+
 def _pack_shard(
-    job: _Job, shard: tuple[int, int], run: Callable[..., list[PartResult]], progress: Progress | None, start: float
+    job: _Job, shard: tuple[int, int], run: Callable[..., list[PartResult]], told: _Told, start: float
 ) -> PackResult:
     """Packs every n-th part beside other processes that pack theirs."""
     number, count = shard
@@ -224,7 +259,7 @@ def _pack_shard(
             staging.begin(key)
         done = unfinished.finished_parts(staging, [part.number for part in own])
         _check_disk(job, [part for part in own if part.number not in done])
-        results = _pack_parts(staging, job, own, done, run, progress)
+        results = _pack_parts(staging, job, own, done, run, told)
         _check_unchanged(job.inputs, job.stamps)
         left = len(job.parts) - len(staging.records())
     entries = [entry for result in results for entry in result.shards]
@@ -313,6 +348,7 @@ def _result(
         **{name: totals[name] for name in names},
         samples=samples,
         fill=_fill(manifest["kind"], manifest["shards"]),
+        encoders={entry["name"]: entry["parts"] for entry in manifest.get("encoders", [])},
         digest=manifest["dataset_digest"],
         parts_left=parts_left,
         seconds=seconds,
@@ -370,7 +406,7 @@ def _is_dataset(out: Path) -> bool:
     return True
 
 
-def _common_kind(inputs: Sequence[Path], kind: str | None) -> str:
+def common_kind(inputs: Sequence[Path], kind: str | None) -> str:
     """The kind asked for, else the one all inputs have."""
     if kind is not None:
         if kind not in rows.KINDS:
@@ -498,6 +534,32 @@ def _check_kept(
     rows.check_budget(left_out, num_rows, max_bad, by_reason)
 
 
+def _say_who_encoded(results: Sequence[PartResult], encoder: str, say: Note) -> None:
+    """Warns where the fast way was given up, and says how to get it where it is missing and would be felt."""
+    for warning in dict.fromkeys(result.warning for result in results if result.warning):
+        say(f"warning: {warning}")
+    is_large = sum(result.characters for result in results) > LARGE_CHARACTERS
+    if is_large and encoder == "auto" and all(r.encoder.startswith(JUDGE) and not r.warning for r in results):
+        say("the encoder took most of this time: pip install 'mm-toolkit[fast]' brings one that is ten times as fast")
+
+
+def _encoders(results: Sequence[PartResult]) -> list[dict[str, Any]]:
+    """Who encoded text: name and version, in how many parts, and how many of their rows were held to the reference."""
+    found: dict[str, list[PartResult]] = {}
+    for result in results:
+        found.setdefault(result.encoder, []).append(result)
+    return [
+        {
+            "name": name,
+            "parts": len(of),
+            "rows_compared": sum(result.compared for result in of),
+            "hostile_compared": 0 if name.startswith(JUDGE) else NUM_HOSTILE,
+            "given_up": sum(bool(result.warning) for result in of),
+        }
+        for name, of in sorted(found.items())
+    ]
+
+
 def _stamps(inputs: Sequence[Path]) -> list[tuple[int, int]]:
     """Size and time of last change of every input."""
     return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in inputs)]
@@ -520,6 +582,7 @@ def _finish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> dict[
     """Writes the tokenizer, stats.json and, last of all, the manifest, which it returns; then publishes."""
     manifest = dict(job.manifest)
     entries = sorted((s for r in results for s in r.shards), key=lambda s: (s["split"], s["bucket"], s["part"]))
+    manifest["encoders"] = _encoders(results)
     manifest["parts"] = [_part_entry(result) for result in results]
     manifest["shards"] = entries
     manifest["totals"] = _totals(results, entries)

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import orjson
 
 from mmdata.errors import InputError
 from mmdata.lines import Line, iter_lines
@@ -64,6 +66,7 @@ _ROLES = {
     "developer": "system", "human": "user", "gpt": "assistant", "observation": "tool", "function": "tool",
     "function_call": "assistant",
 }  # fmt: skip
+_PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {
     "role", "content", "from", "value", "reasoning_content", "tool_calls", "tools", "functions",
 }  # fmt: skip
@@ -85,8 +88,7 @@ class Document:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """`role` is system, user, assistant or tool; `reasoning_content` is None where the row has none."""
 
     role: str
@@ -192,7 +194,7 @@ def kind_of(row: Row) -> str:
 
 def row_hash(row: Row) -> bytes:
     """32-byte sha256 of what the row says: equal for equal rows, whatever their key order, spacing or schema."""
-    return hashlib.sha256(json.dumps(_canonical(row), ensure_ascii=False, sort_keys=True).encode()).digest()
+    return hashlib.sha256(_canonical(row)).digest()
 
 
 def check_budget(
@@ -259,6 +261,30 @@ def texts_of(row: Row) -> Iterator[str]:
 
 
 def _load(raw: bytes) -> Any:
+    """JSON of one line, as `_load_strictly` reads it. orjson is asked first: what it reads, and this decides, is the same."""
+    try:
+        found = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return _load_strictly(raw)
+    return found if _is_exact(found) else _load_strictly(raw)
+
+
+def _is_exact(found: Any, levels: int = _MAX_DEPTH) -> bool:
+    """Whether orjson is known to read it as json does: it makes floats of large integers, and has other limits of depth."""
+    kind = type(found)
+    if kind is str:
+        return True
+    if kind is dict:
+        found = found.values()
+    elif kind is not list:
+        return kind is not float
+    for item in found:  # noqa: SIM110 - half the time of all()
+        if type(item) is not str and not (levels and _is_exact(item, levels - 1)):
+            return False
+    return True
+
+
+def _load_strictly(raw: bytes) -> Any:
     """JSON of one line, strictly: no NaN or Infinity, no lone surrogates, and numbers and depth that Python can hold."""
     try:
         found = _DECODER.decode(raw.decode("utf-8"))
@@ -366,6 +392,10 @@ def _messages(
     for number, item in enumerate(found, 1):
         if type(item) is not dict:
             raise BadRow("wrong types", f"message {number}: found {_json_type(item)}, expected an object")
+        content = item.get("content")
+        if len(item) == 2 and type(content) is str and item.get("role") in _PLAIN_ROLES:
+            messages.append(Message(item["role"], content))  # nothing more to look at: so are most messages
+            continue
         messages.append(_message(item, number))
         if len(item) > 2:
             given = item.get("tools") or item.get("functions")
@@ -440,7 +470,12 @@ def _is_deep(found: Any, levels: int) -> bool:
         found = found.values()
     elif type(found) is not list:
         return False
-    return not levels or any(_is_deep(item, levels - 1) for item in found)
+    if not levels:
+        return True
+    for item in found:  # noqa: SIM110 - half the time of any()
+        if type(item) is not str and _is_deep(item, levels - 1):
+            return True
+    return False
 
 
 def _with_row_fields(
@@ -483,13 +518,29 @@ def _check_turns(messages: Sequence[Message], where: str) -> None:
 _MAY_FOLLOW = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
 
-def _canonical(row: Row) -> list[Any]:
+def _canonical(row: Row) -> bytes:
+    """The row as json.dumps writes ["document", text], ["pair", chosen, rejected] or ["conversation", messages, tools],
+    a message being [role, content, reasoning, calls]; keys sorted, nothing escaped that need not be. Strings by orjson.
+    """
     if isinstance(row, Document):
-        return ["document", row.text]
+        return b'["document", %b]' % orjson.dumps(row.text)
     if isinstance(row, Pair):
-        return ["pair", _canonical(row.chosen), _canonical(row.rejected)]
-    messages = [[m.role, m.content, m.reasoning_content, m.tool_calls] for m in row.messages]
-    return ["conversation", messages, row.tools]
+        return b'["pair", %b, %b]' % (_canonical(row.chosen), _canonical(row.rejected))
+    messages = [
+        b'["%b", %b, %b, %b]'
+        % (
+            m.role.encode(),
+            orjson.dumps(m.content),
+            b"null" if m.reasoning_content is None else orjson.dumps(m.reasoning_content),
+            _SORTED.encode(m.tool_calls).encode() if m.tool_calls else b"[]",
+        )
+        for m in row.messages
+    ]
+    tools = _SORTED.encode(row.tools).encode() if row.tools else b"[]"
+    return b'["conversation", [%b], %b]' % (b", ".join(messages), tools)
+
+
+_SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
 def _json_type(found: Any) -> str:

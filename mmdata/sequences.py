@@ -137,6 +137,19 @@ def join(flats: Items[Flat]) -> Flat:
     return Flat(ids, lengths, marks, num_marks, is_pairs)
 
 
+def reorder(flat: Flat, order: np.ndarray) -> Flat:
+    """The sequences `order` names, in that order."""
+    lengths, num_marks = flat.lengths[order], flat.num_marks[order]
+    ids = take(flat.ids, flat.begins[order], lengths)
+    return Flat(ids, lengths, take(flat.marks, flat.mark_begins[order], num_marks), num_marks, flat.is_pairs)
+
+
+def is_equal(one: Flat, other: Flat) -> bool:
+    """Whether both hold the same sequences in the same order; the width of ids is no matter."""
+    names = ("lengths", "num_marks", "marks", "ids")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
 def take(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The stretches of `values` that begin there and have these sizes, end to end."""
     ends = (begins + sizes).tolist()

@@ -51,7 +51,8 @@ class _Turn(NamedTuple):
 class Template:
     """A tokenizer's chat template (the built-in ChatML when it has none), compiled once."""
 
-    def __init__(self, tokenizer: Tokenizer, *, era: str = "auto"):
+    def __init__(self, tokenizer: Tokenizer, *, era: str = "auto", only_jinja: bool = False):
+        """`only_jinja`: every row is rendered by jinja2, also one that could be put together directly."""
         self.text = tokenizer.chat_template or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
@@ -66,7 +67,8 @@ class Template:
             environment = template_environment()
             self._compiled = environment.from_string(self.text)
             self._turn = self._learn_turn()
-            self._plan = self._learn_plan(_literals(environment.parse(self.text)))
+            self.literals = None if only_jinja else _literals(environment.parse(self.text))
+            self._plan = self._learn_plan(self.literals)
         except (jinja2.TemplateError, BadRow) as error:
             raise TokenizerError(
                 f"{self.name}: its chat template cannot be used: {error}", "try another template"
@@ -98,7 +100,7 @@ class Template:
         assert train_on in TRAIN_ON
         if self._plan and self._plan.covers(conversation):
             return self._plan.segments(conversation.messages, train_on, first_trained, keep_empty_think)
-        return self._cut(conversation, train_on, first_trained, keep_empty_think)
+        return self.cut(conversation, train_on, first_trained, keep_empty_think)
 
     def prompt_ids(
         self,
@@ -126,6 +128,14 @@ class Template:
 
     # ---- rendering
 
+    def rendering(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """What jinja2 writes for these messages; BadRow when the template refuses them."""
+        return self._render(messages, tools)
+
+    def control_tokens_in(self, text: str) -> list[str]:
+        """The tokenizer's special tokens that stand in `text`, in order."""
+        return self._control.findall(text)
+
     def _render(
         self,
         messages: Sequence[Message],
@@ -148,9 +158,14 @@ class Template:
         except _RENDER_ERRORS as error:
             raise BadRow("template refuses", str(error)[:200]) from None
 
-    def _cut(
-        self, conversation: Conversation, train_on: str, first_trained: int, keep_empty_think: bool
+    def cut(
+        self,
+        conversation: Conversation,
+        train_on: str = "assistant",
+        first_trained: int = 0,
+        keep_empty_think: bool = True,
     ) -> list[Segment]:
+        """As `segments`, always by jinja2."""
         messages = conversation.messages
         text = self._render(messages, conversation.tools)
         runs = sorted(run for run in getattr(text, "runs", ()) if run.source != GENERATION)
@@ -164,7 +179,7 @@ class Template:
             turns = turns[-1:]
         elif train_on == "all":
             turns = [(turns[0][0] if first_trained else 0, len(text))]
-        return _merged(self._assemble(text, turns, dropped))
+        return merged(self._assemble(text, turns, dropped))
 
     def _turns(self, text: str, runs: list[Run], answers: list[int]) -> list[tuple[int, int]]:
         """The stretch of `text` each of these assistant messages is trained on."""
@@ -293,7 +308,7 @@ class Template:
             plan = _Plan(self._control, gaps, literals)
             for messages, train_on, is_reply, keep in itertools.product(probes, TRAIN_ON, (False, True), (True, False)):
                 options = train_on, len(messages) - 1 if is_reply else 0, keep
-                if plan.segments(messages, *options) != self._cut(Conversation(tuple(messages)), *options):
+                if plan.segments(messages, *options) != self.cut(Conversation(tuple(messages)), *options):
                     return None
         except BadRow:
             return None
@@ -339,7 +354,7 @@ class _Plan:
             pieces += self._gap(before, message.role, was_trained, is_trained, keep_empty_think)
             pieces.append(Segment(message.content, is_trained, False))
             before, was_trained = message.role, is_trained
-        return _merged(pieces + self._gap(before, "", was_trained, train_on == "all", keep_empty_think))
+        return merged(pieces + self._gap(before, "", was_trained, train_on == "all", keep_empty_think))
 
     def _gap(
         self, before: str, role: str, was_trained: bool, is_trained: bool, keep_empty_think: bool
@@ -371,7 +386,7 @@ def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
     ]
 
 
-def _merged(segments: Sequence[Segment]) -> list[Segment]:
+def merged(segments: Sequence[Segment]) -> list[Segment]:
     """Join plain neighbours that are trained alike."""
     merged: list[Segment] = []
     for segment in segments:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmdata.encode import Encoded
     from mmdata.errors import MMError
+    from mmdata.estimate import Estimate
     from mmdata.fetch import Outcome, Row
     from mmdata.pipeline import PackResult
     from mmdata.plan import Plan as FetchPlan
@@ -65,6 +66,13 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+def in_time(seconds: float) -> str:
+    """A duration as people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def percent(part: float, whole: float) -> str:
@@ -129,6 +137,58 @@ def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterato
                 say(f"{label}: {amount} ({percent(done, total)})")
 
         yield update
+
+
+class PackWatch:
+    """Adds rows, rows set aside and rates to the progress of a pack: on a terminal in the bar, else in the plain lines."""
+
+    def __init__(self, label: str, *, quiet: bool = False):
+        self._label = label
+        self._quiet = quiet
+        self._start = time.monotonic()
+        self._told = self._start
+        self._rows = self._tokens = self._left_out = 0
+        self._first_tokens: int | None = None
+        self._first_bytes: int | None = None
+
+    def watch(self, rows: int, tokens: int, left_out: int) -> None:
+        """What came of the inputs so far."""
+        self._rows, self._tokens, self._left_out = rows, tokens, left_out
+        if self._first_tokens is None:
+            self._first_tokens = tokens
+
+    def words(self, done: int, total: int) -> str:
+        """Rows, rates since the beginning of this run, the time left and what was set aside."""
+        if self._first_bytes is None:
+            self._first_bytes = done
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        rate = (done - self._first_bytes) / seconds
+        tokens = (self._tokens - (self._first_tokens or 0)) / seconds
+        left = f", {in_time((total - done) / rate)} left" if rate > 0 and done < total else ""
+        aside = f", {self._left_out:,} set aside" if self._left_out else ""
+        return f"{self._rows:,} rows{aside}, {rate / 1e6:.1f} MB/s, {tokens:,.0f} tokens/s{left}"
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[int, int], None] | None]:
+        """As `progress`, with these words."""
+        if self._quiet:
+            yield None
+        elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), DownloadColumn(binary_units=False))
+            bar = Progress(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True), transient=True)
+            with bar:
+                task = bar.add_task(self._label, total=None, words="")
+                yield lambda done, total: bar.update(task, completed=done, total=total, words=self.words(done, total))
+        else:
+            yield self._line
+
+    def _line(self, done: int, total: int) -> None:
+        if time.monotonic() - self._told >= 10:
+            self._told = time.monotonic()
+            say(f"{self._label}: {percent(done, total)} of {size(total)}, {self.words(done, total)}")
 
 
 def next_command(command: str) -> None:
@@ -354,6 +414,36 @@ def print_packed(packed: "PackResult", tell: Callable[[str], None] = result) -> 
     )
     for reason in packed.left_out:
         say(f"{reason}: {HELP[reason]}")
+
+
+def print_estimate(found: "Estimate") -> None:
+    """What `mm pack --plan` foresees, a line a length limit."""
+    names = ", ".join(found.inputs)
+    result(
+        f"{names}: about {found.rows:,} rows of kind {found.kind} in {size(found.bytes)}"
+        f" (read {size(found.read_bytes)}); {found.rows_left_out:,} cannot be used"
+    )
+    head = ["max-len", "tokens", "trained", "padding", "cut rows", "too long", "disk", "time", "steps an epoch"]
+    lines = [
+        [
+            f"{o.max_len:,}",
+            f"{o.tokens / 1e6:,.1f}M",
+            percent(o.loss_tokens, o.tokens),
+            f"{100 * o.padding:.2f}%",
+            f"{o.rows_cut:,}",
+            f"{o.rows_too_long:,}",
+            size(o.disk_bytes),
+            in_time(o.seconds),
+            f"{o.steps_per_epoch:,}" if o.steps_per_epoch else "-",
+        ]
+        for o in found.outlooks
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    for line in (head, *lines):
+        result("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    say(
+        f"{found.workers} workers, {found.encoder}; a step takes {found.batch_tokens or 0:,} tokens; nothing was written"
+    )
 
 
 # --- samples

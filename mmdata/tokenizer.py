@@ -89,6 +89,11 @@ class Tokenizer:
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
         return is_plain and parts.get("normalizer") is None and (parts.get("decoder") or {}).get("type") == "ByteLevel"
 
+    @property
+    def added_texts(self) -> list[str]:
+        """Every token that is matched as a whole, by id: control tokens and ordinary ones such as <think>."""
+        return [token.content for _, token in sorted(self.added.items())]
+
     def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Encode texts in one native call: flat uint32 ids, and int64 ends of each text in them.
 

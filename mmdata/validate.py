@@ -11,7 +11,7 @@ from mmdata.rows import LOOK_AT, BadRow, Line, Row, is_seekable, iter_lines, kin
 
 NUM_PLACES = 3
 _TICK_ROWS = 1024
-_CONTROL = re.compile(r"<\|\w+\|>|</?s>|<unk>")  # special tokens as tokenizers of all eras write them
+_CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens as tokenizers of all eras write them
 
 
 @dataclass(frozen=True, slots=True)

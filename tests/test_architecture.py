@@ -21,9 +21,10 @@ DECLARED = {
     "safetensors",
     "jinja2",
     "filelock",
+    "orjson",
 }
 # Imported only inside the function that needs it.
-EXTRAS = {"zstandard", "ray", "fsspec", "rensa", "wandb", "swanlab", "trackio", "starlette", "uvicorn"}
+EXTRAS = {"fastokens", "zstandard", "ray", "fsspec", "rensa", "wandb", "swanlab", "trackio", "starlette", "uvicorn"}
 # All that mmtrain takes from mmdata; `page` because the run's report is drawn like the data's.
 FROM_DATA = {"loader", "shards", "template", "tokenizer", "errors", "page", "vocabulary"}
 
@@ -42,9 +43,12 @@ PATH = {
         "rows",
         "validate",
         "tokenizer",
+        "encoders",
         "traced",
         "template",
+        "blocks",
         "sequences",
+        "bulk",
         "encode",
         "buckets",
         "packing",
@@ -65,6 +69,7 @@ PATH = {
         "publish",
         "unfinished",
         "pipeline",
+        "estimate",
         "repair",
         "tally",
         "texts",

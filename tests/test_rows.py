@@ -1,6 +1,7 @@
 """Lines in, rows or named reasons out."""
 
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mmdata import rows
 from mmdata.errors import InputError
 from mmdata.rows import (
     HELP,
@@ -340,3 +344,59 @@ def test_ten_thousand_corrupted_lines_are_rows_or_have_a_reason_and_harm_no_neig
     assert good == 10_000
     assert 5_000 < reasons.total() < 10_000
     assert len(reasons) >= 9
+
+
+# ---- orjson is asked first
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def both(raw: bytes) -> list[Any]:
+    found = []
+    for load in (rows._load, rows._load_strictly):
+        try:
+            found.append(load(raw))
+        except BadRow as bad:
+            found.append(str(bad))
+    return found
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(JSON, st.booleans())
+def test_every_json_value_is_read_as_the_standard_library_reads_it(value: Any, is_ascii: bool) -> None:
+    raw = json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", errors="surrogatepass")
+    fast, strict = both(raw)
+    assert repr(fast) == repr(strict)  # 1 and 1.0 are equal, -0.0 and 0.0 too
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a": 1, "a": 2}', b'{"a": NaN}', b'{"a": 1e999}', b'{"a": -0}', b'{"a": 18446744073709551616}', b"\xef\xbb\xbf{}",
+        b'{"a": "\xed\xa0\x80"}', b'{"a": "\\ud800"}', b'{"a": "\\ud83d\\ude00"}', b'{"a": "\x01"}', b"[" * 2000 + b"]" * 2000,
+        b'{"a": ' + b"[" * 70 + b"1.5" + b"]" * 70 + b"}", b'{"a": 01}', b'{"a": 1}x', b'{"a": "\xff"}', b" {} ", b"", b'"x"',
+    ],
+)  # fmt: skip
+def test_what_json_readers_disagree_on_keeps_its_verdict(raw: bytes) -> None:
+    fast, strict = both(raw)
+    assert repr(fast) == repr(strict)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(), st.none() | st.text(), st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=2))
+def test_the_hash_is_that_of_the_rows_canonical_json(said: str, thought: str | None, objects: list[dict]) -> None:
+    row = Conversation((Message("user", said), Message("assistant", said, thought, tuple(objects))), tuple(objects))
+    messages = [["user", said, None, []], ["assistant", said, thought, objects]]
+    want = json.dumps(["conversation", messages, objects], ensure_ascii=False, sort_keys=True)
+    assert row_hash(row) == hashlib.sha256(want.encode()).digest()
+    text = json.dumps(["document", said], ensure_ascii=False)
+    assert row_hash(Document(said)) == hashlib.sha256(text.encode()).digest()
+    other = Conversation(row.messages[:1])
+    pair = json.dumps(
+        ["pair", json.loads(want), ["conversation", messages[:1], []]], ensure_ascii=False, sort_keys=True
+    )
+    assert row_hash(Pair(row, other)) == hashlib.sha256(pair.encode()).digest()

@@ -300,7 +300,7 @@ def test_rows_put_together_directly_are_as_jinja_writes_them(
 
     chosen = template(name)
     found = outcome(chosen.segments, row, train_on=train_on, keep_empty_think=keep)
-    assert found == outcome(chosen._cut, row, train_on, 0, keep)
+    assert found == outcome(chosen.cut, row, train_on, 0, keep)
 
 
 def test_the_known_templates_are_put_together_directly() -> None:

@@ -1,0 +1,124 @@
+"""Fast encoders are used only where they agree with `tokenizers`; and no dataset depends on which one was."""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import eras
+import numpy as np
+import pytest
+from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
+
+from mmdata import encoders
+from mmdata.encoders import check, choose, first_difference, hostile
+from mmdata.errors import TokenizerError, UsageError
+from mmdata.pipeline import pack
+from mmdata.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_found", {})
+
+
+def lying(about: str) -> Callable[[Tokenizer], Any]:
+    """An encoder that gives one more token for texts with `about` in them."""
+
+    def make(tokenizer: Tokenizer) -> Any:
+        def encode(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:
+            parts = np.split(*tokenizer.encode_batch(texts, control=control))[: len(texts)]
+            parts = [np.append(p, p[:1]) if about in text else p for p, text in zip(parts, texts, strict=True)]
+            return np.concatenate(parts), np.cumsum([len(part) for part in parts])
+
+        return encode
+
+    return make
+
+
+def missing(name: str) -> str:
+    if name == "fastokens":
+        raise metadata.PackageNotFoundError(name)
+    return "1"
+
+
+@pytest.mark.parametrize("how", [{}, {"merges_newlines": True}, {"lstrip": True}])
+@pytest.mark.parametrize("name", ["seed", "era3"])
+def test_the_fast_encoder_gives_the_judges_ids_on_all_hostile_strings(name: str, how: dict[str, bool]) -> None:
+    found = check(eras.tokenizer(name, **how), ["one more"])
+    assert found.is_exact and found.num_texts > encoders.NUM_HOSTILE
+
+
+def test_the_hostile_strings_are_the_same_every_time_and_hold_what_breaks_encoders() -> None:
+    texts = hostile(("<s>", "</s>"))
+    hostile.cache_clear()
+    assert texts == hostile(("<s>", "</s>"))
+    whole = "".join(texts)
+    assert all(piece in whole for piece in ("<s>", "\u0301", "\r\n", "\U0001f600", "\x00", " " * 300, "\u3000", "'ll"))
+    assert len(set(texts)) > 900
+    whole.encode()  # no half of a surrogate pair
+
+
+def test_an_encoder_with_other_ids_is_not_taken_and_says_on_which_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_fastokens", lying("'ll"))
+    chosen = choose(eras.tokenizer("era3"))
+    assert chosen.is_judge and "'ll" in chosen.warning and "fastokens" in chosen.warning
+    with pytest.raises(TokenizerError, match="other ids than tokenizers"):
+        choose(eras.tokenizer("era3"), "fastokens")
+    assert "'ll" in str(check(eras.tokenizer("era3")).difference)
+
+
+def test_a_native_refusal_is_a_difference_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tokenizer: Tokenizer) -> Any:
+        raise ValueError("unknown pre-tokenizer")
+
+    monkeypatch.setattr(encoders, "_fastokens", refuse)
+    chosen = choose(eras.tokenizer("era3"))
+    assert chosen.is_judge and "unknown pre-tokenizer" in chosen.warning
+
+
+def test_without_the_extra_the_judge_encodes_and_asking_for_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", missing)
+    chosen = choose(eras.tokenizer("era3"))
+    assert chosen.is_judge and not chosen.warning
+    with pytest.raises(UsageError) as caught:
+        choose(eras.tokenizer("era3"), "fastokens")
+    assert "mm-toolkit[fast]" in caught.value.fix
+    with pytest.raises(UsageError, match="no such choice"):
+        choose(eras.tokenizer("era3"), "nope")
+
+
+def test_a_difference_is_found_wherever_it_stands() -> None:
+    tokenizer = eras.tokenizer("era3")
+    assert first_difference(tokenizer, lying("needle")(tokenizer), ["a", "b", "", "c"]) is None
+    assert first_difference(tokenizer, lying("needle")(tokenizer), ["a", "b needle", "c"]) == "on 'b needle'"
+
+
+@pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
+def test_a_dataset_does_not_depend_on_the_encoder(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", kind, 120)
+    digests = []
+    for name in ("tokenizers", "fastokens"):
+        result = pack([path], tmp_path / name, tokenizer_dir=tokenizer_dir, max_len=64, encoder=name)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        (entry,) = manifest["encoders"]
+        assert entry["name"].startswith(f"{name} ") and entry["parts"] == 1 and entry["given_up"] == 0
+        assert entry["rows_compared"] >= 16
+        assert list(result.encoders) == [entry["name"]]
+        digests.append((result.digest, [shard["sha256"] for shard in manifest["shards"]], manifest["parts"]))
+    assert digests[0] == digests[1]
+
+
+def test_a_part_whose_rows_differ_is_packed_the_slow_way_with_a_warning(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", "document", 60)
+    want = pack([path], tmp_path / "want", tokenizer_dir=tokenizer_dir, encoder="tokenizers")
+    monkeypatch.setattr(encoders, "_fastokens", lying("灯塔"))
+    said: list[str] = []
+    got = pack([path], tmp_path / "got", tokenizer_dir=tokenizer_dir, note=said.append)
+    assert got.digest == want.digest
+    assert any("rows.jsonl line" in line and "warning" in line for line in said)
+    (entry,) = json.loads((tmp_path / "got" / "manifest.json").read_text())["encoders"]
+    assert entry["given_up"] == 1 and entry["name"].startswith("tokenizers")
