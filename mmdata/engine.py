@@ -35,14 +35,18 @@ def run(
     engine: str = "local",
     ray_address: str | None = None,
     progress: Progress | None = None,
+    with_counts: bool = False,
 ) -> list[Result]:
     """The results of `make()` applied to every job; `make` is called once in each process and must pickle.
 
     What `make` gives is called with a job and `tick`; `tick(n)` says that n more units of the job are done; it takes up to
-    COUNTS numbers, for other things that `progress` is to be told the sums of. total: the
+    COUNTS numbers, for other things whose sums `progress` is told too `with_counts`. total: the
     units that all jobs together tick, for `progress`. engine "local": one job, one worker, or a process that may not have
     children (a daemon): everything runs right here. "ray": on the cluster at `ray_address`, or one started here.
     """
+    if progress and not with_counts:
+        told = progress
+        progress = lambda done, total, *_: told(done, total)  # noqa: E731
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine} is unknown", f"use {' or '.join(ENGINES)}")
     if ray_address and engine != "ray":

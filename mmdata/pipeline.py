@@ -201,7 +201,11 @@ def _pack_parts(
             progress(before + ticked, total)
 
     work = partial(RecordingPacker, Settings(staging.dataset, job.tokenizer_dir, job.manifest, job.encoder), job.out)
-    new = {result.number: result for result in run(work, todo, total=total - before, progress=tell)} if todo else {}
+    new = (
+        {result.number: result for result in run(work, todo, total=total - before, progress=tell, with_counts=True)}
+        if todo
+        else {}
+    )
     return [done.get(part.number) or new[part.number] for part in parts]
 
 

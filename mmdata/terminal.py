@@ -151,6 +151,10 @@ class PackWatch:
         self._first_tokens: int | None = None
         self._first_bytes: int | None = None
 
+    def _begin(self, done: int) -> None:
+        if self._first_bytes is None:  # what an earlier pack had done is no speed of this one
+            self._first_bytes = done
+
     def watch(self, rows: int, tokens: int, left_out: int) -> None:
         """What came of the inputs so far."""
         self._rows, self._tokens, self._left_out = rows, tokens, left_out
@@ -159,10 +163,8 @@ class PackWatch:
 
     def words(self, done: int, total: int) -> str:
         """Rows, rates since the beginning of this run, the time left and what was set aside."""
-        if self._first_bytes is None:
-            self._first_bytes = done
         seconds = max(time.monotonic() - self._start, 1e-3)
-        rate = (done - self._first_bytes) / seconds
+        rate = (done - (self._first_bytes or 0)) / seconds
         tokens = (self._tokens - (self._first_tokens or 0)) / seconds
         left = f", {in_time((total - done) / rate)} left" if rate > 0 and done < total else ""
         aside = f", {self._left_out:,} set aside" if self._left_out else ""
@@ -181,11 +183,17 @@ class PackWatch:
             bar = Progress(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True), transient=True)
             with bar:
                 task = bar.add_task(self._label, total=None, words="")
-                yield lambda done, total: bar.update(task, completed=done, total=total, words=self.words(done, total))
+
+                def update(done: int, total: int) -> None:
+                    self._begin(done)
+                    bar.update(task, completed=done, total=total, words=self.words(done, total))
+
+                yield update
         else:
             yield self._line
 
     def _line(self, done: int, total: int) -> None:
+        self._begin(done)
         if time.monotonic() - self._told >= 10:
             self._told = time.monotonic()
             say(f"{self._label}: {percent(done, total)} of {size(total)}, {self.words(done, total)}")
