@@ -4,6 +4,7 @@ A pure function of (bytes of the part, settings): the same files whoever runs it
 """
 
 import base64
+import gc
 import hashlib
 import json
 from collections import Counter
@@ -29,6 +30,7 @@ from mmdata.validate import control_strings
 
 BATCH_BYTES = 2**20  # of jsonl to the encoder in one call: some hundred rows, under a second
 COMPARED_FIRST, COMPARED = 16, 2  # rows of a part's first batch, and of each other one, that the reference encodes too
+GC_OBJECTS = 200_000  # of rows, which are no garbage, before Python looks for some again: a tenth of the time otherwise
 TOO_LONG = "too long"  # a row nothing is wrong with
 
 
@@ -149,6 +151,14 @@ class PartPacker:
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
         """Reads, encodes, packs and writes a part, then proves from the written bytes that all is there."""
+        before = gc.get_threshold()
+        gc.set_threshold(GC_OBJECTS, *before[1:])
+        try:
+            return self._pack(part, tick)
+        finally:
+            gc.set_threshold(*before)
+
+    def _pack(self, part: Part, tick: Tick) -> PartResult:
         try:
             result = PartResult(part.number, warning=self._warning)
             collected = self._collect(part, result, tick, self._fast)

@@ -1,17 +1,26 @@
-"""MB/s of jsonl of `mm pack`, and its share of the raw encoder's rate, on seeded conversations and documents.
+"""MB/s of jsonl of `mm pack` end to end, against the encoder alone and what else people use; padding, memory, `--plan`.
 
-    python tests/bench/pack.py [--tokenizer DIR] [--megabytes 20] [--workers 1 2]
+    python tests/bench/pack.py --rows DIR --tokenizer DIR [--minimind CHECKOUT] [--megabytes 200] [--slice 12] [--memory]
 
-Rates are bytes of jsonl by wall time and, for one process, by its CPU time with the encoder on one thread. The raw
-encoder gets the same text as ready strings, in the same batches, and does nothing else. The peer is what a careful user
-writes with HF `datasets`: batched map, the same tokenizer, template by hand, mask by hand; it needs `datasets` installed.
+DIR holds real rows: every sft*.jsonl and pretrain*.jsonl in it is repeated up to --megabytes, in another order each time
+and never twice the same: of the Chinese characters 12 % are drawn anew from all of the files' characters, of the words
+8 % from their words and 3 % get another letter, all digits are drawn anew. So an encoder that remembers words or texts
+finds what it would find in a real file of this size, not repetitions.
+
+`mm pack` runs as a user runs it: a process of its own from start to exit, hashing the input, 2 workers, proof included.
+Peers run on the first --slice MB of the same file with the same tokenizer, in a virtual environment that is made beside
+(--peers), and which sees this one's packages: datasets.map (num_proc=2) with transformers' template and MiniMind's mask,
+MiniMind's own Dataset (one core), datatrove's DocumentTokenizer (2 tasks), and Megatron's preprocess_data as a structure:
+a pool of 2 that loads, encodes and appends eod line by line, one writer of a flat binary. What cannot be made is said.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,177 +28,374 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # before the first use: rates are per core
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from mmdata.pipeline import pack  # noqa: E402
-from mmdata.tokenizer import CHATML, Tokenizer, train_bpe  # noqa: E402
-
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-ENGLISH = ("the", "of", "river", "light", "under", "small", "because", "water", "people", "answer", "open", "between")
-CHINESE = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经"
+CJK, WORD = r"[\u4e00-\u9fff]", r"[A-Za-z]{3,}"
+VARIED = re.compile(rf"{CJK}|{WORD}|\d")
+MAX_LEN = 1024
 
 
-def sentence(draw: random.Random) -> str:
-    """Half Chinese, half English, with made-up words and numbers so that a cache of words does not do the work."""
-    if draw.random() < 0.5:
-        return "".join(draw.choice(CHINESE) for _ in range(draw.randint(8, 40))) + "。"
-    made_up = "".join(draw.choice("aeioulnrstmkpd") for _ in range(draw.randint(3, 9)))
-    words = [draw.choice(ENGLISH) for _ in range(draw.randint(5, 18))]
-    return " ".join([*words, made_up, str(draw.randint(0, 9999))]) + ". "
+# --- the rows
 
 
-def text(draw: random.Random, most: int) -> str:
-    return "".join(sentence(draw) for _ in range(draw.randint(1, most)))
+def write_corpus(sources: list[Path], out: Path, num_bytes: int) -> None:
+    """Rows of `sources`, varied, until there are so many bytes."""
+    rows = [json.loads(line) for path in sources for line in path.read_text(encoding="utf-8").splitlines()]
+    said = " ".join(text for row in rows for text in texts(row))
+    characters, words = re.findall(CJK, said), re.findall(WORD, said)
+    draw = random.Random(0).random
+
+    def varied(match: re.Match[str]) -> str:
+        found, chance = match.group(), draw()
+        if found.isdigit():
+            return str(int(draw() * 10))
+        if found[0] >= "\u4e00":
+            return characters[int(draw() * len(characters))] if chance < 0.12 else found
+        if chance < 0.08:
+            return words[int(draw() * len(words))]
+        at = int(draw() * len(found))
+        return f"{found[:at]}{'aeioutnsrl'[int(draw() * 10)]}{found[at + 1 :]}" if chance < 0.11 else found
+
+    order = random.Random(1)
+    with out.open("w", encoding="utf-8") as file:
+        while True:
+            for row in order.sample(rows, len(rows)):
+                if "text" in row:
+                    row = row | {"text": VARIED.sub(varied, row["text"])}
+                else:
+                    messages = row["conversations"]
+                    row = row | {"conversations": [m | {"content": VARIED.sub(varied, m["content"])} for m in messages]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if file.tell() >= num_bytes:
+                return
 
 
-def conversation(draw: random.Random) -> dict[str, Any]:
-    roles = ["user", "assistant"] * draw.randint(1, 3)
-    return {"conversations": [{"role": role, "content": text(draw, 8)} for role in roles]}
+def texts(row: dict[str, Any]) -> list[str]:
+    return [row["text"]] if "text" in row else [message["content"] for message in row["conversations"]]
 
 
-def document(draw: random.Random) -> dict[str, Any]:
-    return {"text": text(draw, 20)}
+def cut_slice(path: Path, num_bytes: int) -> Path:
+    """The first lines of a file, about so many bytes."""
+    out = path.with_suffix(".slice.jsonl")
+    with path.open("rb") as source, out.open("wb") as file:
+        while file.tell() < num_bytes and (line := source.readline()):
+            file.write(line)
+    return out
 
 
-def write(path: Path, make: Callable[[random.Random], dict[str, Any]], num_bytes: int) -> int:
-    """A jsonl file of about this size; its exact size."""
-    draw = random.Random(0)
-    with open(path, "w", encoding="utf-8") as file:
-        while file.tell() < num_bytes:
-            file.write(json.dumps(make(draw), ensure_ascii=False) + "\n")
-    return path.stat().st_size
+# --- mm
 
 
-def rendered(path: Path) -> Iterator[str]:
-    """The text the encoder has to encode, a string a row."""
-    with open(path, encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            turns = row.get("conversations", ())
-            yield row.get("text") or "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in turns)
-
-
-def raw_encoder(path: Path, tokenizer: Tokenizer) -> float:
-    """CPU seconds of encode_batch_fast alone, over all text of the file."""
-    texts = list(rendered(path))
-    start = time.process_time()
-    for begin in range(0, len(texts), 1000):
-        tokenizer.native.encode_batch_fast(texts[begin : begin + 1000], add_special_tokens=False)
-    return time.process_time() - start
-
-
-def peer(path: Path, tokenizer: Tokenizer, workers: int, cache: Path) -> float | None:
-    """Wall seconds of load_dataset and map with the same template and mask; None when `datasets` is not installed."""
+def tree_rss(pid: int) -> int:
+    """Bytes resident in a process and its children: shared pages count in each."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
     try:
-        import datasets
-    except ImportError:
-        return None
-    datasets.disable_progress_bars()
-    shutil.rmtree(cache, ignore_errors=True)
-    start = time.monotonic()
-    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
-    rows.map(
-        _map_batch,
-        batched=True,
-        num_proc=workers if workers > 1 else None,
-        remove_columns=rows.column_names,
-        fn_kwargs={"tokenizer_dir": str(tokenizer.dir)},
-        load_from_cache_file=False,
+        own = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) * 1024
+        return own + sum(tree_rss(int(child)) for child in children.read_text().split())
+    except (OSError, IndexError):
+        return 0
+
+
+def pack(path: Path, out: Path, tokenizer: Path, workers: int) -> tuple[float, int, dict[str, Any]]:
+    """Wall seconds from start to exit, peak memory of all processes, and the figures it printed."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", "import cli; cli.main()", "pack", str(path), "--out", str(out)]
+    command += [
+        "--tokenizer",
+        str(tokenizer),
+        "--max-len",
+        str(MAX_LEN),
+        "--workers",
+        str(workers),
+        "--no-report",
+        "--json",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"RAYON_NUM_THREADS": "1"} if workers == 1 else {})
+    start, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    while process.poll() is None:
+        peak = max(peak, tree_rss(process.pid))
+        time.sleep(0.1)
+    seconds = time.monotonic() - start
+    assert process.stdout and process.returncode == 0, "mm pack failed"
+    return seconds, peak, json.loads(process.stdout.read())[0]
+
+
+def raw_encoder(path: Path, tokenizer: Path) -> float:
+    """CPU seconds of the encoder that mm takes, alone on one thread, on strings made ready before, the caches cold."""
+    code = (
+        "import sys, time, json; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
+        "from mmdata.tokenizer import Tokenizer; from mmdata.encoders import choose\n"
+        "rows = [json.loads(line) for line in open(sys.argv[1], encoding='utf-8')]\n"
+        "texts = [r.get('text') or ''.join(f\"<|im_start|>{m['role']}\\n{m['content']}<|im_end|>\\n\" for m in r['conversations']) for r in rows]\n"
+        "encode = choose(Tokenizer.load(Path(sys.argv[2]))).encode\n"
+        "start = time.process_time()\n"
+        "for i in range(0, len(texts), 1000): encode(texts[i:i+1000], True)\n"
+        "print(time.process_time() - start)\n"
     )
-    return time.monotonic() - start
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", code, str(path), str(tokenizer), str(ROOT)]
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-_peer_tokenizer: list[Any] = []
+def padding(out: Path) -> tuple[float, float]:
+    """Share of positions without a token: of all train packs, and of the worst part with a whole part's bytes."""
+    shards = [s for s in json.loads((out / "manifest.json").read_bytes())["shards"] if s["split"] == "train"]
+
+    def share(of: list[dict[str, Any]]) -> float:
+        return 1 - sum(s["tokens"] for s in of) / max(1, sum(s["samples"] * s["bucket"] for s in of))
+
+    parts = {s["part"] for s in shards}
+    whole = sorted(parts)[:-1] or sorted(parts)
+    return share(shards), max(share([s for s in shards if s["part"] == part]) for part in whole)
 
 
-def _map_batch(batch: dict[str, list[Any]], tokenizer_dir: str) -> dict[str, list[Any]]:
-    import tokenizers
-
-    if not _peer_tokenizer:
-        _peer_tokenizer.append(tokenizers.Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json")))
-    native = _peer_tokenizer[0]
-    if "text" in batch:
-        encoded = native.encode_batch_fast(batch["text"], add_special_tokens=False)
-        return {"input_ids": [e.ids for e in encoded], "loss_mask": [[1] * len(e.ids) for e in encoded]}
-    turns = [[(m["role"], m["content"]) for m in row] for row in batch["conversations"]]
-    texts = ["".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in row) for row in turns]
-    start, end = (
-        native.encode(mark, add_special_tokens=False).ids for mark in ("<|im_start|>assistant\n", "<|im_end|>\n")
-    )
-    ids = [e.ids for e in native.encode_batch_fast(texts, add_special_tokens=False)]
-    return {"input_ids": ids, "loss_mask": [_scan(row, start, end) for row in ids]}
+# --- peers: run by the peers' own interpreter as `pack.py --peer NAME FILE TOKENIZER SCRATCH CHECKOUT`
 
 
-def _scan(ids: list[int], start: list[int], end: list[int]) -> list[int]:
-    """The mask by looking for the marks, token by token, as training scripts do."""
-    mask = [0] * len(ids)
-    i = 0
+def mask_of(ids: list[int], header: list[int], end: list[int]) -> list[int]:
+    """MiniMind's rule, token by token: from after the assistant's header through the end of turn."""
+    mask, i = [0] * len(ids), 0
     while i < len(ids):
-        if ids[i : i + len(start)] == start:
-            i += len(start)
-            while i < len(ids) and ids[i : i + len(end)] != end:
-                mask[i] = 1
-                i += 1
-            for _ in range(min(len(end), len(ids) - i)):
-                mask[i] = 1
-                i += 1
-        else:
+        if ids[i : i + len(header)] != header:
             i += 1
+            continue
+        i += len(header)
+        while i < len(ids) and ids[i : i + len(end)] != end:
+            mask[i] = 1
+            i += 1
+        for at in range(i, min(i + len(end), len(ids))):
+            mask[at] = 1
+        i += len(end)
     return mask
 
 
-def main() -> None:
-    """Prints a table, and the lines for RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", type=Path, help="default: one of 6,400 tokens trained on the same text")
-    parser.add_argument("--megabytes", type=float, default=20)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    arguments = parser.parse_args()
-    lines: list[tuple[str, str]] = []
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        files = {name: root / f"{name}.jsonl" for name in ("conversations", "documents")}
-        for name, make in (("conversations", conversation), ("documents", document)):
-            write(files[name], make, int(arguments.megabytes * 1e6))
-        tokenizer = Tokenizer.load(arguments.tokenizer) if arguments.tokenizer else train(root, files)
-        for name, path in files.items():
-            lines += measure(root, name, path, tokenizer, arguments.workers)
-    for what, figure in lines:
-        print(f"  {what:70} {figure}")
-    print("for RESULTS.md:")
-    for what, figure in lines:
-        print(f"| {what} | {figure} |")
+_loaded: dict[str, Any] = {}
 
 
-def train(root: Path, files: dict[str, Path]) -> Tokenizer:
-    texts = (line for path in files.values() for line, _ in zip(rendered(path), range(2000), strict=False))
-    return train_bpe(texts, vocab_size=6400, control_tokens=CONTROL, chat_template=CHATML, out_dir=root / "tokenizer")
+def loaded(tokenizer: str) -> Any:
+    if tokenizer not in _loaded:
+        from transformers import AutoTokenizer
+
+        _loaded[tokenizer] = AutoTokenizer.from_pretrained(tokenizer)
+    return _loaded[tokenizer]
 
 
-def measure(root: Path, name: str, path: Path, tokenizer: Tokenizer, all_workers: list[int]) -> list[tuple[str, str]]:
+def map_batch(batch: dict[str, list[Any]], tokenizer: str) -> dict[str, list[Any]]:
+    native = loaded(tokenizer)
+    if "text" in batch:
+        ids = native(batch["text"], add_special_tokens=False).input_ids
+        return {"input_ids": ids, "loss_mask": [[1] * len(row) for row in ids]}
+    header, end = (native(t, add_special_tokens=False).input_ids for t in ("<|im_start|>assistant\n", "<|im_end|>\n"))
+    written = []
+    for row in batch["conversations"]:
+        messages = [{key: value for key, value in m.items() if value is not None} for m in row]
+        tools = next((json.loads(m["tools"]) for m in messages if m.get("tools")), None)
+        for m in messages:
+            if m.get("tool_calls"):
+                m["tool_calls"] = json.loads(m["tool_calls"])
+        written.append(native.apply_chat_template(messages, tools=tools or None, tokenize=False))
+    ids = native(written, add_special_tokens=False).input_ids
+    return {"input_ids": ids, "loss_mask": [mask_of(row, header, end) for row in ids]}
+
+
+def peer_map(path: str, tokenizer: str, scratch: str, _: str) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset("json", data_files=path, split="train", cache_dir=scratch)
+    options: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer}, "remove_columns": rows.column_names}
+    rows.map(map_batch, batched=True, num_proc=2, load_from_cache_file=False, **options)
+
+
+def peer_minimind(path: str, tokenizer: str, scratch: str, checkout: str) -> None:
+    os.environ["HF_DATASETS_CACHE"] = scratch
+    sys.path.insert(0, checkout)
+    from dataset import lm_dataset  # pyright: ignore[reportMissingImports]
+
+    kind = lm_dataset.PretrainDataset if "pretrain" in Path(path).name else lm_dataset.SFTDataset
+    rows = kind(path, loaded(tokenizer), max_length=MAX_LEN)
+    start = time.monotonic()
+    for i in range(len(rows)):
+        rows[i]
+    print(time.monotonic() - start)  # without loading the file, which is done once
+
+
+def peer_datatrove(path: str, tokenizer: str, scratch: str, _: str) -> None:
+    from datatrove.executor import LocalPipelineExecutor  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.readers import JsonlReader  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.tokens import DocumentTokenizer  # pyright: ignore[reportMissingImports]
+
+    halves = Path(scratch) / "in"
+    halves.mkdir()
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    for n in range(2):
+        (halves / f"{n}.jsonl").write_bytes(b"".join(lines[n::2]))
+    step = DocumentTokenizer(
+        output_folder=f"{scratch}/out", tokenizer_name_or_path=f"{tokenizer}/tokenizer.json", eos_token="<|im_end|>"
+    )
+    start = time.monotonic()
+    LocalPipelineExecutor([JsonlReader(str(halves)), step], tasks=2, workers=2, logging_dir=f"{scratch}/log").run()
+    print(time.monotonic() - start)
+
+
+def megatron_line(line: bytes) -> tuple[list[int], int]:
+    ids = loaded(_loaded["path"])(json.loads(line)["text"], add_special_tokens=False).input_ids
+    return [*ids, 2], len(line)
+
+
+def megatron_start(tokenizer: str) -> None:
+    _loaded["path"] = tokenizer
+    loaded(tokenizer)
+
+
+def peer_megatron(path: str, tokenizer: str, scratch: str, _: str) -> None:
+    import multiprocessing
+
+    import numpy as np
+
+    with multiprocessing.Pool(2, megatron_start, (tokenizer,)) as pool, open(path, "rb") as lines:
+        with open(f"{scratch}/out.bin", "wb") as out:
+            sizes = []
+            for ids, _size in pool.imap(megatron_line, lines, 32):
+                out.write(np.array(ids, np.uint16).tobytes())
+                sizes.append(len(ids))
+        np.save(f"{scratch}/out.idx.npy", np.array(sizes, np.int32))
+
+
+PEERS: dict[str, Callable[[str, str, str, str], None]] = {
+    "datasets.map, num_proc=2": peer_map,
+    "MiniMind's Dataset, one core": peer_minimind,
+    "datatrove DocumentTokenizer, 2 tasks": peer_datatrove,
+    "Megatron preprocess_data, 2 workers": peer_megatron,
+}
+
+
+def peers_python(venv: Path) -> Path:
+    """The interpreter of the peers' environment, made if it is not there; it sees this one's packages too."""
+    python = venv / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        (own,) = (p for p in sys.path if p.endswith("site-packages"))
+        (site,) = venv.glob("lib/python*/site-packages")
+        (site / "mm.pth").write_text(own + "\n")
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "datasets", "datatrove", "orjson"], check=True)
+    return python
+
+
+def run_peer(name: str, python: Path, path: Path, tokenizer: Path, checkout: Path | None) -> float | str:
+    """MB/s, or what is missing."""
+    if "MiniMind" in name and not checkout:
+        return "not run: give --minimind CHECKOUT"
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [str(python), __file__, "--peer", name, str(path), str(tokenizer), scratch, str(checkout)]
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        start = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - start
+    if done.returncode:
+        return "failed: " + (done.stderr.strip().splitlines() or ["no reason"])[-1][:200]
+    if said := re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE):
+        seconds = float(said[-1])
+    return path.stat().st_size / 1e6 / seconds
+
+
+# --- the tables
+
+
+def measure(name: str, path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
     megabytes = path.stat().st_size / 1e6
-    raw = raw_encoder(path, tokenizer)
-    lines = [(f"raw encoder alone, {name}", f"{megabytes / raw:.2f} MB/s of jsonl per core")]
-    for workers in all_workers:
-        cpu = time.process_time()
-        result = pack(
-            [path],
-            root / f"{name}{workers}",
-            tokenizer_dir=tokenizer.dir,
-            max_len=1024,
-            workers=workers,
-            part_bytes=4 * 2**20,
-        )
-        cpu = time.process_time() - cpu
-        figure = f"{megabytes / result.seconds:.2f} MB/s wall, fill {100 * result.fill:.2f}%"
-        if workers == 1:
-            figure += f"; {megabytes / cpu:.2f} MB/s per core = {100 * raw / cpu:.0f}% of the raw encoder"
-        lines.append((f"mm pack {name}, {workers} worker(s), {megabytes:.0f} MB", figure))
-        seconds = peer(path, tokenizer, workers, root / "cache")
-        what = f"datasets.map {name}, num_proc={workers}, tokens and mask, no packing"
-        lines.append((what, f"{megabytes / seconds:.2f} MB/s wall" if seconds else "`datasets` is not installed"))
-    return lines
+    out = root / name
+    if not options.only_peers:
+        foreseen = plan(path, options.tokenizer)
+        seconds, peak, figures = pack(path, out, options.tokenizer, 2)
+        rate = megabytes / seconds
+        total, worst = padding(out)
+        yield f"`mm pack`, {name}, {megabytes:.0f} MB, 2 workers", f"{rate:.1f} MB/s; peak {peak / 1e6:.0f} MB"
+        yield f"padding, {name}", f"{100 * total:.3f} %, worst whole part {100 * worst:.3f} %"
+        size = sum(f.stat().st_size for f in out.rglob("*.arrow"))
+        real = {
+            "tokens": figures["tokens"],
+            "loss_tokens": figures["loss_tokens"],
+            "disk_bytes": size,
+            "seconds": seconds,
+        }
+        told = ", ".join(f"{key} {100 * (foreseen[key] / value - 1):+.1f} %" for key, value in real.items())
+        yield f"`--plan` against this pack, {name}", f"{told}; padding {100 * foreseen['padding']:.2f} %"
+        piece = cut_slice(path, 100_000_000)
+        alone = piece.stat().st_size / 1e6 / raw_encoder(piece, options.tokenizer)
+        seconds, _, _ = pack(piece, out, options.tokenizer, 1)
+        one = piece.stat().st_size / 1e6 / seconds
+        yield f"encoder alone, one thread, {name}", f"{alone:.1f} MB/s"
+        yield f"`mm pack`, 1 worker, one thread, {name}", f"{one:.1f} MB/s, {100 * one / alone:.0f} % of the encoder"
+        shutil.rmtree(out)
+    else:
+        rate = options.only_peers
+    python = peers_python(options.peers)
+    for peer in PEERS:
+        if name == "sft" and ("datatrove" in peer or "Megatron" in peer):
+            continue
+        found = run_peer(peer, python, cut_slice(path, int(options.slice * 1e6)), options.tokenizer, options.minimind)
+        cores = 2 if "one core" in peer else 1
+        ratio = f"{found:.2f} MB/s; mm {rate / cores / found:.0f} times" if isinstance(found, float) else found
+        yield f"{peer}, {name}", ratio + (" (per core)" if cores == 2 and isinstance(found, float) else "")
+
+
+def plan(path: Path, tokenizer: Path) -> dict[str, Any]:
+    """What `mm pack --plan` says of this length limit."""
+    command = [sys.executable, "-c", "import cli; cli.main()", "pack", str(path), "--tokenizer", str(tokenizer)]
+    done = subprocess.run(
+        [*command, "--plan", "--json", "--workers", "2"],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    return next(o for o in json.loads(done.stdout)[0]["outlooks"] if o["max_len"] == MAX_LEN)
+
+
+def memory(path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
+    """The file again and again up to 1 GB: memory hangs on sizes, not on what is said."""
+    large = root / "large.jsonl"
+    with large.open("wb") as file:
+        while file.tell() < 1e9:
+            file.write(path.read_bytes())
+    seconds, peak, _ = pack(large, root / "large", options.tokenizer, 2)
+    size = large.stat().st_size / 1e6
+    yield (
+        f"`mm pack`, {size:.0f} MB of sft, 2 workers",
+        f"{size / seconds:.1f} MB/s; peak {peak / 1e6:.0f} MB in all processes",
+    )
+    large.unlink()
+    shutil.rmtree(root / "large")
+
+
+def main() -> None:
+    """Prints the rows for RESULTS.md."""
+    if len(sys.argv) > 1 and sys.argv[1] == "--peer":
+        PEERS[sys.argv[2]](*sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--minimind", type=Path, help="a checkout of MiniMind's repository")
+    parser.add_argument("--megabytes", type=float, default=200)
+    parser.add_argument("--slice", type=float, default=12, help="MB that the peers get")
+    parser.add_argument("--work", type=Path, help="where the corpora stay between runs")
+    parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "mm-bench-peers")
+    parser.add_argument("--kinds", nargs="+", default=["sft", "pretrain"])
+    parser.add_argument("--memory", action="store_true", help="also pack 1 GB and watch the memory")
+    parser.add_argument("--only-peers", type=float, metavar="RATE", help="only the peers, against this rate of mm's")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        root = options.work or Path(directory)
+        for name in options.kinds:
+            path = root / f"{name}.jsonl"
+            if not path.exists():
+                write_corpus(sorted(options.rows.glob(f"{name}*.jsonl")), path, int(options.megabytes * 1e6))
+            for what, figure in measure(name, path, options, root):
+                print(f"| {what} | {figure} |", flush=True)
+            if options.memory and name == "sft":
+                for what, figure in memory(path, options, root):
+                    print(f"| {what} | {figure} |", flush=True)
 
 
 if __name__ == "__main__":
