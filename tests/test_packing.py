@@ -2,6 +2,7 @@ import random
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +75,23 @@ def test_packs_come_close_to_the_brute_force_optimum() -> None:
         assert best <= found
         used, least, optimal = used + found, least + best, optimal + (found == best)
     assert used < 1.05 * least and optimal >= 45
+
+
+TABLE = [  # lengths; the packs as bucket and members
+    ([32], [(32, [0])]),
+    ([8, 8], [(8, [0]), (8, [1])]),
+    ([5, 3], [(8, [0, 1])]),
+    ([9, 7], [(16, [0, 1])]),
+    ([20, 12, 8], [(32, [0, 1]), (8, [2])]),
+    ([3, 30, 2, 1], [(8, [0, 3]), (32, [1, 2])]),  # 3 opens its own: 30 leaves room for 2 alone; 1 fits the fullest
+    ([4, 4, 4, 4, 17], [(32, [0, 1, 2, 4]), (8, [3])]),  # equal lengths in bulk, in source order
+]
+
+
+@pytest.mark.parametrize(("lengths", "packs"), TABLE)
+def test_packs_of_small_cases(lengths: list[int], packs: list[tuple[int, list[int]]]) -> None:
+    found = [(bucket, members.tolist()) for bucket, members in pack(np.array(lengths), BUCKETS)]
+    assert sorted(found) == sorted(packs)
 
 
 def test_packs_stand_in_the_order_of_their_first_member() -> None:
