@@ -24,7 +24,9 @@ from mmtrain.stages import STAGES, Stage, pair_defaults
 # CUDA the 104M model takes about 11 GB (derived from 0.7 MB a token, not measured).
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
 PAIR_MICRO_TOKENS = {"cpu": 4096, "cuda": 16_384}  # one pair of 1,024 a side takes up to 2,048
-SHARE_FROM = 0.03  # of tokens saved, from where computing a prompt once for both sides is faster (tests/bench/dpo.py)
+SHARE_FROM = (
+    0.10  # of tokens saved: from about there a prompt computed once for both sides is faster (tests/bench/dpo.py)
+)
 
 
 @dataclass(frozen=True)
