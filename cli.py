@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mmdata.tokenizer import Tokenizer
     from mmtrain.loop import TrainResult
     from mmtrain.model import Model
+    from mmtrain.preflight import Needs
     from mmtrain.talk import Speaker
 
 app = typer.Typer(
@@ -1027,9 +1028,21 @@ def train(
         typer.Option("--log", help="Also to tensorboard, wandb, swanlab or trackio; repeat it for several."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="CUDA: run the blocks uncompiled.")] = False,
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations", help="A third more time for about a tenth of the activations' memory."
+        ),
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the run would take (memory, time, disk), and end.")
+    ] = False,
     nproc: Annotated[int, typer.Option(help="Start this many ranks on this machine.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    other_data: Annotated[
+        bool, typer.Option("--other-data", help="With --resume: go on although the data has changed.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No step lines.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not keep RUN/report.html.")] = False,
     no_samples: Annotated[
@@ -1050,6 +1063,7 @@ def train(
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))
     from mmtrain.config import TrainConfig
     from mmtrain.distributed import rank
+    from mmtrain.loop import needs_of
     from mmtrain.loop import train as train_stage
 
     paths, weights = weighted(data or [])
@@ -1092,13 +1106,21 @@ def train(
         log_every=log_every,
         trackers=tuple(log or ()),
         device=device,
-        compile=compile,
+        compile=not no_compile,
+        checkpoint_activations=checkpoint_activations,
         resume=resume,
+        other_data=other_data,
         quiet=quiet,
         report=not no_report,
         samples=not no_samples,
         runs_dir=RUNS_DIR,
     )
+    if plan:
+        needs = needs_of(config)
+        if rank() == 0:
+            print_json(needs.as_json()) if as_json else print_needs(needs)
+            next_command(f"mm train {stage}")
+        return
     trained = train_stage(config)
     if rank() == 0:
         print_trained(trained, as_json)
@@ -1126,6 +1148,19 @@ def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | Non
     if weights and len(weights) != len(paths):
         raise UsageError("some --data have a weight and some have none", "--data A:0.7 --data B:0.3")
     return tuple(paths), tuple(weights) or None
+
+
+def print_needs(needs: "Needs") -> None:
+    """What a run will take, part by part."""
+    result(
+        f"{needs.num_params:,} parameters, {needs.tokens_per_epoch:,} tokens an epoch, {needs.num_steps:,} steps of "
+        f"{needs.batch_tokens:,} tokens, {needs.micro_tokens:,} at once"
+    )
+    for name, size_bytes in needs.parts.items():
+        result(f"  {name:<26} {size_bytes / 1e6:>10,.0f} MB")
+    fits = f"; --micro-tokens {needs.largest_micro_tokens:,} would still fit"
+    result(f"  {'memory at its highest':<26} {needs.peak_bytes / 1e6:>10,.0f} MB{fits}")
+    result(needs.line())
 
 
 def print_trained(trained: "TrainResult", as_json: bool) -> None:

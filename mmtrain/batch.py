@@ -42,6 +42,30 @@ def pinned(count: int, dtype: Any) -> np.ndarray:
     return torch.from_numpy(np.empty(0, dtype)).new_empty(count, pin_memory=True).numpy()
 
 
+def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> list[MicroBatch]:
+    """A micro-batch in pieces of at most `most_tokens` tokens, whole documents (or pairs) each; one that is longer stays whole.
+
+    Their losses and gradients add up to the micro-batch's. `samples` of a pack's pieces are those of the pack.
+    """
+    if most_tokens is None or len(micro.ids) <= most_tokens:
+        return [micro]
+    step = 2 if is_pairs and micro.shared is None else 1
+    ends = np.asarray(micro.cu_seqlens, np.int64)[::step]
+    pieces = []
+    first = 0
+    while first < len(ends) - 1:
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + most_tokens, side="right")) - 1)
+        tokens = slice(int(ends[first]), int(ends[last]))
+        cu_seqlens = micro.cu_seqlens[first * step : last * step + 1] - micro.cu_seqlens[first * step]
+        samples = micro.samples[first:last] if is_pairs else micro.samples
+        mask = micro.loss_mask[tokens]
+        longest = int(np.diff(cu_seqlens).max())
+        shared = None if micro.shared is None else micro.shared[first:last]
+        pieces.append(MicroBatch(micro.ids[tokens], mask, cu_seqlens, longest, samples, int(mask.sum()), shared))
+        first = last
+    return pieces
+
+
 def to_device(micro: MicroBatch, device: torch.device) -> Batch:
     """Bring a micro-batch to the device. A document's first token has no predecessor and must not be trained."""
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)

@@ -1,8 +1,9 @@
 """Everything needed to go on as if never stopped, in RUN/checkpoints/step-N: fp32 weights, optimizer, step, random state.
 
 A checkpoint is written beside, flushed, hashed and renamed: it is complete or not there. Reading verifies the hashes.
-Costs 12 bytes a parameter on disk. Of an adapted model it holds the adapters alone, in PEFT's format; the weights they
-belong to stand once in RUN/base.safetensors, and reading gives both merged.
+Costs 12 bytes a parameter on disk, and as many in host memory: a Writer copies, and writes while training goes on. Of an
+adapted model it holds the adapters alone, in PEFT's format; the weights they belong to stand once in
+RUN/base.safetensors, and reading gives both merged.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdata.errors import CheckpointError
@@ -27,6 +30,14 @@ from mmtrain.config import ModelConfig, as_json, model_config_from
 from mmtrain.model import Model
 
 FORMAT_VERSION = 1
+DTYPES = {  # safetensors' names of the types that stand in a checkpoint
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names peft looks for
 BASE = "base.safetensors"  # beside run.json
@@ -70,6 +81,101 @@ class Checkpoint:
         return self.dir.parent.parent
 
 
+class Writer:
+    """Saves a run's checkpoints beside its training: `save` returns once everything is copied, a thread does the rest.
+
+    The copies are kept from save to save. What goes wrong in the thread is raised by the next `save` or `wait`.
+    """
+
+    def __init__(self, run_dir: Path, *, keep_last: int, is_active: bool = True):
+        self.run_dir, self.keep_last = run_dir, keep_last
+        self.last: Path | None = None  # the newest complete one this Writer made
+        self.stalled_s = 0.0  # how long the last save kept its caller
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if is_active:  # one rank writes
+            recover(run_dir)
+
+    def save(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        settings: Mapping[str, Any],
+        data: Mapping[str, Any],
+        best: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Begin RUN/checkpoints/step-N; once it is complete, all but the newest `keep_last` and the best are removed.
+
+        settings, data and best ({"step", "val_loss"}) are plain JSON values, kept in state.json; `extra` are further
+        tensors by name, which `restore` gives back. Waits for the save before, should that still be running.
+        """
+        self.wait()
+        begun = time.monotonic()
+        adapters = lora.adapters_of(model)
+        weights = self._copy("", adapters or model.state_dict())
+        further = {f"{EXTRA}{name}": value for name, value in (extra or {}).items()}
+        others = self._copy("optimizer/", _optimizer_tensors(model, optimizer) | further)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies were only asked for
+        state = {"step": step, "model": as_json(model.config), "settings": settings, "data": data, "best": best}
+        self._thread = threading.Thread(
+            target=self._run, args=(step, weights, others, state, bool(adapters)), name="checkpoint"
+        )
+        self._thread.start()
+        self.stalled_s = time.monotonic() - begun
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copy(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Host copies of these tensors, in memory kept for them."""
+        for name, value in tensors.items():
+            held = self._copies.get(prefix + name)
+            if held is None or held.shape != value.shape or held.dtype != value.dtype:
+                self._copies[prefix + name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._copies[prefix + name].copy_(value.detach(), non_blocking=True)
+        return {name: self._copies[prefix + name] for name in tensors}
+
+    def _run(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        others: dict[str, Tensor],
+        state: dict[str, Any],
+        is_adapted: bool,
+    ) -> None:
+        """The thread: write, then remove what is old."""
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # where threads have a niceness of their own, training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            self.last = _write(self.run_dir, step, weights, others, state, is_adapted)
+            kept = {self.last, *_directories(self.run_dir)[: self.keep_last]}
+            if state["best"] is not None:
+                kept.add(self.run_dir / "checkpoints" / f"step-{state['best']['step']}")
+            for old in set(_directories(self.run_dir)) - kept:
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            self._error = CheckpointError(
+                f"{self.run_dir}: step {step} could not be saved: {error}",
+                "make room on the disk (or mend it), then go on with --resume from the checkpoint before",
+            )
+            self._error.__cause__ = error
+        except BaseException as error:
+            self._error = error
+
+
 def save(
     run_dir: Path,
     model: Model,
@@ -81,52 +187,52 @@ def save(
     keep_last: int,
     extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write RUN/checkpoints/step-N and remove all but the newest `keep_last`; gives the new directory.
+    """Write RUN/checkpoints/step-N at once, and remove all but the newest `keep_last`; gives the new directory."""
+    writer = Writer(run_dir, keep_last=keep_last)
+    writer.save(model, optimizer, step=step, settings=settings, data=data, extra=extra)
+    writer.wait()
+    return run_dir / "checkpoints" / f"step-{step}"
 
-    settings and data are plain JSON values, kept in state.json; `extra` are further tensors by name, which `restore`
-    gives back. On any failure nothing half-written stays.
-    """
+
+def _write(
+    run_dir: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    others: dict[str, Tensor],
+    state: dict[str, Any],
+    is_adapted: bool,
+) -> Path:
+    """Write one checkpoint beside its place and rename it; gives its directory. On a failure nothing half-written stays."""
     root = run_dir / "checkpoints"
-    final, temporary = root / f"step-{step}", root / f".step-{step}.partial"
+    final, temporary, replaced = (
+        root / name for name in (f"step-{step}", f".step-{step}.partial", f".step-{step}.old")
+    )
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        names = [*_save_weights(model, temporary), OPTIMIZER]
-        others = {f"{EXTRA}{name}": value.contiguous() for name, value in (extra or {}).items()}
-        save_file(_optimizer_tensors(model, optimizer) | others, temporary / OPTIMIZER)
-        files = {name: _facts(temporary / name) for name in names}
-        if ADAPTERS in files:
-            files[f"../../{BASE}"] = _facts_of_base(run_dir / BASE)
-        state = {"format_version": FORMAT_VERSION, "step": step, "files": files, "model": as_json(model.config)}
-        (temporary / STATE).write_text(json.dumps({**state, "settings": settings, "data": data}, indent=2))
-        for name in names:
-            shutil.copymode(temporary / STATE, temporary / name)  # safetensors makes files only their owner can read
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        replaced = root / f".step-{step}.replaced"
-        if final.exists():  # the same step saved before; never a moment without one
+        names = {OPTIMIZER: others, ADAPTERS if is_adapted else WEIGHTS: weights}
+        files = {name: write_tensors(temporary / name, tensors) for name, tensors in names.items()}
+        if is_adapted:
+            text = json.dumps(lora.peft_config(weights), indent=2) + "\n"
+            (temporary / ADAPTER_CONFIG).write_text(text)
+            flush(temporary / ADAPTER_CONFIG)
+            files |= {
+                ADAPTER_CONFIG: _facts(temporary / ADAPTER_CONFIG),
+                f"../../{BASE}": _facts_of_base(run_dir / BASE),
+            }
+        whole = {"format_version": FORMAT_VERSION, "files": files, **state}
+        (temporary / STATE).write_text(json.dumps(whole, indent=2))
+        for path in (temporary / STATE, temporary):
+            flush(path)
+        if final.exists():  # the same step saved before; `recover` brings it back if we are killed between the two
             final.rename(replaced)
         temporary.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
-        _flush(root)
+        flush(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _directories(run_dir)[keep_last:]:
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _save_weights(model: Model, directory: Path) -> list[str]:
-    """Write a model's weights, or its adapters where it has some; gives the names of the files."""
-    adapters = lora.adapters_of(model)
-    if not adapters:
-        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, directory / WEIGHTS)
-        return [WEIGHTS]
-    save_file({k: v.detach().contiguous() for k, v in adapters.items()}, directory / ADAPTERS)
-    (directory / ADAPTER_CONFIG).write_text(json.dumps(lora.peft_config(adapters), indent=2) + "\n")
-    return [ADAPTERS, ADAPTER_CONFIG]
 
 
 def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
@@ -140,10 +246,7 @@ def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
             os.link(init.dir / WEIGHTS, path)
             return
     temporary = path.with_name(f".{BASE}.partial")
-    save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, temporary)
-    path.touch()
-    shutil.copymode(path, temporary)  # safetensors makes files only their owner can read
-    _flush(temporary)
+    write_tensors(temporary, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
     temporary.replace(path)
 
 
@@ -152,10 +255,45 @@ def load_base(run_dir: Path, model: Model) -> None:
     model.load_state_dict(load_file(run_dir / BASE))
 
 
+def recover(run_dir: Path) -> None:
+    """Tidy up after a kill: a checkpoint that was about to be replaced is brought back, half-written ones are removed."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if path.suffix == ".old" and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write host tensors as a safetensors file, flushed; gives its length and sha256.
+
+    safetensors' own writer copies every tensor once more and holds Python's lock meanwhile; this one streams them, hashing on
+    the way, and lets others run. The format: 8 bytes of header length, a JSON header, then the bytes of each tensor.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, value in tensors.items():
+        assert value.is_contiguous() and not value.is_cuda, name
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    pieces = (value.reshape(-1).view(torch.uint8).numpy().data for value in tensors.values())
+    sha256, num_bytes = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text, *pieces):
+            sha256.update(piece)
+            num_bytes += file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": num_bytes, "sha256": sha256.hexdigest()}
+
+
 def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step by parameter name, and torch's random state."""
+    """The optimizer's moments and steps by parameter name, and torch's random state."""
     tensors = {
-        f"{key}/{name}": value.contiguous()
+        f"{key}/{name}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -292,7 +430,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a small text file beside its place, flush it and rename it."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
+    flush(temporary)
     temporary.replace(path)
 
 
@@ -313,7 +451,7 @@ def _facts(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Bring a file, or a directory's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -96,8 +96,10 @@ class TrainConfig:
     log_every: int = 10
     trackers: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio, beside metrics.jsonl
     device: str = "auto"  # auto | cpu | cuda
-    compile: bool = False
+    compile: bool = True  # on CUDA; elsewhere nothing is compiled
+    checkpoint_activations: bool = False  # keep each block's input only and compute the rest again
     resume: bool = False
+    other_data: bool = False  # go on although the data is not what the run began with
     quiet: bool = False
     report: bool = True  # keep RUN/report.html fresh at each validation
     samples: bool = True  # and let the model answer a few fixed prompts then

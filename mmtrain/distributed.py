@@ -114,6 +114,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def ranks_here(world: World) -> int:
+    """Ranks of the run on this machine: torchrun says; under `launch` all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
+
+
 class StopSignals:
     """While open, SIGINT and SIGTERM only set `is_set`; the same signal once more acts as it always does."""
 

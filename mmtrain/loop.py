@@ -5,11 +5,12 @@ Planning reads and checks everything and writes nothing; then the run starts, st
 in either case with a checkpoint of its last step.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,20 +26,23 @@ from mmdata.errors import MMError, TrainError
 from mmdata.loader import MicroBatch, ahead
 from mmdata.pairs import PairLoader
 from mmdata.tokenizer import Tokenizer
-from mmtrain import checkpoint, distributed, forecast, lora, metrics, optim, resize
-from mmtrain.batch import to_device
+from mmtrain import checkpoint, distributed, forecast, lora, metrics, optim, preflight, resize
+from mmtrain.batch import cut, to_device
 from mmtrain.config import TrainConfig, as_json
 from mmtrain.distributed import StopSignals, World
 from mmtrain.ema import Average
 from mmtrain.evaluate import evaluate
 from mmtrain.keeper import Keeper
 from mmtrain.model import Model
-from mmtrain.plan import Plan, make_plan
+from mmtrain.plan import Plan, make_plan, with_micro_tokens
+from mmtrain.precision import LossScale, autocast, autocast_dtype, is_out_of_memory
 from mmtrain.prelude import reference_logps
 from mmtrain.speed import matmul_flops
 from mmtrain.stages import step_zero_tolerance
 from mmtrain.trackers import Tracked, Trackers
 from mmtrain.trackers import check as check_trackers
+
+STOP_FILE = "STOP"  # in the run directory: ends the run as SIGTERM does, and is removed when it starts again
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class TrainResult:
 
     run_dir: Path
     checkpoint: Path
+    best_checkpoint: Path | None  # of the lowest val loss
     stage: str
     num_params: int
     first_step: int
@@ -60,6 +65,28 @@ class TrainResult:
     num_skipped: int
     is_interrupted: bool
     early_stop: str  # why it ended before its last step by --patience; empty when it did not
+    peak_bytes: int  # memory at its highest, of this rank
+
+
+class InFlight:
+    """A step that has been given to the device: its figures are on their way to the host.
+
+    `values` float64: loss, count, tokens, trained tokens, the stage's figures, wishes to stop, gradient norm, taken or not.
+    """
+
+    def __init__(self, step: int, lr: float, begun: float, values: Tensor):
+        self.step, self.lr, self.begun = step, lr, begun
+        self._values = values.to("cpu", non_blocking=True)
+        self._event = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def figures(self) -> list[float]:
+        """The values, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 @dataclass
@@ -75,13 +102,25 @@ class Run:
     ref: dict[str, Tensor]
     log: metrics.Log
     facts: dict[str, Any]
+    scale: LossScale
+    lag: int  # steps whose figures may still be on their way: one on CUDA, which then never waits for us
+    writer: checkpoint.Writer
     batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # of the steps to come
     average: Average | None = None
     trackers: Trackers | None = None
     val_losses: list[float] = field(default_factory=list)
+    in_flight: list[InFlight] = field(default_factory=list)
+    is_stopping: bool = False
+    most_tokens: int | None = None  # of a micro-batch, once memory has run out
+    largest_micro: int = 0  # tokens
+    loss: float | None = None
+    num_tokens: int = 0
+    num_trained: int = 0
     num_skipped: int = 0
     num_skipped_in_a_row: int = 0
-    last_checkpoint: Path | None = None
+    last_read: float = 0.0
+    last_saved: int = -1
+    best: dict[str, Any] | None = None  # step and val_loss of the lowest val loss so far
     val: dict[str, float] = field(default_factory=dict)
     keeper: Keeper | None = None  # of the first rank's report and samples
 
@@ -125,6 +164,8 @@ def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> Tra
     except BaseException:
         if run.trackers:
             run.trackers.close(is_failed=True)
+        with contextlib.suppress(MMError):  # the error at hand comes first
+            run.writer.wait()
         _write_facts(run, status="failed")
         raise
     finally:
@@ -148,36 +189,32 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     config, settings = plan.config, plan.settings
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it; the CPU computes fp32 as ever
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
+    plan, model, needs, notes = _build(plan, world)
     if world.is_first:
         config.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(config.out / "tokenizer")
+        (config.out / STOP_FILE).unlink(missing_ok=True)
     world.wait()
-    torch.manual_seed(settings.seed)
-    model = Model(plan.shape)
-    if plan.init:
-        checkpoint.load_weights(
-            plan.init, model, change=partial(resize.grow, growth=plan.growth) if plan.growth else None
-        )
+    settings = plan.settings
     if plan.stage.kind == "pair" and (plan.init_facts is None or plan.growth):
         facts = {**(plan.init_facts or {"dir": ""}), "weights_sha256": checkpoint.weights_digest(model)}
         plan = replace(plan, init_facts=facts)
     if settings.lora:
         _adapt(plan, world, model)
-    model.to(world.device)
-    if config.compile:  # block by block: all share one compiled graph; not measured
-        for block in model.model.layers:
-            block.compile()
+        model.to(world.device)
     optimizer = optim.make(
         model, settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay, beta2=settings.beta2
     )
+    scale = LossScale(autocast_dtype(world.device), world.device)
     first_step, in_training = 0, {}
     if plan.resumed:
         in_training = checkpoint.restore(plan.resumed, model, optimizer)
+        scale.restore(in_training)
         first_step = plan.resumed.step
     average = Average(model, settings.ema) if settings.ema else None
     if average and plan.resumed:
-        average.go_on(in_training)
-    facts = _first_facts(plan, world, model)
+        average.go_on({name: in_training[name] for name in in_training if name not in scale.tensors()})
+    facts = _first_facts(plan, world, model) | {"preflight": needs.as_json()}
     trackers = _open_trackers(plan, world, facts, say or (lambda _: None))
     log = metrics.Log(
         config.out if world.is_first else None,
@@ -187,15 +224,20 @@ def _start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
         say=say,
         also=trackers.write if trackers else None,
     )
+    writer = checkpoint.Writer(config.out, keep_last=settings.keep_last, is_active=world.is_first)
     world.wait()  # metrics.jsonl now ends at the first step
-    run = Run(plan, world, model, optimizer, optim.flat_gradient(model), tokenizer, {}, log, facts)
+    gradient, lag = optim.flat_gradient(model), 1 if world.device.type == "cuda" else 0
+    run = Run(plan, world, model, optimizer, gradient, tokenizer, {}, log, facts, scale, lag, writer)
     run.average, run.trackers = average, trackers
     run.val_losses = metrics.val_losses(config.out) if plan.resumed else []
-    run.last_checkpoint = plan.resumed.dir if plan.resumed else None
+    run.best = plan.resumed.state.get("best") if plan.resumed else None
     _write_facts(run, status="running")
     if world.is_first:
         run.keeper = Keeper(config.out, first_step=first_step, with_report=config.report, with_samples=config.samples)
+    for note in notes:
+        run.log.say(note)
     _say_start(run)
+    run.log.say(needs.line())
     return run
 
 
@@ -224,6 +266,64 @@ def _open_trackers(plan: Plan, world: World, facts: dict[str, Any], say: Callabl
 
     _agree_on(world, open_all if names and world.is_first else lambda: None)
     return found[0] if found else None
+
+
+def _build(plan: Plan, world: World) -> tuple[Plan, Model, preflight.Needs, list[str]]:
+    """The model on its device and what the run will take; micro-batches that nobody chose are sized to fit. MMError, on all
+    ranks, where it cannot fit. Writes nothing; the notes are to be said."""
+    device, notes = world.device, []
+    optim.make(torch.nn.Linear(1, 1), "adamw", lr=0.0, weight_decay=0.0)  # loads what torch loads late, 80 MB of it
+    base = preflight.used_bytes(device)
+    torch.manual_seed(plan.settings.seed)
+    model = Model(plan.shape)
+    if plan.init:
+        checkpoint.load_weights(
+            plan.init, model, change=partial(resize.grow, growth=plan.growth) if plan.growth else None
+        )
+    model.to(device)
+    model.checkpoints_blocks = plan.config.checkpoint_activations
+    if device.type == "cuda" and plan.config.compile:
+        notes += compile_blocks(model)
+    error = None
+    needs = preflight.measure(plan, model, base_bytes=base, world=world)
+    if plan.origins["micro_tokens"] == "default":
+        chosen = preflight.fitting(plan, needs, device)
+        if chosen != plan.settings.micro_tokens:
+            plan = with_micro_tokens(plan, chosen, world)
+            needs = preflight.measure(plan, model, base_bytes=base, world=world)
+    try:
+        preflight.check(needs, device)
+    except MMError as found:
+        error = found
+    world.agree(error)
+    return plan, model, needs, notes
+
+
+def compile_blocks(model: Model) -> list[str]:
+    """Compile block by block: all share one graph. Where that fails the blocks run as they are; gives the reason why."""
+    for block in model.model.layers:
+        block.compile()
+    ids = torch.zeros(64, dtype=torch.int64, device=model.head_weight.device)
+    ends = torch.tensor([0, 64], dtype=torch.int32, device=ids.device)
+    try:
+        with autocast(ids.device):
+            model(ids, torch.arange(64, device=ids.device), ends, 64).sum().backward()
+    except Exception as error:  # whatever keeps a compiler from working: a missing gcc, an old card, its own faults
+        for block in model.model.layers:
+            block._compiled_call_impl = None
+        return [f"not compiled, slower: {str(error).strip().splitlines()[0][:160]} (--no-compile leaves it out)"]
+    finally:
+        model.zero_grad(set_to_none=True)
+    return []
+
+
+def needs_of(config: TrainConfig) -> preflight.Needs:
+    """What `train(config)` would take, measured and worked out; nothing is written. MMError as `train` would raise."""
+    world = distributed.join(config.device)
+    try:
+        return _build(make_plan(config, world), world)[2]
+    finally:
+        distributed.leave()
 
 
 def _say_start(run: Run) -> None:
@@ -305,18 +405,6 @@ def _forecast(run: Run) -> None:
         run.log.say(line)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: bf16 on cards that have it, else fp32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def autocast(device: torch.device) -> AbstractContextManager:
-    """The precision forward passes run in; weights and sums stay fp32."""
-    dtype = autocast_dtype(device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
 # --- the steps ------------------------------------------------------------------------------------------------------
 
 
@@ -324,127 +412,182 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
     """Step until the plan is done or a signal came; validate and save on the way and at the end."""
     settings, num_steps = run.plan.settings, run.plan.num_steps
     first_step = step = run.plan.resumed.step if run.plan.resumed else 0
-    begun, totals, loss = time.monotonic(), [0, 0], None
-    is_stopping = False
+    begun = time.monotonic()
     run.log.start_clock()
     early_stop = _early_stop(run)
     with closing(ahead(run.plan.loader.batch, range(step, num_steps))) as run.batches:
-        while step < num_steps and not is_stopping and not early_stop:
-            record, is_stopping = _run_step(run, step, stop)
+        while step < num_steps and not run.is_stopping and not early_stop:
+            run.in_flight.append(_run_step(run, step, stop))
             step += 1
-            loss = record["loss"]
-            totals = [totals[0] + record["tokens"], totals[1] + record["trained_tokens"]]
-            run.log.step(record)
             is_last = step == num_steps
-            if is_last or (settings.val_every and step % settings.val_every == 0):
-                _validate(run, step)
-                early_stop = "" if is_last else _early_stop(run)
-                if run.keeper:
-                    is_end = bool(is_last or early_stop)
-                    run.keeper.validated(step, run.model, run.tokenizer, run.plan.stage.name, is_last=is_end)
-            if is_last or is_stopping or early_stop or (settings.save_every and step % settings.save_every == 0):
+            is_val = is_last or (settings.val_every and step % settings.val_every == 0)
+            is_save = is_last or (settings.save_every and step % settings.save_every == 0)
+            _read(run, 0 if is_val or is_save or step == first_step + 1 else run.lag)
+            is_best = is_val and _validate(run, step)
+            early_stop = _early_stop(run) if is_val and not is_last else early_stop
+            if is_val and run.keeper:
+                is_end = bool(is_last or early_stop)
+                run.keeper.validated(step, run.model, run.tokenizer, run.plan.stage.name, is_last=is_end)
+            if is_save or is_best or early_stop:
                 _save(run, step)
-    assert run.last_checkpoint is not None
+    _read(run, 0)
+    if run.is_stopping and run.last_saved != step:
+        _save(run, step)
+    last = _last_checkpoint(run) or (run.plan.resumed.dir if run.plan.resumed else None)
+    assert last is not None
     return TrainResult(
         run_dir=run.out,
-        checkpoint=run.last_checkpoint,
+        checkpoint=last,
+        best_checkpoint=run.out / "checkpoints" / f"step-{run.best['step']}" if run.best else None,
         stage=run.plan.stage.name,
         num_params=run.plan.shape.num_params,
         first_step=first_step,
         final_step=step,
         num_steps=num_steps,
         seconds=time.monotonic() - begun,
-        train_loss=loss,
+        train_loss=run.loss,
         val=run.val,
-        tokens=totals[0],
-        trained_tokens=totals[1],
+        tokens=run.num_tokens,
+        trained_tokens=run.num_trained,
         num_skipped=run.num_skipped,
         is_interrupted=step < num_steps and not early_stop,
         early_stop=early_stop,
+        peak_bytes=metrics.memory_bytes(),
     )
 
 
-def _run_step(run: Run, step: int, stop: StopSignals) -> tuple[dict[str, Any], bool]:
-    """One optimizer step: batch, forward, loss, backward, sum over ranks, clip, update. Gives its record and whether any
-    rank was asked to stop."""
+def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
+    """One optimizer step: batch, forward, loss, backward, sum over ranks, clip, update. Nothing in it waits for the device:
+    its figures are read later."""
     begun = time.monotonic()
-    settings, stage = run.plan.settings, run.plan.stage
+    settings = run.plan.settings
     sums = _accumulate(run)
-    asked = torch.tensor([float(stop.is_set)], dtype=torch.float64, device=run.world.device)
-    *figures, num_stops = run.world.sum(torch.cat([sums, asked])).tolist()
+    is_asked = stop.is_set or (run.world.is_first and (run.out / STOP_FILE).exists())
+    asked = torch.tensor([float(is_asked)], dtype=torch.float64).to(run.world.device, non_blocking=True)
+    figures = run.world.sum(torch.cat([sums, asked]))
     run.world.sum(run.gradient)
-    loss, count, tokens, trained, *others = figures
-    means = dict(
-        zip(("loss", *stage.figures), (x / count if count else math.nan for x in (loss, *others)), strict=True)
-    )
-    if step == 0 and count and math.isfinite(loss):
-        _agree_on(
-            run.world,
-            partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device)), run.plan.objective),
-        )
     lr = optim.learning_rate(
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
-    norm = _update(run, step, lr, means["loss"], count)
+    count = figures[1]
+    norm, is_taken = optim.update(
+        run.optimizer,
+        run.gradient,
+        lr=lr,
+        count=count * run.scale.value,
+        clip=settings.clip,
+        is_finite=torch.isfinite(figures[0]),
+    )
+    run.scale.update(is_taken.float())
     if run.average:
         run.average.update(step)
-    seconds = time.monotonic() - begun
-    record = {
-        "step": step + 1,
-        "epoch": round((step + 1) / run.plan.loader.steps_per_epoch, 4),
-        **means,
-        "lr": lr,
-        "grad_norm": norm,
-        "tokens": int(tokens),
-        "trained_tokens": int(trained),
-        "tokens_per_s": round(tokens / seconds, 1),
-        "skipped": run.num_skipped,
-    }
-    return record, num_stops > 0
+    return InFlight(step, lr, begun, torch.cat([figures, norm.view(1), is_taken.view(1)]))
+
+
+def _read(run: Run, lag: int) -> None:
+    """Read the figures of all steps in flight but the newest `lag`: log them, count skipped steps, notice a wish to stop."""
+    stage = run.plan.stage
+    while len(run.in_flight) > lag:
+        done = run.in_flight.pop(0)
+        loss, count, tokens, trained, *others, num_stops, norm, is_taken = done.figures()
+        names = ("loss", *stage.figures)
+        means = {n: x / count if count else math.nan for n, x in zip(names, (loss, *others), strict=True)}
+        if done.step == 0 and count and math.isfinite(loss):
+            _agree_on(
+                run.world,
+                partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device)), run.plan.objective),
+            )
+        if count:
+            _count_skipped(run, done.step, means["loss"], norm, is_skipped=not is_taken)
+        now = time.monotonic()
+        seconds, run.last_read = now - max(done.begun, run.last_read), now
+        record = {
+            "step": done.step + 1,
+            "epoch": round((done.step + 1) / run.plan.loader.steps_per_epoch, 4),
+            **means,
+            "lr": done.lr,
+            "grad_norm": norm if count else math.nan,
+            "tokens": int(tokens),
+            "trained_tokens": int(trained),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "skipped": run.num_skipped,
+        }
+        run.log.step(record)
+        run.loss, run.num_tokens, run.num_trained = (
+            means["loss"],
+            run.num_tokens + int(tokens),
+            run.num_trained + int(trained),
+        )
+        run.is_stopping = run.is_stopping or num_stops > 0
 
 
 def _accumulate(run: Run) -> Tensor:
     """Forward and backward of this rank's micro-batches; gradients add up in `run.gradient`.
 
-    Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures.
+    Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures. Where memory runs out the
+    micro-batches are halved and the step's work begins again: the gradient is a sum, and does not depend on the cut.
     """
+    micros = next(run.batches)
+    while True:
+        try:
+            return _add_up(run, micros)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        _halve(run, reason)  # outside of the handler: the error held on to the tensors of its frames
+
+
+def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
+    """One try at a step's micro-batches, each cut to the size that is known to fit."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
     run.gradient.zero_()
-    for micro in next(run.batches):
+    for micro in (part for whole in micros for part in cut(whole, run.most_tokens, stage.kind == "pair")):
+        run.largest_micro = max(run.largest_micro, len(micro.ids))
         batch = to_device(micro, device)
         ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
         with autocast(device):
             outcome = stage.loss(run.model, batch, ref, run.plan.objective)
-        outcome.loss.backward()
-        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64, device=device)
+        (outcome.loss * run.scale.value if run.scale.is_on else outcome.loss).backward()
+        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64)
         figures = [outcome.figures[name].double().view(1) for name in stage.figures]
-        sums += torch.cat([outcome.loss.detach().double().view(1), counts, *figures])
+        loss = outcome.loss.detach().double().view(1)
+        sums += torch.cat([loss, counts.to(device, non_blocking=True), *figures])
     return sums
 
 
-def _update(run: Run, step: int, lr: float, loss: float, count: float) -> float:
-    """Apply the summed gradient; gives its norm. A step without trained tokens changes nothing; one that is not finite
-    is skipped and counted, and too many in a row end the run."""
-    if not count:
-        return math.nan
-    norm, is_taken = math.nan, False
-    if math.isfinite(loss):
-        norm, is_taken = optim.update(run.optimizer, run.gradient, lr=lr, count=count, clip=run.plan.settings.clip)
-    if is_taken:
+def _halve(run: Run, reason: str) -> None:
+    """Halve this rank's micro-batches and say so; TrainError where a single document does not fit."""
+    if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
+        raise TrainError(
+            f"out of memory with one document at a time ({reason})",
+            "pack with a smaller --max-len, or choose a smaller --model",
+        )
+    run.most_tokens = (run.most_tokens or run.largest_micro) // 2
+    if run.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    run.log.warn(
+        f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on, "
+        "the global batch stays as it is"
+    )
+
+
+def _count_skipped(run: Run, step: int, loss: float, norm: float, *, is_skipped: bool) -> None:
+    """A step that is not finite was skipped: it is counted and said, and too many in a row end the run."""
+    if not is_skipped:
         run.num_skipped_in_a_row = 0
-        return norm
+        return
     run.num_skipped += 1
     run.num_skipped_in_a_row += 1
     run.log.say(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped, the weights stay as they are")
     if run.num_skipped_in_a_row >= run.plan.settings.max_skipped:
-        good = run.last_checkpoint or "none"
+        good = _last_checkpoint(run) or "none"
         error = TrainError(
             f"step {step + 1}: {run.num_skipped_in_a_row} steps in a row were not finite; last good checkpoint: {good}",
             "start again with a smaller --lr or more --warmup",
         )
         run.world.agree(error)
-    return norm
 
 
 def _agree_on(world: World, check: Callable[[], None]) -> None:
@@ -457,15 +600,22 @@ def _agree_on(world: World, check: Callable[[], None]) -> None:
     world.agree(error)
 
 
-def _validate(run: Run, step: int) -> None:
-    """Measure the val split and write a line of val_ figures; nothing when it is empty. Pairs are held against the start."""
+def _validate(run: Run, step: int) -> bool:
+    """Measure the val split and write a line of val_ figures; whether its loss is the lowest so far. Nothing when it is
+    empty. Pairs are held against the start."""
     run.val = _held_out(run)
+    run.last_read = time.monotonic()
     if "loss" in run.val:
         run.val_losses.append(run.val["loss"])
     if run.val:
         run.log.val({"step": step} | {f"val_{name}": value for name, value in run.val.items()})
     if warning := forecast.forgetting(run.facts.get("start_val", {}), run.val, run.plan.objective):
         run.log.say(warning)
+    loss = run.val.get("loss", math.nan)
+    if not math.isfinite(loss) or (run.best is not None and loss >= run.best["val_loss"]):
+        return False
+    run.best = {"step": step, "val_loss": loss}
+    return True
 
 
 def _held_out(run: Run) -> dict[str, float]:
@@ -497,31 +647,40 @@ def _early_stop(run: Run) -> str:
 
 
 def _save(run: Run, step: int) -> None:
-    """Write the checkpoint of `step` on the first rank; the others wait."""
+    """Begin the checkpoint of `step`, on the first rank; it is written while training goes on."""
     plan = run.plan
     if run.keeper:
         run.keeper.event(step, "save")
+    run.last_saved = step
+    if not run.world.is_first:
+        return
+    data = {
+        "digest": plan.loader.digest,
+        "dirs": [str(dataset.dir) for dataset in plan.datasets],
+        "weights": plan.loader.weights,
+        "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
+        "init": plan.init_facts,
+    }
+    with _offered(run) as in_training:
+        run.writer.save(
+            run.model,
+            run.optimizer,
+            step=step,
+            settings={"stage": plan.stage.name} | as_json(plan.settings),
+            data=data,
+            best=run.best,
+            extra={**in_training, **run.scale.tensors()},
+        )
+    run.last_read = time.monotonic()
+
+
+def _last_checkpoint(run: Run) -> Path | None:
+    """The newest complete checkpoint of the run, once nothing is being written any more."""
+    run.writer.wait()
     if run.world.is_first:
-        data = {
-            "digest": plan.loader.digest,
-            "dirs": [str(dataset.dir) for dataset in plan.datasets],
-            "weights": plan.loader.weights,
-            "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
-            "init": plan.init_facts,
-        }
-        with _offered(run) as in_training:
-            checkpoint.save(
-                run.out,
-                run.model,
-                run.optimizer,
-                step=step,
-                settings={"stage": plan.stage.name} | as_json(plan.settings),
-                data=data,
-                keep_last=plan.settings.keep_last,
-                extra=in_training,
-            )
-    run.last_checkpoint = run.out / "checkpoints" / f"step-{step}"
-    run.world.wait()
+        return run.writer.last or (run.plan.resumed.dir if run.plan.resumed else None)
+    saved = run.last_saved if run.last_saved >= 0 else None  # by the first rank
+    return run.out / "checkpoints" / f"step-{saved}" if saved is not None else None
 
 
 # --- run.json -------------------------------------------------------------------------------------------------------

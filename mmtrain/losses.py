@@ -54,6 +54,7 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden[rows] = _matmul(low, weight)
             if grad_weight is not None:
                 grad_weight += _matmul(low.t(), hidden[rows])
+        ctx.logits = None  # the loss may live on for a while; they need not
         return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.dtypes[1]), None, None, None
 
 

@@ -52,6 +52,10 @@ class Log:
         if self.say_line is not None:
             self.say_line(text)
 
+    def warn(self, text: str) -> None:
+        """A line from whichever rank it concerns."""
+        (self.say_line or print_line)(text)
+
     def step(self, record: Mapping[str, Any]) -> None:
         """Write a step's figures; print them at intervals, at the first and at the last step."""
         self._write({**record, "memory_bytes": memory_bytes()})

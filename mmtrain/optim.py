@@ -48,24 +48,31 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Op
 
 
 def update(
-    optimizer: torch.optim.Optimizer, gradient: Tensor, *, lr: float, count: float, clip: float
-) -> tuple[float, bool]:
-    """One step on `gradient`, a sum over `count` tokens or pairs: averaged, clipped to norm `clip`, applied.
+    optimizer: torch.optim.Optimizer,
+    gradient: Tensor,
+    *,
+    lr: float,
+    count: Tensor | float,
+    clip: float,
+    is_finite: Tensor | bool = True,
+) -> tuple[Tensor, Tensor]:
+    """One step on `gradient`, a sum over `count` tokens or pairs : averaged, clipped to norm `clip`, applied.
 
-    Gives the norm of the averaged gradient before clipping and whether the step was taken: where the norm is not
-    finite, weights and optimizer stay as they are. Averaging and clipping ride in the fused kernel's own scale, so
-    they cost no pass over the gradient.
+    Gives the norm of the averaged gradient before clipping and whether the step was taken (float64 scalars, 1 or 0): where
+    the norm is not finite, `is_finite` is false or there is nothing to average, weights and optimizer stay as they are.
+    Averaging, clipping and skipping ride in the fused kernel's own scale and switch: they cost no pass over the gradient,
+    and the device is not asked for anything.
     """
-    norm = gradient.norm().item() / count
-    if not math.isfinite(norm):
-        return norm, False
+    count = torch.as_tensor(count, dtype=torch.float64, device=gradient.device)
+    norm = gradient.norm().double() / count
+    is_taken = torch.isfinite(norm) & is_finite & (count > 0)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    shrink = min(1.0, clip / norm) if norm > 0 else 1.0
-    optimizer.grad_scale = torch.tensor(count / shrink, device=gradient.device)  # type: ignore[attr-defined]
-    optimizer.found_inf = torch.zeros((), device=gradient.device)  # type: ignore[attr-defined]
+    scale = torch.where(is_taken, count / (clip / norm).clamp(max=1.0), 1.0)
+    optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
+    optimizer.found_inf = 1 - is_taken.float()  # type: ignore[attr-defined]
     optimizer.step()
-    return norm, True
+    return norm, is_taken.double()
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, schedule: str, warmup: float) -> float:

@@ -56,8 +56,6 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     if config.stage not in STAGES:
         raise UsageError(f"stage {config.stage} is unknown", f"use one of {', '.join(STAGES)}")
     stage = STAGES[config.stage]
-    if config.compile and world.device.type != "cuda":
-        raise UsageError(f"--compile is for CUDA; this run is on {world.device.type}", "leave --compile out")
     trackers.check(config.trackers)
     resumed = _find_resumed(config)
     saved = resumed.state["settings"] if resumed else None
@@ -103,7 +101,9 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
             f"--patience {settings.patience} counts validations, and there are none on the way",
             "give --val-every, and data packed with a val split; or leave --patience out",
         )
-    if resumed:
+    if config.other_data and not config.resume:
+        raise UsageError("--other-data goes with --resume", "leave it out: a new run takes any data")
+    if resumed and not config.other_data:
         _check_same_data(resumed, loader, paths)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
     facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
@@ -169,6 +169,15 @@ def _find_growth(config: TrainConfig, init: Checkpoint | None, datasets: Sequenc
     return plan_growth(config.resize_embeddings, init, datasets)
 
 
+def with_micro_tokens(plan: Plan, micro_tokens: int, world: World) -> Plan:
+    """The same plan with micro-batches of another size: the same batches, cut elsewhere."""
+    settings = replace(plan.settings, micro_tokens=micro_tokens)
+    loader = _make_loader(plan.datasets, "train", settings, world, plan.loader.weights)
+    return replace(
+        plan, settings=settings, loader=loader, val_loader=_make_loader(plan.datasets, "val", settings, world)
+    )
+
+
 def _make_loader(
     datasets: Sequence[Dataset], split: str, settings: Settings, world: World, weights: Sequence[float] | None = None
 ) -> Loader | PairLoader:
@@ -196,7 +205,7 @@ def _check_same_data(resumed: Checkpoint, loader: Loader | PairLoader, paths: Se
         raise CheckpointError(
             f"{resumed.run_dir} was trained on dataset {begun['digest'][:12]}, "
             f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
-            f"resume with the same data (--data {' --data '.join(same)}), or start a new --out",
+            f"resume with the same data (--data {' --data '.join(same)}), with --other-data, or start a new --out",
         )
 
 

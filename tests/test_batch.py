@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmdata.loader import MicroBatch
-from mmtrain.batch import logps_of, to_device, token_logps_of
+from mmtrain.batch import cut, logps_of, to_device, token_logps_of
 from mmtrain.config import PRESETS
 from mmtrain.model import Model
+from mmtrain.optim import flat_gradient
 
 CPU = torch.device("cpu")
 
@@ -71,3 +74,30 @@ def test_no_trained_tokens_give_no_gradient_and_no_nan(model: Model) -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@given(st.lists(st.integers(2, 30), min_size=2, max_size=12), st.integers(1, 90), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_cut_of_a_micro_batch_has_the_same_gradient(lengths: list[int], most: int, is_pairs: bool) -> None:
+    lengths = lengths[: len(lengths) // 2 * 2] if is_pairs else lengths
+    whole = micro(lengths, [(i, 1, n) for i, n in enumerate(lengths) if i % 3 or i == 0])
+    whole = replace(whole, samples=np.arange(len(lengths) // 2)) if is_pairs else whole
+    pieces = cut(whole, most, is_pairs)
+    unit = 2 if is_pairs else 1
+    for piece in pieces:
+        assert len(piece.ids) <= most or len(piece.cu_seqlens) == unit + 1
+        assert piece.max_seqlen == np.diff(piece.cu_seqlens).max() and piece.num_loss_tokens == piece.loss_mask.sum()
+    assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), whole.ids)
+    assert np.array_equal(np.concatenate([np.diff(piece.cu_seqlens) for piece in pieces]), lengths)
+    if is_pairs:
+        assert np.array_equal(np.concatenate([piece.samples for piece in pieces]), whole.samples)
+    torch.manual_seed(0)
+    model = Model(replace(PRESETS["tiny"], vocab_size=97, hidden_size=16, ffn_size=16, num_layers=1))
+    gradient = flat_gradient(model)
+    sums = []
+    for parts in ([whole], pieces):
+        gradient.zero_()
+        for part in parts:
+            (-token_logps_of(model, to_device(part, CPU)).sum()).backward()
+        sums.append(gradient.clone())
+    assert torch.allclose(*sums, rtol=1e-4, atol=1e-4 * float(sums[0].abs().max()))

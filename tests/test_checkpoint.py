@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmdata.errors import CheckpointError
 from mmtrain import checkpoint
@@ -14,7 +15,7 @@ from mmtrain.model import Model
 from mmtrain.optim import adamw, flat_gradient, update
 
 
-def trained(steps: int = 2) -> tuple[Model, torch.optim.AdamW]:
+def trained(steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Model(replace(PRESETS["tiny"], vocab_size=50))
     optimizer, gradient = adamw(model, lr=0.01, weight_decay=0.1), flat_gradient(model)
@@ -24,7 +25,7 @@ def trained(steps: int = 2) -> tuple[Model, torch.optim.AdamW]:
     return model, optimizer
 
 
-def save(run: Path, step: int, *, keep_last: int = 2) -> tuple[Model, torch.optim.AdamW]:
+def save(run: Path, step: int, *, keep_last: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     model, optimizer = trained(step)
     settings = {"stage": "sft"}
     checkpoint.save(run, model, optimizer, step=step, settings=settings, data={"digest": "d"}, keep_last=keep_last)
@@ -86,10 +87,62 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_facts", lambda path: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space"):
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(CheckpointError, match="No space"):
         save(tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    writer = checkpoint.Writer(tmp_path, keep_last=2)
+    writer.save(model, optimizer, step=2, settings={}, data={})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    writer.wait()
+    assert writer.last == tmp_path / "checkpoints" / "step-2"
+    assert writer.last is not None
+    saved = load_file(writer.last / "model.safetensors")
+    assert set(saved) == set(before) and all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left")
+
+    model, optimizer = trained()
+    writer = checkpoint.Writer(tmp_path, keep_last=2)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    writer.save(model, optimizer, step=2, settings={}, data={})
+    with pytest.raises(CheckpointError, match="could not be saved"):
+        writer.save(model, optimizer, step=3, settings={}, data={})
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-1").rename(tmp_path / "checkpoints" / ".step-1.old")
+    (tmp_path / "checkpoints" / ".step-2.partial").mkdir()
+    checkpoint.recover(tmp_path)
+    assert checkpoint.find(tmp_path).step == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_tensors_of_every_type_read_back_as_written(tmp_path: Path) -> None:
+    tensors = {str(dtype): torch.arange(7).view(1, 7).to(dtype) for dtype in checkpoint.DTYPES}
+    tensors["scalar"], tensors["empty"] = torch.tensor(2.5), torch.zeros(0, 3)
+    facts = checkpoint.write_tensors(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert facts["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def step(run, step, stop):
         os.kill(os.getpid(), signal.SIGTERM)
     return run_step(run, step, stop)
 loop._run_step = step
+add_up = loop._add_up
+def poisoned(run, micros):
+    import math
+    sums = add_up(run, micros)
+    calls.append(1)
+    if len(calls) == 3 and sys.argv[2] == "nan" and run.world.rank == run.world.size - 1:
+        run.gradient[7] = math.nan
+    return sums
+calls = []
+loop._add_up = poisoned
 try:
     loop.train(eval(sys.argv[1]))
 except MMError as error:
@@ -97,6 +108,25 @@ def test_two_ranks_train_like_one_with_muon(data: Data, tmp_path: Path) -> None:
     done = run_ranks(two)
     assert done.returncode == 0, done.stderr
     assert_alike(one.out, two.out, 1e-4)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_nan_on_one_rank_skips_the_step_on_all(num_ranks: int, data: Data, tmp_path: Path) -> None:
+    run = config_of("pretrain", data, tmp_path / "run", model="tiny", val_every=0)
+    done = run_ranks(run, num_ranks, inject="nan")
+    assert done.returncode == 0, done.stderr
+    assert [line["skipped"] for line in lines(run.out) if "skipped" in line] == [0, 0, 1, 1, 1, 1]
+    assert [line["grad_norm"] for line in lines(run.out) if "grad_norm" in line][2] is None
+    weights = checkpoint.load_model(run.out)[0].state_dict()
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+def test_three_ranks_train_like_one(data: Data, tmp_path: Path) -> None:
+    one, three = (config_of("pretrain", data, tmp_path / name, model="tiny") for name in ("one", "three"))
+    train(one)
+    done = run_ranks(replace(three, micro_tokens=256), 3)
+    assert done.returncode == 0, done.stderr
+    assert_alike(one.out, three.out)
 
 
 def test_two_ranks_prefer_like_one_and_resume_alone(data: Data, tmp_path: Path) -> None:

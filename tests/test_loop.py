@@ -16,7 +16,7 @@ import torch
 from train_data import Data, make, pack_to
 
 from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
-from mmtrain import checkpoint, config, reference
+from mmtrain import checkpoint, config, loop, reference
 from mmtrain.batch import Batch
 from mmtrain.config import TrainConfig
 from mmtrain.loop import TrainResult, train
@@ -49,7 +49,7 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainConfig:
     """Seven steps of a stage, saved every third."""
     base: dict[str, Any] = {"steps": 7, "batch_tokens": 1024, "micro_tokens": 512, "lr": 2e-3, "save_every": 3}
-    base |= {"device": "cpu", "val_every": 2, "log_every": 1, "runs_dir": out.parent}
+    base |= {"device": "cpu", "val_every": 3, "log_every": 1, "runs_dir": out.parent}
     return TrainConfig(stage, (getattr(data, stage),), out, **(base | settings))
 
 
@@ -137,6 +137,78 @@ def test_a_signal_ends_the_run_saved_and_resumable(number: int, data: Data, tmp_
     assert result.checkpoint == checkpoint.latest(broken.out)
     train(replace(broken, resume=True, quiet=True))
     assert lines(broken.out) == lines(whole.out) and checkpoint.read_run(broken.out)["status"] == "finished"
+
+
+def test_a_stop_file_ends_the_run_saved_and_resumable(data: Data, tmp_path: Path) -> None:
+    whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
+    train(replace(whole, quiet=True))
+    result = train(broken, log=at_step(4, (broken.out / "STOP").touch))
+    assert result.is_interrupted and result.final_step == 5
+    train(replace(broken, resume=True, quiet=True))
+    assert lines(broken.out) == lines(whole.out) and not (broken.out / "STOP").exists()
+
+
+def test_the_best_checkpoint_stays_when_later_ones_are_worse(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"loss": next(losses)})
+    run = config_of("sft", data, tmp_path / "run", model="tiny", val_every=1, save_every=1, keep_last=2, quiet=True)
+    result = train(run)
+    kept = sorted(path.name for path in (run.out / "checkpoints").iterdir())
+    assert kept == ["step-2", "step-6", "step-7"] and result.best_checkpoint == run.out / "checkpoints/step-2"
+    assert checkpoint.find(run.out).state["best"] == {"step": 2, "val_loss": 1.0}
+
+
+def test_a_new_best_is_saved_between_the_usual_saves(data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, tmp_path / "run", model="tiny", val_every=2, save_every=0, quiet=True)
+    train(run)
+    assert checkpoint.find(run.out / "checkpoints/step-6").state["best"]["step"] == 6
+
+
+def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, small = (config_of("sft", data, tmp_path / name, model="tiny", micro_tokens=1024) for name in ("a", "b"))
+    train(replace(whole, quiet=True))
+    sizes: list[int] = []
+
+    def small_memory(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+        if batch.num_tokens > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        sizes.append(batch.num_tokens)
+        return next_token(model, batch, ref, beta)
+
+    with_loss(monkeypatch, small_memory)
+    said: list[str] = []
+    train(small, log=said.append)
+    assert sum("out of memory" in line for line in said) == 2 and max(sizes) <= 300  # 1,024, 512, 256
+    for one, other in zip(lines(whole.out), lines(small.out), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_document_that_fits_no_memory_ends_the_run(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with_loss(monkeypatch, no_memory)
+    with pytest.raises(TrainError, match="one document at a time"):
+        train(config_of("sft", data, tmp_path / "run", model="tiny", quiet=True))
+
+
+def test_other_data_is_taken_when_told(data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True)
+    train(replace(run, steps=3))
+    pack_to(data, "sft", tmp_path / "other", val_fraction=0.4)
+    other = replace(run, data=(tmp_path / "other",), resume=True, steps=3)
+    with pytest.raises(CheckpointError, match="was trained on dataset"):
+        train(other)
+    assert train(replace(other, other_data=True)).final_step == 3
+    refused(
+        UsageError, "--other-data goes with --resume", "leave it out", replace(run, out=tmp_path / "x", other_data=True)
+    )
 
 
 def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
@@ -317,7 +389,6 @@ def test_flags_that_contradict_each_other_are_refused(data: Data, tmp_path: Path
     run = config_of("pretrain", data, tmp_path / "run", model="tiny")
     refused(UsageError, "contradict", "give one", replace(run, epochs=1))
     refused(UsageError, "--beta belongs to dpo", "leave --beta out", replace(run, beta=0.2))
-    refused(UsageError, "--compile is for CUDA", "leave --compile out", replace(run, compile=True))
     refused(UsageError, "--lr -1 must be greater", "default", replace(run, lr=-1))
     refused(UsageError, "--model huge is unknown", "minimind2", replace(run, model="huge"))
     refused(UsageError, "--schedule step is unknown", "cosine", replace(run, schedule="step"))

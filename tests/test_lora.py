@@ -75,7 +75,8 @@ def test_an_adapted_model_begins_as_the_one_it_adapts(data: Data) -> None:
     model = Model(SHAPE)
     before = token_logps_of(model, batch_of(data))
     adapt(model, 4)
-    assert torch.equal(token_logps_of(model, batch_of(data)), before)
+    after = token_logps_of(model, batch_of(data))  # apart from the order of sums: plain layers share one product
+    assert torch.allclose(after, before, atol=1e-5)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name in model.state_dict() if is_adapter(name)
     }

@@ -1,0 +1,78 @@
+"""What a run will take is known before it begins: memory by part, the largest micro-batch that fits, disk."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from train_data import Data, make
+
+from mmdata.errors import DiskError, TrainError
+from mmtrain import checkpoint, preflight
+from mmtrain.config import TrainConfig
+from mmtrain.loop import needs_of, train
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """Small packed datasets of all three row kinds."""
+    return make(tmp_path_factory.getbasetemp() / "train_data")
+
+
+@pytest.fixture
+def run(data: Data, tmp_path: Path) -> TrainConfig:
+    base = TrainConfig("sft", (data.sft,), tmp_path / "run", model="tiny", steps=2, batch_tokens=1024)
+    return replace(base, device="cpu", quiet=True, runs_dir=tmp_path)
+
+
+def test_a_forecast_counts_every_part_and_writes_nothing(run: TrainConfig) -> None:
+    few, many = (needs_of(replace(run, micro_tokens=size)) for size in (128, 512))
+    assert not run.out.exists()
+    assert few.parts["weights"] == 4 * few.num_params and few.parts["optimizer"] == 8 * few.num_params
+    assert few.parts["checkpoint copy"] == 12 * few.num_params and few.disk_bytes == 4 * 12 * few.num_params
+    assert 3 < many.parts["activations"] / few.parts["activations"] < 5
+    assert few.peak_bytes == sum(few.parts.values()) and few.num_steps == 2 and few.seconds > 0
+
+
+def test_what_autograd_keeps_is_counted(run: TrainConfig) -> None:
+    """By hand for a block of width C with KV = C / 2 and feed-forward F: two inputs, two norms, q and what attention gives
+    (before and after documents are joined) are 7 C; q, k and v stand together once more; gate, up, silu and product 4 F."""
+    forecast = needs_of(replace(run, micro_tokens=128))
+    width, ffn = 64, 176
+    by_hand = 4 * 2 * (7 * width + 2 * width + width + 4 * ffn) * 128
+    assert 0.8 < forecast.parts["activations"] / by_hand < 1.25
+
+
+def test_checkpointed_activations_take_less_memory_and_give_the_same_run(run: TrainConfig) -> None:
+    plain, lean = (replace(run, out=run.out.with_name(name), checkpoint_activations=name == "b") for name in "ab")
+    few, many = needs_of(lean), needs_of(plain)
+    assert few.parts["activations"] < 0.8 * many.parts["activations"]
+    train(plain), train(lean)
+    weights = [checkpoint.load_model(one.out)[0].state_dict() for one in (plain, lean)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_largest_that_does(
+    run: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "used_bytes", lambda device: 0)  # this process grows from test to test
+    forecast = needs_of(replace(run, micro_tokens=1024))
+    room = forecast.peak_bytes - forecast.parts["activations"] // 3
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: int(room / preflight.HEADROOM))
+    with pytest.raises(TrainError, match="1,024 tokens at once need about") as caught:
+        train(replace(run, micro_tokens=1024))
+    assert "--micro-tokens" in caught.value.fix and not run.out.exists()
+    train(run)  # with none given a size is chosen that fits
+    assert checkpoint.find(run.out).state["settings"]["micro_tokens"] < 1024
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000)
+    with pytest.raises(TrainError, match="tokens at once") as caught:
+        train(replace(run, out=run.out.with_name("other")))
+    assert "--checkpoint-activations" in caught.value.fix
+
+
+def test_a_full_disk_is_noticed_before_the_first_step(run: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(DiskError, match="checkpoints need up to"):
+        train(run)
+    assert not run.out.exists()
