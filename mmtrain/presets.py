@@ -46,8 +46,9 @@ TABLE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
-# Measured on small models, tests/bench/RESULTS.md.
+# From the flat optimum of a small model, tests/bench/RESULTS.md; at 26M to 104M parameters not measured.
 MUON = {"lr": 4e-3}
+# Chosen, not measured.
 LORA = {"lr": 2e-3, "weight_decay": 0.0}
 
 
