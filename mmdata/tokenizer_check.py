@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdata import encoders
 from mmdata.encode import RowEncoder
 from mmdata.errors import MMError, TokenizerError
 from mmdata.hostile import hostile_strings
@@ -44,7 +45,7 @@ def check(directory: Path, *, vocab_size: int | None = None) -> list[Finding]:
         return [Finding("files", "error", error.message, error.fix)]
     findings = [Finding("files", "ok", f"{', '.join(tokenizer.files)}; sha256 {tokenizer.sha256[:12]}")]
     findings += _ids(tokenizer, vocab_size)
-    for look in (_added, _special, _template, _plain, _decoding, _joins):
+    for look in (_added, _special, _template, _plain, _decoding, _joins, _fast):
         findings += look(tokenizer)
     return findings
 
@@ -291,6 +292,20 @@ def _joins(tokenizer: Tokenizer) -> Iterator[Finding]:
     else:
         yield Finding(
             "segments", "ok", "encoded between control tokens, as rows are packed, ids equal the whole rendering's"
+        )
+
+
+def _fast(tokenizer: Tokenizer) -> Iterator[Finding]:
+    """The fast encoder gives the library's own ids; where it does not, `mm pack` takes the library's."""
+    found = encoders.check(tokenizer)
+    if found.version is None:
+        yield Finding("fast encoder", "note", f"{found.name} is not installed", "pip install 'mm-toolkit[fast]'")
+    elif found.difference is not None:
+        what = f"{found.name} {found.version} differs: {found.difference}"
+        yield Finding("fast encoder", "note", what, "nothing to do: `mm pack` then takes the `tokenizers` library")
+    else:
+        yield Finding(
+            "fast encoder", "ok", f"{found.name} {found.version}: the same ids on {found.num_texts:,} strings"
         )
 
 

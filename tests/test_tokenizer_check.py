@@ -10,6 +10,7 @@ import eras
 import pytest
 import text_data
 
+from mmdata import encoders
 from mmdata.tokenizer_check import Finding, check
 
 Parts = dict[str, Any]
@@ -188,3 +189,20 @@ def test_a_tokenizer_that_merges_newlines_passes() -> None:
 def test_tags_that_are_torn_are_a_note(tmp_path: Path) -> None:
     found = levels(check(text_data.trained(tmp_path, template="minimind2").dir), "note")["template: tags"]
     assert "<tool_call>" in found.found and "mm tokenizer extend" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("version", "difference", "level", "said"),
+    [
+        (None, None, "note", "not installed"),
+        ("9", "other ids for 'x'", "note", "other ids for 'x'"),
+        ("9", None, "ok", "the same ids on 7 strings"),
+    ],
+)
+def test_the_fast_encoder_is_held_to_the_library(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, difference: str | None, level: str, said: str
+) -> None:
+    found = encoders.Check("fastokens", version, 7, difference)
+    monkeypatch.setattr(encoders, "check", lambda tokenizer: found)
+    finding = levels(check(whole), level)["fast encoder"]
+    assert said in finding.found and bool(finding.fix) == (level != "ok")
