@@ -431,8 +431,8 @@ addEventListener("resize", () => {
   waiting = setTimeout(drawAll, 120);
 });
 let before = "";
-addEventListener("beforeprint", () => { before = button.dataset.theme; printing = true; setTheme("light"); drawAll(); });
-addEventListener("afterprint", () => { printing = false; setTheme(before); drawAll(); });
+addEventListener("beforeprint", () => { if (!printing) before = button.dataset.theme; printing = true; setTheme("light"); drawAll(); });
+addEventListener("afterprint", () => { if (!printing) return; printing = false; setTheme(before); drawAll(); });
 
 if (root.dataset.refresh) {
   let last = "";
