@@ -82,15 +82,18 @@ class Checkpoint:
 
 
 class Writer:
-    """Saves a run's checkpoints beside its training: `save` returns once everything is copied, a thread does the rest.
+    """Saves a run's checkpoints beside its training: a thread copies everything, then writes it.
 
-    The copies are kept from save to save. What goes wrong in the thread is raised by the next `save` or `wait`.
+    `settle` before weights or moments change returns once they are copied: they stand still through a step's forward and
+    backward passes, so there is seldom anything to wait for. The copies are kept from save to save. What goes wrong in the
+    thread is raised by the next `save` or `wait`.
     """
 
     def __init__(self, run_dir: Path, *, keep_last: int, is_active: bool = True):
         self.run_dir, self.keep_last = run_dir, keep_last
         self.last: Path | None = None  # the newest complete one this Writer made
-        self.stalled_s = 0.0  # how long the last save kept its caller
+        self.stalled_s = 0.0  # how long the last save has kept its caller so far
+        self._copied = threading.Event()
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -110,23 +113,31 @@ class Writer:
     ) -> None:
         """Begin RUN/checkpoints/step-N; once it is complete, all but the newest `keep_last` and the best are removed.
 
-        settings, data and best ({"step", "val_loss"}) are plain JSON values, kept in state.json; `extra` are further
+        Nothing given may change before `settle` has returned. settings, data and best ({"step", "val_loss"}) are plain JSON values, kept in state.json; `extra` are further
         tensors by name, which `restore` gives back. Waits for the save before, should that still be running.
         """
         self.wait()
         begun = time.monotonic()
         adapters = lora.adapters_of(model)
-        weights = self._copy("", adapters or model.state_dict())
+        weights = dict(adapters or model.state_dict())
         further = {f"{EXTRA}{name}": value for name, value in (extra or {}).items()}
-        others = self._copy("optimizer/", _optimizer_tensors(model, optimizer) | further)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies were only asked for
+        others = _optimizer_tensors(model, optimizer) | further
+        if any(value.is_cuda for value in weights.values()):  # copied in the order of the device's own work
+            weights, others = self._copy("", weights), self._copy("optimizer/", others)
+            torch.cuda.synchronize()
         state = {"step": step, "model": as_json(model.config), "settings": settings, "data": data, "best": best}
-        self._thread = threading.Thread(
-            target=self._run, args=(step, weights, others, state, bool(adapters)), name="checkpoint"
-        )
+        arguments = (step, weights, others, state, bool(adapters))
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
         self._thread.start()
         self.stalled_s = time.monotonic() - begun
+
+    def settle(self) -> None:
+        """Return when nothing more is read from the model and its optimizer."""
+        if self._thread is not None and not self._copied.is_set():
+            begun = time.monotonic()
+            self._copied.wait()
+            self.stalled_s += time.monotonic() - begun
 
     def wait(self) -> None:
         """Return when nothing is being written; raises what went wrong."""
@@ -140,6 +151,8 @@ class Writer:
     def _copy(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Host copies of these tensors, in memory kept for them."""
         for name, value in tensors.items():
+            if value is self._copies.get(prefix + name):
+                continue  # already copied
             held = self._copies.get(prefix + name)
             if held is None or held.shape != value.shape or held.dtype != value.dtype:
                 self._copies[prefix + name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -160,6 +173,8 @@ class Writer:
         ):  # where threads have a niceness of their own, training goes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
+            weights, others = self._copy("", weights), self._copy("optimizer/", others)
+            self._copied.set()
             self.last = _write(self.run_dir, step, weights, others, state, is_adapted)
             kept = {self.last, *_directories(self.run_dir)[: self.keep_last]}
             if state["best"] is not None:
@@ -174,6 +189,8 @@ class Writer:
             self._error.__cause__ = error
         except BaseException as error:
             self._error = error
+        finally:
+            self._copied.set()
 
 
 def save(

@@ -470,6 +470,7 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
     count = figures[1]
+    run.writer.settle()  # a checkpoint may still be reading what is about to change
     norm, is_taken = optim.update(
         run.optimizer,
         run.gradient,
@@ -634,7 +635,10 @@ def _held_out(run: Run) -> dict[str, float]:
 
 def _offered(run: Run) -> AbstractContextManager[dict[str, Tensor]]:
     """While open the model holds the weights the run offers, their average where it keeps one; gives those in training."""
-    return run.average.in_place() if run.average else nullcontext({})
+    if run.average is None:
+        return nullcontext({})
+    run.writer.settle()
+    return run.average.in_place()
 
 
 def _early_stop(run: Run) -> str:
@@ -671,6 +675,8 @@ def _save(run: Run, step: int) -> None:
             best=run.best,
             extra={**in_training, **run.scale.tensors()},
         )
+        if run.average:  # its weights are about to leave the model again
+            run.writer.settle()
     run.last_read = time.monotonic()
 
 

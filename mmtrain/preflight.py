@@ -215,7 +215,7 @@ def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int,
     backward. The gradients it leaves are zeroed by the first step."""
     device = model.head_weight.device
     half = cut(micro, max(1, len(micro.ids) // 2), is_pairs)[0]
-    few, many = (_kept_bytes(model, part) for part in (half, micro))
+    few, many = (kept_bytes(model, part) for part in (half, micro))
     grown = len(micro.ids) - len(half.ids)
     per_token = (many - few) / grown if grown else many / len(micro.ids)
     batch = to_device(micro, device)
@@ -232,7 +232,7 @@ def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int,
     return per_token, max(0, int(many - per_token * len(micro.ids))), min(times)
 
 
-def _kept_bytes(model: Model, micro: MicroBatch) -> int:
+def kept_bytes(model: Model, micro: MicroBatch) -> int:
     """Bytes of the tensors a forward pass keeps for its backward, weights and head left out."""
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -102,6 +102,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     writer = checkpoint.Writer(tmp_path, keep_last=2)
     writer.save(model, optimizer, step=2, settings={}, data={})
+    writer.settle()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -189,3 +190,29 @@ def test_alone_an_agreement_is_the_error_itself() -> None:
     world.agree(None)
     with pytest.raises(UsageError):
         world.agree(UsageError("mine"))
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_train_like_one_process(data: Data, tmp_path: Path) -> None:
+    """Two torchrun groups on this machine, as on two machines: they meet at a port and know each other by node rank."""
+    one, nodes = (config_of("pretrain", data, tmp_path / name, model="tiny") for name in ("one", "nodes"))
+    train(one)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    groups = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, "--node-rank", rank, script, repr(nodes), ""],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [group.communicate(timeout=120)[1] for group in groups]
+    assert [group.returncode for group in groups] == [0, 0], errors
+    assert checkpoint.read_run(nodes.out)["world_size"] == 2
+    assert_alike(one.out, nodes.out)

@@ -13,6 +13,7 @@ quality: held-out bits per byte after one epoch over the same documents in as ma
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -35,8 +36,7 @@ from mmtrain.evaluate import evaluate
 from mmtrain.loop import train
 from mmtrain.model import Model
 
-SPEED = ModelConfig(6400, 512, 8, 8, 4, 1664, norm_eps=1e-6, qk_norm=True)  # what MiniMind makes of width 512
-SMALL = ModelConfig(6400, 128, 2, 8, 4, 448, norm_eps=1e-6, qk_norm=True)
+SMALL = (128, 2)  # width and layers of the models whose quality is compared
 TRAINERS = {"pretrain": "train_pretrain.py", "sft": "train_full_sft.py"}
 KEYS = ("role", "content", "reasoning_content", "tools", "tool_calls")
 
@@ -57,6 +57,12 @@ from dataset.lm_dataset import PretrainDataset, SFTDataset
 rows = {kind}({data!r}, AutoTokenizer.from_pretrained('../model'), max_length={length})
 print(sum(int((rows[i][1][1:] != -100).sum()) for i in range(len(rows))) / len(rows))
 """
+
+
+def shape_of(width: int, layers: int) -> ModelConfig:
+    """The shape MiniMind makes of a width and a number of layers."""
+    ffn = math.ceil(width * math.pi / 64) * 64
+    return ModelConfig(6400, width, layers, 8, 4, ffn, norm_eps=1e-6, qk_norm=True)
 
 
 def their_python(code: str, copy: Path, extra: Path | None) -> subprocess.Popen:
@@ -86,7 +92,10 @@ def their_speed(stage: str, data: Path, copy: Path, length: int, options: argpar
     kind = "PretrainDataset" if stage == "pretrain" else "SFTDataset"
     count = their_python(COUNT.format(kind=kind, data=str(data), length=length), copy, options.extra_path)
     trained_a_row = float(count.communicate()[0].split()[-1])
-    argv = [TRAINERS[stage], *their_options(SPEED, data, copy / "out", length, options.rows)]
+    argv = [
+        TRAINERS[stage],
+        *their_options(shape_of(options.width, options.layers), data, copy / "out", length, options.rows),
+    ]
     process = their_python(RUN.format(argv=argv, seed=0), copy, options.extra_path)
     assert process.stdout is not None
     times = []
@@ -126,8 +135,8 @@ def for_them(source: Path, target: Path) -> Path:
 
 def speed(options: argparse.Namespace, copy: Path, root: Path) -> None:
     """The table of speeds."""
-    PRESETS["bench"] = SPEED
-    print(f"{SPEED.num_params:,} parameters, {options.rows} rows a step, {torch.get_num_threads()} threads")
+    PRESETS["bench"] = shape = shape_of(options.width, options.layers)
+    print(f"{shape.num_params:,} parameters, {options.rows} rows a step, {torch.get_num_threads()} threads")
     print(f"{'data':<22} {'mm':>10} {'MiniMind':>10} {'ratio':>7}   (trained tokens/s)")
     for stage, name, length in (("sft", "sft_512", 512), ("sft", "sft_1024", 1024), ("pretrain", "pretrain_hq", 512)):
         source = options.data / f"{name}.jsonl"
@@ -147,7 +156,7 @@ def bits_per_byte(model: Model, val: Path) -> float:
 
 def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
     """Held-out bits per byte of both after one epoch over the same documents."""
-    PRESETS["bench"] = SMALL
+    PRESETS["bench"] = shape = shape_of(*SMALL)
     tokenizer = Tokenizer.load(options.tokenizer)
     rows = (options.data / "pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines()
     short = [row for row in rows if len(tokenizer.encode_batch([json.loads(row)["text"]])[0]) <= 500]
@@ -157,7 +166,7 @@ def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
         pack([root / f"{name}.jsonl"], root / name, tokenizer_dir=options.tokenizer, max_len=512, val_fraction=0.0)
     num_steps = -(-(len(short) - len(short[::10])) // options.rows)
     num_tokens = Loader([open_dataset(root / "train")], batch_tokens=512, seed=0).tokens_per_epoch
-    print(f"{SMALL.num_params:,} parameters, {num_tokens:,} tokens in about {num_steps} steps, bits per byte held out")
+    print(f"{shape.num_params:,} parameters, {num_tokens:,} tokens in about {num_steps} steps, bits per byte held out")
     print(f"{'seed':<6} {'mm, its lr 1e-3':>16} {'mm at 5e-4':>12} {'MiniMind, its 5e-4':>20}")
     for seed in range(3):
         found = []
@@ -166,13 +175,13 @@ def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
             batch = 512 * max(1, round(num_tokens / num_steps / 512))
             config = TrainConfig("pretrain", (root / "train",), out, model="bench", lr=lr, seed=seed)
             train(replace(config, batch_tokens=batch, epochs=1, device="cpu", quiet=True))
-            model = Model(SMALL)
+            model = Model(shape)
             model.load_state_dict(load_file(next(out.glob("checkpoints/step-*/model.safetensors"))))
             found.append(bits_per_byte(model, root / "val"))
-        argv = [TRAINERS["pretrain"], *their_options(SMALL, root / "train.jsonl", copy / "out", 512, options.rows)]
+        argv = [TRAINERS["pretrain"], *their_options(shape, root / "train.jsonl", copy / "out", 512, options.rows)]
         their_python(RUN.format(argv=argv, seed=seed), copy, options.extra_path).communicate()
-        weights = torch.load(copy / "out" / f"pretrain_{SMALL.hidden_size}.pth")
-        model = Model(SMALL)
+        weights = torch.load(copy / "out" / f"pretrain_{shape.hidden_size}.pth")
+        model = Model(shape)
         model.load_state_dict({k: v.float() for k, v in weights.items() if not re.match("lm_head", k)})
         found.append(bits_per_byte(model, root / "val"))
         print(f"{seed:<6} {found[0]:>16.4f} {found[1]:>12.4f} {found[2]:>20.4f}", flush=True)
@@ -186,6 +195,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--extra-path", type=Path)
     parser.add_argument("--only", choices=("speed", "quality"))
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()

@@ -1,0 +1,162 @@
+"""Every figure that needs a CUDA card, in one call of a few minutes, as one table.
+
+    python tests/bench/gpu.py [--minimind CHECKOUT] [--fill 0.5] [--rehearse]
+
+The card's matmul rate, then: pretraining minimind2 at 512 in bf16 with compiled blocks as a share of that rate (causal
+FLOPs: 6 for every matrix weight and 6 L C T for attention, a token), recompilations after warm-up, its memory beside
+what preflight counts, dpo's memory for 8 pairs of 1,024 a side, and with a CHECKOUT MiniMind's own model on padded rows
+of which --fill is useful. --rehearse runs the same code on the CPU with the smallest sizes: its figures mean nothing.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmdata.loader import MicroBatch
+from mmtrain.batch import logps_of, to_device, token_logps_of
+from mmtrain.config import PRESETS
+from mmtrain.loop import compile_blocks
+from mmtrain.losses import CHUNK
+from mmtrain.metrics import memory_bytes
+from mmtrain.model import Model
+from mmtrain.optim import adamw, flat_gradient, update
+from mmtrain.precision import autocast, autocast_dtype
+from mmtrain.preflight import kept_bytes
+
+
+def best_s(step: Callable[[], Any], device: torch.device, repeat: int = 10, warmup: int = 4) -> float:
+    """Mean seconds of `repeat` steps after `warmup`."""
+    for k in range(warmup + repeat):
+        if k == warmup:
+            synchronize(device)
+            begun = time.perf_counter()
+        step()
+    synchronize(device)
+    return (time.perf_counter() - begun) / repeat
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def documents(length: int, count: int, vocab_size: int) -> MicroBatch:
+    """Random documents of one length, all trained but their first tokens."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, length * count, dtype=np.int32)
+    mask = (np.arange(length * count) % length > 0).astype(np.uint8)
+    ends = np.arange(count + 1, dtype=np.int32) * length
+    return MicroBatch(ids, mask, ends, length, np.arange(count), int(mask.sum()))
+
+
+def matmul_rate(device: torch.device, size: int) -> float:
+    """FLOPs a second of square products in autocast's type."""
+    a, b = (torch.randn(size, size, device=device, dtype=autocast_dtype(device)) for _ in range(2))
+    return 2 * size**3 / best_s(lambda: a @ b, device)
+
+
+def row(name: str, value: str) -> None:
+    """One line of the table."""
+    print(f"| {name} | {value} |", flush=True)
+
+
+def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: float) -> None:
+    """Speed, share of the rate, recompilations and memory of pretraining steps."""
+    model = Model(PRESETS[name] if PRESETS[name].vocab_size else replace(PRESETS[name], vocab_size=300)).to(device)
+    notes = compile_blocks(model) if device.type == "cuda" else ["not compiled on the CPU"]
+    micro = documents(length, tokens // length, model.config.vocab_size)
+    kept = kept_bytes(model, micro)
+    gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-4, weight_decay=0.1)
+    batch = to_device(micro, device)
+
+    def step() -> None:
+        gradient.zero_()
+        with autocast(device):
+            loss = -token_logps_of(model, batch).sum()
+        loss.backward()
+        update(optimizer, gradient, lr=1e-4, count=batch.num_trained, clip=1.0)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step(), step()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    seconds = best_s(step, device)
+    shape, matrices = model.config, sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    flops = 6 * matrices + 6 * shape.num_layers * shape.hidden_size * length
+    predicted = 16 * shape.num_params + kept + 8 * CHUNK * shape.vocab_size
+    row(f"pretrain {name} at {length}, {tokens:,} tokens a step", f"{tokens / seconds:,.0f} tokens/s")
+    row("share of the matmul rate, causal FLOPs", f"{100 * flops * tokens / seconds / rate:.1f} %")
+    row("recompilations after warm-up", str(torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled))
+    row("memory: predicted, measured", f"{predicted / 1e9:.2f} GB, {memory_bytes() / 1e9:.2f} GB")
+    for note in notes:
+        row("note", note)
+
+
+def preferences(name: str, device: torch.device, length: int) -> None:
+    """Peak memory of a dpo step over 8 pairs."""
+    model = Model(PRESETS[name] if PRESETS[name].vocab_size else replace(PRESETS[name], vocab_size=300)).to(device)
+    gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-6, weight_decay=0.0)
+    batch = to_device(documents(length, 16, model.config.vocab_size), device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with autocast(device):
+        chosen, rejected = logps_of(model, batch).view(-1, 2).T
+    (-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum()).backward()
+    update(optimizer, gradient, lr=1e-6, count=8, clip=1.0)
+    synchronize(device)
+    row(f"dpo {name}: 8 pairs of {length} a side, memory", f"{memory_bytes() / 1e9:.2f} GB")
+
+
+def theirs(checkout: Path, device: torch.device, length: int, rows: int, fill: float) -> None:
+    """MiniMind's own model of that shape (width 768, 16 layers), forward, backward, clip and AdamW as its trainer does."""
+    sys.path.insert(0, str(checkout))
+    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM  # type: ignore[import-not-found]
+
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=768, num_hidden_layers=16)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, 6400, (rows, length), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    pace = rows * length / best_s(step, device)
+    row(f"MiniMind, width 768, 16 layers at {length}", f"{pace:,.0f} positions/s, {fill * pace:,.0f} useful tokens/s")
+
+
+def main() -> None:
+    """Print the table, or that there is no card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minimind", type=Path)
+    parser.add_argument("--fill", type=float, default=0.5)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not options.rehearse:
+        print("no CUDA card here: nothing measured")
+        return
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    torch.set_float32_matmul_precision("high")
+    card = "CPU, a rehearsal" if options.rehearse else torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}\n\n| what | figure |\n|---|---|")
+    rate = matmul_rate(device, 256 if options.rehearse else 8192)
+    row(f"matmul rate, {autocast_dtype(device)}", f"{rate / 1e12:.1f} TFLOP/s")
+    name, tokens = ("tiny", 256) if options.rehearse else ("minimind2", 65_536)
+    pretrain(name, device, 64 if options.rehearse else 512, tokens, rate)
+    preferences(name, device, 16 if options.rehearse else 1024)
+    if options.minimind:
+        theirs(options.minimind, device, 512, 128, options.fill)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""How long a save keeps training waiting, and what kill -9 leaves behind.
+
+    python tests/bench/saving.py [--model minimind2] [--kills 30] [--data shards/sft_512]
+
+stall: the seconds `Writer.save` holds its caller at the model's real size, and those until the checkpoint is complete.
+kills of the writer: a process saves that model again and again, every value of step N being N, and is killed at a random
+moment; the newest complete checkpoint must then hold one step and no other.
+kills of a run (with --data): a tiny model is trained, saved at every step, killed and resumed; at the end its steps must
+be those of a run nobody touched, to the last bit.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from mmtrain import checkpoint
+from mmtrain.checkpoint import Writer
+from mmtrain.config import PRESETS, TrainConfig
+from mmtrain.loop import train
+from mmtrain.model import Model
+from mmtrain.optim import adamw
+
+SAVE_FOR_EVER = """
+import sys, torch
+from pathlib import Path
+from mmtrain.checkpoint import Writer, latest
+from saving import filled
+root, name, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+writer = Writer(root, keep_last=1)
+print("ready", flush=True)
+for step in range(first, first + 100):
+    writer.save(*filled(name, step), step=step, settings={}, data={})
+"""
+TRAIN = """
+import sys
+from pathlib import PosixPath
+from mmtrain.config import TrainConfig
+from mmtrain.loop import train
+train(eval(sys.argv[1]), log=lambda text: print(text, flush=True))
+"""
+
+
+def filled(name: str, value: float) -> tuple[Model, torch.optim.Optimizer]:
+    """A model and its optimizer's moments, every number of them `value`."""
+    model = Model(PRESETS[name])
+    optimizer = adamw(model, lr=0.0, weight_decay=0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+            moments = {key: torch.full_like(parameter, value) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(value)), **moments}
+    return model, optimizer
+
+
+def stall(name: str, root: Path) -> None:
+    """Print the seconds of three saves, each begun as training would: it goes on with a forward and backward pass, here of
+    512 tokens, before weights change."""
+    model, optimizer = filled(name, 0.01)
+    ids = torch.arange(512)
+    writer = Writer(root, keep_last=1)
+    for step in range(1, 4):
+        begun = time.monotonic()
+        writer.save(model, optimizer, step=step, settings={}, data={})
+        model(ids, ids, torch.tensor([0, 512], dtype=torch.int32), 512).sum().backward()
+        writer.settle()
+        writer.wait()
+        total = time.monotonic() - begun
+        print(
+            f"save {step} of {model.config.num_params:,} parameters: training waits {writer.stalled_s:.3f} s, complete after {total:.2f} s"
+        )
+
+
+def kill_writers(name: str, kills: int, root: Path) -> None:
+    """Kill a process that saves, again and again; check what is found."""
+    draw, first = random.Random(0), 1
+    for _ in range(kills):
+        argv = [sys.executable, "-c", SAVE_FOR_EVER, str(root), name, str(first)]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parent)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(draw.uniform(0.2, 6.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        checkpoint.recover(root)
+        try:
+            found = checkpoint.find(root)
+        except checkpoint.CheckpointError:
+            assert first == 1, "an older checkpoint was lost"
+            continue
+        weights = checkpoint.read_weights(found)
+        assert all(bool((value == found.step).all()) for value in weights.values()), "torn"
+        first = found.step + 1
+    print(f"{kills} kills of a writer: the newest complete checkpoint always whole, {first - 1} steps saved in all")
+
+
+def kill_runs(data: Path, kills: int, root: Path) -> None:
+    """Kill a run again and again; compare its steps with those of one left alone."""
+    draw = random.Random(1)
+    config = {
+        "model": "tiny",
+        "steps": 400,
+        "batch_tokens": 2048,
+        "save_every": 1,
+        "val_every": 0,
+        "log_every": 1,
+        "device": "cpu",
+    }
+    whole = TrainConfig("sft", (data,), root / "whole", quiet=True, **config)
+    train(whole)
+    done = 0
+    while done < kills:
+        is_begun = (root / "broken" / "run.json").exists()
+        broken = TrainConfig("sft", (data,), root / "broken", resume=is_begun, **config)
+        process = subprocess.Popen([sys.executable, "-c", TRAIN, repr(broken)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(draw.uniform(0.0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done += 1
+    train(TrainConfig("sft", (data,), root / "broken", resume=True, quiet=True, **config))
+    one, other = (
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "memory_bytes")}
+            for line in (root / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "broken")
+    )
+    assert one == other, "not the same run"
+    weights = [checkpoint.read_weights(checkpoint.find(root / name)) for name in ("whole", "broken")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    print(
+        f"{kills} kills of a run: its {len(one)} lines and its weights are those of a run left alone, to the last bit"
+    )
+
+
+def main() -> None:
+    """Print what each came to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="minimind2", choices=[name for name, shape in PRESETS.items() if shape.vocab_size]
+    )
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--only", choices=("stall", "writers", "runs"))
+    parser.add_argument("--data", type=Path)
+    options = parser.parse_args()
+    with TemporaryDirectory(dir=".") as temporary:
+        root = Path(temporary)
+        if options.only in (None, "stall"):
+            stall(options.model, root / "stall")
+        if options.only in (None, "writers"):
+            kill_writers(options.model, options.kills, (root / "writers").absolute())
+        if options.data and options.only in (None, "runs"):
+            kill_runs(options.data, options.kills, (root / "runs").absolute())
+
+
+if __name__ == "__main__":
+    main()
