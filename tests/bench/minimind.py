@@ -159,7 +159,9 @@ def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
     PRESETS["bench"] = shape = shape_of(*SMALL)
     tokenizer = Tokenizer.load(options.tokenizer)
     rows = (options.data / "pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines()
-    short = [row for row in rows if len(tokenizer.encode_batch([json.loads(row)["text"]])[0]) <= 500]
+    short = [row for row in rows if len(tokenizer.encode_batch([json.loads(row)["text"]])[0]) <= 500][
+        : options.documents
+    ]
     (root / "val.jsonl").write_text("\n".join(short[::10]) + "\n", encoding="utf-8")
     (root / "train.jsonl").write_text("\n".join(row for i, row in enumerate(short) if i % 10) + "\n", encoding="utf-8")
     for name in ("train", "val"):
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--extra-path", type=Path)
     parser.add_argument("--only", choices=("speed", "quality"))
+    parser.add_argument("--documents", type=int, default=400, help="documents of the comparison of quality")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rows", type=int, default=8)
