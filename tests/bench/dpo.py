@@ -249,6 +249,7 @@ def speed(options: argparse.Namespace, dataset: Dataset, path: Path, root: Path)
         ref_s, epoch_s, loader = min(runs, key=lambda run: run[0] + 2 * run[1])
         flops = 7 * our_flops(shape, loader, scored)  # twice forward and backward, once the reference
         rows.append((f"mm, prompt {'once' if share else 'twice'}", ref_s + 2 * epoch_s, flops))
+        print(f"measured: {rows[-1][0]}, {rows[-1][1]:.1f} s", flush=True)
         model.load_state_dict(weights)
     if options.minimind:
         epoch_s = min(minimind(options, shape, weights, path) for _ in range(options.repeat))
@@ -256,12 +257,14 @@ def speed(options: argparse.Namespace, dataset: Dataset, path: Path, root: Path)
         squares = 2 * (MAX_LEN - 1) ** 2 / 2
         flops = 8 * num_pairs * forward_flops(shape, positions, positions, squares)
         rows.append(("MiniMind train_dpo.py, batch 4", 2 * epoch_s, flops))
+        print(f"measured: {rows[-1][0]}, {rows[-1][1]:.1f} s", flush=True)
     if options.trl:
         for batch in (4, 8):
             trainer, spent = trl_trainer(options, hf_model(shape, weights), dataset, root, batch)
             begun = CLOCK()
             trainer.train()
             rows.append((f"TRL DPOTrainer, batch {batch}", spent[0] + 2 * (CLOCK() - begun), float("nan")))
+            print(f"measured: {rows[-1][0]}, {rows[-1][1]:.1f} s", flush=True)
     _, mine_s, mine_flops = rows[1]
     print(f"{'two epochs':<34} {'pairs/s':>8} {'mm is':>7} {'TFLOP counted':>14} {'FLOPs allow':>12} {'reached':>8}")
     for name, seconds, flops in rows:
