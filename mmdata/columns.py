@@ -34,7 +34,7 @@ def _pack_columns(
         "ids": ragged(ids, np.add.reduceat(lengths, pack_begins)),
         "doc_len": ragged(lengths.astype(position_dtype), sizes),
         "span": ragged(spans.astype(position_dtype), np.add.reduceat(num_marks, pack_begins)),
-        "n_loss": np.add.reduceat(flat.num_loss()[ordinals], pack_begins).astype(position_dtype),
+        "n_loss": np.add.reduceat(flat.num_loss[ordinals], pack_begins).astype(position_dtype),
         "doc": ragged(ordinals.astype(np.uint32), sizes),
     }
 

@@ -241,7 +241,7 @@ def _counts(batch: Batch, max_len: int) -> dict[str, int]:
         "marks": len(flat.marks),
         "tokens": int(flat.lengths.sum()),
         "model_tokens": int(flat.model_lengths().sum()),
-        "loss_tokens": int(flat.num_loss().sum()),
+        "loss_tokens": int(flat.num_loss.sum()),
         "width": int(flat.widths().sum()),
         "cut_tokens": batch.cut.total(),
         "rows_cut": batch.rows_cut + len(np.unique(row_of[is_split])),

@@ -314,7 +314,7 @@ class PartPacker:
             "rows": int(rows.is_first[ordinals].sum()),
             "tokens": int(flat.lengths[ordinals].sum()),
             "model_tokens": int(flat.model_lengths()[ordinals].sum()),
-            "loss_tokens": int(flat.num_loss()[ordinals].sum()),
+            "loss_tokens": int(flat.num_loss[ordinals].sum()),
             **written,
             "token_digest": shards.token_digest(read_arrow(settings.staging / path), settings.kind),
         }

@@ -5,6 +5,7 @@ Nothing here is a Python list of ids. A flat array costs what its values cost; o
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Encoded:
     cut: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Flat:
     """N sequences end to end.
 
@@ -69,12 +70,12 @@ class Flat:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def begins(self) -> np.ndarray:
         """int64 [N]: where each sequence's ids begin."""
         return np.cumsum(self.lengths) - self.lengths
 
-    @property
+    @cached_property
     def mark_begins(self) -> np.ndarray:
         return np.cumsum(self.num_marks) - self.num_marks
 
@@ -93,6 +94,7 @@ class Flat:
         """int64 [N]: tokens as a model sees them, a pair's prompt before each of its replies."""
         return self.lengths + self.pair_marks()[:, 0] if self.is_pairs else self.lengths
 
+    @cached_property
     def num_loss(self) -> np.ndarray:
         """int64 [N]: the trained tokens."""
         heads = PAIR_MARKS if self.is_pairs else 0
