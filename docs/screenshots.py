@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def mm(work: Path, *words: str) -> None:
+    """Run a command of mm in the working directory."""
     print("mm", *words, flush=True)
     subprocess.run(
         [sys.executable, "-m", "cli", *words],
@@ -77,6 +78,7 @@ def make(work: Path) -> None:
 
 
 def open_browser() -> Any:
+    """Headless Chromium."""
     from selenium import webdriver
     from selenium.webdriver.chrome.options import Options
     from selenium.webdriver.chrome.service import Service
@@ -111,6 +113,7 @@ def shoot(driver: Any, page: Path, image: str, *, width: int, height: int, theme
 
 
 def main() -> None:
+    """Make the data, the runs and the pages where they are missing, then take the pictures."""
     work = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "run-zh.html").exists():

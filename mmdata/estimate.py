@@ -2,8 +2,8 @@
 
 About one row in a hundred is read, in blocks spread evenly over each file, and encoded as packing would. Counts scale with
 the bytes; padding is that of the sampled lengths, repeated up to a part's worth and packed; the rate is the sample's own.
-A compressed file cannot be entered in its middle: its beginning is read, and its size after decompression is taken from
-how much of that came out of how many bytes.
+A compressed file cannot be entered in its middle: its beginning is read, and its size after decompression is taken to be
+`COMPRESSION` times what it takes on disk.
 """
 
 import contextlib

@@ -461,7 +461,7 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
     its figures are read later."""
     begun = time.monotonic()
     settings = run.plan.settings
-    sums = _accumulate(run)
+    sums = _accumulate(run, step)
     is_asked = stop.is_set or (run.world.is_first and (run.out / STOP_FILE).exists())
     asked = torch.tensor([float(is_asked)], dtype=torch.float64).to(run.world.device, non_blocking=True)
     figures = run.world.sum(torch.cat([sums, asked]))
@@ -522,7 +522,7 @@ def _read(run: Run, lag: int) -> None:
         run.is_stopping = run.is_stopping or num_stops > 0
 
 
-def _accumulate(run: Run) -> Tensor:
+def _accumulate(run: Run, step: int) -> Tensor:
     """Forward and backward of this rank's micro-batches; gradients add up in `run.gradient`.
 
     Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures. Where memory runs out the
@@ -536,7 +536,7 @@ def _accumulate(run: Run) -> Tensor:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        _halve(run, reason)  # outside of the handler: the error held on to the tensors of its frames
+        _halve(run, step, reason)  # outside of the handler: the error held on to the tensors of its frames
 
 
 def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
@@ -558,7 +558,7 @@ def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
-def _halve(run: Run, reason: str) -> None:
+def _halve(run: Run, step: int, reason: str) -> None:
     """Halve this rank's micro-batches and say so; TrainError where a single document does not fit."""
     if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
         raise TrainError(
@@ -572,6 +572,8 @@ def _halve(run: Run, reason: str) -> None:
         f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on, "
         "the global batch stays as it is"
     )
+    if run.keeper:
+        run.keeper.event(step + 1, "halved", f"{run.most_tokens:,} tokens")
 
 
 def _count_skipped(run: Run, step: int, loss: float, norm: float, *, is_skipped: bool) -> None:

@@ -154,36 +154,6 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 # --- the decoder ----------------------------------------------------------------------------------------------------
 
 
-class KVCache:
-    """Keys and values of the tokens a batch has seen, for decoding.
-
-    Rows of different length are padded on the left: `num_pad` [B] says by how much. All rows then end in the same
-    column, and `length` columns are filled, out of `capacity`.
-    """
-
-    def __init__(self, config: ModelConfig, capacity: int, num_pad: Tensor, dtype: torch.dtype = torch.float32):
-        shape = (2, config.num_layers, len(num_pad), config.num_kv_heads, capacity, config.head_size)
-        self.keys, self.values = torch.zeros(shape, device=num_pad.device, dtype=dtype)
-        self.num_pad = num_pad
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        """Columns there is room for."""
-        return self.keys.shape[3]
-
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the newest columns [B, KV, t, D] behind those held; gives all columns so far."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only: finished answers leave the batch."""
-        self.keys, self.values, self.num_pad = self.keys[:, rows], self.values[:, rows], self.num_pad[rows]
-
-
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Each linear layer's output for x [..., C], while training by one product with all their weights side by side: one
     read of x, and one product for its gradient (3 % less time on the CPU, five kernels fewer a block on CUDA).
@@ -221,13 +191,6 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, cos, sin)
         return self.o_proj(attend(q, k, v, layout).flatten(-2))
 
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache, mask: Tensor) -> Tensor:
-        """The same for new columns x [B, t, C] behind those in the cache."""
-        q, k, v = (y.transpose(1, 2) for y in self.heads(x, cos, sin))
-        k, v = cache.store(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
-
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -255,11 +218,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout | PairLayout) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: KVCache, mask: Tensor) -> Tensor:
-        """The same for new columns behind a cache."""
-        x = x + self.self_attn.decode(self.input_layernorm(x), cos, sin, layer, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -324,26 +282,3 @@ class Model(nn.Module):
                 x = block(x, cos, sin, layout)
         x = self.model.norm(x)
         return x if layout.restore is None else x.index_select(0, layout.restore)
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states [B, t, C] of new ids [B, t] behind those in the cache, which takes them in.
-
-        Columns before a row's `num_pad` are padding: what comes out there means nothing, and nothing attends to it.
-        """
-        begin, end = cache.length, cache.length + ids.shape[1]
-        assert end <= cache.capacity, f"{end} columns, room for {cache.capacity}"
-        columns = torch.arange(end, device=ids.device)
-        new = columns[begin:]
-        cos, sin = rotary_table(
-            (new - cache.num_pad[:, None]).clamp(min=0), self.config.head_size, self.config.rope_theta
-        )
-        is_seen = (columns <= new[:, None]) & (columns >= cache.num_pad[:, None, None])
-        mask = (is_seen | (columns == new[:, None])).unsqueeze(
-            1
-        )  # padding sees itself: a row without keys would be NaN
-        x = self.model.embed_tokens(ids)
-        for layer, block in enumerate(self.model.layers):
-            x = cast(Block, block).decode(x, cos, sin, layer, cache, mask)
-        cache.length = end
-        return self.model.norm(x)

@@ -54,7 +54,8 @@ def test_tool_choice_none_hides_the_tools() -> None:
 
 
 def test_fields_that_only_label_and_fields_that_ask_for_nothing_pass() -> None:
-    chat(user="me", metadata={"a": 1}, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, model="runs/a")
+    labelled = {"user": "me", "metadata": {"a": 1}, "model": "runs/a"}
+    assert chat(**labelled, frequency_penalty=0, presence_penalty=0.0, logit_bias={}) == chat()
 
 
 @pytest.mark.parametrize(

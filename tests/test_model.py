@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmtrain.config import PRESETS, ModelConfig
-from mmtrain.model import KVCache, Model, RMSNorm, make_layout, rotary_table, rotate
+from mmtrain.model import Model, RMSNorm, make_layout, rotary_table, rotate
 
 LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
 
@@ -54,49 +54,12 @@ def test_packed_documents_equal_each_alone(model: Model) -> None:
     assert (packed - alone).abs().max() < 1e-5
 
 
-def test_packed_equals_padded(model: Model) -> None:
-    """The same documents as padded rows through the decoding path: another attention call, another mask, other positions."""
-    docs = documents()
-    longest = max(len(d) for d in docs)
-    rows = torch.stack([F.pad(d, (longest - len(d), 0)) for d in docs])
-    cache = KVCache(model.config, longest, torch.tensor([longest - len(d) for d in docs]))
-    padded = model.decode(rows, cache)
-    expected = torch.cat([padded[i, longest - len(d) :] for i, d in enumerate(docs)])
-    assert (model(*flat(docs)) - expected).abs().max() < 1e-5
-
-
 def test_a_token_reaches_neither_the_past_nor_another_document(model: Model) -> None:
     docs = documents([5, 9, 5])
     before = model(*flat(docs))
     docs[1][4] += 1 if docs[1][4] == 0 else -1
     is_changed = (model(*flat(docs)) - before).abs().sum(-1) > 0
     assert is_changed.tolist() == [False] * 9 + [True] * 5 + [False] * 5
-
-
-def test_decoding_token_by_token_equals_the_flat_forward(model: Model) -> None:
-    docs = documents([8, 11, 9])
-    prompts = [5, 2, 4]  # every row gets its own prompt, the rest comes token by token
-    longest = max(prompts)
-    num_pad = torch.tensor([longest - n for n in prompts])
-    cache = KVCache(model.config, 40, num_pad)
-    rows = torch.stack([F.pad(d[:n], (longest - n, 0)) for d, n in zip(docs, prompts, strict=True)])
-    outs = [model.decode(rows, cache)]
-    for step in range(3):
-        outs.append(model.decode(torch.stack([d[n + step, None] for d, n in zip(docs, prompts, strict=True)]), cache))
-    decoded = torch.cat(outs, 1)
-    for row, (doc, n) in enumerate(zip(docs, prompts, strict=True)):
-        expected = model(*flat([doc[: n + 3]]))
-        assert (decoded[row, num_pad[row] :] - expected).abs().max() < 1e-5
-
-
-def test_a_cache_goes_on_with_the_rows_that_are_kept(model: Model) -> None:
-    docs = documents([4, 4, 4])
-    cache = KVCache(model.config, 10, torch.zeros(3, dtype=torch.long))
-    model.decode(torch.stack([d[:3] for d in docs]), cache)
-    cache.keep(torch.tensor([2, 0]))
-    out = model.decode(torch.stack([docs[2][3:], docs[0][3:]]), cache)
-    expected = torch.stack([model(*flat([docs[i]]))[-1] for i in (2, 0)])
-    assert (out[:, -1] - expected).abs().max() < 1e-5
 
 
 def test_rotary_turns_each_pair_by_position_times_frequency() -> None:
