@@ -1,8 +1,9 @@
 """jsonl files in; texts drawn evenly over files and languages out, for training and judging tokenizers.
 
 Every (file, language) has the same claim on the limit; what one cannot fill goes to the others. Within each, texts are
-drawn by random keys (the smallest stay), so one pass is enough and memory holds the limit and a tenth. The same files,
-weights, limit and seed give the same corpus.
+drawn by random keys (the smallest stay), so one pass is enough and memory holds the limit and a tenth. Where the limit
+leaves room, the smaller of Chinese and English may count several times. The same files, weights, limit and seed give the
+same corpus.
 """
 
 import heapq
@@ -23,8 +24,10 @@ from mmdata.texts import LANGUAGES, code_points, count_scripts, languages_of, sc
 FIELDS = ("text", "system", "user", "assistant", "rejected", "tool", "reasoning", "calls", "tools")
 PIECE = 16_384  # characters; longer texts are cut after a newline or space, so that one text cannot be all of a corpus
 _SLACK = 0.1  # a corpus may grow past its limit by this share before it is pared down
-_BATCH = 256  # texts whose language is told at once
+_BATCH = 1024  # texts whose language is told at once
 _LOOK_AT = 2048  # characters that tell it
+_EVENED = ("Chinese", "English")  # code and the rest count as often as they come
+_MOST_TIMES = 3  # that a text of the smaller language counts
 Progress = Callable[[int, int], None]
 
 
@@ -96,6 +99,17 @@ class _Stratum:
             self.num_bytes -= len(text) * count
             self.threshold = -key
 
+    def repeat(self, times: float) -> None:
+        """Let texts count `times` as often by bytes: each the whole number of times, those with the smallest keys once more."""
+        left = times % 1 * self.num_bytes
+        repeated = []
+        for key, number, text, count in sorted(self.heap, reverse=True):
+            once_more = len(text) * count <= left
+            left -= len(text) * count * once_more
+            repeated.append((key, number, text, count * (int(times) + once_more)))
+        self.heap = repeated
+        self.num_bytes = sum(len(text) * count for _, _, text, count in repeated)
+
 
 @dataclass(frozen=True, slots=True)
 class _File:
@@ -109,7 +123,7 @@ class _File:
 
     def add(self, texts: Sequence[tuple[str, str]]) -> None:
         """Take texts, each with its field, piece by piece."""
-        pieces = [(name, piece) for name, text in texts for piece in _pieces(text)]
+        pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
         for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
             claim = self.weight * self.weights.get(language, 1.0)
             weight = claim * self.weights.get(name, 1.0)
@@ -117,7 +131,10 @@ class _File:
             if count != weight:
                 count += self.random() < weight - count
             if count:
-                self.strata.setdefault((self.index, language), _Stratum(claim)).add(key, piece.encode(), count)
+                stratum = self.strata.get((self.index, language))
+                if stratum is None:
+                    stratum = self.strata[self.index, language] = _Stratum(claim)
+                stratum.add(key, piece.encode(), count)
 
 
 def _languages(texts: Sequence[str]) -> list[str]:
@@ -136,10 +153,13 @@ def draw(
     limit_bytes: int,
     weights: Mapping[str, float] | None = None,
     seed: int = 0,
+    evened: bool = False,
     progress: Progress | None = None,
 ) -> Corpus:
     """Read all rows of the files and draw at most `limit_bytes` of their text.
 
+    `evened`: texts of the smaller of Chinese and English count up to 3 times, until it is as large as the other or the
+    limit is reached; not if a language has a weight.
     `weights`: how often a text of a FIELD, a language or a file (by path) counts; 0.5 draws every second, 0 none. Weights of
     languages and files also scale their claims. Rows that cannot be used are counted. progress: bytes read of plain files.
     InputError when no text is found, UsageError for a weight that names nothing.
@@ -167,7 +187,9 @@ def draw(
         done += path.stat().st_size if is_seekable(path) else 0
     if progress:
         progress(total, total)
-    _pare(strata.values(), limit_bytes)
+    room = limit_bytes - _pare(strata.values(), limit_bytes)
+    if evened and not any(language in weights for language in LANGUAGES):
+        _even_out(strata, room)
     return _finish(files, strata, num_rows, left_out)
 
 
@@ -213,6 +235,16 @@ def _pare(strata: Collection[_Stratum], limit_bytes: int) -> int:
     for stratum in strata:
         stratum.pare(level * stratum.weight)
     return sum(stratum.num_bytes for stratum in strata)
+
+
+def _even_out(strata: Mapping[tuple[int, str], _Stratum], room: int) -> None:
+    """Let texts of the smaller of the languages count more often, for at most `room` bytes more."""
+    drawn = {name: [one for (_, language), one in strata.items() if language == name] for name in _EVENED}
+    small, large = sorted(sum(one.num_bytes for one in group) for group in drawn.values())
+    if small:
+        times = min(_MOST_TIMES, 1 + room / small, large / small)
+        for one in min(drawn.values(), key=lambda group: sum(one.num_bytes for one in group)):
+            one.repeat(times)
 
 
 def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:

@@ -43,7 +43,7 @@ LIMIT_BYTES = 100_000_000
 _MIN_COUNT = 2  # a pair seen once is no pattern
 _MOST_WORDS = 2_000_000  # different words counted for unigram; past that those seen once so far are let go of
 _NEVER = -1e6  # a log-probability no sum of bytes comes near
-_FORMAT = 1
+_FORMAT = 2
 _POLL_S = 0.2
 Phase = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all (0: not known)
 
@@ -133,6 +133,7 @@ def train(files: Sequence[Path], options: Options, *, phase: Phase | None = None
         limit_bytes=options.limit_bytes,
         weights=options.weights,
         seed=options.seed,
+        evened=True,
         progress=(lambda done, total: phase("reading", done, total)) if phase else None,
     )
     texts = _told(corpus, phase) if phase else corpus.release()

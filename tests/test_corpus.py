@@ -1,6 +1,7 @@
 """Drawing text evenly over files and languages, the same way each time, within a limit."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,55 @@ def test_the_limit_is_shared_evenly_over_files_and_languages(files: list[Path]) 
     for part, whole in zip(found.strata, everything.strata, strict=True):
         assert part.found_bytes == whole.found_bytes == whole.drawn_bytes
         assert part.drawn_bytes == whole.found_bytes or part.drawn_bytes > level - 300  # one text short at most
+
+
+def _sizes(corpus: module.Corpus) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for stratum in corpus.strata:
+        sizes[stratum.language] += stratum.drawn_bytes
+    return sizes
+
+
+def _two_languages(root: Path, *, num_english: int) -> list[Path]:
+    rows = [{"text": "今天天气很好我们去公园散步吧" * 2 + str(number)} for number in range(100)]
+    rows += [
+        {"text": f"The river and the garden of the people, number {number}, are small."}
+        for number in range(num_english)
+    ]
+    return [text_data.write(root / "two.jsonl", rows)]
+
+
+def test_the_smaller_language_counts_more_often_until_it_is_level(tmp_path: Path) -> None:
+    files = _two_languages(tmp_path, num_english=300)
+    plain, evened = draw(files, limit_bytes=10**6), draw(files, limit_bytes=10**6, evened=True)
+    before, after = _sizes(plain), _sizes(evened)
+    assert before["Chinese"] * 2 < before["English"] == after["English"]
+    assert 0 <= after["English"] - after["Chinese"] < 200, "to within a text"
+    assert {text for _, texts in plain.groups() for text in texts} == {
+        text for _, texts in evened.groups() for text in texts
+    }
+
+
+def test_evening_out_stops_at_three_times_and_at_the_limit(tmp_path: Path) -> None:
+    files = _two_languages(tmp_path, num_english=3000)
+    before = _sizes(draw(files, limit_bytes=10**6))
+    assert _sizes(draw(files, limit_bytes=10**6, evened=True))["Chinese"] == 3 * before["Chinese"]
+    limit = sum(before.values()) + before["Chinese"] // 2
+    after = draw(files, limit_bytes=limit, evened=True)
+    assert limit - 200 < after.drawn_bytes <= limit
+
+
+@pytest.mark.parametrize("weights", [{"Chinese": 1.0}, {"code": 2.0}])
+def test_a_weight_for_a_language_leaves_all_as_they_come(tmp_path: Path, weights: dict[str, float]) -> None:
+    files = _two_languages(tmp_path, num_english=300)
+    assert _sizes(draw(files, limit_bytes=10**6, weights=weights, evened=True)) == _sizes(
+        draw(files, limit_bytes=10**6)
+    )
+
+
+def test_one_language_alone_is_drawn_as_it_comes(tmp_path: Path) -> None:
+    files = [text_data.write(tmp_path / "one.jsonl", [{"text": "今天天气很好我们去公园散步吧" * 2}] * 50)]
+    assert _sizes(draw(files, limit_bytes=10**6, evened=True)) == _sizes(draw(files, limit_bytes=10**6))
 
 
 def test_the_same_seed_draws_the_same_and_another_another(files: list[Path]) -> None:

@@ -11,7 +11,11 @@ import pytest
 import text_data
 
 from mmdata import encoders
+from mmdata import tokenizer_check as module
+from mmdata.encode import RowEncoder
+from mmdata.tokenizer import Tokenizer
 from mmdata.tokenizer_check import Finding, check
+from mmdata.vocabulary import token_texts
 
 Parts = dict[str, Any]
 
@@ -67,6 +71,21 @@ def _no_pad(parts: Parts, config: Parts) -> None:
     config["pad_token"] = "<nope>"
 
 
+def _no_unk(parts: Parts, config: Parts) -> None:
+    config["unk_token"] = "<nope>"
+
+
+def _no_bos_token(parts: Parts, config: Parts) -> None:
+    config["bos_token"] = "<nope>"
+
+
+def _merged_to_control(parts: Parts, config: Parts) -> None:
+    """A merge that writes a control token's id: what a user types becomes it."""
+    added = parts["added_tokens"]
+    added.append(added[0] | {"id": parts["model"]["vocab"]["Th"], "content": "Th"})
+    config["added_tokens_decoder"][str(added[-1]["id"])] = {key: added[-1][key] for key in added[-1] if key != "id"}
+
+
 def _other_eos(parts: Parts, config: Parts) -> None:
     config["eos_token"] = "<|endoftext|>"
 
@@ -114,6 +133,9 @@ def _no_byte(parts: Parts, config: Parts) -> None:
         (_twice, "ids", "id 300 is given to two tokens"),
         (_wrong_id, "added tokens", "'<think>' is 99 in tokenizer_config.json and 25 in tokenizer.json"),
         (_no_pad, "pad_token", "'<nope>' has no id"),
+        (_no_unk, "unk_token", "'<nope>' has no id"),
+        (_no_bos_token, "bos_token", "'<nope>' has no id"),
+        (_merged_to_control, "control strings in text", "become control id"),
         (_other_eos, "template: end of turn", "without the eos token <|endoftext|>"),
         (_syntax, "template", "its chat template cannot be used"),
         (_no_system, "template: system", "message 1 (system)"),
@@ -184,6 +206,27 @@ def test_a_tokenizer_that_eats_spaces_is_packed_whole_and_says_so() -> None:
 def test_a_tokenizer_that_merges_newlines_passes() -> None:
     findings = check(eras.directory("chatml", merges_newlines=True))
     assert "segments" in levels(findings, "ok") and levels(findings, "error") == {}
+
+
+def test_other_ids_between_control_tokens_than_of_the_whole_are_an_error(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = RowEncoder.encode
+
+    def shifted(self: RowEncoder, rows: list[Any]) -> list[Any]:
+        found = encode(self, rows)
+        found[0].sequences[0].ids[-1] += 1
+        return found
+
+    monkeypatch.setattr(RowEncoder, "encode", shifted)
+    assert "differ from the whole" in levels(check(whole), "error")["segments"].found
+
+
+def test_tokens_that_are_not_the_texts_bytes_are_an_error(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder may give text back from all ids that it cannot give token by token, as chat streams it."""
+    texts = token_texts(Tokenizer.load(whole))
+    monkeypatch.setattr(module, "token_texts", lambda tokenizer: [None if text == b"a" else text for text in texts])
+    assert "cannot be streamed token by token" in levels(check(whole), "error")["decoding"].found
 
 
 def test_tags_that_are_torn_are_a_note(tmp_path: Path) -> None:
