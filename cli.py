@@ -1063,8 +1063,8 @@ def train(
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))
     from mmtrain.config import TrainConfig
     from mmtrain.distributed import rank
-    from mmtrain.loop import needs_of
     from mmtrain.loop import train as train_stage
+    from mmtrain.start import needs_of
 
     paths, weights = weighted(data or [])
     config = TrainConfig(

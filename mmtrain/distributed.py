@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -65,6 +65,15 @@ class World:
             raise error
         if failed:
             raise SystemExit(int(codes[failed[0]].item()))
+
+    def agree_on(self, check: Callable[[], object]) -> None:
+        """Run a check on all ranks; one of them raises what it finds."""
+        error = None
+        try:
+            check()
+        except MMError as found:
+            error = found
+        self.agree(error)
 
 
 def _lost_rank(rank: int, error: RuntimeError) -> TrainError:

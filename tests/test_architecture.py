@@ -143,6 +143,8 @@ PATH = {
         "keeper",
         "preflight",
         "prelude",
+        "facts",
+        "start",
         "loop",
     ],
 }

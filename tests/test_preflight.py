@@ -11,7 +11,8 @@ from train_data import Data, make
 from mmdata.errors import DiskError, TrainError
 from mmtrain import checkpoint, preflight
 from mmtrain.config import TrainConfig
-from mmtrain.loop import needs_of, train
+from mmtrain.loop import train
+from mmtrain.start import needs_of
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,13 @@ import torch
 from mmdata.loader import MicroBatch
 from mmtrain.batch import logps_of, to_device, token_logps_of
 from mmtrain.config import PRESETS
-from mmtrain.loop import compile_blocks
 from mmtrain.losses import CHUNK
 from mmtrain.metrics import memory_bytes
 from mmtrain.model import Model
 from mmtrain.optim import adamw, flat_gradient, update
 from mmtrain.precision import autocast, autocast_dtype
 from mmtrain.preflight import kept_bytes
+from mmtrain.start import compile_blocks
 
 
 def best_s(step: Callable[[], Any], device: torch.device, repeat: int = 10, warmup: int = 4) -> float:
