@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.config import ModelConfig
-from mmtrain.model import Model, rotary_table, rotate
+from mmtrain.model import Model, Rotary, rotate
 
 LEAST_ROWS = 4  # fewer are padded: one row goes through another kernel, with other sums, and no faster
 KV_STEP = 256  # a cache grows by so many tokens
@@ -94,6 +94,7 @@ class Decoder:
         self.embedding = weights["model.embed_tokens.weight"]
         self.layers = [self._layer(weights, f"model.layers.{i}.") for i in range(self.config.num_layers)]
         self.norm = weights["model.norm.weight"]
+        self.rotary = Rotary(self.config)
         self.head = _linear(model.head_weight.detach())
 
     @property
@@ -138,9 +139,7 @@ class Decoder:
         for cache, new in rows:
             cache.reserve(cache.length + len(new))
         x = self.embedding[torch.tensor(ids + [0] * num_pad, device=self.device)]
-        table = rotary_table(
-            torch.tensor(positions + [0] * num_pad, device=self.device), self.config.head_size, self.config.rope_theta
-        )
+        table = self.rotary(torch.tensor(positions + [0] * num_pad, device=self.device), max(positions) + 1)
         for index, layer in enumerate(self.layers):
             x = x + layer.out(self._attend(layer, index, x, table, rows))
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmtrain.config import PRESETS, ModelConfig
-from mmtrain.model import Model, RMSNorm, make_layout, rotary_table, rotate
+from mmtrain.model import Model, RMSNorm, Rotary, make_layout, rotary_table, rotate
 
 LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
 
@@ -72,6 +72,32 @@ def test_rotary_turns_each_pair_by_position_times_frequency() -> None:
                 torch.tensor(1.0, dtype=torch.float64), torch.tensor(position * 100.0 ** (-i / 4), dtype=torch.float64)
             )
             assert abs(turned[t, 0, i] - z.real) < 1e-6 and abs(turned[t, 0, i + 4] - z.imag) < 1e-6
+
+
+def test_rotary_tables_are_made_once_grow_and_have_the_very_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PRESETS["minimind2"]
+    made: list[int] = []
+
+    def counted(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(len(position_ids))
+        return rotary_table(position_ids, head_size, theta)
+
+    monkeypatch.setattr("mmtrain.model.rotary_table", counted)
+    rotary = Rotary(config)
+    for end in (7, 3, 14, 15, 28, 1000, 1, 2000):
+        position_ids = torch.cat([torch.arange(end), torch.arange(end // 2), torch.tensor([end - 1])])
+        expected = rotary_table(position_ids, config.head_size, config.rope_theta)
+        assert all(torch.equal(*pair) for pair in zip(rotary(position_ids, end), expected, strict=True))
+    assert made == [7, 14, 28, 1000, 2000]
+
+
+def test_tables_made_for_an_answer_serve_training_and_are_no_part_of_the_weights(model: Model) -> None:
+    names = set(model.state_dict())
+    with torch.inference_mode():
+        model(*flat(documents()))
+    model(*flat(documents())).sum().backward()
+    assert set(model.state_dict()) == names and not list(model.buffers())
+    assert model.model.embed_tokens.weight.grad is not None
 
 
 def test_the_layout_groups_equal_lengths_and_can_be_undone() -> None:
