@@ -120,6 +120,7 @@ class Loader:
         self._groups = self._make_groups(splits)
         self._first_cells = np.array([group.first_cell for group in self._groups])
         self._first_samples = np.array([group.first_sample for group in self._groups], np.int64)
+        self._dataset_ends = np.cumsum([split.num_samples() for split in splits])
         self.num_samples = sum(group.num_samples for group in self._groups)
         self._num_cells = sum(group.num_cells for group in self._groups)
         self._tables = _Tables(self._groups)
@@ -175,10 +176,17 @@ class Loader:
         return [self._assemble(*block.of(part)) for part in self._micro(cells)]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """This rank's share of the whole split once, in the order of the shards."""
-        for cells in self._micro(np.arange(self._num_cells)[self._rank :: self._world_size]):
-            samples = self._samples(cells, None)
-            yield self._assemble(samples.group, samples.index)
+        """This rank's share of the whole split once, in the order of the shards; a micro-batch is of one dataset."""
+        own = np.arange(self._num_cells)[self._rank :: self._world_size]
+        ends = np.cumsum(self._mixture.cells)[:-1]
+        for part in np.split(own, np.searchsorted(own, ends)):
+            for cells in self._micro(part):
+                samples = self._samples(cells, None)
+                yield self._assemble(samples.group, samples.index)
+
+    def dataset_of(self, micro: MicroBatch) -> int:
+        """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
+        return int(np.searchsorted(self._dataset_ends, micro.samples[0], side="right"))
 
     def _micro(self, cells: np.ndarray) -> list[np.ndarray]:
         return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]

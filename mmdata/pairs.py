@@ -80,12 +80,14 @@ class PairLoader:
         return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
 
     def micro_batches(self, micro_tokens: int | None = None) -> Iterator[MicroBatch]:
-        """This rank's share of the whole split once, in the order of the shards, to a budget of its own where given."""
-        budget = micro_tokens or self._micro_tokens
+        """This rank's share of the whole split once, in the order of the shards, to a budget of its own where given; a
+        micro-batch is of one dataset."""
+        budget = micro_tokens or self.limits.tokens
+        begins = set(self._first_samples.tolist())
         ends = []
         filled = 0
         for i, cost in enumerate(self._costs.tolist()):
-            if filled and filled + cost > budget:
+            if filled and (filled + cost > budget or i in begins):
                 ends.append(i)
                 filled = 0
             filled += cost
@@ -93,6 +95,10 @@ class PairLoader:
         for numbers in cuts[self._rank :: self._world_size]:
             if len(numbers):
                 yield self._assemble(numbers)
+
+    def dataset_of(self, micro: MicroBatch) -> int:
+        """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
+        return int(np.searchsorted(self._first_samples, micro.samples[0], side="right")) - 1
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's order, and where in it each step begins: a step takes the pairs whose middle lies in its equal share

@@ -1,6 +1,8 @@
 """Weights and the val split -> held-out figures. Nothing is trained; every rank does its share of the split."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from mmtrain.losses import sum_by_sequence
 from mmtrain.model import Model
 from mmtrain.preference import FIGURES, Objective, pair_figures
 
+EACH = ("loss", "bits_per_byte", "accuracy")  # figures that are given for each dataset too
+
 
 @torch.no_grad()
 def evaluate(
@@ -26,7 +30,8 @@ def evaluate(
     reference: Tensor | None = None,
     objective: Objective | None = None,
 ) -> dict[str, float]:
-    """Held-out figures of the loader's split; empty when the split is.
+    """Held-out figures of the loader's split; empty when the split is. Of several datasets those of `EACH` stand a second
+    time for every one of them that has the split, as `loss/NAME`.
 
     loss (nats a trained token), bits_per_byte (over tokens that stand for bytes) and tokens (trained ones). For pairs loss
     is the objective's, with the figures of `preference.FIGURES` beside it, measured against `reference` (logps fp32
@@ -37,25 +42,43 @@ def evaluate(
     world = world or World(0, 1, model.head_weight.device)
     token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes(), dtype=np.int64)).to(world.device)
     is_pairs = loader.kind == "pair"
-    text, pairs = torch.zeros(4, dtype=torch.float64), torch.zeros(2 + len(FIGURES), dtype=torch.float64)
-    text, pairs = text.to(world.device), pairs.to(world.device)
+    names = names_of([share.dataset.dir for share in loader.shares])
+    sums = torch.zeros(len(names), 4 + (2 + len(FIGURES)) * is_pairs, dtype=torch.float64).to(world.device)
     for micro in loader.micro_batches():
         batch = to_device(micro, world.device)
         logps = token_logps_of(model, batch)
-        text += _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
+        found = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
         if is_pairs:
             ref = None if reference is None else reference[batch.samples].to(world.device)
-            pairs += _pair_sums(batch, logps, ref, objective)
-    nats, trained, nats_of_bytes, num_bytes = world.sum(text).tolist()
+            found = torch.cat([found, _pair_sums(batch, logps, ref, objective)])
+        sums[loader.dataset_of(micro)] += found
+    sums = world.sum(sums).cpu()
+    figures = _figures(sums.sum(0).tolist())
+    if len(names) > 1:
+        for name, own in zip(names, sums.tolist(), strict=True):
+            figures |= {f"{figure}/{name}": value for figure, value in _figures(own).items() if figure in EACH}
+    return figures
+
+
+def names_of(dirs: Sequence[Path]) -> list[str]:
+    """What datasets are called beside each other: by their directories' names, with as much of the path as tells them
+    apart."""
+    for depth in range(1, 1 + max(len(path.parts) for path in dirs)):
+        names = ["/".join(path.parts[-depth:]) for path in dirs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name}-{number}" for number, path in enumerate(dirs, 1)]  # one dataset, named twice
+
+
+def _figures(sums: Sequence[float]) -> dict[str, float]:
+    """Means of the sums of `_text_sums` and, for pairs, `_pair_sums`; empty where no token was counted."""
+    nats, trained, nats_of_bytes, num_bytes, *of_pairs = sums
     if not trained:
         return {}
-    figures: dict[str, float] = {
-        "loss": nats / trained,
-        "bits_per_byte": nats_of_bytes / math.log(2) / max(num_bytes, 1),
-    }
-    if is_pairs:
-        *sums, num_pairs = world.sum(pairs).tolist()
-        means = {name: value / num_pairs for name, value in zip(("loss", *FIGURES), sums, strict=True)}
+    figures = {"loss": nats / trained, "bits_per_byte": nats_of_bytes / math.log(2) / max(num_bytes, 1)}
+    if of_pairs:
+        *values, num_pairs = of_pairs
+        means = {name: value / num_pairs for name, value in zip(("loss", *FIGURES), values, strict=True)}
         figures |= {
             name: value for name, value in means.items() if math.isfinite(value)
         }  # without a reference no drift

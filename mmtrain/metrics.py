@@ -118,14 +118,22 @@ def num_since_best(losses: Sequence[float]) -> int:
 
 
 def val_line(record: Mapping[str, Any]) -> str:
-    """Held-out figures on one line; of pairs those that show what is learned, the others stand in metrics.jsonl."""
+    """Held-out figures on one line; of pairs those that show what is learned, and of each of several datasets its loss: the
+    others stand in metrics.jsonl."""
     found = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
+    each = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in found.items() if name.startswith("loss/")]
+    of_all = _of_all({name: value for name, value in found.items() if "/" not in name})
+    return f"{of_all} | loss of each: {', '.join(each)}" if each else of_all
+
+
+def _of_all(found: Mapping[str, Any]) -> str:
+    """The line without single datasets."""
     if "accuracy" not in found or "loss" not in found:
         return " ".join(f"{name} {value:.4g}" for name, value in found.items())
     names = ("chosen_drift", "rejected_drift", "flipped_right", "flipped_wrong")
     drift = {name: found.get(name, math.nan) for name in names}
     guard = f" | guard {found['guard_loss']:.3f} nats a token" if "guard_loss" in found else ""
-    part = _pair_part(found | drift)
+    part = _pair_part({**found, **drift})
     return f"loss {found['loss']:.4g} {part} | chosen {found['chosen_nll']:.3f} nats a token{guard}"
 
 

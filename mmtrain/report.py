@@ -238,7 +238,8 @@ class _Plotter:
                 if not found:
                     continue
                 several = len(self.chains) > 1
-                called = f"{runs[-1]['name']}: {self.words(label)}" if several else self.words(label)
+                said = label if "/" in name else self.words(label)  # of one dataset: its own name
+                called = f"{runs[-1]['name']}: {said}" if several else said
                 color = number if several else i
                 series.append({"name": called, "color": color, "dash": several and i % 2 == 1, **found})
         spec = {
@@ -252,6 +253,13 @@ class _Plotter:
             **more,
         }
         return page.plot(self.words(title), spec, note=self.words(note) if note else "") if series else Html()
+
+    def held_out(self, figure: str, stages: Sequence[str] | None = None) -> dict[str, str]:
+        """A held-out figure by name -> label, in all and for each dataset of a run that has several."""
+        runs = [run for found in self.chains for run in found if not stages or run["stage"] in stages]
+        names = dict.fromkeys(name for run in runs for v in run["vals"] for name in v)
+        each = {name: name.partition("/")[2] for name in names if name.startswith(f"val_{figure}/")}
+        return {f"val_{figure}": "val", **each}
 
     def _extent(self, stages: Sequence[str] | None) -> dict[str, list[float]]:
         """Where each axis begins and ends, so that plots of one group stand below each other."""
@@ -287,16 +295,17 @@ def _curves(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iter
     plots = _Plotter(chains, words)
     stages = _TEXT if any(run["stage"] in _TEXT for runs in chains for run in runs) else None
     note = "The line is the mean of a stretch of steps, the band its lowest and highest."
-    yield plots.lines("Loss", {"loss": "train", "val_loss": "val"}, stages=stages, note=note, tall=True)
-    yield plots.lines("Bits per byte of held-out text", {"val_bits_per_byte": "val"}, stages=stages, tall=True)
+    yield plots.lines("Loss", {"loss": "train", **plots.held_out("loss")}, stages=stages, note=note, tall=True)
+    yield plots.lines("Bits per byte of held-out text", plots.held_out("bits_per_byte"), stages=stages, tall=True)
     yield plots.lines("Learning rate", {"lr": "learning rate"}, floor=0)
     yield plots.lines("Gradient norm", {"grad_norm": "gradient norm"}, logy=True)
 
 
 def _preference(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
     plots = _Plotter(chains, words)
-    yield plots.lines("Preference loss", {"loss": "train", "val_loss": "val"}, stages=_DPO)
-    yield plots.lines("Pairs ranked right", {"accuracy": "train", "val_accuracy": "val"}, stages=_DPO, share=True)
+    yield plots.lines("Preference loss", {"loss": "train", **plots.held_out("loss", _DPO)}, stages=_DPO)
+    right = {"accuracy": "train", **plots.held_out("accuracy", _DPO)}
+    yield plots.lines("Pairs ranked right", right, stages=_DPO, share=True)
     yield plots.lines("Margin", {"reward_margin": "train", "val_reward_margin": "val"}, stages=_DPO)
     note = "How far the log-probabilities have moved from the reference: both falling is forgetting."
     yield plots.lines("Drift", {"chosen_drift": "chosen", "rejected_drift": "rejected"}, stages=_DPO, note=note)

@@ -75,6 +75,24 @@ def test_an_epoch_holds_every_sample_once(datasets: dict[str, Dataset], kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_pass_over_a_split_has_every_sample_once_and_one_dataset_a_micro_batch(
+    datasets: dict[str, Dataset], kind: str, world_size: int
+) -> None:
+    both = [open_dataset(datasets[kind].dir) for _ in range(2)]
+    counts = [dataset.split("train").num_samples() for dataset in both]
+    seen: list[int] = []
+    for rank in range(world_size):
+        options = {"batch_tokens": 2000, "seed": 0, "rank": rank, "world_size": world_size, "micro_tokens": 3000}
+        loader = make_loader(both, **options)
+        for micro in loader.micro_batches():
+            of = {int(sample >= counts[0]) for sample in micro.samples.tolist()}
+            assert of == {loader.dataset_of(micro)}
+            seen += micro.samples.tolist()
+    assert sorted(seen) == list(range(sum(counts)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_ranks_partition_the_same_global_batch_for_every_world_size(
     datasets: dict[str, Dataset], kind: str, world_size: int

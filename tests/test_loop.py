@@ -16,9 +16,13 @@ import torch
 from train_data import Data, make, pack_to
 
 from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
+from mmdata.pairs import make_loader
+from mmdata.shards import open_dataset
+from mmdata.tokenizer import Tokenizer
 from mmtrain import checkpoint, config, loop, reference
 from mmtrain.batch import Batch
 from mmtrain.config import TrainConfig
+from mmtrain.evaluate import evaluate, names_of
 from mmtrain.loop import TrainResult, train
 from mmtrain.model import Model
 from mmtrain.preference import Objective
@@ -326,6 +330,51 @@ def test_several_datasets_are_one_stream(data: Data, tmp_path: Path) -> None:
     run = config_of("sft", data, tmp_path / "run", model="tiny", epochs=1, steps=None, quiet=True)
     result: TrainResult = train(replace(run, data=(data.sft, tmp_path / "more")))
     assert result.final_step > train(replace(run, out=tmp_path / "alone")).final_step
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_val_figures_of_several_datasets_are_given_in_all_and_for_each(
+    stage: str, data: Data, runs: Path, tmp_path: Path
+) -> None:
+    pack_to(data, stage, tmp_path / "more", val_fraction=0.4)
+    both = (getattr(data, stage), tmp_path / "more")
+    init = runs / ("pretrain" if stage == "sft" else "sft")
+    base = config_of(stage, data, tmp_path / "run", init=init, loss=None if stage == "sft" else "sigmoid")
+    said: list[str] = []
+    train(replace(base, data=both, weights=(0.7, 0.3), steps=3), log=said.append)
+    (found,) = (line for line in lines(tmp_path / "run") if "val_loss" in line)
+    names = [path.name for path in both]
+    assert {f"val_{figure}/{name}" for figure in ("loss", "bits_per_byte") for name in names} <= set(found)
+    model, tokenizer = checkpoint.load_model(tmp_path / "run")[0], Tokenizer.load(data.tokenizer)
+    means = [found[f"val_bits_per_byte/{name}"] for name in names]
+    assert min(means) < found["val_bits_per_byte"] < max(means)
+    if stage == "sft":
+        alone = [
+            evaluate(model, make_loader([open_dataset(p)], split="val", batch_tokens=512, seed=0), tokenizer)
+            for p in both
+        ]
+        for name, figures in zip(names, alone, strict=True):
+            assert found[f"val_loss/{name}"] == pytest.approx(figures["loss"], rel=1e-5)
+            assert found[f"val_bits_per_byte/{name}"] == pytest.approx(figures["bits_per_byte"], rel=1e-5)
+        tokens = [figures["tokens"] for figures in alone]
+        assert sum(tokens) == found["val_tokens"]
+        losses = (figures["loss"] * n for figures, n in zip(alone, tokens, strict=True))
+        assert found["val_loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
+    else:
+        assert {f"val_accuracy/{name}" for name in names} <= set(found)
+    (line,) = (line for line in said if line.startswith("step 3/3 val"))
+    assert all(line.count(name) == 1 for name in names) and len(line) < 240
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert all(f'"name":"{name}"' in page for name in names)
+
+
+def test_val_figures_of_one_dataset_have_no_names(runs: Path) -> None:
+    assert not any("/" in name for stage in STAGES for line in lines(runs / stage) for name in line)
+
+
+def test_datasets_of_one_name_are_told_apart_by_their_path() -> None:
+    assert names_of([Path("a/sft"), Path("b/sft")]) == ["a/sft", "b/sft"]
+    assert names_of([Path("a/sft"), Path("a/sft")]) == ["sft-1", "sft-2"]
 
 
 # --- what is refused, each with a fix -------------------------------------------------------------------------------
