@@ -39,6 +39,14 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that a loader's micro-batches have: tokens in all (but where a single sample is longer), and in a sequence."""
+
+    tokens: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """What a dataset gives to an epoch: its share of the tokens, and how often each of its samples is seen."""
 
@@ -116,6 +124,7 @@ class Loader:
         self.cell_tokens = max(dataset.buckets[-1] for dataset in datasets)
         self._cells_per_step = max(1, batch_tokens // self.cell_tokens)
         self._cells_per_micro = max(1, (micro_tokens or DEFAULT_MICRO_TOKENS) // self.cell_tokens)
+        self.limits = Limits(self._cells_per_micro * self.cell_tokens, self.cell_tokens)
         splits = [dataset.split(split) for dataset in datasets]
         self._groups = self._make_groups(splits)
         self._first_cells = np.array([group.first_cell for group in self._groups])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmdata.errors import DatasetError
-from mmdata.loader import DEFAULT_MICRO_TOKENS, Loader, MicroBatch, Share, assemble, check_alike, digest_of
+from mmdata.loader import DEFAULT_MICRO_TOKENS, Limits, Loader, MicroBatch, Share, assemble, check_alike, digest_of
 from mmdata.order import Mixture, draws_per_epoch
 from mmdata.shards import Dataset, PairView, Split
 
@@ -45,7 +45,6 @@ class PairLoader:
         self.kind, self.share_prompt = "pair", share_prompt
         self._rank, self._world_size = rank, world_size
         self._allocate = allocate
-        self._micro_tokens = micro_tokens or DEFAULT_MICRO_TOKENS
         self.weights = None if weights is None else list(weights)
         self.digest = digest_of(datasets, weights)
         self._key = f"{self.digest}:{seed}" if shuffle else ""
@@ -57,6 +56,8 @@ class PairLoader:
         self.lengths = np.concatenate(lengths)  # int64 [num_samples, 3]: prompt, chosen, rejected
         self._sizes = self.lengths @ np.array([2, 1, 1])
         self._costs = self.lengths.sum(1) if share_prompt else self._sizes
+        sides = self._costs if share_prompt else self.lengths[:, 0] + self.lengths[:, 1:].max(1, initial=0)
+        self.limits = Limits(micro_tokens or DEFAULT_MICRO_TOKENS, int(sides.max(initial=1)))
         held = [int((each @ np.array([2, 1, 1])).sum()) for each in lengths]
         self._mixture = _mixture(datasets, counts, held, weights)
         passes = [draws / max(1, count) for draws, count in zip(self._mixture.draws, counts, strict=True)]
@@ -76,7 +77,7 @@ class PairLoader:
         epoch, k = divmod(step, self.steps_per_epoch)
         order, begins = self._epoch(epoch)
         pairs = order[begins[k] : begins[k + 1]]
-        bins = spread(self._costs[pairs], self._micro_tokens, self._world_size)
+        bins = spread(self._costs[pairs], self.limits.tokens, self._world_size)
         return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
 
     def micro_batches(self, micro_tokens: int | None = None) -> Iterator[MicroBatch]:

@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mmdata.loader import MicroBatch
+from mmdata.loader import Limits, MicroBatch
 from mmtrain.losses import sum_by_sequence, trained_logps
 from mmtrain.model import Model
+
+FILL_TOKENS = 128  # a filled micro-batch has room for documents of this mean length before it takes another shape
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its device. T tokens, N of them trained, in `num_sequences` sequences.
+    """One micro-batch on its device. T tokens, N of them trained, in `num_sequences` sequences; where it is filled up, the
+    flat axis and cu_seqlens are longer, and nothing else knows.
 
     `trained` int64 [N] are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each. Both sides
     of a pair count as sequences, whether or not they share their prompt.
@@ -66,39 +70,73 @@ def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> l
     return pieces
 
 
-def to_device(micro: MicroBatch, device: torch.device) -> Batch:
-    """Bring a micro-batch to the device. A document's first token has no predecessor and must not be trained."""
+def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
+    """Lengths of the documents behind a micro-batch that give it one of few shapes, so that nothing is compiled twice: int64.
+
+    Tokens come to the limit, its half, quarter, … or its double, whichever is the smallest that holds them; documents to
+    a power of two, at least one for every FILL_TOKENS tokens: most of these are empty, and none is longer than may be.
+    """
+    width = limits.tokens
+    while width // 2 >= max(num_tokens, 1):
+        width //= 2
+    while width < num_tokens:
+        width *= 2
+    full, rest = divmod(width - num_tokens, limits.sequence)
+    lengths = [limits.sequence] * full + [rest]
+    count = max(num_documents + len(lengths), width // FILL_TOKENS)
+    count = 1 << (count - 1).bit_length()
+    return np.array(lengths + [0] * (count - num_documents - len(lengths)), np.int64)
+
+
+def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = None) -> Batch:
+    """Bring a micro-batch to the device. A document's first token has no predecessor and must not be trained.
+
+    Given the loader's `limits`, it is filled up on CUDA.
+    """
+    return filled(micro, device, limits if device.type == "cuda" else None)
+
+
+def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Batch:
+    """The same, with `limits` on any device: documents that carry no loss stand behind it as `filling` says, and
+    `max_seqlen` is always that of the limits."""
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
     lengths = np.diff(cu_seqlens)
     trained = np.flatnonzero(micro.loss_mask)
     starts = cu_seqlens[:-1][lengths > 0]
     assert not np.asarray(micro.loss_mask)[starts].any(), "a document's first token is marked trained"
-    if micro.shared is None:
+    shared = micro.shared
+    if shared is None:
         sides = lengths
         position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
     else:
-        sides, position_ids = _shared_places(micro.shared)
-        first_alone = (cu_seqlens[1:] - micro.shared[:, 2])[(micro.shared[:, 0] == 0) & (micro.shared[:, 2] > 0)]
+        sides, position_ids = _shared_places(shared)
+        first_alone = (cu_seqlens[1:] - shared[:, 2])[(shared[:, 0] == 0) & (shared[:, 2] > 0)]
         assert not np.asarray(micro.loss_mask)[first_alone].any(), (
             "a reply without a prompt has its first token trained"
         )
     sequence_ids = np.repeat(np.arange(len(sides)), sides)[trained]
+    num_tokens = len(position_ids)
+    if limits is not None:
+        behind = filling(num_tokens, len(lengths), limits)
+        position_ids = np.concatenate([position_ids, *map(np.arange, behind[behind > 0])])
+        cu_seqlens = np.concatenate([cu_seqlens, num_tokens + np.cumsum(behind)])
+        shared = None if shared is None else np.concatenate([shared, np.outer(behind, [1, 0, 0])])
 
     def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
 
     return Batch(
-        ids=put(micro.ids),
+        ids=F.pad(put(micro.ids), (0, len(position_ids) - num_tokens)),
         position_ids=put(position_ids),
         cu_seqlens=put(cu_seqlens, torch.int32),
-        max_seqlen=int(micro.max_seqlen),
+        max_seqlen=int(micro.max_seqlen) if limits is None else limits.sequence,
         trained=put(trained),
         sequence_ids=put(sequence_ids),
         num_sequences=len(sides),
         samples=np.asarray(micro.samples),
-        num_tokens=len(position_ids),
+        num_tokens=num_tokens,
         num_trained=len(trained),
-        shared=None if micro.shared is None else torch.from_numpy(micro.shared),
+        shared=None if shared is None else torch.from_numpy(shared),
     )
 
 

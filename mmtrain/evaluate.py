@@ -45,7 +45,7 @@ def evaluate(
     names = names_of([share.dataset.dir for share in loader.shares])
     sums = torch.zeros(len(names), 4 + (2 + len(FIGURES)) * is_pairs, dtype=torch.float64).to(world.device)
     for micro in loader.micro_batches():
-        batch = to_device(micro, world.device)
+        batch = to_device(micro, world.device, loader.limits)
         logps = token_logps_of(model, batch)
         found = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
         if is_pairs:

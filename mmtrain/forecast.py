@@ -57,7 +57,7 @@ def forecast(
     lr = max(settings.lr, PROBE_LR)
     optimizer = optim.make(model, settings.optimizer, lr=lr, weight_decay=0.0, beta2=settings.beta2)
     batches = [micros[0] for step in range(PROBES) if (micros := loader.batch(step))]
-    probes = [to_device(micro, world.device) for micro in batches]
+    probes = [to_device(micro, world.device, loader.limits) for micro in batches]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
         ref = None if reference is None else reference[batch.samples].to(world.device)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -284,10 +284,12 @@ def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
     """One try at a step's micro-batches, each cut to the size that is known to fit."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
+    limits = run.plan.loader.limits
+    limits = replace(limits, tokens=run.most_tokens or limits.tokens)
     run.gradient.zero_()
     for micro in (part for whole in micros for part in cut(whole, run.most_tokens, stage.kind == "pair")):
         run.largest_micro = max(run.largest_micro, len(micro.ids))
-        batch = to_device(micro, device)
+        batch = to_device(micro, device, limits)
         ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
         with autocast(device):
             outcome = stage.loss(run.model, batch, ref, run.plan.objective)

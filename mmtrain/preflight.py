@@ -140,7 +140,7 @@ def measure(plan: Plan, model: Model, *, base_bytes: int, world: World) -> Needs
 
     free = int(HEADROOM * free_bytes(device)) // (1 if is_cuda else ranks_here(world))
     cell = plan.loader.cell_tokens if isinstance(plan.loader, Loader) else 2 * plan.datasets[0].max_len
-    nominal = micro_width(plan)
+    nominal = 1.0 if is_cuda else micro_width(plan)  # there micro-batches are filled up
     largest = 0
     step = cell
     while step <= MOST_MICRO_TOKENS and sum(parts_of(int(step * nominal)).values()) <= free:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def compute(
     logps = torch.zeros(loader.num_samples, 2, device=world.device)
     done = 0
     with torch.no_grad():
-        for micro in loader.micro_batches(TOKENS[world.device.type]):
-            pairs = logps_of(model, to_device(micro, world.device)).view(-1, 2)
+        limits = replace(loader.limits, tokens=TOKENS[world.device.type])
+        for micro in loader.micro_batches(limits.tokens):
+            pairs = logps_of(model, to_device(micro, world.device, limits)).view(-1, 2)
             logps[torch.from_numpy(micro.samples).to(world.device)] = pairs
             done += len(micro.samples)
             if progress is not None:
@@ -104,6 +106,6 @@ def differs(model: Model, loader: PairLoader, logps: Tensor, world: World) -> fl
     if micro is None:
         return 0.0
     with torch.no_grad():
-        now = logps_of(model, to_device(micro, world.device)).view(-1, 2).cpu()
+        now = logps_of(model, to_device(micro, world.device, loader.limits)).view(-1, 2).cpu()
     kept = logps[torch.from_numpy(micro.samples)]
     return ((now - kept).abs() / kept.abs().clamp(min=1)).max().item()

@@ -1,17 +1,19 @@
 """Micro-batches become tensors: positions restart, padding and first tokens never carry loss, packing changes no loss."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.loader import MicroBatch
-from mmtrain.batch import cut, logps_of, to_device, token_logps_of
+from mmdata.loader import Limits, MicroBatch
+from mmtrain.batch import FILL_TOKENS, cut, filled, filling, logps_of, to_device, token_logps_of
 from mmtrain.config import PRESETS
-from mmtrain.model import Model
+from mmtrain.model import Layout, Model, RMSNorm, attend, make_layout
 from mmtrain.optim import flat_gradient
 
 CPU = torch.device("cpu")
@@ -74,6 +76,80 @@ def test_no_trained_tokens_give_no_gradient_and_no_nan(model: Model) -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@given(st.integers(1, 5000), st.integers(1, 400), st.integers(1, 700), st.integers(1, 3000))
+def test_filling_gives_few_shapes(num_tokens: int, num_documents: int, longest: int, budget: int) -> None:
+    lengths = filling(num_tokens, num_documents, Limits(budget, longest))
+    assert lengths.min() >= 0 and lengths.max() <= longest
+    width, documents = num_tokens + int(lengths.sum()), num_documents + len(lengths)
+    assert width in [budget >> k for k in range(20)] + [budget << k for k in range(20)] and width <= 2 * num_tokens + 1
+    assert documents & (documents - 1) == 0 and documents * FILL_TOKENS >= width - FILL_TOKENS
+
+
+@pytest.mark.parametrize("budget", [64, 80, 41])
+def test_a_filled_micro_batch_has_the_same_loss_and_gradient_and_counts(model: Model, budget: int) -> None:
+    lengths = [5, 17, 2, 9, 8]
+    whole = micro(lengths, [(i, 1, n) for i, n in enumerate(lengths)])
+    plain, full = to_device(whole, CPU), filled(whole, CPU, Limits(budget, 30))
+    assert len(plain.ids) == 41 and len(full.ids) == len(full.position_ids) == int(full.cu_seqlens[-1]) == budget
+    assert full.max_seqlen == 30 and int(full.cu_seqlens.diff().max()) <= 30
+    for name in ("num_tokens", "num_trained", "num_sequences"):
+        assert getattr(full, name) == getattr(plain, name)
+    gradient = flat_gradient(model)
+    sums = []
+    for batch in (plain, full):
+        gradient.zero_()
+        logps = logps_of(model, batch)
+        (-logps).sum().backward()
+        sums.append((logps.detach().clone(), gradient.clone()))
+    for a, b in zip(*sums, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_filled_micro_batches_of_one_budget_run_in_one_graph(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the layout of CUDA, its kernel replaced by an operator of ours; documents, their number and lengths differ."""
+
+    @torch.library.custom_op("mm_test::by_document", mutates_args=())
+    def by_document(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        assert int(ends.diff().max()) <= longest
+        layout = make_layout(ends, longest, CPU)
+        assert layout.order is None or layout.restore is not None
+        order = slice(None) if layout.order is None else layout.order
+        out = attend(q[order], k[order], v[order], layout)
+        return out.clone() if layout.restore is None else out[layout.restore]
+
+    @by_document.register_fake
+    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int) -> torch.Tensor:
+        return torch.empty_like(q)
+
+    def like_cuda(ends: torch.Tensor, longest: int, device: torch.device) -> Layout:
+        return Layout(None, None, [], ends, longest)
+
+    monkeypatch.setattr("mmtrain.model.make_layout", like_cuda)
+    monkeypatch.setattr(
+        "mmtrain.model._attend_varlen",
+        lambda q, k, v, layout: by_document(q, k, v, layout.cu_seqlens, layout.max_seqlen),
+    )
+    monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps))
+    monkeypatch.setattr("mmtrain.batch.FILL_TOKENS", 2)
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    with torch.no_grad():
+        for seed, lengths in enumerate(([30, 5, 20, 31], [3] * 31, [17, 25, 28, 19], [32, 32, 32], [29, 2, 2, 30, 21])):
+            token_logps_of(model, filled(micro(lengths, [(0, 1, 3)], seed), CPU, Limits(128, 32)))
+            if seed == 0:
+                warm = len(graphs)
+    assert len(graphs) == warm
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=12), st.integers(1, 90), st.booleans())

@@ -1,12 +1,14 @@
 """A prompt computed once for both replies gives what computing it twice gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mmdata.loader import MicroBatch
+from mmdata.loader import Limits, MicroBatch
 from mmdata.shards import loss_mask
-from mmtrain.batch import logps_of, to_device
+from mmtrain.batch import filled, logps_of, to_device
 from mmtrain.config import ModelConfig
 from mmtrain.model import Model
 from mmtrain.shared_prompt import BLOCK, attend_pairs, block_mask, make_pair_layout
@@ -63,6 +65,18 @@ def test_shared_equals_separate(name: str) -> None:
     shared, separate = (run(model, micro_batch(CASES[name], shared=is_shared)) for is_shared in (True, False))
     for a, b in zip(shared, separate, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_filled_pairs_give_the_same_logps() -> None:
+    """The documents that fill up are prompts without replies; on the CPU those of no length are left out."""
+    torch.manual_seed(2)
+    model = Model(SHAPE)
+    micro = micro_batch(CASES["plain"], shared=True)
+    batch = filled(micro, CPU, Limits(128, 50))
+    assert batch.shared is not None and len(batch.ids) == int(batch.shared.sum()) == 128
+    batch = replace(batch, shared=batch.shared[batch.shared.sum(1) > 0])
+    expected = logps_of(model, to_device(micro, CPU))
+    assert (logps_of(model, batch) - expected).norm() <= 1e-6 * expected.norm()
 
 
 def test_packed_equals_one_pair_at_a_time() -> None:

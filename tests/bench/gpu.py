@@ -3,8 +3,8 @@
     python tests/bench/gpu.py [--minimind CHECKOUT] [--fill 0.5] [--rehearse]
 
 The card's matmul rate, then: pretraining minimind2 at 512 in bf16 with compiled blocks as a share of that rate (causal
-FLOPs: 6 for every matrix weight and 6 L C T for attention, a token), recompilations after warm-up, its memory beside
-what preflight counts, dpo's memory for 8 pairs of 1,024 a side, and with a CHECKOUT MiniMind's own model on padded rows
+FLOPs: 6 for every matrix weight and 6 L C T for attention, a token), recompilations over micro-batches whose documents
+differ in number and length, its memory beside what preflight counts, dpo's memory for 8 pairs of 1,024 a side, and with a CHECKOUT MiniMind's own model on padded rows
 of which --fill is useful. --rehearse runs the same code on the CPU with the smallest sizes: its figures mean nothing.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmdata.loader import MicroBatch
-from mmtrain.batch import logps_of, to_device, token_logps_of
+from mmdata.loader import Limits, MicroBatch
+from mmtrain.batch import Batch, logps_of, to_device, token_logps_of
 from mmtrain.config import PRESETS
 from mmtrain.losses import CHUNK
 from mmtrain.metrics import memory_bytes
@@ -56,6 +56,18 @@ def documents(length: int, count: int, vocab_size: int) -> MicroBatch:
     return MicroBatch(ids, mask, ends, length, np.arange(count), int(mask.sum()))
 
 
+def ragged(longest: int, tokens: int, vocab_size: int, seed: int) -> MicroBatch:
+    """Random documents of 2 to `longest` tokens that come to at most `tokens`, all trained but their first tokens."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(2, longest + 1, 2 * tokens // longest)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    ends = ends[ends <= tokens].astype(np.int32)
+    mask = np.ones(ends[-1], np.uint8)
+    mask[ends[:-1]] = 0
+    ids = draw.integers(0, vocab_size, ends[-1], dtype=np.int32)
+    return MicroBatch(ids, mask, ends, int(np.diff(ends).max()), np.arange(1), int(mask.sum()))
+
+
 def matmul_rate(device: torch.device, size: int) -> float:
     """FLOPs a second of square products in autocast's type."""
     a, b = (torch.randn(size, size, device=device, dtype=autocast_dtype(device)) for _ in range(2))
@@ -74,9 +86,10 @@ def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: fl
     micro = documents(length, tokens // length, model.config.vocab_size)
     kept = kept_bytes(model, micro)
     gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-4, weight_decay=0.1)
-    batch = to_device(micro, device)
+    limits = Limits(tokens, length)
+    full = to_device(micro, device, limits)
 
-    def step() -> None:
+    def step(batch: Batch = full) -> None:
         gradient.zero_()
         with autocast(device):
             loss = -token_logps_of(model, batch).sum()
@@ -85,16 +98,20 @@ def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: fl
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step(), step()
-    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     seconds = best_s(step, device)
+    memory = memory_bytes()
+    step(to_device(ragged(length, tokens, model.config.vocab_size, 0), device, limits))
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(1, 20):
+        step(to_device(ragged(length, tokens, model.config.vocab_size, seed), device, limits))
     shape, matrices = model.config, sum(p.numel() for p in model.parameters() if p.dim() == 2)
     flops = 6 * matrices + 6 * shape.num_layers * shape.hidden_size * length
     predicted = 16 * shape.num_params + kept + 8 * CHUNK * shape.vocab_size
     row(f"pretrain {name} at {length}, {tokens:,} tokens a step", f"{tokens / seconds:,.0f} tokens/s")
     row("share of the matmul rate, causal FLOPs", f"{100 * flops * tokens / seconds / rate:.1f} %")
-    row("recompilations after warm-up", str(torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled))
-    row("memory: predicted, measured", f"{predicted / 1e9:.2f} GB, {memory_bytes() / 1e9:.2f} GB")
+    recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
+    row("recompilations over 19 ragged micro-batches", str(recompiled))
+    row("memory: predicted, measured", f"{predicted / 1e9:.2f} GB, {memory / 1e9:.2f} GB")
     for note in notes:
         row("note", note)
 
