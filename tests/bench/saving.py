@@ -1,10 +1,11 @@
 """How long a save keeps training waiting, and what kill -9 leaves behind.
 
-    python tests/bench/saving.py [--model minimind2] [--kills 30] [--data shards/sft_512]
+    python tests/bench/saving.py [--model minimind2] [--kills 30] [--seconds 20] [--data shards/sft_512]
 
 stall: the seconds `Writer.save` holds its caller at the model's real size, and those until the checkpoint is complete.
 kills of the writer: a process saves that model again and again, every value of step N being N, and is killed at a random
-moment; the newest complete checkpoint must then hold one step and no other.
+moment of the time that --seconds gives it; the newest complete checkpoint must then be restored to a model and moments of
+that one step, and be no older than the last one the process knew to be complete.
 kills of a run (with --data): a tiny model is trained, saved at every step, killed and resumed; at the end its steps must
 be those of a run nobody touched, to the last bit.
 """
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,13 +33,17 @@ from mmtrain.optim import adamw
 SAVE_FOR_EVER = """
 import sys, torch
 from pathlib import Path
-from mmtrain.checkpoint import Writer, latest
-from saving import filled
+from mmtrain.checkpoint import Writer
+from saving import fill, filled
 root, name, first = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+model, optimizer = filled(name, first)
 writer = Writer(root, keep_last=1)
-print("ready", flush=True)
-for step in range(first, first + 100):
-    writer.save(*filled(name, step), step=step, settings={}, data={})
+for step in range(first, first + 1000):
+    print(step - 1, flush=True)  # of the steps that are complete the newest
+    writer.settle()
+    fill(model, optimizer, step)
+    writer.save(model, optimizer, step=step, settings={}, data={})
+    writer.wait()
 """
 TRAIN = """
 import sys
@@ -50,14 +56,29 @@ train(eval(sys.argv[1]), log=lambda text: print(text, flush=True))
 
 def filled(name: str, value: float) -> tuple[Model, torch.optim.Optimizer]:
     """A model and its optimizer's moments, every number of them `value`."""
-    model = Model(PRESETS[name])
+    with torch.device("meta"):
+        model = Model(PRESETS[name])
+    model.to_empty(device="cpu")
     optimizer = adamw(model, lr=0.0, weight_decay=0.0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(value)
-            moments = {key: torch.full_like(parameter, value) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(value)), **moments}
+    for parameter in model.parameters():
+        moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+    fill(model, optimizer, value)
     return model, optimizer
+
+
+def fill(model: Model, optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set every number of a model and its optimizer to `value`."""
+    with torch.no_grad():
+        for tensor in numbers(model, optimizer):
+            tensor.fill_(value)
+
+
+def numbers(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """All tensors of a model and its optimizer."""
+    for parameter in model.parameters():
+        yield parameter
+        yield from optimizer.state[parameter].values()
 
 
 def stall(name: str, root: Path) -> None:
@@ -78,27 +99,32 @@ def stall(name: str, root: Path) -> None:
         )
 
 
-def kill_writers(name: str, kills: int, root: Path) -> None:
+def kill_writers(name: str, kills: int, seconds: float, root: Path) -> None:
     """Kill a process that saves, again and again; check what is found."""
-    draw, first = random.Random(0), 1
+    draw, first, num_partial = random.Random(0), 1, 0
     for _ in range(kills):
         argv = [sys.executable, "-c", SAVE_FOR_EVER, str(root), name, str(first)]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parent)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(draw.uniform(0.2, 6.0))
+        time.sleep(draw.uniform(0.0, seconds))
         process.send_signal(signal.SIGKILL)
+        complete = max([first - 1, *map(int, process.stdout.read().split())])
         process.wait()
+        num_partial += any(root.glob("checkpoints/.step-*"))
         checkpoint.recover(root)
-        try:
-            found = checkpoint.find(root)
-        except checkpoint.CheckpointError:
-            assert first == 1, "an older checkpoint was lost"
+        if complete == 0 and not any(root.glob("checkpoints/step-*")):
             continue
-        weights = checkpoint.read_weights(found)
-        assert all(bool((value == found.step).all()) for value in weights.values()), "torn"
+        found = checkpoint.find(root)
+        assert found.step >= complete, f"step {complete} was complete, {found.step} is the newest now"
+        model, optimizer = filled(name, -1)
+        checkpoint.restore(found, model, optimizer)
+        assert all(bool((value == found.step).all()) for value in numbers(model, optimizer)), "torn"
         first = found.step + 1
-    print(f"{kills} kills of a writer: the newest complete checkpoint always whole, {first - 1} steps saved in all")
+    print(
+        f"{kills} kills of a writer, {num_partial} of them in the middle of a checkpoint: the newest complete one always "
+        f"whole and restored to the last bit, {first - 1} steps saved in all"
+    )
 
 
 def kill_runs(data: Path, kills: int, root: Path) -> None:
@@ -151,6 +177,7 @@ def main() -> None:
         "--model", default="minimind2", choices=[name for name, shape in PRESETS.items() if shape.vocab_size]
     )
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=20.0, help="the longest a writer lives; about two saves")
     parser.add_argument("--only", choices=("stall", "writers", "runs"))
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
@@ -159,7 +186,7 @@ def main() -> None:
         if options.only in (None, "stall"):
             stall(options.model, root / "stall")
         if options.only in (None, "writers"):
-            kill_writers(options.model, options.kills, (root / "writers").absolute())
+            kill_writers(options.model, options.kills, options.seconds, (root / "writers").absolute())
         if options.data and options.only in (None, "runs"):
             kill_runs(options.data, options.kills, (root / "runs").absolute())
 
