@@ -15,6 +15,7 @@ import pytest
 from train_data import Data, make
 
 from mmdata.errors import UsageError
+from mmdata.shards import open_dataset
 from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
 from mmtrain.distributed import World, choose_device, launch
@@ -32,9 +33,11 @@ run_step = loop._run_step
 def step(run, step, stop):
     if step == 3 and sys.argv[2] == str(run.world.rank):
         raise MMError("the injected error")
-    if step == 3 and sys.argv[2] == "sigterm" and run.world.rank == 1:
+    if step == 3 and sys.argv[2] == "sigterm" and run.world.rank == run.world.size - 1:
         import os, signal
         os.kill(os.getpid(), signal.SIGTERM)
+    if step == 3 and sys.argv[2] == "stop" and run.world.is_first:
+        (run.out / loop.STOP_FILE).touch()
     return run_step(run, step, stop)
 loop._run_step = step
 add_up = loop._add_up
@@ -44,6 +47,8 @@ def poisoned(run, micros):
     calls.append(1)
     if len(calls) == 3 and sys.argv[2] == "nan" and run.world.rank == run.world.size - 1:
         run.gradient[7] = math.nan
+    with (run.out / f"seen-{run.world.rank}.txt").open("a") as file:
+        file.writelines(f"{sample}\\n" for micro in micros for sample in micro.samples)
     return sums
 calls = []
 loop._add_up = poisoned
@@ -139,6 +144,37 @@ def test_two_ranks_prefer_like_one_and_resume_alone(data: Data, tmp_path: Path) 
     assert checkpoint.read_run(two.out)["status"] == "interrupted" and checkpoint.find(two.out).step == 4
     train(TrainConfig("dpo", (), two.out, resume=True, device="cpu", quiet=True))
     assert_alike(one.out, two.out, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "after", "how"),
+    [
+        ("pretrain", 1, 2, "sigterm"),
+        ("sft", 2, 1, "stop"),
+        ("sft", 2, 3, "sigterm"),
+        pytest.param("sft", 1, 2, "stop", marks=pytest.mark.slow),
+        pytest.param("pretrain", 2, 1, "sigterm", marks=pytest.mark.slow),
+        pytest.param("pretrain", 2, 3, "stop", marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_and_resumed_at_another_world_size_equals_undisturbed_and_sees_every_sample_once(
+    stage: str, before: int, after: int, how: str, data: Data, tmp_path: Path
+) -> None:
+    """Stopped by a signal to the last rank, or by the STOP file: either saves and ends every rank with exit code 0."""
+    options: dict[str, Any] = {"model": "tiny", "steps": None, "epochs": 1, "batch_tokens": 512, "micro_tokens": 256}
+    whole, broken = (config_of(stage, data, tmp_path / name, **options) for name in ("whole", "broken"))
+    train(whole)
+    done = run_ranks(broken, before, inject=how)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_run(broken.out)["status"] == "interrupted" and checkpoint.find(broken.out).step == 4
+    done = run_ranks(replace(broken, resume=True), after)
+    assert done.returncode == 0, done.stderr
+    facts = checkpoint.read_run(broken.out)
+    assert (facts["status"], facts["resumed"][0]["world_size"]) == ("finished", after)
+    assert not (broken.out / "STOP").exists()
+    assert_alike(whole.out, broken.out)
+    seen = [int(line) for path in broken.out.glob("seen-*.txt") for line in path.read_text().splitlines()]
+    assert sorted(seen) == list(range(open_dataset(getattr(data, stage)).split("train").num_samples()))
 
 
 def test_a_failing_rank_ends_the_others_with_its_error_first(data: Data, tmp_path: Path) -> None:
