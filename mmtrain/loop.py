@@ -211,20 +211,20 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
     lr = optim.learning_rate(
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
-    count = figures[1]
+    count, scale = figures[1], run.scale.value.double()
     run.writer.settle()  # a checkpoint may still be reading what is about to change
     norm, is_taken = optim.update(
         run.optimizer,
         run.gradient,
         lr=lr,
-        count=count * run.scale.value,
+        count=count * scale,
         clip=settings.clip,
         is_finite=torch.isfinite(figures[0]),
     )
-    run.scale.update(is_taken.float())
+    run.scale.update(is_taken.masked_fill(count == 0, 1.0).float())
     if run.average:
         run.average.update(step)
-    return InFlight(step, lr, begun, torch.cat([figures, norm.view(1), is_taken.view(1)]))
+    return InFlight(step, lr, begun, torch.cat([figures, torch.stack([norm, is_taken, scale])]))
 
 
 def _read(run: Run, lag: int) -> None:
@@ -232,7 +232,7 @@ def _read(run: Run, lag: int) -> None:
     stage = run.plan.stage
     while len(run.in_flight) > lag:
         done = run.in_flight.pop(0)
-        loss, count, tokens, trained, *others, num_stops, norm, is_taken = done.figures()
+        loss, count, tokens, trained, *others, num_stops, norm, is_taken, scale = done.figures()
         names = ("loss", *stage.figures)
         means = {n: x / count if count else math.nan for n, x in zip(names, (loss, *others), strict=True)}
         if done.step == 0 and count and math.isfinite(loss):
@@ -240,7 +240,7 @@ def _read(run: Run, lag: int) -> None:
                 partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device)), run.plan.objective),
             )
         if count:
-            _count_skipped(run, done.step, means["loss"], norm, is_skipped=not is_taken)
+            _count_skipped(run, done.step, means["loss"], norm, scale, is_skipped=not is_taken)
         now = time.monotonic()
         seconds, run.last_read = now - max(done.begun, run.last_read), now
         record = {
@@ -253,6 +253,7 @@ def _read(run: Run, lag: int) -> None:
             "trained_tokens": int(trained),
             "tokens_per_s": round(tokens / seconds, 1),
             "skipped": run.num_skipped,
+            **({"loss_scale": scale} if run.scale.is_on else {}),
         }
         run.log.step(record)
         run.loss, run.num_tokens, run.num_trained = (
@@ -269,15 +270,20 @@ def _accumulate(run: Run, step: int) -> Tensor:
     Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures. Where memory runs out the
     micro-batches are halved and the step's work begins again: the gradient is a sum, and does not depend on the cut.
     """
-    micros = next(run.batches)
+    micros, num_halved = next(run.batches), 0
     while True:
         try:
-            return _add_up(run, micros)
+            sums = _add_up(run, micros)
+            break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        _halve(run, step, reason)  # outside of the handler: the error held on to the tensors of its frames
+        _halve(run, reason)  # outside of the handler: the error held on to the tensors of its frames
+        num_halved += 1
+    if num_halved:
+        _say_halved(run, step, num_halved)
+    return sums
 
 
 def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
@@ -301,8 +307,8 @@ def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
-def _halve(run: Run, step: int, reason: str) -> None:
-    """Halve this rank's micro-batches and say so; TrainError where a single document does not fit."""
+def _halve(run: Run, reason: str) -> None:
+    """Halve this rank's micro-batches; TrainError where a single document does not fit."""
     if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
         raise TrainError(
             f"out of memory with one document at a time ({reason})",
@@ -311,22 +317,32 @@ def _halve(run: Run, step: int, reason: str) -> None:
     run.most_tokens = (run.most_tokens or run.largest_micro) // 2
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _say_halved(run: Run, step: int, num_halved: int) -> None:
+    """Say once what size fits, however often a step's micro-batches had to be halved for it."""
+    times = f" (halved {num_halved} times)" if num_halved > 1 else ""
     run.log.warn(
-        f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on, "
-        "the global batch stays as it is"
+        f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on"
+        f"{times}, the global batch stays as it is"
     )
     if run.keeper:
         run.keeper.event(step + 1, "halved", f"{run.most_tokens:,} tokens")
 
 
-def _count_skipped(run: Run, step: int, loss: float, norm: float, *, is_skipped: bool) -> None:
-    """A step that is not finite was skipped: it is counted and said, and too many in a row end the run."""
+def _count_skipped(run: Run, step: int, loss: float, norm: float, scale: float, *, is_skipped: bool) -> None:
+    """A step that is not finite was skipped: it is counted and said, and too many in a row end the run. One whose gradient
+    only was too large for fp16 at its loss scale is no sign of divergence: the scale is halved, down to 1."""
     if not is_skipped:
         run.num_skipped_in_a_row = 0
         return
     run.num_skipped += 1
-    run.num_skipped_in_a_row += 1
-    run.log.say(f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped, the weights stay as they are")
+    is_overflow = math.isfinite(loss) and scale > 1
+    run.num_skipped_in_a_row += not is_overflow
+    why = f", too large for fp16 at a loss scale of {scale:g}" if is_overflow else ""
+    run.log.say(
+        f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}{why}: skipped, the weights stay as they are"
+    )
     if run.num_skipped_in_a_row >= run.plan.settings.max_skipped:
         good = _last_checkpoint(run) or "none"
         error = TrainError(

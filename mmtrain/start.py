@@ -32,7 +32,8 @@ STOP_FILE = "STOP"  # in the run directory: ends the run as SIGTERM does, and is
 class InFlight:
     """A step that has been given to the device: its figures are on their way to the host.
 
-    `values` float64: loss, count, tokens, trained tokens, the stage's figures, wishes to stop, gradient norm, taken or not.
+    `values` float64: loss, count, tokens, trained tokens, the stage's figures, wishes to stop, gradient norm, taken or not,
+    the loss scale it was made with.
     """
 
     def __init__(self, step: int, lr: float, begun: float, values: Tensor):
