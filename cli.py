@@ -583,7 +583,7 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Everything there is to know about data: counts, lengths, languages, repeats, vocabulary, samples; as a page too."""
-    from mmdata import report
+    from mmdata import report, report_compare
     from mmdata import stats as figures
     from mmdata.errors import UsageError
 
@@ -607,12 +607,12 @@ def stats(
     together = figures.contained(measured)
     found: dict[str, Any] = {str(one.path): one.figures for one in measured}
     if compare:
-        found["differences"] = report.differences(measured[0].figures, measured[1].figures)
+        found["differences"] = report_compare.differences(measured[0].figures, measured[1].figures)
     if together:
         found["warnings"] = together
     if html:
         made = (
-            report.compare_page(*measured, lang=lang, others=together)
+            report_compare.compare_page(*measured, lang=lang, others=together)
             if compare
             else report.dataset_page(measured, lang=lang, others=together)
         )
@@ -1240,8 +1240,9 @@ def report(
         raise UsageError("--follow serves the report and writes nothing", "leave --html and --json out, or --follow")
     found = runs or [newest_run()]
     if follow:
+        reader = history.Reader()
         serve(
-            lambda: run_page(history.figures(found), lang=lang, refresh_s=2),
+            lambda: run_page(history.figures(found, reader), lang=lang, refresh_s=2),
             port,
             on_start=lambda url: say(f"look: {url}"),
         )

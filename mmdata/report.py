@@ -1,18 +1,23 @@
-"""Figures in, one HTML file of data statistics out: of a dataset, of several, or of two side by side. Reads nothing itself."""
+"""Figures in, one HTML file of data statistics out: of a dataset or of several. Reads nothing itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmdata import page, texts
+from mmdata import page
 from mmdata.page import Bar, Html, Section, Words
+from mmdata.remarks import WARNINGS, percent
 from mmdata.report_words import ZH
 from mmdata.shards import REPORT
-from mmdata.stats import WARNINGS, Measured, percent
+from mmdata.stats import Measured
 
 FILE = REPORT
-_CUTS = (512, 1024, 2048)
+FROM_SHARDS = (
+    "Texts were decoded from the shards, for the inputs are gone, have changed or are compressed: what packing cut is not in "
+    "them, and what the template added may be."
+)
+CUTS = (512, 1024, 2048)
 
 
 def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = ()) -> str:
@@ -20,36 +25,15 @@ def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequ
     words = Words(lang, ZH)
     if len(measured) == 1:
         one = measured[0]
-        return page.page(_name(one), _subtitle(one.figures, words), list(_sections(one, words)), words)
+        return page.page(name_of(one), _subtitle(one.figures, words), list(sections_of(one, words)), words)
     sections = [_overview(measured, others, words)]
     for number, one in enumerate(measured):
         few = replace(one, samples=one.samples[:: -(-len(measured) // 3)])  # the page stays below 2 MB
-        inside = [page.fold(section.title, page.join(section.blocks)) for section in _sections(few, words)]
+        inside = [page.fold(section.title, page.join(section.blocks)) for section in sections_of(few, words)]
         subtitle = page.paragraph(_subtitle(one.figures, words), kind="note")
-        sections.append(Section(f"data-{number}", _name(one), [subtitle, *inside]))
+        sections.append(Section(f"data-{number}", name_of(one), [subtitle, *inside]))
     title = words("{number} datasets", number=len(measured))
     return page.page(title, ", ".join(str(one.path) for one in measured), sections, words)
-
-
-def compare_page(one: Measured, other: Measured, *, lang: str = "en", others: Sequence[Any] = ()) -> str:
-    """Two datasets side by side, differences marked."""
-    words = Words(lang, ZH)
-    names = _two_names(one, other)
-    sections = [
-        Section(
-            "compare",
-            words("Side by side"),
-            [page.callouts([said(w, words) for w in others]), _side_by_side(one.figures, other.figures, names, words)],
-        ),
-        Section("compare-plots", words("Shapes"), [page.grid(_overlays(one.figures, other.figures, names, words))]),
-        Section(
-            "compare-lists", words("What is said most"), [page.grid(_lists(one.figures, other.figures, names, words))]
-        ),
-    ]
-    for number, (measured, name) in enumerate(zip((one, other), names, strict=True)):
-        inside = [page.fold(section.title, page.join(section.blocks)) for section in _sections(measured, words)]
-        sections.append(Section(f"data-{number}", name, inside))
-    return page.page(f"{names[0]} ↔ {names[1]}", f"{one.path} ↔ {other.path}", sections, words)
 
 
 def said(warning: Mapping[str, Any], words: Words) -> str:
@@ -60,13 +44,8 @@ def said(warning: Mapping[str, Any], words: Words) -> str:
     return words(WARNINGS[warning["code"]], **values)
 
 
-def _name(measured: Measured) -> str:
+def name_of(measured: Measured) -> str:
     return measured.path.resolve().name
-
-
-def _two_names(one: Measured, other: Measured) -> tuple[str, str]:
-    names = _name(one), _name(other)
-    return names if names[0] != names[1] else (str(one.path), str(other.path))
 
 
 def _subtitle(figures: Mapping[str, Any], words: Words) -> str:
@@ -76,7 +55,7 @@ def _subtitle(figures: Mapping[str, Any], words: Words) -> str:
     return " · ".join(pieces)
 
 
-def _sections(measured: Measured, words: Words) -> Iterator[Section]:
+def sections_of(measured: Measured, words: Words) -> Iterator[Section]:
     """Every section that the figures have something for."""
     figures = measured.figures
     yield Section("glance", words("At a glance"), list(_glance(figures, words)))
@@ -114,7 +93,7 @@ def glance(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found.append(("trained tokens", f"{about}{figures['loss_tokens']:,}", share))
     found.append(("characters", f"{figures['characters']:,}", ""))
     found.append(("bytes", size(figures["bytes"]), f"{figures['bytes']:,}"))
-    if "fill" in figures:
+    if "fill" in figures and figures["kind"] != "pair":  # pairs are packed to a budget of tokens, never padded
         found.append(("fill", f"{100 * figures['fill']:.2f} %", f"{100 * figures['waste']:.2f} % padding"))
     if "epoch" in figures:
         steps = figures["epoch"]["steps"]
@@ -166,9 +145,8 @@ def _glance(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
         else:
             phrase = "Tokens are those of {number} of {of} rows, scaled by characters; texts were all read. --exact tokenizes every row."
             yield page.paragraph(words(phrase, number=number, of=of), kind="note")
-    if figures.get("texts_from") == "none":
-        phrase = "The inputs are gone, have changed or are compressed: what only texts can tell is left out."
-        yield page.paragraph(words(phrase), kind="note")
+    if figures.get("texts_from") == "shards":
+        yield page.paragraph(words(FROM_SHARDS), kind="note")
     yield from _losses(figures, words)
 
 
@@ -186,14 +164,13 @@ def _losses(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
             words.or_same(item["reason"]),
             item["rows"],
             percent(item["share"]),
-            Bar(item["share"]),
             _help(item, words),
         )
         for item in figures["set_aside"]
     ]
     if rows:
-        columns = ("left out", "rows", "share", "", "what helps")
-        yield page.table([words(name) if name else "" for name in columns], rows)
+        columns = ("left out", "rows", "share", "what helps")
+        yield page.table([words(name) for name in columns], rows)
     cut = [
         (
             words.or_same(reason),
@@ -227,6 +204,11 @@ def _lengths(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
         plots.append(_length_plot(words(title), by_tokens["sequence"], words("sequences"), marked=True))
     if by_characters and by_characters["row"]:
         plots.append(_length_plot(words("Characters of a row"), by_characters["row"], words("rows")))
+    if (
+        by_tokens and figures["kind"] != "pair" and len(by_tokens.get("buckets", ())) > 1
+    ):  # a pair's bucket is its length
+        buckets = {f"{int(bucket):,}": found for bucket, found in by_tokens["buckets"].items()}
+        plots.append(_many_plot(words("Tokens of a sequence, by bucket"), buckets, words, marked=True))
     if by_tokens and by_tokens["roles"]:
         plots.append(_many_plot(words("Tokens of a message, by role"), by_tokens["roles"], words, marked=True))
     if by_characters and len(by_characters["roles"]) > 1:
@@ -252,6 +234,8 @@ def _named_lengths(found: Mapping[str, Any], words: Words) -> Iterator[tuple[str
     for key in ("row", "sequence"):
         if found.get(key):
             yield words(key), found[key]
+    for bucket, lengths in found.get("buckets", {}).items():
+        yield words("in bucket {bucket}", bucket=f"{int(bucket):,}"), lengths
     for role, lengths in found.get("roles", {}).items():
         yield words.or_same(role), lengths
     for turn, lengths in found.get("turns", {}).items():
@@ -261,14 +245,14 @@ def _named_lengths(found: Mapping[str, Any], words: Words) -> Iterator[tuple[str
 
 
 def _length_plot(title: str, lengths: Mapping[str, Any], unit: str, *, marked: bool = False) -> Html:
-    marks = [(cut, str(cut)) for cut in _CUTS if marked and lengths["edges"][0] < cut <= lengths["edges"][-1]]
+    marks = [(cut, str(cut)) for cut in CUTS if marked and lengths["edges"][0] < cut <= lengths["edges"][-1]]
     return page.plot(title, page.bars(lengths["edges"], {unit: lengths["counts"]}, marks=marks, unit=unit))
 
 
 def _many_plot(title: str, found: Mapping[str, Mapping[str, Any]], words: Words, *, marked: bool = False) -> Html:
     """Several histograms over common edges, each as shares of its own number."""
     edges, series = aligned({words.or_same(name): lengths for name, lengths in found.items() if lengths})
-    marks = [(cut, str(cut)) for cut in _CUTS if marked and edges[0] < cut <= edges[-1]]
+    marks = [(cut, str(cut)) for cut in CUTS if marked and edges[0] < cut <= edges[-1]]
     return page.plot(title, page.bars(edges, series, marks=marks, is_share=True))
 
 
@@ -330,30 +314,15 @@ def _cut_table(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
 def _packing(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
     if "splits" not in figures:
         return
-    is_pair = figures["kind"] == "pair"
-    for title, groups in (("buckets", figures["buckets"]), ("splits", figures["splits"])):
-        rows = [
-            (
-                words.or_same(name) if title == "splits" else f"{int(name):,}",
-                group["samples"],
-                group["sequences"],
-                group["tokens"],
-                group["loss_tokens"],
-                f"{100 * group['fill']:.2f} %",
-                Bar(group["fill"]),
-            )
-            for name, group in groups.items()
-        ]
-        samples = "pairs" if is_pair else "packs"
-        columns = (
-            "bucket" if title == "buckets" else "split",
-            samples,
-            "sequences",
-            "tokens",
-            "trained tokens",
-            "fill",
-            "",
-        )
+    is_pair = figures["kind"] == "pair"  # not packed: a batch is pairs up to a number of tokens
+    for title, groups in (("bucket", figures["buckets"]), ("split", figures["splits"])):
+        columns = [title, "pairs" if is_pair else "packs", "sequences", "tokens", "trained tokens"]
+        rows = []
+        for name, group in groups.items():
+            row = [words.or_same(name) if title == "split" else f"{int(name):,}"]
+            row += [group[key] for key in ("samples", "sequences", "tokens", "loss_tokens")]
+            rows.append(row if is_pair else [*row, f"{100 * group['fill']:.2f} %", Bar(group["fill"])])
+        columns += [] if is_pair else ["fill", ""]
         yield page.table([words(name) if name else "" for name in columns], rows)
 
 
@@ -598,24 +567,21 @@ def _sources(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
     if not found:
         return
     most = max(1, *(source["tokens"] for source in found))
+    with_texts = any("languages" in source for source in found)
     rows = []
     for source in found:
         share = source["loss_tokens"] / max(1, source["tokens"])
-        cells = [
-            page.code(source["path"]),
-            source["kept"],
-            size(source["bytes"]),
-            source["tokens"],
-            Bar(source["tokens"] / most),
-            percent(share),
-        ]
-        if "languages" in source:
-            kept = max(1, sum(source["languages"].values()))
-            cells.append(", ".join(f"{words(n)} {percent(c / kept)}" for n, c in source["languages"].items() if c))
-            cells.append(percent(source["exact_duplicates"] / kept))
+        cells = [page.code(source["path"]), source["kept"], size(source["bytes"]), source["tokens"]]
+        cells += [Bar(source["tokens"] / most)] if len(found) > 1 else []
+        cells.append(percent(share))
+        if with_texts:
+            languages = source.get("languages", {})
+            kept = max(1, sum(languages.values()))
+            cells.append(", ".join(f"{words(n)} {percent(c / kept)}" for n, c in languages.items() if c))
+            cells.append(percent(source.get("exact_duplicates", 0) / kept))
         rows.append(cells)
-    columns = ["source", "rows", "bytes", "tokens", "", "trained share"]
-    columns += ["languages", "repeats"] if any("languages" in source for source in found) else []
+    columns = ["source", "rows", "bytes", "tokens", *([""] if len(found) > 1 else []), "trained share"]
+    columns += ["languages", "repeats"] if with_texts else []
     yield page.table([words(name) if name else "" for name in columns], rows)
 
 
@@ -644,161 +610,11 @@ def _overview(measured: Sequence[Measured], others: Sequence[Any], words: Words)
         repeats = percent(f["duplicates"]["exact"] / max(1, f["duplicates"]["rows"])) if f.get("duplicates") else "–"
         left = percent(1 - f["kept"] / max(1, f["rows"]))
         rows.append(
-            (page.code(_name(one)), words(f["kind"] + " rows"), f["kept"], *tokens, size(f["bytes"]), repeats, left)
+            (page.code(name_of(one)), words(f["kind"] + " rows"), f["kept"], *tokens, size(f["bytes"]), repeats, left)
         )
     columns = ("dataset", "kind", "rows", "tokens", "trained share", "bytes", "repeats", "left out")
     blocks = [page.callouts([said(w, words) for w in others]), page.table([words(c) for c in columns], rows)]
     return Section("all", words("All together"), blocks)
-
-
-# --- two side by side
-
-
-def comparable(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of a dataset that can stand beside another's, by English phrase; shares are floats, counts integers."""
-    found: dict[str, float] = {"rows": figures["kept"], "left out": sum(figures["left_out"].values())}
-    for name in ("tokens", "loss_tokens", "characters", "bytes"):
-        if name in figures:
-            found["trained tokens" if name == "loss_tokens" else name] = figures[name]
-    if "tokens" in figures:
-        found["trained share"] = figures["trained_share"]
-        found["characters a token"] = figures["characters_per_token"]
-    for name in ("fill", "val_rows"):
-        if name in figures:
-            found["rows for val" if name == "val_rows" else name] = figures[name]
-    if "epoch" in figures:
-        found["epoch steps"] = figures["epoch"]["steps"]
-    by = (figures.get("tokens_by") or {}).get("sequence")
-    if by:
-        found |= {"mean tokens": by["mean"], "half have up to tokens": by["p50"], "99 % have up to tokens": by["p99"]}
-    if figures.get("duplicates"):
-        number = max(1, figures["duplicates"]["rows"])
-        found["exact repeats, share"] = figures["duplicates"]["exact"] / number
-        if figures["duplicates"]["near"] is not None:
-            found["near repeats, share"] = figures["duplicates"]["near"] / max(
-                1, figures["duplicates"]["rows_compared"]
-            )
-    for name, count in (figures.get("languages") or {}).items():
-        found[f"{name}, share of rows"] = count / max(1, sum(figures["languages"].values()))
-    if figures.get("turns"):
-        number = max(1, sum(figures["turns"].values()))
-        found["turns a row"] = sum(int(turns) * count for turns, count in figures["turns"].items()) / number
-        found["system prompts, share of rows"] = figures["systems"]["rows"] / max(1, figures["text_rows"])
-        found["tools, share of rows"] = figures["tools"]["rows"] / max(1, figures["text_rows"])
-    if figures.get("pairs"):
-        number = max(1, figures["pairs"]["pairs"])
-        found["chosen longer, share of pairs"] = figures["pairs"]["longer"].get("chosen", 0) / number
-        found["chosen longer by 3×, share of pairs"] = figures["pairs"]["longer"].get("chosen by 3", 0) / number
-    if figures.get("vocabulary") and figures["vocabulary"]["counted"]:
-        found["tokens never seen"] = figures["vocabulary"]["never"]
-    return found
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"figure", "one", "other", "change", "differs"} of everything either has; change is other over one, less 1.
-
-    differs: by more than a tenth, or of shares by more than two points in a hundred.
-    """
-    left, right = comparable(one), comparable(other)
-    found = []
-    for name in dict.fromkeys([*left, *right]):
-        a, b = left.get(name), right.get(name)
-        change = None if a is None or b is None or not a else b / a - 1
-        differs = a is None or b is None
-        if a is not None and b is not None:
-            differs = abs(b - a) > 0.02 if is_share(name) else abs(b - a) > 0.1 * max(abs(a), abs(b))
-        found.append({"figure": name, "one": a, "other": b, "change": change, "differs": differs})
-    return found
-
-
-def is_share(name: str) -> bool:
-    """Whether a figure of `comparable` is a share of 1."""
-    return "share" in name or name == "fill"
-
-
-def shown_value(name: str, value: float | None) -> str:
-    """A figure of `comparable` as text."""
-    if value is None:
-        return "–"
-    if is_share(name):
-        return f"{100 * value:.2f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
-
-
-def shown_change(found: Mapping[str, Any]) -> str:
-    """What a difference amounts to: points of shares, percent of counts."""
-    if found["one"] is None or found["other"] is None:
-        return ""
-    if is_share(found["figure"]):
-        points = 100 * (found["other"] - found["one"])
-        return "=" if abs(points) < 0.005 else f"{points:+.2f} %-p"
-    if found["one"] == found["other"]:
-        return "="
-    return "new" if found["change"] is None else f"{100 * found['change']:+.1f} %"
-
-
-def _side_by_side(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str], words: Words) -> Html:
-    body = []
-    for found in differences(one, other):
-        name = found["figure"]
-        change = shown_change(found)
-        mark = "up" if change.startswith("+") else "down"
-        values = "".join(
-            f'<td class="num">{page.text(shown_value(name, found[side]))}</td>' for side in ("one", "other")
-        )
-        body.append(
-            f'<tr class="{"differs" if found["differs"] else ""}"><td>{page.text(words(name))}</td>{values}'
-            f'<td class="num"><b class="{mark if found["differs"] else ""}">{page.text(words.or_same(change))}</b></td></tr>'
-        )
-    head = "".join(f"<th>{page.text(name)}</th>" for name in ("", *names, words("difference")))
-    return Html(
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    )
-
-
-def _overlays(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str], words: Words) -> Iterator[Html]:
-    def both(title: str, left: Any, right: Any, marked: bool = False) -> Iterator[Html]:
-        if left and right:
-            edges, series = aligned(dict(zip(names, (left, right), strict=True)))
-            marks = [(cut, str(cut)) for cut in _CUTS if marked and edges[0] < cut <= edges[-1]]
-            yield page.plot(words(title), page.bars(edges, series, marks=marks, is_share=True))
-
-    for title, key, inner in (
-        ("Tokens of a sequence", "tokens_by", "sequence"),
-        ("Characters of a row", "characters_by", "row"),
-    ):
-        yield from both(title, (one.get(key) or {}).get(inner), (other.get(key) or {}).get(inner), key == "tokens_by")
-    for role in dict.fromkeys([*(one.get("characters_by") or {}).get("roles", {})]):
-        left, right = ((f.get("characters_by") or {}).get("roles", {}).get(role) for f in (one, other))
-        yield from both(f"Characters: {role}", left, right)
-    for title, key, found in (("Language", "languages", texts.LANGUAGES), ("Turns of a conversation", "turns", None)):
-        if one.get(key) and other.get(key):
-            keys = list(found or sorted({*one[key], *other[key]}, key=int))[:12]
-            totals = [max(1, sum(f[key].values())) for f in (one, other)]
-            rows = [
-                (
-                    words.or_same(k),
-                    *(
-                        x
-                        for f, total in zip((one, other), totals, strict=True)
-                        for x in (percent(f[key].get(k, 0) / total), Bar(f[key].get(k, 0) / total))
-                    ),
-                )
-                for k in keys
-            ]
-            yield page.table(["", names[0], "", names[1], ""], rows, title=words(title))
-
-
-def _lists(one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str], words: Words) -> Iterator[Html]:
-    for key, title in (("openings", "Most repeated openings"), ("ngrams", "Most repeated phrases")):
-        for figures, name, against in ((one, names[0], other), (other, names[1], one)):
-            known = {item["text"] for item in against.get(key) or []}
-            rows = [
-                (page.code(item["text"]), item["count"], "" if item["text"] in known else words("only here"))
-                for item in (figures.get(key) or [])[:12]
-            ]
-            if rows:
-                yield page.table(["", words("times"), ""], rows, title=f"{words(title)}: {name}", wrap=True)
 
 
 def write(path: Path, html: str) -> Path:

@@ -39,7 +39,7 @@ ZH = {
     "of {value}": "共 {value}",
     "Texts, samples and use of the vocabulary are those of {number} of {of} rows; counts, lengths and packing are exact. `mm stats {path} --html FILE` reads every row.": "文本、样本与词表使用取自 {of} 行中的 {number} 行；计数、长度与打包是精确值。`mm stats {path} --html FILE` 会读取每一行。",
     "Tokens are those of {number} of {of} rows, scaled by characters; texts were all read. --exact tokenizes every row.": "词元数由 {of} 行中的 {number} 行按字符比例推算；文本已全部读取。--exact 会对每一行分词。",
-    "The inputs are gone, have changed or are compressed: what only texts can tell is left out.": "原始文件已不在、已改动或是压缩文件：只有文本才能说明的内容从略。",
+    "Texts were decoded from the shards, for the inputs are gone, have changed or are compressed: what packing cut is not in them, and what the template added may be.": "文本由分片解码而来，因为输入文件已不存在、已改变或是压缩文件：打包时截去的内容不在其中，模板添加的内容可能在其中。",
     "left out": "剔除",
     "cut": "截断",
     "share": "占比",
@@ -51,6 +51,8 @@ ZH = {
     "Keys of rows that are ignored": "被忽略的字段",
     "cut after the last whole turn that fits": "保留放得下的完整轮次，其余截断",
     # lengths
+    "Tokens of a sequence, by bucket": "序列的词元数，按桶",
+    "in bucket {bucket}": "桶 {bucket} 内",
     "Tokens of a sequence": "每条序列的词元数",
     "Tokens of a pair's longer side": "偏好对较长一侧的词元数",
     "Characters of a row": "每行的字符数",

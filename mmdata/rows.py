@@ -242,6 +242,12 @@ def split_documents(text: str) -> list[str]:
     return [text]
 
 
+def join_documents(documents: Sequence[str]) -> str:
+    """A text that `split_documents` splits into these; a single document stands alone."""
+    opening, closing = _MARKS[0]
+    return documents[0] if len(documents) == 1 else "".join(f"{opening}{one}{closing}" for one in documents)
+
+
 def texts_of(row: Row) -> Iterator[str]:
     """Everything a row says, in order: documents, contents, reasoning, and tools and their calls as JSON."""
     if isinstance(row, Document):

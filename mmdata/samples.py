@@ -10,7 +10,7 @@ import numpy as np
 
 from mmdata.encode import Encoded, PairSequence, RowEncoder
 from mmdata.measure import pieces_of
-from mmdata.rows import BadRow, parse_row
+from mmdata.rows import BadRow
 from mmdata.scan import Shown
 from mmdata.token_tally import Vocabulary
 
@@ -21,26 +21,24 @@ PLAIN, TRAINED, CONTROL = "0", "1", "2"  # "3": a control token that is trained
 
 
 def records(
-    shown: Sequence[Shown], encoder: RowEncoder | None, known: Vocabulary | None = None
+    shown: Sequence[Shown], known: Vocabulary | None, encoder: RowEncoder | None = None
 ) -> list[dict[str, Any]]:
     """One record a row: why, file, line, characters, and `parts`: [{"name", "messages", "hidden" tokens}].
 
-    A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}; without an encoder
-    there is one piece a message and no ids. A row that cannot be encoded is shown by its text.
+    A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}. A row that does not
+    bring its ids is encoded; where it cannot be, or there is no encoder, there is one piece a message and no ids.
     """
-    if encoder and not known:
-        known = Vocabulary(encoder.tokenizer)
     found = []
     for row in shown:
         try:
-            found.append(_record(row, encoder, known))
+            found.append(_record(row, known, encoder))
         except BadRow:
             continue  # it was usable when it was kept: another template or length limit now
     return found
 
 
-def _record(shown: Shown, encoder: RowEncoder | None, known: Vocabulary | None) -> dict[str, Any]:
-    row = parse_row(shown.raw)
+def _record(shown: Shown, known: Vocabulary | None, encoder: RowEncoder | None) -> dict[str, Any]:
+    row = shown.parsed()
     record: dict[str, Any] = {
         "why": shown.why,
         "file": shown.file,
@@ -49,7 +47,7 @@ def _record(shown: Shown, encoder: RowEncoder | None, known: Vocabulary | None) 
     }
     if shown.nll is not None:
         record["loss"] = shown.nll
-    encoded = encoder.encode([row])[0] if encoder else None
+    encoded = shown.encoded or (encoder.encode([row])[0] if encoder else None)
     if isinstance(encoded, BadRow):
         record["set_aside"] = str(encoded)
     if known and isinstance(encoded, Encoded):

@@ -1,11 +1,11 @@
 """Jsonl files or shards in, tallies of their rows and tokens out: one pass, in as many processes as asked, memory flat.
 
-All text is measured. Tokens of a raw file are those of a sample of its rows, drawn by line, unless all are asked for:
+Rows are read from files, or, where a dataset's are gone, decoded from its shards. All text is measured. Tokens of a raw file are those of a sample of its rows, drawn by line, unless all are asked for:
 tokenizing costs ten times as much as everything else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nlargest, nsmallest
 from pathlib import Path
@@ -15,12 +15,13 @@ import numpy as np
 
 from mmdata import engine, measure, shards
 from mmdata.arrow import Ragged, num_rows
-from mmdata.encode import PairSequence, RowEncoder
+from mmdata.decoded import Decoder, PartRows
+from mmdata.encode import Encoded, PairSequence, RowEncoder
 from mmdata.engine import Tick
 from mmdata.measure import RowTally
 from mmdata.parts import Part, batches, num_characters
 from mmdata.pipeline import plan
-from mmdata.rows import BadRow, Line, Row, iter_lines, parse_row
+from mmdata.rows import BadRow, Line, Row, is_seekable, iter_lines, parse_row
 from mmdata.token_tally import Flat, TokenTally, Vocabulary, flat_of
 from mmdata.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ SAMPLE_BYTES = 12_000_000  # of rows that are tokenized, and read for repeated n
 NUM_EXTREMES = 6
 RAW_KEPT = 2**17  # bytes; a longer row is no sample for show
 SLICE_TOKENS = 2**21  # of a shard at once
+DECODED_ROWS = 2**11  # measured at once
 Progress = Callable[[int, int], None]
 
 
@@ -44,6 +46,12 @@ class Shown:
     raw: bytes
     characters: int
     nll: float | None = None
+    row: Row | None = None  # where there is no line any more: the row, as decoded from these sequences
+    encoded: Encoded | None = None
+
+    def parsed(self) -> Row:
+        """The row; BadRow when its line has become none."""
+        return self.row or parse_row(self.raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,26 +152,36 @@ class _FileScanner:
         return kept
 
     def _keep(self, part: Part, lines: Sequence[Line], lengths: np.ndarray, drawn: np.ndarray, found: PartScan) -> None:
-        """Keep the sampled rows, the longest and shortest, and those asked for."""
-        wanted = self._settings.wanted.get(str(part.path), {})
-
-        def shown(i: int, why: str, nll: float | None = None) -> Shown:
-            return Shown(why, str(part.path), lines[i].number, lines[i].raw, int(lengths[i]), nll)
+        def shown(i: int, why: str) -> Shown:
+            return Shown(why, str(part.path), lines[i].number, lines[i].raw, int(lengths[i]))
 
         fits = np.array([len(line.raw) <= RAW_KEPT for line in lines])
-        found.sample += [shown(i, "random") for i in np.flatnonzero(drawn & fits).tolist()]
-        order = np.argsort(lengths, kind="stable")
-        order = order[fits[order]].tolist()
-        found.shortest = nsmallest(
-            NUM_EXTREMES, found.shortest + [shown(i, "shortest") for i in order[:NUM_EXTREMES]], key=_by_length
-        )
-        found.longest = nlargest(
-            NUM_EXTREMES, found.longest + [shown(i, "longest") for i in order[-NUM_EXTREMES:]], key=_by_length
-        )
-        if wanted:
-            found.wanted += [
-                shown(i, "loss", wanted[line.number]) for i, line in enumerate(lines) if line.number in wanted
-            ]
+        wanted = self._settings.wanted.get(str(part.path), {})
+        losses = {i: wanted[line.number] for i, line in enumerate(lines) if line.number in wanted} if wanted else {}
+        keep(found, shown, lengths, drawn, fits, losses)
+
+
+def keep(
+    found: PartScan,
+    shown: Callable[[int, str], Shown],
+    lengths: np.ndarray,
+    drawn: np.ndarray,
+    fits: np.ndarray,
+    losses: Mapping[int, float],
+) -> None:
+    """Keep of a batch of rows the drawn ones, the longest and shortest that fit, and those asked for, with their nll."""
+    found.sample += [shown(i, "random") for i in np.flatnonzero(drawn & fits).tolist()]
+    up, down = (order[fits[order]].tolist() for order in (_stable_order(lengths), _stable_order(-lengths)))
+    shortest = [shown(i, "shortest") for i in up[:NUM_EXTREMES]]
+    longest = [shown(i, "longest") for i in down[:NUM_EXTREMES]]
+    found.shortest = nsmallest(NUM_EXTREMES, found.shortest + shortest, key=_by_length)
+    found.longest = nlargest(NUM_EXTREMES, found.longest + longest, key=_by_length)
+    found.wanted += [replace(shown(i, "loss"), nll=nll) for i, nll in losses.items()]
+
+
+def _stable_order(values: np.ndarray) -> np.ndarray:
+    """The earlier of equal ones first, so that it does not matter how rows lie in batches."""
+    return np.argsort(values, kind="stable")
 
 
 def _by_length(shown: Shown) -> int:
@@ -215,7 +233,110 @@ def scan_files(
     return engine.run(partial(_FileScanner, settings), parts, total=num_bytes, workers=workers, progress=progress)
 
 
-# --- shards
+def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: float) -> list[PartScan]:
+    """Measure about a share of a dataset's rows, found in its inputs by their offsets; nothing where an input is gone or
+    compressed."""
+    found = []
+    for part in dataset.manifest["parts"]:
+        if not part["kept"]:
+            continue
+        sources = shards.open_sources(dataset, part["part"])
+        path = paths[int(sources["file"][0])]
+        if path is None or not is_seekable(path):
+            return []
+        found.append(_read_rows(path, dataset.kind, sources, evenly(part["kept"], share)))
+    return found
+
+
+def evenly(number: int, share: float) -> np.ndarray:
+    """int64: about a share of 0 … number - 1, at least one of them."""
+    return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
+
+
+def _read_rows(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> PartScan:
+    """Measure single rows of a part, found by their offsets."""
+    part = PartScan(int(sources["file"][0]), RowTally(), TokenTally())
+    good: list[Row] = []
+    lines: list[tuple[int, bytes]] = []
+    with path.open("rb") as file:
+        for i in chosen.tolist():
+            file.seek(int(sources["offset"][i]))
+            raw = file.readline().rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
+            try:
+                good.append(parse_row(raw, kind))
+            except BadRow:
+                continue  # the file was changed, and kept its size
+            lines.append((int(sources["line"][i]), raw))
+    if good:
+        lengths = part.rows.add(good, [raw for _, raw in lines])
+
+        def shown(i: int, why: str) -> Shown:
+            return Shown(why, str(path), *lines[i], int(lengths[i]))
+
+        fits = np.array([len(raw) <= RAW_KEPT for _, raw in lines])
+        keep(part, shown, lengths, np.ones(len(lines), bool), fits, {})
+    return part
+
+
+# --- rows decoded from shards
+
+
+class _PartDecoder:
+    """Measures the rows of parts of a dataset as its shards tell them."""
+
+    def __init__(self, dataset: shards.Dataset, known: Vocabulary, settings: Settings, share: float):
+        self._dataset, self._known, self._settings, self._share = dataset, known, settings, share
+        self._decoder = Decoder(known, dataset.kind)
+
+    def __call__(self, part: dict[str, Any], tick: Tick) -> PartScan:
+        rows = PartRows(self._dataset, part)
+        input = int(rows.sources["file"][0])
+        found = PartScan(input, RowTally(most_signed=self._settings.rows_for_near), TokenTally())
+        chosen = evenly(len(rows), self._share)
+        for some in np.array_split(chosen, -(-len(chosen) // DECODED_ROWS)):
+            self._measure(rows, some, found)
+            tick(len(some))
+        found.rows.trim()
+        return found
+
+    def _measure(self, rows: PartRows, chosen: np.ndarray, found: PartScan) -> None:
+        file, lines = self._dataset.inputs[found.input], rows.sources["line"][chosen]
+        encoded = [rows.encoded(i) for i in chosen.tolist()]
+        decoded = [self._decoder.row(one) for one in encoded]
+        lengths = found.rows.add(decoded)
+        found.characters += sum(map(num_characters, decoded))
+
+        def shown(i: int, why: str) -> Shown:
+            return Shown(why, file, int(lines[i]), b"", int(lengths[i]), row=decoded[i], encoded=encoded[i])
+
+        drawn = drawn_lines(lines.astype(np.uint64), found.input, self._settings.share)
+        fits = np.array([one.num_tokens <= RAW_KEPT // 4 for one in encoded])
+        wanted = self._settings.wanted.get(file, {})
+        losses = {i: wanted[line] for i, line in enumerate(lines.tolist()) if line in wanted} if wanted else {}
+        keep(found, shown, lengths, drawn, fits, losses)
+
+
+def scan_decoded(
+    dataset: shards.Dataset,
+    known: Vocabulary,
+    *,
+    share: float = 1.0,
+    workers: int = 1,
+    wanted: dict[str, dict[int, float]] | None = None,
+    progress: Progress | None = None,
+) -> list[PartScan]:
+    """Measure the rows of a dataset, or about a share of them, decoded from its shards. progress counts rows."""
+    parts = [part for part in dataset.manifest["parts"] if part["kept"]]
+    num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
+    sampled = min(1.0, SAMPLE_BYTES / max(num_bytes, 1)) if share >= 1 else 1.0
+    rows_for_near = -(-measure.ROWS_FOR_NEAR // max(len(parts), 1))
+    settings = Settings(dataset.kind, None, sampled, rows_for_near, wanted or {})
+    total = sum(len(evenly(part["kept"], share)) for part in parts)
+    make = partial(_PartDecoder, dataset, known, settings, share)
+    return engine.run(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
+
+
+# --- tokens of shards
 
 
 class _ShardScanner:

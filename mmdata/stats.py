@@ -1,14 +1,14 @@
 """Figures for reports: a packed dataset or a jsonl file in, plain dictionaries out, the same for terminal, JSON and HTML.
 
 A dataset's own counts (stats.json, manifest) are taken as they are; its tokens are counted in its shards and its texts in
-its inputs, where those are still there unchanged. A file costs one pass, about 15 MB a second of one core.
+its inputs, or, where those are gone or have changed, in its shards again, decoded. A file costs one pass, about 15 MB a
+second of one core.
 """
 
 import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,22 @@ import numpy as np
 
 from mmdata import measure, rows, scan, shards, texts
 from mmdata.arrow import read_arrow
-from mmdata.buckets import BUCKETS, buckets_for
+from mmdata.buckets import BUCKETS
+from mmdata.decoded import encoded_at
 from mmdata.encode import RowEncoder
 from mmdata.errors import InputError
+from mmdata.figures import (
+    BATCH_TOKENS,
+    PACKED_FOR_CUTS,
+    count_figures,
+    cut_lines,
+    set_aside,
+    text_figures,
+    token_figures,
+)
 from mmdata.measure import RowTally
-from mmdata.packing import pack
 from mmdata.pairs import make_loader
-from mmdata.pipeline import length_figures
+from mmdata.remarks import percent, warning, warnings
 from mmdata.samples import records
 from mmdata.scan import UNCUT, PartScan, Shown
 from mmdata.tally import Lengths
@@ -30,12 +39,9 @@ from mmdata.token_tally import TokenTally, Vocabulary
 from mmdata.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
-BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # of a step, the stages' defaults
-PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each cut line
 NUM_RANDOM = 12  # samples for show
-NUM_TOP = 20  # of any list
 QUICK_BYTES = (2**17, 2**20)  # least and most of the rows that a quick look at a dataset reads …
-QUICK_SHARE = 1 / 400  # … and what lies between: what `mm pack` can spend on its report
+QUICK_SHARE = 1 / 1000  # … and what lies between: what `mm pack` can spend on its report
 
 
 @dataclass(slots=True)
@@ -121,43 +127,19 @@ def measure_file(
     known = None
     if tokenizer_dir:
         known = Vocabulary(Tokenizer.load(tokenizer_dir))
-        figures |= _token_figures(tokens, found, characters)
-    figures |= _text_figures(tally, found)
+        figures |= token_figures(tokens, found, characters)
+    figures |= text_figures(tally, found)
     if known:
-        figures |= _count_figures(tokens, known, kind)
+        figures |= count_figures(tokens, known, kind)
         figures["cuts"] = cut_lines(tokens.lengths, kind, [*BUCKETS])
         figures["epoch"] = {
             "batch_tokens": BATCH_TOKENS[kind],
             "steps": -(-figures["tokens"] // BATCH_TOKENS[kind]),
         }
-    figures["set_aside"] = _set_aside(tally.left_out, tally.examples, tally.rows)
+    figures["set_aside"] = set_aside(tally.left_out, tally.examples, tally.rows)
     figures["warnings"] = warnings(figures)
     encoder = RowEncoder(known.tokenizer, max_len=UNCUT) if known else None
-    return Measured(path, figures, records(_chosen(found), encoder, known), _all(tally.hashes))
-
-
-def _token_figures(tokens: TokenTally, found: Sequence[PartScan], characters: int) -> dict[str, Any]:
-    """Tokens of all rows; where only a sample was tokenized, scaled by characters."""
-    sampled, of = sum(part.sampled_rows for part in found), sum(part.rows.kept for part in found)
-    share = sum(part.sampled_characters for part in found) / max(characters, 1)
-    is_sample = sampled < of
-    values, counts = tokens.lengths.arrays()
-    by_length = np.zeros(int(values[-1]) + 1 if len(values) else 1, np.int64)
-    by_length[values] = counts
-    edges = [0, *BUCKETS, max(len(by_length), BUCKETS[-1] + 1)]
-    names = [*(str(bucket) for bucket in BUCKETS), "longer"]
-    figures = {
-        "tokens": round(tokens.tokens / max(share, 1e-12)) if is_sample else tokens.tokens,
-        "loss_tokens": round(tokens.loss_tokens / max(share, 1e-12)) if is_sample else tokens.loss_tokens,
-        "trained_share": tokens.loss_tokens / max(tokens.tokens, 1),
-        "characters_per_token": characters * (share if is_sample else 1) / max(tokens.tokens, 1),
-        "buckets": {
-            name: {"sequences": int(by_length[low + 1 : high + 1].sum())}
-            for name, (low, high) in zip(names, itertools.pairwise(edges), strict=True)
-        },
-        "lengths": length_figures(by_length),
-    }
-    return figures | ({"sample": {"rows": sampled, "of": of}} if is_sample else {})
+    return Measured(path, figures, records(_chosen(found), known, encoder), _all(tally.hashes))
 
 
 # --- a packed dataset
@@ -173,64 +155,99 @@ def measure_dataset(
 ) -> Measured:
     """Everything a report says about a packed dataset; `is_quick`: its counts, and the rest from a sample of its rows.
 
-    figures["texts_from"] says where texts were read: "inputs", "sample" of them, or "none" when they are gone or changed.
+    figures["texts_from"] says where texts were read: "inputs", or "shards", decoded, where those are gone or have changed.
     DatasetError when the dataset is missing or damaged. progress counts bytes of the inputs.
     """
     figures = dataset_stats(directory)
     dataset = shards.open_dataset(directory)
     known = Vocabulary(Tokenizer.load(dataset.tokenizer_dir))
-    inputs = _inputs(dataset)
-    arguments = {name: dataset.manifest["arguments"][name] for name in ("era", "train_on", "seed")}
-    encoder = RowEncoder(known.tokenizer, max_len=dataset.max_len, **arguments)
-    if is_quick:
-        num_bytes = max(1, sum(entry["bytes"] for entry in dataset.manifest["inputs"]))
-        share = min(1.0, min(max(num_bytes * QUICK_SHARE, QUICK_BYTES[0]), QUICK_BYTES[1]) / num_bytes)
-        tokens = scan.scan_shards(dataset, known, share=share)
-        found = _quick_scan(dataset, inputs, share)
-    else:
-        tokens = scan.scan_shards(dataset, known, workers=workers)
-        paths = [path for path in inputs if path]
-        found = []
-        if len(paths) == len(inputs):
-            found = scan.scan_files(
-                paths,
-                dataset.kind,
-                None,
-                workers=workers,
-                wanted=_wanted(losses),
-                left_out=_left_out_lines(dataset),
-                sha256s=[entry["sha256"] for entry in dataset.manifest["inputs"]],
-                progress=progress,
-            )
+    num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
+    share = _quick_share(num_bytes) if is_quick else 1.0
+    tokens = scan.scan_shards(dataset, known, share=share, workers=workers)
+    found, is_decoded = _scan_rows(dataset, known, is_quick, share, workers, losses, progress)
     tally, _ = _merged(found)
-    figures["bytes"] = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
-    figures["texts_from"] = "none" if not found else "sample" if is_quick else "inputs"
+    figures |= {"bytes": num_bytes, "texts_from": "shards" if is_decoded else "inputs"}
     if tally.kept < figures["kept"] and is_quick:
         figures["sample"] = {"rows": tally.kept, "of": figures["kept"], "tokens": tokens.tokens}
-    if found:
-        figures |= _text_figures(tally, found, is_whole=not is_quick)
-    if is_quick or not found:
+    figures |= text_figures(tally, found, is_whole=not is_quick)
+    if is_decoded:  # what no id tells
+        del figures["rows_with_control"], figures["extra_keys"]
+    if is_quick:
         figures["duplicates"] = _line_duplicates(dataset)
-    lengths = _sequence_lengths(dataset)
-    figures |= _count_figures(tokens, known, dataset.kind)
-    figures["tokens_by"]["sequence"] = lengths.figures()
-    figures["cuts"] = cut_lines(
-        lengths,
-        dataset.kind,
-        [b for b in dict.fromkeys([*BUCKETS, dataset.max_len]) if b <= dataset.max_len],
-        PACKED_FOR_CUTS // (20 if is_quick else 1),
-    )
+    figures |= count_figures(tokens, known, dataset.kind)
+    lengths = _add_lengths(figures, dataset)
+    limits = [b for b in dict.fromkeys([*BUCKETS, dataset.max_len]) if b <= dataset.max_len]
+    figures["cuts"] = cut_lines(lengths, dataset.kind, limits, PACKED_FOR_CUTS // (50 if is_quick else 1))
     figures["sources"] = _sources(dataset, found if not is_quick else [])
     batch_tokens = BATCH_TOKENS[dataset.kind]
     steps = make_loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
     figures["epoch"] = {"batch_tokens": batch_tokens, "steps": steps}
-    figures["set_aside"] = _set_aside(figures["left_out"], _rejected(dataset), figures["rows"])
+    figures["set_aside"] = set_aside(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)
-    return Measured(
-        directory,
-        figures,
-        records(_chosen(found), encoder, known),
-        np.empty(0, np.uint64) if is_quick else _all(tally.hashes),
+    hashes = np.empty(0, np.uint64) if is_quick else _all(tally.hashes)
+    return Measured(directory, figures, _packed_records(dataset, _chosen(found), known), hashes)
+
+
+def _quick_share(num_bytes: int) -> float:
+    """The share of rows and tokens that a quick look reads."""
+    return min(1.0, min(max(num_bytes * QUICK_SHARE, QUICK_BYTES[0]), QUICK_BYTES[1]) / max(num_bytes, 1))
+
+
+def _scan_rows(
+    dataset: shards.Dataset,
+    known: Vocabulary,
+    is_quick: bool,
+    share: float,
+    workers: int,
+    losses: Mapping[str, Mapping[int, float]] | None,
+    progress: Progress | None,
+) -> tuple[list[PartScan], bool]:
+    """Rows measured from the inputs or, where these are gone or have changed, decoded from the shards; whether they were."""
+    if is_quick:
+        found = scan.scan_some(_inputs(dataset), dataset, share)
+    else:
+        found = _scan_inputs(dataset, workers, losses, progress)
+    if found:
+        return found, False
+    wanted = _wanted(losses)
+    return scan.scan_decoded(dataset, known, share=share, workers=workers, wanted=wanted, progress=progress), True
+
+
+def _add_lengths(figures: dict[str, Any], dataset: shards.Dataset) -> Lengths:
+    """Add the lengths of all sequences and of those in each bucket; gives the former."""
+    by_bucket, every = _sequence_lengths(dataset), Lengths()
+    for one in by_bucket.values():
+        every.merge(one)
+    figures["tokens_by"]["sequence"] = every.figures()
+    figures["tokens_by"]["buckets"] = {str(bucket): one.figures() for bucket, one in by_bucket.items()}
+    return every
+
+
+def _packed_records(dataset: shards.Dataset, chosen: Sequence[Shown], known: Vocabulary) -> list[dict[str, Any]]:
+    """Rows for show with the ids that stand in the shards."""
+    encoded = encoded_at(dataset, [(shown.file, shown.line) for shown in chosen if not shown.encoded])
+    whole = [
+        shown if shown.encoded else replace(shown, encoded=encoded.get((shown.file, shown.line))) for shown in chosen
+    ]
+    return records(whole, known)
+
+
+def _scan_inputs(
+    dataset: shards.Dataset, workers: int, losses: Mapping[str, Mapping[int, float]] | None, progress: Progress | None
+) -> list[PartScan]:
+    """Measure the inputs; nothing where one is gone or has changed."""
+    paths = [path for path in _inputs(dataset) if path]
+    if len(paths) < len(dataset.inputs):
+        return []
+    return scan.scan_files(
+        paths,
+        dataset.kind,
+        None,
+        workers=workers,
+        wanted=_wanted(losses),
+        left_out=_left_out_lines(dataset),
+        sha256s=[entry["sha256"] for entry in dataset.manifest["inputs"]],
+        progress=progress,
     )
 
 
@@ -254,48 +271,6 @@ def _left_out_lines(dataset: shards.Dataset) -> dict[str, frozenset[int]]:
     return {file: frozenset(lines) for file, lines in found.items()}
 
 
-def _quick_scan(dataset: shards.Dataset, inputs: Sequence[Path | None], share: float) -> list[PartScan]:
-    """Rows drawn from the dataset's sources and read from its inputs, a part each."""
-    found = []
-    for part in dataset.manifest["parts"]:
-        if not part["kept"]:
-            continue
-        sources = shards.open_sources(dataset, part["part"])
-        path = inputs[int(sources["file"][0])]
-        if path is None or not rows.is_seekable(path):
-            return []
-        number = min(part["kept"], max(1, round(part["kept"] * share)))
-        chosen = np.linspace(0, part["kept"] - 1, number).astype(np.int64)
-        found.append(_read_rows(path, dataset.kind, sources, chosen))
-    return found
-
-
-def _read_rows(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> PartScan:
-    """Measure single rows of a part, found by their offsets."""
-    part = PartScan(int(sources["file"][0]), RowTally(), TokenTally())
-    good, lines = [], []
-    with path.open("rb") as file:
-        for i in chosen.tolist():
-            file.seek(int(sources["offset"][i]))
-            raw = file.readline().rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
-            try:
-                good.append(rows.parse_row(raw, kind))
-            except rows.BadRow:
-                continue  # the file was changed, and kept its size
-            lines.append((int(sources["line"][i]), raw))
-    if good:
-        lengths = part.rows.add(good, [raw for _, raw in lines]).tolist()
-        shown = [
-            Shown("random", str(path), line, raw, length)
-            for (line, raw), length in zip(lines, lengths, strict=True)
-            if len(raw) <= scan.RAW_KEPT
-        ]
-        by_length = sorted(shown, key=lambda one: one.characters)
-        part.sample = shown
-        part.shortest, part.longest = by_length[: scan.NUM_EXTREMES], by_length[-scan.NUM_EXTREMES :]
-    return part
-
-
 def _line_duplicates(dataset: shards.Dataset) -> dict[str, Any]:
     """Exact repeats by the hash of each line that the sources hold."""
     hashes = [
@@ -303,21 +278,23 @@ def _line_duplicates(dataset: shards.Dataset) -> dict[str, Any]:
         for part in dataset.manifest["parts"]
         if part["kept"]
     ]
-    repeats = measure.is_repeat(_all(hashes))
-    return {"rows": len(repeats), "exact": int(repeats.sum()), "near": None, "rows_compared": 0, "near_from": None}
+    ordered = np.sort(_all(hashes))
+    repeats = int((ordered[1:] == ordered[:-1]).sum())
+    return {"rows": len(ordered), "exact": repeats, "near": None, "rows_compared": 0, "near_from": None}
 
 
-def _sequence_lengths(dataset: shards.Dataset) -> Lengths:
-    """Lengths of all sequences (of a pair: its longer side), from the shards' own columns."""
-    found = Lengths()
+def _sequence_lengths(dataset: shards.Dataset) -> dict[int, Lengths]:
+    """Lengths of all sequences (of a pair: its longer side) by the bucket they stand in, from the shards' own columns."""
+    found: dict[int, Lengths] = {}
     for entry in dataset.manifest["shards"]:
+        lengths = found.setdefault(entry["bucket"], Lengths())
         for batch in dataset.open_shard(entry).batches:
             if dataset.kind == "pair":
                 sides = np.maximum(batch["chosen"].lengths(), batch["rejected"].lengths())
-                found.add((batch["prompt"].lengths() + sides).astype(np.int64))
+                lengths.add((batch["prompt"].lengths() + sides).astype(np.int64))
             else:
-                found.add(batch["doc_len"].values.astype(np.int64))
-    return found
+                lengths.add(batch["doc_len"].values.astype(np.int64))
+    return dict(sorted(found.items()))
 
 
 def _rejected(dataset: shards.Dataset) -> dict[str, list[dict[str, Any]]]:
@@ -393,164 +370,6 @@ def _wanted(losses: Mapping[str, Mapping[int, float]] | None) -> dict[str, dict[
     return found
 
 
-def _text_figures(tally: RowTally, found: Sequence[PartScan], *, is_whole: bool = True) -> dict[str, Any]:
-    """Figures of texts; of a sample those that a sample can tell."""
-    sampled = [shown for part in found for shown in part.sample]
-    figures: dict[str, Any] = {
-        "characters_by": {
-            "row": tally.lengths.figures(),
-            "roles": {role: lengths.figures() for role, lengths in tally.by_role.items()},
-            "turns": {str(turn): lengths.figures() for turn, lengths in sorted(tally.by_turn.items())},
-        },
-        "languages": dict(zip(texts.LANGUAGES, tally.languages.tolist(), strict=True)),
-        "scripts": {
-            name: {"characters": int(count)} for name, count in zip(texts.SCRIPTS, tally.scripts, strict=True) if count
-        },
-        "turns": {str(turns): count for turns, count in sorted(tally.turns.items())},
-        "openings": tally.openings.top(NUM_TOP),
-        "openings_missed": tally.openings.missed,
-        "ngrams": measure.repeated([_text_of(shown) for shown in sampled], NUM_TOP),
-        "ngram_rows": len(sampled),
-        "systems": {
-            "rows": tally.rows_with_system,
-            "different": len(tally.systems.counts),
-            "top": tally.systems.top(NUM_TOP, 1),
-        },
-        "tools": {"rows": tally.rows_with_tools, "calls": tally.calls, "top": tally.tools.top(NUM_TOP, 1)},
-        "reasoning": tally.reasoning,
-        "rows_with_control": tally.rows_with_control,
-        "extra_keys": dict(tally.extra_keys.most_common(NUM_TOP)),
-        "text_rows": tally.kept,
-    }
-    if tally.longer:
-        figures["pairs"] = {
-            "pairs": tally.kept,
-            "longer": dict(tally.longer),
-            "margins": tally.margins.figures(),
-            "ratios": {str(k): tally.ratios[k] for k in range(-8, 9)},
-            "similarity": tally.similarity.tolist(),
-        }
-    if is_whole:
-        figures["duplicates"] = measure.duplicates(tally)
-    return figures
-
-
-def _text_of(shown: Shown) -> str:
-    return "\n".join(text for _, text in measure.pieces_of(rows.parse_row(shown.raw)))
-
-
-def _count_figures(tokens: TokenTally, known: Vocabulary, kind: str) -> dict[str, Any]:
-    """Figures of tokens by script, role, turn and id."""
-    figures: dict[str, Any] = {
-        "tokens_by": {
-            "sequence": tokens.lengths.figures(),
-            "roles": {role: lengths.figures() for role, lengths in tokens.by_role.items()},
-            "turns": {str(turn): lengths.figures() for turn, lengths in sorted(tokens.by_turn.items())},
-            **({"pair": {name: lengths.figures() for name, lengths in tokens.pairs.items()}} if kind == "pair" else {}),
-        },
-        "trained_shares": tokens.shares.tolist(),
-        "token_scripts": _script_figures(tokens),
-        "vocabulary": _vocabulary(tokens, known),
-    }
-    return figures
-
-
-def _script_figures(tokens: TokenTally) -> dict[str, dict[str, Any]]:
-    """For each script its tokens, characters and bytes, and how many of these one token holds."""
-    found = {}
-    for name, (count, characters, num_bytes) in zip((*texts.SCRIPTS, "control"), tokens.scripts.tolist(), strict=True):
-        if count:
-            found[name] = {
-                "tokens": count,
-                "share": count / max(tokens.tokens, 1),
-                "characters_per_token": characters / count,
-                "bytes_per_token": num_bytes / count,
-            }
-    return found
-
-
-def _vocabulary(tokens: TokenTally, known: Vocabulary) -> dict[str, Any]:
-    """Use of the vocabulary: ids seen and never seen, how many of the most frequent make up half of all, the top, control."""
-    counts = tokens.vocabulary if len(tokens.vocabulary) else np.zeros(known.size, np.int64)
-    order = np.argsort(-counts, kind="stable")
-    reached = np.cumsum(counts[order]) / max(1, counts.sum())
-    never = np.flatnonzero((counts == 0) & ~known.control)
-
-    def record(id: int) -> dict[str, Any]:
-        return {"id": id, "text": known.text(id), "count": int(counts[id])}
-
-    return {
-        "size": known.size,
-        "counted": int(counts.sum()),
-        "seen": int((counts > 0).sum()),
-        "never": len(never),
-        "never_ids": [{"id": id, "text": known.text(id)} for id in never[:60].tolist()],
-        "cover": {str(share): int(np.searchsorted(reached, share / 100) + 1) for share in (50, 90, 99)},
-        "top": [record(int(id)) for id in order[:NUM_TOP] if counts[id]],
-        "control": [record(int(id)) for id in np.flatnonzero(known.control)],
-        "by_rank": [int(counts[order[rank]]) for rank in _ranks(known.size)],
-        "ranks": [rank + 1 for rank in _ranks(known.size)],
-    }
-
-
-def _ranks(size: int) -> list[int]:
-    """Ranks for a curve on a logarithmic axis, from 0."""
-    return sorted({min(size, round(2 ** (k / 4))) - 1 for k in range(4 * (size.bit_length() + 1))}) if size else []
-
-
-def cut_lines(lengths: Lengths, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS) -> list[dict[str, Any]]:
-    """What each length limit would cost: sequences and tokens beyond it, and padding, alone in a line or packed.
-
-    `packed_fill` is that of the packer on at most `tried` sequences, longer ones cut (pairs are not packed: None).
-    """
-    values, counts = lengths.arrays()
-    if not len(values):
-        return []
-    number, tokens = int(counts.sum()), int((values * counts).sum())
-    found = []
-    for limit in limits:
-        cut = np.minimum(values, limit)
-        kept = int((cut * counts).sum())
-        longer = values > limit
-        found.append(
-            {
-                "max_len": limit,
-                "longer": int(counts[longer].sum()),
-                "longer_share": float(counts[longer].sum() / number),
-                "tokens_beyond": tokens - kept,
-                "tokens_beyond_share": (tokens - kept) / max(tokens, 1),
-                "tokens_in_longer_share": float((values * counts)[longer].sum() / max(tokens, 1)),
-                "padding_share": 1 - kept / (number * limit),
-                "packed_fill": None if kind == "pair" else _packed_fill(cut, counts, limit, tried),
-                "steps": -(-kept // BATCH_TOKENS[kind]),
-            }
-        )
-    return found
-
-
-def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int) -> float:
-    lengths, counts = lengths[lengths > 0], counts[lengths > 0]
-    total = int(counts.sum())
-    at = np.linspace(0, total - 1, min(total, tried)).astype(np.int64)
-    some = lengths[np.searchsorted(np.cumsum(counts), at, "right")]
-    return float(some.sum() / sum(bucket for bucket, _ in pack(some, buckets_for(limit))))
-
-
-def _set_aside(
-    left_out: Mapping[str, int], examples: Mapping[str, list[dict[str, Any]]], num_rows: int
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "reason": reason,
-            "rows": count,
-            "share": count / max(num_rows, 1),
-            "help": rows.HELP.get(reason, ""),
-            "examples": examples.get(reason, []),
-        }
-        for reason, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    ]
-
-
 def _chosen(found: Sequence[PartScan]) -> list[Shown]:
     """Rows for show: drawn evenly from the sample, then the longest, the shortest, those of highest loss."""
     sample = [shown for part in found for shown in part.sample]
@@ -561,90 +380,7 @@ def _chosen(found: Sequence[PartScan]) -> list[Shown]:
     number = scan.NUM_EXTREMES
     chosen = [(sample[i], "random") for i in at]
     chosen += [(s, "longest") for s in longest[:number]] + [(s, "shortest") for s in shortest[:number]]
-    return [Shown(why, s.file, s.line, s.raw, s.characters) for s, why in chosen] + wanted
-
-
-# --- in plain words
-
-# Code -> sentence; values in percent stand as {…}. A report may translate the sentence.
-WARNINGS = {
-    "left out": "{share} of the rows were left out, most of them for: {reason}",
-    "cut": "{share} of the tokens were cut to fit the length limit",
-    "exact duplicates": "{share} of the rows repeat an earlier row word for word",
-    "near duplicates": "{share} of the rows nearly repeat an earlier row",
-    "control strings": "{share} of the rows contain control strings; they are packed as plain text",
-    "chosen longer": "{share} of the pairs prefer the longer answer by more than {factor}×",
-    "length bias": "the chosen answer is the longer one in {share} of the pairs: dpo may learn length",
-    "alike": "{share} of the pairs have two answers that are nearly the same",
-    "little trained": "only {share} of the tokens are trained on",
-    "low fill": "packs are only {share} full",
-    "unused vocabulary": "{share} of the vocabulary never occurs in these {tokens} tokens",
-    "one opening": "{share} of the texts or answers begin with the same words: {text}",
-    "one system": "{share} of the rows share one system prompt",
-    "few val rows": "only {number} rows are held out for validation",
-    "contained": "{share} of {one} is also in {other}",
-}
-
-
-def warnings(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a reader should know first, as {"code", "values", "text"}; in the order of WARNINGS."""
-    return [warning(code, **values) for code, values in _found_warnings(figures)]
-
-
-def warning(code: str, **values: Any) -> dict[str, Any]:
-    """A warning with its English sentence."""
-    return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
-
-
-def percent(share: float) -> str:
-    """A share as people read it: 31 %, 0.4 %."""
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
-
-
-def _found_warnings(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
-    left_out = figures["left_out"]
-    if sum(left_out.values()) > 0.001 * num_rows:
-        reason = max(left_out, key=lambda r: left_out[r])
-        yield "left out", {"share": percent(sum(left_out.values()) / num_rows), "reason": reason}
-    if sum(figures.get("cut", {}).values()) > 0.001 * max(figures.get("tokens_in", 0), 1):
-        yield "cut", {"share": percent(sum(figures["cut"].values()) / figures["tokens_in"])}
-    repeated = figures.get("duplicates") or {"exact": 0, "near": 0, "rows": 0}
-    if repeated["exact"] > 0.001 * kept:
-        yield "exact duplicates", {"share": percent(repeated["exact"] / repeated["rows"])}
-    if (repeated["near"] or 0) > 0.005 * kept:
-        yield "near duplicates", {"share": percent(repeated["near"] / repeated["rows_compared"])}
-    if figures.get("rows_with_control"):
-        yield "control strings", {"share": percent(figures["rows_with_control"] / figures["text_rows"])}
-    yield from _pair_warnings(figures.get("pairs"))
-    if figures.get("tokens") and figures["kind"] == "conversation" and figures["trained_share"] < 0.2:
-        yield "little trained", {"share": percent(figures["trained_share"])}
-    if figures["kind"] != "pair" and figures.get("fill", 1) < 0.9:
-        yield "low fill", {"share": percent(figures["fill"])}
-    used = figures.get("vocabulary")
-    if used and used["counted"] >= 100 * used["size"] and used["never"] > 0.02 * used["size"]:
-        yield (
-            "unused vocabulary",
-            {"share": percent(used["never"] / used["size"]), "tokens": f"{used['counted']:,}"},
-        )
-    if figures.get("openings") and figures["openings"][0]["count"] > 0.02 * figures["text_rows"]:
-        top = figures["openings"][0]
-        yield "one opening", {"share": percent(top["count"] / figures["text_rows"]), "text": f"“{top['text']}”"}
-    if "val_rows" in figures and figures["val_rows"] < 20 and kept > 200:
-        yield "few val rows", {"number": figures["val_rows"]}
-
-
-def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, dict[str, Any]]]:
-    if not pairs or not pairs["pairs"]:
-        return
-    number, longer = pairs["pairs"], Counter(pairs["longer"])
-    if longer["chosen by 3"] > 0.02 * number:
-        share = percent(longer["chosen by 3"] / number)
-        yield "chosen longer", {"share": share, "factor": measure.LONGER_BY}
-    if longer["chosen"] > 0.6 * number:
-        yield "length bias", {"share": percent(longer["chosen"] / number)}
-    if sum(pairs["similarity"][9:]) > 0.01 * number:
-        yield "alike", {"share": percent(sum(pairs["similarity"][9:]) / number)}
+    return [replace(shown, why=why) for shown, why in chosen] + wanted
 
 
 def contained(measured: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 EXACT_BELOW = 2**16
 # Edges of histograms: four to an octave, as lengths are spread; 512, 1024 and 2048 are edges.
-EDGES = np.unique(np.round(2 ** (np.arange(0, 4 * 31) / 4))).astype(np.int64)
+EDGES = np.array(sorted({round(2 ** (k / 4)) for k in range(4 * 31)}))
 NUM_STRINGS = 4096
 
 

@@ -595,7 +595,7 @@ def print_measured(
     for warning in together:
         result(f"! {warning['text']}")
     if differences is not None:
-        from mmdata.report import shown_change, shown_value
+        from mmdata.report_compare import shown_change, shown_value
 
         rows = [
             (
@@ -610,11 +610,13 @@ def print_measured(
 
 def print_figures(values: dict[str, Any]) -> None:
     """One dataset's or file's figures: as the HTML report has them, in its order."""
-    from mmdata.report import glance
+    from mmdata.report import FROM_SHARDS, glance
 
     table(values["path"], ("", "", ""), [("kind", values["kind"], ""), *glance(values)])
     if "sample" in values:
         result(f"(tokens and texts from a sample of {values['sample']['rows']:,} of {values['sample']['of']:,} rows)")
+    if values.get("texts_from") == "shards":
+        result(f"({FROM_SHARDS})")
     for warning in values["warnings"]:
         result(f"! {warning['text']}")
     losses = [
@@ -647,6 +649,7 @@ def _print_lengths(values: dict[str, Any]) -> None:
     rows = []
     for unit, found in (("characters", values.get("characters_by")), ("tokens", values.get("tokens_by"))):
         groups: dict[str, Any] = {key: (found or {}).get(key) for key in ("row", "sequence")}
+        groups |= {f"in bucket {bucket}": lengths for bucket, lengths in (found or {}).get("buckets", {}).items()}
         groups |= (found or {}).get("roles", {}) | (found or {}).get("pair", {})
         groups |= {f"answer {turn}": lengths for turn, lengths in (found or {}).get("turns", {}).items()}
         spread = ("shortest", "p50", "p90", "p99", "longest")

@@ -3,17 +3,22 @@
 import json
 import random
 import re
+import shutil
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import fixture_packed, fixture_tokenizer_dir, words, write_rows  # noqa: F401
 from test_cli import Run, fine, home, made, mm, refused
 from test_page import HOSTILE, parsed
 
-from mmdata import report, stats
+from mmdata import report, report_compare, stats
+from mmdata.chat_templates import LAYOUTS
+from mmdata.figures import BATCH_TOKENS, cut_lines
 from mmdata.pipeline import PackResult, pack
+from mmdata.tokenizer import train_bpe
 from mmdata.verify import verify
 
 __all__ = ["home", "made", "mm"]  # fixtures
@@ -39,7 +44,7 @@ def test_a_packed_dataset_and_its_file_can_be_reported(
         assert f"{measured.figures['tokens']:,}" in html
     both = stats.contained([of_dataset, of_file])
     assert [warning["exact"] for warning in both] == [1.0, 1.0]
-    assert report.compare_page(of_dataset, of_file, lang=lang, others=both)
+    assert report_compare.compare_page(of_dataset, of_file, lang=lang, others=both)
     assert report.dataset_page([of_dataset, of_file], lang=lang, others=both)
 
 
@@ -197,18 +202,99 @@ def test_workers_change_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch
     assert parts.figures == whole.figures and parts.samples == whole.samples
 
 
-def test_a_dataset_whose_inputs_are_gone_says_so(
-    packed: dict[str, PackResult], tmp_path: Path, tokenizer_dir: Path
-) -> None:
+OF_TEXTS = (
+    "characters_by", "languages", "scripts", "turns", "duplicates", "openings", "ngrams", "systems", "tools", "reasoning", "pairs",
+)  # fmt: skip
+
+
+def tool_rows() -> Iterator[dict[str, Any]]:
+    """Conversations with a system prompt, thinking, a tool, a call of it and its answer; some with less."""
+    draw = random.Random(5)
+    tool = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}
+    call = {"name": "tide", "arguments": {"at": "港口 <b>"}}
+    for number in range(60):
+        system = {"role": "system", "content": f"Look at the {words(draw, 3)}.", "tools": json.dumps([tool])}
+        user = {"role": "user", "content": f"\n{words(draw, 8)}\n"}
+        calling = {"role": "assistant", "content": words(draw, 4), "tool_calls": json.dumps([call])}
+        answer = {"role": "tool", "content": words(draw, 3)}
+        last = {"role": "assistant", "content": words(draw, 9), "reasoning_content": f"so {words(draw, 5)}"}
+        plain = {"role": "assistant", "content": f"{words(draw, 9)}\n\n"}
+        yield {"conversations": [user, plain, user, last] if number % 3 else [system, user, calling, answer, last]}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tools"])
+def test_shards_tell_of_texts_what_the_inputs_told(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", "conversation" if kind == "tools" else kind, 150)
+    if kind == "tools":
+        path.write_text("".join(json.dumps(row) + "\n" for row in tool_rows()))
+        layout = LAYOUTS["minimind3"]
+        tokenizer_dir = tmp_path / "tokenizer"
+        draw = random.Random(1)
+        train_bpe(
+            [words(draw, 60) for _ in range(100)],
+            vocab_size=420,
+            control_tokens=layout.control,
+            chat_template=layout.template,
+            out_dir=tokenizer_dir,
+        )
+    if kind == "document":
+        with path.open("a") as file:
+            file.write(json.dumps({"text": "<s>the tide </s> <s>灯塔 rope</s><s>a bell</s>"}) + "\n")
+    with path.open("a") as file:
+        file.write("not json\n")
+    out = tmp_path / "packed"
+    pack([path], out, tokenizer_dir=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000)
+    before = stats.measure_dataset(out)
+    quick = stats.measure_dataset(out, is_quick=True)
+    path.rename(tmp_path / "gone")
+    after = stats.measure_dataset(out)
+    assert (before.figures["texts_from"], after.figures["texts_from"]) == ("inputs", "shards")
+    assert {name for name in OF_TEXTS if before.figures.get(name) != after.figures.get(name)} == set()
+    assert after.samples == before.samples and len(after.samples) >= 24
+    assert after.hashes.tolist() == before.hashes.tolist()
+    assert "decoded from the shards" in report.dataset_page([after])
+    assert "decoded from the shards" not in report.dataset_page([before])
+    assert "由分片解码" in report.dataset_page([after], lang="zh")
+    quick_after = stats.measure_dataset(out, is_quick=True)
+    assert quick_after.figures["languages"] == quick.figures["languages"]
+    assert quick_after.samples == quick.samples
+
+
+def test_inputs_that_have_changed_are_not_read(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 100)
     pack([path], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128)
+    before = stats.measure_dataset(tmp_path / "packed").figures
     path.write_bytes(path.read_bytes().replace(b"rope", b"hope"))  # the same size
-    found = stats.measure_dataset(tmp_path / "packed")
-    assert found.figures["texts_from"] == "none" and "languages" not in found.figures
+    found = stats.measure_dataset(tmp_path / "packed").figures
+    assert found["texts_from"] == "shards" and found["ngrams"] == before["ngrams"]
+
+
+def test_an_input_of_which_no_row_was_kept_is_a_source_like_others(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", "conversation", 30)
+    again = shutil.copy(path, tmp_path / "again.jsonl")
+    pack([path, Path(again)], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128, dedup="exact")
+    for is_there in (True, False):
+        found = stats.measure_dataset(tmp_path / "packed")
+        assert [source["kept"] for source in found.figures["sources"]][1] == 0
+        assert "again.jsonl" in report.dataset_page([found])
+        if is_there:
+            path.unlink()
+
+
+def test_rows_of_a_template_without_roles_are_shown_whole(tmp_path: Path, tokenizer_dir: Path) -> None:
+    bare = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, bare)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}<|im_end|>"
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    path = tmp_path / "rows.jsonl"
+    row = {"conversations": [{"role": "user", "content": "tide?"}, {"role": "assistant", "content": "<think>\nno"}]}
+    path.write_text(json.dumps(row) + "\n")
+    pack([path], tmp_path / "packed", tokenizer_dir=bare, max_len=128)
     path.unlink()
     found = stats.measure_dataset(tmp_path / "packed")
-    assert found.figures["texts_from"] == "none" and found.figures["vocabulary"]["counted"] > 0
-    assert "The inputs are gone" in report.dataset_page([found])
+    assert found.figures["openings"] == [] and found.figures["characters_by"]["row"]["count"] == 1
+    assert report.dataset_page([found])
 
 
 def test_cut_lines_say_what_a_limit_costs() -> None:
@@ -220,7 +306,7 @@ def test_cut_lines_say_what_a_limit_costs() -> None:
     values = [draw.randint(1, 3000) for _ in range(500)]
     lengths = Lengths()
     lengths.add(np.array(values))
-    for cut in stats.cut_lines(lengths, "conversation", [512, 2048]):
+    for cut in cut_lines(lengths, "conversation", [512, 2048]):
         limit = cut["max_len"]
         assert cut["longer"] == sum(v > limit for v in values)
         assert cut["tokens_beyond"] == sum(max(0, v - limit) for v in values)
@@ -232,7 +318,7 @@ def test_cut_lines_say_what_a_limit_costs() -> None:
 def test_the_stages_take_batches_of_these_tokens() -> None:
     from mmtrain.stages import STAGES
 
-    assert {stage.kind: stage.defaults["batch_tokens"] for stage in STAGES.values()} == stats.BATCH_TOKENS
+    assert {stage.kind: stage.defaults["batch_tokens"] for stage in STAGES.values()} == BATCH_TOKENS
 
 
 def test_the_reports_assets_are_packaged() -> None:

@@ -7,7 +7,7 @@ from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 from mmdata.errors import InputError
 from mmdata.pipeline import PackResult, length_figures
 from mmdata.shards import open_dataset, source_rows
-from mmdata.stats import dataset_stats, file_stats
+from mmdata.stats import dataset_stats, file_stats, measure_dataset
 
 
 def test_length_figures_are_those_of_the_lengths() -> None:
@@ -32,6 +32,27 @@ def test_a_datasets_figures_balance(packed: dict[str, PackResult], kind: str) ->
             assert sum(group[key] for group in figures[by].values()) == figures[key]
     assert figures["fill"] == pytest.approx(1 - figures["waste"])
     assert 0 < figures["trained_share"] < 1
+
+
+@pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
+def test_lengths_by_bucket_are_those_of_the_samples_in_it(packed: dict[str, PackResult], kind: str) -> None:
+    dataset = open_dataset(packed[kind].out)
+    found = measure_dataset(packed[kind].out).figures["tokens_by"]
+    lengths: dict[str, list[int]] = {}
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        for number in range(split.num_samples()):
+            bucket, i = split.locate(number)
+            sample = split.sample(bucket, i)
+            if kind == "pair":
+                longer = max(len(sample.chosen), len(sample.rejected))
+                lengths.setdefault(str(bucket), []).append(len(sample.prompt) + longer)
+            else:
+                lengths.setdefault(str(bucket), []).extend(sample.doc_len.tolist())
+    assert {b: (f["count"], f["total"], f["longest"]) for b, f in found["buckets"].items()} == {
+        bucket: (len(of), sum(of), max(of)) for bucket, of in lengths.items()
+    }
+    assert found["sequence"]["count"] == sum(map(len, lengths.values()))
 
 
 def test_fill_is_the_share_of_positions_that_hold_tokens(packed: dict[str, PackResult]) -> None:
