@@ -6,6 +6,7 @@ thinned to POINTS a curve: each point the mean of a stretch of steps.
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,21 +29,23 @@ class Log:
     steps: list[dict[str, Any]] = field(default_factory=list)
     vals: list[dict[str, Any]] = field(default_factory=list)
     _offset: int = 0
+    _last: bytes = b""  # line read
 
     def update(self) -> None:
-        """Read the lines that are whole by now; all anew when the file was cut by a resume."""
-        try:
-            size = self.path.stat().st_size
-        except FileNotFoundError:
+        """Read the lines that are whole by now; all anew when a resume has cut the file, though it may have grown since."""
+        if not self.path.exists():
             return
-        if size < self._offset:
-            self.steps, self.vals, self._offset = [], [], 0
         with self.path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self._offset - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self.steps, self.vals, self._offset, self._last = [], [], 0, b""
+                file.seek(0)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for record in _records(whole.splitlines()):
+        lines = whole.splitlines(keepends=True)
+        self._last = lines[-1] if lines else self._last
+        for record in _records(lines):
             if "loss" in record:
                 self.steps.append(record)
             elif any(name.startswith("val_") for name in record):
@@ -88,16 +91,12 @@ def run_figures(run_dir: Path, *, log: Log | None = None, until: int | None = No
     vals = [record for record in log.vals if record["step"] <= limit]
     curves, totals = _curves(steps, facts)
     events = _events(run_dir, facts, steps, limit)
-    places = {record["step"]: i for i, record in enumerate(steps)}
-    at = {name: _cumulative(steps, name) for name in ("tokens", "hours")}
+    places = [record["step"] for record in steps]
+    at = {name: [0.0, *_cumulative(steps, name)] for name in ("tokens", "hours")}
 
     def placed(step: int) -> dict[str, float]:
-        i = places.get(step)
-        return {
-            "step": step,
-            "tokens": at["tokens"][i] if i is not None else 0,
-            "hours": at["hours"][i] if i is not None else 0,
-        }
+        done = bisect_right(places, step)  # the newest step logged by then: an event may come before its own
+        return {"step": step, "tokens": at["tokens"][done], "hours": at["hours"][done]}
 
     return {
         "name": run_dir.resolve().name,
@@ -258,27 +257,56 @@ def _events(
 # --- chains of runs
 
 
-def chain(run_dir: Path, *, log: Log | None = None, before: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+class Reader:
+    """Tells about runs again and again, and reads anew only what has changed since, by time and size of a run's files."""
+
+    def __init__(self) -> None:
+        self._logs: dict[Path, Log] = {}
+        self._known: dict[tuple[Path, int | None], tuple[Any, dict[str, Any]]] = {}
+
+    def run(self, run_dir: Path, until: int | None = None) -> dict[str, Any]:
+        """`run_figures`; the caller may add to what it gets."""
+        key = run_dir.resolve(), until
+        state = [_state(run_dir / name) for name in _FILES]
+        known = self._known.get(key)
+        if known is None or known[0] != state:
+            log = self._logs.setdefault(key[0], Log(run_dir / "metrics.jsonl"))
+            self._known[key] = known = state, run_figures(run_dir, log=log, until=until)
+        return dict(known[1])
+
+
+_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl")  # all that is told of a run stands in them
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def chain(run_dir: Path, reader: Reader | None = None) -> list[dict[str, Any]]:
     """A run and those it goes back to, the first one first; each has `offset`: steps, tokens and hours before it.
 
-    An ancestor that is no longer there ends the chain; `missing` of the run names it. before: the ancestors, where they
-    have been read already.
+    An ancestor that is no longer there ends the chain; `missing` of the run names it.
     """
-    run = run_figures(run_dir, log=log)
-    return _placed([*(_ancestors(run, {run_dir.resolve()}) if before is None else before), run])
+    reader = reader or Reader()
+    run = reader.run(run_dir)
+    return _placed([*_ancestors(run, {run_dir.resolve()}, reader), run])
 
 
-def _ancestors(run: dict[str, Any], seen: set[Path]) -> list[dict[str, Any]]:
+def _ancestors(run: dict[str, Any], seen: set[Path], reader: Reader) -> list[dict[str, Any]]:
     """The runs a run goes back to, the first one first."""
     parent, step = _parent(Path(run["dir"]), run["init"])
     if parent is None or parent.resolve() in seen:
         return []
     try:
-        found = run_figures(parent, until=step)
+        found = reader.run(parent, until=step)
     except CheckpointError:
         run["missing"] = str(parent)
         return []
-    return [*_ancestors(found, seen | {parent.resolve()}), found]
+    return [*_ancestors(found, seen | {parent.resolve()}, reader), found]
 
 
 def _placed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -305,10 +333,11 @@ def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None,
     return (parent if (parent / "run.json").exists() or not (beside / "run.json").exists() else beside), step
 
 
-def figures(run_dirs: Sequence[Path]) -> dict[str, Any]:
+def figures(run_dirs: Sequence[Path], reader: Reader | None = None) -> dict[str, Any]:
     """Everything about several runs: {"chains": [[run, …], …]}, a chain for each run named; a run that another's chain holds
     is not told twice."""
-    chains = [chain(run_dir) for run_dir in run_dirs]
+    reader = reader or Reader()
+    chains = [chain(run_dir, reader) for run_dir in run_dirs]
     places = [Path(found[-1]["dir"]).resolve() for found in chains]
     kept = []
     for number, found in enumerate(chains):

@@ -6,7 +6,6 @@ Only the first rank has a Keeper. Reports and samples take at most SHARE of the 
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from mmdata.errors import MMError
 from mmdata.tokenizer import Tokenizer
@@ -25,8 +24,7 @@ class Keeper:
     def __init__(self, run_dir: Path, *, first_step: int, with_report: bool, with_samples: bool):
         self._dir = run_dir
         self._with_report, self._with_samples = with_report, with_samples
-        self._log = history.Log(run_dir / "metrics.jsonl")
-        self._before: list[dict[str, Any]] | None = None
+        self._reader = history.Reader()
         self._begun = time.monotonic()
         self._spent = 0.0
         self._cost = FIRST_COST_S
@@ -58,6 +56,4 @@ class Keeper:
         """Write RUN/report.html, where it is wanted; it appears whole or not at all."""
         if not self._with_report:
             return
-        runs = history.chain(self._dir, log=self._log, before=self._before)
-        self._before = runs[:-1]
-        write(self._dir / FILE, run_page({"chains": [runs]}))
+        write(self._dir / FILE, run_page({"chains": [history.chain(self._dir, self._reader)]}))

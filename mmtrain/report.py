@@ -1,6 +1,7 @@
 """Figures of runs in, one HTML file out, or served while a run trains. Reads no run itself; never torch."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,7 +12,8 @@ from mmdata.errors import MMError, UsageError
 from mmdata.page import Bar, Html, Section, Words
 from mmtrain.report_words import ZH
 
-_MARKED = {"save": "", "resume": "↻", "skip": "✕", "halved": "½"}  # events that a plot marks; saves only where few
+_MARKED = {"resume": "↻", "skip": "✕", "halved": "½", "save": ""}  # events that a plot marks; a save by a tick alone
+MOST_MARKS = 60  # of a kind of event in a run; of more, some stand for all
 
 
 def write(path: Path, html: str) -> None:
@@ -22,10 +24,12 @@ def write(path: Path, html: str) -> None:
 
 
 def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]) -> None:
-    """Answer on 127.0.0.1 with the page that `make` gives, made anew for each question; until Ctrl-C.
+    """Answer on 127.0.0.1 with the page that `make` gives, made anew for each question, one at a time; until Ctrl-C.
 
     on_start is told the address. UsageError when the port is taken. Only this machine is answered, and only by its name.
     """
+
+    one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -34,7 +38,8 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
                 self.send_error(404)
                 return
             try:
-                body = make().encode()
+                with one_at_a_time:
+                    body = make().encode()
             except (MMError, OSError) as error:
                 self.send_error(503, str(error).splitlines()[0][:200].encode("ascii", "replace").decode())
                 return
@@ -72,7 +77,7 @@ def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float |
     subtitle = " · ".join(f"{run['dir']} ({words.or_same(run['status'])})" for run in last)
     sections = [
         Section("glance", words("At a glance"), list(_glance(chains, words))),
-        Section("curves", words("Curves"), [page.grid(_curves(chains, words))]),
+        Section("curves", words("Curves"), [page.grid(_curves(chains, words)), _key(chains, words)]),
     ]
     if any(run["curves"].get("accuracy") for runs in chains for run in runs):
         sections.append(Section("preference", words("Preference"), [page.grid(_preference(chains, words))]))
@@ -206,19 +211,27 @@ class _Plotter:
 
     def __init__(self, chains: Sequence[Sequence[Mapping[str, Any]]], words: Words):
         self.chains, self.words = chains, words
-        self.marks = sorted((m for runs in chains for m in self._marks(runs)), key=lambda m: m["x"]["step"])
+        self.marks = sorted(
+            (m for number, runs in enumerate(chains) for m in self._marks(number, runs)), key=lambda m: m["x"]["step"]
+        )
 
-    def _marks(self, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _marks(self, number: int, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Where runs begin, named, and what happened in them; of several chains in each one's colour."""
+        color = {} if len(self.chains) == 1 else {"color": number}
         if len(runs) > 1:
             for run in runs:
-                yield {"x": dict(run["offset"]), "label": self.words.or_same(run["stage"])}
-        if len(self.chains) > 1:
-            return
+                yield {"x": dict(run["offset"]), "label": self.words.or_same(run["stage"]), "kind": "stage", **color}
         for run in runs:
-            for event in run["events"]:
-                if _MARKED.get(event["event"]):
-                    x = {axis: event[axis] + run["offset"][axis] for axis in ("step", "tokens", "hours")}
-                    yield {"x": x, "label": _MARKED[event["event"]]}
+            for what, label in _MARKED.items():
+                for event in _evenly([event for event in run["events"] if event["event"] == what]):
+                    x = {axis: _rounded(event[axis] + run["offset"][axis]) for axis in ("step", "tokens", "hours")}
+                    yield {
+                        "x": x,
+                        "label": label,
+                        "kind": "event" if label else "tick",
+                        "said": self.words(what),
+                        **color,
+                    }
 
     def lines(
         self,
@@ -288,6 +301,16 @@ class _Plotter:
         return found | ({"low": low, "high": high} if low != y else {})
 
 
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _evenly(found: Sequence[Any]) -> Sequence[Any]:
+    """At most MOST_MARKS of them, equally far apart, the last one among them."""
+    step = -(-len(found) // MOST_MARKS) or 1
+    return found[(len(found) - 1) % step :: step]
+
+
 _TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
@@ -299,6 +322,17 @@ def _curves(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iter
     yield plots.lines("Bits per byte of held-out text", plots.held_out("bits_per_byte"), stages=stages, tall=True)
     yield plots.lines("Learning rate", {"lr": "learning rate"}, floor=0)
     yield plots.lines("Gradient norm", {"grad_norm": "gradient norm"}, logy=True)
+
+
+def _key(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Html:
+    """What the marks on the plots mean, of those that are there."""
+    there = {event["event"] for runs in chains for run in runs for event in run["events"]}
+    said = [
+        f"{label} {words(what)}" if label else words("ticks at the foot: saves")
+        for what, label in _MARKED.items()
+        if what in there
+    ]
+    return page.paragraph(" · ".join(said), kind="note") if said else Html()
 
 
 def _preference(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:

@@ -64,6 +64,7 @@ ZH = {
     "resume": "续训",
     "skip": "跳过一步",
     "halved": "微批减半",
+    "ticks at the foot: saves": "底部短线：保存",
     "no samples": "没有样例",
     "{number} events": "{number} 个事件",
     "flag": "命令行",

@@ -15,7 +15,7 @@ from test_history import make_run
 from test_page import HOSTILE
 
 from mmdata import report as data_report
-from mmdata import stats
+from mmdata import report_compare, stats
 from mmdata.pipeline import pack
 from mmtrain import history, report, speak
 
@@ -64,7 +64,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
         made[kind] = stats.measure_dataset(root / f"packed-{kind}")
     of_file = stats.measure_file(root / "conversation.jsonl", tokenizer_dir)
     make_run(root / "pretrain-1", 60, stage="pretrain", matmul_flops=1e7, fill=0.9)
-    make_run(root / "sft-1", 900, init=str(root / "pretrain-1/checkpoints/step-60"), matmul_flops=1e7, fill=0.9)
+    make_run(
+        root / "sft-1",
+        900,
+        init=str(root / "pretrain-1/checkpoints/step-60"),
+        matmul_flops=1e7,
+        fill=0.9,
+        resumed=[{"step": step} for step in (400, 401, 402, 700)],
+    )
+    events = [{"step": step, "event": "save"} for step in range(10, 900, 10)] + [{"step": 500, "event": "halved"}]
+    (root / "sft-1/events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     pairs = {"accuracy": 0.5, "reward_margin": 0.1, "chosen_drift": 0.2, "rejected_drift": -0.1}
     records = make_run(root / "dpo-1", 40, stage="dpo", init=str(root / "sft-1/checkpoints/step-900"), fill=0.5)
     lines = [
@@ -85,7 +94,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
         (root / f"several-{lang}.html").write_text(
             data_report.dataset_page(several, lang=lang, others=stats.contained(several))
         )
-        (root / f"compare-{lang}.html").write_text(data_report.compare_page(*several, lang=lang))
+        (root / f"compare-{lang}.html").write_text(report_compare.compare_page(*several, lang=lang))
         (root / f"run-{lang}.html").write_text(report.run_page(chain, lang=lang))
         (root / f"overlay-{lang}.html").write_text(report.run_page(overlay, lang=lang))
     return root
@@ -230,6 +239,33 @@ def test_curves_zoom_together_and_change_their_axis(driver: Any, pages: Path) ->
     )
     time.sleep(0.2)
     assert driver.execute_script("return document.querySelector('.tip').textContent.includes('tokens')")
+    nothing_is_wrong(driver)
+
+
+MARKED = """
+const figure = document.querySelector("figure.plot"), plot = figure.plot, context = plot.ctx, box = plot.bbox;
+const said = [], real = context.fillText;
+let ticks = 0, from = 0;
+context.fillText = (label, ...more) => { said.push(label); real.call(context, label, ...more); };
+const move = context.moveTo, to = context.lineTo;
+context.moveTo = (x, y) => { from = y; move.call(context, x, y); };
+context.lineTo = (x, y) => {
+  if (y === box.top + box.height && y - from < 12) ticks += 1;
+  to.call(context, x, y);
+};
+plot.redraw();
+return new Promise((done) => setTimeout(() => done({said, ticks}), 200));
+"""
+
+
+def test_events_are_drawn_and_stay_legible_when_there_are_many(driver: Any, pages: Path) -> None:
+    open_page(driver, f"file://{pages}/run-en.html", width="phone")
+    found = driver.execute_script(MARKED)
+    assert {"pretrain", "sft", "½", "↻"} <= set(found["said"])
+    assert 1 <= found["said"].count("↻") <= 2  # of three that lie beside each other one is named
+    assert 20 <= found["ticks"] <= 60
+    key = "return [...document.querySelectorAll('#curves .note')].some((node) => node.textContent.includes('ticks at the foot'))"
+    assert driver.execute_script(key)
     nothing_is_wrong(driver)
 
 

@@ -99,6 +99,9 @@ def test_a_log_reads_what_came_since(tmp_path: Path) -> None:
     path.write_text("".join(lines.splitlines(keepends=True)[:2]))  # cut by a resume
     log.update()
     assert [record["step"] for record in log.steps] == [1, 2]
+    path.write_text("".join(f'{{"step": {step}, "loss": 9.0}}\n' for step in range(1, 30)))  # cut, and grown past it
+    log.update()
+    assert [record["loss"] for record in log.steps] == [9.0] * 29
 
 
 def test_a_chain_is_joined_where_each_run_began(tmp_path: Path) -> None:
@@ -123,3 +126,31 @@ def test_a_chain_ends_where_an_ancestor_is_gone_or_comes_again(tmp_path: Path) -
     assert len(history.chain(tmp_path / "b")) == 1
     with pytest.raises(CheckpointError, match=r"run\.json"):
         history.figures([tmp_path / "nothing"])
+
+
+def test_a_reader_reads_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "pretrain-1", 20, stage="pretrain")
+    make_run(tmp_path / "sft-1", 10, init=str(tmp_path / "pretrain-1/checkpoints/step-15"))
+    read: list[str] = []
+    plain = history.run_figures
+    monkeypatch.setattr(history, "run_figures", lambda path, **more: read.append(path.name) or plain(path, **more))
+    reader = history.Reader()
+    first = history.figures([tmp_path / "sft-1"], reader)
+    assert sorted(read) == ["pretrain-1", "sft-1"]
+    assert history.figures([tmp_path / "sft-1"], reader) == first and len(read) == 2
+    with (tmp_path / "sft-1/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 11, "loss": 1.0, "tokens": 10, "tokens_per_s": 5.0}) + "\n")
+    (tmp_path / "sft-1/events.jsonl").write_text(json.dumps({"step": 11, "event": "save"}) + "\n")
+    found = history.figures([tmp_path / "sft-1"], reader)
+    assert read[2:] == ["sft-1"] and found == history.figures([tmp_path / "sft-1"])
+    assert found["chains"][0][1]["step"] == 11 and len(found["chains"][0][1]["events"]) == 2
+
+
+def test_an_event_between_two_logged_steps_stands_at_the_earlier_one(tmp_path: Path) -> None:
+    records = make_run(tmp_path / "run", 3)
+    with (tmp_path / "run/events.jsonl").open("w") as file:
+        for step, what in ((0, "save"), (2, "save"), (4, "halved")):
+            file.write(json.dumps({"step": step, "event": what}) + "\n")
+    events = history.run_figures(tmp_path / "run")["events"]
+    tokens = [0, sum(r["tokens"] for r in records[:2]), sum(r["tokens"] for r in records)]
+    assert [(event["step"], event["tokens"]) for event in events] == list(zip((0, 2, 4), tokens, strict=True))

@@ -113,6 +113,30 @@ def test_hostile_names_and_answers_are_text(tmp_path: Path, text: str) -> None:
     assert [tag for tag, _ in parsed(html).tags] == [tag for tag, _ in plain.tags]
 
 
+def test_every_kind_of_event_is_marked_and_explained(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 900, resumed=[{"step": 300, "device": "CPU"}])
+    with (tmp_path / "run/events.jsonl").open("w") as file:
+        for step in range(1, 901):
+            file.write(json.dumps({"step": step, "event": "save", "note": ""}) + "\n")
+        file.write(json.dumps({"step": 500, "event": "halved", "note": "512 tokens"}) + "\n")
+    html = report.run_page(history.figures([tmp_path / "run"]))
+    specs = [json.loads(script) for script in parsed(html).scripts if script.startswith('{"kind"')]
+    assert len(specs) >= 4
+    for spec in specs:
+        by_kind: dict[str, list[int]] = {}
+        for mark in spec["marks"]:
+            by_kind.setdefault(mark["said"], []).append(mark["x"]["step"])
+        saves = by_kind.pop("save")
+        assert by_kind == {"skip": [8], "resume": [300], "halved": [500]}
+        assert saves == list(range(15, 901, 15)) and len(saves) == report.MOST_MARKS
+        assert {mark["kind"] for mark in spec["marks"] if mark["said"] == "save"} == {"tick"}
+    assert "↻ resume · ✕ skip · ½ halved · ticks at the foot: saves" in html
+    make_run(tmp_path / "other", 30)
+    both = report.run_page(history.figures([tmp_path / "run", tmp_path / "other"]))
+    spec = next(json.loads(script) for script in parsed(both).scripts if script.startswith('{"kind"'))
+    assert {mark["color"] for mark in spec["marks"]} == {0, 1} and len(both.encode()) < 2_000_000
+
+
 def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
     for name, number in (("a", 30), ("b", 20)):
         make_run(tmp_path / name, number, fill=0.9, matmul_flops=1e9)

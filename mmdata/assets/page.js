@@ -125,7 +125,7 @@ function barsOf(spec) {
         yAxis(spec),
       ],
       cursor: { drag: { x: false, y: false }, points: { show: false }, y: false },
-      hooks: { draw: [(plot) => drawMarks(plot, spec.marks.map(([at, label]) => [place(spec.edges, at), label]))] },
+      hooks: { draw: [(plot) => drawMarks(plot, spec.marks.map(([at, label]) => ({ at: place(spec.edges, at), label })))] },
     },
   };
 }
@@ -161,10 +161,10 @@ function linesOf(spec) {
     tables.push(table);
   });
   const data = tables.length === 1 ? tables[0] : uPlot.join(tables);
-  const marks = (spec.marks || []).map((mark) => [mark.x[axis], mark.label]).filter((mark) => mark[0] !== null && mark[0] !== undefined);
+  const marks = (spec.marks || []).map((mark) => ({ ...mark, at: mark.x[axis] })).filter((mark) => mark.at !== null && mark.at !== undefined);
   const sync = spec.group ? { key: spec.group, setSeries: false, scales: ["x", null] } : undefined;
   return {
-    data, axis,
+    data, axis, marks,
     options: {
       series: [{}, ...series], bands,
       scales: { x: { time: false, distr: spec.logx ? 3 : 1 }, y: { distr: spec.logy ? 3 : 1, ...(spec.floor !== undefined ? { range: (_, low, high) => [Math.min(spec.floor, low), high > spec.floor ? high * 1.05 : spec.floor + 1] } : {}) } },
@@ -184,31 +184,47 @@ function hours(value) {
   return value < 1 ? trim(value * 60) + "m" : trim(value) + "h";
 }
 
+// Marks: {at, label, kind, color, said}. Stages and cuts stand as dashed lines with their name; events too, but where their
+// labels would meet only by a short line at the top; ticks at the foot.
 function drawMarks(plot, marks) {
   const context = plot.ctx, ratio = devicePixelRatio || 1, box = plot.bbox;
-  context.save();
-  context.strokeStyle = css("--muted");
-  context.fillStyle = css("--muted");
-  context.font = `${10.5 * ratio}px system-ui, sans-serif`;
-  context.textAlign = "center";
-  context.lineWidth = ratio;
-  const taken = [];
-  for (const [at, label] of [...marks].sort((one, other) => (other[1].length > 1) - (one[1].length > 1))) {
-    if (at < plot.scales.x.min || at > plot.scales.x.max) continue;
-    const x = Math.round(plot.valToPos(at, "x", true));
-    context.setLineDash([3 * ratio, 3 * ratio]);
-    context.globalAlpha = 0.65;
+  const line = (x, top, bottom, dash, alpha) => {
+    context.setLineDash(dash.map((length) => length * ratio));
+    context.globalAlpha = alpha;
     context.beginPath();
-    context.moveTo(x, box.top);
-    context.lineTo(x, box.top + box.height);
+    context.moveTo(x, top);
+    context.lineTo(x, bottom);
     context.stroke();
     context.globalAlpha = 1;
-    const half = context.measureText(label).width / 2 + 3 * ratio;
-    const middle = Math.min(Math.max(x, box.left + half), plot.width * ratio - half);
-    if (!taken.some(([begin, end]) => middle - half < end && middle + half > begin)) {
-      context.fillText(label, middle, box.top - 5 * ratio);
+  };
+  context.save();
+  context.font = `${10.5 * ratio}px system-ui, sans-serif`;
+  context.textAlign = "center";
+  const taken = [];
+  let tick = -Infinity;
+  for (const mark of [...marks].sort((one, other) => (other.kind !== "event") - (one.kind !== "event") || one.at - other.at)) {
+    if (mark.at < plot.scales.x.min || mark.at > plot.scales.x.max) continue;
+    const x = Math.round(plot.valToPos(mark.at, "x", true)), bottom = box.top + box.height;
+    context.strokeStyle = context.fillStyle = css(mark.color === undefined ? "--muted" : COLORS[mark.color % COLORS.length]);
+    context.lineWidth = ratio;
+    if (mark.kind === "tick") {
+      if (x - tick < 3 * ratio) continue;
+      tick = x;
+      context.lineWidth = 1.5 * ratio;
+      line(x, bottom - 7 * ratio, bottom, [], 0.8);
+      continue;
+    }
+    const half = context.measureText(mark.label).width / 2 + 3 * ratio;
+    const meets = (at) => taken.find(([begin, end]) => at - half < end && at + half > begin);
+    let middle = Math.min(Math.max(x, box.left + half), plot.width * ratio - half);
+    if (mark.kind === "stage" && meets(middle)) middle = Math.min(meets(middle)[1] + half, plot.width * ratio - half);
+    const isFree = !meets(middle);
+    if (isFree) {
+      context.fillText(mark.label, middle, box.top - 5 * ratio);
       taken.push([middle - half, middle + half]);
     }
+    if (isFree || mark.kind !== "event") line(x, box.top, bottom, [3, 3], 0.65);
+    else line(x, box.top, box.top + 5 * ratio, [], 0.65);
   }
   context.restore();
 }
@@ -279,6 +295,8 @@ function addTip(figure, spec, plot, built) {
       line.append(swatch, make("span", "", (self.series.length > 2 ? series.label + ": " : "") + (spec.share ? percent(value) : whole(value)) + (spec.kind === "bars" && spec.unit ? " " + spec.unit : "")));
       tip.append(line);
     });
+    const near = (built.marks || []).filter((mark) => mark.said && Math.abs(self.valToPos(mark.at, "x") - left) < 5);
+    for (const mark of near.slice(0, 3)) tip.append(make("div", "", `${mark.label || "╵"} ${mark.said}`));
     tip.style.display = "block";
     const x = left + 14 + tip.offsetWidth > self.over.clientWidth ? left - tip.offsetWidth - 14 : left + 14;
     tip.style.left = Math.max(-40, x) + "px";
