@@ -32,6 +32,7 @@ SAMPLE_BYTES = 12_000_000  # of rows that are tokenized, and read for repeated n
 NUM_EXTREMES = 6
 RAW_KEPT = 2**17  # bytes; a longer row is no sample for show
 SLICE_TOKENS = 2**21  # of a shard at once
+STRETCHES = 32  # of all shards that a share is taken from
 DECODED_ROWS = 2**11  # measured at once
 Progress = Callable[[int, int], None]
 
@@ -344,12 +345,12 @@ class _ShardScanner:
 
     def __init__(self, dataset: shards.Dataset, known: Vocabulary, share: float):
         self._dataset, self._known = dataset, known
-        self._share = share
+        self._share, self._stretches = share, max(1, STRETCHES // len(dataset.manifest["shards"]))
 
     def __call__(self, entry: dict[str, Any], tick: Tick) -> TokenTally:
         tally = TokenTally()
         for batch in self._dataset.open_shard(entry).batches:
-            for columns in _slices(batch, entry["bucket"], self._share):
+            for columns in _slices(batch, entry["bucket"], self._share, self._stretches):
                 if self._dataset.kind == "pair":
                     flat, prompts = flat_pairs(columns)
                     tally.add(flat, self._known, pair_prompts=prompts)
@@ -382,12 +383,12 @@ def scan_shards(
     return total
 
 
-def _slices(batch: dict[str, Any], bucket: int, share: float) -> Iterator[dict[str, Any]]:
-    """A record batch as pieces of at most SLICE_TOKENS positions; with a share, the beginnings of sixteen stretches."""
+def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) -> Iterator[dict[str, Any]]:
+    """A record batch as pieces of at most SLICE_TOKENS positions; with a share, the beginnings of that many stretches."""
     number = num_rows(batch)
     step = max(1, SLICE_TOKENS // bucket)
     if share < 1:
-        step = max(1, -(-number // 16))
+        step = max(1, -(-number // stretches))
     for begin in range(0, number, step):
         size = min(step, number - begin)
         end = begin + (size if share >= 1 else max(1, int(size * share)))

@@ -41,7 +41,7 @@ from mmdata.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]
 NUM_RANDOM = 12  # samples for show
 QUICK_BYTES = (2**17, 2**20)  # least and most of the rows that a quick look at a dataset reads …
-QUICK_SHARE = 1 / 1000  # … and what lies between: what `mm pack` can spend on its report
+QUICK_SHARE = 1 / 2000  # … and what lies between: what `mm pack` can spend on its report
 
 
 @dataclass(slots=True)
@@ -373,7 +373,7 @@ def _wanted(losses: Mapping[str, Mapping[int, float]] | None) -> dict[str, dict[
 def _chosen(found: Sequence[PartScan]) -> list[Shown]:
     """Rows for show: drawn evenly from the sample, then the longest, the shortest, those of highest loss."""
     sample = [shown for part in found for shown in part.sample]
-    at = np.unique(np.linspace(0, len(sample) - 1, NUM_RANDOM).astype(np.int64)) if sample else []
+    at = sorted({i * (len(sample) - 1) // (NUM_RANDOM - 1) for i in range(NUM_RANDOM)}) if sample else []
     longest = sorted((s for part in found for s in part.longest), key=lambda s: -s.characters)
     shortest = sorted((s for part in found for s in part.shortest), key=lambda s: s.characters)
     wanted = sorted((s for part in found for s in part.wanted), key=lambda s: -(s.nll or 0))

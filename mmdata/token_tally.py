@@ -112,7 +112,7 @@ def _rebuild(directory: Path) -> Vocabulary:
 
 def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes each id stands for; of control tokens and unused ids none."""
-    letters = _byte_letters()
+    table = dict.fromkeys(range(256)) | {ord(letter): byte for letter, byte in _byte_letters().items()}
     pieces = [b""] * tokenizer.vocab_size
     decoder = json.loads(tokenizer.files["tokenizer.json"]).get("decoder") or {}
     is_byte_level = "ByteLevel" in {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
@@ -120,7 +120,7 @@ def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
         if id in tokenizer.added:
             pieces[id] = b"" if tokenizer.added[id].special else token.encode()
         elif is_byte_level:
-            pieces[id] = bytes(letters[letter] for letter in token if letter in letters)
+            pieces[id] = token.translate(table).encode("latin-1", errors="ignore")
         elif len(token) == 6 and token.startswith("<0x"):
             pieces[id] = bytes([int(token[3:5], 16)])
         else:
@@ -239,7 +239,7 @@ class TokenTally:
         first = np.flatnonzero(np.diff(of, prepend=-1))
         turn = number - np.repeat(first, np.diff(first, append=len(of)))
         turn = np.minimum(turn, 8)
-        for at in np.unique(turn).tolist():
+        for at in np.flatnonzero(np.bincount(turn)).tolist():
             self.by_turn.setdefault(at, Lengths()).add(length[answers][turn == at])
 
 
