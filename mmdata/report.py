@@ -13,6 +13,7 @@ from mmdata.shards import REPORT
 from mmdata.stats import Measured
 
 FILE = REPORT
+MOST_STRINGS = 40
 FROM_SHARDS = (
     "Texts were decoded from the shards, for the inputs are gone, have changed or are compressed: what packing cut is not in "
     "them, and what the template added may be."
@@ -150,6 +151,11 @@ def _glance(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
     yield from _losses(figures, words)
 
 
+def most(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most frequent strings: there may be as many as rows."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_STRINGS]
+
+
 def _help(item: Mapping[str, Any], words: Words) -> str:
     """What helps against a reason, in the page's language where it is known there."""
     key = f"help: {item['reason']}"
@@ -183,10 +189,10 @@ def _losses(figures: Mapping[str, Any], words: Words) -> Iterator[Html]:
     if cut:
         yield page.table([words("cut"), words("tokens"), words("share"), ""], cut)
     if figures.get("control_strings"):
-        rows = [(page.code(text), count) for text, count in figures["control_strings"].items()]
+        rows = [(page.code(text), count) for text, count in most(figures["control_strings"])]
+        title = words("Control strings in content, packed as plain text")
         yield page.fold(
-            words("Control strings in content, packed as plain text"),
-            page.table([words("string"), words("times")], rows),
+            f"{title} ({len(figures['control_strings']):,})", page.table([words("string"), words("times")], rows)
         )
     if figures.get("extra_keys"):
         rows = [(page.code(key), count) for key, count in figures["extra_keys"].items()]

@@ -206,6 +206,7 @@ class Dataset:
         self.tokenizer_sha256: str = manifest["tokenizer"]["sha256"]
         self.tokenizer_dir = directory / "tokenizer"
         _allow_open_files(len(manifest["shards"]))
+        self._files: dict[str, ArrowFile] = {}
         self._splits = {name: Split(self, name) for name in SPLITS}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -216,15 +217,17 @@ class Dataset:
         return self._splits[name]
 
     def open_shard(self, entry: Mapping[str, Any]) -> ArrowFile:
-        """Maps a shard of the manifest; DatasetError when it is missing, of another size, or of another dataset."""
-        path = self.dir / entry["path"]
-        check_size(path, entry["bytes"], self.dir)
-        try:
-            file = read_arrow(path)
-        except ValueError as error:
-            raise _damaged(self.dir, f"{path}: {error}") from error
-        check_metadata(file, self.manifest, entry, self.dir)
-        return file
+        """A shard of the manifest, mapped once; DatasetError when it is missing, of another size, or of another dataset."""
+        if entry["path"] not in self._files:
+            path = self.dir / entry["path"]
+            check_size(path, entry["bytes"], self.dir)
+            try:
+                file = read_arrow(path)
+            except ValueError as error:
+                raise _damaged(self.dir, f"{path}: {error}") from error
+            check_metadata(file, self.manifest, entry, self.dir)
+            self._files[entry["path"]] = file
+        return self._files[entry["path"]]
 
     def check_bytes(self, progress: Callable[[int, int], None] | None = None) -> None:
         """DatasetError unless every shard holds the bytes that were packed; reads those not read since they changed."""

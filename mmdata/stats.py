@@ -41,6 +41,7 @@ from mmdata.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]
 NUM_RANDOM = 12  # samples for show
 QUICK_BYTES = (2**17, 2**20)  # least and most of the rows that a quick look at a dataset reads …
+QUICK_PARTS = 3  # that rows for show are taken from then
 QUICK_SHARE = 1 / 2000  # … and what lies between: what `mm pack` can spend on its report
 
 
@@ -56,10 +57,14 @@ class Measured:
 
 def dataset_stats(directory: Path) -> dict[str, Any]:
     """The figures `mm pack` left in stats.json; DatasetError when the dataset is missing or damaged."""
-    dataset = shards.open_dataset(directory)
+    return _packers_figures(shards.open_dataset(directory))
+
+
+def _packers_figures(dataset: shards.Dataset) -> dict[str, Any]:
+    path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest["files"] if file["path"] == "stats.json")
-    shards.check_size(directory / "stats.json", entry["bytes"], directory)
-    return {"path": str(directory), **json.loads((directory / "stats.json").read_bytes())}
+    shards.check_size(path, entry["bytes"], dataset.dir)
+    return {"path": str(dataset.dir), **json.loads(path.read_bytes())}
 
 
 def file_stats(path: Path, tokenizer_dir: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
@@ -158,8 +163,8 @@ def measure_dataset(
     figures["texts_from"] says where texts were read: "inputs", or "shards", decoded, where those are gone or have changed.
     DatasetError when the dataset is missing or damaged. progress counts bytes of the inputs.
     """
-    figures = dataset_stats(directory)
     dataset = shards.open_dataset(directory)
+    figures = _packers_figures(dataset)
     known = Vocabulary(Tokenizer.load(dataset.tokenizer_dir))
     num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
     share = _quick_share(num_bytes) if is_quick else 1.0
@@ -177,7 +182,7 @@ def measure_dataset(
     figures |= count_figures(tokens, known, dataset.kind)
     lengths = _add_lengths(figures, dataset)
     limits = [b for b in dict.fromkeys([*BUCKETS, dataset.max_len]) if b <= dataset.max_len]
-    figures["cuts"] = cut_lines(lengths, dataset.kind, limits, PACKED_FOR_CUTS // (50 if is_quick else 1))
+    figures["cuts"] = cut_lines(lengths, dataset.kind, limits, PACKED_FOR_CUTS // (100 if is_quick else 1))
     figures["sources"] = _sources(dataset, found if not is_quick else [])
     batch_tokens = BATCH_TOKENS[dataset.kind]
     steps = make_loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
@@ -185,7 +190,8 @@ def measure_dataset(
     figures["set_aside"] = set_aside(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)
     hashes = np.empty(0, np.uint64) if is_quick else _all(tally.hashes)
-    return Measured(directory, figures, _packed_records(dataset, _chosen(found), known), hashes)
+    shown_from = found[:: -(-len(found) // QUICK_PARTS)] if is_quick else found
+    return Measured(directory, figures, _packed_records(dataset, _chosen(shown_from), known), hashes)
 
 
 def _quick_share(num_bytes: int) -> float:

@@ -407,8 +407,10 @@ def print_packed(packed: "PackResult", tell: Callable[[str], None] = result) -> 
     for reason, tokens in packed.cut.items():
         tell(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
     if packed.control_strings:
-        strings = ", ".join(f"{text} ({count:,})" for text, count in packed.control_strings.items())
-        tell(f"control strings in content, packed as plain text: {strings}")
+        often = sorted(packed.control_strings.items(), key=lambda item: (-item[1], item[0]))[:10]
+        more = f" and {len(packed.control_strings) - 10:,} others" if len(packed.control_strings) > 10 else ""
+        strings = ", ".join(f"{text} ({count:,})" for text, count in often)
+        tell(f"control strings in content, packed as plain text: {strings}{more}")
     if packed.parts_left is not None:
         tell(
             f"packed this shard of {packed.out} in {packed.seconds:.1f} s; {packed.parts_left:,} parts of others are left"
@@ -610,7 +612,7 @@ def print_measured(
 
 def print_figures(values: dict[str, Any]) -> None:
     """One dataset's or file's figures: as the HTML report has them, in its order."""
-    from mmdata.report import FROM_SHARDS, glance
+    from mmdata.report import FROM_SHARDS, glance, most
 
     table(values["path"], ("", "", ""), [("kind", values["kind"], ""), *glance(values)])
     if "sample" in values:
@@ -623,7 +625,7 @@ def print_figures(values: dict[str, Any]) -> None:
         ("left out", reason, count, percent(count, values["rows"])) for reason, count in values["left_out"].items()
     ]
     losses += [("tokens cut", why, n, percent(n, values["tokens_in"])) for why, n in values.get("cut", {}).items()]
-    losses += [("control string", text, count, "") for text, count in values["control_strings"].items()]
+    losses += [("control string", text, count, "") for text, count in most(values["control_strings"])]
     losses += [("key ignored", key, count, "") for key, count in values.get("extra_keys", {}).items()]
     table("", ("", "", "", ""), losses)
     _print_lengths(values)

@@ -260,6 +260,15 @@ def test_shards_tell_of_texts_what_the_inputs_told(tmp_path: Path, tokenizer_dir
     assert quick_after.samples == quick.samples
 
 
+def test_thousands_of_different_control_strings_leave_a_report_small(home: Path, mm: Run) -> None:
+    rows = [{"text": f"the tide <|im_{'x' * 20}{number}|> and the <|im_end|> rope"} for number in range(9000)]
+    (home / "data/many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = fine(mm("pack data/many.jsonl"))
+    assert len(ran.out + ran.err) < 5_000 and "<|im_end|> (9,000)" in ran.out + ran.err
+    assert len((home / "shards/many/report.html").read_bytes()) < 400_000
+    assert len(fine(mm("stats shards/many")).out) < 20_000
+
+
 def test_inputs_that_have_changed_are_not_read(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 100)
     pack([path], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128)
