@@ -161,12 +161,12 @@ def token_logps_of(model: Model, batch: Batch) -> Tensor:
 
 
 def logps_of(model: Model, batch: Batch) -> Tensor:
-    """Log-probabilities fp32 [num_sequences], each summed over the sequence's trained tokens."""
+    """Log-probabilities float64 [num_sequences], each summed over the sequence's trained tokens."""
     return sum_by_sequence(token_logps_of(model, batch), batch.sequence_ids, batch.num_sequences)
 
 
 def counts_of(batch: Batch) -> Tensor:
-    """Trained tokens of each sequence, fp32 [num_sequences]."""
+    """Trained tokens of each sequence, float64 [num_sequences]."""
     return sum_by_sequence(
         torch.ones_like(batch.sequence_ids, dtype=torch.float32), batch.sequence_ids, batch.num_sequences
     )

@@ -34,8 +34,8 @@ def evaluate(
     time for every one of them that has the split, as `loss/NAME`.
 
     loss (nats a trained token), bits_per_byte (over tokens that stand for bytes) and tokens (trained ones). For pairs loss
-    is the objective's, with the figures of `preference.FIGURES` beside it, measured against `reference` (logps fp32
-    [num_samples, 2]), or with none against a reference that finds everything equally likely; bits_per_byte is then the
+    is the objective's, with the figures of `preference.FIGURES` beside it, measured against `reference` (logps
+    float64 [num_samples, 2]), or with none against a reference that finds everything equally likely; bits_per_byte is then the
     chosen replies'.
     """
     objective = objective or Objective()

@@ -1,4 +1,5 @@
-"""Tensors in, loss out. Log-probabilities are fp32 whatever the model computes in, and all logits are never held at once.
+"""Tensors in, loss out. Log-probabilities are fp32 whatever the model computes in, their sums float64, and all logits are
+never held at once.
 
 The shift by one stands here and nowhere else: the hidden state at position i - 1 predicts the token at i; only the first
 token of a reply that shares another's prompt is predicted from the prompt's end (`predecessors`).
@@ -109,9 +110,11 @@ def trained_logps(
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Per-sequence sums [num_sequences] of token values [N], added up in float64; a sequence without any has 0."""
-    sums = logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
-    return sums.to(logps.dtype)
+    """Per-sequence sums float64 [num_sequences] of token values [N]; a sequence without any has 0.
+
+    They stay float64: of a long reply's thousands of nats float32 keeps 1e-4, which is what a margin may have moved by.
+    """
+    return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
 
 
 # --- pairs: each a function of the papers' quantities, giving one loss a pair --------------------------------------

@@ -158,7 +158,7 @@ def pair_figures(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss [S] with its gradient, and FIGURES without, of S pairs.
 
-    logps fp32 [S, 2] of chosen and rejected, summed; counts [S, 2] trained tokens; reference [S, 2] logps to measure drift
+    logps float64 [S, 2] of chosen and rejected, summed; counts [S, 2] trained tokens; reference [S, 2] logps to measure drift
     from, and for losses that have one the reference itself. Without it drift and flips are NaN, and the loss takes a
     reference that finds everything equally likely.
     """

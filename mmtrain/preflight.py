@@ -20,6 +20,7 @@ from torch import Tensor
 from mmdata.errors import DiskError, TrainError
 from mmdata.loader import Loader, MicroBatch
 from mmtrain.batch import cut, to_device, token_logps_of
+from mmtrain.config import ModelConfig
 from mmtrain.distributed import World, ranks_here
 from mmtrain.losses import CHUNK
 from mmtrain.metrics import duration
@@ -31,6 +32,9 @@ PROBE_TOKENS = 512
 SLACK = 0.4  # of what comes and goes, glibc keeps beside: measured 0.34 at 1M, 0.5 at 26M parameters
 HEADROOM = 0.95  # of the free memory may be planned for
 MOST_MICRO_TOKENS = 131_072  # more makes no card faster
+MOST_CHECKPOINTED_TOKENS = (
+    8192  # who asks for --checkpoint-activations wants little memory, and fills a card with these too
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,36 @@ class Needs:
     def as_json(self) -> dict[str, Any]:
         """All figures by name."""
         return asdict(self) | {"peak_bytes": self.peak_bytes}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank's memory is made of, in bytes: parts that are there in any case, and what a token at once adds.
+
+    `kept` are the bytes a token that a forward pass keeps, `trained_share` the tokens that meet the output matrix;
+    `slack` is the share of what comes and goes that the allocator keeps beside.
+    """
+
+    fixed: Mapping[str, int]
+    kept: float
+    trained_share: float
+    shape: ModelConfig
+    slack: float
+
+    def parts(self, micro_tokens: int) -> dict[str, int]:
+        """Bytes by part with this many tokens at once."""
+        rows = min(CHUNK, micro_tokens * self.trained_share)
+        head = 2 * 4 * rows * self.shape.vocab_size + 2 * 4 * self.shape.vocab_size * self.shape.hidden_size
+        sizes = {"activations": int(self.kept * micro_tokens), "logits and their gradient": int(head)}
+        return {**self.fixed, **sizes, "allocator's slack": int(self.slack * sum(sizes.values()))}
+
+    def largest(self, cell_tokens: int, free: int, *, width: float = 1.0) -> int:
+        """The most tokens at once, a power of two times `cell_tokens`, that take no more than `free` bytes (0: not even one
+        cell); `width` real tokens stand for one of them."""
+        found, tokens = 0, cell_tokens
+        while tokens <= MOST_MICRO_TOKENS and sum(self.parts(int(tokens * width)).values()) <= free:
+            found, tokens = tokens, 2 * tokens
+        return found
 
 
 def used_bytes(device: torch.device) -> int:
@@ -121,7 +155,6 @@ def measure(plan: Plan, model: Model, *, base_bytes: int, world: World) -> Needs
     average = 4 * num_trainable if settings.ema else 0
     saved = 4 * (num_trainable if settings.lora else plan.shape.num_params) + state + average
     is_cuda = device.type == "cuda"
-    trained_share = micro.num_loss_tokens / tokens
     fixed = {
         "program and data": base_bytes,
         "weights": 4 * plan.shape.num_params,
@@ -131,20 +164,10 @@ def measure(plan: Plan, model: Model, *, base_bytes: int, world: World) -> Needs
         "low-precision weights": weights_copy,
         "checkpoint copy": 0 if is_cuda else saved,
     }
-
-    def parts_of(micro_tokens: int) -> dict[str, int]:
-        rows = min(CHUNK, micro_tokens * trained_share)
-        head = 2 * 4 * rows * plan.shape.vocab_size + 2 * 4 * plan.shape.vocab_size * plan.shape.hidden_size
-        sizes = {"activations": int(kept * micro_tokens), "logits and their gradient": int(head)}
-        return fixed | sizes | {"allocator's slack": 0 if is_cuda else int(SLACK * sum(sizes.values()))}
-
+    memory = Memory(fixed, kept, micro.num_loss_tokens / tokens, plan.shape, 0.0 if is_cuda else SLACK)
     free = int(HEADROOM * free_bytes(device)) // (1 if is_cuda else ranks_here(world))
     cell = plan.loader.cell_tokens if isinstance(plan.loader, Loader) else 2 * plan.datasets[0].max_len
     nominal = 1.0 if is_cuda else micro_width(plan)  # there micro-batches are filled up
-    largest = 0
-    step = cell
-    while step <= MOST_MICRO_TOKENS and sum(parts_of(int(step * nominal)).values()) <= free:
-        largest, step = step, 2 * step
     epoch_tokens = plan.loader.tokens_per_epoch
     run_tokens = plan.num_steps * epoch_tokens / max(1, plan.loader.steps_per_epoch)
     validations = 1 + (plan.num_steps // settings.val_every if settings.val_every else 0)
@@ -157,13 +180,13 @@ def measure(plan: Plan, model: Model, *, base_bytes: int, world: World) -> Needs
         num_steps=plan.num_steps,
         batch_tokens=settings.batch_tokens,
         micro_tokens=settings.micro_tokens,
-        parts=parts_of(int(settings.micro_tokens * nominal)),
+        parts=memory.parts(int(settings.micro_tokens * nominal)),
         free_bytes=free,
         seconds=(run_tokens + val_tokens) / pace,
         tokens_per_s=pace,
         disk_bytes=saved * (settings.keep_last + 2),  # the best, and the one being written
         free_disk_bytes=shutil.disk_usage(root).free,
-        largest_micro_tokens=largest,
+        largest_micro_tokens=memory.largest(cell, free, width=nominal),
     )
 
 
@@ -197,9 +220,10 @@ def check(needs: Needs, device: torch.device) -> None:
 
 
 def fitting(plan: Plan, needs: Needs, device: torch.device) -> int:
-    """The micro-batch a run gets that was given none: on CUDA the largest that fits, at most the batch; on the CPU, where
-    more than MICRO_TOKENS is no faster, no more than those."""
-    usual = needs.micro_tokens if device.type == "cpu" else MOST_MICRO_TOKENS
+    """The micro-batch a run gets that was given none: on CUDA the largest that fits, at most the batch (with checkpointed
+    activations MOST_CHECKPOINTED_TOKENS); on the CPU, where more than MICRO_TOKENS is no faster, no more than those."""
+    on_cuda = MOST_CHECKPOINTED_TOKENS if plan.config.checkpoint_activations else MOST_MICRO_TOKENS
+    usual = needs.micro_tokens if device.type == "cpu" else on_cuda
     most = min(usual, max(plan.settings.batch_tokens, plan.datasets[0].max_len))
     return min(most, needs.largest_micro_tokens) or needs.micro_tokens
 

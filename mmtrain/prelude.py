@@ -32,7 +32,7 @@ def reference_logps(
     precision: Callable[[], AbstractContextManager],
     say: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """The reference's logps by split, each fp32 [N, 2] on the CPU; and in facts["reference"] whose they are and where.
+    """The reference's logps by split, each float64 [N, 2] on the CPU; and in facts["reference"] whose they are and where.
 
     Of the weights the run starts from, or of --reference RUN. Where the loss has no reference, only the val split's, of the
     start weights: drift is measured from them. A resumed run finds its own again, or computes them anew while their weights

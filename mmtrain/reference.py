@@ -1,7 +1,8 @@
 """The reference's summed logps of every pair: computed once, kept beside the dataset for later runs, never stale.
 
-A cache is one Arrow file of two float32 columns, `DATASET.reference/KEY.arrow`. Its name and its metadata hold all that
-the logps depend on, and the sha256 of the values: another weight, dataset, precision or reduction has another file, and a
+A cache is one Arrow file of two float64 columns, `DATASET.reference/KEY.arrow` (16 bytes a pair: float32 would round a
+long reply's sum by 1e-4 nats, more than a margin moves at first). Its name and its metadata hold all that the logps depend
+on, and the sha256 of the values: another weight, dataset, precision or reduction has another file, and a
 damaged one is not used. No second model stays in memory.
 """
 
@@ -29,11 +30,11 @@ TOKENS = {"cpu": 8192, "cuda": 131_072}
 
 
 def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtype: torch.dtype) -> dict[str, str]:
-    """What the logps depend on: weights and shape of the model, datasets, precision, and that they are sums."""
+    """What the logps depend on: weights and shape of the model, datasets, precision, and how they are summed."""
     shape_sha256 = hashlib.sha256(json.dumps(dict(shape), sort_keys=True).encode()).hexdigest()
     precision = str(dtype).removeprefix("torch.")
     weights = {"weights": weights_sha256, "shape": shape_sha256}
-    return weights | {"data": data_digest, "precision": precision, "reduction": "sum"}
+    return weights | {"data": data_digest, "precision": precision, "reduction": "sum, float64"}
 
 
 def cache_path(dataset_dir: Path, key: Mapping[str, str], splits: Mapping[str, int]) -> Path:
@@ -45,8 +46,8 @@ def cache_path(dataset_dir: Path, key: Mapping[str, str], splits: Mapping[str, i
 def compute(
     model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Summed logps fp32 [num_samples, 2], chosen then rejected, of a whole split; every rank does its share, all get all."""
-    logps = torch.zeros(loader.num_samples, 2, device=world.device)
+    """Summed logps float64 [num_samples, 2], chosen then rejected, of a whole split; every rank does its share, all get all."""
+    logps = torch.zeros(loader.num_samples, 2, dtype=torch.float64, device=world.device)
     done = 0
     with torch.no_grad():
         limits = replace(loader.limits, tokens=TOKENS[world.device.type])
@@ -61,7 +62,7 @@ def compute(
 
 def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> None:
     """Write the logps of every split under their key, complete or not at all. OSError where the place cannot be written."""
-    values = np.concatenate([each.cpu().numpy() for each in logps.values()]).astype(np.float32)
+    values = np.concatenate([each.cpu().numpy() for each in logps.values()]).astype(np.float64)
     columns = {"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()}
     splits = json.dumps({split: len(each) for split, each in logps.items()})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -74,12 +75,12 @@ def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> Non
 
 
 def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read logps back: split -> fp32 [N, 2]. CheckpointError when the file is missing, truncated, damaged, or computed from
+    """Read logps back: split -> float64 [N, 2]. CheckpointError when the file is missing, truncated, damaged, or computed from
     other weights or data or in another precision."""
     fix = f"remove {path}: it is then computed anew"
     try:
         file = read_arrow(path)
-        columns = {name: np.array(file.column(name), np.float32) for name in ("chosen", "rejected")}
+        columns = {name: np.array(file.column(name), np.float64) for name in ("chosen", "rejected")}
         found = {name.removeprefix("mm."): value for name, value in file.metadata.items()}
         splits: dict[str, int] = json.loads(found["splits"])
     except (OSError, ValueError, KeyError, IndexError) as error:  # pyarrow's own errors are ValueErrors
@@ -96,7 +97,7 @@ def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
 def _digest(columns: Mapping[str, np.ndarray]) -> str:
     sha256 = hashlib.sha256()
     for name in sorted(columns):
-        sha256.update(name.encode() + columns[name].astype("<f4").tobytes())
+        sha256.update(name.encode() + columns[name].astype("<f8").tobytes())
     return sha256.hexdigest()
 
 

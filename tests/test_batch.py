@@ -1,6 +1,7 @@
 """Micro-batches become tensors: positions restart, padding and first tokens never carry loss, packing changes no loss."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdata.loader import Limits, MicroBatch
-from mmtrain.batch import FILL_TOKENS, cut, filled, filling, logps_of, to_device, token_logps_of
+from mmtrain.batch import FILL_TOKENS, counts_of, cut, filled, filling, logps_of, to_device, token_logps_of
 from mmtrain.config import PRESETS
 from mmtrain.model import Layout, Model, RMSNorm, attend, make_layout
 from mmtrain.optim import flat_gradient
+from mmtrain.preference import Objective, pair_figures
 
 CPU = torch.device("cpu")
 
@@ -68,7 +70,41 @@ def test_packed_loss_equals_padded_loss(model: Model) -> None:
 def test_logps_are_sums_over_a_sequences_trained_tokens(model: Model) -> None:
     batch = to_device(micro([6, 8], [(0, 2, 5), (1, 4, 8)]), CPU)
     tokens = token_logps_of(model, batch)
-    assert torch.allclose(logps_of(model, batch), torch.stack([tokens[:3].sum(), tokens[3:].sum()]))
+    assert torch.allclose(logps_of(model, batch), torch.stack([tokens[:3].sum(), tokens[3:].sum()]).double())
+
+
+def test_long_pairs_have_the_loss_and_gradient_of_float64() -> None:
+    """Of replies of thousands of nats, by a policy that has moved a little: sums in float32 are off by 1e-5 and more."""
+    torch.manual_seed(0)
+    lengths = [1020, 920, 820, 1020]
+    batch = to_device(micro(lengths, [(i, 20, length) for i, length in enumerate(lengths)]), CPU)
+    start = Model(replace(PRESETS["tiny"], vocab_size=97))
+    moved = deepcopy(start)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 0.02 * torch.randn_like(parameter) * parameter.abs().mean()
+
+    def exact(model: Model) -> torch.Tensor:
+        hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        tokens = (hidden[batch.trained - 1] @ model.head_weight.T).log_softmax(-1)
+        tokens = tokens.gather(1, batch.ids[batch.trained, None])[:, 0]
+        return torch.stack([tokens[batch.sequence_ids == i].sum() for i in range(4)])
+
+    found = []
+    for policy, reference, of in (
+        (moved, start, lambda model: logps_of(model, batch)),
+        (deepcopy(moved).double(), deepcopy(start).double(), exact),
+    ):
+        with torch.no_grad():
+            ref = of(reference).view(2, 2)
+        loss = pair_figures(Objective(), of(policy).view(2, 2), counts_of(batch).view(2, 2), ref)[0].sum()
+        loss.backward()
+        found.append(
+            (loss.item(), torch.cat([p.grad.flatten().double() for p in policy.parameters() if p.grad is not None]))
+        )
+    (loss, gradient), (true_loss, true_gradient) = found
+    assert abs(loss - true_loss) < 3e-6 * true_loss
+    assert (gradient - true_gradient).norm() < 3e-6 * true_gradient.norm()
 
 
 def test_no_trained_tokens_give_no_gradient_and_no_nan(model: Model) -> None:

@@ -1,5 +1,7 @@
 """Losses against plain float64 references, written here without looking at the implementation."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -69,3 +71,12 @@ def test_without_trained_tokens_the_loss_is_zero_and_so_are_its_gradients() -> N
 def test_sums_go_to_their_sequence() -> None:
     sums = sum_by_sequence(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2]), 4)
     assert sums.tolist() == [1, 0, 6, 0]
+
+
+def test_the_sum_of_a_long_reply_loses_nothing() -> None:
+    logps = -4 * torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    total = sum_by_sequence(logps, torch.zeros(3000, dtype=torch.int64), 1)
+    exact = sum(Fraction(value) for value in logps.tolist())
+    assert (
+        abs(float(exact)) > 4096 and abs(Fraction(total.item()) - exact) < 1e-8
+    )  # float32's neighbours are 5e-4 apart

@@ -116,6 +116,28 @@ def test_a_new_model_starts_near_the_loss_of_guessing() -> None:
     assert abs(-logps.mean() - torch.tensor(500.0).log()) < 0.2
 
 
+def test_a_model_that_spares_memory_keeps_less_and_has_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[int, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model, kept = Model(ModelConfig(97, 64, 2, 4, 2, 176)), {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model(*flat(documents()))
+        hidden.square().sum().backward()
+        return sum(kept.values()), [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, gradient = run()
+    monkeypatch.setattr("mmtrain.model.spares", lambda x: True)
+    lean, same = run()
+    gone = 2 * 4 * sum(LENGTHS) * 2 * 176  # of both blocks silu(gate) and its product with up
+    assert plain - lean >= gone
+    assert len(same) == len(gradient) and all(torch.equal(a, b) for a, b in zip(gradient, same, strict=True))
+
+
 def test_rms_norm_and_its_gradients_equal_torchs() -> None:
     norm = RMSNorm(16, 1e-5)
     torch.nn.init.normal_(norm.weight)

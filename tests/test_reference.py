@@ -17,7 +17,10 @@ from mmtrain.distributed import World
 from mmtrain.model import Model
 
 KEY = {"weights": "w", "shape": "s", "data": "d", "precision": "float32", "reduction": "sum"}
-LOGPS = {"train": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), "val": torch.zeros(0, 2)}
+LOGPS = {
+    "train": torch.tensor([[-1.0, -2.0], [-4321.0987654321, -4.0]], dtype=torch.float64),  # float32 has no room for it
+    "val": torch.zeros(0, 2, dtype=torch.float64),
+}
 CPU = torch.device("cpu")
 
 
@@ -63,7 +66,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, harm: str) -> None:
     reference.save(path, LOGPS, KEY)
     content = path.read_bytes()
     path.unlink()
-    at = content.index(b"\x00\x00\x80\xbf")  # -1.0, the first value
+    at = content.index(b"\x00\x00\x00\x00\x00\x00\xf0\xbf")  # -1.0, the first value
     harmed = {
         "cut": content[:-3],
         "half": content[: len(content) // 2],

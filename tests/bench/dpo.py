@@ -1,7 +1,7 @@
 """`mm train dpo` against MiniMind's train_dpo.py and TRL's DPOTrainer: speed, exactness, memory. On CPU.
 
     python tests/bench/dpo.py --jsonl dpo.jsonl --tokenizer DIR [--minimind CHECKOUT] [--trl] [--pairs 24]
-                              [--short] [--hidden 512] [--layers 8] [--repeat 1]
+                              [--short] [--hidden 512] [--layers 8] [--repeat 1] [--init RUN]
                               [--threads 2] [--cpu-time] [--only speed,exact,share,memory]
 
 All train one model (Qwen3's shape, which MiniMind's is too) from the same weights on the same pairs: --pairs of those that fit
@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,12 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmdata.pairs import PairLoader
 from mmdata.pipeline import pack
 from mmdata.shards import Dataset, open_dataset, open_sources
-from mmtrain import reference
+from mmtrain import preflight, reference
 from mmtrain.batch import Batch, counts_of, logps_of, to_device
+from mmtrain.checkpoint import load_model
 from mmtrain.config import PRESETS, ModelConfig
 from mmtrain.distributed import World
 from mmtrain.model import Model
@@ -297,52 +301,117 @@ def our_gradient(model: Model, batches: Iterable[Batch], ref: torch.Tensor) -> t
     return sum(losses) / len(losses), found, gradient_of(model)
 
 
+def exact_gradient(
+    shape: ModelConfig, weights: dict[str, torch.Tensor], batches: Iterable[Batch], ref: torch.Tensor | None
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """The same in float64 from end to end (but for the angles of positions, float32 in every trainer), all logits at once.
+    Without ref the loss and gradient mean nothing."""
+    model = Model(shape).double()
+    model.load_state_dict(weights)
+    losses, found = [], {}
+    for batch in batches:
+        hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+        logits = hidden[batch.trained - 1] @ model.head_weight.T
+        tokens = logits.log_softmax(-1).gather(1, batch.ids[batch.trained][:, None])[:, 0]
+        logps = (
+            torch.zeros(batch.num_sequences, dtype=torch.float64).index_add(0, batch.sequence_ids, tokens).view(-1, 2)
+        )
+        if ref is not None:
+            loss, _ = pair_figures(Objective(), logps, counts_of(batch).view(-1, 2), ref[batch.samples])
+            (loss.sum() / len(ref)).backward()
+            losses += loss.tolist()
+        found |= zip(batch.samples.tolist(), logps.detach(), strict=True)
+    logps = torch.stack([found[i] for i in range(len(found))])
+    return sum(losses) / max(1, len(losses)), logps, gradient_of(model) if ref is not None else logps
+
+
 def exact(options: argparse.Namespace, dataset: Dataset, root: Path) -> None:
-    """Loss, log-probabilities and gradients: against TRL, prompts shared against separate, packed against one at a time."""
+    """Loss, log-probabilities and gradients: against float64, TRL; prompts shared against separate, packed against one at
+    a time. Of an untrained model, and of --init's."""
     torch.manual_seed(0)
     shape = shape_of(options, 6400)
+    exactness(options, dataset, root, "untrained", shape, dict(Model(shape).state_dict()))
+    if options.init:
+        model = load_model(options.init)[0]
+        exactness(options, dataset, root, options.init.name, model.config, dict(model.state_dict()))
+
+
+def exactness(
+    options: argparse.Namespace,
+    dataset: Dataset,
+    root: Path,
+    name: str,
+    shape: ModelConfig,
+    weights: dict[str, torch.Tensor],
+) -> None:
+    """The table of one model: relative differences of loss, log-probabilities and gradient, float32."""
     model = Model(shape)
+    model.load_state_dict(weights)
     loaders = {
-        name: PairLoader([dataset], batch_tokens=10**9, micro_tokens=n, seed=0, share_prompt=share)
-        for name, n, share in (("shared", 8192, True), ("separate", 8192, False), ("one", 1, False))
+        way: PairLoader([dataset], batch_tokens=10**9, micro_tokens=n, seed=0, share_prompt=share)
+        for way, n, share in (("shared", 8192, True), ("separate", 8192, False), ("one", 1, False))
     }
+    batches = {way: [to_device(micro, CPU) for micro in loader.batch(0)] for way, loader in loaders.items()}
     ref = reference.compute(model, loaders["one"], ALONE)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():  # a policy that has moved: margins that are not 0
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02 * parameter.abs().mean())
-    found = {}
-    for name, loader in loaders.items():
-        found[name] = our_gradient(model, (to_device(micro, CPU) for micro in loader.batch(0)), ref)
-    print(f"{'against':<40} {'loss':>9} {'logps':>9} {'gradient':>9}   relative difference, float32")
-    for name, a, b in (
-        ("prompt once / twice", "shared", "separate"),
-        ("packed / one pair at a time", "separate", "one"),
-    ):
-        (loss, logps, grad), (loss2, logps2, grad2) = found[a], found[b]
-        print(f"{name:<40} {abs(loss - loss2) / loss2:>9.1e} {gap(logps, logps2):>9.1e} {gap(grad, grad2):>9.1e}")
+    moved = {key: value.clone() for key, value in model.state_dict().items()}
+    found = {way: our_gradient(model, batches[way], ref) for way in loaders}
+    with torch.no_grad():
+        true_ref = exact_gradient(shape, weights, batches["one"], None)[1]
+    found["float64"] = exact_gradient(shape, moved, batches["one"], true_ref)
+    refs = dict.fromkeys(loaders, ref) | {"float64": true_ref}
+    rows = [("prompt once / twice", "shared", "separate"), ("packed / one pair at a time", "separate", "one")]
+    rows.append(("mm / float64", "shared", "float64"))
     if options.trl:
-        theirs = hf_model(shape, weights)
-        trainer, _ = trl_trainer(options, theirs, dataset, root, 4)  # its reference is computed with these weights
-        theirs.load_state_dict(model.state_dict(), strict=False)
-        trainer.model.train()
-        trainer.model.zero_grad()
-        total, count = 0.0, 0
-        columns = trainer.train_dataset
-        for begin in range(0, len(columns), 4):
-            batch = trainer.data_collator([columns[i] for i in range(begin, min(begin + 4, len(columns)))])
-            loss = trainer.compute_loss(trainer.model, batch)
-            size = len(batch["input_ids"]) // 2
-            (loss * size / len(columns)).backward()
-            total, count = total + float(loss) * size, count + size
-        loss, _, grad = found["shared"]
-        lengths = loaders["one"].lengths  # TRL's rows stand by length
-        ref = ref[np.argsort(lengths[:, 0] + lengths[:, 1:].max(1), kind="stable")]
-        their_ref = torch.tensor([list(columns["ref_chosen_logps"]), list(columns["ref_rejected_logps"])]).T
+        order = np.argsort(row_lengths(loaders["one"]), kind="stable")  # TRL's rows stand by length
+        loss, logps, grad = their_gradient(options, dataset, root, shape, weights, moved)
+        logps = torch.empty_like(logps).index_copy_(0, torch.from_numpy(order), logps)
+        found["TRL"], refs["TRL"] = (loss, logps, grad), logps
+        rows += [("TRL / float64", "TRL", "float64"), ("mm / TRL sigmoid", "shared", "TRL")]
+    moves = true_ref.abs().mean()
+    print(
+        f"{name}: {shape.num_params:,} parameters, {len(ref)} pairs, {moves:.0f} nats a reply, loss {found['float64'][0]:.5f}"
+    )
+    print(f"{'relative difference, float32':<32} {'loss':>9} {'reference':>9} {'gradient':>9}")
+    for label, a, b in rows:
+        (loss, _, grad), (loss2, _, grad2) = found[a], found[b]
         print(
-            f"{'mm / TRL sigmoid':<40} {abs(loss - total / count) / loss:>9.1e} {gap(ref, their_ref):>9.1e} "
-            f"{gap(grad, gradient_of(theirs)):>9.1e}   (loss {loss:.6f}; logps are the reference's)"
+            f"{label:<32} {abs(loss - loss2) / loss2:>9.1e} {gap(refs[a], refs[b]):>9.1e} {gap(grad, grad2):>9.1e}",
+            flush=True,
         )
+
+
+def row_lengths(loader: PairLoader) -> np.ndarray:
+    """What trl_trainer sorts its rows by."""
+    return loader.lengths[:, 0] + loader.lengths[:, 1:].max(1)
+
+
+def their_gradient(
+    options: argparse.Namespace,
+    dataset: Dataset,
+    root: Path,
+    shape: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    moved: dict[str, torch.Tensor],
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """TRL's mean loss, its reference's logps in the order of its rows, and its gradient."""
+    theirs = hf_model(shape, weights)
+    trainer, _ = trl_trainer(options, theirs, dataset, root, 4)  # its reference is computed with these weights
+    theirs.load_state_dict(moved, strict=False)
+    trainer.model.train()
+    trainer.model.zero_grad()
+    total = 0.0
+    columns = trainer.train_dataset
+    for begin in range(0, len(columns), 4):
+        batch = trainer.data_collator([columns[i] for i in range(begin, min(begin + 4, len(columns)))])
+        loss = trainer.compute_loss(trainer.model, batch)
+        size = len(batch["input_ids"]) // 2
+        (loss * size / len(columns)).backward()
+        total += float(loss) * size
+    logps = torch.tensor([list(columns["ref_chosen_logps"]), list(columns["ref_rejected_logps"])]).T
+    return total / len(columns), logps, gradient_of(theirs)
 
 
 def share(options: argparse.Namespace) -> None:
@@ -391,29 +460,101 @@ def random_batch(draw: np.random.Generator, prompt: int, reply: int, is_shared: 
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Peak of the 104M model at 8 pairs of 2 x 1,024 tokens on CUDA, computed from bytes a token counted here under bf16."""
-    shape = PRESETS["minimind2"]
-    tokens = 8 * 2 * 1024
-    states = 16 * shape.num_params  # weights, gradient and two moments in fp32
-    copies = 2 * shape.num_params  # the matrices in bf16
-    head = 2 * 2048 * shape.vocab_size * 4  # one chunk of logits and of their gradient
-    print(f"{'104M, 8 x 2 x 1024, GB (computed)':<36} {'KB a token and layer':>20} {'activations':>12} {'in all':>7}")
-    for name, per_token in (
-        ("eager", saved_bytes(lambda block: block)),
-        (
-            "compiled",
-            saved_bytes(lambda block: torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)),
-        ),
-        (
-            "blocks computed again",
-            4 * shape.hidden_size,
-        ),  # the stream between blocks alone, fp32, and one block at a time
+    """Peak of the 104M model at 8 pairs of 2 x 1,024 tokens, computed: bytes alive at once in a step under bf16 autocast, run
+    on tensors without data; then what preflight reckons and which micro-batch it takes on cards of two sizes."""
+    from unittest.mock import patch
+
+    with patch("mmtrain.model.spares", lambda _: True):  # as on CUDA
+        memory_tables(PRESETS["minimind2"], 8 * 2 * 1024)
+
+
+def memory_tables(shape: ModelConfig, tokens: int) -> None:
+    """Print both."""
+    kept = {"eager": saved_bytes(lambda block: block), "compiled": saved_bytes(compiled)}
+    print(f"a block keeps {kept['eager'] / 1e3:.1f} KB a token, compiled {kept['compiled'] / 1e3:.1f} KB")
+    print(f"{'104M, GB (computed)':<44} {'eager':>7} {'compiled':>9} {'preflight':>10}")
+    for name, at_once, checkpoints in (
+        ("8 x 2 x 1,024 at once", tokens, False),
+        ("the same in two micro-batches", tokens // 2, False),
+        ("blocks computed again, all at once", tokens, True),
+        ("blocks computed again, two micro-batches", tokens // 2, True),
     ):
-        activations = tokens * per_token * shape.num_layers
-        if name == "blocks computed again":
-            activations += tokens * saved_bytes(lambda block: block)
-        total = (states + copies + head + activations) / 1e9
-        print(f"{name:<36} {per_token / 1e3:>20.1f} {activations / 1e9:>12.2f} {total:>7.2f}")
+        eager = live_peak(shape, at_once, checkpoints) + 8 * shape.num_params  # AdamW's moments
+        num_blocks = 1 if checkpoints else shape.num_layers
+        fused = eager - (kept["eager"] - kept["compiled"]) * at_once * num_blocks
+        reckoned = sum(card_memory(shape, kept["compiled"], checkpoints).parts(at_once).values())
+        print(f"{name:<44} {eager / 1e9:>7.2f} {fused / 1e9:>9.2f} {reckoned / 1e9:>10.2f}")
+    for card, free in ((8, 7.4e9), (24, 23.2e9)):
+        for name, checkpoints in (("", False), (" --checkpoint-activations", True)):
+            found = card_memory(shape, kept["compiled"], checkpoints)
+            most = preflight.MOST_CHECKPOINTED_TOKENS if checkpoints else preflight.MOST_MICRO_TOKENS
+            chosen = min(found.largest(2 * MAX_LEN, int(preflight.HEADROOM * free)), most, tokens)
+            print(f"{card} GB card, {free / 1e9:.1f} free{name}: {chosen:,} tokens at once")
+
+
+def compiled(block: torch.nn.Module) -> Any:
+    """A block as the compiler cuts it into forward and backward, run without its kernels."""
+    return torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)
+
+
+def card_memory(shape: ModelConfig, kept: float, checkpoints: bool) -> preflight.Memory:
+    """What preflight makes of these bytes a token and block on CUDA."""
+    n = shape.num_params
+    fixed = {"weights": 4 * n, "gradient": 4 * n, "optimizer": 8 * n, "low-precision weights": 2 * n}
+    a_token = kept + 4 * shape.hidden_size * shape.num_layers if checkpoints else kept * shape.num_layers
+    return preflight.Memory(fixed, a_token, 1.0, shape, 0.0)
+
+
+def live_peak(shape: ModelConfig, tokens: int, checkpoints: bool) -> int:
+    """The most bytes alive at once in a forward and backward pass over documents of MAX_LEN, all tokens trained: weights,
+    gradient, what is kept and what comes and goes. Nothing is computed: tensors have a shape and no data."""
+    from unittest.mock import patch
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from mmtrain.losses import trained_logps
+    from mmtrain.model import Layout
+
+    ends = torch.arange(0, tokens + 1, MAX_LEN, dtype=torch.int32)
+    layout = Layout(None, None, [(tokens // MAX_LEN, MAX_LEN)], ends, MAX_LEN)
+    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+        model = Model(shape)
+        model.checkpoints_blocks = checkpoints
+        flat_gradient(model)
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        with patch("mmtrain.model.make_layout", lambda *_: layout), torch.autocast("cpu", torch.bfloat16):
+            hidden = model(ids, ids, ends, MAX_LEN)
+        trained_logps(hidden, model.head_weight, ids, ids[1:], dtype=torch.bfloat16).sum().backward()
+    return alive.peak
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is on, and gone again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        at, size = id(storage), storage.nbytes()
+        if at in self._known and self._known[at]() is storage:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._known[at]
+
+        self._known[at] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def saved_bytes(wrap: Callable[[torch.nn.Module], Any]) -> float:
@@ -462,6 +603,9 @@ def main() -> None:
     )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--init", type=Path, help="exact: a trained run to look at beside new weights, of that tokenizer"
+    )
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU, for --threads 1 on a machine in use")
