@@ -188,7 +188,7 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 def spares(x: Tensor) -> bool:
     """Whether a block keeps less of x for its backward pass than it could: on CUDA, where memory sets the micro-batch. On
-    the CPU it costs 2 to 15 % of a step and nobody is short of it."""
+    the CPU it costs more than 2 % of a step."""
     return x.is_cuda
 
 
@@ -210,7 +210,8 @@ class Attention(nn.Module):
         """q [..., H, D], k and v [..., KV, D] of x [..., C]."""
         parts = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
-        v = v.contiguous()  # of the three the only view: it would keep all of their product for the backward pass
+        if spares(x):
+            v = v.contiguous()  # of the three the only view: it would keep all of their product for the backward pass
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout | PairLayout) -> Tensor:
