@@ -24,7 +24,9 @@ PROBE_LR = (
     1e-6  # the least: below it a step's effect drowns in float32's rounding; effects are scaled to the run's rate
 )
 NOTHING = 0.02  # a margin that the whole run cannot reach even so: the loss would stay at ln 2 within 0.01
-FORGETTING = 0.10  # nats a token
+# Nats a token that held-out text may rise by. A guard rose by 0.013 or less in runs that moved held-out pairs the right
+# way, by 0.056 in one that learned by heart (tests/bench/RESULTS.md); chosen replies fall a little in sound runs too.
+FORGETTING = {"guard_loss": 0.05, "chosen_nll": 0.10}
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ def lines(found: Forecast, lr: float) -> list[str]:
 
 
 def forgetting(start: Mapping[str, float], now: Mapping[str, float], objective: Objective) -> str | None:
-    """A warning when held-out text has become FORGETTING nats a token less likely than at the start; what of it, by name:
+    """A warning when held-out text has become less likely than at the start by more than FORGETTING; what of it, by name:
     the chosen replies, or a guard dataset's val split."""
     for name, what in (("guard_loss", "the guard's held-out text"), ("chosen_nll", "held-out chosen replies")):
-        if name in start and name in now and now[name] - start[name] > FORGETTING:
+        if name in start and name in now and now[name] - start[name] > FORGETTING[name]:
             helps = "a smaller --lr, a larger --beta"
             if objective.loss != "orpo":
                 helps += f", or --sft-weight {max(0.2, 2 * objective.sft_weight):g}"

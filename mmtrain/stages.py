@@ -104,8 +104,8 @@ _COMMON = {
 
 # Rates: for models of 26M to 135M parameters. Pretraining 1e-3 lies between MiniMind's 5e-4 and SmolLM-135M's 3e-3 (larger
 # batches). sft 3e-4 is a third of it, as SmolLM2-135M's recipe (1e-3 after 3e-3). dpo: 5e-6 is Zephyr's 5e-7 for 7B raised
-# for the size, as SmolLM2's 1e-6 at beta 0.5; MiniMind's 1e-8 moves nothing. Two passes over instructions and one over the
-# rest follow the same recipes. Batches: MiniMind's pretraining step holds 131k positions, about half of them padding.
+# for the size, as SmolLM2's 1e-6 at beta 0.5, and the low end of what a short sweep found flat (docs/dpo.md); MiniMind's 1e-8
+# moves nothing. Two passes over instructions and one over the rest follow the same recipes. Batches: MiniMind's pretraining step holds 131k positions, about half of them padding.
 _PRETRAIN = {"epochs": 1.0, "batch_tokens": 65_536, "lr": 1e-3, "warmup": 0.02, "weight_decay": 0.1}
 _SFT = {"epochs": 2.0, "batch_tokens": 32_768, "lr": 3e-4, "warmup": 0.03, "weight_decay": 0.0}
 _DPO = {"epochs": 1.0, "batch_tokens": 16_384, "lr": 5e-6, "warmup": 0.1, "weight_decay": 0.0}

@@ -82,8 +82,8 @@ def test_a_guard_that_cannot_guard_is_refused(data: Data, sft: Path, tmp_path: P
 
 def test_forgetting_and_forecast_by_figures() -> None:
     start, objective = {"chosen_nll": 1.0, "guard_loss": 2.0}, Objective()
-    assert forgetting(start, {"chosen_nll": 1.05, "guard_loss": 2.05}, objective) is None
-    assert "guard" in str(forgetting(start, {"chosen_nll": 1.0, "guard_loss": 2.2}, objective))
+    assert forgetting(start, {"chosen_nll": 1.09, "guard_loss": 2.04}, objective) is None
+    assert "guard" in str(forgetting(start, {"chosen_nll": 1.0, "guard_loss": 2.06}, objective))
     assert "sft-weight" not in str(forgetting(start, {"chosen_nll": 1.2}, Objective("orpo")))
     assert forgetting({}, {}, objective) is None
     assert "--lr 1e-05" in lines(Forecast(100.0, 1e-5), 1e-8)[1]
