@@ -27,6 +27,9 @@ NOTHING = 0.02  # a margin that the whole run cannot reach even so: the loss wou
 # Nats a token that held-out text may rise by. A guard rose by 0.013 or less in runs that moved held-out pairs the right
 # way, by 0.056 in one that learned by heart (tests/bench/RESULTS.md); chosen replies fall a little in sound runs too.
 FORGETTING = {"guard_loss": 0.05, "chosen_nll": 0.10}
+WORSE = (
+    0.02  # of the held-out loss: above the start's by this, the run has done harm (ln 2 is exact, the rest is chance)
+)
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def lines(found: Forecast, lr: float) -> list[str]:
 
 
 def forgetting(start: Mapping[str, float], now: Mapping[str, float], objective: Objective) -> str | None:
-    """A warning when held-out text has become less likely than at the start by more than FORGETTING; what of it, by name:
-    the chosen replies, or a guard dataset's val split."""
+    """A warning when held-out text has become less likely than at the start by more than FORGETTING, by name: the
+    chosen replies, or a guard dataset's val split; or else when the held-out loss is WORSE than it began."""
     for name, what in (("guard_loss", "the guard's held-out text"), ("chosen_nll", "held-out chosen replies")):
         if name in start and name in now and now[name] - start[name] > FORGETTING[name]:
             helps = "a smaller --lr, a larger --beta"
@@ -126,4 +129,9 @@ def forgetting(start: Mapping[str, float], now: Mapping[str, float], objective: 
                 f"warning: forgetting: {what} cost {now[name]:.2f} nats a token, {start[name]:.2f} at the start; {helps} "
                 "holds the model closer"
             )
+    if "loss" in start and "loss" in now and now["loss"] - start["loss"] > WORSE:
+        return (
+            f"warning: the held-out loss is {now['loss']:.3f}, {start['loss']:.3f} at the start: the run has made the preference "
+            "worse or learns its pairs by heart; a smaller --lr or fewer --epochs"
+        )
     return None

@@ -86,5 +86,7 @@ def test_forgetting_and_forecast_by_figures() -> None:
     assert "guard" in str(forgetting(start, {"chosen_nll": 1.0, "guard_loss": 2.06}, objective))
     assert "sft-weight" not in str(forgetting(start, {"chosen_nll": 1.2}, Objective("orpo")))
     assert forgetting({}, {}, objective) is None
+    assert forgetting({"loss": 0.693}, {"loss": 0.70}, objective) is None
+    assert "by heart" in str(forgetting({"loss": 0.693}, {"loss": 0.75}, objective))
     assert "--lr 1e-05" in lines(Forecast(100.0, 1e-5), 1e-8)[1]
     assert "wrong way" in lines(Forecast(-1.0, 1.0), 1e-5)[1] and len(lines(Forecast(1.0, 1.0), 1e-5)) == 1
