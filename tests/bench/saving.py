@@ -102,7 +102,7 @@ def stall(name: str, root: Path) -> None:
 def kill_writers(name: str, kills: int, seconds: float, root: Path) -> None:
     """Kill a process that saves, again and again; check what is found."""
     draw, first, num_partial = random.Random(0), 1, 0
-    for _ in range(kills):
+    for number in range(kills):
         argv = [sys.executable, "-c", SAVE_FOR_EVER, str(root), name, str(first)]
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=Path(__file__).parent)
         assert process.stdout is not None
@@ -111,9 +111,11 @@ def kill_writers(name: str, kills: int, seconds: float, root: Path) -> None:
         process.send_signal(signal.SIGKILL)
         complete = max([first - 1, *map(int, process.stdout.read().split())])
         process.wait()
-        num_partial += any(root.glob("checkpoints/.step-*"))
+        is_partial = any(root.glob("checkpoints/.step-*"))
+        num_partial += is_partial
         checkpoint.recover(root)
         if complete == 0 and not any(root.glob("checkpoints/step-*")):
+            print(f"kill {number + 1}: none is complete yet", flush=True)
             continue
         found = checkpoint.find(root)
         assert found.step >= complete, f"step {complete} was complete, {found.step} is the newest now"
@@ -121,6 +123,7 @@ def kill_writers(name: str, kills: int, seconds: float, root: Path) -> None:
         checkpoint.restore(found, model, optimizer)
         assert all(bool((value == found.step).all()) for value in numbers(model, optimizer)), "torn"
         first = found.step + 1
+        print(f"kill {number + 1}: step {found.step}{', another half-written' if is_partial else ''}", flush=True)
     print(
         f"{kills} kills of a writer, {num_partial} of them in the middle of a checkpoint: the newest complete one always "
         f"whole and restored to the last bit, {first - 1} steps saved in all"
@@ -177,7 +180,7 @@ def main() -> None:
         "--model", default="minimind2", choices=[name for name, shape in PRESETS.items() if shape.vocab_size]
     )
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=20.0, help="the longest a writer lives; about two saves")
+    parser.add_argument("--seconds", type=float, default=20.0, help="the longest a writer lives: two saves, say")
     parser.add_argument("--only", choices=("stall", "writers", "runs"))
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
