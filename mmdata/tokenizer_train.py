@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmdata import unigram
 from mmdata.arrow import sync, write_file
 from mmdata.chat_templates import BOS, EOS, LAYOUTS, PAD, Layout
-from mmdata.corpus import Corpus, Stratum, draw
+from mmdata.corpus import Corpus, Drawing, Stratum
 from mmdata.errors import MMError, UsageError
 from mmdata.tokenizer import Tokenizer
 from mmdata.vocabulary import byte_of
@@ -128,23 +128,32 @@ def check_options(options: Options) -> Layout:
 def train(files: Sequence[Path], options: Options, *, phase: Phase | None = None) -> tuple[dict[str, bytes], Corpus]:
     """Train in this process: the tokenizer's files by name, and the corpus it came from, emptied of its texts."""
     layout = check_options(options)
-    corpus = draw(
+    found: list[Corpus] = []
+    texts = _texts(files, options, phase or (lambda name, done, total: None), found)
+    native = _unigram(texts, layout, options, phase) if options.algorithm == "unigram" else _bpe(texts, layout, options)
+    return tokenizer_files(native, layout), found[0]
+
+
+def _texts(files: Sequence[Path], options: Options, phase: Phase, found: list[Corpus]) -> Iterator[str]:
+    """The text to train on, and into `found` the corpus it came from. Where all of it is taken, words are counted while
+    the files are read: a core each."""
+    drawing = Drawing(
         files,
         limit_bytes=options.limit_bytes,
         weights=options.weights,
         seed=options.seed,
         evened=True,
-        progress=(lambda done, total: phase("reading", done, total)) if phase else None,
+        progress=lambda done, total: phase("reading", done, total),
     )
-    texts = _told(corpus, phase) if phase else corpus.release()
-    native = _unigram(texts, layout, options, phase) if options.algorithm == "unigram" else _bpe(texts, layout, options)
-    return tokenizer_files(native, layout), corpus
-
-
-def _told(corpus: Corpus, phase: Phase) -> Iterable[str]:
-    """The corpus's texts, telling how far their words are counted."""
-    done, told, total = 0, -1, corpus.drawn_bytes
-    for text in corpus.release():
+    read = drawing.read()
+    if drawing.takes_all:
+        yield from read
+    else:
+        for _ in read:
+            pass
+    found.append(drawing.finish())
+    done, told, total = 0, -1, found[0].drawn_bytes
+    for text in found[0].release(but=int(drawing.takes_all)):
         yield text
         done += len(text)  # characters: near enough for a bar, free for a loop that runs for every text
         if done - told > 1 << 20:

@@ -110,14 +110,16 @@ def pack(path: Path, out: Path, tokenizer: Path, workers: int) -> tuple[float, i
         "--json",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"RAYON_NUM_THREADS": "1"} if workers == 1 else {})
-    start, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-    while process.poll() is None:
-        peak = max(peak, tree_rss(process.pid))
-        time.sleep(0.1)
-    seconds = time.monotonic() - start
-    assert process.stdout and process.returncode == 0, "mm pack failed"
-    return seconds, peak, json.loads(process.stdout.read())[0]
+    with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would fill up
+        start, peak = time.monotonic(), 0
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None:
+            peak = max(peak, tree_rss(process.pid))
+            time.sleep(0.1)
+        seconds = time.monotonic() - start
+        assert process.returncode == 0, "mm pack failed"
+        said.seek(0)
+        return seconds, peak, json.loads(said.read())[0]
 
 
 def raw_encoder(path: Path, tokenizer: Path) -> float:
