@@ -76,7 +76,10 @@ _ROW_KEYS = {
     "pair": {"chosen", "rejected", "prompt", "conversations", "messages", "system", "tools", "functions"},
 }
 # Boundaries that the authors of pretraining files wrote into the text: seed-era and later.
-_MARKS = (("<s>", "</s>"), ("<|im_start|>", "<|im_end|>"))
+_MARKS = tuple(  # opening and closing mark, and how one document ends and the next begins
+    (opening, closing, re.compile(re.escape(closing) + r"\s*" + re.escape(opening)))
+    for opening, closing in (("<s>", "</s>"), ("<|im_start|>", "<|im_end|>"))
+)
 _PLACEHOLDER = "无"  # stands for the answer in MiniMind's rlaif files
 _MAX_DEPTH = 64  # of tools and tool calls; far above any schema, far below Python's recursion limit
 LOOK_AT = 100  # rows that tell a file's kind
@@ -233,9 +236,9 @@ def split_documents(text: str) -> list[str]:
     (rows cut off by their author lack the last). A mark inside a sentence is text.
     """
     stripped = text.strip()
-    for opening, closing in _MARKS:
+    for opening, closing, between in _MARKS:
         if stripped.startswith(opening):
-            parts = re.split(re.escape(closing) + r"\s*" + re.escape(opening), stripped.removeprefix(opening))
+            parts = between.split(stripped.removeprefix(opening))
             if len(parts) > 1 or stripped.endswith(closing):
                 parts[-1] = parts[-1].removesuffix(closing)
                 return [part for part in parts if part and not part.isspace()]

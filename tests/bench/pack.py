@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CJK, WORD = r"[\u4e00-\u9fff]", r"[A-Za-z]{3,}"
-VARIED = re.compile(rf"{CJK}|{WORD}|\d")
+VARIED = re.compile(rf"</?[a-z_]+>|<\|\w+\|>|{CJK}|{WORD}|\d")  # marks and tags stay as they are
 MAX_LEN = 1024
 
 
@@ -46,6 +46,8 @@ def write_corpus(sources: list[Path], out: Path, num_bytes: int) -> None:
 
     def varied(match: re.Match[str]) -> str:
         found, chance = match.group(), draw()
+        if found[0] == "<":
+            return found
         if found.isdigit():
             return str(int(draw() * 10))
         if found[0] >= "\u4e00":
@@ -85,12 +87,12 @@ def cut_slice(path: Path, num_bytes: int) -> Path:
 # --- mm
 
 
-def tree_rss(pid: int) -> int:
-    """Bytes resident in a process and its children: shared pages count in each."""
+def tree_pss(pid: int) -> int:
+    """Bytes resident in a process and its children; a page that n processes share counts 1/n in each."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     try:
-        own = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) * 1024
-        return own + sum(tree_rss(int(child)) for child in children.read_text().split())
+        own = int(re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)[0]) * 1024
+        return own + sum(tree_pss(int(child)) for child in children.read_text().split())
     except (OSError, IndexError):
         return 0
 
@@ -114,7 +116,7 @@ def pack(path: Path, out: Path, tokenizer: Path, workers: int) -> tuple[float, i
         start, peak = time.monotonic(), 0
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL, env=environment)
         while process.poll() is None:
-            peak = max(peak, tree_rss(process.pid))
+            peak = max(peak, tree_pss(process.pid))
             time.sleep(0.1)
         seconds = time.monotonic() - start
         assert process.returncode == 0, "mm pack failed"
