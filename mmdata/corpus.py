@@ -61,15 +61,14 @@ class Corpus:
         for stratum, texts in zip(self.strata, self.texts, strict=True):
             yield stratum, [text.decode() for text, count in texts for _ in range(count)]
 
-    def release(self, *, but: int = 0) -> Iterator[str]:
-        """All texts, each as often as it counts but `but` times, let go of as they are taken: the corpus is empty afterwards."""
+    def release(self) -> Iterator[str]:
+        """All texts, let go of as they are taken: the corpus is empty afterwards."""
         for texts in self.texts:
             while texts:
                 text, count = texts.pop()
-                if count > but:
-                    decoded = text.decode()
-                    for _ in range(count - but):
-                        yield decoded
+                decoded = text.decode()
+                for _ in range(count):
+                    yield decoded
 
 
 class _Stratum:
@@ -122,8 +121,8 @@ class _File:
     random: Callable[[], float]
     strata: dict[tuple[int, str], _Stratum]
 
-    def add(self, texts: Sequence[tuple[str, str]]) -> Iterator[str]:
-        """Take texts, each with its field, piece by piece; gives those that may stay."""
+    def add(self, texts: Sequence[tuple[str, str]]) -> None:
+        """Take texts, each with its field, piece by piece."""
         pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
         for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
             claim = self.weight * self.weights.get(language, 1.0)
@@ -136,7 +135,6 @@ class _File:
                 if stratum is None:
                     stratum = self.strata[self.index, language] = _Stratum(claim)
                 stratum.add(key, piece.encode(), count)
-                yield piece
 
 
 def _languages(texts: Sequence[str]) -> list[str]:
@@ -166,67 +164,33 @@ def draw(
     languages and files also scale their claims. Rows that cannot be used are counted. progress: bytes read of plain files.
     InputError when no text is found, UsageError for a weight that names nothing.
     """
-    drawing = Drawing(files, limit_bytes=limit_bytes, weights=weights, seed=seed, evened=evened, progress=progress)
-    for _ in drawing.read():
-        pass
-    return drawing.finish()
-
-
-class Drawing:
-    """A corpus while it is drawn; arguments as `draw` takes them. Texts are there to be used while the rest is read."""
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        *,
-        limit_bytes: int,
-        weights: Mapping[str, float] | None,
-        seed: int,
-        evened: bool,
-        progress: Progress | None,
-    ):
-        self._files, self._limit, self._weights, self._seed = files, limit_bytes, dict(weights or {}), seed
-        self._is_evened = evened and not any(language in self._weights for language in LANGUAGES)
-        self._progress = progress or (lambda done, total: None)
-        _check_weights(self._weights, files)
-        self._sizes = [path.stat().st_size if is_seekable(path) else None for path in files]
-        self._strata: dict[tuple[int, str], _Stratum] = {}
-        self._left_out: dict[str, Counter[str]] = {}
-        self._num_rows = 0
-
-    @property
-    def takes_all(self) -> bool:
-        """Whether all text is sure to stay: the files are no larger than the limit, and nothing has a weight."""
-        return not self._weights and None not in self._sizes and sum(filter(None, self._sizes)) <= self._limit
-
-    def read(self) -> Iterator[str]:
-        """All rows, once; gives each text as it is taken. Where not `takes_all`, it may have to go again."""
-        done, total = 0, sum(filter(None, self._sizes))
-        for index, (path, size) in enumerate(zip(self._files, self._sizes, strict=True)):
-            weight, draw = self._weights.get(str(path), 1.0), random.Random(f"{self._seed}:{index}").random
-            taken = _File(index, weight, self._weights, draw, self._strata)
-            waiting: list[tuple[str, str]] = []
-            for line, row in _rows(path, self._left_out.setdefault(str(path), Counter())):
-                self._num_rows += 1
-                waiting += fields_of(row) if row else ()
-                if len(waiting) >= _BATCH:
-                    yield from taken.add(waiting)
-                    waiting = []
-                    if sum(stratum.num_bytes for stratum in self._strata.values()) > (1 + _SLACK) * self._limit:
-                        _pare(self._strata.values(), self._limit)
-                    self._progress(done + line.offset, total)
-            yield from taken.add(waiting)
-            done += size or 0
-        self._progress(total, total)
-
-    def finish(self) -> Corpus:
-        """What stays of what was read."""
-        if not self.takes_all:  # JSON that is written again may be some bytes longer than the file's
-            _pare(self._strata.values(), self._limit)
-        room = self._limit - sum(stratum.num_bytes for stratum in self._strata.values())
-        if self._is_evened and room > 0:
-            _even_out(self._strata, room)
-        return _finish(self._files, self._strata, self._num_rows, self._left_out)
+    weights = dict(weights or {})
+    _check_weights(weights, files)
+    total = sum(path.stat().st_size for path in files if is_seekable(path))
+    strata: dict[tuple[int, str], _Stratum] = {}
+    left_out: dict[str, Counter[str]] = {}
+    num_rows = done = 0
+    for index, path in enumerate(files):
+        draw_from = _File(index, weights.get(str(path), 1.0), weights, random.Random(f"{seed}:{index}").random, strata)
+        waiting: list[tuple[str, str]] = []
+        for line, row in _rows(path, left_out.setdefault(str(path), Counter())):
+            num_rows += 1
+            waiting += fields_of(row) if row else ()
+            if len(waiting) >= _BATCH:
+                draw_from.add(waiting)
+                waiting = []
+                if sum(stratum.num_bytes for stratum in strata.values()) > (1 + _SLACK) * limit_bytes:
+                    _pare(strata.values(), limit_bytes)
+                if progress:
+                    progress(done + line.offset, total)
+        draw_from.add(waiting)
+        done += path.stat().st_size if is_seekable(path) else 0
+    if progress:
+        progress(total, total)
+    room = limit_bytes - _pare(strata.values(), limit_bytes)
+    if evened and not any(language in weights for language in LANGUAGES):
+        _even_out(strata, room)
+    return _finish(files, strata, num_rows, left_out)
 
 
 def _finish(

@@ -9,8 +9,9 @@ fastokens was the fastest of those that agreed everywhere; tests/bench/RESULTS.m
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -120,10 +121,16 @@ def first_difference(tokenizer: Tokenizer, encode: Encode, texts: Sequence[str])
     return None
 
 
-def _fastokens(tokenizer: Tokenizer) -> Encode:
+@lru_cache(maxsize=1)
+def _native(tokenizer_json: str) -> Any:
+    """Made once for the check and the work after it: a twentieth of a second."""
     import fastokens
 
-    native = fastokens.Tokenizer.from_json_str(tokenizer.native.to_str())
+    return fastokens.Tokenizer.from_json_str(tokenizer_json)
+
+
+def _fastokens(tokenizer: Tokenizer) -> Encode:
+    native = _native(tokenizer.native.to_str())
 
     def encode(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:
         ids, offsets = native.encode_batch_flat(list(texts), split_special_tokens=not control)

@@ -5,6 +5,7 @@ Byte-level: every text has ids, and they give it back. Peak memory is about 12 t
 of it the native trainer's. That one cannot be interrupted, so `train_to` works in a process of its own, which it can end.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +15,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmdata import unigram
 from mmdata.arrow import sync, write_file
 from mmdata.chat_templates import BOS, EOS, LAYOUTS, PAD, Layout
-from mmdata.corpus import Corpus, Drawing, Stratum
+from mmdata.corpus import Corpus, Stratum, draw
 from mmdata.errors import MMError, UsageError
 from mmdata.tokenizer import Tokenizer
 from mmdata.vocabulary import byte_of
@@ -128,32 +129,23 @@ def check_options(options: Options) -> Layout:
 def train(files: Sequence[Path], options: Options, *, phase: Phase | None = None) -> tuple[dict[str, bytes], Corpus]:
     """Train in this process: the tokenizer's files by name, and the corpus it came from, emptied of its texts."""
     layout = check_options(options)
-    found: list[Corpus] = []
-    texts = _texts(files, options, phase or (lambda name, done, total: None), found)
-    native = _unigram(texts, layout, options, phase) if options.algorithm == "unigram" else _bpe(texts, layout, options)
-    return tokenizer_files(native, layout), found[0]
-
-
-def _texts(files: Sequence[Path], options: Options, phase: Phase, found: list[Corpus]) -> Iterator[str]:
-    """The text to train on, and into `found` the corpus it came from. Where all of it is taken, words are counted while
-    the files are read: a core each."""
-    drawing = Drawing(
+    corpus = draw(
         files,
         limit_bytes=options.limit_bytes,
         weights=options.weights,
         seed=options.seed,
         evened=True,
-        progress=lambda done, total: phase("reading", done, total),
+        progress=(lambda done, total: phase("reading", done, total)) if phase else None,
     )
-    read = drawing.read()
-    if drawing.takes_all:
-        yield from read
-    else:
-        for _ in read:
-            pass
-    found.append(drawing.finish())
-    done, told, total = 0, -1, found[0].drawn_bytes
-    for text in found[0].release(but=int(drawing.takes_all)):
+    texts = _told(corpus, phase) if phase else corpus.release()
+    native = _unigram(texts, layout, options, phase) if options.algorithm == "unigram" else _bpe(texts, layout, options)
+    return tokenizer_files(native, layout), corpus
+
+
+def _told(corpus: Corpus, phase: Phase) -> Iterable[str]:
+    """The corpus's texts, telling how far their words are counted."""
+    done, told, total = 0, -1, corpus.drawn_bytes
+    for text in corpus.release():
         yield text
         done += len(text)  # characters: near enough for a bar, free for a loop that runs for every text
         if done - told > 1 << 20:
@@ -332,6 +324,7 @@ def _in_child(files: Sequence[Path], options: Options, phase: Phase | None) -> t
 
 def _work(connection: Connection, files: Sequence[Path], options: Options) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    gc.disable()  # the corpus is many objects and no garbage
     try:
         done = train(files, options, phase=lambda *now: connection.send(("phase", now)))
         connection.send(("done", done))
