@@ -247,7 +247,7 @@ def split_documents(text: str) -> list[str]:
 
 def join_documents(documents: Sequence[str]) -> str:
     """A text that `split_documents` splits into these; a single document stands alone."""
-    opening, closing = _MARKS[0]
+    opening, closing, _ = _MARKS[0]
     return documents[0] if len(documents) == 1 else "".join(f"{opening}{one}{closing}" for one in documents)
 
 
