@@ -186,6 +186,7 @@ def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int
 def set_aside(
     left_out: Mapping[str, int], examples: Mapping[str, list[dict[str, Any]]], num_rows: int
 ) -> list[dict[str, Any]]:
+    """Rows left out, by reason, the commonest first: how many, their share of all rows, what helps, and examples."""
     return [
         {
             "reason": reason,

@@ -46,6 +46,7 @@ def said(warning: Mapping[str, Any], words: Words) -> str:
 
 
 def name_of(measured: Measured) -> str:
+    """What a dataset or file is called on the page: the last part of its path."""
     return measured.path.resolve().name
 
 

@@ -88,5 +88,6 @@ def test_forgetting_and_forecast_by_figures() -> None:
     assert forgetting({}, {}, objective) is None
     assert forgetting({"loss": 0.693}, {"loss": 0.70}, objective) is None
     assert "by heart" in str(forgetting({"loss": 0.693}, {"loss": 0.75}, objective))
+    assert forgetting({"loss": 25.0}, {"loss": 25.5}, Objective("ipo")) is None, "a share: ipo's loss has another scale"
     assert "--lr 1e-05" in lines(Forecast(100.0, 1e-5), 1e-8)[1]
     assert "wrong way" in lines(Forecast(-1.0, 1.0), 1e-5)[1] and len(lines(Forecast(1.0, 1.0), 1e-5)) == 1
