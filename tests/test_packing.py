@@ -59,22 +59,23 @@ def test_every_sequence_stands_in_exactly_one_pack_and_none_overflows(lengths: l
 
 @given(st.lists(st.integers(1, 32), max_size=60))
 @settings(deadline=None, max_examples=200)
-def test_bulk_packing_leaves_the_rooms_of_the_one_by_one_rule(lengths: list[int]) -> None:
+def test_packs_leave_the_rooms_of_the_one_by_one_rule_or_less(lengths: list[int]) -> None:
     packs = pack(np.array(lengths, np.int64), BUCKETS)
     rooms = [bucket - sum(lengths[i] for i in members) for bucket, members in packs]
-    assert sorted(rooms) == one_by_one(lengths, BUCKETS)  # which of two packs with equal room is taken is no matter
+    rule = one_by_one(lengths, BUCKETS)
+    assert sum(rooms) < sum(rule) or sorted(rooms) == rule  # which of two packs with equal room is taken is no matter
 
 
 def test_packs_come_close_to_the_brute_force_optimum() -> None:
     draw = random.Random(0)
     used = least = optimal = 0
     for _ in range(60):
-        lengths = [draw.randint(1, 32) for _ in range(draw.randint(1, 8))]
+        lengths = [draw.randint(1, 16) for _ in range(draw.randint(1, 9))]
         found = int(pack(np.array(lengths), BUCKETS).buckets.sum())
         best = fewest_positions(lengths, BUCKETS)
         assert best <= found
         used, least, optimal = used + found, least + best, optimal + (found == best)
-    assert used < 1.05 * least and optimal >= 45
+    assert used < 1.02 * least and optimal >= 55  # best-fit alone: 1.054 and 48
 
 
 TABLE = [  # lengths; the packs as bucket and members
@@ -85,6 +86,8 @@ TABLE = [  # lengths; the packs as bucket and members
     ([20, 12, 8], [(32, [0, 1]), (8, [2])]),
     ([3, 30, 2, 1], [(8, [0, 3]), (32, [1, 2])]),  # 3 opens its own: 30 leaves room for 2 alone; 1 fits the fullest
     ([4, 4, 4, 4, 17], [(32, [0, 1, 2, 4]), (8, [3])]),  # equal lengths in bulk, in source order
+    ([9, 9, 9], [(32, [0, 1, 2])]),  # 5 of room in a larger bucket, 7 in each of three smaller ones
+    ([7, 7, 7, 2, 7, 2], [(16, [0, 1, 3]), (16, [2, 4, 5])]),  # the same closest sum twice; one by one takes five of 8
 ]
 
 
@@ -106,10 +109,11 @@ def test_the_result_depends_on_nothing_but_the_lengths() -> None:
         assert np.array_equal(again.members, pack(lengths, (512, 1024, 2048)).members)
 
 
-def test_a_part_of_real_looking_lengths_wastes_less_than_a_thousandth() -> None:
-    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(250), 0.8, 40_000), 8, 2048).astype(np.int64)
+@pytest.mark.parametrize(("middle", "spread"), [(250, 0.8), (250, 0.5), (120, 0.5)])  # best-fit alone: 0.05, 0.8, 0.5 %
+def test_a_part_of_real_looking_lengths_wastes_less_than_a_ten_thousandth(middle: int, spread: float) -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(middle), spread, 40_000), 8, 2048).astype(np.int64)
     packs = pack(lengths, (512, 1024, 2048))
-    assert 1 - lengths.sum() / packs.buckets.sum() < 0.001
+    assert 1 - lengths.sum() / packs.buckets.sum() < 0.0001
 
 
 def test_nothing_gives_no_packs() -> None:
