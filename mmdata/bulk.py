@@ -14,8 +14,9 @@ import numpy as np
 
 from mmdata.blocks import HEAD, TAIL, Blocks
 from mmdata.encoders import Encoder
-from mmdata.rows import BadRow, Conversation, Document, split_documents
+from mmdata.rows import BadRow
 from mmdata.sequences import Flat, take
+from mmdata.talks import Talks
 from mmdata.tokenizer import Tokenizer
 
 CUT_TURNS = "cut after the last whole turn that fits"
@@ -53,15 +54,14 @@ class Bulk:
         """Whether text beside a control token, encoded alone, has the ids it has in a whole rendering."""
         return tokenizer.is_exact and all(map(_BRACKETED.fullmatch, tokenizer.control_tokens))
 
-    def documents(self, rows: Sequence[Document]) -> Found:
-        """Documents between bos and eos; longer ones go on in further sequences, no token lost."""
+    def documents(self, found: Sequence[Sequence[str]]) -> Found:
+        """Documents between bos and eos, of each row; longer ones go on in further sequences, no token lost."""
         bos, eos = self._tokenizer.bos_token, self._tokenizer.eos_token
-        found = [split_documents(row.text) for row in rows]
         num_texts = np.fromiter(map(len, found), np.int64, len(found))
         ids, ends = self._encode([f"{bos}{text}{eos}" for texts in found for text in texts], True)
         lengths = np.diff(ends, prepend=0)
         begins = ends - lengths
-        row_of = np.repeat(np.arange(len(rows)), num_texts)
+        row_of = np.repeat(np.arange(len(found)), num_texts)
         is_good = np.bincount(self._control_texts(ids, ends)[1], minlength=len(ends)) == 1 + bool(bos)
         is_good &= ids[ends - 1] == self._tokenizer.eos_id
         if bos:
@@ -76,7 +76,7 @@ class Bulk:
         num_marks = np.where(lengths > 1, 2, 0)
         marks = np.stack([np.ones_like(lengths), lengths], axis=1)[lengths > 1].reshape(-1)
         flat = Flat(ids, lengths, marks, num_marks)
-        return Found(flat, np.bincount(row_of, minlength=len(rows)), len(ids), np.flatnonzero(is_odd).tolist())
+        return Found(flat, np.bincount(row_of, minlength=len(found)), len(ids), np.flatnonzero(is_odd).tolist())
 
     def _fragments(self, lengths: np.ndarray, row_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lengths of the sequences that texts of these lengths become, and their rows."""
@@ -96,15 +96,13 @@ class Bulk:
         at = np.flatnonzero(self._is_control[ids])
         return at, np.searchsorted(ends, at, side="right")
 
-    def conversations(self, rows: Sequence[Conversation], blocks: Blocks, keeps: Sequence[bool]) -> Found:
-        """Conversations in blocks. keeps: whether each row keeps the empty think blocks that the template writes."""
-        render = blocks.render
-        renderings = [render(row, keep_empty_think=keep) for row, keep in zip(rows, keeps, strict=True)]
-        odd = [i for i, rendering in enumerate(renderings) if rendering is None]
-        texts, patterns = zip(*filter(None, renderings), strict=True) if len(odd) < len(rows) else ((), ())
-        ids, ends = self._encode(texts, True)
-        of_text = np.flatnonzero([rendering is not None for rendering in renderings])  # its row
-        table = _Table(ids, ends, "".join(patterns), np.fromiter(map(len, patterns), np.int64, len(patterns)))
+    def conversations(self, talks: Talks, blocks: Blocks, keeps: np.ndarray) -> Found:
+        """Conversations in blocks. keeps: bool [R], whether a row keeps the empty think blocks that the template writes."""
+        rendered = blocks.render(talks, keeps)
+        odd = np.flatnonzero(rendered.is_odd).tolist()
+        of_text = np.flatnonzero(~rendered.is_odd)  # its row
+        ids, ends = self._encode(rendered.texts, True)
+        table = _Table(ids, ends, rendered.letters, rendered.num_blocks)
         is_good = self._locate(table, blocks)
         odd += of_text[~is_good].tolist()
         table.keep(is_good)
@@ -113,7 +111,7 @@ class Bulk:
         spans = self._spans(table)
         is_bad = np.isin(of_text, list(bad))
         num_tokens = int(table.whole_lengths[~is_bad].sum())
-        num_sequences = np.zeros(len(rows), np.int64)
+        num_sequences = np.zeros(len(talks), np.int64)
         num_sequences[of_text[~is_bad]] = 1
         flat = table.flat(~is_bad, *spans)
         rows_cut = int((table.lengths < table.whole_lengths).sum())
@@ -175,14 +173,14 @@ class Bulk:
 class _Table:
     """The texts of a batch and their blocks: where each opens and closes in the ids."""
 
-    def __init__(self, ids: np.ndarray, ends: np.ndarray, letters: str, num_blocks: np.ndarray):
+    def __init__(self, ids: np.ndarray, ends: np.ndarray, letters: np.ndarray, num_blocks: np.ndarray):
         self.ids = ids
         self.ends = ends
         self.num_blocks = num_blocks
         self.whole_lengths = np.diff(ends, prepend=0)
         self.lengths = self.whole_lengths.copy()
         self.begins = ends - self.lengths
-        self._letters = np.frombuffer(letters.encode(), np.uint8)
+        self._letters = letters
         self.opens = self.closes = self.text_of = np.empty(0, np.int64)
         self.letters = self._letters[:0]
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,13 +21,16 @@ from mmdata.bulk import CUT_TURNS as CUT_TURNS
 from mmdata.bulk import Bulk, Found
 from mmdata.encoders import Encoder, choose
 from mmdata.errors import UsageError
-from mmdata.rows import BadRow, Conversation, Document, Pair, Row, parse_row, row_hash, split_documents
+from mmdata.plain import read_talks
+from mmdata.rows import BadRow, Conversation, Document, Pair, Row, num_characters, parse_row, row_hash, split_documents
 from mmdata.sequences import Encoded as Encoded
 from mmdata.sequences import Flat, flatten, join, reorder
 from mmdata.sequences import PairSequence as PairSequence
 from mmdata.sequences import Sequence as Sequence
+from mmdata.talks import talks_of
 from mmdata.template import ERAS, TRAIN_ON, Segment, Template, stretches
 from mmdata.tokenizer import Tokenizer
+from mmdata.validate import control_strings
 
 # Share of rows that keep them, as in MiniMind: a model that never saw one cannot answer after the prompt's.
 _EMPTY_THINK_KEPT = 0.2
@@ -47,6 +50,38 @@ class Batch:
     cut: Counter[str]
     rows_cut: int
     bad: dict[int, BadRow]
+
+
+class Lines:
+    """What became of N lines: their `batch`, and of those that are rows hashes, characters and control strings.
+
+    hashes: uint8 [N, 32], the `row_hash` of each; characters: int64 [N]; controls: line -> special-token strings in its text.
+    """
+
+    def __init__(self, num_lines: int):
+        self.hashes = np.zeros((num_lines, 32), np.uint8)
+        self.characters = np.zeros(num_lines, np.int64)
+        self.controls: dict[int, list[str]] = {}
+        self.bad: dict[int, BadRow] = {}  # lines that are no rows
+        self._batches: list[tuple[np.ndarray, Batch]] = []
+
+    def add_rows(self, at: Rows[int], raws: Rows[bytes], rows: Rows[Row]) -> None:
+        """What these lines say, by number, as rows."""
+        self.hashes[at] = np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
+        self.characters[at] = [num_characters(row) for row in rows]
+        for i, raw, row in zip(at, raws, rows, strict=True):
+            if strings := control_strings(raw, row):
+                self.controls[i] = strings
+
+    def add(self, at: np.ndarray, batch: Batch) -> None:
+        """Sequences of these lines."""
+        self._batches.append((at, batch))
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Of all lines; bad are also those that are no rows."""
+        found = merged(len(self.hashes), self._batches)
+        return replace(found, bad=dict(sorted((found.bad | self.bad).items())))
 
 
 class _Side(NamedTuple):
@@ -128,41 +163,70 @@ class RowEncoder:
                 results.append(bad)
         return results
 
-    def encode_batch(self, rows: Rows[Row], hashes: Rows[bytes]) -> Batch:
-        """As `encode`, into flat arrays, and plain rows in bulk. hashes: the `row_hash` of each row.
+    def encode_lines(self, raws: Rows[bytes], kind: str) -> Lines:
+        """Reads lines as rows of this kind and encodes them: plain ones in bulk from end to end, the others as objects.
+
+        A reference takes every row by itself.
+        """
+        found = Lines(len(raws))
+        odd = self._plain(raws, found) if kind == "conversation" and self._bulk else range(len(raws))
+        rows: list[Row] = []
+        at: list[int] = []
+        for i in odd:
+            try:
+                rows.append(parse_row(raws[i], kind))
+                at.append(i)
+            except BadRow as bad:
+                found.bad[i] = bad
+        if rows:
+            found.add_rows(at, [raws[i] for i in at], rows)
+            found.add(np.array(at), self.encode_batch(rows, found.hashes[at]))
+        return found
+
+    def _plain(self, raws: Rows[bytes], found: Lines) -> Rows[int]:
+        """Encodes the plain conversations into `found`; returns which lines are left."""
+        plain = read_talks(raws) if self._blocks else None
+        if not self._bulk or not self._blocks or not plain or not len(plain.at):
+            return range(len(raws))
+        at, hashes = plain.at, plain.talks.hashes()
+        found.hashes[at], found.characters[at] = hashes, plain.talks.num_characters()
+        result = self._bulk.conversations(plain.talks, self._blocks, self._keeps(hashes))
+        found.add(at, _batch_of(result))
+        is_left = np.ones(len(raws), bool)
+        is_left[at] = False
+        is_left[at[result.odd]] = True
+        return np.flatnonzero(is_left).tolist()
+
+    def encode_batch(self, rows: Rows[Row], hashes: np.ndarray) -> Batch:
+        """As `encode`, into flat arrays, and usual rows in bulk. hashes: uint8 [R, 32], the `row_hash` of each row.
 
         A reference takes every row by itself and needs no hashes.
         """
         found = self._in_bulk(rows, hashes)
         if found is None:
             return self._one_by_one(rows)
-        bad, cut, flat, num_tokens = found.bad, found.cut, found.flat, found.num_tokens
-        rows_cut = found.rows_cut
-        if found.odd:
-            rest = self._one_by_one([rows[i] for i in found.odd])
-            bad |= {found.odd[i]: reason for i, reason in rest.bad.items()}
-            cut += rest.cut
-            num_tokens += rest.num_tokens
-            rows_cut += rest.rows_cut
-            row_of = np.repeat(np.arange(len(rows)), found.num_sequences)
-            row_of_rest = np.repeat(found.odd, rest.num_sequences)
-            flat = reorder(join([flat, rest.flat]), np.argsort(np.concatenate([row_of, row_of_rest]), kind="stable"))
-            found.num_sequences[found.odd] = rest.num_sequences
-        return Batch(flat, found.num_sequences, num_tokens, cut, rows_cut, bad)
+        if not found.odd:
+            return _batch_of(found)
+        rest = self._one_by_one([rows[i] for i in found.odd])
+        return merged(len(rows), [(np.arange(len(rows)), _batch_of(found)), (np.array(found.odd), rest)])
 
-    def _in_bulk(self, rows: Rows[Row], hashes: Rows[bytes]) -> Found | None:
+    def _in_bulk(self, rows: Rows[Row], hashes: np.ndarray) -> Found | None:
         """None where all rows have to be looked at one by one."""
         if self._bulk is None or not rows:
             return None
         kinds = set(map(type, rows))
         if kinds == {Document}:
-            return self._bulk.documents(cast(Rows[Document], rows))
+            return self._bulk.documents([split_documents(row.text) for row in cast(Rows[Document], rows)])
         if kinds == {Conversation} and self._blocks:
-            keeps = [True] * len(rows)
-            if self.template.era == "3":
-                keeps = [_share(self.seed, hash) < _EMPTY_THINK_KEPT for hash in hashes]
-            return self._bulk.conversations(cast(Rows[Conversation], rows), self._blocks, keeps)
+            talks = talks_of(cast(Rows[Conversation], rows))
+            return self._bulk.conversations(talks, self._blocks, self._keeps(hashes))
         return None
+
+    def _keeps(self, hashes: np.ndarray) -> np.ndarray:
+        """bool [R]: the empty think blocks that the template writes stay, of rows with these hashes."""
+        if self.template.era != "3":
+            return np.ones(len(hashes), bool)
+        return _shares(self.seed, hashes) < _EMPTY_THINK_KEPT
 
     def _one_by_one(self, rows: Rows[Row]) -> Batch:
         found = self.encode(rows)
@@ -199,7 +263,7 @@ class RowEncoder:
 
     def _keeps_empty_think(self, row: Row) -> bool:
         """One decision a row, the same on both sides of a pair; other eras' templates write no empty blocks to decide on."""
-        return self.template.era != "3" or _share(self.seed, row_hash(row)) < _EMPTY_THINK_KEPT
+        return bool(self._keeps(np.frombuffer(row_hash(row), np.uint8).reshape(1, -1))[0])
 
     def _segments_of(self, row: Row) -> list[list[Segment]]:
         if isinstance(row, Document):
@@ -391,10 +455,35 @@ def _rebuild(
     return RowEncoder(tokenizer, max_len=max_len, encoder=choose(tokenizer, encoder), **options)
 
 
-def _share(seed: int, hash: bytes) -> float:
-    """A number in [0, 1) that depends on the seed and what the row says, and on nothing else."""
-    digest = hashlib.sha256(str(seed).encode() + hash).digest()
-    return int.from_bytes(digest[:6], "little") / 2**48
+def _shares(seed: int, hashes: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) that depend on the seed and what the rows say, and on nothing else. hashes: uint8 [R, 32]."""
+    key = np.frombuffer(hashlib.sha256(str(seed).encode()).digest(), "<u8", 1)
+    mixed = (np.ascontiguousarray(hashes).view("<u8")[:, 1] ^ key) * np.uint64(0xBF58476D1CE4E5B9)  # as splitmix64 does
+    mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0x94D049BB133111EB)
+    return (mixed >> np.uint64(11)) / 2.0**53
+
+
+def _batch_of(found: Found) -> Batch:
+    return Batch(found.flat, found.num_sequences, found.num_tokens, found.cut, found.rows_cut, found.bad)
+
+
+def merged(num_rows: int, batches: Rows[tuple[np.ndarray, Batch]]) -> Batch:
+    """Batches of some rows each as one of all, in row order. With each: which rows it is of, int64; a later one's count stands."""
+    if len(batches) == 1 and len(batches[0][0]) == num_rows:
+        return batches[0][1]
+    num_sequences = np.zeros(num_rows, np.int64)
+    cut: Counter[str] = Counter()
+    bad: dict[int, BadRow] = {}
+    for at, batch in batches:
+        num_sequences[at] = batch.num_sequences
+        cut += batch.cut
+        bad |= {int(at[i]): reason for i, reason in batch.bad.items()}
+    row_of = np.concatenate([np.empty(0, np.int64), *(np.repeat(at, batch.num_sequences) for at, batch in batches)])
+    flat = join([batch.flat for _, batch in batches])
+    if (row_of[1:] < row_of[:-1]).any():
+        flat = reorder(flat, np.argsort(row_of, kind="stable"))
+    num_tokens = sum(batch.num_tokens for _, batch in batches)
+    return Batch(flat, num_sequences, num_tokens, cut, sum(batch.rows_cut for _, batch in batches), bad)
 
 
 def _common_length(one: np.ndarray, other: np.ndarray) -> int:

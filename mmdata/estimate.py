@@ -6,7 +6,6 @@ A compressed file cannot be entered in its middle: its beginning is read, and it
 `COMPRESSION` times what it takes on disk.
 """
 
-import contextlib
 import math
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ from mmdata.encoders import choose
 from mmdata.errors import InputError
 from mmdata.packing import pack
 from mmdata.pipeline import COMPRESSION, PART_BYTES, common_kind
-from mmdata.rows import BadRow, Line, Pair, Row, is_seekable, iter_lines, parse_row, row_hash
+from mmdata.rows import BadRow, Line, is_seekable, iter_lines, parse_row
 from mmdata.tokenizer import Tokenizer
 
 ROWS_PER_CALL = 1000
@@ -72,14 +71,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What was read of an input: its usable rows, and how much larger the whole is."""
+    """What was read of an input, and how much larger the whole is."""
 
-    rows: list[Row]
-    hashes: list[bytes]
-    num_lines: int
+    raws: list[bytes]
+    num_bad: int  # lines that are no rows of this kind
     read_bytes: int
     total_bytes: int
-    cpu_s: float  # of reading and parsing
+    cpu_s: float  # of reading
 
     @property
     def factor(self) -> float:
@@ -111,7 +109,7 @@ def estimate(
     found = []
     for max_len in max_lens:
         takes = RowEncoder(tokenizer, max_len=max_len, era=era, train_on=train_on, seed=seed, encoder=chosen)
-        found.append(_outlook(samples, takes, workers, val_fraction, batch_tokens))
+        found.append(_outlook(samples, kind, takes, workers, val_fraction, batch_tokens))
     if not found[-1].tokens:
         raise InputError(
             f"{inputs[0]}: no row of the sample can be used", f"`mm validate {inputs[0]}` lists the reasons"
@@ -123,8 +121,8 @@ def estimate(
         workers=workers,
         bytes=sum(sample.total_bytes for sample in samples),
         read_bytes=sum(sample.read_bytes for sample in samples),
-        rows=round(sum(sample.num_lines * sample.factor for sample in samples)),
-        rows_left_out=round(sum((sample.num_lines - len(sample.rows)) * sample.factor for sample in samples)),
+        rows=round(sum(len(sample.raws) * sample.factor for sample in samples)),
+        rows_left_out=round(sum(sample.num_bad * sample.factor for sample in samples)),
         outlooks=found,
         batch_tokens=batch_tokens,
     )
@@ -136,12 +134,15 @@ def estimate(
 def _read(path: Path, kind: str) -> _Sample:
     start = time.process_time()
     lines, read, total = _lines_of(path)
-    found = []
-    for line in lines:
-        with contextlib.suppress(BadRow):
-            found.append(parse_row(line.raw, kind))
-    hashes = [row_hash(row) for row in found]
-    return _Sample(found, hashes, len(lines), read, total, time.process_time() - start)
+    raws = [line.raw for line in lines]
+    spent = time.process_time() - start
+    num_bad = 0
+    for raw in raws:
+        try:
+            parse_row(raw, kind)
+        except BadRow:
+            num_bad += 1
+    return _Sample(raws, num_bad, read, total, spent)
 
 
 def _lines_of(path: Path) -> tuple[list[Line], int, int]:
@@ -184,18 +185,23 @@ def _bytes_of(lines: Sequence[Line]) -> int:
 
 
 def _outlook(
-    samples: Sequence[_Sample], encoder: RowEncoder, workers: int, val_fraction: float, batch_tokens: int | None
+    samples: Sequence[_Sample],
+    kind: str,
+    encoder: RowEncoder,
+    workers: int,
+    val_fraction: float,
+    batch_tokens: int | None,
 ) -> Outlook:
     max_len, tokenizer = encoder.max_len, encoder.tokenizer
     sums: dict[str, float] = defaultdict(float)
     widths: list[np.ndarray] = []
     cpu_s = 0.0
     for sample in samples:
-        encoder.encode_batch(sample.rows[:1], sample.hashes[:1])  # compiles and learns the template
+        _ = encoder.encode_lines(sample.raws[:1], kind).batch  # compiles and learns the template
         start = time.process_time()
         batches = [
-            encoder.encode_batch(sample.rows[i : i + ROWS_PER_CALL], sample.hashes[i : i + ROWS_PER_CALL])
-            for i in range(0, len(sample.rows), ROWS_PER_CALL)
+            encoder.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind).batch
+            for i in range(0, len(sample.raws), ROWS_PER_CALL)
         ]
         cpu_s += (sample.cpu_s + (time.process_time() - start)) * sample.factor
         widths += [np.resize(batch.flat.widths(), _scaled(len(batch.flat), sample, samples)) for batch in batches]
@@ -203,8 +209,7 @@ def _outlook(
             for name, count in _counts(batch, max_len).items():
                 sums[name] += count * sample.factor
     lengths = np.concatenate([np.empty(0, np.int64), *widths])
-    is_pairs = any(isinstance(row, Pair) for sample in samples for row in sample.rows[:1])
-    positions, num_samples = _positions(lengths, buckets_for(max_len), is_pairs)
+    positions, num_samples = _positions(lengths, buckets_for(max_len), kind == "pair")
     model_tokens = sums["model_tokens"]
     scale = sums["width"] / max(1, int(lengths.sum()))
     total = sum(sample.total_bytes for sample in samples)

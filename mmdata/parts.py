@@ -5,11 +5,11 @@ A pure function of (bytes of the part, settings): the same files whoever runs it
 
 import base64
 import gc
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ import numpy as np
 from mmdata import shards
 from mmdata.arrow import read_arrow, write_arrow, write_file
 from mmdata.columns import columns_of, read_back
-from mmdata.encode import Batch, RowEncoder
+from mmdata.encode import Lines, RowEncoder
 from mmdata.encoders import JUDGE, Encoder, choose
 from mmdata.engine import Tick
 from mmdata.errors import DatasetError, InputError
 from mmdata.packing import pack
-from mmdata.rows import REASONS, SCREENED, BadRow, Conversation, Document, Line, Row, iter_lines, parse_row, row_hash
+from mmdata.rows import REASONS, SCREENED, BadRow, Line, iter_lines
 from mmdata.sequences import Flat, is_equal, join, reorder
 from mmdata.tokenizer import Tokenizer
-from mmdata.validate import control_strings
 
 BATCH_BYTES = 2**20  # of jsonl to the encoder in one call: some hundred rows, under a second
 COMPARED_FIRST, COMPARED = 16, 2  # rows of a part's first batch, and of each other one, that the reference encodes too
@@ -102,8 +101,8 @@ class _Collected:
 
     flats: list[Flat] = field(default_factory=list)  # in source order
     num_sequences: list[np.ndarray] = field(default_factory=list)  # of each kept row
-    is_val: list[bool] = field(default_factory=list)  # a row, as the lists below
-    lines: list[int] = field(default_factory=list)
+    is_val: list[np.ndarray] = field(default_factory=list)  # of each kept row
+    lines: list[int] = field(default_factory=list)  # a row, as the lists below
     offsets: list[int] = field(default_factory=list)
     shas: list[bytes] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)  # rows left out
@@ -182,53 +181,48 @@ class PartPacker:
         result.encoder = f"{encoder.encoder.name} {encoder.encoder.version}"
         told = 0
         for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
-            result.rows += len(lines)
-            good = self._parse(part, lines, found, result)
-            rows = [row for _, row in good]
-            hashes = [row_hash(row) for row in rows]
-            batch = encoder.encode_batch(rows, hashes)
-            if encoder is not self._reference:
-                self._compare(good, batch, result)
-            for i, bad in batch.bad.items():
-                self._leave_out(part, good[i][0], bad, found, result)
-            self._keep(good, hashes, batch, found, result)
             consumed = lines[-1].offset + len(lines[-1].raw) - part.begin if part.end is not None else 0
-            tick(consumed - told, len(lines), int(batch.flat.lengths.sum()), len(lines) - len(good) + len(batch.bad))
+            num_lines, num_left_out = len(lines), result.left_out.total()
+            result.rows += num_lines
+            lines = self._unscreened(part, lines, found, result)
+            encoded = encoder.encode_lines([line.raw for line in lines], self._settings.kind)
+            if encoder is not self._reference:
+                self._compare(lines, encoded, result)
+            for i, bad in encoded.batch.bad.items():
+                self._leave_out(part, lines[i], bad, found, result)
+            self._keep(lines, encoded, found, result)
+            num_tokens = int(encoded.batch.flat.lengths.sum())
+            tick(consumed - told, num_lines, num_tokens, result.left_out.total() - num_left_out)
             told = consumed
         tick(part.num_bytes - told)
         return found
 
-    def _compare(self, good: Sequence[tuple[Line, Row]], batch: Batch, result: PartResult) -> None:
-        """Holds some rows of a batch to the reference; more of a part's first. _DiffersError when one has other tokens."""
+    def _compare(self, lines: Sequence[Line], encoded: Lines, result: PartResult) -> None:
+        """Holds some lines of a batch to the reference; more of a part's first. _DiffersError when one has other tokens."""
         count = COMPARED_FIRST if not result.compared else COMPARED
-        picks = sorted({i * len(good) // count for i in range(count)} if len(good) > count else range(len(good)))
+        picks = sorted({i * len(lines) // count for i in range(count)} if len(lines) > count else range(len(lines)))
         if not picks:
             return
-        want = self._reference.encode_batch([good[i][1] for i in picks], [])
+        want = self._reference.encode_lines([lines[i].raw for i in picks], self._settings.kind)
+        batch = encoded.batch
         begins = np.cumsum(batch.num_sequences) - batch.num_sequences
         sequences = [np.arange(begins[i], begins[i] + batch.num_sequences[i]) for i in picks]
         have = reorder(batch.flat, np.concatenate(sequences))
         reasons = {n: str(batch.bad[i]) for n, i in enumerate(picks) if i in batch.bad}
-        if reasons != {n: str(bad) for n, bad in want.bad.items()} or not is_equal(have, want.flat):
-            lines = [good[i][0].number for i in picks]
+        is_same = reasons == {n: str(bad) for n, bad in want.batch.bad.items()} and is_equal(have, want.batch.flat)
+        if not is_same or not np.array_equal(encoded.hashes[picks], want.hashes):
+            numbers = [lines[i].number for i in picks]
             raise _DiffersError(
-                f"{lines[0]:,} to {lines[-1]:,}: the fast way gave a row other tokens than the slow way"
+                f"{numbers[0]:,} to {numbers[-1]:,}: the fast way gave a row other tokens than the slow way"
             )
         result.compared += len(picks)
 
-    def _parse(
-        self, part: Part, lines: Sequence[Line], found: _Collected, result: PartResult
-    ) -> list[tuple[Line, Row]]:
-        good: list[tuple[Line, Row]] = []
-        for line in lines:
+    def _unscreened(self, part: Part, lines: list[Line], found: _Collected, result: PartResult) -> list[Line]:
+        """The lines that other rows and files leave in."""
+        for line in lines if found.screened else ():
             if line.number in found.screened:
                 self._leave_out(part, line, found.screened[line.number], found, result)
-                continue
-            try:
-                good.append((line, parse_row(line.raw, self._settings.kind)))
-            except BadRow as bad:
-                self._leave_out(part, line, bad, found, result)
-        return good
+        return [line for line in lines if line.number not in found.screened] if found.screened else lines
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, found: _Collected, result: PartResult) -> None:
         if self._settings.argument("on_bad") == "fail" and bad.reason not in (TOO_LONG, *SCREENED):
@@ -249,31 +243,23 @@ class PartPacker:
             record["raw_base64"] = base64.b64encode(line.raw).decode()
         found.rejected.append(record)
 
-    def _keep(
-        self,
-        good: Sequence[tuple[Line, Row]],
-        hashes: Sequence[bytes],
-        batch: Batch,
-        found: _Collected,
-        result: PartResult,
-    ) -> None:
+    def _keep(self, lines: Sequence[Line], encoded: Lines, found: _Collected, result: PartResult) -> None:
         """Takes the rows of a batch that can be used."""
-        if batch.bad:
-            kept = np.flatnonzero(batch.num_sequences).tolist()
-            good, hashes = [good[i] for i in kept], [hashes[i] for i in kept]
-        val_fraction = self._settings.argument("val_fraction")
+        batch = encoded.batch
+        kept = np.flatnonzero(batch.num_sequences)
+        of_kept = [lines[i] for i in kept.tolist()] if batch.bad else lines
         found.flats.append(batch.flat)
-        found.num_sequences.append(batch.num_sequences[batch.num_sequences > 0])
-        found.is_val += [is_for_val(hash, val_fraction) for hash in hashes]
-        found.lines += [line.number for line, _ in good]
-        found.offsets += [line.offset for line, _ in good]
-        found.shas += [hashlib.sha256(line.raw).digest()[:8] for line, _ in good]
-        result.kept += len(good)
+        found.num_sequences.append(batch.num_sequences[kept])
+        found.is_val.append(is_for_val(encoded.hashes[kept], self._settings.argument("val_fraction")))
+        found.lines += [line.number for line in of_kept]
+        found.offsets += [line.offset for line in of_kept]
+        found.shas += [sha256(line.raw).digest()[:8] for line in of_kept]
+        result.kept += len(kept)
         result.tokens_in += batch.num_tokens
         result.cut.update(batch.cut)
-        for line, row in good:
-            result.characters += num_characters(row)
-            if strings := control_strings(line.raw, row):
+        result.characters += int(encoded.characters[kept].sum())
+        for i, strings in encoded.controls.items():
+            if batch.num_sequences[i]:
                 result.control_strings.update(strings)
 
     # --- sequences -> files
@@ -357,7 +343,9 @@ def _rows_of(found: _Collected) -> _Rows:
     num_sequences = np.concatenate([np.empty(0, np.int64), *found.num_sequences])
     is_first = np.zeros(num_sequences.sum(), bool)
     is_first[np.cumsum(num_sequences) - num_sequences] = True
-    return _Rows(join(found.flats), np.repeat(np.array(found.is_val, bool), num_sequences), is_first)
+    return _Rows(
+        join(found.flats), np.repeat(np.concatenate([np.empty(0, bool), *found.is_val]), num_sequences), is_first
+    )
 
 
 def _counts(values: np.ndarray) -> dict[int, int]:
@@ -366,23 +354,12 @@ def _counts(values: np.ndarray) -> dict[int, int]:
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
-def is_for_val(hash: bytes, fraction: float) -> bool:
-    """Whether a row with this `row_hash` belongs to val: by its content alone, so that equal rows never stand on both sides."""
-    salted = hashlib.sha256(b"mm val split\0" + hash).digest()
-    return int.from_bytes(salted[:8], "big") < fraction * 2**64
+def is_for_val(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """bool [R]: whether the rows with these hashes (uint8 [R, 32]) belong to val.
 
-
-def num_characters(row: Row) -> int:
-    """Characters of a row's own text: what people wrote, without template and tools; a pair's prompt counts once."""
-    if isinstance(row, Document):
-        return len(row.text)
-    if isinstance(row, Conversation):
-        return _num_characters(row, 0)
-    return _num_characters(row.chosen, 0) + _num_characters(row.rejected, row.num_shared)
-
-
-def _num_characters(conversation: Conversation, begin: int) -> int:
-    return sum(len(m.content) + len(m.reasoning_content or "") for m in conversation.messages[begin:])
+    By their content alone, so that equal rows never stand on both sides.
+    """
+    return np.ascontiguousarray(hashes).view("<u8")[:, 0] < np.uint64(fraction * 2**64)
 
 
 def batches(lines: Iterator[Line]) -> Iterator[list[Line]]:

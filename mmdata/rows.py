@@ -80,7 +80,7 @@ _MARKS = tuple(  # opening and closing mark, and how one document ends and the n
     (opening, closing, re.compile(re.escape(closing) + r"\s*" + re.escape(opening)))
     for opening, closing in (("<s>", "</s>"), ("<|im_start|>", "<|im_end|>"))
 )
-_PLACEHOLDER = "无"  # stands for the answer in MiniMind's rlaif files
+PLACEHOLDER = "无"  # stands for the answer in MiniMind's rlaif files
 _MAX_DEPTH = 64  # of tools and tool calls; far above any schema, far below Python's recursion limit
 LOOK_AT = 100  # rows that tell a file's kind
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -269,6 +269,19 @@ def texts_of(row: Row) -> Iterator[str]:
             yield json.dumps(row.tools, ensure_ascii=False)
 
 
+def num_characters(row: Row) -> int:
+    """Characters of a row's own text: what people wrote, without template and tools; a pair's prompt counts once."""
+    if isinstance(row, Document):
+        return len(row.text)
+    if isinstance(row, Conversation):
+        return _num_characters(row, 0)
+    return _num_characters(row.chosen, 0) + _num_characters(row.rejected, row.num_shared)
+
+
+def _num_characters(conversation: Conversation, begin: int) -> int:
+    return sum(len(m.content) + len(m.reasoning_content or "") for m in conversation.messages[begin:])
+
+
 def _load(raw: bytes) -> Any:
     """JSON of one line, as `_load_strictly` reads it. orjson is asked first: what it reads, and this decides, is the same."""
     try:
@@ -345,8 +358,8 @@ def _conversation(found: dict[str, Any], extra_keys: Counter[str] | None) -> Con
     messages, tools = _messages(raw_messages, "conversation", extra_keys)
     if len(found) > 1:
         messages, tools = _with_row_fields(found, messages, tools)
-    if messages[-1].content == _PLACEHOLDER and messages[-1].role == "assistant":
-        raise BadRow("prompt only", f"the last answer is the placeholder {_PLACEHOLDER}")
+    if messages[-1].content == PLACEHOLDER and messages[-1].role == "assistant":
+        raise BadRow("prompt only", f"the last answer is the placeholder {PLACEHOLDER}")
     _check_turns(messages, "")
     return Conversation(messages, tools)
 
@@ -474,6 +487,16 @@ def _calls(found: Any, where: str) -> tuple[dict[str, Any], ...]:
     return calls
 
 
+def tools_of(text: str) -> tuple[dict[str, Any], ...]:
+    """Tools given as a string of JSON; BadRow when they are none."""
+    return _objects(text, "tools")
+
+
+def calls_of(text: str) -> tuple[dict[str, Any], ...]:
+    """Tool calls given as a string of JSON; BadRow when they are none."""
+    return _calls(text, "tool_calls")
+
+
 def _is_deep(found: Any, levels: int) -> bool:
     if type(found) is dict:
         found = found.values()
@@ -528,25 +551,31 @@ _MAY_FOLLOW = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool":
 
 
 def _canonical(row: Row) -> bytes:
-    """The row as json.dumps writes ["document", text], ["pair", chosen, rejected] or ["conversation", messages, tools],
-    a message being [role, content, reasoning, calls]; keys sorted, nothing escaped that need not be. Strings by orjson.
-    """
+    """All that a row says, each string behind its length, so that no two rows share one. `talks` writes the same in bulk."""
     if isinstance(row, Document):
-        return b'["document", %b]' % orjson.dumps(row.text)
+        return b"document " + row.text.encode()
     if isinstance(row, Pair):
-        return b'["pair", %b, %b]' % (_canonical(row.chosen), _canonical(row.rejected))
-    messages = [
-        b'["%b", %b, %b, %b]'
-        % (
-            m.role.encode(),
-            orjson.dumps(m.content),
-            b"null" if m.reasoning_content is None else orjson.dumps(m.reasoning_content),
-            _SORTED.encode(m.tool_calls).encode() if m.tool_calls else b"[]",
-        )
-        for m in row.messages
-    ]
-    tools = _SORTED.encode(row.tools).encode() if row.tools else b"[]"
-    return b'["conversation", [%b], %b]' % (b", ".join(messages), tools)
+        chosen, rejected = _canonical(row.chosen), _canonical(row.rejected)
+        return b"pair %d:%b%b" % (len(chosen), chosen, rejected)
+    said = "".join([f"{m.role} {counted(m.content)}{canonical_calls(m)}" for m in row.messages])
+    return f"conversation {said}{canonical_tools(row.tools)}".encode()
+
+
+def counted(text: str) -> str:
+    """A string behind the number of its bytes."""
+    return f"{len(text.encode())}:{text}"
+
+
+def canonical_calls(message: Message) -> str:
+    """The reasoning and tool calls of a message, as they are hashed."""
+    thought = message.reasoning_content
+    reasoning = "" if thought is None else f" reasoning {counted(thought)}"
+    return reasoning + (f" calls {counted(_SORTED.encode(message.tool_calls))}" if message.tool_calls else "")
+
+
+def canonical_tools(tools: tuple[dict[str, Any], ...]) -> str:
+    """The tools of a conversation, as they are hashed: keys sorted."""
+    return f" tools {counted(_SORTED.encode(tools))}" if tools else ""
 
 
 _SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True)

@@ -19,9 +19,9 @@ from mmdata.decoded import Decoder, PartRows
 from mmdata.encode import Encoded, PairSequence, RowEncoder
 from mmdata.engine import Tick
 from mmdata.measure import RowTally
-from mmdata.parts import Part, batches, num_characters
+from mmdata.parts import Part, batches
 from mmdata.pipeline import plan
-from mmdata.rows import BadRow, Line, Row, is_seekable, iter_lines, parse_row
+from mmdata.rows import BadRow, Line, Row, is_seekable, iter_lines, num_characters, parse_row
 from mmdata.token_tally import Flat, TokenTally, Vocabulary, flat_of
 from mmdata.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ from mmdata.rows import LOOK_AT, BadRow, Line, Row, is_seekable, iter_lines, kin
 
 NUM_PLACES = 3
 _TICK_ROWS = 1024
-_CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens as tokenizers of all eras write them
+CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens as tokenizers of all eras write them
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +91,4 @@ def control_strings(raw: bytes, row: Row) -> list[str]:
     """The special-token strings that a row's own text holds; they are packed as plain text."""
     if b"<" not in raw and b"\\u003" not in raw:
         return []
-    return [match for text in texts_of(row) for match in _CONTROL.findall(text)]
+    return [match for text in texts_of(row) if "<" in text for match in CONTROL.findall(text)]

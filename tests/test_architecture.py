@@ -45,6 +45,8 @@ PATH = {
         "tokenizer",
         "encoders",
         "traced",
+        "talks",
+        "plain",
         "template",
         "blocks",
         "sequences",

@@ -5,15 +5,17 @@ from functools import cache
 from typing import Any
 
 import eras
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.blocks import learn
+from mmdata.blocks import learn, split_letters
 from mmdata.encode import Batch, RowEncoder
 from mmdata.encoders import choose
 from mmdata.rows import BadRow, Conversation, Document, Message, Row, row_hash
 from mmdata.sequences import is_equal
+from mmdata.talks import talks_of
 from mmdata.template import Template
 
 BLOCKS = ("seed", "era2", "era3", "chatml")
@@ -27,9 +29,16 @@ def pair_of_encoders(name: str, max_len: int, train_on: str, merges: bool = Fals
     return fast, RowEncoder(tokenizer, is_reference=True, **options)
 
 
+NO_HASHES = np.empty((0, 32), np.uint8)
+
+
+def hashes_of(rows: list[Any]) -> np.ndarray:
+    return np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
+
+
 def assert_as_reference(rows: list[Any], name: str, max_len: int, train_on: str, merges: bool = False) -> Batch:
     fast, reference = pair_of_encoders(name, max_len, train_on, merges)
-    have, want = fast.encode_batch(rows, [row_hash(row) for row in rows]), reference.encode_batch(rows, [])
+    have, want = fast.encode_batch(rows, hashes_of(rows)), reference.encode_batch(rows, NO_HASHES)
     assert {i: str(bad) for i, bad in have.bad.items()} == {i: str(bad) for i, bad in want.bad.items()}
     assert have.num_sequences.tolist() == want.num_sequences.tolist()
     assert (have.num_tokens, have.cut, have.rows_cut) == (want.num_tokens, want.cut, want.rows_cut)
@@ -121,20 +130,18 @@ def test_blocks_are_learned_from_the_templates_that_write_them_and_from_no_other
 def test_rows_the_template_would_test_are_left_to_it() -> None:
     blocks = learn(Template(eras.tokenizer("era3")))
     assert blocks
-    assert blocks.render(talk("a", "b")) == (
-        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n",
-        "ua",
-    )
-    assert blocks.render(talk("a", "<think>x</think>b")) is None
-    assert blocks.render(Conversation((Message("user", "a"), Message("assistant", "", None, ({"name": "f"},))))) is None
+    call = Conversation((Message("user", "a"), Message("assistant", "", None, ({"name": "f"},))))
+    found = blocks.render(talks_of([talk("a", "<think>x</think>b"), talk("a", "b"), call]), np.full(3, True))
+    assert found.texts == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n"]
+    assert (split_letters(found), found.is_odd.tolist()) == (["ua"], [True, False, True])
 
 
 def test_a_row_in_bulk_does_not_hang_on_its_neighbours() -> None:
     rows = [talk("a", "b" * n, "c", "d") for n in range(1, 60)]
     fast, _ = pair_of_encoders("era3", 40, "assistant")
-    hashes = [row_hash(row) for row in rows]
+    hashes = hashes_of(rows)
     together = fast.encode_batch(rows, hashes)
-    alone = [fast.encode_batch([row], [hash]) for row, hash in zip(rows, hashes, strict=True)]
+    alone = [fast.encode_batch([row], hashes[i : i + 1]) for i, row in enumerate(rows)]
     assert together.num_sequences.tolist() == [int(one.num_sequences[0]) for one in alone]
     assert together.flat.ids.tolist() == [id for one in alone for id in one.flat.ids.tolist()]
     assert {bad.reason for one in alone for bad in one.bad.values()} <= {"too long"}

@@ -388,15 +388,19 @@ def test_what_json_readers_disagree_on_keeps_its_verdict(raw: bytes) -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(), st.none() | st.text(), st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=2))
-def test_the_hash_is_that_of_the_rows_canonical_json(said: str, thought: str | None, objects: list[dict]) -> None:
+def test_the_hash_is_that_of_all_the_row_says_behind_lengths(
+    said: str, thought: str | None, objects: list[dict]
+) -> None:
+    def counted(text: str) -> str:
+        return f"{len(text.encode())}:{text}"
+
     row = Conversation((Message("user", said), Message("assistant", said, thought, tuple(objects))), tuple(objects))
-    messages = [["user", said, None, []], ["assistant", said, thought, objects]]
-    want = json.dumps(["conversation", messages, objects], ensure_ascii=False, sort_keys=True)
+    written = counted(json.dumps(objects, ensure_ascii=False, sort_keys=True))
+    reasoning = "" if thought is None else f" reasoning {counted(thought)}"
+    calls, tools = (f" {name} {written}" if objects else "" for name in ("calls", "tools"))
+    want = f"conversation user {counted(said)}assistant {counted(said)}{reasoning}{calls}{tools}"
     assert row_hash(row) == hashlib.sha256(want.encode()).digest()
-    text = json.dumps(["document", said], ensure_ascii=False)
-    assert row_hash(Document(said)) == hashlib.sha256(text.encode()).digest()
-    other = Conversation(row.messages[:1])
-    pair = json.dumps(
-        ["pair", json.loads(want), ["conversation", messages[:1], []]], ensure_ascii=False, sort_keys=True
-    )
-    assert row_hash(Pair(row, other)) == hashlib.sha256(pair.encode()).digest()
+    assert row_hash(Document(said)) == hashlib.sha256(f"document {said}".encode()).digest()
+    other = f"conversation user {counted(said)}"
+    pair = f"pair {counted(want)}{other}"
+    assert row_hash(Pair(row, Conversation(row.messages[:1]))) == hashlib.sha256(pair.encode()).digest()
