@@ -167,7 +167,8 @@ def _plan_job(
     encoder: str,
 ) -> _Job:
     tokenizer = Tokenizer.load(tokenizer_dir)
-    choose(tokenizer, encoder)  # refuses here, not in every worker
+    if encoder != "auto":
+        choose(tokenizer, encoder)  # refuses here, not in every worker
     kind = common_kind(inputs, kind)
     stamps = _stamps(inputs)
     entries, parts = plan(inputs, arguments["part_bytes"])
