@@ -3,7 +3,8 @@
 Samples are grouped into cells of equal width, so that every batch costs the same whatever the buckets: a cell is one
 sample of the largest bucket, or as many of a smaller one as fit in its place. Order is a keyed permutation computed on
 demand (nothing stored, any step at once). Assembling a batch is one copy out of the mapped shards: no worker processes;
-`ahead` does it in one thread while the last batch is in use.
+`ahead` does it in one thread while the last batch is in use. Order, lengths and spans are made for a block of thousands
+of cells at once: the first batch of a block takes milliseconds, the others a hundredth of that.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from mmdata.shards import Dataset, Split, loss_mask
 
 DEFAULT_MICRO_TOKENS = 32_768
 # Cells put in order at once, so that what that costs a step is small: of a rank, of a rank and record batch, of all ranks.
-BLOCK_CELLS = 4096
+BLOCK_CELLS = 8192
 BLOCK_CELLS_A_RECORD_BATCH = 32
 MAX_BLOCK_CELLS = 2**18  # some 10 MB
 Made = TypeVar("Made")
@@ -249,13 +250,13 @@ class Loader:
 
     def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
         """Permutes the indices in place, each group's in an order of its own; cells of one sample are shuffled already."""
-        for g in np.unique(group).tolist():
-            if self._groups[g].samples_per_cell == 1:
+        for g, shuffled in enumerate(self._groups):
+            if shuffled.samples_per_cell == 1:
                 continue
             for number in np.unique(passes[group == g]).tolist():
                 at = np.flatnonzero((group == g) & (passes == number) & is_there)
                 key = f"{self._key}:{number}:bucket {g}"
-                index[at] = permute(index[at], self._groups[g].num_samples, key)
+                index[at] = permute(index[at], shuffled.num_samples, key)
 
 
 def assemble(
