@@ -8,7 +8,7 @@ import hashlib
 import mmap
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ class Ragged(NamedTuple):
 
     def row(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        return self.values[self.offsets[begin] : self.offsets[end]]
 
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
@@ -137,6 +140,23 @@ def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
     np.cumsum(lengths, out=offsets[1:])
     assert offsets[-1] == len(values), "lengths do not sum to the values"
     return Ragged(values, offsets)
+
+
+def bounds(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Where some rows of each list column begin and end, one column's after the other's: int64, int64."""
+    begins = [column.offsets[own] for column, own in zip(columns, rows, strict=True)]
+    ends = [column.offsets[own + 1] for column, own in zip(columns, rows, strict=True)]
+    return np.concatenate(begins, dtype=np.int64), np.concatenate(ends, dtype=np.int64)
+
+
+def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
+    """Some rows of each list column, at least one, in the order given; one column's after the other's: copied."""
+    begins, ends = bounds(columns, rows)
+    taken = np.cumsum(ends - begins)
+    at = np.repeat(ends - taken, ends - begins) + np.arange(taken[-1])
+    cuts = taken[np.cumsum([len(own) for own in rows[:-1]], dtype=np.int64) - 1]
+    values = [column.values[own] for column, own in zip(columns, np.split(at, cuts), strict=True)]
+    return ragged(np.concatenate(values), ends - begins)
 
 
 def read_arrow(path: Path) -> ArrowFile:

@@ -3,7 +3,8 @@
 Samples are grouped into cells of equal width, so that every batch costs the same whatever the buckets: a cell is one
 sample of the largest bucket, or as many of a smaller one as fit in its place. Order is a keyed permutation computed on
 demand (nothing stored, any step at once). Assembling a batch is one copy out of the mapped shards: no worker processes;
-`ahead` does it in one thread while the last batch is in use.
+`ahead` does it in one thread while the last batch is in use. Order, lengths and spans are made for a block of thousands
+of cells at once: the first batch of a block takes milliseconds, the others a hundredth of that.
 """
 
 import hashlib
@@ -15,12 +16,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mmdata.arrow import Ragged, bounds, take
 from mmdata.errors import DatasetError
 from mmdata.order import Mixture, draws_per_epoch, permute
 from mmdata.shards import Dataset, Split, loss_mask
 
 DEFAULT_MICRO_TOKENS = 32_768
-BLOCK_CELLS = 4096  # put in order at once: some ten steps, so that the permutation's cost a step is small
+# Cells put in order at once, so that what that costs a step is small: of a rank, of a rank and record batch, of all ranks.
+BLOCK_CELLS = 8192
+BLOCK_CELLS_A_RECORD_BATCH = 32
+MAX_BLOCK_CELLS = 2**18  # some 10 MB
 Made = TypeVar("Made")
 
 
@@ -73,17 +78,22 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """The samples of some cells, cell after cell: group and index in it, int64 [N]; `ends` [cells + 1], beginning with 0."""
+    """The samples of some cells, cell after cell: ids where they are, lengths and spans copied and in order."""
 
-    group: np.ndarray
-    index: np.ndarray
-    ends: np.ndarray
+    numbers: np.ndarray  # int64 [N]
+    ids: list[np.ndarray]  # of all record batches
+    places: np.ndarray  # int64 [N, 3]: of each sample's ids the record batch, and begin and end in it
+    doc_len: Ragged
+    span: Ragged  # in positions of all these samples end to end
+    begins: np.ndarray  # int64 [N], of the samples in these positions
+    cell_ends: np.ndarray  # int64 [cells + 1], of each cell's samples, beginning with 0
 
-    def of(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Group and index of the samples of these cells (numbers within this block)."""
-        counts = self.ends[cells + 1] - self.ends[cells]
-        at = np.repeat(self.ends[cells] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        return self.group[at], self.index[at]
+    def assemble(self, cells: range, allocate: Callable[[int, Any], np.ndarray]) -> MicroBatch:
+        """Some of the cells as a micro-batch."""
+        begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
+        pieces = [self.ids[batch][a:b] for batch, a, b in self.places[begin:end].tolist()]
+        spans = self.span.rows(begin, end) - self.begins[begin]
+        return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
 
 
 class Loader:
@@ -133,6 +143,8 @@ class Loader:
         self.num_samples = sum(group.num_samples for group in self._groups)
         self._num_cells = sum(group.num_cells for group in self._groups)
         self._tables = _Tables(self._groups)
+        block_cells = world_size * max(BLOCK_CELLS, BLOCK_CELLS_A_RECORD_BATCH * len(self._tables))
+        self._steps_per_block = max(1, min(block_cells, MAX_BLOCK_CELLS) // self._cells_per_step)
         self._mixture = self._make_mixture(datasets, splits, weights)
         self.steps_per_epoch = -(-self._mixture.size // self._cells_per_step)
         passes = [draws / max(1, cells) for cells, draws in zip(self._mixture.cells, self._mixture.draws, strict=True)]
@@ -177,41 +189,49 @@ class Loader:
                 "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
             )
         epoch, k = divmod(step, self.steps_per_epoch)
-        steps = max(1, BLOCK_CELLS // self._cells_per_step)
-        block = self._ordered(epoch, k // steps, steps * self._cells_per_step)
-        begin = k % steps * self._cells_per_step
-        end = min(begin + self._cells_per_step, len(block.ends) - 1)
-        cells = np.arange(begin + self._rank, end, self._world_size)
-        return [self._assemble(*block.of(part)) for part in self._micro(cells)]
+        num_cells = min(self._cells_per_step, self._mixture.size - k * self._cells_per_step)
+        if not (num_own := self._num_own(num_cells)):
+            return []
+        begin = k % self._steps_per_block * self._num_own(self._cells_per_step)
+        block = self._ordered(epoch, k // self._steps_per_block)
+        return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """This rank's share of the whole split once, in the order of the shards; a micro-batch is of one dataset."""
         own = np.arange(self._num_cells)[self._rank :: self._world_size]
         ends = np.cumsum(self._mixture.cells)[:-1]
+        size = max(1, BLOCK_CELLS // self._cells_per_micro) * self._cells_per_micro
         for part in np.split(own, np.searchsorted(own, ends)):
-            for cells in self._micro(part):
+            for begin in range(0, len(part), size):
+                cells = part[begin : begin + size]
                 samples = self._samples(cells, None)
-                yield self._assemble(samples.group, samples.index)
+                yield from (samples.assemble(micro, self._allocate) for micro in self._micro(range(len(cells))))
 
     def dataset_of(self, micro: MicroBatch) -> int:
         """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
         return int(np.searchsorted(self._dataset_ends, micro.samples[0], side="right"))
 
-    def _micro(self, cells: np.ndarray) -> list[np.ndarray]:
+    def _num_own(self, num_cells: int) -> int:
+        """How many of a step's cells are this rank's: ranks take them in turn."""
+        return len(range(self._rank, num_cells, self._world_size))
+
+    def _micro(self, cells: range) -> list[range]:
         return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]
 
-    def _ordered(self, epoch: int, number: int, size: int) -> _Samples:
-        """The samples of `size` cells of an epoch, in the order of training: step after step, widest buckets first."""
+    def _ordered(self, epoch: int, number: int) -> _Samples:
+        """This rank's samples of a block of an epoch, in the order of training: step after step, widest buckets first."""
         if self._block and self._block[0] == (epoch, number):
             return self._block[1]
+        size = self._steps_per_block * self._cells_per_step
         places = np.arange(number * size, min((number + 1) * size, self._mixture.size))
         cells, passes = self._mixture.draw(places, epoch, self._key)
+        order = np.arange(len(places))
         if self._key:
             widths = np.array([group.bucket for group in self._groups])
             of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
             order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties stay in drawn order
-            cells, passes = cells[order], passes[order]
-        samples = self._samples(cells, passes)
+        own = order[np.arange(len(order)) % self._cells_per_step % self._world_size == self._rank]
+        samples = self._samples(cells[own], passes[own])
         self._block = ((epoch, number), samples)
         return samples
 
@@ -226,67 +246,67 @@ class Loader:
         if passes is not None and self._key:
             self._shuffle(group, index, np.repeat(passes, per_cell), is_there)
         ends = np.concatenate([[0], np.cumsum(is_there)])[np.concatenate([[0], np.cumsum(per_cell)])]
-        return _Samples(group[is_there], index[is_there], ends)
+        return self._tables.samples(self._first_samples[group[is_there]] + index[is_there], ends)
 
     def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
         """Permutes the indices in place, each group's in an order of its own; cells of one sample are shuffled already."""
-        for g in np.unique(group).tolist():
-            if self._groups[g].samples_per_cell == 1:
+        for g, shuffled in enumerate(self._groups):
+            if shuffled.samples_per_cell == 1:
                 continue
             for number in np.unique(passes[group == g]).tolist():
                 at = np.flatnonzero((group == g) & (passes == number) & is_there)
                 key = f"{self._key}:{number}:bucket {g}"
-                index[at] = permute(index[at], self._groups[g].num_samples, key)
-
-    def _assemble(self, group: np.ndarray, index: np.ndarray) -> MicroBatch:
-        numbers = self._first_samples[group] + index
-        at = np.searchsorted(self._tables.first_samples, numbers, side="right") - 1
-        rows = numbers - self._tables.first_samples[at]
-        return assemble(*self._tables.lay_out(at.tolist(), rows.tolist()), numbers, self._allocate)
+                index[at] = permute(index[at], shuffled.num_samples, key)
 
 
 def assemble(
-    pieces: Sequence[np.ndarray],
+    pieces: Sequence[Any],
     lengths: np.ndarray,
     spans: np.ndarray,
     numbers: np.ndarray,
     allocate: Callable[[int, Any], np.ndarray],
     shared: np.ndarray | None = None,
 ) -> MicroBatch:
-    """pieces: ids, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending; numbers:
+    """pieces: ids of one dtype, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending; numbers:
     of the samples; allocate: gives the buffers ids and mask are written to; shared: see `MicroBatch`."""
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=cu_seqlens[1:])
+    lengths.cumsum(out=cu_seqlens[1:])
     total = int(cu_seqlens[-1])
     ids, mask = allocate(total, np.int32), allocate(total, np.uint8)
-    np.concatenate(pieces, out=ids, casting="unsafe")  # ids < 2**31 by the manifest
+    # Joined, then cast in one go (ids < 2**31 by the manifest): np.concatenate, which casts each piece, takes twice as long.
+    ids[:] = np.frombuffer(b"".join(pieces), pieces[0].dtype)
     mask[:] = loss_mask(spans, total)
     num_loss = int((spans[1::2] - spans[0::2]).sum())
     return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss, shared)
 
 
 class _Tables:
-    """The columns of all record batches of packs, at hand: views, and their offsets where Python reads single ones fast."""
+    """The columns of all record batches of packs: views."""
 
     def __init__(self, groups: Sequence[_Group]):
         batches = [(g.first_sample + begin, columns) for g in groups for begin, columns in g.split.batches(g.bucket)]
-        self.first_samples = np.array([first for first, _ in batches], np.int64)
-        self._columns = [
-            [(columns[name].values, memoryview(columns[name].offsets)) for name in ("ids", "doc_len", "span")]
-            for _, columns in batches
-        ]
+        self._first_samples = np.array([first for first, _ in batches], np.int64)
+        self._ids, self._doc_len, self._span = (
+            [columns[name] for _, columns in batches] for name in ("ids", "doc_len", "span")
+        )
+        self._values = [ids.values for ids in self._ids]
 
-    def lay_out(self, at: list[int], rows: list[int]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Of samples (record batch, row): ids in pieces, lengths of the sequences, spans in positions of the whole."""
-        pieces: tuple[list[np.ndarray], ...] = ([], [], [])
-        for batch, row in zip(at, rows, strict=True):
-            for (values, offsets), views in zip(self._columns[batch], pieces, strict=True):
-                views.append(values[offsets[row] : offsets[row + 1]])
-        ids, lengths, spans = pieces
-        begins = np.cumsum([0, *map(len, ids[:-1])])
-        joined = np.concatenate(spans, dtype=np.int64)
-        joined += np.repeat(begins, [len(span) for span in spans])
-        return ids, np.concatenate(lengths), joined
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
+        """The samples of these numbers. What Python would do for each of them is done once for each record batch."""
+        at = np.searchsorted(self._first_samples, numbers, side="right") - 1
+        order = np.argsort(at, kind="stable")
+        back = np.argsort(order)
+        used, firsts = np.unique(at[order], return_index=True)
+        rows = np.split((numbers - self._first_samples[at])[order], firsts[1:])
+        ids, doc_len, span = ([columns[i] for i in used.tolist()] for columns in (self._ids, self._doc_len, self._span))
+        begins, ends = (found[back] for found in bounds(ids, rows))
+        doc_len, span = (take([take(columns, rows)], [back]) for columns in (doc_len, span))
+        moved = np.cumsum(ends - begins) - (ends - begins)
+        span = Ragged(span.values + np.repeat(moved, span.lengths()), span.offsets)
+        return _Samples(numbers, self._values, np.stack([at, begins, ends], 1), doc_len, span, moved, cell_ends)
 
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:

@@ -367,7 +367,7 @@ def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
     edges[0], edges[1:-1], edges[-1] = 0, spans, length
     ones = np.zeros(len(edges) - 1, np.uint8)
     ones[1::2] = 1
-    return np.repeat(ones, np.diff(edges))
+    return ones.repeat(edges[1:] - edges[:-1])
 
 
 def _pair_record(pair: PairView) -> dict[str, Any]:

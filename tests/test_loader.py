@@ -122,6 +122,21 @@ def test_a_batch_is_a_pure_function_of_digest_seed_and_step(datasets: dict[str, 
     assert samples(Loader([datasets["document"]], batch_tokens=1500, seed=4).batch(0)) != samples(loader.batch(0))
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (2, 3), (6, 7)])
+def test_a_batch_does_not_depend_on_how_much_is_put_in_order_at_once(
+    datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int
+) -> None:
+    options = {"batch_tokens": 3000, "micro_tokens": 1300, "seed": 3, "rank": rank, "world_size": world_size}
+    both = [datasets["document"], open_dataset(datasets["document"].dir)]
+    whole = Loader(both, weights=(0.7, 0.3), **options)
+    monkeypatch.setattr("mmdata.loader.MAX_BLOCK_CELLS", 9)
+    pieces = Loader(both, weights=(0.7, 0.3), **options)
+    for step in range(2 * whole.steps_per_epoch):
+        for a, b in zip(whole.batch(step), pieces.batch(step), strict=True):
+            assert np.array_equal(a.ids, b.ids) and np.array_equal(a.loss_mask, b.loss_mask)
+            assert np.array_equal(a.cu_seqlens, b.cu_seqlens) and np.array_equal(a.samples, b.samples)
+
+
 def test_epochs_differ_in_order_and_not_in_content(datasets: dict[str, Dataset]) -> None:
     loader = Loader([datasets["conversation"]], batch_tokens=2000, seed=0)
     n = loader.steps_per_epoch

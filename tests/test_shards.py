@@ -14,7 +14,7 @@ import tokenizers
 from pack_data import CONTROL, fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
 
 from mmdata import shards
-from mmdata.arrow import Ragged, ragged, read_arrow, write_arrow
+from mmdata.arrow import Ragged, ragged, read_arrow, take, write_arrow
 from mmdata.encode import PairSequence, RowEncoder
 from mmdata.errors import DatasetError
 from mmdata.pipeline import PackResult, pack
@@ -339,3 +339,14 @@ def test_a_sequence_that_stands_twice_is_found_even_with_right_hashes(dataset_di
 
     rewrite_shard(dataset_dir, double)
     assert any("twice" in problem.what for problem in verify(dataset_dir))
+
+
+def test_rows_taken_from_list_columns_are_those_rows() -> None:
+    columns = [
+        ragged(np.arange(8, dtype=np.uint16), np.array([3, 0, 4, 1])),
+        ragged(np.arange(9, 11), np.array([2, 0])),
+    ]
+    rows = [np.array([2, 1, 0, 2]), np.array([1, 0])]
+    taken = take(columns, rows)
+    expected = [column.row(i).tolist() for column, own in zip(columns, rows, strict=True) for i in own.tolist()]
+    assert [taken.row(i).tolist() for i in range(len(taken.offsets) - 1)] == expected
