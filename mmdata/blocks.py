@@ -256,20 +256,21 @@ def _learn_tools(template: Template, words: Words) -> tuple[str, str] | None:
 def _is_borne_out(template: Template, words: Words, literals: Sequence[str], probes: Sequence[Conversation]) -> bool:
     """Whether blocks with these words give text and trained stretches of the jinja rendering, for every probe."""
     blocks = Blocks(words, literals)
+    patterns: list[list[str]] = []
+    texts: list[list[str]] = []
     for keep in (True, False):
         found = blocks.render(talks_of(probes), np.full(len(probes), keep))
         if found.is_odd.any():
             return False
-        patterns = split_letters(found)
-        for (probe, text, pattern), train_on in itertools.product(
-            zip(probes, found.texts, patterns, strict=True), TRAIN_ON
-        ):
-            try:
-                expected = template.cut(probe, train_on=train_on, keep_empty_think=keep)
-            except BadRow:
-                return False
-            if blocks.segments(text, pattern, train_on) != expected:
-                return False
+        patterns.append(split_letters(found))
+        texts.append(found.texts)
+    for (i, probe), keep, train_on in itertools.product(enumerate(probes), (True, False), TRAIN_ON):
+        try:
+            expected = template.cut(probe, train_on=train_on, keep_empty_think=keep)
+        except BadRow:
+            return False
+        if blocks.segments(texts[not keep][i], patterns[not keep][i], train_on) != expected:
+            return False
     return True
 
 

@@ -56,6 +56,7 @@ class Template:
         self.text = tokenizer.chat_template or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
+        self._last: tuple[Conversation, str] | None = None  # rendered by `cut`: a probe is cut in several ways
         if tokenizer.chat_template is None and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys():
             raise TokenizerError(
                 f"{self.name} has no chat template, and no <|im_start|> and <|im_end|> for the built-in one",
@@ -167,7 +168,9 @@ class Template:
     ) -> list[Segment]:
         """As `segments`, always by jinja2."""
         messages = conversation.messages
-        text = self._render(messages, conversation.tools)
+        if self._last is None or self._last[0] is not conversation:
+            self._last = conversation, self._render(messages, conversation.tools)
+        text = self._last[1]
         runs = sorted(run for run in getattr(text, "runs", ()) if run.source != GENERATION)
         self._check_complete(messages, runs)
         self._check_content_stays_plain(conversation, text)
@@ -306,9 +309,10 @@ class Template:
                     head = gap.rfind(self._turn.header) + len(self._turn.header) if pair[1] == "assistant" else len(gap)
                     gaps[pair] = (gap, len(self._turn.end) if pair[0] == "assistant" else 0, head)
             plan = _Plan(self._control, gaps, literals)
-            for messages, train_on, is_reply, keep in itertools.product(probes, TRAIN_ON, (False, True), (True, False)):
-                options = train_on, len(messages) - 1 if is_reply else 0, keep
-                if plan.segments(messages, *options) != self.cut(Conversation(tuple(messages)), *options):
+            talks = [Conversation(tuple(messages)) for messages in probes]
+            for talk, train_on, is_reply, keep in itertools.product(talks, TRAIN_ON, (False, True), (True, False)):
+                options = train_on, len(talk.messages) - 1 if is_reply else 0, keep
+                if plan.segments(talk.messages, *options) != self.cut(talk, *options):
                     return None
         except BadRow:
             return None
