@@ -32,6 +32,7 @@ from mmdata.template import ERAS, TRAIN_ON, Segment, Template, stretches
 from mmdata.tokenizer import Tokenizer
 from mmdata.validate import control_strings
 
+MOST_BYTES = 2**30  # of jsonl in bulk: the offsets in a column of strings have 31 bits, and renderings are longer
 # Share of rows that keep them, as in MiniMind: a model that never saw one cannot answer after the prompt's.
 _EMPTY_THINK_KEPT = 0.2
 
@@ -169,7 +170,8 @@ class RowEncoder:
         A reference takes every row by itself.
         """
         found = Lines(len(raws))
-        odd = self._plain(raws, found) if kind == "conversation" and self._bulk else range(len(raws))
+        is_small = sum(map(len, raws)) <= MOST_BYTES
+        odd = self._plain(raws, found) if kind == "conversation" and self._bulk and is_small else range(len(raws))
         rows: list[Row] = []
         at: list[int] = []
         for i in odd:
@@ -180,7 +182,7 @@ class RowEncoder:
                 found.bad[i] = bad
         if rows:
             found.add_rows(at, [raws[i] for i in at], rows)
-            found.add(np.array(at), self.encode_batch(rows, found.hashes[at]))
+            found.add(np.array(at), self.encode_batch(rows, found.hashes[at]) if is_small else self._one_by_one(rows))
         return found
 
     def _plain(self, raws: Rows[bytes], found: Lines) -> Rows[int]:

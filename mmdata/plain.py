@@ -123,7 +123,7 @@ def _with_extras(role: int, content: str, reasoning: str | None, calls: str | No
     return None if found is None else Message("assistant", content, reasoning, found)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _tools(text: str) -> Tools | None:
     found = _objects(tools_of, text)
     return None if found is None else Tools(found)

@@ -180,3 +180,14 @@ def test_encoded_lines_are_those_of_the_reference(raws: list[bytes], name: str, 
     assert (have.num_tokens, have.cut, have.rows_cut) == (want.num_tokens, want.cut, want.rows_cut)
     assert np.array_equal(fast.hashes, slow.hashes) and np.array_equal(fast.characters, slow.characters)
     assert fast.controls == slow.controls
+
+
+def test_lines_too_large_for_a_column_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    raws = [PLAIN["a turn"], b"broken", PLAIN["calls and their answers"]]
+    tokenizer = eras.tokenizer("era3")
+    encoder = RowEncoder(tokenizer, max_len=999)
+    whole = encoder.encode_lines(raws, "conversation").batch
+    monkeypatch.setattr("mmdata.encode.MOST_BYTES", 10)
+    monkeypatch.setattr("mmdata.encode.talks_of", None)
+    alone = encoder.encode_lines(raws, "conversation").batch
+    assert is_equal(whole.flat, alone.flat) and list(whole.bad) == list(alone.bad) == [1]
