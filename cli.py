@@ -304,6 +304,8 @@ def pack(
     place = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
     named = [remote.file_at(file) for file in files or ()]
     if plan:
+        if dedup or exclude:
+            say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
         options = {"val_fraction": val_fraction, "era": era, "train_on": train_on, "seed": seed, "encoder": encoder}
         plan_packs(
             data_files(named), bool(out), tokenizer_dir(tokenizer), workers or os.cpu_count() or 1, options, as_json

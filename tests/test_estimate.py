@@ -61,5 +61,8 @@ def test_the_command_says_it_and_writes_nothing(
     assert [outlook["max_len"] for outlook in found["outlooks"]] == [512, 1024, 2048]
     assert all(outlook["steps_per_epoch"] >= 1 for outlook in found["outlooks"])
     cli.app(["pack", str(path), "--plan", "--tokenizer", str(tokenizer_dir)], standalone_mode=False)
-    assert "steps an epoch" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "steps an epoch" in said.out and "--dedup" not in said.err
+    cli.app(["pack", str(path), "--plan", "--dedup", "exact", "--tokenizer", str(tokenizer_dir)], standalone_mode=False)
+    assert "note: rows that --dedup" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
