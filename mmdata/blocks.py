@@ -79,7 +79,6 @@ class Blocks:
     def render(self, talks: Talks, keeps: np.ndarray) -> Renderings:
         """keeps: bool [R], whether a row keeps the empty think blocks that the template writes."""
         pc = compute()
-
         is_odd, said = self._odd(talks), talks.contents
         is_answer = talks.roles == ASSISTANT
         changed = dict.fromkeys(talks.extras, "")
@@ -104,7 +103,6 @@ class Blocks:
     def _odd(self, talks: Talks) -> np.ndarray:
         """bool [M]: makes its row one that only the template can tell about, as far as columns say."""
         pc = compute()
-
         words, roles, said = self.words, talks.roles, talks.contents
         is_odd = (roles == SYSTEM) & ~talks.is_first if not words.has_late_system else np.zeros(len(roles), bool)
         if not words.has_calls:
@@ -121,19 +119,16 @@ class Blocks:
     def _edges(self, talks: Talks, keeps: np.ndarray, changed: Iterable[int]) -> tuple[Strings, Strings]:
         """What stands before and after each message's text."""
         words, roles = self.words, talks.roles
-        after_tool = np.roll(roles, 1) == TOOL
-        after_tool &= ~talks.is_first
-        before_tool = np.roll((roles == TOOL) & ~talks.is_first, -1)
-        heads, tails = (
-            Strings((*self._heads, f"{self._assistant}{EMPTY_THINK}"), len(roles)),
-            Strings(self._tails, len(roles)),
-        )
-        heads.codes[:] = roles + ((roles == TOOL) & after_tool)
+        is_tool = roles == TOOL
+        is_next_tool = self._is_next_tool(talks)
+        heads = Strings((*self._heads, f"{self._assistant}{EMPTY_THINK}"), len(roles))
+        tails = Strings(self._tails, len(roles))
+        heads.codes[:] = roles + is_next_tool
         thinks = (roles == ASSISTANT) & keeps[talks.row_of]
         thinks[list(changed)] = False  # these have their thoughts in their text
         heads.codes[thinks] = len(self._heads)
-        tails.codes[roles == TOOL] = 1
-        tails.codes[(roles == TOOL) & before_tool] = 2
+        tails.codes[is_tool] = 1
+        tails.codes[np.roll(is_next_tool, -1)] = 2
         has_system = roles[talks.begins] == SYSTEM
         if words.default_system:
             is_default = ~has_system
@@ -149,11 +144,17 @@ class Blocks:
                 heads.set(at, f"{self._system}{block}{heads.table[heads.codes[at]]}")
         return heads, tails
 
+    @staticmethod
+    def _is_next_tool(talks: Talks) -> np.ndarray:
+        """bool [M]: a tool's answer after another one, in the same block."""
+        is_tool = talks.roles == TOOL
+        return is_tool & np.roll(is_tool, 1) & ~talks.is_first
+
     def _letters(self, talks: Talks) -> tuple[np.ndarray, np.ndarray]:
         """Letters of all blocks, and how many each row has."""
         roles = talks.roles
         letters = np.frombuffer(b"suat", np.uint8)[roles]
-        opens = ~((roles == TOOL) & (np.roll(roles, 1) == TOOL) & ~talks.is_first)
+        opens = ~self._is_next_tool(talks)
         num_blocks = np.bincount(talks.row_of[opens], minlength=len(talks))
         more = roles[talks.begins] != SYSTEM
         if not self.words.default_system:

@@ -88,10 +88,10 @@ def read_talks(raws: Sequence[bytes]) -> PlainTalks:
         elif found.specs:
             talks.tools[int(talks.row_of[i])] = found
     is_kept = np.bincount(talks.row_of[~is_good], minlength=len(counts)) == 0
-    return PlainTalks(at[is_kept], keep(talks, is_kept))
+    return PlainTalks(at[is_kept], _kept(talks, is_kept))
 
 
-def keep(talks: Talks, is_kept: np.ndarray) -> Talks:
+def _kept(talks: Talks, is_kept: np.ndarray) -> Talks:
     """The rows marked in `is_kept`, bool [R]."""
     if is_kept.all():
         return talks

@@ -76,7 +76,6 @@ class Talks:
     def num_characters(self) -> np.ndarray:
         """int64 [R]: of contents and reasoning."""
         pc = compute()
-
         sizes = as_numpy(pc.utf8_length(self.contents)).astype(np.int64)
         for at, message in self.extras.items():
             sizes[at] += len(message.reasoning_content or "")
