@@ -2,7 +2,7 @@
 
 Plain is a line with the keys of MiniMind's files and no others, strings where strings belong, turns in the usual order, and
 no control strings. Arrow's reader is strict; lines it or the checks here decline are left to `parse_row`, which alone says
-what is wrong with a row. About a quarter of the time of reading them one by one.
+what is wrong with a row.
 """
 
 from collections.abc import Callable, Sequence
