@@ -86,7 +86,6 @@ class Talks:
         import pyarrow as pa
 
         pc = compute()
-
         names = strings([f"{begin}{role} " for begin in ("", "conversation ") for role in ROLES])
         heads = names.take(as_arrow((self.roles + len(ROLES) * self.is_first).astype(np.int8)))
         sizes = pc.cast(pc.binary_length(self.contents), pa.string())
@@ -111,6 +110,7 @@ class Strings:
         self.set(at, self.table[self.codes[at]] + text)
 
     def set(self, at: int, text: str) -> None:
+        """Puts `text` in place of what stands there."""
         self.codes[at] = self._code(text)
 
     def _code(self, text: str) -> int:
@@ -125,13 +125,12 @@ class Strings:
             self.codes[at[self.codes[at] == code]] = self._code(text + self.table[code])
 
     def array(self) -> Any:
-
+        """Arrow strings [N]."""
         return strings(self.table).take(as_arrow(self.codes))
 
 
 def talks_of(rows: Sequence[Conversation]) -> Talks:
     """The columns of these rows."""
-
     messages = [message for row in rows for message in row.messages]
     return Talks(
         np.fromiter((len(row.messages) for row in rows), np.int64, len(rows)),
@@ -151,7 +150,6 @@ def join(counts: np.ndarray, *columns: Any) -> Any:
     import pyarrow as pa
 
     pc = compute()
-
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     (nothing,) = strings([""])
     pieces = pc.binary_join_element_wise(*columns, nothing)

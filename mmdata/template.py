@@ -168,9 +168,10 @@ class Template:
     ) -> list[Segment]:
         """As `segments`, always by jinja2."""
         messages = conversation.messages
-        if self._last is None or self._last[0] is not conversation:
-            self._last = conversation, self._render(messages, conversation.tools)
-        text = self._last[1]
+        last = self._last
+        if last is None or last[0] is not conversation:
+            last = self._last = conversation, self._render(messages, conversation.tools)
+        text = last[1]
         runs = sorted(run for run in getattr(text, "runs", ()) if run.source != GENERATION)
         self._check_complete(messages, runs)
         self._check_content_stays_plain(conversation, text)
