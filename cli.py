@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.terminal import (
+from mmdata.commands.terminal import (
     DATA_DIR,
     RUNS_DIR,
     SHARDS_DIR,
@@ -43,11 +43,11 @@ from mmdata.terminal import (
 
 if TYPE_CHECKING:
     from mmdata.demo import Question
-    from mmdata.tokenizer import Tokenizer
-    from mmtrain.loop import TrainResult
-    from mmtrain.model import Model
-    from mmtrain.preflight import Needs
-    from mmtrain.talk import Speaker
+    from mmdata.tokenizer.tokenizer import Tokenizer
+    from mmtrain.commands.talk import Speaker
+    from mmtrain.model.model import Model
+    from mmtrain.train.loop import TrainResult
+    from mmtrain.train.preflight import Needs
 
 app = typer.Typer(
     name="mm",
@@ -130,8 +130,8 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Bring data and tokenizers, whole and verified, resuming whatever an earlier run began."""
-    from mmdata import fetch as work
-    from mmdata import plan as planning
+    from mmdata.hub import fetch as work
+    from mmdata.hub import plan as planning
 
     if listing or clean:
         print_overview(work.overview(out), as_json) if listing else print_cleaned(*work.clean(out), as_json)
@@ -201,9 +201,9 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Find what kind of rows a file holds and every row that cannot be used, by reason."""
+    from mmdata.encode.rows import REASONS, BadRow, Line, check_budget
+    from mmdata.encode.validate import validate as validate_file
     from mmdata.errors import InputError, MMError, UsageError
-    from mmdata.rows import REASONS, BadRow, Line, check_budget
-    from mmdata.validate import validate as validate_file
 
     if on_bad not in ("quarantine", "fail"):
         raise UsageError(f"--on-bad {on_bad} is unknown", "use quarantine or fail")
@@ -298,8 +298,9 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Validate and pack jsonl into tokenized Arrow shards with length buckets."""
-    from mmdata import pipeline, remote
     from mmdata.errors import MMError
+    from mmdata.io import remote
+    from mmdata.pack import pipeline
 
     place = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
     named = [remote.file_at(file) for file in files or ()]
@@ -368,8 +369,8 @@ def pack(
 
 def warn_of_contained(datasets: list[Path]) -> None:
     """Say which inputs stand in another one: trained on together, their rows would count twice."""
-    from mmdata.overlap import find_contained
-    from mmdata.shards import open_dataset
+    from mmdata.shards.dataset import open_dataset
+    from mmdata.shards.overlap import find_contained
 
     for pair in find_contained([open_dataset(path) for path in datasets]):
         say(
@@ -380,8 +381,8 @@ def warn_of_contained(datasets: list[Path]) -> None:
 
 def send(directory: Path, url: str, *, quiet: bool) -> None:
     """Copy a packed dataset to a URL, checked."""
-    from mmdata import remote
-    from mmdata.shards import read_manifest
+    from mmdata.io import remote
+    from mmdata.shards.dataset import read_manifest
 
     with progress(f"send {directory}", quiet=quiet) as update:
         sent = remote.send(directory, read_manifest(directory), url, progress=update)
@@ -393,9 +394,9 @@ def plan_packs(
     files: list[Path], as_one: bool, tokenizer: Path, workers: int, options: dict[str, Any], as_json: bool
 ) -> None:
     """What packing would give, for each dataset that it would write."""
-    from mmdata.estimate import estimate
-    from mmdata.pipeline import common_kind
-    from mmtrain.stages import STAGES
+    from mmdata.pack.estimate import estimate
+    from mmdata.pack.pipeline import common_kind
+    from mmtrain.train.stages import STAGES
 
     found = []
     for inputs in [files] if as_one else [[path] for path in files]:
@@ -413,8 +414,9 @@ def plan_packs(
 
 def write_report(directory: Path, *, is_new: bool) -> None:
     """The dataset's page beside its manifest, from its counts and a sample; what keeps it from being made is said, no more."""
-    from mmdata import report, stats
     from mmdata.errors import MMError
+    from mmdata.stats import stats
+    from mmdata.stats.report import report
 
     path = directory / report.FILE
     if path.exists() and not is_new:
@@ -469,8 +471,8 @@ def stem(path: Path) -> str:
 
 def shares(text: str | None) -> tuple[float | None, dict[str, float]]:
     """A budget such as "5%" or "0.05,too long=1%": the overall share (None: the default), and that of each reason named."""
+    from mmdata.encode.rows import HELP
     from mmdata.errors import UsageError
-    from mmdata.rows import HELP
 
     overall, by_reason = None, {}
     for item in text.split(",") if text else ():
@@ -507,8 +509,8 @@ def verify(
 ) -> None:
     """Re-hash every shard and check manifest, counts and token ranges; with --repair rebuild what is damaged."""
     from mmdata.errors import UsageError
-    from mmdata.repair import repair as repair_dataset
-    from mmdata.verify import verify as verify_dataset
+    from mmdata.pack.repair import repair as repair_dataset
+    from mmdata.shards.verify import verify as verify_dataset
 
     if (tokenizer or workers) and not repair:
         raise UsageError("--tokenizer and --workers belong to --repair", "mm verify DIR --repair")
@@ -585,9 +587,10 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Everything there is to know about data: counts, lengths, languages, repeats, vocabulary, samples; as a page too."""
-    from mmdata import report, report_compare
-    from mmdata import stats as figures
     from mmdata.errors import UsageError
+    from mmdata.stats import stats as figures
+    from mmdata.stats.report import compare as report_compare
+    from mmdata.stats.report import report
 
     check_lang(lang)
     if compare and len(paths) != 1:
@@ -634,7 +637,7 @@ def stats(
 def check_lang(lang: str) -> None:
     """Refuse a language no report is written in."""
     from mmdata.errors import UsageError
-    from mmdata.page import LANGS
+    from mmdata.stats.report.page import LANGS
 
     if lang not in LANGS:
         raise UsageError(f"--lang {lang} is unknown", f"use {' or '.join(LANGS)}")
@@ -724,8 +727,8 @@ def tokenizer_train(
     as_json: Json = False,
 ) -> None:
     """Train a tokenizer on the text of jsonl files: the same files and seed give the same tokenizer."""
-    from mmdata.terminal_tokenizer import phases, print_trained
-    from mmdata.tokenizer_train import Options, train_to
+    from mmdata.commands.terminal_tokenizer import phases, print_trained
+    from mmdata.tokenizer.toolkit.train import Options, train_to
 
     directory = out or DATA_DIR / f"tokenizer-{vocab_size}"
     options = Options(
@@ -765,11 +768,12 @@ def tokenizer_eval(
     as_json: Json = False,
 ) -> None:
     """Tokenizers side by side on the same text: compression, what is used, exactness, speed, what it means for a model."""
-    from mmdata import report, tokenizer_report
-    from mmdata.corpus import draw
-    from mmdata.terminal_tokenizer import print_evaluated
-    from mmdata.tokenizer import Tokenizer
-    from mmdata.tokenizer_eval import Shape, evaluate
+    from mmdata.commands.terminal_tokenizer import print_evaluated
+    from mmdata.stats.report import report
+    from mmdata.stats.report import tokenizer as tables
+    from mmdata.tokenizer.tokenizer import Tokenizer
+    from mmdata.tokenizer.toolkit.evaluate import Shape, evaluate
+    from mmdata.tokenizer.toolkit.sample import draw
     from mmtrain.config import PRESETS
 
     check_lang(lang)
@@ -785,7 +789,7 @@ def tokenizer_eval(
         steps = positive(batch_tokens, "--batch-tokens")
         figures = evaluate(loaded, corpus, shapes=shapes, step_tokens=steps, progress=update)
     if html:
-        report.write(html, tokenizer_report.eval_page(figures, lang=lang))
+        report.write(html, tables.eval_page(figures, lang=lang))
         say(f"report: {html}")
     if as_json:
         print_json(figures)
@@ -815,10 +819,10 @@ def tokenizer_compare(
     as_json: Json = False,
 ) -> None:
     """How two tokenizers split the same text, and whether a model trained with A may read shards packed with B."""
-    from mmdata.corpus import draw
-    from mmdata.terminal_tokenizer import print_compared
-    from mmdata.tokenizer import Tokenizer
-    from mmdata.tokenizer_compare import compare
+    from mmdata.commands.terminal_tokenizer import print_compared
+    from mmdata.tokenizer.tokenizer import Tokenizer
+    from mmdata.tokenizer.toolkit.compare import compare
+    from mmdata.tokenizer.toolkit.sample import draw
 
     loaded = Tokenizer.load(a), Tokenizer.load(b)
     with progress("read", quiet=as_json) as update:
@@ -839,9 +843,9 @@ def tokenizer_check(
     as_json: Json = False,
 ) -> None:
     """Check all that training relies on: ids, special tokens, the template, exact decoding. Exit code 1 on an error."""
+    from mmdata.commands.terminal_tokenizer import print_findings
     from mmdata.errors import UsageError
-    from mmdata.terminal_tokenizer import print_findings
-    from mmdata.tokenizer_check import check
+    from mmdata.tokenizer.toolkit.check import check
     from mmtrain.config import PRESETS
 
     if model is not None and model not in PRESETS:
@@ -876,10 +880,10 @@ def tokenizer_show(
     as_json: Json = False,
 ) -> None:
     """A text coloured by token, with ids; or the vocabulary, its bytes as characters where they form any."""
+    from mmdata.commands.terminal_tokenizer import print_split, print_vocabulary
     from mmdata.errors import UsageError
-    from mmdata.terminal_tokenizer import print_split, print_vocabulary
-    from mmdata.tokenizer import Tokenizer
-    from mmdata.tokenizer_show import split_text, stretch
+    from mmdata.tokenizer.tokenizer import Tokenizer
+    from mmdata.tokenizer.toolkit.show import split_text, stretch
 
     loaded = Tokenizer.load(directory)
     if text is None and control:
@@ -914,7 +918,7 @@ def tokenizer_extend(
     as_json: Json = False,
 ) -> None:
     """Add a few tokens after the last id; every id keeps its meaning."""
-    from mmdata.tokenizer_extend import extend
+    from mmdata.tokenizer.toolkit.extend import extend
 
     ids = extend(directory, add, out, is_control=control, reserved=reserved)
     if as_json:
@@ -1065,8 +1069,8 @@ def train(
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))
     from mmtrain.config import TrainConfig
     from mmtrain.distributed import rank
-    from mmtrain.loop import train as train_stage
-    from mmtrain.start import needs_of
+    from mmtrain.train.loop import train as train_stage
+    from mmtrain.train.run import needs_of
 
     paths, weights = weighted(data or [])
     config = TrainConfig(
@@ -1130,8 +1134,8 @@ def train(
 
 def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
     """Datasets and their weights, DIR:WEIGHT each; None without weights."""
-    from mmdata import remote
     from mmdata.errors import UsageError
+    from mmdata.io import remote
 
     paths, weights = [], []
     for text in data:
@@ -1234,8 +1238,8 @@ def report(
 ) -> None:
     """What happened in a run and those it goes back to: curves, speed, events, settings, what the model says."""
     from mmdata.errors import UsageError
-    from mmtrain import history
-    from mmtrain.report import run_page, serve, write
+    from mmtrain.log import history
+    from mmtrain.log.report import run_page, serve, write
 
     check_lang(lang)
     if follow and (html or as_json):
@@ -1264,7 +1268,7 @@ def report(
 
 def print_run_chains(chains: list[list[dict[str, Any]]]) -> None:
     """Runs and those they go back to: figures, settings with their origin, events, and what the model said last."""
-    from mmtrain.report import glance, hours
+    from mmtrain.log.report import glance, hours
 
     for runs in chains:
         rows = [
@@ -1343,10 +1347,10 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Measure a model: held-out loss by dataset and bucket, pairs ranked, questions answered, the harness's tasks."""
+    from mmdata.encode.template import Template
     from mmdata.errors import UsageError
-    from mmdata.template import Template
-    from mmtrain import exam
-    from mmtrain.convert import open_model
+    from mmtrain.convert.foreign import open_model
+    from mmtrain.inference import exam
 
     if split not in ("train", "val", "all"):
         raise UsageError(f"--split {split} is unknown", "use train, val or all")
@@ -1388,7 +1392,7 @@ def eval_(
 def run_facts(path: Path) -> dict[str, Any]:
     """The run.json of a run or of a checkpoint in one; empty for another program's model."""
     from mmtrain.checkpoint import find, read_run
-    from mmtrain.convert import is_foreign
+    from mmtrain.convert.foreign import is_foreign
 
     return {} if is_foreign(path) else read_run(find(path).run_dir)
 
@@ -1404,8 +1408,8 @@ def measured(
 ) -> dict[str, Any]:
     """Figures of every sequence of the datasets' splits; the lines and the noisiest rows where asked for."""
     from mmdata.errors import DatasetError
-    from mmdata.shards import open_dataset
-    from mmtrain import measure
+    from mmdata.shards.dataset import open_dataset
+    from mmtrain.inference import score as measure
 
     scored: list[measure.Scored] = []
     for path in datasets:
@@ -1436,9 +1440,9 @@ def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | Non
     """Export a run to a directory of its own for as long as EleutherAI's harness needs it."""
     import tempfile
 
-    from mmtrain import harness
-    from mmtrain.convert import is_foreign
-    from mmtrain.export import export as export_model
+    from mmtrain.convert import harness
+    from mmtrain.convert.export import export as export_model
+    from mmtrain.convert.foreign import is_foreign
 
     with tempfile.TemporaryDirectory() as temporary:
         directory = run if is_foreign(run) and run.is_dir() else Path(temporary) / "hf"
@@ -1464,7 +1468,7 @@ def export(
 ) -> None:
     """Write a model for other programs: transformers, llama.cpp or MiniMind's scripts; logits are compared on the spot."""
     from mmtrain.checkpoint import find
-    from mmtrain.export import export as export_model
+    from mmtrain.convert.export import export as export_model
 
     start = time.monotonic()
     made = export_model(
@@ -1499,7 +1503,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a run of a model trained elsewhere: MiniMind of every era, Llama, Qwen3; chat, eval and --init take it."""
-    from mmtrain.convert import import_model
+    from mmtrain.convert.foreign import import_model
 
     start = time.monotonic()
     made = import_model(path, out or RUNS_DIR / path.resolve().stem, tokenizer_dir=tokenizer, num_heads=num_heads)
@@ -1560,8 +1564,8 @@ def chat(
 ) -> None:
     """Talk with a trained model; answers stream, history is kept. Lines of a pipe are one conversation."""
     from mmdata.errors import UsageError
-    from mmtrain.sampling import Sampling
-    from mmtrain.talk import Session, piped_lines, typed_lines
+    from mmtrain.commands.talk import Session, piped_lines, typed_lines
+    from mmtrain.inference.sampling import Sampling
 
     is_typed = prompt is None and sys.stdin.isatty()
     if as_json and is_typed:
@@ -1605,10 +1609,10 @@ def newest_finished_run() -> Path:
 
 def speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window: int) -> "Speaker":
     """A model to talk with."""
-    from mmdata.template import Template
-    from mmtrain.convert import open_model
-    from mmtrain.generate import Chat
-    from mmtrain.talk import Speaker
+    from mmdata.encode.template import Template
+    from mmtrain.commands.talk import Speaker
+    from mmtrain.convert.foreign import open_model
+    from mmtrain.inference.engine import Chat
 
     model, tokenizer = open_model(path, tokenizer_dir=tokenizer_dir)
     is_plain = is_plain or run_facts(path).get("stage") == "pretrain"
@@ -1634,12 +1638,12 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds one request may take.")] = 600,
 ) -> None:
     """Serve a run to OpenAI clients, with a chat page at /. Needs mm[serve]."""
+    from mmdata.encode.template import Template
     from mmdata.errors import UsageError
-    from mmdata.template import Template
-    from mmtrain.generate import Engine
-    from mmtrain.serve import LOOPBACK, Service, check_installed
-    from mmtrain.serve import serve as serve_forever
-    from mmtrain.worker import Worker
+    from mmtrain.inference.engine import Engine
+    from mmtrain.inference.serve.app import LOOPBACK, Service, check_installed
+    from mmtrain.inference.serve.app import serve as serve_forever
+    from mmtrain.inference.serve.worker import Worker
 
     check_installed()
     run, model, tokenizer = loaded(run, "mm serve RUN")
@@ -1667,7 +1671,7 @@ def serve(
 def loaded(run: Path | None, command: str) -> tuple[Path, Any, Any]:
     """The run named, else the newest finished one, with its model and tokenizer."""
     from mmdata.errors import CheckpointError
-    from mmdata.tokenizer import Tokenizer
+    from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.checkpoint import find, find_run, load_model
 
     run = run or find_run(RUNS_DIR, tuple(KIND_OF_STAGE)[::-1])
@@ -1732,10 +1736,10 @@ def clear_demo(out: Path) -> None:
 def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Write the corpus, train the tokenizer, pack, then train and score stage after stage; gives all figures."""
     from mmdata import demo as recipe
-    from mmdata.pipeline import pack as pack_files
-    from mmdata.tokenizer import CHATML, train_bpe
+    from mmdata.pack.pipeline import pack as pack_files
+    from mmdata.tokenizer.tokenizer import CHATML, train_bpe
     from mmtrain.config import TrainConfig
-    from mmtrain.loop import train as train_stage
+    from mmtrain.train.loop import train as train_stage
 
     say("writing the corpus, training its tokenizer, packing")
     corpus = recipe.write_corpus(out / "data", seed=seed, minutes=minutes)
@@ -1790,13 +1794,13 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
 def score_demo(run: Path, asked: "list[Question]", pairs: Path) -> dict[str, Any]:
     """Ask a run the held-out questions and rank the held-out pairs; greedy answers, pairs by their log-probabilities."""
     from mmdata import demo as recipe
-    from mmdata.pairs import PairLoader
-    from mmdata.shards import open_dataset
-    from mmdata.template import Message, Template
-    from mmdata.tokenizer import Tokenizer
+    from mmdata.encode.template import Message, Template
+    from mmdata.shards.dataset import open_dataset
+    from mmdata.shards.pairs import PairLoader
+    from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.checkpoint import load_model
-    from mmtrain.evaluate import evaluate
-    from mmtrain.generate import answer_batch
+    from mmtrain.inference.engine import answer_batch
+    from mmtrain.inference.evaluate import evaluate
 
     tokenizer = Tokenizer.load(run / "tokenizer")
     model = load_model(run)[0].eval()

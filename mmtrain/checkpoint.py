@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdata.errors import CheckpointError
-from mmtrain import lora
 from mmtrain.config import ModelConfig, as_json, model_config_from
-from mmtrain.model import Model
+from mmtrain.model import lora
+from mmtrain.model.model import Model
 
 FORMAT_VERSION = 1
 DTYPES = {  # safetensors' names of the types that stand in a checkpoint

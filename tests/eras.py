@@ -9,7 +9,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from mmdata.tokenizer import Tokenizer
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = sorted(path.stem for path in (HERE / "fixtures" / "templates").glob("*.jinja"))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdata.tokenizer import CHATML, Tokenizer, train_bpe
+from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 from mmtrain.config import ModelConfig
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mmdata.pipeline import PackResult, pack
-from mmdata.tokenizer import CHATML, train_bpe
+from mmdata.pack.pipeline import PackResult, pack
+from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = (

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import uvicorn
 
-from mmdata.template import Template
-from mmdata.tokenizer import Tokenizer, train_bpe
+from mmdata.encode.template import Template
+from mmdata.tokenizer.tokenizer import Tokenizer, train_bpe
 from mmtrain.config import ModelConfig
-from mmtrain.generate import Delta, Engine, Token
-from mmtrain.model import Model
-from mmtrain.sampling import Sampling
-from mmtrain.serve import Service, listen, make_app
-from mmtrain.worker import Worker
+from mmtrain.inference.engine import Delta, Engine, Token
+from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.serve.app import Service, listen, make_app
+from mmtrain.inference.serve.worker import Worker
+from mmtrain.model.model import Model
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (

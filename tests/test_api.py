@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from mmtrain import api
-from mmtrain.api import Request, RequestError
+from mmtrain.inference.serve import api
+from mmtrain.inference.serve.api import Request, RequestError
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.loader import Limits, MicroBatch
-from mmtrain.batch import FILL_TOKENS, counts_of, cut, filled, filling, logps_of, to_device, token_logps_of
+from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.config import PRESETS
-from mmtrain.model import Layout, Model, RMSNorm, attend, make_layout
-from mmtrain.optim import flat_gradient
-from mmtrain.preference import Objective, pair_figures
+from mmtrain.model.batch import FILL_TOKENS, counts_of, cut, filled, filling, logps_of, to_device, token_logps_of
+from mmtrain.model.model import Layout, Model, RMSNorm, attend, make_layout
+from mmtrain.model.preference import Objective, pair_figures
+from mmtrain.train.optim import flat_gradient
 
 CPU = torch.device("cpu")
 
@@ -164,13 +164,13 @@ def test_filled_micro_batches_of_one_budget_run_in_one_graph(model: Model, monke
     def like_cuda(ends: torch.Tensor, longest: int, device: torch.device) -> Layout:
         return Layout(None, None, [], ends, longest)
 
-    monkeypatch.setattr("mmtrain.model.make_layout", like_cuda)
+    monkeypatch.setattr("mmtrain.model.model.make_layout", like_cuda)
     monkeypatch.setattr(
-        "mmtrain.model._attend_varlen",
+        "mmtrain.model.model._attend_varlen",
         lambda q, k, v, layout: by_document(q, k, v, layout.cu_seqlens, layout.max_seqlen),
     )
     monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps))
-    monkeypatch.setattr("mmtrain.batch.FILL_TOKENS", 2)
+    monkeypatch.setattr("mmtrain.model.batch.FILL_TOKENS", 2)
     graphs: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:

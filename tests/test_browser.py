@@ -14,10 +14,12 @@ from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 from test_history import make_run
 from test_page import HOSTILE
 
-from mmdata import report as data_report
-from mmdata import report_compare, stats
-from mmdata.pipeline import pack
-from mmtrain import history, report, speak
+from mmdata.pack.pipeline import pack
+from mmdata.stats import stats
+from mmdata.stats.report import compare
+from mmdata.stats.report import report as data_report
+from mmtrain.inference import speak
+from mmtrain.log import history, report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -94,7 +96,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
         (root / f"several-{lang}.html").write_text(
             data_report.dataset_page(several, lang=lang, others=stats.contained(several))
         )
-        (root / f"compare-{lang}.html").write_text(report_compare.compare_page(*several, lang=lang))
+        (root / f"compare-{lang}.html").write_text(compare.compare_page(*several, lang=lang))
         (root / f"run-{lang}.html").write_text(report.run_page(chain, lang=lang))
         (root / f"overlay-{lang}.html").write_text(report.run_page(overlay, lang=lang))
     return root

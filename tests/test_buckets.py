@@ -1,6 +1,6 @@
 import pytest
 
-from mmdata.buckets import bucket_of, buckets_for
+from mmdata.pack.buckets import bucket_of, buckets_for
 
 
 @pytest.mark.parametrize(

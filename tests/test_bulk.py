@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.blocks import learn, split_letters
-from mmdata.encode import Batch, RowEncoder
-from mmdata.encoders import choose
-from mmdata.rows import BadRow, Conversation, Document, Message, Row, row_hash
-from mmdata.sequences import is_equal
-from mmdata.talks import talks_of
-from mmdata.template import Template
+from mmdata.encode.blocks import learn, split_letters
+from mmdata.encode.encoder import Batch, RowEncoder
+from mmdata.encode.rows import BadRow, Conversation, Document, Message, Row, row_hash
+from mmdata.encode.sequences import is_equal
+from mmdata.encode.talks import talks_of
+from mmdata.encode.template import Template
+from mmdata.tokenizer.encoders import choose
 
 BLOCKS = ("seed", "era2", "era3", "chatml")
 

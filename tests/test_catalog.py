@@ -2,7 +2,7 @@
 
 import re
 
-from mmdata import catalog
+from mmdata.hub import catalog
 
 
 def test_every_entry_is_well_formed() -> None:

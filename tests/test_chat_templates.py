@@ -7,10 +7,10 @@ import eras
 import pytest
 import text_data
 
-from mmdata.chat_templates import LAYOUTS
-from mmdata.rows import Conversation, Message
-from mmdata.template import Template
-from mmdata.traced import template_environment
+from mmdata.encode.rows import Conversation, Message
+from mmdata.encode.template import Template
+from mmdata.encode.traced import template_environment
+from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
 CALL = {"function": {"name": "f", "arguments": {"x": "é<1>"}}}
 TOOLS = [{"name": "f", "description": "does"}, {"name": "g"}]

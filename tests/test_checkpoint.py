@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from mmdata.errors import CheckpointError
 from mmtrain import checkpoint
 from mmtrain.config import PRESETS
-from mmtrain.model import Model
-from mmtrain.optim import adamw, flat_gradient, update
+from mmtrain.model.model import Model
+from mmtrain.train.optim import adamw, flat_gradient, update
 
 
 def trained(steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:

@@ -15,9 +15,9 @@ from foreign import NORMED, SHAPE, make_tokenizer, seed_logits, seed_weights, we
 from mmdata.errors import CheckpointError, MMError, TokenizerError, UsageError
 from mmtrain import checkpoint
 from mmtrain.config import ModelConfig
-from mmtrain.convert import import_model, interleaved, model_of, open_model, read
-from mmtrain.generate import Engine
-from mmtrain.sampling import Sampling
+from mmtrain.convert.foreign import import_model, interleaved, model_of, open_model, read
+from mmtrain.inference.engine import Engine
+from mmtrain.inference.sampling import Sampling
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import text_data
 
-from mmdata import corpus as module
-from mmdata.corpus import draw, fields_of, water_level
+from mmdata.encode.rows import parse_row
 from mmdata.errors import InputError, UsageError
-from mmdata.rows import parse_row
+from mmdata.tokenizer.toolkit import sample as module
+from mmdata.tokenizer.toolkit.sample import draw, fields_of, water_level
 
 
 @pytest.fixture(scope="module")

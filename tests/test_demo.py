@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mmdata import demo, rows
-from mmdata.tokenizer import CHATML, train_bpe
+from mmdata import demo
+from mmdata.encode import rows
+from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 
 @pytest.fixture(scope="module")

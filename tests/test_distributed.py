@@ -15,18 +15,19 @@ import pytest
 from train_data import Data, make
 
 from mmdata.errors import UsageError
-from mmdata.shards import open_dataset
+from mmdata.shards.dataset import open_dataset
 from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
 from mmtrain.distributed import World, choose_device, launch
-from mmtrain.loop import train
+from mmtrain.train.loop import train
 
 # One rank: train as the first argument says; on the rank of the second argument raise at step 3.
 RANK = """
 import sys, torch
 from pathlib import PosixPath
 from mmdata.errors import MMError
-from mmtrain import distributed, loop
+from mmtrain import distributed
+from mmtrain.train import loop
 from mmtrain.config import TrainConfig
 torch.set_num_threads(1)
 run_step = loop._run_step

@@ -11,14 +11,14 @@ from torch import nn
 from train_data import Data
 from train_data import make as make_data
 
-from mmdata.loader import Loader
-from mmdata.shards import open_dataset
-from mmdata.tokenizer import Tokenizer
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.loader import Loader
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.ema import Average
-from mmtrain.evaluate import evaluate
-from mmtrain.loop import train
+from mmtrain.inference.evaluate import evaluate
+from mmtrain.train.ema import Average
+from mmtrain.train.loop import train
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.encode import CUT_TURNS, Encoded, PairSequence, RowEncoder, Sequence, fragments, preview
-from mmdata.rows import BadRow, Conversation, Document, Message, Pair, Row, parse_row
-from mmdata.template import EMPTY_THINK
-from mmdata.tokenizer import Tokenizer
+from mmdata.encode.encoder import CUT_TURNS, Encoded, PairSequence, RowEncoder, Sequence, fragments, preview
+from mmdata.encode.rows import BadRow, Conversation, Document, Message, Pair, Row, parse_row
+from mmdata.encode.template import EMPTY_THINK
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = [

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import encoders
-from mmdata.encoders import check, choose, first_difference, hostile
 from mmdata.errors import TokenizerError, UsageError
-from mmdata.pipeline import pack
-from mmdata.tokenizer import Tokenizer
+from mmdata.pack.pipeline import pack
+from mmdata.tokenizer import encoders
+from mmdata.tokenizer.encoders import check, choose, first_difference, hostile
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

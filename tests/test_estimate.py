@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from pack_data import MAKERS, fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import estimate as module
 from mmdata.errors import InputError
-from mmdata.estimate import estimate
-from mmdata.pipeline import pack
+from mmdata.pack import estimate as module
+from mmdata.pack.estimate import estimate
+from mmdata.pack.pipeline import pack
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))

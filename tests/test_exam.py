@@ -6,12 +6,12 @@ import pytest
 import torch
 from foreign import NORMED, make_tokenizer
 
+from mmdata.encode.template import Template
 from mmdata.errors import InputError
-from mmdata.template import Template
-from mmdata.tokenizer import Tokenizer
-from mmtrain.exam import Item, ask, choose, normalized, prompt_of, read_choices, read_questions, summary
-from mmtrain.generate import answer_batch
-from mmtrain.model import Model
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmtrain.inference.engine import answer_batch
+from mmtrain.inference.exam import Item, ask, choose, normalized, prompt_of, read_choices, read_questions, summary
+from mmtrain.model.model import Model
 
 
 @pytest.mark.parametrize(

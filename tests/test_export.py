@@ -10,17 +10,17 @@ import torch
 from foreign import NORMED, SHAPE, make_tokenizer, weights
 from train_data import make as make_data
 
+from mmdata.encode.template import Message, Template
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
-from mmdata.template import Message, Template
-from mmdata.tokenizer import Tokenizer
-from mmtrain import export as export_module
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.config import TrainConfig
-from mmtrain.convert import import_model, open_model, read
-from mmtrain.export import export
-from mmtrain.generate import Engine
-from mmtrain.gguf_file import pre_tokenizer_name
-from mmtrain.loop import train
-from mmtrain.sampling import Sampling
+from mmtrain.convert import export as export_module
+from mmtrain.convert.export import export
+from mmtrain.convert.foreign import import_model, open_model, read
+from mmtrain.convert.gguf import pre_tokenizer_name
+from mmtrain.inference.engine import Engine
+from mmtrain.inference.sampling import Sampling
+from mmtrain.train.loop import train
 
 SHAPES = {"llama": SHAPE, "qwen3": NORMED}
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from fakehub import Bytes, FakeHub, Filler, Repo, lines
 
-from mmdata import catalog, fetch, plan, transfer
 from mmdata.errors import (
     AccessError,
     ConflictError,
@@ -30,11 +29,12 @@ from mmdata.errors import (
     NotFoundError,
     UsageError,
 )
-from mmdata.fetch import Outcome
-from mmdata.lock import LOCK_NAME, read_lock
-from mmdata.plan import Options, Plan
-from mmdata.sources import asked_wait, is_safe
-from mmdata.transfer import Patience, cut, merge, missing
+from mmdata.hub import catalog, fetch, plan, transfer
+from mmdata.hub.fetch import Outcome
+from mmdata.hub.lockfile import LOCK_NAME, read_lock
+from mmdata.hub.plan import Options, Plan
+from mmdata.hub.sources import asked_wait, is_safe
+from mmdata.hub.transfer import Patience, cut, merge, missing
 
 DATASET = catalog.DATASET_REPO["hf"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,7 @@ def test_a_rerun_does_not_even_load_huggingface_hub(hub: FakeHub, client: Client
     client.one("a.jsonl")
     code = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
-        "from pathlib import Path; from mmdata import fetch, plan\n"
+        "from pathlib import Path; from mmdata.hub import fetch, plan\n"
         f"fetch.fetch(plan.plan(('a.jsonl',), options=plan.Options(out=Path({str(client.out)!r}))))\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -335,7 +335,7 @@ def test_a_hub_that_is_down_is_named(hub: FakeHub, client: Client) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from mmdata import fetch, plan
+from mmdata.hub import fetch, plan
 out, endpoint, connections = sys.argv[1:4]
 options = plan.Options(out=Path(out), endpoint=endpoint, connections=int(connections))
 try:
@@ -843,7 +843,7 @@ def test_six_processes_download_one_file_once(hub: FakeHub, client: Client) -> N
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from mmdata import fetch, plan
+from mmdata.hub import fetch, plan
 options = plan.Options(out=Path(sys.argv[1]), endpoint=sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 fetch.fetch(plan.plan(("small.jsonl",), options=options))
@@ -883,7 +883,7 @@ class NoHash:
 def test_offsets_beyond_four_gib_are_exact(hub: FakeHub, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part is sparse and has all but three stretches, one beyond 2 GiB and one beyond 4 GiB."""
     size = (4 << 30) + (1 << 20)
-    monkeypatch.setattr("mmdata.lock.hashlib.sha256", NoHash)
+    monkeypatch.setattr("mmdata.hub.lockfile.hashlib.sha256", NoHash)
     monkeypatch.setattr(transfer.Part, "catch_up", lambda part, stop=None: setattr(part.digest, "position", size))
     gaps = [(0, 100), (2 << 30, (2 << 30) + 100), (4 << 30, size)]
     hub.put(DATASET, {"a.bin": Filler(size, sha256="a" * 64)})
@@ -1054,14 +1054,14 @@ def test_modelscope_needs_no_hub(hub: FakeHub, client: Client) -> None:
     files = {f"part_{number:03}.jsonl": SMALL for number in range(7)}
     hub.put(catalog.DATASET_REPO["modelscope"], files)
     hub.page = 3
-    import mmdata.sources
+    import mmdata.hub.sources
 
-    mmdata.sources.PAGE, before = 3, mmdata.sources.PAGE
+    mmdata.hub.sources.PAGE, before = 3, mmdata.hub.sources.PAGE
     try:
         hub.fail("modelscope", "status", status=403, skip=1)  # a page that is refused after the first worked
         outcomes = client.all("part_*.jsonl", source="modelscope")
     finally:
-        mmdata.sources.PAGE = before
+        mmdata.hub.sources.PAGE = before
     assert len(outcomes) == 7
     assert all(outcome.status == "fetched" for outcome in outcomes)
     assert hub.count("api") == hub.count("resolve") == 0
@@ -1234,7 +1234,7 @@ def test_clean_removes_leftovers_and_nothing_else(hub: FakeHub, client: Client) 
 
 
 def test_endpoints_may_come_without_https(client: Client) -> None:
-    from mmdata.sources import open_source
+    from mmdata.hub.sources import open_source
 
     assert open_source("hf", "hf-mirror.com/", Patience()).endpoint == "https://hf-mirror.com"
     for source, endpoint in (("nowhere", None), ("https://a.example", "https://b.example"), ("hf", "https://")):

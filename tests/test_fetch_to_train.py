@@ -10,7 +10,7 @@ import train_data
 from fakehub import FakeHub
 
 import cli
-from mmdata import catalog
+from mmdata.hub import catalog
 
 DATASET = catalog.DATASET_REPO["hf"]
 

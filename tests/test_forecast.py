@@ -12,9 +12,9 @@ from train_data import Data, make
 from mmdata.errors import DatasetError
 from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.forecast import Forecast, forgetting, lines
-from mmtrain.loop import train
-from mmtrain.preference import Objective
+from mmtrain.model.preference import Objective
+from mmtrain.train.forecast import Forecast, forgetting, lines
+from mmtrain.train.loop import train
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def test_a_rate_that_moves_something_is_forecast_within_its_bound(data: Data, sf
 
 def test_the_probe_leaves_no_trace(data: Data, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dpo(data, sft, tmp_path / "with")
-    monkeypatch.setattr("mmtrain.loop._forecast", lambda run: None)
+    monkeypatch.setattr("mmtrain.train.loop._forecast", lambda run: None)
     dpo(data, sft, tmp_path / "without")
     one, other = (checkpoint.find(tmp_path / name).weights_sha256 for name in ("with", "without"))
     assert one == other

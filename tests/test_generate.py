@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
-from mmdata.template import Message, Template
-from mmdata.tokenizer import CHATML, Tokenizer, train_bpe
-from mmtrain import decoder as decoder_module
-from mmtrain import generate
+from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 from mmtrain.config import ModelConfig
-from mmtrain.decoder import KV_STEP, Decoder
-from mmtrain.generate import Chat, Engine, Row, TextStream, Token, answer_batch, fit
-from mmtrain.model import Model
-from mmtrain.sampling import Sampling
+from mmtrain.inference import decoder as decoder_module
+from mmtrain.inference import engine as generate
+from mmtrain.inference.decoder import KV_STEP, Decoder
+from mmtrain.inference.engine import Chat, Engine, Row, TextStream, Token, answer_batch, fit
+from mmtrain.inference.sampling import Sampling
+from mmtrain.model.model import Model
 
 TEXTS = ["user\n", "assistant\n", "Where does Pim live?", "皮姆住在哪里？"] * 4
 QUESTIONS = ["Hi", "Where does Pim live?", "皮姆住在哪里？", "What is 17 + 5? And then?", "🦉"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmdata.errors import CheckpointError
-from mmtrain import history
+from mmtrain.log import history
 
 
 def make_run(path: Path, number: int, *, stage: str = "sft", init: str = "", **facts: Any) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import stamps
 from mmdata.errors import DatasetError
-from mmdata.loader import Loader, MicroBatch, ahead
-from mmdata.order import permute
-from mmdata.pairs import make_loader
-from mmdata.pipeline import pack
-from mmdata.shards import Dataset, open_dataset
+from mmdata.pack.pipeline import pack
+from mmdata.shards import checksums
+from mmdata.shards.dataset import Dataset, open_dataset
+from mmdata.shards.loader import Loader, MicroBatch, ahead
+from mmdata.shards.order import permute
+from mmdata.shards.pairs import make_loader
 
 KINDS = ("document", "conversation", "pair")
 
@@ -129,7 +129,7 @@ def test_a_batch_does_not_depend_on_how_much_is_put_in_order_at_once(
     options = {"batch_tokens": 3000, "micro_tokens": 1300, "seed": 3, "rank": rank, "world_size": world_size}
     both = [datasets["document"], open_dataset(datasets["document"].dir)]
     whole = Loader(both, weights=(0.7, 0.3), **options)
-    monkeypatch.setattr("mmdata.loader.MAX_BLOCK_CELLS", 9)
+    monkeypatch.setattr("mmdata.shards.loader.MAX_BLOCK_CELLS", 9)
     pieces = Loader(both, weights=(0.7, 0.3), **options)
     for step in range(2 * whole.steps_per_epoch):
         for a, b in zip(whole.batch(step), pieces.batch(step), strict=True):
@@ -380,8 +380,8 @@ def test_bytes_are_read_once_for_each_state_of_a_file(
     tmp_path: Path, datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    real = stamps.sha256_of
-    monkeypatch.setattr(stamps, "sha256_of", lambda path: (read.append(path), real(path))[1])
+    real = checksums.sha256_of
+    monkeypatch.setattr(checksums, "sha256_of", lambda path: (read.append(path), real(path))[1])
     shutil.copytree(datasets["pair"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
     dataset.check_bytes()

@@ -16,17 +16,18 @@ import torch
 from train_data import Data, make, pack_to
 
 from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
-from mmdata.pairs import make_loader
-from mmdata.shards import open_dataset
-from mmdata.tokenizer import Tokenizer
-from mmtrain import checkpoint, config, loop, reference
-from mmtrain.batch import Batch
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.pairs import make_loader
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmtrain import checkpoint, config
 from mmtrain.config import TrainConfig
-from mmtrain.evaluate import evaluate, names_of
-from mmtrain.loop import TrainResult, train
-from mmtrain.model import Model
-from mmtrain.preference import Objective
-from mmtrain.stages import STAGES, Outcome, next_token
+from mmtrain.inference.evaluate import evaluate, names_of
+from mmtrain.model.batch import Batch
+from mmtrain.model.model import Model
+from mmtrain.model.preference import Objective
+from mmtrain.train import loop, reference
+from mmtrain.train.loop import TrainResult, train
+from mmtrain.train.stages import STAGES, Outcome, next_token
 
 
 @pytest.fixture(scope="session")
@@ -223,7 +224,7 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
     whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
     train(replace(whole, quiet=True))
     code = (
-        "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainConfig\nfrom mmtrain.loop import train\n"
+        "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainConfig\nfrom mmtrain.train.loop import train\n"
         "from pathlib import PosixPath\ntorch.set_num_threads(1)\n"
         f"train({broken!r}, log=lambda t: t.startswith('step 5/') and os.kill(os.getpid(), signal.SIGKILL))\n"
     )

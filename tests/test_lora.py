@@ -13,20 +13,20 @@ from test_loop import at_step, config_of, interrupt, lines, steps
 from train_data import Data
 from train_data import make as make_data
 
-from mmdata.arrow import read_arrow
 from mmdata.errors import CheckpointError
-from mmdata.loader import Loader
-from mmdata.pairs import PairLoader
-from mmdata.shards import open_dataset
-from mmdata.tokenizer import Tokenizer
+from mmdata.io.arrow import read_arrow
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.loader import Loader
+from mmdata.shards.pairs import PairLoader
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
-from mmtrain.batch import logps_of, to_device, token_logps_of
 from mmtrain.checkpoint import BASE, OPTIMIZER, WEIGHTS
 from mmtrain.config import ModelConfig, TrainConfig
-from mmtrain.evaluate import evaluate
-from mmtrain.loop import train
-from mmtrain.lora import SCALE, adapt, adapters_of, is_adapter, load_adapters, merge, peft_config
-from mmtrain.model import Model
+from mmtrain.inference.evaluate import evaluate
+from mmtrain.model.batch import logps_of, to_device, token_logps_of
+from mmtrain.model.lora import SCALE, adapt, adapters_of, is_adapter, load_adapters, merge, peft_config
+from mmtrain.model.model import Model
+from mmtrain.train.loop import train
 
 SHAPE = ModelConfig(300, 32, 2, 4, 2, 48, rope_theta=1e4, qk_norm=True)
 

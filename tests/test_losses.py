@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from mmtrain.losses import sum_by_sequence, token_logps, trained_logps
+from mmtrain.model.logps import sum_by_sequence, token_logps, trained_logps
 
 
 def inputs(n: int = 37, c: int = 16, v: int = 53) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,13 +9,13 @@ import torch
 from train_data import Data, make, pack_to
 
 from mmdata.errors import TokenizerError
-from mmdata.loader import Loader
-from mmdata.shards import open_dataset, source_rows
-from mmdata.tokenizer import Tokenizer
+from mmdata.shards.dataset import open_dataset, source_rows
+from mmdata.shards.loader import Loader
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.config import shape_from
-from mmtrain.evaluate import evaluate
-from mmtrain.measure import Scored, figures, noisiest, score
-from mmtrain.model import Model
+from mmtrain.inference.evaluate import evaluate
+from mmtrain.inference.score import Scored, figures, noisiest, score
+from mmtrain.model.model import Model
 
 
 @pytest.fixture(scope="module")

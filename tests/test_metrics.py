@@ -10,9 +10,10 @@ from train_data import Data, pack_to
 from train_data import make as make_data
 
 from mmdata.errors import UsageError
-from mmtrain import checkpoint, metrics
+from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
+from mmtrain.log import metrics
+from mmtrain.train.loop import train
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmtrain.config import PRESETS, ModelConfig
-from mmtrain.model import Model, RMSNorm, Rotary, make_layout, rotary_table, rotate
+from mmtrain.model.model import Model, RMSNorm, Rotary, make_layout, rotary_table, rotate
 
 LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
 
@@ -82,7 +82,7 @@ def test_rotary_tables_are_made_once_grow_and_have_the_very_bits(monkeypatch: py
         made.append(len(position_ids))
         return rotary_table(position_ids, head_size, theta)
 
-    monkeypatch.setattr("mmtrain.model.rotary_table", counted)
+    monkeypatch.setattr("mmtrain.model.model.rotary_table", counted)
     rotary = Rotary(config)
     for end in (7, 3, 14, 15, 28, 1000, 1, 2000):
         position_ids = torch.cat([torch.arange(end), torch.arange(end // 2), torch.tensor([end - 1])])
@@ -131,7 +131,7 @@ def test_a_model_that_spares_memory_keeps_less_and_has_the_same_gradient(monkeyp
         return sum(kept.values()), [p.grad for p in model.parameters() if p.grad is not None]
 
     plain, gradient = run()
-    monkeypatch.setattr("mmtrain.model.spares", lambda x: True)
+    monkeypatch.setattr("mmtrain.model.model.spares", lambda x: True)
     lean, same = run()
     gone = 2 * 4 * sum(LENGTHS) * 2 * 176  # of both blocks silu(gate) and its product with up
     assert plain - lean >= gone

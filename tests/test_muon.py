@@ -11,11 +11,12 @@ from torch import nn
 from train_data import Data
 from train_data import make as make_data
 
-from mmtrain import checkpoint, muon
+from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
-from mmtrain.muon import COEFFICIENTS, EPS, ITERATIONS, MOMENTUM, Muon, orthogonalized
-from mmtrain.optim import flat_gradient, make, update
+from mmtrain.train import muon
+from mmtrain.train.loop import train
+from mmtrain.train.muon import COEFFICIENTS, EPS, ITERATIONS, MOMENTUM, Muon, orthogonalized
+from mmtrain.train.optim import flat_gradient, make, update
 
 SHAPES = [(24, 40), (40, 24), (24, 40), (32, 32), (24, 40)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtrain.optim import adamw, flat_gradient, learning_rate, update
+from mmtrain.train.optim import adamw, flat_gradient, learning_rate, update
 
 
 def make(seed: int = 0) -> nn.Sequential:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.packing import pack
+from mmdata.pack.packing import pack
 
 BUCKETS = (8, 16, 32)
 

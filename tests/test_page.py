@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata import page
-from mmdata.page import Bar, Section, Words
+from mmdata.stats.report import page
+from mmdata.stats.report.page import Bar, Section, Words
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

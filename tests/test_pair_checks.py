@@ -6,10 +6,10 @@ from typing import Any
 
 from train_data import CONTROL
 
-from mmdata.pair_checks import lines, pair_figures
-from mmdata.pipeline import pack
-from mmdata.shards import Dataset, open_dataset
-from mmdata.tokenizer import CHATML, train_bpe
+from mmdata.pack.pipeline import pack
+from mmdata.shards.dataset import Dataset, open_dataset
+from mmdata.shards.pair_checks import lines, pair_figures
+from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 
 def packed(tmp_path: Path, pairs: list[tuple[str, str, str]], **options: Any) -> Dataset:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 
-from mmdata.loader import MicroBatch
-from mmdata.pairs import PairLoader, spread
-from mmdata.shards import Dataset, open_dataset
+from mmdata.shards.dataset import Dataset, open_dataset
+from mmdata.shards.loader import MicroBatch
+from mmdata.shards.pairs import PairLoader, spread
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import engine, parts, pipeline
+from mmdata.encode.rows import iter_lines, parse_row, row_hash
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, TokenizerError, UsageError
-from mmdata.packing import Packing
-from mmdata.packing import pack as real_pack
-from mmdata.pipeline import PackResult, pack
-from mmdata.rows import iter_lines, parse_row, row_hash
-from mmdata.shards import open_dataset, source_rows
-from mmdata.verify import verify
+from mmdata.io import workers as engine
+from mmdata.pack import part as parts
+from mmdata.pack import pipeline
+from mmdata.pack.packing import Packing
+from mmdata.pack.packing import pack as real_pack
+from mmdata.pack.pipeline import PackResult, pack
+from mmdata.shards.dataset import open_dataset, source_rows
+from mmdata.shards.verify import verify
 
 KINDS = ("document", "conversation", "pair")
 BAD_LINES = ['{"text": "cut', "[1, 2]", '{"text": ""}', '{"text": 3}', '{"txt": "x"}']
@@ -335,7 +337,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
 
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "new.jsonl", "document", 3000)
-    code = "import sys; from pathlib import Path; from mmdata.pipeline import pack\n" + (
+    code = "import sys; from pathlib import Path; from mmdata.pack.pipeline import pack\n" + (
         "if __name__ == '__main__':\n"
         "    pack([Path(sys.argv[1])], Path(sys.argv[2]), tokenizer_dir=Path(sys.argv[3]), part_bytes=2000, workers=2,\n"
         "         progress=lambda done, total: print(done, flush=True))\n"

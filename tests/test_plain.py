@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.encode import RowEncoder
-from mmdata.encoders import choose
-from mmdata.plain import SPACE, read_talks
-from mmdata.rows import BadRow, Conversation, Message, num_characters, parse_row, row_hash
-from mmdata.sequences import is_equal
-from mmdata.talks import ROLES, Talks, talks_of
-from mmdata.validate import control_strings
+from mmdata.encode.encoder import RowEncoder
+from mmdata.encode.plain import SPACE, read_talks
+from mmdata.encode.rows import BadRow, Conversation, Message, num_characters, parse_row, row_hash
+from mmdata.encode.sequences import is_equal
+from mmdata.encode.talks import ROLES, Talks, talks_of
+from mmdata.encode.validate import control_strings
+from mmdata.tokenizer.encoders import choose
 
 HERE = Path(__file__).resolve().parent
 SPEC = [{"name": "add", "parameters": {"type": "object", "a": [1, 2.5]}}]
@@ -187,7 +187,7 @@ def test_lines_too_large_for_a_column_are_taken_one_by_one(monkeypatch: pytest.M
     tokenizer = eras.tokenizer("era3")
     encoder = RowEncoder(tokenizer, max_len=999)
     whole = encoder.encode_lines(raws, "conversation").batch
-    monkeypatch.setattr("mmdata.encode.MOST_BYTES", 10)
-    monkeypatch.setattr("mmdata.encode.talks_of", None)
+    monkeypatch.setattr("mmdata.encode.encoder.MOST_BYTES", 10)
+    monkeypatch.setattr("mmdata.encode.encoder.talks_of", None)
     alone = encoder.encode_lines(raws, "conversation").batch
     assert is_equal(whole.flat, alone.flat) and list(whole.bad) == list(alone.bad) == [1]

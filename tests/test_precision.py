@@ -12,14 +12,15 @@ from train_data import Data
 from train_data import make as make_data
 
 from mmdata.errors import TrainError
-from mmtrain import checkpoint, precision
-from mmtrain.batch import Batch
+from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
-from mmtrain.model import Model
-from mmtrain.precision import LossScale
-from mmtrain.preference import Objective
-from mmtrain.stages import STAGES, Outcome, next_token
+from mmtrain.model import precision
+from mmtrain.model.batch import Batch
+from mmtrain.model.model import Model
+from mmtrain.model.precision import LossScale
+from mmtrain.model.preference import Objective
+from mmtrain.train.loop import train
+from mmtrain.train.stages import STAGES, Outcome, next_token
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.fixture
 def fp16(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Every device computes in fp16, as cards without bf16 do."""
-    for name in ("precision", "start", "facts", "loop"):
+    for name in ("model.precision", "train.run", "train.facts", "train.loop"):
         monkeypatch.setattr(f"mmtrain.{name}.autocast_dtype", lambda device: torch.float16)
     return monkeypatch
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mmdata.errors import UsageError
-from mmtrain import losses
-from mmtrain.preference import LOSSES, Objective, check, loss_at_reference, pair_figures
+from mmtrain.model import logps as losses
+from mmtrain.model.preference import LOSSES, Objective, check, loss_at_reference, pair_figures
 
 COUNTS = torch.tensor([[3.0, 5.0], [40.0, 7.0], [11.0, 90.0], [1.0, 1.0], [25.0, 25.0], [9.0, 300.0]])
 

@@ -9,10 +9,11 @@ import torch
 from train_data import Data, make
 
 from mmdata.errors import DiskError, TrainError
-from mmtrain import checkpoint, preflight
+from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
-from mmtrain.start import needs_of
+from mmtrain.train import preflight
+from mmtrain.train.loop import train
+from mmtrain.train.run import needs_of
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ import torch
 from train_data import Data, make, pack_to
 
 from mmdata.errors import CheckpointError, UsageError
-from mmtrain import checkpoint, reference
+from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
+from mmtrain.train import reference
+from mmtrain.train.loop import train
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +73,8 @@ def test_another_weight_or_dataset_or_precision_computes_anew(
     pack_to(data, "dpo", tmp_path / "dpo", val_fraction=0.3)
     assert computed(dpo(data=(tmp_path / "dpo",)))
     assert not computed(dpo())
-    monkeypatch.setattr("mmtrain.loop.autocast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr("mmtrain.prelude.SPOT_TOLERANCE", {torch.bfloat16: 1.0})
+    monkeypatch.setattr("mmtrain.train.loop.autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("mmtrain.train.prelude.SPOT_TOLERANCE", {torch.bfloat16: 1.0})
     assert computed(dpo())
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from mmdata.errors import CheckpointError, UsageError
 from mmtrain.config import PRESETS, Settings, TrainConfig, as_json, resolve
-from mmtrain.presets import TABLE, defaults_of, preset_of
-from mmtrain.stages import STAGES
+from mmtrain.train.presets import TABLE, defaults_of, preset_of
+from mmtrain.train.stages import STAGES
 
 
 def decide(stage: str, saved: dict[str, Any] | None = None, **given: Any) -> tuple[Settings, dict[str, str]]:

@@ -8,13 +8,13 @@ import torch
 from train_data import Data, make
 
 from mmdata.errors import CheckpointError
-from mmdata.pairs import PairLoader
-from mmdata.shards import open_dataset
-from mmtrain import reference
-from mmtrain.batch import logps_of, to_device
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.pairs import PairLoader
 from mmtrain.config import PRESETS
 from mmtrain.distributed import World
-from mmtrain.model import Model
+from mmtrain.model.batch import logps_of, to_device
+from mmtrain.model.model import Model
+from mmtrain.train import reference
 
 KEY = {"weights": "w", "shape": "s", "data": "d", "precision": "float32", "reduction": "sum"}
 LOGPS = {

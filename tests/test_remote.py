@@ -8,11 +8,11 @@ import fsspec
 import pytest
 from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import remote
 from mmdata.errors import DatasetError, InputError, UsageError
-from mmdata.pipeline import pack
-from mmdata.shards import read_manifest
-from mmdata.verify import verify
+from mmdata.io import remote
+from mmdata.pack.pipeline import pack
+from mmdata.shards.dataset import read_manifest
+from mmdata.shards.verify import verify
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import parts, repair
 from mmdata.errors import DatasetError, InputError, TokenizerError
-from mmdata.pipeline import pack
-from mmdata.verify import verify
+from mmdata.pack import part as parts
+from mmdata.pack import repair
+from mmdata.pack.pipeline import pack
+from mmdata.shards.verify import verify
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_swapped_tokenizer_is_put_back_from_the_one_named(tmp_path: Path, data
 def test_other_bytes_from_the_same_inputs_are_refused(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(next(dataset.glob("train/*/*.arrow")))
     before = tree(dataset)
-    monkeypatch.setattr(parts.shards, "TOKENS_PER_BATCH", 512)
+    monkeypatch.setattr(parts.dataset, "TOKENS_PER_BATCH", 512)
     with pytest.raises(DatasetError, match="other bytes"):
         repair.repair(dataset)
     assert tree(dataset) == before

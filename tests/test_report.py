@@ -14,12 +14,13 @@ from pack_data import fixture_packed, fixture_tokenizer_dir, words, write_rows  
 from test_cli import Run, fine, home, made, mm, refused
 from test_page import HOSTILE, parsed
 
-from mmdata import report, report_compare, stats
-from mmdata.chat_templates import LAYOUTS
-from mmdata.figures import BATCH_TOKENS, cut_lines
-from mmdata.pipeline import PackResult, pack
-from mmdata.tokenizer import train_bpe
-from mmdata.verify import verify
+from mmdata.pack.pipeline import PackResult, pack
+from mmdata.shards.verify import verify
+from mmdata.stats import stats
+from mmdata.stats.figures import BATCH_TOKENS, cut_lines
+from mmdata.stats.report import compare, report
+from mmdata.tokenizer.tokenizer import train_bpe
+from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
 __all__ = ["home", "made", "mm"]  # fixtures
 KINDS = ("document", "conversation", "pair")
@@ -44,7 +45,7 @@ def test_a_packed_dataset_and_its_file_can_be_reported(
         assert f"{measured.figures['tokens']:,}" in html
     both = stats.contained([of_dataset, of_file])
     assert [warning["exact"] for warning in both] == [1.0, 1.0]
-    assert report_compare.compare_page(of_dataset, of_file, lang=lang, others=both)
+    assert compare.compare_page(of_dataset, of_file, lang=lang, others=both)
     assert report.dataset_page([of_dataset, of_file], lang=lang, others=both)
 
 
@@ -185,7 +186,7 @@ def test_a_large_files_tokens_are_a_samples_and_near_the_truth(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 2000)
-    monkeypatch.setattr("mmdata.scan.SAMPLE_BYTES", path.stat().st_size // 4)
+    monkeypatch.setattr("mmdata.stats.scan.SAMPLE_BYTES", path.stat().st_size // 4)
     found = stats.measure_file(path, tokenizer_dir).figures
     exact = stats.measure_file(path, tokenizer_dir, is_exact=True).figures
     assert "sample" not in exact and found["sample"]["of"] == 2000 and 300 < found["sample"]["rows"] < 700
@@ -197,7 +198,7 @@ def test_a_large_files_tokens_are_a_samples_and_near_the_truth(
 def test_workers_change_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "pair", 300)
     whole = stats.measure_file(path, tokenizer_dir)
-    monkeypatch.setattr("mmdata.scan.PART_BYTES", 20_000)
+    monkeypatch.setattr("mmdata.stats.scan.PART_BYTES", 20_000)
     parts = stats.measure_file(path, tokenizer_dir)
     assert parts.figures == whole.figures and parts.samples == whole.samples
 
@@ -309,7 +310,7 @@ def test_rows_of_a_template_without_roles_are_shown_whole(tmp_path: Path, tokeni
 def test_cut_lines_say_what_a_limit_costs() -> None:
     import numpy as np
 
-    from mmdata.tally import Lengths
+    from mmdata.stats.tally import Lengths
 
     draw = random.Random(3)
     values = [draw.randint(1, 3000) for _ in range(500)]
@@ -325,7 +326,7 @@ def test_cut_lines_say_what_a_limit_costs() -> None:
 
 
 def test_the_stages_take_batches_of_these_tokens() -> None:
-    from mmtrain.stages import STAGES
+    from mmtrain.train.stages import STAGES
 
     assert {stage.kind: stage.defaults["batch_tokens"] for stage in STAGES.values()} == BATCH_TOKENS
 
@@ -335,6 +336,6 @@ def test_the_reports_assets_are_packaged() -> None:
 
     root = Path(__file__).resolve().parent.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert settings["package-data"]["mmdata"] == ["assets/*"]
-    names = {path.name for path in (root / "mmdata/assets").iterdir()}
+    assert settings["package-data"]["mmdata.stats.report"] == ["assets/*"]
+    names = {path.name for path in (root / "mmdata/stats/report/assets").iterdir()}
     assert names == {"page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}

@@ -10,13 +10,13 @@ from test_loop import config_of, data, runs
 from train_data import Data
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
-from mmdata.pipeline import pack
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_extend import extend
+from mmdata.pack.pipeline import pack
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.extend import extend
 from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
-from mmtrain.resize import EMBEDDING, Growth, grow
+from mmtrain.train.embeddings import EMBEDDING, Growth, grow
+from mmtrain.train.loop import train
 
 __all__ = ["data", "runs"]  # fixtures
 TOKENS = ["seven.", "<new>"]

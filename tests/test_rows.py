@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata import rows
-from mmdata.errors import InputError
-from mmdata.rows import (
+from mmdata.encode import rows
+from mmdata.encode.rows import (
     HELP,
     OF_THE_RUN,
     REASONS,
@@ -35,6 +34,7 @@ from mmdata.rows import (
     split_documents,
     texts_of,
 )
+from mmdata.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = [

@@ -16,8 +16,9 @@ from test_history import make_run
 from test_page import HOSTILE, parsed
 from test_report import cards
 
-from mmtrain import history, keeper, report, speak
-from mmtrain.stages import STAGES
+from mmtrain.inference import speak
+from mmtrain.log import history, report, reporter
+from mmtrain.train.stages import STAGES
 
 __all__ = ["home", "made", "mm"]  # fixtures
 
@@ -83,10 +84,10 @@ def test_a_resumed_run_says_nothing_twice(tmp_path: Path) -> None:
 
 def test_reports_take_their_share_of_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(keeper.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(speak, "say", lambda *_: clock.__setitem__(0, clock[0] + 2.0) or [])
     make_run(tmp_path / "run", 5)
-    kept = keeper.Keeper(tmp_path / "run", first_step=5, with_report=False, with_samples=True)
+    kept = reporter.Keeper(tmp_path / "run", first_step=5, with_report=False, with_samples=True)
     spent = 0.0
     for step in range(1, 101):
         clock[0] += 10.0  # of training
@@ -149,7 +150,7 @@ def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
 def test_follow_serves_fresh_pages_to_this_machine_alone(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 5)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mmtrain import history, report\n"
+        "import sys\nfrom pathlib import Path\nfrom mmtrain.log import history, report\n"
         "make = lambda: report.run_page(history.figures([Path(sys.argv[1])]), refresh_s=1)\n"
         "report.serve(make, 0, on_start=lambda url: print(url, flush=True))\n"
     )
@@ -191,11 +192,11 @@ def test_mistakes_are_answered(home: Path, mm: Run) -> None:
 
 
 def test_report_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import mmtrain.report, mmtrain.history"
+    code = "import sys; sys.modules['torch'] = None; import mmtrain.log.report, mmtrain.log.history"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_every_stage_has_a_name_in_chinese() -> None:
-    from mmtrain.report_words import ZH
+    from mmtrain.log.words import ZH
 
     assert set(STAGES) <= set(ZH)

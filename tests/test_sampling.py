@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdata.errors import UsageError
-from mmtrain.sampling import Sampling, candidates, penalize, pick, top_logps
+from mmtrain.inference.sampling import Sampling, candidates, penalize, pick, top_logps
 
 
 @pytest.mark.parametrize(

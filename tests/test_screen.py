@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from pack_data import MAKERS, fixture_tokenizer_dir, words, write_rows  # noqa: F401
 
-from mmdata import repair, screen
 from mmdata.errors import InputError, UsageError
-from mmdata.pipeline import PackResult, pack
-from mmdata.shards import open_dataset, source_rows
-from mmdata.shingles import gram_hashes, num_units
-from mmdata.verify import verify
+from mmdata.pack import dedup, repair
+from mmdata.pack.pipeline import PackResult, pack
+from mmdata.pack.shingles import gram_hashes, num_units
+from mmdata.shards.dataset import open_dataset, source_rows
+from mmdata.shards.verify import verify
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_bands_find_near_texts_as_often_as_their_similarity_says() -> None:
         for _ in range(200):
             common = [str(draw.random()) for _ in range(int(300 * share))]
             sides = [" ".join([*common, *(str(draw.random()) for _ in range(300 - len(common)))]) for _ in range(2)]
-            bands = screen.band_hashes(sides)
+            bands = dedup.band_hashes(sides)
             found[similarity] += bool((bands[0] == bands[1]).any())
     assert found[0.9] > 190 and found[0.5] < 50  # expected: 200 and 12
 
@@ -99,7 +99,7 @@ def test_shards_slices_and_kills_leave_out_the_same_rows(
     path.write_text(path.read_text() + path.read_text())
     whole = pack_to(path, dedup="near")
     assert sum(whole.left_out.values()) >= 90 and whole.left_out["duplicate"] >= 90
-    monkeypatch.setattr(screen, "SLICE_ROWS", 100)
+    monkeypatch.setattr(dedup, "SLICE_ROWS", 100)
 
     def interrupt(done: int, total: int) -> None:
         if done > total * 0.6:
@@ -166,7 +166,7 @@ def test_a_tenth_of_a_text_is_no_overlap_and_half_is() -> None:
     draw = random.Random(3)
     units = [str(draw.randrange(10**6)) for _ in range(107)]  # a hundred 8-grams
     path = Path("unused")
-    excluded = screen.Excluded([])
+    excluded = dedup.Excluded([])
     grams, _ = gram_hashes([" ".join(units)], 8)
     excluded._grams, excluded._texts = np.unique(grams), np.zeros(len(grams), np.int64)
     excluded._num_grams, excluded._places = np.array([len(grams)]), [f"{path} line 1"]
@@ -184,5 +184,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path, pack_to: Callable[..., PackRe
 
 def test_words_of_the_test_data_are_not_near_by_chance() -> None:
     draw = random.Random(0)
-    bands = screen.band_hashes([words(draw, 60) for _ in range(100)])
+    bands = dedup.band_hashes([words(draw, 60) for _ in range(100)])
     assert all(len(np.unique(column)) > 90 for column in bands.T)

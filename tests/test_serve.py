@@ -15,11 +15,11 @@ import openai
 import pytest
 from serving import SayingEngine, random_engine, served, small_tokenizer
 
+from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
-from mmdata.template import Message, Template
-from mmdata.tokenizer import Tokenizer
-from mmtrain.sampling import Sampling
-from mmtrain.serve import listen
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.serve.app import listen
 
 HELLO: Any = [{"role": "user", "content": "Where does Pim live?"}]
 CALL = '<think>\nhm\n</think>\n\nI look.\n<tool_call>\n{"name": "find", "arguments": {"who": "Pim"}}\n</tool_call>'

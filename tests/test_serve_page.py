@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from serving import SayingEngine, served, small_tokenizer
 
-from mmdata.tokenizer import Tokenizer
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

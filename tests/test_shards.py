@@ -13,15 +13,15 @@ import pytest
 import tokenizers
 from pack_data import CONTROL, fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import shards
-from mmdata.arrow import Ragged, ragged, read_arrow, take, write_arrow
-from mmdata.encode import PairSequence, RowEncoder
+from mmdata.encode.encoder import PairSequence, RowEncoder
+from mmdata.encode.rows import BadRow, iter_lines, parse_row
 from mmdata.errors import DatasetError
-from mmdata.pipeline import PackResult, pack
-from mmdata.rows import BadRow, iter_lines, parse_row
-from mmdata.shards import open_dataset, sample_rows, source_rows
-from mmdata.tokenizer import Tokenizer
-from mmdata.verify import verify
+from mmdata.io.arrow import Ragged, ragged, read_arrow, take, write_arrow
+from mmdata.pack.pipeline import PackResult, pack
+from mmdata.shards import dataset as shards
+from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
+from mmdata.shards.verify import verify
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 KINDS = ("document", "conversation", "pair")
 
@@ -203,7 +203,7 @@ def test_more_shards_than_a_process_may_open_at_first_are_opened(tmp_path: Path,
     path = write_rows(tmp_path / "rows.jsonl", "document", 90)
     pack([path], tmp_path / "out", tokenizer_dir=tokenizer_dir, part_bytes=1)
     code = (
-        "import resource, sys; from pathlib import Path; from mmdata.shards import open_dataset\n"
+        "import resource, sys; from pathlib import Path; from mmdata.shards.dataset import open_dataset\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
         "assert len(open_dataset(Path(sys.argv[1])).manifest['shards']) == 90\n"
     )

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmdata.loader import Limits, MicroBatch
-from mmdata.shards import loss_mask
-from mmtrain.batch import filled, logps_of, to_device
+from mmdata.shards.dataset import loss_mask
+from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.config import ModelConfig
-from mmtrain.model import Model
-from mmtrain.shared_prompt import BLOCK, attend_pairs, block_mask, make_pair_layout
+from mmtrain.model.attention import BLOCK, attend_pairs, block_mask, make_pair_layout
+from mmtrain.model.batch import filled, logps_of, to_device
+from mmtrain.model.model import Model
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(97, 32, 3, 4, 2, 64, qk_norm=True, max_positions=512)
@@ -118,7 +118,7 @@ def test_the_mask_for_cuda_allows_the_same_and_its_blocks_cover_it() -> None:
     mask = block_mask(pairs)
     torch.manual_seed(0)
     q, k, v = (torch.randn(size, heads, 16) for heads in (4, 2, 2))
-    from mmtrain.shared_prompt import PairLayout
+    from mmtrain.model.attention import PairLayout
 
     found = attend_pairs(q, k, v, PairLayout([], mask))
     expected = attend_pairs(q, k, v, make_pair_layout(pairs, CPU))

@@ -5,9 +5,9 @@ import pytest
 from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 
 from mmdata.errors import InputError
-from mmdata.pipeline import PackResult, length_figures
-from mmdata.shards import open_dataset, source_rows
-from mmdata.stats import dataset_stats, file_stats, measure_dataset
+from mmdata.pack.pipeline import PackResult, length_figures
+from mmdata.shards.dataset import open_dataset, source_rows
+from mmdata.stats.stats import dataset_stats, file_stats, measure_dataset
 
 
 def test_length_figures_are_those_of_the_lengths() -> None:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from foreign import NORMED, make_tokenizer, weights
 
+from mmdata.encode.rows import Conversation, parse_row
+from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
-from mmdata.rows import Conversation, parse_row
-from mmdata.template import Message, Template
-from mmtrain.convert import import_model, open_model
-from mmtrain.generate import Chat
-from mmtrain.sampling import Sampling
-from mmtrain.talk import Session, Speaker, piped_lines
+from mmtrain.commands.talk import Session, Speaker, piped_lines
+from mmtrain.convert.foreign import import_model, open_model
+from mmtrain.inference.engine import Chat
+from mmtrain.inference.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 THOUGHT = "<think>\nhm\n</think>\n\nIt is 3."

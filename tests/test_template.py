@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmdata.encode.rows import BadRow, Conversation, Message
+from mmdata.encode.template import EMPTY_THINK, Segment, Template, stretches
+from mmdata.encode.traced import Run, Traced, concat, template_environment, traced
 from mmdata.errors import TokenizerError, UsageError
-from mmdata.rows import BadRow, Conversation, Message
-from mmdata.template import EMPTY_THINK, Segment, Template, stretches
-from mmdata.tokenizer import Tokenizer
-from mmdata.traced import Run, Traced, concat, template_environment, traced
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 
 @cache

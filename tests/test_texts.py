@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata import texts
+from mmdata.tokenizer import text as texts
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

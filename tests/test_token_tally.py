@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 
-from mmdata.pipeline import PackResult
-from mmdata.scan import scan_shards
-from mmdata.shards import open_dataset, source_rows
-from mmdata.texts import SCRIPTS
-from mmdata.token_tally import Vocabulary, token_pieces
-from mmdata.tokenizer import Tokenizer
+from mmdata.pack.pipeline import PackResult
+from mmdata.shards.dataset import open_dataset, source_rows
+from mmdata.stats.scan import scan_shards
+from mmdata.stats.token_tally import Vocabulary, token_pieces
+from mmdata.tokenizer.text import SCRIPTS
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmdata.errors import TokenizerError
-from mmdata.tokenizer import Tokenizer, train_bpe
+from mmdata.tokenizer.tokenizer import Tokenizer, train_bpe
 
 TEXTS = ["Hello, world!\n", "你好 <|im_end|>", "", "<think>a</think>", "é" * 3, " \n\n  x"]
 

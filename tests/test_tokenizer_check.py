@@ -10,12 +10,12 @@ import eras
 import pytest
 import text_data
 
-from mmdata import encoders
-from mmdata import tokenizer_check as module
-from mmdata.encode import RowEncoder
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_check import Finding, check
-from mmdata.vocabulary import token_texts
+from mmdata.encode.encoder import RowEncoder
+from mmdata.tokenizer import encoders
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit import check as module
+from mmdata.tokenizer.toolkit.check import Finding, check
+from mmdata.tokenizer.vocabulary import token_texts
 
 Parts = dict[str, Any]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import text_data
 
-from mmdata.corpus import Corpus, draw
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_compare import compare
-from mmdata.tokenizer_extend import extend
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.compare import compare
+from mmdata.tokenizer.toolkit.extend import extend
+from mmdata.tokenizer.toolkit.sample import Corpus, draw
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import text_data
 
-from mmdata.corpus import draw
-from mmdata.hostile import hostile_strings
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_eval import Shape, evaluate
-from mmdata.vocabulary import token_texts
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.evaluate import Shape, evaluate
+from mmdata.tokenizer.toolkit.hostile import hostile_strings
+from mmdata.tokenizer.toolkit.sample import draw
+from mmdata.tokenizer.vocabulary import token_texts
 
 SHAPES = {"small": Shape(64, 10_000), "full": Shape(64, 10_000, max_vocab=400)}
 

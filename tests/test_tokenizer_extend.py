@@ -8,8 +8,8 @@ import pytest
 import text_data
 
 from mmdata.errors import UsageError
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_extend import extend
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.extend import extend
 
 TEXT = "river 你好 <|tool|> <|buffer1|> 12"
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import text_data
 
-from mmdata.corpus import draw
-from mmdata.tokenizer_eval import Shape, evaluate
-from mmdata.tokenizer_report import ZH, eval_page, short_names, tables
+from mmdata.stats.report.tokenizer import ZH, eval_page, short_names, tables
+from mmdata.tokenizer.toolkit.evaluate import Shape, evaluate
+from mmdata.tokenizer.toolkit.sample import draw
 
 
 @pytest.fixture(scope="module")

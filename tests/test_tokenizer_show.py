@@ -6,8 +6,8 @@ import pytest
 import text_data
 
 from mmdata.errors import UsageError
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_show import split_text, stretch
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.show import split_text, stretch
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 import text_data
 
 from mmdata.errors import InputError, UsageError
-from mmdata.hostile import hostile_strings
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_train import RECORD, Options, train, train_to
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.hostile import hostile_strings
+from mmdata.tokenizer.toolkit.train import RECORD, Options, train, train_to
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = Options(420)
@@ -79,7 +79,7 @@ def test_digits_and_newlines_stand_alone_with_digits_and_only_there(tmp_path: Pa
 def test_any_number_of_threads_gives_the_same_file(files: list[Path], algorithm: str) -> None:
     """A process each, so that hash seeds differ too."""
     code = (
-        "import sys, hashlib; from pathlib import Path; from mmdata.tokenizer_train import Options, train\n"
+        "import sys, hashlib; from pathlib import Path; from mmdata.tokenizer.toolkit.train import Options, train\n"
         "files, _ = train([Path(p) for p in sys.argv[2:]], Options(700, sys.argv[1], seed=3, limit_bytes=20_000))\n"
         "print(hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest())"
     )

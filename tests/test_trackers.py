@@ -15,10 +15,11 @@ from train_data import Data
 from train_data import make as make_data
 
 from mmdata.errors import TrainError, UsageError
-from mmtrain import checkpoint, trackers
+from mmtrain import checkpoint
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
-from mmtrain.trackers import Sink, Tracked, Trackers
+from mmtrain.log import trackers
+from mmtrain.log.trackers import Sink, Tracked, Trackers
+from mmtrain.train.loop import train
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +179,7 @@ def test_an_unknown_tracker_is_refused() -> None:
 def test_extras_are_declared_under_their_names() -> None:
     import tomllib
 
-    root = Path(trackers.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(trackers.NAMES) <= set(extras)
 

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from pack_data import CONTROL, fixture_tokenizer_dir, write_rows  # noqa: F401
 
-from mmdata import parts, unfinished
 from mmdata.errors import DatasetError, DiskError, InputError, UsageError
-from mmdata.pipeline import PackResult, pack
-from mmdata.tokenizer import CHATML, train_bpe
-from mmdata.verify import verify
+from mmdata.pack import part as parts
+from mmdata.pack import unfinished
+from mmdata.pack.pipeline import PackResult, pack
+from mmdata.shards.verify import verify
+from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 ROOT = Path(__file__).parent.parent
 PART_BYTES = 4000
@@ -193,7 +194,7 @@ def test_an_unusable_input_leaves_nothing(tmp_path: Path, rows: Path, pack_to: C
 PACK = """
 import sys
 from pathlib import Path
-from mmdata.pipeline import pack
+from mmdata.pack.pipeline import pack
 if __name__ == "__main__":
     rows, out, tokenizer = map(Path, sys.argv[1:4])
     print("begun", flush=True)
@@ -323,7 +324,7 @@ RAY = """
 import sys
 from pathlib import Path
 from mmdata.errors import InputError
-from mmdata.pipeline import pack
+from mmdata.pack.pipeline import pack
 if __name__ == "__main__":
     rows, out, tokenizer, bad = map(Path, sys.argv[1:5])
     options = {"tokenizer_dir": tokenizer, "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1, "engine_name": "ray"}

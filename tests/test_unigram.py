@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from mmdata import unigram
-from mmdata.unigram import train
+from mmdata.tokenizer.toolkit import unigram
+from mmdata.tokenizer.toolkit.unigram import train
 
 WORDS = {b"abab": 5, b"abc": 3, b"bc": 2, "你好".encode(): 4, b"a": 1}
 

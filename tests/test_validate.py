@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mmdata.encode.rows import BadRow, Line
+from mmdata.encode.validate import NUM_PLACES, Place, validate
 from mmdata.errors import InputError
-from mmdata.rows import BadRow, Line
-from mmdata.validate import NUM_PLACES, Place, validate
 
 
 def talk(question: str, answer: str, **extra: object) -> str:

@@ -7,9 +7,9 @@ import pytest
 import text_data
 
 from mmdata.errors import TokenizerError
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_extend import extend
-from mmdata.vocabulary import added_ids, byte_of, legible, relate, token_texts
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.extend import extend
+from mmdata.tokenizer.vocabulary import added_ids, byte_of, legible, relate, token_texts
 
 
 def test_the_byte_table_is_the_librarys() -> None:

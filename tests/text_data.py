@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mmdata.tokenizer import Tokenizer
-from mmdata.tokenizer_train import Options, train
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.train import Options, train
 
 WORDS = [
     "river",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mmdata.pipeline import pack
-from mmdata.tokenizer import CHATML, train_bpe
+from mmdata.pack.pipeline import pack
+from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = [

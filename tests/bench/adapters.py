@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mmdata.loader import MicroBatch
-from mmtrain import lora
-from mmtrain.batch import Batch, to_device, token_logps_of
+from mmdata.shards.loader import MicroBatch
 from mmtrain.config import PRESETS, ModelConfig
-from mmtrain.model import Model
-from mmtrain.optim import flat_gradient, make, update
+from mmtrain.model import lora
+from mmtrain.model.batch import Batch, to_device, token_logps_of
+from mmtrain.model.model import Model
+from mmtrain.train.optim import flat_gradient, make, update
 
 
 class Trained(NamedTuple):

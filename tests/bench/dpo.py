@@ -28,17 +28,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmdata.pairs import PairLoader
-from mmdata.pipeline import pack
-from mmdata.shards import Dataset, open_dataset, open_sources
-from mmtrain import preflight, reference
-from mmtrain.batch import Batch, counts_of, logps_of, to_device
+from mmdata.pack.pipeline import pack
+from mmdata.shards.dataset import Dataset, open_dataset, open_sources
+from mmdata.shards.pairs import PairLoader
 from mmtrain.checkpoint import load_model
 from mmtrain.config import PRESETS, ModelConfig
 from mmtrain.distributed import World
-from mmtrain.model import Model
-from mmtrain.optim import adamw, flat_gradient, update
-from mmtrain.preference import Objective, pair_figures
+from mmtrain.model.batch import Batch, counts_of, logps_of, to_device
+from mmtrain.model.model import Model
+from mmtrain.model.preference import Objective, pair_figures
+from mmtrain.train import preflight, reference
+from mmtrain.train.optim import adamw, flat_gradient, update
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -442,7 +442,7 @@ def share(options: argparse.Namespace) -> None:
 
 def random_batch(draw: np.random.Generator, prompt: int, reply: int, is_shared: bool) -> Batch:
     """Two pairs of random tokens, trained on their replies."""
-    from mmdata.loader import assemble
+    from mmdata.shards.loader import assemble
 
     lengths = np.array([[prompt, reply, reply]] * 2)
     sizes = np.array([prompt + 2 * reply] * 2 if is_shared else [prompt + reply] * 4)
@@ -464,7 +464,7 @@ def memory(options: argparse.Namespace) -> None:
     on tensors without data; then what preflight reckons and which micro-batch it takes on cards of two sizes."""
     from unittest.mock import patch
 
-    with patch("mmtrain.model.spares", lambda _: True):  # as on CUDA
+    with patch("mmtrain.model.model.spares", lambda _: True):  # as on CUDA
         memory_tables(PRESETS["minimind2"], 8 * 2 * 1024)
 
 
@@ -512,8 +512,8 @@ def live_peak(shape: ModelConfig, tokens: int, checkpoints: bool) -> int:
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from mmtrain.losses import trained_logps
-    from mmtrain.model import Layout
+    from mmtrain.model.logps import trained_logps
+    from mmtrain.model.model import Layout
 
     ends = torch.arange(0, tokens + 1, MAX_LEN, dtype=torch.int32)
     layout = Layout(None, None, [(tokens // MAX_LEN, MAX_LEN)], ends, MAX_LEN)
@@ -522,7 +522,7 @@ def live_peak(shape: ModelConfig, tokens: int, checkpoints: bool) -> int:
         model.checkpoints_blocks = checkpoints
         flat_gradient(model)
         ids = torch.zeros(tokens, dtype=torch.int64)
-        with patch("mmtrain.model.make_layout", lambda *_: layout), torch.autocast("cpu", torch.bfloat16):
+        with patch("mmtrain.model.model.make_layout", lambda *_: layout), torch.autocast("cpu", torch.bfloat16):
             hidden = model(ids, ids, ends, MAX_LEN)
         trained_logps(hidden, model.head_weight, ids, ids[1:], dtype=torch.bfloat16).sum().backward()
     return alive.peak
@@ -562,7 +562,7 @@ def saved_bytes(wrap: Callable[[torch.nn.Module], Any]) -> float:
     and 256 tokens, so that what depends on the weights alone is left out."""
     from dataclasses import replace
 
-    from mmtrain.model import make_layout, rotary_table
+    from mmtrain.model.model import make_layout, rotary_table
 
     shape = replace(PRESETS["minimind2"], num_layers=1)
     torch.manual_seed(0)

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 
 from mmdata.demo import Question
-from mmdata.pairs import PairLoader
-from mmdata.pipeline import pack
-from mmdata.shards import open_dataset
-from mmtrain import reference
+from mmdata.pack.pipeline import pack
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.pairs import PairLoader
 from mmtrain.checkpoint import load_model
 from mmtrain.config import PRESETS, ModelConfig, TrainConfig
 from mmtrain.distributed import World
-from mmtrain.loop import train
+from mmtrain.train import reference
+from mmtrain.train.loop import train
 
 SOURCES = {
     "pretrain": (("pretrain_hq", "pretrain_t2t_mini"), 512, 0.05),

@@ -18,11 +18,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from mmdata.tokenizer import CHATML, train_bpe
+from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 from mmtrain.config import PRESETS
-from mmtrain.generate import Engine
-from mmtrain.model import Model
-from mmtrain.sampling import Sampling
+from mmtrain.inference.engine import Engine
+from mmtrain.inference.sampling import Sampling
+from mmtrain.model.model import Model
 
 NUM_PROMPT = 64
 

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmdata.loader import Limits, MicroBatch
-from mmtrain.batch import Batch, logps_of, to_device, token_logps_of
+from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.config import PRESETS
-from mmtrain.losses import CHUNK
-from mmtrain.metrics import memory_bytes
-from mmtrain.model import Model
-from mmtrain.optim import adamw, flat_gradient, update
-from mmtrain.precision import autocast, autocast_dtype
-from mmtrain.preflight import kept_bytes
-from mmtrain.start import compile_blocks
+from mmtrain.log.metrics import memory_bytes
+from mmtrain.model.batch import Batch, logps_of, to_device, token_logps_of
+from mmtrain.model.logps import CHUNK
+from mmtrain.model.model import Model
+from mmtrain.model.precision import autocast, autocast_dtype
+from mmtrain.train.optim import adamw, flat_gradient, update
+from mmtrain.train.preflight import kept_bytes
+from mmtrain.train.run import compile_blocks
 
 
 def best_s(step: Callable[[], Any], device: torch.device, repeat: int = 10, warmup: int = 4) -> float:

@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mmtrain import loop
 from mmtrain.config import TrainConfig
-from mmtrain.keeper import Keeper
+from mmtrain.log.reporter import Keeper
+from mmtrain.train import loop
 
 spent: Counter[str] = Counter()
 calls: Counter[str] = Counter()

@@ -28,10 +28,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mmdata import shards  # noqa: E402
-from mmdata.arrow import ragged, write_arrow  # noqa: E402
-from mmdata.loader import Loader  # noqa: E402
-from mmdata.shards import open_dataset  # noqa: E402
+from mmdata.io.arrow import ragged, write_arrow  # noqa: E402
+from mmdata.shards import dataset as shards  # noqa: E402
+from mmdata.shards.dataset import open_dataset  # noqa: E402
+from mmdata.shards.loader import Loader  # noqa: E402
 
 BUCKET = 1024
 BATCH = 32

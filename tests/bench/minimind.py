@@ -27,14 +27,14 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 
-from mmdata.loader import Loader
-from mmdata.pipeline import pack
-from mmdata.shards import open_dataset
-from mmdata.tokenizer import Tokenizer
+from mmdata.pack.pipeline import pack
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.loader import Loader
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.config import PRESETS, ModelConfig, TrainConfig
-from mmtrain.evaluate import evaluate
-from mmtrain.loop import train
-from mmtrain.model import Model
+from mmtrain.inference.evaluate import evaluate
+from mmtrain.model.model import Model
+from mmtrain.train.loop import train
 
 SMALL = (128, 2)  # width and layers of the models whose quality is compared
 TRAINERS = {"pretrain": "train_pretrain.py", "sft": "train_full_sft.py"}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mmtrain.config import PRESETS, ModelConfig, TrainConfig
-from mmtrain.loop import train
+from mmtrain.train.loop import train
 
 
 def settings_of(text: str) -> dict[str, Any]:

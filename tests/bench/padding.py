@@ -18,9 +18,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from mmdata.arrow import read_arrow  # noqa: E402
-from mmdata.packing import _best_fit, pack  # noqa: E402
-from mmdata.shards import open_dataset  # noqa: E402
+from mmdata.io.arrow import read_arrow  # noqa: E402
+from mmdata.pack.packing import _best_fit, pack  # noqa: E402
+from mmdata.shards.dataset import open_dataset  # noqa: E402
 
 MILLION = 1_000_000
 

@@ -26,9 +26,9 @@ import torch
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Writer
 from mmtrain.config import PRESETS, TrainConfig
-from mmtrain.loop import train
-from mmtrain.model import Model
-from mmtrain.optim import adamw
+from mmtrain.model.model import Model
+from mmtrain.train.loop import train
+from mmtrain.train.optim import adamw
 
 SAVE_FOR_EVER = """
 import sys, torch
@@ -49,7 +49,7 @@ TRAIN = """
 import sys
 from pathlib import PosixPath
 from mmtrain.config import TrainConfig
-from mmtrain.loop import train
+from mmtrain.train.loop import train
 train(eval(sys.argv[1]), log=lambda text: print(text, flush=True))
 """
 

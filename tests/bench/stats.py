@@ -89,7 +89,9 @@ def measured(command: list[str]) -> tuple[float, int, float]:
 def packed(path: Path, tokenizer: Path, workers: int) -> str:
     """Packing and its report, timed."""
     sys.path.insert(0, str(ROOT))
-    from mmdata import pipeline, report, stats
+    from mmdata.pack import pipeline
+    from mmdata.stats import stats
+    from mmdata.stats.report import report
 
     start = time.monotonic()
     done = pipeline.pack([path], path.with_name("packed"), tokenizer_dir=tokenizer, workers=workers)

@@ -28,14 +28,14 @@ sys.path.insert(0, str(ROOT))
 
 import tokenizers  # noqa: E402
 
-from mmdata.chat_templates import LAYOUTS  # noqa: E402
-from mmdata.corpus import draw, fields_of  # noqa: E402
-from mmdata.hostile import hostile_strings  # noqa: E402
-from mmdata.lines import iter_lines  # noqa: E402
-from mmdata.rows import BadRow, parse_row  # noqa: E402
-from mmdata.tokenizer import Tokenizer  # noqa: E402
-from mmdata.tokenizer_eval import evaluate  # noqa: E402
-from mmdata.tokenizer_train import Options, pre_tokenizer, train, train_to  # noqa: E402
+from mmdata.encode.rows import BadRow, parse_row  # noqa: E402
+from mmdata.io.lines import iter_lines  # noqa: E402
+from mmdata.tokenizer.tokenizer import Tokenizer  # noqa: E402
+from mmdata.tokenizer.toolkit.evaluate import evaluate  # noqa: E402
+from mmdata.tokenizer.toolkit.hostile import hostile_strings  # noqa: E402
+from mmdata.tokenizer.toolkit.layouts import LAYOUTS  # noqa: E402
+from mmdata.tokenizer.toolkit.sample import draw, fields_of  # noqa: E402
+from mmdata.tokenizer.toolkit.train import Options, pre_tokenizer, train, train_to  # noqa: E402
 
 
 def texts_of(path: Path) -> Iterator[str]:

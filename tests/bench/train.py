@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmdata.loader import Loader, MicroBatch
-from mmdata.shards import open_dataset
-from mmtrain.batch import Batch, to_device, token_logps_of
+from mmdata.shards.dataset import open_dataset
+from mmdata.shards.loader import Loader, MicroBatch
 from mmtrain.config import PRESETS
-from mmtrain.model import Model
-from mmtrain.optim import adamw, flat_gradient, update
+from mmtrain.model.batch import Batch, to_device, token_logps_of
+from mmtrain.model.model import Model
+from mmtrain.train.optim import adamw, flat_gradient, update
 
 CPU = torch.device("cpu")
 Rows = Sequence[tuple[np.ndarray, np.ndarray]]  # ids and loss mask

@@ -31,7 +31,7 @@ def write_rows(path: Path, num_bytes: int, words_per_message: int) -> None:
 
 
 def main() -> None:
-    from mmdata.validate import validate
+    from mmdata.encode.validate import validate
 
     megabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 40
     with tempfile.TemporaryDirectory() as scratch:

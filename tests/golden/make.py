@@ -46,7 +46,7 @@ ROWS = [
 def main() -> None:
     from test_encode import one, reads
 
-    from mmdata.rows import parse_row
+    from mmdata.encode.rows import parse_row
 
     lines = []
     for name, template, messages in ROWS:

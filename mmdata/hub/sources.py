@@ -1,0 +1,391 @@
+"""Where files come from: the Hub or a mirror of it, ModelScope, a folder, a plain web address. Listings and bodies out.
+
+One request lists a repository at a revision: commit, sizes and checksums. Every body is asked for at the listed commit and at
+the front door, never at a signed address from before, so an expired signature costs one more redirect. The token goes to the
+endpoint the user chose and nowhere else. Xet is never used.
+"""
+
+import contextlib
+import email.utils
+import json
+import re
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any, NoReturn
+from urllib.parse import quote, urlencode, urlsplit
+
+from mmdata.errors import AccessError, IntegrityError, MMError, NetworkError, NotFoundError, UsageError
+from mmdata.hub.lockfile import CHUNK_BYTES, read_lock, same_stat
+from mmdata.hub.transfer import NOT_DATA, Body, Content, Patience, TryAgain, WrongSize, persist
+
+HF_ENDPOINT = "https://huggingface.co"
+MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"
+REACH = "check the network and proxies; `--endpoint` names a mirror, `--source modelscope` asks ModelScope"
+PAGE = 200
+MAX_COMMITS = 1000  # of a history that is searched for a file
+RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where to ask. `kind`: hf, modelscope, dir or url; `endpoint`: a web address without final slash, or a folder."""
+
+    kind: str
+    endpoint: str
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """A repository of a source; `kind` is dataset or model."""
+
+    id: str
+    kind: str = "dataset"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a repository holds at one commit."""
+
+    repo: Repo
+    revision: str
+    commit: str
+    files: dict[str, Content]
+
+
+def open_source(name: str, endpoint: str | None, patience: Patience) -> Source:
+    """The source a user means by `--source` and `--endpoint`. Raises UsageError."""
+    if name in ("hf", "modelscope"):
+        default = HF_ENDPOINT if name == "hf" else MODELSCOPE_ENDPOINT
+        return Source(name, _endpoint(endpoint or default), patience)
+    if endpoint:
+        raise UsageError("--endpoint belongs to --source hf and --source modelscope", "leave one of the two out")
+    if re.match(r"https?://", name):
+        return Source("url", name.rstrip("/"), patience)
+    if Path(name).is_dir():
+        return Source("dir", str(Path(name).resolve()), patience)
+    raise UsageError(f"--source {name} is no folder and no web address", "use hf, modelscope, a folder, or https://…")
+
+
+def _endpoint(text: str) -> str:
+    text = text if re.match(r"https?://", text) else f"https://{text}"
+    text = text.rstrip("/")
+    if not urlsplit(text).hostname:
+        raise UsageError(f"--endpoint {text} names no host", "give it like https://hf-mirror.com")
+    return text
+
+
+def is_safe(path: str) -> bool:
+    """Whether a name from a listing stays inside the folder it is put in, on any system."""
+    parts = PurePosixPath(path).parts
+    bad = not path or path.startswith("/") or "\\" in path or ":" in path or any(ord(c) < 32 for c in path)
+    return not bad and ".." not in parts and "." not in path.split("/") and "" not in path.split("/")
+
+
+# --- listings -------------------------------------------------------------------------------------------------------
+
+
+def list_files(source: Source, repo: Repo, revision: str) -> Listing:
+    """A repository's files at a revision. One request (ModelScope: one per 200 files). Raises NotFoundError and others."""
+    if source.kind == "hf":
+        return persist(lambda: _list_hf(source, repo, revision), source.patience, fix=REACH)
+    assert source.kind == "modelscope", source.kind
+    return _list_modelscope(source, repo, revision)
+
+
+def first_bytes(path: str) -> bytes:
+    """What a file of that name begins with, as far as the name tells."""
+    return b"{" if path.endswith((".jsonl", ".json")) else b""
+
+
+def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=source.endpoint)
+    ask = api.dataset_info if repo.kind == "dataset" else api.model_info
+    with _explained(source, f"{repo.id} at {revision}"):
+        info = ask(repo.id, revision=revision, files_metadata=True, timeout=source.patience.read_timeout_s)
+    files = {}
+    for file in info.siblings or []:
+        if file.size is not None:
+            sha256 = file.lfs.sha256 if file.lfs else None
+            oid = None if file.lfs else file.blob_id
+            files[file.rfilename] = Content(file.size, sha256, oid, first=first_bytes(file.rfilename))
+    return Listing(repo, revision, info.sha or revision, files)
+
+
+def commits(source: Source, repo: Repo) -> list[str]:
+    """The commits of the Hub's main branch, newest first, at most MAX_COMMITS."""
+    url: str | None = f"{source.endpoint}/api/{repo.kind}s/{repo.id}/commits/main"
+    found: list[str] = []
+    while url and len(found) < MAX_COMMITS:
+        page, links = _get_json(source, url, repo.id)
+        found.extend(str(item["id"]) for item in page)
+        following = links.get("next", {}).get("url")
+        url = following if following and urlsplit(following)[:2] == urlsplit(source.endpoint)[:2] else None
+    return found
+
+
+def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
+    """Page by page; a page that is refused after others worked is asked for again."""
+    tail = "repo/tree" if repo.kind == "dataset" else "repo/files"
+    files: dict[str, Content] = {}
+    commit, number = revision, 1
+    while True:
+        query = urlencode({"Revision": revision, "Recursive": "True", "PageNumber": number, "PageSize": PAGE})
+        url = f"{source.endpoint}/api/v1/{repo.kind}s/{repo.id}/{tail}?{query}"
+        answer, _ = _get_json(source, url, f"{repo.id} at {revision}", is_again=number > 1)
+        data = answer.get("Data") or {}
+        if not answer.get("Success", True) or "Files" not in data:
+            raise NotFoundError(f"ModelScope lists nothing for {repo.id} at {revision}", "try --source hf")
+        for file in data["Files"]:
+            if file.get("Type") != "tree":
+                files[file["Path"]] = Content(
+                    int(file["Size"]), file.get("Sha256") or None, first=first_bytes(file["Path"])
+                )
+        commit = data.get("LatestCommitter", {}).get("Revision") or commit
+        if repo.kind == "model" or len(data["Files"]) < PAGE:
+            return Listing(repo, revision, commit, files)
+        number += 1
+
+
+def look_up(source: Source, path: str) -> Content | None:
+    """One file of a folder or a plain web address; None when it is not there."""
+    if source.kind == "dir":
+        file = Path(source.endpoint) / path
+        if not file.is_file():
+            return None
+        entry = read_lock(Path(source.endpoint)).files.get(path)
+        sha256 = entry.sha256 if entry and same_stat(file, entry) else None
+        stat = file.stat()
+        return Content(stat.st_size, sha256, etag=f"mtime {stat.st_mtime_ns}", first=first_bytes(path))
+    return persist(lambda: _look_up_url(source, path), source.patience, fix=REACH)
+
+
+def _look_up_url(source: Source, path: str) -> Content | None:
+    try:
+        with _stream(source, f"{source.endpoint}/{quote(path)}", {}, path) as response:
+            length = response.headers.get("content-length")
+            _refuse_page(response, path)
+            if length is None:
+                raise NetworkError(
+                    f"{source.endpoint} does not say how large {path} is", "fetch it with another --source"
+                )
+            return Content(int(length), etag=response.headers.get("etag"), first=first_bytes(path))
+    except NotFoundError:
+        return None
+
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+def opener(
+    source: Source, repo: Repo, commit: str, path: str
+) -> Callable[[int, int | None], contextlib.AbstractContextManager[Body]]:
+    """How to open one file of the source from any offset."""
+    if source.kind == "dir":
+        return lambda begin, end: _open_file(Path(source.endpoint) / path, begin, end)
+    url = _address(source, repo, commit, path)
+    return lambda begin, end: _open_url(source, url, path, begin, end)
+
+
+def _address(source: Source, repo: Repo, commit: str, path: str) -> str:
+    if source.kind == "hf":
+        prefix = "datasets/" if repo.kind == "dataset" else ""
+        return f"{source.endpoint}/{prefix}{repo.id}/resolve/{quote(commit, safe='')}/{quote(path)}"
+    if source.kind == "modelscope":
+        query = urlencode({"Revision": commit, "FilePath": path})
+        return f"{source.endpoint}/api/v1/{repo.kind}s/{repo.id}/repo?{query}"
+    return f"{source.endpoint}/{quote(path)}"
+
+
+@contextlib.contextmanager
+def _open_file(path: Path, begin: int, end: int | None) -> Iterator[Body]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            num_bytes = path.stat().st_size
+            yield Body(begin, num_bytes, iter(lambda: file.read(CHUNK_BYTES), b""))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path} is not there", "check the folder given as --source") from error
+
+
+@contextlib.contextmanager
+def _open_url(source: Source, url: str, path: str, begin: int, end: int | None) -> Iterator[Body]:
+    headers = {} if begin == 0 and end is None else {"Range": f"bytes={begin}-{'' if end is None else end - 1}"}
+    with _stream(source, url, headers, path) as response:
+        _refuse_page(response, path)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            if response.status_code == 206:
+                raise TryAgain("the server sends compressed ranges, which cannot be joined")
+            yield Body(
+                0, None, response.iter_bytes()
+            )  # asked for plain bytes, got packed ones: unpacked from the beginning
+        elif response.status_code == 206:
+            start, total = _content_range(response.headers.get("content-range", ""), begin)
+            yield Body(start, total, response.iter_raw())
+        else:
+            length = response.headers.get("content-length")
+            yield Body(0, int(length) if length else None, response.iter_raw())
+
+
+def _content_range(text: str, begin: int) -> tuple[int, int | None]:
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", text.strip())
+    if match is None:
+        return begin, None
+    return int(match[1]), None if match[3] == "*" else int(match[3])
+
+
+def _refuse_page(response: Any, path: str) -> None:
+    if "text/html" in response.headers.get("content-type", "") and not path.endswith((".html", ".htm")):
+        raise IntegrityError(f"a web page came instead of {path}", NOT_DATA)
+
+
+# --- HTTP -----------------------------------------------------------------------------------------------------------
+
+
+def _http(session: Any) -> ModuleType:
+    """The HTTP package huggingface_hub stands on (httpx, from its version 2 on httpx2), for its exceptions."""
+    client = next(base for base in type(session).__mro__ if base.__name__ == "Client")
+    return sys.modules[client.__module__.partition(".")[0]]
+
+
+def _headers(source: Source) -> dict[str, str]:
+    from huggingface_hub.utils import build_hf_headers
+
+    token = None if source.kind == "hf" else False  # the user's token is for the Hub only
+    return build_hf_headers(token=token, library_name="mm", library_version="fetch")
+
+
+@contextlib.contextmanager
+def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Iterator[Any]:
+    """A streamed answer with status 200 or 206, its failures named."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    session = get_session()
+    asked = {**_headers(source), "Accept-Encoding": "identity", **headers}
+    timeout = _http(session).Timeout(source.patience.read_timeout_s)
+    with (
+        _explained(source, what),
+        session.stream("GET", url, headers=asked, timeout=timeout, follow_redirects=True) as response,
+    ):
+        if response.status_code >= 400:
+            response.read()
+            if response.history and response.status_code in (401, 403, 404, 410):
+                raise TryAgain(f"{response.url.host} refused a signed address (status {response.status_code})")
+            hf_raise_for_status(response)
+        yield response
+
+
+def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) -> tuple[Any, dict]:
+    """A JSON answer and its Link header. `is_again`: the server has answered before, so a refusal may pass."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    def ask() -> tuple[Any, dict]:
+        with _explained(source, what):
+            session = get_session()
+            response = session.get(url, headers=_headers(source), timeout=source.patience.read_timeout_s)
+            if is_again and response.status_code == 403:
+                raise TryAgain(f"{source.endpoint} refused a page")
+            hf_raise_for_status(response)
+            return response.json(), response.links
+
+    return persist(ask, source.patience, fix=REACH)
+
+
+@contextlib.contextmanager
+def _explained(source: Source, what: str) -> Iterator[None]:
+    """Turn the client's exceptions into TryAgain or a FetchError. Messages carry hosts, never queries, headers or tokens."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import get_session
+
+    http = _http(get_session())
+    try:
+        yield
+    except (TryAgain, MMError):
+        raise
+    except errors.OfflineModeIsEnabled as error:
+        raise NetworkError(
+            f"{what} is not all here, and HF_HUB_OFFLINE forbids asking", "unset HF_HUB_OFFLINE"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        _explain_status(source, what, error)
+    except http.HTTPStatusError as error:
+        _explain_status(source, what, error)
+    except http.TimeoutException as error:
+        raise TryAgain(
+            f"{_host(source)} kept silent for {source.patience.read_timeout_s:g} s", is_timeout=True
+        ) from error
+    except (http.UnsupportedProtocol, http.InvalidURL) as error:
+        raise UsageError(
+            f"{source.endpoint} is no web address", "give --endpoint like https://hf-mirror.com"
+        ) from error
+    except http.TooManyRedirects as error:
+        raise NetworkError(f"{_host(source)} redirects in a circle", REACH) from error
+    except http.HTTPError as error:
+        if isinstance(error, http.ConnectError) and _is_tls(error):
+            raise NetworkError(
+                f"no trusted connection to {_host(source)}: its certificate was not accepted",
+                "check the clock, the https:// address and any proxy that opens TLS (SSL_CERT_FILE names its certificate)",
+            ) from error
+        kind = "the proxy" if isinstance(error, http.ProxyError) else _host(source)
+        raise TryAgain(f"{kind} cannot be reached or dropped the connection ({type(error).__name__})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise NetworkError(f"{_host(source)} answers, but not like a hub (no JSON)", NOT_DATA) from error
+
+
+def _host(source: Source) -> str:
+    return urlsplit(source.endpoint).netloc.rpartition("@")[2]
+
+
+def _is_tls(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
+    """A status of 400 and above, as an error the user can act on."""
+    from huggingface_hub import errors
+
+    status, headers = error.response.status_code, error.response.headers
+    host = _host(source)
+    if status in RETRIED:
+        raise TryAgain(f"{host} answered {status}", wait_s=asked_wait(headers, is_limit=status == 429)) from error
+    if status == 416:
+        raise WrongSize(f"{host} has a shorter file than the published one") from error
+    if isinstance(error, errors.GatedRepoError):
+        fix = f"accept the conditions at {source.endpoint}, then `hf auth login` or set HF_TOKEN"
+        raise AccessError(f"{what}: access to the repository is gated", fix) from error
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise NotFoundError(f"{what}: no such revision on {host}", "`--update` takes the newest one instead") from error
+    if isinstance(error, errors.RepositoryNotFoundError) and status == 401:
+        raise AccessError(
+            f"{what}: absent, or private and shown to nobody without a token", "log in: `hf auth login`"
+        ) from error
+    if status in (401, 403):
+        fix = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+        raise AccessError(
+            f"{what}: {host} refused access (status {status}): the token is wrong or lacks the right", fix
+        ) from error
+    if status in (404, 410):
+        raise NotFoundError(f"{what}: not found on {host}", "`mm fetch --list` shows the known names") from error
+    raise NetworkError(f"{what}: {host} answered {status}", REACH) from error
+
+
+def asked_wait(headers: Any, *, is_limit: bool = False) -> float | None:
+    """Seconds a server asks to wait: Retry-After in seconds or as a date, or the reset of a used-up rate limit."""
+    text = (headers.get("retry-after") or "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit") or "") if is_limit else None
+    return float(limit[1]) if limit else None

@@ -1,0 +1,75 @@
+"""Sequences as the columns of a shard, and a shard's columns as sequences again: the two ways are written apart, so that
+reading back what was written proves both.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mmdata.encode.sequences import PAIR_MARKS, Flat, flatten_pairs, take
+from mmdata.io.arrow import ArrowFile, ragged
+from mmdata.shards import dataset
+
+
+def columns_of(
+    flat: Flat, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
+) -> dict[str, Any]:
+    """The columns of a shard. ordinals: sequences of `flat` in the order of the samples; sizes: of each sample."""
+    if flat.is_pairs:
+        return _pair_columns(flat, ordinals, id_dtype, position_dtype)
+    return _pack_columns(flat, ordinals, sizes, id_dtype, position_dtype)
+
+
+def _pack_columns(
+    flat: Flat, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
+) -> dict[str, Any]:
+    lengths, num_marks = flat.lengths[ordinals], flat.num_marks[ordinals]
+    ids = take(flat.ids, flat.begins[ordinals], lengths).astype(id_dtype, copy=False)
+    spans = take(flat.marks, flat.mark_begins[ordinals], num_marks)
+    pack_begins = np.cumsum(sizes) - sizes
+    begins = np.cumsum(lengths) - lengths  # of each sequence: in the shard, then in its pack
+    begins -= np.repeat(begins[pack_begins], sizes)
+    spans = spans + np.repeat(begins, num_marks)
+    return {
+        "ids": ragged(ids, np.add.reduceat(lengths, pack_begins)),
+        "doc_len": ragged(lengths.astype(position_dtype), sizes),
+        "span": ragged(spans.astype(position_dtype), np.add.reduceat(num_marks, pack_begins)),
+        "n_loss": np.add.reduceat(flat.num_loss[ordinals], pack_begins).astype(position_dtype),
+        "doc": ragged(ordinals.astype(np.uint32), sizes),
+    }
+
+
+def _pair_columns(flat: Flat, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype) -> dict[str, Any]:
+    """A reply that is trained as a whole has an empty span list."""
+    sizes = flat.pair_marks()[ordinals]
+    begin, mark = flat.begins[ordinals], flat.mark_begins[ordinals] + PAIR_MARKS
+    columns: dict[str, Any] = {}
+    num_loss: dict[str, Any] = {}
+    for of, name in enumerate(("prompt", "chosen", "rejected")):
+        columns[name] = ragged(take(flat.ids, begin, sizes[:, of]).astype(id_dtype, copy=False), sizes[:, of])
+        begin = begin + sizes[:, of]
+    for of, name in enumerate(("chosen", "rejected"), 1):
+        num_marks = sizes[:, of + 2]  # never 0: a side without a trained token is no pair
+        spans = take(flat.marks, mark, num_marks)
+        first = np.cumsum(num_marks) - num_marks
+        is_whole = (num_marks == 2) & (spans[first] == 0) & (spans[first + 1] == sizes[:, of])
+        kept = np.where(is_whole, 0, num_marks)
+        columns[f"{name}_span"] = ragged(take(spans, first, kept).astype(position_dtype), kept)
+        trained = np.where(np.arange(len(spans)) % 2, spans, -spans)
+        num_loss[f"n_{name}"] = np.add.reduceat(trained, first).astype(position_dtype)
+        mark = mark + num_marks
+    return {**columns, **num_loss, "doc": ordinals.astype(np.uint32)}
+
+
+def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Flat]:
+    """The ordinals and sequences that a shard holds, in its order."""
+    if kind == "pair":
+        views = [dataset.pair_view(batch, i) for batch in file.batches for i in range(len(batch["doc"]))]
+        return file.column("doc"), flatten_pairs([tuple(view[:5]) for view in views])
+    ids, doc_len, span, doc = (file.column(name) for name in ("ids", "doc_len", "span", "doc"))
+    lengths = doc_len.values.astype(np.int64)
+    begins = np.cumsum(lengths) - lengths
+    spans = span.values.astype(np.int64) + np.repeat(ids.offsets[:-1], span.lengths())  # in the shard's positions
+    of_span = np.searchsorted(begins, spans[0::2], side="right") - 1  # the sequence each span lies in
+    num_marks = 2 * np.bincount(of_span, minlength=len(lengths))
+    return doc.values, Flat(ids.values, lengths, spans - np.repeat(begins[of_span], 2), num_marks)

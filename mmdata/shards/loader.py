@@ -1,0 +1,373 @@
+"""Shards in, micro-batches of numpy buffers out. The batch of a step follows from (digest, seed, step): no other state.
+
+Samples are grouped into cells of equal width, so that every batch costs the same whatever the buckets: a cell is one
+sample of the largest bucket, or as many of a smaller one as fit in its place. Order is a keyed permutation computed on
+demand (nothing stored, any step at once). Assembling a batch is one copy out of the mapped shards: no worker processes;
+`ahead` does it in one thread while the last batch is in use. Order, lengths and spans are made for a block of thousands
+of cells at once: the first batch of a block takes milliseconds, the others a hundredth of that.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mmdata.errors import DatasetError
+from mmdata.io.arrow import Ragged, bounds, take
+from mmdata.shards.dataset import Dataset, Split, loss_mask
+from mmdata.shards.order import Mixture, draws_per_epoch, permute
+
+DEFAULT_MICRO_TOKENS = 32_768
+# Cells put in order at once, so that what that costs a step is small: of a rank, of a rank and record batch, of all ranks.
+BLOCK_CELLS = 8192
+BLOCK_CELLS_A_RECORD_BATCH = 32
+MAX_BLOCK_CELLS = 2**18  # some 10 MB
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences end to end. For pairs: chosen_0, rejected_0, chosen_1, …, each with its prompt in front, n = 2 S; or, where
+    `shared` is given, n = S sequences prompt + chosen + rejected, of which rejected must not see chosen."""
+
+    ids: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # uint8 [T], 1 where a token is trained on (not shifted)
+    cu_seqlens: np.ndarray  # int32 [n + 1], ends of the sequences, beginning with 0
+    max_seqlen: int
+    samples: np.ndarray  # int64 [S], sample numbers within the split (over all datasets, in their order)
+    num_loss_tokens: int
+    shared: np.ndarray | None = None  # int64 [S, 3]: tokens of prompt, chosen, rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that a loader's micro-batches have: tokens in all (but where a single sample is longer), and in a sequence."""
+
+    tokens: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a dataset gives to an epoch: its share of the tokens, and how often each of its samples is seen."""
+
+    dataset: Dataset
+    tokens: float
+    passes: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """One bucket of one dataset: where its samples and its cells begin among all."""
+
+    split: Split
+    bucket: int
+    num_samples: int
+    samples_per_cell: int
+    first_sample: int
+    first_cell: int
+
+    @property
+    def num_cells(self) -> int:
+        return -(-self.num_samples // self.samples_per_cell)
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """The samples of some cells, cell after cell: ids where they are, lengths and spans copied and in order."""
+
+    numbers: np.ndarray  # int64 [N]
+    ids: list[np.ndarray]  # of all record batches
+    places: np.ndarray  # int64 [N, 3]: of each sample's ids the record batch, and begin and end in it
+    doc_len: Ragged
+    span: Ragged  # in positions of all these samples end to end
+    begins: np.ndarray  # int64 [N], of the samples in these positions
+    cell_ends: np.ndarray  # int64 [cells + 1], of each cell's samples, beginning with 0
+
+    def assemble(self, cells: range, allocate: Callable[[int, Any], np.ndarray]) -> MicroBatch:
+        """Some of the cells as a micro-batch."""
+        begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
+        pieces = [self.ids[batch][a:b] for batch, a, b in self.places[begin:end].tolist()]
+        spans = self.span.rows(begin, end) - self.begins[begin]
+        return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
+
+
+class Loader:
+    """The batches of a split. `batch(step)` gives this rank's micro-batches of an optimizer step.
+
+    Over all ranks a step's micro-batches hold the same samples whatever the world size and `micro_tokens`. Without
+    weights the steps of one epoch hold every sample once; with them, an epoch has as many tokens as the datasets hold
+    together, of each dataset the share its weight says. Within a step the widest buckets come first and ranks take cells
+    in turn, so that in a micro-step all ranks hold the same bucket (but at most one cell, where a bucket ends).
+    Widths (batch_tokens, micro_tokens) are nominal: padding that is not there counts.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        *,
+        split: str = "train",
+        batch_tokens: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_tokens: int | None = None,
+        shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+        allocate: Callable[[int, Any], np.ndarray] = np.empty,
+    ):
+        assert 0 <= rank < world_size and batch_tokens > 0, (rank, world_size, batch_tokens)
+        check_alike(datasets)
+        self.kind = datasets[0].kind
+        self._rank, self._world_size = rank, world_size
+        self._allocate = (
+            allocate  # (count, dtype) -> the buffers that ids and masks are written to, pinned ones perhaps
+        )
+        self.weights = None if weights is None else list(weights)
+        self.digest = digest_of(datasets, weights)
+        self._key = f"{self.digest}:{seed}" if shuffle else ""
+        assert self.kind != "pair", "PairLoader is for pairs"
+        self.cell_tokens = max(dataset.buckets[-1] for dataset in datasets)
+        self._cells_per_step = max(1, batch_tokens // self.cell_tokens)
+        self._cells_per_micro = max(1, (micro_tokens or DEFAULT_MICRO_TOKENS) // self.cell_tokens)
+        self.limits = Limits(self._cells_per_micro * self.cell_tokens, self.cell_tokens)
+        splits = [dataset.split(split) for dataset in datasets]
+        self._groups = self._make_groups(splits)
+        self._first_cells = np.array([group.first_cell for group in self._groups])
+        self._first_samples = np.array([group.first_sample for group in self._groups], np.int64)
+        self._dataset_ends = np.cumsum([split.num_samples() for split in splits])
+        self.num_samples = sum(group.num_samples for group in self._groups)
+        self._num_cells = sum(group.num_cells for group in self._groups)
+        self._tables = _Tables(self._groups)
+        block_cells = world_size * max(BLOCK_CELLS, BLOCK_CELLS_A_RECORD_BATCH * len(self._tables))
+        self._steps_per_block = max(1, min(block_cells, MAX_BLOCK_CELLS) // self._cells_per_step)
+        self._mixture = self._make_mixture(datasets, splits, weights)
+        self.steps_per_epoch = -(-self._mixture.size // self._cells_per_step)
+        passes = [draws / max(1, cells) for cells, draws in zip(self._mixture.cells, self._mixture.draws, strict=True)]
+        tokens = [split.totals.model_tokens * times for split, times in zip(splits, passes, strict=True)]
+        self.tokens_per_epoch = round(sum(tokens))
+        self.shares = [
+            Share(dataset, own / max(1, sum(tokens)), times)
+            for dataset, own, times in zip(datasets, tokens, passes, strict=True)
+        ]
+        self._block: tuple[tuple[int, int], _Samples] | None = None  # the last one put in order
+
+    def _make_groups(self, splits: Sequence[Split]) -> list[_Group]:
+        groups: list[_Group] = []
+        sample = cell = 0
+        for split in splits:
+            for bucket in split.buckets:
+                per_cell = self.cell_tokens // bucket
+                group = _Group(split, bucket, split.num_samples(bucket), per_cell, sample, cell)
+                sample, cell = sample + group.num_samples, cell + group.num_cells
+                groups.append(group)
+        return [group for group in groups if group.num_samples]
+
+    def _make_mixture(
+        self, datasets: Sequence[Dataset], splits: Sequence[Split], weights: Sequence[float] | None
+    ) -> Mixture:
+        cells = [sum(group.num_cells for group in self._groups if group.split is split) for split in splits]
+        if weights is None:
+            return Mixture(tuple(cells), tuple(cells))
+        for dataset, split, count in zip(datasets, splits, cells, strict=True):
+            if not count:
+                raise DatasetError(f"{dataset.dir}: the {split.name} split is empty", "leave it out of --data")
+        tokens = [split.totals.model_tokens for split in splits]
+        return Mixture(tuple(cells), tuple(draws_per_epoch(tokens, cells, weights)))
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of optimizer step `step` (from 0, over all epochs).
+
+        Empty when the epoch's last, partial batch has no cell left for this rank.
+        """
+        if not self._num_cells:
+            raise DatasetError(
+                "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
+            )
+        epoch, k = divmod(step, self.steps_per_epoch)
+        num_cells = min(self._cells_per_step, self._mixture.size - k * self._cells_per_step)
+        if not (num_own := self._num_own(num_cells)):
+            return []
+        begin = k % self._steps_per_block * self._num_own(self._cells_per_step)
+        block = self._ordered(epoch, k // self._steps_per_block)
+        return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's share of the whole split once, in the order of the shards; a micro-batch is of one dataset."""
+        own = np.arange(self._num_cells)[self._rank :: self._world_size]
+        ends = np.cumsum(self._mixture.cells)[:-1]
+        size = max(1, BLOCK_CELLS // self._cells_per_micro) * self._cells_per_micro
+        for part in np.split(own, np.searchsorted(own, ends)):
+            for begin in range(0, len(part), size):
+                cells = part[begin : begin + size]
+                samples = self._samples(cells, None)
+                yield from (samples.assemble(micro, self._allocate) for micro in self._micro(range(len(cells))))
+
+    def dataset_of(self, micro: MicroBatch) -> int:
+        """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
+        return int(np.searchsorted(self._dataset_ends, micro.samples[0], side="right"))
+
+    def _num_own(self, num_cells: int) -> int:
+        """How many of a step's cells are this rank's: ranks take them in turn."""
+        return len(range(self._rank, num_cells, self._world_size))
+
+    def _micro(self, cells: range) -> list[range]:
+        return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]
+
+    def _ordered(self, epoch: int, number: int) -> _Samples:
+        """This rank's samples of a block of an epoch, in the order of training: step after step, widest buckets first."""
+        if self._block and self._block[0] == (epoch, number):
+            return self._block[1]
+        size = self._steps_per_block * self._cells_per_step
+        places = np.arange(number * size, min((number + 1) * size, self._mixture.size))
+        cells, passes = self._mixture.draw(places, epoch, self._key)
+        order = np.arange(len(places))
+        if self._key:
+            widths = np.array([group.bucket for group in self._groups])
+            of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
+            order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties stay in drawn order
+        own = order[np.arange(len(order)) % self._cells_per_step % self._world_size == self._rank]
+        samples = self._samples(cells[own], passes[own])
+        self._block = ((epoch, number), samples)
+        return samples
+
+    def _samples(self, cells: np.ndarray, passes: np.ndarray | None) -> _Samples:
+        """The samples in these cells, in cell order; within a bucket shuffled anew with each pass over its dataset."""
+        of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
+        per_cell = np.array([group.samples_per_cell for group in self._groups])[of_cell]
+        group = np.repeat(of_cell, per_cell)
+        within = np.arange(len(group)) - np.repeat(np.cumsum(per_cell) - per_cell, per_cell)
+        index = np.repeat((cells - self._first_cells[of_cell]) * per_cell, per_cell) + within
+        is_there = index < np.array([g.num_samples for g in self._groups])[group]  # a group's last cell may be partial
+        if passes is not None and self._key:
+            self._shuffle(group, index, np.repeat(passes, per_cell), is_there)
+        ends = np.concatenate([[0], np.cumsum(is_there)])[np.concatenate([[0], np.cumsum(per_cell)])]
+        return self._tables.samples(self._first_samples[group[is_there]] + index[is_there], ends)
+
+    def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
+        """Permutes the indices in place, each group's in an order of its own; cells of one sample are shuffled already."""
+        for g, shuffled in enumerate(self._groups):
+            if shuffled.samples_per_cell == 1:
+                continue
+            for number in np.unique(passes[group == g]).tolist():
+                at = np.flatnonzero((group == g) & (passes == number) & is_there)
+                key = f"{self._key}:{number}:bucket {g}"
+                index[at] = permute(index[at], shuffled.num_samples, key)
+
+
+def assemble(
+    pieces: Sequence[Any],
+    lengths: np.ndarray,
+    spans: np.ndarray,
+    numbers: np.ndarray,
+    allocate: Callable[[int, Any], np.ndarray],
+    shared: np.ndarray | None = None,
+) -> MicroBatch:
+    """pieces: ids of one dtype, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending; numbers:
+    of the samples; allocate: gives the buffers ids and mask are written to; shared: see `MicroBatch`."""
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    lengths.cumsum(out=cu_seqlens[1:])
+    total = int(cu_seqlens[-1])
+    ids, mask = allocate(total, np.int32), allocate(total, np.uint8)
+    # Joined, then cast in one go (ids < 2**31 by the manifest): np.concatenate, which casts each piece, takes twice as long.
+    ids[:] = np.frombuffer(b"".join(pieces), pieces[0].dtype)
+    mask[:] = loss_mask(spans, total)
+    num_loss = int((spans[1::2] - spans[0::2]).sum())
+    return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss, shared)
+
+
+class _Tables:
+    """The columns of all record batches of packs: views."""
+
+    def __init__(self, groups: Sequence[_Group]):
+        batches = [(g.first_sample + begin, columns) for g in groups for begin, columns in g.split.batches(g.bucket)]
+        self._first_samples = np.array([first for first, _ in batches], np.int64)
+        self._ids, self._doc_len, self._span = (
+            [columns[name] for _, columns in batches] for name in ("ids", "doc_len", "span")
+        )
+        self._values = [ids.values for ids in self._ids]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
+        """The samples of these numbers. What Python would do for each of them is done once for each record batch."""
+        at = np.searchsorted(self._first_samples, numbers, side="right") - 1
+        order = np.argsort(at, kind="stable")
+        back = np.argsort(order)
+        used, firsts = np.unique(at[order], return_index=True)
+        rows = np.split((numbers - self._first_samples[at])[order], firsts[1:])
+        ids, doc_len, span = ([columns[i] for i in used.tolist()] for columns in (self._ids, self._doc_len, self._span))
+        begins, ends = (found[back] for found in bounds(ids, rows))
+        doc_len, span = (take([take(columns, rows)], [back]) for columns in (doc_len, span))
+        moved = np.cumsum(ends - begins) - (ends - begins)
+        span = Ragged(span.values + np.repeat(moved, span.lengths()), span.offsets)
+        return _Samples(numbers, self._values, np.stack([at, begins, ends], 1), doc_len, span, moved, cell_ends)
+
+
+def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
+    """Names what is trained on: one dataset's own digest, or that of several and their weights."""
+    digests = [dataset.digest for dataset in datasets]
+    if len(digests) == 1 and weights is None:
+        return digests[0]
+    parts = digests if weights is None else [f"{d}:{w!r}" for d, w in zip(digests, weights, strict=True)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Generator[Made, None, None]:
+    """`make(step)` for every step in turn, made in one thread up to `depth` steps before they are asked for.
+
+    What `make` raises is raised where its step is asked for. Closing the iterator ends the thread.
+    """
+    made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    is_over = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> None:
+        while not is_over.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        for step in steps:
+            if is_over.is_set():
+                return
+            try:
+                put((make(step), None))
+            except BaseException as error:  # whatever it is, it belongs to the thread that asks
+                put((None, error))
+                return
+
+    thread = threading.Thread(target=work, name="batches ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            value, error = made.get()
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def check_alike(datasets: Sequence[Dataset]) -> None:
+    """Datasets of one batch must share row kind and tokenizer."""
+    assert datasets, "no dataset"
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.kind != first.kind:
+            raise DatasetError(
+                f"{other.dir} holds {other.kind} rows, {first.dir} {first.kind} rows", "train on one kind at a time"
+            )
+        if other.tokenizer_sha256 != first.tokenizer_sha256:
+            raise DatasetError(
+                f"{other.dir} was packed with another tokenizer than {first.dir}",
+                f"mm pack FILE --tokenizer {first.dir / 'tokenizer'} --out {other.dir}",
+            )

@@ -1,0 +1,209 @@
+"""Pairs in, micro-batches out, to a budget of tokens: what a batch costs does not depend on how many pairs it takes.
+
+Nothing is padded, and both sides of a pair are always in one micro-batch. With `share_prompt` a pair is one sequence,
+prompt + chosen + rejected; else two, each with the prompt in front. The pairs of a step follow from (digest, seed, step)
+alone: not from the ranks, the micro-batches, or how prompts are laid. Costs 24 bytes a pair in memory.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from mmdata.errors import DatasetError
+from mmdata.shards.dataset import Dataset, PairView, Split
+from mmdata.shards.loader import (
+    DEFAULT_MICRO_TOKENS,
+    Limits,
+    Loader,
+    MicroBatch,
+    Share,
+    assemble,
+    check_alike,
+    digest_of,
+)
+from mmdata.shards.order import Mixture, draws_per_epoch
+
+
+class PairLoader:
+    """The batches of a split of pairs; the same face as `Loader`.
+
+    `batch_tokens` are a step's tokens with every prompt counted for both sides, `micro_tokens` the most of one
+    micro-batch as it is laid out (a single pair may be longer). Without weights every step has at least one pair.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        *,
+        split: str = "train",
+        batch_tokens: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_tokens: int | None = None,
+        shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+        allocate: Callable[[int, Any], np.ndarray] = np.empty,
+        share_prompt: bool = False,
+    ):
+        assert 0 <= rank < world_size and batch_tokens > 0, (rank, world_size, batch_tokens)
+        check_alike(datasets)
+        self.kind, self.share_prompt = "pair", share_prompt
+        self._rank, self._world_size = rank, world_size
+        self._allocate = allocate
+        self.weights = None if weights is None else list(weights)
+        self.digest = digest_of(datasets, weights)
+        self._key = f"{self.digest}:{seed}" if shuffle else ""
+        self._splits = [dataset.split(split) for dataset in datasets]
+        counts = [each.num_samples() for each in self._splits]
+        self._first_samples = np.cumsum([0, *counts])
+        self.num_samples = sum(counts)
+        lengths = [pair_lengths(each) for each in self._splits]
+        self.lengths = np.concatenate(lengths)  # int64 [num_samples, 3]: prompt, chosen, rejected
+        self._sizes = self.lengths @ np.array([2, 1, 1])
+        self._costs = self.lengths.sum(1) if share_prompt else self._sizes
+        sides = self._costs if share_prompt else self.lengths[:, 0] + self.lengths[:, 1:].max(1, initial=0)
+        self.limits = Limits(micro_tokens or DEFAULT_MICRO_TOKENS, int(sides.max(initial=1)))
+        held = [int((each @ np.array([2, 1, 1])).sum()) for each in lengths]
+        self._mixture = _mixture(datasets, counts, held, weights)
+        passes = [draws / max(1, count) for draws, count in zip(self._mixture.draws, counts, strict=True)]
+        tokens = [own * times for own, times in zip(held, passes, strict=True)]
+        self.tokens_per_epoch = round(sum(tokens))
+        self.steps_per_epoch = _num_steps(self.tokens_per_epoch, self._sizes, batch_tokens)
+        shares = zip(datasets, tokens, passes, strict=True)
+        self.shares = [Share(dataset, own / max(1, sum(tokens)), times) for dataset, own, times in shares]
+        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of optimizer step `step` (from 0, over all epochs); they may be none."""
+        if not self.num_samples:
+            raise DatasetError(
+                "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
+            )
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order, begins = self._epoch(epoch)
+        pairs = order[begins[k] : begins[k + 1]]
+        bins = spread(self._costs[pairs], self.limits.tokens, self._world_size)
+        return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
+
+    def micro_batches(self, micro_tokens: int | None = None) -> Iterator[MicroBatch]:
+        """This rank's share of the whole split once, in the order of the shards, to a budget of its own where given; a
+        micro-batch is of one dataset."""
+        budget = micro_tokens or self.limits.tokens
+        begins = set(self._first_samples.tolist())
+        ends = []
+        filled = 0
+        for i, cost in enumerate(self._costs.tolist()):
+            if filled and (filled + cost > budget or i in begins):
+                ends.append(i)
+                filled = 0
+            filled += cost
+        cuts = np.split(np.arange(self.num_samples), ends)
+        for numbers in cuts[self._rank :: self._world_size]:
+            if len(numbers):
+                yield self._assemble(numbers)
+
+    def dataset_of(self, micro: MicroBatch) -> int:
+        """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
+        return int(np.searchsorted(self._first_samples, micro.samples[0], side="right")) - 1
+
+    def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order, and where in it each step begins: a step takes the pairs whose middle lies in its equal share
+        of the epoch's tokens."""
+        order, _ = self._mixture.draw(np.arange(self._mixture.size), epoch, self._key)
+        sizes = self._sizes[order]
+        middles = 2 * np.cumsum(sizes) - sizes  # doubled, so that they are integers
+        steps = middles * self.steps_per_epoch // (2 * int(sizes.sum()))
+        return order, np.searchsorted(steps, np.arange(self.steps_per_epoch + 1))
+
+    def _assemble(self, numbers: np.ndarray) -> MicroBatch:
+        of_split = np.searchsorted(self._first_samples, numbers, side="right") - 1
+        views = []
+        for s, number in zip(of_split.tolist(), numbers.tolist(), strict=True):
+            split = self._splits[s]
+            views.append(split.sample(*split.locate(number - int(self._first_samples[s]))))
+        shared = self.lengths[numbers] if self.share_prompt else None
+        return assemble(*_lay_out(views, self.share_prompt), numbers, self._allocate, shared)
+
+
+def _mixture(
+    datasets: Sequence[Dataset], counts: Sequence[int], tokens: Sequence[int], weights: Sequence[float] | None
+) -> Mixture:
+    """What an epoch draws of each dataset: every pair once, or tokens by weight."""
+    if weights is None:
+        return Mixture(tuple(counts), tuple(counts))
+    for dataset, count in zip(datasets, counts, strict=True):
+        if not count:
+            raise DatasetError(f"{dataset.dir}: the split is empty", "leave it out of --data")
+    return Mixture(tuple(counts), tuple(draws_per_epoch(tokens, counts, weights)))
+
+
+def make_loader(datasets: Sequence[Dataset], *, share_prompt: bool = False, **options: object) -> Loader | PairLoader:
+    """The loader for datasets of one kind; options are those of `Loader`, `share_prompt` is for pairs."""
+    if datasets[0].kind == "pair":
+        return PairLoader(datasets, share_prompt=share_prompt, **options)  # type: ignore[arg-type]
+    return Loader(datasets, **options)  # type: ignore[arg-type]
+
+
+def pair_lengths(split: Split) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of every pair of a split: int64 [N, 3], in sample order."""
+    columns = [split.list_lengths(name) for name in ("prompt", "chosen", "rejected")]
+    return np.stack(columns, 1)
+
+
+def saved_share(datasets: Sequence[Dataset]) -> float:
+    """The share of the train splits' tokens that need no computing when a prompt is computed once for both sides."""
+    lengths = np.concatenate([pair_lengths(dataset.split("train")) for dataset in datasets])
+    return float(lengths[:, 0].sum() / max(1, (lengths @ np.array([2, 1, 1])).sum()))
+
+
+def _num_steps(num_tokens: int, sizes: np.ndarray, batch_tokens: int) -> int:
+    """Steps an epoch is cut into: as many as the budget asks for, but no more than leave every step a pair: neighbouring
+    middles are never further apart than the largest pair."""
+    if not len(sizes):
+        return 0
+    return max(1, min(-(-num_tokens // batch_tokens), num_tokens // int(sizes.max())))
+
+
+def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
+    """Indices of `costs` in bins of about equal sums, none above the budget but where one item alone is; a multiple of
+    `multiple` bins, some of them possibly empty. The longest first, each into the least filled (Graham 1969)."""
+    order = np.argsort(-costs, kind="stable").tolist()
+    budget = max(budget, int(costs.max()))
+    count = -(-int(costs.sum()) // budget)
+    count = -(-count // multiple) * multiple
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        filled = [(0, b) for b in range(count)]
+        for item in order:
+            load, b = filled[0]
+            heapq.heapreplace(filled, (load + int(costs[item]), b))
+            bins[b].append(item)
+        if max(filled)[0] <= budget:
+            return [np.array(chosen, np.int64) for chosen in bins]
+        count += multiple
+
+
+def _lay_out(pairs: Sequence[PairView], share_prompt: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """ids in pieces, lengths of the sequences, and spans moved from their reply's first token to the flat axis."""
+    pieces: list[np.ndarray] = []
+    ends = [0]
+    spans: list[np.ndarray] = []
+    at = 0
+    for pair in pairs:
+        for is_second, reply, span in (
+            (False, pair.chosen, pair.chosen_span),
+            (True, pair.rejected, pair.rejected_span),
+        ):
+            if not (is_second and share_prompt):
+                pieces.append(pair.prompt)
+                at += len(pair.prompt)
+            spans.append(span.astype(np.int64) + at)
+            pieces.append(reply)
+            at += len(reply)
+            if is_second or not share_prompt:
+                ends.append(at)
+    return pieces, np.diff(ends), np.concatenate(spans)

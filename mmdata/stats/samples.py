@@ -1,0 +1,141 @@
+"""Rows kept for show in; records a page can draw as chats out: messages cut into tokens, the trained ones marked.
+
+A token that holds part of a character is shown together with those that complete it. Long rows are shown by their beginning.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdata.encode.encoder import Encoded, PairSequence, RowEncoder
+from mmdata.encode.rows import BadRow
+from mmdata.stats.measure import pieces_of
+from mmdata.stats.scan import Shown
+from mmdata.stats.token_tally import Vocabulary
+
+MOST_TOKENS = 400  # of a row, or of a pair's prompt and of each of its replies
+MOST_CHARACTERS = 1500  # of a row shown without tokens
+MOST_SEQUENCES = 4  # of a document cut into several
+PLAIN, TRAINED, CONTROL = "0", "1", "2"  # "3": a control token that is trained
+
+
+def records(
+    shown: Sequence[Shown], known: Vocabulary | None, encoder: RowEncoder | None = None
+) -> list[dict[str, Any]]:
+    """One record a row: why, file, line, characters, and `parts`: [{"name", "messages", "hidden" tokens}].
+
+    A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}. A row that does not
+    bring its ids is encoded; where it cannot be, or there is no encoder, there is one piece a message and no ids.
+    """
+    found = []
+    for row in shown:
+        try:
+            found.append(_record(row, known, encoder))
+        except BadRow:
+            continue  # it was usable when it was kept: another template or length limit now
+    return found
+
+
+def _record(shown: Shown, known: Vocabulary | None, encoder: RowEncoder | None) -> dict[str, Any]:
+    row = shown.parsed()
+    record: dict[str, Any] = {
+        "why": shown.why,
+        "file": shown.file,
+        "line": shown.line,
+        "characters": shown.characters,
+    }
+    if shown.nll is not None:
+        record["loss"] = shown.nll
+    encoded = shown.encoded or (encoder.encode([row])[0] if encoder else None)
+    if isinstance(encoded, BadRow):
+        record["set_aside"] = str(encoded)
+    if known and isinstance(encoded, Encoded):
+        parts = _token_parts(encoded, known)
+        record |= {"tokens": encoded.num_tokens, "trained": sum(part.pop("num_trained") for part in parts)}
+        return record | {"parts": parts}
+    return record | {"parts": _plain_parts(list(pieces_of(row)))}
+
+
+def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Parts of a row without tokens."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    left = MOST_CHARACTERS
+    hidden = 0
+    for role, text in pieces:
+        side = role if role in ("chosen", "rejected") else ""
+        shown = text[: max(left, 0)]
+        left, hidden = left - len(shown), hidden + len(text) - len(shown)
+        name = "assistant" if side else role
+        mark = TRAINED if name in ("assistant", "document") else PLAIN
+        parts.setdefault(side, []).append({"role": name, "text": [shown], "ids": [], "marks": mark})
+    return [{"name": name, "messages": found, "hidden": hidden} for name, found in parts.items()]
+
+
+def _token_parts(encoded: Encoded, known: Vocabulary) -> list[dict[str, Any]]:
+    found = encoded.sequences
+    if isinstance(found, PairSequence):
+        lists = [
+            ("prompt", found.prompt, found.chosen_spans[:0]),
+            ("chosen", found.chosen, found.chosen_spans),
+            ("rejected", found.rejected, found.rejected_spans),
+        ]
+    else:
+        lists = [("", one.ids, one.spans) for one in found[:MOST_SEQUENCES]]
+    parts = []
+    for name, ids, spans in lists:
+        mask = np.zeros(len(ids), bool)
+        for begin, end in spans.tolist():
+            mask[begin:end] = True
+        most = MOST_TOKENS if len(lists) <= 3 else MOST_TOKENS // 2
+        messages = _messages(ids[:most].tolist(), mask, known, "assistant" if name in _SIDES else "document")
+        parts.append(
+            {
+                "name": name,
+                "messages": messages,
+                "hidden": max(0, len(ids) - most),
+                "num_trained": int(mask.sum()),
+            }
+        )
+    return parts
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def _messages(ids: Sequence[int], mask: np.ndarray, known: Vocabulary, first_role: str) -> list[dict[str, Any]]:
+    """Ids cut at the control tokens that open a message; what names its role is not shown again."""
+    messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
+    at = 0
+    while at < len(ids):
+        header = known.header(ids, at)
+        if header:
+            role, at = header
+            messages.append({"role": role, "text": [], "ids": [], "marks": ""})
+            continue
+        at = _add_piece(messages[-1], ids, at, mask, known)
+    return [message for message in messages if "".join(message["text"]).strip()]
+
+
+def _add_piece(message: dict[str, Any], ids: Sequence[int], at: int, mask: np.ndarray, known: Vocabulary) -> int:
+    """Add the token at `at`, with those after it that complete its last character; gives where the next piece begins."""
+    if known.control[ids[at]]:
+        text, end = known.tokenizer.native.id_to_token(ids[at]) or "", at + 1
+    else:
+        end, content = at + 1, known.pieces[ids[at]]
+        while not _is_whole(content) and end < min(len(ids), at + 4) and not known.control[ids[end]]:
+            content += known.pieces[ids[end]]
+            end += 1
+        text = content.decode("utf-8", errors="replace")
+    message["text"].append(text)
+    message["ids"].append(list(ids[at:end]))
+    message["marks"] += str(int(mask[at]) + 2 * bool(known.control[ids[at]]))
+    return end
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

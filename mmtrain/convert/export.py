@@ -1,0 +1,353 @@
+"""A run's weights in; a directory that other programs read out: Hugging Face, GGUF for llama.cpp, or MiniMind's `.pth`.
+
+`hf` is a plain LlamaForCausalLM, or Qwen3ForCausalLM where queries and keys have norms, without code of its own. Where
+transformers is installed the export is loaded with it and its logits and prompt ids are compared with ours on the spot;
+one that differs is not published. Adapters are merged, since reading a checkpoint gives them merged.
+"""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmdata.encode.template import Message, Template
+from mmdata.errors import CheckpointError, UsageError
+from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
+from mmtrain import checkpoint
+from mmtrain.checkpoint import Checkpoint
+from mmtrain.config import ModelConfig
+from mmtrain.convert import gguf
+from mmtrain.convert.foreign import run_tokenizer
+from mmtrain.model.model import Model
+
+DTYPES = {
+    "hf": {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16},
+    "gguf": {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32},
+    "minimind": {"f32": torch.float32, "f16": torch.float16},
+}  # the first is the default
+TOLERANCE = 1e-4  # of logits, fp32
+RECORD = "export.json"  # by this an export is known as ours
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `mm export` made. `checks` are sentences for people; `max_logit_difference` is None where nothing compared."""
+
+    out: Path
+    format: str
+    dtype: str
+    architecture: str
+    files: list[str]
+    num_bytes: int
+    num_params: int
+    max_logit_difference: float | None
+    checks: list[str]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported."""
+
+    checkpoint: Checkpoint
+    run: dict[str, Any]
+    model: Model
+    tokenizer: Tokenizer
+
+    @property
+    def shape(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def architecture(self) -> str:
+        return "Qwen3ForCausalLM" if self.shape.qk_norm else "LlamaForCausalLM"
+
+
+def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> Exported:
+    """Write the model of a run or checkpoint to `out`, which appears whole or not at all; an earlier export is replaced."""
+    dtype = dtype or next(iter(DTYPES.get(format, {"": None})))
+    if format not in DTYPES or dtype not in DTYPES[format]:
+        known = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())
+        raise UsageError(f"--format {format} --dtype {dtype} is unknown", known)
+    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty and no export of ours", "choose another --out")
+    found = checkpoint.find(path)
+    model = checkpoint.load_model(found.dir)[0].eval()
+    source = _Source(
+        found, checkpoint.read_run(found.run_dir), model, run_tokenizer(found.run_dir, model.config.vocab_size)
+    )
+    writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]
+    writer = {"hf": _write_hf, "gguf": _write_gguf, "minimind": _write_minimind}[format]
+    beside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        checks, difference = writer(source, beside, dtype)
+        record = {"format": format, "dtype": dtype, "weights_sha256": found.weights_sha256, "step": found.step}
+        (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != RECORD)
+    num_bytes = sum((out / file).stat().st_size for file in files)
+    num_params = source.shape.num_params
+    return Exported(out, format, dtype, source.architecture, files, num_bytes, num_params, difference, checks)
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
+    """Weights, config, generation config, tokenizer with its template, model card; then the comparison."""
+    torch_dtype = DTYPES["hf"][dtype]
+    weights = {name: value.detach().to(torch_dtype).contiguous() for name, value in source.model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    _write_json(out / "config.json", _hf_config(source, torch_dtype))
+    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
+    _write_json(out / "generation_config.json", _generation_config(source.tokenizer))
+    _write_tokenizer(source.tokenizer, out)
+    (out / "README.md").write_text(model_card(source, dtype, "transformers", _HF_USE), encoding="utf-8")
+    return _compare_hf(source, weights, out)
+
+
+def _hf_config(source: _Source, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json, in the words that transformers 4 and 5 both read."""
+    shape, tokenizer = source.shape, source.tokenizer
+    config = {
+        "architectures": [source.architecture],
+        "model_type": "qwen3" if shape.qk_norm else "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.max_positions,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "initializer_range": (3 * shape.hidden_size) ** -0.5,
+        "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return config | ({} if shape.qk_norm else {"mlp_bias": False})
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Where an answer ends, and the settings `mm chat` begins with."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    found = {name: id for name, id in ids.items() if id is not None}
+    return {**found, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+
+
+def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """The run's tokenizer files as they are, but for a class every transformers knows and a template where none is."""
+    tokenizer.save(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if tokenizer.chat_template is None:
+        config["chat_template"] = CHATML
+    _write_json(path, config)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple[list[str], float | None]:
+    """Load the export with transformers, in fp32, and compare it with ours; CheckpointError when it differs."""
+    if importlib.util.find_spec("transformers") is None:
+        return ["not compared: transformers is not installed (pip install 'mm-toolkit[hf]')"], None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
+    with torch.device("meta"):
+        ours = Model(source.shape)
+    ours.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = min(128, source.shape.max_positions)
+    ids = torch.randint(source.shape.vocab_size, (num_tokens,), generator=generator)
+    hidden = ours(ids, torch.arange(num_tokens), torch.tensor([0, num_tokens], dtype=torch.int32), num_tokens)
+    difference = float((hidden @ ours.head_weight.T - theirs(ids[None]).logits[0]).abs().max())
+    name = f"transformers {version('transformers')}"
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{name} reads the export differently: logits differ by {difference:.2g}, allowed are {TOLERANCE:g}",
+            "nothing was written; please report this with the model's shape",
+        )
+    text = "1 + 2 = ?  你好，世界\n"
+    prompt = AutoTokenizer.from_pretrained(out, local_files_only=True).apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    same = prompt == Template(source.tokenizer).prompt_ids(source.tokenizer, [Message("user", text)])
+    if not same:
+        raise CheckpointError(
+            f"{name} makes other prompt ids of the tokenizer", "nothing was written; please report this"
+        )
+    return [
+        f"{name} loads it: logits differ by at most {difference:.1e} over {num_tokens} tokens, prompt ids are the same"
+    ], difference
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
+    """One file NAME-DTYPE.gguf, read back and compared tensor by tensor, and the card."""
+    name = re.sub(r"[^\w.-]+", "-", source.checkpoint.run_dir.resolve().name) or "model"
+    path = out / f"{name}-{dtype}.gguf"
+    checks = gguf.write(path, source.model.state_dict(), source.shape, source.tokenizer, dtype=dtype, name=name)
+    (out / "README.md").write_text(
+        model_card(source, dtype, "gguf", _GGUF_USE.format(file=path.name)), encoding="utf-8"
+    )
+    return checks, None
+
+
+# --- MiniMind's scripts -----------------------------------------------------------------------------------------------
+
+
+def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
+    """STAGE_WIDTH.pth as MiniMind's scripts name it, and the tokenizer for its model/ directory."""
+    shape = source.shape
+    if wrong := _not_minimind(shape):
+        raise UsageError(
+            f"MiniMind's code makes no model with {', '.join(wrong)}", "mm export RUN --format hf keeps any shape"
+        )
+    weights = {
+        name: value.detach().to(DTYPES["minimind"][dtype]).contiguous()
+        for name, value in source.model.state_dict().items()
+    }
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # their loading is strict and wants both
+    stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.get("stage", ""), "full_sft")
+    name = f"{stage}_{shape.hidden_size}.pth"
+    torch.save(weights, out / name)
+    source.tokenizer.save(out / "model")
+    since = "2026 (eval_llm.py)" if shape.qk_norm else "April to December 2025 (eval_model.py)"
+    options = f"--hidden_size {shape.hidden_size} --num_hidden_layers {shape.num_layers}"
+    return [f"for MiniMind of {since}: {name} goes to out/, the files of model/ to model/; run it with {options}"], None
+
+
+def _not_minimind(shape: ModelConfig) -> list[str]:
+    """What of a shape MiniMind's configuration cannot say: it derives all from width, depth and a vocabulary of 6,400."""
+    width = shape.hidden_size
+    ffn_size = 64 * math.ceil((width * math.pi if shape.qk_norm else int(width * 8 / 3)) / 64)
+    expected = {
+        "vocab_size": 6400,
+        "num_heads": 8,
+        "num_kv_heads": 4 if shape.qk_norm else 2,
+        "ffn_size": ffn_size,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-6 if shape.qk_norm else 1e-5,
+    }
+    found = {name: getattr(shape, name) for name in expected}
+    return [f"{name} {found[name]:g} (only {value:g})" for name, value in expected.items() if found[name] != value]
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+
+def lineage(run_dir: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs a model came from, newest first: name, stage, steps, digest of the weights begun with, datasets."""
+    found: list[dict[str, Any]] = []
+    seen: set[Path] = set()
+    while run_dir.resolve() not in seen:
+        seen.add(run_dir.resolve())
+        begun = run.get("init") or {}
+        found.append(
+            {
+                "name": run_dir.resolve().name,
+                "stage": run.get("stage", "?"),
+                "steps": run.get("final_step", 0),
+                "init_sha256": begun.get("weights_sha256"),
+                "imported": run.get("imported"),
+                "data": [{"name": Path(d["dir"]).name, "digest": d["digest"]} for d in run.get("data", [])],
+            }
+        )
+        parent = Path(begun["dir"]).parent.parent if begun.get("dir") else None
+        if parent is None or not (parent / "run.json").is_file():
+            break
+        run_dir, run = parent, checkpoint.read_run(parent)
+    return found
+
+
+_HF_USE = """```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="PATH OF THIS DIRECTORY")
+print(chat([{"role": "user", "content": "你好"}], max_new_tokens=128)[0]["generated_text"][-1]["content"])
+```
+"""
+_GGUF_USE = """```
+llama-cli -m {file} -p "你好"
+```
+
+The chat template stands in the file.
+"""
+
+
+def model_card(source: _Source, dtype: str, library: str, use: str) -> str:
+    """README.md of an export: what the model is, what it was trained on, and how to use it."""
+    shape, found = source.shape, source.checkpoint
+    name = found.run_dir.resolve().name
+    rows = "\n".join(_lineage_row(step) for step in lineage(found.run_dir, source.run))
+    return f"""---
+library_name: {library}
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A causal language model of {shape.num_params:,} parameters, trained with mm: a plain `{source.architecture}`, without
+code of its own.
+
+| | |
+|---|---|
+| layers, width, feed-forward | {shape.num_layers}, {shape.hidden_size}, {shape.ffn_size} |
+| query heads, key heads, head width | {shape.num_heads}, {shape.num_kv_heads}, {shape.head_size} |
+| norms on queries and keys | {"yes" if shape.qk_norm else "no"} |
+| vocabulary | {shape.vocab_size:,} |
+| rotary base, longest position | {shape.rope_theta:g}, {shape.max_positions:,} |
+| type of the weights | {dtype} |
+| sha256 of the checkpoint's weights | `{found.weights_sha256}` |
+| sha256 of tokenizer.json | `{source.tokenizer.sha256}` |
+
+## What it was trained on
+
+Newest first. A dataset's digest names every token of it; the same jsonl, tokenizer and options give the same digest.
+
+| run | stage | steps | datasets (digest) | began with weights |
+|---|---|---|---|---|
+{rows}
+
+## Use
+
+{use}"""
+
+
+def _lineage_row(step: dict[str, Any]) -> str:
+    data = ", ".join(f"{d['name']} (`{d['digest'][:16]}`)" for d in step["data"]) or "none"
+    begun = f"`{step['init_sha256'][:16]}`" if step["init_sha256"] else "new ones"
+    if step["imported"]:
+        begun = f"those of {Path(step['imported']['from']).name} (`{step['imported']['sha256'][:16]}`)"
+    return f"| {step['name']} | {step['stage']} | {step['steps']:,} | {data} | {begun} |"

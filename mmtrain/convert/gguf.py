@@ -1,0 +1,184 @@
+"""Weights and a tokenizer in; one GGUF file for llama.cpp out, read back and compared. Needs the `gguf` package.
+
+llama.cpp knows a model by its architecture's name, and a tokenizer's way of cutting text by the name of a model that cuts
+alike: both are chosen here from what our files say, and what llama.cpp has no name for is refused rather than guessed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mmdata.errors import TokenizerError, UsageError
+from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
+from mmtrain.config import ModelConfig
+from mmtrain.convert.foreign import interleaved
+
+# A BPE tokenizer's pre-tokenizer, without fields that change nothing -> the name llama.cpp has for the same cutting.
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_QWEN2_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_REGEX = _QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+_PRE_TOKENIZERS: list[tuple[str, list[dict[str, Any]]]] = [
+    ("gpt-2", [_GPT2]),  # MiniMind's
+    ("smollm", [{"type": "Digits", "individual_digits": True}, _GPT2]),  # ours
+    ("qwen2", [_split(_QWEN2_REGEX), _BYTES]),
+    ("llama-bpe", [_split(_LLAMA3_REGEX), _BYTES]),
+]
+_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_Q8_BLOCK = 32  # q8_0 scales so many values of a row at once
+
+
+def write(
+    path: Path, weights: Mapping[str, Tensor], shape: ModelConfig, tokenizer: Tokenizer, *, dtype: str, name: str
+) -> list[str]:
+    """Write the file; what was checked or is worth knowing, in sentences. dtype: f32, f16 or q8_0; norms stay f32."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError("writing GGUF needs the gguf package", "pip install 'mm-toolkit[gguf]'") from error
+
+    pre_tokenizer = pre_tokenizer_name(tokenizer)
+    writer = gguf.GGUFWriter(path, "qwen3" if shape.qk_norm else "llama")
+    _add_shape(writer, shape, name)
+    file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_tokenizer(writer, gguf.TokenType, tokenizer, shape.vocab_size, pre_tokenizer)
+    kept_wide = []
+    for tensor_name, values in tensors(weights, shape):
+        kind = "F32" if values.ndim == 1 else dtype.upper()
+        if kind == "Q8_0" and values.shape[-1] % _Q8_BLOCK:
+            kind = "F16"
+            kept_wide.append(tensor_name)
+        quant = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(tensor_name, gguf.quants.quantize(values, quant), raw_dtype=quant)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    worst = _read_back(path, weights, shape)
+    said = {"f32": "bit for bit", "f16": f"to {worst:.1e}", "q8_0": f"to {worst:.1e}"}[dtype]
+    checks = [f"read back: every tensor is the checkpoint's, {said}; text is cut as by {pre_tokenizer!r}"]
+    if kept_wide:
+        checks.append(f"{len(kept_wide)} matrices whose rows are no multiple of {_Q8_BLOCK} stay f16")
+    return checks
+
+
+def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor by llama.cpp's name, fp32. Of a Llama it turns neighbours, so queries' and keys' rows are reordered."""
+    for name, value in weights.items():
+        if not shape.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = interleaved(value, shape.head_size)
+        yield _name(name), value.detach().float().contiguous().numpy()
+
+
+def _name(name: str) -> str:
+    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in fixed:
+        return fixed[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{_NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
+    writer.add_name(name)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(shape.max_positions)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.ffn_size)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.num_kv_heads)
+    writer.add_key_length(shape.head_size)
+    writer.add_value_length(shape.head_size)
+    writer.add_rope_dimension_count(shape.head_size)
+    writer.add_rope_freq_base(shape.rope_theta)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+
+
+def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str) -> None:
+    """Vocabulary, merges, special ids and the chat template. Rows of the model that no token has are marked unused."""
+    model = json.loads(tokenizer.files["tokenizer.json"])["model"]
+    by_id = {id: token for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items()}
+    tokens, kinds = [], []
+    for id in range(vocab_size):
+        added = tokenizer.added.get(id)
+        tokens.append(by_id.get(id, f"[PAD{id}]"))
+        if id not in by_id:
+            kinds.append(types.UNUSED)
+        elif added:
+            kinds.append(types.CONTROL if added.special else types.USER_DEFINED)
+        else:
+            kinds.append(types.NORMAL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    for id, add in (
+        (tokenizer.bos_id, writer.add_bos_token_id),
+        (tokenizer.eos_id, writer.add_eos_token_id),
+        (tokenizer.eos_id, writer.add_eot_token_id),
+        (tokenizer.pad_id, writer.add_pad_token_id),
+    ):
+        if id is not None:
+            add(id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(tokenizer.chat_template or CHATML)
+
+
+def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
+    """llama.cpp's name for how a tokenizer cuts text before merging; TokenizerError when it has none."""
+    parts = json.loads(tokenizer.files["tokenizer.json"])
+    found = parts.get("pre_tokenizer") or {}
+    steps = found.get("pretokenizers", [found])
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    normalizer = (parts.get("normalizer") or {}).get("type")
+    if parts["model"]["type"] == "BPE" and normalizer in (None, "NFC"):  # llama.cpp leaves NFC to the user
+        for name, known in _PRE_TOKENIZERS:
+            if steps == known:
+                return name
+    raise TokenizerError(
+        f"{tokenizer.dir}: llama.cpp has no name for its pre-tokenizer ({json.dumps(steps)[:200]})",
+        f"known are those of {', '.join(name for name, _ in _PRE_TOKENIZERS)}; --format hf keeps any tokenizer",
+    )
+
+
+def _read_back(path: Path, weights: Mapping[str, Tensor], shape: ModelConfig) -> float:
+    """The largest difference of any value in the file from the weights, relative to its tensor's largest."""
+    import gguf
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    worst, names = 0.0, set()
+    for name, values in tensors(weights, shape):
+        found = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).reshape(values.shape)
+        worst = max(worst, float(np.abs(found - values).max() / max(float(np.abs(values).max()), 1e-30)))
+        names.add(name)
+    assert names == stored.keys(), names ^ stored.keys()
+    return worst

@@ -1,0 +1,172 @@
+"""Buffers of a micro-batch -> device tensors: ids, restarting position_ids, cu_seqlens and where the trained tokens stand.
+
+Instead of labels with -100 in them, a batch holds the positions of the trained tokens: the loss then picks them without
+asking the device how many there are.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdata.shards.loader import Limits, MicroBatch
+from mmtrain.model.logps import sum_by_sequence, trained_logps
+from mmtrain.model.model import Model
+
+FILL_TOKENS = 128  # a filled micro-batch has room for documents of this mean length before it takes another shape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on its device. T tokens, N of them trained, in `num_sequences` sequences; where it is filled up, the
+    flat axis and cu_seqlens are longer, and nothing else knows.
+
+    `trained` int64 [N] are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each. Both sides
+    of a pair count as sequences, whether or not they share their prompt.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    trained: Tensor
+    sequence_ids: Tensor
+    num_sequences: int
+    samples: np.ndarray
+    num_tokens: int
+    num_trained: int
+    shared: Tensor | None = None  # int64 [S, 3] on the CPU: prompt, chosen and rejected of pairs laid as one sequence
+
+
+def pinned(count: int, dtype: Any) -> np.ndarray:
+    """A buffer in page-locked memory, which a CUDA device copies from while it computes. Not measured."""
+    return torch.from_numpy(np.empty(0, dtype)).new_empty(count, pin_memory=True).numpy()
+
+
+def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> list[MicroBatch]:
+    """A micro-batch in pieces of at most `most_tokens` tokens, whole documents (or pairs) each; one that is longer stays whole.
+
+    Their losses and gradients add up to the micro-batch's. `samples` of a pack's pieces are those of the pack.
+    """
+    if most_tokens is None or len(micro.ids) <= most_tokens:
+        return [micro]
+    step = 2 if is_pairs and micro.shared is None else 1
+    ends = np.asarray(micro.cu_seqlens, np.int64)[::step]
+    pieces = []
+    first = 0
+    while first < len(ends) - 1:
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + most_tokens, side="right")) - 1)
+        tokens = slice(int(ends[first]), int(ends[last]))
+        cu_seqlens = micro.cu_seqlens[first * step : last * step + 1] - micro.cu_seqlens[first * step]
+        samples = micro.samples[first:last] if is_pairs else micro.samples
+        mask = micro.loss_mask[tokens]
+        longest = int(np.diff(cu_seqlens).max())
+        shared = None if micro.shared is None else micro.shared[first:last]
+        pieces.append(MicroBatch(micro.ids[tokens], mask, cu_seqlens, longest, samples, int(mask.sum()), shared))
+        first = last
+    return pieces
+
+
+def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
+    """Lengths of the documents behind a micro-batch that give it one of few shapes, so that nothing is compiled twice: int64.
+
+    Tokens come to the limit, its half, quarter, … or its double, whichever is the smallest that holds them; documents to
+    a power of two, at least one for every FILL_TOKENS tokens: most of these are empty, and none is longer than may be.
+    """
+    width = limits.tokens
+    while width // 2 >= max(num_tokens, 1):
+        width //= 2
+    while width < num_tokens:
+        width *= 2
+    full, rest = divmod(width - num_tokens, limits.sequence)
+    lengths = [limits.sequence] * full + [rest]
+    count = max(num_documents + len(lengths), width // FILL_TOKENS)
+    count = 1 << (count - 1).bit_length()
+    return np.array(lengths + [0] * (count - num_documents - len(lengths)), np.int64)
+
+
+def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = None) -> Batch:
+    """Bring a micro-batch to the device. A document's first token has no predecessor and must not be trained.
+
+    Given the loader's `limits`, it is filled up on CUDA.
+    """
+    return filled(micro, device, limits if device.type == "cuda" else None)
+
+
+def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Batch:
+    """The same, with `limits` on any device: documents that carry no loss stand behind it as `filling` says, and
+    `max_seqlen` is always that of the limits."""
+    cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
+    lengths = np.diff(cu_seqlens)
+    trained = np.flatnonzero(micro.loss_mask)
+    starts = cu_seqlens[:-1][lengths > 0]
+    assert not np.asarray(micro.loss_mask)[starts].any(), "a document's first token is marked trained"
+    shared = micro.shared
+    if shared is None:
+        sides = lengths
+        position_ids = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    else:
+        sides, position_ids = _shared_places(shared)
+        first_alone = (cu_seqlens[1:] - shared[:, 2])[(shared[:, 0] == 0) & (shared[:, 2] > 0)]
+        assert not np.asarray(micro.loss_mask)[first_alone].any(), (
+            "a reply without a prompt has its first token trained"
+        )
+    sequence_ids = np.repeat(np.arange(len(sides)), sides)[trained]
+    num_tokens = len(position_ids)
+    if limits is not None:
+        behind = filling(num_tokens, len(lengths), limits)
+        position_ids = np.concatenate([position_ids, *map(np.arange, behind[behind > 0])])
+        cu_seqlens = np.concatenate([cu_seqlens, num_tokens + np.cumsum(behind)])
+        shared = None if shared is None else np.concatenate([shared, np.outer(behind, [1, 0, 0])])
+
+    def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
+
+    return Batch(
+        ids=F.pad(put(micro.ids), (0, len(position_ids) - num_tokens)),
+        position_ids=put(position_ids),
+        cu_seqlens=put(cu_seqlens, torch.int32),
+        max_seqlen=int(micro.max_seqlen) if limits is None else limits.sequence,
+        trained=put(trained),
+        sequence_ids=put(sequence_ids),
+        num_sequences=len(sides),
+        samples=np.asarray(micro.samples),
+        num_tokens=num_tokens,
+        num_trained=len(trained),
+        shared=None if shared is None else torch.from_numpy(shared),
+    )
+
+
+def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of pairs laid as prompt + chosen + rejected: the length of each side on the axis (chosen with the prompt in front),
+    and every token's position, which for rejected goes on from the prompt's."""
+    prompt, chosen, rejected = shared.T
+    sides = np.stack([prompt + chosen, rejected], 1).ravel()
+    before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()
+    begins = np.cumsum(sides) - sides
+    return sides, np.arange(sides.sum()) - np.repeat(begins - before, sides)
+
+
+def token_logps_of(model: Model, batch: Batch) -> Tensor:
+    """Log-probabilities fp32 [N] of a batch's trained tokens, under the autocast the caller has set."""
+    hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared)
+    device = batch.ids.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    with torch.autocast(device, enabled=False):
+        shared = None if batch.shared is None else batch.shared.to(batch.ids.device)
+        return trained_logps(hidden, model.head_weight, batch.ids, batch.trained, shared=shared, dtype=dtype)
+
+
+def logps_of(model: Model, batch: Batch) -> Tensor:
+    """Log-probabilities float64 [num_sequences], each summed over the sequence's trained tokens."""
+    return sum_by_sequence(token_logps_of(model, batch), batch.sequence_ids, batch.num_sequences)
+
+
+def counts_of(batch: Batch) -> Tensor:
+    """Trained tokens of each sequence, float64 [num_sequences]."""
+    return sum_by_sequence(
+        torch.ones_like(batch.sequence_ids, dtype=torch.float32), batch.sequence_ids, batch.num_sequences
+    )

@@ -1,0 +1,190 @@
+"""What dpo optimises: one of eight losses with its strengths, and the figures that show what it does to the pairs.
+
+Every option is honoured or refused: a loss takes just those that its paper defines.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdata.errors import UsageError
+from mmtrain.model import logps as losses
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Of S pairs: summed logps of both sides, by the policy and by the reference (0 without one), and trained tokens."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    num_chosen: Tensor
+    num_rejected: Tensor
+
+    @property
+    def delta(self) -> Tensor:
+        """The difference of log ratios."""
+        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+
+    @property
+    def mean_delta(self) -> Tensor:
+        """The same of means a token."""
+        chosen, rejected = self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+        return chosen / self.num_chosen - rejected / self.num_rejected
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The policy's mean logps of chosen and rejected."""
+        return self.chosen / self.num_chosen, self.rejected / self.num_rejected
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and its strengths. `reference`: "start" (the weights the run begins with), "none", or a run's path."""
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 0.0  # simpo's target margin
+    sft_weight: float = 0.0
+    reference: str = "start"
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """`loss(logps, objective)` and the reward margin that goes with it, both [S]; and what it may be combined with."""
+
+    loss: Callable[[PairLogps, Objective], Tensor]
+    margin: Callable[[PairLogps, Objective], Tensor]
+    beta: float  # its default
+    takes_smoothing: bool = False
+    needs_reference: bool = True
+
+
+def _margin_of_sums(p: PairLogps, o: Objective) -> Tensor:
+    return o.beta * p.delta
+
+
+def _margin_of_means(p: PairLogps, o: Objective) -> Tensor:
+    return o.beta * p.mean_delta
+
+
+# Betas: sigmoid's is the paper's; of the length-normalised loss Tülu 3's; simpo's and orpo's their papers'; ipo's asks for
+# half a nat a token, as 1 / (2 tau) does for tau 1.
+LOSSES = {
+    "sigmoid": PairLoss(
+        lambda p, o: losses.dpo_sigmoid(p.delta, o.beta, o.label_smoothing), _margin_of_sums, 0.1, True
+    ),
+    "sigmoid_norm": PairLoss(
+        lambda p, o: losses.dpo_sigmoid(p.mean_delta, o.beta, o.label_smoothing), _margin_of_means, 5.0, True
+    ),
+    "robust": PairLoss(lambda p, o: losses.dpo_robust(p.delta, o.beta, o.label_smoothing), _margin_of_sums, 0.1, True),
+    "hinge": PairLoss(lambda p, o: losses.dpo_hinge(p.delta, o.beta), _margin_of_sums, 0.1),
+    "ipo": PairLoss(lambda p, o: losses.ipo(p.mean_delta, o.beta), _margin_of_means, 1.0),
+    "simpo": PairLoss(
+        lambda p, o: losses.simpo(p.means[0] - p.means[1], o.beta, o.gamma, o.label_smoothing),
+        lambda p, o: o.beta * (p.means[0] - p.means[1]),
+        2.0,
+        True,
+        needs_reference=False,
+    ),
+    "orpo": PairLoss(
+        lambda p, o: losses.orpo(*p.means, o.beta),
+        lambda p, o: o.beta * losses.log_odds_ratio(*p.means),
+        0.1,
+        needs_reference=False,
+    ),
+}
+GAMMA = 1.0  # simpo's default: half of its beta, as the paper's Table 8 has it for most models
+
+TIE = 1e-4  # margins nearer to 0 are rounding: such a pair counts half, so that a policy equal to its reference has 0.5
+FIGURES = (
+    "reward_margin",
+    "margin_size",
+    "accuracy",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_nll",
+    "chosen_drift",
+    "rejected_drift",
+    "flipped_right",
+    "flipped_wrong",
+)
+
+
+def check(objective: Objective) -> None:
+    """UsageError for a combination that no paper defines."""
+    if objective.loss not in LOSSES:
+        raise UsageError(f"--loss {objective.loss} is unknown", f"use one of {', '.join(LOSSES)}")
+    loss, name = LOSSES[objective.loss], objective.loss
+    if not 0 <= objective.label_smoothing < 0.5:
+        raise UsageError(
+            f"--label-smoothing {objective.label_smoothing} must be a share of wrong labels, 0 to below 0.5", "try 0.1"
+        )
+    if objective.label_smoothing and not loss.takes_smoothing:
+        able = ", ".join(other for other, its in LOSSES.items() if its.takes_smoothing)
+        raise UsageError(f"--label-smoothing is not defined for --loss {name}", f"leave it out, or use one of {able}")
+    if name == "robust" and not objective.label_smoothing:
+        raise UsageError(
+            "--loss robust needs --label-smoothing, the share of labels held to be wrong", "try --label-smoothing 0.1"
+        )
+    if objective.gamma and name != "simpo":
+        raise UsageError(f"--gamma is simpo's margin; --loss {name} has none", "leave --gamma out, or use --loss simpo")
+    if objective.sft_weight < 0 or objective.gamma < 0:
+        raise UsageError("--sft-weight and --gamma cannot be negative", "leave them out for 0")
+    if objective.sft_weight and name == "orpo":
+        raise UsageError("--loss orpo has the chosen reply's NLL in it already", "leave --sft-weight out")
+    if not loss.needs_reference and objective.reference not in ("start", "none"):
+        raise UsageError(f"--loss {name} has no reference", "leave --reference out")
+
+
+def uses_reference(objective: Objective) -> bool:
+    """Whether the loss looks at a reference's logps."""
+    return LOSSES[objective.loss].needs_reference and objective.reference != "none"
+
+
+def loss_at_reference(objective: Objective) -> float:
+    """The loss of a pair whose policy is the reference, without --sft-weight's part: ln 2 for the sigmoid losses."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    return LOSSES[objective.loss].loss(PairLogps(zero, zero, zero, zero, one, one), objective).item()
+
+
+def pair_figures(
+    objective: Objective, logps: Tensor, counts: Tensor, reference: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss [S] with its gradient, and FIGURES without, of S pairs.
+
+    logps float64 [S, 2] of chosen and rejected, summed; counts [S, 2] trained tokens; reference [S, 2] logps to measure drift
+    from, and for losses that have one the reference itself. Without it drift and flips are NaN, and the loss takes a
+    reference that finds everything equally likely.
+    """
+    chosen, rejected = logps.T
+    ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)
+    pairs = PairLogps(chosen, rejected, *ref.T, *counts.clamp(min=1).T)
+    kind = LOSSES[objective.loss]
+    loss = kind.loss(pairs, objective)
+    nll = -pairs.means[0]
+    if objective.sft_weight:
+        loss = loss + objective.sft_weight * nll
+    drift = (logps - reference if reference is not None else torch.full_like(logps, math.nan)).detach()
+    was_right = (reference[:, 0] > reference[:, 1]) if reference is not None else None
+    is_right = chosen.detach() > rejected.detach()
+    unknown = torch.full_like(chosen.detach(), math.nan)
+    margin = kind.margin(pairs, objective).detach()
+    figures = {
+        "reward_margin": margin,
+        "margin_size": margin.abs(),
+        "accuracy": (margin > TIE).float() + 0.5 * (margin.abs() <= TIE),
+        "chosen_logps": chosen.detach(),
+        "rejected_logps": rejected.detach(),
+        "chosen_nll": nll.detach(),
+        "chosen_drift": drift[:, 0],
+        "rejected_drift": drift[:, 1],
+        "flipped_right": unknown if was_right is None else (is_right & ~was_right).float(),
+        "flipped_wrong": unknown if was_right is None else (~is_right & was_right).float(),
+    }
+    return loss, figures
