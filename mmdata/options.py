@@ -6,7 +6,8 @@ Imports nothing heavy, so `mm --help` can read it.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ from mmdata.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is known about an option besides its name, type and default.
+    """The declaration of an option: everything except its name, type and default.
 
     `least` and `most` are inclusive bounds, `above` and `below` exclusive ones. `by_stage` gives the default of each
     training stage where they differ; `stages` names the stages that take the option at all (empty: all of them).
@@ -36,9 +37,9 @@ class Option:
     may_change_on_resume: bool = False
 
 
-def option(default: Any = MISSING, *, help: str, **known: Any) -> Any:
+def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
     """A dataclass field with an `Option`; without `default` the field is required."""
-    return field(default=default, metadata={"option": Option(help, **known)})
+    return field(default=default, metadata={"option": Option(help, **declaration)})
 
 
 def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
@@ -48,36 +49,45 @@ def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
             yield each.name, each.metadata["option"]
 
 
-def flag_of(name: str, known: Option) -> str:
+def flag_of(name: str, declaration: Option) -> str:
     """The flag as typed, such as --batch-tokens."""
-    return known.flag or f"--{name.replace('_', '-')}"
+    return declaration.flag or f"--{name.replace('_', '-')}"
 
 
 def check(options: Any) -> None:
-    """UsageError for the first value that is NaN, infinite, out of range or no choice. None is never refused."""
-    for name, known in options_of(options):
-        value = getattr(options, name)
-        for one in value if isinstance(value, tuple | list) else (value,):
-            problem = _problem(one, known)
-            if problem:
-                flag = flag_of(name, known)
-                raise UsageError(f"{flag} {one} {problem}", f"leave {flag} out for the default")
+    """UsageError for the first field that is NaN, infinite, out of range or not one of its choices."""
+    for name, declaration in options_of(options):
+        check_value(flag_of(name, declaration), getattr(options, name), declaration)
 
 
-def _problem(value: Any, known: Option) -> str:
+def check_value(flag: str, value: Any, declaration: Option) -> None:
+    """UsageError when a value, or an item of a list or tuple, is outside its declaration. None is always accepted."""
+    for item in value if isinstance(value, tuple | list) else (value,):
+        problem = _problem(item, declaration)
+        if problem:
+            raise UsageError(f"{flag} {item} {problem}", f"leave {flag} out for the default")
+
+
+def bounds(declaration: Option) -> list[tuple[str, float, Callable[[float, float], bool]]]:
+    """The bounds of a number: each in words, its value, and the comparison that must hold with it."""
+    every = (
+        ("at least", declaration.least, operator.ge),
+        ("greater than", declaration.above, operator.gt),
+        ("at most", declaration.most, operator.le),
+        ("below", declaration.below, operator.lt),
+    )
+    return [(words, bound, holds) for words, bound, holds in every if bound is not None]
+
+
+def _problem(value: Any, declaration: Option) -> str:
     """What is wrong with one value, empty when nothing is."""
-    if known.choices and value is not None and value not in known.choices:
-        return f"is unknown: use {', '.join(known.choices)}"
+    if declaration.choices and value is not None and value not in declaration.choices:
+        return f"is unknown: use {', '.join(declaration.choices)}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     if not math.isfinite(value):
         return "is not a finite number"
-    if known.least is not None and value < known.least:
-        return f"must be at least {known.least:g}"
-    if known.above is not None and value <= known.above:
-        return f"must be greater than {known.above:g}"
-    if known.most is not None and value > known.most:
-        return f"must be at most {known.most:g}"
-    if known.below is not None and value >= known.below:
-        return f"must be below {known.below:g}"
+    for words, bound, holds in bounds(declaration):
+        if not holds(value, bound):
+            return f"must be {words} {bound:.12g}"
     return ""

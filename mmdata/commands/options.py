@@ -1,0 +1,152 @@
+"""From declared options to the command line: typer parameters, range checks, help in named groups.
+
+A command is a function. `add` registers it with a typer application and replaces two kinds of its parameters:
+
+- `options: TrainOptions`, a dataclass declared with `mmdata.options.option`: one command-line option for each field.
+- `count: Annotated[int, Option("How many.", least=1)] = 4`, an `mmdata.options.Option` in the annotation: one option.
+
+Parameters annotated with `typer.Argument` or `typer.Option` are passed on unchanged. Every value is checked against
+its declaration before the function is called; what is out of range raises UsageError (exit code 2).
+The last paragraph of the docstring, `Example: mm ...`, is printed at the end of the help.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+from mmdata.options import Option, bounds, check, check_value, flag_of, options_of
+
+MAX_WIDTH = 30  # of the column of flags in --help; longer flags stand on a line of their own
+MAX_CHOICES_WIDTH = 24  # of choices shown as the name of an option's value: --split train|val|all
+Parameter = inspect.Parameter
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists its options under the headings of their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section for the arguments and one for each group; options without a group stand in the last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        ungrouped = []
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            heading = getattr(parameter, "rich_help_panel", None)
+            if parameter.param_type_name == "argument":
+                sections.setdefault("Arguments", []).append(record)
+            elif heading:
+                sections.setdefault(heading, []).append(record)
+            else:
+                ungrouped.append(record)
+        sections["Options"] = ungrouped
+        width = max(min(len(flags), MAX_WIDTH) for records in sections.values() for flags, _ in records)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl([(flags.ljust(width), text) for flags, text in records])
+
+
+def add(app: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
+    """Register a command under `name`, or under the function's name less a final underscore."""
+    text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample: ")
+    app.command(name or function.__name__.rstrip("_"), cls=GroupedCommand, help=text, epilog=f"Example: {example}")(
+        command_line(function)
+    )
+
+
+def command_line(function: Callable[..., None]) -> Callable[..., None]:
+    """A function that typer can read, which checks the values, builds the options objects and calls `function`."""
+    parameters: list[Parameter] = []
+    converters: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
+            expanded, converters[parameter.name] = _expand(parameter.annotation)
+        else:
+            expanded, converters[parameter.name] = _single(parameter)
+        parameters += expanded
+
+    def run(**values: Any) -> None:
+        function(**{name: convert(values) for name, convert in converters.items()})
+
+    parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _single(parameter: Parameter) -> tuple[list[Parameter], Callable[[dict[str, Any]], Any]]:
+    """A parameter that is one option: its typer form, and the function that reads and checks its value."""
+    name = parameter.name
+    declared = [item for item in get_args(parameter.annotation)[1:] if isinstance(item, Option)]
+    if not declared:
+        return [parameter], lambda values: values[name]
+    kind, declaration = get_args(parameter.annotation)[0], declared[0]
+
+    def convert(values: dict[str, Any]) -> Any:
+        check_value(flag_of(name, declaration), values[name], declaration)
+        return values[name]
+
+    return [_typer_parameter(name, kind, parameter.default, declaration)], convert
+
+
+def _expand(kind: type) -> tuple[list[Parameter], Callable[[dict[str, Any]], Any]]:
+    """The parameters of an options class, one for each declared field, and the function that builds a checked instance."""
+    types = {field.name: (field.type, field.default) for field in fields(kind)}
+    parameters, inverted, tuples = [], set(), set()
+    for name, declaration in options_of(kind):
+        annotation, default = types[name]
+        if default is True and declaration.flag.startswith("--no-"):  # compile: bool = True is the flag --no-compile
+            default = False
+            inverted.add(name)
+        if get_origin(annotation) is tuple:
+            annotation, default = list[get_args(annotation)[0]] | None, None
+            tuples.add(name)
+        default = Parameter.empty if default is MISSING else default
+        parameters.append(_typer_parameter(name, annotation, default, declaration))
+
+    def build(values: dict[str, Any]) -> Any:
+        chosen = {parameter.name: values[parameter.name] for parameter in parameters}
+        chosen |= {name: not values[name] for name in inverted}
+        chosen |= {name: tuple(values[name] or ()) for name in tuples}
+        options = kind(**chosen)
+        check(options)
+        return options
+
+    return parameters, build
+
+
+def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Option) -> Parameter:
+    """One option for typer: its flags, its help text with default and range, and its group."""
+    flag = flag_of(name, declaration)
+    if annotation == bool | None:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    choices = "|".join(declaration.choices)
+    info = typer.Option(
+        flag,
+        metavar=declaration.metavar or (choices if 0 < len(choices) <= MAX_CHOICES_WIDTH else None),
+        help=_help(annotation, default, declaration),
+        show_default=False,
+        rich_help_panel=declaration.group or None,
+    )
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
+
+
+def _help(annotation: Any, default: Any, declaration: Option) -> str:
+    """The help text, followed by the default and the range in brackets."""
+    shown = declaration.default_text
+    if not shown and declaration.by_stage:
+        shown = ", ".join(f"{stage} {_plain(value)}" for stage, value in declaration.by_stage.items())
+    if not shown and default not in (None, Parameter.empty) and annotation is not bool:
+        shown = _plain(default)
+    notes = [f"default: {shown}"] if shown else []
+    notes += [f"{words} {bound:.12g}" for words, bound, _ in bounds(declaration)]
+    return f"{declaration.help} [{'; '.join(notes)}]" if notes else declaration.help
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,138 @@
+"""Options are declared once: the command line, its help and its checks follow from the declaration."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+from test_cli import Run, mm, refused
+
+import cli
+from mmdata.commands.options import GroupedCommand, add
+from mmdata.errors import UsageError
+from mmdata.options import Option, check, option
+
+__all__ = ["mm"]  # a fixture
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleOptions:
+    lr: float | None = option(None, help="Peak rate.", above=0, by_stage={"sft": 1e-4, "dpo": 4e-8}, group="Optimizer")
+    log: tuple[str, ...] = option((), help="Also to this.", choices=("one", "two"), group="Logging")
+    compile: bool = option(True, help="Run uncompiled.", flag="--no-compile", group="Hardware")
+    share: bool | None = option(None, help="Share prompts.", group="Hardware")
+    rows: int = option(4, help="Rows at once.", least=1, most=32)
+
+
+def run_example(*words: str) -> dict[str, Any]:
+    """The values a command is called with."""
+    called: dict[str, Any] = {}
+
+    def example(
+        name: Annotated[str, typer.Argument(help="A name.")],
+        options: ExampleOptions,
+        times: Annotated[float, Option("How often.", least=0, below=1)] = 0.5,
+        yes: Annotated[bool, Option("Do not ask.", flag="--yes-please")] = False,
+    ) -> None:
+        """Do something.
+
+        Example: mm example NAME
+        """
+        called.update(name=name, options=options, times=times, yes=yes)
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    add(app, example)
+    app(["NAME", *words], standalone_mode=False)
+    return called
+
+
+def test_an_options_class_becomes_options_and_comes_back_as_an_instance() -> None:
+    assert run_example() == {"name": "NAME", "options": ExampleOptions(), "times": 0.5, "yes": False}
+    line = "--lr 2 --log one --log two --no-compile --no-share --rows 9 --times 0 --yes-please"
+    called = run_example(*line.split())
+    assert called["options"] == ExampleOptions(lr=2, log=("one", "two"), compile=False, share=False, rows=9)
+    assert called["times"] == 0 and called["yes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr nan", "--lr nan is not a finite number"),
+        ("--lr inf", "--lr inf is not a finite number"),
+        ("--lr 0", "--lr 0.0 must be greater than 0"),
+        ("--rows 0", "--rows 0 must be at least 1"),
+        ("--rows 33", "--rows 33 must be at most 32"),
+        ("--times 1", "--times 1.0 must be below 1"),
+        ("--log one --log three", "--log three is unknown: use one, two"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_the_command_is_called(words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as refusal:
+        run_example(*words.split())
+    assert refusal.value.exit_code == 2 and "for the default" in refusal.value.fix
+
+
+def test_check_refuses_what_the_command_line_would() -> None:
+    check(ExampleOptions())
+    with pytest.raises(UsageError, match="--rows 99 must be at most 32"):
+        check(ExampleOptions(rows=99))
+
+
+def test_help_shows_groups_defaults_and_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("--help")
+    shown = capsys.readouterr().out
+    order = ["Arguments:", "Optimizer:", "Logging:", "Hardware:", "Options:", "Example: mm example NAME"]
+    assert [shown.index(heading) for heading in order] == sorted(shown.index(heading) for heading in order)
+    flat = " ".join(shown.split())
+    assert "Peak rate. [default: sft 0.0001, dpo 4e-08; greater than 0]" in flat
+    assert "Rows at once. [default: 4; at least 1; at most 32]" in flat
+    assert "--share / --no-share" in flat and "--log one|two" in flat and "--no-compile Run uncompiled." in flat
+
+
+def commands(group: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command of mm with the words that call it."""
+    group = group or typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+def is_generated(command: Any) -> bool:
+    """Whether a command was registered by `add`."""
+    return isinstance(command, GroupedCommand)
+
+
+def numbers(kind: type) -> list[str]:
+    """`command … --flag` for every option of this type of every command, with something for what is required."""
+    lines = []
+    for words, command in commands():
+        if is_generated(command):
+            required = [p for p in command.params if p.required]
+            filled = [f"{p.opts[0]} x" if p.opts[0].startswith("-") else "x" for p in required]
+            lines += [
+                f"{' '.join([*words, *filled])} {p.opts[0]}"
+                for p in command.params
+                if getattr(p, "type_descriptor", None) and p.type_descriptor.annotation is kind and p.opts[0][0] == "-"
+            ]
+    return lines
+
+
+def test_no_option_of_any_command_takes_nan_infinity_or_a_negative_number(mm: Run) -> None:
+    for line in numbers(float):
+        for value in ("nan", "inf", "-inf", "-1"):
+            ran = refused(mm(f"{line} {value}"), line.split()[-1], "finite" if value != "-1" else "must be ")
+            assert ran.code == 2, line
+    for line in numbers(int):
+        assert refused(mm(f"{line} -1"), "must be at least").code == 2, line
+
+
+def test_commands_with_many_options_show_them_in_groups() -> None:
+    for words, command in commands():
+        if is_generated(command) and len(command.params) > 12:
+            grouped = [p for p in command.params if getattr(p, "rich_help_panel", None)]
+            assert len({p.rich_help_panel for p in grouped}) > 1, words
+            options = [p for p in command.params if p.opts[0].startswith("-")]
+            assert len(grouped) >= len(options) - 2, words
