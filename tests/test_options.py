@@ -25,6 +25,12 @@ class ExampleOptions:
     rows: int = option(4, help="Rows at once.", least=1, most=32)
 
 
+@dataclass(frozen=True, slots=True)
+class OtherOptions:
+    name: str  # not declared: no option
+    warmup: float = option(None, help="Share.", least=0, below=1, by_stage={"sft": 0.1, "dpo": 0.1})
+
+
 def run_example(*words: str) -> dict[str, Any]:
     """The values a command is called with."""
     called: dict[str, Any] = {}
@@ -32,6 +38,7 @@ def run_example(*words: str) -> dict[str, Any]:
     def example(
         name: Annotated[str, typer.Argument(help="A name.")],
         options: ExampleOptions,
+        values: Annotated[dict[str, Any], OtherOptions],
         times: Annotated[float, Option("How often.", least=0, below=1)] = 0.5,
         yes: Annotated[bool, Option("Do not ask.", flag="--yes-please")] = False,
     ) -> None:
@@ -39,7 +46,7 @@ def run_example(*words: str) -> dict[str, Any]:
 
         Example: mm example NAME
         """
-        called.update(name=name, options=options, times=times, yes=yes)
+        called.update(name=name, options=options, values=values, times=times, yes=yes)
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add(app, example)
@@ -48,7 +55,8 @@ def run_example(*words: str) -> dict[str, Any]:
 
 
 def test_an_options_class_becomes_options_and_comes_back_as_an_instance() -> None:
-    assert run_example() == {"name": "NAME", "options": ExampleOptions(), "times": 0.5, "yes": False}
+    plain = {"name": "NAME", "options": ExampleOptions(), "values": {"warmup": None}, "times": 0.5, "yes": False}
+    assert run_example() == plain
     line = "--lr 2 --log one --log two --no-compile --no-share --rows 9 --times 0 --yes-please"
     called = run_example(*line.split())
     assert called["options"] == ExampleOptions(lr=2, log=("one", "two"), compile=False, share=False, rows=9)
@@ -61,6 +69,7 @@ def test_an_options_class_becomes_options_and_comes_back_as_an_instance() -> Non
         ("--lr nan", "--lr nan is not a finite number"),
         ("--lr inf", "--lr inf is not a finite number"),
         ("--lr 0", "--lr 0.0 must be greater than 0"),
+        ("--warmup 1", "--warmup 1.0 must be below 1"),
         ("--rows 0", "--rows 0 must be at least 1"),
         ("--rows 33", "--rows 33 must be at most 32"),
         ("--times 1", "--times 1.0 must be below 1"),
@@ -86,6 +95,7 @@ def test_help_shows_groups_defaults_and_ranges(capsys: pytest.CaptureFixture[str
     assert [shown.index(heading) for heading in order] == sorted(shown.index(heading) for heading in order)
     flat = " ".join(shown.split())
     assert "Peak rate. [default: sft 0.0001, dpo 4e-08; greater than 0]" in flat
+    assert "--warmup <float> Share. [default: 0.1; at least 0; below 1]" in flat
     assert "Rows at once. [default: 4; at least 1; at most 32]" in flat
     assert "--share / --no-share" in flat and "--log one|two" in flat and "--no-compile Run uncompiled." in flat
 
