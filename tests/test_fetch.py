@@ -883,7 +883,7 @@ class NoHash:
 def test_offsets_beyond_four_gib_are_exact(hub: FakeHub, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part is sparse and has all but three stretches, one beyond 2 GiB and one beyond 4 GiB."""
     size = (4 << 30) + (1 << 20)
-    monkeypatch.setattr("mmdata.hub.lockfile.hashlib.sha256", NoHash)
+    monkeypatch.setattr("mmdata.io.files.hashlib.sha256", NoHash)
     monkeypatch.setattr(transfer.Part, "catch_up", lambda part, stop=None: setattr(part.digest, "position", size))
     gaps = [(0, 100), (2 << 30, (2 << 30) + 100), (4 << 30, size)]
     hub.put(DATASET, {"a.bin": Filler(size, sha256="a" * 64)})

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from mmdata.errors import DiskError, IntegrityError, InterruptedFetch, MMError
 from mmdata.hub import catalog
-from mmdata.hub.lockfile import Digest, Entry, lock_path, only_one, read_lock, record, same_stat
+from mmdata.hub.lockfile import Entry, lock_path, only_one, read_lock, record, same_stat
 from mmdata.hub.plan import TOKENIZER_DIR, Item, Options, Plan, Want
 from mmdata.hub.sources import Source, open_source, opener
 from mmdata.hub.transfer import RESUME, Brought, Content, bring, disk_error, kept_bytes, part_paths
+from mmdata.io.files import AlreadyLockedError, Digest, locked
 
 SPACE_MARGIN_BYTES = 64 << 20
 FIRST_LINE_BYTES = 1 << 20
@@ -263,24 +264,22 @@ def _quick_state(path: Path, num_bytes: int | None) -> str:
 
 def clean(out: Path) -> tuple[int, int]:
     """Remove what unfinished downloads left, except those another process is working on. Gives files and bytes removed."""
-    from filelock import FileLock, Timeout
-
     num_files = num_bytes = 0
     targets = {path.with_name(path.name.removesuffix(".json").removesuffix(".part")) for path in out.rglob("*.part*")}
     for target in sorted(targets):
         try:
-            with FileLock(lock_path(target), timeout=0):
+            with locked(lock_path(target), wait=False):
                 for path in (*part_paths(target), target.with_name(target.name + ".part.json.new")):
                     if path.is_file():
                         num_files, num_bytes = num_files + 1, num_bytes + path.stat().st_size
                         path.unlink()
             lock_path(target).unlink(missing_ok=True)
-        except Timeout:
+        except AlreadyLockedError:
             continue
     for path in out.rglob(".*.lock"):
         try:
-            with FileLock(path, timeout=0):
+            with locked(path, wait=False):
                 path.unlink(missing_ok=True)
-        except Timeout:
+        except AlreadyLockedError:
             continue
     return num_files, num_bytes

@@ -5,21 +5,17 @@ size and times are as recorded is taken as whole; anything else is hashed (about
 """
 
 import contextlib
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from mmdata.errors import DiskError
+from mmdata.io.files import locked, write_json
 
 FORMAT_VERSION = 1
 LOCK_NAME = "mm.lock"
 MTIME_SLACK_NS = 2_000_000  # tools that set times through floats, and some filesystems, round them
-CHUNK_BYTES = 64 << 10
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,55 +44,6 @@ class Lock:
 
     files: dict[str, Entry] = field(default_factory=dict)
     warning: str = ""
-
-
-class Digest:
-    """What a file holds, fed in order: sha256, git's own hash, number of lines."""
-
-    def __init__(self, num_bytes: int, *, with_git: bool = False) -> None:
-        self.position = 0
-        self.num_lines = 0
-        self._sha256 = hashlib.sha256()
-        self._git = hashlib.sha1(b"blob %d\0" % num_bytes, usedforsecurity=False) if with_git else None
-        self._last = b"\n"
-
-    def update(self, data: bytes) -> None:
-        """Take the next bytes."""
-        if not data:
-            return
-        self._sha256.update(data)
-        if self._git is not None:
-            self._git.update(data)
-        self.num_lines += data.count(b"\n")
-        self._last = data[-1:]
-        self.position += len(data)
-
-    @property
-    def sha256(self) -> str:
-        """Hex digits of the bytes so far."""
-        return self._sha256.hexdigest()
-
-    @property
-    def git_oid(self) -> str:
-        """Git's name for the bytes so far; empty when it was not asked for."""
-        return self._git.hexdigest() if self._git is not None else ""
-
-    @property
-    def ends_with_newline(self) -> bool:
-        """Whether the last line is complete; an empty file has none to complete."""
-        return self._last == b"\n"
-
-
-def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None = None) -> Digest:
-    """Read a whole file into a Digest. `progress` counts bytes."""
-    with open(path, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        digest = Digest(num_bytes, with_git=with_git)
-        while data := file.read(CHUNK_BYTES):
-            digest.update(data)
-            if progress:
-                progress(digest.position, num_bytes)
-    return digest
 
 
 def same_stat(path: Path, entry: Entry) -> bool:
@@ -141,43 +88,24 @@ def record(out_dir: Path, name: str, entry: Entry) -> Entry:
     with only_one(path):
         lock = read_lock(out_dir)
         if lock.warning:
-            os.replace(path, path.with_name(LOCK_NAME + ".broken"))
+            path.replace(path.with_name(LOCK_NAME + ".broken"))
         known = dict(sorted({**lock.files, name: entry}.items()))
         data = {"format_version": FORMAT_VERSION, "files": {key: asdict(value) for key, value in known.items()}}
         write_json(path, data)
     return entry
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write a small JSON file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 @contextlib.contextmanager
 def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold `path` against other processes; `on_wait` is called once when another one has it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(lock_path(path))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if on_wait:
-            on_wait()
-        lock.acquire(poll_interval=0.05)
-    except OSError as error:
-        raise DiskError(
-            f"cannot write beside {path}: {error.strerror}", f"check the permissions: ls -ld {path.parent}"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock_path(path), on_wait=on_wait))
+        except OSError as error:
+            raise DiskError(
+                f"cannot write beside {path}: {error.strerror}", f"check the permissions: ls -ld {path.parent}"
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def lock_path(path: Path) -> Path:

@@ -16,9 +16,10 @@ from pathlib import Path
 from mmdata.errors import AccessError, ConflictError, MMError, NotFoundError, UsageError
 from mmdata.hub import catalog
 from mmdata.hub.catalog import KnownFile
-from mmdata.hub.lockfile import LOCK_NAME, Digest, Entry, digest_file, read_lock, same_mtime, same_stat
+from mmdata.hub.lockfile import LOCK_NAME, Entry, read_lock, same_mtime, same_stat
 from mmdata.hub.sources import Listing, Repo, commits, first_bytes, is_safe, list_files, look_up, open_source
 from mmdata.hub.transfer import Content, Patience, kept_bytes
+from mmdata.io.files import Digest, digest_file
 
 TOKENIZER_DIR = "tokenizer"
 

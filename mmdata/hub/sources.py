@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 from urllib.parse import quote, urlencode, urlsplit
 
 from mmdata.errors import AccessError, IntegrityError, MMError, NetworkError, NotFoundError, UsageError
-from mmdata.hub.lockfile import CHUNK_BYTES, read_lock, same_stat
+from mmdata.hub.lockfile import read_lock, same_stat
 from mmdata.hub.transfer import NOT_DATA, Body, Content, Patience, TryAgain, WrongSize, persist
+from mmdata.io.files import CHUNK_BYTES
 
 HF_ENDPOINT = "https://huggingface.co"
 MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mmdata.errors import DiskError, FetchError, IntegrityError, MMError, NetworkError
-from mmdata.hub.lockfile import CHUNK_BYTES, Digest, Progress
+from mmdata.io.files import CHUNK_BYTES, Digest, Progress, move_into_place
 
 T = TypeVar("T")
 JOURNAL_BYTES = 512 * 1024  # with several connections, at most this much is fetched again after a kill
@@ -299,16 +299,10 @@ class Part:
 
     def become(self, target: Path) -> None:
         """Put the whole file in its place: on disk first, then one rename, so a reader sees old bytes or new ones."""
-        os.fsync(self._file)
-        os.replace(self.path, target)
+        move_into_place(self.path, target)
         file, self._file = self._file, -1
         os.close(file)
         self.journal.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class _Fill:

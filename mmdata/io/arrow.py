@@ -4,16 +4,15 @@ No compression, no nulls, two kinds of column (numbers and lists of numbers, bes
 give the same bytes. Arrow has no checksum of its own: the sha256 returned on writing is what a reader can hold it to.
 """
 
-import hashlib
 import mmap
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from mmdata.io.files import FileInfo, write_bytes
 
 MAGIC = b"ARROW1"
 
@@ -37,8 +36,8 @@ class Ragged(NamedTuple):
 Columns = Mapping[str, "np.ndarray | Ragged"]
 
 
-def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> dict[str, Any]:
-    """Writes and fsyncs an uncompressed Arrow file; returns its size and sha256. The bytes follow from the arguments."""
+def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> FileInfo:
+    """Write an uncompressed Arrow file atomically; returns its size and sha256. Equal arguments give equal bytes."""
     import pyarrow as pa
 
     schema = pa.schema(
@@ -52,33 +51,7 @@ def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_
             end = min(begin + rows_per_batch, total)
             arrays = [_arrow_array(column, begin, end) for column in columns.values()]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-    return write_file(path, sink.getvalue())
-
-
-def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Writes bytes to a file, synced, complete or not at all, replacing what is there; returns {"bytes", "sha256"}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-    return {"bytes": memoryview(content).nbytes, "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def sync(directory: Path) -> None:
-    """fsyncs a directory: the names in it then outlive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return write_bytes(path, sink.getvalue())
 
 
 def _arrow_type(column: np.ndarray | Ragged) -> Any:

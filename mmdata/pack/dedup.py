@@ -21,7 +21,7 @@ import numpy as np
 
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, iter_lines, parse_row, row_hash, texts_of
 from mmdata.errors import InputError, UsageError
-from mmdata.io.arrow import write_file
+from mmdata.io.files import write_bytes
 from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, batches, screened_path
 from mmdata.pack.shingles import gram_hashes, num_units
@@ -81,7 +81,7 @@ def _write_verdict(
         for row in (begin + np.flatnonzero(of[begin:end] != np.arange(begin, end))).tolist():
             verdict[str(marks.lines[row])] = [reason, f"as {marks.place(int(of[row]))}"]
     path = screened_path(screening.directory, part.number)
-    write_file(path, json.dumps(verdict, ensure_ascii=False).encode())
+    write_bytes(path, json.dumps(verdict, ensure_ascii=False).encode())
 
 
 # --- the marks of a part
@@ -118,7 +118,7 @@ class Marker:
         self._save(part, "lines.npy", np.array(lines, np.uint32))
         self._save(part, "keys.npy", np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2))
         self._save(part, "bands.npy", np.ascontiguousarray(np.concatenate(bands).T))
-        write_file(_mark(self._screening, part, "found.json"), json.dumps(found, ensure_ascii=False).encode())
+        write_bytes(_mark(self._screening, part, "found.json"), json.dumps(found, ensure_ascii=False).encode())
 
     def _parse(self, batch: Sequence[Any]) -> tuple[list[int], list[Any]]:
         numbers, rows = [], []
@@ -133,7 +133,7 @@ class Marker:
     def _save(self, part: Part, name: str, array: np.ndarray) -> None:
         buffer = io.BytesIO()
         np.save(buffer, array)
-        write_file(_mark(self._screening, part, name), buffer.getvalue())
+        write_bytes(_mark(self._screening, part, name), buffer.getvalue())
 
 
 def _mark(screening: Screening, part: Part, name: str) -> Path:

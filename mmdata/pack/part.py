@@ -19,7 +19,8 @@ from mmdata.encode.encoder import Lines, RowEncoder
 from mmdata.encode.rows import REASONS, SCREENED, BadRow, Line, iter_lines
 from mmdata.encode.sequences import Flat, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
-from mmdata.io.arrow import read_arrow, write_arrow, write_file
+from mmdata.io.arrow import read_arrow, write_arrow
+from mmdata.io.files import write_bytes
 from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
 from mmdata.shards import dataset
@@ -301,7 +302,7 @@ class PartPacker:
             "tokens": int(flat.lengths[ordinals].sum()),
             "model_tokens": int(flat.model_lengths()[ordinals].sum()),
             "loss_tokens": int(flat.num_loss[ordinals].sum()),
-            **written,
+            **written._asdict(),
             "token_digest": dataset.token_digest(read_arrow(settings.staging / path), settings.kind),
         }
 
@@ -319,12 +320,12 @@ class PartPacker:
             path = dataset.sources_path(part.number)
             metadata = {"format_version": str(dataset.FORMAT_VERSION)}
             written = write_arrow(staging / path, columns, metadata, dataset.SOURCES_PER_BATCH)
-            result.files.append({"path": path, **written})
+            result.files.append({"path": path, **written._asdict()})
         if found.rejected:
             path = f"rejected/part-{part.number:05d}.jsonl"
             rejected = sorted(found.rejected, key=lambda record: record["line"])
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
-            result.files.append({"path": path, **write_file(staging / path, text.encode())})
+            result.files.append({"path": path, **write_bytes(staging / path, text.encode())._asdict()})
 
 
 def screened_path(directory: Path, part: int) -> Path:

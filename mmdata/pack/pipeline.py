@@ -26,7 +26,7 @@ from mmdata.encode import rows
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote
 from mmdata.io import workers as engine
-from mmdata.io.arrow import write_file
+from mmdata.io.files import sha256_of, write_bytes
 from mmdata.pack import dedup as screen
 from mmdata.pack import unfinished
 from mmdata.pack.buckets import buckets_for
@@ -34,7 +34,6 @@ from mmdata.pack.part import Part, PartResult, Settings
 from mmdata.pack.staging import Staging, one_of_several, only_writer
 from mmdata.pack.unfinished import RecordingPacker
 from mmdata.shards import dataset
-from mmdata.shards.checksums import sha256_of
 from mmdata.tokenizer.encoders import JUDGE, NUM_HOSTILE, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -599,11 +598,13 @@ def _finish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> dict[
     manifest["dataset_digest"] = dataset.dataset_digest(manifest["kind"], manifest["max_len"], entries)
     files = [file for result in results for file in result.files]
     for name, content in sorted(job.tokenizer.files.items()):
-        files.append({"path": f"tokenizer/{name}", **write_file(staging.dataset / "tokenizer" / name, content)})
+        files.append(
+            {"path": f"tokenizer/{name}", **write_bytes(staging.dataset / "tokenizer" / name, content)._asdict()}
+        )
     stats = stats_json(manifest, results)
-    files.append({"path": "stats.json", **write_file(staging.dataset / "stats.json", stats)})
+    files.append({"path": "stats.json", **write_bytes(staging.dataset / "stats.json", stats)._asdict()})
     manifest["files"] = sorted(files, key=lambda file: file["path"])
-    write_file(staging.dataset / "manifest.json", _to_json(manifest))
+    write_bytes(staging.dataset / "manifest.json", _to_json(manifest))
     staging.publish(["manifest.json", *(file["path"] for file in [*files, *entries])])
     return manifest
 

@@ -16,12 +16,12 @@ from typing import Any
 from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.io import remote
 from mmdata.io import workers as engine
-from mmdata.io.arrow import sync, write_file
+from mmdata.io.files import sha256_of, sync, write_bytes
 from mmdata.pack import pipeline
 from mmdata.pack.part import Part, PartPacker, PartResult, Settings
 from mmdata.pack.pipeline import Progress
 from mmdata.pack.staging import only_writer
-from mmdata.shards import checksums, dataset
+from mmdata.shards import dataset
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 STATS = "stats.json"  # follows from all parts
@@ -58,7 +58,7 @@ def find_damaged(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and checksums.sha256_of(path) == entry["sha256"]
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
 
 
 def _restore_tokenizer(
@@ -78,7 +78,7 @@ def _restore_tokenizer(
         if hashlib.sha256(content).hexdigest() != expected[path]:
             raise TokenizerError(f"{given} is not the tokenizer that {directory} was packed with ({path} differs)", fix)
     for path in lost:
-        write_file(directory / path, files[path.removeprefix("tokenizer/")])
+        write_bytes(directory / path, files[path.removeprefix("tokenizer/")])
     return directory / "tokenizer"
 
 
@@ -103,7 +103,7 @@ def _rebuild(
     total = sum(part.num_bytes for part in todo)
     results: list[PartResult] = run(partial(PartPacker, settings), todo, total=total, progress=progress)
     if STATS in damaged:
-        write_file(settings.staging / STATS, pipeline.stats_json(manifest, results))
+        write_bytes(settings.staging / STATS, pipeline.stats_json(manifest, results))
     entries = {entry["path"]: entry for entry in [*manifest["shards"], *manifest["files"]]}
     rebuilt = [path for path in damaged if not path.startswith("tokenizer/")]
     for path in rebuilt:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.errors import DatasetError
-from mmdata.io.arrow import sync, write_file
+from mmdata.io.files import sync, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,6 @@ class Staging:
         _sync_tree(self.dataset)
         _swap(self.dataset, self.out)
         shutil.rmtree(self.dir, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, complete or not at all."""
-    write_file(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mmdata.io.files import sha256_of
 from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, PartPacker, PartResult, Settings
 from mmdata.pack.staging import Staging
@@ -91,7 +92,7 @@ def _is_whole(directory: Path, result: PartResult) -> bool:
 
     def is_whole(entry: Mapping[str, Any]) -> bool:
         path = directory / entry["path"]
-        return path.is_file() and path.stat().st_size == entry["bytes"] and checksums.sha256_of(path) == entry["sha256"]
+        return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]
 
     with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
         return all(pool.map(is_whole, entries))

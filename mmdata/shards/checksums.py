@@ -5,7 +5,6 @@ the dataset cannot be written to, every time. They make checking cheap, not safe
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,20 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mmdata.io.files import locked, sha256_of, write_json
+
 STAMPS_NAME = ".verified.json"
 LOCK_NAME = ".verified.lock"
-READ_BYTES = 2**20
 MAX_THREADS = 4  # hashing lets go of Python's lock; more readers than this hardly help a disk
 Progress = Callable[[int, int], None]
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, as hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check(
@@ -77,23 +68,13 @@ def _read(directory: Path) -> dict[str, list[Any]]:
 
 
 def _write(directory: Path, stamps: Mapping[str, list[Any]]) -> None:
-    beside = directory / f"{STAMPS_NAME}.{os.getpid()}"
     with contextlib.suppress(OSError):  # a read-only dataset is hashed each time instead
-        beside.write_text(json.dumps(stamps, indent=0))
-        os.replace(beside, directory / STAMPS_NAME)
+        write_json(directory / STAMPS_NAME, stamps, indent=0)
 
 
 @contextlib.contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    lock = FileLock(directory / LOCK_NAME)
-    try:
-        lock.acquire(poll_interval=0.1)
-    except OSError:  # read-only: nothing is written, so nothing collides
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # read-only: nothing is written, so nothing collides
+            stack.enter_context(locked(directory / LOCK_NAME))
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import ArrowFile, Ragged, read_arrow
+from mmdata.io.files import sha256_of
 from mmdata.shards import checksums, dataset
 
 Progress = Callable[[int, int], None]
@@ -82,7 +83,7 @@ def _check_bytes(directory: Path, entry: Mapping[str, Any]) -> Iterator[Problem]
     if (size := path.stat().st_size) != entry["bytes"]:
         yield Problem(entry["path"], f"has {size:,} bytes, expected {entry['bytes']:,}")
         return
-    if (digest := checksums.sha256_of(path)) != entry["sha256"]:
+    if (digest := sha256_of(path)) != entry["sha256"]:
         yield Problem(entry["path"], f"sha256 is {digest}, expected {entry['sha256']}")
 
 

@@ -8,7 +8,6 @@ damaged one is not used. No second model stays in memory.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -65,13 +64,7 @@ def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> Non
     values = np.concatenate([each.cpu().numpy() for each in logps.values()]).astype(np.float64)
     columns = {"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()}
     splits = json.dumps({split: len(each) for split, each in logps.items()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.unlink(missing_ok=True)
-    try:
-        write_arrow(temporary, columns, {**key, "splits": splits, "sha256": _digest(columns)}, len(values) + 1)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_arrow(path, columns, {**key, "splits": splits, "sha256": _digest(columns)}, len(values) + 1)
 
 
 def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:

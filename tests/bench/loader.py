@@ -94,7 +94,13 @@ def write_shard(
     written = write_arrow(root / path, columns, shards.shard_metadata(manifest, BUCKET), PACKS_A_SHARD)
     entry = {"path": path, "split": "train", "bucket": BUCKET, "part": part, "samples": count, "rows": count}
     tokens = count * BUCKET
-    return {**entry, "tokens": tokens, "model_tokens": tokens, "loss_tokens": int(columns["n_loss"].sum()), **written}
+    return {
+        **entry,
+        "tokens": tokens,
+        "model_tokens": tokens,
+        "loss_tokens": int(columns["n_loss"].sum()),
+        **written._asdict(),
+    }
 
 
 def rate(work: Callable[[int], int], seconds: float = 2.0) -> float:

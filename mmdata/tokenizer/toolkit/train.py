@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmdata.errors import MMError, UsageError
-from mmdata.io.arrow import sync, write_file
+from mmdata.io.files import sha256_of, sync, write_bytes
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit import unigram
 from mmdata.tokenizer.toolkit.layouts import BOS, EOS, LAYOUTS, PAD, Layout
@@ -244,9 +244,7 @@ def _record(files: Sequence[Path], options: Options) -> dict[str, Any]:
     """What the result follows from, inputs by name, size and hash."""
     inputs = []
     for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        inputs.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
+        inputs.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
     return {
         "format_version": _FORMAT,
         "made_by": "mm tokenizer train",
@@ -261,7 +259,7 @@ def _found(out: Path, record: dict[str, Any], options: Options) -> Trained:
     try:
         found = json.loads((out / RECORD).read_bytes())
         is_same = all(found[key] == value for key, value in record.items()) and all(
-            hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in found["files"].items()
+            sha256_of(out / name) == digest for name, digest in found["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_same = False
@@ -279,7 +277,7 @@ def publish(out: Path, files: Mapping[str, bytes]) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
     try:
         for name, content in files.items():
-            write_file(beside / name, content)
+            write_bytes(beside / name, content)
         beside.chmod(0o755)  # mkdtemp's is for its owner alone
         sync(beside)
         beside.replace(out)
