@@ -396,12 +396,12 @@ def plan_packs(
     """What packing would give, for each dataset that it would write."""
     from mmdata.pack.estimate import estimate
     from mmdata.pack.pipeline import common_kind
-    from mmtrain.train.stages import STAGES
+    from mmtrain.config import stage_defaults
 
     found = []
     for inputs in [files] if as_one else [[path] for path in files]:
         kind = common_kind(inputs, None)
-        batch_tokens = STAGES[stage_of(kind)].defaults["batch_tokens"]
+        batch_tokens = stage_defaults(stage_of(kind))["batch_tokens"]
         found.append(
             estimate(inputs, tokenizer_dir=tokenizer, kind=kind, workers=workers, batch_tokens=batch_tokens, **options)
         )
@@ -774,13 +774,13 @@ def tokenizer_eval(
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmdata.tokenizer.toolkit.evaluate import Shape, evaluate
     from mmdata.tokenizer.toolkit.sample import draw
-    from mmtrain.config import PRESETS
+    from mmtrain.config import MODEL_SHAPES
 
     check_lang(lang)
     loaded = [Tokenizer.load(directory) for directory in directories]
     shapes = {
         name: Shape(shape.hidden_size, shape.num_params - shape.vocab_size * shape.hidden_size, shape.vocab_size)
-        for name, shape in PRESETS.items()
+        for name, shape in MODEL_SHAPES.items()
         if shape.vocab_size
     }
     with progress("read", quiet=as_json) as reading:
@@ -846,11 +846,11 @@ def tokenizer_check(
     from mmdata.commands.terminal_tokenizer import print_findings
     from mmdata.errors import UsageError
     from mmdata.tokenizer.toolkit.check import check
-    from mmtrain.config import PRESETS
+    from mmtrain.config import MODEL_SHAPES
 
-    if model is not None and model not in PRESETS:
-        raise UsageError(f"--model {model} is unknown", f"use one of {', '.join(PRESETS)}")
-    findings = check(directory, vocab_size=(PRESETS[model].vocab_size or None) if model else None)
+    if model is not None and model not in MODEL_SHAPES:
+        raise UsageError(f"--model {model} is unknown", f"use one of {', '.join(MODEL_SHAPES)}")
+    findings = check(directory, vocab_size=(MODEL_SHAPES[model].vocab_size or None) if model else None)
     if as_json:
         print_json(findings)
     else:
@@ -1067,59 +1067,62 @@ def train(
         from mmtrain.distributed import launch
 
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))
-    from mmtrain.config import TrainConfig
+    from mmtrain.config import TrainOptions
     from mmtrain.distributed import rank
     from mmtrain.train.loop import train as train_stage
     from mmtrain.train.run import needs_of
 
     paths, weights = weighted(data or [])
-    config = TrainConfig(
-        stage=stage,
-        data=paths or (() if resume else (newest_dataset(stage),)),  # a resumed run knows its own
-        weights=weights,
-        out=out or next_run(stage, resume),
-        preset=preset,
-        model=model,
-        init=init,
-        resize_embeddings=resize_embeddings,
-        steps=steps,
-        epochs=epochs,
-        lora=lora,
-        optimizer=optimizer,
-        lr=lr,
-        beta2=beta2,
-        batch_tokens=batch_tokens,
-        micro_tokens=micro_tokens,
-        schedule=schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        loss=loss,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        gamma=gamma,
-        sft_weight=sft_weight,
-        reference="none" if reference_free else str(reference) if reference else None,
-        share_prompt=share_prompt,
-        guard=str(guard) if guard else None,
-        ema=ema,
-        patience=patience,
-        seed=seed,
-        val_every=val_every,
-        save_every=save_every,
-        keep_last=keep_last,
-        max_skipped=max_skipped,
-        log_every=log_every,
-        trackers=tuple(log or ()),
-        device=device,
-        compile=not no_compile,
-        checkpoint_activations=checkpoint_activations,
-        resume=resume,
-        other_data=other_data,
-        quiet=quiet,
-        report=not no_report,
-        samples=not no_samples,
-        runs_dir=RUNS_DIR,
+    values: dict[str, Any] = {
+        "weights": weights,
+        "preset": preset,
+        "model": model,
+        "init": init,
+        "resize_embeddings": resize_embeddings,
+        "steps": steps,
+        "epochs": epochs,
+        "lora": lora,
+        "optimizer": optimizer,
+        "lr": lr,
+        "beta2": beta2,
+        "batch_tokens": batch_tokens,
+        "micro_tokens": micro_tokens,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "loss": loss,
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "gamma": gamma,
+        "sft_weight": sft_weight,
+        "reference": "none" if reference_free else str(reference) if reference else None,
+        "share_prompt": share_prompt,
+        "guard": str(guard) if guard else None,
+        "ema": ema,
+        "patience": patience,
+        "seed": seed,
+        "val_every": val_every,
+        "save_every": save_every,
+        "keep_last": keep_last,
+        "max_skipped": max_skipped,
+        "log_every": log_every,
+        "trackers": tuple(log or ()),
+        "device": device,
+        "compile": not no_compile,
+        "checkpoint_activations": checkpoint_activations,
+        "resume": resume,
+        "other_data": other_data,
+        "quiet": quiet,
+        "report": not no_report,
+        "samples": not no_samples,
+        "runs_dir": RUNS_DIR,
+    }
+    config = TrainOptions(
+        stage,
+        paths or (() if resume else (newest_dataset(stage),)),  # a resumed run knows its own
+        out or next_run(stage, resume),
+        **{name: value for name, value in values.items() if value is not None},
     )
     if plan:
         needs = needs_of(config)
@@ -1738,7 +1741,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     from mmdata import demo as recipe
     from mmdata.pack.pipeline import pack as pack_files
     from mmdata.tokenizer.tokenizer import CHATML, train_bpe
-    from mmtrain.config import TrainConfig
+    from mmtrain.config import TrainOptions
     from mmtrain.train.loop import train as train_stage
 
     say("writing the corpus, training its tokenizer, packing")
@@ -1764,7 +1767,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     init: Path | None = None
     for stage in stages:
         begun = time.monotonic()
-        config = TrainConfig(
+        config = TrainOptions(
             stage=stage.stage,
             data=(out / "shards" / stage.file,),
             out=out / "runs" / stage.file,
@@ -1775,7 +1778,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
             batch_tokens=stage.batch_tokens,
             schedule=stage.schedule,
             warmup=stage.warmup,
-            beta=stage.beta,
+            beta=stage.beta,  # type: ignore[arg-type]  # None: the default
             seed=seed,
             val_every=0,
             save_every=10**9,

@@ -18,8 +18,9 @@ from mmdata.errors import UsageError
 class Option:
     """The declaration of an option: everything except its name, type and default.
 
-    `least` and `most` are inclusive bounds, `above` and `below` exclusive ones. `by_stage` gives the default of each
-    training stage where they differ; `stages` names the stages that take the option at all (empty: all of them).
+    `flag` may be a switch pair such as --share-prompt/--no-share-prompt; `--no-NAME` for a bool that is True by default
+    sets it to False. `least` and `most` are inclusive bounds, `above` and `below` exclusive ones. `by_stage` gives the
+    default of each training stage; `stages` names the stages that take the option at all (empty: all of them).
     """
 
     help: str
@@ -63,8 +64,9 @@ def check(options: Any) -> None:
 def check_value(flag: str, value: Any, declaration: Option) -> None:
     """UsageError when a value, or an item of a list or tuple, is outside its declaration. None is always accepted."""
     for item in value if isinstance(value, tuple | list) else (value,):
-        problem = _problem(item, declaration)
-        if problem:
+        if declaration.choices and item is not None and item not in declaration.choices:
+            raise UsageError(f"{flag} {item} is unknown", f"use one of {', '.join(declaration.choices)}")
+        if problem := _problem(item, declaration):
             raise UsageError(f"{flag} {item} {problem}", f"leave {flag} out for the default")
 
 
@@ -80,9 +82,7 @@ def bounds(declaration: Option) -> list[tuple[str, float, Callable[[float, float
 
 
 def _problem(value: Any, declaration: Option) -> str:
-    """What is wrong with one value, empty when nothing is."""
-    if declaration.choices and value is not None and value not in declaration.choices:
-        return f"is unknown: use {', '.join(declaration.choices)}"
+    """What is wrong with a number, empty when nothing is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     if not math.isfinite(value):

@@ -1,6 +1,8 @@
-"""What a run is made of: model shapes, training settings, and where each value came from (flag, checkpoint, default).
+"""Training options and model shapes: every option of `mm train` declared once, its defaults by stage, and the presets.
 
-Nothing here touches files or torch. A setting left at None is one the user did not give; `resolve` fills it.
+`TrainSettings` holds what defines a run; its values are recorded in run.json and in checkpoints. `TrainOptions` adds what
+one call of `mm train` needs besides. A setting that was not given is None until `resolve` fills it in, from the flag, the
+checkpoint being resumed, the preset, or the default of the stage, in this order. Imports neither torch nor files.
 """
 
 from collections.abc import Mapping
@@ -9,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.errors import CheckpointError, UsageError
+from mmdata.options import check, flag_of, option, options_of
+
+STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # stage -> kind of rows it trains on
+
+# --- models ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of a model. `vocab_size` 0 in a preset means: as large as the tokenizer's vocabulary."""
+    """Shape of a model. `vocab_size` 0 in MODEL_SHAPES stands for the size of the tokenizer's vocabulary."""
 
     vocab_size: int
     hidden_size: int
@@ -33,15 +40,15 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Weights in all, the tied embedding counted once."""
+        """Number of weights; the tied embedding is counted once."""
         kv_size = self.num_kv_heads * self.head_size
         attention = 2 * self.hidden_size * (self.hidden_size + kv_size) + 2 * self.head_size * self.qk_norm
         block = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
         return self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
 
-# The first three are MiniMind's published shapes (its 6,400 token vocabulary); the last two are ours, for the demo and tests.
-PRESETS: dict[str, ModelConfig] = {
+# The first three are MiniMind's published shapes (its vocabulary has 6,400 tokens); the last two are for the demo and tests.
+MODEL_SHAPES: dict[str, ModelConfig] = {
     "minimind2": ModelConfig(6400, 768, 16, 8, 2, 2048),
     "minimind2-small": ModelConfig(6400, 512, 8, 8, 2, 1408),
     "minimind3": ModelConfig(6400, 768, 8, 8, 4, 2432, norm_eps=1e-6, qk_norm=True),
@@ -50,189 +57,11 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """One `mm train`: the stage, its data, and every setting; None where the user gave nothing.
-
-    `warmup` is a share of all steps, `batch_tokens` the tokens of one step over all ranks, `micro_tokens` those one
-    rank runs at once. `val_every`, `save_every` and `log_every` count steps; `val_every` 0 measures only at the end.
-    """
-
-    stage: str
-    data: tuple[Path, ...]
-    out: Path
-    weights: tuple[float, ...] | None = None  # of `data`, as shares of the tokens; None: every dataset once an epoch
-    preset: str | None = None  # minimind2 | minimind3: its defaults for the stage
-    model: str | None = None
-    init: Path | None = None
-    resize_embeddings: str | None = None  # mean | subtoken: grow init's embedding to the data's tokenizer
-    steps: int | None = None
-    epochs: float | None = None
-    batch_tokens: int | None = None
-    micro_tokens: int | None = None
-    optimizer: str | None = None  # adamw | muon
-    lr: float | None = None
-    beta2: float | None = None  # of AdamW
-    schedule: str | None = None  # cosine | wsd | constant
-    warmup: float | None = None
-    weight_decay: float | None = None
-    clip: float | None = None
-    lora: int | None = None  # rank of the adapters; 0 trains all weights
-    ema: float | None = None  # decay of the weights' average; 0 keeps none
-    patience: int | None = None  # validations without a better val loss that end the run; 0: none do
-    loss: str | None = None  # this and the next eight: dpo only
-    beta: float | None = None
-    label_smoothing: float | None = None
-    gamma: float | None = None
-    sft_weight: float | None = None
-    reference: str | None = None  # "start", "none", or a run
-    share_prompt: bool | None = None  # None: where the prompts' share makes it faster
-    guard: str | None = None  # a packed dataset whose val split shows forgetting
-    seed: int | None = None
-    max_skipped: int | None = None  # this many non-finite steps in a row end the run
-    val_every: int | None = None
-    save_every: int | None = None
-    keep_last: int | None = None
-    log_every: int = 10
-    trackers: tuple[str, ...] = ()  # tensorboard, wandb, swanlab, trackio, beside metrics.jsonl
-    device: str = "auto"  # auto | cpu | cuda
-    compile: bool = True  # on CUDA; elsewhere nothing is compiled
-    checkpoint_activations: bool = False  # keep each block's input only and compute the rest again
-    resume: bool = False
-    other_data: bool = False  # go on although the data is not what the run began with
-    quiet: bool = False
-    report: bool = True  # keep RUN/report.html fresh at each validation
-    samples: bool = True  # and let the model answer a few fixed prompts then
-    runs_dir: Path = Path("runs")  # where an earlier run is looked for when `init` is not given
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The same settings with every value decided. `model` is None where a checkpoint gives the shape; of `steps` and
-    `epochs` one may be None."""
-
-    preset: str | None
-    model: str | None
-    steps: int | None
-    epochs: float | None
-    batch_tokens: int
-    micro_tokens: int
-    optimizer: str
-    lr: float
-    beta2: float
-    schedule: str
-    warmup: float
-    weight_decay: float
-    clip: float
-    loss: str
-    beta: float
-    label_smoothing: float
-    gamma: float
-    sft_weight: float
-    reference: str
-    share_prompt: bool
-    guard: str
-    lora: int
-    ema: float
-    patience: int
-    seed: int
-    max_skipped: int
-    val_every: int
-    save_every: int
-    keep_last: int
-
-
-DPO_ONLY = ("loss", "beta", "label_smoothing", "gamma", "sft_weight", "reference", "share_prompt", "guard")
-
-# May differ when a run is resumed; with any other setting changed it would not be the same run.
-FREE_ON_RESUME = {
-    "micro_tokens",
-    "share_prompt",
-    "guard",
-    "patience",
-    "max_skipped",
-    "val_every",
-    "save_every",
-    "keep_last",
-}
-
-
-def resolve(
-    config: TrainConfig,
-    defaults: Mapping[str, Any],
-    saved: Mapping[str, Any] | None = None,
-    preset: Mapping[str, Any] | None = None,
-) -> tuple[Settings, dict[str, str]]:
-    """Decide every setting: flag first, then the checkpoint being resumed, then the preset, then the stage's default.
-
-    Gives the settings and, by name, where each came from. A flag that contradicts a resumed run is refused.
-    """
-    _check(config)
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for name in (field.name for field in fields(Settings)):
-        given = getattr(config, name)
-        if given is not None and saved is not None and name not in FREE_ON_RESUME and saved.get(name) != given:
-            raise CheckpointError(
-                f"{config.out}: the run was started with {name} {saved.get(name)}, now {given} is asked for",
-                f"resume without --{name.replace('_', '-')}, or start a new run with another --out",
-            )
-        if given is not None:
-            values[name], origins[name] = given, "flag"
-        elif saved is not None and name in saved:
-            values[name], origins[name] = saved[name], "checkpoint"
-        elif preset is not None and name in preset:
-            values[name], origins[name] = preset[name], "preset"
-        else:
-            values[name], origins[name] = defaults[name], "default"
-    if config.steps is not None:
-        values["epochs"] = None  # steps alone decide
-    return Settings(**values), origins
-
-
-def _check(config: TrainConfig) -> None:
-    """Refuse flags no run can have."""
-    if config.stage != "dpo":
-        for name in DPO_ONLY:
-            if getattr(config, name) is not None:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} belongs to dpo, not to {config.stage}", f"leave {flag} out")
-    if config.schedule not in (None, "cosine", "wsd", "constant"):
-        raise UsageError(f"--schedule {config.schedule} is unknown", "use cosine, wsd or constant")
-    if config.steps is not None and config.epochs is not None:
-        raise UsageError("--steps and --epochs contradict each other", "give one of them")
-    positive = ("steps", "epochs", "batch_tokens", "micro_tokens", "lr", "clip", "beta", "max_skipped", "keep_last")
-    for name in (*positive, "log_every"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} {value} must be greater than 0", f"leave --{flag} out for the default")
-    if config.optimizer not in (None, "adamw", "muon"):
-        raise UsageError(f"--optimizer {config.optimizer} is unknown", "use adamw or muon")
-    if config.optimizer == "muon" and (config.stage != "pretrain" or config.lora):
-        raise UsageError(
-            "--optimizer muon is for pretraining: weights that AdamW trained, and adapters, are better left to it",
-            "leave --optimizer out",
-        )
-    for name in ("beta2", "ema"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < 1:
-            raise UsageError(f"--{name} {value} must be at least 0 and below 1", f"leave --{name} out for the default")
-    for name in ("lora", "patience"):
-        value = getattr(config, name)
-        if value is not None and value < 0:
-            raise UsageError(f"--{name} {value} must not be negative", f"leave --{name} out, or give 0, for none")
-    if config.lora and config.stage == "pretrain":
-        raise UsageError("--lora adapts a trained model; pretraining trains all weights", "leave --lora out")
-    if config.warmup is not None and not 0 <= config.warmup < 1:
-        raise UsageError(f"--warmup {config.warmup} must be a share of all steps, 0 to 1", "try --warmup 0.03")
-
-
 def shape_from(name: str, vocab_size: int) -> ModelConfig:
-    """A preset's shape for a tokenizer of `vocab_size` ids; UsageError for an unknown name or a too large vocabulary."""
-    if name not in PRESETS:
-        raise UsageError(f"--model {name} is unknown", f"use one of {', '.join(PRESETS)}")
-    shape = PRESETS[name]
+    """The shape called `name` for a tokenizer of `vocab_size` tokens; UsageError if it is unknown or has fewer rows."""
+    if name not in MODEL_SHAPES:
+        raise UsageError(f"--model {name} is unknown", f"use one of {', '.join(MODEL_SHAPES)}")
+    shape = MODEL_SHAPES[name]
     if shape.vocab_size == 0:
         return replace(shape, vocab_size=vocab_size)
     if vocab_size > shape.vocab_size:
@@ -243,12 +72,387 @@ def shape_from(name: str, vocab_size: int) -> ModelConfig:
     return shape
 
 
-def as_json(config: Settings | ModelConfig) -> dict[str, Any]:
-    """The values by name, as JSON holds them."""
-    return asdict(config)
-
-
 def model_config_from(values: Mapping[str, Any]) -> ModelConfig:
-    """A ModelConfig from `as_json`'s values; unknown keys are an error of ours."""
+    """The ModelConfig with these fields, as JSON holds them."""
     assert set(values) <= {field.name for field in fields(ModelConfig)}, sorted(values)
     return ModelConfig(**values)
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+# Headings of `mm train --help`.
+DATA, MODEL, LENGTH, OPTIMIZER = "Data", "Model", "Length of the run", "Optimizer"
+PREFERENCES, ADAPTERS, CHECKPOINTS, LOGGING, HARDWARE = "Preferences", "Adapters", "Checkpoints", "Logging", "Hardware"
+
+BETA2 = 0.95  # GPT-3's and Llama's for pretraining; a shorter memory than 0.999 copes better with noisy small batches
+# Default beta of each dpo loss. sigmoid's is the paper's, the length-normalised one Tülu 3's, those of simpo and orpo their
+# papers'; ipo's 1.0 asks for a margin of half a nat per token, as 1 / (2 tau) does for tau = 1.
+LOSS_BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0, "robust": 0.1, "hinge": 0.1, "ipo": 1.0, "simpo": 2.0, "orpo": 0.1}
+SIMPO_GAMMA = 1.0  # half of simpo's beta, as Table 8 of its paper has it for most models
+CUDA_MICRO_TOKENS = (
+    16_384  # a first guess, then resized to fit; the 104M model needs about 11 GB (derived, not measured)
+)
+
+
+def _setting(default: Any, *, help: str, **known: Any) -> Any:
+    """A setting; `default` is one value for all stages, or a mapping from each stage to its value."""
+    by_stage = default if isinstance(default, Mapping) else dict.fromkeys(STAGE_KINDS, default)
+    return option(None, help=help, by_stage=by_stage, **known)
+
+
+def _dpo_setting(default: Any, *, unused: Any, help: str, **known: Any) -> Any:
+    """A setting that only dpo takes; the other stages record `unused`."""
+    by_stage = {"pretrain": unused, "sft": unused, "dpo": default}
+    return option(None, help=help, by_stage=by_stage, stages=("dpo",), group=PREFERENCES, **known)
+
+
+# Learning rates are for models of 26M to 135M parameters. Pretraining's 1e-3 lies between MiniMind's 5e-4 and SmolLM-135M's
+# 3e-3 (larger batches). sft's 3e-4 is a third of it, as in SmolLM2-135M's recipe (1e-3 after 3e-3), which also makes two
+# passes over instructions and one over the rest. dpo's 5e-6 is Zephyr's 5e-7 for 7B raised for the size, as SmolLM2's 1e-6
+# at beta 0.5, and the low end of the flat part of a short sweep (docs/dpo.md); MiniMind's 1e-8 moves nothing. MiniMind's
+# pretraining step holds 131k positions, about half of them padding.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """The settings that define a run, recorded in run.json and in every checkpoint.
+
+    Types are those after `resolve`; before it, None stands for a setting that was not given.
+    """
+
+    preset: str | None = _setting(
+        None,
+        help="MiniMind's own settings for the stage.",
+        choices=("minimind2", "minimind3"),
+        group=MODEL,
+        default_text="mm's own settings",
+    )
+    model: str | None = _setting(
+        "minimind2-small",  # None where a checkpoint gives the shape
+        help=f"Shape of a new model: {', '.join(MODEL_SHAPES)}.",
+        group=MODEL,
+    )
+    steps: int | None = _setting(
+        None, help="Number of optimizer steps; instead of --epochs.", least=1, group=LENGTH, default_text="by --epochs"
+    )
+    epochs: float | None = _setting(
+        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0}, help="Passes over the training data.", above=0, group=LENGTH
+    )
+    batch_tokens: int = _setting(
+        {"pretrain": 65_536, "sft": 32_768, "dpo": 16_384},
+        help="Tokens of one optimizer step, over all ranks.",
+        least=1,
+        group=OPTIMIZER,
+    )
+    # On the CPU speed is flat from 1,024 on and memory grows (2.8 GB at 104M); one pair of 1,024 a side takes up to 2,048.
+    micro_tokens: int = _setting(
+        {"pretrain": 2048, "sft": 2048, "dpo": 4096},
+        help="Tokens that one rank runs at once; the gradient does not depend on it.",
+        least=1,
+        group=HARDWARE,
+        may_change_on_resume=True,
+        default_text="2048 on the CPU (dpo 4096); on CUDA what fits",
+    )
+    optimizer: str = _setting(
+        "adamw",
+        help="adamw, or for pretrain muon, which needs fewer steps to the same loss.",
+        choices=("adamw", "muon"),
+        group=OPTIMIZER,
+    )
+    lr: float = _setting(
+        {"pretrain": 1e-3, "sft": 3e-4, "dpo": 5e-6},
+        help="Peak learning rate.",
+        above=0,
+        group=OPTIMIZER,
+        default_text="pretrain 0.001, sft 0.0003, dpo 5e-06; with muon 0.004, with --lora 0.002",
+    )
+    beta2: float = _setting(
+        BETA2, help="AdamW's decay rate of the squared gradients.", least=0, below=1, group=OPTIMIZER
+    )
+    schedule: str = _setting(
+        "cosine",
+        help="Learning rate after the warmup: cosine (to a tenth), wsd (constant, then to 0 over the last fifth) or constant.",
+        choices=("cosine", "wsd", "constant"),
+        group=OPTIMIZER,
+    )
+    warmup: float = _setting(
+        {"pretrain": 0.02, "sft": 0.03, "dpo": 0.1},
+        help="Share of the steps over which the learning rate rises.",
+        least=0,
+        below=1,
+        group=OPTIMIZER,
+    )
+    weight_decay: float = _setting(
+        {"pretrain": 0.1, "sft": 0.0, "dpo": 0.0},
+        help="Weight decay of the matrices; norms have none.",
+        least=0,
+        group=OPTIMIZER,
+    )
+    clip: float = _setting(1.0, help="Largest gradient norm; larger ones are scaled down.", above=0, group=OPTIMIZER)
+    loss: str = _dpo_setting("sigmoid", unused="", help="dpo: the loss.", choices=tuple(LOSS_BETAS))
+    beta: float = _dpo_setting(
+        LOSS_BETAS["sigmoid"],
+        unused=0.0,
+        help="dpo: how strongly the reference holds the policy.",
+        above=0,
+        default_text=", ".join(f"{loss} {beta:g}" for loss, beta in LOSS_BETAS.items()),
+    )
+    label_smoothing: float = _dpo_setting(
+        0.0, unused=0.0, help="dpo: share of the pairs assumed to be labelled the wrong way round.", least=0, below=0.5
+    )
+    gamma: float = _dpo_setting(
+        0.0, unused=0.0, help="dpo: target margin of simpo.", least=0, default_text=f"{SIMPO_GAMMA:g} for simpo"
+    )
+    sft_weight: float = _dpo_setting(
+        0.0, unused=0.0, help="dpo: weight of the chosen reply's negative log-likelihood in the loss.", least=0
+    )
+    reference: str = _dpo_setting(  # "start": the weights the run starts from; "none"; or a run or checkpoint
+        "start",
+        unused="",
+        help="dpo: run or checkpoint of the reference model.",
+        metavar="RUN",
+        default_text="the weights the run starts from",
+    )
+    share_prompt: bool = _dpo_setting(
+        False,
+        unused=False,
+        help="dpo: compute a pair's prompt once for both replies.",
+        flag="--share-prompt/--no-share-prompt",
+        may_change_on_resume=True,
+        default_text="where it is faster",
+    )
+    guard: str = _dpo_setting(
+        "",
+        unused="",
+        help="dpo: packed documents or conversations whose val loss shows what the model forgets.",
+        metavar="DIR",
+        may_change_on_resume=True,
+        default_text="none",
+    )
+    lora: int = _setting(
+        0,
+        help="Train adapters of this rank and leave the weights as they are; 0: train the weights.",
+        metavar="RANK",
+        least=0,
+        group=ADAPTERS,
+    )
+    ema: float = _setting(
+        0.0,
+        help="Keep a running average of the weights with this decay, such as 0.999, and save it; 0: none.",
+        metavar="DECAY",
+        least=0,
+        below=1,
+        group=OPTIMIZER,
+    )
+    patience: int = _setting(
+        0,
+        help="End the run after N validations without a lower val loss; 0: never.",
+        metavar="N",
+        least=0,
+        group=LENGTH,
+        may_change_on_resume=True,
+    )
+    seed: int = _setting(42, help="Seed of new weights and of the order of the data.", group=DATA)
+    max_skipped: int = _setting(
+        10,
+        help="Non-finite steps in a row that end the run.",
+        least=1,
+        group=LENGTH,
+        may_change_on_resume=True,
+    )
+    val_every: int = _setting(
+        200,
+        help="Steps between validations; 0: only at the end.",
+        least=0,
+        group=LOGGING,
+        may_change_on_resume=True,
+    )
+    save_every: int = _setting(
+        500,
+        help="Steps between checkpoints; 0: only at the end.",
+        least=0,
+        group=CHECKPOINTS,
+        may_change_on_resume=True,
+    )
+    keep_last: int = _setting(
+        2, help="Number of checkpoints to keep.", least=1, group=CHECKPOINTS, may_change_on_resume=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions(TrainSettings):
+    """One call of `mm train`: the stage, its data, the run directory, the settings given, and how to run.
+
+    `weights` are the shares of the tokens that each dataset of `data` gets (None: every dataset once per epoch).
+    `runs_dir` is searched for a run to start from when neither `init` nor `model` is given.
+    """
+
+    stage: str
+    data: tuple[Path, ...]
+    out: Path
+    weights: tuple[float, ...] | None = None
+    init: Path | None = option(
+        None,
+        help="Run or checkpoint to start from.",
+        metavar="RUN",
+        group=MODEL,
+        default_text="the newest finished run that fits the stage",
+    )
+    resize_embeddings: str | None = option(
+        None,
+        help="Add rows for the new tokens of the data's extended tokenizer to --init's embedding: mean of all rows (mean) "
+        "or of the rows of the old tokens that spell the new one (subtoken).",
+        choices=("mean", "subtoken"),
+        group=MODEL,
+    )
+    log_every: int = option(10, help="Steps between console lines.", least=1, group=LOGGING)
+    trackers: tuple[str, ...] = option(
+        (),
+        help="Write the metrics to this tracker too; repeat it for several.",
+        flag="--log",
+        choices=("tensorboard", "wandb", "swanlab", "trackio"),
+        group=LOGGING,
+    )
+    device: str = option("auto", help="Device to train on.", choices=("auto", "cpu", "cuda"), group=HARDWARE)
+    compile: bool = option(True, help="CUDA: do not compile the blocks.", flag="--no-compile", group=HARDWARE)
+    checkpoint_activations: bool = option(
+        False,
+        help="Recompute the activations in the backward pass: a third more time, about a tenth of their memory.",
+        group=HARDWARE,
+    )
+    resume: bool = option(False, help="Continue from the run's last checkpoint.", group=CHECKPOINTS)
+    other_data: bool = option(False, help="With --resume: continue although the data has changed.", group=DATA)
+    quiet: bool = option(False, help="Print no step lines.", group=LOGGING)
+    report: bool = option(True, help="Do not write RUN/report.html.", flag="--no-report", group=LOGGING)
+    samples: bool = option(
+        True, help="Do not let the model answer fixed prompts at validations.", flag="--no-samples", group=LOGGING
+    )
+    runs_dir: Path = Path("runs")
+
+
+# --- presets and defaults -------------------------------------------------------------------------------------------
+
+# MiniMind's own defaults, read from its trainers of 2025-04-04 (minimind2) and 2026-08-21 (minimind3), so that a run can be
+# compared with it. Batches are its micro-batch x accumulation x length: as many positions, all of them tokens here and about
+# half of them there. Its weight decay also shrinks norms, which mm never does; the rate of the earlier trainer begins at 1.1
+# times the one given and ends at 0.1, here it begins at 1.0.
+_TORCH_ADAMW = {"schedule": "cosine", "warmup": 0.0, "weight_decay": 0.01, "beta2": 0.999, "clip": 1.0}
+_PAIR_TOKENS = 880  # mean tokens of a pair of its dpo.jsonl, the prompt counted twice, of those that fit 1,024
+_DPO2 = {"epochs": 2.0, "batch_tokens": 4 * _PAIR_TOKENS, "loss": "sigmoid_norm", "beta": 0.1}
+_DPO3 = {"epochs": 1.0, "batch_tokens": 4 * _PAIR_TOKENS, "loss": "sigmoid", "beta": 0.15}
+
+# preset -> stage, or "lora" for a stage with adapters -> settings
+PRESET_SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "minimind2": {
+        "pretrain": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 8 * 512, "lr": 5e-4},
+        "sft": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 512, "lr": 5e-5},
+        "dpo": {"model": "minimind2", "lr": 1e-8} | _DPO2,
+        "lora": {"model": "minimind2", "epochs": 50.0, "batch_tokens": 16 * 512, "lr": 5e-5},
+    },
+    "minimind3": {
+        "pretrain": {"model": "minimind3", "epochs": 2.0, "batch_tokens": 32 * 8 * 340, "lr": 5e-4},
+        "sft": {"model": "minimind3", "epochs": 2.0, "batch_tokens": 16 * 768, "lr": 1e-5},
+        "dpo": {"model": "minimind3", "lr": 4e-8} | _DPO3,
+        "lora": {"model": "minimind3", "epochs": 10.0, "batch_tokens": 32 * 340, "lr": 1e-4},
+    },
+}
+# muon's rate: the flat optimum of a small model (tests/bench/RESULTS.md), not measured at 26M to 104M parameters. The
+# adapters' values were chosen, not measured.
+MUON_DEFAULTS = {"lr": 4e-3}
+LORA_DEFAULTS = {"lr": 2e-3, "weight_decay": 0.0}
+
+
+def stage_defaults(stage: str) -> dict[str, Any]:
+    """The default of every setting of a stage."""
+    return {name: known.by_stage[stage] for name, known in options_of(TrainSettings) if known.by_stage is not None}
+
+
+def preset_settings(options: TrainOptions) -> dict[str, Any]:
+    """The settings of the preset asked for; empty without one."""
+    if options.preset is None:
+        return {}
+    stages = PRESET_SETTINGS[options.preset]
+    if not options.lora:
+        return {**_TORCH_ADAMW, **stages[options.stage]}
+    pairs = {"dpo": _DPO2 if options.preset == "minimind2" else _DPO3}.get(options.stage, {})
+    return {**_TORCH_ADAMW, **stages["lora"], **pairs}
+
+
+def resolve(
+    options: TrainOptions,
+    *,
+    saved: Mapping[str, Any] | None = None,
+    has_init: bool = False,
+    device: str = "cpu",
+    share_prompt: bool = False,
+) -> tuple[TrainSettings, dict[str, str]]:
+    """Decide every setting: the flag first, then the checkpoint being resumed, then the preset, then the default.
+
+    `saved` are the settings of the run being resumed; with `has_init` the shape comes from a checkpoint. `device` and
+    `share_prompt` give the defaults that depend on the machine and on the data. Returns the settings and the origin of
+    each: flag, checkpoint, preset or default. CheckpointError where a flag contradicts the run being resumed.
+    """
+    check_options(options)
+    preset, defaults = preset_settings(options), stage_defaults(options.stage)
+    if options.lora:
+        defaults |= LORA_DEFAULTS
+    elif options.optimizer == "muon":
+        defaults |= MUON_DEFAULTS
+    if device == "cuda":
+        defaults["micro_tokens"] = CUDA_MICRO_TOKENS
+    if options.stage == "dpo":
+        loss = options.loss or preset.get("loss") or defaults["loss"]
+        defaults |= {"beta": LOSS_BETAS[loss], "gamma": SIMPO_GAMMA if loss == "simpo" else 0.0}
+        defaults["share_prompt"] = share_prompt
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, known in options_of(TrainSettings):
+        value = getattr(options, name)
+        if value is not None:
+            if saved is not None and not known.may_change_on_resume and saved.get(name) != value:
+                raise CheckpointError(
+                    f"{options.out}: the run was started with {name} {saved.get(name)}, now {value} is asked for",
+                    f"resume without {flag_of(name, known)}, or start a new run with another --out",
+                )
+            values[name], origins[name] = value, "flag"
+        elif saved is not None and name in saved:
+            values[name], origins[name] = saved[name], "checkpoint"
+        elif name == "model" and has_init:
+            values[name], origins[name] = None, "checkpoint"
+        elif name in preset:
+            values[name], origins[name] = preset[name], "preset"
+        else:
+            values[name], origins[name] = defaults[name], "default"
+    if options.steps is not None:
+        values["epochs"] = None  # the number of steps alone decides
+    return TrainSettings(**values), origins
+
+
+def check_options(options: TrainOptions) -> None:
+    """UsageError for a value out of range, an option that the stage does not take, or options that exclude each other."""
+    check(options)
+    for name, known in options_of(options):
+        if known.stages and options.stage not in known.stages and getattr(options, name) is not None:
+            flag = flag_of(name, known).split("/")[0]
+            raise UsageError(
+                f"{flag} belongs to {', '.join(known.stages)}, not to {options.stage}", f"leave {flag} out"
+            )
+    if options.steps is not None and options.epochs is not None:
+        raise UsageError("--steps and --epochs contradict each other", "give one of them")
+    if options.optimizer == "muon" and (options.stage != "pretrain" or options.lora):
+        raise UsageError(
+            "--optimizer muon is for pretraining: weights trained by AdamW, and adapters, are better trained by AdamW",
+            "leave --optimizer out",
+        )
+    if options.lora and options.stage == "pretrain":
+        raise UsageError("--lora adapts a trained model; pretraining trains all weights", "leave --lora out")
+    if options.resize_embeddings and options.lora:
+        raise UsageError(
+            "--lora leaves the embedding as it is, so the new tokens would never be learned",
+            "leave --lora out of this run, and adapt the run that comes of it",
+        )
+    if options.other_data and not options.resume:
+        raise UsageError("--other-data goes with --resume", "leave it out: a new run takes any data")
+
+
+def as_json(values: Any) -> dict[str, Any]:
+    """The values of a TrainSettings or ModelConfig by name."""
+    return asdict(values)

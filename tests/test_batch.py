@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdata.shards.loader import Limits, MicroBatch
-from mmtrain.config import PRESETS
+from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.batch import FILL_TOKENS, counts_of, cut, filled, filling, logps_of, to_device, token_logps_of
 from mmtrain.model.model import Layout, Model, RMSNorm, attend, make_layout
 from mmtrain.model.preference import Objective, pair_figures
@@ -34,7 +34,7 @@ def micro(lengths: list[int], spans: list[tuple[int, int, int]], seed: int = 1) 
 @pytest.fixture
 def model() -> Model:
     torch.manual_seed(0)
-    model = Model(replace(PRESETS["tiny"], vocab_size=97))
+    model = Model(replace(MODEL_SHAPES["tiny"], vocab_size=97))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -78,7 +78,7 @@ def test_long_pairs_have_the_loss_and_gradient_of_float64() -> None:
     torch.manual_seed(0)
     lengths = [1020, 920, 820, 1020]
     batch = to_device(micro(lengths, [(i, 20, length) for i, length in enumerate(lengths)]), CPU)
-    start = Model(replace(PRESETS["tiny"], vocab_size=97))
+    start = Model(replace(MODEL_SHAPES["tiny"], vocab_size=97))
     moved = deepcopy(start)
     with torch.no_grad():
         for parameter in moved.parameters():
@@ -204,7 +204,7 @@ def test_any_cut_of_a_micro_batch_has_the_same_gradient(lengths: list[int], most
     if is_pairs:
         assert np.array_equal(np.concatenate([piece.samples for piece in pieces]), whole.samples)
     torch.manual_seed(0)
-    model = Model(replace(PRESETS["tiny"], vocab_size=97, hidden_size=16, ffn_size=16, num_layers=1))
+    model = Model(replace(MODEL_SHAPES["tiny"], vocab_size=97, hidden_size=16, ffn_size=16, num_layers=1))
     gradient = flat_gradient(model)
     sums = []
     for parts in ([whole], pieces):

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from mmdata.errors import CheckpointError
 from mmtrain import checkpoint
-from mmtrain.config import PRESETS
+from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.model import Model
 from mmtrain.train.optim import adamw, flat_gradient, update
 
 
 def trained(steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Model(replace(PRESETS["tiny"], vocab_size=50))
+    model = Model(replace(MODEL_SHAPES["tiny"], vocab_size=50))
     optimizer, gradient = adamw(model, lr=0.01, weight_decay=0.1), flat_gradient(model)
     for _ in range(steps):
         gradient.normal_()

@@ -17,7 +17,7 @@ from train_data import Data, make
 from mmdata.errors import UsageError
 from mmdata.shards.dataset import open_dataset
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.distributed import World, choose_device, launch
 from mmtrain.train.loop import train
 
@@ -28,7 +28,7 @@ from pathlib import PosixPath
 from mmdata.errors import MMError
 from mmtrain import distributed
 from mmtrain.train import loop
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 torch.set_num_threads(1)
 run_step = loop._run_step
 def step(run, step, stop):
@@ -70,13 +70,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return make(tmp_path_factory.getbasetemp() / "train_data")
 
 
-def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainConfig:
+def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:
     base: dict[str, Any] = {"steps": 6, "lr": 2e-3, "device": "cpu", "val_every": 3, "save_every": 2, "quiet": True}
     base |= {"batch_tokens": 128 * 23, "micro_tokens": 512, "runs_dir": out.parent}  # the second step holds one pack
-    return TrainConfig(stage, (getattr(data, stage),), out, **(base | settings))
+    return TrainOptions(stage, (getattr(data, stage),), out, **(base | settings))
 
 
-def run_ranks(config: TrainConfig, num_ranks: int = 2, inject: str = "") -> subprocess.CompletedProcess:
+def run_ranks(config: TrainOptions, num_ranks: int = 2, inject: str = "") -> subprocess.CompletedProcess:
     """`launch` in a process of its own, so that its output can be read."""
     argv = [sys.executable, "-c", RANK, repr(config), inject]
     code = f"import sys\nfrom mmtrain.distributed import launch\nsys.exit(launch({num_ranks}, {argv!r}))"
@@ -145,7 +145,7 @@ def test_two_ranks_prefer_like_one_and_resume_alone(data: Data, tmp_path: Path) 
     done = run_ranks(two, inject="sigterm")
     assert done.returncode == 0, done.stderr
     assert checkpoint.read_run(two.out)["status"] == "interrupted" and checkpoint.find(two.out).step == 4
-    train(TrainConfig("dpo", (), two.out, resume=True, device="cpu", quiet=True))
+    train(TrainOptions("dpo", (), two.out, resume=True, device="cpu", quiet=True))
     assert_alike(one.out, two.out, 1e-5)
 
 

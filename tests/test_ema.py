@@ -15,7 +15,7 @@ from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.train.ema import Average
 from mmtrain.train.loop import train
@@ -82,7 +82,7 @@ def test_an_averaged_run_resumes_to_the_last_bit(data: Data, tmp_path: Path) -> 
     train(replace(whole, quiet=True))
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=at_step(5, interrupt))
-    train(TrainConfig("sft", (), broken.out, resume=True, device="cpu", quiet=True))
+    train(TrainOptions("sft", (), broken.out, resume=True, device="cpu", quiet=True))
     assert lines(broken.out) == lines(whole.out)
     ends = [checkpoint.find(run.out) for run in (whole, broken)]
     assert ends[0].state["files"] == ends[1].state["files"]

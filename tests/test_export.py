@@ -13,7 +13,7 @@ from train_data import make as make_data
 from mmdata.encode.template import Message, Template
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.convert import export as export_module
 from mmtrain.convert.export import export
 from mmtrain.convert.foreign import import_model, open_model, read
@@ -147,7 +147,7 @@ def test_the_card_names_data_and_lineage(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     for stage, init in (("pretrain", None), ("sft", tmp_path / "pretrain-1")):
         train(
-            TrainConfig(
+            TrainOptions(
                 stage,
                 (getattr(data, stage),),
                 tmp_path / f"{stage}-1",
@@ -171,7 +171,7 @@ def test_adapters_are_exported_merged(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     for out, init, lora in (("base", None, None), ("adapted", tmp_path / "base", 4)):
         train(
-            TrainConfig(
+            TrainOptions(
                 "sft",
                 (data.sft,),
                 tmp_path / out,

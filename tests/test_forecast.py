@@ -11,7 +11,7 @@ from train_data import Data, make
 
 from mmdata.errors import DatasetError
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.model.preference import Objective
 from mmtrain.train.forecast import Forecast, forgetting, lines
 from mmtrain.train.loop import train
@@ -28,7 +28,7 @@ def sft(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short sft run to start from."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("sft") / "run"
-    config = TrainConfig("sft", (data.sft,), out, model="tiny", steps=12, batch_tokens=1024, lr=3e-3, device="cpu")
+    config = TrainOptions("sft", (data.sft,), out, model="tiny", steps=12, batch_tokens=1024, lr=3e-3, device="cpu")
     train(replace(config, quiet=True))
     return out
 
@@ -37,7 +37,7 @@ def dpo(data: Data, sft: Path, out: Path, **options: Any) -> tuple[list[str], di
     """What a run of dpo said, and its run.json."""
     said: list[str] = []
     base: dict[str, Any] = {"steps": 12, "batch_tokens": 1024, "lr": 1e-3, "init": sft, "device": "cpu", "log_every": 1}
-    train(TrainConfig("dpo", (data.dpo,), out, **(base | options)), log=said.append)
+    train(TrainOptions("dpo", (data.dpo,), out, **(base | options)), log=said.append)
     return said, checkpoint.read_run(out)
 
 

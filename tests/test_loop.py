@@ -20,14 +20,14 @@ from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import make_loader
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint, config
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.inference.evaluate import evaluate, names_of
 from mmtrain.model.batch import Batch
 from mmtrain.model.model import Model
 from mmtrain.model.preference import Objective
+from mmtrain.model.stages import STAGES, Outcome, next_token
 from mmtrain.train import loop, reference
 from mmtrain.train.loop import TrainResult, train
-from mmtrain.train.stages import STAGES, Outcome, next_token
 
 
 @pytest.fixture(scope="session")
@@ -46,16 +46,16 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sft", data.sft, {"lr": 3e-3}),
         ("dpo", data.dpo, {"lr": 3e-4}),
     ):
-        base = TrainConfig(stage, (source,), root / stage, epochs=2, batch_tokens=1024, device="cpu", runs_dir=root)
+        base = TrainOptions(stage, (source,), root / stage, epochs=2, batch_tokens=1024, device="cpu", runs_dir=root)
         train(replace(base, **settings, quiet=True))
     return root
 
 
-def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainConfig:
+def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:
     """Seven steps of a stage, saved every third."""
     base: dict[str, Any] = {"steps": 7, "batch_tokens": 1024, "micro_tokens": 512, "lr": 2e-3, "save_every": 3}
     base |= {"device": "cpu", "val_every": 3, "log_every": 1, "runs_dir": out.parent}
-    return TrainConfig(stage, (getattr(data, stage),), out, **(base | settings))
+    return TrainOptions(stage, (getattr(data, stage),), out, **(base | settings))
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def test_run_json_says_where_every_setting_came_from(runs: Path) -> None:
     settings = checkpoint.read_run(runs / "sft")["settings"]
     assert settings["lr"] == {"value": 3e-3, "from": "flag"} and settings["clip"] == {"value": 1.0, "from": "default"}
     assert settings["model"]["value"] is None
-    assert set(settings) == set(config.Settings.__dataclass_fields__)
+    assert set(settings) == set(config.TrainSettings.__dataclass_fields__)
 
 
 def test_dpo_starts_at_ln_2_and_ends_preferring_the_chosen(runs: Path) -> None:
@@ -123,7 +123,7 @@ def test_killed_and_resumed_equals_undisturbed_to_the_last_bit(
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=at_step(5, interrupt))  # steps 4 and 5 come after the last checkpoint
     assert checkpoint.read_run(broken.out)["status"] == "failed"
-    resumed = TrainConfig(stage, (), broken.out, resume=True, device="cpu", quiet=True)
+    resumed = TrainOptions(stage, (), broken.out, resume=True, device="cpu", quiet=True)
     result = train(resumed)
     assert (result.first_step, result.final_step) == (3, 7)
     assert lines(broken.out) == lines(whole.out)
@@ -224,7 +224,7 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
     whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
     train(replace(whole, quiet=True))
     code = (
-        "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainConfig\nfrom mmtrain.train.loop import train\n"
+        "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainOptions\nfrom mmtrain.train.loop import train\n"
         "from pathlib import PosixPath\ntorch.set_num_threads(1)\n"
         f"train({broken!r}, log=lambda t: t.startswith('step 5/') and os.kill(os.getpid(), signal.SIGKILL))\n"
     )
@@ -236,7 +236,7 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
 
 def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
     before = lines(runs / "sft"), checkpoint.read_run(runs / "sft")["result"]
-    result = train(TrainConfig("sft", (), runs / "sft", resume=True, device="cpu", quiet=True))
+    result = train(TrainOptions("sft", (), runs / "sft", resume=True, device="cpu", quiet=True))
     assert result.first_step == result.final_step and not result.is_interrupted
     assert (lines(runs / "sft"), checkpoint.read_run(runs / "sft")["result"]) == before
 
@@ -383,7 +383,7 @@ def test_datasets_of_one_name_are_told_apart_by_their_path() -> None:
 # --- what is refused, each with a fix -------------------------------------------------------------------------------
 
 
-def refused(error: type[Exception], match: str, fix: str, run: TrainConfig) -> None:
+def refused(error: type[Exception], match: str, fix: str, run: TrainOptions) -> None:
     with pytest.raises(error, match=match) as caught:
         train(replace(run, quiet=True))
     assert fix in caught.value.fix  # type: ignore[attr-defined]
@@ -419,7 +419,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(data: Data, runs: Pat
 def test_a_vocabulary_larger_than_the_models_is_refused(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(config.PRESETS, "small", replace(config.PRESETS["tiny"], vocab_size=200))
+    monkeypatch.setitem(config.MODEL_SHAPES, "small", replace(config.MODEL_SHAPES["tiny"], vocab_size=200))
     run = config_of("pretrain", data, tmp_path / "run", model="small")
     refused(UsageError, "the tokenizer has 300 ids", "--model demo", run)
 

@@ -21,7 +21,7 @@ from mmdata.shards.pairs import PairLoader
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import BASE, OPTIMIZER, WEIGHTS
-from mmtrain.config import ModelConfig, TrainConfig
+from mmtrain.config import ModelConfig, TrainOptions
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.model.batch import logps_of, to_device, token_logps_of
 from mmtrain.model.lora import SCALE, adapt, adapters_of, is_adapter, load_adapters, merge, peft_config
@@ -158,7 +158,7 @@ def test_a_run_of_adapters_resumes_to_the_last_bit(data: Data, base: Path, tmp_p
     train(replace(whole, quiet=True))
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=at_step(5, interrupt))
-    train(TrainConfig("sft", (), broken.out, resume=True, device="cpu", quiet=True))
+    train(TrainOptions("sft", (), broken.out, resume=True, device="cpu", quiet=True))
     assert lines(broken.out) == lines(whole.out)
     ends = [checkpoint.find(run.out) for run in (whole, broken)]
     assert ends[0].state["files"] == ends[1].state["files"]
@@ -171,7 +171,7 @@ def test_pairs_on_adapters_begin_at_ln_2_and_their_reference_is_the_base(
     run = config_of("dpo", data, tmp_path / "dpo", init=base, lora=4, lr=2e-3)
     with pytest.raises(KeyboardInterrupt):
         train(run, log=at_step(5, interrupt))
-    train(TrainConfig("dpo", (), run.out, resume=True, device="cpu", quiet=True))
+    train(TrainOptions("dpo", (), run.out, resume=True, device="cpu", quiet=True))
     assert steps(run.out)[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert steps(run.out)[-1]["reward_margin"] > 0
     (cached,) = (tmp_path / "pairs.reference").glob("*.arrow")

@@ -11,7 +11,7 @@ from train_data import make as make_data
 
 from mmdata.errors import UsageError
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.log import metrics
 from mmtrain.train.loop import train
 
@@ -60,9 +60,9 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(data: Data, tmp_pa
     facts = checkpoint.read_run(base.out)
     assert facts["status"] == "finished" and facts["result"]["early_stop"] == result.early_stop
     assert checkpoint.find(base.out).step == 3
-    again = train(TrainConfig("sft", (), base.out, resume=True, device="cpu", quiet=True))
+    again = train(TrainOptions("sft", (), base.out, resume=True, device="cpu", quiet=True))
     assert (again.first_step, again.final_step, again.early_stop) == (3, 3, result.early_stop)
-    further = train(TrainConfig("sft", (), base.out, resume=True, device="cpu", quiet=True, patience=0))
+    further = train(TrainOptions("sft", (), base.out, resume=True, device="cpu", quiet=True, patience=0))
     assert (further.first_step, further.final_step, further.early_stop) == (3, 7, "")
     assert len(lines(base.out)) == 14
 

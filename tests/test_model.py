@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtrain.config import PRESETS, ModelConfig
+from mmtrain.config import MODEL_SHAPES, ModelConfig
 from mmtrain.model.model import Model, RMSNorm, Rotary, make_layout, rotary_table, rotate
 
 LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
@@ -15,7 +15,7 @@ LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
 @pytest.fixture(params=[False, True], ids=["plain", "qk_norm"])
 def model(request: pytest.FixtureRequest) -> Model:
     torch.manual_seed(1)
-    model = Model(replace(PRESETS["tiny"], vocab_size=97, qk_norm=request.param))
+    model = Model(replace(MODEL_SHAPES["tiny"], vocab_size=97, qk_norm=request.param))
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     return model
@@ -37,8 +37,8 @@ def documents(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
     with torch.device("meta"):
-        model = Model(PRESETS[name])
-    assert sum(p.numel() for p in model.parameters()) == count == PRESETS[name].num_params
+        model = Model(MODEL_SHAPES[name])
+    assert sum(p.numel() for p in model.parameters()) == count == MODEL_SHAPES[name].num_params
 
 
 def test_parameter_names_are_those_of_llama_checkpoints(model: Model) -> None:
@@ -75,7 +75,7 @@ def test_rotary_turns_each_pair_by_position_times_frequency() -> None:
 
 
 def test_rotary_tables_are_made_once_grow_and_have_the_very_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = PRESETS["minimind2"]
+    config = MODEL_SHAPES["minimind2"]
     made: list[int] = []
 
     def counted(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

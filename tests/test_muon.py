@@ -12,7 +12,7 @@ from train_data import Data
 from train_data import make as make_data
 
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.train import muon
 from mmtrain.train.loop import train
 from mmtrain.train.muon import COEFFICIENTS, EPS, ITERATIONS, MOMENTUM, Muon, orthogonalized
@@ -179,7 +179,7 @@ def test_a_run_learns_with_muon_and_resumes_to_the_last_bit(data: Data, tmp_path
     train(replace(whole, quiet=True))
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=at_step(5, interrupt))
-    train(TrainConfig("pretrain", (), broken.out, resume=True, device="cpu", quiet=True))
+    train(TrainOptions("pretrain", (), broken.out, resume=True, device="cpu", quiet=True))
     assert lines(broken.out) == lines(whole.out) and lines(whole.out)[-2]["loss"] < lines(whole.out)[0]["loss"]
     assert checkpoint.find(broken.out).weights_sha256 == checkpoint.find(whole.out).weights_sha256
     assert checkpoint.read_run(whole.out)["settings"]["optimizer"] == {"value": "muon", "from": "flag"}

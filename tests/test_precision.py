@@ -13,14 +13,14 @@ from train_data import make as make_data
 
 from mmdata.errors import TrainError
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.model import precision
 from mmtrain.model.batch import Batch
 from mmtrain.model.model import Model
 from mmtrain.model.precision import LossScale
 from mmtrain.model.preference import Objective
+from mmtrain.model.stages import STAGES, Outcome, next_token
 from mmtrain.train.loop import train
-from mmtrain.train.stages import STAGES, Outcome, next_token
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def fp16(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def half(data: Data, out: Path, **settings: Any) -> TrainConfig:
+def half(data: Data, out: Path, **settings: Any) -> TrainOptions:
     return config_of("sft", data, out, model="tiny", val_every=0, report=False, samples=False, **settings)
 
 
@@ -103,7 +103,7 @@ def test_the_scale_grows_after_good_steps_and_survives_a_resume(
         train(broken, log=at_step(4, interrupt))  # the last checkpoint, of step 3, has three good steps of four
     saved = load_file(checkpoint.latest(broken.out) / "optimizer.safetensors")
     assert [float(value) for name, value in sorted(saved.items()) if "scale/" in name] == [3.0, 256.0]
-    train(TrainConfig("sft", (), broken.out, resume=True, device="cpu", quiet=True, report=False, samples=False))
+    train(TrainOptions("sft", (), broken.out, resume=True, device="cpu", quiet=True, report=False, samples=False))
     assert lines(broken.out) == lines(whole.out)
     assert checkpoint.find(broken.out).weights_sha256 == checkpoint.find(whole.out).weights_sha256
 

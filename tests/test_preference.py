@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmdata.errors import UsageError
+from mmtrain.config import LOSS_BETAS
 from mmtrain.model import logps as losses
 from mmtrain.model.preference import LOSSES, Objective, check, loss_at_reference, pair_figures
 
@@ -83,7 +84,7 @@ def test_a_loss_and_its_gradient_equal_a_float64_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_reference])
 def test_the_loss_at_the_reference_is_the_one_step_0_must_show(name: str) -> None:
-    objective = Objective(name, LOSSES[name].beta, label_smoothing=0.1 if name == "robust" else 0.0)
+    objective = Objective(name, LOSS_BETAS[name], label_smoothing=0.1 if name == "robust" else 0.0)
     loss, figures = pair_figures(objective, logps(1), COUNTS, logps(1))
     assert torch.allclose(loss, torch.full((6,), loss_at_reference(objective))) and not figures["margin_size"].any()
     if name.startswith("sigmoid") or name == "robust":

@@ -10,7 +10,7 @@ from train_data import Data, make
 
 from mmdata.errors import DiskError, TrainError
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.train import preflight
 from mmtrain.train.loop import train
 from mmtrain.train.run import needs_of
@@ -23,12 +23,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 @pytest.fixture
-def run(data: Data, tmp_path: Path) -> TrainConfig:
-    base = TrainConfig("sft", (data.sft,), tmp_path / "run", model="tiny", steps=2, batch_tokens=1024)
+def run(data: Data, tmp_path: Path) -> TrainOptions:
+    base = TrainOptions("sft", (data.sft,), tmp_path / "run", model="tiny", steps=2, batch_tokens=1024)
     return replace(base, device="cpu", quiet=True, runs_dir=tmp_path)
 
 
-def test_a_forecast_counts_every_part_and_writes_nothing(run: TrainConfig) -> None:
+def test_a_forecast_counts_every_part_and_writes_nothing(run: TrainOptions) -> None:
     few, many = (needs_of(replace(run, micro_tokens=size)) for size in (128, 512))
     assert not run.out.exists()
     assert few.parts["weights"] == 4 * few.num_params and few.parts["optimizer"] == 8 * few.num_params
@@ -37,7 +37,7 @@ def test_a_forecast_counts_every_part_and_writes_nothing(run: TrainConfig) -> No
     assert few.peak_bytes == sum(few.parts.values()) and few.num_steps == 2 and few.seconds > 0
 
 
-def test_what_autograd_keeps_is_counted(run: TrainConfig) -> None:
+def test_what_autograd_keeps_is_counted(run: TrainOptions) -> None:
     """By hand for a block of width C with KV = C / 2 and feed-forward F: two inputs, two norms, q and what attention gives
     (before and after documents are joined) are 7 C; q, k and v stand together once more; gate, up, silu and product 4 F."""
     forecast = needs_of(replace(run, micro_tokens=128))
@@ -46,7 +46,7 @@ def test_what_autograd_keeps_is_counted(run: TrainConfig) -> None:
     assert 0.8 < forecast.parts["activations"] / by_hand < 1.25
 
 
-def test_checkpointed_activations_take_less_memory_and_give_the_same_run(run: TrainConfig) -> None:
+def test_checkpointed_activations_take_less_memory_and_give_the_same_run(run: TrainOptions) -> None:
     plain, lean = (replace(run, out=run.out.with_name(name), checkpoint_activations=name == "b") for name in "ab")
     few, many = needs_of(lean), needs_of(plain)
     assert few.parts["activations"] < 0.8 * many.parts["activations"]
@@ -56,7 +56,7 @@ def test_checkpointed_activations_take_less_memory_and_give_the_same_run(run: Tr
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_largest_that_does(
-    run: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    run: TrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "used_bytes", lambda device: 0)  # this process grows from test to test
     forecast = needs_of(replace(run, micro_tokens=1024))
@@ -73,7 +73,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_largest_that_does(
     assert "--checkpoint-activations" in caught.value.fix
 
 
-def test_a_full_disk_is_noticed_before_the_first_step(run: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_the_first_step(run: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(DiskError, match="checkpoints need up to"):
         train(run)

@@ -12,7 +12,7 @@ from train_data import Data, make, pack_to
 
 from mmdata.errors import CheckpointError, UsageError
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.train import reference
 from mmtrain.train.loop import train
 
@@ -30,7 +30,7 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     for name, steps in (("sft", 6), ("other", 3)):
         train(
-            TrainConfig("sft", (data.sft,), root / name, model="tiny", steps=steps, lr=3e-3, device="cpu", quiet=True)
+            TrainOptions("sft", (data.sft,), root / name, model="tiny", steps=steps, lr=3e-3, device="cpu", quiet=True)
         )
     pack_to(data, "dpo", root / "dpo", val_fraction=0.2)
     return root
@@ -45,7 +45,7 @@ def dpo(runs: Path, tmp_path: Path) -> Callable[..., list[str]]:
         said: list[str] = []
         base: dict[str, Any] = {"steps": 2, "batch_tokens": 512, "lr": 1e-4, "device": "cpu", "init": runs / "sft"}
         base |= {"data": (runs / "dpo",), "out": tmp_path / f"run-{next(numbers)}"} | options
-        train(TrainConfig(stage="dpo", **base), log=said.append)
+        train(TrainOptions(stage="dpo", **base), log=said.append)
         return said
 
     return run
@@ -125,7 +125,7 @@ def test_a_resumed_run_computes_a_lost_cache_again_or_says_that_it_cannot(
     dpo(data=(tmp_path / "dpo",), out=out)
     for path in (tmp_path / "dpo.reference").iterdir():
         path.unlink()
-    again = TrainConfig("dpo", (), out, resume=True, device="cpu")
+    again = TrainOptions("dpo", (), out, resume=True, device="cpu")
     said: list[str] = []
     train(again, log=said.append)
     assert computed(said)
@@ -144,7 +144,7 @@ def test_where_the_datasets_side_cannot_be_written_the_run_keeps_the_cache(
     (tmp_path / "dpo.reference").write_text("in the way")
     said = dpo(data=(tmp_path / "dpo",), out=tmp_path / "run")
     assert any("cannot be written" in line for line in said) and (tmp_path / "run" / "reference.arrow").exists()
-    train(TrainConfig("dpo", (), tmp_path / "run", resume=True, device="cpu", quiet=True))
+    train(TrainOptions("dpo", (), tmp_path / "run", resume=True, device="cpu", quiet=True))
 
 
 def test_share_prompt_changes_nothing_but_the_work(dpo: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -161,6 +161,6 @@ def test_share_prompt_changes_nothing_but_the_work(dpo: Callable[..., list[str]]
 
 def test_contradicting_options_are_refused(dpo: Callable[..., list[str]], runs: Path, data: Data) -> None:
     with pytest.raises(UsageError, match="belongs to dpo"):
-        train(TrainConfig("sft", (data.sft,), runs / "x", model="tiny", loss="ipo", device="cpu"))
+        train(TrainOptions("sft", (data.sft,), runs / "x", model="tiny", loss="ipo", device="cpu"))
     with pytest.raises(UsageError, match="needs --label-smoothing"):
         dpo(loss="robust")

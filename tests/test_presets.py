@@ -1,40 +1,50 @@
 """Which value wins, and what is refused before anything begins."""
 
-from dataclasses import fields, replace
+import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmdata.errors import CheckpointError, UsageError
-from mmtrain.config import PRESETS, Settings, TrainConfig, as_json, resolve
-from mmtrain.train.presets import TABLE, defaults_of, preset_of
-from mmtrain.train.stages import STAGES
+from mmdata.options import options_of
+from mmtrain.config import (
+    LOSS_BETAS,
+    MODEL_SHAPES,
+    PRESET_SETTINGS,
+    STAGE_KINDS,
+    TrainOptions,
+    TrainSettings,
+    as_json,
+    check_options,
+    resolve,
+    stage_defaults,
+)
+from mmtrain.model.preference import LOSSES
 
 
-def decide(stage: str, saved: dict[str, Any] | None = None, **given: Any) -> tuple[Settings, dict[str, str]]:
-    config = replace(TrainConfig(stage, (), Path("run")), **given)
-    defaults = {**defaults_of(config, STAGES[stage].defaults), "micro_tokens": 2048}
-    return resolve(config, defaults, saved, preset_of(config))
+def decide(stage: str, saved: dict[str, Any] | None = None, **given: Any) -> tuple[TrainSettings, dict[str, str]]:
+    return resolve(TrainOptions(stage, (), Path("run"), **given), saved=saved)
 
 
-@pytest.mark.parametrize("preset", TABLE)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("preset", PRESET_SETTINGS)
+@pytest.mark.parametrize("stage", STAGE_KINDS)
 def test_a_preset_stands_between_flags_and_defaults(preset: str, stage: str) -> None:
     settings, origins = decide(stage, preset=preset, epochs=3.0)
-    expected = TABLE[preset][stage]
+    expected = PRESET_SETTINGS[preset][stage]
     assert (settings.lr, origins["lr"]) == (expected["lr"], "preset") and settings.beta2 == 0.999
     assert (settings.epochs, origins["epochs"]) == (3.0, "flag")
-    assert (settings.keep_last, origins["keep_last"]) == (STAGES[stage].defaults["keep_last"], "default")
+    assert (settings.keep_last, origins["keep_last"]) == (stage_defaults(stage)["keep_last"], "default")
     assert settings.model == preset and settings.preset == preset
 
 
 def test_every_preset_names_settings_and_a_shape_that_exist() -> None:
-    names = {field.name for field in fields(Settings)}
-    for preset in TABLE.values():
-        assert set(preset) == {*STAGES, "lora"}
+    names = {field.name for field in fields(TrainSettings)}
+    for preset in PRESET_SETTINGS.values():
+        assert set(preset) == {*STAGE_KINDS, "lora"}
         for values in preset.values():
-            assert set(values) <= names and values["model"] in PRESETS
+            assert set(values) <= names and values["model"] in MODEL_SHAPES
 
 
 def test_adapters_have_settings_of_their_own() -> None:
@@ -78,3 +88,25 @@ def test_what_no_run_can_have_is_refused(stage: str, given: dict[str, Any], what
     with pytest.raises(UsageError, match=what) as caught:
         decide(stage, **given)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("name", [name for name, known in options_of(TrainOptions) if known.least is not None])
+def test_no_number_that_is_not_finite_or_too_small_passes(name: str) -> None:
+    for value in (math.nan, math.inf, -1):
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}"):
+            check_options(TrainOptions("dpo", (), Path("run"), **{name: value}))
+
+
+@pytest.mark.parametrize("name", ["epochs", "lr", "clip", "beta"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, -math.inf])
+def test_rates_are_positive_and_finite(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"--{name} {value}"):
+        check_options(TrainOptions("dpo", (), Path("run"), **{name: value}))
+
+
+def test_every_setting_says_what_it_does_and_has_a_default_for_every_stage() -> None:
+    for name, known in options_of(TrainOptions):
+        assert known.help and known.group, name
+    for name, known in options_of(TrainSettings):
+        assert known.by_stage is not None and known.by_stage.keys() == STAGE_KINDS.keys(), name
+    assert set(LOSS_BETAS) == set(LOSSES)

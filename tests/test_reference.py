@@ -10,7 +10,7 @@ from train_data import Data, make
 from mmdata.errors import CheckpointError
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import PairLoader
-from mmtrain.config import PRESETS
+from mmtrain.config import MODEL_SHAPES
 from mmtrain.distributed import World
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def test_every_pair_gets_its_own_logps_whatever_the_cut(data: Data) -> None:
     dataset = open_dataset(data.dpo)
     torch.manual_seed(0)
-    model = Model(replace(PRESETS["tiny"], vocab_size=dataset.vocab_size))
+    model = Model(replace(MODEL_SHAPES["tiny"], vocab_size=dataset.vocab_size))
     cuts = [
         PairLoader([dataset], batch_tokens=1024, seed=1, micro_tokens=n, share_prompt=n == 256) for n in (256, 8192)
     ]

@@ -14,7 +14,7 @@ from mmdata.pack.pipeline import pack
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.extend import extend
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.train.embeddings import EMBEDDING, Growth, grow
 from mmtrain.train.loop import train
 
@@ -33,7 +33,7 @@ def more(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def sft_config(data: Data, runs: Path, more: Path, out: Path, method: str | None) -> TrainConfig:
+def sft_config(data: Data, runs: Path, more: Path, out: Path, method: str | None) -> TrainOptions:
     return replace(config_of("sft", data, out, init=runs / "pretrain", resize_embeddings=method), data=(more / "sft",))
 
 

@@ -18,7 +18,7 @@ from test_report import cards
 
 from mmtrain.inference import speak
 from mmtrain.log import history, report, reporter
-from mmtrain.train.stages import STAGES
+from mmtrain.model.stages import STAGES
 
 __all__ = ["home", "made", "mm"]  # fixtures
 

@@ -16,7 +16,7 @@ from train_data import make as make_data
 
 from mmdata.errors import TrainError, UsageError
 from mmtrain import checkpoint
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.log import trackers
 from mmtrain.log.trackers import Sink, Tracked, Trackers
 from mmtrain.train.loop import train
@@ -104,7 +104,7 @@ def test_every_step_and_validation_is_sent_and_a_resumed_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         train(run, log=at_step(5, interrupt))
     assert kept.closed == 1
-    train(TrainConfig("sft", (), run.out, resume=True, device="cpu", quiet=True))  # the run knows its trackers
+    train(TrainOptions("sft", (), run.out, resume=True, device="cpu", quiet=True))  # the run knows its trackers
     first, second = kept.inits
     if name == "tensorboard":
         assert (first["purge_step"], second["purge_step"]) == (1, 4) and first["dir"] == second["dir"]

@@ -60,7 +60,6 @@ class PairLoss:
 
     loss: Callable[[PairLogps, Objective], Tensor]
     margin: Callable[[PairLogps, Objective], Tensor]
-    beta: float  # its default
     takes_smoothing: bool = False
     needs_reference: bool = True
 
@@ -73,34 +72,26 @@ def _margin_of_means(p: PairLogps, o: Objective) -> Tensor:
     return o.beta * p.mean_delta
 
 
-# Betas: sigmoid's is the paper's; of the length-normalised loss Tülu 3's; simpo's and orpo's their papers'; ipo's asks for
-# half a nat a token, as 1 / (2 tau) does for tau 1.
 LOSSES = {
-    "sigmoid": PairLoss(
-        lambda p, o: losses.dpo_sigmoid(p.delta, o.beta, o.label_smoothing), _margin_of_sums, 0.1, True
-    ),
+    "sigmoid": PairLoss(lambda p, o: losses.dpo_sigmoid(p.delta, o.beta, o.label_smoothing), _margin_of_sums, True),
     "sigmoid_norm": PairLoss(
-        lambda p, o: losses.dpo_sigmoid(p.mean_delta, o.beta, o.label_smoothing), _margin_of_means, 5.0, True
+        lambda p, o: losses.dpo_sigmoid(p.mean_delta, o.beta, o.label_smoothing), _margin_of_means, True
     ),
-    "robust": PairLoss(lambda p, o: losses.dpo_robust(p.delta, o.beta, o.label_smoothing), _margin_of_sums, 0.1, True),
-    "hinge": PairLoss(lambda p, o: losses.dpo_hinge(p.delta, o.beta), _margin_of_sums, 0.1),
-    "ipo": PairLoss(lambda p, o: losses.ipo(p.mean_delta, o.beta), _margin_of_means, 1.0),
+    "robust": PairLoss(lambda p, o: losses.dpo_robust(p.delta, o.beta, o.label_smoothing), _margin_of_sums, True),
+    "hinge": PairLoss(lambda p, o: losses.dpo_hinge(p.delta, o.beta), _margin_of_sums),
+    "ipo": PairLoss(lambda p, o: losses.ipo(p.mean_delta, o.beta), _margin_of_means),
     "simpo": PairLoss(
         lambda p, o: losses.simpo(p.means[0] - p.means[1], o.beta, o.gamma, o.label_smoothing),
         lambda p, o: o.beta * (p.means[0] - p.means[1]),
-        2.0,
         True,
         needs_reference=False,
     ),
     "orpo": PairLoss(
         lambda p, o: losses.orpo(*p.means, o.beta),
         lambda p, o: o.beta * losses.log_odds_ratio(*p.means),
-        0.1,
         needs_reference=False,
     ),
 }
-GAMMA = 1.0  # simpo's default: half of its beta, as the paper's Table 8 has it for most models
-
 TIE = 1e-4  # margins nearer to 0 are rounding: such a pair counts half, so that a policy equal to its reference has 0.5
 FIGURES = (
     "reward_margin",

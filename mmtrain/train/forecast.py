@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdata.shards.pairs import PairLoader
-from mmtrain.config import Settings
+from mmtrain.config import TrainSettings
 from mmtrain.distributed import World
 from mmtrain.model.batch import Batch, counts_of, logps_of, to_device
 from mmtrain.model.model import Model
@@ -47,7 +47,7 @@ def forecast(
     model: Model,
     gradient: Tensor,
     loader: PairLoader,
-    settings: Settings,
+    settings: TrainSettings,
     objective: Objective,
     num_steps: int,
     world: World,

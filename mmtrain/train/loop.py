@@ -1,4 +1,4 @@
-"""The one training loop: a TrainConfig in, a run directory out. It reads as the story of a step; stages differ in their
+"""The one training loop: a TrainOptions in, a run directory out. It reads as the story of a step; stages differ in their
 row kind and loss only.
 
 Planning reads and checks everything and writes nothing; then the run starts, steps, and ends finished or interrupted,
@@ -22,18 +22,18 @@ from mmdata.shards import pair_checks
 from mmdata.shards.loader import MicroBatch, ahead
 from mmdata.shards.pairs import PairLoader
 from mmtrain import distributed
-from mmtrain.config import TrainConfig, as_json
+from mmtrain.config import TrainOptions, as_json
 from mmtrain.distributed import StopSignals, World
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.log import metrics
 from mmtrain.model.batch import cut, to_device
 from mmtrain.model.precision import autocast, autocast_dtype, is_out_of_memory
+from mmtrain.model.stages import step_zero_tolerance
 from mmtrain.train import forecast, optim
 from mmtrain.train.facts import plain
 from mmtrain.train.plan import Plan, make_plan
 from mmtrain.train.prelude import reference_logps
 from mmtrain.train.run import STOP_FILE, InFlight, Run, start
-from mmtrain.train.stages import step_zero_tolerance
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrainResult:
     peak_bytes: int  # memory at its highest, of this rank
 
 
-def train(config: TrainConfig, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
+def train(config: TrainOptions, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
     """Train one stage as `config` says, from its start or with `resume` from its newest checkpoint.
 
     Under torchrun or `distributed.launch` every rank calls this. `log` takes the console lines of the first rank.
@@ -75,7 +75,7 @@ def train(config: TrainConfig, *, log: Callable[[str], None] = metrics.print_lin
     return result
 
 
-def _train(config: TrainConfig, world: World, say: Callable[[str], None]) -> TrainResult:
+def _train(config: TrainOptions, world: World, say: Callable[[str], None]) -> TrainResult:
     """Plan, start, step, and write down how it ended."""
     plans: list[Plan] = []
     world.agree_on(lambda: plans.append(make_plan(config, world)))
@@ -237,7 +237,7 @@ def _read(run: Run, lag: int) -> None:
         loss, count, tokens, trained, *others, num_stops, norm, is_taken, scale = done.figures()
         names = ("loss", *stage.figures)
         means = {n: x / count if count else math.nan for n, x in zip(names, (loss, *others), strict=True)}
-        if done.step == 0 and count and math.isfinite(loss):
+        if stage.check and done.step == 0 and count and math.isfinite(loss):
             run.world.agree_on(
                 partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device)), run.plan.objective),
             )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmtrain.config import BETA2
 from mmtrain.train.muon import Muon
 
-BETA2 = 0.95  # GPT-3's and Llama's for pretraining; a shorter memory than 0.999 forgives the noise of small batches
 EPS = 1e-8
 OPTIMIZERS = ("adamw", "muon")
 

@@ -1,4 +1,4 @@
-"""A TrainConfig in, a Plan out: datasets, checkpoints and settings read and checked, nothing written."""
+"""A TrainOptions in, a Plan out: datasets, checkpoints and settings read and checked, nothing written."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +13,15 @@ from mmdata.shards.loader import Loader
 from mmdata.shards.pairs import PairLoader, make_loader, saved_share
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import ModelConfig, Settings, TrainConfig, resolve, shape_from
+from mmtrain.config import ModelConfig, TrainOptions, TrainSettings, resolve, shape_from
 from mmtrain.distributed import World
 from mmtrain.log import trackers
 from mmtrain.model import preference
 from mmtrain.model.batch import pinned
 from mmtrain.model.preference import Objective
-from mmtrain.train import presets
+from mmtrain.model.stages import STAGES, Stage
 from mmtrain.train.embeddings import Growth, plan_growth
-from mmtrain.train.stages import STAGES, Stage, pair_defaults
 
-# Tokens one rank runs at once unless told: on CPU speed is flat from 1,024 on and memory grows with it (2.8 GB at 104M); on
-# CUDA the 104M model takes about 11 GB (derived from 0.7 MB a token, not measured).
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
-PAIR_MICRO_TOKENS = {"cpu": 4096, "cuda": 16_384}  # one pair of 1,024 a side takes up to 2,048
 SHARE_FROM = (
     0.03  # of the tokens saved, from where a prompt computed once for both sides is faster (tests/bench/dpo.py)
 )
@@ -36,8 +31,8 @@ SHARE_FROM = (
 class Plan:
     """A run as it will be: everything read and checked, nothing written."""
 
-    config: TrainConfig
-    settings: Settings
+    config: TrainOptions
+    settings: TrainSettings
     origins: dict[str, str]
     stage: Stage
     datasets: Sequence[Dataset]
@@ -54,7 +49,7 @@ class Plan:
     growth: Growth | None = None  # of the embedding, where the datasets' tokenizer has more tokens than init's
 
 
-def make_plan(config: TrainConfig, world: World) -> Plan:
+def make_plan(config: TrainOptions, world: World) -> Plan:
     """Read and check datasets, checkpoints and settings. MMError names what does not fit and what helps; writes nothing."""
     if config.stage not in STAGES:
         raise UsageError(f"stage {config.stage} is unknown", f"use one of {', '.join(STAGES)}")
@@ -69,15 +64,13 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
     datasets = _open_datasets(stage, paths)
     init = None if resumed else _find_init(config, stage)
     is_pairs = stage.kind == "pair"
-    micro_tokens = (PAIR_MICRO_TOKENS if is_pairs else MICRO_TOKENS)[world.device.type]
-    shaped = {"model": None} if init else {}
-    preset = {**presets.preset_of(config)} | shaped
-    defaults = {**presets.defaults_of(config, stage.defaults), "micro_tokens": micro_tokens} | shaped
-    if is_pairs:
-        defaults |= pair_defaults(str(config.loss or preset.get("loss") or defaults["loss"]))
-        defaults["share_prompt"] = saved_share(datasets) >= SHARE_FROM
-    settings, origins = resolve(config, defaults, saved, preset)
-    origins |= {"model": "checkpoint"} if init else {}
+    settings, origins = resolve(
+        config,
+        saved=saved,
+        has_init=init is not None,
+        device=world.device.type,
+        share_prompt=is_pairs and saved_share(datasets) >= SHARE_FROM,
+    )
     objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
     reference = None
     if is_pairs:
@@ -104,8 +97,6 @@ def make_plan(config: TrainConfig, world: World) -> Plan:
             f"--patience {settings.patience} counts validations, and there are none on the way",
             "give --val-every, and data packed with a val split; or leave --patience out",
         )
-    if config.other_data and not config.resume:
-        raise UsageError("--other-data goes with --resume", "leave it out: a new run takes any data")
     if resumed and not config.other_data:
         _check_same_data(resumed, loader, paths)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
@@ -139,7 +130,7 @@ def _find_reference(objective: Objective, resumed: Checkpoint | None) -> Checkpo
     return checkpoint.find(Path(objective.reference))
 
 
-def _guard_loader(settings: Settings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
+def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
     """The val split of --guard; it must have one, of texts or conversations, and the run's tokenizer."""
     if not settings.guard:
         return None
@@ -155,7 +146,7 @@ def _guard_loader(settings: Settings, datasets: Sequence[Dataset], world: World)
     return loader
 
 
-def _find_growth(config: TrainConfig, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
+def _find_growth(config: TrainOptions, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
     """How the embedding of the run started from has to grow; None unless asked for."""
     if config.resize_embeddings is None:
         return None
@@ -163,11 +154,6 @@ def _find_growth(config: TrainConfig, init: Checkpoint | None, datasets: Sequenc
         raise UsageError(
             "--resize-embeddings grows the embedding of an earlier run, and this run starts from none",
             "name one with --init; a resumed run has grown already, and new weights take the tokenizer's size",
-        )
-    if config.lora:
-        raise UsageError(
-            "--lora leaves the embedding as it is, so the new tokens would never be learned",
-            "leave --lora out of this run, and adapt the run that comes of it",
         )
     return plan_growth(config.resize_embeddings, init, datasets)
 
@@ -182,7 +168,11 @@ def with_micro_tokens(plan: Plan, micro_tokens: int, world: World) -> Plan:
 
 
 def _make_loader(
-    datasets: Sequence[Dataset], split: str, settings: Settings, world: World, weights: Sequence[float] | None = None
+    datasets: Sequence[Dataset],
+    split: str,
+    settings: TrainSettings,
+    world: World,
+    weights: Sequence[float] | None = None,
 ) -> Loader | PairLoader:
     """This rank's batches of a split, in buffers that its device can copy from while it computes."""
     return make_loader(
@@ -212,7 +202,7 @@ def _check_same_data(resumed: Checkpoint, loader: Loader | PairLoader, paths: Se
         )
 
 
-def _find_resumed(config: TrainConfig) -> Checkpoint | None:
+def _find_resumed(config: TrainOptions) -> Checkpoint | None:
     """The run's own newest checkpoint when resuming; None for a new run or one that ended before its first checkpoint."""
     if not (config.out / "run.json").exists():
         if config.resume and config.out.exists():
@@ -241,7 +231,7 @@ def _open_datasets(stage: Stage, paths: Sequence[Path]) -> list[Dataset]:
     return datasets
 
 
-def _find_init(config: TrainConfig, stage: Stage) -> Checkpoint | None:
+def _find_init(config: TrainOptions, stage: Stage) -> Checkpoint | None:
     """The checkpoint a new run starts from: as given, else of the newest finished run of the stages before.
 
     None for new weights: asked for by --model, or because no such run is there (the run then begins with a warning).

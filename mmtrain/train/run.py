@@ -15,7 +15,7 @@ from torch import Tensor
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint, distributed
-from mmtrain.config import TrainConfig, as_json
+from mmtrain.config import TrainOptions, as_json
 from mmtrain.distributed import World
 from mmtrain.log import metrics
 from mmtrain.log.reporter import Keeper
@@ -234,7 +234,7 @@ def compile_blocks(model: Model) -> list[str]:
     return []
 
 
-def needs_of(config: TrainConfig) -> preflight.Needs:
+def needs_of(config: TrainOptions) -> preflight.Needs:
     """What `train(config)` would take, measured and worked out; nothing is written. MMError as `train` would raise."""
     world = distributed.join(config.device)
     try:

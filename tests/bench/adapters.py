@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mmdata.shards.loader import MicroBatch
-from mmtrain.config import PRESETS, ModelConfig
+from mmtrain.config import MODEL_SHAPES, ModelConfig
 from mmtrain.model import lora
 from mmtrain.model.batch import Batch, to_device, token_logps_of
 from mmtrain.model.model import Model
@@ -63,7 +63,7 @@ def step_s(trained: Trained, batch: Batch) -> tuple[float, float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="minimind2-small", choices=list(PRESETS))
+    parser.add_argument("--model", default="minimind2-small", choices=list(MODEL_SHAPES))
     parser.add_argument("--vocab", type=int, default=6400, help="vocabulary of the presets that take the tokenizer's")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256)
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    shape = PRESETS[options.model]
+    shape = MODEL_SHAPES[options.model]
     shape = shape if shape.vocab_size else replace(shape, vocab_size=options.vocab)
     cases = (("all weights, adamw", "adamw", 0), ("all weights, muon", "muon", 0))
     found = [

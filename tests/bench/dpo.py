@@ -32,7 +32,7 @@ from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import Dataset, open_dataset, open_sources
 from mmdata.shards.pairs import PairLoader
 from mmtrain.checkpoint import load_model
-from mmtrain.config import PRESETS, ModelConfig
+from mmtrain.config import MODEL_SHAPES, ModelConfig
 from mmtrain.distributed import World
 from mmtrain.model.batch import Batch, counts_of, logps_of, to_device
 from mmtrain.model.model import Model
@@ -465,7 +465,7 @@ def memory(options: argparse.Namespace) -> None:
     from unittest.mock import patch
 
     with patch("mmtrain.model.model.spares", lambda _: True):  # as on CUDA
-        memory_tables(PRESETS["minimind2"], 8 * 2 * 1024)
+        memory_tables(MODEL_SHAPES["minimind2"], 8 * 2 * 1024)
 
 
 def memory_tables(shape: ModelConfig, tokens: int) -> None:
@@ -564,7 +564,7 @@ def saved_bytes(wrap: Callable[[torch.nn.Module], Any]) -> float:
 
     from mmtrain.model.model import make_layout, rotary_table
 
-    shape = replace(PRESETS["minimind2"], num_layers=1)
+    shape = replace(MODEL_SHAPES["minimind2"], num_layers=1)
     torch.manual_seed(0)
     block = Model(shape).model.layers[0]
     sizes = []

@@ -27,7 +27,7 @@ from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import PairLoader
 from mmtrain.checkpoint import load_model
-from mmtrain.config import PRESETS, ModelConfig, TrainConfig
+from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainOptions
 from mmtrain.distributed import World
 from mmtrain.train import reference
 from mmtrain.train.loop import train
@@ -59,7 +59,7 @@ def prepare(options: argparse.Namespace) -> Path:
             paths = [options.rows / f"{file}.jsonl" for file in files]
             pack(paths, out, tokenizer_dir=options.tokenizer, max_len=max_len, val_fraction=val)
     base = options.work / f"base-{options.width}x{options.layers}"
-    pretrain = TrainConfig(
+    pretrain = TrainOptions(
         "pretrain",
         (options.work / "shards" / "pretrain",),
         base / "pretrain",
@@ -70,7 +70,7 @@ def prepare(options: argparse.Namespace) -> Path:
         log_every=50,
         **QUIET,
     )
-    sft = TrainConfig(
+    sft = TrainOptions(
         "sft",
         (options.work / "shards" / "sft",),
         base / "sft",
@@ -119,7 +119,7 @@ def dpo(init: Path, data: Path, guard: Path, out: Path, **settings: Any) -> dict
     torch.set_num_threads(1)
     shutil.rmtree(out, ignore_errors=True)
     base = {"val_every": 0, "log_every": 1, "guard": str(guard), "init": init}
-    result = train(TrainConfig("dpo", (data,), out, quiet=True, **(QUIET | base | settings)))
+    result = train(TrainOptions("dpo", (data,), out, quiet=True, **(QUIET | base | settings)))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = [line["accuracy"] for line in steps if "accuracy" in line][-5:]
     start = json.loads((out / "run.json").read_text())["start_val"]
@@ -175,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.jobs)
     if not options.demo:
-        PRESETS["bench"] = shape_of(options)
+        MODEL_SHAPES["bench"] = shape_of(options)
         describe(options, prepare(options))
     wanted = [(text, int(seed)) for text in options.run or RUNS for seed in options.seeds.split(",")]
     print(

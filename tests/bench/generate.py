@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
-from mmtrain.config import PRESETS
+from mmtrain.config import MODEL_SHAPES
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.sampling import Sampling
 from mmtrain.model.model import Model
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     ours, theirs = make(options.model)
-    num_params = PRESETS[options.model].num_params
+    num_params = MODEL_SHAPES[options.model].num_params
     print(f"{options.model}: {num_params:,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"transformers {version('transformers')}; prompt {NUM_PROMPT}, answer {options.tokens}")  # fmt: skip
     for num_rows in options.rows:
@@ -66,7 +66,7 @@ def main() -> None:
 
 def make(name: str) -> tuple[Engine, LlamaForCausalLM]:
     """An engine and a transformers model with the same random weights; neither ends an answer early."""
-    shape = PRESETS[name]
+    shape = MODEL_SHAPES[name]
     torch.manual_seed(0)
     model = Model(shape).eval()
     config = LlamaConfig(

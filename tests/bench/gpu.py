@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mmdata.shards.loader import Limits, MicroBatch
-from mmtrain.config import PRESETS
+from mmtrain.config import MODEL_SHAPES
 from mmtrain.log.metrics import memory_bytes
 from mmtrain.model.batch import Batch, logps_of, to_device, token_logps_of
 from mmtrain.model.logps import CHUNK
@@ -81,7 +81,9 @@ def row(name: str, value: str) -> None:
 
 def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: float) -> None:
     """Speed, share of the rate, recompilations and memory of pretraining steps."""
-    model = Model(PRESETS[name] if PRESETS[name].vocab_size else replace(PRESETS[name], vocab_size=300)).to(device)
+    model = Model(
+        MODEL_SHAPES[name] if MODEL_SHAPES[name].vocab_size else replace(MODEL_SHAPES[name], vocab_size=300)
+    ).to(device)
     notes = compile_blocks(model) if device.type == "cuda" else ["not compiled on the CPU"]
     micro = documents(length, tokens // length, model.config.vocab_size)
     kept = kept_bytes(model, micro)
@@ -118,7 +120,9 @@ def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: fl
 
 def preferences(name: str, device: torch.device, length: int) -> None:
     """Peak memory of a dpo step over 8 pairs."""
-    model = Model(PRESETS[name] if PRESETS[name].vocab_size else replace(PRESETS[name], vocab_size=300)).to(device)
+    model = Model(
+        MODEL_SHAPES[name] if MODEL_SHAPES[name].vocab_size else replace(MODEL_SHAPES[name], vocab_size=300)
+    ).to(device)
     gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-6, weight_decay=0.0)
     batch = to_device(documents(length, 16, model.config.vocab_size), device)
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.log.reporter import Keeper
 from mmtrain.train import loop
 
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     loop.Keeper = Timed
     with tempfile.TemporaryDirectory() as scratch:
-        config = TrainConfig(
+        config = TrainOptions(
             stage="pretrain",
             data=(options.shards,),
             out=Path(scratch) / "run",

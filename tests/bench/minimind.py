@@ -31,7 +31,7 @@ from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.config import PRESETS, ModelConfig, TrainConfig
+from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainOptions
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.model.model import Model
 from mmtrain.train.loop import train
@@ -114,7 +114,7 @@ def our_speed(stage: str, shards: Path, out: Path, length: int, options: argpars
     shutil.rmtree(out, ignore_errors=True)
     tokens = length * options.rows
     train(
-        TrainConfig(
+        TrainOptions(
             stage, (shards,), out, model="bench", steps=options.steps, batch_tokens=tokens, device="cpu", quiet=True
         )
     )
@@ -135,7 +135,7 @@ def for_them(source: Path, target: Path) -> Path:
 
 def speed(options: argparse.Namespace, copy: Path, root: Path) -> None:
     """The table of speeds."""
-    PRESETS["bench"] = shape = shape_of(options.width, options.layers)
+    MODEL_SHAPES["bench"] = shape = shape_of(options.width, options.layers)
     print(f"{shape.num_params:,} parameters, {options.rows} rows a step, {torch.get_num_threads()} threads")
     print(f"{'data':<22} {'mm':>10} {'MiniMind':>10} {'ratio':>7}   (trained tokens/s)")
     for stage, name, length in (("sft", "sft_512", 512), ("sft", "sft_1024", 1024), ("pretrain", "pretrain_hq", 512)):
@@ -156,7 +156,7 @@ def bits_per_byte(model: Model, val: Path) -> float:
 
 def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
     """Held-out bits per byte of both after one epoch over the same documents."""
-    PRESETS["bench"] = shape = shape_of(*SMALL)
+    MODEL_SHAPES["bench"] = shape = shape_of(*SMALL)
     tokenizer = Tokenizer.load(options.tokenizer)
     rows = (options.data / "pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines()
     short = [row for row in rows if len(tokenizer.encode_batch([json.loads(row)["text"]])[0]) <= 500][
@@ -175,7 +175,7 @@ def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
         for lr in (1e-3, 5e-4):
             out = root / f"quality-{seed}-{lr}"
             batch = 512 * max(1, round(num_tokens / num_steps / 512))
-            config = TrainConfig("pretrain", (root / "train",), out, model="bench", lr=lr, seed=seed)
+            config = TrainOptions("pretrain", (root / "train",), out, model="bench", lr=lr, seed=seed)
             train(replace(config, batch_tokens=batch, epochs=1, device="cpu", quiet=True))
             model = Model(shape)
             model.load_state_dict(load_file(next(out.glob("checkpoints/step-*/model.safetensors"))))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mmtrain.config import PRESETS, ModelConfig, TrainConfig
+from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainOptions
 from mmtrain.train.loop import train
 
 
@@ -44,7 +44,7 @@ def losses(options: argparse.Namespace, text: str) -> tuple[dict[int, float], fl
             "save_every": 10**9,
         }
         base |= {"model": "bench", "seed": options.seed, "device": "cpu", "quiet": True}
-        run = TrainConfig("pretrain", tuple(options.data), Path(directory) / "run", **(base | settings_of(text)))
+        run = TrainOptions("pretrain", tuple(options.data), Path(directory) / "run", **(base | settings_of(text)))
         begun = time.monotonic()
         train(run)
         seconds = (time.monotonic() - begun) / options.steps
@@ -67,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ffn = 64 * round(options.width * 8 / 3 / 64)
-    PRESETS["bench"] = ModelConfig(0, options.width, options.layers, 8, 2, ffn)
+    MODEL_SHAPES["bench"] = ModelConfig(0, options.width, options.layers, 8, 2, ffn)
     first = None
     for text in options.run:
         found, seconds = losses(options, text)

@@ -25,7 +25,7 @@ import torch
 
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Writer
-from mmtrain.config import PRESETS, TrainConfig
+from mmtrain.config import MODEL_SHAPES, TrainOptions
 from mmtrain.model.model import Model
 from mmtrain.train.loop import train
 from mmtrain.train.optim import adamw
@@ -48,7 +48,7 @@ for step in range(first, first + 1000):
 TRAIN = """
 import sys
 from pathlib import PosixPath
-from mmtrain.config import TrainConfig
+from mmtrain.config import TrainOptions
 from mmtrain.train.loop import train
 train(eval(sys.argv[1]), log=lambda text: print(text, flush=True))
 """
@@ -57,7 +57,7 @@ train(eval(sys.argv[1]), log=lambda text: print(text, flush=True))
 def filled(name: str, value: float) -> tuple[Model, torch.optim.Optimizer]:
     """A model and its optimizer's moments, every number of them `value`."""
     with torch.device("meta"):
-        model = Model(PRESETS[name])
+        model = Model(MODEL_SHAPES[name])
     model.to_empty(device="cpu")
     optimizer = adamw(model, lr=0.0, weight_decay=0.0)
     for parameter in model.parameters():
@@ -142,12 +142,12 @@ def kill_runs(data: Path, kills: int, root: Path) -> None:
         "log_every": 1,
         "device": "cpu",
     }
-    whole = TrainConfig("sft", (data,), root / "whole", quiet=True, **config)
+    whole = TrainOptions("sft", (data,), root / "whole", quiet=True, **config)
     train(whole)
     done = 0
     while done < kills:
         is_begun = (root / "broken" / "run.json").exists()
-        broken = TrainConfig("sft", (data,), root / "broken", resume=is_begun, **config)
+        broken = TrainOptions("sft", (data,), root / "broken", resume=is_begun, **config)
         process = subprocess.Popen([sys.executable, "-c", TRAIN, repr(broken)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
@@ -157,7 +157,7 @@ def kill_runs(data: Path, kills: int, root: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         done += 1
-    train(TrainConfig("sft", (data,), root / "broken", resume=True, quiet=True, **config))
+    train(TrainOptions("sft", (data,), root / "broken", resume=True, quiet=True, **config))
     one, other = (
         [
             {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "memory_bytes")}
@@ -177,7 +177,7 @@ def main() -> None:
     """Print what each came to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default="minimind2", choices=[name for name, shape in PRESETS.items() if shape.vocab_size]
+        "--model", default="minimind2", choices=[name for name, shape in MODEL_SHAPES.items() if shape.vocab_size]
     )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=20.0, help="the longest a writer lives: two saves, say")

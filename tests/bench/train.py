@@ -17,7 +17,7 @@ import torch
 
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader, MicroBatch
-from mmtrain.config import PRESETS
+from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.batch import Batch, to_device, token_logps_of
 from mmtrain.model.model import Model
 from mmtrain.train.optim import adamw, flat_gradient, update
@@ -89,7 +89,7 @@ def measure(name: str, rows: Rows, options: argparse.Namespace, model: Model) ->
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", choices=list(PRESETS))
+    parser.add_argument("--model", default="demo", choices=list(MODEL_SHAPES))
     parser.add_argument("--vocab", type=int, default=1536, help="vocabulary of the presets that take the tokenizer's")
     parser.add_argument("--tokens", type=int, default=4096, help="real tokens of a step")
     parser.add_argument("--max-len", type=int, default=512)
@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    shape = PRESETS[options.model]
+    shape = MODEL_SHAPES[options.model]
     vocab_size = max([options.vocab, *(open_dataset(path).vocab_size for path in options.data)])
     model = Model(shape if shape.vocab_size else replace(shape, vocab_size=vocab_size))
     print(
