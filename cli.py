@@ -43,6 +43,7 @@ from mmdata.commands.terminal import (
 
 if TYPE_CHECKING:
     from mmdata.demo import Question
+    from mmdata.pack.options import PackOptions
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.commands.talk import Speaker
     from mmtrain.model.model import Model
@@ -204,10 +205,11 @@ def validate(
     from mmdata.encode.rows import REASONS, BadRow, Line, check_budget
     from mmdata.encode.validate import validate as validate_file
     from mmdata.errors import InputError, MMError, UsageError
+    from mmdata.pack.options import parse_budget
 
     if on_bad not in ("quarantine", "fail"):
         raise UsageError(f"--on-bad {on_bad} is unknown", "use quarantine or fail")
-    limit, limits = shares(max_bad)
+    limit, limits = parse_budget(max_bad)
     found, failures = [], []
     for path in data_files(files):
 
@@ -301,49 +303,41 @@ def pack(
     from mmdata.errors import MMError
     from mmdata.io import remote
     from mmdata.pack import pipeline
+    from mmdata.pack.options import PackOptions
 
     place = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
     named = [remote.file_at(file) for file in files or ()]
+    options = PackOptions(
+        tokenizer=tokenizer_dir(tokenizer),
+        max_len=max_len,
+        workers=workers or os.cpu_count() or 1,
+        val_fraction=val_fraction,
+        on_bad=on_bad,
+        max_bad=max_bad,
+        train_on=train_on,
+        era=era,
+        seed=seed,
+        dedup=dedup,
+        exclude=tuple(exclude or ()),
+        encoder=encoder,
+        engine=engine,
+        ray_address=ray_address,
+        shard=shard,
+        finish=finish,
+    )
     if plan:
         if dedup or exclude:
             say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
-        options = {"val_fraction": val_fraction, "era": era, "train_on": train_on, "seed": seed, "encoder": encoder}
-        plan_packs(
-            data_files(named), bool(out), tokenizer_dir(tokenizer), workers or os.cpu_count() or 1, options, as_json
-        )
+        plan_packs(data_files(named), bool(out), options, as_json)
         return
     found = [kept_stdin(place) if str(path) == "-" else path for path in data_files(named)]
     jobs = [(found, place)] if place else [([path], SHARDS_DIR / stem(path)) for path in found]
     results, failures = [], []
-    limit, limits = shares(max_bad)
     for inputs, directory in jobs:
         try:
             watched = PackWatch(f"pack {directory}", quiet=as_json)
             with watched.progress() as update:
-                packed = pipeline.pack(
-                    inputs,
-                    directory,
-                    tokenizer_dir=tokenizer_dir(tokenizer),
-                    max_len=max_len,
-                    workers=workers or os.cpu_count() or 1,
-                    val_fraction=val_fraction,
-                    on_bad=on_bad,
-                    max_bad=limit,
-                    max_bad_by_reason=limits,
-                    train_on=train_on,
-                    era=era,
-                    seed=seed,
-                    dedup=dedup,
-                    exclude=exclude or (),
-                    encoder=encoder,
-                    engine_name=engine,
-                    ray_address=ray_address,
-                    shard=share_of(shard, finish),
-                    finish=finish,
-                    progress=update,
-                    watch=watched.watch,
-                    note=say,
-                )
+                packed = pipeline.pack(inputs, directory, options, progress=update, watch=watched.watch, note=say)
         except MMError as error:
             if len(jobs) == 1:
                 raise
@@ -390,9 +384,7 @@ def send(directory: Path, url: str, *, quiet: bool) -> None:
     say(f"to train on it elsewhere: {remote.bring_command(url, directory)}")
 
 
-def plan_packs(
-    files: list[Path], as_one: bool, tokenizer: Path, workers: int, options: dict[str, Any], as_json: bool
-) -> None:
+def plan_packs(files: list[Path], as_one: bool, options: "PackOptions", as_json: bool) -> None:
     """What packing would give, for each dataset that it would write."""
     from mmdata.pack.estimate import estimate
     from mmdata.pack.pipeline import common_kind
@@ -400,11 +392,8 @@ def plan_packs(
 
     found = []
     for inputs in [files] if as_one else [[path] for path in files]:
-        kind = common_kind(inputs, None)
-        batch_tokens = stage_defaults(stage_of(kind))["batch_tokens"]
-        found.append(
-            estimate(inputs, tokenizer_dir=tokenizer, kind=kind, workers=workers, batch_tokens=batch_tokens, **options)
-        )
+        batch_tokens = stage_defaults(stage_of(common_kind(inputs)))["batch_tokens"]
+        found.append(estimate(inputs, options, batch_tokens=batch_tokens))
         if not as_json:
             print_estimate(found[-1])
     if as_json:
@@ -427,20 +416,6 @@ def write_report(directory: Path, *, is_new: bool) -> None:
         say(f"note: no {path}: {error}")
     else:
         say(f"look: {path}")
-
-
-def share_of(text: str | None, finish: bool) -> tuple[int, int] | None:
-    """--shard I/N as two numbers."""
-    from mmdata.errors import UsageError
-
-    if text is None:
-        return None
-    if finish:
-        raise UsageError("--shard packs, --finish publishes when all shards have packed", "leave one of them out")
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal()):
-        raise UsageError(f"--shard {text} is not I/N", "--shard 1/4, …, --shard 4/4")
-    return int(number), int(count)
 
 
 def kept_stdin(out: Path | None) -> Path:
@@ -467,27 +442,6 @@ def kept_stdin(out: Path | None) -> Path:
 def stem(path: Path) -> str:
     """A file's name without .jsonl, .gz and .zst: its dataset's name."""
     return path.name.split(".jsonl")[0].split(".json")[0]
-
-
-def shares(text: str | None) -> tuple[float | None, dict[str, float]]:
-    """A budget such as "5%" or "0.05,too long=1%": the overall share (None: the default), and that of each reason named."""
-    from mmdata.encode.rows import HELP
-    from mmdata.errors import UsageError
-
-    overall, by_reason = None, {}
-    for item in text.split(",") if text else ():
-        reason, _, amount = item.rpartition("=")
-        try:
-            share = float(amount.strip().removesuffix("%")) / (100 if amount.strip().endswith("%") else 1)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1 or (reason and reason.strip() not in HELP):
-            raise UsageError(f"--max-bad {item.strip()!r} is not a share", f"--max-bad 5%; reasons: {', '.join(HELP)}")
-        if reason:
-            by_reason[reason.strip()] = share
-        else:
-            overall = share
-    return overall, by_reason
 
 
 def stage_of(kind: str) -> str:
@@ -1739,6 +1693,7 @@ def clear_demo(out: Path) -> None:
 def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Write the corpus, train the tokenizer, pack, then train and score stage after stage; gives all figures."""
     from mmdata import demo as recipe
+    from mmdata.pack.options import PackOptions
     from mmdata.pack.pipeline import pack as pack_files
     from mmdata.tokenizer.tokenizer import CHATML, train_bpe
     from mmtrain.config import TrainOptions
@@ -1758,10 +1713,12 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     for stage in stages:
         shards = out / "shards" / stage.file
         print_packed(
-            pack_files([corpus.files[stage.file]], shards, tokenizer_dir=tokenizer, max_len=stage.max_len), say
+            pack_files([corpus.files[stage.file]], shards, PackOptions(tokenizer=tokenizer, max_len=stage.max_len)), say
         )
     pack_files(
-        [corpus.pairs_path], out / "shards" / "held_out_pairs", tokenizer_dir=tokenizer, max_len=512, val_fraction=0
+        [corpus.pairs_path],
+        out / "shards" / "held_out_pairs",
+        PackOptions(tokenizer=tokenizer, max_len=512, val_fraction=0),
     )
     figures: dict[str, Any] = {"questions": len(corpus.questions), "stages": []}
     init: Path | None = None

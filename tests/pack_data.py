@@ -2,12 +2,13 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
@@ -63,6 +64,12 @@ def fixture_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def pack_with(inputs: Sequence[Path], out: Path, **arguments: Any) -> PackResult:
+    """`pack` with the fields of its options and its callbacks as keywords."""
+    callbacks = {name: arguments.pop(name) for name in ("progress", "watch", "note") if name in arguments}
+    return pack(inputs, out, PackOptions(**arguments), **callbacks)
+
+
 @pytest.fixture(scope="session", name="packed")
 def fixture_packed(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> dict[str, PackResult]:
     """For each kind 300 rows in several parts, packed with buckets 512 and 640 (and documents long enough for both)."""
@@ -71,6 +78,6 @@ def fixture_packed(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path
     for kind in MAKERS:
         path = write_rows(root / f"{kind}.jsonl", kind, 300)
         results[kind] = pack(
-            [path], root / kind, tokenizer_dir=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000
+            [path], root / kind, PackOptions(tokenizer=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000)
         )
     return results

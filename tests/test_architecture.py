@@ -57,7 +57,7 @@ TWICE_FOR_NOW = {
     *("Words", "Part", "Settings", "Layout", "Item", "World", "Corpus", "Strings", "Decoder", "Flat", "Run", "Options"),
     *("Plan", "Found", "Batch", "Outcome", "Row", "Log"),
 }
-WIDE_FOR_NOW = {"estimate", "scan_files", "pack", "forecast"}
+WIDE_FOR_NOW = {"scan_files", "forecast"}
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
 PRINT = (*COMMANDS, "mmtrain.log.metrics")
 READ_ENVIRONMENT = (*COMMANDS, "mmtrain.distributed", "mmdata.io.workers")

@@ -14,6 +14,7 @@ from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 from test_history import make_run
 from test_page import HOSTILE
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.stats import stats
 from mmdata.stats.report import compare
@@ -62,7 +63,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
                     row = {"conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
                     file.write(json.dumps(row) + "\n")
                 file.write("not json </script><script>alert(1)</script>\n")
-        pack([path], root / f"packed-{kind}", tokenizer_dir=tokenizer_dir, max_len=640, val_fraction=0.1)
+        pack([path], root / f"packed-{kind}", PackOptions(tokenizer=tokenizer_dir, max_len=640, val_fraction=0.1))
         made[kind] = stats.measure_dataset(root / f"packed-{kind}")
     of_file = stats.measure_file(root / "conversation.jsonl", tokenizer_dir)
     make_run(root / "pretrain-1", 60, stage="pretrain", matmul_flops=1e7, fill=0.9)

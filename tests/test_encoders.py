@@ -12,6 +12,7 @@ import pytest
 from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 
 from mmdata.errors import TokenizerError, UsageError
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.tokenizer import encoders
 from mmdata.tokenizer.encoders import check, choose, first_difference, hostile
@@ -100,7 +101,7 @@ def test_a_dataset_does_not_depend_on_the_encoder(tmp_path: Path, tokenizer_dir:
     path = write_rows(tmp_path / "rows.jsonl", kind, 120)
     digests = []
     for name in ("tokenizers", "fastokens"):
-        result = pack([path], tmp_path / name, tokenizer_dir=tokenizer_dir, max_len=64, encoder=name)
+        result = pack([path], tmp_path / name, PackOptions(tokenizer=tokenizer_dir, max_len=64, encoder=name))
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         (entry,) = manifest["encoders"]
         assert entry["name"].startswith(f"{name} ") and entry["parts"] == 1 and entry["given_up"] == 0
@@ -114,10 +115,10 @@ def test_a_part_whose_rows_differ_is_packed_the_slow_way_with_a_warning(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "document", 60)
-    want = pack([path], tmp_path / "want", tokenizer_dir=tokenizer_dir, encoder="tokenizers")
+    want = pack([path], tmp_path / "want", PackOptions(tokenizer=tokenizer_dir, encoder="tokenizers"))
     monkeypatch.setattr(encoders, "_fastokens", lying("灯塔"))
     said: list[str] = []
-    got = pack([path], tmp_path / "got", tokenizer_dir=tokenizer_dir, note=said.append)
+    got = pack([path], tmp_path / "got", PackOptions(tokenizer=tokenizer_dir), note=said.append)
     assert got.digest == want.digest
     assert any("rows.jsonl line" in line and "warning" in line for line in said)
     (entry,) = json.loads((tmp_path / "got" / "manifest.json").read_text())["encoders"]

@@ -9,17 +9,18 @@ from pack_data import MAKERS, fixture_tokenizer_dir, write_rows  # noqa: F401
 from mmdata.errors import InputError
 from mmdata.pack import estimate as module
 from mmdata.pack.estimate import estimate
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_a_file_read_whole_is_foreseen_exactly(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", kind, 300)
-    found = estimate([path], tokenizer_dir=tokenizer_dir, max_lens=(32, 1024), batch_tokens=100)
+    found = estimate([path], PackOptions(tokenizer=tokenizer_dir), max_lens=(32, 1024), batch_tokens=100)
     assert found.kind == kind and found.rows == 300 and found.read_bytes == found.bytes == path.stat().st_size
     for outlook in found.outlooks:
         out = tmp_path / str(outlook.max_len)
-        result = pack([path], out, tokenizer_dir=tokenizer_dir, max_len=outlook.max_len, val_fraction=0)
+        result = pack([path], out, PackOptions(tokenizer=tokenizer_dir, max_len=outlook.max_len, val_fraction=0))
         assert (outlook.tokens, outlook.loss_tokens) == (result.tokens, result.loss_tokens)
         assert outlook.cut_tokens == sum(result.cut.values())
         assert outlook.rows_too_long == result.left_out.get("too long", 0)
@@ -36,9 +37,11 @@ def test_a_sample_foresees_the_whole(tmp_path: Path, tokenizer_dir: Path, monkey
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 3000)
     with path.open("a") as file:
         file.write("not json\n" * 300)
-    found = estimate([path], tokenizer_dir=tokenizer_dir, max_lens=(64,))
+    found = estimate([path], PackOptions(tokenizer=tokenizer_dir), max_lens=(64,))
     assert found.read_bytes < 0.1 * found.bytes
-    result = pack([path], tmp_path / "out", tokenizer_dir=tokenizer_dir, max_len=64, val_fraction=0, max_bad=1)
+    result = pack(
+        [path], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir, max_len=64, val_fraction=0, max_bad="1")
+    )
     assert found.outlooks[0].tokens == pytest.approx(result.tokens, rel=0.1)
     assert found.outlooks[0].steps_per_epoch is None
 
@@ -46,7 +49,7 @@ def test_a_sample_foresees_the_whole(tmp_path: Path, tokenizer_dir: Path, monkey
 def test_what_cannot_be_planned_is_an_error(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("nonsense\n")
     with pytest.raises(InputError):
-        estimate([tmp_path / "bad.jsonl"], tokenizer_dir=tokenizer_dir)
+        estimate([tmp_path / "bad.jsonl"], PackOptions(tokenizer=tokenizer_dir))
 
 
 def test_the_command_says_it_and_writes_nothing(

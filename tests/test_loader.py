@@ -9,6 +9,7 @@ import pytest
 from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
 
 from mmdata.errors import DatasetError
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards import checksums
 from mmdata.shards.dataset import Dataset, open_dataset
@@ -201,7 +202,7 @@ def test_several_datasets_are_one_epoch(
     datasets: dict[str, Dataset],
 ) -> None:
     path = write_rows(tmp_path / "more.jsonl", "document", 40, seed=9)
-    pack([path], tmp_path / "more", tokenizer_dir=tokenizer_dir, max_len=1024)
+    pack([path], tmp_path / "more", PackOptions(tokenizer=tokenizer_dir, max_len=1024))
     both = [datasets["document"], open_dataset(tmp_path / "more")]
     loader = Loader(both, batch_tokens=4096, seed=0)
     numbers = [n for k in range(loader.steps_per_epoch) for n in samples(loader.batch(k))]
@@ -216,7 +217,7 @@ def test_datasets_of_different_kinds_are_refused(datasets: dict[str, Dataset]) -
 
 def test_an_empty_split_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "one boat"}) + "\n")
-    pack([tmp_path / "one.jsonl"], tmp_path / "one", tokenizer_dir=tokenizer_dir, max_len=64, val_fraction=0)
+    pack([tmp_path / "one.jsonl"], tmp_path / "one", PackOptions(tokenizer=tokenizer_dir, max_len=64, val_fraction=0))
     loader = Loader([open_dataset(tmp_path / "one")], split="val", batch_tokens=64, seed=0)
     assert list(loader.micro_batches()) == []
     with pytest.raises(DatasetError, match="empty"):
@@ -252,7 +253,7 @@ def test_a_run_resumed_at_another_world_size_sees_every_sample_once(
 def two(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, datasets: dict[str, Dataset]) -> list[Dataset]:
     root = tmp_path_factory.mktemp("two")
     path = write_rows(root / "more.jsonl", "document", 500, seed=9)
-    pack([path], root / "more", tokenizer_dir=tokenizer_dir, max_len=64)
+    pack([path], root / "more", PackOptions(tokenizer=tokenizer_dir, max_len=64))
     return [datasets["document"], open_dataset(root / "more")]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from train_data import CONTROL
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import Dataset, open_dataset
 from mmdata.shards.pair_checks import lines, pair_figures
@@ -24,8 +25,8 @@ def packed(tmp_path: Path, pairs: list[tuple[str, str, str]], **options: Any) ->
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = (text for pair in pairs for text in pair)
     train_bpe(texts, vocab_size=270, control_tokens=CONTROL, chat_template=CHATML, out_dir=tmp_path / "tokenizer")
-    options = {"max_len": 64, "val_fraction": 0.0, "tokenizer_dir": tmp_path / "tokenizer"} | options
-    pack([tmp_path / "rows.jsonl"], tmp_path / "dpo", **options)
+    options = {"max_len": 64, "val_fraction": 0.0, "tokenizer": tmp_path / "tokenizer"} | options
+    pack([tmp_path / "rows.jsonl"], tmp_path / "dpo", PackOptions(**options))
     return open_dataset(tmp_path / "dpo")
 
 

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import fixture_packed, fixture_tokenizer_dir, pack_with, write_rows  # noqa: F401
 
 from mmdata.encode.rows import iter_lines, parse_row, row_hash
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, TokenizerError, UsageError
 from mmdata.io import workers as engine
 from mmdata.pack import part as parts
 from mmdata.pack import pipeline
+from mmdata.pack.options import PackOptions
 from mmdata.pack.packing import Packing
 from mmdata.pack.packing import pack as real_pack
 from mmdata.pack.pipeline import PackResult, pack
@@ -38,7 +40,7 @@ def pack_to(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., PackResult]:
     """Packs into tmp_path / "out" with this session's tokenizer and lengths up to 256."""
 
     def run(*inputs: Path, out: str = "out", **options: Any) -> PackResult:
-        return pack(list(inputs), tmp_path / out, **{"tokenizer_dir": tokenizer_dir, "max_len": 256} | options)
+        return pack_with(inputs, tmp_path / out, **{"tokenizer": tokenizer_dir, "max_len": 256} | options)
 
     return run
 
@@ -138,7 +140,7 @@ def test_tokens_that_change_on_the_way_to_disk_are_noticed(
 ) -> None:
     real = parts.write_arrow
 
-    def damaged(path: Path, columns: dict[str, Any], *rest: Any) -> dict[str, Any]:
+    def damaged(path: Path, columns: dict[str, Any], *rest: Any) -> Any:
         if "ids" in columns:
             columns["ids"].values[[3, 4]] = columns["ids"].values[[4, 3]]
         return real(path, columns, *rest)
@@ -161,11 +163,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
         again = pack(
             [path],
             tmp_path / str(workers),
-            tokenizer_dir=tokenizer_dir,
-            max_len=640,
-            val_fraction=0.1,
-            part_bytes=20_000,
-            workers=workers,
+            PackOptions(tokenizer=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000, workers=workers),
         )
         assert len(open_dataset(again.out).manifest["parts"]) > 2
         assert again.digest == packed[kind].digest
@@ -337,9 +335,12 @@ def test_too_little_disk_is_said_before_anything_is_written(
 
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "new.jsonl", "document", 3000)
-    code = "import sys; from pathlib import Path; from mmdata.pack.pipeline import pack\n" + (
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from mmdata.pack.options import PackOptions; from mmdata.pack.pipeline import pack\n"
         "if __name__ == '__main__':\n"
-        "    pack([Path(sys.argv[1])], Path(sys.argv[2]), tokenizer_dir=Path(sys.argv[3]), part_bytes=2000, workers=2,\n"
+        "    options = PackOptions(tokenizer=Path(sys.argv[3]), part_bytes=2000, workers=2)\n"
+        "    pack([Path(sys.argv[1])], Path(sys.argv[2]), options,\n"
         "         progress=lambda done, total: print(done, flush=True))\n"
     )
     script = tmp_path / "script.py"
@@ -423,9 +424,9 @@ def test_too_many_bad_rows_are_refused_by_budget(tmp_path: Path, pack_to: Callab
         file.write('{"text": 1}\n' * 101)
     with pytest.raises(InputError, match="101 of 1,101 rows"):
         pack_to(path)
-    assert pack_to(path, max_bad=0.1).left_out == {"wrong types": 101}
+    assert pack_to(path, max_bad="0.1").left_out == {"wrong types": 101}
     with pytest.raises(InputError, match="wrong types"):
-        pack_to(path, max_bad=0.5, max_bad_by_reason={"wrong types": 0.01})
+        pack_to(path, max_bad="50%,wrong types=1%")
 
 
 def test_a_few_bad_rows_of_a_small_file_are_no_ground_to_refuse_it(
@@ -436,7 +437,7 @@ def test_a_few_bad_rows_of_a_small_file_are_no_ground_to_refuse_it(
         file.write("\n".join(BAD_LINES) + "\n")
     assert pack_to(path).kept == 10
     with pytest.raises(InputError, match="5 of 15"):
-        pack_to(path, max_bad=0)
+        pack_to(path, max_bad="0")
 
 
 def test_inputs_of_different_kinds_are_refused(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
@@ -448,11 +449,12 @@ def test_inputs_of_different_kinds_are_refused(tmp_path: Path, pack_to: Callable
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"tokenizer_dir": Path("nowhere")}, TokenizerError),
+        ({"tokenizer": Path("nowhere")}, TokenizerError),
         ({"on_bad": "ignore"}, UsageError),
         ({"val_fraction": 1.0}, UsageError),
         ({"max_len": 1}, UsageError),
-        ({"kind": "sonnet"}, UsageError),
+        ({"val_fraction": math.nan}, UsageError),
+        ({"max_bad": "much"}, UsageError),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(

@@ -10,6 +10,7 @@ from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 
 from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io import remote
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import read_manifest
 from mmdata.shards.verify import verify
@@ -26,21 +27,21 @@ def test_an_input_at_a_url_packs_to_the_same_digest(tmp_path: Path, tokenizer_di
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/rows.jsonl", path.read_bytes())
     memory.pipe("/bucket/rows.jsonl.gz", gzip.compress(path.read_bytes()))
-    options = {"tokenizer_dir": tokenizer_dir, "max_len": 256, "part_bytes": 4000}
-    here = pack([path], tmp_path / "here", **options)
-    there = pack([f"{bucket}/rows.jsonl"], tmp_path / "there", **options)
-    files = pack([f"file://{path}"], tmp_path / "files", workers=2, **options)
-    zipped = pack([f"{bucket}/rows.jsonl.gz"], tmp_path / "zipped", **options | {"part_bytes": 10**6})
+    options = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": 4000}
+    here = pack([path], tmp_path / "here", PackOptions(**options))
+    there = pack([f"{bucket}/rows.jsonl"], tmp_path / "there", PackOptions(**options))
+    files = pack([f"file://{path}"], tmp_path / "files", PackOptions(workers=2, **options))
+    zipped = pack([f"{bucket}/rows.jsonl.gz"], tmp_path / "zipped", PackOptions(**options | {"part_bytes": 10**6}))
     assert here.digest == there.digest == files.digest and zipped.kept == 80
     assert read_manifest(there.out)["inputs"][0]["path"] == f"{bucket}/rows.jsonl"
-    assert pack([f"{bucket}/rows.jsonl"], tmp_path / "there", **options).up_to_date
+    assert pack([f"{bucket}/rows.jsonl"], tmp_path / "there", PackOptions(**options)).up_to_date
 
 
 def test_a_dataset_is_sent_whole_its_manifest_last_and_only_once(
     tmp_path: Path, tokenizer_dir: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "document", 40)
-    out = pack([path], tmp_path / "out", tokenizer_dir=tokenizer_dir, max_len=256, part_bytes=4000).out
+    out = pack([path], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir, max_len=256, part_bytes=4000)).out
     memory, manifest = fsspec.filesystem("memory"), read_manifest(out)
     order: list[str] = []
     real = type(memory).put_file
@@ -60,9 +61,9 @@ def test_a_dataset_is_sent_whole_its_manifest_last_and_only_once(
 
 def test_what_is_not_there_is_named(tmp_path: Path, tokenizer_dir: Path, bucket: str) -> None:
     with pytest.raises(InputError, match="memory://bucket/none"):
-        pack([f"{bucket}/none.jsonl"], tmp_path / "out", tokenizer_dir=tokenizer_dir)
+        pack([f"{bucket}/none.jsonl"], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir))
     with pytest.raises(UsageError, match="nothing://x") as caught:
-        pack(["nothing://x"], tmp_path / "out", tokenizer_dir=tokenizer_dir)
+        pack(["nothing://x"], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir))
     assert caught.value.fix
     assert (
         remote.bring_command("s3://b/ds", Path("shards/ds")) == "aws s3 sync s3://b/ds shards/ds && mm verify shards/ds"

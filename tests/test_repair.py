@@ -7,6 +7,7 @@ from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
 from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.pack import part as parts
 from mmdata.pack import repair
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards.verify import verify
 
@@ -20,8 +21,8 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(tmp_path: Path, tokenizer_dir: Path, rows: Path) -> Path:
-    options = {"tokenizer_dir": tokenizer_dir, "max_len": 256, "part_bytes": 8000, "val_fraction": 0.1}
-    return pack([rows], tmp_path / "out", **options).out
+    options = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": 8000, "val_fraction": 0.1}
+    return pack([rows], tmp_path / "out", PackOptions(**options)).out
 
 
 def tree(directory: Path) -> dict[str, bytes]:

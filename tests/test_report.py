@@ -14,6 +14,7 @@ from pack_data import fixture_packed, fixture_tokenizer_dir, words, write_rows  
 from test_cli import Run, fine, home, made, mm, refused
 from test_page import HOSTILE, parsed
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
 from mmdata.shards.verify import verify
 from mmdata.stats import stats
@@ -173,7 +174,7 @@ def test_hostile_rows_are_shown_as_text(tmp_path: Path, tokenizer_dir: Path, kin
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.write('{"text": "<script>alert(1)</script>\n')
         file.write("\u202e not json </script>\n")
-    pack([path], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128)
+    pack([path], tmp_path / "packed", PackOptions(tokenizer=tokenizer_dir, max_len=128))
     for measured in (stats.measure_dataset(tmp_path / "packed"), stats.measure_file(path, tokenizer_dir)):
         html = report.dataset_page([measured])
         assert len(html.encode()) < 2_000_000
@@ -244,7 +245,7 @@ def test_shards_tell_of_texts_what_the_inputs_told(tmp_path: Path, tokenizer_dir
     with path.open("a") as file:
         file.write("not json\n")
     out = tmp_path / "packed"
-    pack([path], out, tokenizer_dir=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000)
+    pack([path], out, PackOptions(tokenizer=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000))
     before = stats.measure_dataset(out)
     quick = stats.measure_dataset(out, is_quick=True)
     path.rename(tmp_path / "gone")
@@ -272,7 +273,7 @@ def test_thousands_of_different_control_strings_leave_a_report_small(home: Path,
 
 def test_inputs_that_have_changed_are_not_read(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 100)
-    pack([path], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128)
+    pack([path], tmp_path / "packed", PackOptions(tokenizer=tokenizer_dir, max_len=128))
     before = stats.measure_dataset(tmp_path / "packed").figures
     path.write_bytes(path.read_bytes().replace(b"rope", b"hope"))  # the same size
     found = stats.measure_dataset(tmp_path / "packed").figures
@@ -282,7 +283,7 @@ def test_inputs_that_have_changed_are_not_read(tmp_path: Path, tokenizer_dir: Pa
 def test_an_input_of_which_no_row_was_kept_is_a_source_like_others(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 30)
     again = shutil.copy(path, tmp_path / "again.jsonl")
-    pack([path, Path(again)], tmp_path / "packed", tokenizer_dir=tokenizer_dir, max_len=128, dedup="exact")
+    pack([path, Path(again)], tmp_path / "packed", PackOptions(tokenizer=tokenizer_dir, max_len=128, dedup="exact"))
     for is_there in (True, False):
         found = stats.measure_dataset(tmp_path / "packed")
         assert [source["kept"] for source in found.figures["sources"]][1] == 0
@@ -300,7 +301,7 @@ def test_rows_of_a_template_without_roles_are_shown_whole(tmp_path: Path, tokeni
     path = tmp_path / "rows.jsonl"
     row = {"conversations": [{"role": "user", "content": "tide?"}, {"role": "assistant", "content": "<think>\nno"}]}
     path.write_text(json.dumps(row) + "\n")
-    pack([path], tmp_path / "packed", tokenizer_dir=bare, max_len=128)
+    pack([path], tmp_path / "packed", PackOptions(tokenizer=bare, max_len=128))
     path.unlink()
     found = stats.measure_dataset(tmp_path / "packed")
     assert found.figures["openings"] == [] and found.figures["characters_by"]["row"]["count"] == 1

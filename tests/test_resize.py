@@ -10,6 +10,7 @@ from test_loop import config_of, data, runs
 from train_data import Data
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.extend import extend
@@ -29,7 +30,7 @@ def more(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     extend(data.tokenizer, TOKENS, root / "tokenizer")
     for name in ("sft", "dpo"):
         source = data.tokenizer.parent / f"{name}.jsonl"
-        pack([source], root / name, tokenizer_dir=root / "tokenizer", max_len=128, val_fraction=0.1)
+        pack([source], root / name, PackOptions(tokenizer=root / "tokenizer", max_len=128, val_fraction=0.1))
     return root
 
 

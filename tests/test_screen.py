@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pack_data import MAKERS, fixture_tokenizer_dir, words, write_rows  # noqa: F401
+from pack_data import MAKERS, fixture_tokenizer_dir, pack_with, words, write_rows  # noqa: F401
 
 from mmdata.errors import InputError, UsageError
 from mmdata.pack import dedup, repair
-from mmdata.pack.pipeline import PackResult, pack
+from mmdata.pack.pipeline import PackResult
 from mmdata.pack.shingles import gram_hashes, num_units
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.verify import verify
@@ -21,8 +21,8 @@ from mmdata.shards.verify import verify
 @pytest.fixture
 def pack_to(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., PackResult]:
     def run(*inputs: Path, out: str = "out", **options: Any) -> PackResult:
-        defaults = {"tokenizer_dir": tokenizer_dir, "max_len": 256, "part_bytes": 5000, "val_fraction": 0.1}
-        return pack(list(inputs), tmp_path / out, **defaults | options)
+        defaults = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": 5000, "val_fraction": 0.1}
+        return pack_with(inputs, tmp_path / out, **defaults | options)
 
     return run
 
@@ -109,7 +109,7 @@ def test_shards_slices_and_kills_leave_out_the_same_rows(
         pack_to(path, dedup="near", out="killed", progress=interrupt)
     pack_to(path, dedup="near", out="killed")
     for number in (2, 1):
-        pack_to(path, dedup="near", out="shards", shard=(number, 2))
+        pack_to(path, dedup="near", out="shards", shard=f"{number}/2")
     pack_to(path, dedup="near", out="shards", finish=True)
     assert tree(tmp_path / "out") == tree(tmp_path / "killed") == tree(tmp_path / "shards")
 

@@ -17,6 +17,7 @@ from mmdata.encode.encoder import PairSequence, RowEncoder
 from mmdata.encode.rows import BadRow, iter_lines, parse_row
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import Ragged, ragged, read_arrow, take, write_arrow
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
 from mmdata.shards import dataset as shards
 from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
@@ -107,7 +108,7 @@ def test_a_vocabulary_beyond_16_bits_is_kept_whole(tmp_path: Path) -> None:
     native.save(str(tmp_path / "tok" / "tokenizer.json"))
     (tmp_path / "tok" / "tokenizer_config.json").write_text('{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}')
     path = write_rows(tmp_path / "rows.jsonl", "document", 20)
-    pack([path], tmp_path / "out", tokenizer_dir=tmp_path / "tok", max_len=256)
+    pack([path], tmp_path / "out", PackOptions(tokenizer=tmp_path / "tok", max_len=256))
     assert verify(tmp_path / "out") == []
     dataset = open_dataset(tmp_path / "out")
     assert dataset.split("train").sample(256, 0).ids.dtype == np.uint32
@@ -201,7 +202,7 @@ def test_a_dataset_can_be_sent_to_another_process(packed: dict[str, PackResult])
 
 def test_more_shards_than_a_process_may_open_at_first_are_opened(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "document", 90)
-    pack([path], tmp_path / "out", tokenizer_dir=tokenizer_dir, part_bytes=1)
+    pack([path], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir, part_bytes=1))
     code = (
         "import resource, sys; from pathlib import Path; from mmdata.shards.dataset import open_dataset\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"

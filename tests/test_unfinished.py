@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_data import CONTROL, fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import CONTROL, fixture_tokenizer_dir, pack_with, write_rows  # noqa: F401
 
 from mmdata.errors import DatasetError, DiskError, InputError, UsageError
 from mmdata.pack import part as parts
 from mmdata.pack import unfinished
-from mmdata.pack.pipeline import PackResult, pack
+from mmdata.pack.pipeline import PackResult
 from mmdata.shards.verify import verify
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
@@ -37,8 +37,8 @@ def pack_to(tmp_path: Path, tokenizer_dir: Path, rows: Path) -> Callable[..., Pa
     """Packs the rows into tmp_path / "out" in about ten parts."""
 
     def run(*, out: str = "out", **options: Any) -> PackResult:
-        defaults = {"tokenizer_dir": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES, "val_fraction": 0.1}
-        return pack([rows], tmp_path / out, **defaults | options)
+        defaults = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES, "val_fraction": 0.1}
+        return pack_with([rows], tmp_path / out, **defaults | options)
 
     return run
 
@@ -136,7 +136,7 @@ def test_what_has_changed_is_named_and_the_pack_begun_anew(
         train_bpe(
             ["other words"], vocab_size=300, control_tokens=CONTROL, chat_template=CHATML, out_dir=tmp_path / "other"
         )
-        options, named = {"tokenizer_dir": tmp_path / "other"}, "the tokenizer is another one"
+        options, named = {"tokenizer": tmp_path / "other"}, "the tokenizer is another one"
     elif change == "argument":
         options, named = {"val_fraction": 0.2}, "--val-fraction was 0.1, now 0.2"
     elif change == "length":
@@ -152,9 +152,9 @@ def test_what_has_changed_is_named_and_the_pack_begun_anew(
 def test_a_budget_may_change_without_packing_again(
     tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult], packed_parts: list[int]
 ) -> None:
-    leave_half(pack_to, max_bad=0.01)
+    leave_half(pack_to, max_bad="0.01")
     done = len(packed_parts) - 1
-    pack_to(max_bad=0.5)
+    pack_to(max_bad="0.5")
     assert packed_parts[done + 1] == done
 
 
@@ -194,12 +194,15 @@ def test_an_unusable_input_leaves_nothing(tmp_path: Path, rows: Path, pack_to: C
 PACK = """
 import sys
 from pathlib import Path
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 if __name__ == "__main__":
     rows, out, tokenizer = map(Path, sys.argv[1:4])
     print("begun", flush=True)
-    pack([rows], out, tokenizer_dir=tokenizer, max_len=256, part_bytes=4000, val_fraction=0.1, workers=int(sys.argv[4]),
-         progress=lambda done, total: print(done, total, flush=True))
+    options = PackOptions(
+        tokenizer=tokenizer, max_len=256, part_bytes=4000, val_fraction=0.1, workers=int(sys.argv[4])
+    )
+    pack([rows], out, options, progress=lambda done, total: print(done, total, flush=True))
 """
 
 
@@ -255,7 +258,7 @@ def test_two_packs_into_one_place_are_kept_apart_and_a_dead_ones_lock_is_taken_o
         with pytest.raises(DatasetError, match=rf"process {process.pid} on {socket.gethostname()}"):
             pack_to()
         with pytest.raises(DatasetError, match=rf"process {process.pid} "):
-            pack_to(shard=(1, 2))
+            pack_to(shard="1/2")
     finally:
         process.kill()
         process.communicate()
@@ -281,7 +284,7 @@ def test_a_lock_of_another_host_is_not_taken_over(tmp_path: Path, pack_to: Calla
 def test_shards_of_a_pack_finish_as_one(
     tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes], count: int
 ) -> None:
-    left = [pack_to(shard=(number, count)).parts_left for number in range(count, 0, -1)]
+    left = [pack_to(shard=f"{number}/{count}").parts_left for number in range(count, 0, -1)]
     assert left == sorted(left, reverse=True) and left[-1] == 0 and not (tmp_path / "out").exists()
     result = pack_to(finish=True)
     assert result.parts_left is None and result.kept == 200
@@ -291,20 +294,20 @@ def test_shards_of_a_pack_finish_as_one(
 def test_a_missing_shard_is_named_and_the_others_are_kept(
     tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
 ) -> None:
-    pack_to(shard=(2, 2))
+    pack_to(shard="2/2")
     with pytest.raises(DatasetError, match=r"not packed yet: 0, 2"):
         pack_to(finish=True)
-    pack_to(shard=(1, 2))
+    pack_to(shard="1/2")
     pack_to(finish=True)
     assert tree(tmp_path / "out") == undisturbed
 
 
 def test_a_shard_with_other_arguments_is_refused(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
-    pack_to(shard=(1, 2))
+    pack_to(shard="1/2")
     with pytest.raises(DatasetError, match=r"--val-fraction was 0\.1, now 0\.3"):
-        pack_to(shard=(2, 2), val_fraction=0.3)
+        pack_to(shard="2/2", val_fraction=0.3)
     with pytest.raises(UsageError, match="--shard"):
-        pack_to(shard=(3, 2))
+        pack_to(shard="3/2")
 
 
 def test_ray_is_asked_for_by_name_and_its_absence_names_the_extra(
@@ -312,10 +315,10 @@ def test_ray_is_asked_for_by_name_and_its_absence_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError) as caught:
-        pack_to(engine_name="ray")
+        pack_to(engine="ray")
     assert "mm-toolkit[ray]" in caught.value.fix
     with pytest.raises(UsageError, match="--engine"):
-        pack_to(engine_name="spark")
+        pack_to(engine="spark")
     with pytest.raises(UsageError, match="--ray-address"):
         pack_to(ray_address="auto")
 
@@ -324,13 +327,14 @@ RAY = """
 import sys
 from pathlib import Path
 from mmdata.errors import InputError
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 if __name__ == "__main__":
     rows, out, tokenizer, bad = map(Path, sys.argv[1:5])
-    options = {"tokenizer_dir": tokenizer, "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1, "engine_name": "ray"}
-    pack([rows], out, workers=2, **options)
+    options = {"tokenizer": tokenizer, "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1, "engine": "ray"}
+    pack([rows], out, PackOptions(workers=2, **options))
     try:
-        pack([bad], out.with_name("bad"), workers=2, on_bad="fail", **options)
+        pack([bad], out.with_name("bad"), PackOptions(workers=2, on_bad="fail", **options))
     except InputError as error:
         print(error.message, "|", error.fix)
 """

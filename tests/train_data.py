@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
@@ -74,4 +75,4 @@ def pack_to(data: Data, name: str, out: Path, *, val_fraction: float) -> None:
 
 
 def _pack(root: Path, name: str, tokenizer: Path, out: Path, val_fraction: float = 0.1) -> None:
-    pack([root / f"{name}.jsonl"], out, tokenizer_dir=tokenizer, max_len=128, val_fraction=val_fraction)
+    pack([root / f"{name}.jsonl"], out, PackOptions(tokenizer=tokenizer, max_len=128, val_fraction=val_fraction))

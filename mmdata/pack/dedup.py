@@ -26,7 +26,6 @@ from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, batches, screened_path
 from mmdata.pack.shingles import gram_hashes, num_units
 
-WAYS = ("exact", "near")
 BANDS, ROWS_A_BAND, SHINGLE, SEED = 16, 8, 5, 1
 EXCLUDE_N = 8  # units of an n-gram looked for in excluded files …
 EXCLUDE_SHARE = (
@@ -46,9 +45,7 @@ class Screening:
 
 
 def check_arguments(dedup: str | None, exclude: Sequence[Path]) -> None:
-    """UsageError, InputError for what cannot be."""
-    if dedup not in (None, *WAYS):
-        raise UsageError(f"--dedup {dedup} is unknown", f"use {' or '.join(WAYS)}")
+    """UsageError where near duplicates need a package that is not installed, InputError for a missing file."""
     if dedup == "near":
         _rensa()
     for path in exclude:

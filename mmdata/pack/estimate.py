@@ -18,9 +18,11 @@ import numpy as np
 from mmdata.encode.encoder import Batch, RowEncoder
 from mmdata.encode.rows import BadRow, Line, is_seekable, iter_lines, parse_row
 from mmdata.errors import InputError
+from mmdata.options import check
 from mmdata.pack.buckets import buckets_for
+from mmdata.pack.options import PART_BYTES, PackOptions
 from mmdata.pack.packing import pack
-from mmdata.pack.pipeline import COMPRESSION, PART_BYTES, common_kind
+from mmdata.pack.pipeline import COMPRESSION, common_kind
 from mmdata.shards import dataset
 from mmdata.tokenizer.encoders import choose
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -86,30 +88,28 @@ class _Sample:
 
 def estimate(
     inputs: Sequence[Path],
+    options: PackOptions,
     *,
-    tokenizer_dir: Path,
     max_lens: Sequence[int] = MAX_LENS,
-    kind: str | None = None,
-    workers: int = 1,
-    val_fraction: float = 0.01,
-    era: str = "auto",
-    train_on: str = "assistant",
-    seed: int = 0,
-    encoder: str = "auto",
     batch_tokens: int | None = None,
 ) -> Estimate:
-    """Reads about 1 % of the inputs. batch_tokens: of a training step, for the steps of an epoch.
+    """Estimate what `pack` would give for each of `max_lens`, from about 1 % of the inputs; rows that `dedup` and `exclude`
+    would leave out are counted as kept. batch_tokens: tokens of a training step, for the number of steps of an epoch.
 
     InputError: no such file, or no row of the sample can be used; other errors as `pipeline.pack`.
     """
-    kind = common_kind(inputs, kind)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    chosen = choose(tokenizer, encoder)
+    check(options)
+    assert options.tokenizer, "PackOptions.tokenizer is required"
+    kind, workers = common_kind(inputs), options.workers or 1
+    tokenizer = Tokenizer.load(options.tokenizer)
+    chosen = choose(tokenizer, options.encoder)
     samples = [_read(path, kind) for path in inputs]
     found = []
     for max_len in max_lens:
-        takes = RowEncoder(tokenizer, max_len=max_len, era=era, train_on=train_on, seed=seed, encoder=chosen)
-        found.append(_outlook(samples, kind, takes, workers, val_fraction, batch_tokens))
+        takes = RowEncoder(
+            tokenizer, max_len=max_len, era=options.era, train_on=options.train_on, seed=options.seed, encoder=chosen
+        )
+        found.append(_outlook(samples, kind, takes, workers, options.val_fraction, batch_tokens))
     if not found[-1].tokens:
         raise InputError(
             f"{inputs[0]}: no row of the sample can be used", f"`mm validate {inputs[0]}` lists the reasons"

@@ -27,9 +27,11 @@ from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, U
 from mmdata.io import remote
 from mmdata.io import workers as engine
 from mmdata.io.files import sha256_of, write_bytes
+from mmdata.options import check
 from mmdata.pack import dedup as screen
 from mmdata.pack import unfinished
 from mmdata.pack.buckets import buckets_for
+from mmdata.pack.options import PackOptions, parse_budget
 from mmdata.pack.part import Part, PartResult, Settings
 from mmdata.pack.staging import Staging, one_of_several, only_writer
 from mmdata.pack.unfinished import RecordingPacker
@@ -37,7 +39,6 @@ from mmdata.shards import dataset
 from mmdata.tokenizer.encoders import JUDGE, NUM_HOSTILE, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-PART_BYTES = 32 * 2**20
 READ_BYTES = 4 * 2**20
 DISK_SHARE = 0.6  # of the jsonl's bytes, as 16-bit shards with provenance (measured: 0.3 to 0.6); 32-bit ids: twice
 LARGE_CHARACTERS = 20_000_000  # where a slow encoder is worth a word
@@ -92,93 +93,77 @@ class _Job:
 def pack(
     inputs: Sequence[Path],
     out: Path,
+    options: PackOptions,
     *,
-    tokenizer_dir: Path,
-    max_len: int = 1024,
-    kind: str | None = None,
-    workers: int = 1,
-    val_fraction: float = 0.01,
-    on_bad: str = "quarantine",
-    max_bad: float | None = None,
-    max_bad_by_reason: Mapping[str, float] | None = None,
-    seed: int = 0,
-    era: str = "auto",
-    train_on: str = "assistant",
-    part_bytes: int = PART_BYTES,
-    dedup: str | None = None,
-    exclude: Sequence[Path] = (),
-    encoder: str = "auto",
-    engine_name: str = "local",
-    ray_address: str | None = None,
-    shard: tuple[int, int] | None = None,
-    finish: bool = False,
     progress: Progress | None = None,
     watch: Watch | None = None,
     note: Note | None = None,
 ) -> PackResult:
-    """Packs jsonl files of one row kind into the dataset directory `out`; progress counts bytes of the inputs.
+    """Pack jsonl files of one row kind into the dataset directory `out`.
 
-    watch is told what came of them so far, before progress is.
+    `progress` is called with bytes of the inputs done and in all, `watch` before it with rows, tokens and rows left out so
+    far, `note` with sentences about what an unfinished pack left. With `options.shard` i/n only every n-th part is packed
+    and nothing is published; `options.finish` publishes what all shards packed.
 
-    shard (i, n), from 1: packs every n-th part and publishes nothing; `finish` publishes what all shards packed. note
-    takes sentences about what an unfinished pack left. InputError: no such file, nothing usable, or more than `max_bad`
-    of the rows bad. TokenizerError, DatasetError: `out` is no dataset and not empty, or being written. DiskError: full.
-    Whatever ends it early leaves `out` as it was; after a kill, Ctrl-C or a full disk the same pack goes on where it was.
+    InputError: a missing file, no usable row, or more bad rows than `options.max_bad`. TokenizerError. DatasetError: `out`
+    is no dataset and not empty, or being written. DiskError: full. Whatever ends the pack early leaves `out` as it was;
+    after a kill, Ctrl-C or a full disk the same pack goes on where it was.
     """
     start = time.monotonic()
-    arguments = {
-        "val_fraction": val_fraction,
-        "on_bad": on_bad,
-        "max_bad": max_bad,
-        "max_bad_by_reason": dict(sorted((max_bad_by_reason or {}).items())),
-        "seed": seed,
-        "era": era,
-        "train_on": train_on,
-        "part_bytes": part_bytes,
-        "dedup": dedup,
-        "exclude": _excluded(dedup, exclude),
-    }
+    check(options)
+    shard, budget = options.share, parse_budget(options.max_bad)
     inputs, out = [remote.file_at(path) for path in inputs], Path(out)
-    _check_arguments(inputs, max_len, arguments, shard)
+    arguments = _arguments(options, budget)
+    _check_inputs(inputs)
     is_rerun = _is_dataset(out)
-    job = _plan_job(inputs, out, tokenizer_dir, max_len, kind, arguments, encoder)
+    job = _plan_job(inputs, out, options, arguments)
     if is_rerun and (found := _same_dataset(out, job.manifest)):
         return _result(out, found, time.monotonic() - start, up_to_date=True)
-    run = partial(engine.run, workers=workers, engine=engine_name, ray_address=ray_address)
+    run = partial(engine.run, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address)
     say = note or (lambda _: None)
     if shard:
         return _pack_shard(job, shard, run, (progress, watch), start)
     with _disk_errors(out), only_writer(job.out) as staging, _kept_parts(staging, job, say):
         done = _go_on(staging, job, say)
-        if finish:
+        if options.finish:
             _check_all_done(job, done, staging)
         _check_disk(job, [part for part in job.parts if part.number not in done])
         results = _pack_parts(staging, job, job.parts, done, run, (progress, watch))
-        _check_kept(inputs, results, max_bad, max_bad_by_reason or {})
+        _check_kept(inputs, results, *budget)
         _check_unchanged(inputs, job.stamps)
-        _say_who_encoded(results, encoder, say)
+        _say_who_encoded(results, options.encoder, say)
         manifest = _finish(staging, job, results)
     return _result(out, manifest, time.monotonic() - start, up_to_date=False)
 
 
-def _plan_job(
-    inputs: list[Path],
-    out: Path,
-    tokenizer_dir: Path,
-    max_len: int,
-    kind: str | None,
-    arguments: dict[str, Any],
-    encoder: str,
-) -> _Job:
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    if encoder != "auto":
-        choose(tokenizer, encoder)  # refuses here, not in every worker
-    kind = common_kind(inputs, kind)
+def _arguments(options: PackOptions, budget: tuple[float | None, dict[str, float]]) -> dict[str, Any]:
+    """What the manifest records of the options."""
+    max_bad, by_reason = budget
+    return {
+        "val_fraction": options.val_fraction,
+        "on_bad": options.on_bad,
+        "max_bad": max_bad,
+        "max_bad_by_reason": dict(sorted(by_reason.items())),
+        "seed": options.seed,
+        "era": options.era,
+        "train_on": options.train_on,
+        "part_bytes": options.part_bytes,
+        "dedup": options.dedup,
+        "exclude": _excluded(options.dedup, options.exclude),
+    }
+
+
+def _plan_job(inputs: list[Path], out: Path, options: PackOptions, arguments: dict[str, Any]) -> _Job:
+    assert options.tokenizer, "PackOptions.tokenizer is required"
+    tokenizer = Tokenizer.load(options.tokenizer)
+    if options.encoder != "auto":
+        choose(tokenizer, options.encoder)  # refuses here, not in every worker
+    kind = common_kind(inputs)
     stamps = _stamps(inputs)
-    entries, parts = plan(inputs, arguments["part_bytes"])
-    manifest = _begin_manifest(kind, max_len, tokenizer, entries, arguments)
+    entries, parts = plan(inputs, options.part_bytes)
+    manifest = _begin_manifest(kind, options.max_len, tokenizer, entries, arguments)
     place = Path(os.path.realpath(out))
-    return _Job(inputs, place, tokenizer, tokenizer_dir, stamps, parts, manifest, encoder)
+    return _Job(inputs, place, tokenizer, options.tokenizer, stamps, parts, manifest, options.encoder)
 
 
 def _pack_parts(
@@ -367,21 +352,9 @@ def _result(
 # --- what is asked for
 
 
-def _check_arguments(
-    inputs: Sequence[Path], max_len: int, arguments: dict[str, Any], shard: tuple[int, int] | None
-) -> None:
+def _check_inputs(inputs: Sequence[Path]) -> None:
     if not inputs:
         raise UsageError("no input file", "mm pack FILE.jsonl")
-    if shard and not 1 <= shard[0] <= shard[1]:
-        raise UsageError(f"--shard is {shard[0]}/{shard[1]}, expected 1/n up to n/n", "--shard 1/4")
-    if arguments["on_bad"] not in ("quarantine", "fail"):
-        raise UsageError(f'--on-bad is "{arguments["on_bad"]}"', "choose quarantine or fail")
-    if not 0 <= arguments["val_fraction"] < 1:
-        raise UsageError(
-            f"--val-fraction is {arguments['val_fraction']}, expected 0 up to below 1", "--val-fraction 0.01"
-        )
-    if not 8 <= max_len < 2**31:
-        raise UsageError(f"--max-len is {max_len}, expected at least 8", "--max-len 1024")
     for path in inputs:
         if str(path) == "-" or not path.is_file():
             raise InputError(f"{path} is not a file", "name jsonl files; `mm fetch` downloads the known ones")
@@ -415,12 +388,8 @@ def _is_dataset(out: Path) -> bool:
     return True
 
 
-def common_kind(inputs: Sequence[Path], kind: str | None) -> str:
-    """The kind asked for, else the one all inputs have."""
-    if kind is not None:
-        if kind not in rows.KINDS:
-            raise UsageError(f'--kind is "{kind}"', f"choose {', '.join(rows.KINDS)}")
-        return kind
+def common_kind(inputs: Sequence[Path]) -> str:
+    """The row kind that all inputs have; InputError where they differ."""
     kinds = {path: rows.find_kind(path) for path in inputs}
     first = kinds[inputs[0]]
     for path, other in kinds.items():

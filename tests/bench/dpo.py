@@ -28,6 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import Dataset, open_dataset, open_sources
 from mmdata.shards.pairs import PairLoader
@@ -52,7 +53,9 @@ CLOCK = time.perf_counter
 def subset(options: argparse.Namespace, root: Path) -> tuple[Dataset, Path]:
     """A packed dataset of --pairs rows that fit, and the jsonl of just these."""
     lines = options.jsonl.read_bytes().splitlines()
-    whole = pack([options.jsonl], root / "whole", tokenizer_dir=options.tokenizer, max_len=MAX_LEN, val_fraction=0)
+    whole = pack(
+        [options.jsonl], root / "whole", PackOptions(tokenizer=options.tokenizer, max_len=MAX_LEN, val_fraction=0)
+    )
     kept = np.concatenate([open_sources(open_dataset(whole.out), 0)["line"]])
     chosen = kept[np.linspace(0, len(kept) - 1, min(options.pairs, len(kept))).astype(int)]
     sizes = np.array([len(line) for line in lines])[kept - 1]
@@ -60,7 +63,7 @@ def subset(options: argparse.Namespace, root: Path) -> tuple[Dataset, Path]:
         chosen = kept[np.argsort(sizes, kind="stable")[: options.pairs]]
     path = root / "pairs.jsonl"
     path.write_bytes(b"".join(lines[line - 1] + b"\n" for line in chosen))
-    packed = pack([path], root / "pairs", tokenizer_dir=options.tokenizer, max_len=MAX_LEN, val_fraction=0)
+    packed = pack([path], root / "pairs", PackOptions(tokenizer=options.tokenizer, max_len=MAX_LEN, val_fraction=0))
     return open_dataset(packed.out), path
 
 

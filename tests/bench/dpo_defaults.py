@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from mmdata.demo import Question
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import PairLoader
@@ -57,7 +58,7 @@ def prepare(options: argparse.Namespace) -> Path:
         out = options.work / "shards" / name
         if not out.exists():
             paths = [options.rows / f"{file}.jsonl" for file in files]
-            pack(paths, out, tokenizer_dir=options.tokenizer, max_len=max_len, val_fraction=val)
+            pack(paths, out, PackOptions(tokenizer=options.tokenizer, max_len=max_len, val_fraction=val))
     base = options.work / f"base-{options.width}x{options.layers}"
     pretrain = TrainOptions(
         "pretrain",

@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader
@@ -140,7 +141,7 @@ def speed(options: argparse.Namespace, copy: Path, root: Path) -> None:
     print(f"{'data':<22} {'mm':>10} {'MiniMind':>10} {'ratio':>7}   (trained tokens/s)")
     for stage, name, length in (("sft", "sft_512", 512), ("sft", "sft_1024", 1024), ("pretrain", "pretrain_hq", 512)):
         source = options.data / f"{name}.jsonl"
-        pack([source], root / name, tokenizer_dir=options.tokenizer, max_len=length, val_fraction=0.0)
+        pack([source], root / name, PackOptions(tokenizer=options.tokenizer, max_len=length, val_fraction=0.0))
         ours = our_speed(stage, root / name, root / f"run-{name}", length, options)
         data = source if stage == "pretrain" else for_them(source, root / f"{name}.jsonl")
         theirs = their_speed(stage, data, copy, length, options)
@@ -165,7 +166,11 @@ def quality(options: argparse.Namespace, copy: Path, root: Path) -> None:
     (root / "val.jsonl").write_text("\n".join(short[::10]) + "\n", encoding="utf-8")
     (root / "train.jsonl").write_text("\n".join(row for i, row in enumerate(short) if i % 10) + "\n", encoding="utf-8")
     for name in ("train", "val"):
-        pack([root / f"{name}.jsonl"], root / name, tokenizer_dir=options.tokenizer, max_len=512, val_fraction=0.0)
+        pack(
+            [root / f"{name}.jsonl"],
+            root / name,
+            PackOptions(tokenizer=options.tokenizer, max_len=512, val_fraction=0.0),
+        )
     num_steps = -(-(len(short) - len(short[::10])) // options.rows)
     num_tokens = Loader([open_dataset(root / "train")], batch_tokens=512, seed=0).tokens_per_epoch
     print(f"{shape.num_params:,} parameters, {num_tokens:,} tokens in about {num_steps} steps, bits per byte held out")

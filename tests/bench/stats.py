@@ -90,11 +90,12 @@ def packed(path: Path, tokenizer: Path, workers: int) -> str:
     """Packing and its report, timed."""
     sys.path.insert(0, str(ROOT))
     from mmdata.pack import pipeline
+    from mmdata.pack.options import PackOptions
     from mmdata.stats import stats
     from mmdata.stats.report import report
 
     start = time.monotonic()
-    done = pipeline.pack([path], path.with_name("packed"), tokenizer_dir=tokenizer, workers=workers)
+    done = pipeline.pack([path], path.with_name("packed"), PackOptions(tokenizer=tokenizer, workers=workers))
     middle = time.monotonic()
     measured = stats.measure_dataset(done.out, is_quick=True)
     report.write(done.out / report.FILE, report.dataset_page([measured]))

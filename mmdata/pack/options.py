@@ -1,0 +1,133 @@
+"""The options of `mm pack`, declared once: types, defaults, ranges and help texts. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmdata.errors import UsageError
+from mmdata.options import option
+
+PART_BYTES = 32 * 2**20
+DEDUP = ("exact", "near")
+OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
+    "Output",
+    "Rows left out and held out",
+    "Template",
+    "Duplicates and overlaps",
+    "Processes and machines",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackOptions:
+    """What decides the content of a packed dataset, and how the work is done.
+
+    `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` have no influence on the bytes; `max_bad` only on
+    whether the dataset is published.
+    """
+
+    tokenizer: Path | None = option(
+        None,
+        help="Tokenizer directory.",
+        group=OUTPUT,
+        metavar="DIR",
+        default_text="data/tokenizer",
+    )
+    max_len: int = option(
+        1024,
+        help="Longest sequence in tokens; buckets are 512, 1024, 2048 up to it.",
+        group=OUTPUT,
+        least=8,
+        below=2**31,
+    )
+    val_fraction: float = option(
+        0.01, help="Share of rows held out for validation, chosen by content.", group=ROWS, least=0, below=1
+    )
+    on_bad: str = option(
+        "quarantine",
+        help="quarantine: set bad rows aside and count them; fail: stop at the first.",
+        group=ROWS,
+        choices=("quarantine", "fail"),
+    )
+    max_bad: str | None = option(
+        None,
+        help="Largest share of bad rows, also of one reason: '1%,not json=0'.",
+        group=ROWS,
+        default_text="5%",
+    )
+    train_on: str = option(
+        "assistant",
+        help="assistant: every answer; last: the last one; all: every token.",
+        group=TEMPLATE,
+        choices=("assistant", "last", "all"),
+    )
+    era: str = option("auto", help="MiniMind template quirks.", group=TEMPLATE, choices=("auto", "seed", "2", "3"))
+    seed: int = option(0, help="Seed of the one random choice: which empty think blocks stay.", group=TEMPLATE)
+    dedup: str | None = option(
+        None,
+        help="Leave repeated rows out, the first stays: exact, or near ('mm-toolkit[dedup]').",
+        group=DUPLICATES,
+        choices=DEDUP,
+    )
+    exclude: tuple[Path, ...] = option(
+        (),
+        help="Leave rows out that overlap with this file's texts, say a benchmark's; repeatable.",
+        group=DUPLICATES,
+        metavar="FILE",
+    )
+    workers: int | None = option(None, help="Processes.", group=MACHINES, least=1, default_text="one a core")
+    encoder: str = option(
+        "auto",
+        help="auto: the fastest exact one; tokenizers; fastokens (pip install 'mm-toolkit[fast]').",
+        group=MACHINES,
+        choices=("auto", "tokenizers", "fastokens"),
+    )
+    engine: str = option(
+        "local",
+        help="local: processes here; ray: a cluster (pip install 'mm-toolkit[ray]').",
+        group=MACHINES,
+        choices=("local", "ray"),
+    )
+    ray_address: str | None = option(
+        None,
+        help="Ray cluster; auto finds it.",
+        group=MACHINES,
+        metavar="HOST:PORT",
+        default_text="one started here",
+    )
+    shard: str | None = option(
+        None, help="Pack only this share, on a shared filesystem; then --finish.", group=MACHINES, metavar="I/N"
+    )
+    finish: bool = option(False, help="Publish what all shards packed.", group=MACHINES)
+    part_bytes: int = PART_BYTES  # of input in a part; no command-line option
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """`shard` as two numbers, 1 <= i <= n; UsageError if it is malformed or combined with `finish`."""
+        if self.shard is None:
+            return None
+        if self.finish:
+            raise UsageError("--shard packs, --finish publishes when all shards have packed", "leave one of them out")
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise UsageError(f"--shard {self.shard} is not I/N with I from 1 to N", "--shard 1/4, …, --shard 4/4")
+        return int(number), int(count)
+
+
+def parse_budget(text: str | None) -> tuple[float | None, dict[str, float]]:
+    """A budget of bad rows such as "5%" or "0.05,too long=1%": the share in all (None: the default) and by reason."""
+    from mmdata.encode.rows import HELP
+
+    overall, by_reason = None, {}
+    for item in text.split(",") if text else ():
+        reason, _, amount = (each.strip() for each in item.rpartition("="))
+        try:
+            share = float(amount.removesuffix("%")) / (100 if amount.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1 or (reason and reason not in HELP):
+            raise UsageError(f"--max-bad {item.strip()!r} is not a share", f"--max-bad 5%; reasons: {', '.join(HELP)}")
+        if reason:
+            by_reason[reason] = share
+        else:
+            overall = share
+    return overall, by_reason
