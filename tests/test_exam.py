@@ -9,8 +9,8 @@ from foreign import NORMED, make_tokenizer
 from mmdata.encode.template import Template
 from mmdata.errors import InputError
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.inference.engine import answer_batch
-from mmtrain.inference.exam import Item, ask, choose, normalized, prompt_of, read_choices, read_questions, summary
+from mmtrain.inference.chat import answer_batch, prompt_of
+from mmtrain.inference.exam import ExamQuestion, ask, choose, normalized, read_choices, read_questions, summary
 from mmtrain.model.model import Model
 
 
@@ -37,7 +37,7 @@ def test_answers_are_compared_by_their_words(one: str, other: str, is_same: bool
 def test_files_are_read_with_every_way_to_name_a_choice(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "a?", "answer": "b"}\n\n{"question": "c?", "answer": "d", "more": 1}\n')
-    assert read_questions(path) == [Item(1, "a?", "b"), Item(3, "c?", "d")]
+    assert read_questions(path) == [ExamQuestion(1, "a?", "b"), ExamQuestion(3, "c?", "d")]
     choices = '"choices": ["red", "blue", "C"]'
     path.write_text(
         "".join(f'{{"question": "q", {choices}, "answer": {a}}}\n' for a in ("1", '"B"', '"b"', '"C"', '"blue"'))
@@ -48,10 +48,12 @@ def test_files_are_read_with_every_way_to_name_a_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "line 2: not json"),
-        ("[]", "line 2: not an object"),
-        ('{"question": "q"}', 'line 2: "answer" must be a text'),
-        ('{"question": " ", "answer": "a"}', 'line 2: "question" must be a text'),
+        ("{", "line 2: Input data was truncated"),
+        ("{]", "line 2: JSON is malformed"),
+        ("[]", "line 2: Expected `object`, got `array`"),
+        ('{"question": "q"}', "line 2: Object missing required field `answer`"),
+        ('{"question": "q", "answer": 3}', r"line 2: Expected `str`, got `int` - at `\$.answer`"),
+        ('{"question": " ", "answer": "a"}', r"line 2: .* at `\$.question`"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -63,12 +65,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("rest", "reason"),
     [
-        ('"answer": 0', "must be two or more texts"),
-        ('"choices": ["a"], "answer": 0', "must be two or more texts"),
+        ('"answer": 0', "line 1: Object missing required field `choices`"),
+        ('"choices": ["a"], "answer": 0', "line 1: Expected `array` of length >= 2"),
+        ('"choices": ["a", ""], "answer": 0', r"line 1: Expected `str` of length >= 1 - at `\$.choices"),
         ('"choices": ["a", "b"], "answer": 2', "is no number, letter or text"),
         ('"choices": ["a", "b"], "answer": "C"', "is no number, letter or text"),
-        ('"choices": ["a", "b"], "answer": true', "is no number, letter or text"),
-        ('"choices": ["a", "b"]', "is no number, letter or text"),
+        ('"choices": ["a", "b"], "answer": true', r"line 1: Expected `int | str`, got `bool` - at `\$.answer`"),
+        ('"choices": ["a", "b"]', "line 1: Object missing required field `answer`"),
     ],
 )
 def test_a_bad_choice_is_named(tmp_path: Path, rest: str, reason: str) -> None:
@@ -102,7 +105,7 @@ def model() -> Model:
 def test_an_answer_counts_when_its_words_are_the_same(model: Model, tokenizer: Tokenizer) -> None:
     template = Template(tokenizer)
     said = answer_batch(model, tokenizer, template, ["Hi", "Where?"], max_new_tokens=5)
-    items = [Item(1, "Hi", said[0].upper() + " ."), Item(2, "Where?", "something else")]
+    items = [ExamQuestion(1, "Hi", said[0].upper() + " ."), ExamQuestion(2, "Where?", "something else")]
     outcomes = ask(model, tokenizer, template, items, max_new_tokens=5)
     assert [outcome.said for outcome in outcomes] == said
     assert [outcome.is_right for outcome in outcomes] == [
@@ -116,7 +119,7 @@ def test_an_answer_counts_when_its_words_are_the_same(model: Model, tokenizer: T
 def test_the_likeliest_choice_is_chosen(model: Model, tokenizer: Tokenizer, is_chat: bool) -> None:
     template = Template(tokenizer) if is_chat else None
     items = [
-        Item(n, f"Where does Pim live {n}?", n % 2, ("in the forest", "by the lake, in a house")) for n in range(60)
+        ExamQuestion(n, f"Where does Pim live {n}?", n % 2, ("in the forest", "by the lake, in a house")) for n in range(60)
     ]
     outcomes = choose(model, tokenizer, template, items)
     for item, outcome in zip(items, outcomes, strict=True):

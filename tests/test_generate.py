@@ -304,7 +304,7 @@ def test_a_question_larger_than_the_window_is_refused_and_leaves_no_trace(
     with pytest.raises(UsageError, match="there is room for 24"):
         list(chat.ask("word " * 40, Sampling(max_new_tokens=8)))
     assert chat.messages == []
-    with pytest.raises(UsageError, match="the window holds 32"):
+    with pytest.raises(UsageError, match="the window of 32"):
         chat.engine.submit([3] * 30, Sampling(max_new_tokens=8))
     with pytest.raises(UsageError, match="the prompt is empty"):
         chat.engine.submit([], Sampling(max_new_tokens=8))

@@ -1,9 +1,9 @@
-"""A model's weights, laid out for generation: new tokens of several rows in, the logits after each row's last one out.
+"""Batched forward passes for generation: new token ids of several rows in, next-token logits of each row out.
 
-Rows have each a KV cache of their own and share only the matrix products, so they may join and leave at any step.
-What comes out for a row does not depend on what else is in the step, to the last bit on a CPU with oneDNN: there the
-weights are packed once for products of at least `LEAST_ROWS` rows, whose sums oneDNN takes in one order whatever the
-number of rows (tested, not promised by it). Costs a second copy of the weights while the model they came from lives.
+Each row has its own KV cache; rows share only the matrix products, so a row may join or leave at any step. A row's
+logits do not depend on the other rows. On a CPU with oneDNN this holds bit for bit: weights are packed once, and oneDNN
+sums a product of at least `LEAST_ROWS` rows in the same order for any number of rows (tested here, not documented by
+oneDNN). The packed weights take as much memory as the model, which can be freed afterwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,17 @@ from torch import Tensor
 from mmtrain.config import ModelConfig
 from mmtrain.model.model import Model, Rotary, rotate
 
-LEAST_ROWS = 4  # fewer are padded: one row goes through another kernel, with other sums, and no faster
-KV_STEP = 256  # a cache grows by so many tokens
+LEAST_ROWS = (
+    4  # inputs are padded to this many rows: fewer run in another kernel, which rounds differently and is no faster
+)
+KV_STEP = 256  # tokens; the capacity of a cache is a multiple of it
 
 Linear = Callable[[Tensor], Tensor]
 
 
 def _linear(weight: Tensor) -> Linear:
-    """x -> x @ weight.T. On the CPU with weights packed for oneDNN: 0.75 of F.linear's time on one row of the 104M
-    model's matrices, half of it on four (one thread)."""
+    """A function x -> x @ weight.T. On the CPU the weight is packed for oneDNN, which takes 0.75 of F.linear's time for one
+    row of the 104M model's matrices and half of it for four (one thread)."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_packed_linear():
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -33,18 +35,20 @@ def _linear(weight: Tensor) -> Linear:
 
 
 def _has_packed_linear() -> bool:
-    """Whether this torch has oneDNN and its packed product, which is not part of torch's public interface."""
+    """Whether torch was built with oneDNN and has its packed product, which is not part of torch's public API."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A block's weights: q, k and v as one matrix, gate and up as one."""
+    """Weights of one transformer block, with q, k and v joined into one matrix, and gate and up into another."""
 
     input_norm: Tensor
     qkv: Linear
-    head_norm: Tensor | None  # [H + KV, D]: the q norm's weight for every query head, the k norm's for every key head
+    head_norm: (
+        Tensor | None
+    )  # [H + KV, D]: the q norm's weight for each query head, then the k norm's for each key head
     out: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -52,7 +56,7 @@ class _Layer:
 
 
 class KVCache:
-    """Keys and values of one row's tokens: [layers, KV, capacity, D] each, of which `length` columns are filled."""
+    """Keys and values of one row: [layers, KV heads, capacity, D] each, of which the first `length` tokens are filled."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, config.num_kv_heads, 0, config.head_size)
@@ -62,17 +66,17 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens there is room for."""
+        """Number of tokens the allocated memory holds."""
         return self.keys.shape[2]
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for so many tokens in all, by whole steps."""
+        """Grow the capacity to at least `num_tokens`, in multiples of `KV_STEP`."""
         if num_tokens > self.capacity:
             grown = -(-num_tokens // KV_STEP) * KV_STEP
             self.keys, self.values = (self._grown(x, grown) for x in (self.keys, self.values))
 
     def copy_from(self, other: "KVCache", num_tokens: int) -> None:
-        """Hold the first tokens of another row's cache, and nothing else."""
+        """Replace the content by the first `num_tokens` tokens of another row's cache."""
         self.length = 0
         self.reserve(num_tokens)
         self.keys[:, :, :num_tokens] = other.keys[:, :, :num_tokens]
@@ -86,7 +90,7 @@ class KVCache:
 
 
 class Decoder:
-    """The transformer for generation. Holds no state of any row: their caches do."""
+    """The transformer with its weights prepared for generation. The state of a row is in its `KVCache`."""
 
     def __init__(self, model: Model):
         self.config = model.config
@@ -99,15 +103,15 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.embedding.device
 
     def new_cache(self) -> KVCache:
-        """The cache of a row without tokens."""
+        """An empty cache for a new row."""
         return KVCache(self.config, self.device, self.embedding.dtype)
 
     def _layer(self, weights: dict[str, Tensor], prefix: str) -> _Layer:
-        """Take one block's weights by their checkpoint names."""
+        """Collect one block's weights by their names in the checkpoint."""
         config = self.config
 
         def joined(*names: str) -> Linear:
@@ -130,7 +134,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
-        """Take each row's new tokens, at least one, into its cache; gives the logits [rows, V] after the last of each."""
+        """Append each row's new token ids (at least one) to its cache; returns logits [rows, V] after each row's last token."""
         counts = [len(ids) for _, ids in rows]
         starts = [cache.length for cache, _ in rows]
         positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
@@ -163,32 +167,30 @@ class Decoder:
         table: tuple[Tensor, Tensor],
         rows: Sequence[tuple[KVCache, Sequence[int]]],
     ) -> Tensor:
-        """Attention of the new tokens x [T, C] to their own row's tokens up to themselves: [T, H * D] for the output."""
+        """Causal attention of the new tokens x [T, C], each within its own row; returns [T, H * D]. Fills the caches."""
         config = self.config
-        num_turned = config.num_heads + config.num_kv_heads
+        num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(self._normed(x, layer.input_norm)).unflatten(-1, (-1, config.head_size))
-        turned, values = heads[:, :num_turned], heads[:, num_turned:]
+        rotated, values = heads[:, :num_rotated], heads[:, num_rotated:]
         if layer.head_norm is not None:
-            turned = self._normed(turned, layer.head_norm)
-        turned = rotate(turned, *table)
-        queries, keys = turned[:, : config.num_heads], turned[:, config.num_heads :]
+            rotated = self._normed(rotated, layer.head_norm)
+        rotated = rotate(rotated, *table)
+        queries, keys = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
         out = torch.zeros_like(queries)
         begin = 0
         for cache, new in rows:
-            here, begin = slice(begin, begin + len(new)), begin + len(new)
-            there = slice(cache.length, cache.length + len(new))
-            cache.keys[index, :, there] = keys[here].transpose(0, 1)
-            cache.values[index, :, there] = values[here].transpose(0, 1)
-            out[here] = _attend_row(
-                queries[here], cache.keys[index, :, : there.stop], cache.values[index, :, : there.stop]
-            )
+            new_rows, begin = slice(begin, begin + len(new)), begin + len(new)
+            end = cache.length + len(new)
+            cache.keys[index, :, cache.length : end] = keys[new_rows].transpose(0, 1)
+            cache.values[index, :, cache.length : end] = values[new_rows].transpose(0, 1)
+            out[new_rows] = _attend_row(queries[new_rows], cache.keys[index, :, :end], cache.values[index, :, :end])
         return out.flatten(1)
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [t, H, D] are the last t of the tokens in k and v [KV, T, D]; gives [t, H, D].
+    """Attention of one row: queries q [t, H, D] of its last t tokens to keys k and values v [KV, T, D]; returns [t, H, D].
 
-    One new token sees all: its query heads are laid beside each other, and each key and value is read once.
+    A single new token needs no mask; grouping its query heads by key head then reads each key and value only once.
     """
     num_new, num_heads, size = q.shape
     if num_new == 1:
@@ -198,6 +200,6 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if num_new == k.shape[2]:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
-        seen = torch.ones(num_new, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - num_new)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        mask = torch.ones(num_new, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - num_new)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1)

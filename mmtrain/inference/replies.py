@@ -1,43 +1,51 @@
-"""A model's answer as it is written in; its thinking, its words and its tool calls out, told apart.
+"""Splits a model's answer into its thinking, its content and its tool calls, while the text streams in.
 
-Works on pieces cut anywhere: at most the length of a mark is held back. Nothing said is lost: a call that is no JSON, or
-never ends, comes out as the words it is written in.
+The text may arrive cut anywhere; at most the length of a tag is held back. No text is lost: a tool call that is not
+valid JSON, or is never closed, is returned as content.
 """
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 THINK, THINK_END, CALL, CALL_END = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some more of an answer. `kind` is reasoning, content or call; only a call has `call`: name and arguments (JSON)."""
+    """A part of an answer. `kind` is reasoning, content or call; `call` (name, and arguments as JSON) only for a call."""
 
     kind: str
     text: str
     call: dict[str, str] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A complete answer. `reasoning` is None without a think block; each call has a name and arguments as JSON."""
+
+    reasoning: str | None
+    content: str
+    calls: list[dict[str, str]]
+
+
 class Splitter:
-    """Splits one answer. A `<think>` block counts only where the answer begins; tool calls anywhere in the words."""
+    """Splits one answer. A `<think>` block counts only at the beginning of the answer, tool calls anywhere after it."""
 
     def __init__(self, *, with_calls: bool = True):
         self._with_calls = with_calls
-        self._mode = "start"  # start, reasoning, gap (the newlines after it), content, call
-        self._held = ""  # read, not yet given out
+        self._mode = "start"  # start, reasoning, gap (newlines after the think block), content, call
+        self._held = ""  # received and not yet returned
 
     def feed(self, text: str) -> list[Piece]:
-        """What is certain once `text` has come."""
+        """The pieces that are certain after `text`."""
         self._held += text
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         while (more := self._next()) is not None:
-            found += more
-        return [piece for piece in found if piece.text]
+            pieces += more
+        return [piece for piece in pieces if piece.text]
 
     def close(self) -> list[Piece]:
-        """What was held back: the answer has ended."""
+        """The text held back, once the answer has ended."""
         held, self._held = self._held, ""
         if self._mode == "call":
             return [Piece("content", CALL + held)]
@@ -46,7 +54,7 @@ class Splitter:
         return [Piece("reasoning" if self._mode == "reasoning" else "content", held)] if held else []
 
     def _next(self) -> list[Piece] | None:
-        """One step through what is held; None when more text is needed first."""
+        """Process the held text by one step; None when more text is needed."""
         if self._mode == "start":
             return self._begin()
         if self._mode == "gap":
@@ -54,63 +62,64 @@ class Splitter:
             if not self._held:
                 return None
             self._mode = "content"
-        mark = {"reasoning": THINK_END, "call": CALL_END, "content": CALL}[self._mode]
-        at = self._held.find(mark) if self._with_calls or self._mode == "reasoning" else -1
+        tag = {"reasoning": THINK_END, "call": CALL_END, "content": CALL}[self._mode]
+        at = self._held.find(tag) if self._with_calls or self._mode == "reasoning" else -1
         if at < 0:
-            return self._give_out(mark)
-        before, self._held = self._held[:at], self._held[at + len(mark) :]
+            return self._release(tag)
+        before, self._held = self._held[:at], self._held[at + len(tag) :]
         if self._mode == "call":
             self._mode = "content"
             return [_call(before)]
-        found = Piece(self._mode, before.rstrip("\n"))
+        piece = Piece(self._mode, before.rstrip("\n"))
         self._mode = "gap" if self._mode == "reasoning" else "call"
-        return [found]
+        return [piece]
 
     def _begin(self) -> list[Piece] | None:
-        """Whether the answer opens with a think block."""
-        said = self._held.lstrip()
-        if said.startswith(THINK):
-            inside = said[len(THINK) :].lstrip("\n")
+        """Decide whether the answer opens with a think block."""
+        text = self._held.lstrip()
+        if text.startswith(THINK):
+            inside = text[len(THINK) :].lstrip("\n")
             if not inside:
                 return None
             self._mode, self._held = "reasoning", inside
-        elif THINK.startswith(said):  # also while nothing is said
+        elif THINK.startswith(text):  # also while there is no text
             return None
         else:
             self._mode = "content"
         return []
 
-    def _give_out(self, mark: str) -> list[Piece] | None:
-        """All that cannot be the beginning of the mark, or of the newlines before it."""
+    def _release(self, tag: str) -> list[Piece] | None:
+        """Return all text that cannot be the beginning of the tag or of the newlines before it."""
         if self._mode == "call":
             return None
-        longest = min(len(mark) - 1, len(self._held))
-        kept = next((n for n in range(longest, 0, -1) if mark.startswith(self._held[-n:])), 0)
-        words = self._held[: len(self._held) - kept].rstrip("\n")
-        self._held = self._held[len(words) :]
-        return [Piece(self._mode, words)] if words else None
+        end = len(self._held) - tail_of_prefix(self._held, tag)
+        text = self._held[:end].rstrip("\n")
+        self._held = self._held[len(text) :]
+        return [Piece(self._mode, text)] if text else None
+
+
+def tail_of_prefix(text: str, word: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `word` but not all of it."""
+    longest = min(len(word) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 
 
 def _call(text: str) -> Piece:
-    """A tool call; as words when it is none."""
+    """The tool call in `text`, or its text with the tags as content when it is not one."""
     try:
-        found = json.loads(text)
-        name, arguments = found["name"], found.get("arguments", {})
+        values = json.loads(text)
+        name, arguments = values["name"], values.get("arguments", {})
     except (ValueError, TypeError, KeyError, AttributeError):
-        return Piece("content", CALL + text + CALL_END)
-    if not isinstance(name, str) or not isinstance(arguments, (dict, str)):
+        name = arguments = None
+    if not isinstance(name, str) or not isinstance(arguments, dict | str):
         return Piece("content", CALL + text + CALL_END)
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Piece("call", text, {"name": name, "arguments": written})
 
 
-def split(text: str, *, with_calls: bool = True) -> dict[str, Any]:
-    """A whole answer: `reasoning` (None when there was no think block), `content`, `calls`."""
+def split(text: str, *, with_calls: bool = True) -> Reply:
+    """Split a complete answer."""
     splitter = Splitter(with_calls=with_calls)
     pieces = splitter.feed(text) + splitter.close()
-    reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
-    return {
-        "reasoning": reasoning or None,
-        "content": "".join(piece.text for piece in pieces if piece.kind == "content"),
-        "calls": [piece.call for piece in pieces if piece.call],
-    }
+    reasoning, content = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "content"))
+    return Reply(reasoning or None, content, [piece.call for piece in pieces if piece.call])

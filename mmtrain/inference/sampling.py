@@ -1,7 +1,7 @@
-"""Logits in, a token out: the settings of one answer, and how its next token is drawn.
+"""How the next token is chosen from logits: the sampling settings of one answer, and the draw itself.
 
-Order and meaning of the settings are those of transformers' logits processors: repetition penalty, temperature, top-k,
-top-p, min-p. One uniform number a token, from the row's own generator: the same seed draws the same answer.
+The settings have the order and meaning of transformers' logits processors: repetition penalty, temperature, top-k,
+top-p, min-p. Each token takes one uniform number from the row's own generator, so the same seed gives the same answer.
 """
 
 from collections.abc import Sequence
@@ -11,77 +11,68 @@ import torch
 from torch import Tensor
 
 from mmdata.errors import UsageError
+from mmdata.options import check, option
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one answer is drawn and when it ends. The defaults take the likeliest token until the turn ends.
+    """Sampling settings and stopping conditions of one answer. By default greedy, until the end-of-turn token.
 
-    `top_k` keeps the k likeliest tokens (0: all), `top_p` the fewest whose probabilities reach p, `min_p` those at least
-    min_p times as probable as the likeliest. `repetition_penalty` above 1 makes tokens of the prompt and the answer
-    less likely. `stop`: strings that end the answer and are not part of it. `logprobs`: None for none, else the
-    number of likeliest alternatives to tell beside each token's own; they are those of the model, before the settings.
+    `logprobs` None reports no log-probabilities; a number reports each token's own and those of that many of the most
+    likely tokens, taken from the model's logits before any of the other settings. UsageError for values out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
+    temperature: float = option(0.0, help="0 takes the most likely token.", least=0)
+    top_k: int = option(0, help="Sample from this many of the most likely tokens; 0: all.", least=0)
+    top_p: float = option(
+        1.0, help="Sample from the fewest most likely tokens whose probabilities reach this sum.", above=0, most=1
+    )
+    min_p: float = option(
+        0.0, help="Sample from tokens at least this probable relative to the most likely one.", least=0, most=1
+    )
+    repetition_penalty: float = option(1.0, help="Above 1 makes tokens of prompt and answer less likely.", above=0)
+    seed: int = option(0, help="The same seed gives the same answer.", least=-(2**63), most=2**63 - 1)
+    max_new_tokens: int = option(512, help="Maximum tokens of an answer.", least=1)
+    stop: tuple[str, ...] = option((), help="Strings that end the answer and are not part of it.")
+    logprobs: int | None = option(None, help="Log-probabilities of this many of the most likely tokens.", least=0)
 
     def __post_init__(self) -> None:
-        """UsageError for settings nothing can be drawn with."""
-        for is_right, what in (
-            (0 <= self.temperature < float("inf"), f"temperature {self.temperature} must be 0 or more"),
-            (self.top_k >= 0, f"top-k {self.top_k} must be 0 or more"),
-            (0 < self.top_p <= 1, f"top-p {self.top_p} must be more than 0 and at most 1"),
-            (0 <= self.min_p <= 1, f"min-p {self.min_p} must be 0 to 1"),
-            (
-                0 < self.repetition_penalty < float("inf"),
-                f"repetition-penalty {self.repetition_penalty} must be more than 0",
-            ),
-            (-(2**63) <= self.seed < 2**63, f"seed {self.seed} must fit in 64 bits"),
-            (self.max_new_tokens >= 1, f"max-new-tokens {self.max_new_tokens} must be at least 1"),
-            (all(self.stop), "a stop string must not be empty"),
-            (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more"),
-        ):
-            if not is_right:
-                raise UsageError(what, "give another value, or leave it out for the default")
+        check(self)
+        if not all(self.stop):
+            raise UsageError("a stop string must not be empty", "leave --stop out, or give it a text")
 
 
-def penalize(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Logits [V] with those of seen ids made less likely: divided by the penalty where positive, else multiplied by it
-    (CTRL, Keskar et al. 2019, section 4.1, as transformers applies it)."""
-    if penalty == 1 or not seen:
+def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor:
+    """Apply the repetition penalty to logits [V]: those of `token_ids` are divided by it where positive, else multiplied
+    (CTRL, Keskar et al. 2019, section 4.1, as implemented in transformers)."""
+    if penalty == 1 or not token_ids:
         return logits
-    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    ids = torch.tensor(sorted(set(token_ids)), device=logits.device)
     chosen = logits[ids]
     return logits.index_put((ids,), torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
 def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
-    """What may be drawn for logits [V]: probabilities (fp64, descending, summing to 1) and the ids they belong to.
+    """Probabilities (fp64, descending, summing to 1) and ids of the tokens that may be drawn for logits [V].
 
-    At least one token stays. Equally likely tokens stand in the order of their ids.
+    At least one token is kept. Tokens of equal probability are in the order of their ids.
     """
-    scaled = logits.float() / options.temperature
-    values, ids = scaled.sort(descending=True, stable=True)
+    values, ids = (logits.float() / options.temperature).sort(descending=True, stable=True)
     if options.top_k:
         values, ids = values[: options.top_k], ids[: options.top_k]
     probs = values.double().softmax(-1)
-    keeps = probs.cumsum(-1) - probs < options.top_p  # what comes before a token has not yet reached p
-    keeps &= probs >= options.min_p * probs[0]
-    num_kept = max(1, int(keeps.sum()))  # both hold for a beginning of the descending order
+    kept = probs.cumsum(-1) - probs < options.top_p  # the sum before this token has not reached p
+    kept &= probs >= options.min_p * probs[0]
+    num_kept = max(1, int(kept.sum()))  # both conditions hold for a prefix of the descending order
     return probs[:num_kept] / probs[:num_kept].sum(), ids[:num_kept]
 
 
-def pick(logits: Tensor, options: Sampling, generator: torch.Generator, seen: Sequence[int] = ()) -> int:
-    """The next token id for logits [V] on the CPU: the likeliest at temperature 0, else drawn. `seen`: ids so far."""
-    logits = penalize(logits, seen, options.repetition_penalty)
+def pick(logits: Tensor, options: Sampling, generator: torch.Generator, token_ids: Sequence[int] = ()) -> int:
+    """The next token id for logits [V] on the CPU: the most likely one at temperature 0, else a random draw.
+
+    `token_ids`: prompt and answer so far, for the repetition penalty.
+    """
+    logits = penalize(logits, token_ids, options.repetition_penalty)
     if options.temperature == 0:
         return int(logits.argmax())
     probs, ids = candidates(logits, options)
@@ -91,7 +82,7 @@ def pick(logits: Tensor, options: Sampling, generator: torch.Generator, seen: Se
 
 
 def top_logps(logits: Tensor, id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
-    """The log-probability of a token under logits [V], and the `num_top` likeliest ids with theirs, descending."""
+    """Log-probability of token `id` under logits [V], and the `num_top` most likely ids with theirs, descending."""
     logps = logits.double().log_softmax(-1)
     values, ids = logps.topk(min(num_top, len(logps)))
     return float(logps[id]), list(zip(ids.tolist(), values.tolist(), strict=True))
