@@ -1203,7 +1203,7 @@ def report(
         raise UsageError("--follow serves the report and writes nothing", "leave --html and --json out, or --follow")
     found = runs or [newest_run()]
     if follow:
-        reader = history.Reader()
+        reader = history.RunReader()
         serve(
             lambda: run_page(history.figures(found, reader), lang=lang, refresh_s=2),
             port,
@@ -1569,7 +1569,7 @@ def speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window: int)
     from mmdata.encode.template import Template
     from mmtrain.commands.talk import Speaker
     from mmtrain.convert.foreign import open_model
-    from mmtrain.inference.engine import Chat
+    from mmtrain.inference.chat import Chat
 
     model, tokenizer = open_model(path, tokenizer_dir=tokenizer_dir)
     is_plain = is_plain or run_facts(path).get("stage") == "pretrain"
@@ -1759,7 +1759,7 @@ def score_demo(run: Path, asked: "list[Question]", pairs: Path) -> dict[str, Any
     from mmdata.shards.pairs import PairLoader
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.checkpoint import load_model
-    from mmtrain.inference.engine import answer_batch
+    from mmtrain.inference.chat import answer_batch
     from mmtrain.inference.evaluate import evaluate
 
     tokenizer = Tokenizer.load(run / "tokenizer")

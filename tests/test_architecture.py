@@ -55,7 +55,7 @@ HEAVY_FOR_NOW = {"mmtrain.commands.talk"}
 CROWDED_FOR_NOW = {"encode", "pack", "toolkit", "train"}
 TWICE_FOR_NOW = {
     *("Words", "Part", "Settings", "Layout", "Item", "World", "Corpus", "Strings", "Decoder", "Flat", "Run", "Options"),
-    *("Plan", "Found", "Batch", "Outcome", "Row", "Log"),
+    *("Plan", "Found", "Batch", "Outcome", "Row"),
 }
 WIDE_FOR_NOW = {"scan_files", "forecast"}
 COMMANDS = ("mmdata.commands", "mmtrain.commands")

@@ -19,7 +19,6 @@ from mmdata.pack.pipeline import pack
 from mmdata.stats import stats
 from mmdata.stats.report import compare
 from mmdata.stats.report import report as data_report
-from mmtrain.inference import speak
 from mmtrain.log import history, report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -85,7 +84,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
     ]
     (root / "dpo-1/metrics.jsonl").write_text("\n".join(lines) + "\n")
     for step in (10, 20, 30):
-        speak.keep(root / "dpo-1", step, [{"prompt": text, "text": text} for text in HOSTILE])
+        history.append(root / "dpo-1" / "samples.jsonl", [history.Sample(step, text, text) for text in HOSTILE])
     chain, both = history.figures([root / "dpo-1"]), history.figures([root / "pretrain-1", root / "sft-1"])
     assert len(both["chains"]) == 1
     make_run(root / "other-1", 300, stage="sft", fill=0.8)

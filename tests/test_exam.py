@@ -48,12 +48,11 @@ def test_files_are_read_with_every_way_to_name_a_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "line 2: Input data was truncated"),
-        ("{]", "line 2: JSON is malformed"),
-        ("[]", "line 2: Expected `object`, got `array`"),
-        ('{"question": "q"}', "line 2: Object missing required field `answer`"),
-        ('{"question": "q", "answer": 3}', r"line 2: Expected `str`, got `int` - at `\$.answer`"),
-        ('{"question": " ", "answer": "a"}', r"line 2: .* at `\$.question`"),
+        ("{", "line 2: not valid JSON"),
+        ("[]", "line 2: expected `object`, got `array`"),
+        ('{"question": "q"}', "line 2: object missing required field `answer`"),
+        ('{"question": "q", "answer": 3}', "line 2: answer: expected `str`, got `int`"),
+        ('{"question": " ", "answer": "a"}', "line 2: question: expected `str` matching"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -65,13 +64,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("rest", "reason"),
     [
-        ('"answer": 0', "line 1: Object missing required field `choices`"),
-        ('"choices": ["a"], "answer": 0', "line 1: Expected `array` of length >= 2"),
-        ('"choices": ["a", ""], "answer": 0', r"line 1: Expected `str` of length >= 1 - at `\$.choices"),
+        ('"answer": 0', "line 1: object missing required field `choices`"),
+        ('"choices": ["a"], "answer": 0', "line 1: choices: expected `array` of length >= 2"),
+        ('"choices": ["a", ""], "answer": 0', r"line 1: choices\[1\]: expected `str` of length >= 1"),
         ('"choices": ["a", "b"], "answer": 2', "is no number, letter or text"),
         ('"choices": ["a", "b"], "answer": "C"', "is no number, letter or text"),
-        ('"choices": ["a", "b"], "answer": true', r"line 1: Expected `int | str`, got `bool` - at `\$.answer`"),
-        ('"choices": ["a", "b"]', "line 1: Object missing required field `answer`"),
+        ('"choices": ["a", "b"], "answer": true', r"line 1: answer: expected `int \| str`, got `bool`"),
+        ('"choices": ["a", "b"]', "line 1: object missing required field `answer`"),
     ],
 )
 def test_a_bad_choice_is_named(tmp_path: Path, rest: str, reason: str) -> None:
@@ -119,7 +118,8 @@ def test_an_answer_counts_when_its_words_are_the_same(model: Model, tokenizer: T
 def test_the_likeliest_choice_is_chosen(model: Model, tokenizer: Tokenizer, is_chat: bool) -> None:
     template = Template(tokenizer) if is_chat else None
     items = [
-        ExamQuestion(n, f"Where does Pim live {n}?", n % 2, ("in the forest", "by the lake, in a house")) for n in range(60)
+        ExamQuestion(n, f"Where does Pim live {n}?", n % 2, ("in the forest", "by the lake, in a house"))
+        for n in range(60)
     ]
     outcomes = choose(model, tokenizer, template, items)
     for item, outcome in zip(items, outcomes, strict=True):

@@ -11,9 +11,10 @@ from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 from mmtrain.config import ModelConfig
 from mmtrain.inference import decoder as decoder_module
-from mmtrain.inference import engine as generate
+from mmtrain.inference import engine as engine_module
+from mmtrain.inference.chat import Chat, answer_batch, fit
 from mmtrain.inference.decoder import KV_STEP, Decoder
-from mmtrain.inference.engine import Chat, Engine, Row, TextStream, Token, answer_batch, fit
+from mmtrain.inference.engine import Engine, Row, TextStream, Token
 from mmtrain.inference.sampling import Sampling
 from mmtrain.model.model import Model
 
@@ -126,7 +127,7 @@ def test_company_changes_nothing_of_an_answer(
     model: Model, tokenizer: Tokenizer, template: Template, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that join and leave at different steps say the same, with the same log-probabilities, as each one alone."""
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", chunk)
     prompts = prompts_of(tokenizer, template)
     settings = [
         Sampling(temperature=temperature, top_p=0.95, seed=i, max_new_tokens=6 + 5 * i, logprobs=2)

@@ -86,7 +86,7 @@ def test_what_is_missing_or_not_finite_is_null(tmp_path: Path) -> None:
 def test_a_log_reads_what_came_since(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 4)
     path = tmp_path / "run/metrics.jsonl"
-    log = history.Log(path)
+    log = history.MetricsReader(path)
     log.update()
     assert len(log.steps) == 4
     lines = path.read_text()
@@ -134,7 +134,7 @@ def test_a_reader_reads_only_what_has_changed(tmp_path: Path, monkeypatch: pytes
     read: list[str] = []
     plain = history.run_figures
     monkeypatch.setattr(history, "run_figures", lambda path, **more: read.append(path.name) or plain(path, **more))
-    reader = history.Reader()
+    reader = history.RunReader()
     first = history.figures([tmp_path / "sft-1"], reader)
     assert sorted(read) == ["pretrain-1", "sft-1"]
     assert history.figures([tmp_path / "sft-1"], reader) == first and len(read) == 2

@@ -41,7 +41,7 @@ def test_counting_since_the_best(losses: list[float], expected: int) -> None:
 
 
 def test_val_losses_are_read_back_exactly(tmp_path: Path) -> None:
-    log = metrics.Log(tmp_path, num_steps=9, first_step=0, log_every=1, say=None)
+    log = metrics.MetricsLog(tmp_path, num_steps=9, first_step=0, log_every=1, say=None)
     for step, loss in enumerate((0.1 + 0.2, math.nan, 1e-300)):
         log.val({"step": step, "val_loss": loss})
     log.close()

@@ -46,8 +46,8 @@ def test_an_answer_is_told_apart_however_it_is_cut(case: str) -> None:
 
 
 def test_the_call_s_arguments_are_json() -> None:
-    assert split(CALL)["calls"] == [{"name": "add", "arguments": '{"a": 1}'}]
-    assert split('<tool_call>{"name": "now", "arguments": "{}"}</tool_call>')["calls"][0]["arguments"] == "{}"
+    assert split(CALL).calls == [{"name": "add", "arguments": '{"a": 1}'}]
+    assert split('<tool_call>{"name": "now", "arguments": "{}"}</tool_call>').calls[0]["arguments"] == "{}"
 
 
 def test_without_calls_the_marks_are_words() -> None:

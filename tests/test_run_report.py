@@ -16,7 +16,6 @@ from test_history import make_run
 from test_page import HOSTILE, parsed
 from test_report import cards
 
-from mmtrain.inference import speak
 from mmtrain.log import history, report, reporter
 from mmtrain.model.stages import STAGES
 
@@ -50,8 +49,8 @@ def test_runs_keep_a_report_that_agrees_with_json_and_terminal(trained: Path, mm
     assert runs[0]["events"][0] == {"step": 2, "event": "save", "note": ""} | {
         key: runs[0]["events"][0][key] for key in ("tokens", "hours")
     }
-    assert {s["prompt"] for s in runs[0]["samples"]} == set(speak.BEGINNINGS)
-    assert {s["prompt"] for s in runs[2]["samples"]} == set(speak.QUESTIONS)
+    assert {s["prompt"] for s in runs[0]["samples"]} == set(reporter.BEGINNINGS)
+    assert {s["prompt"] for s in runs[2]["samples"]} == set(reporter.QUESTIONS)
     settings = runs[0]["settings"]
     assert settings["steps"] == {"value": 6, "from": "flag"} and unescape(html).count("flag") >= 2
     assert 'lang="zh-CN"' in report.run_page({"chains": [runs]}, lang="zh")
@@ -66,7 +65,11 @@ def test_report_and_samples_can_be_left_away(home: Path, mm: Run) -> None:
     assert "matmul_flops" not in facts
     fine(mm("train pretrain --model tiny --steps 2 --quiet"))
     losses = [
-        [record["loss"] for record in history.read_lines(home / f"runs/pretrain-{n}/metrics.jsonl") if "loss" in record]
+        [
+            record["loss"]
+            for record in history.read_records(home / f"runs/pretrain-{n}/metrics.jsonl", history.Metrics)
+            if "loss" in record
+        ]
         for n in (1, 2)
     ]
     assert losses[0] == losses[1]  # to the last bit: what the model says touches nothing
@@ -74,20 +77,21 @@ def test_report_and_samples_can_be_left_away(home: Path, mm: Run) -> None:
 
 
 def test_a_resumed_run_says_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
     for step in (2, 4, 6):
-        speak.keep(tmp_path, step, [{"prompt": "a", "text": "\u2028\n"}])
-    with (tmp_path / "samples.jsonl").open("a") as file:
+        history.append(path, [history.Sample(step, "a", "\u2028\n")])
+    with path.open("a") as file:
         file.write('{"step": 8, "pro')
-    speak.cut_after(tmp_path, 4)
-    assert [one["step"] for one in history.read_lines(tmp_path / "samples.jsonl")] == [2, 4]
+    history.cut_after(path, 4)
+    assert [one.step for one in history.read_records(path, history.Sample)] == [2, 4]
 
 
 def test_reports_take_their_share_of_time_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(reporter.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(speak, "say", lambda *_: clock.__setitem__(0, clock[0] + 2.0) or [])
+    monkeypatch.setattr(reporter, "sample_answers", lambda *_: clock.__setitem__(0, clock[0] + 2.0) or [])
     make_run(tmp_path / "run", 5)
-    kept = reporter.Keeper(tmp_path / "run", first_step=5, with_report=False, with_samples=True)
+    kept = reporter.Reporter(tmp_path / "run", first_step=5, with_report=False, with_samples=True)
     spent = 0.0
     for step in range(1, 101):
         clock[0] += 10.0  # of training
@@ -107,7 +111,7 @@ def test_hostile_names_and_answers_are_text(tmp_path: Path, text: str) -> None:
     make_run(
         path, 6, device_name=text, resumed=[{"step": 3, "device": text}], data=[{"dir": text}], versions={text: text}
     )
-    speak.keep(path, 4, [{"prompt": text, "text": text}])
+    history.append(path / "samples.jsonl", [history.Sample(4, text, text)])
     figures = history.figures([path])
     html = report.run_page(figures)
     plain = parsed(report.run_page(json.loads(json.dumps(figures).replace(json.dumps(text)[1:-1], "plain"))))

@@ -20,7 +20,7 @@ from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
 from mmtrain.commands.talk import Session, Speaker, piped_lines
 from mmtrain.convert.foreign import import_model, open_model
-from mmtrain.inference.engine import Chat
+from mmtrain.inference.chat import Chat
 from mmtrain.inference.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from typing import Any
 from mmdata.encode.template import Message
 from mmdata.errors import MMError, UsageError
 from mmtrain.checkpoint import write_atomic
-from mmtrain.inference.engine import Chat
+from mmtrain.inference.chat import Chat
 from mmtrain.inference.replies import Splitter, split
 from mmtrain.inference.sampling import Sampling
 
@@ -186,9 +186,9 @@ class Session:
         assert row is not None
         parts = split(speaker.chat.messages[-1].content)
         return Answer(
-            parts["content"],
-            parts["reasoning"],
-            parts["calls"],
+            parts.content,
+            parts.reasoning,
+            parts.calls,
             len(row.ids),
             time.monotonic() - start,
             first,
@@ -201,8 +201,8 @@ def _as_row(message: Message) -> dict[str, Any]:
     if message.role != "assistant":
         return {"role": message.role, "content": message.content}
     parts = split(message.content, with_calls=False)
-    thinking = {"reasoning_content": parts["reasoning"]} if parts["reasoning"] else {}
-    return {"role": "assistant", "content": parts["content"], **thinking}
+    thinking = {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+    return {"role": "assistant", "content": parts.content, **thinking}
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------

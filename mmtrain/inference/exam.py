@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from mmdata.encode.template import Template
 from mmdata.errors import InputError
+from mmdata.io.records import Record, decode_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
 from mmtrain.inference.engine import Engine
@@ -23,9 +24,6 @@ from mmtrain.inference.sampling import Sampling
 from mmtrain.inference.score import LaidOut, micro_batches
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
-
-
-LineT = TypeVar("LineT")
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ def summary(answers: Sequence[ExamAnswer]) -> dict[str, int | float]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+FORMAT = 'one a line: {"question": "...", "answer": "..."}, for --choices with "choices": ["...", "..."] too'
 Text = Annotated[str, msgspec.Meta(pattern=r"\S")]  # not blank
 
 
@@ -110,12 +109,13 @@ def read_choices(path: Path) -> list[ExamQuestion]:
     for number, line in _lines(path, _ChoicesLine):
         index = line.index()
         if index is None:
-            raise _bad(path, number, f'"answer" {line.answer!r} is no number, letter or text of its choices')
+            problem = f"answer: {line.answer!r} is no number, letter or text of its choices"
+            raise InputError(f"{path} line {number}: {problem}", FORMAT)
         questions.append(ExamQuestion(number, line.question, index, tuple(line.choices)))
     return questions
 
 
-def _lines(path: Path, kind: type[LineT]) -> Iterator[tuple[int, LineT]]:
+def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
     """Number and record of each line that is not blank."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -124,21 +124,10 @@ def _lines(path: Path, kind: type[LineT]) -> Iterator[tuple[int, LineT]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error})", "save it as UTF-8") from None
     if not any(line.strip() for line in lines):
-        raise InputError(f"{path} holds no question", 'one a line: {"question": "...", "answer": "..."}')
-    decoder = msgspec.json.Decoder(kind)
+        raise InputError(f"{path} holds no question", FORMAT)
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
-                yield number, decoder.decode(line)
-            except msgspec.DecodeError as error:
-                raise _bad(path, number, str(error)) from None
-
-
-def _bad(path: Path, number: int, problem: str) -> InputError:
-    return InputError(
-        f"{path} line {number}: {problem}",
-        'one a line: {"question": "...", "answer": "..."}, for --choices with "choices": ["...", "..."] too',
-    )
+            yield number, decode_record(line, kind, f"{path} line {number}", InputError, FORMAT)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Counters -> a console line per interval and a line per step in metrics.jsonl. Only the first rank writes."""
+"""Metrics of a training run: a line per step and validation in RUN/metrics.jsonl, and console lines at intervals.
+
+Only the first rank writes. Also here: how numbers and durations are printed.
+"""
 
 import json
 import math
@@ -7,21 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from mmtrain.log import history
+
+Figures = Mapping[str, float | None]
+
 
 def print_line(text: str) -> None:
-    """One line to stderr."""
+    """Print one line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-class Log:
-    """The story of a run: every step to RUN/metrics.jsonl, a console line every `log_every` steps.
+class MetricsLog:
+    """Writes every step and validation to RUN/metrics.jsonl, and prints a console line every `log_every` steps.
 
-    run_dir None writes no file, say None prints nothing: so it is on all ranks but the first. `also` takes every line
-    that is written.
+    On all ranks but the first, `run_dir` None writes no file and `say` None prints nothing. `also` is called with every
+    record that is written. Records of an earlier session after `first_step` are removed from the file.
     """
 
     def __init__(
@@ -32,39 +38,39 @@ class Log:
         first_step: int,
         log_every: int,
         say: Callable[[str], None] | None,
-        also: Callable[[Mapping[str, Any]], None] | None = None,
+        also: Callable[[Figures], None] | None = None,
     ):
         self.say_line, self._log_every, self._num_steps = say, log_every, num_steps
         self._first_step = first_step
         self._also = also
         self._file = None
         if run_dir is not None:
-            cut_after(run_dir / "metrics.jsonl", first_step)
-            self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            history.cut_after(run_dir / history.METRICS, first_step)
+            self._file = (run_dir / history.METRICS).open("a", encoding="utf-8")
         self._started = time.monotonic()
 
     def start_clock(self) -> None:
-        """The first step begins now: what is still to do is estimated from here."""
+        """Mark the beginning of the first step, from which the remaining time is estimated."""
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
-        """A line to the console, unless the run is quiet."""
+        """Print a line, unless the run is quiet."""
         if self.say_line is not None:
             self.say_line(text)
 
     def warn(self, text: str) -> None:
-        """A line from whichever rank it concerns."""
+        """Print a line on any rank, quiet or not."""
         (self.say_line or print_line)(text)
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Write a step's figures; print them at intervals, at the first and at the last step."""
+    def step(self, record: Mapping[str, float]) -> None:
+        """Write a step's figures; print them every `log_every` steps and at the first and last step."""
         self._write({**record, "memory_bytes": memory_bytes()})
-        done = record["step"]
-        if done % self._log_every == 0 or done in (self._first_step + 1, self._num_steps):
+        step = record["step"]
+        if step % self._log_every == 0 or step in (self._first_step + 1, self._num_steps):
             self.say(self._line(record))
 
-    def val(self, record: Mapping[str, Any]) -> None:
-        """Write and print held-out figures."""
+    def val(self, record: Figures) -> None:
+        """Write and print held-out figures, named val_…."""
         self._write(record)
         self.say(f"step {record['step']}/{self._num_steps} val | {val_line(record)}")
 
@@ -73,7 +79,7 @@ class Log:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Figures) -> None:
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -82,7 +88,7 @@ class Log:
         if self._also is not None:
             self._also(finite)
 
-    def _line(self, record: Mapping[str, Any]) -> str:
+    def _line(self, record: Mapping[str, float]) -> str:
         done = record["step"]
         per_step = (time.monotonic() - self._started) / (done - self._first_step)
         parts = [
@@ -101,15 +107,14 @@ class Log:
 
 
 def val_losses(run_dir: Path) -> list[float]:
-    """The val losses metrics.jsonl holds, in order; none where there is no file."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [json.loads(line).get("val_loss", "") for line in lines]
-    return [math.nan if loss is None else loss for loss in found if loss != ""]
+    """The val losses in metrics.jsonl, in order; NaN for those that were not finite, empty without a file."""
+    records = history.read_records(run_dir / history.METRICS, history.Metrics)
+    losses = [record["val_loss"] for record in records if "val_loss" in record]
+    return [math.nan if loss is None else loss for loss in losses]
 
 
 def num_since_best(losses: Sequence[float]) -> int:
-    """How many of these came after the smallest; one that is not a number is never the smallest."""
+    """How many losses came after the smallest one; NaN is never the smallest."""
     best, best_at = math.inf, -1
     for at, loss in enumerate(losses):
         if loss < best:
@@ -117,28 +122,27 @@ def num_since_best(losses: Sequence[float]) -> int:
     return len(losses) - 1 - best_at
 
 
-def val_line(record: Mapping[str, Any]) -> str:
-    """Held-out figures on one line; of pairs those that show what is learned, and of each of several datasets its loss: the
-    others stand in metrics.jsonl."""
-    found = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
-    each = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in found.items() if name.startswith("loss/")]
-    of_all = _of_all({name: value for name, value in found.items() if "/" not in name})
-    return f"{of_all} | loss of each: {', '.join(each)}" if each else of_all
+def val_line(record: Figures) -> str:
+    """Held-out figures on one line. Of pairs a selection, and of several datasets the loss of each; all figures are in
+    metrics.jsonl."""
+    figures = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
+    losses = [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in figures.items() if k.startswith("loss/")]
+    line = _overall({k: v for k, v in figures.items() if "/" not in k})
+    return f"{line} | loss of each: {', '.join(losses)}" if losses else line
 
 
-def _of_all(found: Mapping[str, Any]) -> str:
-    """The line without single datasets."""
-    if "accuracy" not in found or "loss" not in found:
-        return " ".join(f"{name} {value:.4g}" for name, value in found.items())
+def _overall(figures: Mapping[str, float]) -> str:
+    """The line for all datasets together."""
+    if "accuracy" not in figures or "loss" not in figures:
+        return " ".join(f"{name} {value:.4g}" for name, value in figures.items())
     names = ("chosen_drift", "rejected_drift", "flipped_right", "flipped_wrong")
-    drift = {name: found.get(name, math.nan) for name in names}
-    guard = f" | guard {found['guard_loss']:.3f} nats a token" if "guard_loss" in found else ""
-    part = _pair_part({**found, **drift})
-    return f"loss {found['loss']:.4g} {part} | chosen {found['chosen_nll']:.3f} nats a token{guard}"
+    pairs = _pair_part(dict.fromkeys(names, math.nan) | dict(figures))
+    guard = f" | guard {figures['guard_loss']:.3f} nats a token" if "guard_loss" in figures else ""
+    return f"loss {figures['loss']:.4g} {pairs} | chosen {figures['chosen_nll']:.3f} nats a token{guard}"
 
 
-def _pair_part(record: Mapping[str, Any]) -> str:
-    """Accuracy and margin; where there is a reference, how far both sides have drifted from it and whose order flipped."""
+def _pair_part(record: Mapping[str, float]) -> str:
+    """Accuracy and margin of pairs; with a reference also the drift from it, and the pairs whose order has flipped."""
     text = f"acc {record['accuracy']:.2f} margin {record['reward_margin']:+.3f}"
     if not math.isfinite(record["chosen_drift"]):
         return text
@@ -147,24 +151,8 @@ def _pair_part(record: Mapping[str, Any]) -> str:
     return f"{text} {drift} | flipped right {right:.0f}% wrong {wrong:.0f}%"
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that belong to steps after `step`, and a torn last line; nothing when there is none."""
-    if not path.exists():
-        return
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # torn by a kill in the middle of a write
-            continue
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-
-
 def memory_bytes() -> int:
-    """The most memory used so far: on the CUDA device where there is one, else by this process."""
+    """Peak memory so far: of the CUDA device where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -172,7 +160,7 @@ def memory_bytes() -> int:
 
 
 def short(number: float) -> str:
-    """A number as people say it: 512, 5.1k, 2.3M."""
+    """A rounded number with its unit: 512, 5.1k, 2.3M."""
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.0f}" if unit == "" else f"{number:.1f}{unit}"
@@ -181,7 +169,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 9s, 1m07s, 2h05m."""
+    """Seconds with units: 9s, 1m07s, 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -18,7 +18,7 @@ from mmtrain import checkpoint, distributed
 from mmtrain.config import TrainOptions, as_json
 from mmtrain.distributed import World
 from mmtrain.log import metrics
-from mmtrain.log.reporter import Keeper
+from mmtrain.log.reporter import Reporter
 from mmtrain.log.trackers import Tracked, Trackers
 from mmtrain.log.trackers import check as check_trackers
 from mmtrain.model import lora
@@ -65,7 +65,7 @@ class Run:
     gradient: Tensor
     tokenizer: Tokenizer
     ref: dict[str, Tensor]
-    log: metrics.Log
+    log: metrics.MetricsLog
     facts: dict[str, Any]
     scale: LossScale
     lag: int  # steps whose figures may still be on their way: one on CUDA, which then never waits for us
@@ -87,7 +87,7 @@ class Run:
     last_saved: int = -1
     best: dict[str, Any] | None = None  # step and val_loss of the lowest val loss so far
     val: dict[str, float] = field(default_factory=dict)
-    keeper: Keeper | None = None  # of the first rank's report and samples
+    keeper: Reporter | None = None  # of the first rank's report and samples
 
     @property
     def out(self) -> Path:
@@ -138,7 +138,7 @@ def start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
         average.go_on({name: in_training[name] for name in in_training if name not in scale.tensors()})
     facts = first_facts(plan, world, model) | {"preflight": needs.as_json()}
     trackers = _open_trackers(plan, world, facts, say or (lambda _: None))
-    log = metrics.Log(
+    log = metrics.MetricsLog(
         config.out if world.is_first else None,
         num_steps=plan.num_steps,
         first_step=first_step,
@@ -155,7 +155,7 @@ def start(plan: Plan, world: World, say: Callable[[str], None] | None) -> Run:
     run.best = plan.resumed.state.get("best") if plan.resumed else None
     run.write_facts(status="running")
     if world.is_first:
-        run.keeper = Keeper(config.out, first_step=first_step, with_report=config.report, with_samples=config.samples)
+        run.keeper = Reporter(config.out, first_step=first_step, with_report=config.report, with_samples=config.samples)
     for note in notes:
         run.log.say(note)
     _say_start(run)

@@ -1,6 +1,6 @@
 """What a run spends on telling of itself: `python tests/bench/keeper.py SHARDS [--model demo] [--steps 600] [--val-every 20]`.
 
-Pretrains on a packed dataset in this process, into a directory that is deleted, and prints the seconds inside `Keeper` (events,
+Pretrains on a packed dataset in this process, into a directory that is deleted, and prints the seconds inside `Reporter` (events,
 samples, reports while it trains) and after the last step (the last samples and report) beside those of the whole run.
 """
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import TrainOptions
-from mmtrain.log.reporter import Keeper
-from mmtrain.train import loop
+from mmtrain.log.reporter import Reporter
+from mmtrain.train import loop, run
 
 spent: Counter[str] = Counter()
 calls: Counter[str] = Counter()
 
 
-class Timed(Keeper):
-    """A Keeper whose time is added up, that of the last validation and page apart."""
+class Timed(Reporter):
+    """A Reporter whose time is added up, that of the last validation and page apart."""
 
     is_over = False
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--val-every", type=int, default=20)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     options = parser.parse_args()
-    loop.Keeper = Timed
+    run.Reporter = Timed
     with tempfile.TemporaryDirectory() as scratch:
         config = TrainOptions(
             stage="pretrain",

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import MMError, TokenizerError, UsageError
-from mmtrain.inference.engine import THINKING, Delta, Engine, Token, fit
+from mmtrain.inference.chat import THINKING, fit
+from mmtrain.inference.engine import Delta, Engine, Token
 from mmtrain.inference.replies import THINK, Splitter
 from mmtrain.inference.sampling import Sampling
 from mmtrain.inference.serve import api
