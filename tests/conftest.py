@@ -1,16 +1,34 @@
-"""Shared by all tests: the repository's root is importable, and torch uses one thread so that workers do not fight."""
+"""Fixtures shared by the tests. What costs time to build is built once a session, also where pytest-xdist runs several workers."""
 
 import os
+import pickle
+import shlex
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from command_line import Ran, Run
+from filelock import FileLock
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if TYPE_CHECKING:  # the controller of the workers builds nothing and starts faster without them
+    from train_data import Data
+
+    from mmdata.pack.pipeline import PackResult
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_BYTES = 2**31  # free space in memory that temporary files of the tests may take; they use a tenth of it
+Build = Callable[[str, Callable[[Path], object]], Path]
+
+
+def pytest_configure() -> None:
+    """Use one thread a worker, and keep temporary files in memory where there is room."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > SHARED_MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +36,95 @@ def one_torch_thread() -> None:
     """Keep torch, when a test has imported it, on one thread."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A function that returns the directory of a name, filled by `build` in the first test of any worker that asks for it.
+
+    Tests share the directory and must not change what is in it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all workers
+
+    def directory(name: str, build: Callable[[Path], object]) -> Path:
+        out = root / "shared" / name
+        out.parent.mkdir(exist_ok=True)
+        with FileLock(f"{out}.lock"):
+            if not out.with_name(f"{name}.done").exists():
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir()
+                build(out)
+                out.with_name(f"{name}.done").touch()
+        return out
+
+    return directory
+
+
+# --- packing
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(built_once: Build) -> Path:
+    """A tokenizer of 400 tokens with the plain ChatML template."""
+    import pack_data
+
+    return built_once("tokenizer", pack_data.train_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def packed(built_once: Build, tokenizer_dir: Path) -> "dict[str, PackResult]":
+    """For each kind 300 rows in several parts, packed with buckets 512 and 640 (and documents long enough for both)."""
+    import pack_data
+
+    root = built_once("packed", lambda out: pack_data.pack_all(out, tokenizer_dir))
+    return pickle.loads((root / "results.pickle").read_bytes())
+
+
+# --- training
+
+
+@pytest.fixture(scope="session")
+def data(built_once: Build) -> "Data":
+    """Small packed datasets of all three row kinds."""
+    import train_data
+
+    return train_data.of(built_once("train_data", train_data.make))
+
+
+@pytest.fixture(scope="session")
+def runs(built_once: Build, data: "Data") -> Path:
+    """A directory of runs: pretrain, sft and dpo, each from the one before."""
+    from train_runs import three_stages
+
+    return built_once("runs", lambda out: three_stages(data, out))
+
+
+# --- the command line
+
+
+@pytest.fixture
+def home(data: "Data", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory as a user has one, as the current directory: data/*.jsonl and data/tokenizer."""
+    source = data.tokenizer.parent
+    shutil.copytree(data.tokenizer, tmp_path / "data" / "tokenizer")
+    for stage, name in (("pretrain", "pretrain_hq"), ("sft", "sft_512"), ("dpo", "dpo")):
+        shutil.copy(source / f"{stage}.jsonl", tmp_path / "data" / f"{name}.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process, through the same entry as the `mm` script."""
+    import cli
+
+    def run(line: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["mm", *shlex.split(line)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        written = capfd.readouterr()
+        return Ran(int(ended.value.code or 0), written.out, written.err)
+
+    return run

@@ -1,12 +1,11 @@
 """Small jsonl files of all three row kinds and a tokenizer for them, for the tests of packing, shards and loader."""
 
 import json
+import pickle
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
@@ -54,14 +53,11 @@ def write_rows(path: Path, kind: str, count: int, seed: int = 0) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", name="tokenizer_dir")
-def fixture_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 400 tokens with the plain ChatML template."""
-    out = tmp_path_factory.mktemp("tokenizer")
+def train_tokenizer(out: Path) -> None:
+    """Train a tokenizer of 400 tokens with the plain ChatML template into `out`."""
     draw = random.Random(1)
     texts = (words(draw, 60) for _ in range(100))
     train_bpe(texts, vocab_size=400, control_tokens=CONTROL, chat_template=CHATML, out_dir=out)
-    return out
 
 
 def pack_with(inputs: Sequence[Path], out: Path, **arguments: Any) -> PackResult:
@@ -70,14 +66,12 @@ def pack_with(inputs: Sequence[Path], out: Path, **arguments: Any) -> PackResult
     return pack(inputs, out, PackOptions(**arguments), **callbacks)
 
 
-@pytest.fixture(scope="session", name="packed")
-def fixture_packed(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> dict[str, PackResult]:
-    """For each kind 300 rows in several parts, packed with buckets 512 and 640 (and documents long enough for both)."""
-    root = tmp_path_factory.mktemp("packed")
+def pack_all(root: Path, tokenizer_dir: Path) -> None:
+    """Pack 300 rows of each kind in several parts into ROOT/KIND, and keep the results in root/results.pickle."""
     results = {}
     for kind in MAKERS:
         path = write_rows(root / f"{kind}.jsonl", kind, 300)
         results[kind] = pack(
             [path], root / kind, PackOptions(tokenizer=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000)
         )
-    return results
+    (root / "results.pickle").write_bytes(pickle.dumps(results))

@@ -5,9 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import Run, fine, home, made, mm, refused
-
-__all__ = ["home", "made", "mm"]  # fixtures
+from command_line import Run, fine, refused
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
-from test_history import make_run
-from test_page import HOSTILE
+from pack_data import write_rows
+from pages import HOSTILE
+from train_runs import make_run
 
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack

@@ -2,83 +2,14 @@
 
 import io
 import json
-import shlex
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import train_data
+from command_line import Run, fine, refused
 
 import cli
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A command's exit code and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[[str], Ran]
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as a user has one: data/*.jsonl and data/tokenizer."""
-    root = tmp_path_factory.mktemp("made")
-    train_data.make(root / "source")
-    data = root / "data"
-    data.mkdir()
-    for stage, name in (("pretrain", "pretrain_hq"), ("sft", "sft_512"), ("dpo", "dpo")):
-        shutil.copy(root / "source" / f"{stage}.jsonl", data / f"{name}.jsonl")
-    shutil.copytree(root / "source" / "tokenizer", data / "tokenizer")
-    return root
-
-
-@pytest.fixture
-def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh copy of it, as the current directory."""
-    shutil.copytree(made / "data", tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def mm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process, through the same entry as the `mm` script."""
-
-    def run(line: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["mm", *shlex.split(line)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capfd.readouterr()
-        return Ran(int(ended.value.code or 0), written.out, written.err)
-
-    return run
-
-
-def fine(ran: Ran) -> Ran:
-    assert ran.code == 0, ran.err
-    assert "Traceback" not in ran.err
-    return ran
-
-
-def refused(ran: Ran, *words: str) -> Ran:
-    """One error line, one fix line, no traceback, an exit code that says so."""
-    assert ran.code != 0, ran.out
-    lines = ran.err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1, ran.err
-    assert lines[lines.index(errors[0]) + 1].startswith("fix: "), ran.err
-    assert "Traceback" not in ran.err
-    for word in words:
-        assert word in ran.err, ran.err
-    return ran
 
 
 def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) -> None:

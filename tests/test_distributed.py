@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_data import Data, make
+from train_data import Data
 
 from mmdata.errors import UsageError
 from mmdata.shards.dataset import open_dataset
@@ -62,12 +62,6 @@ import pathlib
 threads = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
 assert not any("gloo" in name for name in threads), threads  # left behind, they sometimes abort the process at its end
 """
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make(tmp_path_factory.getbasetemp() / "train_data")
 
 
 def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:

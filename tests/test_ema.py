@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import at_step, config_of, interrupt, lines
 from torch import nn
 from train_data import Data
-from train_data import make as make_data
+from train_runs import at_step, config_of, interrupt, lines
 
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader
@@ -19,12 +18,6 @@ from mmtrain.config import TrainOptions
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.train.ema import Average
 from mmtrain.train.loop import train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make_data(tmp_path_factory.getbasetemp() / "train_data")
 
 
 def test_the_average_follows_its_rule() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import eras
 import numpy as np
 import pytest
-from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import write_rows
 
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.pack.options import PackOptions

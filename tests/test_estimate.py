@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pack_data import MAKERS, fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import MAKERS, write_rows
 
 from mmdata.errors import InputError
 from mmdata.pack import estimate as module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import NORMED, SHAPE, make_tokenizer, weights
-from train_data import make as make_data
+from train_data import Data
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
@@ -143,8 +143,7 @@ def test_a_shape_that_minimind_cannot_make_is_refused(runs: dict[str, Path], tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_the_card_names_data_and_lineage(tmp_path: Path) -> None:
-    data = make_data(tmp_path / "data")
+def test_the_card_names_data_and_lineage(data: Data, tmp_path: Path) -> None:
     for stage, init in (("pretrain", None), ("sft", tmp_path / "pretrain-1")):
         train(
             TrainOptions(
@@ -167,8 +166,7 @@ def test_the_card_names_data_and_lineage(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-def test_adapters_are_exported_merged(tmp_path: Path) -> None:
-    data = make_data(tmp_path / "data")
+def test_adapters_are_exported_merged(data: Data, tmp_path: Path) -> None:
     for out, init, lora in (("base", None, None), ("adapted", tmp_path / "base", 4)):
         train(
             TrainOptions(

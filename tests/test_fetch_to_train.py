@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import train_data
 from fakehub import FakeHub
+from train_data import Data
 
 import cli
 from mmdata.hub import catalog
@@ -16,19 +16,18 @@ DATASET = catalog.DATASET_REPO["hf"]
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+def hub(data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that has small files under the real names, and a tokenizer trained on them."""
     from huggingface_hub.utils import close_session
 
-    made = train_data.make(tmp_path / "source")
     stages = {"pretrain_t2t_mini": "pretrain", "sft_t2t_mini": "sft", "dpo": "dpo"}
     with FakeHub() as hub:
         hub.put(
             DATASET,
-            {f"{key}.jsonl": first_lines(tmp_path / "source" / f"{stage}.jsonl") for key, stage in stages.items()},
+            {f"{key}.jsonl": first_lines(data.tokenizer.parent / f"{stage}.jsonl") for key, stage in stages.items()},
         )
         hub.put(
-            "jingyaogong/minimind-3", {path.name: path.read_bytes() for path in made.tokenizer.iterdir()}, kind="models"
+            "jingyaogong/minimind-3", {path.name: path.read_bytes() for path in data.tokenizer.iterdir()}, kind="models"
         )
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_data import Data, make
+from train_data import Data
 
 from mmdata.errors import DatasetError
 from mmtrain import checkpoint
@@ -15,12 +15,6 @@ from mmtrain.config import TrainOptions
 from mmtrain.model.preference import Objective
 from mmtrain.train.forecast import Forecast, forgetting, lines
 from mmtrain.train.loop import train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @pytest.fixture(scope="module")

@@ -1,42 +1,13 @@
 """What is told of runs, against plain sums over metrics.jsonl; files that a kill has torn; chains of runs."""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
+from train_runs import make_run
 
 from mmdata.errors import CheckpointError
 from mmtrain.log import history
-
-
-def make_run(path: Path, number: int, *, stage: str = "sft", init: str = "", **facts: Any) -> list[dict[str, Any]]:
-    """A run directory with `number` steps, the figures of each a function of its step; gives its step records."""
-    (path / "checkpoints").mkdir(parents=True)
-    run = {"stage": stage, "status": "finished", "num_steps": number, "num_params": 1000, "world_size": 1, **facts}
-    run |= {"model": {"vocab_size": 10, "hidden_size": 20}, "init": {"dir": init} if init else None}
-    run["settings"] = {"lr": {"value": 0.1, "from": "flag"}, "epochs": {"value": None, "from": "default"}}
-    (path / "run.json").write_text(json.dumps(run))
-    records = []
-    with (path / "metrics.jsonl").open("w") as file:
-        for step in range(1, number + 1):
-            record = {
-                "step": step,
-                "loss": 5 - math.log(step),
-                "lr": 0.1 / step,
-                "grad_norm": 1.0,
-                "tokens": 100 + step,
-                "trained_tokens": 50,
-                "tokens_per_s": 10.0 * (1 + step % 3),
-                "skipped": int(step > 7),
-                "memory_bytes": 10**9,
-            }
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            if step % 5 == 0:
-                file.write(json.dumps({"step": step, "val_loss": 6 - math.log(step), "val_bits_per_byte": 1.0}) + "\n")
-    return records
 
 
 def test_totals_and_curves_are_plain_sums(tmp_path: Path) -> None:

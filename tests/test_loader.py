@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pack_data import fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import write_rows
 
 from mmdata.errors import DatasetError
 from mmdata.pack.options import PackOptions

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from train_data import Data, make, pack_to
+from train_data import Data, pack_to
+from train_runs import at_step, config_of, interrupt, lines, refused_run, steps
 
 from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
 from mmdata.shards.dataset import open_dataset
@@ -30,12 +30,6 @@ from mmtrain.train import loop, reference
 from mmtrain.train.loop import TrainResult, train
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make(tmp_path_factory.getbasetemp() / "train_data")
-
-
 @pytest.fixture(scope="module")
 def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of runs: pretrain, sft and dpo, each from the one before."""
@@ -49,37 +43,6 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
         base = TrainOptions(stage, (source,), root / stage, epochs=2, batch_tokens=1024, device="cpu", runs_dir=root)
         train(replace(base, **settings, quiet=True))
     return root
-
-
-def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:
-    """Seven steps of a stage, saved every third."""
-    base: dict[str, Any] = {"steps": 7, "batch_tokens": 1024, "micro_tokens": 512, "lr": 2e-3, "save_every": 3}
-    base |= {"device": "cpu", "val_every": 3, "log_every": 1, "runs_dir": out.parent}
-    return TrainOptions(stage, (getattr(data, stage),), out, **(base | settings))
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without its clock."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_bytes")} for line in found]
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    return [line for line in lines(run) if "loss" in line]
-
-
-def at_step(step: int, act: Callable[[], None]) -> Callable[[str], None]:
-    """A `say` that acts when the line of `step` is printed."""
-
-    def say(text: str) -> None:
-        if text.startswith(f"step {step}/") and "val" not in text:
-            act()
-
-    return say
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def test_the_three_stages_follow_each_other_and_learn(runs: Path) -> None:
@@ -215,7 +178,7 @@ def test_other_data_is_taken_when_told(data: Data, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was trained on dataset"):
         train(other)
     assert train(replace(other, other_data=True)).final_step == 3
-    refused(
+    refused_run(
         UsageError, "--other-data goes with --resume", "leave it out", replace(run, out=tmp_path / "x", other_data=True)
     )
 
@@ -383,15 +346,9 @@ def test_datasets_of_one_name_are_told_apart_by_their_path() -> None:
 # --- what is refused, each with a fix -------------------------------------------------------------------------------
 
 
-def refused(error: type[Exception], match: str, fix: str, run: TrainOptions) -> None:
-    with pytest.raises(error, match=match) as caught:
-        train(replace(run, quiet=True))
-    assert fix in caught.value.fix  # type: ignore[attr-defined]
-
-
 def test_the_wrong_kind_of_dataset_names_the_right_stage(data: Data, tmp_path: Path) -> None:
     run = replace(config_of("pretrain", data, tmp_path / "run", model="tiny"), data=(data.dpo,))
-    refused(DatasetError, "holds pair rows", "mm train dpo", run)
+    refused_run(DatasetError, "holds pair rows", "mm train dpo", run)
     assert not run.out.exists()
 
 
@@ -410,10 +367,10 @@ def test_without_a_run_to_start_from_a_stage_warns_and_takes_new_weights(
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(data: Data, runs: Path, tmp_path: Path) -> None:
     run = config_of("sft", data, tmp_path / "run", init=runs / "pretrain")
-    refused(CheckpointError, "another tokenizer", "--tokenizer", replace(run, data=(data.other,)))
-    refused(CheckpointError, "another tokenizer", "mm pack", replace(run, data=(data.sft, data.other)))
+    refused_run(CheckpointError, "another tokenizer", "--tokenizer", replace(run, data=(data.other,)))
+    refused_run(CheckpointError, "another tokenizer", "mm pack", replace(run, data=(data.sft, data.other)))
     scratch = config_of("sft", data, tmp_path / "run", model="tiny")
-    refused(DatasetError, "another tokenizer", "mm pack", replace(scratch, data=(data.sft, data.other)))
+    refused_run(DatasetError, "another tokenizer", "mm pack", replace(scratch, data=(data.sft, data.other)))
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(
@@ -421,28 +378,28 @@ def test_a_vocabulary_larger_than_the_models_is_refused(
 ) -> None:
     monkeypatch.setitem(config.MODEL_SHAPES, "small", replace(config.MODEL_SHAPES["tiny"], vocab_size=200))
     run = config_of("pretrain", data, tmp_path / "run", model="small")
-    refused(UsageError, "the tokenizer has 300 ids", "--model demo", run)
+    refused_run(UsageError, "the tokenizer has 300 ids", "--model demo", run)
 
 
 def test_a_run_is_not_overwritten(data: Data, runs: Path) -> None:
-    refused(UsageError, "already holds a run", "--resume", config_of("sft", data, runs / "sft"))
+    refused_run(UsageError, "already holds a run", "--resume", config_of("sft", data, runs / "sft"))
 
 
 def test_resuming_with_other_data_or_settings_is_refused(data: Data, tmp_path: Path) -> None:
     run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True)
     train(run)
     again = replace(run, resume=True)
-    refused(CheckpointError, "started with lr 0.002, now 0.1", "--lr", replace(again, lr=0.1))
+    refused_run(CheckpointError, "started with lr 0.002, now 0.1", "--lr", replace(again, lr=0.1))
     pack_to(data, "sft", tmp_path / "other", val_fraction=0.4)
-    refused(CheckpointError, "was trained on dataset", "--data", replace(again, data=(tmp_path / "other",)))
-    refused(CheckpointError, "is a sft run", "mm train sft", replace(again, stage="pretrain"))
-    refused(UsageError, "--init starts a run", "leave one", replace(again, init=run.out))
+    refused_run(CheckpointError, "was trained on dataset", "--data", replace(again, data=(tmp_path / "other",)))
+    refused_run(CheckpointError, "is a sft run", "mm train sft", replace(again, stage="pretrain"))
+    refused_run(UsageError, "--init starts a run", "leave one", replace(again, init=run.out))
 
 
 def test_flags_that_contradict_each_other_are_refused(data: Data, tmp_path: Path) -> None:
     run = config_of("pretrain", data, tmp_path / "run", model="tiny")
-    refused(UsageError, "contradict", "give one", replace(run, epochs=1))
-    refused(UsageError, "--beta belongs to dpo", "leave --beta out", replace(run, beta=0.2))
-    refused(UsageError, "--lr -1 must be greater", "default", replace(run, lr=-1))
-    refused(UsageError, "--model huge is unknown", "minimind2", replace(run, model="huge"))
-    refused(UsageError, "--schedule step is unknown", "cosine", replace(run, schedule="step"))
+    refused_run(UsageError, "contradict", "give one", replace(run, epochs=1))
+    refused_run(UsageError, "--beta belongs to dpo", "leave --beta out", replace(run, beta=0.2))
+    refused_run(UsageError, "--lr -1 must be greater", "default", replace(run, lr=-1))
+    refused_run(UsageError, "--model huge is unknown", "minimind2", replace(run, model="huge"))
+    refused_run(UsageError, "--schedule step is unknown", "cosine", replace(run, schedule="step"))

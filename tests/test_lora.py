@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import at_step, config_of, interrupt, lines, steps
 from train_data import Data
-from train_data import make as make_data
+from train_runs import at_step, config_of, interrupt, lines, steps
 
 from mmdata.errors import CheckpointError
 from mmdata.io.arrow import read_arrow
@@ -29,12 +28,6 @@ from mmtrain.model.model import Model
 from mmtrain.train.loop import train
 
 SHAPE = ModelConfig(300, 32, 2, 4, 2, 48, rope_theta=1e4, qk_norm=True)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make_data(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import Data, make, pack_to
+from train_data import Data, pack_to
 
 from mmdata.errors import TokenizerError
 from mmdata.shards.dataset import open_dataset, source_rows
@@ -16,11 +16,6 @@ from mmtrain.config import shape_from
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.inference.score import Scored, figures, noisiest, score
 from mmtrain.model.model import Model
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    return make(tmp_path_factory.mktemp("data") / "root")
 
 
 @pytest.fixture(scope="module")

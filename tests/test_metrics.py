@@ -5,21 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_loop import config_of, lines, refused
 from train_data import Data, pack_to
-from train_data import make as make_data
+from train_runs import config_of, lines, refused_run
 
 from mmdata.errors import UsageError
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.log import metrics
 from mmtrain.train.loop import train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make_data(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +67,6 @@ def test_a_run_that_gets_better_is_not_ended(data: Data, tmp_path: Path) -> None
 
 def test_patience_without_validations_is_refused(data: Data, tmp_path: Path) -> None:
     base = config_of("sft", data, tmp_path / "run", model="tiny", patience=2)
-    refused(UsageError, "--patience 2 counts validations", "--val-every", replace(base, val_every=0))
+    refused_run(UsageError, "--patience 2 counts validations", "--val-every", replace(base, val_every=0))
     pack_to(data, "sft", tmp_path / "no_val", val_fraction=0.0)
-    refused(UsageError, "--patience 2 counts validations", "val split", replace(base, data=(tmp_path / "no_val",)))
+    refused_run(UsageError, "--patience 2 counts validations", "val split", replace(base, data=(tmp_path / "no_val",)))

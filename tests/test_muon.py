@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import at_step, config_of, interrupt, lines
 from torch import nn
 from train_data import Data
-from train_data import make as make_data
+from train_runs import at_step, config_of, interrupt, lines
 
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
@@ -164,12 +163,6 @@ def test_grad_scale_divides_the_gradient() -> None:
 
 
 # --- in a run -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make_data(tmp_path_factory.getbasetemp() / "train_data")
 
 
 def test_a_run_learns_with_muon_and_resumes_to_the_last_bit(data: Data, tmp_path: Path) -> None:

@@ -6,14 +6,12 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from test_cli import Run, mm, refused
+from command_line import Run, refused
 
 import cli
 from mmdata.commands.options import GroupedCommand, add
 from mmdata.errors import UsageError
 from mmdata.options import Option, check, option
-
-__all__ = ["mm"]  # a fixture
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,53 +2,14 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import HOSTILE, parsed
 
 from mmdata.stats.report import page
 from mmdata.stats.report.page import Bar, Section, Words
-
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "<!--<script>",
-    "<img src=x onerror=alert(1)>",
-    "\u2028\u2029&amp;<b>",
-    "\u202eright to left\u202c \u05d0\u05d1 \u0627",
-    "e\u0301\u0302" * 20,
-    "\"'`${x}",
-]
-
-
-class Elements(HTMLParser):
-    """Tags, attributes, and the text of each script."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self._in_script = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-            self._in_script = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_script = self._in_script and tag != "script"
-
-    def handle_data(self, data: str) -> None:
-        if self._in_script:
-            self.scripts[-1] += data
-
-
-def parsed(html: str) -> Elements:
-    elements = Elements()
-    elements.feed(html)
-    return elements
 
 
 def whole(text: str, lang: str = "en") -> str:

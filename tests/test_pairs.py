@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 
 from mmdata.shards.dataset import Dataset, open_dataset
 from mmdata.shards.loader import MicroBatch

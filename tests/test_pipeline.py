@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack_data import fixture_packed, fixture_tokenizer_dir, pack_with, write_rows  # noqa: F401
+from pack_data import pack_with, write_rows
 
 from mmdata.encode.rows import iter_lines, parse_row, row_hash
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, TokenizerError, UsageError

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import at_step, config_of, interrupt, lines, steps
 from train_data import Data
-from train_data import make as make_data
+from train_runs import at_step, config_of, interrupt, lines, steps
 
 from mmdata.errors import TrainError
 from mmtrain import checkpoint
@@ -21,12 +20,6 @@ from mmtrain.model.precision import LossScale
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Outcome, next_token
 from mmtrain.train.loop import train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make_data(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train_data import Data, make
+from train_data import Data
 
 from mmdata.errors import DiskError, TrainError
 from mmtrain import checkpoint
@@ -14,12 +14,6 @@ from mmtrain.config import TrainOptions
 from mmtrain.train import preflight
 from mmtrain.train.loop import train
 from mmtrain.train.run import needs_of
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @pytest.fixture

@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_data import Data, make, pack_to
+from train_data import Data, pack_to
 
 from mmdata.errors import CheckpointError, UsageError
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.train import reference
 from mmtrain.train.loop import train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @pytest.fixture(scope="module")

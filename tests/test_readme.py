@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from test_cli import Run, fine, home, made, mm
+from command_line import Run, fine
 
 import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.sh")])
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-__all__ = ["home", "made", "mm"]  # fixtures
 
 
 def lines_of(page: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import Data, make
+from train_data import Data
 
 from mmdata.errors import CheckpointError
 from mmdata.shards.dataset import open_dataset
@@ -22,12 +22,6 @@ LOGPS = {
     "val": torch.zeros(0, 2, dtype=torch.float64),
 }
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make(tmp_path_factory.getbasetemp() / "train_data")
 
 
 def test_every_pair_gets_its_own_logps_whatever_the_cut(data: Data) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import write_rows
 
 from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io import remote

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pack_data import fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import write_rows
 
 from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.pack import part as parts

@@ -5,14 +5,13 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_data import fixture_packed, fixture_tokenizer_dir, words, write_rows  # noqa: F401
-from test_cli import Run, fine, home, made, mm, refused
-from test_page import HOSTILE, parsed
+from command_line import Run, fine, refused
+from pack_data import words, write_rows
+from pages import HOSTILE, cards, parsed
 
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
@@ -23,14 +22,7 @@ from mmdata.stats.report import compare, report
 from mmdata.tokenizer.tokenizer import train_bpe
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
-__all__ = ["home", "made", "mm"]  # fixtures
 KINDS = ("document", "conversation", "pair")
-
-
-def cards(html: str) -> dict[str, str]:
-    """Label -> value of the page's large figures."""
-    found = re.findall(r'class="label">(.*?)</div><div class="value">(.*?)</div>', html)
-    return {unescape(label): unescape(value) for label, value in found}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import config_of, data, runs
 from train_data import Data
+from train_runs import config_of
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
 from mmdata.pack.options import PackOptions
@@ -19,7 +19,6 @@ from mmtrain.config import TrainOptions
 from mmtrain.train.embeddings import EMBEDDING, Growth, grow
 from mmtrain.train.loop import train
 
-__all__ = ["data", "runs"]  # fixtures
 TOKENS = ["seven.", "<new>"]
 
 

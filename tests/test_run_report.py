@@ -11,15 +11,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from test_cli import Run, fine, home, made, mm, refused
-from test_history import make_run
-from test_page import HOSTILE, parsed
-from test_report import cards
+from command_line import Run, fine, refused
+from pages import HOSTILE, cards, parsed
+from train_runs import make_run
 
 from mmtrain.log import history, report, reporter
 from mmtrain.model.stages import STAGES
-
-__all__ = ["home", "made", "mm"]  # fixtures
 
 
 @pytest.fixture

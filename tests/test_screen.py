@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pack_data import MAKERS, fixture_tokenizer_dir, pack_with, words, write_rows  # noqa: F401
+from pack_data import MAKERS, pack_with, words, write_rows
 
 from mmdata.errors import InputError, UsageError
 from mmdata.pack import dedup, repair

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from pack_data import CONTROL, fixture_packed, fixture_tokenizer_dir, write_rows  # noqa: F401
+from pack_data import CONTROL, write_rows
 
 from mmdata.encode.encoder import PairSequence, RowEncoder
 from mmdata.encode.rows import BadRow, iter_lines, parse_row

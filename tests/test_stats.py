@@ -2,7 +2,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 
 from mmdata.errors import InputError
 from mmdata.pack.pipeline import PackResult, length_figures

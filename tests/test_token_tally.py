@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pack_data import fixture_packed, fixture_tokenizer_dir  # noqa: F401
 
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset, source_rows

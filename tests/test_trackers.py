@@ -10,9 +10,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from test_loop import at_step, config_of, interrupt, lines
 from train_data import Data
-from train_data import make as make_data
+from train_runs import at_step, config_of, interrupt, lines
 
 from mmdata.errors import TrainError, UsageError
 from mmtrain import checkpoint
@@ -20,12 +19,6 @@ from mmtrain.config import TrainOptions
 from mmtrain.log import trackers
 from mmtrain.log.trackers import Sink, Tracked, Trackers
 from mmtrain.train.loop import train
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Small packed datasets of all three row kinds."""
-    return make_data(tmp_path_factory.getbasetemp() / "train_data")
 
 
 @dataclass

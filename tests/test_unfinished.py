@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_data import CONTROL, fixture_tokenizer_dir, pack_with, write_rows  # noqa: F401
+from pack_data import CONTROL, pack_with, write_rows
 
 from mmdata.errors import DatasetError, DiskError, InputError, UsageError
 from mmdata.pack import part as parts

@@ -1,9 +1,8 @@
-"""Small packed datasets of all three row kinds for the trainer's tests: sums in words, made here, packed once a process."""
+"""Small packed datasets of all three row kinds for the trainer's tests: sums in words, made here, packed once a session (conftest.py)."""
 
 import json
 import random
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from mmdata.pack.options import PackOptions
@@ -43,10 +42,13 @@ class Data:
     other: Path
 
 
-@cache
-def make(root: Path) -> Data:
-    """Write jsonl, train a tokenizer, pack; once for a root in this process."""
-    root.mkdir()
+def of(root: Path) -> Data:
+    """The directories that `make` writes."""
+    return Data(root / "tokenizer", *(root / f"shards_{name}" for name in ("pretrain", "sft", "dpo", "other")))
+
+
+def make(root: Path) -> None:
+    """Write jsonl files into an empty directory, train two tokenizers, pack."""
     draw = random.Random(3)
     texts, chats, pairs = [], [], []
     for _ in range(240):
@@ -66,7 +68,6 @@ def make(root: Path) -> Data:
     for name in sources:
         _pack(root, name, root / "tokenizer", root / f"shards_{name}")
     _pack(root, "sft", root / "other", root / "shards_other")
-    return Data(root / "tokenizer", *(root / f"shards_{name}" for name in ("pretrain", "sft", "dpo", "other")))
 
 
 def pack_to(data: Data, name: str, out: Path, *, val_fraction: float) -> None:
