@@ -17,15 +17,16 @@ def chat(**fields: Any) -> Request:
 def test_a_chat_request_is_read_with_openai_s_defaults() -> None:
     request = chat()
     assert [(m.role, m.content) for m in request.messages] == [("user", "hello")]
-    assert (request.temperature, request.top_p, request.n, request.stream) == (1.0, 1.0, 1, False)
-    assert request.max_tokens is request.seed is request.logprobs is None and request.is_chat
+    assert (request.sampling.temperature, request.sampling.top_p, request.n, request.stream) == (1.0, 1.0, 1, False)
+    assert request.max_tokens is request.seed is request.sampling.logprobs is None and request.is_chat
 
 
 def test_every_sampling_field_arrives() -> None:
     given = {"temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 7, "n": 2}
     request = chat(**given, stop="end", max_completion_tokens=9, logprobs=True, top_logprobs=4)
-    assert {name: getattr(request, name) for name in given} == given
-    assert (request.stop, request.max_tokens, request.logprobs) == (("end",), 9, 4)
+    places = {name: request if name in ("seed", "n") else request.sampling for name in given}
+    assert {name: getattr(place, name) for name, place in places.items()} == given
+    assert (request.sampling.stop, request.max_tokens, request.sampling.logprobs) == (("end",), 9, 4)
 
 
 def test_messages_of_every_kind_become_the_template_s() -> None:
@@ -55,7 +56,10 @@ def test_tool_choice_none_hides_the_tools() -> None:
 
 def test_fields_that_only_label_and_fields_that_ask_for_nothing_pass() -> None:
     labelled = {"user": "me", "metadata": {"a": 1}, "model": "runs/a"}
-    assert chat(**labelled, frequency_penalty=0, presence_penalty=0.0, logit_bias={}) == chat()
+    no_effect = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "functions": [], "echo": False}
+    no_effect |= {"modalities": ["text"], "function_call": "none", "best_of": 1, "suffix": "", "audio": None}
+    assert chat(**labelled, **no_effect) == chat()
+    assert chat(temperature=None, max_tokens=5.0, n=1.0, stop=None) == chat(max_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,6 @@ def test_fields_that_only_label_and_fields_that_ask_for_nothing_pass() -> None:
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}]},
@@ -82,16 +85,23 @@ def test_fields_that_only_label_and_fields_that_ask_for_nothing_pass() -> None:
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"n": 17}, "n"),
         ({"seed": "x"}, "seed"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stream": 1}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": {}}, "tools"),
-        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"top_p": 0}, "top_p"),
+        ({"echo": True}, "echo"),
+        ({"audio": {}}, "audio"),
+        ({"nonsense": None}, "nonsense"),
+        ({"chat_template_kwargs": {"other": 1}}, "chat_template_kwargs.other"),
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"temprature": 1}, "temprature"),
@@ -102,6 +112,31 @@ def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], param:
         chat(**fields)
     assert refused.value.param == param and refused.value.status == 400
     assert refused.value.body()["error"]["message"] == refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 3}, "temperature: expected a number <= 2.0"),
+        ({"temperature": "hot"}, "temperature: expected a number, got a text"),
+        ({"n": 1.5}, "n: expected a whole number"),
+        ({"stop": 3}, "stop: expected a text or a list, got a whole number"),
+        ({"frequency_penalty": 1}, "frequency_penalty is not supported here: leave it out"),
+        ({"temprature": 1}, "unknown field 'temprature'"),
+        (
+            {"tool_choice": "required"},
+            "tool_choice: expected auto or none, since a call cannot be forced, not 'required'",
+        ),
+        (
+            {"messages": [{"role": "robot"}]},
+            "messages[0].role: expected system, developer, user, assistant or tool, not 'robot'",
+        ),
+    ],
+)
+def test_an_error_says_what_was_expected(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        chat(**fields)
+    assert refused.value.message == message
 
 
 def test_another_model_is_not_found() -> None:
@@ -118,8 +153,12 @@ def test_a_body_that_is_no_object_is_refused(body: Any) -> None:
 
 def test_completions_take_texts() -> None:
     request = api.completion_request({"prompt": ["a", "b"], "logprobs": 2}, [])
-    assert (request.prompts, request.max_tokens, request.logprobs, request.is_chat) == (("a", "b"), 16, 2, False)
-    assert api.completion_request({"prompt": "a"}, []).logprobs is None
+    assert (request.prompts, request.max_tokens, request.sampling.logprobs) == (
+        ("a", "b"),
+        16,
+        2,
+    ) and not request.is_chat
+    assert api.completion_request({"prompt": "a"}, []).sampling.logprobs is None
     for prompt in (None, "", [], [1, 2], ["a", ""], ["a"] * 17):
         with pytest.raises(RequestError, match="prompt"):
             api.completion_request({"prompt": prompt}, [])

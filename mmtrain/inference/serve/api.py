@@ -1,36 +1,71 @@
-"""OpenAI's request bodies -> what to generate; what was generated -> their response bodies. No server and no model here.
+"""Request bodies of OpenAI's HTTP API, read and checked. No server and no model here.
 
-Every field is honoured or refused: what this server cannot do is an error that names the field, never ignored. Fields
-that only label a request (`user`, `metadata`, …) are accepted. Beyond OpenAI's, sampling takes `top_k`, `min_p` and
-`repetition_penalty`, under the names other local servers use.
+Every field is honoured or refused with an error that names it; none is ignored, except those that only label a request
+(`user`, `metadata`, …). Beyond OpenAI's fields there are `top_k`, `min_p`, `repetition_penalty`, `truncation` and
+`chat_template_kwargs`, named as in other local servers. Null stands for a field's default.
 """
 
 import json
-import math
-import time
-import uuid
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
 
 from mmdata.encode.template import Message
+from mmdata.io.records import convert_record, explain
+from mmtrain.inference.sampling import Sampling
 
-MAX_CHOICES = 16  # `n`
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 256
+MAX_CHOICES = 16  # `n`, and prompts of a completion
 MAX_TOP_LOGPROBS = 20
-MAX_MESSAGES = 1000
-ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Whole numbers are declared as float, since clients also write 5.0.
+Count = Annotated[float, Meta(ge=1, le=2**31, multiple_of=1)]
+Choices = Annotated[float, Meta(ge=1, le=MAX_CHOICES, multiple_of=1)]
+TopLogprobs = Annotated[float, Meta(ge=0, le=MAX_TOP_LOGPROBS, multiple_of=1)]
+Zero = Annotated[float, Meta(ge=0, le=0)]
+Text = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=256)]
+
+LABELS = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+    ]
+)
+_CHOICES = {  # what msgspec's message about a wrong value does not list
+    "messages.role": "system, developer, user, assistant or tool",
+    "tool_choice": "auto or none, since a call cannot be forced",
+    "tools.type": "function",
+    "response_format.type": "text",
+    "truncation": "auto or disabled",
+}
+_TYPES = {  # msgspec's names of types, in words
+    "float": "a number",
+    "int": "a whole number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
 
 
 class RequestError(Exception):
-    """A request that cannot be served, as the client is told: HTTP status, sentence, the field it is about."""
+    """A request that cannot be served: a message for the client, the field it is about, HTTP status and OpenAI's code."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, dict[str, str | None]]:
         """The error as OpenAI's clients expect it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
@@ -38,339 +73,250 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to generate. `messages` for a chat, else the texts in `prompts`; `logprobs` None: none, else how many
-    alternatives a token gets."""
+    """What to generate: `n` answers to `messages` (a chat), or `n` continuations of each text in `prompts`.
 
-    messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...]
-    prompts: tuple[str, ...]
+    `sampling` has neither the seed nor the length: `seed` None draws one, `max_tokens` None takes what the window holds.
+    """
+
+    sampling: Sampling
     max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
     seed: int | None
-    stop: tuple[str, ...]
     n: int
-    logprobs: int | None
     stream: bool
     include_usage: bool
-    think: bool | None = None  # None: as the template does
-    truncate: bool = False  # the oldest whole turns leave a conversation that is too long, instead of an error
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    prompts: tuple[str, ...] = ()
+    think: bool | None = None  # None: the chat template's default
+    truncate: bool = False  # drop the oldest turns of a conversation that is too long, instead of an error
 
     @property
     def is_chat(self) -> bool:
-        """Whether messages are answered, or texts go on."""
+        """Whether this is a chat, not a completion."""
         return bool(self.messages)
 
 
-_LABELS = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls",
-}  # fmt: skip
-_COMMON = {
-    "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "n", "logprobs",
-    "stream", "stream_options",
-}  # fmt: skip
-_CHAT = {
-    "messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs", "response_format", "truncation",
-    "chat_template_kwargs",
-}  # fmt: skip
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # accepted only where they ask for nothing
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-    "suffix": (None, ""),
-    "echo": (None, False),
-    "best_of": (None, 1),
-}
+# --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+class _Unsupported(Struct, kw_only=True):
+    """Fields of OpenAI's that are accepted only with a value that has no effect."""
+
+    frequency_penalty: Zero = 0
+    presence_penalty: Zero = 0
+    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] = {}
+    functions: Annotated[list[str], Meta(max_length=0)] = []
+    function_call: Literal["none"] = "none"
+    modalities: list[Literal["text"]] = []
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    suffix: Literal[""] = ""
+    echo: bool = False
+    best_of: Literal[1] = 1
+
+
+class _StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Body(_Unsupported, kw_only=True):
+    """Fields that chats and completions share."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[float, Meta(ge=0, le=2**31, multiple_of=1)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] = 1.0
+    seed: int | Annotated[float, Meta(multiple_of=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=16)] = []
+    n: Choices = 1
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+
+    def request(self, *, logprobs: float | None, max_tokens: float | None, **fields: Any) -> Request:
+        """The request, with the fields that only one kind has."""
+        if self.echo:
+            raise RequestError("echo is not supported here: leave it out", param="echo")
+        if self.stream_options and not self.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_k=int(self.top_k),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            logprobs=None if logprobs is None else int(logprobs),
+        )
+        return Request(
+            sampling,
+            max_tokens=None if max_tokens is None else int(max_tokens),
+            seed=None if self.seed is None else int(self.seed),
+            n=int(self.n),
+            stream=self.stream,
+            include_usage=bool(self.stream_options and self.stream_options.include_usage),
+            **fields,
+        )
+
+
+class _Part(Struct):
+    """A part of a message's content."""
+
+    type: str | None = None
+    text: str | None = None
+    refusal: str | None = None
+
+
+class _CalledFunction(Struct):
+    name: str
+    arguments: Any = "{}"  # JSON, or text that holds JSON
+
+
+class _ToolCall(Struct):
+    function: _CalledFunction
+
+
+class _Message(Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+    def message(self, place: str) -> Message:
+        """The message for the chat template. `place`: what errors name it by, such as messages[0]."""
+        calls = tuple(self._call(call.function, f"{place}.tool_calls") for call in self.tool_calls or ())
+        if calls and self.role != "assistant":
+            raise RequestError(f"{place}: only the assistant calls tools", param=f"{place}.tool_calls")
+        reasoning = self.reasoning_content if self.role == "assistant" else None
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, "" if self.content is None and calls else self._text(f"{place}.content"), reasoning, calls)
+
+    def _text(self, place: str) -> str:
+        """The content as one text."""
+        parts = self.content if isinstance(self.content, list) else [_Part("text", self.content)]
+        for part in parts:
+            if part.type not in (None, "text", "refusal"):
+                raise RequestError(f"{place}: this model reads text only, not {part.type!r}", param=place)
+            if part.text is None and part.refusal is None:
+                raise RequestError(f"{place}: expected a text", param=place)
+        return "".join(part.refusal or "" if part.text is None else part.text for part in parts)
+
+    @staticmethod
+    def _call(function: _CalledFunction, place: str) -> dict[str, Any]:
+        arguments = function.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise RequestError(f"{place}: function.arguments is not JSON ({error})", param=place) from None
+        return {"name": function.name, "arguments": arguments}
+
+
+class _Function(Struct):
+    name: str
+
+
+class _Tool(Struct):
+    function: _Function
+    type: Literal["function"] = "function"
+
+
+class _ResponseFormat(Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+
+
+class _TemplateOptions(Struct, forbid_unknown_fields=True, frozen=True):
+    enable_thinking: bool | None = None
+
+
+class _ChatBody(_Body, kw_only=True):
+    messages: Annotated[list[_Message], Meta(max_length=1000)] = []
+    tools: list[dict[str, Any]] = []  # passed to the chat template as they are
+    tool_choice: Literal["auto", "none"] = "auto"
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+    response_format: _ResponseFormat | None = None
+    truncation: Literal["auto", "disabled"] = "disabled"
+    chat_template_kwargs: _TemplateOptions = _TemplateOptions()
+
+
+class _CompletionBody(_Body, kw_only=True):
+    prompt: Text | Annotated[list[Text], Meta(min_length=1, max_length=MAX_CHOICES)]
+    logprobs: TopLogprobs | None = None
 
 
 def chat_request(body: Any, models: Sequence[str]) -> Request:
-    """Read the body of /v1/chat/completions; RequestError names the field that cannot be used."""
-    fields = _fields(body, _COMMON | _CHAT, models)
-    if fields.get("response_format") not in (None, {"type": "text"}):
-        raise RequestError("only response_format {'type': 'text'} is supported", param="response_format")
-    choice = fields.get("tool_choice", "auto")
-    if choice not in (None, "auto", "none"):
-        raise RequestError("tool_choice must be 'auto' or 'none': a call cannot be forced", param="tool_choice")
-    tools = () if choice == "none" else _tools(fields.get("tools"))
-    logprobs = _boolean(fields, "logprobs", False)
-    top = _number(fields, "top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS, whole=True)
-    if top and not logprobs:
+    """Read the body of /v1/chat/completions, as decoded from JSON; RequestError names a field that cannot be used."""
+    chat = _read(body, _ChatBody, models)
+    if not any(message.role in ("user", "tool") for message in chat.messages):
+        problem = "there is no user message to answer" if chat.messages else "expected at least one message"
+        raise RequestError(f"messages: {problem}", param="messages")
+    if chat.top_logprobs and not chat.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    longest = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
-    return Request(
-        messages=_messages(fields.get("messages")),
-        tools=tools,
-        prompts=(),
-        max_tokens=_max_tokens(fields, longest),
-        logprobs=int(top) if logprobs else None,
-        think=_thinking(fields.get("chat_template_kwargs")),
-        truncate=_truncates(fields.get("truncation")),
-        **_shared(fields),
+    _convert(chat.tools, list[_Tool], "tools")
+    return chat.request(
+        logprobs=chat.top_logprobs if chat.logprobs else None,
+        max_tokens=chat.max_completion_tokens or chat.max_tokens,
+        messages=tuple(message.message(f"messages[{i}]") for i, message in enumerate(chat.messages)),
+        tools=() if chat.tool_choice == "none" else tuple(chat.tools),
+        think=chat.chat_template_kwargs.enable_thinking,
+        truncate=chat.truncation == "auto",
     )
 
 
 def completion_request(body: Any, models: Sequence[str]) -> Request:
-    """Read the body of /v1/completions; RequestError names the field that cannot be used."""
-    fields = _fields(body, _COMMON | {"prompt"}, models)
-    prompt = fields.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
-        raise RequestError("prompt must be a text or a list of texts, none of them empty", param="prompt")
-    if len(prompts) > MAX_CHOICES:
-        raise RequestError(f"at most {MAX_CHOICES} prompts a request", param="prompt")
-    wanted = fields.get("logprobs")
-    if isinstance(wanted, bool):
-        raise RequestError("logprobs is a number here: how many alternatives a token gets", param="logprobs")
-    top = _number(fields, "logprobs", 0, low=0, high=MAX_TOP_LOGPROBS, whole=True)
-    return Request(
-        messages=(),
-        tools=(),
-        prompts=tuple(prompts),
-        max_tokens=_max_tokens(fields, "max_tokens") or 16,  # OpenAI's default here
-        logprobs=int(top) if wanted is not None else None,
-        **_shared(fields),
-    )
+    """Read the body of /v1/completions, as decoded from JSON; RequestError names a field that cannot be used."""
+    completion = _read(body, _CompletionBody, models)
+    prompts = (completion.prompt,) if isinstance(completion.prompt, str) else tuple(completion.prompt)
+    max_tokens = completion.max_tokens or 16  # OpenAI's default for completions
+    return completion.request(logprobs=completion.logprobs, max_tokens=max_tokens, prompts=prompts)
 
 
-# --- fields -----------------------------------------------------------------------------------------------------------
+BodyT = TypeVar("BodyT", bound=_Body)
+Converted = TypeVar("Converted")
 
 
-def _fields(body: Any, known: set[str], models: Sequence[str]) -> dict[str, Any]:
+def _read(body: Any, kind: type[BodyT], models: Sequence[str]) -> BodyT:
     if not isinstance(body, dict):
-        raise RequestError(f"the body must be a JSON object, not {_kind(body)}")
-    for name, value in body.items():
-        if name in _NEUTRAL and name not in known:
-            if value not in _NEUTRAL[name]:
-                raise RequestError(f"{name} is not supported here: leave it out", param=name)
-        elif name not in known and name not in _LABELS:
+        raise RequestError("the body must be a JSON object")
+    for name in body:
+        if name not in LABELS and name not in kind.__struct_fields__:
             raise RequestError(f"unknown field {name!r}", param=name)
-    model = body.get("model")
-    if model is not None and model not in models:
-        raise RequestError(
-            f"no model {model!r} here; there is {', '.join(models)}", param="model", status=404, code="model_not_found"
-        )
-    return body
+    fields = {name: value for name, value in body.items() if value is not None and name not in LABELS}
+    read = _convert(fields, kind)
+    if read.model is not None and read.model not in models:
+        message = f"no model {read.model!r} here; there is {', '.join(models)}"
+        raise RequestError(message, param="model", status=404, code="model_not_found")
+    return read
 
 
-def _shared(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What chats and completions have in common."""
-    options = fields.get("stream_options")
-    stream = _boolean(fields, "stream", False)
-    if options is not None and (
-        not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}
-    ):
-        raise RequestError("stream_options takes include_usage", param="stream_options")
-    if options is not None and not stream:
-        raise RequestError("stream_options needs stream: true", param="stream_options")
-    seed = _number(fields, "seed", None, low=-(2**63), high=2**64 - 1, whole=True)
-    return {
-        "temperature": _number(fields, "temperature", 1.0, low=0, high=2),
-        "top_p": _number(fields, "top_p", 1.0, low=0, high=1),
-        "top_k": int(_number(fields, "top_k", 0, low=0, high=2**31, whole=True)),
-        "min_p": _number(fields, "min_p", 0.0, low=0, high=1),
-        "repetition_penalty": _number(fields, "repetition_penalty", 1.0, low=0.01, high=10),
-        "seed": None if seed is None else int(seed),
-        "stop": _stops(fields.get("stop")),
-        "n": int(_number(fields, "n", 1, low=1, high=MAX_CHOICES, whole=True)),
-        "stream": stream,
-        "include_usage": bool((options or {}).get("include_usage")),
-    }
-
-
-def _number(
-    fields: Mapping[str, Any], name: str, otherwise: Any, *, low: float, high: float, whole: bool = False
-) -> Any:
-    value = fields.get(name)
-    if value is None:
-        return otherwise
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (whole and value != int(value)):
-        kind = "a whole number" if whole else "a number"
-        raise RequestError(f"{name} must be {kind} from {low:g} to {high:g}, not {_brief(value)}", param=name)
-    return value
-
-
-def _max_tokens(fields: Mapping[str, Any], name: str) -> int | None:
-    value = _number(fields, name, None, low=1, high=2**31, whole=True)
-    return None if value is None else int(value)
-
-
-def _boolean(fields: Mapping[str, Any], name: str, otherwise: bool) -> bool:
-    value = fields.get(name)
-    if value is None:
-        return otherwise
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, not {_brief(value)}", param=name)
-    return value
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stops):
-        raise RequestError(f"stop must be texts of 1 to {MAX_STOP_LENGTH} characters", param="stop")
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"at most {MAX_STOPS} stop texts", param="stop")
-    return tuple(stops)
-
-
-def _thinking(value: Any) -> bool | None:
-    """`enable_thinking` of chat_template_kwargs, as other local servers name it."""
-    known = (
-        isinstance(value, dict)
-        and set(value) <= {"enable_thinking"}
-        and type(value.get("enable_thinking", True)) is bool
-    )
-    if value is not None and not known:
-        raise RequestError("chat_template_kwargs takes enable_thinking: true or false", param="chat_template_kwargs")
-    return (value or {}).get("enable_thinking")
-
-
-def _truncates(value: Any) -> bool:
-    if value not in (None, "disabled", "auto"):
-        raise RequestError("truncation must be 'auto' or 'disabled'", param="truncation")
-    return value == "auto"
-
-
-# --- messages and tools -----------------------------------------------------------------------------------------------
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise RequestError("messages must be a list of at least one message", param="messages")
-    if len(value) > MAX_MESSAGES:
-        raise RequestError(f"at most {MAX_MESSAGES:,} messages", param="messages")
-    messages = tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
-    if not any(message.role in ("user", "tool") for message in messages):
-        raise RequestError("there is no user message to answer", param="messages")
-    return messages
-
-
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise RequestError(f"{where} must be an object with role and content, not {_kind(item)}", param=where)
-    role = item.get("role")
-    if role not in ROLES:
-        raise RequestError(f"{where}.role is {_brief(role)}; roles are {', '.join(ROLES)}", param=f"{where}.role")
-    calls = tuple(_calls(item.get("tool_calls"), f"{where}.tool_calls"))
-    if calls and role != "assistant":
-        raise RequestError(f"{where}: only the assistant calls tools", param=f"{where}.tool_calls")
-    content = _content(item.get("content"), f"{where}.content", may_be_none=bool(calls))
-    reasoning = item.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise RequestError(f"{where}.reasoning_content must be a text", param=f"{where}.reasoning_content")
-    return Message(
-        "system" if role == "developer" else role, content, reasoning if role == "assistant" else None, calls
-    )
-
-
-def _content(value: Any, where: str, *, may_be_none: bool) -> str:
-    """A text, or a list of text parts, in OpenAI's form."""
-    if value is None and may_be_none:
-        return ""
-    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
-    texts = []
-    for part in parts:
-        if isinstance(part, dict) and part.get("type") not in (None, "text", "refusal"):
-            raise RequestError(f"{where}: this model reads text only, not {_brief(part['type'])}", param=where)
-        text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            raise RequestError(f"{where} must be a text, not {_kind(text)}", param=where)
-        texts.append(text)
-    said = "".join(texts)
+def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
+    """Plain values as a record; RequestError with the place of what does not fit, below `place`."""
     try:
-        said.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{where} holds half a character (a lone surrogate)", param=where) from None
-    return said
+        return convert_record(value, kind)
+    except msgspec.ValidationError as error:
+        below = re.search(r" - at `\$\.?(.*)`$", str(error))
+        name = re.search(r"(?:missing required|unknown) field `(.*?)`", str(error))
+        param = place + (below[1] if below else "")
+        if re.split(r"\W", param)[0] in _Unsupported.__struct_fields__:
+            raise RequestError(f"{param} is not supported here: leave it out", param=param) from None
+        problem = explain(error).removeprefix(f"{below[1]}: " if below else "")
+        if choices := _CHOICES.get(re.sub(r"\[\d+\]", "", param)):
+            problem = re.sub("invalid enum value", f"expected {choices}, not", problem)
+        problem = re.sub(r"`([a-z |]+)`", lambda match: _in_words(match[1]), problem)
+        problem = problem.replace("a number that's a multiple of 1.0", "a whole number")
+        message = f"{param}: {problem}" if param else problem
+        raise RequestError(message, param=".".join(filter(None, (param, name and name[1])))) from None
 
 
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise RequestError(f"{where} must be a list", param=where)
-    calls = []
-    for call in value:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RequestError(f"{where}: each call needs function.name and function.arguments", param=where)
-        arguments = function.get("arguments", "{}")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise RequestError(
-                    f"{where}: function.arguments is no JSON: {_brief(arguments)}", param=where
-                ) from None
-        calls.append({"name": function["name"], "arguments": arguments})
-    return calls
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise RequestError("tools must be a list", param="tools")
-    for i, tool in enumerate(value):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        is_function = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if not is_function or tool.get("type", "function") != "function":
-            raise RequestError(f"tools[{i}] must be a function with a name", param=f"tools[{i}]")
-    return tuple(value)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _brief(value: Any) -> str:
-    written = json.dumps(value, ensure_ascii=True, default=str)
-    return written if len(written) <= 60 else written[:57] + "…"
-
-
-# --- response bodies --------------------------------------------------------------------------------------------------
-
-
-def new_id(is_chat: bool) -> str:
-    """A name for a response."""
-    return f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
-
-
-def tool_call(call: Mapping[str, str], index: int | None = None) -> dict[str, Any]:
-    """A call of the model's, in OpenAI's form; with `index` as a streamed delta has it."""
-    made = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": dict(call)}
-    return made if index is None else {"index": index, **made}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Counts of tokens."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
-
-
-def response(request: Request, id: str, model: str, choices: list[dict[str, Any]], counts: dict[str, int]) -> dict:
-    """The body of an answer that is not streamed."""
-    kind = "chat.completion" if request.is_chat else "text_completion"
-    return {"id": id, "object": kind, "created": int(time.time()), "model": model, "choices": choices, "usage": counts}
-
-
-def chunk(
-    request: Request, id: str, created: int, model: str, choices: list[dict], counts: dict | None = None
-) -> dict[str, Any]:
-    """One event of a streamed answer."""
-    kind = "chat.completion.chunk" if request.is_chat else "text_completion"
-    body = {"id": id, "object": kind, "created": created, "model": model, "choices": choices}
-    return {**body, "usage": counts} if request.include_usage else body
+def _in_words(types: str) -> str:
+    """Types as msgspec joins them, such as "float | null", in words; null is left out beside others."""
+    names = types.split(" | ")
+    return " or ".join(_TYPES.get(name, name) for name in names if name != "null" or len(names) == 1)

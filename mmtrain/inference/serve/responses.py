@@ -1,0 +1,191 @@
+"""Response bodies of OpenAI's HTTP API, and how an answer becomes one while it is generated. No server here."""
+
+import uuid
+from collections.abc import Sequence
+
+from msgspec import UNSET, Struct, UnsetType, structs
+
+from mmdata.tokenizer.tokenizer import Tokenizer
+from mmtrain.inference.chat import opening_of
+from mmtrain.inference.engine import Delta, Token
+from mmtrain.inference.replies import Piece, Splitter
+from mmtrain.inference.serve.api import Request
+
+
+class Usage(Struct):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class FunctionCall(Struct):
+    """A function that the model calls; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    """A tool call; `index` only in streamed chunks."""
+
+    id: str
+    function: FunctionCall
+    type: str = "function"
+    index: int | UnsetType = UNSET
+
+
+class ChatMessage(Struct):
+    """A chat message, or the part of one that a streamed chunk adds."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class TokenLogprob(Struct):
+    """Log-probability of a token; `bytes` is null where the token is not whole characters."""
+
+    token: str
+    logprob: float | None
+    bytes: list[int] | None
+    top_logprobs: "list[TokenLogprob] | UnsetType" = UNSET
+
+
+class ChatLogprobs(Struct):
+    """Log-probabilities of a chat answer."""
+
+    content: list[TokenLogprob]
+
+
+class CompletionLogprobs(Struct):
+    """Log-probabilities of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]]
+
+
+class Choice(Struct):
+    """One answer, or what a streamed chunk adds to it: `message` or `delta` for a chat, `text` for a completion."""
+
+    index: int
+    finish_reason: str | None
+    logprobs: ChatLogprobs | CompletionLogprobs | None
+    message: ChatMessage | UnsetType = UNSET
+    delta: ChatMessage | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Completion(Struct):
+    """A response body, or one event of a streamed response."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(Struct):
+    """An entry of /v1/models."""
+
+    id: str
+    created: int
+    context_length: int
+    knows_thinking: bool
+    object: str = "model"
+    owned_by: str = "mm"
+
+
+class AnswerStream:
+    """One answer of a response while it is generated. A chat's text is split into reasoning, content and tool calls."""
+
+    def __init__(self, request: Request, index: int, prompt_ids: Sequence[int], tokenizer: Tokenizer):
+        self.index, self.num_prompt, self.num_new = index, len(prompt_ids), 0
+        self._tokenizer = tokenizer
+        self._has_logprobs = request.sampling.logprobs is not None
+        self._splitter = Splitter(with_calls=bool(request.tools)) if request.is_chat else None
+        self._pieces: list[Piece] = []
+        self._calls: list[ToolCall] = []
+        self._tokens: list[Token] = []
+        self._finish_reason: str | None = None
+        if self._splitter:
+            self._splitter.feed(opening_of(tokenizer, prompt_ids))
+
+    def add(self, delta: Delta) -> list[Choice]:
+        """Add what one step generated; returns the choices of the streamed chunks for it, the first with its logprobs."""
+        self.num_new += len(delta.tokens)
+        tokens = delta.tokens if self._has_logprobs else ()
+        self._tokens += tokens
+        if self._splitter is None:
+            pieces = [Piece("content", delta.text)] if delta.text or delta.tokens else []
+        else:
+            pieces = self._splitter.feed(delta.text) + (self._splitter.close() if delta.finish_reason else [])
+        self._pieces += pieces
+        parts = [self._part(piece) for piece in pieces]
+        if tokens and not parts:
+            parts = [ChatMessage()]
+        choices = [self._chunk(part, () if i else tokens) for i, part in enumerate(parts)]
+        if delta.finish_reason:
+            self._finish_reason = "tool_calls" if self._calls else delta.finish_reason
+            choices.append(self._chunk(ChatMessage(), finish_reason=self._finish_reason))
+        return choices
+
+    def begin(self) -> Choice:
+        """The choice of a chat's first chunk."""
+        return self._chunk(ChatMessage(role="assistant", content=""))
+
+    def whole(self) -> Choice:
+        """The choice of a response that is not streamed, once the answer has ended."""
+        choice = Choice(self.index, self._finish_reason, self._logprobs(self._tokens) if self._has_logprobs else None)
+        content, reasoning = ("".join(p.text for p in self._pieces if p.kind == k) for k in ("content", "reasoning"))
+        if self._splitter is None:
+            return structs.replace(choice, text=content)
+        calls = [structs.replace(call, index=UNSET) for call in self._calls]
+        return structs.replace(
+            choice,
+            message=ChatMessage("assistant", content or (None if calls else ""), reasoning or UNSET, calls or UNSET),
+        )
+
+    def _part(self, piece: Piece) -> ChatMessage:
+        if piece.call:
+            call = ToolCall(f"call_{uuid.uuid4().hex[:24]}", FunctionCall(**piece.call), index=len(self._calls))
+            self._calls.append(call)
+            return ChatMessage(tool_calls=[call])
+        if piece.kind == "reasoning":
+            return ChatMessage(reasoning_content=piece.text)
+        return ChatMessage(content=piece.text)
+
+    def _chunk(self, part: ChatMessage, tokens: Sequence[Token] = (), finish_reason: str | None = None) -> Choice:
+        choice = Choice(self.index, finish_reason, self._logprobs(tokens) if tokens else None)
+        if self._splitter is None:
+            return structs.replace(choice, text=part.content or "")
+        return structs.replace(choice, delta=part)
+
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | CompletionLogprobs:
+        if self._splitter is None:
+            top = [{self._text(id): logp for id, logp in token.top} for token in tokens]
+            return CompletionLogprobs([self._text(t.id) for t in tokens], [t.logp for t in tokens], top)
+        return ChatLogprobs(
+            [
+                structs.replace(self._logprob(t.id, t.logp), top_logprobs=[self._logprob(*top) for top in t.top])
+                for t in tokens
+            ]
+        )
+
+    def _logprob(self, id: int, logp: float | None) -> TokenLogprob:
+        text = self._text(id)
+        return TokenLogprob(text, logp, None if "\ufffd" in text else list(text.encode()))
+
+    def _text(self, id: int) -> str:
+        return self._tokenizer.decode([id])
+
+
+def usage_of(answers: Sequence[AnswerStream], n: int) -> Usage:
+    """Token counts of a response; each `n` answers share a prompt."""
+    num_prompt, num_new = sum(one.num_prompt for one in answers[::n]), sum(one.num_new for one in answers)
+    return Usage(num_prompt, num_new, num_prompt + num_new)
