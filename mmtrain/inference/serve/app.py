@@ -292,7 +292,7 @@ def _prompts(service: Service, request: Request) -> list[list[int]]:
 
 
 async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Request], http: "HttpRequest") -> "Response":
-    """AnswerStream a chat or a completion, streamed or not."""
+    """Answer a chat or a completion, streamed or not."""
     from starlette.responses import StreamingResponse
 
     request = read(await _body(service, http), [service.name])
