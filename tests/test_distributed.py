@@ -6,13 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from train_data import Data
+from waiting import LONG_S, wait_until
 
 from mmdata.errors import UsageError
 from mmdata.shards.dataset import open_dataset
@@ -72,11 +73,11 @@ def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOption
 
 def run_ranks(config: TrainOptions, num_ranks: int = 2, inject: str = "") -> subprocess.CompletedProcess:
     """`launch` in a process of its own, so that its output can be read."""
-    argv = [sys.executable, "-c", RANK, repr(config), inject]
+    argv = [*warm.command(), "-c", RANK, repr(config), inject]
     code = f"import sys\nfrom mmtrain.distributed import launch\nsys.exit(launch({num_ranks}, {argv!r}))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=100
+        [*warm.command(), "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=LONG_S
     )
 
 
@@ -176,9 +177,8 @@ def test_stopped_and_resumed_at_another_world_size_equals_undisturbed_and_sees_e
 
 def test_a_failing_rank_ends_the_others_with_its_error_first(data: Data, tmp_path: Path) -> None:
     config = config_of("pretrain", data, tmp_path / "run", model="tiny")
-    begun = time.monotonic()
     done = run_ranks(config, inject="1")
-    assert done.returncode == 1 and time.monotonic() - begun < 60
+    assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error on rank")]
     assert errors[0] == "error on rank 1: the injected error"
     assert all("another rank stopped" in line for line in errors[1:])
@@ -205,11 +205,10 @@ def test_launch_hands_signals_on_once(tmp_path: Path) -> None:
     program = (
         f"import sys\nfrom mmtrain.distributed import launch\nsys.exit(launch(1, [sys.executable, '-c', {code!r}]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program])
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.02)
+    process = subprocess.Popen([*warm.command(), "-c", program])
+    wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 11
+    assert process.wait(timeout=LONG_S) == 11
 
 
 def test_devices_are_named_plainly() -> None:
@@ -245,7 +244,7 @@ def test_two_nodes_of_torchrun_train_like_one_process(data: Data, tmp_path: Path
         )
         for rank in ("0", "1")
     ]
-    errors = [group.communicate(timeout=120)[1] for group in groups]
+    errors = [group.communicate(timeout=LONG_S)[1] for group in groups]
     assert [group.returncode for group in groups] == [0, 0], errors
     assert checkpoint.read_run(nodes.out)["world_size"] == 2
     assert_alike(one.out, nodes.out)

@@ -5,13 +5,13 @@ import math
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from train_data import Data, pack_to
 from train_runs import at_step, config_of, interrupt, lines, refused_run, steps
 
@@ -191,7 +191,7 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
         "from pathlib import PosixPath\ntorch.set_num_threads(1)\n"
         f"train({broken!r}, log=lambda t: t.startswith('step 5/') and os.kill(os.getpid(), signal.SIGKILL))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm.command(), "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     train(replace(broken, resume=True, quiet=True))
     assert lines(broken.out) == lines(whole.out)

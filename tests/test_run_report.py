@@ -11,9 +11,11 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import warm
 from command_line import Run, fine, refused
 from pages import HOSTILE, cards, parsed
 from train_runs import make_run
+from waiting import LONG_S
 
 from mmtrain.log import history, report, reporter
 from mmtrain.model.stages import STAGES
@@ -155,8 +157,8 @@ def test_follow_serves_fresh_pages_to_this_machine_alone(tmp_path: Path) -> None
         "make = lambda: report.run_page(history.figures([Path(sys.argv[1])]), refresh_s=1)\n"
         "report.serve(make, 0, on_start=lambda url: print(url, flush=True))\n"
     )
-    server = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(30, server.kill)
+    server = subprocess.Popen([*warm.command(), "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(LONG_S, server.kill)
     timer.start()
     try:
         assert server.stdout

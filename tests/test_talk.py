@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from foreign import NORMED, make_tokenizer, weights
+from waiting import LONG_S
 
 from mmdata.encode.rows import Conversation, parse_row
 from mmdata.encode.template import Message, Template
@@ -173,7 +175,17 @@ def test_an_answer_cut_short_stays_said(run: Path, capsys: pytest.CaptureFixture
 def test_at_a_terminal_lines_are_edited_and_chinese_is_taken(run: Path) -> None:
     """Typed through a pseudo-terminal: a character deleted, Chinese text, a command, the end."""
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "cli", "chat", str(run), "--max-new-tokens", "3", "--temperature", "0"]
+    command = [
+        *warm.command(),
+        "-c",
+        "import cli; cli.main()",
+        "chat",
+        str(run),
+        "--max-new-tokens",
+        "3",
+        "--temperature",
+        "0",
+    ]
     environment = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, stdin=slave, stdout=slave, stderr=subprocess.PIPE, env=environment, text=False
@@ -183,7 +195,7 @@ def test_at_a_terminal_lines_are_edited_and_chinese_is_taken(run: Path) -> None:
         os.write(master, b"/system Be kind\r/nonsense\r/quit\r")
         assert process.stderr is not None
         err = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=LONG_S) == 0
     shown = b""
     while True:
         try:
