@@ -682,10 +682,10 @@ def tokenizer_train(
 ) -> None:
     """Train a tokenizer on the text of jsonl files: the same files and seed give the same tokenizer."""
     from mmdata.commands.terminal_tokenizer import phases, print_trained
-    from mmdata.tokenizer.toolkit.train import Options, train_to
+    from mmdata.tokenizer.toolkit.train import TokenizerOptions, train_to
 
     directory = out or DATA_DIR / f"tokenizer-{vocab_size}"
-    options = Options(
+    options = TokenizerOptions(
         vocab_size,
         algorithm=algorithm,
         template=template,
@@ -837,7 +837,7 @@ def tokenizer_show(
     from mmdata.commands.terminal_tokenizer import print_split, print_vocabulary
     from mmdata.errors import UsageError
     from mmdata.tokenizer.tokenizer import Tokenizer
-    from mmdata.tokenizer.toolkit.show import split_text, stretch
+    from mmdata.tokenizer.vocabulary import list_tokens, split_text
 
     loaded = Tokenizer.load(directory)
     if text is None and control:
@@ -845,7 +845,7 @@ def tokenizer_show(
     if text is not None and (find is not None or begin):
         raise UsageError("--from and --find show the vocabulary, TEXT a text", "leave one of them out")
     shown = sys.stdin.read() if text == "-" else text
-    entries = stretch(loaded, begin, count, find) if shown is None else split_text(loaded, shown, control=control)
+    entries = list_tokens(loaded, begin, count, find) if shown is None else split_text(loaded, shown, control=control)
     if as_json:
         print_json(entries)
     elif shown is None:

@@ -18,7 +18,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return list(text_data.make(tmp_path_factory.mktemp("corpus"), num_rows=400).values())
 
 
-def texts(found: module.Corpus) -> list[str]:
+def texts(found: module.TextSample) -> list[str]:
     return [text for _, each in found.groups() for text in each]
 
 
@@ -43,7 +43,7 @@ def test_the_limit_is_shared_evenly_over_files_and_languages(files: list[Path]) 
         assert part.drawn_bytes == whole.found_bytes or part.drawn_bytes > level - 300  # one text short at most
 
 
-def _sizes(corpus: module.Corpus) -> dict[str, int]:
+def _sizes(corpus: module.TextSample) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for stratum in corpus.strata:
         sizes[stratum.language] += stratum.drawn_bytes

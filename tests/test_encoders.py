@@ -9,19 +9,20 @@ from typing import Any
 import eras
 import numpy as np
 import pytest
+import text_data
 from pack_data import write_rows
 
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.tokenizer import encoders
-from mmdata.tokenizer.encoders import check, choose, first_difference, hostile
+from mmdata.tokenizer.encoders import check, choose, find_difference, hostile_texts
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "_found", {})
+    monkeypatch.setattr(encoders, "_checks", {})
 
 
 def lying(about: str) -> Callable[[Tokenizer], Any]:
@@ -46,25 +47,29 @@ def missing(name: str) -> str:
 
 @pytest.mark.parametrize("how", [{}, {"merges_newlines": True}, {"lstrip": True}])
 @pytest.mark.parametrize("name", ["seed", "era3"])
-def test_the_fast_encoder_gives_the_judges_ids_on_all_hostile_strings(name: str, how: dict[str, bool]) -> None:
+def test_the_fast_encoder_gives_the_references_ids_on_all_hostile_strings(name: str, how: dict[str, bool]) -> None:
     found = check(eras.tokenizer(name, **how), ["one more"])
     assert found.is_exact and found.num_texts > encoders.NUM_HOSTILE
 
 
 def test_the_hostile_strings_are_the_same_every_time_and_hold_what_breaks_encoders() -> None:
-    texts = hostile(("<s>", "</s>"))
-    hostile.cache_clear()
-    assert texts == hostile(("<s>", "</s>"))
+    texts = hostile_texts(("<s>", "</s>"))
+    assert texts == hostile_texts(("<s>", "</s>"))
     whole = "".join(texts)
     assert all(piece in whole for piece in ("<s>", "\u0301", "\r\n", "\U0001f600", "\x00", " " * 300, "\u3000", "'ll"))
     assert len(set(texts)) > 900
     whole.encode()  # no half of a surrogate pair
 
 
+def test_a_character_that_the_libraries_split_differently_gets_the_references_ids(tmp_path: Path) -> None:
+    tokenizer = text_data.trained(tmp_path, pattern="digits")
+    assert check(tokenizer, ["  \u180e", "a \u180e b"]).is_exact
+
+
 def test_an_encoder_with_other_ids_is_not_taken_and_says_on_which_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "_fastokens", lying("'ll"))
     chosen = choose(eras.tokenizer("era3"))
-    assert chosen.is_judge and "'ll" in chosen.warning and "fastokens" in chosen.warning
+    assert chosen.is_reference and "'ll" in chosen.warning and "fastokens" in chosen.warning
     with pytest.raises(TokenizerError, match="other ids than tokenizers"):
         choose(eras.tokenizer("era3"), "fastokens")
     assert "'ll" in str(check(eras.tokenizer("era3")).difference)
@@ -76,13 +81,15 @@ def test_a_native_refusal_is_a_difference_not_a_crash(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(encoders, "_fastokens", refuse)
     chosen = choose(eras.tokenizer("era3"))
-    assert chosen.is_judge and "unknown pre-tokenizer" in chosen.warning
+    assert chosen.is_reference and "unknown pre-tokenizer" in chosen.warning
 
 
-def test_without_the_extra_the_judge_encodes_and_asking_for_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_reference_encodes_and_asking_for_it_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(metadata, "version", missing)
     chosen = choose(eras.tokenizer("era3"))
-    assert chosen.is_judge and not chosen.warning
+    assert chosen.is_reference and not chosen.warning
     with pytest.raises(UsageError) as caught:
         choose(eras.tokenizer("era3"), "fastokens")
     assert "mm-toolkit[fast]" in caught.value.fix
@@ -92,8 +99,8 @@ def test_without_the_extra_the_judge_encodes_and_asking_for_it_names_the_extra(m
 
 def test_a_difference_is_found_wherever_it_stands() -> None:
     tokenizer = eras.tokenizer("era3")
-    assert first_difference(tokenizer, lying("needle")(tokenizer), ["a", "b", "", "c"]) is None
-    assert first_difference(tokenizer, lying("needle")(tokenizer), ["a", "b needle", "c"]) == "on 'b needle'"
+    assert find_difference(tokenizer, lying("needle")(tokenizer), ["a", "b", "", "c"]) is None
+    assert find_difference(tokenizer, lying("needle")(tokenizer), ["a", "b needle", "c"]) == "on 'b needle'"
 
 
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])

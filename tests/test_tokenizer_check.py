@@ -245,7 +245,7 @@ def test_tags_that_are_torn_are_a_note(tmp_path: Path) -> None:
 def test_the_fast_encoder_is_held_to_the_library(
     whole: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, difference: str | None, level: str, said: str
 ) -> None:
-    found = encoders.Check("fastokens", version, 7, difference)
+    found = encoders.EncoderCheck("fastokens", version, 7, difference)
     monkeypatch.setattr(encoders, "check", lambda tokenizer: found)
     finding = levels(check(whole), level)["fast encoder"]
     assert said in finding.found and bool(finding.fix) == (level != "ok")

@@ -1,27 +1,25 @@
 """The page of `mm tokenizer eval`: every figure stands in it, in both languages, and text cannot break it."""
 
-from typing import Any
-
 import pytest
 import text_data
 
 from mmdata.stats.report.tokenizer import ZH, eval_page, short_names, tables
-from mmdata.tokenizer.toolkit.evaluate import Shape, evaluate
+from mmdata.tokenizer.toolkit.evaluate import Evaluation, Shape, evaluate
 from mmdata.tokenizer.toolkit.sample import draw
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     root = tmp_path_factory.mktemp("report")
     both = [text_data.trained(root), text_data.trained(root, vocab_size=500)]
     corpus = draw(list(text_data.make(root / "text").values()), limit_bytes=10**9)
     found = evaluate(both, corpus, shapes={"small": Shape(64, 10_000, 450)}, step_tokens=100, num_hostile=50)
-    found["tokenizers"][0]["round_trip"]["examples"] = ["</script><b>"]
+    found.tokenizers[0].round_trip.examples.append("</script><b>")
     return found
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_every_figure_stands_in_the_page(figures: dict[str, Any], lang: str) -> None:
+def test_every_figure_stands_in_the_page(figures: Evaluation, lang: str) -> None:
     made = eval_page(figures, lang=lang)
     for found in tables(figures):
         assert (found.title if lang == "en" else ZH[found.title]) in made
@@ -31,7 +29,7 @@ def test_every_figure_stands_in_the_page(figures: dict[str, Any], lang: str) -> 
     assert "</script><b>" not in made and "&lt;/script&gt;&lt;b&gt;" in made
 
 
-def test_a_row_has_a_value_for_each_tokenizer(figures: dict[str, Any]) -> None:
+def test_a_row_has_a_value_for_each_tokenizer(figures: Evaluation) -> None:
     titles = [found.title for found in tables(figures)]
     assert len(titles) == len(set(titles)) == 5
     assert all(len(shown) == 2 for found in tables(figures) for _, shown in found.rows)

@@ -12,12 +12,12 @@ import pytest
 import text_data
 
 from mmdata.errors import InputError, UsageError
+from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.hostile import hostile_strings
-from mmdata.tokenizer.toolkit.train import RECORD, Options, train, train_to
+from mmdata.tokenizer.toolkit.train import RECORD, TokenizerOptions, train, train_to
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = Options(420)
+OPTIONS = TokenizerOptions(420)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_hostile_strings_come_back_exactly(tokenizer: Tokenizer) -> None:
-    strings = list(hostile_strings(1000, control=list(tokenizer.control_tokens)))
+    strings = list(hostile_strings(1000, tokens=list(tokenizer.control_tokens)))
     flat, ends = tokenizer.encode_batch(strings)
     begins = [0, *ends[:-1].tolist()]
     assert [tokenizer.decode(flat[b:e]) for b, e in zip(begins, ends.tolist(), strict=True)] == strings
@@ -45,7 +45,9 @@ def test_transformers_loads_it_and_gives_the_same_ids(tokenizer: Tokenizer) -> N
     theirs = AutoTokenizer.from_pretrained(tokenizer.dir)
     strings = [*hostile_strings(300), "<think>x</think> <tool_call>"]
     for text in strings:
-        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode_batch([text])[0].tolist()
+        assert (
+            theirs(text, add_special_tokens=False).input_ids == tokenizer.encode_batch([text], control=True)[0].tolist()
+        )
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0) and len(theirs) == 420
     marked = "<|im_start|>user\nhi<|im_end|>"
     assert (
@@ -79,8 +81,8 @@ def test_digits_and_newlines_stand_alone_with_digits_and_only_there(tmp_path: Pa
 def test_any_number_of_threads_gives_the_same_file(files: list[Path], algorithm: str) -> None:
     """A process each, so that hash seeds differ too."""
     code = (
-        "import sys, hashlib; from pathlib import Path; from mmdata.tokenizer.toolkit.train import Options, train\n"
-        "files, _ = train([Path(p) for p in sys.argv[2:]], Options(700, sys.argv[1], seed=3, limit_bytes=20_000))\n"
+        "import sys, hashlib; from pathlib import Path; from mmdata.tokenizer.toolkit.train import TokenizerOptions, train\n"
+        "files, _ = train([Path(p) for p in sys.argv[2:]], TokenizerOptions(700, sys.argv[1], seed=3, limit_bytes=20_000))\n"
         "print(hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest())"
     )
     found = set()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.train import Options, train
+from mmdata.tokenizer.toolkit.train import TokenizerOptions, train
 
 WORDS = [
     "river",
@@ -69,7 +69,7 @@ def trained(
     files = list(make(root / "data").values())
     out = root / f"{template}-{pattern}-{vocab_size}"
     out.mkdir()
-    written, _ = train(files, Options(vocab_size, algorithm, template=template, pattern=pattern))
+    written, _ = train(files, TokenizerOptions(vocab_size, algorithm, template=template, pattern=pattern))
     for name, content in written.items():
         (out / name).write_bytes(content)
     return Tokenizer.load(out)

@@ -4,13 +4,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmdata.commands.terminal import percent, result, say, size, table
 
 if TYPE_CHECKING:
     from mmdata.tokenizer.toolkit.check import Finding
+    from mmdata.tokenizer.toolkit.compare import Comparison
+    from mmdata.tokenizer.toolkit.evaluate import Evaluation
     from mmdata.tokenizer.toolkit.train import Trained
+    from mmdata.tokenizer.vocabulary import TokenView
 
 _EVERY_S = 10
 _COLOURS = ("black on cyan", "black on green", "black on yellow", "white on blue", "white on magenta")
@@ -92,68 +95,68 @@ def print_findings(directory: object, findings: "Sequence[Finding]") -> None:
     result(f"{directory}: {len(findings)} checks, {len(errors)} errors, {notes} notes")
 
 
-def print_evaluated(figures: dict[str, Any]) -> None:
+def print_evaluated(figures: "Evaluation") -> None:
     """Tokenizers side by side, a column each."""
     from mmdata.stats.report.tokenizer import short_names, tables
 
-    each, text = figures["tokenizers"], figures["text"]
-    names = short_names([one["name"] for one in each])
-    result(f"{size(text['bytes'])} of text, {text['texts']:,} texts drawn from {text['rows']:,} rows")
-    for name, counts in text["left_out"].items():
+    each, text = figures.tokenizers, figures.text
+    names = short_names([one.name for one in each])
+    result(f"{size(text.bytes)} of text, {text.texts:,} texts drawn from {text.rows:,} rows")
+    for name, counts in text.left_out.items():
         say(f"{name}: left out {sum(counts.values()):,} rows; `mm validate {name}` shows them")
     for found in tables(figures):
         rows = [(phrase.format(**values) if values else phrase, *shown) for (phrase, values), shown in found.rows]
         table(found.title, ("", *names), rows)
         result()
     for name, one in zip(names, each, strict=True):
-        longest = ", ".join(f"{token['text']} ({token['id']:,})" for token in one["longest_tokens"])
+        longest = ", ".join(f"{token.text} ({token.id:,})" for token in one.longest_tokens)
         result(f"{name}: longest tokens: {longest}")
-        if one["glitch_prone"]:
-            some = ", ".join(f"{token['text']} ({token['id']:,})" for token in one["glitch_prone_tokens"])
-            result(f"{name}: never in this text: {one['glitch_prone']:,} tokens, such as {some}")
-        if any(not found["fits"] for found in one["embedding"].values()):
+        if one.glitch_prone:
+            some = ", ".join(f"{token.text} ({token.id:,})" for token in one.glitch_prone_tokens)
+            result(f"{name}: never in this text: {one.glitch_prone:,} tokens, such as {some}")
+        if any(not found.fits for found in one.embedding.values()):
             result(f"{name}: ! has more ids than the preset's vocabulary; the model would have to be made larger")
-        for example in one["round_trip"]["examples"]:
+        for example in one.round_trip.examples:
             result(f"{name}: does not come back: {example!r}")
 
 
-def print_compared(found: dict[str, Any]) -> None:
+def print_compared(found: "Comparison") -> None:
     """The answer first, then what it rests on."""
     from mmdata.stats.report.tokenizer import short_names
 
-    a, b = short_names([found["a"], found["b"]])
-    result(found["answer"])
+    a, b = short_names([found.a, found.b])
+    result(found.answer)
     result()
     columns = ("", a, b)
     table(
         "",
         columns,
         (
-            ("vocabulary", *found["vocab_size"]),
-            ("tokens of this text", *found["tokens"]),
-            ("bytes per token", *(f"{value:.3f}" for value in found["bytes_per_token"])),
+            ("vocabulary", *found.vocab_size),
+            ("tokens of this text", *found.tokens),
+            ("bytes per token", *(f"{value:.3f}" for value in found.bytes_per_token)),
         ),
     )
-    same = "the same" if found["same_template"] else "different"
+    same = "the same" if found.same_template else "different"
     result(
-        f"{found['shared_tokens']:,} tokens are in both, {found['same_ids']:,} under the same id; chat templates: {same}; "
-        f"{percent(found['texts_split_alike'], found['texts'])} of {found['texts']:,} texts and "
-        f"{100 * (1 - found['words_split_differently']):.1f}% of words are split alike"
+        f"{found.shared_tokens:,} tokens are in both, {found.same_ids:,} under the same id; chat templates: {same}; "
+        f"{percent(found.texts_split_alike, found.texts)} of {found.texts:,} texts and "
+        f"{100 * (1 - found.words_split_differently):.1f}% of words are split alike"
     )
-    for side in found["first_differing_ids"]:
-        result(f"id {side['id']:,}: {a} {side['a']}, {b} {side['b']}")
+    for side in found.first_differing_ids:
+        result(f"id {side.id:,}: {a} {side.a}, {b} {side.b}")
     for name, key in ((a, "only_a"), (b, "only_b")):
-        if found["control_tokens"][key]:
-            result(f"control tokens only in {name}: {' '.join(found['control_tokens'][key])}")
-    if found["examples"]:
+        if found.control_tokens[key]:
+            result(f"control tokens only in {name}: {' '.join(found.control_tokens[key])}")
+    if found.examples:
         table(
             "split differently",
             ("text", "times", a, b, ""),
-            ((one["text"], one["count"], "|".join(one["a"]), "|".join(one["b"]), "") for one in found["examples"]),
+            ((one.text, one.count, "|".join(one.a), "|".join(one.b), "") for one in found.examples),
         )
 
 
-def print_split(pieces: Sequence[dict[str, Any]]) -> None:
+def print_split(pieces: "Sequence[TokenView]") -> None:
     """A text's tokens, each in the colour after the one before, with its id; between bars where there is no colour."""
     from rich.console import Console
     from rich.text import Text
@@ -163,7 +166,7 @@ def print_split(pieces: Sequence[dict[str, Any]]) -> None:
     text = Text()
     for number, piece in enumerate(pieces):
         style = _COLOURS[number % len(_COLOURS)] if is_coloured else ""
-        shown = piece["text"]
+        shown = piece.text
         text.append(shown if is_coloured else f"{shown}|", style=style)
         if "⏎" in shown:
             text.append("\n")
@@ -172,15 +175,15 @@ def print_split(pieces: Sequence[dict[str, Any]]) -> None:
     table(
         "",
         ("id", "token", "bytes", ""),
-        ((piece["id"], piece["text"], piece["bytes"], piece["note"]) for piece in pieces),
+        ((piece.id, piece.text, piece.bytes, piece.note) for piece in pieces),
     )
-    num_bytes = sum(len(bytes.fromhex(piece["bytes"])) for piece in pieces)
+    num_bytes = sum(len(bytes.fromhex(piece.bytes)) for piece in pieces)
     say(f"{len(pieces):,} tokens, {num_bytes:,} bytes: {num_bytes / max(len(pieces), 1):.2f} bytes per token")
 
 
-def print_vocabulary(entries: Sequence[dict[str, Any]], total: int) -> None:
+def print_vocabulary(entries: "Sequence[TokenView]", total: int) -> None:
     """A stretch of the vocabulary."""
-    table("", ("id", "token", "bytes", ""), ((one["id"], one["text"], one["bytes"], one["note"]) for one in entries))
+    table("", ("id", "token", "bytes", ""), ((one.id, one.text, one.bytes, one.note) for one in entries))
     say(
         f"{len(entries):,} of {total:,} tokens; ‹e4 bd› are bytes that form no character yet, ␣ is a space, ⏎ a newline"
     )

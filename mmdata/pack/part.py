@@ -25,7 +25,7 @@ from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
 from mmdata.shards import dataset
 from mmdata.shards.columns import columns_of, read_back
-from mmdata.tokenizer.encoders import JUDGE, Encoder, choose
+from mmdata.tokenizer.encoders import REFERENCE, Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**20  # of jsonl to the encoder in one call: some hundred rows, under a second
@@ -136,7 +136,7 @@ class PartPacker:
         encoder = choose(self._tokenizer, settings.encoder)
         self._warning = encoder.warning
         self._fast = self._row_encoder(encoder)
-        self._reference = self._row_encoder(choose(self._tokenizer, JUDGE), is_reference=True)
+        self._reference = self._row_encoder(choose(self._tokenizer, REFERENCE), is_reference=True)
 
     def _row_encoder(self, encoder: Encoder, *, is_reference: bool = False) -> RowEncoder:
         return RowEncoder(

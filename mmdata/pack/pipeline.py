@@ -36,7 +36,7 @@ from mmdata.pack.part import Part, PartResult, Settings
 from mmdata.pack.staging import Staging, one_of_several, only_writer
 from mmdata.pack.unfinished import RecordingPacker
 from mmdata.shards import dataset
-from mmdata.tokenizer.encoders import JUDGE, NUM_HOSTILE, choose
+from mmdata.tokenizer.encoders import NUM_HOSTILE, REFERENCE, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 READ_BYTES = 4 * 2**20
@@ -517,7 +517,7 @@ def _say_who_encoded(results: Sequence[PartResult], encoder: str, say: Note) -> 
     for warning in dict.fromkeys(result.warning for result in results if result.warning):
         say(f"warning: {warning}")
     is_large = sum(result.characters for result in results) > LARGE_CHARACTERS
-    if is_large and encoder == "auto" and all(r.encoder.startswith(JUDGE) and not r.warning for r in results):
+    if is_large and encoder == "auto" and all(r.encoder.startswith(REFERENCE) and not r.warning for r in results):
         say("the encoder took most of this time: pip install 'mm-toolkit[fast]' brings one that is ten times as fast")
 
 
@@ -531,7 +531,7 @@ def _encoders(results: Sequence[PartResult]) -> list[dict[str, Any]]:
             "name": name,
             "parts": len(of),
             "rows_compared": sum(result.compared for result in of),
-            "hostile_compared": 0 if name.startswith(JUDGE) else NUM_HOSTILE,
+            "hostile_compared": 0 if name.startswith(REFERENCE) else NUM_HOSTILE,
             "given_up": sum(bool(result.warning) for result in of),
         }
         for name, of in sorted(found.items())

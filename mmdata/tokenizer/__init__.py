@@ -1,4 +1,4 @@
-"""Loading tokenizers, and turning text into token ids.
+"""Loading tokenizers and turning text into token ids, with the fastest encoder that is exact.
 
-`toolkit/` trains, evaluates, checks and edits tokenizers: the commands `mm tokenizer ...`.
+`vocabulary.py` says what ids stand for, `text.py` measures the text itself, and `toolkit/` has the commands `mm tokenizer ...`.
 """

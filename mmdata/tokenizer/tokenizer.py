@@ -1,6 +1,6 @@
-"""A tokenizer's directory in; ids for texts, texts for ids, and the facts other modules need out. Trains small ones too.
+"""Loading tokenizers and turning text into ids and back; and training of small ones.
 
-Special-token strings in a text stay plain text unless control tokens are asked for: what a user wrote never becomes
+A special-token string in a text stays plain text unless control tokens are asked for, so what a user writes never becomes
 a control id. One native call encodes a batch; ids come back as one flat array.
 """
 
@@ -18,12 +18,17 @@ import tokenizers
 from mmdata.errors import TokenizerError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_AGAIN = "copy or download it again"
 
 
 class Tokenizer:
-    """Holds a `tokenizers.Tokenizer` with its special ids, control tokens, chat template and hashes."""
+    """A `tokenizers.Tokenizer` with its special ids, control tokens, chat template and hashes.
 
-    def __init__(self, dir: Path, files: dict[str, bytes]):
+    `files`: contents of tokenizer.json, and of tokenizer_config.json and chat_template.jinja if there are any. `added`: tokens
+    matched as a whole, by id; `control_tokens`: ids of those that only templates write.
+    """
+
+    def __init__(self, dir: Path, files: dict[str, bytes]) -> None:
         self.dir = dir
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
@@ -31,12 +36,10 @@ class Tokenizer:
         try:
             self.native = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         except Exception as error:  # the native library raises bare Exception
-            raise TokenizerError(
-                f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", "copy or download it again"
-            ) from error
+            raise TokenizerError(f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", _AGAIN) from error
         self.native.no_padding()
         self.native.no_truncation()
-        self.native.post_processor = None  # it would add tokens and trim offsets; a template writes its own
+        self.native.post_processor = None  # it would add tokens and trim offsets; templates write special tokens
         self.special_tokens = {
             name: token
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -54,16 +57,16 @@ class Tokenizer:
             for name in ("bos_token", "eos_token", "pad_token")
         )
         if self.eos_id is None:
-            found = f"its eos token {self.eos_token!r} has no id" if self.eos_token else "it names no eos token"
+            problem = f"its eos token {self.eos_token!r} has no id" if self.eos_token else "it names no eos token"
             raise TokenizerError(
-                f"tokenizer {dir}: {found}", 'name one of its tokens as "eos_token" in tokenizer_config.json'
+                f"tokenizer {dir}: {problem}", 'name one of its tokens as "eos_token" in tokenizer_config.json'
             )
         self.chat_template = _chat_template(config, files)
         self.template_sha256 = hashlib.sha256((self.chat_template or CHATML).encode()).hexdigest()
 
     @classmethod
     def load(cls, dir: Path) -> "Tokenizer":
-        """Read a tokenizer's directory; TokenizerError when it is missing, unreadable or names no eos token."""
+        """Read a tokenizer's directory. Raises TokenizerError if it is missing, unreadable or names no eos token."""
         files = {}
         for name in _FILES:
             try:
@@ -75,27 +78,35 @@ class Tokenizer:
                     f"{Path(dir) / name}: {error.strerror}", "give the directory that holds tokenizer.json"
                 ) from error
         if "tokenizer.json" not in files:
-            found = "has no tokenizer.json" if Path(dir).is_dir() else "is not a directory"
+            problem = "has no tokenizer.json" if Path(dir).is_dir() else "is not a directory"
             raise TokenizerError(
-                f"tokenizer {dir} {found}",
+                f"tokenizer {dir} {problem}",
                 "give a directory with tokenizer.json and tokenizer_config.json as --tokenizer",
             )
         return cls(Path(dir), files)
 
     @cached_property
+    def decoder(self) -> str:
+        """The type of tokenizer.json's decoder, such as ByteLevel; empty if it has none."""
+        return (json.loads(self.files["tokenizer.json"]).get("decoder") or {}).get("type", "")
+
+    @cached_property
     def is_exact(self) -> bool:
-        """Whether texts between control tokens, encoded one by one, give the joint ids: byte-level, nothing rewritten."""
-        parts = json.loads(self.files["tokenizer.json"])
+        """Whether the stretches between control tokens, encoded one by one, have the ids of the whole text.
+
+        True for byte-level tokenizers that neither normalize text nor remove spaces beside added tokens.
+        """
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
-        return is_plain and parts.get("normalizer") is None and (parts.get("decoder") or {}).get("type") == "ByteLevel"
+        has_normalizer = json.loads(self.files["tokenizer.json"]).get("normalizer") is not None
+        return is_plain and not has_normalizer and self.decoder == "ByteLevel"
 
     @property
     def added_texts(self) -> list[str]:
-        """Every token that is matched as a whole, by id: control tokens and ordinary ones such as <think>."""
+        """Every token that is matched as a whole, in the order of ids: control tokens and others such as <think>."""
         return [token.content for _, token in sorted(self.added.items())]
 
     def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts in one native call: flat uint32 ids, and int64 ends of each text in them.
+        """Encode texts in one native call. Returns the ids end to end (uint32) and where each text's ids end (int64).
 
         With `control`, special-token strings become control ids; otherwise they stay plain text.
         """
@@ -107,23 +118,22 @@ class Tokenizer:
         return np.fromiter(chain.from_iterable(lists), dtype=np.uint32, count=total), ends
 
     def encode_with_offsets(self, text: str, *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (uint32 [T]) of one text and the characters each stands for (int64 [T, 2], half-open)."""
+        """Ids of one text (uint32 [T]) and the range of characters each stands for (int64 [T, 2], half-open)."""
         self.native.encode_special_tokens = not control
         encoding = self.native.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
         return self.native.decode([int(id) for id in ids], skip_special_tokens=skip_control)
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes each id stands for: int32 [vocab_size]; 0 for control tokens and unused ids."""
-        decoder = (json.loads(self.files["tokenizer.json"]).get("decoder") or {}).get("type")
+        """The number of UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for control tokens and unused ids."""
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, id in self.native.get_vocab(with_added_tokens=True).items():
             if id in self.added:
                 sizes[id] = 0 if self.added[id].special else len(token.encode())
-            elif decoder == "ByteLevel":  # one printable character a byte
+            elif self.decoder == "ByteLevel":  # each byte is written as one printable character
                 sizes[id] = len(token)
             elif len(token) == 6 and token.startswith("<0x"):
                 sizes[id] = 1
@@ -132,7 +142,7 @@ class Tokenizer:
         return sizes
 
     def save(self, dir: Path) -> None:
-        """Write byte copies of the files it was loaded from."""
+        """Write the files it was loaded from, byte for byte, into `dir`."""
         dir.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (dir / name).write_bytes(content)
@@ -147,9 +157,9 @@ def train_bpe(
     out_dir: Path,
     split_digits: bool = True,
 ) -> Tokenizer:
-    """Train a byte-level BPE tokenizer; the same texts give the same files. Written to `out_dir` and loaded from there.
+    """Train a byte-level BPE tokenizer and write it to `out_dir`. The same texts give the same files.
 
-    The first three control tokens become pad (and unknown), bos and eos, with ids 0, 1 and 2, as in MiniMind's.
+    The first three control tokens become pad (also unk), bos and eos, with ids 0, 1 and 2, as in MiniMind's tokenizers.
     """
     assert len(control_tokens) >= 3, "pad, bos and eos"
     native = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -187,7 +197,7 @@ def train_bpe(
     return tokenizer
 
 
-# What a tokenizer without a chat template gets: one header a message, nothing added.
+# The template of tokenizers that have none: a header before each message, nothing else.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
@@ -200,27 +210,25 @@ def _read_config(dir: Path, content: bytes) -> dict[str, Any]:
     try:
         config = json.loads(content)
     except ValueError as error:
-        raise TokenizerError(
-            f"{dir / 'tokenizer_config.json'} is not json: {error}", "copy or download it again"
-        ) from error
+        raise TokenizerError(f"{dir / 'tokenizer_config.json'} is not JSON: {error}", _AGAIN) from error
     if not isinstance(config, dict):
-        raise TokenizerError(f"{dir / 'tokenizer_config.json'} is not an object", "copy or download it again")
+        raise TokenizerError(f"{dir / 'tokenizer_config.json'} is not a JSON object", _AGAIN)
     return config
 
 
 def _token_text(token: Any) -> str:
-    """A special token as configurations write it: a string, or an object with `content`."""
+    """The text of a special token, which configurations write as a string or as an object with `content`."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 
 
 def _extra_tokens(config: dict[str, Any]) -> list[str]:
-    found = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    return [_token_text(token) for token in (found.values() if isinstance(found, dict) else found)]
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    return [_token_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
 
 
 def _chat_template(config: dict[str, Any], files: dict[str, bytes]) -> str | None:
-    """The template transformers would use: the jinja file, else the configuration's, of several the one named default."""
+    """The template transformers would use: the jinja file, else the configuration's; of several, the one named default."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")
     template = config.get("chat_template")

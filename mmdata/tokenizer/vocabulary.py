@@ -1,15 +1,16 @@
-"""A tokenizer in; what each of its ids stands for out: as bytes, and legible. Two in: whether their ids mean the same.
+"""What the ids of a tokenizer stand for, as bytes and as people can read them; and how two vocabularies relate.
 
-Byte-level vocabularies look garbled in their files, because each byte is written as some printable character: "你好" is
-"ä½łå¥½" there. Here they are bytes again, and characters where the bytes form any.
+Byte-level vocabularies look garbled in their files, because each byte is written as a printable character: "你好" is
+"ä½łå¥½" there. This module gives the bytes, and characters where the bytes form any.
 """
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from mmdata.errors import TokenizerError
+from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 _RESERVED = re.compile(rb"<\|(?:buffer|reserved|extra|unused)[_a-z]*_?\d+\|>")
@@ -18,70 +19,123 @@ _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 @cache
 def byte_of() -> dict[str, int]:
-    """The byte each character of a byte-level vocabulary stands for: GPT-2's table, printable bytes as themselves."""
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table); printable bytes as themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
-    """UTF-8 bytes of every id, [vocab_size]; added tokens as they are written; None for an id without a token."""
-    parts = json.loads(tokenizer.files["tokenizer.json"])
-    is_byte_level = (parts.get("decoder") or {}).get("type") == "ByteLevel"
-    found: list[bytes | None] = [None] * tokenizer.vocab_size
+    """UTF-8 bytes of every id, [vocab_size]. Added tokens as they are written; None for an id without a token."""
+    texts: list[bytes | None] = [None] * tokenizer.vocab_size
     for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items():
         if id in tokenizer.added:
-            found[id] = token.encode()
-        elif is_byte_level and all(char in byte_of() for char in token):
-            found[id] = bytes(byte_of()[char] for char in token)
+            texts[id] = token.encode()
+        elif tokenizer.decoder == "ByteLevel" and all(char in byte_of() for char in token):
+            texts[id] = bytes(byte_of()[char] for char in token)
         elif len(token) == 6 and token.startswith("<0x"):
-            found[id] = bytes([int(token[3:5], 16)])
+            texts[id] = bytes([int(token[3:5], 16)])
         else:
-            found[id] = token.replace("\u2581", " ").encode()
-    return found
+            texts[id] = token.replace("\u2581", " ").encode()
+    return texts
 
 
 def legible(data: bytes) -> str:
-    """Bytes as characters where they form any, the rest in hex between ‹ and ›; spaces and newlines as ␣ and ⏎."""
-    pieces, lone = [], bytearray()
-    begin = 0
-    while begin < len(data):
-        char = _char_at(data, begin)
-        if char is None:
-            lone.append(data[begin])
-            begin += 1
-            continue
-        if lone:
-            pieces.append(f"‹{lone.hex(' ')}›")
-            lone.clear()
+    """Bytes as characters where they form any, other bytes in hex as ‹e4 bd›; spaces and newlines as ␣ and ⏎."""
+    pieces, begin = [], 0
+    for at, char in (*_characters(data), (len(data), "")):
+        if begin < at:
+            pieces.append(f"‹{data[begin:at].hex(' ')}›")
         pieces.append(_SHOWN.get(char) or (char if char.isprintable() else f"‹U+{ord(char):04X}›"))
-        begin += len(char.encode())
-    if lone:
-        pieces.append(f"‹{lone.hex(' ')}›")
+        begin = at + len(char.encode())
     return "".join(pieces)
 
 
-def _char_at(data: bytes, begin: int) -> str | None:
-    """The whole character that begins there; None where none does."""
-    first = data[begin]
-    length = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
-    try:
-        return data[begin : begin + length].decode("utf-8")
-    except UnicodeDecodeError:
-        return None
+def _characters(data: bytes) -> Iterator[tuple[int, str]]:
+    """Every whole character with the offset it begins at; bytes that are no UTF-8 are left out."""
+    begin = 0
+    while begin < len(data):
+        first = data[begin]
+        length = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+        try:
+            yield begin, data[begin : begin + length].decode("utf-8")
+            begin += length
+        except UnicodeDecodeError:
+            begin += 1
+
+
+# --- what `mm tokenizer show` prints
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """A token as people can read it. `bytes` in hex; `note`: control, added, or which character it is a part of."""
+
+    id: int
+    text: str
+    bytes: str
+    note: str
+
+
+def split_text(tokenizer: Tokenizer, text: str, *, control: bool = False) -> list[TokenView]:
+    """The tokens of a text. The note of a token that is part of a character names the character.
+
+    With `control`, special-token strings in the text become control tokens.
+    """
+    flat, _ = tokenizer.encode_batch([text], control=control)
+    texts = token_texts(tokenizer)
+    whole = b"".join(texts[id] or b"" for id in flat.tolist())
+    characters = [(at, at + len(char.encode()), char) for at, char in _characters(whole) if ord(char) >= 0x80]
+    views, begin = [], 0
+    for id in flat.tolist():
+        data = texts[id] or b""
+        end = begin + len(data)
+        shown = legible(data)
+        cut = [
+            char
+            for first, last, char in (characters if "‹" in shown else ())
+            if first < end and last > begin and char not in shown and char.isprintable()
+        ]
+        views.append(_view(tokenizer, id, data, f"part of {' '.join(cut)}" if cut else ""))
+        begin = end
+    return views
+
+
+def list_tokens(tokenizer: Tokenizer, begin: int, count: int, find: str | None = None) -> list[TokenView]:
+    """At most `count` tokens from id `begin` on; with `find` only those whose bytes contain that text.
+
+    Raises UsageError if `begin` is no id.
+    """
+    if not 0 <= begin < tokenizer.vocab_size or count < 1:
+        raise UsageError(
+            f"--from {begin} --count {count}: {tokenizer.dir} has ids 0 to {tokenizer.vocab_size - 1:,}", "--from 0"
+        )
+    texts = token_texts(tokenizer)
+    sought = (find or "").encode()
+    ids = [id for id in range(begin, tokenizer.vocab_size) if sought in (texts[id] or b"")]
+    return [_view(tokenizer, id, texts[id] or b"") for id in ids[:count]]
+
+
+def _view(tokenizer: Tokenizer, id: int, data: bytes, note: str = "") -> TokenView:
+    added = tokenizer.added.get(id)
+    kind = "" if added is None else "control" if added.special else "added"
+    return TokenView(id, legible(data) if data else "(no token)", data.hex(" "), " ".join(filter(None, (kind, note))))
+
+
+# --- two vocabularies
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """How ids of B stand to those of A. `same_ids`: ids that are the same token, of the same kind, in both."""
+    """How the ids of vocabulary B relate to those of A. An id is the same in both if its token and its kind are."""
 
     size_a: int
     size_b: int
     num_shared: int  # tokens, whatever their ids
     same_ids: int
-    differing: tuple[int, ...]  # ids below both sizes that are different tokens, other than those …
-    placed: tuple[int, ...]  # … that are reserved in A, as <|buffer1|>, and some token in B
-    is_split_alike: bool  # the same pre-tokenizer, merges and normalizer
+    differing: tuple[int, ...]  # ids below both sizes that are different tokens, except …
+    placed: tuple[int, ...]  # … those that are reserved in A, such as <|buffer1|>, and another token in B
+    is_split_alike: bool  # the same normalizer, pre-tokenizer, merges and scores
 
     @property
     def b_is_readable(self) -> bool:
@@ -90,65 +144,65 @@ class Relation:
 
     @property
     def b_extends_a(self) -> bool:
-        """Whether every id of A is the same token in B, which has more of them or tokens in the reserved places."""
+        """Whether B keeps every id of A, and has further ones or tokens in reserved places."""
         return not self.differing and self.size_b >= self.size_a and not self.b_is_readable
 
     @property
     def new_ids(self) -> tuple[int, ...]:
-        """Ids of B that mean nothing in A: in reserved places, and past its last."""
+        """Ids of B that mean nothing in A: those in reserved places, and those past A's last."""
         return (*self.placed, *range(self.size_a, self.size_b))
 
 
 def relate(a: Tokenizer, b: Tokenizer) -> Relation:
     """Compare two vocabularies id by id."""
-    texts_a, texts_b = (list(zip(token_texts(each), _kinds(each), strict=True)) for each in (a, b))
-    both = list(zip(texts_a, texts_b, strict=False))
-    unlike = [id for id, (one, other) in enumerate(both) if one != other]
-    placed = tuple(id for id in unlike if is_reserved(texts_a[id][0]))
-    differing = tuple(id for id in unlike if id not in placed)
-    shared = {text for text, _ in texts_a if text is not None} & {text for text, _ in texts_b}
+    tokens_a, tokens_b = (_tokens_and_kinds(each) for each in (a, b))
+    pairs = list(zip(tokens_a, tokens_b, strict=False))
+    unlike = [id for id, (one, other) in enumerate(pairs) if one != other]
+    placed = tuple(id for id in unlike if is_reserved(tokens_a[id][0]))
+    shared = {text for text, _ in tokens_a if text is not None} & {text for text, _ in tokens_b}
     return Relation(
-        size_a=len(texts_a),
-        size_b=len(texts_b),
+        size_a=len(tokens_a),
+        size_b=len(tokens_b),
         num_shared=len(shared),
-        same_ids=len(both) - len(unlike),
-        differing=differing,
+        same_ids=len(pairs) - len(unlike),
+        differing=tuple(id for id in unlike if id not in placed),
         placed=placed,
         is_split_alike=_splitting(a) == _splitting(b),
     )
 
 
 def is_reserved(text: bytes | None) -> bool:
-    """Whether a token is kept free for later use, as MiniMind's <|buffer1|> to <|buffer9|>."""
+    """Whether a token is kept free for later use, such as MiniMind's <|buffer1|> to <|buffer9|>."""
     return text is not None and _RESERVED.fullmatch(text) is not None
 
 
 def added_ids(old: Tokenizer, new: Tokenizer) -> tuple[int, ...]:
-    """The ids that `new` gives a meaning and `old` does not: past its last, or reserved.
+    """The ids that have a meaning in `new` and none in `old`: reserved ones, and those past the last of `old`.
 
-    TokenizerError when another id of `old` means something else in `new`.
+    Raises TokenizerError if any other id of `old` has another meaning in `new`.
     """
     relation = relate(old, new)
     if relation.differing or relation.size_b < relation.size_a:
-        found = f"{len(relation.differing):,} of its ids are other tokens there"
+        problem = f"{len(relation.differing):,} of its ids are other tokens there"
         if not relation.differing:
-            found = f"it has {relation.size_a:,} ids, the other only {relation.size_b:,}"
+            problem = f"it has {relation.size_a:,} ids, the other only {relation.size_b:,}"
         raise TokenizerError(
-            f"{new.dir} does not extend {old.dir}: {found}",
+            f"{new.dir} does not extend {old.dir}: {problem}",
             f"`mm tokenizer extend {old.dir} --add TOKEN --out DIR` adds tokens and keeps every id",
         )
     return relation.new_ids
 
 
-def _kinds(tokenizer: Tokenizer) -> list[bool]:
+def _tokens_and_kinds(tokenizer: Tokenizer) -> list[tuple[bytes | None, bool]]:
+    """The bytes of every id and whether it is a control token."""
     control = set(tokenizer.control_tokens.values())
-    return [id in control for id in range(tokenizer.vocab_size)]
+    return [(text, id in control) for id, text in enumerate(token_texts(tokenizer))]
 
 
 def _splitting(tokenizer: Tokenizer) -> list[object]:
-    """All that decides how plain text is split."""
+    """Everything in tokenizer.json that decides how plain text is split."""
     parts = json.loads(tokenizer.files["tokenizer.json"])
     model = parts["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", ())]
-    scores = model.get("vocab") if isinstance(model.get("vocab"), list) else None  # of unigram
+    scores = model.get("vocab") if isinstance(model.get("vocab"), list) else None  # unigram
     return [parts.get("normalizer"), parts.get("pre_tokenizer"), model.get("type"), merges, scores]

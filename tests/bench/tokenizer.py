@@ -30,12 +30,12 @@ import tokenizers  # noqa: E402
 
 from mmdata.encode.rows import BadRow, parse_row  # noqa: E402
 from mmdata.io.lines import iter_lines  # noqa: E402
+from mmdata.tokenizer.hostile import hostile_strings  # noqa: E402
 from mmdata.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from mmdata.tokenizer.toolkit.evaluate import evaluate  # noqa: E402
-from mmdata.tokenizer.toolkit.hostile import hostile_strings  # noqa: E402
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS  # noqa: E402
 from mmdata.tokenizer.toolkit.sample import draw, fields_of  # noqa: E402
-from mmdata.tokenizer.toolkit.train import Options, pre_tokenizer, train, train_to  # noqa: E402
+from mmdata.tokenizer.toolkit.train import TokenizerOptions, pre_tokenizer, train, train_to  # noqa: E402
 
 
 def texts_of(path: Path) -> Iterator[str]:
@@ -73,7 +73,7 @@ def held_out(files: list[Path], directories: list[Path]) -> None:
             ("digits", {"Chinese": 1.0}),
         ):
             name = f"mm-{pattern}" + (f"-Chinese={weights['Chinese']:g}" if weights else "")
-            written, _ = train(trained_on, Options(6400, pattern=pattern, weights=weights))
+            written, _ = train(trained_on, TokenizerOptions(6400, pattern=pattern, weights=weights))
             loaded.append(Tokenizer(Path(name), written))
         corpus = draw(others, limit_bytes=10**9)
         figures = evaluate(loaded, corpus, shapes={}, step_tokens=65_536)["tokenizers"]
@@ -149,7 +149,7 @@ def ours(path: Path) -> None:
     """`mm tokenizer train --weight Chinese=1`, its child process included."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        train_to([path], Path(scratch) / "made", Options(6400, weights={"Chinese": 1.0}))
+        train_to([path], Path(scratch) / "made", TokenizerOptions(6400, weights={"Chinese": 1.0}))
         report(begun, resource.RUSAGE_CHILDREN)
 
 
@@ -185,9 +185,9 @@ def round_trip(files: list[Path], count: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for pattern in ("digits", "gpt2"):
             out = Path(scratch) / pattern
-            train_to(files, out, Options(6400, pattern=pattern))
+            train_to(files, out, TokenizerOptions(6400, pattern=pattern))
             found, theirs = Tokenizer.load(out), AutoTokenizer.from_pretrained(out)
-            strings = list(hostile_strings(count, control=list(found.control_tokens)))
+            strings = list(hostile_strings(count, tokens=list(found.control_tokens)))
             changed = differing = 0
             for begin in range(0, count, 1000):
                 batch = strings[begin : begin + 1000]

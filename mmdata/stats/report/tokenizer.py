@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mmdata.stats.report import page
 from mmdata.stats.report.page import Html, Section, Words
+from mmdata.tokenizer.toolkit.evaluate import Evaluation, Rates, RoundTrip, TokenizerFigures
 
 ZH = {
     "Tokenizers": "分词器",
@@ -74,82 +75,89 @@ def short_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def tables(figures: Mapping[str, Any]) -> list[Table]:
+def tables(figures: Evaluation) -> list[Table]:
     """All figures of `tokenizer_eval.evaluate`, worded."""
-    each = figures["tokenizers"]
-    by_language = _rate_rows(each, "by_language", "bytes_per_token")
+    each = figures.tokenizers
+    by_language = _rate_rows(each, "by_language")
     return [
         Table("bytes per token, by language", by_language),
-        Table("bytes per token, by file", _rate_rows(each, "by_file", "bytes_per_token")),
-        Table("characters per token, by language", _rate_rows(each, "by_language", "characters_per_token")),
+        Table("bytes per token, by file", _rate_rows(each, "by_file")),
+        Table("characters per token, by language", _rate_rows(each, "by_language", of_characters=True)),
         Table("use and exactness", list(_use_rows(each))),
-        Table("a model with it", list(_model_rows(each, figures["step_tokens"]))),
+        Table("a model with it", list(_model_rows(each, figures.step_tokens))),
     ]
 
 
-def _rate_rows(each: Sequence[Mapping[str, Any]], group: str, key: str) -> list[tuple[Label, Sequence[str]]]:
-    kinds = list(each[0][group])
+def _rate_rows(
+    each: Sequence[TokenizerFigures], group: Literal["by_language", "by_file"], *, of_characters: bool = False
+) -> list[tuple[Label, Sequence[str]]]:
+    """A row for each language or file, and one for all text: bytes, or characters, per token."""
+
+    def shown(rates: Rates | TokenizerFigures) -> str:
+        return f"{rates.characters_per_token if of_characters else rates.bytes_per_token:.3f}"
+
+    groups = [one.by_language if group == "by_language" else one.by_file for one in each]
+    kinds = list(groups[0])
     labels = kinds if group == "by_language" else short_names(kinds)
     rows: list[tuple[Label, Sequence[str]]] = [
-        ((label, {}), [f"{one[group][kind][key]:.3f}" for one in each])
-        for label, kind in zip(labels, kinds, strict=True)
+        ((label, {}), [shown(rates[kind]) for rates in groups]) for label, kind in zip(labels, kinds, strict=True)
     ]
-    return [*rows, (("all", {}), [f"{one[key]:.3f}" for one in each])]
+    return [*rows, (("all", {}), [shown(one) for one in each])]
 
 
-def _use_rows(each: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Label, Sequence[str]]]:
+def _use_rows(each: Sequence[TokenizerFigures]) -> Iterator[tuple[Label, Sequence[str]]]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
-    shown: list[tuple[str, Callable[[Any], str]]] = [
-        ("vocabulary", lambda one: f"{one['vocab_size']:,}"),
-        ("tokens per word", lambda one: number(one["tokens_per_word"])),
-        ("tokens per Chinese character", lambda one: number(one["tokens_per_chinese_character"])),
-        ("single bytes of characters", lambda one: f"{100 * one['byte_fallback_share']:.2f}%"),
-        ("vocabulary used", lambda one: f"{100 * one['vocab_used_share']:.1f}%"),
-        ("never in this text (glitch-prone)", lambda one: f"{one['glitch_prone']:,}"),
-        ("fewer than 10 times", lambda one: f"{one['rarely_used']:,}"),
-        ("texts changed by a round trip", lambda one: f"{one['round_trip']['texts_changed']:,}"),
-        ("hostile strings changed", lambda one: _of(one["round_trip"])),
-        ("encode, MB per core second", lambda one: f"{one['encode_mb_per_cpu_s']:.1f}"),
-        ("decode, MB per core second", lambda one: f"{one['decode_mb_per_cpu_s']:.1f}"),
+    shown: list[tuple[str, Callable[[TokenizerFigures], str]]] = [
+        ("vocabulary", lambda one: f"{one.vocab_size:,}"),
+        ("tokens per word", lambda one: number(one.tokens_per_word)),
+        ("tokens per Chinese character", lambda one: number(one.tokens_per_chinese_character)),
+        ("single bytes of characters", lambda one: f"{100 * one.byte_fallback_share:.2f}%"),
+        ("vocabulary used", lambda one: f"{100 * one.vocab_used_share:.1f}%"),
+        ("never in this text (glitch-prone)", lambda one: f"{one.glitch_prone:,}"),
+        ("fewer than 10 times", lambda one: f"{one.rarely_used:,}"),
+        ("texts changed by a round trip", lambda one: f"{one.round_trip.texts_changed:,}"),
+        ("hostile strings changed", lambda one: _of(one.round_trip)),
+        ("encode, MB per core second", lambda one: f"{one.encode_mb_per_cpu_s:.1f}"),
+        ("decode, MB per core second", lambda one: f"{one.decode_mb_per_cpu_s:.1f}"),
     ]
     for phrase, show in shown:
         yield (phrase, {}), [show(one) for one in each]
 
 
-def _of(found: Mapping[str, int]) -> str:
-    return f"{found['hostile_changed']:,} / {found['hostile']:,}"
+def _of(found: RoundTrip) -> str:
+    return f"{found.hostile_changed:,} / {found.hostile:,}"
 
 
-def _model_rows(each: Sequence[Mapping[str, Any]], step_tokens: int) -> Iterator[tuple[Label, Sequence[str]]]:
-    least = min(one["tokens_per_gigabyte"] for one in each)
-    yield ("tokens of a GB of text", {}), [f"{one['tokens_per_gigabyte'] / 1e6:,.0f} M" for one in each]
+def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[tuple[Label, Sequence[str]]]:
+    least = min(one.tokens_per_gigabyte for one in each)
+    yield ("tokens of a GB of text", {}), [f"{one.tokens_per_gigabyte / 1e6:,.0f} M" for one in each]
     steps = "steps per epoch of a GB ({tokens} tokens each)"
-    yield (steps, {"tokens": f"{step_tokens:,}"}), [f"{one['steps_per_gigabyte']:,}" for one in each]
-    yield ("compute for the same text", {}), [f"{one['tokens_per_gigabyte'] / least:.3f}x" for one in each]
-    for name in each[0]["embedding"]:
-        found = [one["embedding"][name] for one in each]
-        said = [f"{100 * one['share']:.1f}%" + ("" if one["fits"] else " !") for one in found]
+    yield (steps, {"tokens": f"{step_tokens:,}"}), [f"{one.steps_per_gigabyte:,}" for one in each]
+    yield ("compute for the same text", {}), [f"{one.tokens_per_gigabyte / least:.3f}x" for one in each]
+    for name in each[0].embedding:
+        found = [one.embedding[name] for one in each]
+        said = [f"{100 * one.share:.1f}%" + ("" if one.fits else " !") for one in found]
         yield ("embedding's share of {model}", {"model": name}), said
 
 
-def eval_page(figures: Mapping[str, Any], *, lang: str = "en") -> str:
+def eval_page(figures: Evaluation, *, lang: str = "en") -> str:
     """The report: one HTML file."""
     words = Words(lang, ZH)
-    text = figures["text"]
-    title = words("Tokenizers on {megabytes} MB of text", megabytes=f"{text['bytes'] / 1e6:.1f}")
-    subtitle = words("{texts} texts drawn from {rows} rows", texts=f"{text['texts']:,}", rows=f"{text['rows']:,}")
+    text = figures.text
+    title = words("Tokenizers on {megabytes} MB of text", megabytes=f"{text.bytes / 1e6:.1f}")
+    subtitle = words("{texts} texts drawn from {rows} rows", texts=f"{text.texts:,}", rows=f"{text.rows:,}")
     return page.page(title, subtitle, list(sections(figures, words)), words)
 
 
-def sections(figures: Mapping[str, Any], words: Words) -> Iterator[Section]:
+def sections(figures: Evaluation, words: Words) -> Iterator[Section]:
     """The sections of the report, for a page of their own or within another; `words` knows ZH."""
-    each = figures["tokenizers"]
-    names = short_names([one["name"] for one in each])
+    each = figures.tokenizers
+    names = short_names([one.name for one in each])
     language, file, characters, use, model = (_html(table, names, words) for table in tables(figures))
     glance = [
-        (name, f"{one['bytes_per_token']:.3f}", words("bytes per token")) for name, one in zip(names, each, strict=True)
+        (name, f"{one.bytes_per_token:.3f}", words("bytes per token")) for name, one in zip(names, each, strict=True)
     ]
     note = "More bytes in a token are fewer tokens, steps and seconds for the same text."
     yield Section("glance", words("At a glance"), [page.cards(glance), page.paragraph(words(note), kind="note")])
@@ -171,13 +179,13 @@ def _html(table: Table, names: Sequence[str], words: Words) -> Html:
     return page.table(["", *names], rows, title=words(table.title))
 
 
-def _lists(name: str, one: Mapping[str, Any], words: Words) -> Iterator[Html]:
+def _lists(name: str, one: TokenizerFigures, words: Words) -> Iterator[Html]:
     """A tokenizer's longest tokens, those the text never became, and texts that do not come back."""
     columns = [words("token"), words("id"), words("bytes"), words("times")]
-    for title, key in (("longest tokens", "longest_tokens"), ("never in this text", "glitch_prone_tokens")):
-        rows = [(page.code(token["text"]), token["id"], token["bytes"], token["uses"]) for token in one[key]]
+    for title, tokens in (("longest tokens", one.longest_tokens), ("never in this text", one.glitch_prone_tokens)):
+        rows = [(page.code(token.text), token.id, token.bytes, token.uses) for token in tokens]
         if rows:
             yield page.table(columns, rows, title=f"{name}: {words(title)}")
-    if one["round_trip"]["examples"]:
-        rows = [(page.code(example),) for example in one["round_trip"]["examples"]]
+    if one.round_trip.examples:
+        rows = [(page.code(example),) for example in one.round_trip.examples]
         yield page.table([words("token")], rows, title=f"{name}: {words('does not come back')}", wrap=True)

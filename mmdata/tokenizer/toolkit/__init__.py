@@ -1,4 +1,4 @@
-"""`mm tokenizer`: train, evaluate, compare, check, show and extend tokenizers.
+"""The commands `mm tokenizer train`, `eval`, `compare`, `check` and `extend`, a module each (`show` is in ../vocabulary.py).
 
-One module a command, and what several of them share.
+They share `sample.py`, which draws text from jsonl files; `layouts.py` and `unigram.py` belong to training.
 """

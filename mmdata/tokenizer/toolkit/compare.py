@@ -1,57 +1,103 @@
-"""Two tokenizers and the same text in; how they differ out, and in a sentence whether a model trained with the one may
-read what was packed with the other."""
+"""How two tokenizers split the same text, and whether a model trained with one may read shards of the other:
+`mm tokenizer compare`."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.sample import Corpus
+from mmdata.tokenizer.toolkit.sample import TextSample
 from mmdata.tokenizer.vocabulary import Relation, legible, relate, token_texts
 
 NUM_SHOWN = 12
-_MOST_WORDS = 200_000  # different words compared, the commonest
-# Words as either pattern cuts them, or smaller: what is split differently is shown word by word.
+_MAX_WORDS = 200_000  # different words compared; the most frequent ones
+# Words as both pre-tokenizer patterns cut them, or smaller: differences are counted and shown word by word.
 _WORD = re.compile(r" ?[A-Za-z]+| ?\d+|[\u3400-\u9fff]{1,8}|\s+| ?[^\sA-Za-z\d\u3400-\u9fff]+")
 
 
-def compare(a: Tokenizer, b: Tokenizer, corpus: Corpus) -> dict[str, Any]:
-    """Figures of both on the same text, and the verdict; plain and ready for JSON."""
+@dataclass(frozen=True, slots=True)
+class IdPair:
+    """An id and the token it is in A and in B, as people can read it."""
+
+    id: int
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class WordSplit:
+    """A word that A and B split differently: how often the text has it, and its tokens in both."""
+
+    text: str
+    count: int
+    a: list[str]
+    b: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All figures of A and B; the names are the keys of `mm tokenizer compare --json`. Pairs are A's value, then B's."""
+
+    a: str
+    b: str
+    vocab_size: tuple[int, int]
+    shared_tokens: int  # whatever their ids
+    same_ids: int
+    first_differing_ids: list[IdPair]
+    text_bytes: int
+    tokens: list[int]
+    bytes_per_token: list[float]
+    texts: int
+    texts_split_alike: int
+    words_split_differently: float  # share of all words of the text
+    examples: list[WordSplit]
+    control_tokens: dict[str, list[str]]  # only_a, only_b
+    same_template: bool
+    may_read: bool
+    answer: str
+
+
+def compare(a: Tokenizer, b: Tokenizer, sample: TextSample) -> Comparison:
+    """Compare two vocabularies id by id, and how both tokenizers split the sample."""
     relation = relate(a, b)
     words: Counter[str] = Counter()
     tokens = [0, 0]
-    num_texts = alike = 0
-    for _, texts in corpus.groups():
+    num_texts = num_alike = 0
+    for _, texts in sample.groups():
         for text in texts:
             words.update(_WORD.findall(text))
-        encoded = [_pieces(each, texts) for each in (a, b)]
-        tokens = [have + sum(map(len, found)) for have, found in zip(tokens, encoded, strict=True)]
-        alike += sum(one == other for one, other in zip(*encoded, strict=True))
+        splits = [_token_sizes(each, texts) for each in (a, b)]
+        tokens = [total + sum(map(len, split)) for total, split in zip(tokens, splits, strict=True)]
+        num_alike += sum(one == other for one, other in zip(*splits, strict=True))
         num_texts += len(texts)
-    different, total, examples = _differing_words(a, b, words)
-    may_read, sentence = verdict(a, b, relation)
-    return {
-        "a": str(a.dir),
-        "b": str(b.dir),
-        "vocab_size": [relation.size_a, relation.size_b],
-        "shared_tokens": relation.num_shared,
-        "same_ids": relation.same_ids,
-        "first_differing_ids": [_sides(a, b, id) for id in (relation.differing or relation.placed)[:3]],
-        "text_bytes": corpus.drawn_bytes,
-        "tokens": tokens,
-        "bytes_per_token": [corpus.drawn_bytes / max(count, 1) for count in tokens],
-        "texts": num_texts,
-        "texts_split_alike": alike,
-        "words_split_differently": different / max(total, 1),
-        "examples": examples,
-        "control_tokens": {"only_a": _only(a, b), "only_b": _only(b, a)},
-        "same_template": a.chat_template == b.chat_template,
-        "may_read": may_read,
-        "answer": sentence,
-    }
+    num_different, examples = _differing_words(a, b, words)
+    num_words = sum(count for _, count in words.most_common(_MAX_WORDS))
+    may_read, answer = verdict(a, b, relation)
+    return Comparison(
+        a=str(a.dir),
+        b=str(b.dir),
+        vocab_size=(relation.size_a, relation.size_b),
+        shared_tokens=relation.num_shared,
+        same_ids=relation.same_ids,
+        first_differing_ids=[_id_pair(a, b, id) for id in (relation.differing or relation.placed)[:3]],
+        text_bytes=sample.drawn_bytes,
+        tokens=tokens,
+        bytes_per_token=[sample.drawn_bytes / max(count, 1) for count in tokens],
+        texts=num_texts,
+        texts_split_alike=num_alike,
+        words_split_differently=num_different / max(num_words, 1),
+        examples=examples,
+        control_tokens={
+            "only_a": [token for token in a.control_tokens if token not in b.control_tokens],
+            "only_b": [token for token in b.control_tokens if token not in a.control_tokens],
+        },
+        same_template=a.chat_template == b.chat_template,
+        may_read=may_read,
+        answer=answer,
+    )
 
 
 def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
@@ -64,67 +110,53 @@ def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
         but = "" if relation.is_split_alike else ", though it has seen text split differently"
         return True, f"Yes: {names} read shards of {b.dir}; every id is the same token in both{but}."
     if relation.b_extends_a:
-        more = len(relation.new_ids)
         return False, (
-            f"Not as it is: {b.dir} keeps every id of {a.dir} and has {more:,} more; {names} read its shards once it has "
-            "rows for them: mm train STAGE --init RUN --resize-embeddings mean"
+            f"Not as it is: {b.dir} keeps every id of {a.dir} and has {len(relation.new_ids):,} more; {names} read its "
+            "shards once it has rows for them: mm train STAGE --init RUN --resize-embeddings mean"
         )
     if not relation.differing:
-        return (
-            False,
-            f"No: {b.dir} has ids up to {relation.size_b - 1:,}, the model none past {relation.size_a - 1:,}; {again}",
-        )
+        last_a, last_b = relation.size_a - 1, relation.size_b - 1
+        return False, f"No: {b.dir} has ids up to {last_b:,}, the model none past {last_a:,}; {again}"
     control = {*a.control_tokens.values(), *b.control_tokens.values()}
     if set(relation.differing) <= control and relation.size_a == relation.size_b:
-        some = ", ".join(f"{one} is {other}" for one, other in (_names(a, b, id) for id in relation.differing[:3]))
+        pairs = [_id_pair(a, b, id) for id in relation.differing[:3]]
         return False, (
             f"Not as it is: text has the same ids in both, but {len(relation.differing)} control tokens are named "
-            f"differently ({some}), and templates write them by name; use the files of one of them for both"
+            f"differently ({', '.join(f'{pair.a} is {pair.b}' for pair in pairs)}), and templates write them by name; "
+            "use the files of one of them for both"
         )
     return False, (
-        f"No: {len(relation.differing):,} of {min(relation.size_a, relation.size_b):,} ids are different tokens, so the model "
-        f"would read other text than was written; {again}"
+        f"No: {len(relation.differing):,} of {min(relation.size_a, relation.size_b):,} ids are different tokens, so the "
+        f"model would read other text than was written; {again}"
     )
 
 
-def _pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's split: the bytes of its tokens, one after another."""
+def _token_sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The number of bytes of each token of each text. Two texts are split alike if these are equal."""
     flat, ends = tokenizer.encode_batch(texts)
     sizes = tokenizer.token_bytes()[flat]
     return [part.tolist() for part in np.split(sizes, ends[:-1])] if len(ends) else []
 
 
-def _differing_words(a: Tokenizer, b: Tokenizer, words: Counter[str]) -> tuple[int, int, list[dict[str, Any]]]:
-    """Occurrences of words that are split differently, of how many, and the commonest of them with both splits."""
-    common = words.most_common(_MOST_WORDS)
-    splits = [_pieces(each, [word for word, _ in common]) for each in (a, b)]
+def _differing_words(a: Tokenizer, b: Tokenizer, words: Counter[str]) -> tuple[int, list[WordSplit]]:
+    """How many occurrences of words are split differently, and the most frequent of these words with both splits."""
+    common = words.most_common(_MAX_WORDS)
+    splits = [_token_sizes(each, [word for word, _ in common]) for each in (a, b)]
     differing = [
         (word, count, one, other) for (word, count), one, other in zip(common, *splits, strict=True) if one != other
     ]
-    shown = [
-        {"text": legible(word.encode()), "count": count, "a": _cut(word, one), "b": _cut(word, other)}
+    examples = [
+        WordSplit(legible(word.encode()), count, _cut(word, one), _cut(word, other))
         for word, count, one, other in differing[:NUM_SHOWN]
     ]
-    return sum(count for _, count, _, _ in differing), sum(count for _, count in common), shown
+    return sum(count for _, count, _, _ in differing), examples
 
 
 def _cut(word: str, sizes: Sequence[int]) -> list[str]:
-    data, pieces, begin = word.encode(), [], 0
-    for size in sizes:
-        pieces.append(legible(data[begin : begin + size]))
-        begin += size
-    return pieces
+    """The word in pieces of these many bytes, legible."""
+    data, ends = word.encode(), np.cumsum(sizes).tolist()
+    return [legible(data[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _only(a: Tokenizer, b: Tokenizer) -> list[str]:
-    return [token for token in a.control_tokens if token not in b.control_tokens]
-
-
-def _names(a: Tokenizer, b: Tokenizer, id: int) -> tuple[str, str]:
-    one, other = (legible(token_texts(each)[id] or b"") for each in (a, b))
-    return one, other
-
-
-def _sides(a: Tokenizer, b: Tokenizer, id: int) -> dict[str, Any]:
-    one, other = _names(a, b, id)
-    return {"id": id, "a": one, "b": other}
+def _id_pair(a: Tokenizer, b: Tokenizer, id: int) -> IdPair:
+    return IdPair(id, *(legible(token_texts(each)[id] or b"") for each in (a, b)))

@@ -1,210 +1,291 @@
-"""Tokenizers and one corpus of text in; figures side by side out: how well each compresses what, which of its tokens are
-used, whether text comes back exactly, how fast it is, and what that means for a model.
+"""Figures of tokenizers on the same text: `mm tokenizer eval`.
 
-Costs about a second a megabyte and tokenizer. A rate of bytes a token can be compared only over the same text.
+For each tokenizer: compression by language and file, use of the vocabulary, whether text comes back exactly, speed, and
+what the vocabulary's size means for a model. About one second per megabyte of text and tokenizer. Bytes per token of two
+tokenizers can be compared only over the same text.
 """
 
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.hostile import hostile_strings
-from mmdata.tokenizer.toolkit.sample import Corpus
+from mmdata.tokenizer.toolkit.sample import Stratum, TextSample
 from mmdata.tokenizer.vocabulary import legible, token_texts
 
-LIMIT_BYTES = 10_000_000
 NUM_HOSTILE = 1000
 NUM_SHOWN = 10
-_BATCH = 1000
+GIGABYTE = 1_000_000_000
+_BATCH = 1000  # texts encoded by one native call
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _WORD = re.compile(r" ?[A-Za-z]+(?:'[a-z]+)?")
-GIGABYTE = 1_000_000_000
-Progress = Callable[[int, int], None]
+Groups = Sequence[tuple[Stratum, list[str]]]
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a model preset what a vocabulary changes: its width, and all other weights. A preset's own limit of ids, 0: none."""
+    """The part of a model preset that a vocabulary changes. `max_vocab`: the preset's vocabulary size; 0 is no limit."""
 
     hidden_size: int
-    num_other_params: int
+    num_other_params: int  # parameters outside the embedding
     max_vocab: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The size of a text and how well it is compressed."""
+
+    bytes: int
+    tokens: int
+    bytes_per_token: float
+    characters_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUses:
+    """One token as people can read it, its bytes, and how often the text used it."""
+
+    id: int
+    text: str
+    bytes: int
+    uses: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTrip:
+    """How many texts of the sample, and how many hostile strings, change when encoded and decoded; the shortest three."""
+
+    texts: int
+    texts_changed: int
+    hostile: int
+    hostile_changed: int
+    examples: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingShare:
+    """Parameters of a model's embedding (counted once), their share of the model, and whether the preset has the ids."""
+
+    params: int
+    share: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFigures:
+    """All figures of one tokenizer; the names are the keys of `mm tokenizer eval --json`."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    bytes: int
+    tokens: int
+    bytes_per_token: float
+    characters_per_token: float
+    by_language: dict[str, Rates]
+    by_file: dict[str, Rates]
+    tokens_per_word: float | None  # Latin letters and the space before them; None where the text has no words
+    tokens_per_chinese_character: float | None
+    byte_fallback_share: float  # share of the tokens that are a single byte of a longer character
+    vocab_used: int
+    vocab_used_share: float
+    never_used: int  # ordinary tokens: neither added ones nor unused ids
+    never_used_bytes: int  # of these, single bytes, which must exist for text to come
+    glitch_prone: int  # of these, all others: a model's input may hold them, but their embedding is never trained
+    glitch_prone_tokens: list[TokenUses]
+    rarely_used: int
+    longest_tokens: list[TokenUses]
+    round_trip: RoundTrip
+    encode_mb_per_cpu_s: float
+    decode_mb_per_cpu_s: float
+    embedding: dict[str, EmbeddingShare]  # by model preset
+    tokens_per_gigabyte: int
+    steps_per_gigabyte: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextFigures:
+    """The text that was measured: what was drawn, from how many rows and bytes, and rows left out by file and reason."""
+
+    bytes: int
+    characters: int
+    texts: int
+    rows: int
+    left_out: dict[str, dict[str, int]]
+    found_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate` returns."""
+
+    text: TextFigures
+    step_tokens: int
+    tokenizers: list[TokenizerFigures]
 
 
 def evaluate(
     tokenizers: Sequence[Tokenizer],
-    corpus: Corpus,
+    sample: TextSample,
     *,
     shapes: Mapping[str, Shape],
     step_tokens: int,
     num_hostile: int = NUM_HOSTILE,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """All figures, plain and ready for JSON. progress counts bytes of text over all tokenizers."""
-    groups = [(stratum, texts) for stratum, texts in corpus.groups()]
-    total = corpus.drawn_bytes * len(tokenizers)
+) -> Evaluation:
+    """Measure every tokenizer on the whole sample.
+
+    `shapes`: model presets by name; `step_tokens`: tokens of one training step. `progress` counts the bytes of the text
+    once for each tokenizer.
+    """
+    groups = list(sample.groups())
+    total = sample.drawn_bytes * len(tokenizers)
     figures = []
     for index, tokenizer in enumerate(tokenizers):
-        begin = index * corpus.drawn_bytes
+        begin = index * sample.drawn_bytes
         tick = (lambda done, begin=begin: progress(begin + done, total)) if progress else None
-        figures.append(_one(tokenizer, groups, shapes, step_tokens, num_hostile, tick))
-    return {
-        "text": {
-            "bytes": corpus.drawn_bytes,
-            "characters": sum(len(text) for _, texts in groups for text in texts),
-            "texts": sum(len(texts) for _, texts in groups),
-            "rows": corpus.num_rows,
-            "left_out": {name: dict(counts) for name, counts in corpus.left_out.items()},
-            "found_bytes": sum(stratum.found_bytes for stratum in corpus.strata),
-        },
-        "step_tokens": step_tokens,
-        "tokenizers": figures,
-    }
+        figures.append(_figures(tokenizer, groups, shapes, step_tokens, num_hostile, tick))
+    text = TextFigures(
+        bytes=sample.drawn_bytes,
+        characters=sum(len(text) for _, texts in groups for text in texts),
+        texts=sum(len(texts) for _, texts in groups),
+        rows=sample.num_rows,
+        left_out={name: dict(counts) for name, counts in sample.left_out.items()},
+        found_bytes=sum(stratum.found_bytes for stratum in sample.strata),
+    )
+    return Evaluation(text, step_tokens, figures)
 
 
-def _one(
+class _Coder:
+    """Encodes and decodes texts; adds up the CPU seconds of both, and keeps the texts that come back changed."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.num_texts = 0
+        self.changed: list[str] = []
+        self.encode_s = self.decode_s = 0.0
+
+    def run(self, texts: list[str]) -> np.ndarray:
+        """The ids of some texts, end to end."""
+        begun = time.process_time()
+        flat, ends = self.tokenizer.encode_batch(texts)
+        middle = time.process_time()
+        lists = [part.tolist() for part in np.split(flat, ends[:-1])]
+        decoded = self.tokenizer.native.decode_batch(lists, skip_special_tokens=False)
+        self.encode_s += middle - begun
+        self.decode_s += time.process_time() - middle
+        self.num_texts += len(texts)
+        self.changed += [text for text, back in zip(texts, decoded, strict=True) if text != back]
+        return flat
+
+
+def _figures(
     tokenizer: Tokenizer,
-    groups: Sequence[tuple[Any, list[str]]],
+    groups: Groups,
     shapes: Mapping[str, Shape],
     step_tokens: int,
     num_hostile: int,
     tick: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    by_language: dict[str, Counter[str]] = {}
-    by_file: dict[str, Counter[str]] = {}
+) -> TokenizerFigures:
+    sample, hostile = _Coder(tokenizer), _Coder(tokenizer)
     uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    changed: list[str] = []
-    seconds = {"encode": 0.0, "decode": 0.0}
+    sizes: list[np.ndarray] = []  # of each group: bytes, characters, tokens
     done = 0
-    for stratum, texts in groups:
-        counts = Counter({"bytes": 0, "characters": 0, "tokens": 0})
-        for begin in range(0, len(texts), _BATCH):
-            batch = texts[begin : begin + _BATCH]
+    for _, texts in groups:
+        size = np.zeros(3, np.int64)
+        for batch in _batches(texts):
             num_bytes = sum(len(text.encode()) for text in batch)
-            ids = _round_trip(tokenizer, batch, seconds, changed)
+            ids = sample.run(batch)
             uses += np.bincount(ids, minlength=len(uses))
-            counts.update(bytes=num_bytes, characters=sum(map(len, batch)), tokens=len(ids))
+            size += (num_bytes, sum(map(len, batch)), len(ids))
             done += num_bytes
             if tick:
                 tick(done)
-        by_language.setdefault(stratum.language, Counter()).update(counts)
-        by_file.setdefault(stratum.file, Counter()).update(counts)
-    whole = sum(by_language.values(), Counter())
-    texts = [text for _, found in groups for text in found]
-    return {
-        "name": str(tokenizer.dir),
-        "sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        **_rates(whole),
-        "by_language": {name: _rates(counts) for name, counts in sorted(by_language.items())},
-        "by_file": {name: _rates(counts) for name, counts in by_file.items()},
-        **_fertility(tokenizer, texts),
-        **_vocabulary(tokenizer, uses),
-        "round_trip": _exactness(tokenizer, len(texts), changed, num_hostile),
-        "encode_mb_per_cpu_s": whole["bytes"] / 1e6 / max(seconds["encode"], 1e-9),
-        "decode_mb_per_cpu_s": whole["bytes"] / 1e6 / max(seconds["decode"], 1e-9),
-        "embedding": _embedding(tokenizer.vocab_size, shapes),
-        "tokens_per_gigabyte": round(GIGABYTE * whole["tokens"] / whole["bytes"]),
-        "steps_per_gigabyte": round(GIGABYTE * whole["tokens"] / whole["bytes"] / step_tokens),
-    }
+        sizes.append(size)
+    for batch in _batches(list(hostile_strings(num_hostile, tokens=list(tokenizer.control_tokens)))):
+        hostile.run(batch)
+    everything = sum(sizes, np.zeros(3, np.int64))
+    all_bytes, _, num_tokens = everything.tolist()
+    words, runs = (
+        Counter(each for _, texts in groups for text in texts for each in pattern.findall(text))
+        for pattern in (_WORD, _HAN)
+    )
+    tokens = token_texts(tokenizer)
+    lengths = np.array([len(token or b"") for token in tokens])
+    is_ordinary = np.array([token is not None and id not in tokenizer.added for id, token in enumerate(tokens)])
+    is_high_byte = np.array([len(token or b"") == 1 and (token or b"\0")[0] >= 0x80 for token in tokens])
+    is_unused = is_ordinary & (uses == 0)
+    glitch_prone = np.flatnonzero(is_unused & (lengths > 1))
+    longest = sorted(np.flatnonzero(is_ordinary).tolist(), key=lambda id: (-lengths[id], id))[:NUM_SHOWN]
+
+    def shown(ids: Iterable[int]) -> list[TokenUses]:
+        return [TokenUses(id, legible(tokens[id] or b""), len(tokens[id] or b""), int(uses[id])) for id in ids]
+
+    return TokenizerFigures(
+        name=str(tokenizer.dir),
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        **asdict(_rates(everything)),
+        by_language=_rates_by([stratum.language for stratum, _ in groups], sizes, is_sorted=True),
+        by_file=_rates_by([stratum.file for stratum, _ in groups], sizes),
+        tokens_per_word=_mean_tokens(tokenizer, words, words.total()),
+        tokens_per_chinese_character=_mean_tokens(tokenizer, runs, sum(len(run) * n for run, n in runs.items())),
+        byte_fallback_share=float(uses[is_ordinary & is_high_byte].sum()) / max(int(uses.sum()), 1),
+        vocab_used=int((uses > 0).sum()),
+        vocab_used_share=float((uses[is_ordinary] > 0).mean()),
+        never_used=int(is_unused.sum()),
+        never_used_bytes=int(is_unused.sum()) - len(glitch_prone),
+        glitch_prone=len(glitch_prone),
+        glitch_prone_tokens=shown(glitch_prone[-NUM_SHOWN:].tolist()),
+        rarely_used=int((is_ordinary & (uses > 0) & (uses < 10)).sum()),
+        longest_tokens=shown(longest),
+        round_trip=RoundTrip(
+            sample.num_texts,
+            len(sample.changed),
+            hostile.num_texts,
+            len(hostile.changed),
+            [text[:200] for text in sorted((*sample.changed, *hostile.changed), key=len)[:3]],
+        ),
+        encode_mb_per_cpu_s=all_bytes / 1e6 / max(sample.encode_s, 1e-9),
+        decode_mb_per_cpu_s=all_bytes / 1e6 / max(sample.decode_s, 1e-9),
+        embedding={name: _embedding(tokenizer.vocab_size, shape) for name, shape in shapes.items()},
+        tokens_per_gigabyte=round(GIGABYTE * num_tokens / all_bytes),
+        steps_per_gigabyte=round(GIGABYTE * num_tokens / all_bytes / step_tokens),
+    )
 
 
-def _round_trip(tokenizer: Tokenizer, batch: list[str], seconds: dict[str, float], changed: list[str]) -> np.ndarray:
-    """Ids of a batch; adds CPU seconds, and texts that did not come back."""
-    begun = time.process_time()
-    flat, ends = tokenizer.encode_batch(batch)
-    middle = time.process_time()
-    lists = [part.tolist() for part in np.split(flat, ends[:-1])]
-    back = tokenizer.native.decode_batch(lists, skip_special_tokens=False)
-    seconds["encode"] += middle - begun
-    seconds["decode"] += time.process_time() - middle
-    changed += [text for text, other in zip(batch, back, strict=True) if text != other]
-    return flat
+def _batches(texts: list[str]) -> Iterable[list[str]]:
+    return (texts[begin : begin + _BATCH] for begin in range(0, len(texts), _BATCH))
 
 
-def _rates(counts: Mapping[str, int]) -> dict[str, Any]:
-    tokens = max(counts["tokens"], 1)
-    return {
-        "bytes": counts["bytes"],
-        "tokens": counts["tokens"],
-        "bytes_per_token": counts["bytes"] / tokens,
-        "characters_per_token": counts["characters"] / tokens,
-    }
+def _rates(size: np.ndarray) -> Rates:
+    num_bytes, num_characters, num_tokens = size.tolist()
+    return Rates(num_bytes, num_tokens, num_bytes / max(num_tokens, 1), num_characters / max(num_tokens, 1))
 
 
-def _fertility(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float | None]:
-    """Tokens of a word (Latin letters and the space before), and of a Chinese character, each run encoded on its own."""
-    words: Counter[str] = Counter()
-    runs: Counter[str] = Counter()
-    for text in texts:
-        words.update(_WORD.findall(text))
-        runs.update(_HAN.findall(text))
-    return {
-        "tokens_per_word": _mean_tokens(tokenizer, words, words.total()),
-        "tokens_per_chinese_character": _mean_tokens(tokenizer, runs, sum(len(run) * n for run, n in runs.items())),
-    }
+def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray], *, is_sorted: bool = False) -> dict[str, Rates]:
+    """Rates of the groups of each name."""
+    sums: dict[str, np.ndarray] = {}
+    for name, size in zip(names, sizes, strict=True):
+        sums[name] = sums.get(name, 0) + size
+    return {name: _rates(sums[name]) for name in (sorted(sums) if is_sorted else sums)}
 
 
 def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> float | None:
+    """Tokens of all strings, each encoded on its own and taken as often as it was counted, divided by `total`."""
     if not total:
         return None
     _, ends = tokenizer.encode_batch(list(counted))
     return float((np.diff(ends, prepend=0) * np.fromiter(counted.values(), np.int64, len(counted))).sum() / total)
 
 
-def _vocabulary(tokenizer: Tokenizer, uses: np.ndarray) -> dict[str, Any]:
-    """Which tokens the text used. Glitch-prone are those it never did and a model's input can hold all the same: an
-    embedding nobody trained. Bytes and added tokens are not counted among them, they are there for what may come."""
-    texts = token_texts(tokenizer)
-    ordinary = [id for id, text in enumerate(texts) if text is not None and id not in tokenizer.added]
-    lone = [id for id in ordinary if len(texts[id] or b"") == 1 and (texts[id] or b"\0")[0] >= 0x80]
-    unused = [id for id in ordinary if not uses[id]]
-    glitch = [id for id in unused if len(texts[id] or b"") > 1]
-    longest = sorted(ordinary, key=lambda id: (-len(texts[id] or b""), id))[:NUM_SHOWN]
-    total = max(int(uses.sum()), 1)
-    return {
-        "byte_fallback_share": float(uses[lone].sum()) / total,
-        "vocab_used": int((uses > 0).sum()),
-        "vocab_used_share": float((uses[ordinary] > 0).mean()),
-        "never_used": len(unused),
-        "never_used_bytes": len(unused) - len(glitch),
-        "glitch_prone": len(glitch),
-        "glitch_prone_tokens": [_shown(id, texts, uses) for id in glitch[-NUM_SHOWN:]],
-        "rarely_used": sum(1 for id in ordinary if 0 < uses[id] < 10),
-        "longest_tokens": [_shown(id, texts, uses) for id in longest],
-    }
-
-
-def _shown(id: int, texts: Sequence[bytes | None], uses: np.ndarray) -> dict[str, Any]:
-    return {"id": id, "text": legible(texts[id] or b""), "bytes": len(texts[id] or b""), "uses": int(uses[id])}
-
-
-def _exactness(tokenizer: Tokenizer, num_texts: int, changed: list[str], num_hostile: int) -> dict[str, Any]:
-    strings = list(hostile_strings(num_hostile, control=list(tokenizer.control_tokens)))
-    torn: list[str] = []
-    for begin in range(0, len(strings), _BATCH):
-        _round_trip(tokenizer, strings[begin : begin + _BATCH], {"encode": 0.0, "decode": 0.0}, torn)
-    examples = sorted((*changed, *torn), key=len)[:3]
-    return {
-        "texts": num_texts,
-        "texts_changed": len(changed),
-        "hostile": len(strings),
-        "hostile_changed": len(torn),
-        "examples": [text[:200] for text in examples],
-    }
-
-
-def _embedding(vocab_size: int, shapes: Mapping[str, Shape]) -> dict[str, dict[str, Any]]:
-    """What the embedding, counted once, takes of a model with this vocabulary."""
-    found = {}
-    for name, shape in shapes.items():
-        params = vocab_size * shape.hidden_size
-        share = params / (params + shape.num_other_params)
-        found[name] = {"params": params, "share": share, "fits": not shape.max_vocab or vocab_size <= shape.max_vocab}
-    return found
+def _embedding(vocab_size: int, shape: Shape) -> EmbeddingShare:
+    params = vocab_size * shape.hidden_size
+    fits = not shape.max_vocab or vocab_size <= shape.max_vocab
+    return EmbeddingShare(params, params / (params + shape.num_other_params), fits)

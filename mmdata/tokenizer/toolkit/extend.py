@@ -1,8 +1,8 @@
-"""A tokenizer's directory and a few tokens in; a directory with these tokens added after the last id out.
+"""Adding tokens to a tokenizer so that every id keeps its meaning: `mm tokenizer extend`.
 
-Every id that was there keeps its meaning, so a model goes on with it once its embedding has grown
-(`mm train --resize-embeddings`). With `reserved`, tokens take the places of reserved ones (`<|buffer1|>` …) and no model has
-to become larger; their rows, which nothing trained, are made anew all the same.
+New tokens follow the last id, and a model can go on with the tokenizer once its embedding has grown (`mm train
+--resize-embeddings`). With `reserved`, they take the places of reserved tokens (`<|buffer1|>` …) and the embedding keeps its
+size; the rows of these ids, which were never trained, are initialized anew all the same.
 """
 
 import json
@@ -14,17 +14,17 @@ import tokenizers
 
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.train import publish
+from mmdata.tokenizer.toolkit.train import added_token, publish
 from mmdata.tokenizer.vocabulary import added_ids, is_reserved
 
 
 def extend(
     directory: Path, tokens: Sequence[str], out: Path, *, is_control: bool = False, reserved: bool = False
 ) -> dict[str, int]:
-    """Write the tokenizer with `tokens` added to `out`; gives their ids.
+    """Write the tokenizer with `tokens` added to `out`; returns their ids.
 
-    `is_control`: only templates write them, text never becomes them. UsageError for tokens that are there already, that
-    are empty, or for an `out` that holds something.
+    `is_control`: text never becomes these tokens, only templates write them. Raises UsageError for tokens that are empty,
+    given twice or there already, and for an `out` that is not empty.
     """
     old = Tokenizer.load(directory)
     _check(old, tokens, out)
@@ -32,7 +32,7 @@ def extend(
     config = json.loads(old.files.get("tokenizer_config.json", b"{}"))
     ids = _take_reserved(old, parts, tokens) if reserved else range(old.vocab_size, old.vocab_size + len(tokens))
     kept = [token for token in parts["added_tokens"] if token["id"] not in ids]
-    entries = [_entry(id, token, is_control) for id, token in zip(ids, tokens, strict=True)]
+    entries = [added_token(id, token, is_control=is_control) for id, token in zip(ids, tokens, strict=True)]
     parts["added_tokens"] = sorted(kept + entries, key=lambda token: token["id"])
     decoder = config.get("added_tokens_decoder")
     if decoder is not None:
@@ -44,14 +44,15 @@ def extend(
         "tokenizer.json": native.to_str(pretty=True).encode(),
         "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode(),
     }
-    _verify(old, Tokenizer(out, files), tokens, list(ids))
+    new = Tokenizer(out, files)
+    if [new.native.token_to_id(token) for token in tokens] != list(ids):
+        raise TokenizerError(
+            f"{old.dir}: the tokenizers library gave the added tokens other ids than {list(ids)}",
+            "its ids have gaps: `mm tokenizer check` shows them",
+        )
+    assert list(added_ids(old, new)) == list(ids)
     publish(out, files)
     return dict(zip(tokens, ids, strict=True))
-
-
-def _entry(id: int, token: str, is_control: bool) -> dict[str, Any]:
-    names = ("single_word", "lstrip", "rstrip", "normalized")
-    return {"id": id, "content": token, **dict.fromkeys(names, False), "special": is_control}
 
 
 def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
@@ -60,16 +61,15 @@ def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
     for token in tokens:
         if not token.strip() or tokens.count(token) > 1:
             raise UsageError(f"--add {token!r}: empty, or given twice", "give each token once")
-        if old.native.token_to_id(token) is not None:
-            raise UsageError(
-                f"--add {token!r}: {old.dir} has it already, with id {old.native.token_to_id(token)}", "leave it out"
-            )
+        id = old.native.token_to_id(token)
+        if id is not None:
+            raise UsageError(f"--add {token!r}: {old.dir} has it already, with id {id}", "leave it out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty", "choose another --out")
 
 
 def _take_reserved(old: Tokenizer, parts: dict[str, Any], tokens: Sequence[str]) -> list[int]:
-    """Ids of reserved tokens, which are taken out of the vocabulary under their old names."""
+    """Rename reserved tokens of tokenizer.json's vocabulary to `tokens`; returns their ids."""
     free = [(id, token.content) for id, token in sorted(old.added.items()) if is_reserved(token.content.encode())]
     if len(free) < len(tokens):
         raise UsageError(
@@ -84,13 +84,3 @@ def _take_reserved(old: Tokenizer, parts: dict[str, Any], tokens: Sequence[str])
         elif isinstance(vocab, list) and id < len(vocab) and vocab[id][0] == name:
             vocab[id][0] = token
     return [id for id, _ in free[: len(tokens)]]
-
-
-def _verify(old: Tokenizer, new: Tokenizer, tokens: Sequence[str], ids: list[int]) -> None:
-    """The promise, held before anything is written: the tokens have these ids, all others mean what they meant."""
-    if [new.native.token_to_id(token) for token in tokens] != ids:
-        raise TokenizerError(
-            f"{old.dir}: its library gave the added tokens other ids than {ids}",
-            "its ids have gaps: `mm tokenizer check` shows them",
-        )
-    assert list(added_ids(old, new)) == ids

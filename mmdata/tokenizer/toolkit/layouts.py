@@ -1,7 +1,7 @@
-"""The chat templates and control tokens that a new tokenizer may be given, laid out as MiniMind's.
+"""Chat templates and control tokens that `mm tokenizer train` can give a new tokenizer.
 
-`minimind2` and `minimind3` write, for every role, tool and option, exactly what the templates of MiniMind's tokenizers
-of October 2025 and of 2026 write; they are written anew here. `chatml` gives each message a header and adds nothing.
+`minimind2` and `minimind3` render every role, tool and option exactly as the templates of MiniMind's tokenizers of October
+2025 and of 2026 do; they are written anew here. `chatml` writes a header before each message and nothing else.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A template, and its added tokens in the order of their ids, from 0 on: control tokens first, then plain ones.
+    """A chat template and its added tokens in the order of their ids, from 0 on: control tokens first, then plain ones.
 
-    Control tokens appear only where a template writes them. Plain ones are single tokens wherever their text stands.
+    Only templates write control tokens. Plain ones are single tokens wherever their text occurs.
     """
 
     template: str
@@ -27,7 +27,7 @@ class Layout:
         return self.control + self.plain
 
 
-# The system block both of MiniMind's templates begin with: tools if there are any, and what the first message says.
+# The system block that both of MiniMind's templates begin with: the first message, if it is a system message, and the tools.
 _TOOLS_HEAD = (
     "# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n"
     "You are provided with function signatures within <tools></tools> XML tags:\\n<tools>"
@@ -55,7 +55,7 @@ _OPENING = (
 DEFAULT
 {%- endif %}"""
 )
-# One block a message; runs of tool answers share one user block.
+# One block for each message; consecutive tool messages share one user block.
 _MESSAGES = """
 {%- for message in messages %}
   {%- set role = message.role %}
@@ -88,7 +88,7 @@ _ANSWER_2 = "    {{- '<|im_start|>assistant\\n' + content }}"
 _PROMPT_2 = (
     "  {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
 )
-# Reasoning stands in its own field or inside the content; a block is written for every answer, be it empty.
+# Reasoning is in its own field or inside the content; every answer gets a think block, if need be an empty one.
 _ANSWER_3 = """
     {%- set thought = '' %}
     {%- if message.reasoning_content is string %}

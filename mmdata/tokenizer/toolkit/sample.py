@@ -1,9 +1,9 @@
-"""jsonl files in; texts drawn evenly over files and languages out, for training and judging tokenizers.
+"""Stratified sampling of the text of jsonl files, to train and evaluate tokenizers on.
 
-Every (file, language) has the same claim on the limit; what one cannot fill goes to the others. Within each, texts are
-drawn by random keys (the smallest stay), so one pass is enough and memory holds the limit and a tenth. Where the limit
-leaves room, the smaller of Chinese and English may count several times. The same files, weights, limit and seed give the
-same corpus.
+A stratum is the text of one language in one file. All strata have the same claim on the byte limit; what a small one
+leaves over goes to the others. Within a stratum texts are sampled uniformly: each gets a random key and the smallest keys
+stay, so one pass is enough and memory holds 1.1 times the limit. Where the limit leaves room, texts of the smaller of
+Chinese and English may count several times. The same files, weights, limit and seed give the same sample.
 """
 
 import heapq
@@ -18,22 +18,22 @@ import numpy as np
 
 from mmdata.encode.rows import BadRow, Conversation, Document, Pair, Row, parse_row, split_documents
 from mmdata.errors import InputError, UsageError
-from mmdata.io.lines import Line, is_seekable, iter_lines
+from mmdata.io.lines import is_seekable, iter_lines
 from mmdata.tokenizer.text import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
 
 FIELDS = ("text", "system", "user", "assistant", "rejected", "tool", "reasoning", "calls", "tools")
-PIECE = 16_384  # characters; longer texts are cut after a newline or space, so that one text cannot be all of a corpus
-_SLACK = 0.1  # a corpus may grow past its limit by this share before it is pared down
-_BATCH = 1024  # texts whose language is told at once
-_LOOK_AT = 2048  # characters that tell it
-_EVENED = ("Chinese", "English")  # code and the rest count as often as they come
-_MOST_TIMES = 3  # that a text of the smaller language counts
-Progress = Callable[[int, int], None]
+PIECE = 16_384  # characters; longer texts are cut, so that one text cannot be the whole sample
+_SLACK = 0.1  # the sample may exceed its limit by this share before it is cut down
+_BATCH = 1024  # texts whose language is detected at once
+_LOOK_AT = 2048  # characters used to detect the language
+_BALANCED = ("Chinese", "English")  # other languages and code are never repeated
+_MAX_TIMES = 3  # how often a text of the smaller language may count
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(slots=True)
 class Stratum:
-    """Texts of one file and language: how many bytes were found, and how many drawn (a text that counts twice, twice)."""
+    """One language of one file: what was found, and what was drawn, where a text that counts twice is added twice."""
 
     file: str
     language: str
@@ -44,8 +44,8 @@ class Stratum:
 
 
 @dataclass(slots=True)
-class Corpus:
-    """The texts drawn, as UTF-8 with how often each counts, by stratum; and the rows left out, by file and reason."""
+class TextSample:
+    """The texts drawn, by stratum: UTF-8 and how often each counts. `left_out`: unusable rows by file and reason."""
 
     strata: list[Stratum]
     texts: list[list[tuple[bytes, int]]]  # as long as `strata`
@@ -62,29 +62,27 @@ class Corpus:
             yield stratum, [text.decode() for text, count in texts for _ in range(count)]
 
     def release(self) -> Iterator[str]:
-        """All texts, let go of as they are taken: the corpus is empty afterwards."""
+        """Yield all texts and free each as it is yielded; the sample is empty afterwards."""
         for texts in self.texts:
             while texts:
                 text, count = texts.pop()
-                decoded = text.decode()
-                for _ in range(count):
-                    yield decoded
+                yield from [text.decode()] * count
 
 
-class _Stratum:
-    """One stratum while it is drawn: a heap whose first item is the one to go next."""
+class _Reservoir:
+    """A stratum while texts are added. The heap's first text has the largest key and is the next to be dropped."""
 
     __slots__ = ("counted_bytes", "found_bytes", "found_texts", "heap", "num_bytes", "threshold", "weight")
 
-    def __init__(self, weight: float):
+    def __init__(self, weight: float) -> None:
         self.weight = weight
         self.heap: list[tuple[float, int, bytes, int]] = []  # negative key, running number, text, count
         self.num_bytes = self.found_bytes = self.found_texts = 0
         self.counted_bytes = 0  # found, each text as often as it counts
-        self.threshold = 1.0
+        self.threshold = 1.0  # the smallest key that was dropped
 
     def add(self, key: float, text: bytes, count: int) -> None:
-        """Take a text that counts `count` times, unless its key is past what has been let go of."""
+        """Add a text that counts `count` times, unless a smaller key was dropped before."""
         self.found_bytes += len(text)
         self.found_texts += 1
         self.counted_bytes += len(text) * count
@@ -92,59 +90,26 @@ class _Stratum:
             heapq.heappush(self.heap, (-key, self.found_texts, text, count))
             self.num_bytes += len(text) * count
 
-    def pare(self, target: float) -> None:
-        """Let go of texts with the largest keys until at most `target` bytes are left."""
-        while self.num_bytes > target:
+    def shrink(self, limit: float) -> None:
+        """Drop the texts with the largest keys until at most `limit` bytes are left."""
+        while self.num_bytes > limit:
             key, _, text, count = heapq.heappop(self.heap)
             self.num_bytes -= len(text) * count
             self.threshold = -key
 
     def repeat(self, times: float) -> None:
-        """Let texts count `times` as often by bytes: each the whole number of times, those with the smallest keys once more."""
+        """Multiply the bytes by `times`: every text counts the whole number of times, those with small keys once more."""
         left = times % 1 * self.num_bytes
         repeated = []
         for key, number, text, count in sorted(self.heap, reverse=True):
-            once_more = len(text) * count <= left
-            left -= len(text) * count * once_more
-            repeated.append((key, number, text, count * (int(times) + once_more)))
+            is_once_more = len(text) * count <= left
+            left -= len(text) * count * is_once_more
+            repeated.append((key, number, text, count * (int(times) + is_once_more)))
         self.heap = repeated
         self.num_bytes = sum(len(text) * count for _, _, text, count in repeated)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A file being drawn from: its texts go to the strata of their languages."""
-
-    index: int
-    weight: float
-    weights: Mapping[str, float]
-    random: Callable[[], float]
-    strata: dict[tuple[int, str], _Stratum]
-
-    def add(self, texts: Sequence[tuple[str, str]]) -> None:
-        """Take texts, each with its field, piece by piece."""
-        pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
-        for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
-            claim = self.weight * self.weights.get(language, 1.0)
-            weight = claim * self.weights.get(name, 1.0)
-            key, count = self.random(), int(weight)
-            if count != weight:
-                count += self.random() < weight - count
-            if count:
-                stratum = self.strata.get((self.index, language))
-                if stratum is None:
-                    stratum = self.strata[self.index, language] = _Stratum(claim)
-                stratum.add(key, piece.encode(), count)
-
-
-def _languages(texts: Sequence[str]) -> list[str]:
-    """The language of each text, told by its beginning."""
-    if not texts:
-        return []
-    heads = [text[:_LOOK_AT] for text in texts]
-    lengths = np.fromiter(map(len, heads), np.int64, len(heads))
-    counts = count_scripts(scripts_of(code_points("".join(heads))), lengths)
-    return [LANGUAGES[index] for index in languages_of(counts, heads).tolist()]
+_Reservoirs = dict[tuple[int, str], _Reservoir]  # by index of the file and language
 
 
 def draw(
@@ -155,100 +120,122 @@ def draw(
     seed: int = 0,
     evened: bool = False,
     progress: Progress | None = None,
-) -> Corpus:
-    """Read all rows of the files and draw at most `limit_bytes` of their text.
+) -> TextSample:
+    """Read all rows of the files and draw at most `limit_bytes` of their text. Unusable rows are counted and left out.
 
-    `evened`: texts of the smaller of Chinese and English count up to 3 times, until it is as large as the other or the
-    limit is reached; not if a language has a weight.
-    `weights`: how often a text of a FIELD, a language or a file (by path) counts; 0.5 draws every second, 0 none. Weights of
-    languages and files also scale their claims. Rows that cannot be used are counted. progress: bytes read of plain files.
-    InputError when no text is found, UsageError for a weight that names nothing.
+    `weights`: how often a text counts, by FIELD, language or file (its path); 0.5 draws every second text, 0 none. Weights
+    of languages and files also scale their claim on the limit.
+    `evened`: texts of the smaller of Chinese and English count up to 3 times, until both are equally large or the limit is
+    reached; ignored if a language has a weight.
+    `progress` counts the bytes read of seekable files.
+    Raises InputError if no text is found and UsageError for a weight that is out of range or names nothing.
     """
     weights = dict(weights or {})
     _check_weights(weights, files)
     total = sum(path.stat().st_size for path in files if is_seekable(path))
-    strata: dict[tuple[int, str], _Stratum] = {}
+    reservoirs: _Reservoirs = {}
     left_out: dict[str, Counter[str]] = {}
     num_rows = done = 0
     for index, path in enumerate(files):
-        draw_from = _File(index, weights.get(str(path), 1.0), weights, random.Random(f"{seed}:{index}").random, strata)
+        uniform = random.Random(f"{seed}:{index}").random
+        reasons = left_out.setdefault(str(path), Counter())
         waiting: list[tuple[str, str]] = []
-        for line, row in _rows(path, left_out.setdefault(str(path), Counter())):
+        for line in iter_lines(path):
             num_rows += 1
-            waiting += fields_of(row) if row else ()
+            try:
+                waiting += fields_of(parse_row(line.raw))
+            except BadRow as bad:
+                reasons[bad.reason] += 1
             if len(waiting) >= _BATCH:
-                draw_from.add(waiting)
+                _add(reservoirs, index, path, waiting, weights, uniform)
                 waiting = []
-                if sum(stratum.num_bytes for stratum in strata.values()) > (1 + _SLACK) * limit_bytes:
-                    _pare(strata.values(), limit_bytes)
+                if sum(one.num_bytes for one in reservoirs.values()) > (1 + _SLACK) * limit_bytes:
+                    _shrink(reservoirs.values(), limit_bytes)
                 if progress:
                     progress(done + line.offset, total)
-        draw_from.add(waiting)
+        _add(reservoirs, index, path, waiting, weights, uniform)
         done += path.stat().st_size if is_seekable(path) else 0
     if progress:
         progress(total, total)
-    room = limit_bytes - _pare(strata.values(), limit_bytes)
+    room = limit_bytes - _shrink(reservoirs.values(), limit_bytes)
     if evened and not any(language in weights for language in LANGUAGES):
-        _even_out(strata, room)
-    return _finish(files, strata, num_rows, left_out)
-
-
-def _finish(
-    files: Sequence[Path], strata: dict[tuple[int, str], _Stratum], num_rows: int, left_out: dict[str, Counter[str]]
-) -> Corpus:
-    corpus = Corpus([], [], num_rows, {name: counts for name, counts in left_out.items() if counts})
-    for (index, language), drawn in sorted(strata.items()):
-        texts = [(text, count) for _, _, text, count in sorted(drawn.heap, key=lambda item: item[1])]
-        drawn.heap.clear()
-        corpus.strata.append(
-            Stratum(
-                str(files[index]), language, drawn.found_bytes, drawn.num_bytes, drawn.found_texts,
-                sum(count for _, count in texts),
-            )
-        )  # fmt: skip
-        corpus.texts.append(texts)
-    if not corpus.drawn_bytes:
+        _balance(reservoirs, room)
+    sample = TextSample([], [], num_rows, {name: counts for name, counts in left_out.items() if counts})
+    for (index, language), one in sorted(reservoirs.items()):
+        texts = [(text, count) for _, _, text, count in sorted(one.heap, key=lambda item: item[1])]
+        one.heap.clear()
+        sizes = one.found_bytes, one.num_bytes, one.found_texts, sum(count for _, count in texts)
+        sample.strata.append(Stratum(str(files[index]), language, *sizes))
+        sample.texts.append(texts)
+    if not sample.drawn_bytes:
         raise InputError(
             f"{', '.join(map(str, files))}: no text can be used of {num_rows:,} rows",
             "`mm validate FILE` lists the reasons; a weight of 0 leaves texts out too",
         )
-    return corpus
+    return sample
 
 
-def _rows(path: Path, left_out: Counter[str]) -> Iterator[tuple[Line, Row | None]]:
-    """Every line and its row; None for a row that cannot be used."""
-    for line in iter_lines(path):
-        try:
-            yield line, parse_row(line.raw)
-        except BadRow as bad:
-            left_out[bad.reason] += 1
-            yield line, None
+def _add(
+    reservoirs: _Reservoirs,
+    index: int,
+    path: Path,
+    texts: Sequence[tuple[str, str]],
+    weights: Mapping[str, float],
+    uniform: Callable[[], float],
+) -> None:
+    """Add texts of a file, each with its field, to the strata of their languages. Long texts are added in pieces."""
+    pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
+    for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
+        claim = weights.get(str(path), 1.0) * weights.get(language, 1.0)
+        weight = claim * weights.get(name, 1.0)
+        key, count = uniform(), int(weight)
+        if count != weight:
+            count += uniform() < weight - count
+        if count:
+            reservoir = reservoirs.get((index, language))
+            if reservoir is None:
+                reservoir = reservoirs[index, language] = _Reservoir(claim)
+            reservoir.add(key, piece.encode(), count)
 
 
-def _pare(strata: Collection[_Stratum], limit_bytes: int) -> int:
-    """Pare every stratum down to its share of the limit; the bytes that stay.
+def _languages(texts: Sequence[str]) -> list[str]:
+    """The language of each text, detected from its first characters."""
+    if not texts:
+        return []
+    heads = [text[:_LOOK_AT] for text in texts]
+    lengths = np.fromiter(map(len, heads), np.int64, len(heads))
+    counts = count_scripts(scripts_of(code_points("".join(heads))), lengths)
+    return [LANGUAGES[index] for index in languages_of(counts, heads).tolist()]
 
-    Shares follow from all that was found so far, so they only shrink, and what stays at the end is the same whenever and
-    however often this was called.
+
+def _shrink(reservoirs: Collection[_Reservoir], limit_bytes: int) -> int:
+    """Reduce every stratum to its share of the limit; returns the bytes that stay.
+
+    Shares follow from everything found so far and can only become smaller, so the final sample does not depend on when or
+    how often this is called.
     """
-    level = water_level([(stratum.counted_bytes, stratum.weight) for stratum in strata], limit_bytes)
-    for stratum in strata:
-        stratum.pare(level * stratum.weight)
-    return sum(stratum.num_bytes for stratum in strata)
+    level = water_level([(one.counted_bytes, one.weight) for one in reservoirs], limit_bytes)
+    for one in reservoirs:
+        one.shrink(level * one.weight)
+    return sum(one.num_bytes for one in reservoirs)
 
 
-def _even_out(strata: Mapping[tuple[int, str], _Stratum], room: int) -> None:
-    """Let texts of the smaller of the languages count more often, for at most `room` bytes more."""
-    drawn = {name: [one for (_, language), one in strata.items() if language == name] for name in _EVENED}
-    small, large = sorted(sum(one.num_bytes for one in group) for group in drawn.values())
-    if small:
-        times = min(_MOST_TIMES, 1 + room / small, large / small)
-        for one in min(drawn.values(), key=lambda group: sum(one.num_bytes for one in group)):
+def _balance(reservoirs: _Reservoirs, room: int) -> None:
+    """Let texts of the smaller language count more often, for at most `room` further bytes."""
+    groups = [[one for (_, language), one in reservoirs.items() if language == name] for name in _BALANCED]
+    small, large = sorted(groups, key=lambda group: sum(one.num_bytes for one in group))
+    small_bytes, large_bytes = (sum(one.num_bytes for one in group) for group in (small, large))
+    if small_bytes:
+        times = min(_MAX_TIMES, 1 + room / small_bytes, large_bytes / small_bytes)
+        for one in small:
             one.repeat(times)
 
 
 def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:
-    """The level at which sum(min(size, level * weight)) is the limit; infinite where all of it fits."""
+    """The level at which the sum of min(size, level * weight) is `limit`; infinite if everything fits.
+
+    sizes: (size, weight) of each stratum.
+    """
     if sum(size for size, _ in sizes) <= limit:
         return float("inf")
     left, claims = limit, sum(weight for _, weight in sizes)
@@ -260,7 +247,7 @@ def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:
 
 
 def fields_of(row: Row) -> Iterator[tuple[str, str]]:
-    """Everything a row says with the FIELD it says it in; tools and calls as the JSON that templates write."""
+    """All text of a row with the FIELD it stands in; tools and tool calls as the JSON that templates write."""
     if isinstance(row, Document):
         for text in split_documents(row.text):
             yield "text", text
@@ -282,11 +269,11 @@ def fields_of(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text, in stretches of at most PIECE characters that end after a newline or space where there is one."""
+    """The text in pieces of at most PIECE characters, cut after a newline or space where the second half has one."""
     begin = 0
     while len(text) - begin > PIECE:
         end = begin + PIECE
-        cut = max(text.rfind("\n", begin + PIECE // 2, end), text.rfind(" ", begin + PIECE // 2, end)) + 1
+        cut = max(text.rfind(mark, begin + PIECE // 2, end) for mark in "\n ") + 1
         yield text[begin : cut or end]
         begin = cut or end
     if begin < len(text):
@@ -295,7 +282,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _check_weights(weights: Mapping[str, float], files: Sequence[Path]) -> None:
     for name, weight in weights.items():
-        if name not in FIELDS and name not in LANGUAGES and name not in map(str, files):
+        if name not in (*FIELDS, *LANGUAGES, *map(str, files)):
             raise UsageError(
                 f"--weight {name}: neither one of the files, nor a field, nor a language",
                 f"fields are {', '.join(FIELDS)}; languages {', '.join(LANGUAGES)}",

@@ -1,12 +1,12 @@
-"""jsonl files in; a tokenizer's directory out that transformers loads as it is. The same files, options and seed give the
-same bytes on any number of cores.
+"""Training a tokenizer on the text of jsonl files: `mm tokenizer train`.
 
-Byte-level: every text has ids, and they give it back. Peak memory is about 12 times the text drawn (`limit_bytes`), most
-of it the native trainer's. That one cannot be interrupted, so `train_to` works in a process of its own, which it can end.
+The result is a directory that transformers loads as it is. The same files, options and seed give the same bytes on any
+number of cores. Tokenizers are byte-level: every text has ids, and they decode to the same text. Peak memory is about 12
+times the text drawn (`limit_bytes`), most of it in the native trainer, which cannot be interrupted: `train_to` therefore
+trains in a child process.
 """
 
 import gc
-import hashlib
 import json
 import multiprocessing
 import os
@@ -15,43 +15,44 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mmdata.errors import MMError, UsageError
-from mmdata.io.files import sha256_of, sync, write_bytes
+from mmdata.errors import MMError, TokenizerError, UsageError
+from mmdata.io.files import info_of_bytes, sha256_of, sync, write_bytes
+from mmdata.io.records import plain, read_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit import unigram
 from mmdata.tokenizer.toolkit.layouts import BOS, EOS, LAYOUTS, PAD, Layout
-from mmdata.tokenizer.toolkit.sample import Corpus, Stratum, draw
+from mmdata.tokenizer.toolkit.sample import Stratum, TextSample, draw
 from mmdata.tokenizer.vocabulary import byte_of
 
 ALGORITHMS = ("bpe", "unigram")
-# Where text is cut before merges are learned: no token reaches over a cut. `gpt2` is what MiniMind's tokenizers use
-# (built into the native byte-level step). `digits` cuts the same, but for digits and newlines, which stand alone.
+# Where text is cut before training; no token reaches over a cut. `gpt2` is what MiniMind's tokenizers use (built into the
+# native byte-level pre-tokenizer). `digits` cuts the same way, except that every digit and newline stands alone.
 PATTERNS = {
     "digits": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+",
     "gpt2": "",
 }
-RECORD = "training.json"  # what a tokenizer was trained on and how, beside its files
+RECORD = "training.json"  # the TrainingRecord beside a trained tokenizer's files
 LIMIT_BYTES = 100_000_000
-_MIN_COUNT = 2  # a pair seen once is no pattern
-_MOST_WORDS = 2_000_000  # different words counted for unigram; past that those seen once so far are let go of
-_NEVER = -1e6  # a log-probability no sum of bytes comes near
+_MIN_COUNT = 2  # pairs and words seen once are not learned
+_MAX_WORDS = 2_000_000  # different words counted for unigram; beyond that, those seen once so far are dropped
+_NEVER = -1e6  # a log-probability below that of any sequence of bytes
 _FORMAT = 2
 _POLL_S = 0.2
-Phase = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all (0: not known)
+Phase = Callable[[str, int, int], None]  # (name of the phase, bytes done, bytes in all or 0 if unknown)
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How to train. `special`: control tokens after the template's own; `weights` as `corpus.draw` takes them."""
+class TokenizerOptions:
+    """How to train. `special`: control tokens after the template's own; `weights`: as `sample.draw` takes them."""
 
     vocab_size: int
     algorithm: str = "bpe"
@@ -65,7 +66,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What came of it. `vocab_size` is smaller than asked for where the text had no more pairs."""
+    """Result of `train_to`. `vocab_size` is smaller than `asked_size` if the text has too few different pairs."""
 
     out: Path
     vocab_size: int
@@ -78,43 +79,70 @@ class Trained:
     up_to_date: bool = False
 
 
-def train_to(files: Sequence[Path], out: Path, options: Options, *, phase: Phase | None = None) -> Trained:
-    """Train on the files' text and publish the tokenizer as `out`, which appears whole or not at all.
+class InputFile(msgspec.Struct, frozen=True):
+    """A file that a tokenizer was trained on."""
 
-    A tokenizer that was trained from the same bytes with the same options is left as it is. UsageError when `out` holds
-    anything else, or an option cannot be; InputError when no text is found.
+    name: str
+    bytes: int
+    sha256: str
+
+
+class TrainingRecord(msgspec.Struct, frozen=True):
+    """training.json: everything a tokenizer follows from, the text that was drawn, and the sha256 of the files written."""
+
+    format_version: int
+    made_by: str
+    library: str
+    options: TokenizerOptions
+    inputs: list[InputFile]
+    corpus: list[Stratum] = []
+    files: dict[str, str] = {}
+
+
+def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, phase: Phase | None = None) -> Trained:
+    """Train on the text of the files and write the tokenizer to `out`, which appears complete or not at all.
+
+    A tokenizer that was trained from the same bytes with the same options is left as it is. Raises UsageError if `out` holds
+    anything else or an option is wrong, InputError if the files hold no text.
     """
     begun = time.monotonic()
     check_options(options)
-    record = _record(files, options)
+    inputs = [InputFile(path.name, path.stat().st_size, sha256_of(path)) for path in files]
+    library = f"tokenizers {tokenizers.__version__}"
+    record = TrainingRecord(_FORMAT, "mm tokenizer train", library, options, inputs)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return _found(out, record, options)
-    written, corpus = _in_child(files, options, phase)
-    record |= {"corpus": [asdict(stratum) for stratum in corpus.strata]}
-    record |= {"files": {name: hashlib.sha256(content).hexdigest() for name, content in written.items()}}
-    publish(out, written | {RECORD: (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode()})
+        return _existing(out, record)
+    written, sample = _in_child(files, options, phase)
+    digests = {name: info_of_bytes(content).sha256 for name, content in written.items()}
+    record = msgspec.structs.replace(record, corpus=sample.strata, files=digests)
+    publish(out, written | {RECORD: (json.dumps(plain(record), ensure_ascii=False, indent=1) + "\n").encode()})
     tokenizer = Tokenizer.load(out)
-    left_out = {name: dict(counts) for name, counts in corpus.left_out.items()}
-    seconds = time.monotonic() - begun
     return Trained(
-        out, tokenizer.vocab_size, options.vocab_size, tokenizer.sha256, corpus.strata, corpus.num_rows, left_out, seconds
-    )  # fmt: skip
+        out,
+        tokenizer.vocab_size,
+        options.vocab_size,
+        tokenizer.sha256,
+        sample.strata,
+        sample.num_rows,
+        {name: dict(counts) for name, counts in sample.left_out.items()},
+        time.monotonic() - begun,
+    )
 
 
-def check_options(options: Options) -> Layout:
-    """The layout of the tokenizer to be; UsageError for options it cannot have."""
-    for option, value, known in (
+def check_options(options: TokenizerOptions) -> Layout:
+    """The layout of the tokenizer to train. Raises UsageError if an option is wrong."""
+    for option, value, choices in (
         ("--algorithm", options.algorithm, ALGORITHMS),
         ("--template", options.template, LAYOUTS),
         ("--pattern", options.pattern, PATTERNS),
     ):
-        if value not in known:
-            raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(known)}")
-    given = LAYOUTS[options.template]
+        if value not in choices:
+            raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(choices)}")
+    base = LAYOUTS[options.template]
     for token in options.special:
-        if not token.strip() or options.special.count(token) > 1 or token in given.tokens:
+        if not token.strip() or options.special.count(token) > 1 or token in base.tokens:
             raise UsageError(f"--special {token!r}: empty, given twice, or one of the template's own", "leave it out")
-    layout = Layout(given.template, (*given.control, *options.special), given.plain)
+    layout = Layout(base.template, (*base.control, *options.special), base.plain)
     least = len(layout.tokens) + 256 + 1
     if options.vocab_size < least:
         raise UsageError(
@@ -126,10 +154,12 @@ def check_options(options: Options) -> Layout:
     return layout
 
 
-def train(files: Sequence[Path], options: Options, *, phase: Phase | None = None) -> tuple[dict[str, bytes], Corpus]:
-    """Train in this process: the tokenizer's files by name, and the corpus it came from, emptied of its texts."""
+def train(
+    files: Sequence[Path], options: TokenizerOptions, *, phase: Phase | None = None
+) -> tuple[dict[str, bytes], TextSample]:
+    """Train in this process. Returns the tokenizer's files by name, and the sample without its texts."""
     layout = check_options(options)
-    corpus = draw(
+    sample = draw(
         files,
         limit_bytes=options.limit_bytes,
         weights=options.weights,
@@ -137,26 +167,26 @@ def train(files: Sequence[Path], options: Options, *, phase: Phase | None = None
         evened=True,
         progress=(lambda done, total: phase("reading", done, total)) if phase else None,
     )
-    texts = _told(corpus, phase) if phase else corpus.release()
+    texts = _with_progress(sample, phase) if phase else sample.release()
     native = _unigram(texts, layout, options, phase) if options.algorithm == "unigram" else _bpe(texts, layout, options)
-    return tokenizer_files(native, layout), corpus
+    return tokenizer_files(native, layout), sample
 
 
-def _told(corpus: Corpus, phase: Phase) -> Iterable[str]:
-    """The corpus's texts, telling how far their words are counted."""
-    done, told, total = 0, -1, corpus.drawn_bytes
-    for text in corpus.release():
+def _with_progress(sample: TextSample, phase: Phase) -> Iterator[str]:
+    """All texts of the sample, with a call of `phase` every megabyte."""
+    done, reported, total = 0, -1, sample.drawn_bytes
+    for text in sample.release():
         yield text
-        done += len(text)  # characters: near enough for a bar, free for a loop that runs for every text
-        if done - told > 1 << 20:
-            told = done
+        done += len(text)  # characters: close enough for a progress bar, and fast
+        if done - reported > 1 << 20:
+            reported = done
             phase("counting words", min(done, total), total)
     phase("merging", 0, 0)
 
 
-def _bpe(texts: Iterable[str], layout: Layout, options: Options) -> tokenizers.Tokenizer:
-    """Byte-level BPE by the native trainer. Its result follows from word counts and breaks ties by id: no order, no
-    number of threads changes it."""
+def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tokenizers.Tokenizer:
+    """Byte-level BPE by the native trainer. It depends only on the counts of words, and breaks ties by id: neither the order
+    of the texts nor the number of threads changes the result."""
     native = tokenizers.Tokenizer(models.BPE())
     native.pre_tokenizer = pre_tokenizer(options.pattern)
     native.decoder = decoders.ByteLevel()
@@ -171,17 +201,19 @@ def _bpe(texts: Iterable[str], layout: Layout, options: Options) -> tokenizers.T
     return native
 
 
-def _unigram(texts: Iterable[str], layout: Layout, options: Options, phase: Phase | None) -> tokenizers.Tokenizer:
-    """Unigram over bytes: words are counted by the native pre-tokenizer, pieces learned by `unigram`.
+def _unigram(
+    texts: Iterable[str], layout: Layout, options: TokenizerOptions, phase: Phase | None
+) -> tokenizers.Tokenizer:
+    """Unigram over bytes: the native pre-tokenizer cuts words, `unigram` learns the pieces.
 
-    The layout's tokens stand in the vocabulary for their ids; their score is so low that no text becomes them.
+    The layout's tokens are pieces too, so that they have the first ids; their score is too low for any text to use them.
     """
     native = tokenizers.Tokenizer(models.Unigram())
     cut = pre_tokenizer(options.pattern)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in cut.pre_tokenize_str(text))
-        if len(counts) > _MOST_WORDS:
+        if len(counts) > _MAX_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count >= _MIN_COUNT})
     if phase:
         phase("learning pieces", 0, 0)
@@ -197,7 +229,7 @@ def _unigram(texts: Iterable[str], layout: Layout, options: Options, phase: Phas
 
 
 def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """The native pre-tokenizer of a PATTERN."""
+    """The native pre-tokenizer of one of the PATTERNS."""
     if not PATTERNS[pattern]:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     cut = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), "isolated")
@@ -205,10 +237,12 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def tokenizer_files(native: tokenizers.Tokenizer, layout: Layout) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json of a trained tokenizer whose first ids are the layout's tokens."""
+    """Contents of tokenizer.json and tokenizer_config.json. The first ids of `native` must be the layout's tokens."""
     assert [native.id_to_token(id) for id in range(len(layout.tokens))] == list(layout.tokens)
     parts = json.loads(native.to_str())
-    parts["added_tokens"] = [_added(id, token, token in layout.control) for id, token in enumerate(layout.tokens)]
+    parts["added_tokens"] = [
+        added_token(id, token, is_control=token in layout.control) for id, token in enumerate(layout.tokens)
+    ]
     whole = tokenizers.Tokenizer.from_str(json.dumps(parts))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -232,83 +266,69 @@ def tokenizer_files(native: tokenizers.Tokenizer, layout: Layout) -> dict[str, b
     }
 
 
-def _added(id: int, token: str, is_control: bool) -> dict[str, Any]:
+def added_token(id: int, token: str, *, is_control: bool) -> dict[str, int | str | bool]:
+    """An entry of "added_tokens" in tokenizer.json."""
     names = ("single_word", "lstrip", "rstrip", "normalized")
     return {"id": id, "content": token, **dict.fromkeys(names, False), "special": is_control}
 
 
-# --- the record beside a tokenizer
-
-
-def _record(files: Sequence[Path], options: Options) -> dict[str, Any]:
-    """What the result follows from, inputs by name, size and hash."""
-    inputs = []
-    for path in files:
-        inputs.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
-    return {
-        "format_version": _FORMAT,
-        "made_by": "mm tokenizer train",
-        "library": f"tokenizers {tokenizers.__version__}",
-        "options": json.loads(json.dumps(asdict(options))),
-        "inputs": inputs,
-    }
-
-
-def _found(out: Path, record: dict[str, Any], options: Options) -> Trained:
-    """What stands in `out`, if it is what would be made; UsageError otherwise."""
+def _existing(out: Path, record: TrainingRecord) -> Trained:
+    """The tokenizer in `out` if it is the one that training would write. Raises UsageError otherwise."""
     try:
-        found = json.loads((out / RECORD).read_bytes())
-        is_same = all(found[key] == value for key, value in record.items()) and all(
-            sha256_of(out / name) == digest for name, digest in found["files"].items()
+        old = read_record(out / RECORD, TrainingRecord, TokenizerError, "")
+        is_same = msgspec.structs.replace(old, corpus=[], files={}) == record and all(
+            sha256_of(out / name) == digest for name, digest in old.files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, TokenizerError):
         is_same = False
     if not is_same:
         raise UsageError(
-            f"{out} exists and was not trained from these files with these options", "choose another --out, or remove it"
-        )  # fmt: skip
+            f"{out} exists and was not trained from these files with these options",
+            "choose another --out, or remove it",
+        )
     tokenizer = Tokenizer.load(out)
-    return Trained(out, tokenizer.vocab_size, options.vocab_size, tokenizer.sha256, up_to_date=True)
+    return Trained(out, tokenizer.vocab_size, record.options.vocab_size, tokenizer.sha256, up_to_date=True)
 
 
 def publish(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files beside `out`, which is missing or an empty directory, and rename them into its place, all or none."""
+    """Write files to `out`, which is missing or an empty directory; it appears with all of them or stays as it was."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
     try:
         for name, content in files.items():
-            write_bytes(beside / name, content)
-        beside.chmod(0o755)  # mkdtemp's is for its owner alone
-        sync(beside)
-        beside.replace(out)
+            write_bytes(staging / name, content)
+        staging.chmod(0o755)  # mkdtemp gives access to its owner alone
+        staging.replace(out)
         sync(out.parent)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-# --- a process of its own
+# --- the child process
 
 
-def _in_child(files: Sequence[Path], options: Options, phase: Phase | None) -> tuple[dict[str, bytes], Corpus]:
-    """`train` in a child process, which whatever ends this call ends too."""
+def _in_child(
+    files: Sequence[Path], options: TokenizerOptions, phase: Phase | None
+) -> tuple[dict[str, bytes], TextSample]:
+    """Run `train` in a child process, which is killed if this call is interrupted."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_work, args=(there, files, options), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_work, args=(sender, files, options), daemon=True)
     try:
         child.start()
-        there.close()
-        now: tuple[str, int, int] = ("starting", 0, 0)
+        sender.close()
+        progress: tuple[str, int, int] = ("starting", 0, 0)
         while True:
-            if here.poll(_POLL_S):
-                kind, value = here.recv()
+            if receiver.poll(_POLL_S):
+                kind, value = receiver.recv()
                 if kind == "done":
                     return value
                 if kind == "error":
                     raise value
-                now = value
+                progress = value
             if phase:
-                phase(*now)
+                phase(*progress)
     except EOFError:
         child.join()
         raise MMError(
@@ -320,11 +340,11 @@ def _in_child(files: Sequence[Path], options: Options, phase: Phase | None) -> t
         child.join()
 
 
-def _work(connection: Connection, files: Sequence[Path], options: Options) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    gc.disable()  # the corpus is many objects and no garbage
+def _work(connection: Connection, files: Sequence[Path], options: TokenizerOptions) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    gc.disable()  # the sample has many objects and no reference cycles
     try:
-        done = train(files, options, phase=lambda *now: connection.send(("phase", now)))
+        done = train(files, options, phase=lambda *progress: connection.send(("phase", progress)))
         connection.send(("done", done))
     except MMError as error:
         connection.send(("error", error))

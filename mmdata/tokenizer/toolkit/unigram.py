@@ -1,9 +1,9 @@
-"""Words with their counts in; pieces of bytes with log-probabilities out: the unigram model (Kudo 2018, "Subword
-Regularization"), by expectation maximisation over all segmentations, in numpy.
+"""Training of a unigram language model over bytes (Kudo 2018, "Subword Regularization"), in numpy.
 
-The library's own trainer adds floats in the order of a hash table that differs from run to run, and its result with it. Here
-every sum has one order, so the same counts give the same pieces. About 5 s and 0.5 GB for 2 MB of different words; of more
-than that the commonest are taken.
+Takes words with their counts and returns pieces with log-probabilities, by expectation maximisation over all
+segmentations. The `tokenizers` library's own trainer adds floats in the order of a hash table, so its result differs from run
+to run; here every sum has one order and the same counts give the same pieces. About 5 s and 0.5 GB for 2 MB of different
+words; of more than that the most frequent ones are used.
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_BYTES = 1_500_000  # of different words
-WORD_BYTES = 24  # longer words are cut between characters: probabilities of a whole word must not underflow
-_SEEDS_A_PIECE = 8  # candidates begun with, for each piece wanted
-_KEPT = 0.75  # share of candidates that survive a round
-_EM_STEPS = 2  # a round
-_FLOOR = 1e-9  # the least probability of a byte, which every text needs
+MAX_BYTES = 1_500_000  # of different words
+WORD_BYTES = 24  # longer words are cut between characters, so that the probability of a word does not underflow
+_SEEDS_PER_PIECE = 8  # initial candidates for each piece of the result
+_KEPT = 0.75  # share of the candidates kept after each round
+_EM_STEPS = 2  # in each round
+_FLOOR = 1e-9  # least probability of a single byte: any text must have a segmentation
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """Words end to end: bytes uint8 [N]; of each word its begin and end; counts float64 [W]; hashes of prefixes [N + 1]."""
+    """W words laid end to end: bytes (uint8 [N]), begins and ends (int64 [W]), counts (float64 [W]), and rolling hashes of
+    all prefixes (uint64 [N + 1]) with the powers of the base."""
 
     data: np.ndarray
     begins: np.ndarray
@@ -39,14 +40,14 @@ class _Text:
         return cls(data, ends - lengths, ends, np.array(counts, np.float64), *_hashes(data))
 
     def keys(self, begins: np.ndarray, length: int) -> np.ndarray:
-        """A 64-bit hash of the `length` bytes from each place on."""
+        """A 64-bit hash of the `length` bytes that begin at each position."""
         return self.prefix[begins + length] - self.prefix[begins] * self.powers[length]
 
 
 def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of prefixes, h[i + 1] = h[i] * B + byte + 1 modulo 2^64, and powers of B.
+    """Hashes of all prefixes, h[i + 1] = h[i] * B + byte + 1 modulo 2^64, and the powers of B.
 
-    With B odd, h[i] * B^-i is a running sum: so no loop.
+    B is odd and has an inverse, so h[i] * B^-i is a cumulative sum and needs no loop.
     """
     inverse = np.uint64(pow(int(_BASE), -1, 1 << 64))
     steps = len(data) + 1
@@ -59,7 +60,8 @@ def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class _Matches:
-    """Where pieces stand in words: begin, end and piece of each; `forward` sorts by end within the word, `backward` by begin."""
+    """All occurrences of pieces in words, int64 [M] each. `forward` and `backward` group them for the two passes of
+    expectation: by the end, and by the begin, relative to the word."""
 
     begin: np.ndarray
     end: np.ndarray
@@ -69,7 +71,7 @@ class _Matches:
     backward: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
     def only(self, kept: np.ndarray, num_pieces: int) -> "_Matches":
-        """The matches of these pieces, which are numbered anew from 0; nothing is sorted again."""
+        """The matches of the pieces `kept`, which are renumbered from 0; nothing is sorted again."""
         number = np.full(num_pieces, -1)
         number[kept] = np.arange(len(kept))
         piece = number[self.piece]
@@ -83,16 +85,17 @@ class _Matches:
 
 
 def _grouped(matches: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Matches sorted by place; the different places; where each one's matches begin."""
+    """Matches sorted by place, the different places, and where the matches of each place begin."""
     firsts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(places)) + 1))
     return matches, places[firsts], firsts
 
 
 def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, float]]:
-    """`num_pieces` pieces, the 256 bytes among them, likeliest first; fewer where the words have no more substrings."""
+    """Learn `num_pieces` pieces, the 256 single bytes among them. Returns (piece, log-probability), most probable first;
+    fewer pieces if the words have fewer substrings."""
     assert num_pieces >= 256
     text = _Text.of(*_chosen(counts))
-    pieces = _seeds(text, _SEEDS_A_PIECE * num_pieces)
+    pieces = _seeds(text, _SEEDS_PER_PIECE * num_pieces)
     scores = np.full(len(pieces), 1.0 / len(pieces))
     matches = _find(text, pieces)
     while True:
@@ -109,7 +112,7 @@ def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, flo
 
 
 def _chosen(counts: Mapping[bytes, int]) -> tuple[list[bytes], list[float]]:
-    """The commonest words, cut to WORD_BYTES, up to MOST_BYTES of them."""
+    """The most frequent words, cut to WORD_BYTES, at most MAX_BYTES of them, and their counts."""
     cut: dict[bytes, float] = {}
     for word, count in counts.items():
         for piece in _cut(word):
@@ -117,14 +120,14 @@ def _chosen(counts: Mapping[bytes, int]) -> tuple[list[bytes], list[float]]:
     words, size = [], 0
     for word in sorted(cut, key=lambda word: (-cut[word], word)):
         size += len(word)
-        if size > MOST_BYTES:
+        if size > MAX_BYTES:
             break
         words.append(word)
     return words, [cut[word] for word in words]
 
 
 def _cut(word: bytes) -> list[bytes]:
-    """Stretches of at most WORD_BYTES that begin with a character, where there are any."""
+    """The word in pieces of at most WORD_BYTES, cut between characters where possible."""
     pieces, begin = [], 0
     while len(word) - begin > WORD_BYTES:
         end = begin + WORD_BYTES
@@ -136,7 +139,8 @@ def _cut(word: bytes) -> list[bytes]:
 
 
 def _seeds(text: _Text, most: int) -> list[bytes]:
-    """All bytes, and the substrings with the largest count x length: whole characters, or the first two bytes of one."""
+    """The initial candidates: all bytes, and the `most` - 256 substrings with the largest count * length. A substring is
+    whole characters, or the first two bytes of one."""
     weights = np.repeat(text.counts, text.ends - text.begins)
     room = np.repeat(text.ends, text.ends - text.begins) - np.arange(len(text.data))
     starts = (text.data & 0xC0) != 0x80  # of a character
@@ -160,7 +164,7 @@ def _seeds(text: _Text, most: int) -> list[bytes]:
 
 
 def _find(text: _Text, pieces: list[bytes]) -> _Matches:
-    """Every place of every piece inside a word."""
+    """Every occurrence of every piece inside a word."""
     table = _Text.of(pieces, [1.0] * len(pieces))
     sizes = table.ends - table.begins
     room = np.repeat(text.ends, text.ends - text.begins) - np.arange(len(text.data))
@@ -186,15 +190,15 @@ def _find(text: _Text, pieces: list[bytes]) -> _Matches:
 
 
 def _steps(step: np.ndarray, place: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Matches by step: for each step its matches sorted by place, the places, and where each place's matches begin."""
+    """The matches of each step, in order of steps, as `_grouped` returns them."""
     order = np.lexsort((place, step))
     return [_grouped(one, place[one]) for one in np.split(order, np.flatnonzero(np.diff(step[order])) + 1)]
 
 
 def _expect(text: _Text, matches: _Matches, scores: np.ndarray, num_pieces: int) -> np.ndarray:
-    """How often each piece is used, summed over words and, by probability, over each word's segmentations.
+    """Expected uses of each piece over all words and their segmentations (forward-backward), float64 [num_pieces].
 
-    A word's end is the next one's begin, so both sides are kept apart: alpha holds ends, beta begins.
+    The end of a word is the begin of the next one, so the two passes have arrays of their own: alpha for ends, beta for begins.
     """
     p = scores[matches.piece]
     alpha, beta = np.zeros(len(text.data) + 1), np.zeros(len(text.data) + 1)
@@ -209,15 +213,15 @@ def _expect(text: _Text, matches: _Matches, scores: np.ndarray, num_pieces: int)
 
 
 def _normalised(expected: np.ndarray, pieces: list[bytes]) -> np.ndarray:
-    """Probabilities; a byte's is never less than _FLOOR."""
+    """Expected uses as probabilities; a single byte has at least _FLOOR."""
     scores = expected / expected.sum()
     is_byte = np.fromiter((len(piece) == 1 for piece in pieces), bool, len(pieces))
     return np.where(is_byte, np.maximum(scores, _FLOOR), scores)
 
 
 def _prune(pieces: list[bytes], expected: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:
-    """The `size` pieces whose loss would cost most: how often a piece is used times how much likelier it is than the best
-    way to write it with others. Bytes stay."""
+    """The `size` pieces whose removal would lower the likelihood most: expected uses times the log-probability gained over
+    the best segmentation into other pieces. Single bytes always stay."""
     text = _Text.of(pieces, [1.0] * len(pieces))
     matches = _find(text, pieces)
     logs = np.log(np.maximum(scores, 1e-300))[matches.piece]
