@@ -31,6 +31,7 @@ from mmdata.commands.terminal import (
     print_overview,
     print_packed,
     print_scores,
+    print_sections,
     print_validation,
     progress,
     result,
@@ -38,7 +39,6 @@ from mmdata.commands.terminal import (
     show_dataset,
     show_file,
     size,
-    table,
 )
 
 if TYPE_CHECKING:
@@ -404,14 +404,15 @@ def plan_packs(files: list[Path], as_one: bool, options: "PackOptions", as_json:
 def write_report(directory: Path, *, is_new: bool) -> None:
     """The dataset's page beside its manifest, from its counts and a sample; what keeps it from being made is said, no more."""
     from mmdata.errors import MMError
+    from mmdata.io.files import write_text
     from mmdata.stats import stats
-    from mmdata.stats.report import report
+    from mmdata.stats.report import data
 
-    path = directory / report.FILE
+    path = directory / data.FILE
     if path.exists() and not is_new:
         return
     try:
-        report.write(path, report.dataset_page([stats.measure_dataset(directory, is_quick=True)]))
+        write_text(path, data.dataset_page([stats.measure_dataset(directory, is_quick=True)]))
     except (MMError, OSError) as error:
         say(f"note: no {path}: {error}")
     else:
@@ -542,9 +543,10 @@ def stats(
 ) -> None:
     """Everything there is to know about data: counts, lengths, languages, repeats, vocabulary, samples; as a page too."""
     from mmdata.errors import UsageError
+    from mmdata.io.files import write_text
     from mmdata.stats import stats as figures
-    from mmdata.stats.report import compare as report_compare
-    from mmdata.stats.report import report
+    from mmdata.stats.report.compare import compare_page, differences
+    from mmdata.stats.report.data import dataset_page
 
     check_lang(lang)
     if compare and len(paths) != 1:
@@ -566,20 +568,20 @@ def stats(
     together = figures.contained(measured)
     found: dict[str, Any] = {str(one.path): one.figures for one in measured}
     if compare:
-        found["differences"] = report_compare.differences(measured[0].figures, measured[1].figures)
+        found["differences"] = differences(measured[0].figures, measured[1].figures)
     if together:
         found["warnings"] = together
     if html:
         made = (
-            report_compare.compare_page(*measured, lang=lang, others=together)
+            compare_page(*measured, lang=lang, others=together)
             if compare
-            else report.dataset_page(measured, lang=lang, others=together)
+            else dataset_page(measured, lang=lang, others=together)
         )
-        report.write(html, made)
+        write_text(html, made)
     if as_json:
         print_json(found)
     else:
-        print_measured(measured, found.get("differences"), together)
+        print_measured(measured, together, is_comparison=compare is not None)
     if html:
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
@@ -723,8 +725,8 @@ def tokenizer_eval(
 ) -> None:
     """Tokenizers side by side on the same text: compression, what is used, exactness, speed, what it means for a model."""
     from mmdata.commands.terminal_tokenizer import print_evaluated
-    from mmdata.stats.report import report
-    from mmdata.stats.report import tokenizer as tables
+    from mmdata.io.files import write_text
+    from mmdata.stats.report.tokenizer import eval_page
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmdata.tokenizer.toolkit.evaluate import Shape, evaluate
     from mmdata.tokenizer.toolkit.sample import draw
@@ -743,7 +745,7 @@ def tokenizer_eval(
         steps = positive(batch_tokens, "--batch-tokens")
         figures = evaluate(loaded, corpus, shapes=shapes, step_tokens=steps, progress=update)
     if html:
-        report.write(html, tables.eval_page(figures, lang=lang))
+        write_text(html, eval_page(figures, lang=lang))
         say(f"report: {html}")
     if as_json:
         print_json(figures)
@@ -1195,8 +1197,9 @@ def report(
 ) -> None:
     """What happened in a run and those it goes back to: curves, speed, events, settings, what the model says."""
     from mmdata.errors import UsageError
+    from mmdata.io.files import write_text
     from mmtrain.log import history
-    from mmtrain.log.report import run_page, serve, write
+    from mmtrain.log.report import run_page, sections_of, serve
 
     check_lang(lang)
     if follow and (html or as_json):
@@ -1212,50 +1215,15 @@ def report(
         return
     figures = history.figures(found)
     if html:
-        write(html, run_page(figures, lang=lang))
+        write_text(html, run_page(figures, lang=lang))
     if as_json:
         print_json(figures)
     else:
-        print_run_chains(figures["chains"])
+        print_sections(sections_of(figures["chains"]))
     if html:
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
         next_command(f"mm report {' '.join(map(str, found))} --html run.html    or    --follow")
-
-
-def print_run_chains(chains: list[list[dict[str, Any]]]) -> None:
-    """Runs and those they go back to: figures, settings with their origin, events, and what the model said last."""
-    from mmtrain.log.report import glance, hours
-
-    for runs in chains:
-        rows = [
-            (
-                run["name"],
-                run["stage"],
-                run["status"],
-                run["step"],
-                run["tokens"],
-                run["trained_tokens"],
-                hours(run["hours"]),
-            )
-            for run in runs
-        ]
-        table("", ("run", "stage", "status", "steps", "tokens", "trained", "time"), rows)
-        if "missing" in runs[0]:
-            result(f"{runs[0]['name']} goes back to {runs[0]['missing']}, which is no longer there")
-        run = runs[-1]
-        table(run["dir"], ("", "", ""), glance(run))
-        pairs = [(name, f"{value:.4f}") for name, value in run["last"].items() if isinstance(value, float)]
-        table("newest figures", ("", ""), pairs)
-        settings = [
-            (name, str(one["value"]), one["from"]) for name, one in run["settings"].items() if one["value"] is not None
-        ]
-        table("settings", ("", "value", "from"), settings)
-        events = [(event["step"], event["event"], event["note"]) for event in run["events"] if event["event"] != "save"]
-        table("events", ("step", "", ""), events)
-        last = [one for one in run["samples"] if one["step"] == run["samples"][-1]["step"]]
-        for one in last:
-            result(f"step {one['step']}: {one['prompt']} → {' '.join(one['text'].split())}")
 
 
 def newest_run() -> Path:

@@ -17,8 +17,7 @@ from train_runs import make_run
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.stats import stats
-from mmdata.stats.report import compare
-from mmdata.stats.report import report as data_report
+from mmdata.stats.report import compare, data
 from mmtrain.log import history, report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -91,10 +90,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
     overlay = history.figures([root / "sft-1", root / "other-1"])
     for lang in ("en", "zh"):
         for kind, measured in made.items():
-            (root / f"{kind}-{lang}.html").write_text(data_report.dataset_page([measured], lang=lang))
+            (root / f"{kind}-{lang}.html").write_text(data.dataset_page([measured], lang=lang))
         several = [made["conversation"], of_file]
         (root / f"several-{lang}.html").write_text(
-            data_report.dataset_page(several, lang=lang, others=stats.contained(several))
+            data.dataset_page(several, lang=lang, others=stats.contained(several))
         )
         (root / f"compare-{lang}.html").write_text(compare.compare_page(*several, lang=lang))
         (root / f"run-{lang}.html").write_text(report.run_page(chain, lang=lang))

@@ -18,7 +18,8 @@ from mmdata.pack.pipeline import PackResult, pack
 from mmdata.shards.verify import verify
 from mmdata.stats import stats
 from mmdata.stats.figures import BATCH_TOKENS, cut_lines
-from mmdata.stats.report import compare, report
+from mmdata.stats.report import compare, data
+from mmdata.stats.report.page import Translation, as_name
 from mmdata.tokenizer.tokenizer import train_bpe
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
@@ -33,13 +34,13 @@ def test_a_packed_dataset_and_its_file_can_be_reported(
     of_dataset = stats.measure_dataset(packed[kind].out)
     of_file = stats.measure_file(packed[kind].out.with_suffix(".jsonl"), tokenizer_dir)
     for measured in (of_dataset, of_file, stats.measure_dataset(packed[kind].out, is_quick=True)):
-        html = report.dataset_page([measured], lang=lang)
+        html = data.dataset_page([measured], lang=lang)
         assert len(html.encode()) < 2_000_000 and html.startswith("<!doctype html>")
         assert f"{measured.figures['tokens']:,}" in html
     both = stats.contained([of_dataset, of_file])
     assert [warning["exact"] for warning in both] == [1.0, 1.0]
     assert compare.compare_page(of_dataset, of_file, lang=lang, others=both)
-    assert report.dataset_page([of_dataset, of_file], lang=lang, others=both)
+    assert data.dataset_page([of_dataset, of_file], lang=lang, others=both)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +70,7 @@ def test_html_json_and_terminal_agree(home: Path, mm: Run) -> None:
         for warning in figures["warnings"]:
             assert f"! {warning['text']}" in printed
         exact = figures["duplicates"]["exact"]
-        assert shown["exact repeats"] == f"{exact:,}" and f"exactly {exact:,} of" in printed
+        assert shown["exact repeats"] == f"{exact:,}" and re.search(rf"^exact repeats +{exact:,}\b", printed, re.M)
 
 
 def test_pack_writes_the_report_and_the_dataset_stays_what_it_was(home: Path, mm: Run) -> None:
@@ -108,7 +109,9 @@ def test_compare_marks_what_differs(home: Path, mm: Run) -> None:
     assert not found["tools, share of rows"]["differs"]
     assert "100 % of half.jsonl is also in sft_512.jsonl" in json.dumps(json.loads(ran.out)["warnings"])
     html = Path("page.html").read_text(encoding="utf-8")
-    assert re.search(r'<tr class="differs"><td>rows</td><td class="num">240</td><td class="num">120</td>', html)
+    assert re.search(
+        r'<tr class=differs><td class=short>rows</td>\s*<td class="num">240</td>\s*<td class="num">120</td>', html
+    )
     assert "-50.0 %" in fine(mm("stats data/sft_512.jsonl --compare data/half.jsonl")).out
 
 
@@ -168,7 +171,7 @@ def test_hostile_rows_are_shown_as_text(tmp_path: Path, tokenizer_dir: Path, kin
         file.write("\u202e not json </script>\n")
     pack([path], tmp_path / "packed", PackOptions(tokenizer=tokenizer_dir, max_len=128))
     for measured in (stats.measure_dataset(tmp_path / "packed"), stats.measure_file(path, tokenizer_dir)):
-        html = report.dataset_page([measured])
+        html = data.dataset_page([measured])
         assert len(html.encode()) < 2_000_000
         assert "<script>alert" not in html and "<img src=x" not in html and "<b>.jsonl" not in html
         assert len(parsed(html).tags) > 100
@@ -185,7 +188,7 @@ def test_a_large_files_tokens_are_a_samples_and_near_the_truth(
     assert "sample" not in exact and found["sample"]["of"] == 2000 and 300 < found["sample"]["rows"] < 700
     assert found["tokens"] == pytest.approx(exact["tokens"], rel=0.05)
     assert found["characters"] == exact["characters"] and found["duplicates"] == exact["duplicates"]
-    assert "--exact" in report.dataset_page([stats.measure_file(path, tokenizer_dir)])
+    assert "--exact" in data.dataset_page([stats.measure_file(path, tokenizer_dir)])
 
 
 def test_workers_change_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +249,9 @@ def test_shards_tell_of_texts_what_the_inputs_told(tmp_path: Path, tokenizer_dir
     assert {name for name in OF_TEXTS if before.figures.get(name) != after.figures.get(name)} == set()
     assert after.samples == before.samples and len(after.samples) >= 24
     assert after.hashes.tolist() == before.hashes.tolist()
-    assert "decoded from the shards" in report.dataset_page([after])
-    assert "decoded from the shards" not in report.dataset_page([before])
-    assert "由分片解码" in report.dataset_page([after], lang="zh")
+    assert "decoded from the shards" in data.dataset_page([after])
+    assert "decoded from the shards" not in data.dataset_page([before])
+    assert "由分片解码" in data.dataset_page([after], lang="zh")
     quick_after = stats.measure_dataset(out, is_quick=True)
     assert quick_after.figures["languages"] == quick.figures["languages"]
     assert quick_after.samples == quick.samples
@@ -279,7 +282,7 @@ def test_an_input_of_which_no_row_was_kept_is_a_source_like_others(tmp_path: Pat
     for is_there in (True, False):
         found = stats.measure_dataset(tmp_path / "packed")
         assert [source["kept"] for source in found.figures["sources"]][1] == 0
-        assert "again.jsonl" in report.dataset_page([found])
+        assert "again.jsonl" in data.dataset_page([found])
         if is_there:
             path.unlink()
 
@@ -297,7 +300,7 @@ def test_rows_of_a_template_without_roles_are_shown_whole(tmp_path: Path, tokeni
     path.unlink()
     found = stats.measure_dataset(tmp_path / "packed")
     assert found.figures["openings"] == [] and found.figures["characters_by"]["row"]["count"] == 1
-    assert report.dataset_page([found])
+    assert data.dataset_page([found])
 
 
 def test_cut_lines_say_what_a_limit_costs() -> None:
@@ -329,6 +332,22 @@ def test_the_reports_assets_are_packaged() -> None:
 
     root = Path(__file__).resolve().parent.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert settings["package-data"]["mmdata.stats.report"] == ["assets/*"]
+    assert settings["package-data"]["mmdata.stats.report"] == ["assets/*", "templates/*"]
     names = {path.name for path in (root / "mmdata/stats/report/assets").iterdir()}
-    assert names == {"page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
+    assert names == {"page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE", "zh.json"}
+    assert {path.name for path in (root / "mmdata/stats/report/templates").iterdir()} == {"page.html", "blocks.html"}
+
+
+def test_every_reason_and_what_helps_is_translated() -> None:
+    from mmdata.encode.rows import HELP
+
+    translation = Translation("zh")
+    for reason in HELP:
+        for key in (reason, f"help: {reason}"):
+            assert translation(as_name(reason, key)) != reason, key
+
+
+def test_every_warning_is_translated() -> None:
+    from mmdata.stats.warnings import WARNINGS
+
+    assert all(Translation("zh")(text) != text for text in WARNINGS.values())

@@ -17,6 +17,7 @@ from pages import HOSTILE, cards, parsed
 from train_runs import make_run
 from waiting import LONG_S
 
+from mmdata.stats.report.page import Translation
 from mmtrain.log import history, report, reporter
 from mmtrain.model.stages import STAGES
 
@@ -200,6 +201,4 @@ def test_report_needs_no_torch() -> None:
 
 
 def test_every_stage_has_a_name_in_chinese() -> None:
-    from mmtrain.log.words import ZH
-
-    assert set(STAGES) <= set(ZH)
+    assert all(Translation("zh")(stage) != stage for stage in STAGES)

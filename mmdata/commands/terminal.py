@@ -6,7 +6,7 @@ Only `cli` uses this. At its top it imports the standard library alone, so that 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import groupby, islice
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmdata.hub.plan import Plan as FetchPlan
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
+    from mmdata.stats.report.page import Block, Section, Translation
     from mmdata.stats.stats import Measured
 
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look unless told
@@ -80,8 +81,11 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole if whole else 0:.1f}%"
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table to stdout: the first column left, the others right, a last one without a name (bars) left again."""
+def table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, left: Container[int] | None = None
+) -> None:
+    """Print a table to stdout. left: columns that are aligned left, by default the first one and, from the third on, those
+    without a name (bars)."""
     from rich.console import Console
     from rich.table import Table
 
@@ -91,7 +95,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     grid.show_header = any(names)
     for index, name in enumerate(names):
-        is_left = index == 0 or (not name and index > 1)
+        is_left = index in left if left is not None else index == 0 or (not name and index > 1)
         grid.add_column(name, justify="left" if is_left else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
@@ -588,179 +592,73 @@ def print_runs(runs: Iterable[tuple[str, bool]], title: str) -> None:
     console.print(text)
 
 
-def print_measured(
-    measured: Sequence["Measured"], differences: list[dict[str, Any]] | None, together: list[dict[str, Any]]
-) -> None:
-    """The figures of datasets and files as tables, then what they have in common and how two differ."""
+def print_measured(measured: "Sequence[Measured]", together: list[dict[str, Any]], *, is_comparison: bool) -> None:
+    """The report on each path as tables, then warnings on all together and, where two are compared, their differences."""
+    from mmdata.stats.report.compare import side_by_side
+    from mmdata.stats.report.data import sections_of, warned
+    from mmdata.stats.report.page import Section
+
     for one in measured:
-        print_figures(one.figures)
-    for warning in together:
-        result(f"! {warning['text']}")
-    if differences is not None:
-        from mmdata.stats.report.compare import shown_change, shown_value
-
-        rows = [
-            (
-                ("* " if found["differs"] else "  ") + found["figure"],
-                *(shown_value(found["figure"], found[side]) for side in ("one", "other")),
-                shown_change(found),
-            )
-            for found in differences
-        ]
-        table("side by side (* differs)", ("", measured[0].path.name, measured[1].path.name, "difference"), rows)
-
-
-def print_figures(values: dict[str, Any]) -> None:
-    """One dataset's or file's figures: as the HTML report has them, in its order."""
-    from mmdata.stats.report.report import FROM_SHARDS, glance, most
-
-    table(values["path"], ("", "", ""), [("kind", values["kind"], ""), *glance(values)])
-    if "sample" in values:
-        result(f"(tokens and texts from a sample of {values['sample']['rows']:,} of {values['sample']['of']:,} rows)")
-    if values.get("texts_from") == "shards":
-        result(f"({FROM_SHARDS})")
-    for warning in values["warnings"]:
-        result(f"! {warning['text']}")
-    losses = [
-        ("left out", reason, count, percent(count, values["rows"])) for reason, count in values["left_out"].items()
-    ]
-    losses += [("tokens cut", why, n, percent(n, values["tokens_in"])) for why, n in values.get("cut", {}).items()]
-    losses += [("control string", text, count, "") for text, count in most(values["control_strings"])]
-    losses += [("key ignored", key, count, "") for key, count in values.get("extra_keys", {}).items()]
-    table("", ("", "", "", ""), losses)
-    _print_lengths(values)
-    _print_texts(values)
-    _print_vocabulary(values)
-    _print_rows(values)
-    if "tokens" not in values:
+        result(f"{one.path}: {one.figures['kind']} rows")
+        print_sections(sections_of(one))
+    blocks = [warned(together), *([side_by_side(measured[0], measured[1])] if is_comparison else [])]
+    print_sections([Section("", "", blocks)])
+    if not any("tokens" in one.figures for one in measured):
         say("name a --tokenizer to see tokens")
 
 
-def _print_lengths(values: dict[str, Any]) -> None:
-    if "lengths" in values:
-        lengths = values["lengths"]
-        most = max(bin["sequences"] for bin in lengths["histogram"]) or 1
-        low, bars = 0, []
-        for bin in lengths["histogram"]:
-            share = percent(bin["tokens"], lengths["tokens"])
-            bars.append(
-                (f"{low + 1:,}-{bin['up_to']:,}", bin["sequences"], share, "█" * round(30 * bin["sequences"] / most))
-            )
-            low = bin["up_to"]
-        table("lengths in tokens", ("length", "sequences", "of tokens", ""), bars)
-    rows = []
-    for unit, found in (("characters", values.get("characters_by")), ("tokens", values.get("tokens_by"))):
-        groups: dict[str, Any] = {key: (found or {}).get(key) for key in ("row", "sequence")}
-        groups |= {f"in bucket {bucket}": lengths for bucket, lengths in (found or {}).get("buckets", {}).items()}
-        groups |= (found or {}).get("roles", {}) | (found or {}).get("pair", {})
-        groups |= {f"answer {turn}": lengths for turn, lengths in (found or {}).get("turns", {}).items()}
-        spread = ("shortest", "p50", "p90", "p99", "longest")
-        rows += [
-            (f"{name}, {unit}", lengths["count"], f"{lengths['mean']:,.1f}", *(lengths[key] for key in spread))
-            for name, lengths in groups.items()
-            if lengths
-        ]
-    table("lengths", ("of", "number", "mean", "shortest", "half", "90 %", "99 %", "longest"), rows)
-    cuts = [
-        (
-            f"{cut['max_len']:,}",
-            percent(cut["longer_share"], 1),
-            percent(cut["tokens_beyond_share"], 1),
-            percent(cut["tokens_in_longer_share"], 1),
-            percent(cut["padding_share"], 1),
-            "-" if cut["packed_fill"] is None else percent(cut["packed_fill"], 1),
-            cut["steps"],
+def print_sections(sections: "Iterable[Section]") -> None:
+    """Print the tables of a report, each section below its title."""
+    from mmdata.stats.report import page
+
+    translation = page.Translation("en")
+    for section in sections:
+        printed = [draw for block in section.blocks for draw in _drawings(block, translation)]
+        if printed and section.title:
+            result(f"-- {translation(section.title)}")
+        for draw in printed:
+            draw()
+
+
+def _drawings(block: "Block | list[Block]", translation: "Translation") -> "Iterator[Callable[[], None]]":
+    """What prints a block of a report: nothing for what a terminal cannot show, such as curves."""
+    from mmdata.stats.report import page
+
+    if isinstance(block, page.Table):
+        rows = [[_cell(cell) for cell in block.texts(row, translation)] for row in block.rows]
+        rows = (
+            [[("* " if i in block.marked else "  ") + row[0], *row[1:]] for i, row in enumerate(rows)]
+            if block.marked
+            else rows
         )
-        for cut in values.get("cuts", ())
-    ]
-    names = ("length limit", "longer", "tokens beyond", "tokens of longer", "padding", "packed fill", "epoch steps")
-    table("what a length limit costs", names, cuts)
-    if values.get("trained_shares"):
-        step = 100 // len(values["trained_shares"])
-        most = max(values["trained_shares"]) or 1
-        shares = [
-            (f"{step * i}-{step * (i + 1)} %", count, "█" * round(30 * count / most))
-            for i, count in enumerate(values["trained_shares"])
-            if count
-        ]
-        table("trained share", ("share", "sequences", ""), shares)
-    for title in ("buckets", "splits"):
-        if values.get(title):
-            names = next(iter(values[title].values()))
-            cells = (
-                (name, *(f"{100 * value:.2f}%" if isinstance(value, float) else value for value in group.values()))
-                for name, group in values[title].items()
-            )
-            table(title, (title.rstrip("s"), *(name.replace("loss_tokens", "trained") for name in names)), cells)
+        names = [translation(column.name) for column in block.columns]
+        left = [i for i, column in enumerate(block.columns) if not column.is_number]
+        title = translation(block.title) + (" (* differs)" if block.marked else "")
+        yield lambda: table(title.strip(), names, rows, left=left)
+    elif isinstance(block, page.Cards):
+        cards = [(translation(label), value, translation(hint)) for label, value, hint in block.items]
+        yield lambda: table("", ("", "", ""), cards)
+    elif isinstance(block, page.Callouts):
+        for line in block.lines:
+            yield lambda line=line: result(f"! {translation(line)}")
+    elif isinstance(block, page.Note) and block.in_terminal:
+        yield lambda: result(f"({translation(block.text)})")
+    elif isinstance(block, page.Plot) and block.in_terminal:
+        yield from _drawings(block.as_table(), translation)
+    elif isinstance(block, page.Heading):
+        yield lambda: result(translation(block.text))
+    elif isinstance(block, list | page.Grid) or (isinstance(block, page.Fold) and block.in_terminal):
+        inner = block if isinstance(block, list) else block.blocks
+        drawings = [draw for each in inner for draw in _drawings(each, translation)]
+        if isinstance(block, page.Fold) and drawings:
+            yield lambda: result(f"{translation(block.title)}:")
+        yield from drawings
 
 
-def _print_texts(values: dict[str, Any]) -> None:
-    number = sum(values.get("languages", {}).values())
-    rows = [(name, count, percent(count, number)) for name, count in values.get("languages", {}).items()]
-    table("languages", ("language", "rows", "share"), rows)
-    scripts = values.get("scripts", {})
-    number = sum(script["characters"] for script in scripts.values())
-    by_tokens = values.get("token_scripts", {})
-    rows = []
-    for name in dict.fromkeys([*scripts, *by_tokens]):
-        characters = scripts.get(name, {}).get("characters")
-        found = by_tokens.get(name)
-        of_tokens = ("", "", "", "")
-        if found:
-            per = (f"{found['characters_per_token']:.2f}", f"{found['bytes_per_token']:.2f}")
-            of_tokens = (found["tokens"], percent(found["share"], 1), *per)
-        rows.append((name, "" if characters is None else characters, percent(characters or 0, number), *of_tokens))
-    names = ("script", "characters", "share", "tokens", "share", "characters a token", "bytes a token")
-    table("scripts", names, rows)
-    repeats = values.get("duplicates")
-    if repeats:
-        near = f", nearly {repeats['near']:,} of {repeats['rows_compared']:,}" if repeats["near"] is not None else ""
-        result(f"rows that repeat an earlier one: exactly {repeats['exact']:,} of {repeats['rows']:,}{near}")
-    for key, title in (("openings", "most repeated openings"), ("ngrams", "most repeated phrases")):
-        rows = [(" ".join(item["text"].split()), item["count"]) for item in values.get(key, ())[:10]]
-        table(title if rows else "", ("", ""), rows)
-
-
-def _print_vocabulary(values: dict[str, Any]) -> None:
-    used = values.get("vocabulary")
-    if not used or not used["counted"]:
-        return
-    cover = ", ".join(f"{number:,} cover {share} %" for share, number in used["cover"].items())
-    result(f"vocabulary: {used['seen']:,} of {used['size']:,} seen, {used['never']:,} never; the most frequent {cover}")
-    rows = [("special", item["text"], item["id"], item["count"]) for item in used["control"] if item["count"]]
-    rows += [("top", repr(item["text"])[1:-1], item["id"], item["count"]) for item in used["top"][:10]]
-    table("", ("token", "text", "id", "times"), rows)
-
-
-def _print_rows(values: dict[str, Any]) -> None:
-    if values.get("turns"):
-        turns = ", ".join(f"{turns}: {count:,}" for turns, count in values["turns"].items())
-        result(f"conversations by turns: {turns}")
-        systems, tools = values["systems"], values["tools"]
-        result(
-            f"with a system prompt {systems['rows']:,} ({systems['different']:,} different), with tools {tools['rows']:,} "
-            f"({tools['calls']:,} calls), messages with reasoning {values['reasoning']:,}"
-        )
-        rows = [("system prompt", " ".join(item["text"].split())[:80], item["count"]) for item in systems["top"][:5]]
-        table("", ("", "", ""), [*rows, *(("tool", item["text"], item["count"]) for item in tools["top"][:5])])
-    if values.get("pairs"):
-        pairs = values["pairs"]
-        longer = ", ".join(f"{name} {count:,}" for name, count in pairs["longer"].items())
-        result(f"pairs: the longer answer is {longer}")
-        alike = ", ".join(
-            f"{10 * i}-{10 * (i + 1)} %: {count:,}" for i, count in enumerate(pairs["similarity"]) if count
-        )
-        result(f"likeness of the two answers: {alike}")
-    sources = values.get("sources") or ()
-    rows = [
-        (s["path"], s["kept"], s["tokens"], percent(s["loss_tokens"], s["tokens"]), size(s["bytes"])) for s in sources
-    ]
-    table("", ("source", "rows", "tokens", "trained", "bytes"), rows)
-    for item in values["set_aside"]:
-        for example in item["examples"][:1]:
-            result(
-                f"set aside for {item['reason']}: {example['file']} line {example['line']} {example['detail']}".rstrip()
-            )
+def _cell(text: str) -> str:
+    """A cell as one line of at most 100 characters."""
+    line = " ".join(text.split()) or repr(text)[1:-1]
+    return line if len(line) <= 100 else f"{line[:99]}…"
 
 
 # --- the demo

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mmdata.commands.terminal import percent, result, say, size, table
+from mmdata.commands.terminal import percent, print_sections, result, say, size, table
 
 if TYPE_CHECKING:
     from mmdata.tokenizer.toolkit.check import Finding
@@ -97,6 +97,7 @@ def print_findings(directory: object, findings: "Sequence[Finding]") -> None:
 
 def print_evaluated(figures: "Evaluation") -> None:
     """Tokenizers side by side, a column each."""
+    from mmdata.stats.report.page import Section
     from mmdata.stats.report.tokenizer import short_names, tables
 
     each, text = figures.tokenizers, figures.text
@@ -104,10 +105,7 @@ def print_evaluated(figures: "Evaluation") -> None:
     result(f"{size(text.bytes)} of text, {text.texts:,} texts drawn from {text.rows:,} rows")
     for name, counts in text.left_out.items():
         say(f"{name}: left out {sum(counts.values()):,} rows; `mm validate {name}` shows them")
-    for found in tables(figures):
-        rows = [(phrase.format(**values) if values else phrase, *shown) for (phrase, values), shown in found.rows]
-        table(found.title, ("", *names), rows)
-        result()
+    print_sections([Section("", "", tables(figures))])
     for name, one in zip(names, each, strict=True):
         longest = ", ".join(f"{token.text} ({token.id:,})" for token in one.longest_tokens)
         result(f"{name}: longest tokens: {longest}")

@@ -33,11 +33,12 @@ from mmdata.stats.figures import (
     token_figures,
 )
 from mmdata.stats.measure import RowTally
+from mmdata.stats.report.page import percent
 from mmdata.stats.samples import records
 from mmdata.stats.scan import UNCUT, PartScan, Shown
 from mmdata.stats.tally import Lengths
 from mmdata.stats.token_tally import TokenTally, Vocabulary
-from mmdata.stats.warnings import percent, warning, warnings
+from mmdata.stats.warnings import warning, warnings
 from mmdata.tokenizer import text
 from mmdata.tokenizer.tokenizer import Tokenizer
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmdata.stats import measure
+from mmdata.stats.report.page import percent
 
 # Code -> sentence; values stand as {…}. A report may translate the sentence.
 WARNINGS = {
@@ -34,11 +35,6 @@ def warnings(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 def warning(code: str, **values: Any) -> dict[str, Any]:
     """A warning with its English sentence."""
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
-
-
-def percent(share: float) -> str:
-    """A share as people read it: 31 %, 0.4 %."""
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def _found_warnings(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:

@@ -1,40 +1,56 @@
-"""Figures of runs in, one HTML file out, or served while a run trains. Reads no run itself; never torch."""
+"""The report on runs: figures of `mmtrain.log.history` as sections of tables and plots, on one page or served while a run trains.
+
+Reads no run itself and never imports torch. A chain is a run and the runs its weights come from, the first one first.
+"""
 
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 from mmdata.errors import MMError, UsageError
 from mmdata.stats.report import page
-from mmdata.stats.report.page import Bar, Html, Section, Words
-from mmtrain.log.words import ZH
+from mmdata.stats.report.page import (
+    Block,
+    Cards,
+    Column,
+    Fold,
+    Grid,
+    Heading,
+    Note,
+    Plot,
+    Section,
+    Table,
+    Text,
+    as_name,
+    joined,
+    phrase,
+)
 
-_MARKED = {"resume": "↻", "skip": "✕", "halved": "½", "save": ""}  # events that a plot marks; a save by a tick alone
-MOST_MARKS = 60  # of a kind of event in a run; of more, some stand for all
-
-
-def write(path: Path, html: str) -> None:
-    """Write a page beside its place and rename it."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(html, encoding="utf-8")
-    beside.replace(path)
+Run = Mapping[str, Any]
+Chains = Sequence[Sequence[Run]]
+AXES: dict[str, Text] = {"tokens": "tokens", "hours": "time", "step": "steps"}  # what curves can be drawn over
+MOST_MARKS = 60  # events of a kind that a plot marks in a run; of more, an even selection
+_MARKED = {"resume": "↻", "skip": "✕", "halved": "½", "save": ""}  # event -> label of its mark; "" is a tick
+_TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
 def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]) -> None:
-    """Answer on 127.0.0.1 with the page that `make` gives, made anew for each question, one at a time; until Ctrl-C.
+    """Serve the page that `make()` returns on 127.0.0.1 until Ctrl-C; it is made anew for each request, one at a time.
 
-    on_start is told the address. UsageError when the port is taken. Only this machine is answered, and only by its name.
+    on_start is called with the address. Requests for another host name or path are answered with 404. UsageError when the port is
+    taken; an error of `make` is raised before anything is served, and answered with 503 afterwards.
     """
-
     one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = self.headers.get("Host", "").rpartition(":")[0]
-            if self.path != "/" or host not in ("127.0.0.1", "localhost"):  # a foreign name may lead here too
+            if self.path != "/" or host not in (
+                "127.0.0.1",
+                "localhost",
+            ):  # another site's name may resolve to this address
                 self.send_error(404)
                 return
             try:
@@ -44,16 +60,16 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
                 self.send_error(503, str(error).splitlines()[0][:200].encode("ascii", "replace").decode())
                 return
             self.send_response(200)
-            for name, value in (("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")):
-                self.send_header(name, value)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Cache-Control", "no-store")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Not on the terminal: a page asks every other second."""
+            """Nothing on the terminal: a page asks every other second."""
 
-    make()  # what cannot be shown is said before anything is served
+    make()
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
@@ -65,369 +81,308 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
         server.serve_forever()
 
 
-# --- the page
-
-
 def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float | None = None) -> str:
-    """The report of one chain of runs, or of several laid over each other."""
-    words = Words(lang, ZH)
-    chains = figures["chains"]
-    last = [runs[-1] for runs in chains]
-    title = ", ".join(run["name"] for run in last)
-    subtitle = " · ".join(f"{run['dir']} ({words.or_same(run['status'])})" for run in last)
-    sections = [
-        Section("glance", words("At a glance"), list(_glance(chains, words))),
-        Section("curves", words("Curves"), [page.grid(_curves(chains, words)), _key(chains, words)]),
-    ]
-    if any(run["curves"].get("accuracy") for runs in chains for run in runs):
-        sections.append(Section("preference", words("Preference"), [page.grid(_preference(chains, words))]))
-    sections.append(Section("speed", words("Speed and memory"), list(_speed(chains, words))))
-    said = [block for runs in chains for block in _said(runs, words)]
-    if said:
-        sections.append(Section("samples", words("What it says"), said))
-    events = [block for runs in chains for block in _event_table(runs, words)]
-    if events:
-        sections.append(Section("events", words("Events"), events))
-    sections.append(Section("settings", words("Settings and where they come from"), [_settings(chains, words)]))
-    sections.append(Section("lineage", words("Lineage"), list(_lineage(chains, words))))
-    return page.page(title, subtitle, sections, words, refresh_s=refresh_s, controls=_axis_control(words))
-
-
-def _axis_control(words: Words) -> Html:
-    names = (("tokens", "tokens"), ("hours", "time"), ("step", "steps"))
-    options = page.join(Html(f'<option value="{value}">{page.text(words(name))}</option>') for value, name in names)
-    return Html(
-        f'<div class="page-controls"><label>{page.text(words("over"))} <select id="axis">{options}</select></label></div>'
+    """The report on one chain of runs, or on several laid over each other (`history.figures`)."""
+    last = [runs[-1] for runs in figures["chains"]]
+    title = as_name(", ".join(run["name"] for run in last))
+    subtitle = joined(
+        [joined([as_name(run["dir"]), joined(["(", as_name(run["status"]), ")"], "")], " ") for run in last]
     )
+    sections = list(sections_of(figures["chains"]))
+    return page.render(title, subtitle, sections, lang, refresh_s=refresh_s, axes=AXES)
 
 
-def _axes(words: Words) -> dict[str, Any]:
-    return {
-        "tokens": {"label": words("tokens")},
-        "hours": {"label": words("hours"), "hours": True},
-        "step": {"label": words("steps")},
-    }
+def sections_of(chains: Chains) -> Iterator[Section]:
+    """Every section that the runs have something for; the terminal prints their tables."""
+    yield Section("glance", "At a glance", list(_glance(chains)))
+    plots = _Plotter(chains)
+    yield Section("curves", "Curves", [Grid(list(_curves(plots))), *_legend(chains)])
+    if any(run["curves"].get("accuracy") for runs in chains for run in runs):
+        yield Section("preference", "Preference", [Grid(list(_preference(plots)))])
+    yield Section("speed", "Speed and memory", list(_speed(plots)))
+    for id, title, make in (("samples", "What it says", _samples), ("events", "Events", _events)):
+        if blocks := [block for runs in chains for block in make(runs)]:
+            yield Section(id, title, blocks)
+    yield Section(
+        "settings", "Settings and where they come from", [_settings([run for runs in chains for run in runs])]
+    )
+    yield Section("lineage", "Lineage", [block for runs in chains for block in _lineage(runs)])
 
 
 # --- at a glance
 
 
-def glance(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """A run's figures that stand first, as (label, value, hint); the terminal shows the same ones."""
-    last = run["last"]
-    found = [("step", f"{run['step']:,}", f"of {run['num_steps']:,}")]
+def glance(run: Run) -> list[tuple[Text, str, Text]]:
+    """The figures of a run that a reader needs first: (label, value, hint)."""
+    last, params = run["last"], float(f"{run['params']:.4g}")
+    cards: list[tuple[Text, str, Text]] = [
+        ("step", f"{run['step']:,}", phrase("of {value}", value=f"{run['num_steps']:,}"))
+    ]
     if last.get("loss") is not None:
-        found.append(("loss", f"{last['loss']:.4f}", ""))
+        cards.append(("loss", f"{last['loss']:.4f}", ""))
     if last.get("val_loss") is not None:
-        found.append(("val loss", f"{last['val_loss']:.4f}", f"best {last['best_val_loss']:.4f}"))
+        cards.append(
+            ("val loss", f"{last['val_loss']:.4f}", phrase("best {value}", value=f"{last['best_val_loss']:.4f}"))
+        )
     if last.get("val_bits_per_byte") is not None:
-        found.append(("val bits per byte", f"{last['val_bits_per_byte']:.4f}", ""))
+        cards.append(("val bits per byte", f"{last['val_bits_per_byte']:.4f}", ""))
     if last.get("val_accuracy") is not None:
-        found.append(("val accuracy", f"{100 * last['val_accuracy']:.1f} %", ""))
-    found.append(("tokens", page.short(run["tokens"]), f"{run['tokens']:,}"))
-    found.append(("training time", hours(run["hours"]), ""))
-    rates = [rate for rate in run["curves"].get("tokens_per_s", []) if rate]
-    if rates:
-        found.append(("tokens a second", page.short(float(f"{sorted(rates)[len(rates) // 2]:.3g}")), ""))
-    found.append(("parameters", page.short(float(f"{run['params']:.4g}")), run["device"]))
+        cards.append(("val accuracy", f"{100 * last['val_accuracy']:.1f} %", ""))
+    cards.append(("tokens", page.short(run["tokens"]), as_name(f"{run['tokens']:,}")))
+    cards.append(("training time", page.duration(run["hours"]), ""))
+    if rates := sorted(rate for rate in run["curves"].get("tokens_per_s", []) if rate):
+        cards.append(("tokens a second", page.short(float(f"{rates[len(rates) // 2]:.3g}")), ""))
+    cards.append(("parameters", page.short(params), as_name(run["device"])))
     if run["skipped"]:
-        found.append(("skipped steps", f"{run['skipped']:,}", ""))
-    return found
+        cards.append(("skipped steps", f"{run['skipped']:,}", ""))
+    return cards
 
 
-def hours(value: float) -> str:
-    """Hours as people say them."""
-    if value * 3600 < 10:
-        return f"{value * 3600:.1f} s"
-    seconds = round(value * 3600)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} m {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} m"
-
-
-def _glance(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
+def _glance(chains: Chains) -> Iterator[Block]:
+    columns = [Column("run", "code"), Column("stage", "word"), Column("status", "word"), Column("steps", "count")]
+    columns += [Column("tokens", "count"), Column("trained tokens", "count"), Column("time", "hours")]
+    columns += [Column("loss", "decimal4"), Column("val loss", "decimal4"), Column("share of tokens", "bar")]
     for runs in chains:
-        run = runs[-1]
         if len(chains) > 1:
-            yield Html(f"<h3>{page.text(run['name'])}</h3>")
-        yield page.cards((words(label), value, _hint(hint, words)) for label, value, hint in glance(run))
-        if len(runs) > 1 or len(chains) > 1:
-            tokens = max(1, sum(one["tokens"] for one in runs))
-            rows = [
-                (
-                    page.code(one["name"]),
-                    words.or_same(one["stage"]),
-                    one["step"],
-                    one["tokens"],
-                    one["trained_tokens"],
-                    hours(one["hours"]),
-                    _number(one["last"].get("loss")),
-                    _number(one["last"].get("val_loss")),
-                    Bar(one["tokens"] / tokens),
-                )
-                for one in runs
-            ]
-            columns = (
-                "run",
-                "stage",
-                "steps",
-                "tokens",
-                "trained tokens",
-                "time",
-                "loss",
-                "val loss",
-                "share of tokens",
-            )
-            yield page.table([words(name) for name in columns], rows)
+            yield Heading(as_name(runs[-1]["name"]))
+        yield Cards(glance(runs[-1]))
+        tokens = max(1, sum(run["tokens"] for run in runs))
+        keys = ("name", "stage", "status", "step", "tokens", "trained_tokens", "hours")
+        rows = [
+            (*(run[key] for key in keys), run["last"].get("loss"), run["last"].get("val_loss"), run["tokens"] / tokens)
+            for run in runs
+        ]
+        yield Table(columns, rows)
         if "missing" in runs[0]:
-            yield page.paragraph(
-                words(
-                    "{run} goes back to {parent}, which is no longer there.",
-                    run=runs[0]["name"],
-                    parent=runs[0]["missing"],
-                ),
-                kind="note",
-            )
-
-
-def _hint(hint: str, words: Words) -> str:
-    for begin in ("of ", "best "):
-        if hint.startswith(begin):
-            return words(begin + "{value}", value=hint.removeprefix(begin))
-    return hint
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+            text = "{run} goes back to {parent}, which is no longer there."
+            yield Note(phrase(text, run=as_name(runs[0]["name"]), parent=as_name(runs[0]["missing"])), in_terminal=True)
+        if newest := [(key, value) for key, value in runs[-1]["last"].items() if isinstance(value, float)]:
+            yield Fold("Newest figures", [Table([Column("", "code"), Column("", "decimal4")], newest)])
 
 
 # --- curves
 
 
 class _Plotter:
-    """Makes specs of curves over tokens, hours and steps, of chains laid over each other and joined from stage to stage."""
+    """Makes specs of curves over tokens, hours and steps: chains laid over each other, the runs of a chain one after another."""
 
-    def __init__(self, chains: Sequence[Sequence[Mapping[str, Any]]], words: Words):
-        self.chains, self.words = chains, words
-        self.marks = sorted(
-            (m for number, runs in enumerate(chains) for m in self._marks(number, runs)), key=lambda m: m["x"]["step"]
-        )
+    def __init__(self, chains: Chains):
+        self.chains = chains
+        marks = (mark for number, runs in enumerate(chains) for mark in self._marks(number, runs))
+        self.marks = sorted(marks, key=lambda mark: mark["x"]["step"])
 
-    def _marks(self, number: int, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Where runs begin, named, and what happened in them; of several chains in each one's colour."""
+    def runs(self, stages: Sequence[str] | None = None) -> list[Run]:
+        """All runs of some stages, or of all."""
+        return [run for runs in self.chains for run in runs if not stages or run["stage"] in stages]
+
+    def _marks(self, number: int, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+        """Where runs begin, named, and what happened in them; with several chains in the colour of theirs."""
         color = {} if len(self.chains) == 1 else {"color": number}
         if len(runs) > 1:
             for run in runs:
-                yield {"x": dict(run["offset"]), "label": self.words.or_same(run["stage"]), "kind": "stage", **color}
+                yield {"x": dict(run["offset"]), "label": as_name(run["stage"]), "kind": "stage", **color}
         for run in runs:
             for what, label in _MARKED.items():
-                for event in _evenly([event for event in run["events"] if event["event"] == what]):
-                    x = {axis: _rounded(event[axis] + run["offset"][axis]) for axis in ("step", "tokens", "hours")}
-                    yield {
-                        "x": x,
-                        "label": label,
-                        "kind": "event" if label else "tick",
-                        "said": self.words(what),
-                        **color,
-                    }
+                events = [event for event in run["events"] if event["event"] == what]
+                step = -(-len(events) // MOST_MARKS) or 1
+                for event in events[(len(events) - 1) % step :: step]:  # evenly, the last one among them
+                    x = {axis: _rounded(event[axis] + run["offset"][axis]) for axis in AXES}
+                    yield {"x": x, "label": label, "kind": "event" if label else "tick", "said": phrase(what), **color}
 
     def lines(
         self,
         title: str,
-        names: Mapping[str, str],
+        labels: Mapping[str, str],
         *,
         stages: Sequence[str] | None = None,
-        logy: bool = False,
         note: str = "",
-        **more: Any,
-    ) -> Html:
-        """A plot of curves by name -> label ("val_…" of validations); of these stages only, where given."""
+        **options: Any,
+    ) -> Iterator[Plot]:
+        """A plot of curves by name -> label ("val_…" of validations), of some stages only, or nothing if there are none.
+
+        options: further keys of the spec.
+        """
         series = []
+        is_several = len(self.chains) > 1
         for number, runs in enumerate(self.chains):
-            for i, (name, label) in enumerate(names.items()):
-                found = self._joined([run for run in runs if not stages or run["stage"] in stages], name)
-                if not found:
+            for i, (curve, label) in enumerate(labels.items()):
+                points = self._joined([run for run in runs if not stages or run["stage"] in stages], curve)
+                if not points:
                     continue
-                several = len(self.chains) > 1
-                said = label if "/" in name else self.words(label)  # of one dataset: its own name
-                called = f"{runs[-1]['name']}: {said}" if several else said
-                color = number if several else i
-                series.append({"name": called, "color": color, "dash": several and i % 2 == 1, **found})
+                text = as_name(label) if "/" in curve else phrase(label)  # of one dataset of several: its own name
+                called = joined([as_name(runs[-1]["name"]), text], ": ") if is_several else text
+                color = number if is_several else i
+                series.append({"name": called, "color": color, "dash": is_several and i % 2 == 1, **points})
         spec = {
             "kind": "lines",
-            "axes": _axes(self.words),
+            "axes": {
+                axis: {"label": phrase("hours"), "hours": True}
+                if axis == "hours"
+                else {"label": phrase(axis if axis == "tokens" else "steps")}
+                for axis in AXES
+            },
             "series": series,
             "marks": self.marks,
             "group": "dpo" if stages == _DPO else "run",
             "extent": self._extent(_DPO if stages == _DPO else None),
-            "logy": logy,
-            **more,
+            "logy": False,
+            **options,
         }
-        return page.plot(self.words(title), spec, note=self.words(note) if note else "") if series else Html()
+        if series:
+            yield Plot(title, spec, note)
 
     def held_out(self, figure: str, stages: Sequence[str] | None = None) -> dict[str, str]:
-        """A held-out figure by name -> label, in all and for each dataset of a run that has several."""
-        runs = [run for found in self.chains for run in found if not stages or run["stage"] in stages]
-        names = dict.fromkeys(name for run in runs for v in run["vals"] for name in v)
-        each = {name: name.partition("/")[2] for name in names if name.startswith(f"val_{figure}/")}
+        """A figure of validations by name -> label, over all datasets and for each of a run that has several."""
+        names = dict.fromkeys(key for run in self.runs(stages) for values in run["vals"] for key in values)
+        each = {key: key.partition("/")[2] for key in names if key.startswith(f"val_{figure}/")}
         return {f"val_{figure}": "val", **each}
 
     def _extent(self, stages: Sequence[str] | None) -> dict[str, list[float]]:
-        """Where each axis begins and ends, so that plots of one group stand below each other."""
-        runs = [run for found in self.chains for run in found if not stages or run["stage"] in stages]
-        ends = {axis: [run["offset"][axis] + run[axis] for run in runs] for axis in ("step", "tokens", "hours")}
-        return {axis: [min(run["offset"][axis] for run in runs), max(found)] for axis, found in ends.items()}
+        """Where each axis begins and ends, so that plots of one group can be compared."""
+        runs = self.runs(stages)
+        return {
+            axis: [min(run["offset"][axis] for run in runs), max(run["offset"][axis] + run[axis] for run in runs)]
+            for axis in AXES
+        }
 
-    def _joined(self, runs: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any] | None:
-        """One curve over the runs of a chain."""
-        x: dict[str, list[Any]] = {axis: [] for axis in ("step", "tokens", "hours")}
+    def _joined(self, runs: Sequence[Run], curve: str) -> dict[str, Any] | None:
+        """One curve over the runs of a chain; None without values."""
+        is_val = curve.startswith("val_")
+        x: dict[str, list[Any]] = {axis: [] for axis in AXES}
         y: list[Any] = []
         low: list[Any] = []
         high: list[Any] = []
         for run in runs:
-            is_val = name.startswith("val_")
-            points = {key: [v[key] for v in run["vals"] if name in v] for key in x} if is_val else run["curves"]
-            values = [v[name] for v in run["vals"] if name in v] if is_val else run["curves"].get(name, [])
+            vals = [values for values in run["vals"] if curve in values]
+            points = {axis: [values[axis] for values in vals] for axis in AXES} if is_val else run["curves"]
+            values = [values[curve] for values in vals] if is_val else run["curves"].get(curve, [])
             for axis, places in x.items():
                 places += [place + run["offset"][axis] for place in points.get(axis, [])[: len(values)]]
             y += values
-            low += run["curves"].get(f"{name}_low", values)
-            high += run["curves"].get(f"{name}_high", values)
+            low += run["curves"].get(f"{curve}_low", values)
+            high += run["curves"].get(f"{curve}_high", values)
         if not any(value is not None for value in y):
             return None
-        found: dict[str, Any] = {"x": x, "y": y, "points": len(y) < 60 and name.startswith("val_")}
-        return found | ({"low": low, "high": high} if low != y else {})
+        band = {"low": low, "high": high} if low != y else {}
+        return {"x": x, "y": y, "points": len(y) < 60 and is_val, **band}
 
 
 def _rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def _evenly(found: Sequence[Any]) -> Sequence[Any]:
-    """At most MOST_MARKS of them, equally far apart, the last one among them."""
-    step = -(-len(found) // MOST_MARKS) or 1
-    return found[(len(found) - 1) % step :: step]
-
-
-_TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
-
-
-def _curves(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
-    plots = _Plotter(chains, words)
-    stages = _TEXT if any(run["stage"] in _TEXT for runs in chains for run in runs) else None
+def _curves(plots: _Plotter) -> Iterator[Plot]:
+    stages = _TEXT if plots.runs(_TEXT) else None
     note = "The line is the mean of a stretch of steps, the band its lowest and highest."
-    yield plots.lines("Loss", {"loss": "train", **plots.held_out("loss")}, stages=stages, note=note, tall=True)
-    yield plots.lines("Bits per byte of held-out text", plots.held_out("bits_per_byte"), stages=stages, tall=True)
-    yield plots.lines("Learning rate", {"lr": "learning rate"}, floor=0)
-    yield plots.lines("Gradient norm", {"grad_norm": "gradient norm"}, logy=True)
+    yield from plots.lines("Loss", {"loss": "train", **plots.held_out("loss")}, stages=stages, note=note, tall=True)
+    yield from plots.lines("Bits per byte of held-out text", plots.held_out("bits_per_byte"), stages=stages, tall=True)
+    yield from plots.lines("Learning rate", {"lr": "learning rate"}, floor=0)
+    yield from plots.lines("Gradient norm", {"grad_norm": "gradient norm"}, logy=True)
 
 
-def _key(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Html:
-    """What the marks on the plots mean, of those that are there."""
-    there = {event["event"] for runs in chains for run in runs for event in run["events"]}
-    said = [
-        f"{label} {words(what)}" if label else words("ticks at the foot: saves")
+def _legend(chains: Chains) -> Iterator[Note]:
+    """What the marks on the plots mean, of those that occur."""
+    occurring = {event["event"] for runs in chains for run in runs for event in run["events"]}
+    texts: list[Text] = [
+        joined([label, what], " ") if label else "ticks at the foot: saves"
         for what, label in _MARKED.items()
-        if what in there
+        if what in occurring
     ]
-    return page.paragraph(" · ".join(said), kind="note") if said else Html()
+    if texts:
+        yield Note(joined(texts))
 
 
-def _preference(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
-    plots = _Plotter(chains, words)
-    yield plots.lines("Preference loss", {"loss": "train", **plots.held_out("loss", _DPO)}, stages=_DPO)
-    right = {"accuracy": "train", **plots.held_out("accuracy", _DPO)}
-    yield plots.lines("Pairs ranked right", right, stages=_DPO, share=True)
-    yield plots.lines("Margin", {"reward_margin": "train", "val_reward_margin": "val"}, stages=_DPO)
+def _preference(plots: _Plotter) -> Iterator[Plot]:
     note = "How far the log-probabilities have moved from the reference: both falling is forgetting."
-    yield plots.lines("Drift", {"chosen_drift": "chosen", "rejected_drift": "rejected"}, stages=_DPO, note=note)
+    accuracy = {"accuracy": "train", **plots.held_out("accuracy", _DPO)}
+    margin, drift = (
+        {"reward_margin": "train", "val_reward_margin": "val"},
+        {"chosen_drift": "chosen", "rejected_drift": "rejected"},
+    )
+    yield from plots.lines("Preference loss", {"loss": "train", **plots.held_out("loss", _DPO)}, stages=_DPO)
+    yield from plots.lines("Pairs ranked right", accuracy, stages=_DPO, share=True)
+    yield from plots.lines("Margin", margin, stages=_DPO)
+    yield from plots.lines("Drift", drift, stages=_DPO, note=note)
 
 
-def _speed(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
-    plots = _Plotter(chains, words)
+def _speed(plots: _Plotter) -> Iterator[Block]:
     rates = {"tokens_per_s": "tokens", "trained_per_s": "trained tokens", "padded_per_s": "positions, padded"}
-    yield page.grid(
+    yield Grid(
         [
-            plots.lines("Tokens a second", rates, floor=0),
-            plots.lines("Use of the hardware (MFU)", {"mfu": "MFU"}, share=True, floor=0),
-            plots.lines("GFLOP a second", {"gflops": "GFLOP/s"}, floor=0),
-            plots.lines("Most memory so far, GB", {"memory_gb": "memory"}, floor=0),
+            *plots.lines("Tokens a second", rates, floor=0),
+            *plots.lines("Use of the hardware (MFU)", {"mfu": "MFU"}, share=True, floor=0),
+            *plots.lines("GFLOP a second", {"gflops": "GFLOP/s"}, floor=0),
+            *plots.lines("Most memory so far, GB", {"memory_gb": "memory"}, floor=0),
         ]
     )
-    yield page.paragraph(
-        words(
-            "Padded: the positions a second that rows padded to their bucket would need for the same tokens; nothing is padded here. Work is counted as 6 operations a weight and token (attention's products left out), MFU against the rate of a matrix product measured when the run began."
-        ),
-        kind="note",
+    yield Note(
+        "Padded: the positions a second that rows padded to their bucket would need for the same tokens; nothing is padded "
+        "here. Work is counted as 6 operations a weight and token (attention's products left out), MFU against the rate of "
+        "a matrix product measured when the run began."
     )
 
 
-# --- words, events, settings, lineage
+# --- samples, events, settings, lineage
 
 
-def _said(runs: Sequence[Mapping[str, Any]], words: Words) -> Iterator[Html]:
+def _samples(runs: Sequence[Run]) -> Iterator[Block]:
     """What the model said to each prompt as it learned, the newest last; of the runs before the last one folded."""
     for run in runs:
         by_prompt: dict[str, list[Mapping[str, Any]]] = {}
         for sample in run["samples"]:
             by_prompt.setdefault(sample["prompt"], []).append(sample)
-        tables = []
-        for prompt, found in by_prompt.items():
-            rows = [(f"{one['step']:,}", page.code(_line(one["text"]))) for one in _some(found)]
-            tables.append(page.table([words("step"), Html(f"<bdi>{page.text(prompt)}</bdi>")], rows))
-        if tables:
-            title = f"{run['name']} · {words.or_same(run['stage'])}"
-            yield Html(f"<h3><bdi>{page.text(title)}</bdi></h3>") if run is runs[-1] else Html()
-            yield page.grid(tables) if run is runs[-1] else page.fold(title, page.grid(tables))
-
-
-def _line(said: str) -> str:
-    """What was said as a line: ends of lines to be seen, many in a row as one with their number."""
-    return re.sub(r"\n+", lambda run: "⏎" if len(run[0]) == 1 else f"⏎×{len(run[0])} ", said).strip() or "∅"
-
-
-def _some(found: Sequence[Any], number: int = 8) -> list[Any]:
-    """At most `number`, the first and the last among them, closer together at the beginning."""
-    if len(found) <= number:
-        return list(found)
-    places = {round((len(found) - 1) * (i / (number - 1)) ** 1.6) for i in range(number)}
-    return [found[i] for i in sorted(places)]
-
-
-def _event_table(runs: Sequence[Mapping[str, Any]], words: Words) -> Iterator[Html]:
-    rows = [
-        (
-            page.code(run["name"]),
-            f"{event['step']:,}",
-            _MARKED.get(event["event"], "") or "·",
-            words.or_same(event["event"]),
-            event["note"],
+        tables = Grid(
+            [
+                Table(
+                    [Column("step", "count"), Column(as_name(prompt), "code")],
+                    [(s["step"], _line(s["text"])) for s in _some(samples)],
+                )
+                for prompt, samples in by_prompt.items()
+            ]
         )
-        for run in runs
-        for event in run["events"]
-    ]
-    if not rows:
-        return
-    shown = page.table([words(name) if name else "" for name in ("run", "step", "", "event", "note")], rows)
-    yield shown if len(rows) <= 12 else page.fold(words("{number} events", number=len(rows)), shown)
+        title = joined([as_name(run["name"]), as_name(run["stage"])])
+        if tables.blocks:
+            yield from [Heading(title), tables] if run is runs[-1] else [Fold(title, [tables], in_terminal=False)]
 
 
-def _settings(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Html:
-    runs = [run for found in chains for run in found]
-    given = ((name, one) for run in runs for name, one in run["settings"].items())
-    names = dict.fromkeys(name for name, one in given if one["value"] is not None)
+def _line(text: str) -> str:
+    """A text as one line, line ends visible, several in a row as one with their number."""
+    return re.sub(r"\n+", lambda run: "⏎" if len(run[0]) == 1 else f"⏎×{len(run[0])} ", text).strip() or "∅"
+
+
+def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
+    """At most `number` of them, the first and the last among them, closer together at the beginning."""
+    if len(samples) <= number:
+        return list(samples)
+    places = {round((len(samples) - 1) * (i / (number - 1)) ** 1.6) for i in range(number)}
+    return [samples[i] for i in sorted(places)]
+
+
+def _events(runs: Sequence[Run]) -> Iterator[Block]:
+    """Tables of events, saves apart."""
+    columns = [Column("run", "code"), Column("step", "count"), Column(""), Column("event", "word"), Column("note")]
+    events = [(run, event) for run in runs for event in run["events"]]
+    for is_save, title in ((False, "{number} events"), (True, "{number} saves")):
+        rows = [
+            (run["name"], event["step"], _MARKED.get(event["event"], "") or "·", event["event"], event["note"])
+            for run, event in events
+            if (event["event"] == "save") == is_save
+        ]
+        if rows and not is_save and len(rows) <= 12:
+            yield Table(columns, rows)
+        elif rows:
+            yield Fold(phrase(title, number=len(rows)), [Table(columns, rows)], in_terminal=not is_save)
+
+
+def _settings(runs: Sequence[Run]) -> Table:
+    """Every setting that a run has a value for, with where it comes from; a run a column."""
+    settings = ((key, setting) for run in runs for key, setting in run["settings"].items())
+    keys = dict.fromkeys(key for key, setting in settings if setting["value"] is not None)
     rows = []
-    for name in names:
-        cells = []
-        for run in runs:
-            one = run["settings"].get(name)
-            value = "–" if one is None or one["value"] is None else _setting(one["value"])
-            origin = words.or_same(one["from"]) if one and one["value"] is not None else ""
-            cells.append(Html(f'{page.text(value)} <span class="note">{page.text(origin)}</span>'))
-        rows.append((Html(f"<code>{page.text(name)}</code>"), *cells))
-    return page.table(["", *(Html(f"<bdi>{page.text(run['name'])}</bdi>") for run in runs)], rows)
+    for key in keys:
+        cells = [run["settings"].get(key) or {"value": None} for run in runs]
+        rows.append([key, *([("–", "")] if c["value"] is None else [(_setting(c["value"]), c["from"])] for c in cells)])
+    return Table([Column("", "code"), *(Column(as_name(run["name"]), "noted") for run in runs)], rows)
 
 
 def _setting(value: Any) -> str:
@@ -436,33 +391,30 @@ def _setting(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _lineage(chains: Sequence[Sequence[Mapping[str, Any]]], words: Words) -> Iterator[Html]:
-    for runs in chains:
-        rows = []
-        for run in runs:
-            data = page.join(
-                Html(f"{page.code(one['dir'])} <span class=note>{page.text(str(one.get('digest', ''))[:12])}</span> ")
-                for one in run["data"]
+def _lineage(runs: Sequence[Run]) -> Iterator[Block]:
+    """Where the weights of each run come from and what it was trained on; model and versions of the last one."""
+    columns = [Column("run", "code"), Column("stage", "word"), Column("from", "code"), Column("weights", "code")]
+    rows = []
+    for run in runs:
+        source = run["init"] or {}
+        ranks = f" × {run['world_size']}" if run["world_size"] > 1 else ""
+        rows.append(
+            (
+                run["name"],
+                run["stage"],
+                as_name(source["dir"]) if source.get("dir") else phrase("new weights"),
+                str(source.get("weights_sha256", ""))[:12],
+                [(data["dir"], str(data.get("digest", ""))[:12]) for data in run["data"]],
+                f"{run['device']}, {run['precision']}{ranks}",
             )
-            source = run["init"] or {}
-            begin = source.get("dir") or words("new weights")
-            rows.append(
-                (
-                    page.code(run["name"]),
-                    words.or_same(run["stage"]),
-                    page.code(str(begin)),
-                    Html(f"<code>{page.text(str(source.get('weights_sha256', ''))[:12])}</code>"),
-                    data,
-                    f"{run['device']}, {run['precision']}"
-                    + (f" × {run['world_size']}" if run["world_size"] > 1 else ""),
-                )
-            )
-        columns = ("run", "stage", "from", "weights", "data", "device")
-        yield page.table([words(name) for name in columns], rows)
-        model = ", ".join(
-            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
-            for name, value in runs[-1]["model"].items()
         )
-        versions = ", ".join(f"{name} {value}" for name, value in runs[-1]["versions"].items())
-        yield page.paragraph(Html(f"<bdi>{page.text(model)}</bdi>"), kind="note")
-        yield page.paragraph(Html(f"<bdi>{page.text(versions)}</bdi>"), kind="note")
+    yield Table([*columns, Column("data", "noted"), Column("device")], rows)
+    yield Note(
+        as_name(
+            ", ".join(
+                f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+                for key, value in runs[-1]["model"].items()
+            )
+        )
+    )
+    yield Note(as_name(", ".join(f"{key} {value}" for key, value in runs[-1]["versions"].items())))

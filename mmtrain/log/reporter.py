@@ -10,13 +10,14 @@ from pathlib import Path
 
 from mmdata.encode.template import Template
 from mmdata.errors import MMError
+from mmdata.io.files import write_text
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.sampling import Sampling
 from mmtrain.log import history
 from mmtrain.log.history import Event, Sample
-from mmtrain.log.report import run_page, write
+from mmtrain.log.report import run_page
 from mmtrain.model.model import Model
 
 REPORT = "report.html"
@@ -72,6 +73,6 @@ class Reporter:
         self._spent += self._cost
 
     def write(self) -> None:
-        """Write RUN/report.html, unless the run has no report."""
+        """Write RUN/report.html, if it is wanted; it appears whole or not at all."""
         if self._with_report:
-            write(self._dir / REPORT, run_page({"chains": [history.chain(self._dir, self._reader)]}))
+            write_text(self._dir / REPORT, run_page({"chains": [history.chain(self._dir, self._reader)]}))

@@ -89,16 +89,17 @@ def measured(command: list[str]) -> tuple[float, int, float]:
 def packed(path: Path, tokenizer: Path, workers: int) -> str:
     """Packing and its report, timed."""
     sys.path.insert(0, str(ROOT))
+    from mmdata.io.files import write_text
     from mmdata.pack import pipeline
     from mmdata.pack.options import PackOptions
     from mmdata.stats import stats
-    from mmdata.stats.report import report
+    from mmdata.stats.report import data
 
     start = time.monotonic()
     done = pipeline.pack([path], path.with_name("packed"), PackOptions(tokenizer=tokenizer, workers=workers))
     middle = time.monotonic()
     measured = stats.measure_dataset(done.out, is_quick=True)
-    report.write(done.out / report.FILE, report.dataset_page([measured]))
+    write_text(done.out / data.FILE, data.dataset_page([measured]))
     end = time.monotonic()
     return (
         f"packed in {middle - start:.1f} s, report {end - middle:.2f} s, {(end - middle) / (middle - start):.2%} of it"

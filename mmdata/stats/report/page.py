@@ -1,220 +1,113 @@
-"""Sections in, one HTML file out that needs nothing else: style, script and plotting library stand in it. Imports nothing of ours.
+"""The parts of a report, and the page they are drawn on.
 
-All text is escaped here, once; data for plots travels as JSON that no text can end. A content policy in the page forbids
-every request that leaves it. Plots are drawn by uPlot (MIT, vendored in assets/).
+A report is a list of sections, a section a list of blocks: tables with typed columns, cards, plots, notes. Blocks hold figures and
+English phrases. `render` draws them as one HTML file, translated, with jinja2 (autoescape on): style, script and plotting library
+are part of the file, and its content security policy forbids every request. Plots are drawn by uPlot (MIT, in assets/). The
+terminal draws the same blocks (`mmdata.commands.terminal.print_sections`). Imports nothing of ours.
 """
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 LANGS = ("en", "zh")
-
-_ZH = {
-    "Theme": "主题",
-    "auto": "自动",
-    "light": "浅色",
-    "dark": "深色",
-    "Contents": "目录",
-    "reset zoom": "还原缩放",
-    "previous": "上一条",
-    "next": "下一条",
-    "token boundaries": "显示词元边界",
-    "all": "全部",
-    "trained": "参与训练",
-    "not trained": "不参与训练",
-    "control token": "控制词元",
-    "line": "行",
-    "characters": "字符",
-    "tokens": "词元",
-    "more tokens not shown": "个词元未显示",
-    "more characters not shown": "个字符未显示",
-    "loss": "损失",
-    "random": "随机",
-    "longest": "最长",
-    "shortest": "最短",
-    "highest loss": "损失最高",
-    "system": "系统",
-    "user": "用户",
-    "assistant": "助手",
-    "tool": "工具",
-    "document": "文档",
-    "prompt": "提示",
-    "chosen": "优选",
-    "rejected": "次选",
-    "drag to zoom, double-click to reset": "拖动放大，双击还原",
-    "no data": "无数据",
-    "This page needs JavaScript for its plots; its tables do not.": "图表需要 JavaScript，表格不需要。",
-}
-_FOR_SCRIPT = (
+_FOR_SCRIPT = (  # phrases that page.js uses
     "reset zoom", "trained", "not trained", "control token", "line", "characters", "tokens", "more tokens not shown",
     "more characters not shown", "loss", "random", "longest", "shortest", "highest loss", "system", "user", "assistant",
     "tool", "document", "prompt", "chosen", "rejected", "all", "no data", "auto", "light", "dark",
 )  # fmt: skip
 
 
-class Words:
-    """Says an English phrase in the page's language; `table` gives the phrases of a report besides the page's own."""
-
-    def __init__(self, lang: str, table: Mapping[str, str]):
-        assert lang in LANGS, lang
-        self.lang = lang
-        self._table = {**_ZH, **table}
-
-    def __call__(self, phrase: str, **values: Any) -> str:
-        """The phrase, its {names} filled in. A phrase without a translation is a mistake of ours."""
-        said = phrase if self.lang == "en" else self._table[phrase]
-        return said.format(**values) if values else said
-
-    def or_same(self, phrase: str) -> str:
-        """The phrase where it is known, else itself: names that data may bring too."""
-        return phrase if self.lang == "en" else self._table.get(phrase, phrase)
-
-
-class Html(str):
-    """Text that is HTML already; everything else is escaped."""
-
-
-def text(value: Any) -> Html:
-    """A value as escaped text."""
-    return value if isinstance(value, Html) else Html(escape(str(value)))
-
-
-def join(pieces: Iterable[Any]) -> Html:
-    """Pieces one after another."""
-    return Html("".join(text(piece) for piece in pieces))
-
-
-def to_script_json(value: Any) -> Html:
-    """JSON that may stand in a script element: nothing in it can end the element or open a comment."""
-    found = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        found = found.replace(character, f"\\u{ord(character):04x}")
-    return Html(found)
-
-
-# --- what sections are made of
-
-
-def paragraph(said: Any, *, kind: str = "") -> Html:
-    """A paragraph; kind "note" is small and grey."""
-    return Html(f'<p class="{kind}">{text(said)}</p>')
-
-
-def cards(items: Iterable[tuple[Any, Any, Any]]) -> Html:
-    """Figures in large: (label, value, what stands small below)."""
-    inside = join(
-        Html(
-            f'<div class="card"><div class="label">{text(label)}</div><div class="value">{text(value)}</div>'
-            f'<div class="hint">{text(hint)}</div></div>'
-        )
-        for label, value, hint in items
-    )
-    return Html(f'<div class="cards">{inside}</div>')
-
-
-def callouts(said: Sequence[str]) -> Html:
-    """Warnings, a line each."""
-    return (
-        Html('<ul class="callouts">' + "".join(f"<li>{text(one)}</li>" for one in said) + "</ul>") if said else Html()
-    )
+# --- text and its translation
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """A cell drawn as a bar of `share` of the column's width, with its text."""
+class Phrase:
+    """An English phrase and the values of its {names}; a value that is a phrase or a word reports know is translated too.
 
-    share: float
-    said: str = ""
-
-
-def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]], *, title: Any = "", wrap: bool = False) -> Html:
-    """A table: the first column left, numbers right, bars and long texts left. `wrap` lets the first column break anywhere."""
-    cells = [[_cell(cell, i) for i, cell in enumerate(row)] for row in rows]
-    body = ["<tr>" + "".join(row) + "</tr>" for row in cells]
-    is_left = [not any(row[i].startswith('<td class="num"') for row in cells[:3]) for i in range(len(columns))]
-    head = "".join(
-        f"<th{' class=left' if left else ''}>{text(name)}</th>" for name, left in zip(columns, is_left, strict=True)
-    )
-    head = head if any(columns) else ""
-    caption = f"<caption>{text(title)}</caption>" if title else ""
-    return Html(
-        f'<div class="scroll"><table class="{"wrap" if wrap else ""}">{caption}'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _cell(cell: Any, index: int) -> str:
-    if isinstance(cell, Bar):
-        width = f"{100 * min(max(cell.share, 0), 1):.2f}"
-        return f'<td class="bar"><span class="track"><i style="width:{width}%"></i></span>{text(cell.said)}</td>'
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return f'<td class="num">{cell:,}</td>'
-    is_number = index > 0 and not isinstance(cell, Html) and str(cell)[:1] in "0123456789-+–−~≈"
-    if is_number and len(str(cell)) < 16:
-        return f'<td class="num">{text(cell)}</td>'
-    is_short = not isinstance(cell, Html) and len(str(cell)) < 14
-    return f"<td{' class=short' if is_short else ''}>{text(cell)}</td>"
-
-
-def code(said: str) -> Html:
-    """Text of rows: as it is, in a box that breaks lines and isolates its direction."""
-    return Html(f'<bdi class="raw">{escape(said)}</bdi>')
-
-
-def fold(title: Any, inside: Any) -> Html:
-    """Something to open."""
-    return Html(f"<details><summary>{text(title)}</summary>{text(inside)}</details>")
-
-
-def grid(blocks: Iterable[Any]) -> Html:
-    """Blocks beside each other where there is room."""
-    return Html('<div class="grid">' + join(blocks) + "</div>")
-
-
-def plot(title: Any, spec: Mapping[str, Any], *, note: Any = "") -> Html:
-    """A plot by its spec (see docs/reports.md): {"kind": "bars" | "lines", "series": [{"name", …}], …}."""
-    small = f'<p class="note">{text(note)}</p>' if note else ""
-    return Html(
-        f'<figure class="plot"><figcaption>{text(title)}</figcaption><div class="legend"></div>'
-        f'<div class="canvas" role="img" aria-label="{text(title)}"></div>{small}'
-        f'<script type="application/json">{to_script_json(spec)}</script></figure>'
-    )
-
-
-def bars(
-    edges: Sequence[float],
-    series: Mapping[str, Sequence[float]],
-    *,
-    ticks: Sequence[tuple[float, str]] | None = None,
-    marks: Sequence[tuple[float, str]] = (),
-    unit: str = "",
-    is_share: bool = False,
-) -> dict[str, Any]:
-    """Spec of a histogram: values[i] counts what lies from edges[i] to edges[i + 1]; all bins are drawn equally wide.
-
-    marks: vertical lines with a label. is_share: values are shares of 1. ticks: (edge, label), by default round edges.
+    A phrase must have a translation, unless it `is_name`: text that may come from the data. key: what it is translated by, if
+    not by itself.
     """
-    return {
-        "kind": "bars",
-        "edges": list(edges),
-        "series": [{"name": name, "y": list(values)} for name, values in series.items()],
-        "ticks": [list(tick) for tick in (ticks if ticks is not None else _round_edges(edges))],
-        "marks": [list(mark) for mark in marks],
-        "unit": unit,
-        "share": is_share,
-    }
+
+    text: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    is_name: bool = False
+    key: str = ""
 
 
-def _round_edges(edges: Sequence[float]) -> list[tuple[float, str]]:
-    """Powers of two among the edges, few enough to stand beside each other."""
-    powers = [edge for edge in edges if edge == 0 or (edge >= 1 and edge == int(edge) and int(edge).bit_count() == 1)]
-    step = -(-len(powers) // 8) or 1
-    return [(edge, short(edge)) for edge in powers[::step]]
+Text = str | Phrase  # a plain string is an English phrase
+
+
+def phrase(text: str, /, **values: Any) -> Phrase:
+    """A phrase with values for its {names}."""
+    return Phrase(text, values)
+
+
+def as_name(text: object, key: str = "") -> Phrase:
+    """Text from the data: translated if the reports know it (a role, a language), else shown as it is."""
+    return Phrase(str(text), is_name=True, key=key)
+
+
+def joined(pieces: Sequence[Text], separator: str = " · ") -> Phrase:
+    """Several texts as one."""
+    values = {f"piece_{i}": piece for i, piece in enumerate(pieces)}
+    return Phrase(separator.join(f"{{{key}}}" for key in values), values, is_name=True)
+
+
+class Translation:
+    """Phrases in the language of a page. Chinese ones are in assets/zh.json, by their English text."""
+
+    def __init__(self, lang: str):
+        assert lang in LANGS, lang
+        self.lang = lang
+        self._table: dict[str, str] = {} if lang == "en" else json.loads(asset(f"{lang}.json"))
+
+    def __call__(self, text: Text) -> str:
+        """The translated text. KeyError if a phrase has no translation."""
+        if isinstance(text, str):
+            text = Phrase(text)
+        if text.is_name or self.lang == "en" or not text.text:
+            template = self._table.get(text.key or text.text, text.text)
+        else:
+            template = self._table[text.text]
+        values = {key: self._value(value) for key, value in text.values.items()}
+        return template.format(**values) if values else template
+
+    def _value(self, value: Any) -> Any:
+        return self(value) if isinstance(value, Phrase) else self._table.get(value, value)
+
+
+# --- how values are shown
+
+
+def percent(share: float) -> str:
+    """A share as people read it: 31 %, 0.4 %."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as people write them: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def duration(hours: float) -> str:
+    """Hours as people say them: 4.2 s, 3 m 05 s, 2 h 10 m."""
+    if hours * 3600 < 10:
+        return f"{hours * 3600:.1f} s"
+    seconds = round(hours * 3600)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} m {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} m"
 
 
 def short(number: float) -> str:
@@ -226,70 +119,250 @@ def short(number: float) -> str:
     return f"{number:.3g}T"
 
 
+# Kinds of columns that hold numbers, or text that reads as one ("figure"), and how a value is written.
+NUMBERS: dict[str, Callable[[Any], str]] = {
+    "figure": str,
+    "count": "{:,}".format,
+    "share": percent,
+    "percent1": lambda share: f"{100 * share:.1f} %",
+    "percent2": lambda share: f"{100 * share:.2f} %",
+    "decimal1": "{:,.1f}".format,
+    "decimal2": "{:,.2f}".format,
+    "decimal4": "{:.4f}".format,
+    "bytes": size,
+    "hours": duration,
+}
+
+
+class Column(NamedTuple):
+    """A column of a table. kind: a key of NUMBERS, or
+
+    - "text": shown as it is; "word": translated if the reports know it; "code": text of rows or names, in a box
+    - "bar": a share of 1, drawn as a bar
+    - "noted": a list of (text, note) pairs, the note small and translated if the reports know it
+    """
+
+    name: Text = ""
+    kind: str = "text"
+
+    def show(self, value: Any, translation: Translation) -> str:
+        """A value as text. None is shown as a dash."""
+        if value is None or isinstance(value, Phrase):
+            return "–" if value is None else translation(value)
+        if self.kind in NUMBERS:
+            return NUMBERS[self.kind](value)
+        if self.kind == "bar":
+            return "█" * round(30 * value)
+        if self.kind == "noted":
+            return " ".join(part for pair in value for part in (pair[0], translation(as_name(pair[1]))) if part)
+        return translation(as_name(value)) if self.kind == "word" else str(value)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether values are aligned right."""
+        return self.kind in NUMBERS
+
+
+# --- blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table. wrap: the first column may break anywhere. marked: numbers of the rows drawn as standing out."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    title: Text = ""
+    wrap: bool = False
+    marked: Collection[int] = ()
+
+    def texts(self, row: Sequence[Any], translation: Translation) -> list[str]:
+        """The cells of a row as text."""
+        return [column.show(value, translation) for column, value in zip(self.columns, row, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """Figures in large: (label, value, a hint that is drawn small)."""
+
+    items: Sequence[tuple[Text, str, Text]]
+
+
+@dataclass(frozen=True, slots=True)
+class Callouts:
+    """Warnings, a line each."""
+
+    lines: Sequence[Text]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A small paragraph. in_terminal: the terminal prints it too."""
+
+    text: Text
+    in_terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading inside a section."""
+
+    text: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Strings:
+    """Short strings one after another, each in a box."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A plot of a spec (docs/reports.md describes them; phrases in it are translated). in_terminal: the terminal draws it."""
+
+    title: Text
+    spec: Mapping[str, Any]
+    note: Text = ""
+    in_terminal: bool = False
+
+    def as_table(self) -> Table:
+        """A histogram of one series as a table with bars; bins without values are left out."""
+        (series,), edges = self.spec["series"], self.spec["edges"]
+        is_share = isinstance(edges[1], float)
+        ends = [f"{100 * edge:.0f} %" if is_share else f"{edge:,}" for edge in edges]
+        names = self.spec.get("names") or [f"{low} - {high}" for low, high in itertools.pairwise(ends)]
+        most = max(series["y"]) or 1
+        rows = [(label, count, count / most) for label, count in zip(names, series["y"], strict=True) if count]
+        return Table([Column(), Column(series["name"], "count"), Column("", "bar")], rows, self.title)
+
+
+@dataclass(frozen=True, slots=True)
+class Browser:
+    """Samples to page through, drawn as chats: records of `samples.records`."""
+
+    samples: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Blocks below a title that opens them. in_terminal: the terminal prints them too."""
+
+    title: Text
+    blocks: "Sequence[Block]"
+    in_terminal: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Blocks beside each other where there is room; a list of blocks stays one below the other."""
+
+    blocks: "Sequence[Block | list[Block]]"
+
+
+Block = Table | Cards | Callouts | Note | Heading | Strings | Plot | Browser | Fold | Grid
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page: an id for links, a title, and blocks made by the functions above."""
+    """A part of a page: an id for links, a title, and blocks."""
 
     id: str
-    title: str
-    blocks: Sequence[Any] = field(default_factory=tuple)
+    title: Text
+    blocks: Sequence[Block] = ()
+
+
+def bars(
+    edges: Sequence[float],
+    series: Sequence[tuple[Text, Sequence[float]]],
+    *,
+    ticks: Sequence[tuple[float, str]] | None = None,
+    marks: Sequence[float] = (),
+    unit: Text = "",
+    is_share: bool = False,
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Spec of a histogram: values[i] counts what lies from edges[i] to edges[i + 1]; all bins are drawn equally wide.
+
+    ticks: (edge, label), by default at powers of two. marks: values drawn as vertical lines. is_share: values are shares of 1.
+    names: of the bins, where their edges are none that a reader knows.
+    """
+    return {
+        "kind": "bars",
+        "edges": list(edges),
+        "series": [{"name": _in_spec(title), "y": list(values)} for title, values in series],
+        "ticks": [list(tick) for tick in (ticks if ticks is not None else _round_edges(edges))],
+        "marks": [[mark, str(mark)] for mark in marks if edges[0] < mark <= edges[-1]],
+        "unit": _in_spec(unit),
+        "share": is_share,
+        **({"names": names} if names else {}),
+    }
+
+
+def _in_spec(text: Text) -> Any:
+    """A phrase that is translated when the spec is written as JSON; plain strings in a spec are not."""
+    return phrase(text) if isinstance(text, str) and text else text
+
+
+def _round_edges(edges: Sequence[float]) -> list[tuple[float, str]]:
+    """Powers of two among the edges, at most eight."""
+    powers = [edge for edge in edges if edge == 0 or (edge >= 1 and edge == int(edge) and int(edge).bit_count() == 1)]
+    step = -(-len(powers) // 8) or 1
+    return [(edge, short(edge)) for edge in powers[::step]]
+
+
+# --- the page
 
 
 @cache
-def _asset(name: str) -> str:
-    return files("mmdata.stats.report").joinpath("assets", name).read_text(encoding="utf-8")
+def asset(file: str) -> str:
+    """The text of a file in assets/."""
+    return files("mmdata.stats.report").joinpath("assets", file).read_text(encoding="utf-8")
 
 
-def browser(samples: Sequence[Mapping[str, Any]], words: Words) -> Html:
-    """Samples to leaf through, each drawn as a chat (records of `samples.records`)."""
-    return Html(
-        '<div class="browser"><div class="controls">'
-        f'<select class="why" aria-label="{text(words("all"))}"></select>'
-        f'<button class="back" type="button">‹ <span>{text(words("previous"))}</span></button>'
-        f'<span class="place"></span><button class="on" type="button"><span>{text(words("next"))}</span> ›</button>'
-        f'<label><input type="checkbox" class="edges"> {text(words("token boundaries"))}</label></div>'
-        f'<div class="sample"></div><script type="application/json">{to_script_json(samples)}</script></div>'
-    )
+def script_json(value: Any, translation: Translation | None = None) -> str:
+    """JSON for a script element, phrases translated: nothing in it can end the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=translation)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
-def page(
-    title: str,
-    subtitle: str,
+@cache
+def _template(file: str) -> Any:
+    """A compiled template of templates/; all values are escaped but those marked safe: assets and `script_json`."""
+    import jinja2
+
+    directory = str(files("mmdata.stats.report").joinpath("templates"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(directory), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.globals |= {
+        "asset": asset,
+        "script_json": script_json,
+        "as_name": as_name,
+        "zip": zip,
+        "type_of": lambda b: type(b).__name__,
+    }
+    return environment.get_template(file)
+
+
+def render(
+    title: Text,
+    subtitle: Text,
     sections: Sequence[Section],
-    words: Words,
+    lang: str,
     *,
     refresh_s: float | None = None,
-    controls: Html | None = None,
+    axes: Mapping[str, Text] | None = None,
 ) -> str:
-    """The whole file. refresh_s: the page asks the address it came from for news, and redraws when there are some."""
-    links = join(Html(f'<a href="#{text(s.id)}">{text(s.title)}</a>') for s in sections)
-    body = join(
-        Html(f'<section id="{text(s.id)}"><h2>{text(s.title)}</h2>{join(s.blocks)}</section>') for s in sections
-    )
-    said = {phrase: words(phrase) for phrase in _FOR_SCRIPT}
-    lang = {"en": "en", "zh": "zh-CN"}[words.lang]
-    connect = "'self'" if refresh_s else "'none'"
-    follow = f' data-refresh="{refresh_s}"' if refresh_s else ""
-    return f"""<!doctype html>
-<html lang="{lang}"{follow}>
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src {connect}">
-<link rel="icon" href="data:,">
-<title>{text(title)}</title>
-<style>{_asset("uPlot.min.css")}{_asset("page.css")}</style>
-</head>
-<body>
-<header><div class="head"><h1><bdi>{text(title)}</bdi></h1>
-<button id="theme" type="button" aria-label="{text(words("Theme"))}"></button></div>
-<p class="subtitle"><bdi>{text(subtitle)}</bdi></p></header>
-<nav aria-label="{text(words("Contents"))}">{links}</nav>
-<noscript><p class="note">{text(words("This page needs JavaScript for its plots; its tables do not."))}</p></noscript>
-{controls or ""}<main>{body}</main>
-<script type="application/json" id="words">{to_script_json(said)}</script>
-<script>{_asset("uPlot.iife.min.js")}</script>
-<script>{_asset("page.js")}</script>
-</body>
-</html>
-"""
+    """The whole file. axes: what plots of lines can be drawn over, by its name in their specs; the reader chooses.
+
+    refresh_s: the page asks the address it came from for a newer version every so many seconds, and redraws.
+    """
+    translation = Translation(lang)
+    return _template("page.html").render(
+        title=title, subtitle=subtitle, sections=sections, t=translation, refresh_s=refresh_s, axes=axes or {},
+        script_words={text: translation(text) for text in _FOR_SCRIPT},
+    )  # fmt: skip

@@ -1,0 +1,510 @@
+"""The report on data: figures of `mmdata.stats.stats` as sections of tables and plots, on one page. Reads no data itself."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmdata.shards.dataset import REPORT
+from mmdata.stats.report import page
+from mmdata.stats.report.page import (
+    Block,
+    Browser,
+    Callouts,
+    Cards,
+    Column,
+    Fold,
+    Grid,
+    Note,
+    Phrase,
+    Plot,
+    Section,
+    Strings,
+    Table,
+    as_name,
+    joined,
+    percent,
+    phrase,
+    size,
+)
+from mmdata.stats.stats import Measured
+from mmdata.stats.warnings import WARNINGS
+
+FILE = REPORT
+MOST_STRINGS = 40
+CUTS = (512, 1024, 2048)
+FROM_SHARDS = (
+    "Texts were decoded from the shards, for the inputs are gone, have changed or are compressed: what packing cut is not in "
+    "them, and what the template added may be."
+)
+_SPREAD = ("shortest", "p50", "p90", "p99", "longest")
+Figures = Mapping[str, Any]
+
+
+def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = ()) -> str:
+    """The report on one path, or on several. others: warnings on all together (`stats.contained`)."""
+    if len(measured) == 1:
+        figures = measured[0].figures
+        pieces: list[page.Text] = [as_name(figures["path"]), phrase(f"{figures['kind']} rows")]
+        if "max_len" in figures:
+            pieces.append(phrase("packed up to {max_len} tokens", max_len=f"{figures['max_len']:,}"))
+        return page.render(name_of(measured[0]), joined(pieces), list(sections_of(measured[0])), lang)
+    few = [
+        replace(one, samples=one.samples[:: -(-len(measured) // 3)]) for one in measured
+    ]  # the page stays below 2 MB
+    sections = [_overview(measured, others), *(folded(number, one) for number, one in enumerate(few))]
+    title = phrase("{number} datasets", number=len(measured))
+    return page.render(title, as_name(", ".join(str(one.path) for one in measured)), sections, lang)
+
+
+def folded(number: int, measured: Measured) -> Section:
+    """All sections on one path as one, each to be opened."""
+    blocks = [Fold(section.title, section.blocks) for section in sections_of(measured)]
+    return Section(f"data-{number}", name_of(measured), [Note(as_name(measured.path)), *blocks])
+
+
+def name_of(measured: Measured) -> Phrase:
+    """What a dataset or file is called on the page: the last part of its path."""
+    return as_name(measured.path.resolve().name)
+
+
+def warned(warnings: Sequence[Figures]) -> Callouts:
+    """Warnings (`stats.warnings`) as a block."""
+    return Callouts([phrase(WARNINGS[warning["code"]], **warning["values"]) for warning in warnings])
+
+
+def sections_of(measured: Measured) -> Iterator[Section]:
+    """Every section that the figures have something for."""
+    figures = measured.figures
+    yield Section("glance", "At a glance", list(_glance(figures)))
+    if measured.samples:
+        yield Section("samples", "Samples", [Browser(measured.samples)])
+    for id, title, make in (
+        ("lengths", "Lengths", _lengths),
+        ("cuts", "Where to cut", _cut_table),
+        ("packing", "Packing", _packing),
+        ("language", "Languages and scripts", _language),
+        ("duplicates", "Repetition", _repetition),
+        ("vocabulary", "Vocabulary", _vocabulary),
+        ("conversations", "Conversations", _conversations),
+        ("pairs", "Pairs", _pairs),
+        ("sources", "Sources", _sources),
+        ("aside", "Set aside", _aside),
+    ):
+        blocks = list(make(figures))
+        if blocks:
+            yield Section(id, title, blocks)
+
+
+def shares(title: str, counts: Mapping[str, int], *, unit: str = "rows", total: int = 0, caption: str = "") -> Table:
+    """A table of counts with their shares of all (or of `total`), as figures and as bars."""
+    total = max(1, total or sum(counts.values()))
+    columns = [Column(title, "word"), Column(unit, "count"), Column("share", "share"), Column("", "bar")]
+    return Table(columns, [(key, count, count / total, count / total) for key, count in counts.items()], caption)
+
+
+def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = "", *, bar: bool = False) -> Table:
+    """A table of frequent strings and how often they occur."""
+    columns = [Column(first, "code"), Column(unit, "count"), *([Column("", "bar")] if bar else [])]
+    rows = [(item["text"], item["count"], item["count"] / items[0]["count"])[: len(columns)] for item in items]
+    return Table(columns, rows, title, wrap=True)
+
+
+# --- at a glance
+
+
+def _glance(figures: Figures) -> Iterator[Block]:
+    yield Cards(list(_first_figures(figures)))
+    yield warned(figures["warnings"])
+    if "sample" in figures:
+        values = {"number": f"{figures['sample']['rows']:,}", "of": f"{figures['sample']['of']:,}"}
+        text = (
+            "Texts, samples and use of the vocabulary are those of {number} of {of} rows; counts, lengths and packing are "
+            "exact. `mm stats {path} --html FILE` reads every row."
+            if "tokens_in" in figures
+            else "Tokens are those of {number} of {of} rows, scaled by characters; texts were all read. --exact tokenizes "
+            "every row."
+        )
+        yield Note(phrase(text, path=as_name(figures["path"]), **values), in_terminal=True)
+    if figures.get("texts_from") == "shards":
+        yield Note(FROM_SHARDS, in_terminal=True)
+    if figures["set_aside"]:
+        columns = [
+            Column("left out", "word"),
+            Column("rows", "count"),
+            Column("share", "share"),
+            Column("what helps", "word"),
+        ]
+        rows = [
+            (item["reason"], item["rows"], item["share"], as_name(item["help"], f"help: {item['reason']}"))
+            for item in figures["set_aside"]
+        ]
+        yield Table(columns, rows)
+    if figures.get("cut"):
+        yield shares("cut", figures["cut"], unit="tokens", total=figures["tokens_in"])
+    if controls := figures.get("control_strings"):
+        most = sorted(controls.items(), key=lambda item: (-item[1], item[0]))[:MOST_STRINGS]
+        title = "Control strings in content, packed as plain text"
+        table = Table([Column("string", "code"), Column("times", "count")], most)
+        yield Fold(joined([phrase(title), as_name(f"({len(controls):,})")], " "), [table])
+    if keys := figures.get("extra_keys"):
+        columns = [Column("key", "code"), Column("rows", "count")]
+        yield Fold("Keys of rows that are ignored", [Table(columns, list(keys.items()))])
+
+
+def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
+    """The figures that a reader needs first: (label, value, hint)."""
+    about = "≈ " if "sample" in figures and "tokens_in" not in figures else ""
+    rows, kept = figures["rows"], figures["kept"]
+    yield "rows", f"{kept:,}", phrase("of {value}", value=f"{rows:,}") if rows != kept else ""
+    if "tokens" in figures:
+        each = phrase("{value} characters each", value=f"{figures['characters_per_token']:.2f}")
+        yield "tokens", f"{about}{figures['tokens']:,}", each
+        share = phrase("{value} % of the tokens", value=f"{100 * figures['trained_share']:.1f}")
+        yield "trained tokens", f"{about}{figures['loss_tokens']:,}", share
+    yield "characters", f"{figures['characters']:,}", ""
+    yield "bytes", size(figures["bytes"]), as_name(f"{figures['bytes']:,}")
+    if "fill" in figures and figures["kind"] != "pair":  # pairs are packed to a budget of tokens, never padded
+        padding = phrase("{value} % padding", value=f"{100 * figures['waste']:.2f}")
+        yield "fill", f"{100 * figures['fill']:.2f} %", padding
+    if "epoch" in figures:
+        tokens = phrase("of {value} tokens", value=f"{figures['epoch']['batch_tokens']:,}")
+        yield "epoch steps", f"{about}{figures['epoch']['steps']:,}", tokens
+    if "val_rows" in figures:
+        yield "rows for val", f"{figures['val_rows']:,}", as_name(percent(figures["val_rows"] / max(1, kept)))
+
+
+# --- lengths
+
+
+def _lengths(figures: Figures) -> Iterator[Block]:
+    by_tokens, by_characters = figures.get("tokens_by") or {}, figures.get("characters_by") or {}
+    plots: list[Block] = []
+    if by_tokens.get("sequence"):
+        title = "Tokens of a pair's longer side" if figures["kind"] == "pair" else "Tokens of a sequence"
+        plots.append(histogram(title, by_tokens["sequence"], "sequences", marks=CUTS))
+    if by_characters.get("row"):
+        plots.append(histogram("Characters of a row", by_characters["row"], "rows"))
+    if figures["kind"] != "pair" and len(by_tokens.get("buckets", ())) > 1:  # a pair's bucket is its length
+        buckets = {f"{int(bucket):,}": lengths for bucket, lengths in by_tokens["buckets"].items()}
+        plots.append(overlaid("Tokens of a sequence, by bucket", buckets, marks=CUTS))
+    if by_tokens.get("roles"):
+        plots.append(overlaid("Tokens of a message, by role", by_tokens["roles"], marks=CUTS))
+    if len(by_characters.get("roles", ())) > 1:
+        plots.append(overlaid("Characters of a message, by role", by_characters["roles"]))
+    if len(by_tokens.get("turns", ())) > 1:
+        turns = list(by_tokens["turns"].items())[:4]
+        series = [(phrase("turn {number}", number=turn), lengths) for turn, lengths in turns]
+        plots.append(overlaid("Tokens of an answer, by turn", series))
+    if figures.get("trained_shares") and figures["kind"] != "document":
+        plots.append(_share_plot("Trained share of a sequence", figures["trained_shares"], "sequences", num_ticks=4))
+    if plots:
+        yield Grid(plots)
+    rows = [
+        (of, unit, lengths["count"], lengths["mean"], *(lengths[key] for key in _SPREAD))
+        for unit, groups in (("characters", by_characters), ("tokens", by_tokens))
+        for of, lengths in _named_lengths(groups)
+    ]
+    names = ("shortest", "half", "90 %", "99 %", "longest")
+    columns = [Column("of", "word"), Column("in", "word"), Column("number", "count"), Column("mean", "decimal1")]
+    tables = [Table([*columns, *(Column(each, "count") for each in names)], rows)] if rows else []
+    if "lengths" in figures:
+        tables.append(_length_table(figures["lengths"]))
+    if tables:
+        yield Fold("All lengths in figures", tables)
+
+
+def _named_lengths(groups: Figures) -> Iterator[tuple[page.Text, Figures]]:
+    yield from ((as_name(key), groups[key]) for key in ("row", "sequence") if groups.get(key))
+    for bucket, lengths in groups.get("buckets", {}).items():
+        yield phrase("in bucket {bucket}", bucket=f"{int(bucket):,}"), lengths
+    yield from ((as_name(role), lengths) for role, lengths in groups.get("roles", {}).items())
+    for turn, lengths in groups.get("turns", {}).items():
+        yield phrase("answer of turn {number}", number=turn), lengths
+    yield from ((as_name(part), lengths) for part, lengths in groups.get("pair", {}).items())
+
+
+def _length_table(lengths: Figures) -> Table:
+    """The packer's histogram of sequence lengths, with the share of all tokens that each bin holds."""
+    bins = lengths["histogram"]
+    most, low, rows = max([1, *(each["sequences"] for each in bins)]), 1, []
+    for each in bins:
+        share = each["tokens"] / max(1, lengths["tokens"])
+        rows.append((f"{low:,}-{each['up_to']:,}", each["sequences"], share, each["sequences"] / most))
+        low = each["up_to"] + 1
+    columns = [Column("tokens"), Column("sequences", "count"), Column("share of tokens", "percent1"), Column("", "bar")]
+    return Table(columns, rows, "Tokens of a sequence")
+
+
+def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
+    """A plot of one histogram (`edges` and `counts`)."""
+    return Plot(title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit))
+
+
+def overlaid(
+    title: str, series: Mapping[str, Figures] | Sequence[tuple[page.Text, Figures]], *, marks: Sequence[float] = ()
+) -> Plot:
+    """A plot of several histograms over common edges, each as shares of its own count."""
+    pairs = [(as_name(key), each) for key, each in series.items()] if isinstance(series, Mapping) else list(series)
+    pairs = [(label, each) for label, each in pairs if each]
+    edges = sorted({edge for _, each in pairs for edge in each["edges"]})
+    drawn = []
+    for label, each in pairs:
+        share = dict.fromkeys(edges, 0.0)
+        for edge, count in zip(each["edges"], each["counts"], strict=False):
+            share[edge] += count / max(1, each["count"])
+        drawn.append((label, [share[edge] for edge in edges[:-1]]))
+    return Plot(title, page.bars(edges, drawn, marks=marks, is_share=True))
+
+
+def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int) -> Plot:
+    """A plot of counts by equal parts of 0 to 100 %."""
+    edges = [i / len(counts) for i in range(len(counts) + 1)]
+    ticks = [(i / num_ticks, f"{100 * i // num_ticks} %") for i in range(num_ticks + 1)]
+    return Plot(title, page.bars(edges, [(unit, counts)], ticks=ticks, unit=unit), in_terminal=True)
+
+
+# --- cuts and packing
+
+
+def _cut_table(figures: Figures) -> Iterator[Block]:
+    columns = {
+        "max_len": Column("length limit", "count"),
+        "longer_share": Column("longer", "share"),
+        "tokens_beyond_share": Column("tokens beyond it", "share"),
+        "tokens_in_longer_share": Column("tokens of longer ones", "share"),
+        "padding_share": Column("padding, one a line", "percent1"),
+        "packed_fill": Column("fill, packed", "percent2"),
+        "steps": Column("epoch steps", "count"),
+    }
+    rows = [[cut[key] for key in columns] for cut in figures.get("cuts", ())]
+    if rows:
+        yield Table(list(columns.values()), rows)
+        yield Note(
+            "Longer: the share of sequences that do not fit. Tokens beyond it are lost when long ones are cut, tokens of "
+            "longer ones when they are left out whole. Padding is what one sequence a line would waste; packing wastes "
+            "what is missing from its fill."
+        )
+
+
+def _packing(figures: Figures) -> Iterator[Block]:
+    if "splits" not in figures:
+        return
+    is_pair = figures["kind"] == "pair"  # not packed: a batch is pairs up to a number of tokens
+    for title in ("bucket", "split"):
+        columns = [Column(title, "word"), Column("pairs" if is_pair else "packs", "count")]
+        columns += [Column(unit, "count") for unit in ("sequences", "tokens", "trained tokens")]
+        columns += [] if is_pair else [Column("fill", "percent2"), Column("", "bar")]
+        rows = []
+        for key, group in figures[f"{title}s"].items():
+            label = f"{int(key):,}" if title == "bucket" else key
+            cells = [group[part] for part in ("samples", "sequences", "tokens", "loss_tokens")]
+            rows.append([label, *cells, *([] if is_pair else [group["fill"], group["fill"]])])
+        yield Table(columns, rows)
+
+
+# --- languages, repetition, vocabulary
+
+
+def _language(figures: Figures) -> Iterator[Block]:
+    tables: list[Block] = [shares("language", figures["languages"])] if figures.get("languages") else []
+    if figures.get("scripts"):
+        ordered = sorted(figures["scripts"].items(), key=lambda item: -item[1]["characters"])
+        tables.append(shares("script", {key: each["characters"] for key, each in ordered}, unit="characters"))
+    if tables:
+        yield Grid(tables)
+    if figures.get("token_scripts"):
+        table = shares("script", {}, unit="tokens")
+        columns = [*table.columns, Column("characters a token", "decimal2"), Column("bytes a token", "decimal2")]
+        keys = ("tokens", "share", "share", "characters_per_token", "bytes_per_token")
+        ordered = sorted(figures["token_scripts"].items(), key=lambda item: -item[1]["tokens"])
+        yield Table(columns, [(key, *(each[part] for part in keys)) for key, each in ordered])
+    yield Note(
+        "The language of a row is a rule of thumb by its scripts and commonest words; scripts are counted exactly."
+    )
+
+
+def _repetition(figures: Figures) -> Iterator[Block]:
+    if repeats := figures.get("duplicates"):
+        number = max(1, repeats["rows"])
+        cards: list[tuple[str, str, page.Text]] = [
+            ("exact repeats", f"{repeats['exact']:,}", as_name(percent(repeats["exact"] / number)))
+        ]
+        if repeats["near"] is not None:
+            compared = phrase("of {value}", value=f"{repeats['rows_compared']:,}")
+            cards.append(("near repeats", f"{repeats['near']:,}", compared))
+            cards.append(("rows without their like", f"{number - repeats['exact'] - repeats['near']:,}", ""))
+        yield Cards(cards)
+        if repeats["near"] is not None:
+            text = (
+                "Exact: the same roles and texts as an earlier row. Near: about {share} or more of their 8-character "
+                "pieces in common (estimated by MinHash)."
+            )
+            yield Note(phrase(text, share=percent(repeats["near_from"])))
+    lists = (("openings", "Most repeated openings", "times"), ("ngrams", "Most repeated phrases", "rows"))
+    tables = [_strings(figures[key], unit, title, bar=True) for key, title, unit in lists if figures.get(key)]
+    if tables:
+        yield Grid(tables)
+        text = (
+            "Openings are the first {characters} characters of each document or answer; phrases are runs of {units} words "
+            "or Chinese characters, counted once a row, in {rows} rows."
+        )
+        yield Note(phrase(text, characters=20, units=8, rows=f"{figures.get('ngram_rows', 0):,}"))
+
+
+def _vocabulary(figures: Figures) -> Iterator[Block]:
+    used = figures.get("vocabulary")
+    if not used or not used["counted"]:
+        return
+    cards: list[tuple[page.Text, str, page.Text]] = [
+        ("vocabulary", f"{used['size']:,}", ""),
+        ("seen", f"{used['seen']:,}", ""),
+        ("never seen", f"{used['never']:,}", as_name(percent(used["never"] / used["size"]))),
+    ]
+    for share, number in used["cover"].items():
+        cards.append((phrase("cover {share} % of the text", share=share), f"{number:,}", "most frequent tokens"))
+    yield Cards(cards)
+    times = {"name": phrase("times"), "x": {"rank": used["ranks"]}, "y": [count or None for count in used["by_rank"]]}
+    spec = {"kind": "lines", "axes": {"rank": {"label": phrase("rank")}}, "series": [times], "logx": True, "logy": True}
+    left: list[Block] = [Plot("How often the tokens of each rank occur", spec)]
+    columns = [Column(as_name("id"), "count"), Column("times", "count")]
+    if control := [(item["text"], item["id"], item["count"]) for item in used["control"] if item["count"]]:
+        left.append(Table([Column("special token", "code"), *columns], control))
+    most = used["top"][0]["count"]
+    top = [(_visible(item["text"]), item["id"], item["count"], item["count"] / most) for item in used["top"]]
+    yield Grid([left, Table([Column("top token", "code"), *columns, Column("", "bar")], top)])
+    if unused := used["never_ids"]:
+        title = phrase("Tokens never seen (the first {number})", number=len(unused))
+        yield Fold(title, [Strings([_visible(item["text"]) for item in unused])])
+
+
+def _visible(text: str) -> str:
+    """A token's text with visible spaces."""
+    return text.translate({ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord("\r"): "␍"})
+
+
+# --- conversations and pairs
+
+
+def _conversations(figures: Figures) -> Iterator[Block]:
+    if not figures.get("turns"):
+        return
+    turns = dict(list(figures["turns"].items())[:12])
+    total = sum(figures["turns"].values())
+    systems, tools, of = figures["systems"], figures["tools"], max(1, figures["text_rows"])
+    cards = Cards(
+        [
+            ("with a system prompt", f"{systems['rows']:,}", as_name(percent(systems["rows"] / of))),
+            ("different system prompts", f"{systems['different']:,}", ""),
+            ("with tools", f"{tools['rows']:,}", as_name(percent(tools["rows"] / of))),
+            ("tool calls", f"{tools['calls']:,}", ""),
+            ("messages with reasoning", f"{figures['reasoning']:,}", ""),
+        ]
+    )
+    yield Grid([shares("turns", turns, total=total, caption="Turns of a conversation"), cards])
+    lists = (("system prompt", systems["top"][:10]), ("tool", tools["top"]))
+    if tables := [_strings(items, "rows", first=title) for title, items in lists if items]:
+        yield Grid(tables)
+
+
+def _pairs(figures: Figures) -> Iterator[Block]:
+    pairs, by_tokens = figures.get("pairs"), (figures.get("tokens_by") or {}).get("pair")
+    plots: list[Block] = []
+    if pairs:
+        labels = {
+            "chosen": "the chosen is longer",
+            "rejected": "the rejected is longer",
+            "chosen by 3": "the chosen by more than 3×",
+            "rejected by 3": "the rejected by more than 3×",
+        }
+        numbers = {label: pairs["longer"].get(key, 0) for key, label in labels.items()}
+        of = max(1, pairs["pairs"])
+        yield Cards([(label, percent(number / of), as_name(f"{number:,}")) for label, number in numbers.items()])
+        ratios = page.bars(
+            range(-8, 10),
+            [("pairs", [pairs["ratios"][str(k)] for k in range(-8, 9)])],
+            ticks=[(k + 0.5, label) for k, label in _RATIOS.items()],
+            unit="pairs",
+            names=["≤ 1/16", *(f"{2 ** (k / 2):.2g}" for k in range(-7, 8)), "≥ 16"],
+        )
+        plots.append(Plot("Length of the chosen answer over the rejected one's", ratios, in_terminal=True))
+        plots.append(_share_plot("Likeness of the two answers", pairs["similarity"], "pairs", num_ticks=5))
+    if by_tokens:
+        plots.append(overlaid("Tokens of prompt and answers", by_tokens))
+    if pairs and pairs["margins"]:
+        plots.append(histogram("Characters the answers differ by", pairs["margins"], "pairs"))
+    if plots:
+        yield Grid(plots)
+        yield Note("Likeness: common 8-character pieces over all pieces of both answers (Jaccard).")
+
+
+_RATIOS = {-8: "1/16", -4: "1/4", -2: "1/2", 0: "1", 2: "2", 4: "4", 8: "16"}
+
+
+# --- sources and rows set aside
+
+
+def _sources(figures: Figures) -> Iterator[Block]:
+    sources = figures.get("sources") or []
+    if not sources:
+        return
+    most = max(1, *(source["tokens"] for source in sources))
+    has_texts, is_alone = any("languages" in source for source in sources), len(sources) == 1
+    columns = [Column("source", "code"), Column("rows", "count"), Column("bytes", "bytes"), Column("tokens", "count")]
+    columns += [] if is_alone else [Column("", "bar")]
+    columns += [Column("trained share", "share")]
+    columns += [Column("languages", "word"), Column("repeats", "share")] if has_texts else []
+    rows = []
+    for source in sources:
+        row = [source["path"], source["kept"], source["bytes"], source["tokens"]]
+        row += [] if is_alone else [source["tokens"] / most]
+        row.append(source["loss_tokens"] / max(1, source["tokens"]))
+        if has_texts:
+            languages = {key: count for key, count in source.get("languages", {}).items() if count}
+            kept = max(1, sum(languages.values()))
+            row.append(joined([joined([key, percent(count / kept)], " ") for key, count in languages.items()], ", "))
+            row.append(source.get("exact_duplicates", 0) / kept)
+        rows.append(row)
+    yield Table(columns, rows)
+
+
+def _aside(figures: Figures) -> Iterator[Block]:
+    for item in figures["set_aside"]:
+        rows = []
+        for example in item["examples"]:
+            place = joined([as_name(example["file"]), "line", as_name(example["line"])], " ")
+            rows.append(
+                (joined([place, as_name(example["detail"])], ": ") if example["detail"] else place, example["raw"])
+            )
+        if rows:
+            number = as_name(f"{item['rows']:,} ({percent(item['share'])})")
+            columns = [Column("", "word"), Column("", "code")]
+            yield Fold(joined([item["reason"], number], ": "), [Table(columns, rows)])
+
+
+# --- several paths
+
+
+def _overview(measured: Sequence[Measured], others: Sequence[Any]) -> Section:
+    columns = [Column("dataset", "code"), Column("kind", "word"), Column("rows", "count"), Column("tokens", "count")]
+    columns += [
+        Column("trained share", "share"),
+        Column("bytes", "bytes"),
+        Column("repeats", "share"),
+        Column("left out", "share"),
+    ]
+    rows = []
+    for one in measured:
+        figures, repeats = one.figures, one.figures.get("duplicates")
+        rows.append(
+            (
+                name_of(one).text,
+                f"{figures['kind']} rows",
+                figures["kept"],
+                figures.get("tokens"),
+                figures.get("trained_share"),
+                figures["bytes"],
+                repeats["exact"] / max(1, repeats["rows"]) if repeats else None,
+                1 - figures["kept"] / max(1, figures["rows"]),
+            )
+        )
+    return Section("all", "All together", [warned(others), Table(columns, rows)])
