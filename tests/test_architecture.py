@@ -54,8 +54,22 @@ EXTRAS = {  # imported only inside the function that needs them
 HEAVY_FOR_NOW = {"mmtrain.commands.talk"}
 CROWDED_FOR_NOW = {"encode", "pack", "train"}
 TWICE_FOR_NOW = {
-    *("Words", "Part", "Settings", "Layout", "Item", "World", "Strings", "Decoder", "Flat", "Run"),
-    *("Plan", "Found", "Batch", "Outcome", "Row"),
+    *(
+        "Words",
+        "Part",
+        "Settings",
+        "Layout",
+        "Item",
+        "World",
+        "Strings",
+        "Decoder",
+        "Flat",
+        "Run",
+        "Plan",
+        "Batch",
+        "Outcome",
+        "Row",
+    ),
 }
 WIDE_FOR_NOW = {"scan_files", "forecast"}
 COMMANDS = ("mmdata.commands", "mmtrain.commands")

@@ -235,7 +235,7 @@ def test_incomplete_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no model\.safetensors and no pytorch_model\.bin"):
         read(path)
     (path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is not json"):
+    with pytest.raises(CheckpointError, match="not valid JSON"):
         read(path)
     with pytest.raises(CheckpointError, match="neither a run nor a config"):
         read(tmp_path)

@@ -102,7 +102,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(runs: dict[str, Path], t
     assert not list((tmp_path / "out").glob("*.gguf"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(UsageError, match="no export of ours"):
+    with pytest.raises(UsageError, match="no export of mm"):
         export(runs["llama"], tmp_path / "mine", format="hf")
     with pytest.raises(UsageError, match="--format onnx"):
         export(runs["llama"], tmp_path / "out", format="onnx")

@@ -1,8 +1,8 @@
-"""A run's weights in; a directory that other programs read out: Hugging Face, GGUF for llama.cpp, or MiniMind's `.pth`.
+"""Exports a run for other programs: a Hugging Face directory, GGUF for llama.cpp, or MiniMind's `.pth`.
 
-`hf` is a plain LlamaForCausalLM, or Qwen3ForCausalLM where queries and keys have norms, without code of its own. Where
-transformers is installed the export is loaded with it and its logits and prompt ids are compared with ours on the spot;
-one that differs is not published. Adapters are merged, since reading a checkpoint gives them merged.
+`hf` is a plain LlamaForCausalLM, or Qwen3ForCausalLM where queries and keys have norms, without custom code. Where
+transformers is installed, the export is loaded with it and compared with ours, logits and prompt ids; one that differs
+is not published. LoRA adapters are merged.
 """
 
 import importlib.util
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import CheckpointError, UsageError
+from mmdata.io.files import write_json, write_text
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
@@ -36,12 +37,12 @@ DTYPES = {
     "minimind": {"f32": torch.float32, "f16": torch.float16},
 }  # the first is the default
 TOLERANCE = 1e-4  # of logits, fp32
-RECORD = "export.json"  # by this an export is known as ours
+RECORD = "export.json"  # marks a directory as an export, which may be replaced
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `mm export` made. `checks` are sentences for people; `max_logit_difference` is None where nothing compared."""
+    """Result of `export`. `checks` are sentences for the user; `max_logit_difference` is None where nothing was compared."""
 
     out: Path
     format: str
@@ -56,7 +57,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported."""
+    """The model to export, with its run."""
 
     checkpoint: Checkpoint
     run: dict[str, Any]
@@ -71,33 +72,35 @@ class _Source:
     def architecture(self) -> str:
         return "Qwen3ForCausalLM" if self.shape.qk_norm else "LlamaForCausalLM"
 
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: value.detach().to(dtype).contiguous() for name, value in self.model.state_dict().items()}
+
 
 def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> Exported:
-    """Write the model of a run or checkpoint to `out`, which appears whole or not at all; an earlier export is replaced."""
+    """Write the model of a run or checkpoint to the directory `out`, complete or not at all; replaces an earlier export."""
     dtype = dtype or next(iter(DTYPES.get(format, {"": None})))
     if format not in DTYPES or dtype not in DTYPES[format]:
         known = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())
         raise UsageError(f"--format {format} --dtype {dtype} is unknown", known)
     if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty and no export of ours", "choose another --out")
+        raise UsageError(f"{out} is not empty and no export of mm", "choose another --out")
     found = checkpoint.find(path)
     model = checkpoint.load_model(found.dir)[0].eval()
-    source = _Source(
-        found, checkpoint.read_run(found.run_dir), model, run_tokenizer(found.run_dir, model.config.vocab_size)
-    )
+    tokenizer = run_tokenizer(found.run_dir, model.config.vocab_size)
+    source = _Source(found, checkpoint.read_run(found.run_dir), model, tokenizer)
     writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]
     writer = {"hf": _write_hf, "gguf": _write_gguf, "minimind": _write_minimind}[format]
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        checks, difference = writer(source, beside, dtype)
+        checks, difference = writer(source, partial, dtype)
         record = {"format": format, "dtype": dtype, "weights_sha256": found.weights_sha256, "step": found.step}
-        (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / RECORD, record, indent=2)
         shutil.rmtree(out, ignore_errors=True)
-        beside.rename(out)
+        partial.rename(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != RECORD)
     num_bytes = sum((out / file).stat().st_size for file in files)
     num_params = source.shape.num_params
@@ -108,22 +111,22 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
 
 
 def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Weights, config, generation config, tokenizer with its template, model card; then the comparison."""
-    torch_dtype = DTYPES["hf"][dtype]
-    weights = {name: value.detach().to(torch_dtype).contiguous() for name, value in source.model.state_dict().items()}
+    """Write weights, config, generation config, tokenizer with chat template and model card; then compare."""
+    weights = source.weights(DTYPES["hf"][dtype])
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out / "config.json", _hf_config(source, torch_dtype))
-    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
-    _write_json(out / "generation_config.json", _generation_config(source.tokenizer))
+    write_json(out / "config.json", _hf_config(source, dtype), indent=2)
+    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # safetensors writes it for the owner only
+    ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
+    write_json(out / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, indent=2)
     _write_tokenizer(source.tokenizer, out)
-    (out / "README.md").write_text(model_card(source, dtype, "transformers", _HF_USE), encoding="utf-8")
+    write_text(out / "README.md", model_card(source, dtype, "transformers", _HF_USE))
     return _compare_hf(source, weights, out)
 
 
-def _hf_config(source: _Source, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json, in the words that transformers 4 and 5 both read."""
-    shape, tokenizer = source.shape, source.tokenizer
-    config = {
+def _hf_config(source: _Source, dtype: str) -> dict[str, Any]:
+    """config.json, with the keys that transformers 4 and 5 both read."""
+    shape = source.shape
+    return {
         "architectures": [source.architecture],
         "model_type": "qwen3" if shape.qk_norm else "llama",
         "vocab_size": shape.vocab_size,
@@ -142,39 +145,30 @@ def _hf_config(source: _Source, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "initializer_range": (3 * shape.hidden_size) ** -0.5,
         "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
+        "torch_dtype": str(DTYPES["hf"][dtype]).removeprefix("torch."),
+        **_special_ids(source.tokenizer),
+        **({} if shape.qk_norm else {"mlp_bias": False}),
     }
-    return config | ({} if shape.qk_norm else {"mlp_bias": False})
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Where an answer ends, and the settings `mm chat` begins with."""
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    found = {name: id for name, id in ids.items() if id is not None}
-    return {**found, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """The run's tokenizer files as they are, but for a class every transformers knows and a template where none is."""
+    """Write the tokenizer's files, with a class that every transformers has and, where there is none, a chat template."""
     tokenizer.save(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if tokenizer.chat_template is None:
         config["chat_template"] = CHATML
-    _write_json(path, config)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config, indent=2)
 
 
 @torch.no_grad()
 def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple[list[str], float | None]:
-    """Load the export with transformers, in fp32, and compare it with ours; CheckpointError when it differs."""
+    """Load the export with transformers in fp32 and compare it with our model; CheckpointError when it differs."""
     if importlib.util.find_spec("transformers") is None:
         return ["not compared: transformers is not installed (pip install 'mm-toolkit[hf]')"], None
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,27 +194,22 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
     prompt = AutoTokenizer.from_pretrained(out, local_files_only=True).apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
     )
-    same = prompt == Template(source.tokenizer).prompt_ids(source.tokenizer, [Message("user", text)])
-    if not same:
-        raise CheckpointError(
-            f"{name} makes other prompt ids of the tokenizer", "nothing was written; please report this"
-        )
-    return [
-        f"{name} loads it: logits differ by at most {difference:.1e} over {num_tokens} tokens, prompt ids are the same"
-    ], difference
+    if prompt != Template(source.tokenizer).prompt_ids(source.tokenizer, [Message("user", text)]):
+        problem = f"{name} makes other prompt ids with the tokenizer"
+        raise CheckpointError(problem, "nothing was written; please report this")
+    check = f"logits differ by at most {difference:.1e} over {num_tokens} tokens, prompt ids are the same"
+    return [f"{name} loads it: {check}"], difference
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 
 def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """One file NAME-DTYPE.gguf, read back and compared tensor by tensor, and the card."""
+    """Write NAME-DTYPE.gguf, which is read back and compared tensor by tensor, and the model card."""
     name = re.sub(r"[^\w.-]+", "-", source.checkpoint.run_dir.resolve().name) or "model"
     path = out / f"{name}-{dtype}.gguf"
     checks = gguf.write(path, source.model.state_dict(), source.shape, source.tokenizer, dtype=dtype, name=name)
-    (out / "README.md").write_text(
-        model_card(source, dtype, "gguf", _GGUF_USE.format(file=path.name)), encoding="utf-8"
-    )
+    write_text(out / "README.md", model_card(source, dtype, "gguf", _GGUF_USE.format(file=path.name)))
     return checks, None
 
 
@@ -228,17 +217,13 @@ def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], floa
 
 
 def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """STAGE_WIDTH.pth as MiniMind's scripts name it, and the tokenizer for its model/ directory."""
+    """Write STAGE_WIDTH.pth, as MiniMind's scripts name it, and the tokenizer for their model/ directory."""
     shape = source.shape
     if wrong := _not_minimind(shape):
-        raise UsageError(
-            f"MiniMind's code makes no model with {', '.join(wrong)}", "mm export RUN --format hf keeps any shape"
-        )
-    weights = {
-        name: value.detach().to(DTYPES["minimind"][dtype]).contiguous()
-        for name, value in source.model.state_dict().items()
-    }
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # their loading is strict and wants both
+        problem = f"MiniMind's code makes no model with {', '.join(wrong)}"
+        raise UsageError(problem, "mm export RUN --format hf keeps any shape")
+    weights = source.weights(DTYPES["minimind"][dtype])
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # MiniMind's strict loading needs both
     stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.get("stage", ""), "full_sft")
     name = f"{stage}_{shape.hidden_size}.pth"
     torch.save(weights, out / name)
@@ -249,7 +234,7 @@ def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], 
 
 
 def _not_minimind(shape: ModelConfig) -> list[str]:
-    """What of a shape MiniMind's configuration cannot say: it derives all from width, depth and a vocabulary of 6,400."""
+    """The parts of a shape that MiniMind does not support: it derives all but width and depth from fixed rules."""
     width = shape.hidden_size
     ffn_size = 64 * math.ceil((width * math.pi if shape.qk_norm else int(width * 8 / 3)) / 64)
     expected = {
@@ -260,35 +245,34 @@ def _not_minimind(shape: ModelConfig) -> list[str]:
         "rope_theta": 1e6,
         "norm_eps": 1e-6 if shape.qk_norm else 1e-5,
     }
-    found = {name: getattr(shape, name) for name in expected}
-    return [f"{name} {found[name]:g} (only {value:g})" for name, value in expected.items() if found[name] != value]
+    return [
+        f"{name} {getattr(shape, name):g} (only {value:g})"
+        for name, value in expected.items()
+        if getattr(shape, name) != value
+    ]
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
+# --- the model card ---------------------------------------------------------------------------------------------------
 
 
-def lineage(run_dir: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs a model came from, newest first: name, stage, steps, digest of the weights begun with, datasets."""
-    found: list[dict[str, Any]] = []
-    seen: set[Path] = set()
-    while run_dir.resolve() not in seen:
-        seen.add(run_dir.resolve())
-        begun = run.get("init") or {}
-        found.append(
-            {
-                "name": run_dir.resolve().name,
-                "stage": run.get("stage", "?"),
-                "steps": run.get("final_step", 0),
-                "init_sha256": begun.get("weights_sha256"),
-                "imported": run.get("imported"),
-                "data": [{"name": Path(d["dir"]).name, "digest": d["digest"]} for d in run.get("data", [])],
-            }
-        )
-        parent = Path(begun["dir"]).parent.parent if begun.get("dir") else None
+def _lineage(run_dir: Path, run: dict[str, Any]) -> list[str]:
+    """A table row for the run and each run it was started from, newest first."""
+    rows: list[str] = []
+    visited: set[Path] = set()
+    while run_dir.resolve() not in visited:
+        visited.add(run_dir.resolve())
+        init = run.get("init") or {}
+        data = ", ".join(f"{Path(d['dir']).name} (`{d['digest'][:16]}`)" for d in run.get("data", [])) or "none"
+        begun = f"`{init['weights_sha256'][:16]}`" if init.get("weights_sha256") else "new ones"
+        if imported := run.get("imported"):
+            begun = f"those of {Path(imported['from']).name} (`{imported['sha256'][:16]}`)"
+        name, stage, steps = run_dir.resolve().name, run.get("stage", "?"), run.get("final_step", 0)
+        rows.append(f"| {name} | {stage} | {steps:,} | {data} | {begun} |")
+        parent = Path(init["dir"]).parent.parent if init.get("dir") else None
         if parent is None or not (parent / "run.json").is_file():
             break
         run_dir, run = parent, checkpoint.read_run(parent)
-    return found
+    return rows
 
 
 _HF_USE = """```python
@@ -307,10 +291,10 @@ The chat template stands in the file.
 
 
 def model_card(source: _Source, dtype: str, library: str, use: str) -> str:
-    """README.md of an export: what the model is, what it was trained on, and how to use it."""
+    """README.md of an export: shape and hashes of the model, what it was trained on, and how to use it."""
     shape, found = source.shape, source.checkpoint
     name = found.run_dir.resolve().name
-    rows = "\n".join(_lineage_row(step) for step in lineage(found.run_dir, source.run))
+    rows = "\n".join(_lineage(found.run_dir, source.run))
     return f"""---
 library_name: {library}
 pipeline_tag: text-generation
@@ -343,11 +327,3 @@ Newest first. A dataset's digest names every token of it; the same jsonl, tokeni
 ## Use
 
 {use}"""
-
-
-def _lineage_row(step: dict[str, Any]) -> str:
-    data = ", ".join(f"{d['name']} (`{d['digest'][:16]}`)" for d in step["data"]) or "none"
-    begun = f"`{step['init_sha256'][:16]}`" if step["init_sha256"] else "new ones"
-    if step["imported"]:
-        begun = f"those of {Path(step['imported']['from']).name} (`{step['imported']['sha256'][:16]}`)"
-    return f"| {step['name']} | {step['stage']} | {step['steps']:,} | {data} | {begun} |"

@@ -1,12 +1,12 @@
-"""Weights of other programs in; this model's weights, shape and tokenizer out. `mm import`, and whatever takes a PATH.
+"""Reads models of other programs: MiniMind's `.pth` files of all eras, and Hugging Face directories of Llama, Qwen3 and
+MiniMind. `import_model` makes a run of one; `open_model` opens any model that a command takes.
 
-Read are MiniMind's `.pth` of every era and Hugging Face directories of Llama, Qwen3 and MiniMind. Strictly: a tensor too
-many or too few is an error, and so is all this model has not (experts, biases, an output matrix of its own). Pickles are
-read for tensors alone; one that wants to run code is refused. Values are not changed, only widened to fp32.
+Reading is strict: missing or additional tensors are an error, and so is what this model does not have (experts, biases,
+an untied output matrix). Of pickles only tensors are read; one that would run code is refused. Values are not changed,
+only widened to fp32.
 """
 
 import hashlib
-import json
 import pickle
 import re
 import time
@@ -14,24 +14,27 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from msgspec import Struct
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
+from mmdata.io import files
+from mmdata.io.records import read_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.config import ModelConfig, as_json
 from mmtrain.model.model import Model
 
-STAGE = "imported"  # what run.json calls a run that `mm import` made
-NUM_HEADS = 8  # of MiniMind's models in every era; no tensor's shape tells it where queries and keys have no norm
+STAGE = "imported"  # in the run.json of a run that `mm import` made
+NUM_HEADS = 8  # MiniMind's in all eras; without norms on queries and keys the shapes of the tensors do not determine it
 PICKLES = (".pth", ".pt", ".bin")
+SEED_ORIGIN = "MiniMind before April 2025, rotary interleaved"
 
-# The seed's names (until April 2025) and ours; those since then are ours but for the output matrix.
+# MiniMind's names until April 2025 -> ours. Its later names are ours, except for the output matrix.
 _SEED_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "output": "lm_head",
@@ -46,13 +49,14 @@ _SEED_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-_TABLES = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|mask|inv_freq)$")  # buffers that follow from the shape
+_TABLES = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|mask|inv_freq)$")  # buffers computed from the shape
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model read from elsewhere: weights fp32 under our names, its shape, what it was, and where its tokenizer stands."""
+class ForeignModel:
+    """A model read from elsewhere: fp32 weights under our names, shape, a description of its origin, and its tokenizer's
+    directory where there is one."""
 
     path: Path
     weights: dict[str, Tensor]
@@ -63,7 +67,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Imported:
-    """What `mm import` made."""
+    """Result of `import_model`. `sha256` is the hash of the weights file, or of the hashes of several."""
 
     run_dir: Path
     origin: str
@@ -77,86 +81,101 @@ class Imported:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path looks like a model of another program rather than a run of ours."""
+    """Whether a path looks like a model of another program rather than a run."""
     return path.suffix in PICKLES or (path / "config.json").is_file()
 
 
-def read(path: Path, *, num_heads: int | None = None) -> Found:
-    """The model at `path`: a `.pth` file or a Hugging Face directory. CheckpointError says what does not fit."""
+def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
+    """Read a `.pth` file or a Hugging Face directory; CheckpointError for what cannot be used.
+
+    `num_heads` is the number of query heads, for files that do not determine it.
+    """
     if path.is_dir():
-        return _read_directory(path, num_heads)
-    if not path.exists():
+        config = _read_config(path)
+        tensors: dict[str, Tensor] = {}
+        for file in _weight_files(path):
+            tensors |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file)
+        tokenizer_dir = path if (path / "tokenizer.json").is_file() else None
+    elif not path.exists():
         raise CheckpointError(f"{path}: no such file", "give a .pth file or a Hugging Face directory")
-    if path.suffix not in PICKLES:
+    elif path.suffix not in PICKLES:
         raise CheckpointError(
             f"{path} is neither a torch file ({', '.join(PICKLES)}) nor a directory",
             "of a safetensors file, give the directory that holds its config.json",
         )
-    named, origin = _our_names(_load_pickle(path), path)
-    shape = _shape_of(named, path, num_heads=num_heads)
-    return Found(path, _checked(named, shape, origin, path), shape, origin, _tokenizer_beside(path))
+    else:
+        config, tensors, tokenizer_dir = _Config("minimind"), _load_pickle(path), _tokenizer_beside(path)
+    weights, is_seed = _our_names(tensors, path)
+    shape = _shape_of(weights, path, config, num_heads)
+    if config.model_type != "minimind":
+        origin = f"Hugging Face {config.model_type}"
+    else:
+        origin = SEED_ORIGIN if is_seed else "MiniMind, named as in Hugging Face"
+    return ForeignModel(path, _checked(weights, shape, is_seed, path), shape, origin, tokenizer_dir)
 
 
-def _read_directory(path: Path, num_heads: int | None) -> Found:
-    """A Hugging Face directory: config.json, weights in one file or several, its own tokenizer."""
-    config = _read_config(path)
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(path):
-        tensors |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file)
-    named, origin = _our_names(tensors, path)
-    heads = num_heads or config.get("num_attention_heads") or config.get("n_heads")
-    rope = config.get("rope_parameters") or {}
-    shape = _shape_of(
-        named,
-        path,
-        num_heads=heads,
-        rope_theta=config.get("rope_theta") or rope.get("rope_theta"),
-        norm_eps=config.get("rms_norm_eps") or config.get("norm_eps"),
-        max_positions=config.get("max_position_embeddings") or config.get("max_seq_len"),
-    )
-    kind = config.get("model_type")
-    origin = origin if kind == "minimind" else f"Hugging Face {kind}"
-    tokenizer_dir = path if (path / "tokenizer.json").is_file() else None
-    return Found(path, _checked(named, shape, origin, path), shape, origin, tokenizer_dir)
+class _Rope(Struct):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.json, if it describes a model like ours."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} holds neither a run nor a config.json", "give a run, a .pth file or a Hugging Face directory"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'config.json'} is not json: {error}", "copy or download it again") from None
-    kind = config.get("model_type")
-    if config.get("use_moe") or "moe" in str(kind) or config.get("num_local_experts"):
+class _Config(Struct):
+    """config.json, in the words of Hugging Face and of MiniMind; what it does not say is MiniMind's default."""
+
+    model_type: str | None = None
+    use_moe: bool | None = None
+    num_local_experts: int | None = None
+    num_attention_heads: int | None = None
+    n_heads: int | None = None
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    rope_theta: float | None = None
+    rms_norm_eps: float | None = None
+    norm_eps: float | None = None
+    max_position_embeddings: int | None = None
+    max_seq_len: int | None = None
+    hidden_act: str = "silu"
+    use_sliding_window: bool | None = None
+
+
+def _read_config(path: Path) -> _Config:
+    """config.json of a directory; CheckpointError unless it describes a model like ours."""
+    if not (path / "config.json").is_file():
+        fix = "give a run, a .pth file or a Hugging Face directory"
+        raise CheckpointError(f"{path} holds neither a run nor a config.json", fix)
+    config = read_record(path / "config.json", _Config, CheckpointError, "copy or download it again")
+    if config.use_moe or "moe" in str(config.model_type) or config.num_local_experts:
         raise _moe(path)
-    if kind not in ("llama", "qwen3", "minimind"):
-        raise CheckpointError(
-            f"{path}: model_type {kind!r} is not known here", "import a llama, qwen3 or minimind model"
-        )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    for is_right, what in (
+    if config.model_type not in ("llama", "qwen3", "minimind"):
+        problem = f"{path}: model_type {config.model_type!r} is not known here"
+        raise CheckpointError(problem, "import a llama, qwen3 or minimind model")
+    rope = config.rope_parameters or config.rope_scaling or _Rope()
+    scaling = rope.rope_type or rope.type or "default"
+    for is_right, feature in (
         (scaling == "default", f"rotary scaling {scaling!r}"),
-        (config.get("hidden_act", "silu") == "silu", f"activation {config.get('hidden_act')!r}"),
-        (not config.get("use_sliding_window"), "sliding window attention"),
+        (config.hidden_act == "silu", f"activation {config.hidden_act!r}"),
+        (not config.use_sliding_window, "sliding window attention"),
     ):
         if not is_right:
-            raise CheckpointError(f"{path}: {what} is something this model has not", "import a model without it")
+            raise CheckpointError(f"{path}: {feature} is not supported by this model", "import a model without it")
     return config
 
 
+class _Index(Struct):
+    """NAME.index.json: the file of each tensor, where there are several."""
+
+    weight_map: dict[str, str]
+
+
 def _weight_files(path: Path) -> list[Path]:
-    """The files a Hugging Face directory's weights stand in; safetensors first."""
+    """The weight files of a Hugging Face directory, safetensors before pickles."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return [path / name]
         if (path / f"{name}.index.json").is_file():
-            index = json.loads((path / f"{name}.index.json").read_text(encoding="utf-8"))
-            return [path / file for file in sorted(set(index["weight_map"].values()))]
+            index = read_record(path / f"{name}.index.json", _Index, CheckpointError, "copy or download it again")
+            return [path / file for file in sorted(set(index.weight_map.values()))]
     raise CheckpointError(f"{path}: no model.safetensors and no pytorch_model.bin", "download the weights too")
 
 
@@ -168,10 +187,10 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file; of a training state (MiniMind's *_resume.pth) those of its model."""
+    """The tensors of a torch file; of a training state (MiniMind's *_resume.pth) those of the model in it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, to the user no news
+            warnings.simplefilter("ignore")  # about pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|class|function) [`'\"]?([\w.]+)", str(error))
@@ -194,52 +213,46 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 # --- names and shapes -------------------------------------------------------------------------------------------------
 
 
-def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
-    """The same tensors under our names, less tables that follow from the shape; and whose names they were."""
+def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors under our names, without buffers that are computed from the shape; and whether they had MiniMind's
+    names until April 2025."""
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
     if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
         raise _moe(path)
     if any(".lora" in name for name in named):
         raise CheckpointError(f"{path} holds LoRA adapters, not a model", "merge them into their model first")
-    if "tok_embeddings.weight" not in named:
-        return named, "MiniMind, named as in Hugging Face"
-    return {_from_seed(name): value for name, value in named.items()}, "MiniMind before April 2025, rotary interleaved"
+    is_seed = "tok_embeddings.weight" in named
+    return {_from_seed(name): value for name, value in named.items()} if is_seed else named, is_seed
 
 
 def _from_seed(name: str) -> str:
-    """A seed name in ours; an unknown one stays, and is then refused."""
-    found = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
-    if not found or found[2] not in _SEED_NAMES:
+    """Our name for one of MiniMind's until April 2025; an unknown one is kept, and refused later."""
+    match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
+    if not match or match[2] not in _SEED_NAMES:
         return name
-    prefix = f"model.{found[1]}" if found[1] else ""
-    return f"{prefix}{_SEED_NAMES[found[2]]}.weight"
+    prefix = f"model.{match[1]}" if match[1] else ""
+    return f"{prefix}{_SEED_NAMES[match[2]]}.weight"
 
 
-def _shape_of(
-    named: Mapping[str, Tensor],
-    path: Path,
-    *,
-    num_heads: int | None = None,
-    rope_theta: float | None = None,
-    norm_eps: float | None = None,
-    max_positions: int | None = None,
-) -> ModelConfig:
-    """The shape that the tensors have. What they do not tell and nobody gives is MiniMind's."""
+def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_heads: int | None) -> ModelConfig:
+    """The shape of a model with these weights. What neither the tensors nor the config determine is MiniMind's."""
     first = "model.layers.0."
     needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))
-    if missing := [name for name in needed if f"{name}.weight" not in named]:
+    if missing := [name for name in needed if f"{name}.weight" not in weights]:
         raise CheckpointError(f"{path}: no {missing[0]}.weight: not a model of this kind", "import a Llama-like model")
-    embedding, q, k, gate = (named[f"{name}.weight"] for name in needed)
-    has_norm = f"{first}self_attn.q_norm.weight" in named
-    head_size = len(named[f"{first}self_attn.q_norm.weight"]) if has_norm else len(q) // (num_heads or NUM_HEADS)
+    embedding, q, k, gate = (weights[f"{name}.weight"] for name in needed)
+    q_norm = weights.get(f"{first}self_attn.q_norm.weight")
+    num_heads = num_heads or config.num_attention_heads or config.n_heads or NUM_HEADS
+    head_size = len(q) // num_heads if q_norm is None else len(q_norm)
     width = embedding.shape[1]
     if not head_size or len(q) != width or len(q) % head_size or len(k) % head_size or head_size % 2:
         raise CheckpointError(
             f"{path}: {len(q)} rows of queries and {len(k)} of keys at width {width} make no whole heads of {head_size}",
             "give the right --num-heads; heads wider than width / heads are not supported",
         )
-    layers = [int(found[1]) for name in named if (found := re.match(r"model\.layers\.(\d+)\.", name))]
+    rope = config.rope_parameters or _Rope()
+    layers = [int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))]
     return ModelConfig(
         vocab_size=len(embedding),
         hidden_size=width,
@@ -247,177 +260,155 @@ def _shape_of(
         num_heads=len(q) // head_size,
         num_kv_heads=len(k) // head_size,
         ffn_size=len(gate),
-        rope_theta=float(rope_theta or 1e6),
-        norm_eps=float(norm_eps or (1e-6 if has_norm else 1e-5)),
-        qk_norm=has_norm,
-        max_positions=int(max_positions or 32768),
+        rope_theta=config.rope_theta or rope.rope_theta or 1e6,
+        norm_eps=config.rms_norm_eps or config.norm_eps or (1e-5 if q_norm is None else 1e-6),
+        qk_norm=q_norm is not None,
+        max_positions=config.max_position_embeddings or config.max_seq_len or 32768,
     )
 
 
-def _checked(named: dict[str, Tensor], shape: ModelConfig, origin: str, path: Path) -> dict[str, Tensor]:
-    """Weights fp32 as a model of this shape takes them: every name there, none beside, every shape right."""
-    output = named.pop("lm_head.weight", None)
-    if output is not None and not torch.equal(output, named["model.embed_tokens.weight"]):
+def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path: Path) -> dict[str, Tensor]:
+    """The weights in fp32; CheckpointError unless names and shapes are exactly those of a model of this shape."""
+    output = weights.pop("lm_head.weight", None)
+    if output is not None and not torch.equal(output, weights["model.embed_tokens.weight"]):
         raise CheckpointError(
             f"{path}: its output matrix is not its embedding; this model has one for both",
             "import a model with tied embeddings",
         )
     with torch.device("meta"):
         expected = Model(shape).state_dict()
-    missing, unexpected = sorted(expected.keys() - named.keys()), sorted(named.keys() - expected.keys())
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
-        what = [
-            f"{label} {', '.join(names[:3])}" for label, names in (("lacks", missing), ("has", unexpected)) if names
+        problems = [
+            f"{verb} {', '.join(names[:3])}" for verb, names in (("lacks", missing), ("has", unexpected)) if names
         ]
         rest = len(missing[3:]) + len(unexpected[3:])
         more = f" and {rest} more" if rest else ""
-        raise CheckpointError(
-            f"{path}: {' and '.join(what)}{more}: not a model of this kind", "import a Llama-like model"
-        )
-    for name, value in named.items():
+        message = f"{path}: {' and '.join(problems)}{more}: not a model of this kind"
+        raise CheckpointError(message, "import a Llama-like model")
+    for name, value in weights.items():
         if value.shape != expected[name].shape or not value.is_floating_point():
             raise CheckpointError(
                 f"{path}: {name} is {value.dtype} {list(value.shape)}, expected {list(expected[name].shape)}",
                 "give the right --num-heads, or import a Llama-like model",
             )
-    is_interleaved = "interleaved" in origin
-    return {
-        name: _half_split(value, shape.head_size) if is_interleaved and _is_turned(name) else value.float().contiguous()
-        for name, value in named.items()
-    }
-
-
-def _is_turned(name: str) -> bool:
-    """Whether rotary positions turn what a matrix makes."""
-    return name.endswith(("q_proj.weight", "k_proj.weight"))
+        is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
+        weights[name] = _half_split(value, shape.head_size) if is_seed and is_rotated else value.float().contiguous()
+    return weights
 
 
 def _half_split(weight: Tensor, head_size: int) -> Tensor:
-    """Rows for rotary of neighbours (2i, 2i + 1) in the order for rotary of halves (i, i + D/2); exact, nothing is computed.
+    """Reorder the rows of a query or key matrix from rotary pairs (2i, 2i + 1) to rotary pairs (i, i + D/2) of each head.
 
-    Attention multiplies queries and keys of one head, so that the order of both matters to nothing else.
+    Exact: the order within a head matters only to the rotation and to the product of queries and keys.
     """
     pairs = weight.float().unflatten(0, (-1, head_size // 2, 2))
     return pairs.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def interleaved(weight: Tensor, head_size: int) -> Tensor:
-    """The inverse of the order above: rows for rotary of neighbours, which llama.cpp wants of a Llama."""
+    """The inverse of `_half_split`: the order that llama.cpp expects of a Llama."""
     halves = weight.unflatten(0, (-1, 2, head_size // 2))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _moe(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a mixture of experts (MoE), which this model is not",
-        "import a dense model (MiniMind: without _moe)",
-    )
+    problem = f"{path} is a mixture of experts (MoE), which this model is not"
+    return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
 
 
-# --- a tokenizer for it -----------------------------------------------------------------------------------------------
+# --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
 def _tokenizer_beside(path: Path) -> Path | None:
-    """A tokenizer where MiniMind keeps it (`out/x.pth` and `model/`), or in the file's own directory."""
+    """Directory of the tokenizer for a file: where MiniMind keeps it (`out/x.pth`, `model/`), or beside the file."""
     here = path.resolve().parent
     candidates = (here / "tokenizer", here, here.parent / "model", here.parent / "tokenizer")
-    return next((found for found in candidates if (found / "tokenizer.json").is_file()), None)
+    return next((directory for directory in candidates if (directory / "tokenizer.json").is_file()), None)
 
 
-def tokenizer_for(found: Found, given: Path | None = None) -> Tokenizer:
-    """The tokenizer named, else the model's own; TokenizerError when there is none or it is of another vocabulary."""
-    directory = given or found.tokenizer_dir
+def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> Tokenizer:
+    """The tokenizer in `tokenizer_dir`, else the model's own; TokenizerError without one, or where vocabularies differ."""
+    fix = "name the one it was trained with: --tokenizer DIR"
+    directory = tokenizer_dir or foreign.tokenizer_dir
     if directory is None:
-        raise TokenizerError(
-            f"{found.path} has no tokenizer beside it", "name the one it was trained with: --tokenizer DIR"
-        )
+        raise TokenizerError(f"{foreign.path} has no tokenizer beside it", fix)
     tokenizer = Tokenizer.load(directory)
-    num_ids, vocab_size = tokenizer.vocab_size, found.shape.vocab_size
-    is_padded = found.path.is_dir() and given is None  # a published model may have rows to spare
+    num_ids, vocab_size = tokenizer.vocab_size, foreign.shape.vocab_size
+    is_padded = foreign.path.is_dir() and tokenizer_dir is None  # a published model may have additional rows
     if num_ids > vocab_size or (num_ids < vocab_size and not is_padded):
-        raise TokenizerError(
-            f"tokenizer {directory} is of another vocabulary: {num_ids:,} ids, the model {found.path} has {vocab_size:,}",
-            "name the one it was trained with: --tokenizer DIR",
-        )
+        ids = f"{num_ids:,} ids, the model {foreign.path} has {vocab_size:,}"
+        raise TokenizerError(f"tokenizer {directory} is of another vocabulary: {ids}", fix)
     return tokenizer
 
 
-def model_of(found: Found) -> Model:
-    """A model with these weights."""
-    with torch.device("meta"):
-        model = Model(found.shape)
-    model.load_state_dict(found.weights, assign=True)
-    return model
-
-
-# --- a run of it ------------------------------------------------------------------------------------------------------
-
-
-def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, num_heads: int | None = None) -> Imported:
-    """Read the model at `path` and write it as a run that chat, eval, export and `--init` take. `out` must be new."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is already there", "choose another --out")
-    found = read(path, num_heads=num_heads)
-    tokenizer = tokenizer_for(found, tokenizer_dir)
-    sha256 = _sha256(_weight_files(path) if path.is_dir() else [path])
-    model = model_of(found)
-    tokenizer.save(out / "tokenizer")
-    checkpoint.save(
-        out,
-        model,
-        torch.optim.SGD(model.parameters()),  # no optimizer has touched these weights: one without state
-        step=0,
-        settings={"stage": STAGE},
-        data={"tokenizer_sha256": tokenizer.sha256, "init": None, "dirs": [], "digest": ""},
-        keep_last=1,
-    )
-    now = time.time()
-    facts = {
-        "stage": STAGE,
-        "status": "finished",
-        "started": now,
-        "ended": now,
-        "settings": {},
-        "model": as_json(found.shape),
-        "num_params": found.shape.num_params,
-        "num_steps": 0,
-        "final_step": 0,
-        "init": None,
-        "imported": {"from": str(path), "origin": found.origin, "sha256": sha256},
-        "data": [],
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    checkpoint.write_atomic(out / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    return Imported(out, found.origin, found.shape, found.shape.num_params, tokenizer.dir, sha256)
-
-
-def _sha256(files: list[Path]) -> str:
-    """Hash of one file, or over the hashes of several."""
-    hashes = []
-    for path in files:
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model, Tokenizer]:
-    """The model and tokenizer at `path`, ready to answer: a run, a checkpoint, a `.pth` file or a Hugging Face directory."""
-    if is_foreign(path):
-        found = read(path)
-        return model_of(found).eval(), tokenizer_for(found, tokenizer_dir)
-    model = checkpoint.load_model(path)[0].eval()
-    run_dir = checkpoint.find(path).run_dir
-    return model, run_tokenizer(run_dir, model.config.vocab_size)
-
-
 def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
-    """A run's tokenizer; TokenizerError when it is not the one the run was trained with."""
+    """The tokenizer of a run; TokenizerError when it is not the one the run was trained with."""
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     expected = checkpoint.read_run(run_dir).get("tokenizer_sha256", tokenizer.sha256)
     if tokenizer.sha256 != expected or tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"{tokenizer.dir} is not the tokenizer the run was trained with: {tokenizer.vocab_size:,} ids, "
             f"sha256 {tokenizer.sha256[:12]}, expected {expected[:12]}",
-            "copy the right one back: it stands in the dataset the run was trained on, DATASET/tokenizer",
+            "copy the right one back from the dataset the run was trained on: DATASET/tokenizer",
         )
     return tokenizer
+
+
+# --- models and runs --------------------------------------------------------------------------------------------------
+
+
+def model_of(foreign: ForeignModel) -> Model:
+    """A model with these weights."""
+    with torch.device("meta"):
+        model = Model(foreign.shape)
+    model.load_state_dict(foreign.weights, assign=True)
+    return model
+
+
+def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model, Tokenizer]:
+    """Model and tokenizer of a run, a checkpoint, a `.pth` file or a Hugging Face directory, in eval mode."""
+    if is_foreign(path):
+        foreign = read(path)
+        return model_of(foreign).eval(), tokenizer_for(foreign, tokenizer_dir)
+    model = checkpoint.load_model(path)[0].eval()
+    return model, run_tokenizer(checkpoint.find(path).run_dir, model.config.vocab_size)
+
+
+def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, num_heads: int | None = None) -> Imported:
+    """Read the model at `path` and write it as a new run to `out`, for chat, eval, export and `--init`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is already there", "choose another --out")
+    foreign = read(path, num_heads=num_heads)
+    tokenizer = tokenizer_for(foreign, tokenizer_dir)
+    hashes = [files.sha256_of(file) for file in (_weight_files(path) if path.is_dir() else [path])]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    model = model_of(foreign)
+    tokenizer.save(out / "tokenizer")
+    checkpoint.save(
+        out,
+        model,
+        torch.optim.SGD(model.parameters()),  # an optimizer without state
+        step=0,
+        settings={"stage": STAGE},
+        data={"tokenizer_sha256": tokenizer.sha256, "init": None, "dirs": [], "digest": ""},
+        keep_last=1,
+    )
+    now = time.time()
+    run = {
+        "stage": STAGE,
+        "status": "finished",
+        "started": now,
+        "ended": now,
+        "settings": {},
+        "model": as_json(foreign.shape),
+        "num_params": foreign.shape.num_params,
+        "num_steps": 0,
+        "final_step": 0,
+        "init": None,
+        "imported": {"from": str(path), "origin": foreign.origin, "sha256": sha256},
+        "data": [],
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    files.write_json(out / "run.json", run, indent=2)
+    return Imported(out, foreign.origin, foreign.shape, foreign.shape.num_params, tokenizer.dir, sha256)

@@ -1,7 +1,7 @@
-"""Weights and a tokenizer in; one GGUF file for llama.cpp out, read back and compared. Needs the `gguf` package.
+"""Writes a model and its tokenizer as one GGUF file for llama.cpp, and compares the file with them. Needs `gguf`.
 
-llama.cpp knows a model by its architecture's name, and a tokenizer's way of cutting text by the name of a model that cuts
-alike: both are chosen here from what our files say, and what llama.cpp has no name for is refused rather than guessed.
+llama.cpp selects a model's architecture, and how a tokenizer splits text before merging, by names. Both are chosen from
+our files; a tokenizer that llama.cpp has no name for is refused, not guessed.
 """
 
 import json
@@ -17,7 +17,6 @@ from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
 from mmtrain.config import ModelConfig
 from mmtrain.convert.foreign import interleaved
 
-# A BPE tokenizer's pre-tokenizer, without fields that change nothing -> the name llama.cpp has for the same cutting.
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _QWEN2_REGEX = (
@@ -26,16 +25,16 @@ _QWEN2_REGEX = (
 _LLAMA3_REGEX = _QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
-def _split(regex: str) -> dict[str, Any]:
+def _split(regex: str) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-_PRE_TOKENIZERS: list[tuple[str, list[dict[str, Any]]]] = [
-    ("gpt-2", [_GPT2]),  # MiniMind's
-    ("smollm", [{"type": "Digits", "individual_digits": True}, _GPT2]),  # ours
-    ("qwen2", [_split(_QWEN2_REGEX), _BYTES]),
-    ("llama-bpe", [_split(_LLAMA3_REGEX), _BYTES]),
-]
+_PRE_TOKENIZERS = {  # llama.cpp's name -> the pre-tokenizer of tokenizer.json, without fields that have no effect here
+    "gpt-2": [_GPT2],  # MiniMind's
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],  # ours
+    "qwen2": [_split(_QWEN2_REGEX), _BYTES],
+    "llama-bpe": [_split(_LLAMA3_REGEX), _BYTES],
+}
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -49,13 +48,13 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_Q8_BLOCK = 32  # q8_0 scales so many values of a row at once
+_Q8_BLOCK = 32  # values of a row that share a scale in q8_0
 
 
 def write(
     path: Path, weights: Mapping[str, Tensor], shape: ModelConfig, tokenizer: Tokenizer, *, dtype: str, name: str
 ) -> list[str]:
-    """Write the file; what was checked or is worth knowing, in sentences. dtype: f32, f16 or q8_0; norms stay f32."""
+    """Write the file and compare it; returns sentences about both. dtype: f32, f16 or q8_0; norms are always f32."""
     try:
         import gguf
     except ImportError as error:
@@ -81,15 +80,16 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     worst = _read_back(path, weights, shape)
-    said = {"f32": "bit for bit", "f16": f"to {worst:.1e}", "q8_0": f"to {worst:.1e}"}[dtype]
-    checks = [f"read back: every tensor is the checkpoint's, {said}; text is cut as by {pre_tokenizer!r}"]
+    precision = "bit for bit" if dtype == "f32" else f"to {worst:.1e}"
+    checks = [f"read back: every tensor is the checkpoint's, {precision}; text is split as by {pre_tokenizer!r}"]
     if kept_wide:
         checks.append(f"{len(kept_wide)} matrices whose rows are no multiple of {_Q8_BLOCK} stay f16")
     return checks
 
 
 def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor by llama.cpp's name, fp32. Of a Llama it turns neighbours, so queries' and keys' rows are reordered."""
+    """Every tensor in fp32 by llama.cpp's name. llama.cpp rotates adjacent values of a Llama, so its query and key rows are
+    reordered."""
     for name, value in weights.items():
         if not shape.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight")):
             value = interleaved(value, shape.head_size)
@@ -121,23 +121,19 @@ def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
 
 
 def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str) -> None:
-    """Vocabulary, merges, special ids and the chat template. Rows of the model that no token has are marked unused."""
+    """Add vocabulary, merges, special ids and chat template. Rows of the embedding without a token are marked unused."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]
     by_id = {id: token for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items()}
-    tokens, kinds = [], []
-    for id in range(vocab_size):
-        added = tokenizer.added.get(id)
-        tokens.append(by_id.get(id, f"[PAD{id}]"))
-        if id not in by_id:
-            kinds.append(types.UNUSED)
-        elif added:
-            kinds.append(types.CONTROL if added.special else types.USER_DEFINED)
-        else:
-            kinds.append(types.NORMAL)
+
+    def type_of(id: int) -> Any:
+        if added := tokenizer.added.get(id):
+            return types.CONTROL if added.special else types.USER_DEFINED
+        return types.NORMAL if id in by_id else types.UNUSED
+
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_list([by_id.get(id, f"[PAD{id}]") for id in range(vocab_size)])
+    writer.add_token_types([type_of(id) for id in range(vocab_size)])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     for id, add in (
         (tokenizer.bos_id, writer.add_bos_token_id),
@@ -154,31 +150,31 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
-    """llama.cpp's name for how a tokenizer cuts text before merging; TokenizerError when it has none."""
+    """llama.cpp's name for how a tokenizer splits text before merging; TokenizerError when it has none."""
     parts = json.loads(tokenizer.files["tokenizer.json"])
-    found = parts.get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers", [found])
+    root = parts.get("pre_tokenizer") or {}
+    steps = root.get("pretokenizers", [root])
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     normalizer = (parts.get("normalizer") or {}).get("type")
-    if parts["model"]["type"] == "BPE" and normalizer in (None, "NFC"):  # llama.cpp leaves NFC to the user
-        for name, known in _PRE_TOKENIZERS:
-            if steps == known:
+    if parts["model"]["type"] == "BPE" and normalizer in (None, "NFC"):  # llama.cpp leaves NFC to the caller
+        for name, expected in _PRE_TOKENIZERS.items():
+            if steps == expected:
                 return name
     raise TokenizerError(
         f"{tokenizer.dir}: llama.cpp has no name for its pre-tokenizer ({json.dumps(steps)[:200]})",
-        f"known are those of {', '.join(name for name, _ in _PRE_TOKENIZERS)}; --format hf keeps any tokenizer",
+        f"supported are those of {', '.join(_PRE_TOKENIZERS)}; --format hf keeps any tokenizer",
     )
 
 
 def _read_back(path: Path, weights: Mapping[str, Tensor], shape: ModelConfig) -> float:
-    """The largest difference of any value in the file from the weights, relative to its tensor's largest."""
+    """The largest difference between the file and the weights, relative to the largest value of the tensor."""
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     worst, names = 0.0, set()
     for name, values in tensors(weights, shape):
-        found = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).reshape(values.shape)
-        worst = max(worst, float(np.abs(found - values).max() / max(float(np.abs(values).max()), 1e-30)))
+        read = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type).reshape(values.shape)
+        worst = max(worst, float(np.abs(read - values).max() / max(float(np.abs(values).max()), 1e-30)))
         names.add(name)
     assert names == stored.keys(), names ^ stored.keys()
     return worst
