@@ -129,6 +129,7 @@ class FakeHub:
         self.requests: list[Request] = []
         self.tokens = {"good"}
         self.bytes_per_s: int | None = None  # of each connection
+        self.hold_after: int | None = None  # bytes after which a connection waits until this is None
         self.page = 200
         self.closing = threading.Event()
         self.guard = threading.Lock()
@@ -484,6 +485,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._break(fault)
 
     def _pace(self, start: float, sent: int) -> None:
+        while self.hub.hold_after is not None and sent >= self.hub.hold_after and not self.hub.closing.wait(0.01):
+            pass
         if self.hub.bytes_per_s:
             self.hub.closing.wait(max(0.0, start + sent / self.hub.bytes_per_s - time.monotonic()))
 

@@ -59,6 +59,8 @@ class SayingEngine:
         self.window, self.max_rows = window, max_rows
         self.rows: list[SaidRow] = []
         self.error: Exception | None = None
+        self.may_step = threading.Event()  # cleared, it holds every step back
+        self.may_step.set()
         self.num_cancelled = 0
 
     @property
@@ -85,6 +87,7 @@ class SayingEngine:
             self.num_cancelled += 1
 
     def step(self) -> list[Delta]:
+        self.may_step.wait()
         time.sleep(self.pause_s)
         if self.error:
             error, self.error = self.error, None
@@ -114,7 +117,7 @@ def served(engine: Any, *, max_waiting: int = 64, **options: Any) -> Iterator[st
     """The base address of a service of `engine`; it has ended when the block has."""
     service = Service("runs-a", Template(engine.tokenizer), Worker(engine, max_waiting=max_waiting), **options)
     listening = listen("127.0.0.1", 0)
-    server = _Server(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=2))
+    server = _Server(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

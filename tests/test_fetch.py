@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from fakehub import Bytes, FakeHub, Filler, Repo, lines
+from fakehub import CHUNK_BYTES, Bytes, FakeHub, Filler, Repo, lines
+from waiting import LONG_S, wait_until
 
 from mmdata.errors import (
     AccessError,
@@ -81,7 +82,7 @@ class Client:
     waits: Waits
 
     def options(self, **changes: object) -> Options:
-        patience = Patience(read_timeout_s=0.4, sleep=self.waits)
+        patience = Patience(read_timeout_s=LONG_S, sleep=self.waits)
         defaults: dict = {"out": self.out, "endpoint": self.hub.url, "patience": patience}
         source = changes.get("source", "hf")
         if source not in ("hf", "modelscope"):
@@ -182,13 +183,14 @@ def test_attempts_without_progress_are_counted_and_end(hub: FakeHub, client: Cli
 def test_a_stall_is_noticed_and_the_rest_fetched(hub: FakeHub, client: Client) -> None:
     hub.put(DATASET, {"a.jsonl": LARGE})
     hub.fail("cdn", "stall", after=700_000)
-    assert client.one("a.jsonl").received_bytes == len(LARGE)
+    patience = replace(client.options().patience, read_timeout_s=0.4)
+    assert client.one("a.jsonl", patience=patience).received_bytes == len(LARGE)
 
 
 def test_a_drip_is_too_slow(hub: FakeHub, client: Client) -> None:
     hub.put(DATASET, {"a.jsonl": SMALL})
     hub.fail("cdn", "drip")
-    patience = replace(client.options().patience, slow_window_s=0.2, slow_bytes_per_s=100_000)
+    patience = replace(client.options().patience, slow_window_s=0.2, slow_bytes_per_s=2000)  # a drip has 800 at most
     assert client.one("a.jsonl", patience=patience).failures == 1
     hub.put(DATASET, {"b.jsonl": SMALL})
     hub.fail("cdn", "drip", times=-1)
@@ -200,7 +202,7 @@ def test_a_listing_that_hangs_is_given_up(hub: FakeHub, client: Client) -> None:
     hub.put(DATASET, {"a.jsonl": SMALL})
     hub.fail("api", "hang", times=-1)
     with pytest.raises(NetworkError, match="kept silent"):
-        client.one("a.jsonl")
+        client.one("a.jsonl", patience=replace(client.options().patience, read_timeout_s=0.4))
     assert hub.count("api") == 3
 
 
@@ -300,17 +302,21 @@ def test_a_circle_of_redirects_is_left(hub: FakeHub, client: Client) -> None:
         client.one("a.jsonl")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port on which nobody listens; it is bound, so that no other process gets it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
 
 
-def test_a_proxy_that_refuses_is_named(hub: FakeHub, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_refuses_is_named(
+    hub: FakeHub, client: Client, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub.utils import close_session
 
     close_session()  # a session reads the proxies when it is made
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{closed_port}")
     monkeypatch.setenv("NO_PROXY", "")
     with pytest.raises(NetworkError, match="cannot be reached") as caught:
         client.one("a.jsonl", endpoint="http://hub.invalid")
@@ -323,10 +329,9 @@ def test_a_broken_tls_connection_is_not_retried(hub: FakeHub, client: Client, wa
     assert waits.seconds == []
 
 
-def test_a_hub_that_is_down_is_named(hub: FakeHub, client: Client) -> None:
-    port = free_port()
-    with pytest.raises(NetworkError, match=f"127.0.0.1:{port}") as caught:
-        client.one("a.jsonl", endpoint=f"http://127.0.0.1:{port}")
+def test_a_hub_that_is_down_is_named(hub: FakeHub, client: Client, closed_port: int) -> None:
+    with pytest.raises(NetworkError, match=f"127.0.0.1:{closed_port}") as caught:
+        client.one("a.jsonl", endpoint=f"http://127.0.0.1:{closed_port}")
     assert "--endpoint" in caught.value.fix
 
 
@@ -357,32 +362,25 @@ def start(client: Client, *names: str, connections: int = 1) -> subprocess.Popen
     )
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.01)
-
-
-def kill_midway(client: Client, sign: signal.Signals, connections: int, at_bytes: int) -> int:
-    """Start a fetch, end it once that much lies on disk; gives the exit code."""
+def kill_midway(client: Client, sign: signal.Signals, connections: int, at_bytes: int, hold_after: int) -> int:
+    """Start a fetch that gets `hold_after` bytes a connection and no more, end it once `at_bytes` lie on disk; gives the exit code."""
+    client.hub.hold_after = hold_after
     with start(client, "a.jsonl", connections=connections) as process:
-        wait_for(lambda: transfer.kept_bytes(client.out / "a.jsonl") >= at_bytes)
+        wait_until(lambda: transfer.kept_bytes(client.out / "a.jsonl") >= at_bytes)
         process.send_signal(sign)
-        process.communicate(timeout=20)
+        process.communicate(timeout=LONG_S)
+    client.hub.hold_after = None
     return process.returncode
 
 
 def after_a_kill(client: Client, sign: signal.Signals, connections: int) -> int:
     """Kill a fetch of LARGE in its middle, fetch the rest; gives the exit code of the killed one."""
     client.hub.put(DATASET, {"a.jsonl": LARGE})
-    client.hub.bytes_per_s = 2_000_000 // connections
-    code = kill_midway(client, sign, connections, 1_000_000)
+    code = kill_midway(client, sign, connections, 1_000_000, 1_500_000 if connections == 1 else 500_000)
     assert not (client.out / "a.jsonl").exists()
     kept = transfer.kept_bytes(client.out / "a.jsonl")
     assert kept >= 1_000_000
     client.hub.forget()
-    client.hub.bytes_per_s = None
     outcome = client.one("a.jsonl", connections=connections)
     assert client.read("a.jsonl") == LARGE
     assert outcome.received_bytes == client.hub.sent() == len(LARGE) - kept
@@ -403,12 +401,10 @@ def test_any_end_of_the_process_keeps_what_arrived(client: Client, sign: signal.
 @pytest.mark.slow
 def test_killed_six_times_in_a_row_it_still_ends(client: Client) -> None:
     client.hub.put(DATASET, {"a.jsonl": LARGE})
-    client.hub.bytes_per_s = 2_000_000
-    kept = []
-    for number in range(1, 7):
-        kill_midway(client, signal.SIGKILL, 1, number * 350_000)
+    kept: list[int] = []
+    for _ in range(6):
+        kill_midway(client, signal.SIGKILL, 1, sum(kept[-1:]) + 2 * CHUNK_BYTES, 3 * CHUNK_BYTES)
         kept.append(transfer.kept_bytes(client.out / "a.jsonl"))
-    client.hub.bytes_per_s = None
     client.one("a.jsonl")
     assert client.read("a.jsonl") == LARGE
     asked = [request.range for request in client.hub.requests if request.place == "cdn"]
@@ -835,7 +831,7 @@ def test_six_processes_download_one_file_once(hub: FakeHub, client: Client) -> N
     hub.put(DATASET, {"a.jsonl": LARGE})
     hub.bytes_per_s = 1_000_000
     processes = [start(client, "a.jsonl") for _ in range(6)]
-    outputs = [process.communicate(timeout=50) for process in processes]
+    outputs = [process.communicate(timeout=LONG_S) for process in processes]
     assert sorted(out.strip() for out, _ in outputs) == ["fetched"] + ["kept"] * 5, outputs
     assert hub.sent() == len(LARGE)
 

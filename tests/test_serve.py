@@ -4,16 +4,16 @@ import gc
 import json
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import openai
 import pytest
 from serving import SayingEngine, random_engine, served, small_tokenizer
+from waiting import LONG_S, wait_until
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
@@ -47,7 +47,7 @@ def ask(address: str, body: Any, path: str = "/v1/chat/completions", **headers: 
     content = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address + path, content, {"Content-Type": "application/json"} | headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=LONG_S) as response:
             return response.status, json.loads(response.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -185,7 +185,7 @@ def test_models_and_health_are_told(url: str) -> None:
 
 def test_the_page_and_its_parts_are_whole_and_stay_here(url: str) -> None:
     for path, kind in (("/", "text/html"), ("/chat.js", "text/javascript"), ("/chat.css", "text/css")):
-        with urllib.request.urlopen(url + path, timeout=5) as response:
+        with urllib.request.urlopen(url + path, timeout=LONG_S) as response:
             text = response.read().decode()
             assert response.headers["Content-Type"].startswith(kind)
             assert "default-src 'self'" in response.headers["Content-Security-Policy"]
@@ -247,9 +247,13 @@ def test_an_api_key_guards_the_interface_but_not_the_page(tokenizer: Tokenizer) 
 
 
 def test_too_many_at_once_are_turned_away_and_the_rest_answered(tokenizer: Tokenizer) -> None:
-    engine = SayingEngine(tokenizer, "word " * 4, pause_s=0.02, max_rows=2)
+    engine = SayingEngine(tokenizer, "word " * 4, max_rows=2)
+    engine.may_step.clear()
     with served(engine, max_waiting=2) as address, ThreadPoolExecutor(8) as pool:
-        found = [status for status, _ in pool.map(lambda _: ask(address, {"messages": HELLO}), range(8))]
+        answers = [pool.submit(ask, address, {"messages": HELLO}) for _ in range(8)]
+        next(as_completed(answers))  # one that was turned away: nobody is answered before the next line
+        engine.may_step.set()
+        found = [answer.result()[0] for answer in answers]
     assert set(found) == {200, 503} and found.count(200) >= 2
 
 
@@ -274,7 +278,7 @@ def test_a_step_that_fails_ends_its_answers_only(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_answer(tokenizer: Tokenizer, stream: bool) -> None:
-    engine = SayingEngine(tokenizer, "word " * 100, pause_s=0.02)
+    engine = SayingEngine(tokenizer, "word " * 10_000, pause_s=0.02, window=100_000)  # minutes, if nobody left
     with served(engine) as address:
         body = json.dumps({"messages": HELLO, "stream": stream}).encode()
         host, port = address.removeprefix("http://").split(":")
@@ -296,13 +300,6 @@ def test_a_server_that_stops_lets_answers_end(tokenizer: Tokenizer) -> None:
         wait_until(lambda: not engine.is_idle)
     thread.join()
     assert found[0][0] == 200 and found[0][1]["choices"][0]["finish_reason"] == "stop"
-
-
-def wait_until(is_so: Any) -> None:
-    end = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < end, "it never came to be"
-        time.sleep(0.01)
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -331,7 +328,7 @@ def test_memory_does_not_grow_over_2000_requests(tokenizer: Tokenizer) -> None:
             request = urllib.request.Request(
                 f"{address}/v1/chat/completions", json.dumps(kind).encode(), {"Content-Type": "application/json"}
             )
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=LONG_S) as response:
                 response.read(100 if i % 8 == 1 else -1)  # every second stream is left in the middle
         else:
             ask(address, kind)

@@ -79,13 +79,15 @@ def server(address: str) -> dict[str, Any]:
         __import__(name)
     assert len(os.listdir("/proc/self/task")) == 1, "an imported module has started a thread"
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
     print("ready", flush=True)
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if sys.stdin in ready:
             os._exit(0)
         connection, _ = listener.accept()
@@ -93,7 +95,6 @@ def server(address: str) -> dict[str, Any]:
             connection.close()
             continue
         listener.close()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _, files, _, _ = socket.recv_fds(connection, 1, 3)
         stream = connection.makefile("rw")
         request = json.loads(stream.readline())
