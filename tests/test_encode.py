@@ -15,8 +15,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.encode.encoder import CUT_TURNS, Encoded, PairSequence, RowEncoder, Sequence, fragments, preview
+from mmdata.encode.encoder import CUT_TURNS, EncodedRows, RowEncoder, fragments, preview
 from mmdata.encode.rows import BadRow, Conversation, Document, Message, Pair, Row, parse_row
+from mmdata.encode.sequences import PairSequence, Sequence, is_equal
 from mmdata.encode.template import EMPTY_THINK
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -40,14 +41,16 @@ def talk(*said: str, system: str | None = None) -> Conversation:
 
 
 def encode(row: Row, name: str = "chatml", max_len: int = 512, **options: Any) -> Any:
-    (found,) = encoder(name, max_len, **options).encode([row])
-    return found
+    """The encoding of one row, or the BadRow that says why there is none."""
+    found = encoder(name, max_len, **options).encode([row])
+    return found.bad.get(0) or found
 
 
 def one(row: Conversation, name: str = "chatml", max_len: int = 512, **options: Any) -> Sequence:
     found = encode(row, name, max_len, **options)
-    assert isinstance(found, Encoded), found
-    (sequence,) = found.sequences  # type: ignore[misc]
+    assert isinstance(found, EncodedRows), found
+    (sequence,) = found.sequences
+    assert isinstance(sequence, Sequence)
     return sequence
 
 
@@ -82,11 +85,14 @@ def test_rows_a_tokenizer_cannot_take_are_left_out_for_their_reason(
 ) -> None:
     name = where.decode()
     taker = RowEncoder(deaf(tmp_path), max_len=99) if "deaf" in name else encoder(name, 99)
-    good, bad, after = taker.encode([Document("he"), parse_row(raw), Document("he")])
-    assert isinstance(bad, BadRow)
-    assert bad.reason == reason.decode()
-    assert isinstance(good, Encoded)
-    assert isinstance(after, Encoded)
+    row = parse_row(raw)
+    alone = taker.encode([row])
+    assert (alone.bad[0].reason, alone.num_sequences.tolist()) == (reason.decode(), [0])
+    if not isinstance(row, Pair):
+        among = taker.encode([Document("he"), row, Document("he")])
+        assert ({1: reason.decode()}, [1, 0, 1]) == (
+            {i: bad.reason for i, bad in among.bad.items()}, among.num_sequences.tolist(),
+        )  # fmt: skip
 
 
 def deaf(out: Path) -> Tokenizer:
@@ -103,28 +109,26 @@ def deaf(out: Path) -> Tokenizer:
 def test_a_bad_row_harms_none_beside_it_and_batches_do_not_matter() -> None:
     rows: list[Row] = [talk("a", "b"), talk("x" * 999, "y"), Document("<s>a</s> <s>b</s>"), talk("a", "b", "c", "d")]
     together = encoder("era3", 64).encode(rows)
-    for row, found in zip(rows, together, strict=True):
-        (alone,) = encoder("era3", 64).encode([row])
-        assert type(alone) is type(found)
-        if isinstance(found, Encoded) and isinstance(alone, Encoded):
-            assert_same(found, alone)
-    assert [isinstance(found, BadRow) for found in together] == [False, True, False, False]
+    alone = [encoder("era3", 64).encode([row]) for row in rows]
+    assert together.num_sequences.tolist() == [int(one.num_sequences[0]) for one in alone] == [1, 0, 2, 1]
+    assert together.num_tokens == sum(one.num_tokens for one in alone) and list(together.bad) == [1]
+    sequences = [sequence for one in alone for sequence in one.sequences]
+    for a, b in zip(together.sequences, sequences, strict=True):
+        assert isinstance(a, Sequence) and isinstance(b, Sequence)
+        assert np.array_equal(a.ids, b.ids) and np.array_equal(a.spans, b.spans)
 
 
-def assert_same(one: Encoded, other: Encoded) -> None:
+def assert_same(one: EncodedRows, other: EncodedRows) -> None:
     assert (one.num_tokens, one.cut) == (other.num_tokens, other.cut)
-    for a, b in zip(one.sequences, other.sequences, strict=True):  # type: ignore[arg-type]
-        assert np.array_equal(a.ids, b.ids)
-        assert np.array_equal(a.spans, b.spans)
+    assert is_equal(one.sequences, other.sequences)
 
 
 def test_an_encoder_is_the_same_in_another_process() -> None:
     first = RowEncoder(eras.tokenizer("era3"), max_len=40, train_on="last", seed=3)
     second = pickle.loads(pickle.dumps(first))
     rows = [talk(f"{n}", f"{n}") for n in range(20)]
-    for one_, other in zip(first.encode(rows), second.encode(rows), strict=True):
-        assert isinstance(one_, Encoded)
-        assert_same(one_, other)
+    assert_same(first.encode(rows), second.encode(rows))
+    assert not first.encode(rows).bad
 
 
 def test_corrupted_lines_that_still_are_rows_are_encoded_or_have_a_reason() -> None:
@@ -141,9 +145,13 @@ def test_corrupted_lines_that_still_are_rows_are_encoded_or_have_a_reason() -> N
             continue
     assert len(rows) > 400
     for name in ("seed", "era3"):
-        found = encoder(name).encode(rows)
-        assert len(found) == len(rows)
-        assert sum(isinstance(item, Encoded) for item in found) > 0.8 * len(rows)
+        num_bad = 0
+        for kinds in ((Document, Conversation), (Pair,)):
+            of_kind = [row for row in rows if isinstance(row, kinds)]
+            found = encoder(name).encode(of_kind)
+            assert all((count > 0) != (i in found.bad) for i, count in enumerate(found.num_sequences.tolist()))
+            num_bad += len(found.bad)
+        assert num_bad < 0.2 * len(rows)
 
 
 # ---- documents
@@ -169,19 +177,18 @@ def test_control_strings_inside_a_document_are_plain_text() -> None:
 @pytest.mark.parametrize("max_len", [3, 4, 7, 10, 512])
 def test_a_long_document_is_split_without_losing_or_repeating_a_token(max_len: int) -> None:
     text = "the quick brown fox 你好 " * 5
-    whole = encode(Document(text)).sequences[0].ids
+    whole = encode(Document(text)).sequences.ids
     found = encode(Document(text), max_len=max_len)
-    assert np.concatenate([s.ids for s in found.sequences]).tolist() == whole.tolist()
+    assert found.sequences.ids.tolist() == whole.tolist()
     for s in found.sequences:
         assert 2 <= len(s.ids) <= max_len
         assert s.spans.tolist() == [[1, len(s.ids)]]
 
 
 def test_fragments_are_as_long_as_can_be_but_never_a_single_token() -> None:
-    assert fragments(10, 4) == [(0, 4), (4, 8), (8, 10)]
-    assert fragments(8, 4) == [(0, 4), (4, 8)]
-    assert fragments(9, 4) == [(0, 4), (4, 7), (7, 9)]
-    assert fragments(3, 4) == [(0, 3)]
+    lengths, text_of = fragments(np.array([10, 8, 9, 3]), 4)
+    assert lengths.tolist() == [4, 4, 2, 4, 4, 4, 3, 2, 3]
+    assert text_of.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3]
 
 
 # ---- conversations
@@ -242,7 +249,7 @@ def pair(prompt: Conversation, chosen: str, rejected: str) -> Pair:
 
 
 def shown_pair(row: Pair, name: str = "chatml", **options: Any) -> tuple[str, str, str]:
-    found = encode(row, name, **options).sequences
+    (found,) = encode(row, name, **options).sequences
     assert isinstance(found, PairSequence)
     return (
         encoder(name).tokenizer.decode(found.prompt),
@@ -282,7 +289,7 @@ def test_both_sides_of_a_pair_carry_the_empty_think_block_or_neither() -> None:
 
 def test_a_pair_has_the_tokens_of_its_prompt_once() -> None:
     found = encode(pair(talk("a"), "yes", "no"))
-    parts = found.sequences
+    (parts,) = found.sequences
     assert found.num_tokens == len(parts.prompt) + len(parts.chosen) + len(parts.rejected)
 
 
@@ -362,7 +369,7 @@ ROWS = [
 def test_ids_are_transformers_and_masks_minimind_s(
     name: str, row: Conversation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RowEncoder, "_keeps_empty_think", lambda self, row: True)
+    monkeypatch.setattr("mmdata.encode.encoder.EMPTY_THINK_KEPT", 1.0)
     found = encode(row, name)
     if isinstance(found, BadRow):
         assert (name, found.reason) == ("seed", "no place in the template")
@@ -385,7 +392,7 @@ def test_masks_are_transformers_where_a_template_marks_generation(row: Conversat
 
 
 def test_a_prompt_ends_before_newlines_that_one_sides_tokens_join() -> None:
-    found = encode(pair(talk("a"), "0", "<think>b"), "llama3").sequences
+    (found,) = encode(pair(talk("a"), "0", "<think>b"), "llama3").sequences
     assert encoder("llama3").tokenizer.decode(found.prompt).endswith("assistant<|end_header_id|>")
     assert reads(found.chosen, found.chosen_spans, "llama3") == "\n\n[0<|eot_id|>]"
     assert reads(found.rejected, found.rejected_spans, "llama3") == "\n\n[<think>b<|eot_id|>]"
@@ -471,11 +478,12 @@ def conversations(draw: Any) -> Conversation:
 @given(row=conversations(), name=st.sampled_from(NAMES))
 def test_ids_say_the_rendering_and_the_mask_covers_the_assistant(row: Conversation, name: str) -> None:
     taker = encoder(name, 1 << 20)
-    (found,) = taker.encode([row])
-    if isinstance(found, BadRow):
-        assert found.reason in ("no place in the template", "template refuses")
+    found = taker.encode([row])
+    if found.bad:
+        assert found.bad[0].reason in ("no place in the template", "template refuses")
         return
-    (sequence,) = found.sequences  # type: ignore[misc]
+    (sequence,) = found.sequences
+    assert isinstance(sequence, Sequence)
     (segments,) = taker.segments(row)
     tokenizer = taker.tokenizer
     assert tokenizer.decode(sequence.ids) == "".join(s.text for s in segments)
@@ -498,11 +506,12 @@ def test_the_sides_of_a_pair_differ_only_in_the_reply(row: Conversation, other: 
     if rejected == row:
         return
     taker = encoder(name, 1 << 20, seed=seed)
-    (found,) = taker.encode([Pair(row, rejected)])
-    if isinstance(found, BadRow):
-        assert found.reason in ("no place in the template", "template refuses", "chosen equal to rejected")
+    found = taker.encode([Pair(row, rejected)])
+    if found.bad:
+        reasons = ("no place in the template", "template refuses", "chosen equal to rejected")
+        assert found.bad[0].reason in reasons
         return
-    parts = found.sequences
+    (parts,) = found.sequences
     assert isinstance(parts, PairSequence)
     texts = ["".join(s.text for s in side) for side in taker.segments(Pair(row, rejected))]
     decode = taker.tokenizer.decode
@@ -517,18 +526,19 @@ def test_the_sides_of_a_pair_differ_only_in_the_reply(row: Conversation, other: 
 
 def test_a_preview_shows_what_would_be_packed_or_why_not() -> None:
     taker = encoder("chatml", 20)
-    good = preview(b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}', taker)
+    conversation = b'{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}'
+    good = preview(conversation, taker, "conversation")
     assert good.bad is None
-    assert good.encoded is not None
+    assert len(good.encoded.sequences) == 1
     assert "".join(s.text for s in good.segments[0] if s.is_trained) == "b<|im_end|>\n"
-    text = preview(b'{"text": "<s>a</s> <s>b</s>"}', taker)
+    text = preview(b'{"text": "<s>a</s> <s>b</s>"}', taker, "document")
     assert ["".join(s.text for s in part) for part in text.segments] == [
         "<|im_start|>a<|im_end|>",
         "<|im_start|>b<|im_end|>",
     ]
-    long = preview(b'{"prompt": "a", "chosen": "' + b"b" * 50 + b'", "rejected": "c"}', taker)
+    long = preview(b'{"prompt": "a", "chosen": "' + b"b" * 50 + b'", "rejected": "c"}', taker, "pair")
     assert long.bad is not None
     assert (long.bad.reason, len(long.segments)) == ("too long", 2)
-    broken = preview(b"{", taker)
+    broken = preview(b"{", taker, "pair")
     assert broken.bad is not None
-    assert (broken.bad.reason, broken.segments) == ("not json", ())
+    assert (broken.bad.reason, broken.segments) == ("not json", [])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.template import EMPTY_THINK, Segment, Template, stretches
-from mmdata.encode.traced import Run, Traced, concat, template_environment, traced
+from mmdata.encode.traced import Origin, Traced, concat, template_environment, traced
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -273,41 +273,6 @@ def test_a_header_is_what_a_model_is_given_before_it_answers(tmp_path: Path, tex
     assert reads(Template(with_template(tmp_path, text)).segments(talk("hi", "ok"))) == HEADERS[text]
 
 
-WORDS = st.sampled_from(
-    ["hi", "a b", "\n", " ", "<think>", "</think>", "<tool_response>", "<|im_end|>", "é👍", "user", "x" * 50, "!"]
-)
-SAID = st.lists(WORDS, min_size=1, max_size=4).map("".join).filter(str.strip)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    said=st.lists(SAID, min_size=2, max_size=8).filter(lambda said: len(said) % 2 == 0),
-    system=st.none() | SAID,
-    train_on=st.sampled_from(["all", "assistant", "last"]),
-    keep=st.booleans(),
-    name=st.sampled_from(eras.TEMPLATES),
-)
-def test_rows_put_together_directly_are_as_jinja_writes_them(
-    said: list[str], system: str | None, train_on: str, keep: bool, name: str
-) -> None:
-    row = talk(*said, system=system)
-
-    def outcome(method: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return method(*args, **options)
-        except BadRow as bad:
-            return bad.reason
-
-    chosen = template(name)
-    found = outcome(chosen.segments, row, train_on=train_on, keep_empty_think=keep)
-    assert found == outcome(chosen.cut, row, train_on, 0, keep)
-
-
-def test_the_known_templates_are_put_together_directly() -> None:
-    direct = {name for name in eras.TEMPLATES if template(name)._plan}
-    assert direct == {"seed", "era2", "era3", "chatml", "llama3"}
-
-
 def test_stretches_are_what_stands_between_control_tokens() -> None:
     a, b, c = Segment("a", False, False), Segment("b", True, False), Segment("<c>", False, True)
     assert stretches([c, c, a, b, c, b]) == [[c], [c], [a, b], [c], [b]]
@@ -341,12 +306,13 @@ def test_a_traced_string_is_equal_to_the_plain_one_and_knows_its_own(
         (concat([joined, two]), plain + two),
     ]:
         assert found == want
-        for run in getattr(found, "runs", ()):
-            assert 0 <= run.begin < run.end <= len(want)
+        for origin in getattr(found, "origins", ()):
+            assert 0 <= origin.begin < origin.end <= len(want)
             assert (
-                want[run.begin : run.end] in {3: one, 4: two}[run.source].replace("a", "xy") + one + two or "xy" in want
+                want[origin.begin : origin.end] in {3: one, 4: two}[origin.source].replace("a", "xy") + one + two
+                or "xy" in want
             )
-    assert "|" not in "".join(joined[r.begin : r.end] for r in getattr(joined, "runs", ()))
+    assert "|" not in "".join(joined[r.begin : r.end] for r in getattr(joined, "origins", ()))
 
 
 def test_origins_go_through_what_templates_do() -> None:
@@ -357,7 +323,7 @@ def test_origins_go_through_what_templates_do() -> None:
     found = template_environment().from_string(text).render(t=traced(" ab", 5), d=traced({"k": "v"}, 6))
     assert found == '< ab>(ab)ab!{"k": "v"}[\n {\n  "k": "v"\n }\n] AB'
     assert isinstance(found, Traced)
-    assert [(found[r.begin : r.end], r.source) for r in found.runs] == [
+    assert [(found[r.begin : r.end], r.source) for r in found.origins] == [
         (" ab", 5), ("ab", 5), ("ab", 5), ('{"k": "v"}', 6), ('[\n {\n  "k": "v"\n }\n]', 6),
     ]  # fmt: skip
-    assert Traced("abc", [Run(1, 3, 7)]).cut(2, 3).runs == (Run(0, 1, 7),)
+    assert Traced("abc", [Origin(1, 3, 7)]).cut(2, 3).origins == (Origin(0, 1, 7),)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdata.encode.encoder import Encoded
+    from mmdata.encode.sequences import Sequences
     from mmdata.encode.validate import Validation
     from mmdata.errors import MMError
     from mmdata.hub.fetch import Outcome, Row
@@ -517,14 +517,13 @@ def show_file(path: Path, index: int, tokenizer: Path, max_len: int, ids: bool, 
         result(f"{path} line {line.number} would be left out: {shown.bad}")
         say(f"fix: {REASONS[shown.bad.reason]}")
     else:
-        assert shown.encoded
         if as_json:
-            print_json([{**place, **record} for record in encoded_records(shown.encoded)])
+            print_json([{**place, **record} for record in encoded_records(shown.encoded.sequences)])
             return
         cut = "".join(f", {count:,} cut: {reason}" for reason, count in shown.encoded.cut.items())
         result(f"{path} line {line.number}: {shown.encoded.num_tokens:,} tokens{cut}")
         if ids:
-            for record in encoded_records(shown.encoded):
+            for record in encoded_records(shown.encoded.sequences):
                 for name, values in record.items():
                     result(f"{name}: {' '.join(map(str, values))}")
     for number, segments in enumerate(shown.segments):
@@ -533,21 +532,24 @@ def show_file(path: Path, index: int, tokenizer: Path, max_len: int, ids: bool, 
     say(f"trained tokens are {TRAINED_LOOK}")
 
 
-def encoded_records(encoded: "Encoded") -> list[dict[str, list[int]]]:
+def encoded_records(sequences: "Sequences") -> list[dict[str, list[int]]]:
     """Ids and loss masks of a row's sequences, or of a pair, under the names `mm show --json` uses."""
-    from mmdata.encode.encoder import PairSequence
+    from mmdata.encode.sequences import PairSequence
     from mmdata.shards.dataset import loss_mask
 
-    found = encoded.sequences
-    if not isinstance(found, PairSequence):
-        return [{"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()} for one in found]
-    record = {"prompt_ids": found.prompt.tolist()}
-    for name, ids, spans in (
-        ("chosen", found.chosen, found.chosen_spans),
-        ("rejected", found.rejected, found.rejected_spans),
-    ):
-        record |= {f"{name}_ids": ids.tolist(), f"{name}_mask": loss_mask(spans.reshape(-1), len(ids)).tolist()}
-    return [record]
+    records = []
+    for one in sequences:
+        if not isinstance(one, PairSequence):
+            records.append({"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()})
+            continue
+        record = {"prompt_ids": one.prompt.tolist()}
+        for name, ids, spans in (
+            ("chosen", one.chosen, one.chosen_spans),
+            ("rejected", one.rejected, one.rejected_spans),
+        ):
+            record |= {f"{name}_ids": ids.tolist(), f"{name}_mask": loss_mask(spans.reshape(-1), len(ids)).tolist()}
+        records.append(record)
+    return records
 
 
 SHOWN_PARTS = (

@@ -1,9 +1,9 @@
-"""Conversations put together without jinja, for templates that write every message as a block: open, role, newline, text, close.
+"""Conversations rendered without jinja, for templates that write each message as a block: open, role, newline, text, close.
 
-MiniMind's three eras and the built-in ChatML do. Whether a template does, and with which words for tools, is learned from
-probes: Blocks exists only where each probe's text and trained stretches are those of the jinja rendering, and it declines
-any row that holds something the template looks for. Whole batches are put together by
-Arrow, under a microsecond a row; jinja takes 100 to 300.
+The templates of MiniMind's three eras and the built-in ChatML are of this kind. Whether a template is, and which texts it
+writes around tools, is learned from probe conversations: `learn` returns Blocks only where text and trained segments of
+every probe equal those of the jinja rendering, and Blocks declines rows that hold a string the template searches for.
+Arrow joins the texts of a whole batch in under a microsecond a row; jinja takes 100 to 300.
 """
 
 import itertools
@@ -14,129 +14,138 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.rows import BadRow, Conversation, Message
-from mmdata.encode.talks import (
+from mmdata.encode.columns import (
     ASSISTANT,
     ROLES,
     SYSTEM,
     TOOL,
-    Strings,
-    Talks,
+    Conversations,
+    TextCodes,
     as_numpy,
+    columns_of,
     compute,
-    join,
+    join_messages,
     replaced,
-    talks_of,
     to_json,
     truths,
 )
+from mmdata.encode.rows import BadRow, Conversation, JsonObject, Message
 from mmdata.encode.template import EMPTY_THINK, TRAIN_ON, Segment, Template, merged
 
-HEAD, TAIL = "assistant\n", "\n"  # of a block: what stands before the trained text, and what is trained after its close
+HEAD, TAIL = "assistant\n", "\n"  # of an answer's block: the text before what is trained, and after the close token
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
-    """What a template writes: `default_system` is the block without a system message; `tools` stands around the tools."""
+class BlockFormat:
+    """What a template writes. default_system: the block that replaces a missing system message, if any."""
 
     open: str
     close: str
     default_system: str
-    thinks: bool  # whether answers open with a think block
-    tools: tuple[str, str] | None = None
-    has_calls: bool = False  # tool calls, and tool messages
+    thinks: bool  # every answer begins with a think block
+    tools: tuple[str, str] | None = None  # the texts before and after the tools, where it writes tools
+    has_calls: bool = False  # it writes tool calls, and tool messages
     has_reasoning: bool = False
     has_late_system: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Renderings:
-    """Texts of the rows that are not odd, in their order, each of `num_blocks` (int64) blocks.
+    """Rendered texts. is_odd: bool [R or P], rows that only the template itself can render; the others have a text each.
 
-    letters: uint8, of all blocks: s, u, a; t for tool answers. is_odd: bool [R], only the template itself can tell.
+    num_blocks: int64 [texts]; roles: int8, of all blocks, indices of ROLES. For pairs, the first half of the texts are the
+    chosen sides, the others what the rejected sides say after the shared messages. first_trained: int64 [texts], the block
+    where training may begin.
     """
 
     texts: list[str]
-    letters: np.ndarray
+    roles: np.ndarray
     num_blocks: np.ndarray
+    first_trained: np.ndarray
     is_odd: np.ndarray
 
 
 class Blocks:
-    """Renders conversations."""
+    """Renders conversations in one format; `literals` are the strings that the template searches messages for."""
 
-    def __init__(self, words: Words, literals: Sequence[str]):
-        self.words = words
+    def __init__(self, format: BlockFormat, literals: Sequence[str]):
+        self.format = format
         self._literals = "|".join(map(re.escape, literals))
-        self._user = f"{words.open}user\n"
-        self._system = f"{words.open}system\n"
-        self._close = f"{words.close}{TAIL}"
-        self._assistant = f"{words.open}{HEAD}"
+        self._system = f"{format.open}system\n"
+        self._close = f"{format.close}{TAIL}"
+        self._assistant = f"{format.open}{HEAD}"
         response = "\n<tool_response>\n"
-        self._heads = (self._system, self._user, self._assistant, f"{words.open}user{response}", response)
+        self._heads = (
+            self._system, f"{format.open}user\n", self._assistant, f"{format.open}user{response}", response,
+            f"{self._assistant}{EMPTY_THINK}",
+        )  # fmt: skip
         self._tails = (self._close, f"\n</tool_response>{self._close}", "\n</tool_response>")
 
-    def render(self, talks: Talks, keeps: np.ndarray) -> Renderings:
-        """keeps: bool [R], whether a row keeps the empty think blocks that the template writes."""
+    def render(self, columns: Conversations, keeps: np.ndarray) -> Renderings:
+        """keeps: bool [R], whether each conversation keeps the empty think blocks that the template writes."""
         pc = compute()
-        is_odd, said = self._odd(talks), talks.contents
-        is_answer = talks.roles == ASSISTANT
-        changed = dict.fromkeys(talks.extras, "")
-        if self.words.thinks:
-            changed |= dict.fromkeys(np.flatnonzero(is_answer & as_numpy(pc.starts_with(said, "\n"))).tolist(), "")
+        is_odd, contents = self._odd(columns), columns.contents
+        is_answer = columns.roles == ASSISTANT
+        changed = dict.fromkeys(columns.extras, "")
+        if self.format.thinks:
+            starts = as_numpy(pc.starts_with(contents, "\n"))
+            changed |= dict.fromkeys(np.flatnonzero(is_answer & starts).tolist(), "")
         for at in changed:
-            message = talks.extras.get(at) or Message(ROLES[talks.roles[at]], said[at].as_py())
-            text = self._answer(message, bool(keeps[talks.row_of[at]])) if is_answer[at] else message.content
+            message = columns.extras.get(at) or Message(ROLES[columns.roles[at]], contents[at].as_py())
+            text = self._answer(message, bool(keeps[columns.row_of[at]])) if is_answer[at] else message.content
             is_odd[at] |= not text
             changed[at] = text
-        heads, tails = self._edges(talks, keeps & self.words.thinks, changed)
-        letters, num_blocks = self._letters(talks)
-        is_odd_row = np.bincount(talks.row_of[is_odd], minlength=len(talks)) > 0
+        heads, tails = self._edges(columns, keeps & self.format.thinks, changed)
         if changed:
-            said = replaced(said, changed)
-        texts = join(talks.counts, heads.array(), said, tails.array())
-        if is_odd_row.any():
-            letters, num_blocks = letters[np.repeat(~is_odd_row, num_blocks)], num_blocks[~is_odd_row]
-            texts = texts.filter(truths(~is_odd_row))
-        return Renderings(texts.to_pylist(), letters, num_blocks, is_odd_row)
+            contents = replaced(contents, changed)
+        is_odd_row = np.bincount(columns.row_of[is_odd], minlength=len(columns)) > 0
+        if columns.is_pairs:
+            is_odd_row = np.tile(is_odd_row.reshape(2, -1).any(axis=0), 2)
+        is_written = ~(columns.is_repeated | is_odd_row[columns.row_of])
+        roles, num_blocks, first_trained = self._blocks(columns, is_written)
+        counts = np.bincount(columns.row_of[is_written], minlength=len(columns))[~is_odd_row]
+        if not is_written.all():
+            heads.codes, tails.codes = heads.codes[is_written], tails.codes[is_written]
+            contents = contents.filter(truths(is_written))
+        texts = join_messages(counts, heads.array(), contents, tails.array()).to_pylist()
+        is_odd_row, is_good = is_odd_row[: len(keeps) // (1 + columns.is_pairs)], ~is_odd_row
+        return Renderings(texts, roles, num_blocks[is_good], first_trained[is_good], is_odd_row)
 
-    def _odd(self, talks: Talks) -> np.ndarray:
-        """bool [M]: makes its row one that only the template can tell about, as far as columns say."""
+    def _odd(self, columns: Conversations) -> np.ndarray:
+        """bool [M]: the message makes its conversation one that only the template can render, as far as columns show."""
         pc = compute()
-        words, roles, said = self.words, talks.roles, talks.contents
-        is_odd = (roles == SYSTEM) & ~talks.is_first if not words.has_late_system else np.zeros(len(roles), bool)
-        if not words.has_calls:
-            is_odd = is_odd | (roles == TOOL)
+        format, roles, contents = self.format, columns.roles, columns.contents
+        is_odd = np.zeros(len(roles), bool) if format.has_late_system else (roles == SYSTEM) & ~columns.is_first
+        if not format.has_calls:
+            is_odd |= roles == TOOL
         if self._literals:
-            is_odd |= as_numpy(pc.match_substring_regex(said, self._literals))
-        is_empty = as_numpy(pc.binary_length(said)) == 0
-        is_empty[list(talks.extras)] = False
+            is_odd |= as_numpy(pc.match_substring_regex(contents, self._literals))
+        is_empty = as_numpy(pc.binary_length(contents)) == 0
+        is_empty[list(columns.extras)] = False
         is_odd |= is_empty & (roles == ASSISTANT)
-        if words.tools is None:
-            is_odd[talks.begins[list(talks.tools)]] = True
+        if format.tools is None:
+            is_odd[columns.begins[list(columns.tools)]] = True
         return is_odd
 
-    def _edges(self, talks: Talks, keeps: np.ndarray, changed: Iterable[int]) -> tuple[Strings, Strings]:
-        """What stands before and after each message's text."""
-        words, roles = self.words, talks.roles
-        is_tool = roles == TOOL
-        is_next_tool = self._is_next_tool(talks)
-        heads = Strings((*self._heads, f"{self._assistant}{EMPTY_THINK}"), len(roles))
-        tails = Strings(self._tails, len(roles))
+    def _edges(self, columns: Conversations, keeps: np.ndarray, changed: Iterable[int]) -> tuple[TextCodes, TextCodes]:
+        """The texts before and after each message's content. changed: messages whose text holds their think block."""
+        format, roles = self.format, columns.roles
+        is_next_tool = self._is_next_tool(columns)
+        heads, tails = TextCodes(self._heads, len(roles)), TextCodes(self._tails, len(roles))
         heads.codes[:] = roles + is_next_tool
-        thinks = (roles == ASSISTANT) & keeps[talks.row_of]
-        thinks[list(changed)] = False  # these have their thoughts in their text
-        heads.codes[thinks] = len(self._heads)
-        tails.codes[is_tool] = 1
+        thinks = (roles == ASSISTANT) & keeps[columns.row_of]
+        thinks[list(changed)] = False
+        heads.codes[thinks] = len(self._heads) - 1
+        tails.codes[roles == TOOL] = 1
         tails.codes[np.roll(is_next_tool, -1)] = 2
-        has_system = roles[talks.begins] == SYSTEM
-        if words.default_system:
+        has_system = roles[columns.begins] == SYSTEM
+        if format.default_system:
             is_default = ~has_system
-            is_default[list(talks.tools)] = False
-            heads.prepend(talks.begins[is_default], words.default_system)
-        before, after = words.tools or ("", "")
-        for row, tools in talks.tools.items():
-            at = int(talks.begins[row])
+            is_default[list(columns.tools)] = False
+            heads.prepend(columns.begins[is_default], format.default_system)
+        before, after = format.tools or ("", "")
+        for row, tools in columns.tools.items():
+            at = int(columns.begins[row])
             block = f"{before}{tools.rendered}{after}{self._close}"
             if has_system[row]:
                 tails.set(at, f"\n\n{block}")
@@ -145,35 +154,40 @@ class Blocks:
         return heads, tails
 
     @staticmethod
-    def _is_next_tool(talks: Talks) -> np.ndarray:
-        """bool [M]: a tool's answer after another one, in the same block."""
-        is_tool = talks.roles == TOOL
-        return is_tool & np.roll(is_tool, 1) & ~talks.is_first
+    def _is_next_tool(columns: Conversations) -> np.ndarray:
+        """bool [M]: a tool message right after another one, which stands in the same block."""
+        is_tool = columns.roles == TOOL
+        return is_tool & np.roll(is_tool, 1) & ~columns.is_first
 
-    def _letters(self, talks: Talks) -> tuple[np.ndarray, np.ndarray]:
-        """Letters of all blocks, and how many each row has."""
-        roles = talks.roles
-        letters = np.frombuffer(b"suat", np.uint8)[roles]
-        opens = ~self._is_next_tool(talks)
-        num_blocks = np.bincount(talks.row_of[opens], minlength=len(talks))
-        more = roles[talks.begins] != SYSTEM
-        if not self.words.default_system:
-            has_tools = np.zeros(len(talks), bool)
-            has_tools[list(talks.tools)] = True
-            more &= has_tools
-        places = np.cumsum(opens)[talks.begins[more]] - 1
-        return np.insert(letters[opens], places, ord("s")), num_blocks + more
+    def _blocks(self, columns: Conversations, is_written: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Roles of all written blocks; of each conversation its number of blocks, and the first that may be trained."""
+        opens = ~self._is_next_tool(columns) & is_written
+        # A conversation without a system message may get a block for the default one or for its tools.
+        has_more = (columns.roles[columns.begins] != SYSTEM) & is_written[columns.begins]
+        if not self.format.default_system:
+            has_tools = np.zeros(len(columns), bool)
+            has_tools[list(columns.tools)] = True
+            has_more &= has_tools
+        before = np.cumsum(opens) - opens  # blocks before each message, but for these
+        roles = np.insert(columns.roles[opens], before[columns.begins[has_more]], SYSTEM)
+        first_trained = np.zeros(len(columns), np.int64)
+        if columns.is_pairs:
+            half = len(columns) // 2
+            begins = columns.begins[:half]
+            first_trained[:half] = before[begins + columns.num_shared] - before[begins] + has_more[:half]
+        num_blocks = np.bincount(columns.row_of[opens], minlength=len(columns)) + has_more
+        return roles, num_blocks, first_trained
 
     def _answer(self, message: Message, keep_empty_think: bool) -> str:
-        """The text of an answer; empty where only the template can tell."""
-        said, reasoning, words = message.content, message.reasoning_content, self.words
-        if reasoning is not None and not words.has_reasoning:
+        """The text of an answer in its block; empty where only the template can render it."""
+        content, reasoning, format = message.content, message.reasoning_content, self.format
+        if reasoning is not None and not format.has_reasoning:
             return ""
         calls = ""
-        if words.thinks:
-            said = said.lstrip("\n")
+        if format.thinks:
+            content = content.lstrip("\n")
         if message.tool_calls:
-            if not words.has_calls:
+            if not format.has_calls:
                 return ""
             for call in message.tool_calls:
                 call = call.get("function") or call
@@ -181,30 +195,30 @@ class Blocks:
                     return ""
                 arguments = call["arguments"]
                 text = arguments if isinstance(arguments, str) else to_json(arguments)
-                before = "\n" if said or calls else ""
+                before = "\n" if content or calls else ""
                 calls += f'{before}<tool_call>\n{{"name": "{call["name"]}", "arguments": {text}}}\n</tool_call>'
-        elif not said:
+        elif not content:
             return ""
-        if not words.thinks:
-            return said + calls
+        if not format.thinks:
+            return content + calls
         thought = reasoning.strip("\n") if reasoning else ""
         if thought:
-            return f"<think>\n{thought}\n</think>\n\n{said}{calls}"
-        return f"{EMPTY_THINK}{said}{calls}" if keep_empty_think else said + calls
+            return f"<think>\n{thought}\n</think>\n\n{content}{calls}"
+        return f"{EMPTY_THINK}{content}{calls}" if keep_empty_think else content + calls
 
-    def segments(self, text: str, pattern: str, train_on: str) -> list[Segment]:
-        """A rendering as `Template.segments` gives it; for texts without control tokens of their own."""
-        trained = [train_on == "all" or letter == "a" for letter in pattern]
+    def segments(self, text: str, roles: Sequence[int], train_on: str) -> list[Segment]:
+        """A rendered text cut as `Template.segments` cuts it. roles: of its blocks. Its contents hold no control strings."""
+        trained = [train_on == "all" or role == ASSISTANT for role in roles]
         if train_on == "last":
-            trained = [False] * pattern.rfind("a") + [True] + [False] * (len(pattern) - pattern.rfind("a") - 1)
+            trained[:-1] = [False] * (len(trained) - 1)  # the last block is an answer
         segments: list[Segment] = []
-        for block, is_trained in zip(text.split(self.words.open)[1:], trained, strict=True):
-            body, _, tail = block.partition(self.words.close)
+        for block, is_trained in zip(text.split(self.format.open)[1:], trained, strict=True):
+            body, _, tail = block.partition(self.format.close)
             head = len(HEAD) if is_trained and train_on != "all" else 0
-            segments.append(Segment(self.words.open, is_trained and not head, True))
+            segments.append(Segment(self.format.open, is_trained and not head, True))
             segments.append(Segment(body[:head], False, False))
             segments.append(Segment(body[head:], is_trained, False))
-            segments.append(Segment(self.words.close, is_trained, True))
+            segments.append(Segment(self.format.close, is_trained, True))
             segments.append(Segment(tail, is_trained, False))
         return merged([segment for segment in segments if segment.text])
 
@@ -213,73 +227,64 @@ class Blocks:
 
 
 def learn(template: Template) -> Blocks | None:
-    """What the template writes, if it writes blocks; the extras (tools, calls, …) that its probes do not bear out are off."""
+    """The template's blocks; None where it does not write blocks. Tools, tool calls, reasoning and late system messages are
+    taken only where the probes for them agree with jinja."""
     literals = template.literals
     if literals is None:
         return None
     try:
-        asked = template.rendering([_USER])
+        prompt = template.rendering([_USER])
         whole = template.rendering([_USER, _ANSWER])
     except BadRow:
         return None
     controls = template.control_tokens_in(whole)
     if len(controls) < 4 or set(controls[0::2]) != {controls[0]} or set(controls[1::2]) != {controls[1]}:
         return None
-    words = Words(controls[0], controls[1], asked.partition(f"{controls[0]}user\n")[0], template.era == "3")
-    if not _is_borne_out(template, words, literals, _PLAIN):
+    format = BlockFormat(controls[0], controls[1], prompt.partition(f"{controls[0]}user\n")[0], template.era == "3")
+    if not _agrees(template, Blocks(format, literals), _PLAIN):
         return None
     extras: list[tuple[dict[str, Any], Sequence[Conversation]]] = [
-        ({"tools": _learn_tools(template, words)}, _TOOLS),
+        ({"tools": _learn_tools(template, format)}, _TOOLS),
         ({"has_calls": True}, _CALLS),
         ({"has_reasoning": True}, _REASONING),
         ({"has_late_system": True}, _LATE_SYSTEM),
     ]
     for extra, probes in extras:
-        with_it = replace(words, **extra)
-        if _is_borne_out(template, with_it, literals, probes):
-            words = with_it
-    return Blocks(words, literals)
+        extended = replace(format, **extra)
+        if _agrees(template, Blocks(extended, literals), probes):
+            format = extended
+    return Blocks(format, literals)
 
 
-def _learn_tools(template: Template, words: Words) -> tuple[str, str] | None:
+def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | None:
+    """The texts before and after the tools of a conversation without a system message."""
     tool = {"name": "f"}
     try:
         text = template.rendering([_USER, _ANSWER], [tool])
     except BadRow:
         return None
-    before, found, after = text.partition(f"\n{to_json(tool)}")
-    opening = f"{words.open}system\n"
-    if not found or not before.startswith(opening):
+    before, rendered, after = text.partition(f"\n{to_json(tool)}")
+    opening = f"{format.open}system\n"
+    if not rendered or not before.startswith(opening):
         return None
-    return before.removeprefix(opening), after.partition(words.close)[0]
+    return before.removeprefix(opening), after.partition(format.close)[0]
 
 
-def _is_borne_out(template: Template, words: Words, literals: Sequence[str], probes: Sequence[Conversation]) -> bool:
-    """Whether blocks with these words give text and trained stretches of the jinja rendering, for every probe."""
-    blocks = Blocks(words, literals)
-    patterns: list[list[str]] = []
-    texts: list[list[str]] = []
+def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) -> bool:
+    """Whether text and trained segments of every probe are those of the jinja rendering."""
     for keep in (True, False):
-        found = blocks.render(talks_of(probes), np.full(len(probes), keep))
-        if found.is_odd.any():
+        rendered = blocks.render(columns_of(probes), np.full(len(probes), keep))
+        if rendered.is_odd.any():
             return False
-        patterns.append(split_letters(found))
-        texts.append(found.texts)
-    for (i, probe), keep, train_on in itertools.product(enumerate(probes), (True, False), TRAIN_ON):
-        try:
-            expected = template.cut(probe, train_on=train_on, keep_empty_think=keep)
-        except BadRow:
-            return False
-        if blocks.segments(texts[not keep][i], patterns[not keep][i], train_on) != expected:
-            return False
+        roles = np.split(rendered.roles, np.cumsum(rendered.num_blocks)[:-1])
+        for (i, probe), train_on in itertools.product(enumerate(probes), TRAIN_ON):
+            try:
+                expected = template.segments(probe, train_on=train_on, keep_empty_think=keep)
+            except BadRow:
+                return False
+            if blocks.segments(rendered.texts[i], roles[i].tolist(), train_on) != expected:
+                return False
     return True
-
-
-def split_letters(found: Renderings) -> list[str]:
-    """The pattern of each text."""
-    ends = np.cumsum(found.num_blocks).tolist()
-    letters = found.letters.tobytes().decode()
-    return [letters[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 _USER, _ANSWER = Message("user", "Ask 1?\n\n*2*"), Message("assistant", "a: [b]\n  c")
@@ -290,25 +295,27 @@ _CALL = Message("assistant", "", None, (_FUNCTION,))
 _CALL_2 = Message("assistant", "so:", None, ({"function": _FUNCTION}, {"name": "f", "arguments": '{"x": "é"}'}))
 _TOOL = Message("tool", '{"sum": "é"}\n')
 _THOUGHT = (Message("assistant", "\nso", "\n\nwhy \n"), Message("assistant", "so", ""))
+_TURN = (_USER, _ANSWER)
 
 
-def _talks(*talks: Sequence[Message], tools: Sequence[dict] = ()) -> tuple[Conversation, ...]:
-    return tuple(Conversation(tuple(talk), tuple(tools)) for talk in talks)
+def _probes(*messages: Sequence[Message], tools: Sequence[JsonObject] = ()) -> tuple[Conversation, ...]:
+    return tuple(Conversation(tuple(one), tuple(tools)) for one in messages)
 
 
-_PAIR = (_USER, _ANSWER)
-_PLAIN = _talks(
-    *([*_PAIR] * n for n in (1, 2, 3)), *([_RULE, *_PAIR * n] for n in (1, 2, 3)), _EDGES * 2,
-    [Message("system", ""), *_PAIR], [Message("system", "\n x\n"), *_EDGES],
+_PLAIN = _probes(
+    *([*_TURN] * n for n in (1, 2, 3)), *([_RULE, *_TURN * n] for n in (1, 2, 3)), _EDGES * 2,
+    [Message("system", ""), *_TURN], [Message("system", "\n x\n"), *_EDGES],
 )  # fmt: skip
 _SPECS = ({"name": "f", "é": {"a": [1, 2.5, True, None]}}, {"type": "function", "function": {"name": "<g>"}})
 _TOOLS = (
-    *_talks(_PAIR, [_RULE, *_PAIR], [Message("system", ""), *_PAIR * 2], tools=_SPECS[:1]),
-    *_talks(_PAIR, [_RULE, *_EDGES], tools=_SPECS),
+    *_probes(_TURN, [_RULE, *_TURN], [Message("system", ""), *_TURN * 2], tools=_SPECS[:1]),
+    *_probes(_TURN, [_RULE, *_EDGES], tools=_SPECS),
 )
-_CALLS = _talks(
-    [_USER, _CALL, _TOOL, _ANSWER], [_USER, _CALL_2, _TOOL, _TOOL, _ANSWER, *_PAIR],
-    [_RULE, *_PAIR, _USER, _CALL, _TOOL, _CALL_2, _TOOL, _TOOL, _TOOL, _ANSWER],
+_CALLS = _probes(
+    [_USER, _CALL, _TOOL, _ANSWER], [_USER, _CALL_2, _TOOL, _TOOL, _ANSWER, *_TURN],
+    [_RULE, *_TURN, _USER, _CALL, _TOOL, _CALL_2, _TOOL, _TOOL, _TOOL, _ANSWER],
 )  # fmt: skip
-_REASONING = _talks([_USER, _THOUGHT[0]], [_USER, _THOUGHT[1], _USER, _THOUGHT[0]], [_RULE, *_PAIR, _USER, _THOUGHT[0]])
-_LATE_SYSTEM = _talks([*_PAIR, _RULE, *_PAIR], [_RULE, _RULE, *_PAIR])
+_REASONING = _probes(
+    [_USER, _THOUGHT[0]], [_USER, _THOUGHT[1], _USER, _THOUGHT[0]], [_RULE, *_TURN, _USER, _THOUGHT[0]]
+)
+_LATE_SYSTEM = _probes([*_TURN, _RULE, *_TURN], [_RULE, _RULE, *_TURN])

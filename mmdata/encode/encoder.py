@@ -1,25 +1,33 @@
-"""Rows in; ids and trained spans out, by the batch: one native call encodes all text of all rows.
+"""Rows or lines to token ids and trained spans, a batch at a time: one native call encodes the text of all rows.
 
-Between two control tokens of the template text is encoded as one string, which is what the joint encoding does; where the
-trained part begins inside it is told by ids (its untrained beginning, encoded alone, gives the first of them), else by
-character offsets. Nothing is cut or left out uncounted.
+The columnar way: plain lines are read into columns (`columns`), rendered as blocks (`blocks`), one string a row with the
+template's control tokens written into it, and encoded. That these, and no others, came back as control ids in the expected
+order is checked for every row, and so are the ids of each answer's header; trained spans are counted from them. Rows that
+fail a check, and all rows of templates that are not blocks, go to `reference`. Tokens are never cut, nor rows left out,
+uncounted.
 """
 
 import hashlib
-import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
-from mmdata.encode.blocks import Blocks, learn
-from mmdata.encode.bulk import CUT_TURNS as CUT_TURNS
-from mmdata.encode.bulk import Bulk, Found
-from mmdata.encode.plain import read_talks
+from mmdata.encode.blocks import HEAD, TAIL, Blocks, Renderings, learn
+from mmdata.encode.columns import ASSISTANT, TOOL, Conversations, columns_of, read_lines
+from mmdata.encode.reference import (
+    NOT_PLAIN,
+    SAME_RENDERING,
+    ReferenceEncoder,
+    common_length,
+    too_long,
+    too_long_pair,
+)
 from mmdata.encode.rows import (
     BadRow,
     Conversation,
@@ -31,76 +39,113 @@ from mmdata.encode.rows import (
     row_hash,
     split_documents,
 )
-from mmdata.encode.sequences import Encoded as Encoded
-from mmdata.encode.sequences import Flat, flatten, join, reorder
-from mmdata.encode.sequences import PairSequence as PairSequence
-from mmdata.encode.sequences import Sequence as Sequence
-from mmdata.encode.talks import talks_of
-from mmdata.encode.template import ERAS, TRAIN_ON, Segment, Template, stretches
+from mmdata.encode.sequences import PAIR_MARKS, PairSequence, Sequence, Sequences, flatten, join, ranges, reorder, take
+from mmdata.encode.template import ERAS, TRAIN_ON, Segment, Template
 from mmdata.encode.validate import control_strings
 from mmdata.errors import UsageError
 from mmdata.tokenizer.encoders import Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-MOST_BYTES = 2**30  # of jsonl in bulk: the offsets in a column of strings have 31 bits, and renderings are longer
-# Share of rows that keep them, as in MiniMind: a model that never saw one cannot answer after the prompt's.
-_EMPTY_THINK_KEPT = 0.2
+CUT_TURNS = "cut after the last whole turn that fits"
+MOST_BYTES = 2**30  # of jsonl in columns: Arrow's string offsets have 31 bits, and renderings are longer than the lines
+# Share of rows that keep empty think blocks, as in MiniMind: a model that never saw one cannot answer after the prompt's.
+EMPTY_THINK_KEPT = 0.2
+_BRACKETED = re.compile(r"<[^<>\s]+>")  # no such token can match across the edge of a content and the template's text
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """What became of a batch of R rows. flat: the sequences of those that can be used, in the order of the rows.
+class EncodedRows:
+    """The encoding of R rows or lines.
 
-    num_sequences: int64 [R], 0 where a row cannot be used; num_tokens: of all rows, before cutting; cut: reason -> tokens
-    dropped, in `rows_cut` rows; bad: row -> why it cannot be used.
+    sequences: of all usable rows, in row order; num_sequences: int64 [R], 0 where a row cannot be used; num_tokens: of the
+    usable rows, before cutting; cut: reason -> tokens dropped, in `rows_cut` rows; bad: row -> why it cannot be used;
+    hashes: uint8 [R, 32], the `row_hash` of each, and characters: int64 [R], both 0 where a line is no row; controls: row ->
+    special-token strings in its own text (found by `encode_lines` alone).
     """
 
-    flat: Flat
+    sequences: Sequences
     num_sequences: np.ndarray
     num_tokens: int
     cut: Counter[str]
     rows_cut: int
     bad: dict[int, BadRow]
+    hashes: np.ndarray
+    characters: np.ndarray
+    controls: dict[int, list[str]]
 
 
-class Lines:
-    """What became of N lines: their `batch`, and of those that are rows hashes, characters and control strings.
+class _Collector:
+    """Gathers what the ways of encoding make of R rows."""
 
-    hashes: uint8 [N, 32], the `row_hash` of each; characters: int64 [N]; controls: line -> special-token strings in its text.
+    def __init__(self, num_rows: int):
+        self.hashes = np.zeros((num_rows, 32), np.uint8)
+        self.characters = np.zeros(num_rows, np.int64)
+        self.controls: dict[int, list[str]] = {}
+        self.bad: dict[int, BadRow] = {}
+        self.cut: Counter[str] = Counter()
+        self.rows_cut = self.num_tokens = 0
+        self._parts: list[tuple[np.ndarray, Sequences]] = []
+
+    def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
+        """row_of: int64, the row of each sequence, ascending."""
+        self._parts.append((row_of, sequences))
+        self.num_tokens += num_tokens
+
+    def add_cut(self, num_tokens: int) -> None:
+        """Count a row of which so many tokens were dropped."""
+        self.cut[CUT_TURNS] += num_tokens
+        self.rows_cut += 1
+
+    def result(self) -> EncodedRows:
+        parts = [part for part in self._parts if len(part[0])] or self._parts
+        row_of = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in parts)])
+        sequences = join([part for _, part in parts])
+        if (row_of[1:] < row_of[:-1]).any():
+            sequences = reorder(sequences, np.argsort(row_of, kind="stable"))
+        num_sequences = np.bincount(row_of, minlength=len(self.characters))
+        bad = dict(sorted(self.bad.items()))
+        return EncodedRows(
+            sequences, num_sequences, self.num_tokens, self.cut, self.rows_cut, bad,
+            self.hashes, self.characters, self.controls,
+        )  # fmt: skip
+
+
+@dataclass
+class _TextBlocks:
+    """The ids of T texts and the positions of their B blocks' control tokens in them.
+
+    Of each text (int64 [T]): where its ids begin, how many they are, the first block that may be trained. Of each block, in
+    the order of the texts: positions of its open and close token, role, and text.
     """
 
-    def __init__(self, num_lines: int):
-        self.hashes = np.zeros((num_lines, 32), np.uint8)
-        self.characters = np.zeros(num_lines, np.int64)
-        self.controls: dict[int, list[str]] = {}
-        self.bad: dict[int, BadRow] = {}  # lines that are no rows
-        self._batches: list[tuple[np.ndarray, Batch]] = []
+    ids: np.ndarray
+    begins: np.ndarray
+    lengths: np.ndarray
+    first_trained: np.ndarray
+    opens: np.ndarray
+    closes: np.ndarray
+    roles: np.ndarray
+    text_of: np.ndarray
 
-    def add_rows(self, at: Rows[int], raws: Rows[bytes], rows: Rows[Row]) -> None:
-        """What these lines say, by number, as rows."""
-        self.hashes[at] = np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
-        self.characters[at] = [num_characters(row) for row in rows]
-        for i, raw, row in zip(at, raws, rows, strict=True):
-            if strings := control_strings(raw, row):
-                self.controls[i] = strings
-
-    def add(self, at: np.ndarray, batch: Batch) -> None:
-        """Sequences of these lines."""
-        self._batches.append((at, batch))
+    def only(self, is_kept: np.ndarray) -> "_TextBlocks":
+        """The texts marked in `is_kept` (bool [T]), numbered anew; `ids` stays whole."""
+        if is_kept.all():
+            return self
+        blocks = is_kept[self.text_of]
+        text_of = (np.cumsum(is_kept) - 1)[self.text_of[blocks]]
+        return _TextBlocks(
+            self.ids, self.begins[is_kept], self.lengths[is_kept], self.first_trained[is_kept],
+            self.opens[blocks], self.closes[blocks], self.roles[blocks], text_of,
+        )  # fmt: skip
 
     @cached_property
-    def batch(self) -> Batch:
-        """Of all lines; bad are also those that are no rows."""
-        found = merged(len(self.hashes), self._batches)
-        return replace(found, bad=dict(sorted((found.bad | self.bad).items())))
+    def first_blocks(self) -> np.ndarray:
+        """int64 [T]: the number of each text's first block."""
+        return np.searchsorted(self.text_of, np.arange(len(self.begins)))
 
-
-class _Side(NamedTuple):
-    ids: np.ndarray
-    mask: np.ndarray  # bool [T]
-
-
-_Runs = tuple[tuple[int, bool], ...]  # tokens and whether they are trained
+    def text(self, number: int) -> np.ndarray:
+        """The ids of one text."""
+        return self.ids[self.begins[number] : self.begins[number] + self.lengths[number]]
 
 
 class RowEncoder:
@@ -117,13 +162,13 @@ class RowEncoder:
         encoder: Encoder | None = None,
         is_reference: bool = False,
     ):
-        """`era` auto, seed, 2 or 3, as the template's; `train_on` assistant (each answer), last or all; see docs/data.md.
+        """era: auto, seed, 2 or 3, as `Template.era`; train_on: assistant (each answer), last or all (see docs/data.md).
 
-        encoder: who encodes text (by default `tokenizers`). `is_reference`: every row by itself, rendered by jinja2.
+        encoder: the text encoder, by default `tokenizers`. is_reference: all conversations and pairs go through jinja2.
         """
-        for option, value, known in (("--train-on", train_on, TRAIN_ON), ("--era", era, ("auto", *ERAS))):
-            if value not in known:
-                raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(known)}")
+        for option, value, choices in (("--train-on", train_on, TRAIN_ON), ("--era", era, ("auto", *ERAS))):
+            if value not in choices:
+                raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(choices)}")
         assert max_len >= 2
         self.tokenizer = tokenizer
         self.max_len = max_len
@@ -132,381 +177,337 @@ class RowEncoder:
         self.seed = seed
         self.encoder = encoder or choose(tokenizer, "tokenizers")
         self._is_reference = is_reference
-        self._template: Template | None = None
-        self._is_exact = tokenizer.is_exact
-        self._control_ids = {text: np.array([id], dtype=np.uint32) for text, id in tokenizer.control_tokens.items()}
-        self._bulk = None
-        if Bulk.is_possible(tokenizer) and not is_reference:
-            self._bulk = Bulk(tokenizer, self.encoder, max_len=max_len, train_on=train_on)
+        self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
+        self._is_control[list(tokenizer.control_tokens.values())] = True
 
     def __reduce__(self) -> tuple:
-        options = self.max_len, self.era, self.train_on, self.seed, self.encoder.name, self._is_reference
-        return _rebuild, (self.tokenizer.dir, *options)
+        options = {name: getattr(self, name) for name in ("max_len", "era", "train_on", "seed")}
+        return _rebuild, (self.tokenizer.dir, self.encoder.name, options | {"is_reference": self._is_reference})
 
-    @property
+    @cached_property
     def template(self) -> Template:
         """The tokenizer's chat template, compiled at first use: documents need none."""
-        if self._template is None:
-            self._template = Template(self.tokenizer, era=self.era, only_jinja=self._is_reference)
-        return self._template
+        return Template(self.tokenizer, era=self.era)
+
+    @cached_property
+    def _reference(self) -> ReferenceEncoder:
+        return ReferenceEncoder(
+            self.tokenizer, self.template, self.encoder, max_len=self.max_len, train_on=self.train_on
+        )
 
     @cached_property
     def _blocks(self) -> Blocks | None:
-        return learn(self.template)
+        """None where the columnar way cannot be taken: text beside a control token may not have the ids of the text alone."""
+        is_possible = self.tokenizer.is_exact and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
+        return learn(self.template) if is_possible and not self._is_reference else None
 
-    def encode(self, rows: Rows[Row]) -> list[Encoded | BadRow]:
-        """Encode a batch; each row's result stands at its place, a BadRow with the reason where it cannot be used."""
-        segments: list[list[Segment]] = []  # of every rendering of every row
-        plans: list[range | BadRow] = []  # a row's renderings in `segments`
-        for row in rows:
-            try:
-                found = self._segments_of(row)
-                plans.append(range(len(segments), len(segments) + len(found)))
-                segments += found
-            except BadRow as bad:
-                plans.append(bad)
-        sides = self._encode_segments(segments)
-        results: list[Encoded | BadRow] = []
-        for row, plan in zip(rows, plans, strict=True):
-            try:
-                results.append(plan if isinstance(plan, BadRow) else self._finish(row, [sides[i] for i in plan]))
-            except BadRow as bad:
-                results.append(bad)
-        return results
+    @cached_property
+    def _header_ids(self) -> np.ndarray:
+        return self.tokenizer.encode_batch([HEAD])[0]
 
-    def encode_lines(self, raws: Rows[bytes], kind: str) -> Lines:
-        """Reads lines as rows of this kind and encodes them: plain ones in bulk from end to end, the others as objects.
+    @cached_property
+    def _num_tail(self) -> int:
+        return len(self.tokenizer.encode_batch([TAIL])[0])
 
-        A reference takes every row by itself.
-        """
-        found = Lines(len(raws))
+    def encode(self, rows: Rows[Row]) -> EncodedRows:
+        """Encode a batch of rows; pairs and other rows must not be mixed."""
+        out = _Collector(len(rows))
+        self._encode_rows(np.arange(len(rows)), rows, out)
+        return out.result()
+
+    def encode_lines(self, raws: Rows[bytes], kind: str) -> EncodedRows:
+        """Read lines as rows of this kind and encode them; a line that is no such row is bad."""
+        out = _Collector(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
-        odd = self._plain(raws, found) if kind == "conversation" and self._bulk and is_small else range(len(raws))
-        rows: list[Row] = []
-        at: list[int] = []
-        for i in odd:
+        left: Rows[int] = range(len(raws))
+        if kind != "document" and is_small and self._blocks:
+            left = self._encode_plain(raws, kind, out)
+        at, rows = [], []
+        for i in left:
             try:
-                rows.append(parse_row(raws[i], kind))
-                at.append(i)
+                row = parse_row(raws[i], kind)
             except BadRow as bad:
-                found.bad[i] = bad
-        if rows:
-            found.add_rows(at, [raws[i] for i in at], rows)
-            found.add(np.array(at), self.encode_batch(rows, found.hashes[at]) if is_small else self._one_by_one(rows))
-        return found
-
-    def _plain(self, raws: Rows[bytes], found: Lines) -> Rows[int]:
-        """Encodes the plain conversations into `found`; returns which lines are left."""
-        plain = read_talks(raws) if self._blocks else None
-        if not self._bulk or not self._blocks or not plain or not len(plain.at):
-            return range(len(raws))
-        at, hashes = plain.at, plain.talks.hashes()
-        found.hashes[at], found.characters[at] = hashes, plain.talks.num_characters()
-        result = self._bulk.conversations(plain.talks, self._blocks, self._keeps(hashes))
-        found.add(at, _batch_of(result))
-        is_left = np.ones(len(raws), bool)
-        is_left[at] = False
-        is_left[at[result.odd]] = True
-        return np.flatnonzero(is_left).tolist()
-
-    def encode_batch(self, rows: Rows[Row], hashes: np.ndarray) -> Batch:
-        """As `encode`, into flat arrays, and usual rows in bulk. hashes: uint8 [R, 32], the `row_hash` of each row.
-
-        A reference takes every row by itself and needs no hashes.
-        """
-        found = self._in_bulk(rows, hashes)
-        if found is None:
-            return self._one_by_one(rows)
-        if not found.odd:
-            return _batch_of(found)
-        rest = self._one_by_one([rows[i] for i in found.odd])
-        return merged(len(rows), [(np.arange(len(rows)), _batch_of(found)), (np.array(found.odd), rest)])
-
-    def _in_bulk(self, rows: Rows[Row], hashes: np.ndarray) -> Found | None:
-        """None where all rows have to be looked at one by one."""
-        if self._bulk is None or not rows:
-            return None
-        kinds = set(map(type, rows))
-        if kinds == {Document}:
-            return self._bulk.documents([split_documents(row.text) for row in cast(Rows[Document], rows)])
-        if kinds == {Conversation} and self._blocks:
-            talks = talks_of(cast(Rows[Conversation], rows))
-            return self._bulk.conversations(talks, self._blocks, self._keeps(hashes))
-        return None
-
-    def _keeps(self, hashes: np.ndarray) -> np.ndarray:
-        """bool [R]: the empty think blocks that the template writes stay, of rows with these hashes."""
-        if self.template.era != "3":
-            return np.ones(len(hashes), bool)
-        return _shares(self.seed, hashes) < _EMPTY_THINK_KEPT
-
-    def _one_by_one(self, rows: Rows[Row]) -> Batch:
-        found = self.encode(rows)
-        sequences: list[Any] = []
-        counts = np.zeros(len(rows), np.int64)
-        cut: Counter[str] = Counter()
-        for i, item in enumerate(found):
-            if isinstance(item, Encoded):
-                of_row = [item.sequences] if isinstance(item.sequences, PairSequence) else item.sequences
-                counts[i] = len(of_row)
-                sequences += of_row
-                cut.update(item.cut)
-        bad = {i: item for i, item in enumerate(found) if isinstance(item, BadRow)}
-        num_tokens = sum(item.num_tokens for item in found if isinstance(item, Encoded))
-        rows_cut = sum(bool(item.cut) for item in found if isinstance(item, Encoded))
-        return Batch(flatten(sequences), counts, num_tokens, cut, rows_cut, bad)
-
-    # ---- row -> segments
+                out.bad[i] = bad
+                continue
+            at.append(i)
+            rows.append(row)
+            if strings := control_strings(raws[i], row):
+                out.controls[i] = strings
+        self._encode_rows(np.array(at, np.int64), rows, out, is_small)
+        return out.result()
 
     def segments(self, row: Conversation | Pair) -> list[list[Segment]]:
-        """The rendering of a conversation, or of both sides of a pair."""
-        keep = self._keeps_empty_think(row)
-        if isinstance(row, Conversation):
-            return [self.template.segments(row, train_on=self.train_on, keep_empty_think=keep)]
-        return [
-            self.template.segments(side, train_on=self.train_on, first_trained=row.num_shared, keep_empty_think=keep)
-            for side in (row.chosen, row.rejected)
-        ]
+        """The segments of jinja2's rendering of a conversation, or of both sides of a pair."""
+        hashes = np.frombuffer(row_hash(row), np.uint8).reshape(1, -1)
+        return self._reference.segments(row, bool(self._keeps(hashes)[0]))
 
-    def document_segments(self, text: str) -> list[Segment]:
-        """One document of a pretraining text between bos and eos."""
-        bos = [Segment(self.tokenizer.bos_token, False, True)] if self.tokenizer.bos_token else []
-        return [*bos, Segment(text, True, False), Segment(self.tokenizer.eos_token, True, True)]
+    def _keeps(self, hashes: np.ndarray) -> np.ndarray:
+        """bool [R]: whether rows with these hashes keep the empty think blocks that the template writes, all or none."""
+        if self.template.era != "3":
+            return np.ones(len(hashes), bool)
+        return _shares(self.seed, hashes) < EMPTY_THINK_KEPT
 
-    def _keeps_empty_think(self, row: Row) -> bool:
-        """One decision a row, the same on both sides of a pair; other eras' templates write no empty blocks to decide on."""
-        return bool(self._keeps(np.frombuffer(row_hash(row), np.uint8).reshape(1, -1))[0])
+    # ---- the ways of encoding
 
-    def _segments_of(self, row: Row) -> list[list[Segment]]:
-        if isinstance(row, Document):
-            texts = split_documents(row.text)
-            if not texts:
-                raise BadRow("empty content", "nothing stands between its marks")
-            return [[Segment(text, True, False)] for text in texts]
-        return self.segments(row)
+    def _encode_plain(self, raws: Rows[bytes], kind: str, out: _Collector) -> Rows[int]:
+        """Encode the plain lines; returns the indices of the others, and of those that must go through jinja2."""
+        at, columns = read_lines(raws, kind)
+        is_left = np.ones(len(raws), bool)
+        if len(at):
+            hashes = columns.hashes()
+            out.hashes[at], out.characters[at] = hashes, columns.num_characters()
+            is_odd = self._encode_columns(at, columns, self._keeps(hashes), out)
+            is_left[at[~is_odd]] = False
+        return np.flatnonzero(is_left).tolist()
 
-    # ---- segments -> ids and mask
+    def _encode_rows(self, at: np.ndarray, rows: Rows[Row], out: _Collector, in_columns: bool = True) -> None:
+        """Encode parsed rows, kind by kind. at: int64, their indices in the batch."""
+        if not rows:
+            return
+        hashes = np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
+        out.hashes[at], out.characters[at] = hashes, [num_characters(row) for row in rows]
+        for kind in (Document, Conversation, Pair):
+            picks = [i for i, row in enumerate(rows) if type(row) is kind]
+            if picks and kind is Document:
+                self._encode_documents(at[picks], [cast(Document, rows[i]) for i in picks], out)
+            elif picks:
+                keeps = self._keeps(hashes[picks])
+                dialogues = cast(Any, [rows[i] for i in picks])
+                is_odd = np.ones(len(picks), bool)
+                if self._blocks and in_columns:
+                    is_odd = self._encode_columns(at[picks], columns_of(dialogues), keeps, out)
+                odd = np.flatnonzero(is_odd)
+                self._encode_singly(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
 
-    def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Side | BadRow]:
-        """Ids and mask of each rendering, all encoded in one call."""
-        if not self._is_exact:
-            return [self._encode_jointly(segments) for segments in renderings]
-        grouped = [stretches(segments) for segments in renderings]
-        place: dict[str, int] = {}  # each text is encoded once
-        for groups in grouped:
-            for group in groups:
-                if not group[0].is_control:
-                    place.setdefault("".join(s.text for s in group), len(place))
-                    if len(group) > 1:
-                        place.setdefault(group[0].text, len(place))
-        flat, ends = self.encoder.encode(list(place), False)
-        begins = [0, *ends[:-1].tolist()]
-        encoded = {text: flat[begins[i] : end] for (text, i), end in zip(place.items(), ends.tolist(), strict=True)}
-        return self._join([[self._encode_group(group, encoded) for group in groups] for groups in grouped])
+    def _encode_singly(
+        self, at: np.ndarray, rows: Rows[Conversation | Pair], keeps: np.ndarray, out: _Collector
+    ) -> None:
+        """Encode rows through jinja2."""
+        sequences: list[Sequence | PairSequence] = []
+        row_of = []
+        num_tokens = 0
+        for i, result in zip(at.tolist(), self._reference.encode(rows, keeps.tolist()), strict=True):
+            if isinstance(result, BadRow):
+                out.bad[i] = result
+                continue
+            sequences.append(result.sequence)
+            row_of.append(i)
+            num_tokens += result.num_tokens
+            if result.cut:
+                out.add_cut(result.cut)
+        out.add(np.array(row_of, np.int64), flatten(sequences), num_tokens)
 
-    def _encode_group(self, group: list[Segment], encoded: dict[str, np.ndarray]) -> tuple[np.ndarray, _Runs]:
-        """Ids of a control token or of the text between two, and which stretches of them are trained."""
-        first = group[0]
-        if first.is_control:
-            return self._control_ids[first.text], ((1, first.is_trained),)
-        if len(group) == 1:
-            ids = encoded[first.text]
-            return ids, ((len(ids), first.is_trained),)
-        ids, head = encoded["".join(s.text for s in group)], encoded[first.text]
-        if len(group) == 2 and np.array_equal(ids[: len(head)], head):
-            return ids, ((len(head), first.is_trained), (len(ids) - len(head), group[1].is_trained))
-        side = self._by_offsets(group, control=False)
-        return side.ids, tuple((1, bool(is_trained)) for is_trained in side.mask)
-
-    @staticmethod
-    def _join(rows: list[list[tuple[np.ndarray, _Runs]]]) -> list[_Side | BadRow]:
-        """Lay the groups of all renderings end to end once, and hand out each rendering's part."""
-        groups = [group for row in rows for group in row]
-        if not groups:
-            return []
-        runs = [run for _, found in groups for run in found]
-        ids = np.concatenate([ids for ids, _ in groups])
-        mask = np.repeat([is_trained for _, is_trained in runs], [length for length, _ in runs])
-        ends = itertools.accumulate((sum(len(ids) for ids, _ in row) for row in rows), initial=0)
-        return [_Side(ids[begin:end], mask[begin:end]) for begin, end in itertools.pairwise(ends)]
-
-    def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Side:
-        """A token is trained when any character it stands for is."""
-        ids, offsets = self.tokenizer.encode_with_offsets("".join(s.text for s in segments), control=control)
-        trained = np.repeat([s.is_trained for s in segments], [len(s.text) for s in segments])
-        before = np.concatenate(([0], np.cumsum(trained)))
-        begin, end = offsets[:, 0], np.maximum(offsets[:, 1], np.minimum(offsets[:, 0] + 1, len(trained)))
-        return _Side(ids, before[end] > before[begin])
-
-    def _encode_jointly(self, segments: list[Segment]) -> _Side | BadRow:
-        """For tokenizers that rewrite text or eat space around control tokens: the whole rendering, by offsets."""
-        is_document = len(segments) == 1 and not segments[0].is_control
-        side = self._by_offsets(segments, control=not is_document)
-        found = np.isin(side.ids, list(self.tokenizer.control_tokens.values())).sum()
-        if found != sum(s.is_control for s in segments):
-            return BadRow("template cannot be cut", "this tokenizer cannot keep control strings in content plain text")
-        return side
-
-    # ---- ids and mask -> what is packed
-
-    def _finish(self, row: Row, sides: list[_Side | BadRow]) -> Encoded:
-        good = []
-        for side in sides:
-            if isinstance(side, BadRow):
-                raise side
-            good.append(side)
-        if isinstance(row, Document):
-            return self._document([side.ids for side in good])
-        for side in good:
-            side.mask[0] = False  # nothing stands before it to predict it from
-            if not side.mask.any():
-                raise BadRow("no trained token")
-        return self._conversation(row, good[0]) if isinstance(row, Conversation) else self._pair(*good)
-
-    def _document(self, texts: list[np.ndarray]) -> Encoded:
-        """One bos and eos around each text; texts past max_len go on in further sequences, no token lost."""
-        bos, eos = (
-            np.array([id for id in ids if id is not None], dtype=np.uint32)
-            for ids in ([self.tokenizer.bos_id], [self.tokenizer.eos_id])
-        )
-        sequences = []
-        for text in texts:
-            ids = np.concatenate([bos, text, eos])
-            for begin, end in fragments(len(ids), self.max_len):
-                spans = [[1, end - begin]] if end - begin > 1 else []
-                sequences.append(Sequence(ids[begin:end], np.array(spans, dtype=np.int32).reshape(-1, 2)))
-        return Encoded(tuple(sequences), sum(len(s.ids) for s in sequences))
-
-    def _conversation(self, row: Conversation, side: _Side) -> Encoded:
-        if len(side.ids) <= self.max_len:
-            return Encoded((Sequence(side.ids, _spans_of(side.mask)),), len(side.ids))
-        fitting = self._longest_that_fits(row)
-        if fitting is None:
-            raise BadRow(
-                "too long", f"{len(side.ids):,} tokens, and its first turn alone is longer than {self.max_len:,}"
+    def _encode_documents(self, at: np.ndarray, rows: Rows[Document], out: _Collector) -> None:
+        """Each document between bos and eos; longer ones go on in further sequences, no token is lost."""
+        documents = [split_documents(row.text) for row in rows]
+        for i in (i for i, texts in enumerate(documents) if not texts):
+            out.bad[int(at[i])] = BadRow("empty content", "nothing stands between its marks")
+        ids, ends = self.encoder.encode([text for texts in documents for text in texts], False)
+        lengths = np.diff(ends, prepend=0)
+        row_of = np.repeat(at, np.fromiter(map(len, documents), np.int64, len(documents)))
+        if not self.tokenizer.is_exact and self._is_control[ids].any():
+            bad = np.unique(row_of[np.searchsorted(ends, np.flatnonzero(self._is_control[ids]), side="right")])
+            out.bad |= dict.fromkeys(bad.tolist(), BadRow("template cannot be cut", NOT_PLAIN))
+            is_kept = ~np.isin(row_of, bad)
+            ids, lengths, row_of = (
+                take(ids, (ends - lengths)[is_kept], lengths[is_kept]),
+                lengths[is_kept],
+                row_of[is_kept],
             )
-        cut = len(side.ids) - len(fitting.ids)
-        return Encoded((Sequence(fitting.ids, _spans_of(fitting.mask)),), len(side.ids), {CUT_TURNS: cut})
+            ends = np.cumsum(lengths)
+        bos, eos = ([] if id is None else [id] for id in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+        edges = np.stack([ends - lengths, ends], axis=1)[:, 1 - len(bos) :].reshape(-1)
+        ids = np.insert(ids, edges, np.tile(np.array([*bos, *eos], np.uint32), len(ends)))
+        lengths, text_of = fragments(lengths + len(bos) + len(eos), self.max_len)
+        is_trained = lengths > 1
+        marks = np.stack([np.ones_like(lengths), lengths], axis=1)[is_trained].reshape(-1)
+        out.add(row_of[text_of], Sequences(ids, lengths, marks, 2 * is_trained), len(ids))
 
-    def _longest_that_fits(self, row: Conversation) -> _Side | None:
-        """The most whole turns from the beginning that fit max_len, found by bisection, rendered on their own."""
-        messages = row.messages
-        ends = [
-            i + 1
-            for i in range(len(messages) - 1)
-            if messages[i].role == "assistant" and messages[i + 1].role != "tool"
-        ]
-        keep = self._keeps_empty_think(row)
-        best, low, high = None, 0, len(ends)
-        while low < high:
-            middle = (low + high) // 2
-            shorter = Conversation(messages[: ends[middle]], row.tools)
-            (side,) = self._encode_segments(
-                [self.template.segments(shorter, train_on=self.train_on, keep_empty_think=keep)]
-            )
-            if not isinstance(side, BadRow) and len(side.ids) <= self.max_len:
-                side.mask[0] = False
-                best, low = (side if side.mask.any() else best), middle + 1
+    # ---- columns -> sequences
+
+    def _encode_columns(self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: _Collector) -> np.ndarray:
+        """Encode rows in columns. at: int64 [R], their indices in the batch; returns bool [R]: must go through jinja2."""
+        assert self._blocks
+        sides = 1 + columns.is_pairs
+        rendered = self._blocks.render(columns, np.tile(keeps, sides))
+        blocks, is_good = self._locate(rendered, self._blocks)
+        if columns.is_pairs:
+            is_good = np.tile(is_good.reshape(2, -1).all(axis=0), 2)
+        rows = np.flatnonzero(~rendered.is_odd)[is_good[: len(is_good) // sides]]
+        add = self._add_pairs if columns.is_pairs else self._add_conversations
+        add(at[rows], blocks.only(is_good), out)
+        is_odd = np.ones(len(at), bool)
+        is_odd[rows] = False
+        return is_odd
+
+    def _locate(self, rendered: Renderings, rendering: Blocks) -> tuple[_TextBlocks, np.ndarray]:
+        """Encode texts and find their blocks' control tokens. bool [T]: all are there, no others, headers as expected."""
+        ids, ends = self.encoder.encode(rendered.texts, True)
+        lengths = np.diff(ends, prepend=0)
+        at = np.flatnonzero(self._is_control[ids])
+        text_of = np.searchsorted(ends, at, side="right")
+        is_good = np.bincount(text_of, minlength=len(ends)) == 2 * rendered.num_blocks
+        at = at[is_good[text_of]]
+        text_of = np.repeat(np.arange(len(ends)), rendered.num_blocks)
+        is_here = is_good[text_of]
+        roles, text_of, opens, closes = rendered.roles[is_here], text_of[is_here], at[0::2], at[1::2]
+        for places, token in ((opens, rendering.format.open), (closes, rendering.format.close)):
+            is_good[text_of[ids[places] != self.tokenizer.control_tokens[token]]] = False
+        answers = np.flatnonzero((roles == ASSISTANT) & is_good[text_of])
+        header = opens[answers, None] + 1 + np.arange(len(self._header_ids))
+        is_header = (ids[np.minimum(header, len(ids) - 1)] == self._header_ids).all(axis=1)
+        is_good[text_of[answers[~is_header]]] = False
+        return _TextBlocks(ids, ends - lengths, lengths, rendered.first_trained, opens, closes, roles, text_of), is_good
+
+    def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: _Collector) -> None:
+        """Texts past max_len are cut after their last whole turn that fits; without one they are too long."""
+        whole = blocks.lengths.copy()
+        is_kept = np.ones(len(at), bool)
+        for text in np.flatnonzero(whole > self.max_len).tolist():
+            begin, length = int(blocks.begins[text]), int(whole[text])
+            here = slice(*np.searchsorted(blocks.text_of, [text, text + 1]).tolist())
+            roles, ends = blocks.roles[here], blocks.closes[here] + 1 + self._num_tail - begin
+            may_end = (roles[:-1] == ASSISTANT) & (roles[1:] != TOOL) & (ends[:-1] <= self.max_len)
+            fitting = ends[:-1][may_end]
+            if len(fitting):
+                blocks.lengths[text] = fitting[-1]
+                out.add_cut(length - int(fitting[-1]))
             else:
-                high = middle
-        return best
+                out.bad[int(at[text])] = BadRow("too long", too_long(length, self.max_len))
+                is_kept[text] = False
+        blocks, whole, at = blocks.only(is_kept), whole[is_kept], at[is_kept]
+        spans, num_spans = self._spans(blocks, is_pairs=False)
+        ids = blocks.ids
+        if blocks.lengths.sum() != len(ids):
+            ids = take(ids, blocks.begins, blocks.lengths)
+        out.add(at, Sequences(ids, blocks.lengths, spans.reshape(-1), 2 * num_spans), int(whole.sum()))
 
-    def _pair(self, chosen: _Side, rejected: _Side) -> Encoded:
-        # What both sides begin with, up to the first trained token. Where a tokenizer joins the header's last newlines
-        # with one reply and not with the other, the prompt ends before them.
-        begin = min(int(chosen.mask.argmax()), int(rejected.mask.argmax()), _common_length(chosen.ids, rejected.ids))
-        if np.array_equal(chosen.ids, rejected.ids):
-            raise BadRow("chosen equal to rejected", "once written by the template")
-        longest = max(len(chosen.ids), len(rejected.ids))
-        if longest > self.max_len:
-            raise BadRow("too long", f"{longest:,} tokens, expected at most {self.max_len:,}")
-        replies = chosen.ids[begin:], rejected.ids[begin:]
-        spans = _spans_of(chosen.mask[begin:]), _spans_of(rejected.mask[begin:])
-        return Encoded(PairSequence(chosen.ids[:begin], *replies, *spans), begin + len(replies[0]) + len(replies[1]))
+    def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: _Collector) -> None:
+        """Chosen texts are whole; rejected ones begin with the message in which the sides differ first."""
+        half = len(at)
+        shared = _prompt_lengths(blocks, half)
+        lengths = np.stack([blocks.lengths[:half], blocks.lengths[half:] + shared])
+        longest = lengths.max(axis=0, initial=0)
+        is_kept = longest <= self.max_len
+        for i in np.flatnonzero(~is_kept).tolist():
+            out.bad[int(at[i])] = BadRow("too long", too_long_pair(int(longest[i]), self.max_len))
+        for i in np.flatnonzero(lengths[0] == lengths[1]).tolist():
+            if np.array_equal(blocks.text(i)[shared[i] :], blocks.text(half + i)):
+                out.bad[int(at[i])] = BadRow("chosen equal to rejected", SAME_RENDERING)
+                is_kept[i] = False
+        blocks, at, lengths, shared = (
+            blocks.only(np.tile(is_kept, 2)),
+            at[is_kept],
+            lengths[:, is_kept],
+            shared[is_kept],
+        )
+        half = len(at)
+        spans, num_spans = self._spans(blocks, is_pairs=True)
+        first = spans[np.cumsum(num_spans) - num_spans, 0]
+        prompts = np.minimum(first[:half], first[half:] + shared)
+        for i in np.flatnonzero(prompts > shared + 1 + len(self._header_ids)).tolist():  # by --train-on last alone
+            same = shared[i] + common_length(blocks.text(i)[shared[i] :], blocks.text(half + i))
+            prompts[i] = min(prompts[i], same)
+        skipped = prompts - shared  # of a rejected text
+        begins = np.stack([blocks.begins[:half], blocks.begins[half:] + skipped], axis=1)
+        sizes = np.stack([lengths[0], lengths[1] - prompts], axis=1)
+        sequences = _pairs(
+            take(blocks.ids, begins.reshape(-1), sizes.reshape(-1)),
+            np.stack([prompts, *(lengths - prompts)], axis=1),
+            spans - np.repeat(np.concatenate([prompts, skipped]), num_spans)[:, None],
+            num_spans,
+        )
+        out.add(at, sequences, len(sequences.ids))
+
+    def _spans(self, blocks: _TextBlocks, *, is_pairs: bool) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [S, 2]: trained spans in positions of their text, text by text; int64 [T]: how many each text has."""
+        num_texts, header = len(blocks.begins), 1 + len(self._header_ids)
+        if self.train_on == "all":  # a conversation's first token is not trained: no token before it to predict it from
+            begins = np.ones_like(blocks.lengths)
+            if is_pairs:
+                begins = blocks.opens[blocks.first_blocks + blocks.first_trained] + header - blocks.begins
+            return np.stack([begins, blocks.lengths], axis=1), np.ones(num_texts, np.int64)
+        text_of = blocks.text_of
+        ends = blocks.closes + 1 + self._num_tail - blocks.begins[text_of]
+        number = np.arange(len(text_of)) - blocks.first_blocks[text_of]
+        is_trained = (blocks.roles == ASSISTANT) & (ends <= blocks.lengths[text_of])
+        trained = np.flatnonzero(is_trained & (number >= blocks.first_trained[text_of]))
+        text_of = text_of[trained]
+        if self.train_on == "last":
+            is_last = np.append(text_of[1:] != text_of[:-1], True)[: len(trained)]
+            trained, text_of = trained[is_last], text_of[is_last]
+        begins = blocks.opens[trained] + header - blocks.begins[text_of]
+        return np.stack([begins, ends[trained]], axis=1), np.bincount(text_of, minlength=num_texts)
+
+
+def _prompt_lengths(blocks: _TextBlocks, half: int) -> np.ndarray:
+    """int64 [P]: tokens of each pair's shared messages: where the first block that may be trained opens in the chosen text."""
+    first = blocks.first_blocks[:half] + blocks.first_trained[:half]
+    return blocks.opens[first] - blocks.begins[:half]
+
+
+def _pairs(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_spans: np.ndarray) -> Sequences:
+    """Pairs as flat sequences. sizes: int64 [P, 3], of prompt, chosen and rejected; spans and num_spans (int64 [2P]): of all
+    chosen sides, then of all rejected sides."""
+    chosen, rejected = 2 * num_spans.reshape(2, -1)
+    num_marks = PAIR_MARKS + chosen + rejected
+    begins = np.cumsum(num_marks) - num_marks
+    marks = np.empty(num_marks.sum(), np.int64)
+    marks[begins[:, None] + np.arange(PAIR_MARKS)] = np.column_stack([sizes, chosen, rejected])
+    places = np.concatenate([begins + PAIR_MARKS, begins + PAIR_MARKS + chosen])
+    marks[ranges(places, 2 * num_spans)] = spans.reshape(-1)
+    return Sequences(ids, sizes.sum(axis=1), marks, num_marks, is_pairs=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One line as it would be packed: its renderings cut into segments, what they became, or the reason it is left out."""
+    """One line as it would be packed: its renderings cut into segments, and its encoding, or the reason it is left out."""
 
-    segments: tuple[tuple[Segment, ...], ...] = ()
-    encoded: Encoded | None = None
-    bad: BadRow | None = None
+    encoded: EncodedRows
+    segments: list[list[Segment]] = field(default_factory=list)
+
+    @property
+    def bad(self) -> BadRow | None:
+        return self.encoded.bad.get(0)
 
 
-def preview(raw: bytes, encoder: RowEncoder, *, kind: str | None = None) -> Preview:
-    """Show what becomes of one line; a line that is set aside keeps the segments of as far as it came."""
+def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
+    """Encode one line for show; a row that is left out has segments where it can be rendered."""
+    encoded = encoder.encode_lines([raw], kind)
     try:
         row = parse_row(raw, kind)
-        if isinstance(row, Document):
-            renderings = [encoder.document_segments(text) for text in split_documents(row.text)]
-        else:
-            renderings = encoder.segments(row)
-    except BadRow as bad:
-        return Preview(bad=bad)
-    shown = tuple(map(tuple, renderings))
-    (result,) = encoder.encode([row])
-    return Preview(shown, bad=result) if isinstance(result, BadRow) else Preview(shown, encoded=result)
+        if not isinstance(row, Document):
+            return Preview(encoded, encoder.segments(row))
+    except BadRow:
+        return Preview(encoded)
+    bos, eos = encoder.tokenizer.bos_token, encoder.tokenizer.eos_token
+    edges = [Segment(bos, False, True)] if bos else [], [Segment(eos, True, True)]
+    return Preview(encoded, [[*edges[0], Segment(text, True, False), *edges[1]] for text in split_documents(row.text)])
 
 
-def fragments(length: int, max_len: int) -> list[tuple[int, int]]:
-    """Cut [0, length) into pieces of max_len; the last is not a single token, which could not be trained on."""
-    begins = list(range(0, length, max_len))
-    ends = [*begins[1:], length]
-    if len(begins) > 1 and length - begins[-1] == 1 and max_len > 2:
-        begins[-1] -= 1
-        ends[-2] -= 1
-    return list(zip(begins, ends, strict=True))
+def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the pieces of at most max_len that texts of these lengths are cut into, and the text of each piece.
+
+    A last piece is not a single token, which could not be trained on (but for max_len 2).
+    """
+    counts = np.maximum(-(-lengths // max_len), 1)
+    sizes = np.full(counts.sum(), max_len)
+    last = np.cumsum(counts) - 1
+    sizes[last] = lengths - (counts - 1) * max_len
+    is_single = (sizes[last] == 1) & (counts > 1) & (max_len > 2)
+    sizes[last[is_single]] += 1
+    sizes[last[is_single] - 1] -= 1
+    return sizes, np.repeat(np.arange(len(lengths)), counts)
 
 
-def _rebuild(
-    dir: Path, max_len: int, era: str, train_on: str, seed: int, encoder: str, is_reference: bool
-) -> RowEncoder:
+def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:
     tokenizer = Tokenizer.load(dir)
-    options: Any = {"era": era, "train_on": train_on, "seed": seed, "is_reference": is_reference}
-    return RowEncoder(tokenizer, max_len=max_len, encoder=choose(tokenizer, encoder), **options)
+    return RowEncoder(tokenizer, encoder=choose(tokenizer, encoder), **options)
 
 
 def _shares(seed: int, hashes: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) that depend on the seed and what the rows say, and on nothing else. hashes: uint8 [R, 32]."""
+    """Numbers in [0, 1) that depend on the seed and the row hashes (uint8 [R, 32]) alone."""
     key = np.frombuffer(hashlib.sha256(str(seed).encode()).digest(), "<u8", 1)
     mixed = (np.ascontiguousarray(hashes).view("<u8")[:, 1] ^ key) * np.uint64(0xBF58476D1CE4E5B9)  # as splitmix64 does
     mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0x94D049BB133111EB)
     return (mixed >> np.uint64(11)) / 2.0**53
-
-
-def _batch_of(found: Found) -> Batch:
-    return Batch(found.flat, found.num_sequences, found.num_tokens, found.cut, found.rows_cut, found.bad)
-
-
-def merged(num_rows: int, batches: Rows[tuple[np.ndarray, Batch]]) -> Batch:
-    """Batches of some rows each as one of all, in row order. With each: which rows it is of, int64; a later one's count stands."""
-    if len(batches) == 1 and len(batches[0][0]) == num_rows:
-        return batches[0][1]
-    num_sequences = np.zeros(num_rows, np.int64)
-    cut: Counter[str] = Counter()
-    bad: dict[int, BadRow] = {}
-    for at, batch in batches:
-        num_sequences[at] = batch.num_sequences
-        cut += batch.cut
-        bad |= {int(at[i]): reason for i, reason in batch.bad.items()}
-    row_of = np.concatenate([np.empty(0, np.int64), *(np.repeat(at, batch.num_sequences) for at, batch in batches)])
-    flat = join([batch.flat for _, batch in batches])
-    if (row_of[1:] < row_of[:-1]).any():
-        flat = reorder(flat, np.argsort(row_of, kind="stable"))
-    num_tokens = sum(batch.num_tokens for _, batch in batches)
-    return Batch(flat, num_sequences, num_tokens, cut, sum(batch.rows_cut for _, batch in batches), bad)
-
-
-def _common_length(one: np.ndarray, other: np.ndarray) -> int:
-    shorter = min(len(one), len(other))
-    different = np.flatnonzero(one[:shorter] != other[:shorter])
-    return int(different[0]) if len(different) else shorter
-
-
-def _spans_of(mask: np.ndarray) -> np.ndarray:
-    """int32 [n, 2] of the runs of True."""
-    padded = np.zeros(len(mask) + 2, dtype=bool)
-    padded[1:-1] = mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1])
-    return edges.reshape(-1, 2).astype(np.int32)

@@ -19,6 +19,7 @@ from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
 from mmdata.io.lines import is_seekable as is_seekable
 
+JsonObject = dict[str, Any]  # as it stands in a line, of any shape
 KINDS = ("document", "conversation", "pair")
 
 REASONS = {
@@ -97,13 +98,13 @@ class Message(NamedTuple):
     role: str
     content: str
     reasoning_content: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_calls: tuple[JsonObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +334,7 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _kind_of(found: dict[str, Any]) -> str:
+def _kind_of(found: JsonObject) -> str:
     if "chosen" in found or "rejected" in found:
         return "pair"
     if "conversations" in found or "messages" in found:
@@ -353,7 +354,7 @@ def _text(found: Any, where: str) -> str:
     return found
 
 
-def _conversation(found: dict[str, Any], extra_keys: Counter[str] | None) -> Conversation:
+def _conversation(found: JsonObject, extra_keys: Counter[str] | None) -> Conversation:
     raw_messages = found["conversations"] if "conversations" in found else found["messages"]
     messages, tools = _messages(raw_messages, "conversation", extra_keys)
     if len(found) > 1:
@@ -364,10 +365,10 @@ def _conversation(found: dict[str, Any], extra_keys: Counter[str] | None) -> Con
     return Conversation(messages, tools)
 
 
-def _pair(found: dict[str, Any], extra_keys: Counter[str] | None) -> Pair:
+def _pair(found: JsonObject, extra_keys: Counter[str] | None) -> Pair:
     """Sides are whole message lists, or replies to a shared `prompt`, `conversations` or `messages`."""
     shared: tuple[Message, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
     key = next((key for key in ("conversations", "messages", "prompt") if key in found), None)
     if key:
         shared, tools = _messages(found[key], key, extra_keys, reply_role="user")
@@ -399,7 +400,7 @@ def _check_sides(pair: Pair) -> None:
 
 def _messages(
     found: Any, where: str, extra_keys: Counter[str] | None, *, reply_role: str | None = None
-) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
     """Messages and tools of a list; with `reply_role`, a string or a single message stands for a list of one."""
     if reply_role and type(found) is str:
         found = [{"role": reply_role, "content": found}]
@@ -410,7 +411,7 @@ def _messages(
     if not found:
         raise BadRow("no messages", where)
     messages = []
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
     for number, item in enumerate(found, 1):
         if type(item) is not dict:
             raise BadRow("wrong types", f"message {number}: found {_json_type(item)}, expected an object")
@@ -428,7 +429,7 @@ def _messages(
     return tuple(messages), tools
 
 
-def _message(item: dict[str, Any], number: int) -> Message:
+def _message(item: JsonObject, number: int) -> Message:
     said = item["role"] if "role" in item else item.get("from")
     role = _ROLES.get(said) if type(said) is str else None
     if role is None:
@@ -461,7 +462,7 @@ def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
     raise BadRow("wrong types", f"message {number}: content: found {_json_type(content)}, expected a string")
 
 
-def _objects(found: Any, where: str) -> tuple[dict[str, Any], ...]:
+def _objects(found: Any, where: str) -> tuple[JsonObject, ...]:
     """Tools or tool calls: a list of objects or one object, as JSON or as a string of JSON."""
     if type(found) is str:
         try:
@@ -477,7 +478,7 @@ def _objects(found: Any, where: str) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def _calls(found: Any, where: str) -> tuple[dict[str, Any], ...]:
+def _calls(found: Any, where: str) -> tuple[JsonObject, ...]:
     """Tool calls, each with a name, which may stand inside `function`."""
     calls = _objects(found, where)
     for call in calls:
@@ -487,12 +488,12 @@ def _calls(found: Any, where: str) -> tuple[dict[str, Any], ...]:
     return calls
 
 
-def tools_of(text: str) -> tuple[dict[str, Any], ...]:
+def tools_of(text: str) -> tuple[JsonObject, ...]:
     """Tools given as a string of JSON; BadRow when they are none."""
     return _objects(text, "tools")
 
 
-def calls_of(text: str) -> tuple[dict[str, Any], ...]:
+def calls_of(text: str) -> tuple[JsonObject, ...]:
     """Tool calls given as a string of JSON; BadRow when they are none."""
     return _calls(text, "tool_calls")
 
@@ -511,8 +512,8 @@ def _is_deep(found: Any, levels: int) -> bool:
 
 
 def _with_row_fields(
-    found: dict[str, Any], messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]
-) -> tuple[tuple[Message, ...], tuple[dict[str, Any], ...]]:
+    found: JsonObject, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]
+) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
     """Add what the row itself names beside its messages: `system`, and `tools` or `functions`."""
     system = found.get("system")
     if system is not None and type(system) is not str:
@@ -573,7 +574,7 @@ def canonical_calls(message: Message) -> str:
     return reasoning + (f" calls {counted(_SORTED.encode(message.tool_calls))}" if message.tool_calls else "")
 
 
-def canonical_tools(tools: tuple[dict[str, Any], ...]) -> str:
+def canonical_tools(tools: tuple[JsonObject, ...]) -> str:
     """The tools of a conversation, as they are hashed: keys sorted."""
     return f" tools {counted(_SORTED.encode(tools))}" if tools else ""
 

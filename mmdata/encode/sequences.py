@@ -1,20 +1,21 @@
-"""What rows become: ids and trained spans, one by one as objects, or the many of a batch or a part as a few flat arrays.
+"""Token ids and trained spans of many rows as flat arrays; `Sequence` and `PairSequence` are views of a single one.
 
-Nothing here is a Python list of ids. A flat array costs what its values cost; objects are for looking at single rows.
+A flat array costs the bytes of its values. Nothing here is a Python list of ids.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-PAIR_MARKS = 5  # of a pair, before its spans: the lengths of prompt, chosen and rejected, and of the two span lists
+PAIR_MARKS = 5  # values before a pair's spans: lengths of prompt, chosen and rejected, and of both span lists
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """ids: uint32 [T]; spans: int32 [n, 2], half-open, ascending, disjoint: the trained tokens."""
+    """ids: uint32 [T]; spans: int32 [n, 2], the trained token ranges: half-open, ascending, disjoint."""
 
     ids: np.ndarray
     spans: np.ndarray
@@ -29,12 +30,16 @@ class Sequence:
 
     @property
     def num_loss(self) -> int:
+        """Number of trained tokens."""
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class PairSequence:
-    """prompt, chosen, rejected: uint32; spans relative to their own reply. The prompt ends where training begins."""
+    """prompt, chosen, rejected: uint32 ids; spans: int32 [n, 2], positions in their reply.
+
+    The prompt ends where training begins, so a reply holds everything from its first trained token on.
+    """
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -43,22 +48,13 @@ class PairSequence:
     rejected_spans: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What became of a row of `num_tokens` (of a pair: prompt once, and both replies); `cut`: reason -> tokens dropped."""
-
-    sequences: tuple[Sequence, ...] | PairSequence
-    num_tokens: int
-    cut: dict[str, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
-class Flat:
+class Sequences:
     """N sequences end to end.
 
-    ids: all ids, `lengths` (int64 [N]) of them each; marks (int64): all spans as begin, end, … from the sequence's own
-    first token, `num_marks` (int64 [N]) each. A pair is one sequence: prompt, chosen, rejected; its marks begin with the
-    lengths of these three and of its two flat lists of spans, which then follow.
+    ids [total tokens] and lengths (int64 [N]) of the sequences; marks (int64 [total marks]) and num_marks (int64 [N]): each
+    sequence's spans as begin, end, begin, end, …, counted from its own first token. A pair is one sequence: prompt, chosen,
+    rejected; its marks start with the PAIR_MARKS lengths of these three and of its two span lists, which then follow.
     """
 
     ids: np.ndarray
@@ -70,6 +66,19 @@ class Flat:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __getitem__(self, index: int) -> Sequence | PairSequence:
+        begin, first = self.begins[index], self.mark_begins[index]
+        ids = self.ids[begin : begin + self.lengths[index]]
+        marks = self.marks[first : first + self.num_marks[index]].astype(np.int32)
+        if not self.is_pairs:
+            return Sequence(ids, marks.reshape(-1, 2))
+        sides = np.split(ids, np.cumsum(marks[:2]))
+        spans = np.split(marks[PAIR_MARKS:].reshape(-1, 2), [marks[3] // 2])
+        return PairSequence(sides[0], sides[1], sides[2], spans[0], spans[1])
+
+    def __iter__(self) -> Iterator[Sequence | PairSequence]:
+        return (self[index] for index in range(len(self)))
+
     @cached_property
     def begins(self) -> np.ndarray:
         """int64 [N]: where each sequence's ids begin."""
@@ -77,26 +86,27 @@ class Flat:
 
     @cached_property
     def mark_begins(self) -> np.ndarray:
+        """int64 [N]: where each sequence's marks begin."""
         return np.cumsum(self.num_marks) - self.num_marks
 
     def pair_marks(self) -> np.ndarray:
-        """int64 [N, 5]: what a pair's marks begin with."""
+        """int64 [N, PAIR_MARKS]: the lengths that a pair's marks start with."""
         return self.marks[self.mark_begins[:, None] + np.arange(PAIR_MARKS)]
 
     def widths(self) -> np.ndarray:
-        """int64 [N]: the length that must fit a bucket; of a pair prompt and longer reply."""
+        """int64 [N]: the length that must fit a bucket; of a pair, prompt and longer reply."""
         if not self.is_pairs:
             return self.lengths
         sides = self.pair_marks()
         return sides[:, 0] + sides[:, 1:3].max(axis=1, initial=0)
 
     def model_lengths(self) -> np.ndarray:
-        """int64 [N]: tokens as a model sees them, a pair's prompt before each of its replies."""
+        """int64 [N]: tokens that a model computes; a pair's prompt stands before both of its replies."""
         return self.lengths + self.pair_marks()[:, 0] if self.is_pairs else self.lengths
 
     @cached_property
     def num_loss(self) -> np.ndarray:
-        """int64 [N]: the trained tokens."""
+        """int64 [N]: trained tokens of each sequence."""
         heads = PAIR_MARKS if self.is_pairs else 0
         at = np.arange(len(self.marks)) - np.repeat(self.mark_begins, self.num_marks) - heads
         signed = np.where(at % 2 == 1, self.marks, -self.marks)
@@ -106,8 +116,8 @@ class Flat:
         return sums[ends] - sums[ends - self.num_marks]
 
 
-def flatten(sequences: Items[Sequence] | Items[PairSequence]) -> Flat:
-    """Sequences of one kind as flat arrays; no sequence: an empty Flat of packs."""
+def flatten(sequences: Items[Sequence | PairSequence]) -> Sequences:
+    """Sequences of one kind as flat arrays; an empty list gives no sequences, not marked as pairs."""
     if sequences and isinstance(sequences[0], PairSequence):
         return flatten_pairs([
             (s.prompt, s.chosen, s.rejected, s.chosen_spans.reshape(-1), s.rejected_spans.reshape(-1))
@@ -115,52 +125,59 @@ def flatten(sequences: Items[Sequence] | Items[PairSequence]) -> Flat:
         ])  # fmt: skip
     ids = [s.ids for s in sequences if isinstance(s, Sequence)]
     spans = [s.spans.reshape(-1) for s in sequences if isinstance(s, Sequence)]
-    return Flat(_joined(ids, np.uint32), _sizes(ids), _joined(spans, np.int64), _sizes(spans))
+    return Sequences(_joined(ids, np.uint32), _sizes(ids), _joined(spans, np.int64), _sizes(spans))
 
 
-def flatten_pairs(pairs: Items[tuple[np.ndarray, ...]]) -> Flat:
-    """pairs: prompt, chosen, rejected, and the spans of chosen and rejected, flat."""
+def flatten_pairs(pairs: Items[tuple[np.ndarray, ...]]) -> Sequences:
+    """pairs: for each the ids of prompt, chosen and rejected, and the spans of chosen and rejected as flat lists."""
     ids = [array for pair in pairs for array in pair[:3]]
     marks = [np.concatenate([[len(array) for array in pair], *pair[3:]]) for pair in pairs]
     lengths = _sizes(ids).reshape(-1, 3).sum(axis=1)
-    return Flat(_joined(ids, np.uint32), lengths, _joined(marks, np.int64), _sizes(marks), is_pairs=True)
+    return Sequences(_joined(ids, np.uint32), lengths, _joined(marks, np.int64), _sizes(marks), is_pairs=True)
 
 
-def join(flats: Items[Flat]) -> Flat:
-    """Flats of one kind end to end."""
-    if len(flats) == 1:
-        return flats[0]
-    is_pairs = any(flat.is_pairs for flat in flats)
-    flats = [flat for flat in flats if len(flat)]
-    ids = _joined([flat.ids for flat in flats], flats[0].ids.dtype if flats else np.uint32)
+def join(parts: Items[Sequences]) -> Sequences:
+    """Sequences of one kind, the parts end to end."""
+    if len(parts) == 1:
+        return parts[0]
+    is_pairs = any(part.is_pairs for part in parts)
+    parts = [part for part in parts if len(part)]
+    ids = _joined([part.ids for part in parts], parts[0].ids.dtype if parts else np.uint32)
     lengths, marks, num_marks = (
-        _joined([getattr(flat, name) for flat in flats], np.int64) for name in ("lengths", "marks", "num_marks")
+        _joined([getattr(part, name) for part in parts], np.int64) for name in ("lengths", "marks", "num_marks")
     )
-    return Flat(ids, lengths, marks, num_marks, is_pairs)
+    return Sequences(ids, lengths, marks, num_marks, is_pairs)
 
 
-def reorder(flat: Flat, order: np.ndarray) -> Flat:
-    """The sequences `order` names, in that order."""
-    lengths, num_marks = flat.lengths[order], flat.num_marks[order]
-    ids = take(flat.ids, flat.begins[order], lengths)
-    return Flat(ids, lengths, take(flat.marks, flat.mark_begins[order], num_marks), num_marks, flat.is_pairs)
+def reorder(sequences: Sequences, order: np.ndarray) -> Sequences:
+    """The sequences at the indices `order`, in that order."""
+    lengths, num_marks = sequences.lengths[order], sequences.num_marks[order]
+    ids = take(sequences.ids, sequences.begins[order], lengths)
+    marks = take(sequences.marks, sequences.mark_begins[order], num_marks)
+    return Sequences(ids, lengths, marks, num_marks, sequences.is_pairs)
 
 
-def is_equal(one: Flat, other: Flat) -> bool:
-    """Whether both hold the same sequences in the same order; the width of ids is no matter."""
+def is_equal(one: Sequences, other: Sequences) -> bool:
+    """Whether both hold the same sequences in the same order; the integer type of the ids may differ."""
     names = ("lengths", "num_marks", "marks", "ids")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def take(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The stretches of `values` that begin there and have these sizes, end to end."""
+    """The slices of `values` that begin at `begins` and have these sizes, end to end."""
     ends = (begins + sizes).tolist()
     pieces = [values[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)]
     return np.concatenate(pieces) if pieces else values[:0]
 
 
+def ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """int64: the indices from each of `begins` on, as many as `sizes` has, end to end."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - sizes), sizes)
+
+
 def _joined(arrays: Items[np.ndarray], dtype: np.dtype | type) -> np.ndarray:
-    """End to end; the values are known to fit the type."""
+    """The arrays end to end; their values must fit the type."""
     return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
 
 

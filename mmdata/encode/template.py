@@ -1,11 +1,9 @@
-"""A conversation in; its rendering out, cut into segments that are each trained or not and each control or plain text.
+"""A chat template's rendering of a conversation, cut into segments: trained or not, control token or plain text.
 
-The rendering is the tokenizer's own chat template's, character for character. Where a message's text stands in it comes
-from traced strings (see `traced`), never from searching for it; where a turn begins and ends comes from what the template
-writes around two-word probe conversations. A row whose rendering cannot be cut this way is refused with the reason.
-
-jinja2 takes about 0.1 ms a row. Templates that write a fixed text between each two roles are learned as such from the
-probes, and plain rows are then put together directly.
+The rendering is the tokenizer's own chat template's, character for character. Where a message's text stands in it is known
+from traced strings (module `traced`), never by searching for the text. Where a turn begins and ends is learned from what the
+template writes around the contents of a short probe conversation. A row whose rendering cannot be cut in this way is refused
+with the reason. jinja2 takes 0.1 to 0.3 ms a row; `blocks` renders the usual templates without it.
 """
 
 import itertools
@@ -17,8 +15,8 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import nodes
 
-from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
-from mmdata.encode.traced import GENERATION, TOOLS, Run, template_environment, traced
+from mmdata.encode.rows import BadRow, Conversation, JsonObject, Message, texts_of
+from mmdata.encode.traced import GENERATION, TOOLS, Origin, origins_of, template_environment, traced
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
 
@@ -33,7 +31,7 @@ _CONTENT, _REASONING, _CALLS = range(3)  # a message's fields: source = 3 * mess
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of rendered text; `is_control` ones are exactly one special token."""
+    """A piece of rendered text; with `is_control` it is exactly one special token."""
 
     text: str
     is_trained: bool
@@ -41,7 +39,7 @@ class Segment:
 
 
 class _Turn(NamedTuple):
-    """What a template writes around the assistant's turns: the header before, the end of turn after, and the era's habit."""
+    """The header that a template writes before an answer, the end of turn after it, and the template's era."""
 
     header: str
     end: str
@@ -51,12 +49,12 @@ class _Turn(NamedTuple):
 class Template:
     """A tokenizer's chat template (the built-in ChatML when it has none), compiled once."""
 
-    def __init__(self, tokenizer: Tokenizer, *, era: str = "auto", only_jinja: bool = False):
-        """`only_jinja`: every row is rendered by jinja2, also one that could be put together directly."""
+    def __init__(self, tokenizer: Tokenizer, *, era: str = "auto"):
+        """TokenizerError when the template cannot be used; UsageError when it is not of the `era` asked for."""
         self.text = tokenizer.chat_template or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
-        self._last: tuple[Conversation, str] | None = None  # rendered by `cut`: a probe is cut in several ways
+        self._last: tuple[Conversation, str] | None = None  # the last rendering: a probe is cut in several ways
         if tokenizer.chat_template is None and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys():
             raise TokenizerError(
                 f"{self.name} has no chat template, and no <|im_start|> and <|im_end|> for the built-in one",
@@ -68,8 +66,7 @@ class Template:
             environment = template_environment()
             self._compiled = environment.from_string(self.text)
             self._turn = self._learn_turn()
-            self.literals = None if only_jinja else _literals(environment.parse(self.text))
-            self._plan = self._learn_plan(self.literals)
+            self.literals = _literals(environment.parse(self.text))
         except (jinja2.TemplateError, BadRow) as error:
             raise TokenizerError(
                 f"{self.name}: its chat template cannot be used: {error}", "try another template"
@@ -81,7 +78,7 @@ class Template:
 
     @property
     def era(self) -> str:
-        """seed: the assistant's header ends the user's turn; 3: every answer opens with a think block; 2: neither."""
+        """seed: the end of a user's turn is the assistant's header; 3: every answer opens with a think block; 2: neither."""
         return self._turn.era
 
     def segments(
@@ -92,34 +89,48 @@ class Template:
         first_trained: int = 0,
         keep_empty_think: bool = True,
     ) -> list[Segment]:
-        """Cut a conversation's rendering; the segments joined are the rendering. Raises BadRow when it cannot be cut.
+        """Cut a conversation's rendering by jinja2; the segments joined are the rendering. BadRow when it cannot be cut.
 
         Trained are the assistant's turns from message `first_trained` on: reasoning, content, tool calls, the end of turn
-        and the newline after it. `train_on` "last" keeps the last of them, "all" trains everything from that message on.
+        and the newline after it. `train_on` "last" trains only the last of them, "all" everything from that message on.
         Without `keep_empty_think`, think blocks that the template wrote and the data did not are left out.
         """
         assert train_on in TRAIN_ON
-        if self._plan and self._plan.covers(conversation):
-            return self._plan.segments(conversation.messages, train_on, first_trained, keep_empty_think)
-        return self.cut(conversation, train_on, first_trained, keep_empty_think)
+        messages = conversation.messages
+        last = self._last
+        if last is None or last[0] is not conversation:
+            last = self._last = conversation, self._render(messages, conversation.tools)
+        text = last[1]
+        origins = origins_of(text)
+        self._check_complete(messages, origins)
+        self._check_content_stays_plain(conversation, text)
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        turns = self._turns(text, origins, answers)
+        dropped = [] if keep_empty_think else self._empty_thinks(text, origins, turns)
+        turns = [turn for i, turn in zip(answers, turns, strict=True) if i >= first_trained]
+        if train_on == "last":
+            turns = turns[-1:]
+        elif train_on == "all":
+            turns = [(turns[0][0] if first_trained else 0, len(text))]
+        return merged(self._assemble(text, turns, dropped))
 
     def prompt_ids(
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] = (),
+        tools: Sequence[JsonObject] = (),
         *,
         think: bool | None = None,
     ) -> list[int]:
-        """Ids of messages with the header of the answer to come, as a model is asked; content never becomes control.
+        """Prompt ids: the messages, then the header of the answer to come. Control strings in contents stay plain text.
 
-        `think` asks for an answer with or without thinking, from templates that know the difference (None: their habit).
-        Raises TokenizerError when the template refuses the messages.
+        `think` asks for an answer with or without thinking where the template has that choice (None: its default).
+        TokenizerError when the template refuses the messages.
         """
         try:
             segments = self._assemble(self._render(messages, tools, is_prompt=True, think=think), [], [])
         except BadRow as bad:
-            raise TokenizerError(f"{self.name}: its chat template cannot show these messages: {bad.detail}") from None
+            raise TokenizerError(f"{self.name}: its chat template refuses these messages: {bad.detail}") from None
         ids: list[int] = []
         for group in stretches(segments):
             text = "".join(segment.text for segment in group)
@@ -129,8 +140,8 @@ class Template:
 
     # ---- rendering
 
-    def rendering(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
-        """What jinja2 writes for these messages; BadRow when the template refuses them."""
+    def rendering(self, messages: Sequence[Message], tools: Sequence[JsonObject] = ()) -> str:
+        """The text that jinja2 renders for these messages; BadRow when the template refuses them."""
         return self._render(messages, tools)
 
     def control_tokens_in(self, text: str) -> list[str]:
@@ -140,12 +151,12 @@ class Template:
     def _render(
         self,
         messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] = (),
+        tools: Sequence[JsonObject] = (),
         *,
         is_prompt: bool = False,
         think: bool | None = None,
     ) -> str:
-        # MiniMind-3's name for it and Qwen3's
+        # the variables of MiniMind-3's template and of Qwen3's
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
         try:
             return self._compiled.render(
@@ -159,92 +170,65 @@ class Template:
         except _RENDER_ERRORS as error:
             raise BadRow("template refuses", str(error)[:200]) from None
 
-    def cut(
-        self,
-        conversation: Conversation,
-        train_on: str = "assistant",
-        first_trained: int = 0,
-        keep_empty_think: bool = True,
-    ) -> list[Segment]:
-        """As `segments`, always by jinja2."""
-        messages = conversation.messages
-        last = self._last
-        if last is None or last[0] is not conversation:
-            last = self._last = conversation, self._render(messages, conversation.tools)
-        text = last[1]
-        runs = sorted(run for run in getattr(text, "runs", ()) if run.source != GENERATION)
-        self._check_complete(messages, runs)
-        self._check_content_stays_plain(conversation, text)
-        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        turns = self._turns(text, runs, answers)
-        dropped = [] if keep_empty_think else self._empty_thinks(text, runs, turns)
-        turns = [turn for i, turn in zip(answers, turns, strict=True) if i >= first_trained]
-        if train_on == "last":
-            turns = turns[-1:]
-        elif train_on == "all":
-            turns = [(turns[0][0] if first_trained else 0, len(text))]
-        return merged(self._assemble(text, turns, dropped))
-
-    def _turns(self, text: str, runs: list[Run], answers: list[int]) -> list[tuple[int, int]]:
-        """The stretch of `text` each of these assistant messages is trained on."""
-        marked = [run for run in getattr(text, "runs", ()) if run.source == GENERATION]
+    def _turns(self, text: str, origins: list[Origin], answers: list[int]) -> list[tuple[int, int]]:
+        """The characters of `text` that each of these assistant messages is trained on: (begin, end)."""
+        marked = [origin for origin in getattr(text, "origins", ()) if origin.source == GENERATION]
         turns = []
         for i in answers:
-            mine = [n for n, run in enumerate(runs) if run.source >= 0 and run.source // 3 == i]
-            first, last = mine[0], mine[-1]
-            begin, end = runs[first].begin, runs[last].end
+            own = [n for n, origin in enumerate(origins) if origin.source >= 0 and origin.source // 3 == i]
+            first, last = own[0], own[-1]
+            begin, end = origins[first].begin, origins[last].end
             if marked:
-                around = [run for run in marked if run.begin <= begin and end <= run.end]
+                around = [block for block in marked if block.begin <= begin and end <= block.end]
                 if not around:
                     raise BadRow("template cannot be cut", f"message {i + 1} is outside the generation blocks")
                 turns.append((around[0].begin, around[0].end))
                 continue
-            before = runs[first - 1].end if first else 0
-            after = runs[last + 1].begin if last + 1 < len(runs) else len(text)
+            before = origins[first - 1].end if first else 0
+            after = origins[last + 1].begin if last + 1 < len(origins) else len(text)
             header = text.rfind(self._turn.header, before, begin)
             close = text.find(self._turn.end, end, after)
             if header < 0 or close < 0:
-                raise BadRow(
-                    "template cannot be cut", f"message {i + 1} has not the assistant's header and end of turn"
-                )
+                detail = f"message {i + 1} has not the assistant's header and end of turn"
+                raise BadRow("template cannot be cut", detail)
             turns.append((header + len(self._turn.header), close + len(self._turn.end)))
         return turns
 
     @staticmethod
-    def _empty_thinks(text: str, runs: list[Run], turns: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Think blocks at the beginning of turns that hold no text of the data."""
+    def _empty_thinks(text: str, origins: list[Origin], turns: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Empty think blocks at the beginning of turns in which nothing comes from the data: (begin, end)."""
         blocks = [(begin, begin + len(EMPTY_THINK)) for begin, _ in turns if text.startswith(EMPTY_THINK, begin)]
-        return [(b, e) for b, e in blocks if not any(run.begin < e and run.end > b for run in runs)]
+        return [(b, e) for b, e in blocks if not any(origin.begin < e and origin.end > b for origin in origins)]
 
     def _assemble(self, text: str, turns: list[tuple[int, int]], dropped: list[tuple[int, int]]) -> list[Segment]:
-        """Cut `text` at the ends of turns and around the control tokens that the template itself wrote."""
+        """Cut `text` at the edges of turns and of the control tokens that the template wrote; leave out `dropped` ranges."""
         plain = str.__getitem__(text, slice(None))
         control = self._template_control(text)
         cuts = sorted({0, len(plain), *itertools.chain(*turns, *dropped, *control)})
-        starts = {begin for begin, _ in control}
-        gone = {begin for begin, _ in dropped}
+        control_begins = {begin for begin, _ in control}
+        dropped_begins = {begin for begin, _ in dropped}
         segments = []
         for begin, end in itertools.pairwise(cuts):
-            if begin not in gone:
+            if begin not in dropped_begins:
                 is_trained = any(b <= begin < e for b, e in turns)
-                segments.append(Segment(plain[begin:end], is_trained, begin in starts))
+                segments.append(Segment(plain[begin:end], is_trained, begin in control_begins))
         return segments
 
     def _template_control(self, text: str) -> list[tuple[int, int]]:
-        """Where control tokens stand outside of what came from the conversation."""
-        found = []
+        """The control tokens in `text` that the template itself wrote: (begin, end)."""
+        spans: list[tuple[int, int]] = []
         position = 0
-        runs = sorted(run for run in getattr(text, "runs", ()) if run.source != GENERATION)
-        for begin, end in [*((run.begin, run.end) for run in runs), (len(text), len(text))]:
-            found.extend(match.span() for match in self._control.finditer(text, position, max(position, begin)))
+        for begin, end in [*((origin.begin, origin.end) for origin in origins_of(text)), (len(text), len(text))]:
+            spans.extend(match.span() for match in self._control.finditer(text, position, max(position, begin)))
             position = max(position, end)
-        return found
+        return spans
 
     # ---- checks
 
     @staticmethod
-    def _check_complete(messages: Sequence[Message], runs: list[Run]) -> None:
-        shown = {run.source for run in runs}
+    def _check_complete(messages: Sequence[Message], origins: list[Origin]) -> None:
+        """BadRow when the rendering leaves out a content, tool calls, or a whole answer."""
+        shown = {origin.source for origin in origins}
         for i, message in enumerate(messages):
             if message.content.strip() and 3 * i + _CONTENT not in shown:
                 raise BadRow("no place in the template", f"message {i + 1} ({message.role})")
@@ -254,27 +238,31 @@ class Template:
                 raise BadRow("no place in the template", f"message {i + 1}: nothing of the answer is shown")
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
-        """A template's operation that traced strings do not follow must not turn content into control tokens."""
+        """BadRow when control strings in content cannot be told from the template's own.
+
+        That happens when the template handles text by an operation that traced strings do not follow.
+        """
         if not self.control_strings(conversation):
             return
-        harmless = _map_text(conversation, lambda said: self._control.sub("x", said))
+        harmless = _map_text(conversation, lambda text: self._control.sub("x", text))
         expected = self._template_control(self._render(harmless.messages, harmless.tools))
         if len(self._template_control(text)) != len(expected):
             raise BadRow("template cannot be cut", "control strings in content cannot be told from the template's own")
 
     def control_strings(self, conversation: Conversation) -> list[str]:
-        """The tokenizer's special-token strings that stand in what the conversation says."""
+        """The tokenizer's special-token strings in the conversation's own text."""
         return [string for text in texts_of(conversation) for string in self._control.findall(text)]
 
-    # ---- what the template writes around turns
+    # ---- the template's texts around turns
 
     def _learn_turn(self) -> _Turn:
+        """Header, end of turn and era, from a probe of two turns."""
         two = [Message("user", "Ask"), Message("assistant", "Tell")] * 2
         gaps = self._gaps(two)
         after_user = self._gaps(two[:1])[-1]
         prompt = self._gaps(two[:1], is_prompt=True)[-1]
         end = _common_prefix(self._gaps(two[:2])[-1], gaps[2])
-        # A template may leave part of what stands before an answer for the model to write: that part is no header.
+        # The header is what a prompt ends with; a part of the text before an answer may be left for the model to write.
         header = prompt if gaps[1].startswith(prompt) and prompt != after_user else gaps[1]
         header = header.partition("<think>")[0]
         era = "seed" if prompt == after_user == gaps[1] else "2"
@@ -285,114 +273,28 @@ class Template:
         return _Turn(header, end, era)
 
     def _gaps(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[str]:
-        """What the template writes before, between and after the contents of these messages."""
+        """The texts that the template writes before, between and after the contents of these messages."""
         text = self._render(messages, is_prompt=is_prompt)
-        runs = sorted(run for run in getattr(text, "runs", ()) if run.source != GENERATION)
-        if [run.source for run in runs] != [3 * i for i in range(len(messages))]:
+        origins = origins_of(text)
+        if [origin.source for origin in origins] != [3 * i for i in range(len(messages))]:
             raise BadRow(
-                "template cannot be cut", "it does not show a plain conversation's messages once each, in order"
+                "template cannot be cut", "it does not show the messages of a plain conversation once, in order"
             )
-        edges = [0, *(edge for run in runs for edge in run[:2]), len(text)]
+        edges = [0, *(edge for origin in origins for edge in origin[:2]), len(text)]
         return [str.__getitem__(text, slice(*edges[n : n + 2])) for n in range(0, len(edges), 2)]
-
-    def _learn_plan(self, literals: list[str] | None) -> "_Plan | None":
-        """The fixed texts between roles, if cutting probes with and without them gives the same segments."""
-        if literals is None:
-            return None
-        rule = Message("system", "Be\tkind.")
-        ask, tell = Message("user", "Ask 1?\n\n*2*"), Message("assistant", "a: [b]\n  c" * 9)
-        probes = [[ask, tell] * n for n in (1, 2, 3)] + [[rule, *[ask, tell] * n] for n in (1, 2, 3)]
-        gaps: dict[tuple[str, str], tuple[str, int, int]] = {}
-        try:
-            for messages in probes[1], probes[4]:
-                roles = ["", *(message.role for message in messages), ""]
-                for pair, gap in zip(itertools.pairwise(roles), self._gaps(messages), strict=True):
-                    head = gap.rfind(self._turn.header) + len(self._turn.header) if pair[1] == "assistant" else len(gap)
-                    gaps[pair] = (gap, len(self._turn.end) if pair[0] == "assistant" else 0, head)
-            plan = _Plan(self._control, gaps, literals)
-            talks = [Conversation(tuple(messages)) for messages in probes]
-            for talk, train_on, is_reply, keep in itertools.product(talks, TRAIN_ON, (False, True), (True, False)):
-                options = train_on, len(talk.messages) - 1 if is_reply else 0, keep
-                if plan.segments(talk.messages, *options) != self.cut(talk, *options):
-                    return None
-        except BadRow:
-            return None
-        return plan
-
-
-class _Plan:
-    """Puts plain conversations together from the fixed texts a template writes between each two roles."""
-
-    def __init__(
-        self, control: re.Pattern[str], gaps: dict[tuple[str, str], tuple[str, int, int]], literals: list[str]
-    ):
-        self._control = control
-        self._gaps = gaps
-        self._unusual = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
-        self._cache: dict[tuple[str, str, bool, bool, bool], list[Segment]] = {}
-
-    def covers(self, conversation: Conversation) -> bool:
-        """Whether no test or strip that the template makes could change how this conversation is written."""
-        if conversation.tools:
-            return False
-        last = ""
-        for message in conversation.messages:
-            said = message.content
-            if message.reasoning_content is not None or message.tool_calls or (last, message.role) not in self._gaps:
-                return False
-            if not said or said[0].isspace() or said[-1].isspace() or self._unusual.search(said):
-                return False
-            last = message.role
-        return (last, "") in self._gaps
-
-    def segments(
-        self, messages: Sequence[Message], train_on: str, first_trained: int, keep_empty_think: bool
-    ) -> list[Segment]:
-        """As `Template.segments`."""
-        trained = [train_on == "all" or message.role == "assistant" for message in messages]
-        trained[:first_trained] = [False] * first_trained
-        if train_on == "last":
-            trained = [False] * (len(messages) - 1) + trained[-1:]
-        pieces: list[Segment] = []
-        before, was_trained = "", train_on == "all" and not first_trained
-        for message, is_trained in zip(messages, trained, strict=True):
-            pieces += self._gap(before, message.role, was_trained, is_trained, keep_empty_think)
-            pieces.append(Segment(message.content, is_trained, False))
-            before, was_trained = message.role, is_trained
-        return merged(pieces + self._gap(before, "", was_trained, train_on == "all", keep_empty_think))
-
-    def _gap(
-        self, before: str, role: str, was_trained: bool, is_trained: bool, keep_empty_think: bool
-    ) -> list[Segment]:
-        key = (before, role, was_trained, is_trained, keep_empty_think)
-        if key not in self._cache:
-            gap, tail, head = self._gaps[before, role]
-            begin = head + len(EMPTY_THINK) if not keep_empty_think and gap.startswith(EMPTY_THINK, head) else head
-            pieces = [
-                (gap[:tail], was_trained),
-                (gap[tail:head], was_trained and is_trained),
-                (gap[begin:], is_trained),
-            ]
-            self._cache[key] = [
-                Segment(text, trained, n % 2 == 1)  # splitting by a group puts what matched at odd places
-                for piece, trained in pieces
-                for n, text in enumerate(self._control.split(piece))
-                if text
-            ]
-        return self._cache[key]
 
 
 def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Group segments into what is encoded as one: each control token alone, and the plain text between two of them."""
+    """Group segments into the units of encoding: each control token alone, and all plain text between two of them."""
     return [
         group
-        for is_control, found in itertools.groupby(segments, key=lambda segment: segment.is_control)
-        for group in ([[segment] for segment in found] if is_control else [list(found)])
+        for is_control, run in itertools.groupby(segments, key=lambda segment: segment.is_control)
+        for group in ([[segment] for segment in run] if is_control else [list(run)])
     ]
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
-    """Join plain neighbours that are trained alike."""
+    """Join neighbouring plain segments that are both trained or both not."""
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
@@ -408,18 +310,18 @@ def _common_prefix(one: str, other: str) -> str:
     return one[:same]
 
 
-def _as_dict(message: Message, index: int) -> dict[str, Any]:
-    """The message as a template sees it, its texts traced to it."""
-    found: dict[str, Any] = {"role": message.role, "content": traced(message.content, 3 * index + _CONTENT)}
+def _as_dict(message: Message, index: int) -> JsonObject:
+    """The message as a template gets it, its texts traced to it."""
+    fields: JsonObject = {"role": message.role, "content": traced(message.content, 3 * index + _CONTENT)}
     if message.reasoning_content is not None:
-        found["reasoning_content"] = traced(message.reasoning_content, 3 * index + _REASONING)
+        fields["reasoning_content"] = traced(message.reasoning_content, 3 * index + _REASONING)
     if message.tool_calls:
-        found["tool_calls"] = traced(message.tool_calls, 3 * index + _CALLS)
-    return found
+        fields["tool_calls"] = traced(message.tool_calls, 3 * index + _CALLS)
+    return fields
 
 
 def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
-    """The conversation with every string it says, JSON keys included, changed."""
+    """The conversation with `change` applied to every string in it, JSON keys included."""
 
     def of(value: Any) -> Any:
         if isinstance(value, str):
@@ -434,13 +336,14 @@ def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conve
     return Conversation(tuple(messages), tuple(of(conversation.tools)))
 
 
-# What a template may do to a text for `_literals` to tell all it depends on: its edges, and strings found in it.
+# The operations on text after which `_literals` still lists everything that a rendering depends on: they strip its edges or
+# search for a constant string.
 _EDGE_AND_SEARCH = {"strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace"}
 _TYPE_TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "true", "false", "boolean"}
 
 
 def _literals(tree: nodes.Template) -> list[str] | None:
-    """Strings that a template searches messages for, or None when it does more with text than search and strip."""
+    """The strings that a template searches messages for; None when it does more with text than search and strip."""
     for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getitem, nodes.Call)):
         match node:
             case nodes.Filter(name="trim" | "tojson"):

@@ -1,8 +1,8 @@
-"""Strings that remember where they came from: jinja2 renders with them, and the rendering tells message text from template text.
+"""Strings that remember their origin: rendering with them shows which text of a rendering came from which message.
 
-A `Traced` string is equal to the plain one in every test and operation a template makes, so the rendering is exactly what
-plain strings give. Concatenating, slicing, stripping, splitting and replacing keep the origins; any other operation
-returns a plain string, which then counts as the template's own, and the caller notices what is missing.
+A `Traced` string equals the plain one in every test and operation of a template, so the rendering is exactly that of plain
+strings. Concatenating, slicing, stripping, splitting and replacing keep the origins; any other operation returns a plain
+string, which counts as the template's own text, so the caller sees that part of a message is missing.
 """
 
 import json
@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 
 
-class Run(NamedTuple):
+class Origin(NamedTuple):
     """Characters [begin, end) of a string came from `source`."""
 
     begin: int
@@ -24,19 +24,19 @@ class Run(NamedTuple):
     source: int
 
 
-GENERATION = -1  # source of what stands in a template's {% generation %} block
+GENERATION = -1  # the source of text inside a template's {% generation %} block
 TOOLS = -2
 
 
 class Traced(str):
-    """A string and the runs in it that came from the conversation."""
+    """A string and the origins of the parts that came from the conversation."""
 
-    __slots__ = ("runs",)
-    runs: tuple[Run, ...]
+    __slots__ = ("origins",)
+    origins: tuple[Origin, ...]
 
-    def __new__(cls, text: str, runs: Iterable[Run]) -> "Traced":
+    def __new__(cls, text: str, origins: Iterable[Origin]) -> "Traced":
         self = super().__new__(cls, text)
-        self.runs = tuple(runs)
+        self.origins = tuple(origins)
         return self
 
     def __str__(self) -> str:
@@ -50,8 +50,8 @@ class Traced(str):
 
     def cut(self, begin: int, end: int) -> "Traced":
         """Characters [begin, end), with their origins."""
-        runs = (Run(max(r.begin, begin) - begin, min(r.end, end) - begin, r.source) for r in self.runs)
-        return Traced(str.__getitem__(self, slice(begin, end)), (r for r in runs if r.begin < r.end))
+        origins = (Origin(max(o.begin, begin) - begin, min(o.end, end) - begin, o.source) for o in self.origins)
+        return Traced(str.__getitem__(self, slice(begin, end)), (o for o in origins if o.begin < o.end))
 
     def __getitem__(self, key: Any) -> str:
         if isinstance(key, slice) and key.step in (None, 1):
@@ -88,14 +88,19 @@ class Traced(str):
 def concat(parts: Iterable[str]) -> str:
     """Join strings, keeping the origins of those that have them."""
     parts = list(parts)
-    runs: list[Run] = []
+    origins: list[Origin] = []
     offset = 0
     for part in parts:
         if isinstance(part, Traced):
-            runs.extend(Run(r.begin + offset, r.end + offset, r.source) for r in part.runs)
+            origins.extend(Origin(o.begin + offset, o.end + offset, o.source) for o in part.origins)
         offset += len(part)
     text = "".join(parts)
-    return Traced(text, runs) if runs else text
+    return Traced(text, origins) if origins else text
+
+
+def origins_of(text: str) -> list[Origin]:
+    """The origins in a rendering, sorted, without {% generation %} blocks."""
+    return sorted(origin for origin in getattr(text, "origins", ()) if origin.source != GENERATION)
 
 
 class _Object(dict):
@@ -106,13 +111,13 @@ class _Object(dict):
 
 
 def traced(value: Any, source: int) -> Any:
-    """Copy JSON data with every string and object marked as coming from `source`."""
+    """A copy of JSON data in which every string and object has `source` as its origin."""
     if isinstance(value, str):
-        return Traced(value, [Run(0, len(value), source)] if value else [])
+        return Traced(value, [Origin(0, len(value), source)] if value else [])
     if isinstance(value, dict):
-        found = _Object((key, traced(item, source)) for key, item in value.items())
-        found.source = source
-        return found
+        copy = _Object((key, traced(item, source)) for key, item in value.items())
+        copy.source = source
+        return copy
     return [traced(item, source) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -120,7 +125,7 @@ def _source_of(value: Any) -> int | None:
     if isinstance(value, _Object):
         return value.source
     if isinstance(value, Traced):
-        return value.runs[0].source if value.runs else None
+        return value.origins[0].source if value.origins else None
     if isinstance(value, (list, tuple)):
         return next((source for item in value if (source := _source_of(item)) is not None), None)
     return None
@@ -133,14 +138,14 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter as transformers defines it for chat templates: plain JSON, without HTML escapes."""
+    """The `tojson` filter as transformers defines it for chat templates: plain JSON, without HTML escapes."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     source = _source_of(value)
-    return text if source is None else Traced(text, [Run(0, len(text), source)])
+    return text if source is None else Traced(text, [Origin(0, len(text), source)])
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: what stands inside is marked as the assistant's."""
+    """{% generation %} … {% endgeneration %}: marks the text inside as the assistant's."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -151,8 +156,8 @@ class _Generation(jinja2.ext.Extension):
 
     def _mark(self, caller: Any) -> str:
         text = caller()
-        runs = text.runs if isinstance(text, Traced) else ()
-        return Traced(text, (*runs, Run(0, len(text), GENERATION)))
+        origins = text.origins if isinstance(text, Traced) else ()
+        return Traced(text, (*origins, Origin(0, len(text), GENERATION)))
 
 
 class _CodeGenerator(CodeGenerator):
@@ -177,9 +182,9 @@ def _raise_exception(message: str) -> None:
 
 
 def template_environment() -> jinja2.Environment:
-    """Where chat templates are parsed and compiled: sandboxed, with the settings transformers compiles them with.
+    """A sandboxed jinja2 environment with transformers' settings for chat templates.
 
-    There is no `strftime_now`: the same row must give the same ids on any day.
+    `strftime_now` is left out: the same row must give the same ids on any day.
     """
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]

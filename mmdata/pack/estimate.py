@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdata.encode.encoder import Batch, RowEncoder
+from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.encode.rows import BadRow, Line, is_seekable, iter_lines, parse_row
 from mmdata.errors import InputError
 from mmdata.options import check
@@ -197,14 +197,16 @@ def _outlook(
     widths: list[np.ndarray] = []
     cpu_s = 0.0
     for sample in samples:
-        _ = encoder.encode_lines(sample.raws[:1], kind).batch  # compiles and learns the template
+        _ = encoder.encode_lines(sample.raws[:1], kind)  # compiles and learns the template
         start = time.process_time()
         batches = [
-            encoder.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind).batch
+            encoder.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind)
             for i in range(0, len(sample.raws), ROWS_PER_CALL)
         ]
         cpu_s += (sample.cpu_s + (time.process_time() - start)) * sample.factor
-        widths += [np.resize(batch.flat.widths(), _scaled(len(batch.flat), sample, samples)) for batch in batches]
+        widths += [
+            np.resize(batch.sequences.widths(), _scaled(len(batch.sequences), sample, samples)) for batch in batches
+        ]
         for batch in batches:
             for name, count in _counts(batch, max_len).items():
                 sums[name] += count * sample.factor
@@ -235,8 +237,8 @@ def _scaled(count: int, sample: _Sample, samples: Sequence[_Sample]) -> int:
     return round(count * sample.factor * min(1.0, PART_BYTES / total))
 
 
-def _counts(batch: Batch, max_len: int) -> dict[str, int]:
-    flat = batch.flat
+def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
+    flat = batch.sequences
     row_of = np.repeat(np.arange(len(batch.num_sequences)), batch.num_sequences)
     is_split = (flat.lengths == max_len) & (batch.num_sequences[row_of] > 1)
     too_long = sum(bad.reason == "too long" for bad in batch.bad.values())

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.encoder import Lines, RowEncoder
+from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.encode.rows import REASONS, SCREENED, BadRow, Line, iter_lines
-from mmdata.encode.sequences import Flat, is_equal, join, reorder
+from mmdata.encode.sequences import Sequences, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import write_bytes
@@ -100,7 +100,7 @@ class PartResult:
 class _Collected:
     """The kept rows of a part, before packing; a list's items are a batch's."""
 
-    flats: list[Flat] = field(default_factory=list)  # in source order
+    flats: list[Sequences] = field(default_factory=list)  # in source order
     num_sequences: list[np.ndarray] = field(default_factory=list)  # of each kept row
     is_val: list[np.ndarray] = field(default_factory=list)  # of each kept row
     lines: list[int] = field(default_factory=list)  # a row, as the lists below
@@ -114,7 +114,7 @@ class _Collected:
 class _Rows:
     """The kept rows of a part as they are packed. A sequence: its row is in val, it is its row's first."""
 
-    flat: Flat
+    flat: Sequences
     is_val: np.ndarray
     is_first: np.ndarray
 
@@ -189,28 +189,27 @@ class PartPacker:
             encoded = encoder.encode_lines([line.raw for line in lines], self._settings.kind)
             if encoder is not self._reference:
                 self._compare(lines, encoded, result)
-            for i, bad in encoded.batch.bad.items():
+            for i, bad in encoded.bad.items():
                 self._leave_out(part, lines[i], bad, found, result)
             self._keep(lines, encoded, found, result)
-            num_tokens = int(encoded.batch.flat.lengths.sum())
+            num_tokens = int(encoded.sequences.lengths.sum())
             tick(consumed - told, num_lines, num_tokens, result.left_out.total() - num_left_out)
             told = consumed
         tick(part.num_bytes - told)
         return found
 
-    def _compare(self, lines: Sequence[Line], encoded: Lines, result: PartResult) -> None:
+    def _compare(self, lines: Sequence[Line], encoded: EncodedRows, result: PartResult) -> None:
         """Holds some lines of a batch to the reference; more of a part's first. _DiffersError when one has other tokens."""
         count = COMPARED_FIRST if not result.compared else COMPARED
         picks = sorted({i * len(lines) // count for i in range(count)} if len(lines) > count else range(len(lines)))
         if not picks:
             return
         want = self._reference.encode_lines([lines[i].raw for i in picks], self._settings.kind)
-        batch = encoded.batch
-        begins = np.cumsum(batch.num_sequences) - batch.num_sequences
-        sequences = [np.arange(begins[i], begins[i] + batch.num_sequences[i]) for i in picks]
-        have = reorder(batch.flat, np.concatenate(sequences))
-        reasons = {n: str(batch.bad[i]) for n, i in enumerate(picks) if i in batch.bad}
-        is_same = reasons == {n: str(bad) for n, bad in want.batch.bad.items()} and is_equal(have, want.batch.flat)
+        begins = np.cumsum(encoded.num_sequences) - encoded.num_sequences
+        sequences = [np.arange(begins[i], begins[i] + encoded.num_sequences[i]) for i in picks]
+        have = reorder(encoded.sequences, np.concatenate(sequences))
+        reasons = {n: str(encoded.bad[i]) for n, i in enumerate(picks) if i in encoded.bad}
+        is_same = reasons == {n: str(bad) for n, bad in want.bad.items()} and is_equal(have, want.sequences)
         if not is_same or not np.array_equal(encoded.hashes[picks], want.hashes):
             numbers = [lines[i].number for i in picks]
             raise _DiffersError(
@@ -244,23 +243,22 @@ class PartPacker:
             record["raw_base64"] = base64.b64encode(line.raw).decode()
         found.rejected.append(record)
 
-    def _keep(self, lines: Sequence[Line], encoded: Lines, found: _Collected, result: PartResult) -> None:
+    def _keep(self, lines: Sequence[Line], encoded: EncodedRows, found: _Collected, result: PartResult) -> None:
         """Takes the rows of a batch that can be used."""
-        batch = encoded.batch
-        kept = np.flatnonzero(batch.num_sequences)
-        of_kept = [lines[i] for i in kept.tolist()] if batch.bad else lines
-        found.flats.append(batch.flat)
-        found.num_sequences.append(batch.num_sequences[kept])
+        kept = np.flatnonzero(encoded.num_sequences)
+        of_kept = [lines[i] for i in kept.tolist()] if encoded.bad else lines
+        found.flats.append(encoded.sequences)
+        found.num_sequences.append(encoded.num_sequences[kept])
         found.is_val.append(is_for_val(encoded.hashes[kept], self._settings.argument("val_fraction")))
         found.lines += [line.number for line in of_kept]
         found.offsets += [line.offset for line in of_kept]
         found.shas += [sha256(line.raw).digest()[:8] for line in of_kept]
         result.kept += len(kept)
-        result.tokens_in += batch.num_tokens
-        result.cut.update(batch.cut)
+        result.tokens_in += encoded.num_tokens
+        result.cut.update(encoded.cut)
         result.characters += int(encoded.characters[kept].sum())
         for i, strings in encoded.controls.items():
-            if batch.num_sequences[i]:
+            if encoded.num_sequences[i]:
                 result.control_strings.update(strings)
 
     # --- sequences -> files
@@ -380,7 +378,7 @@ def batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
 # --- proof
 
 
-def _prove(settings: Settings, result: PartResult, before: Flat) -> None:
+def _prove(settings: Settings, result: PartResult, before: Sequences) -> None:
     """Rows and tokens balance, and the files on disk hold every sequence once, with its length, ids and spans.
 
     What is read back is compared with what was to be packed, token by token; its digest, then that of both, is taken of

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.sequences import PAIR_MARKS, Flat, flatten_pairs, take
+from mmdata.encode.sequences import PAIR_MARKS, Sequences, flatten_pairs, take
 from mmdata.io.arrow import ArrowFile, ragged
 from mmdata.shards import dataset
 
 
 def columns_of(
-    flat: Flat, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
+    flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> dict[str, Any]:
     """The columns of a shard. ordinals: sequences of `flat` in the order of the samples; sizes: of each sample."""
     if flat.is_pairs:
@@ -21,7 +21,7 @@ def columns_of(
 
 
 def _pack_columns(
-    flat: Flat, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
+    flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> dict[str, Any]:
     lengths, num_marks = flat.lengths[ordinals], flat.num_marks[ordinals]
     ids = take(flat.ids, flat.begins[ordinals], lengths).astype(id_dtype, copy=False)
@@ -39,7 +39,9 @@ def _pack_columns(
     }
 
 
-def _pair_columns(flat: Flat, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype) -> dict[str, Any]:
+def _pair_columns(
+    flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
+) -> dict[str, Any]:
     """A reply that is trained as a whole has an empty span list."""
     sizes = flat.pair_marks()[ordinals]
     begin, mark = flat.begins[ordinals], flat.mark_begins[ordinals] + PAIR_MARKS
@@ -61,7 +63,7 @@ def _pair_columns(flat: Flat, ordinals: np.ndarray, id_dtype: np.dtype, position
     return {**columns, **num_loss, "doc": ordinals.astype(np.uint32)}
 
 
-def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Flat]:
+def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Sequences]:
     """The ordinals and sequences that a shard holds, in its order."""
     if kind == "pair":
         views = [dataset.pair_view(batch, i) for batch in file.batches for i in range(len(batch["doc"]))]
@@ -72,4 +74,4 @@ def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Flat]:
     spans = span.values.astype(np.int64) + np.repeat(ids.offsets[:-1], span.lengths())  # in the shard's positions
     of_span = np.searchsorted(begins, spans[0::2], side="right") - 1  # the sequence each span lies in
     num_marks = 2 * np.bincount(of_span, minlength=len(lengths))
-    return doc.values, Flat(ids.values, lengths, spans - np.repeat(begins[of_span], 2), num_marks)
+    return doc.values, Sequences(ids.values, lengths, spans - np.repeat(begins[of_span], 2), num_marks)

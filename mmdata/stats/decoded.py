@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.encoder import Encoded, PairSequence
-from mmdata.encode.encoder import Sequence as Ids
 from mmdata.encode.rows import Conversation, Document, Message, Pair, Row, join_documents
+from mmdata.encode.sequences import PairSequence, Sequences, flatten
+from mmdata.encode.sequences import Sequence as Ids
 from mmdata.shards import dataset as shards
 from mmdata.stats.token_tally import Vocabulary
 
@@ -43,17 +43,15 @@ class PartRows:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def encoded(self, row: int) -> Encoded:
+    def encoded(self, row: int) -> Sequences:
         """The sequences of a row."""
         ordinals = range(self._ends[row], self._ends[row + 1])
         if self._is_pair:
             at = ordinals.start
             pair = shards.pair_view(self._columns[self._shard_of[at]], int(self._place[at]))
             spans = (span.astype(np.int32).reshape(-1, 2) for span in (pair.chosen_span, pair.rejected_span))
-            found = PairSequence(pair.prompt, pair.chosen, pair.rejected, *spans)
-            return Encoded(found, len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
-        sequences = tuple(self._sequence(ordinal) for ordinal in ordinals)
-        return Encoded(sequences, sum(len(one.ids) for one in sequences))
+            return flatten([PairSequence(pair.prompt, pair.chosen, pair.rejected, *spans)])
+        return flatten([self._sequence(ordinal) for ordinal in ordinals])
 
     def _sequence(self, ordinal: int) -> Ids:
         shard, at = self._shard_of[ordinal], self._place[ordinal]
@@ -64,9 +62,9 @@ class PartRows:
         return Ids(self._columns[shard]["ids"].values[begin:end], found)
 
 
-def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Encoded]:
+def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
     """The sequences of the rows at these files and lines, from the shards; those that are not in the dataset are left out."""
-    found: dict[tuple[str, int], Encoded] = {}
+    found: dict[tuple[str, int], Sequences] = {}
     wanted: dict[str, list[int]] = {}
     for file, line in sorted(set(places)):
         wanted.setdefault(file, []).append(line)
@@ -103,15 +101,15 @@ class Decoder:
         self._control = frozenset(np.flatnonzero(known.control).tolist())
         self._eos = known.tokenizer.eos_id
 
-    def row(self, encoded: Encoded) -> Row:
+    def row(self, encoded: Sequences) -> Row:
         """The row, as far as its ids tell."""
-        found = encoded.sequences
-        if isinstance(found, PairSequence):
-            prompt = found.prompt.tolist()
-            return Pair(*(self._conversation(prompt + side.tolist()) for side in (found.chosen, found.rejected)))
+        first = encoded[0]
+        if isinstance(first, PairSequence):
+            prompt = first.prompt.tolist()
+            return Pair(*(self._conversation(prompt + side.tolist()) for side in (first.chosen, first.rejected)))
         if self._kind == "document":
-            return Document(join_documents(list(self._documents(found))))
-        return self._conversation(found[0].ids.tolist())
+            return Document(join_documents(list(self._documents([one for one in encoded if isinstance(one, Ids)]))))
+        return self._conversation(first.ids.tolist())
 
     def _documents(self, sequences: Sequence[Ids]) -> Iterator[str]:
         """Documents of a row; one cut into fragments ends with the fragment that has its end."""

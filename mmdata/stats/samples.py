@@ -4,12 +4,14 @@ A token that holds part of a character is shown together with those that complet
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from mmdata.encode.encoder import Encoded, PairSequence, RowEncoder
+from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow
+from mmdata.encode.sequences import PairSequence, Sequence as Ids, Sequences
 from mmdata.stats.measure import pieces_of
 from mmdata.stats.scan import Shown
 from mmdata.stats.token_tally import Vocabulary
@@ -47,12 +49,16 @@ def _record(shown: Shown, known: Vocabulary | None, encoder: RowEncoder | None) 
     }
     if shown.nll is not None:
         record["loss"] = shown.nll
-    encoded = shown.encoded or (encoder.encode([row])[0] if encoder else None)
-    if isinstance(encoded, BadRow):
-        record["set_aside"] = str(encoded)
-    if known and isinstance(encoded, Encoded):
-        parts = _token_parts(encoded, known)
-        record |= {"tokens": encoded.num_tokens, "trained": sum(part.pop("num_trained") for part in parts)}
+    sequences = shown.encoded
+    num_tokens = int(sequences.lengths.sum()) if sequences else 0
+    if not sequences and encoder:
+        encoded = encoder.encode([row])
+        sequences, num_tokens = encoded.sequences, encoded.num_tokens
+        if encoded.bad:
+            record["set_aside"] = str(encoded.bad[0])
+    if known and sequences:
+        parts = _token_parts(sequences, known)
+        record |= {"tokens": num_tokens, "trained": sum(part.pop("num_trained") for part in parts)}
         return record | {"parts": parts}
     return record | {"parts": _plain_parts(list(pieces_of(row)))}
 
@@ -72,16 +78,16 @@ def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"name": name, "messages": found, "hidden": hidden} for name, found in parts.items()]
 
 
-def _token_parts(encoded: Encoded, known: Vocabulary) -> list[dict[str, Any]]:
-    found = encoded.sequences
-    if isinstance(found, PairSequence):
+def _token_parts(sequences: Sequences, known: Vocabulary) -> list[dict[str, Any]]:
+    first = sequences[0]
+    if isinstance(first, PairSequence):
         lists = [
-            ("prompt", found.prompt, found.chosen_spans[:0]),
-            ("chosen", found.chosen, found.chosen_spans),
-            ("rejected", found.rejected, found.rejected_spans),
+            ("prompt", first.prompt, first.chosen_spans[:0]),
+            ("chosen", first.chosen, first.chosen_spans),
+            ("rejected", first.rejected, first.rejected_spans),
         ]
     else:
-        lists = [("", one.ids, one.spans) for one in found[:MOST_SEQUENCES]]
+        lists = [("", one.ids, one.spans) for one in islice(sequences, MOST_SEQUENCES) if isinstance(one, Ids)]
     parts = []
     for name, ids, spans in lists:
         mask = np.zeros(len(ids), bool)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.encoder import Encoded, PairSequence, RowEncoder
+from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Line, Row, is_seekable, iter_lines, num_characters, parse_row
+from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.io import workers as engine
 from mmdata.io.arrow import Ragged, num_rows
 from mmdata.io.workers import Tick
@@ -50,7 +51,7 @@ class Shown:
     characters: int
     nll: float | None = None
     row: Row | None = None  # where there is no line any more: the row, as decoded from these sequences
-    encoded: Encoded | None = None
+    encoded: Sequences | None = None
 
     def parsed(self) -> Row:
         """The row; BadRow when its line has become none."""
@@ -141,15 +142,12 @@ class _FileScanner:
     ) -> list[tuple[Line, Row]]:
         """Count the tokens of rows; those that cannot be encoded are set aside, unless they are a sample of all."""
         assert self._encoder and self._known
-        kept, sequences = [], []
-        for (line, row), item in zip(good, self._encoder.encode([row for _, row in good]), strict=True):
-            if not isinstance(item, BadRow):
-                kept.append((line, row))
-                sequences += [item.sequences] if isinstance(item.sequences, PairSequence) else list(item.sequences)
-            elif not is_sample:
-                found.rows.set_aside(line, item, str(part.path))
-        if sequences:
-            add_sequences(found.tokens, sequences, self._known)
+        encoded = self._encoder.encode([row for _, row in good])
+        kept = [pair for i, pair in enumerate(good) if i not in encoded.bad]
+        for i, bad in encoded.bad.items() if not is_sample else ():
+            found.rows.set_aside(good[i][0], bad, str(part.path))
+        if len(encoded.sequences):
+            add_sequences(found.tokens, list(encoded.sequences), self._known)
         found.sampled_rows += len(kept)
         found.sampled_characters += sum(num_characters(row) for _, row in kept)
         return kept
@@ -313,7 +311,7 @@ class _PartDecoder:
             return Shown(why, file, int(lines[i]), b"", int(lengths[i]), row=decoded[i], encoded=encoded[i])
 
         drawn = drawn_lines(lines.astype(np.uint64), found.input, self._settings.share)
-        fits = np.array([one.num_tokens <= RAW_KEPT // 4 for one in encoded])
+        fits = np.array([one.lengths.sum() <= RAW_KEPT // 4 for one in encoded])
         wanted = self._settings.wanted.get(file, {})
         losses = {i: wanted[line] for i, line in enumerate(lines.tolist()) if line in wanted} if wanted else {}
         keep(found, shown, lengths, drawn, fits, losses)

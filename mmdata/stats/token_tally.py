@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdata.encode.encoder import PairSequence
+from mmdata.encode.sequences import PairSequence
 from mmdata.stats.tally import Lengths
 from mmdata.tokenizer import text as texts
 from mmdata.tokenizer.tokenizer import Tokenizer

@@ -1,9 +1,13 @@
 """MB/s of jsonl of `mm pack` end to end, against the encoder alone and what else people use; padding, memory, `--plan`.
 
     python tests/bench/pack.py --rows DIR --tokenizer DIR [--minimind CHECKOUT] [--megabytes 200] [--slice 12] [--memory]
+    python tests/bench/pack.py --rows DIR --tokenizer DIR --kinds sft pretrain dpo --by-turns CHECKOUT [--rounds 3]
 
-DIR holds real rows: every sft*.jsonl and pretrain*.jsonl in it is repeated up to --megabytes, in another order each time
-and never twice the same: of the Chinese characters 12 % are drawn anew from all of the files' characters, of the words
+With --by-turns, `mm pack` of this checkout and of another run in turns on the same file, --rounds times each, with one
+worker and with two; the table shows the median rate of both and their ratio.
+
+DIR holds real rows: every sft*.jsonl, pretrain*.jsonl or dpo*.jsonl in it is repeated up to --megabytes, in another order
+each time and never twice the same: of the Chinese characters 12 % are drawn anew from all of the files' characters, of the words
 8 % from their words and 3 % get another letter, all digits are drawn anew. So an encoder that remembers words or texts
 finds what it would find in a real file of this size, not repetitions.
 
@@ -20,6 +24,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,18 +66,27 @@ def write_corpus(sources: list[Path], out: Path, num_bytes: int) -> None:
     with out.open("w", encoding="utf-8") as file:
         while True:
             for row in order.sample(rows, len(rows)):
-                if "text" in row:
-                    row = row | {"text": VARIED.sub(varied, row["text"])}
-                else:
-                    messages = row["conversations"]
-                    row = row | {"conversations": [m | {"content": VARIED.sub(varied, m["content"])} for m in messages]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                once: dict[str, str] = {}  # a pair's two sides keep the messages they share
+                for text in texts(row):
+                    once[text] = once.get(text) or VARIED.sub(varied, text)
+                file.write(json.dumps(with_texts(row, once), ensure_ascii=False) + "\n")
             if file.tell() >= num_bytes:
                 return
 
 
+SIDES = ("conversations", "chosen", "rejected")
+
+
 def texts(row: dict[str, Any]) -> list[str]:
-    return [row["text"]] if "text" in row else [message["content"] for message in row["conversations"]]
+    """The document, or the contents of all messages."""
+    return [row["text"]] if "text" in row else [m["content"] for side in SIDES for m in row.get(side, ())]
+
+
+def with_texts(row: dict[str, Any], by: dict[str, str]) -> dict[str, Any]:
+    """The row with its texts replaced."""
+    if "text" in row:
+        return row | {"text": by[row["text"]]}
+    return row | {side: [m | {"content": by[m["content"]]} for m in row[side]] for side in SIDES if side in row}
 
 
 def cut_slice(path: Path, num_bytes: int) -> Path:
@@ -97,7 +111,9 @@ def tree_pss(pid: int) -> int:
         return 0
 
 
-def pack(path: Path, out: Path, tokenizer: Path, workers: int) -> tuple[float, int, dict[str, Any]]:
+def pack(
+    path: Path, out: Path, tokenizer: Path, workers: int, checkout: Path = ROOT
+) -> tuple[float, int, dict[str, Any]]:
     """Wall seconds from start to exit, peak memory of all processes, and the figures it printed."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-c", "import cli; cli.main()", "pack", str(path), "--out", str(out)]
@@ -111,10 +127,10 @@ def pack(path: Path, out: Path, tokenizer: Path, workers: int) -> tuple[float, i
         "--no-report",
         "--json",
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"RAYON_NUM_THREADS": "1"} if workers == 1 else {})
+    environment = os.environ | {"PYTHONPATH": str(checkout)} | ({"RAYON_NUM_THREADS": "1"} if workers == 1 else {})
     with tempfile.TemporaryFile() as said:  # a pipe that nobody reads would fill up
         start, peak = time.monotonic(), 0
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL, env=environment, cwd=checkout)
         while process.poll() is None:
             peak = max(peak, tree_pss(process.pid))
             time.sleep(0.1)
@@ -128,7 +144,7 @@ def raw_encoder(path: Path, tokenizer: Path) -> float:
     """CPU seconds of the encoder that mm takes, alone on one thread, on strings made ready before, the caches cold."""
     code = (
         "import sys, time, json; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
-        "from mmdata.tokenizer import Tokenizer; from mmdata.encoders import choose\n"
+        "from mmdata.tokenizer.tokenizer import Tokenizer; from mmdata.tokenizer.encoders import choose\n"
         "rows = [json.loads(line) for line in open(sys.argv[1], encoding='utf-8')]\n"
         "texts = [r.get('text') or ''.join(f\"<|im_start|>{m['role']}\\n{m['content']}<|im_end|>\\n\" for m in r['conversations']) for r in rows]\n"
         "encode = choose(Tokenizer.load(Path(sys.argv[2]))).encode\n"
@@ -356,6 +372,23 @@ def plan(path: Path, tokenizer: Path) -> dict[str, Any]:
     return next(o for o in json.loads(done.stdout)[0]["outlooks"] if o["max_len"] == MAX_LEN)
 
 
+def by_turns(name: str, path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
+    """Median rates of this checkout and of another one, run in turns, and whether both wrote the same dataset."""
+    megabytes, out = path.stat().st_size / 1e6, root / name
+    for workers in (1, 2):
+        seconds: dict[Path, list[float]] = {ROOT: [], options.by_turns: []}
+        digests = set()
+        for _ in range(options.rounds):
+            for checkout, of in seconds.items():
+                of.append(pack(path, out, options.tokenizer, workers, checkout)[0])
+                digests.add(json.loads((out / "manifest.json").read_bytes())["dataset_digest"])
+        here, there = (megabytes / statistics.median(of) for of in seconds.values())
+        same = "the same dataset" if len(digests) == 1 else "OTHER DATASETS"
+        what = f"`mm pack`, {name}, {megabytes:.0f} MB, {workers} worker{'s' * (workers > 1)}, {options.rounds} rounds"
+        yield what, f"{here:.2f} MB/s, other checkout {there:.2f} MB/s: {here / there:.2f} times; {same}"
+    shutil.rmtree(out)
+
+
 def memory(path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
     """The file again and again up to 1 GB: memory hangs on sizes, not on what is said."""
     large = root / "large.jsonl"
@@ -386,6 +419,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the corpora stay between runs")
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "mm-bench-peers")
     parser.add_argument("--kinds", nargs="+", default=["sft", "pretrain"])
+    parser.add_argument("--by-turns", type=Path, metavar="CHECKOUT", help="only compare with another checkout")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout with --by-turns")
     parser.add_argument("--memory", action="store_true", help="also pack 1 GB and watch the memory")
     parser.add_argument("--only-peers", type=float, metavar="RATE", help="only the peers, against this rate of mm's")
     options = parser.parse_args()
@@ -395,9 +430,10 @@ def main() -> None:
             path = root / f"{name}.jsonl"
             if not path.exists():
                 write_corpus(sorted(options.rows.glob(f"{name}*.jsonl")), path, int(options.megabytes * 1e6))
-            for what, figure in measure(name, path, options, root):
+            rows = by_turns if options.by_turns else measure
+            for what, figure in rows(name, path, options, root):
                 print(f"| {what} | {figure} |", flush=True)
-            if options.memory and name == "sft":
+            if options.memory and name == "sft" and not options.by_turns:
                 for what, figure in memory(path, options, root):
                     print(f"| {what} | {figure} |", flush=True)
 

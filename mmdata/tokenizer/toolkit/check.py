@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Conversation, Message
+from mmdata.encode.sequences import Sequence as Ids
 from mmdata.encode.template import Template
 from mmdata.errors import MMError, TokenizerError
 from mmdata.tokenizer import encoders
@@ -259,12 +260,12 @@ def _segments(tokenizer: Tokenizer) -> Iterator[Finding]:
         return
     rows = [Conversation(probe.messages, probe.tools) for probe in _PROBES]
     try:
-        encoder = RowEncoder(tokenizer, max_len=2**20)
-        for row, item in zip(rows, encoder.encode(rows), strict=True):
-            if isinstance(item, BadRow):
-                continue
+        encoder = RowEncoder(tokenizer, max_len=2**20, is_reference=True)
+        encoded = encoder.encode(rows)
+        sequences = iter(encoded.sequences)
+        for row in (row for i, row in enumerate(rows) if i not in encoded.bad):
             whole = "".join(part.text for part in encoder.segments(row)[0])
-            ids = item.sequences[0].ids.tolist()  # type: ignore[index]
+            ids = cast(Ids, next(sequences)).ids.tolist()
             if ids != tokenizer.encode_batch([whole], control=True)[0].tolist():
                 found = "encoded between control tokens they differ from the whole"
                 yield Finding("segments", "error", found, "report it with the tokenizer")

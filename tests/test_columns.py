@@ -1,4 +1,4 @@
-"""What is read in bulk is what `parse_row` gives, line by line; everything else is left to it."""
+"""Lines read straight into columns are what `parse_row` gives for them, line by line; every other line is left to it."""
 
 import json
 import sys
@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.plain import SPACE, read_talks
-from mmdata.encode.rows import BadRow, Conversation, Message, num_characters, parse_row, row_hash
+from mmdata.encode.columns import ROLES, SPACE, Conversations, columns_of, read_lines
+from mmdata.encode.encoder import EncodedRows, RowEncoder
+from mmdata.encode.rows import BadRow, Conversation, Message, Pair, Row, num_characters, parse_row, row_hash
 from mmdata.encode.sequences import is_equal
-from mmdata.encode.talks import ROLES, Talks, talks_of
 from mmdata.encode.validate import control_strings
 from mmdata.tokenizer.encoders import choose
 
@@ -51,26 +50,30 @@ PLAIN = {
 }
 
 
-def rows_of(talks: Talks) -> list[Conversation]:
-    contents = talks.contents.to_pylist()
-    rows = []
-    for row, (begin, count) in enumerate(zip(talks.begins.tolist(), talks.counts.tolist(), strict=True)):
+def rows_of(columns: Conversations) -> list[Row]:
+    """The rows that columns hold."""
+    contents = columns.contents.to_pylist()
+    sides = []
+    for row, (begin, count) in enumerate(zip(columns.begins.tolist(), columns.counts.tolist(), strict=True)):
         messages = [
-            talks.extras.get(i) or Message(ROLES[talks.roles[i]], contents[i]) for i in range(begin, begin + count)
+            columns.extras.get(i) or Message(ROLES[columns.roles[i]], contents[i]) for i in range(begin, begin + count)
         ]
-        rows.append(Conversation(tuple(messages), talks.tools[row].specs if row in talks.tools else ()))
-    return rows
+        sides.append(Conversation(tuple(messages), columns.tools[row].specs if row in columns.tools else ()))
+    half = len(sides) // 2
+    return [Pair(*both) for both in zip(sides[:half], sides[half:], strict=True)] if columns.is_pairs else [*sides]
 
 
-def assert_as_parsed(raws: list[bytes]) -> list[int]:
-    """Which lines are plain; each of them is held to `parse_row`."""
-    plain = read_talks(raws)
-    rows = [parse_row(raws[i], "conversation") for i in plain.at]
-    assert rows_of(plain.talks) == rows
-    assert plain.talks.hashes().tolist() == [list(row_hash(row)) for row in rows]
-    assert plain.talks.num_characters().tolist() == [num_characters(row) for row in rows]
-    assert not any(control_strings(raws[i], row) for i, row in zip(plain.at, rows, strict=True))
-    return plain.at.tolist()
+def assert_as_parsed(raws: list[bytes], kind: str = "conversation") -> list[int]:
+    """The indices of the plain lines; each of them is compared with `parse_row`."""
+    at, columns = read_lines(raws, kind)
+    rows = [parse_row(raws[i], kind) for i in at]
+    assert rows_of(columns) == rows
+    assert columns.hashes().tolist() == [list(row_hash(row)) for row in rows]
+    assert columns.num_characters().tolist() == [num_characters(row) for row in rows]
+    assert not any(control_strings(raws[i], row) for i, row in zip(at, rows, strict=True))
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    assert not pairs or columns.num_shared.tolist() == [pair.num_shared for pair in pairs]
+    return at.tolist()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -82,8 +85,8 @@ def test_all_the_hashes_of_a_batch_are_those_of_its_rows() -> None:
     raws = [raw for raw in PLAIN.values() if b'"messages"' not in raw]
     assert assert_as_parsed(raws * 3) == list(range(3 * len(raws)))
     rows = [parse_row(raw, "conversation") for raw in PLAIN.values()]
-    talks = talks_of([row for row in rows if isinstance(row, Conversation)])
-    assert talks.hashes().tolist() == [list(row_hash(row)) for row in rows]
+    columns = columns_of([row for row in rows if isinstance(row, Conversation)])
+    assert columns.hashes().tolist() == [list(row_hash(row)) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -164,30 +167,104 @@ def test_whatever_the_lines_hold_they_are_read_as_parse_row_does(
             assert i not in is_plain
 
 
+def assert_same(have: EncodedRows, want: EncodedRows) -> None:
+    assert {i: str(bad) for i, bad in have.bad.items()} == {i: str(bad) for i, bad in want.bad.items()}
+    assert is_equal(have.sequences, want.sequences) and have.num_sequences.tolist() == want.num_sequences.tolist()
+    assert (have.num_tokens, have.cut, have.rows_cut) == (want.num_tokens, want.cut, want.rows_cut)
+    assert np.array_equal(have.hashes, want.hashes) and np.array_equal(have.characters, want.characters)
+    assert have.controls == want.controls
+
+
+# ---- pairs
+
+
+def pair_line(chosen: Any, rejected: Any, **more: Any) -> bytes:
+    return json.dumps({"chosen": chosen, "rejected": rejected, **more}, ensure_ascii=False).encode()
+
+
+def replies(*messages: dict[str, Any]) -> list[bytes]:
+    """Pairs that share `messages`, and differ after them in one reply, in several turns, in reasoning or in a call."""
+    yes, no = said("assistant", "yes"), said("assistant", "no")
+    call = said("assistant", "", tool_calls=json.dumps(CALLS))
+    return [
+        pair_line([*messages, yes], [*messages, no]),
+        pair_line([*messages, yes, USER, yes], [*messages, no]),
+        pair_line([*messages, yes, USER, yes], [*messages, no, USER, yes]),
+        pair_line([*messages, yes], [*messages, yes | {"reasoning_content": "so"}]),
+        pair_line([*messages, call, said("tool", "3"), yes], [*messages, no]),
+    ]
+
+
+PLAIN_PAIRS = [*replies(USER), *replies(said("system", ""), USER, ANSWER, USER)]
+TOOL_USER = said("user", "hi", tools=json.dumps(SPEC))
+OTHER_PAIRS = [
+    pair_line([USER, ANSWER], [USER, ANSWER]), pair_line([USER, ANSWER], [said("user", "ho"), ANSWER]),
+    pair_line([USER, ANSWER], [USER, ANSWER, USER, ANSWER]), pair_line([TOOL_USER, ANSWER], [USER, said("assistant", "x")]),
+    pair_line([USER, ANSWER], [USER]), pair_line([USER, ANSWER], []), pair_line([], []), pair_line(None, None),
+    pair_line([USER, ANSWER], [USER, said("assistant", "x")], prompt="hi"), pair_line("yes", "no", prompt="hi"),
+    pair_line([USER, ANSWER], [USER, said("assistant", "</s>")]), pair_line([ANSWER], [said("assistant", "x")], prompt=[USER]),
+    b'{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]}',
+]  # fmt: skip
+
+
+def test_pairs_that_share_their_first_messages_are_plain() -> None:
+    assert assert_as_parsed(PLAIN_PAIRS, "pair") == list(range(len(PLAIN_PAIRS)))
+    tools = pair_line([TOOL_USER, ANSWER], [TOOL_USER, said("assistant", "x")])
+    swapped = b'{"rejected": %b, "chosen": %b}' % tuple(json.dumps([USER, said("assistant", x)]).encode() for x in "ab")
+    assert assert_as_parsed([tools, swapped], "pair") == [0, 1]
+
+
+@pytest.mark.parametrize("raw", OTHER_PAIRS)
+def test_other_pairs_are_left_to_parse_row_and_harm_no_neighbour(raw: bytes) -> None:
+    many = PLAIN_PAIRS * 4
+    at = assert_as_parsed([*many, raw, *many], "pair")
+    assert len(many) not in at and [i for i in at if i < 20 or i > 60] == [*range(20), *range(61, 81)]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(rows=st.lists(st.tuples(ROW, ROW, ROW), min_size=1, max_size=5), escapes=st.booleans())
+def test_whatever_pairs_hold_they_are_read_as_parse_row_does(rows: list[Any], escapes: bool) -> None:
+    raws = [
+        json.dumps({"chosen": shared + chosen, "rejected": shared + rejected}, ensure_ascii=escapes).encode()
+        for shared, chosen, rejected in rows
+    ]
+    assert_as_parsed(raws, "pair")
+
+
+# ---- lines to ids
+
+
+LINES = {
+    "conversation": [*PLAIN.values(), b"broken", line(USER, said("assistant", "</s>"))],
+    "pair": [*PLAIN_PAIRS, *OTHER_PAIRS, pair_line([TOOL_USER, ANSWER], [TOOL_USER, said("assistant", "\nhello")])],
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    raws=st.lists(st.sampled_from([*PLAIN.values(), b"broken", line(USER, said("assistant", "</s>"))]), max_size=6),
+    data=st.data(),
+    train_on=st.sampled_from(["assistant", "last", "all"]),
     name=st.sampled_from(["seed", "era2", "era3", "chatml", "llama3"]),
     max_len=st.sampled_from([12, 40, 999]),
 )
-def test_encoded_lines_are_those_of_the_reference(raws: list[bytes], name: str, max_len: int) -> None:
+def test_encoded_lines_are_those_of_the_reference(
+    kind: str, data: st.DataObject, train_on: str, name: str, max_len: int
+) -> None:
+    raws = data.draw(st.lists(st.sampled_from(LINES[kind]), max_size=6))
     tokenizer = eras.tokenizer(name)
-    fast = RowEncoder(tokenizer, max_len=max_len, encoder=choose(tokenizer)).encode_lines(raws, "conversation")
-    slow = RowEncoder(tokenizer, max_len=max_len, is_reference=True).encode_lines(raws, "conversation")
-    have, want = fast.batch, slow.batch
-    assert {i: str(bad) for i, bad in have.bad.items()} == {i: str(bad) for i, bad in want.bad.items()}
-    assert is_equal(have.flat, want.flat) and have.num_sequences.tolist() == want.num_sequences.tolist()
-    assert (have.num_tokens, have.cut, have.rows_cut) == (want.num_tokens, want.cut, want.rows_cut)
-    assert np.array_equal(fast.hashes, slow.hashes) and np.array_equal(fast.characters, slow.characters)
-    assert fast.controls == slow.controls
+    options: Any = {"max_len": max_len, "train_on": train_on}
+    fast = RowEncoder(tokenizer, encoder=choose(tokenizer), **options).encode_lines(raws, kind)
+    slow = RowEncoder(tokenizer, is_reference=True, **options).encode_lines(raws, kind)
+    assert_same(fast, slow)
 
 
 def test_lines_too_large_for_a_column_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     raws = [PLAIN["a turn"], b"broken", PLAIN["calls and their answers"]]
     tokenizer = eras.tokenizer("era3")
     encoder = RowEncoder(tokenizer, max_len=999)
-    whole = encoder.encode_lines(raws, "conversation").batch
+    whole = encoder.encode_lines(raws, "conversation")
     monkeypatch.setattr("mmdata.encode.encoder.MOST_BYTES", 10)
-    monkeypatch.setattr("mmdata.encode.encoder.talks_of", None)
-    alone = encoder.encode_lines(raws, "conversation").batch
-    assert is_equal(whole.flat, alone.flat) and list(whole.bad) == list(alone.bad) == [1]
+    monkeypatch.setattr("mmdata.encode.encoder.columns_of", None)
+    alone = encoder.encode_lines(raws, "conversation")
+    assert is_equal(whole.sequences, alone.sequences) and list(whole.bad) == list(alone.bad) == [1]

@@ -1,4 +1,4 @@
-"""Rows in bulk have the ids, spans and reasons of the same rows one by one through jinja2 and `tokenizers`."""
+"""Rows in columns have the ids, spans and reasons of the same rows one by one through jinja2 and `tokenizers`."""
 
 import itertools
 from functools import cache
@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmdata.encode.blocks import learn, split_letters
-from mmdata.encode.encoder import Batch, RowEncoder
-from mmdata.encode.rows import BadRow, Conversation, Document, Message, Row, row_hash
+from mmdata.encode.blocks import learn
+from mmdata.encode.columns import ASSISTANT, USER, columns_of
+from mmdata.encode.encoder import EncodedRows, RowEncoder
+from mmdata.encode.rows import BadRow, Conversation, Document, Message, Pair, Row
 from mmdata.encode.sequences import is_equal
-from mmdata.encode.talks import talks_of
 from mmdata.encode.template import Template
 from mmdata.tokenizer.encoders import choose
 
@@ -29,20 +29,13 @@ def pair_of_encoders(name: str, max_len: int, train_on: str, merges: bool = Fals
     return fast, RowEncoder(tokenizer, is_reference=True, **options)
 
 
-NO_HASHES = np.empty((0, 32), np.uint8)
-
-
-def hashes_of(rows: list[Any]) -> np.ndarray:
-    return np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
-
-
-def assert_as_reference(rows: list[Any], name: str, max_len: int, train_on: str, merges: bool = False) -> Batch:
+def assert_as_reference(rows: list[Any], name: str, max_len: int, train_on: str, merges: bool = False) -> EncodedRows:
     fast, reference = pair_of_encoders(name, max_len, train_on, merges)
-    have, want = fast.encode_batch(rows, hashes_of(rows)), reference.encode_batch(rows, NO_HASHES)
+    have, want = fast.encode(rows), reference.encode(rows)
     assert {i: str(bad) for i, bad in have.bad.items()} == {i: str(bad) for i, bad in want.bad.items()}
     assert have.num_sequences.tolist() == want.num_sequences.tolist()
     assert (have.num_tokens, have.cut, have.rows_cut) == (want.num_tokens, want.cut, want.rows_cut)
-    assert is_equal(have.flat, want.flat)
+    assert is_equal(have.sequences, want.sequences)
     return have
 
 
@@ -83,8 +76,44 @@ OPTIONS = st.tuples(st.sampled_from([12, 40, 90, 999]), st.sampled_from(["assist
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(rows=st.lists(TALK, min_size=1, max_size=4), options=OPTIONS, name=st.sampled_from((*BLOCKS, "llama3", "qwen3")))
-def test_conversations_in_bulk_are_as_one_by_one(rows: list[Row], options: tuple[int, str], name: str) -> None:
+def test_conversations_in_columns_are_as_one_by_one(rows: list[Row], options: tuple[int, str], name: str) -> None:
     assert_as_reference(rows, name, *options)
+
+
+REPLIES = st.lists(TURN, min_size=1, max_size=3).map(lambda turns: tuple(itertools.chain(*turns)))
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(st.tuples(TALK, REPLIES, REPLIES, ANSWER), min_size=1, max_size=3),
+    options=OPTIONS,
+    name=st.sampled_from((*BLOCKS, "llama3", "qwen3")),
+    merges=st.booleans(),
+)
+def test_pairs_in_columns_are_as_one_by_one(rows: list[Any], options: tuple[int, str], name: str, merges: bool) -> None:
+    """Sides share whole turns and a user's message, and go on alike or not after replies that differ."""
+    pairs = []
+    for shared, chosen, rejected, other in rows:
+        user = chosen[:1]
+        rejected = rejected if rejected[1:] and chosen[1:2] != rejected[1:2] else (*user, other)
+        sides = [Conversation((*shared.messages, *user, *side[1:]), shared.tools) for side in (chosen, rejected)]
+        if sides[0] != sides[1] and Pair(*sides).num_shared == len(shared.messages) + 1:
+            pairs.append(Pair(*sides))
+    if pairs:
+        assert_as_reference(pairs, name, *options, merges)
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_a_pairs_prompt_goes_as_far_as_both_sides_are_alike_and_untrained(train_on: str) -> None:
+    pairs = [
+        Pair(talk("a", "same start, yes", "c", "d"), talk("a", "same start, no", "c", "d")),
+        Pair(talk("a", "b", "c", "d"), talk("a", "b", "c", "e")),
+        Pair(talk("a", "b", "c", "d"), talk("a", "B")),
+        Pair(talk("a", "\nb"), talk("a", "b")),
+        Pair(talk("a", "b" * 200), talk("a", "c")),
+    ]
+    encoded = assert_as_reference(pairs, "era3", 99, train_on)
+    assert {i: bad.reason for i, bad in encoded.bad.items()} == {3: "chosen equal to rejected", 4: "too long"}
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -93,7 +122,7 @@ def test_conversations_in_bulk_are_as_one_by_one(rows: list[Row], options: tuple
     max_len=st.sampled_from([3, 8, 999]),
     name=st.sampled_from(BLOCKS),
 )
-def test_documents_in_bulk_are_as_one_by_one(rows: list[Row], max_len: int, name: str) -> None:
+def test_documents_of_a_fast_encoder_are_those_of_tokenizers(rows: list[Row], max_len: int, name: str) -> None:
     assert_as_reference(rows, name, max_len, "assistant")
 
 
@@ -111,7 +140,7 @@ def test_an_answer_that_joins_its_header_and_one_with_control_strings_are_looked
         talk("c", "d"),
     ]
     batch = assert_as_reference(rows, "chatml", 99, "assistant", merges)
-    assert not batch.bad and len(batch.flat) == 5
+    assert not batch.bad and len(batch.sequences) == 5
 
 
 def test_a_document_of_nothing_but_marks_is_left_out_with_a_reason() -> None:
@@ -122,27 +151,27 @@ def test_a_document_of_nothing_but_marks_is_left_out_with_a_reason() -> None:
 def test_blocks_are_learned_from_the_templates_that_write_them_and_from_no_others() -> None:
     found = {name: learn(Template(eras.tokenizer(name))) for name in eras.TEMPLATES}
     assert {name for name, blocks in found.items() if blocks} == set(BLOCKS)
-    words = {name: blocks.words for name, blocks in found.items() if blocks}
-    assert {name for name, w in words.items() if w.tools and w.has_calls} == {"era2", "era3"}
-    assert {name for name, w in words.items() if w.thinks} == {"era3"}
+    formats = {name: blocks.format for name, blocks in found.items() if blocks}
+    assert {name for name, format in formats.items() if format.tools and format.has_calls} == {"era2", "era3"}
+    assert {name for name, format in formats.items() if format.thinks} == {"era3"}
 
 
 def test_rows_the_template_would_test_are_left_to_it() -> None:
     blocks = learn(Template(eras.tokenizer("era3")))
     assert blocks
     call = Conversation((Message("user", "a"), Message("assistant", "", None, ({"name": "f"},))))
-    found = blocks.render(talks_of([talk("a", "<think>x</think>b"), talk("a", "b"), call]), np.full(3, True))
+    found = blocks.render(columns_of([talk("a", "<think>x</think>b"), talk("a", "b"), call]), np.full(3, True))
     assert found.texts == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n"]
-    assert (split_letters(found), found.is_odd.tolist()) == (["ua"], [True, False, True])
+    assert (found.roles.tolist(), found.num_blocks.tolist()) == ([USER, ASSISTANT], [2])
+    assert found.is_odd.tolist() == [True, False, True]
 
 
-def test_a_row_in_bulk_does_not_hang_on_its_neighbours() -> None:
+def test_a_rows_encoding_does_not_depend_on_its_neighbours() -> None:
     rows = [talk("a", "b" * n, "c", "d") for n in range(1, 60)]
     fast, _ = pair_of_encoders("era3", 40, "assistant")
-    hashes = hashes_of(rows)
-    together = fast.encode_batch(rows, hashes)
-    alone = [fast.encode_batch([row], hashes[i : i + 1]) for i, row in enumerate(rows)]
+    together = fast.encode(rows)
+    alone = [fast.encode([row]) for row in rows]
     assert together.num_sequences.tolist() == [int(one.num_sequences[0]) for one in alone]
-    assert together.flat.ids.tolist() == [id for one in alone for id in one.flat.ids.tolist()]
+    assert together.sequences.ids.tolist() == [id for one in alone for id in one.sequences.ids.tolist()]
     assert {bad.reason for one in alone for bad in one.bad.values()} <= {"too long"}
     assert isinstance(together.bad.get(58), BadRow)

@@ -1,0 +1,466 @@
+"""Conversations as columns: roles and contents of the messages of many rows end to end, for Arrow and numpy to work on.
+
+`read_lines` reads plain lines straight into columns with Arrow's JSON reader; `columns_of` makes them from parsed rows. A pair
+is two conversations: of 2P conversations the first P are the chosen sides, the others the rejected sides in the same order.
+What needs a look row by row (tools, tool calls, reasoning) is kept in dictionaries beside the columns.
+
+A line is plain when it has the keys of MiniMind's files and no others, strings where strings belong, turns in the usual
+order, and no control strings. Arrow's reader is strict; a line that it or the checks here decline is left to
+`rows.parse_row`, which alone decides what is wrong with a row.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from mmdata.encode.rows import (
+    PLACEHOLDER,
+    BadRow,
+    Conversation,
+    JsonObject,
+    Message,
+    Pair,
+    calls_of,
+    canonical_calls,
+    canonical_tools,
+    tools_of,
+)
+from mmdata.encode.sequences import ranges
+from mmdata.encode.validate import CONTROL
+
+ROLES = ("system", "user", "assistant", "tool")
+SYSTEM, USER, ASSISTANT, TOOL = range(len(ROLES))
+_CODES = {role: code for code, role in enumerate(ROLES)}
+FEW = 16  # lines that are not halved further when Arrow's reader refuses one of them
+_FIELDS = ("role", "content", "reasoning_content", "tools", "tool_calls")
+# The characters for which str.isspace is true; Arrow has its own definition of space.
+SPACE = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+# Matches everything that CONTROL matches and a little more (RE2's \w is ASCII only), and the placeholder for an answer.
+_UNUSUAL = rf"<(?:\|[^|<>]+\|>|/?s>|unk>)|\A{PLACEHOLDER}\z"
+_START = len(ROLES)
+_MAY_FOLLOW = np.zeros((_START + 1, len(ROLES)), bool)  # [role before or _START, role]
+for _before, _role in (
+    (_START, SYSTEM), (_START, USER), (SYSTEM, USER), (USER, ASSISTANT), (ASSISTANT, USER), (ASSISTANT, TOOL), (TOOL, TOOL),
+    (TOOL, ASSISTANT),
+):  # fmt: skip
+    _MAY_FOLLOW[_before, _role] = True
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # as the `tojson` filter of chat templates writes it
+
+
+@dataclass(frozen=True)
+class ToolSpecs:
+    """The tools of a conversation; rows with the same tools share one object."""
+
+    specs: tuple[JsonObject, ...]
+
+    @cached_property
+    def canonical(self) -> str:
+        """The form that is hashed."""
+        return canonical_tools(self.specs)
+
+    @cached_property
+    def rendered(self) -> str:
+        """The form that templates of blocks write: one line each, a newline before it."""
+        return "".join([f"\n{to_json(tool)}" for tool in self.specs])
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """R conversations with M messages in all.
+
+    counts: int64 [R], messages of each; roles: int8 [M], indices of ROLES; contents: Arrow strings [M], no nulls;
+    extras: messages with reasoning or tool calls, by message index; tools: by conversation. is_pairs: R = 2P, see the module.
+    """
+
+    counts: np.ndarray
+    roles: np.ndarray
+    contents: Any
+    extras: dict[int, Message] = field(default_factory=dict)
+    tools: dict[int, ToolSpecs] = field(default_factory=dict)
+    is_pairs: bool = False
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """int64 [R]: the first message of each conversation."""
+        return np.cumsum(self.counts) - self.counts
+
+    @cached_property
+    def row_of(self) -> np.ndarray:
+        """int64 [M]: the conversation of each message."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    @cached_property
+    def is_first(self) -> np.ndarray:
+        """bool [M]: the message is its conversation's first."""
+        is_first = np.zeros(len(self.roles), bool)
+        is_first[self.begins] = True
+        return is_first
+
+    @cached_property
+    def num_shared(self) -> np.ndarray:
+        """int64 [P]: how many leading messages both sides of each pair share."""
+        half = len(self) // 2
+        sizes = np.minimum(self.counts[:half], self.counts[half:])
+        one, other = ranges(self.begins[:half], sizes), ranges(self.begins[half:], sizes)
+        contents = (self.contents.take(as_arrow(side)) for side in (one, other))
+        is_same = as_numpy(compute().equal(*contents)) & (self.roles[one] == self.roles[other])
+        has_extra = np.zeros(len(self.roles), bool)
+        has_extra[list(self.extras)] = True
+        for i in np.flatnonzero(has_extra[one] | has_extra[other]).tolist():
+            is_same[i] &= self.extras.get(int(one[i])) == self.extras.get(int(other[i]))
+        first = sizes.copy()
+        pair_of = np.repeat(np.arange(half), sizes)[~is_same]
+        np.minimum.at(first, pair_of, one[~is_same] - self.begins[pair_of])
+        return first
+
+    @cached_property
+    def is_repeated(self) -> np.ndarray:
+        """bool [M]: the message is the rejected side's copy of a message that both sides share; all False without pairs."""
+        if not self.is_pairs:
+            return np.zeros(len(self.roles), bool)
+        last = self.begins + np.concatenate([np.zeros_like(self.num_shared), self.num_shared])
+        return np.arange(len(self.roles)) < last[self.row_of]
+
+    def num_characters(self) -> np.ndarray:
+        """int64 [R or P]: characters of contents and reasoning; the messages that a pair shares count once."""
+        sizes = as_numpy(compute().utf8_length(self.contents)).astype(np.int64)
+        for at, message in self.extras.items():
+            sizes[at] += len(message.reasoning_content or "")
+        sizes[self.is_repeated] = 0
+        sums = np.add.reduceat(sizes, self.begins) if len(self) else sizes
+        return sums.reshape(2, -1).sum(axis=0) if self.is_pairs else sums
+
+    def hashes(self) -> np.ndarray:
+        """uint8 [R or P, 32]: the `rows.row_hash` of each row."""
+        import pyarrow as pa
+
+        pc = compute()
+        names = strings([f"{begin}{role} " for begin in ("", "conversation ") for role in ROLES])
+        heads = names.take(as_arrow((self.roles + len(ROLES) * self.is_first).astype(np.int8)))
+        sizes = pc.cast(pc.binary_length(self.contents), pa.string())
+        tails = TextCodes([""], len(self.roles))
+        for at, message in self.extras.items():
+            tails.append(at, canonical_calls(message))
+        for row, tools in self.tools.items():
+            tails.append(int(self.begins[row] + self.counts[row]) - 1, tools.canonical)
+        texts = _bytes_of(join_messages(self.counts, heads, sizes, strings([":"])[0], self.contents, tails.array()))
+        half = len(self) // 2
+        digests = map(_pair_digest, texts[:half], texts[half:]) if self.is_pairs else map(_digest, texts)
+        return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+
+    def only(self, is_kept: np.ndarray) -> "Conversations":
+        """The conversations marked in `is_kept`, bool [R]; of a pair both sides or none."""
+        if is_kept.all():
+            return self
+        of_message = is_kept[self.row_of]
+        row, message = np.cumsum(is_kept) - 1, np.cumsum(of_message) - 1
+        return Conversations(
+            self.counts[is_kept],
+            self.roles[of_message],
+            self.contents.filter(truths(of_message)),
+            {int(message[i]): extra for i, extra in self.extras.items() if of_message[i]},
+            {int(row[i]): tools for i, tools in self.tools.items() if is_kept[i]},
+            self.is_pairs,
+        )
+
+
+class TextCodes:
+    """A column of N strings of which few are different: `codes` (int32 [N]) are indices of `table`."""
+
+    def __init__(self, table: Sequence[str], size: int):
+        self.table = list(table)
+        self.codes = np.zeros(size, np.int32)
+        self._code_of = {text: code for code, text in enumerate(table)}
+
+    def append(self, at: int, text: str) -> None:
+        """Append `text` to the string at index `at`."""
+        self.set(at, self.table[self.codes[at]] + text)
+
+    def set(self, at: int, text: str) -> None:
+        """Replace the string at index `at`."""
+        self.codes[at] = self._code(text)
+
+    def prepend(self, at: np.ndarray, text: str) -> None:
+        """Put `text` before the strings at the indices `at`."""
+        for code in np.unique(self.codes[at]).tolist():
+            self.codes[at[self.codes[at] == code]] = self._code(text + self.table[code])
+
+    def _code(self, text: str) -> int:
+        code = self._code_of.setdefault(text, len(self.table))
+        if code == len(self.table):
+            self.table.append(text)
+        return code
+
+    def array(self) -> Any:
+        """Arrow strings [N]."""
+        return strings(self.table).take(as_arrow(self.codes))
+
+
+def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
+    """The columns of parsed rows of one kind."""
+    is_pairs = bool(rows) and isinstance(rows[0], Pair)
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    sides += [row for row in rows if isinstance(row, Conversation)]
+    messages = [message for side in sides for message in side.messages]
+    has_extra = (i for i, m in enumerate(messages) if m.tool_calls or m.reasoning_content is not None)
+    return Conversations(
+        np.fromiter((len(side.messages) for side in sides), np.int64, len(sides)),
+        np.fromiter((_CODES[message.role] for message in messages), np.int8, len(messages)),
+        strings([message.content for message in messages]),
+        {i: messages[i] for i in has_extra},
+        {i: ToolSpecs(side.tools) for i, side in enumerate(sides) if side.tools},
+        is_pairs,
+    )
+
+
+# ---- reading lines
+
+
+def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversations]:
+    """The plain lines among `raws`: their indices (int64), and their columns. kind: "conversation" or "pair"."""
+    names = ("conversations",)
+    if kind == "pair":
+        names = ("chosen", "rejected")
+    elif raws and raws[0][:16].lstrip(b"{ ").startswith(b'"messages"'):
+        names = ("messages",)
+    at, sides = _read(raws, names)
+    columns, is_plain = _columns(sides)
+    is_plain &= _is_in_order(columns)
+    is_kept = np.bincount(columns.row_of[~is_plain], minlength=len(columns)) == 0
+    if columns.is_pairs:
+        is_kept = np.tile(is_kept.reshape(2, -1).all(axis=0) & _are_sides(columns), 2)
+    return at[is_kept[: len(at)]], columns.only(is_kept)
+
+
+def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
+    """Columns of Arrow lists of messages, one list array for each side, and whether each message is plain (bool [M])."""
+    import pyarrow as pa
+
+    pc = compute()
+    counts = np.concatenate([as_numpy(pc.list_value_length(side)) for side in sides]).astype(np.int64)
+    fields = sides[0].flatten() if len(sides) == 1 else pa.concat_arrays([side.flatten() for side in sides])
+    role, contents, reasoning, tools, calls = (fields.field(i) for i in range(len(_FIELDS)))
+    roles = _filled(pc.index_in(role, strings(ROLES)), -1).astype(np.int8)
+    is_plain = as_numpy(pc.is_valid(contents)) & as_numpy(pc.is_valid(fields)) & (roles >= 0)
+    contents = pc.fill_null(contents, strings([""])[0])
+    columns = Conversations(counts, roles, contents, is_pairs=len(sides) == 2)
+    is_plain &= ~as_numpy(pc.match_substring_regex(contents, _UNUSUAL))
+    may_be_blank = (roles == SYSTEM) | (roles == TOOL)
+    for i in np.flatnonzero(_is_nonempty(calls) | as_numpy(pc.is_valid(reasoning))).tolist():
+        message = _with_extras(roles[i], contents[i].as_py(), reasoning[i].as_py(), calls[i].as_py())
+        if message is None:
+            is_plain[i] = False
+        else:
+            columns.extras[i] = message
+            may_be_blank[i] |= bool(message.tool_calls)
+    is_plain &= may_be_blank | (_sizes(pc.utf8_ltrim(contents, SPACE)) > 0)
+    for i in np.flatnonzero(_is_nonempty(tools)).tolist():
+        specs = _tools(tools[i].as_py()) if columns.is_first[i] else None
+        if specs is None:
+            is_plain[i] = False
+        elif specs.specs:
+            columns.tools[int(columns.row_of[i])] = specs
+    return columns, is_plain
+
+
+def _is_in_order(columns: Conversations) -> np.ndarray:
+    """bool [M]: the message's role may follow the one before it, and may end the conversation if it does."""
+    roles = np.maximum(columns.roles, 0)
+    before = np.roll(roles, 1)
+    before[columns.is_first] = _START
+    is_last = np.roll(columns.is_first, -1)
+    return _MAY_FOLLOW[before, roles] & (~is_last | (roles == ASSISTANT))
+
+
+def _are_sides(columns: Conversations) -> np.ndarray:
+    """bool [P]: both sides have the same tools, and differ first in a message of the assistant on both."""
+    half = len(columns) // 2
+    shared = columns.num_shared
+    is_pair = shared < np.minimum(columns.counts[:half], columns.counts[half:])
+    first = np.stack([columns.begins[:half], columns.begins[half:]]) + shared
+    first = np.minimum(first, len(columns.roles) - 1)
+    is_pair &= (columns.roles[first] == ASSISTANT).all(axis=0)
+    for row in columns.tools:
+        one, other = (columns.tools.get(row % half + side) for side in (0, half))
+        is_pair[row % half] &= one is not None and other is not None and one.specs == other.specs
+    return is_pair
+
+
+def _with_extras(role: int, content: str, reasoning: str | None, calls: str | None) -> Message | None:
+    """An answer with reasoning or tool calls; None where it is not plain."""
+    if role != ASSISTANT or CONTROL.search(reasoning or ""):
+        return None
+    tool_calls = _objects(calls_of, calls) if calls else ()
+    return None if tool_calls is None else Message("assistant", content, reasoning, tool_calls)
+
+
+@lru_cache(maxsize=1024)
+def _tools(text: str) -> ToolSpecs | None:
+    specs = _objects(tools_of, text)
+    return None if specs is None else ToolSpecs(specs)
+
+
+def _objects(read: Callable[[str], tuple[JsonObject, ...]], text: str) -> tuple[JsonObject, ...] | None:
+    """The objects in a string of JSON; None where it is not plain."""
+    try:
+        objects = read(text)
+    except BadRow:
+        return None
+    may_hold = "<" in text or "\\u" in text
+    return None if may_hold and CONTROL.search(to_json(objects)) else objects
+
+
+def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list[Any]]:
+    """The lines that are an object with non-empty lists under `names` and nothing else; these lists, an Arrow array a name."""
+    import pyarrow as pa
+
+    # Arrow reads the lines joined. No JSON value that starts with { continues after } with {, so none spans two lines.
+    lines = [i for i, raw in enumerate(raws) if raw[:1] == b"{" and raw[-1:] == b"}"]
+    kind = pa.list_(pa.struct([(name, pa.string()) for name in _FIELDS]))
+    parts = _parsed([raws[i] for i in lines], pa.schema([(name, kind) for name in names]), 0)
+    at = np.array(lines, np.int64)[np.concatenate([np.empty(0, np.int64), *(index for index, _ in parts)])]
+    columns = [[table.column(n).combine_chunks() for _, table in parts] for n in range(len(names))]
+    arrays = [pa.concat_arrays(column) if column else pa.nulls(0, kind) for column in columns]
+    sizes = [_filled(compute().list_value_length(array), 0) for array in arrays]
+    is_full = np.min(sizes, axis=0) > 0
+    if not is_full.all():
+        at, arrays = at[is_full], [array.filter(truths(is_full)) for array in arrays]
+    return at, arrays
+
+
+def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.ndarray, Any]]:
+    """Arrow tables of the lines that Arrow reads by the schema, with their line numbers from `begin` on.
+
+    Where it refuses, both halves are tried, down to FEW lines.
+    """
+    import pyarrow as pa
+    import pyarrow.json
+
+    block = b"\n".join(raws)
+    try:
+        table = pyarrow.json.read_json(
+            pa.BufferReader(block),
+            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+        )
+        if table.num_rows == len(raws):
+            table.validate(full=True)  # UTF-8
+            return [(np.arange(begin, begin + len(raws)), table)]
+    except pa.ArrowInvalid:
+        pass
+    if len(raws) <= FEW:
+        return []
+    half = len(raws) // 2
+    return _parsed(raws[:half], schema, begin) + _parsed(raws[half:], schema, begin + half)
+
+
+# ---- Arrow and numpy
+
+
+def join_messages(counts: np.ndarray, *columns: Any) -> Any:
+    """Arrow strings [R]: the columns' strings joined message by message, `counts` messages a row."""
+    import pyarrow as pa
+
+    pc = compute()
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    (nothing,) = strings([""])
+    pieces = pc.binary_join_element_wise(*columns, nothing)
+    return pc.binary_join(pa.ListArray.from_arrays(as_arrow(offsets), pieces), nothing)
+
+
+def _bytes_of(texts: Any) -> list[memoryview]:
+    """The UTF-8 bytes of Arrow strings, without copies."""
+    _, offsets, values = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32, len(texts) + 1, 4 * texts.offset).tolist()
+    view = memoryview(values) if values else memoryview(b"")
+    return [view[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def _digest(text: memoryview) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:
+    digest = hashlib.sha256(b"pair %d:" % len(chosen))
+    digest.update(chosen)
+    digest.update(rejected)
+    return digest.digest()
+
+
+def replaced(array: Any, by: dict[int, str]) -> Any:
+    """Arrow strings with those at the indices in `by` replaced."""
+    places = sorted(by)
+    mask = np.zeros(len(array), bool)
+    mask[places] = True
+    return compute().replace_with_mask(array, truths(mask), strings([by[at] for at in places]))
+
+
+def strings(texts: Sequence[str]) -> Any:
+    """An Arrow array of these strings (pa.array and pa.scalar would import pandas)."""
+    import pyarrow as pa
+
+    encoded = [text.encode() for text in texts]
+    offsets = np.zeros(len(encoded) + 1, np.int32)
+    np.cumsum([len(text) for text in encoded], out=offsets[1:])
+    return pa.Array.from_buffers(
+        pa.string(), len(encoded), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    )
+
+
+def truths(values: np.ndarray) -> Any:
+    """An Arrow array of these bools."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
+
+
+def compute() -> Any:
+    """`pyarrow.compute`, imported at first use; typed Any because its functions are made at run time."""
+    import pyarrow.compute
+
+    return pyarrow.compute
+
+
+def as_arrow(values: np.ndarray) -> Any:
+    """An Arrow array over the same memory."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """A numpy view of an Arrow array of numbers, or a copy of one of bools; without nulls."""
+    import pyarrow as pa
+
+    assert not array.null_count
+    if pa.types.is_boolean(array.type):
+        return as_numpy(array.cast(pa.uint8())).astype(bool)
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def _is_nonempty(texts: Any) -> np.ndarray:
+    """bool [N]: neither null nor empty."""
+    return _filled(compute().binary_length(texts), 0) > 0
+
+
+def _sizes(texts: Any) -> np.ndarray:
+    return as_numpy(compute().binary_length(texts))
+
+
+def _filled(numbers: Any, value: int) -> np.ndarray:
+    """numpy's view of Arrow int32 numbers, with `value` for nulls."""
+    return as_numpy(compute().fill_null(numbers, as_arrow(np.array([value], np.int32))[0]))

@@ -1,0 +1,216 @@
+"""Conversations and pairs encoded row by row from jinja2's renderings: the check of the columnar way, and its fallback.
+
+Text between two control tokens is encoded as one string, which gives the ids of encoding the whole rendering at once. Where
+training begins inside such a string is told by ids, if its untrained beginning encoded alone gives the first of them, else by
+character offsets. For a tokenizer that rewrites text or joins it with control tokens, the whole rendering is encoded, by
+offsets.
+"""
+
+import itertools
+from collections.abc import Sequence as Rows
+from typing import NamedTuple
+
+import numpy as np
+
+from mmdata.encode.rows import BadRow, Conversation, Pair
+from mmdata.encode.sequences import PairSequence, Sequence
+from mmdata.encode.template import Segment, Template, stretches
+from mmdata.tokenizer.encoders import Encoder
+from mmdata.tokenizer.tokenizer import Tokenizer
+
+NOT_PLAIN = "this tokenizer cannot keep control strings in content plain text"
+
+
+class EncodedRow(NamedTuple):
+    """The sequence of one row; num_tokens before cutting (of a pair: prompt once, and both replies); `cut` of them dropped."""
+
+    sequence: Sequence | PairSequence
+    num_tokens: int
+    cut: int = 0
+
+
+class _Tokens(NamedTuple):
+    """ids: uint32 [T]; mask: bool [T], trained."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+class ReferenceEncoder:
+    """Encodes conversations and pairs with one tokenizer and its template; each row by itself, text in one native call."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, encoder: Encoder, *, max_len: int, train_on: str):
+        self._tokenizer = tokenizer
+        self._template = template
+        self._encoder = encoder
+        self._max_len = max_len
+        self._train_on = train_on
+        self._control_ids = {text: np.array([id], np.uint32) for text, id in tokenizer.control_tokens.items()}
+
+    def segments(self, row: Conversation | Pair, keep_empty_think: bool) -> list[list[Segment]]:
+        """The segments of a conversation, or of both sides of a pair. BadRow where the rendering cannot be cut."""
+        sides, first_trained = [row], 0
+        if isinstance(row, Pair):
+            sides, first_trained = [row.chosen, row.rejected], row.num_shared
+        return [
+            self._template.segments(
+                side, train_on=self._train_on, first_trained=first_trained, keep_empty_think=keep_empty_think
+            )
+            for side in sides
+            if isinstance(side, Conversation)
+        ]
+
+    def encode(self, rows: Rows[Conversation | Pair], keeps: Rows[bool]) -> list[EncodedRow | BadRow]:
+        """The result of each row, or why it cannot be used. keeps: whether a row keeps the template's empty think blocks."""
+        segments: list[list[Segment]] = []  # of every rendering of every row
+        plans: list[slice | BadRow] = []  # a row's renderings in `segments`
+        for row, keep in zip(rows, keeps, strict=True):
+            try:
+                renderings = self.segments(row, keep)
+                plans.append(slice(len(segments), len(segments) + len(renderings)))
+                segments += renderings
+            except BadRow as bad:
+                plans.append(bad)
+        tokens = self._encode_segments(segments)
+        results: list[EncodedRow | BadRow] = []
+        for row, keep, plan in zip(rows, keeps, plans, strict=True):
+            try:
+                results.append(plan if isinstance(plan, BadRow) else self._finish(row, keep, tokens[plan]))
+            except BadRow as bad:
+                results.append(bad)
+        return results
+
+    # ---- segments -> ids and mask
+
+    def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Tokens | BadRow]:
+        """Ids and mask of each rendering; each different text is encoded once, all in one call."""
+        if not self._tokenizer.is_exact:
+            return [self._encode_jointly(segments) for segments in renderings]
+        grouped = [stretches(segments) for segments in renderings]
+        places: dict[str, int] = {}
+        for group in itertools.chain.from_iterable(grouped):
+            if not group[0].is_control:
+                places.setdefault("".join(s.text for s in group), len(places))
+                if len(group) > 1:
+                    places.setdefault(group[0].text, len(places))
+        flat, ends = self._encoder.encode(list(places), False)
+        encoded = dict(zip(places, np.split(flat, ends[:-1]), strict=True)) if places else {}
+        tokens: list[_Tokens | BadRow] = []
+        for groups in grouped:
+            parts = [self._encode_group(group, encoded) for group in groups]
+            tokens.append(_Tokens(np.concatenate([p.ids for p in parts]), np.concatenate([p.mask for p in parts])))
+        return tokens
+
+    def _encode_group(self, group: list[Segment], encoded: dict[str, np.ndarray]) -> _Tokens:
+        """A control token, or the text between two of them."""
+        first = group[0]
+        if first.is_control:
+            return _Tokens(self._control_ids[first.text], np.array([first.is_trained]))
+        ids, head = encoded["".join(s.text for s in group)], encoded[first.text]
+        if len(group) == 1:
+            return _Tokens(ids, np.full(len(ids), first.is_trained))
+        if len(group) == 2 and np.array_equal(ids[: len(head)], head):
+            lengths = len(head), len(ids) - len(head)
+            return _Tokens(ids, np.repeat([s.is_trained for s in group], lengths))
+        return self._by_offsets(group, control=False)
+
+    def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Tokens:
+        """A token is trained when any character it stands for is."""
+        ids, offsets = self._tokenizer.encode_with_offsets("".join(s.text for s in segments), control=control)
+        trained = np.repeat([s.is_trained for s in segments], [len(s.text) for s in segments])
+        before = np.concatenate(([0], np.cumsum(trained)))
+        begin, end = offsets[:, 0], np.maximum(offsets[:, 1], np.minimum(offsets[:, 0] + 1, len(trained)))
+        return _Tokens(ids, before[end] > before[begin])
+
+    def _encode_jointly(self, segments: list[Segment]) -> _Tokens | BadRow:
+        """The whole rendering at once; BadRow where content became control tokens."""
+        tokens = self._by_offsets(segments, control=True)
+        num_control = np.isin(tokens.ids, list(self._tokenizer.control_tokens.values())).sum()
+        return (
+            tokens
+            if num_control == sum(s.is_control for s in segments)
+            else BadRow("template cannot be cut", NOT_PLAIN)
+        )
+
+    # ---- ids and mask -> sequences
+
+    def _finish(self, row: Conversation | Pair, keep: bool, tokens: list[_Tokens | BadRow]) -> EncodedRow:
+        sides = []
+        for side in tokens:
+            if isinstance(side, BadRow):
+                raise side
+            side.mask[0] = False  # no token before it to predict it from
+            if not side.mask.any():
+                raise BadRow("no trained token")
+            sides.append(side)
+        return self._conversation(row, keep, sides[0]) if isinstance(row, Conversation) else self._pair(*sides)
+
+    def _conversation(self, row: Conversation, keep: bool, whole: _Tokens) -> EncodedRow:
+        if len(whole.ids) <= self._max_len:
+            return EncodedRow(Sequence(whole.ids, _spans_of(whole.mask)), len(whole.ids))
+        fitting = self._longest_that_fits(row, keep)
+        if fitting is None:
+            raise BadRow("too long", too_long(len(whole.ids), self._max_len))
+        cut = len(whole.ids) - len(fitting.ids)
+        return EncodedRow(Sequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
+
+    def _longest_that_fits(self, row: Conversation, keep: bool) -> _Tokens | None:
+        """As many whole turns from the beginning as fit max_len, rendered on their own; found by bisection."""
+        messages = row.messages
+        ends = [
+            i + 1
+            for i in range(len(messages) - 1)
+            if messages[i].role == "assistant" and messages[i + 1].role != "tool"
+        ]
+        best, low, high = None, 0, len(ends)
+        while low < high:
+            middle = (low + high) // 2
+            (tokens,) = self._encode_segments(self.segments(Conversation(messages[: ends[middle]], row.tools), keep))
+            if not isinstance(tokens, BadRow) and len(tokens.ids) <= self._max_len:
+                tokens.mask[0] = False
+                best, low = (tokens if tokens.mask.any() else best), middle + 1
+            else:
+                high = middle
+        return best
+
+    def _pair(self, chosen: _Tokens, rejected: _Tokens) -> EncodedRow:
+        # The prompt: what both sides begin with, up to the first trained token. Where a tokenizer joins the header's last
+        # newlines with one reply and not with the other, the prompt ends before them.
+        shared = common_length(chosen.ids, rejected.ids)
+        begin = min(int(chosen.mask.argmax()), int(rejected.mask.argmax()), shared)
+        if np.array_equal(chosen.ids, rejected.ids):
+            raise BadRow("chosen equal to rejected", SAME_RENDERING)
+        longest = max(len(chosen.ids), len(rejected.ids))
+        if longest > self._max_len:
+            raise BadRow("too long", too_long_pair(longest, self._max_len))
+        replies = chosen.ids[begin:], rejected.ids[begin:]
+        spans = _spans_of(chosen.mask[begin:]), _spans_of(rejected.mask[begin:])
+        return EncodedRow(PairSequence(chosen.ids[:begin], *replies, *spans), begin + sum(map(len, replies)))
+
+
+SAME_RENDERING = "once written by the template"
+
+
+def too_long(length: int, max_len: int) -> str:
+    """The detail of a conversation that cannot be cut to `max_len` tokens."""
+    return f"{length:,} tokens, and its first turn alone is longer than {max_len:,}"
+
+
+def too_long_pair(length: int, max_len: int) -> str:
+    """The detail of a pair whose longer side has `length` tokens."""
+    return f"{length:,} tokens, expected at most {max_len:,}"
+
+
+def common_length(one: np.ndarray, other: np.ndarray) -> int:
+    """How many leading values two arrays share."""
+    shorter = min(len(one), len(other))
+    different = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+def _spans_of(mask: np.ndarray) -> np.ndarray:
+    """int32 [n, 2]: begin and end of each run of True."""
+    padded = np.zeros(len(mask) + 2, dtype=bool)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    return edges.reshape(-1, 2).astype(np.int32)
