@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import tokenizers
 from pack_data import CONTROL, write_rows
 
-from mmdata.encode.encoder import PairSequence, RowEncoder
-from mmdata.encode.rows import BadRow, iter_lines, parse_row
+from mmdata.encode.encoder import RowEncoder
+from mmdata.encode.rows import iter_lines, parse_row
+from mmdata.encode.sequences import PairSequence
+from mmdata.encode.sequences import Sequence as Ids
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import Ragged, ragged, read_arrow, take, write_arrow
 from mmdata.pack.options import PackOptions
@@ -133,12 +136,14 @@ def test_source_rows_are_what_the_encoder_gave_row_by_row(
     encoded = RowEncoder(Tokenizer.load(tokenizer_dir), max_len=640).encode(
         [parse_row(line.raw, kind) for line in lines]
     )
+    assert not encoded.bad
     expected = []
-    for line, item in zip(lines, encoded, strict=True):
-        assert not isinstance(item, BadRow)
+    sequences = iter(encoded.sequences)
+    for line, count in zip(lines, encoded.num_sequences.tolist(), strict=True):
+        of_row = list(islice(sequences, count))
         record: dict[str, Any] = {"file": str(path), "line": line.number}
-        if isinstance(item.sequences, PairSequence):
-            s = item.sequences
+        s = of_row[0]
+        if isinstance(s, PairSequence):
             record |= {"prompt_ids": s.prompt.tolist(), "chosen_ids": s.chosen.tolist()}
             record |= {"rejected_ids": s.rejected.tolist()}
             for side, reply, spans in (
@@ -150,8 +155,8 @@ def test_source_rows_are_what_the_encoder_gave_row_by_row(
                     mask[begin:end] = 1
                 record[f"{side}_mask"] = mask.tolist()
         else:
-            record["input_ids"] = [i for s in item.sequences for i in s.ids.tolist()]
-            record["loss_mask"] = [m for s in item.sequences for m in s.loss_mask.tolist()]
+            record["input_ids"] = [i for s in of_row if isinstance(s, Ids) for i in s.ids.tolist()]
+            record["loss_mask"] = [m for s in of_row if isinstance(s, Ids) for m in s.loss_mask.tolist()]
         expected.append(record)
     assert list(source_rows(dataset, "all")) == expected
 

@@ -10,7 +10,7 @@ import eras
 import pytest
 import text_data
 
-from mmdata.encode.encoder import RowEncoder
+from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.tokenizer import encoders
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit import check as module
@@ -213,10 +213,10 @@ def test_other_ids_between_control_tokens_than_of_the_whole_are_an_error(
 ) -> None:
     encode = RowEncoder.encode
 
-    def shifted(self: RowEncoder, rows: list[Any]) -> list[Any]:
-        found = encode(self, rows)
-        found[0].sequences[0].ids[-1] += 1
-        return found
+    def shifted(self: RowEncoder, rows: list[Any]) -> EncodedRows:
+        encoded = encode(self, rows)
+        encoded.sequences.ids[-1] += 1
+        return encoded
 
     monkeypatch.setattr(RowEncoder, "encode", shifted)
     assert "differ from the whole" in levels(check(whole), "error")["segments"].found

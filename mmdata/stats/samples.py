@@ -11,7 +11,8 @@ import numpy as np
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow
-from mmdata.encode.sequences import PairSequence, Sequence as Ids, Sequences
+from mmdata.encode.sequences import PairSequence, Sequences
+from mmdata.encode.sequences import Sequence as Ids
 from mmdata.stats.measure import pieces_of
 from mmdata.stats.scan import Shown
 from mmdata.stats.token_tally import Vocabulary
