@@ -17,7 +17,7 @@ from mmdata.errors import TrainError, UsageError
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.log import trackers
-from mmtrain.log.trackers import Sink, Tracked, Trackers
+from mmtrain.log.trackers import Sink, TrackedRun, Trackers
 from mmtrain.train.loop import train
 
 
@@ -179,10 +179,10 @@ def test_extras_are_declared_under_their_names() -> None:
 
 def test_what_is_not_a_number_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[dict[str, float]] = []
-    opened: dict[str, Callable[[Tracked], Sink]] = {
+    opened: dict[str, Callable[[TrackedRun], Sink]] = {
         "wandb": lambda run: Sink(lambda step, figures: found.append(dict(figures)), lambda is_failed: None)
     }
     monkeypatch.setattr(trackers, "OPEN", opened)
-    several = Trackers(["wandb"], Tracked(tmp_path, "1", 0, {}), print)
+    several = Trackers(["wandb"], TrackedRun(tmp_path, "1", 0, {}), print)
     several.write(json.loads('{"step": 1, "loss": null, "lr": 0.1, "val_loss": 2}'))
     assert found == [{"train/lr": 0.1, "val/loss": 2.0}]

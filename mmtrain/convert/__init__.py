@@ -1,4 +1,4 @@
-"""Models to and from other programs: transformers, llama.cpp (GGUF), MiniMind's .pth.
+"""Conversion from and to other programs: transformers, llama.cpp (GGUF), MiniMind's .pth, the evaluation harness.
 
-Begin at `export.py` and `foreign.py` (import).
+Begin with `export.py` and `foreign.py` (import).
 """

@@ -1,4 +1,4 @@
-"""Generating text and measuring a model: decoding, sampling, held-out loss, questions.
+"""Generation and evaluation: decoding, sampling, chat, held-out loss, questions with known answers.
 
-Begin at `engine.py`; `serve/` is the HTTP server.
+Begin with `engine.py`; `serve/` is the HTTP server.
 """

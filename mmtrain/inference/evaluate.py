@@ -1,4 +1,4 @@
-"""Weights and the val split -> held-out figures. Nothing is trained; every rank does its share of the split."""
+"""Held-out figures of a model during training, on the val split. Each rank computes its share of the split."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from mmtrain.model.logps import sum_by_sequence
 from mmtrain.model.model import Model
 from mmtrain.model.preference import FIGURES, Objective, pair_figures
 
-EACH = ("loss", "bits_per_byte", "accuracy")  # figures that are given for each dataset too
+PER_DATASET = ("loss", "bits_per_byte", "accuracy")  # figures that are also computed for each dataset
 
 
 @torch.no_grad()
@@ -30,13 +30,12 @@ def evaluate(
     reference: Tensor | None = None,
     objective: Objective | None = None,
 ) -> dict[str, float]:
-    """Held-out figures of the loader's split; empty when the split is. Of several datasets those of `EACH` stand a second
-    time for every one of them that has the split, as `loss/NAME`.
+    """Held-out figures of the loader's split; empty for an empty split.
 
-    loss (nats a trained token), bits_per_byte (over tokens that stand for bytes) and tokens (trained ones). For pairs loss
-    is the objective's, with the figures of `preference.FIGURES` beside it, measured against `reference` (logps
-    float64 [num_samples, 2]), or with none against a reference that finds everything equally likely; bits_per_byte is then the
-    chosen replies'.
+    loss (nats per trained token), bits_per_byte (over tokens that decode to bytes) and tokens (trained ones). For pairs,
+    loss is the objective's and bits_per_byte that of the chosen replies, and `preference.FIGURES` are added. `reference`:
+    reference logps float64 [num_samples, 2]; None stands for a reference under which all replies are equally likely.
+    Several datasets add the figures of `PER_DATASET` for each as `loss/NAME`.
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
@@ -47,31 +46,30 @@ def evaluate(
     for micro in loader.micro_batches():
         batch = to_device(micro, world.device, loader.limits)
         logps = token_logps_of(model, batch)
-        found = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
+        batch_sums = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
         if is_pairs:
             ref = None if reference is None else reference[batch.samples].to(world.device)
-            found = torch.cat([found, _pair_sums(batch, logps, ref, objective)])
-        sums[loader.dataset_of(micro)] += found
+            batch_sums = torch.cat([batch_sums, _pair_sums(batch, logps, ref, objective)])
+        sums[loader.dataset_of(micro)] += batch_sums
     sums = world.sum(sums).cpu()
     figures = _figures(sums.sum(0).tolist())
     if len(names) > 1:
         for name, own in zip(names, sums.tolist(), strict=True):
-            figures |= {f"{figure}/{name}": value for figure, value in _figures(own).items() if figure in EACH}
+            figures |= {f"{figure}/{name}": value for figure, value in _figures(own).items() if figure in PER_DATASET}
     return figures
 
 
 def names_of(dirs: Sequence[Path]) -> list[str]:
-    """What datasets are called beside each other: by their directories' names, with as much of the path as tells them
-    apart."""
+    """Short names of datasets: the names of their directories, with as many parent directories as make them unique."""
     for depth in range(1, 1 + max(len(path.parts) for path in dirs)):
         names = ["/".join(path.parts[-depth:]) for path in dirs]
         if len(set(names)) == len(names):
             return names
-    return [f"{path.name}-{number}" for number, path in enumerate(dirs, 1)]  # one dataset, named twice
+    return [f"{path.name}-{number}" for number, path in enumerate(dirs, 1)]  # one dataset, listed twice
 
 
 def _figures(sums: Sequence[float]) -> dict[str, float]:
-    """Means of the sums of `_text_sums` and, for pairs, `_pair_sums`; empty where no token was counted."""
+    """Figures from the sums of `_text_sums` and, for pairs, `_pair_sums`; empty without trained tokens."""
     nats, trained, nats_of_bytes, num_bytes, *of_pairs = sums
     if not trained:
         return {}
@@ -79,14 +77,12 @@ def _figures(sums: Sequence[float]) -> dict[str, float]:
     if of_pairs:
         *values, num_pairs = of_pairs
         means = {name: value / num_pairs for name, value in zip(("loss", *FIGURES), values, strict=True)}
-        figures |= {
-            name: value for name, value in means.items() if math.isfinite(value)
-        }  # without a reference no drift
+        figures |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # without reference: no drift
     return figures | {"tokens": int(trained)}
 
 
 def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only: bool) -> Tensor:
-    """Nats, trained tokens, nats of tokens that stand for bytes, bytes: float64 [4]."""
+    """Nats, trained tokens, nats of tokens that decode to bytes, bytes: float64 [4]."""
     num_bytes = token_bytes[batch.ids[batch.trained]]
     is_counted = batch.sequence_ids % 2 == 0 if chosen_only else torch.ones_like(batch.sequence_ids, dtype=torch.bool)
     nats = -logps.double() * is_counted
@@ -94,7 +90,7 @@ def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only:
 
 
 def _pair_sums(batch: Batch, logps: Tensor, ref: Tensor | None, objective: Objective) -> Tensor:
-    """Loss, FIGURES, number of pairs: float64 [2 + figures]."""
+    """Loss, FIGURES and number of pairs: float64 [2 + figures]."""
     sums = sum_by_sequence(logps, batch.sequence_ids, batch.num_sequences).view(-1, 2)
     loss, figures = pair_figures(objective, sums, counts_of(batch).view(-1, 2), ref)
     columns = (loss, *(figures[name] for name in FIGURES), torch.ones_like(loss))

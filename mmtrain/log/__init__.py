@@ -1,4 +1,4 @@
-"""What a run records and shows: metrics, trackers, history, and the HTML run report.
+"""Records of a run and their display: metrics, trackers, history, and the HTML run report.
 
-Begin at `metrics.py` (written while training) and `history.py` (read afterwards).
+Begin with `metrics.py` (written while training) and `history.py` (read afterwards).
 """

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
 
 Metrics = dict[str, int | float | None]  # a line of metrics.jsonl: figures of a step or, named val_…, of a validation
 Json = dict[str, Any]  # part of run.json that is passed on unchanged
+RunFigures = dict[str, Any]  # one run in `mm report --json`; see `run_figures`
 
 
 class Event(msgspec.Struct):
@@ -75,47 +76,6 @@ class _RunFacts(msgspec.Struct):
     init: Json | None = None
     versions: dict[str, str] = {}
     resumed: list[_Resumption] = []
-
-
-class CurvePlace(TypedDict):
-    """A place on the axes of the curves."""
-
-    step: float
-    tokens: float
-    hours: float
-
-
-class RunFigures(TypedDict):
-    """One run in `mm report --json`. Curves, vals, events and samples count from the run's own beginning."""
-
-    name: str
-    dir: str
-    stage: str
-    status: str
-    started: float | None
-    ended: float | None
-    device: str
-    precision: str
-    world_size: int
-    params: int
-    num_steps: int
-    step: int
-    tokens: int
-    trained_tokens: int
-    hours: float
-    skipped: int
-    last: dict[str, float | None]
-    settings: Json
-    model: Json
-    data: list[Json]
-    init: Json | None
-    versions: dict[str, str]
-    curves: dict[str, list[float | None]]
-    vals: list[Json]
-    events: list[Json]
-    samples: list[Json]
-    offset: NotRequired[CurvePlace]  # of the run's beginning in its chain
-    missing: NotRequired[str]  # directory of the run this one started from, where it is gone
 
 
 # --- jsonl files of a run
@@ -187,7 +147,11 @@ class MetricsReader:
 
 
 def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: int | None = None) -> RunFigures:
-    """Figures of one run; with `until` only those up to that step. CheckpointError without a readable run.json."""
+    """Figures of one run, counted from its own beginning; with `until` only those up to that step.
+
+    `curves` has a list of points for each name, among them the axes step, tokens and hours; `vals`, `events` and `samples`
+    are records with their place on the axes. CheckpointError without a readable run.json.
+    """
     run = read_record(run_dir / RUN, _RunFacts, CheckpointError, "give a run directory of `mm train`")
     metrics = metrics or MetricsReader(run_dir / METRICS)
     metrics.update()
@@ -198,7 +162,7 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
     numbers = [_step(record) for record in steps]
     before = {"tokens": _running_sums(tokens), "hours": _running_sums(seconds / 3600)}
 
-    def place(step: int) -> CurvePlace:
+    def place(step: int) -> dict[str, float]:
         done = bisect_right(numbers, step)  # steps logged by then: an event may be recorded before its own step
         return {"step": step, "tokens": before["tokens"][done], "hours": before["hours"][done]}
 
@@ -387,14 +351,10 @@ def chain(run_dir: Path, reader: RunReader | None = None) -> list[RunFigures]:
             run["missing"] = str(parent)
             break
         runs.insert(0, run)
-    offset = CurvePlace(step=0, tokens=0, hours=0.0)
+    offset = {"step": 0, "tokens": 0, "hours": 0.0}
     for run in runs:
         run["offset"] = offset
-        offset = CurvePlace(
-            step=offset["step"] + run["step"],
-            tokens=offset["tokens"] + run["tokens"],
-            hours=offset["hours"] + run["hours"],
-        )
+        offset = {name: value + run[name] for name, value in offset.items()}
     return runs
 
 

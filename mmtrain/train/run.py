@@ -19,7 +19,7 @@ from mmtrain.config import TrainOptions, as_json
 from mmtrain.distributed import World
 from mmtrain.log import metrics
 from mmtrain.log.reporter import Reporter
-from mmtrain.log.trackers import Tracked, Trackers
+from mmtrain.log.trackers import TrackedRun, Trackers
 from mmtrain.log.trackers import check as check_trackers
 from mmtrain.model import lora
 from mmtrain.model.model import Model
@@ -184,7 +184,7 @@ def _open_trackers(plan: Plan, world: World, facts: dict[str, Any], say: Callabl
         identity = hashlib.sha256(f"{facts['started']} {plan.config.out.name}".encode()).hexdigest()[:8]
         first_step = plan.resumed.step if plan.resumed else 0
         settings = {"stage": plan.stage.name, "num_params": facts["num_params"]} | as_json(plan.settings)
-        found.append(Trackers(names, Tracked(plan.config.out, identity, first_step, settings), say))
+        found.append(Trackers(names, TrackedRun(plan.config.out, identity, first_step, settings), say))
 
     world.agree_on(open_all if names and world.is_first else lambda: None)
     return found[0] if found else None

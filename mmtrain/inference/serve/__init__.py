@@ -1,4 +1,4 @@
-"""`mm serve`: OpenAI's HTTP interface and a chat page.
+"""`mm serve`: OpenAI's HTTP API and a chat page.
 
-Begin at `app.py`; `worker.py` is the thread that generates.
+Begin with `app.py`; `api.py` reads requests, `responses.py` builds responses, `worker.py` is the thread that generates.
 """
