@@ -141,7 +141,7 @@ def fetch(
         "HF_HUB_DISABLE_TELEMETRY", "1"
     )  # else the hub's client asks it about the terminal's programs
     default = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}.get(source, "")
-    options = planning.Options(
+    options = planning.FetchOptions(
         out, source, endpoint or os.environ.get(default) or None, revision, update, verify, force, connections
     )
     mute = quiet or as_json

@@ -31,9 +31,8 @@ from mmdata.errors import (
     UsageError,
 )
 from mmdata.hub import catalog, fetch, plan, transfer
-from mmdata.hub.fetch import Outcome
-from mmdata.hub.lockfile import LOCK_NAME, read_lock
-from mmdata.hub.plan import Options, Plan
+from mmdata.hub.fetch import FetchOutcome
+from mmdata.hub.plan import LOCK_NAME, FetchOptions, FetchPlan, read_lock
 from mmdata.hub.sources import asked_wait, is_safe
 from mmdata.hub.transfer import Patience, cut, merge, missing
 
@@ -81,13 +80,13 @@ class Client:
     out: Path
     waits: Waits
 
-    def options(self, **changes: object) -> Options:
+    def options(self, **changes: object) -> FetchOptions:
         patience = Patience(read_timeout_s=LONG_S, sleep=self.waits)
         defaults: dict = {"out": self.out, "endpoint": self.hub.url, "patience": patience}
         source = changes.get("source", "hf")
         if source not in ("hf", "modelscope"):
             defaults["endpoint"] = None
-        return Options(**{**defaults, **changes})
+        return FetchOptions(**{**defaults, **changes})
 
     def plan(
         self,
@@ -96,15 +95,15 @@ class Client:
         everything: bool = False,
         tokenizer: str | None = None,
         **changes: object,
-    ) -> Plan:
+    ) -> FetchPlan:
         return plan.plan(
             names, options=self.options(**changes), preset=preset, everything=everything, tokenizer=tokenizer
         )
 
-    def all(self, *names: str, watch: fetch.Watch | None = None, **changes: object) -> list[Outcome]:
+    def all(self, *names: str, watch: fetch.Watch | None = None, **changes: object) -> list[FetchOutcome]:
         return fetch.fetch(self.plan(*names, **changes), watch=watch)  # type: ignore[arg-type]
 
-    def one(self, *names: str, watch: fetch.Watch | None = None, **changes: object) -> Outcome:
+    def one(self, *names: str, watch: fetch.Watch | None = None, **changes: object) -> FetchOutcome:
         """Fetch one file; its error is raised."""
         (outcome,) = self.all(*names, watch=watch, **changes)
         if outcome.error:
@@ -144,7 +143,7 @@ def test_a_rerun_does_not_even_load_huggingface_hub(hub: FakeHub, client: Client
     code = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
         "from pathlib import Path; from mmdata.hub import fetch, plan\n"
-        f"fetch.fetch(plan.plan(('a.jsonl',), options=plan.Options(out=Path({str(client.out)!r}))))\n"
+        f"fetch.fetch(plan.plan(('a.jsonl',), options=plan.FetchOptions(out=Path({str(client.out)!r}))))\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -342,7 +341,7 @@ import sys
 from pathlib import Path
 from mmdata.hub import fetch, plan
 out, endpoint, connections = sys.argv[1:4]
-options = plan.Options(out=Path(out), endpoint=endpoint, connections=int(connections))
+options = plan.FetchOptions(out=Path(out), endpoint=endpoint, connections=int(connections))
 try:
     outcomes = fetch.fetch(plan.plan(tuple(sys.argv[4:]), options=options))
 except plan.MMError as error:
@@ -840,7 +839,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from mmdata.hub import fetch, plan
-options = plan.Options(out=Path(sys.argv[1]), endpoint=sys.argv[2])
+options = plan.FetchOptions(out=Path(sys.argv[1]), endpoint=sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 fetch.fetch(plan.plan(("small.jsonl",), options=options))
 idle = peak()
@@ -880,7 +879,9 @@ def test_offsets_beyond_four_gib_are_exact(hub: FakeHub, client: Client, monkeyp
     """The part is sparse and has all but three stretches, one beyond 2 GiB and one beyond 4 GiB."""
     size = (4 << 30) + (1 << 20)
     monkeypatch.setattr("mmdata.io.files.hashlib.sha256", NoHash)
-    monkeypatch.setattr(transfer.Part, "catch_up", lambda part, stop=None: setattr(part.digest, "position", size))
+    monkeypatch.setattr(
+        transfer.PartialFile, "catch_up", lambda part, stop=None: setattr(part.digest, "position", size)
+    )
     gaps = [(0, 100), (2 << 30, (2 << 30) + 100), (4 << 30, size)]
     hub.put(DATASET, {"a.bin": Filler(size, sha256="a" * 64)})
     client.out.mkdir()

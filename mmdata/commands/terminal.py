@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from mmdata.encode.sequences import Sequences
     from mmdata.encode.validate import Validation
     from mmdata.errors import MMError
-    from mmdata.hub.fetch import Outcome, Row
-    from mmdata.hub.plan import Plan as FetchPlan
+    from mmdata.hub.fetch import FetchOutcome, FileState
+    from mmdata.hub.plan import FetchPlan
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
     from mmdata.stats.report.page import Block, Section, Translation
@@ -262,7 +262,7 @@ def print_fetch_plan(to_do: "FetchPlan") -> None:
         say("tip: `--connections 4` is faster where each connection is slow")
 
 
-def print_fetched(outcomes: list["Outcome"], out: Path, seconds: float) -> None:
+def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> None:
     """Print what became of each file, the sum, and the next command."""
     for outcome in outcomes:
         if not outcome.error:
@@ -280,7 +280,7 @@ def print_fetched(outcomes: list["Outcome"], out: Path, seconds: float) -> None:
         next_command("mm pack" + ("" if out == DATA_DIR else f" {' '.join(data)} --tokenizer {out / 'tokenizer'}"))
 
 
-def print_overview(rows: list["Row"], as_json: bool) -> None:
+def print_overview(rows: list["FileState"], as_json: bool) -> None:
     """Print the known files and their state, then what there is to know about them."""
     if as_json:
         return print_json(rows)

@@ -1,7 +1,7 @@
-"""The known files: names in; stage, size, checksum, row count and the revision that still holds them out. Costs no request.
+"""The dataset files and tokenizers that `mm fetch` knows: stage, size, checksum, rows and the revisions that have them.
 
-The figures come from projects that pinned the same revisions and from the upstream READMEs; None stands where nobody
-published one. They are a map, not the territory: `fetch` trusts the listing it gets over this page and says where they differ.
+The figures are from projects that pinned the same revisions and from the upstream READMEs; None where nobody published one.
+`fetch` believes a source's own listing over this table and reports where they differ. Reading the table costs no request.
 """
 
 import difflib
@@ -24,14 +24,14 @@ DOCUMENT, CONVERSATION, PAIR = ("text",), ("conversations",), ("chosen", "reject
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
-    """One file of the dataset repository. `sha256` and revisions may be the first digits only, where no more is known."""
+    """A file of the dataset repository. Of `sha256` and revisions only the first digits may be known."""
 
-    key: str  # what one types; the file arrives as <key>.jsonl
-    path: str  # its name in the repository
+    key: str  # what users type
     stage: str
-    fields: tuple[str, ...]  # what every row has
+    fields: tuple[str, ...]  # that every row has
+    repo_path: str = ""  # its path in the repository, where it is not `name`
     num_bytes: int | None = None  # exact
-    about_bytes: int | None = None  # as a README puts it
+    about_bytes: int | None = None  # rounded, from a README
     num_rows: int | None = None
     sha256: str | None = None
     max_len: int | None = None  # tokens, as upstream recommends
@@ -40,12 +40,17 @@ class KnownFile:
 
     @property
     def name(self) -> str:
-        """The name it gets here: two published files share the name dpo.jsonl, so it is made from the key."""
+        """The local file name. It is made from the key, because two published files are named dpo.jsonl."""
         return f"{self.key}.jsonl"
 
     @property
+    def path(self) -> str:
+        """The path in the repository."""
+        return self.repo_path or self.name
+
+    @property
     def size_bytes(self) -> int | None:
-        """The exact size where it is known, else the published rough one."""
+        """The exact size if it is known, else the rounded one."""
         return self.num_bytes or self.about_bytes
 
 
@@ -60,227 +65,62 @@ class KnownTokenizer:
 
 
 FILES = (
-    KnownFile(
-        "pretrain_t2t_mini",
-        "pretrain_t2t_mini.jsonl",
-        "pretrain",
-        DOCUMENT,
-        revisions=T2T,
-        num_bytes=1_241_043_656,
-        num_rows=1_270_238,
-        max_len=768,
-        sha256="6dd6716c84ab36897bdbfc7f88e04f4441c48c1ab7ecee88ce0b0e7d4685560c",
-    ),
-    KnownFile(
-        "pretrain_t2t",
-        "pretrain_t2t.jsonl",
-        "pretrain",
-        DOCUMENT,
-        revisions=T2T,
-        num_bytes=8_275_074_893,
-        num_rows=8_468_827,
-        max_len=380,
-        sha256="31efc9a6fa7430769c0e78cde1c8ec0273ac7bbad20614c0ee58bccef327cc9d",
-        note="the upstream README says 10 GB; the published bytes are 8.3 GB",
-    ),
-    KnownFile(
-        "sft_t2t_mini",
-        "sft_t2t_mini.jsonl",
-        "sft",
-        CONVERSATION,
-        revisions=T2T,
-        num_bytes=1_739_201_170,
-        num_rows=905_718,
-        max_len=768,
-        sha256="abb1e76b2056e14728beb78db96b7b3c491a0bef1ed3e34a9b381b28f29fa518",
-    ),
-    KnownFile(
-        "sft_t2t",
-        "sft_t2t.jsonl",
-        "sft",
-        CONVERSATION,
-        revisions=T2T,
-        num_bytes=14_096_018_369,
-        sha256="b5dab3d590b3b4ae3bfeec891ba0c76b0de5acbec4f4b078dcd3912eb1735c79",
-    ),
-    KnownFile(
-        "dpo",
-        "dpo.jsonl",
-        "dpo",
-        PAIR,
-        revisions=T2T,
-        num_bytes=53_653_322,
-        num_rows=17_166,
-        max_len=1024,
-        sha256="ee934a8a455ccc99d1334d63e1254dd1d64f497fd067cfcbb71e3043f5b46768",
-        note="the dpo.jsonl published since 2025-10-26; the one before it is dpo_v1",
-    ),
-    KnownFile(
-        "rlaif",
-        "rlaif.jsonl",
-        "rl",
-        CONVERSATION,
-        revisions=T2T,
-        num_bytes=23_754_740,
-        num_rows=19_502,
-        max_len=768,
-        sha256="8c6634db971fa34b0217f7db4f7c30684f57d20bbb771eb717f1b5aeacb089ba",
-    ),
-    KnownFile(
-        "agent_rl",
-        "agent_rl.jsonl",
-        "rl",
-        CONVERSATION,
-        revisions=T2T,
-        num_bytes=82_036_930,
-        num_rows=39_988,
-        max_len=1024,
-        sha256="cb96bcc8096aecc5eccaab858f75d5ace1dc22da2302c2230457e29744a761ab",
-    ),
-    KnownFile(
-        "agent_rl_math",
-        "agent_rl_math.jsonl",
-        "rl",
-        CONVERSATION,
-        revisions=T2T,
-        num_bytes=18_372_683,
-        max_len=1024,
-        sha256="5f2f6f8e90d8d5c698561b7540ec8b4bc8cb0a568e329cd4e7fc4d378ccd60cb",
-    ),
-    KnownFile(
-        "pretrain_hq",
-        "pretrain_hq.jsonl",
-        "pretrain",
-        DOCUMENT,
-        revisions=OLD,
-        num_bytes=1_669_750_047,
-        num_rows=1_413_103,
-        max_len=320,
-        sha256="9801b0d2210c61c2e4bc130f6dc4b3c870698a88d04af8f103c23dd5f0ce2440",
-        note="gone from main; rows hold several documents between <s> and </s>, which `mm pack` takes apart",
-    ),
-    KnownFile(
-        "sft_512",
-        "sft_512.jsonl",
-        "sft",
-        CONVERSATION,
-        revisions=OLD,
-        num_bytes=7_531_517_862,
-        max_len=350,
-        sha256="053b7d09574e48a86232e929211434ff9e5016c6ed13312e63687dd52edcbebf",
-        note="gone from main; 512 counts characters, not tokens",
-    ),
-    KnownFile(
-        "sft_mini_512",
-        "sft_mini_512.jsonl",
-        "sft",
-        CONVERSATION,
-        revisions={"hf": "6b952cc5"},
-        num_bytes=1_232_540_940,
-        max_len=340,
-        sha256="475039fa9b80ad36",
-        note="gone from main; 512 counts characters, not tokens",
-    ),
-    KnownFile(
-        "sft_1024",
-        "sft_1024.jsonl",
-        "sft",
-        CONVERSATION,
-        about_bytes=5_600_000_000,
-        max_len=650,
-        note="gone from main, found through the history; all its rows are in sft_2048 too",
-    ),
-    KnownFile(
-        "sft_2048",
-        "sft_2048.jsonl",
-        "sft",
-        CONVERSATION,
-        about_bytes=9_000_000_000,
-        max_len=1400,
-        note="gone from main, found through the history; 2048 counts characters",
-    ),
-    KnownFile(
-        "dpo_v1",
-        "dpo.jsonl",
-        "dpo",
-        PAIR,
-        about_bytes=909_000_000,
-        max_len=1024,
-        note="the dpo.jsonl of February to October 2025, about 200k English pairs; found through the history",
-    ),
-    KnownFile(
-        "r1_mix_1024",
-        "r1_mix_1024.jsonl",
-        "sft",
-        CONVERSATION,
-        about_bytes=340_000_000,
-        max_len=720,
-        note="found through the history",
-    ),
-    KnownFile(
-        "lora_identity",
-        "lora_identity.jsonl",
-        "lora",
-        CONVERSATION,
-        revisions=FEBRUARY,
-        about_bytes=22_800,
-        max_len=340,
-    ),
-    KnownFile(
-        "lora_medical",
-        "lora_medical.jsonl",
-        "lora",
-        CONVERSATION,
-        revisions=FEBRUARY,
-        about_bytes=34_000_000,
-        num_rows=25_276,
-        max_len=340,
-        sha256="abf66d2bf14bf5704f6c9f1a166061f55d95e4dfd03c29a3c33d085ccaca593f",
-    ),
-    KnownFile(
-        "lora_exam",
-        "lora_exam.jsonl",
-        "lora",
-        CONVERSATION,
-        note="holds test questions of C-Eval and MMLU: a model trained on it cannot be judged by them",
-    ),
-    KnownFile(
-        "tokenizer_train",
-        "tokenizer_train.jsonl",
-        "tokenizer",
-        DOCUMENT,
-        revisions=FEBRUARY,
-        about_bytes=1_030_000_000,
-        num_rows=600_000,
-        note="gone from main since 2025-10-26",
-    ),
-    KnownFile(
-        "rlaif_mini",
-        "rlaif-mini.jsonl",
-        "rl",
-        CONVERSATION,
-        about_bytes=1_000_000,
-        max_len=66,
-        note="gone from main since 2026-03; found through the history",
-    ),
-)
+    KnownFile("pretrain_t2t_mini", "pretrain", DOCUMENT, revisions=T2T, num_bytes=1_241_043_656,
+              num_rows=1_270_238, max_len=768,
+              sha256="6dd6716c84ab36897bdbfc7f88e04f4441c48c1ab7ecee88ce0b0e7d4685560c"),
+    KnownFile("pretrain_t2t", "pretrain", DOCUMENT, revisions=T2T, num_bytes=8_275_074_893, num_rows=8_468_827,
+              max_len=380, sha256="31efc9a6fa7430769c0e78cde1c8ec0273ac7bbad20614c0ee58bccef327cc9d",
+              note="the upstream README says 10 GB; the published bytes are 8.3 GB"),
+    KnownFile("sft_t2t_mini", "sft", CONVERSATION, revisions=T2T, num_bytes=1_739_201_170, num_rows=905_718,
+              max_len=768, sha256="abb1e76b2056e14728beb78db96b7b3c491a0bef1ed3e34a9b381b28f29fa518"),
+    KnownFile("sft_t2t", "sft", CONVERSATION, revisions=T2T, num_bytes=14_096_018_369,
+              sha256="b5dab3d590b3b4ae3bfeec891ba0c76b0de5acbec4f4b078dcd3912eb1735c79"),
+    KnownFile("dpo", "dpo", PAIR, revisions=T2T, num_bytes=53_653_322, num_rows=17_166, max_len=1024,
+              sha256="ee934a8a455ccc99d1334d63e1254dd1d64f497fd067cfcbb71e3043f5b46768",
+              note="the dpo.jsonl published since 2025-10-26; the one before it is dpo_v1"),
+    KnownFile("rlaif", "rl", CONVERSATION, revisions=T2T, num_bytes=23_754_740, num_rows=19_502, max_len=768,
+              sha256="8c6634db971fa34b0217f7db4f7c30684f57d20bbb771eb717f1b5aeacb089ba"),
+    KnownFile("agent_rl", "rl", CONVERSATION, revisions=T2T, num_bytes=82_036_930, num_rows=39_988, max_len=1024,
+              sha256="cb96bcc8096aecc5eccaab858f75d5ace1dc22da2302c2230457e29744a761ab"),
+    KnownFile("agent_rl_math", "rl", CONVERSATION, revisions=T2T, num_bytes=18_372_683, max_len=1024,
+              sha256="5f2f6f8e90d8d5c698561b7540ec8b4bc8cb0a568e329cd4e7fc4d378ccd60cb"),
+    KnownFile("pretrain_hq", "pretrain", DOCUMENT, revisions=OLD, num_bytes=1_669_750_047, num_rows=1_413_103,
+              max_len=320, sha256="9801b0d2210c61c2e4bc130f6dc4b3c870698a88d04af8f103c23dd5f0ce2440",
+              note="gone from main; rows hold several documents between <s> and </s>, which `mm pack` takes apart"),
+    KnownFile("sft_512", "sft", CONVERSATION, revisions=OLD, num_bytes=7_531_517_862, max_len=350,
+              sha256="053b7d09574e48a86232e929211434ff9e5016c6ed13312e63687dd52edcbebf",
+              note="gone from main; 512 counts characters, not tokens"),
+    KnownFile("sft_mini_512", "sft", CONVERSATION, revisions={"hf": "6b952cc5"}, num_bytes=1_232_540_940,
+              max_len=340, sha256="475039fa9b80ad36", note="gone from main; 512 counts characters, not tokens"),
+    KnownFile("sft_1024", "sft", CONVERSATION, about_bytes=5_600_000_000, max_len=650,
+              note="gone from main, found through the history; all its rows are in sft_2048 too"),
+    KnownFile("sft_2048", "sft", CONVERSATION, about_bytes=9_000_000_000, max_len=1400,
+              note="gone from main, found through the history; 2048 counts characters"),
+    KnownFile("dpo_v1", "dpo", PAIR, repo_path="dpo.jsonl", about_bytes=909_000_000, max_len=1024,
+              note="the dpo.jsonl of February to October 2025, about 200k English pairs; found through the history"),
+    KnownFile("r1_mix_1024", "sft", CONVERSATION, about_bytes=340_000_000, max_len=720,
+              note="found through the history"),
+    KnownFile("lora_identity", "lora", CONVERSATION, revisions=FEBRUARY, about_bytes=22_800, max_len=340),
+    KnownFile("lora_medical", "lora", CONVERSATION, revisions=FEBRUARY, about_bytes=34_000_000, num_rows=25_276,
+              max_len=340, sha256="abf66d2bf14bf5704f6c9f1a166061f55d95e4dfd03c29a3c33d085ccaca593f"),
+    KnownFile("lora_exam", "lora", CONVERSATION,
+              note="holds test questions of C-Eval and MMLU: a model trained on it cannot be judged by them"),
+    KnownFile("tokenizer_train", "tokenizer", DOCUMENT, revisions=FEBRUARY, about_bytes=1_030_000_000,
+              num_rows=600_000, note="gone from main since 2025-10-26"),
+    KnownFile("rlaif_mini", "rl", CONVERSATION, repo_path="rlaif-mini.jsonl", about_bytes=1_000_000, max_len=66,
+              note="gone from main since 2026-03; found through the history"),
+)  # fmt: skip
 
 PRESETS = {
-    "begin": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),  # what `mm fetch` alone brings
+    "begin": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),  # of `mm fetch` without names
     "zero": ("pretrain_t2t_mini", "sft_t2t_mini"),
     "full": ("pretrain_t2t", "sft_t2t", "dpo", "rlaif", "agent_rl"),
-    "seed": ("pretrain_hq", "sft_512", "sft_1024", "sft_2048", "dpo_v1"),  # what the 2025 walkthroughs train on
+    "seed": ("pretrain_hq", "sft_512", "sft_1024", "sft_2048", "dpo_v1"),  # what the walkthroughs of 2025 train on
     "zero-seed": ("pretrain_hq", "sft_mini_512"),
 }
-PRESET_TOKENIZER = {
-    "begin": "minimind-3",
-    "zero": "minimind-3",
-    "full": "minimind-3",
-    "seed": "minimind-2",
-    "zero-seed": "minimind-2",
-}
+PRESET_TOKENIZER = {preset: "minimind-2" if "seed" in preset else "minimind-3" for preset in PRESETS}
 
-# Repository names were read on public pages, the files in them were not opened: fetch takes what the listing says.
+# The repository names are from public pages; their files were not opened. `fetch` takes what the listing has.
 TOKENIZERS = (
     KnownTokenizer(
         "minimind-3",
@@ -302,39 +142,37 @@ TOKENIZERS = (
     ),
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories keep the template beside the configuration
+TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories have the template in a file of its own
 
 
 def find(name: str) -> KnownFile | None:
-    """The known file of a key, a local name or a repository path; None when the catalog has none."""
-    for known in FILES:
-        if name in (known.key, known.name):
-            return known
-    return next((known for known in FILES if name == known.path), None)
+    """The known file with this key, local name or repository path; None if there is none."""
+    by_name = next((known for known in FILES if name in (known.key, known.name)), None)
+    return by_name or next((known for known in FILES if name == known.path), None)
 
 
 def find_glob(pattern: str) -> list[KnownFile]:
-    """The known files whose key or name fits a shell pattern, in catalog order."""
+    """The known files whose key or name matches a shell pattern, in the order of the catalog."""
     return [f for f in FILES if fnmatch.fnmatchcase(f.key, pattern) or fnmatch.fnmatchcase(f.name, pattern)]
 
 
 def is_glob(name: str) -> bool:
-    """Whether a name holds a shell pattern."""
+    """Whether a name is a shell pattern."""
     return any(mark in name for mark in "*?[")
 
 
 def find_tokenizer(name: str) -> KnownTokenizer | None:
-    """The known tokenizer of that name."""
+    """The known tokenizer of that name; None if there is none."""
     return next((tokenizer for tokenizer in TOKENIZERS if tokenizer.name == name), None)
 
 
 def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:
-    """Up to three names that look like this one, among the catalog's keys and `others`."""
+    """Up to three similar names among the catalog's keys and `others`."""
     return difflib.get_close_matches(name.removesuffix(".jsonl"), [*(f.key for f in FILES), *others], n=3, cutoff=0.5)
 
 
 def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Whether published bytes can be this file: an exact figure must agree, a README's size within a tenth."""
+    """Whether a published size and checksum can be this file's. Rounded sizes may differ by a tenth."""
     if known.sha256 and sha256:
         return sha256.startswith(known.sha256)
     if known.num_bytes and num_bytes is not None:
@@ -345,7 +183,7 @@ def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
 
 
 def is_namesake(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Whether bytes found under `known.path` are rather another known file of that name (there are two dpo.jsonl)."""
+    """Whether a file found at `known.path` is another known file with the same path (there are two dpo.jsonl)."""
     others = [other for other in FILES if other.path == known.path and other.key != known.key]
     if not others or fits(known, num_bytes, sha256):
         return False

@@ -1,31 +1,44 @@
-"""`mm fetch`: a plan in, verified files in a folder out, and mm.lock beside them. One file after another, none in the other's way.
+"""Carrying out a plan of `mm fetch`: verified files in a folder, and mm.lock beside them. Files are fetched one by one.
 
-When everything is there, nothing is asked and huggingface_hub is not loaded.
+If everything is there already, no request is made and huggingface_hub is not imported.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mmdata.errors import DiskError, IntegrityError, InterruptedFetch, MMError
 from mmdata.hub import catalog
-from mmdata.hub.lockfile import Entry, lock_path, only_one, read_lock, record, same_stat
-from mmdata.hub.plan import TOKENIZER_DIR, Item, Options, Plan, Want
+from mmdata.hub.plan import (
+    TOKENIZER_DIR,
+    FetchItem,
+    FetchOptions,
+    FetchPlan,
+    LockEntry,
+    WantedFile,
+    guard_path,
+    only_one,
+    read_lock,
+    same_stat,
+    write_entry,
+)
 from mmdata.hub.sources import Source, open_source, opener
-from mmdata.hub.transfer import RESUME, Brought, Content, bring, disk_error, kept_bytes, part_paths
+from mmdata.hub.transfer import RESUME, Content, disk_error, download, kept_bytes
 from mmdata.io.files import AlreadyLockedError, Digest, locked
 
 SPACE_MARGIN_BYTES = 64 << 20
 FIRST_LINE_BYTES = 1 << 20
 
-Watch = Callable[[str, int, int, int, int], None]  # (name, done, of; done in all, of): bytes, never less than before
+Watch = Callable[[str, int, int, int, int], None]  # (name, bytes done, of; bytes done in all, of); they never decrease
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one file. `status`: kept, adopted (was there already), fetched, failed."""
+class FetchOutcome:
+    """What became of one file. `status`: kept, adopted (it was there already), fetched, failed."""
 
     name: str
     status: str
@@ -41,50 +54,55 @@ class Outcome:
     error: MMError | None = None
 
 
-# --- the work -------------------------------------------------------------------------------------------------------
+def fetch(
+    plan: FetchPlan, *, watch: Watch | None = None, on_wait: Callable[[str], None] | None = None
+) -> list[FetchOutcome]:
+    """Carry out a plan. A file that fails is reported in its outcome and does not stop the others.
 
-
-def fetch(to_do: Plan, *, watch: Watch | None = None, on_wait: Callable[[str], None] | None = None) -> list[Outcome]:
-    """Carry a plan out, file after file. One that fails is reported in its outcome and does not stop the rest.
-
-    `on_wait(name)`: another process is fetching that file. Raises DiskError when the disk is too small or full,
+    `on_wait(name)` is called if another process is fetching that file. Raises DiskError if the disk is too small or full, and
     InterruptedFetch on Ctrl-C; what arrived is kept either way.
     """
-    check_space(to_do)
-    source = open_source(to_do.options.source, to_do.options.endpoint, to_do.options.patience)
-    report = _Report(to_do, watch)
-    outcomes: list[Outcome] = []
-    for item in to_do.items:
+    check_space(plan)
+    options = plan.options
+    source = open_source(options.source, options.endpoint, options.patience)
+    report = _Report(plan, watch)
+    outcomes: list[FetchOutcome] = []
+    for item in plan.items:
+        name = item.want.name
         try:
-            outcomes.append(_fetch_one(to_do.options, source, item, report, on_wait))
+            outcomes.append(_fetch_one(options, source, item, report, partial(on_wait, name) if on_wait else None))
         except DiskError:
             raise
         except MMError as error:
-            outcomes.append(Outcome(item.want.name, "failed", error=error))
+            outcomes.append(FetchOutcome(name, "failed", error=error))
         except KeyboardInterrupt as error:
-            kept = kept_bytes(to_do.options.out / item.want.name)
-            raise InterruptedFetch(f"interrupted: {kept:,} bytes of {item.want.name} are kept", RESUME) from error
+            kept = kept_bytes(options.out / name)
+            raise InterruptedFetch(f"interrupted: {kept:,} bytes of {name} are kept", RESUME) from error
         report.close(item)
     return outcomes
 
 
-def check_space(to_do: Plan) -> None:
-    """Raise DiskError when what is missing, with a margin, does not fit."""
-    needed = to_do.get_bytes + SPACE_MARGIN_BYTES
-    if to_do.get_bytes and needed > to_do.free_bytes:
+def check_space(plan: FetchPlan) -> None:
+    """Raise DiskError if what is missing, with a margin, does not fit on the disk."""
+    needed = plan.get_bytes + SPACE_MARGIN_BYTES
+    if plan.get_bytes and needed > plan.free_bytes:
         raise DiskError(
-            f"{to_do.options.out} needs {needed:,} bytes more, {to_do.free_bytes:,} are free",
+            f"{plan.options.out} needs {needed:,} bytes more, {plan.free_bytes:,} are free",
             "free some space, or choose a disk with more: --out",
         )
 
 
 class _Report:
-    """Adds the bytes of all files up, and never goes back."""
+    """Adds up the bytes of all files for `watch`; no figure ever decreases, not even when a file is fetched again."""
 
-    def __init__(self, to_do: Plan, watch: Watch | None) -> None:
+    def __init__(self, plan: FetchPlan, watch: Watch | None) -> None:
         self.watch = watch
-        self.total = sum(item.content.num_bytes for item in to_do.items if item.content and item.action == "get")
+        self.total = sum(map(self._size, plan.items))
         self.before = self.most = self.most_all = 0
+
+    @staticmethod
+    def _size(item: FetchItem) -> int:
+        return item.content.num_bytes if item.content and item.action == "get" else 0
 
     def __call__(self, name: str, done: int, total: int) -> None:
         self.most = max(self.most, done)
@@ -92,15 +110,15 @@ class _Report:
         if self.watch:
             self.watch(name, self.most, total, self.most_all, self.total)
 
-    def close(self, item: Item) -> None:
-        """The file is through, whole or not."""
-        self.before += item.content.num_bytes if item.content and item.action == "get" else 0
+    def close(self, item: FetchItem) -> None:
+        """Go on to the next file."""
+        self.before += self._size(item)
         self.most = 0
 
 
 def _fetch_one(
-    options: Options, source: Source, item: Item, report: _Report, on_wait: Callable[[str], None] | None
-) -> Outcome:
+    options: FetchOptions, source: Source, item: FetchItem, report: _Report, on_wait: Callable[[], None] | None
+) -> FetchOutcome:
     want, path, content = item.want, options.out / item.want.name, item.content
     if item.error:
         raise item.error
@@ -111,40 +129,45 @@ def _fetch_one(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(path, error) from error
-    with only_one(path, on_wait=(lambda: on_wait(want.name)) if on_wait else None):
+    with only_one(path, on_wait=on_wait):
         entry = read_lock(options.out).files.get(want.name)
-        if (
-            entry
-            and entry.sha256 == content.sha256
-            and same_stat(path, entry)
-            and item.action == "get"
-            and not options.verify
-        ):
-            return _kept(options, want.name, "kept")  # another process brought it meanwhile
-        if item.found is not None:
-            if entry and entry.sha256 == item.found.sha256:
-                record(options.out, want.name, entry)  # only its times were other
-            else:
-                _record(options, source, item, item.found)
+        is_new = entry is not None and entry.sha256 == content.sha256 and same_stat(path, entry)
+        if is_new and item.action == "get" and not options.verify:
+            return _kept(options, want.name, "kept")  # another process fetched it meanwhile
+        if item.digest is not None:  # adopted; with the recorded bytes only the times are new
+            is_recorded = entry is not None and entry.sha256 == item.digest.sha256
+            write_entry(options.out, want.name, entry if entry and is_recorded else _entry(source, item, item.digest))
             return _kept(options, want.name, "kept" if entry else "adopted")
         report(want.name, item.have_bytes, content.num_bytes)
-        brought = bring(
+        result = download(
             path,
             content,
             opener(source, want.repo, item.commit or item.revision, item.path),
             connections=options.connections,
             patience=options.patience,
             progress=lambda done, total: report(want.name, done, total),
-            check=lambda part, digest: _look_inside(part, digest, want, content),
+            check=lambda part, digest: _check_rows(part, digest, want, content),
         )
-        _record(options, source, item, brought.digest)
-    return _fetched(item, brought, time.monotonic() - start)
+        digest = result.digest
+        write_entry(options.out, want.name, _entry(source, item, digest))
+    return FetchOutcome(
+        want.name,
+        "fetched",
+        digest.position,
+        digest.num_lines,
+        digest.sha256,
+        item.revision,
+        item.commit,
+        result.received_bytes,
+        result.failures,
+        time.monotonic() - start,
+        tuple(result.warnings),
+    )
 
 
-def _record(options: Options, source: Source, item: Item, digest: Digest) -> None:
-    want, content = item.want, item.content
-    assert content is not None
-    entry = Entry(
+def _entry(source: Source, item: FetchItem, digest: Digest) -> LockEntry:
+    assert item.content is not None
+    return LockEntry(
         digest.position,
         digest.sha256,
         digest.num_lines,
@@ -153,60 +176,45 @@ def _record(options: Options, source: Source, item: Item, digest: Digest) -> Non
         ctime_ns=0,
         source=source.kind,
         endpoint=source.endpoint,
-        repo=want.repo.id,
-        repo_kind=want.repo.kind,
+        repo=item.want.repo.id,
+        repo_kind=item.want.repo.kind,
         revision=item.revision,
         commit=item.commit,
         path=item.path,
-        is_verified=content.is_published,
+        is_verified=item.content.is_published,
     )
-    record(options.out, want.name, entry)
 
 
-def _kept(options: Options, name: str, status: str) -> Outcome:
+def _kept(options: FetchOptions, name: str, status: str) -> FetchOutcome:
     entry = read_lock(options.out).files.get(name)
     if entry is None:
-        return Outcome(name, status, (options.out / name).stat().st_size)
-    return Outcome(name, status, entry.num_bytes, entry.num_lines, entry.sha256, entry.revision, entry.commit)
+        return FetchOutcome(name, status, (options.out / name).stat().st_size)
+    return FetchOutcome(name, status, entry.num_bytes, entry.num_lines, entry.sha256, entry.revision, entry.commit)
 
 
-def _fetched(item: Item, brought: Brought, seconds: float) -> Outcome:
-    digest = brought.digest
-    return Outcome(
-        item.want.name,
-        "fetched",
-        digest.position,
-        digest.num_lines,
-        digest.sha256,
-        item.revision,
-        item.commit,
-        brought.received_bytes,
-        brought.failures,
-        seconds,
-        tuple(brought.warnings),
-    )
+def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) -> list[str]:
+    """Warnings about the rows, the last and the first line of a complete file.
 
-
-def _look_inside(part: Path, digest: Digest, want: Want, content: Content) -> list[str]:
-    """Notes about a whole file: its rows, its last line, its first. What nobody vouches for must at least be of its kind."""
-    notes = []
+    Raises IntegrityError if the first row is of another kind than the catalog's and no checksum was published.
+    """
+    warnings = []
     num_rows = digest.num_lines + (not digest.ends_with_newline)
     if want.known and want.known.num_rows not in (None, num_rows):
-        notes.append(f"{want.name} has {num_rows:,} lines; the catalog knows {want.known.num_rows:,}")
+        warnings.append(f"{want.name} has {num_rows:,} lines; the catalog knows {want.known.num_rows:,}")
     if want.name.endswith(".jsonl") and not digest.ends_with_newline:
-        notes.append(f"the last line of {want.name} does not end: it may be cut upstream")
+        warnings.append(f"the last line of {want.name} does not end: it may be cut upstream")
     if want.known and (problem := _first_row_problem(part, want.known.fields)):
         if not content.is_published:
             raise IntegrityError(f"{want.name}: {problem}, and no checksum vouches for it", "check --source")
-        notes.append(f"{want.name}: {problem}, though its checksum is the published one")
-    return notes
+        warnings.append(f"{want.name}: {problem}, though its checksum is the published one")
+    return warnings
 
 
 def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
     with open(path, "rb") as file:
         line = file.readline(FIRST_LINE_BYTES)
     if not line or len(line) == FIRST_LINE_BYTES:
-        return ""  # nothing there, or a line too long to look at
+        return ""  # an empty file, or a line too long to read
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
     except ValueError:
@@ -215,12 +223,12 @@ def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
     return f"line 1 has no {' and no '.join(repr(name) for name in absent)}" if absent else ""
 
 
-# --- looking and tidying --------------------------------------------------------------------------------------------
+# --- --list and --clean ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the overview; None where nobody knows. `state` is told by sizes and times alone."""
+class FileState:
+    """One line of `mm fetch --list`; None where nobody knows. `state` is from sizes alone: have, part, stale, missing."""
 
     name: str
     stage: str
@@ -231,55 +239,58 @@ class Row:
     note: str = ""
 
 
-def overview(out: Path) -> list[Row]:
-    """Every known file and everything fetched, with its state in `out`. Asks nobody."""
-    lock = read_lock(out)
-    rows = []
+def overview(out: Path) -> list[FileState]:
+    """Every known file and everything that was fetched, with its state in `out`. Makes no request."""
+    lock = read_lock(out).files
+    states = []
     for known in catalog.FILES:
-        entry = lock.files.get(known.name)
-        num_bytes = entry.num_bytes if entry else known.num_bytes
-        state = _quick_state(out / known.name, num_bytes)
-        num_rows = entry.num_lines + (not entry.ends_with_newline) if entry else known.num_rows
-        rows.append(
-            Row(known.key, known.stage, state, num_bytes or known.about_bytes, num_rows, known.max_len, known.note)
-        )
+        entry = lock.get(known.name)
+        num_bytes, num_rows = (entry.num_bytes, entry.num_rows) if entry else (known.num_bytes, known.num_rows)
+        state = _state(out / known.name, num_bytes)
+        size = num_bytes or known.about_bytes
+        states.append(FileState(known.key, known.stage, state, size, num_rows, known.max_len, known.note))
     for tokenizer in catalog.TOKENIZERS:
-        there = {name: entry for name, entry in lock.files.items() if entry.repo in tokenizer.repo.values()}
-        states = {_quick_state(out / name, entry.num_bytes) for name, entry in there.items()} or {"missing"}
-        state = states.pop() if len(states) == 1 else "stale"
-        size = sum(entry.num_bytes for entry in there.values()) or None
-        rows.append(Row(tokenizer.name, TOKENIZER_DIR, state, size, note=tokenizer.note))
+        entries = {name: entry for name, entry in lock.items() if entry.repo in tokenizer.repo.values()}
+        each = {_state(out / name, entry.num_bytes) for name, entry in entries.items()} or {"missing"}
+        state = each.pop() if len(each) == 1 else "stale"
+        size = sum(entry.num_bytes for entry in entries.values()) or None
+        states.append(FileState(tokenizer.name, TOKENIZER_DIR, state, size, note=tokenizer.note))
     names = {known.name for known in catalog.FILES}
-    for name, entry in lock.files.items():
+    for name, entry in lock.items():
         if name not in names and entry.repo_kind == "dataset":
-            rows.append(Row(name, "", _quick_state(out / name, entry.num_bytes), entry.num_bytes, entry.num_lines))
-    return rows
+            state = _state(out / name, entry.num_bytes)
+            states.append(FileState(name, "", state, entry.num_bytes, entry.num_lines))
+    return states
 
 
-def _quick_state(path: Path, num_bytes: int | None) -> str:
+def _state(path: Path, num_bytes: int | None) -> str:
     if path.is_file():
         return "have" if num_bytes in (None, path.stat().st_size) else "stale"
     return "part" if kept_bytes(path) else "missing"
 
 
+_LEFTOVER = re.compile(
+    r"(?P<name>.+)\.part(?:\.json(?:\.new)?)?|\.(?P<hidden>.+)\.part\.json\..+\.partial|\.(?P<lock>.+)\.lock"
+)
+
+
 def clean(out: Path) -> tuple[int, int]:
-    """Remove what unfinished downloads left, except those another process is working on. Gives files and bytes removed."""
+    """Remove what unfinished downloads left, except for files that another process is fetching; returns files and bytes."""
+    leftovers: dict[Path, list[Path]] = {}  # by the file they belong to
+    for path in sorted(out.rglob("*")):
+        if match := _LEFTOVER.fullmatch(path.name):
+            name = match["name"] or match["hidden"] or match["lock"]
+            leftovers.setdefault(path.with_name(name), []).append(path)
     num_files = num_bytes = 0
-    targets = {path.with_name(path.name.removesuffix(".json").removesuffix(".part")) for path in out.rglob("*.part*")}
-    for target in sorted(targets):
+    for target, paths in leftovers.items():
+        guard = guard_path(target)
         try:
-            with locked(lock_path(target), wait=False):
-                for path in (*part_paths(target), target.with_name(target.name + ".part.json.new")):
-                    if path.is_file():
+            with locked(guard, wait=False):
+                for path in paths:
+                    if path != guard and path.is_file():
                         num_files, num_bytes = num_files + 1, num_bytes + path.stat().st_size
                         path.unlink()
-            lock_path(target).unlink(missing_ok=True)
-        except AlreadyLockedError:
-            continue
-    for path in out.rglob(".*.lock"):
-        try:
-            with locked(path, wait=False):
-                path.unlink(missing_ok=True)
+                guard.unlink(missing_ok=True)
         except AlreadyLockedError:
             continue
     return num_files, num_bytes

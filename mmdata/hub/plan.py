@@ -1,33 +1,141 @@
-"""What `mm fetch` has to do: names in, one item a file out, with its content, where it is and what is here already.
+"""Deciding what `mm fetch` has to do: one item for each file, with its content, where it is, and what is here already.
 
-Each repository is listed at most once at each revision, and not at all when the lock and the folder say everything is there.
-Locked files keep the commit and content of mm.lock; `update` moves them. A file that is neither as recorded nor as published is
-the user's own and is left alone.
+Each repository is listed at most once at each revision, and not at all if mm.lock and the folder show that everything is there.
+Locked files keep the commit and content of mm.lock until `update`. A file that is neither as recorded nor as published is the
+user's own and is left alone.
+
+mm.lock lies beside the data and is meant for version control: on another machine the same names bring the same bytes. A file
+whose size and times are as recorded counts as complete, at the cost of one stat; any other is hashed (about 0.6 GB/s).
 """
 
 import contextlib
+import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from mmdata.errors import AccessError, ConflictError, MMError, NotFoundError, UsageError
+import msgspec
+
+from mmdata.errors import AccessError, ConflictError, DiskError, MMError, NotFoundError, UsageError
 from mmdata.hub import catalog
 from mmdata.hub.catalog import KnownFile
-from mmdata.hub.lockfile import LOCK_NAME, Entry, read_lock, same_mtime, same_stat
 from mmdata.hub.sources import Listing, Repo, commits, first_bytes, is_safe, list_files, look_up, open_source
 from mmdata.hub.transfer import Content, Patience, kept_bytes
-from mmdata.io.files import Digest, digest_file
+from mmdata.io.files import Digest, digest_file, locked
+from mmdata.io.records import convert_record, write_record
+
+# --- mm.lock
+
+FORMAT_VERSION = 1
+LOCK_NAME = "mm.lock"
+MTIME_SLACK_NS = 2_000_000  # tools that set times as floats, and some filesystems, round them
+
+
+class LockEntry(msgspec.Struct, frozen=True):
+    """A fetched file: its content, where it came from, and its stat when it was last checked."""
+
+    num_bytes: int
+    sha256: str
+    num_lines: int
+    ends_with_newline: bool
+    mtime_ns: int
+    ctime_ns: int
+    source: str  # hf, modelscope, dir or url
+    endpoint: str
+    repo: str
+    repo_kind: str  # dataset or model
+    revision: str
+    commit: str
+    path: str
+    is_verified: bool  # a published checksum agreed
+
+    @property
+    def num_rows(self) -> int:
+        """Lines, an unfinished last one included."""
+        return self.num_lines + (not self.ends_with_newline)
+
+
+class Lock(msgspec.Struct, frozen=True):
+    """The content of mm.lock."""
+
+    format_version: int = FORMAT_VERSION
+    files: dict[str, LockEntry] = {}
+
+
+def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
+    """The lock of a folder; an empty one if there is none or, with a line added to `warnings`, if it cannot be used."""
+    path = out_dir / LOCK_NAME
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format_version"] == FORMAT_VERSION:
+            return convert_record(values, Lock)
+        problem = f"{path} has format {values['format_version']}, expected {FORMAT_VERSION}: it is not used"
+    except (FileNotFoundError, NotADirectoryError):
+        return Lock()
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
+        problem = f"{path} is damaged: files are checked by their content instead"
+    if warnings is not None:
+        warnings.append(problem)
+    return Lock()
+
+
+def write_entry(out_dir: Path, name: str, entry: LockEntry) -> None:
+    """Add a file's entry, with its stat of now, to mm.lock; entries of other processes stay. A damaged lock is set aside."""
+    stat = (out_dir / name).stat()
+    entry = msgspec.structs.replace(entry, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns)
+    path = out_dir / LOCK_NAME
+    with only_one(path):
+        warnings: list[str] = []
+        files = read_lock(out_dir, warnings).files | {name: entry}
+        if warnings:
+            path.replace(path.with_name(f"{LOCK_NAME}.broken"))
+        write_record(path, Lock(files=dict(sorted(files.items()))))
+
+
+def same_stat(path: Path, entry: LockEntry) -> bool:
+    """Whether size, mtime and ctime are as recorded, so that the content need not be read."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_size == entry.num_bytes and same_mtime(path, entry) and stat.st_ctime_ns == entry.ctime_ns
+    return False
+
+
+def same_mtime(path: Path, entry: LockEntry) -> bool:
+    """Whether the file was last written when the lock says: other bytes are then damage and not an edit."""
+    return abs(path.stat().st_mtime_ns - entry.mtime_ns) <= MTIME_SLACK_NS
+
+
+@contextlib.contextmanager
+def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold `path` against other processes; `on_wait` is called once if another one holds it. Raises DiskError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(guard_path(path), on_wait=on_wait))
+        except OSError as error:
+            problem = f"cannot write beside {path}: {error.strerror}"
+            raise DiskError(problem, f"check the permissions: ls -ld {path.parent}") from error
+        yield
+
+
+def guard_path(path: Path) -> Path:
+    """The file that `only_one` locks."""
+    return path.with_name(f".{path.name}.lock")
+
+
+# --- the plan
 
 TOKENIZER_DIR = "tokenizer"
+SHOW_NAMES = "`mm fetch --list` shows the known names"
 
-Checking = Callable[[str, int, int], None]  # (name, bytes hashed, of bytes)
+Checking = Callable[[str, int, int], None]  # (name, bytes hashed, bytes in all)
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class FetchOptions:
     """How to fetch; the defaults are those of the command."""
 
     out: Path = Path("data")
@@ -42,8 +150,8 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
-    """One file that is asked for: its name here, its path there, and what the catalog knows about it."""
+class WantedFile:
+    """A requested file: its local name, its path in the repository, and what the catalog knows about it."""
 
     name: str
     path: str
@@ -51,36 +159,36 @@ class Want:
     stage: str = ""
     known: KnownFile | None = None
     revision: str | None = None  # pinned by the catalog
-    is_optional: bool = False  # left alone, with a note, where it would be in the way
+    is_optional: bool = False  # where it is in the way of another file, it is left out with a warning
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """What there is to do about one file. `state`: have, part, stale, missing; `action`: keep, adopt, get, fail."""
+class FetchItem:
+    """What to do about one file. `state`: have, part, stale, missing; `action`: keep, adopt, get, fail."""
 
-    want: Want
-    state: str
-    action: str
+    want: WantedFile
+    state: str = ""
+    action: str = ""
     content: Content | None = None
     revision: str = ""
     commit: str = ""
     path: str = ""
     have_bytes: int = 0
-    found: Digest | None = None
+    digest: Digest | None = None  # of the file that is here, where it was hashed
     error: MMError | None = None
 
     @property
     def get_bytes(self) -> int:
-        """Bytes still to come."""
+        """Bytes to download."""
         return self.content.num_bytes - self.have_bytes if self.action == "get" and self.content else 0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What `fetch` will do, what there is to say about it, and the bytes free where it will be done."""
+class FetchPlan:
+    """What `fetch` will do, warnings for the user, and the bytes free where the files go."""
 
-    options: Options
-    items: tuple[Item, ...]
+    options: FetchOptions
+    items: tuple[FetchItem, ...]
     warnings: tuple[str, ...]
     free_bytes: int
 
@@ -93,15 +201,15 @@ class Plan:
 def plan(
     names: tuple[str, ...] = (),
     *,
-    options: Options,
+    options: FetchOptions,
     preset: str | None = None,
     everything: bool = False,
     tokenizer: str | None = None,
     checking: Checking | None = None,
-) -> Plan:
-    """What to do to have the named files (stages' names, file names, globs), a preset, or everything the main branch holds.
+) -> FetchPlan:
+    """What to do to have the named files (catalog keys, file names, globs), a preset, or all files of the main branch.
 
-    Without any of them: what one needs to begin, or with `verify` all that was ever fetched.
+    Without any of them: the preset "begin", or with `verify` everything that was ever fetched.
     """
     if preset is not None and preset not in catalog.PRESETS:
         raise UsageError(f"no preset {preset!r}", f"one of {', '.join(catalog.PRESETS)}")
@@ -118,59 +226,61 @@ def plan(
         wants += planner.tokenizer(tokenizer or catalog.PRESET_TOKENIZER[preset or "begin"], is_asked=bool(tokenizer))
     unique = {want.name: want for want in wants}
     items = tuple(planner.item(want) for want in unique.values())
-    return Plan(options, items, tuple(planner.warnings), shutil.disk_usage(_nearest_dir(options.out)).free)
+    folder = next(folder for folder in (options.out.absolute(), *options.out.absolute().parents) if folder.is_dir())
+    return FetchPlan(options, items, tuple(planner.warnings), shutil.disk_usage(folder).free)
 
 
 class _Planner:
-    """Holds what planning learns: the lock, listings already asked for, warnings."""
+    """State of planning: the lock, the listings requested so far, warnings."""
 
-    def __init__(self, options: Options, checking: Checking | None) -> None:
+    def __init__(self, options: FetchOptions, checking: Checking | None) -> None:
         self.options, self.checking = options, checking
         self.source = open_source(options.source, options.endpoint, options.patience)
-        self.lock = read_lock(options.out)
-        self.warnings = [self.lock.warning] if self.lock.warning else []
+        self.warnings: list[str] = []
+        self.lock = read_lock(options.out, self.warnings)
         self.dataset = Repo(catalog.DATASET_REPO.get(self.source.kind, ""))
-        self.only_model = False  # only then is --revision one of the tokenizer's repository
+        self.only_model = False  # nothing but a tokenizer is wanted: --revision is then one of its repository
         self.main = "master" if self.source.kind == "modelscope" else "main"
         self._listings: dict[tuple[Repo, str], Listing | NotFoundError] = {}
         self._commits: dict[Repo, list[str]] = {}
 
-    # names
+    # --- names
 
-    def wants(self, name: str) -> list[Want]:
-        """The files a name or a glob means. Raises NotFoundError with the nearest names, UsageError for a hostile one."""
+    def wants(self, name: str) -> list[WantedFile]:
+        """The files that a name or a glob means. Raises NotFoundError, or UsageError for a name that would leave the folder."""
         if catalog.is_glob(name):
-            found = [self._known(known) for known in catalog.find_glob(name)]
-            if not found and self._is_repository:
-                files = self.listing(self.dataset, self.options.revision or self._locked_commit() or self.main).files
-                fitting = [path for path in files if Path(path).match(name)]
-                found = [self._unknown(path) for path in fitting]
-            if not found:
-                raise NotFoundError(f"nothing fits {name!r}", "`mm fetch --list` shows the known names")
-            return found
+            wants = [self._known(known) for known in catalog.find_glob(name)]
+            if not wants and self._is_repository:
+                wants = [self._unknown(path) for path in self._dataset_files() if Path(path).match(name)]
+            if not wants:
+                raise NotFoundError(f"nothing fits {name!r}", SHOW_NAMES)
+            return wants
         if not is_safe(name) or _is_ours(name):
-            raise UsageError(
-                f"{name!r} is no name of a file in a repository", "`mm fetch --list` shows the known names"
-            )
-        if name in self.lock.files and self.lock.files[name].repo_kind == "model":
-            entry = self.lock.files[name]
-            return [Want(name, entry.path, Repo(entry.repo, "model"), TOKENIZER_DIR)]
+            raise UsageError(f"{name!r} is no name of a file in a repository", SHOW_NAMES)
+        entry = self.lock.files.get(name)
+        if entry and entry.repo_kind == "model":
+            return [WantedFile(name, entry.path, Repo(entry.repo, "model"), TOKENIZER_DIR)]
         known = catalog.find(name)
         return [self._known(known) if known else self._unknown(name)]
 
-    def _known(self, known: KnownFile) -> Want:
-        return Want(known.name, known.path, self.dataset, known.stage, known, known.revisions.get(self.source.kind))
+    def _known(self, known: KnownFile) -> WantedFile:
+        return WantedFile(
+            known.name, known.path, self.dataset, known.stage, known, known.revisions.get(self.source.kind)
+        )
 
-    def _unknown(self, path: str) -> Want:
-        return Want(path, path, self.dataset)
+    def _unknown(self, path: str) -> WantedFile:
+        return WantedFile(path, path, self.dataset)
 
-    def everything(self) -> list[Want]:
-        """All files of the revision asked for, else of the main branch; names that would leave the folder are refused."""
+    def _dataset_files(self) -> dict[str, Content]:
+        """The listing of the dataset at the revision asked for, else at the locked commit, else of the main branch."""
+        return self.listing(self.dataset, self.options.revision or self._locked_commit() or self.main).files
+
+    def everything(self) -> list[WantedFile]:
+        """All files of the dataset; names that would leave the folder are refused with a warning."""
         if not self._is_repository:
             raise UsageError("--all needs a repository to list", "name the files, or use --source hf or modelscope")
-        listing = self.listing(self.dataset, self.options.revision or self._locked_commit() or self.main)
         wants = []
-        for path in listing.files:
+        for path in self._dataset_files():
             if not is_safe(path) or _is_ours(path):
                 self.warnings.append(f"refused the name {path!r}: it would be written outside {self.options.out}")
             elif not Path(path).name.startswith("."):
@@ -178,120 +288,113 @@ class _Planner:
                 wants.append(self._known(known) if known else self._unknown(path))
         return wants
 
-    def tokenizer(self, name: str, *, is_asked: bool) -> list[Want]:
-        """The files of a known tokenizer. One that only comes along with a preset never replaces another."""
+    def tokenizer(self, name: str, *, is_asked: bool) -> list[WantedFile]:
+        """The files of a known tokenizer. One that belongs to a preset (not `is_asked`) never replaces another tokenizer."""
         known = catalog.find_tokenizer(name)
         if known is None:
             raise UsageError(f"no tokenizer {name!r}", f"one of {', '.join(t.name for t in catalog.TOKENIZERS)}")
+        where = self.options.out / TOKENIZER_DIR
         repo = Repo(known.repo.get(self.source.kind, known.repo["hf"]), "model")
         there = {key: entry for key, entry in self.lock.files.items() if entry.repo_kind == "model"}
         others = {entry.repo for entry in there.values()} - set(known.repo.values())
         if others and not is_asked:
-            self.warnings.append(f"{self.options.out / TOKENIZER_DIR} holds the tokenizer of {min(others)}: it stays")
+            self.warnings.append(f"{where} holds the tokenizer of {min(others)}: it stays")
             return []
         if others and not (self.options.update or self.options.force):
-            where = self.options.out / TOKENIZER_DIR
-            raise ConflictError(
-                f"{where} holds the tokenizer of {min(others)}", "`--force` replaces it; or use another --out"
-            )
+            problem = f"{where} holds the tokenizer of {min(others)}"
+            raise ConflictError(problem, "`--force` replaces it; or use another --out")
         if there and not others and not self.options.update:
             paths = [key.removeprefix(f"{TOKENIZER_DIR}/") for key in there]
         else:
             paths = [*catalog.TOKENIZER_FILES, *self._extras(repo, known.revision)]
         prefix = "" if self._is_repository else f"{TOKENIZER_DIR}/"
         revision = known.revision if self.source.kind == "hf" else None
-        return [
-            Want(
-                f"{TOKENIZER_DIR}/{path}", prefix + path, repo, TOKENIZER_DIR, None, revision, is_optional=not is_asked
-            )
-            for path in paths
-        ]
+        base = WantedFile("", "", repo, TOKENIZER_DIR, None, revision, is_optional=not is_asked)
+        return [replace(base, name=f"{TOKENIZER_DIR}/{path}", path=prefix + path) for path in paths]
 
     def _extras(self, repo: Repo, revision: str | None) -> list[str]:
         if not self._is_repository:
             return [path for path in catalog.TOKENIZER_EXTRAS if look_up(self.source, f"{TOKENIZER_DIR}/{path}")]
-        with contextlib.suppress(NotFoundError, AccessError):  # said where the files themselves are looked for
+        with contextlib.suppress(NotFoundError, AccessError):  # reported when the files themselves are located
             for candidate in self._revisions(repo, revision if self.source.kind == "hf" else None):
                 listing = self._try_listing(repo, candidate)
                 if listing and catalog.TOKENIZER_FILES[0] in listing.files:
                     return [path for path in catalog.TOKENIZER_EXTRAS if path in listing.files]
         return []
 
-    # one file
+    # --- one file
 
-    def item(self, want: Want) -> Item:
-        """What to do about one file. Errors of this file alone come back in the item; a name nobody knows is raised."""
+    def item(self, want: WantedFile) -> FetchItem:
+        """What to do about one file. Its errors are returned in the item, except for a name that nobody knows."""
         try:
             return self._item(want)
         except ConflictError as error:
             if want.is_optional:
                 self.warnings.append(f"{error.message}: it stays")
-                return Item(want, "have", "keep")
-            return Item(want, "stale", "fail", error=error)
+                return FetchItem(want, "have", "keep")
+            return FetchItem(want, "stale", "fail", error=error)
         except NotFoundError as error:
             if want.known is None and not want.is_optional:
                 raise
-            return Item(want, "missing", "fail", error=error)
+            return FetchItem(want, "missing", "fail", error=error)
         except AccessError as error:
             if not want.is_optional:
                 raise
-            return Item(want, "missing", "fail", error=error)
+            return FetchItem(want, "missing", "fail", error=error)
 
-    def _item(self, want: Want) -> Item:
+    def _item(self, want: WantedFile) -> FetchItem:
         options, path = self.options, self.options.out / want.name
         entry = self.lock.files.get(want.name)
         is_other = entry is not None and entry.repo_kind == "model" and _base(entry.repo) != _base(want.repo.id)
         asked = self._asked(want.repo)
         if entry and not is_other and not options.update and asked in (None, entry.revision, entry.commit):
             content = Content(entry.num_bytes, entry.sha256, first=first_bytes(want.name))
-            item = Item(want, "", "", content, entry.revision, entry.commit, entry.path)
-            judged = self._judge(item, path, entry)
+            item = FetchItem(want, "", "", content, entry.revision, entry.commit, entry.path)
+            item = self._compare(item, path, entry)
             is_pinned = not self._is_repository or re.fullmatch(r"[0-9a-f]{7,}", entry.commit)
-            if judged.action == "get" and not (
-                (entry.source, entry.repo) == (self.source.kind, want.repo.id) and is_pinned
-            ):
-                judged = replace(
-                    self._locate(want, content), state=judged.state, action="get", have_bytes=judged.have_bytes
-                )
-            return judged
-        return self._judge(self._locate(want), path, entry)
+            is_same_place = (entry.source, entry.repo) == (self.source.kind, want.repo.id)
+            if item.action == "get" and not (is_same_place and is_pinned):
+                place = self._locate(want, content)
+                item = replace(place, state=item.state, action="get", have_bytes=item.have_bytes)
+            return item
+        return self._compare(self._locate(want), path, entry)
 
-    def _judge(self, item: Item, path: Path, entry: Entry | None) -> Item:
-        """Compare what is on disk with what should be there. Raises ConflictError for a file of the user's own."""
+    def _compare(self, item: FetchItem, path: Path, entry: LockEntry | None) -> FetchItem:
+        """Compare the file on disk with the content it should have. Raises ConflictError for a file of the user's own."""
         content = item.content
         assert content is not None
+        have = min(kept_bytes(path, content), content.num_bytes)
         if not path.exists():
-            have = min(kept_bytes(path, content), content.num_bytes)
             return replace(item, state="part" if have else "missing", action="get", have_bytes=have)
         if path.is_dir():
             raise ConflictError(f"{path} is a folder", "move it away")
         if entry and not self.options.verify and same_stat(path, entry) and content.sha256:
             is_same = content.sha256 == entry.sha256
             return replace(item, state="have" if is_same else "stale", action="keep" if is_same else "get")
-        report = (lambda done, total: self.checking(item.want.name, done, total)) if self.checking else None  # type: ignore[misc]
-        found = digest_file(path, with_git=bool(content.git_oid), progress=report)
-        is_recorded = entry is not None and found.sha256 == entry.sha256
-        if not content.mismatch(found) and (content.is_published or is_recorded):
-            return replace(item, state="have", action="adopt", found=found)
+        progress = partial(self.checking, item.want.name) if self.checking else None
+        digest = digest_file(path, with_git=bool(content.git_oid), progress=progress)
+        is_recorded = entry is not None and digest.sha256 == entry.sha256
+        if not content.mismatch(digest) and (content.is_published or is_recorded):
+            return replace(item, state="have", action="adopt", digest=digest)
         if entry and not is_recorded and same_mtime(path, entry):
             self.warnings.append(
-                f"{path} is damaged on disk (not what was fetched, and not edited): it is fetched again"
+                f"{path} is damaged on disk (its bytes changed, its times did not): it is fetched again"
             )
         elif not is_recorded and not self.options.force:
             raise ConflictError(
                 f"{path} is not what was fetched or published: it looks like your own",
                 "move it away, or replace it: --force",
             )
-        return replace(item, state="stale", action="get", have_bytes=min(kept_bytes(path, content), content.num_bytes))
+        return replace(item, state="stale", action="get", have_bytes=have)
 
-    # where it is
+    # --- where it is
 
     @property
     def _is_repository(self) -> bool:
         return self.source.kind in ("hf", "modelscope")
 
-    def _locate(self, want: Want, locked: Content | None = None) -> Item:
-        """Find a file at the source: at the revision asked for, where the lock and the catalog say, on main, in the history."""
+    def _locate(self, want: WantedFile, locked: Content | None = None) -> FetchItem:
+        """Find a file at the source: at the revision asked for, else the locked one, the catalog's, on main, in the history."""
         if not self._is_repository:
             return self._locate_plain(want, locked)
         nearby: list[str] = []
@@ -301,36 +404,37 @@ class _Planner:
                 continue
             nearby += listing.files
             if content := self._accept(want, listing, locked):
-                return Item(want, "", "", content, revision, listing.commit, want.path)
+                return FetchItem(want, "", "", content, revision, listing.commit, want.path)
         may_search = self.source.kind == "hf" and self._asked(want.repo) is None and want.repo.kind == "dataset"
-        if may_search and (found := self._search_history(want, locked)):
-            return found
-        raise self._nowhere(want, nearby, is_locked=locked is not None)
+        if may_search and (item := self._search_history(want, locked)):
+            return item
+        raise self._not_found(want, nearby, is_locked=locked is not None)
 
-    def _nowhere(self, want: Want, nearby: list[str], *, is_locked: bool) -> NotFoundError:
+    def _not_found(self, want: WantedFile, nearby: list[str], *, is_locked: bool) -> NotFoundError:
         failed = [value for value in self._listings.values() if isinstance(value, NotFoundError)]
         if failed and not nearby:
             return failed[-1]
         if is_locked:
-            return NotFoundError(
-                f"{want.repo.id} no longer has the {want.path} that {LOCK_NAME} names", "`--update` takes the newest"
-            )
+            problem = f"{want.repo.id} no longer has the {want.path} that {LOCK_NAME} names"
+            return NotFoundError(problem, "`--update` takes the newest")
         where = f"{want.repo.id}{f' at {self.options.revision}' if self.options.revision else ''}"
         close = [name for name in catalog.nearest(want.path, tuple(nearby)) if name != want.path]
-        fix = f"did you mean {', '.join(close)}?" if close else "`mm fetch --list` shows the known names"
+        fix = f"did you mean {', '.join(close)}?" if close else SHOW_NAMES
         if want.known:
-            fix = (
-                "leave --revision out"
-                if self._asked(want.repo)
-                else "try another --source; its history was searched too"
-            )
+            searched = "try another --source; its history was searched too"
+            fix = "leave --revision out" if self._asked(want.repo) else searched
         return NotFoundError(f"{where} has no {want.path}", fix)
 
-    def _locate_plain(self, want: Want, locked: Content | None) -> Item:
+    def _locate_plain(self, want: WantedFile, locked: Content | None) -> FetchItem:
         for path in dict.fromkeys((want.path, want.name)):
             content = look_up(self.source, path)
             if content is None:
                 continue
+            if self.source.kind == "dir":  # the folder may be another machine's, with a lock of its own
+                folder = Path(self.source.endpoint)
+                entry = read_lock(folder).files.get(path)
+                if entry and same_stat(folder / path, entry):
+                    content = replace(content, sha256=entry.sha256)
             known = want.known
             if locked and content.num_bytes == locked.num_bytes:
                 content = locked
@@ -340,7 +444,7 @@ class _Planner:
                 self._differs(want, content)
             if not content.is_published:
                 self.warnings.append(f"{want.name}: nobody published a checksum for it, so it arrives unverified")
-            return Item(want, "", "", content, self.source.endpoint, "", path)
+            return FetchItem(want, "", "", content, self.source.endpoint, "", path)
         raise NotFoundError(f"{self.source.endpoint} has no {want.path}", "check --source, or leave it out")
 
     def _revisions(self, repo: Repo, pinned: str | None) -> list[str]:
@@ -350,11 +454,11 @@ class _Planner:
         return list(dict.fromkeys(self._full(repo, revision) for revision in order if revision))
 
     def _asked(self, repo: Repo) -> str | None:
-        """The revision the user asked for, where it is one of this repository's."""
+        """`--revision`, if it is one of this repository's."""
         return self.options.revision if repo.kind == "dataset" or self.only_model else None
 
     def _full(self, repo: Repo, revision: str) -> str:
-        """The whole commit id for its first digits, which the Hub does not take."""
+        """The whole commit id for its first digits, which the Hub does not accept."""
         if self.source.kind == "hf" and re.fullmatch(r"[0-9a-f]{7,39}", revision):
             return next((commit for commit in self._history(repo) if commit.startswith(revision)), revision)
         return revision
@@ -369,25 +473,22 @@ class _Planner:
 
     def _locked_commit(self, repo: Repo | None = None) -> str | None:
         repo = repo or self.dataset
-        entries = [
-            e
-            for e in self.lock.files.values()
-            if (e.repo, e.source, e.repo_kind) == (repo.id, self.source.kind, repo.kind)
-        ]
-        return Counter(e.commit for e in entries).most_common(1)[0][0] if entries else None
+        wanted = (repo.id, self.source.kind, repo.kind)
+        ids = Counter(e.commit for e in self.lock.files.values() if (e.repo, e.source, e.repo_kind) == wanted)
+        return ids.most_common(1)[0][0] if ids else None
 
     def listing(self, repo: Repo, revision: str) -> Listing:
-        """A listing, asked for once. Raises NotFoundError."""
+        """The listing of a repository, requested once. Raises NotFoundError."""
         key = (repo, revision)
         if key not in self._listings:
             try:
                 self._listings[key] = list_files(self.source, repo, revision)
             except NotFoundError as error:
                 self._listings[key] = error
-        found = self._listings[key]
-        if isinstance(found, NotFoundError):
-            raise found
-        return found
+        result = self._listings[key]
+        if isinstance(result, NotFoundError):
+            raise result
+        return result
 
     def _try_listing(self, repo: Repo, revision: str) -> Listing | None:
         try:
@@ -397,33 +498,31 @@ class _Planner:
                 raise
             return None
 
-    def _accept(self, want: Want, listing: Listing, locked: Content | None) -> Content | None:
-        """The file's content in a listing, unless it is a namesake or, for a locked file, other bytes."""
+    def _accept(self, want: WantedFile, listing: Listing, locked: Content | None) -> Content | None:
+        """The content of a file in a listing; None if it is another file of that name or, for a locked file, other bytes."""
         content = listing.files.get(want.path)
         if content is None:
             return None
         if locked:
             same = content.num_bytes == locked.num_bytes and content.sha256 in (None, locked.sha256)
             return locked if same else None
-        if (
-            want.known
-            and not self.options.revision
-            and catalog.is_namesake(want.known, content.num_bytes, content.sha256)
-        ):
+        figures = (content.num_bytes, content.sha256)
+        if want.known and not self.options.revision and catalog.is_namesake(want.known, *figures):
             return None
-        if want.known and not catalog.fits(want.known, content.num_bytes, content.sha256):
+        if want.known and not catalog.fits(want.known, *figures):
             self._differs(want, content)
         return content
 
-    def _differs(self, want: Want, content: Content) -> None:
+    def _differs(self, want: WantedFile, content: Content) -> None:
         known = want.known
         assert known is not None
+        listed = f"{content.num_bytes:,} bytes, sha256 {(content.sha256 or 'unknown')[:12]}"
+        cataloged = f"{known.size_bytes or 0:,} bytes, sha256 {(known.sha256 or 'unknown')[:12]}"
         self.warnings.append(
-            f"{want.name}: the source lists {content.num_bytes:,} bytes, sha256 {(content.sha256 or 'unknown')[:12]}; the catalog knows "
-            f"{known.size_bytes or 0:,} bytes, sha256 {(known.sha256 or 'unknown')[:12]}: the source is believed"
+            f"{want.name}: the source lists {listed}; the catalog knows {cataloged}: the source is believed"
         )
 
-    def _search_history(self, want: Want, locked: Content | None) -> Item | None:
+    def _search_history(self, want: WantedFile, locked: Content | None) -> FetchItem | None:
         """The newest commit that still has the file."""
         for commit in self._history(want.repo):
             listing = self._try_listing(want.repo, commit)
@@ -431,7 +530,7 @@ class _Planner:
                 self.warnings.append(
                     f"{want.path} is gone from {self.main}; commit {commit[:12]} is the last that has it"
                 )
-                return Item(want, "", "", content, commit, commit, want.path)
+                return FetchItem(want, "", "", content, commit, commit, want.path)
         return None
 
 
@@ -441,11 +540,6 @@ def _base(repo: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
+    """Whether a name is one of the files that `mm fetch` writes beside the data."""
     base = Path(name).name
     return base in (LOCK_NAME, f"{LOCK_NAME}.broken") or base.endswith((".part", ".part.json", ".lock", ".new"))
-
-
-def _nearest_dir(path: Path) -> Path:
-    """The folder itself, or the first of its parents that exists."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,8 +1,8 @@
-"""Where files come from: the Hub or a mirror of it, ModelScope, a folder, a plain web address. Listings and bodies out.
+"""Where files come from: the Hugging Face Hub or a mirror of it, ModelScope, a folder, or a plain web address.
 
-One request lists a repository at a revision: commit, sizes and checksums. Every body is asked for at the listed commit and at
-the front door, never at a signed address from before, so an expired signature costs one more redirect. The token goes to the
-endpoint the user chose and nowhere else. Xet is never used.
+One request lists a repository at a revision: commit, sizes and checksums. Files are requested at the listed commit and always
+from the endpoint itself, never from an earlier signed address, so an expired signature costs one more redirect. The token is
+sent to the endpoint that the user chose and nowhere else. Xet is never used.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import re
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -20,21 +20,20 @@ from typing import Any, NoReturn
 from urllib.parse import quote, urlencode, urlsplit
 
 from mmdata.errors import AccessError, IntegrityError, MMError, NetworkError, NotFoundError, UsageError
-from mmdata.hub.lockfile import read_lock, same_stat
-from mmdata.hub.transfer import NOT_DATA, Body, Content, Patience, TryAgain, WrongSize, persist
+from mmdata.hub.transfer import NOT_DATA, Body, Content, OpenBody, Patience, TryAgain, WrongSize, persist
 from mmdata.io.files import CHUNK_BYTES
 
 HF_ENDPOINT = "https://huggingface.co"
 MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"
 REACH = "check the network and proxies; `--endpoint` names a mirror, `--source modelscope` asks ModelScope"
 PAGE = 200
-MAX_COMMITS = 1000  # of a history that is searched for a file
+MAX_COMMITS = 1000  # searched for a file that is gone from the main branch
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where to ask. `kind`: hf, modelscope, dir or url; `endpoint`: a web address without final slash, or a folder."""
+    """`kind`: hf, modelscope, dir or url; `endpoint`: a web address without a final slash, or a folder."""
 
     kind: str
     endpoint: str
@@ -43,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A repository of a source; `kind` is dataset or model."""
+    """A repository of a source. `kind`: dataset or model."""
 
     id: str
     kind: str = "dataset"
@@ -51,16 +50,14 @@ class Repo:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a repository holds at one commit."""
+    """The files of a repository at one commit."""
 
-    repo: Repo
-    revision: str
     commit: str
     files: dict[str, Content]
 
 
 def open_source(name: str, endpoint: str | None, patience: Patience) -> Source:
-    """The source a user means by `--source` and `--endpoint`. Raises UsageError."""
+    """The source that `--source` and `--endpoint` name. Raises UsageError if they name none."""
     if name in ("hf", "modelscope"):
         default = HF_ENDPOINT if name == "hf" else MODELSCOPE_ENDPOINT
         return Source(name, _endpoint(endpoint or default), patience)
@@ -74,15 +71,14 @@ def open_source(name: str, endpoint: str | None, patience: Patience) -> Source:
 
 
 def _endpoint(text: str) -> str:
-    text = text if re.match(r"https?://", text) else f"https://{text}"
-    text = text.rstrip("/")
+    text = (text if re.match(r"https?://", text) else f"https://{text}").rstrip("/")
     if not urlsplit(text).hostname:
         raise UsageError(f"--endpoint {text} names no host", "give it like https://hf-mirror.com")
     return text
 
 
 def is_safe(path: str) -> bool:
-    """Whether a name from a listing stays inside the folder it is put in, on any system."""
+    """Whether a path from a listing stays inside the folder it is written to, on any operating system."""
     parts = PurePosixPath(path).parts
     bad = not path or path.startswith("/") or "\\" in path or ":" in path or any(ord(c) < 32 for c in path)
     return not bad and ".." not in parts and "." not in path.split("/") and "" not in path.split("/")
@@ -92,7 +88,7 @@ def is_safe(path: str) -> bool:
 
 
 def list_files(source: Source, repo: Repo, revision: str) -> Listing:
-    """A repository's files at a revision. One request (ModelScope: one per 200 files). Raises NotFoundError and others."""
+    """The files of a repository at a revision, in one request (ModelScope: one per 200 files). Raises NotFoundError and others."""
     if source.kind == "hf":
         return persist(lambda: _list_hf(source, repo, revision), source.patience, fix=REACH)
     assert source.kind == "modelscope", source.kind
@@ -100,7 +96,7 @@ def list_files(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def first_bytes(path: str) -> bytes:
-    """What a file of that name begins with, as far as the name tells."""
+    """The first byte of a file with that name, if its kind has a fixed one."""
     return b"{" if path.endswith((".jsonl", ".json")) else b""
 
 
@@ -117,23 +113,23 @@ def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
             sha256 = file.lfs.sha256 if file.lfs else None
             oid = None if file.lfs else file.blob_id
             files[file.rfilename] = Content(file.size, sha256, oid, first=first_bytes(file.rfilename))
-    return Listing(repo, revision, info.sha or revision, files)
+    return Listing(info.sha or revision, files)
 
 
 def commits(source: Source, repo: Repo) -> list[str]:
-    """The commits of the Hub's main branch, newest first, at most MAX_COMMITS."""
+    """Ids of the commits of the Hub's main branch, newest first, at most MAX_COMMITS."""
     url: str | None = f"{source.endpoint}/api/{repo.kind}s/{repo.id}/commits/main"
-    found: list[str] = []
-    while url and len(found) < MAX_COMMITS:
+    ids: list[str] = []
+    while url and len(ids) < MAX_COMMITS:
         page, links = _get_json(source, url, repo.id)
-        found.extend(str(item["id"]) for item in page)
+        ids.extend(str(item["id"]) for item in page)
         following = links.get("next", {}).get("url")
         url = following if following and urlsplit(following)[:2] == urlsplit(source.endpoint)[:2] else None
-    return found
+    return ids
 
 
 def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
-    """Page by page; a page that is refused after others worked is asked for again."""
+    """Page by page; a page that is refused after the first one worked is requested again."""
     tail = "repo/tree" if repo.kind == "dataset" else "repo/files"
     files: dict[str, Content] = {}
     commit, number = revision, 1
@@ -151,20 +147,18 @@ def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
                 )
         commit = data.get("LatestCommitter", {}).get("Revision") or commit
         if repo.kind == "model" or len(data["Files"]) < PAGE:
-            return Listing(repo, revision, commit, files)
+            return Listing(commit, files)
         number += 1
 
 
 def look_up(source: Source, path: str) -> Content | None:
-    """One file of a folder or a plain web address; None when it is not there."""
+    """One file of a folder or a plain web address; None if it is not there."""
     if source.kind == "dir":
         file = Path(source.endpoint) / path
         if not file.is_file():
             return None
-        entry = read_lock(Path(source.endpoint)).files.get(path)
-        sha256 = entry.sha256 if entry and same_stat(file, entry) else None
         stat = file.stat()
-        return Content(stat.st_size, sha256, etag=f"mtime {stat.st_mtime_ns}", first=first_bytes(path))
+        return Content(stat.st_size, etag=f"mtime {stat.st_mtime_ns}", first=first_bytes(path))
     return persist(lambda: _look_up_url(source, path), source.patience, fix=REACH)
 
 
@@ -174,9 +168,7 @@ def _look_up_url(source: Source, path: str) -> Content | None:
             length = response.headers.get("content-length")
             _refuse_page(response, path)
             if length is None:
-                raise NetworkError(
-                    f"{source.endpoint} does not say how large {path} is", "fetch it with another --source"
-                )
+                raise NetworkError(f"{source.endpoint} sends no size for {path}", "fetch it with another --source")
             return Content(int(length), etag=response.headers.get("etag"), first=first_bytes(path))
     except NotFoundError:
         return None
@@ -185,10 +177,8 @@ def _look_up_url(source: Source, path: str) -> Content | None:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-def opener(
-    source: Source, repo: Repo, commit: str, path: str
-) -> Callable[[int, int | None], contextlib.AbstractContextManager[Body]]:
-    """How to open one file of the source from any offset."""
+def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
+    """The function that opens one file of the source at any offset."""
     if source.kind == "dir":
         return lambda begin, end: _open_file(Path(source.endpoint) / path, begin, end)
     url = _address(source, repo, commit, path)
@@ -224,9 +214,7 @@ def _open_url(source: Source, url: str, path: str, begin: int, end: int | None) 
         if response.headers.get("content-encoding", "identity") != "identity":
             if response.status_code == 206:
                 raise TryAgain("the server sends compressed ranges, which cannot be joined")
-            yield Body(
-                0, None, response.iter_bytes()
-            )  # asked for plain bytes, got packed ones: unpacked from the beginning
+            yield Body(0, None, response.iter_bytes())  # compressed all the same: decompressed from the beginning
         elif response.status_code == 206:
             start, total = _content_range(response.headers.get("content-range", ""), begin)
             yield Body(start, total, response.iter_raw())
@@ -251,7 +239,7 @@ def _refuse_page(response: Any, path: str) -> None:
 
 
 def _http(session: Any) -> ModuleType:
-    """The HTTP package huggingface_hub stands on (httpx, from its version 2 on httpx2), for its exceptions."""
+    """The HTTP package that huggingface_hub uses (httpx, from its version 2 on httpx2), for its exceptions."""
     client = next(base for base in type(session).__mro__ if base.__name__ == "Client")
     return sys.modules[client.__module__.partition(".")[0]]
 
@@ -265,15 +253,15 @@ def _headers(source: Source) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Iterator[Any]:
-    """A streamed answer with status 200 or 206, its failures named."""
+    """A streamed response with status 200 or 206; failures as `_explained` raises them."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     session = get_session()
-    asked = {**_headers(source), "Accept-Encoding": "identity", **headers}
+    headers = {**_headers(source), "Accept-Encoding": "identity", **headers}
     timeout = _http(session).Timeout(source.patience.read_timeout_s)
     with (
         _explained(source, what),
-        session.stream("GET", url, headers=asked, timeout=timeout, follow_redirects=True) as response,
+        session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response,
     ):
         if response.status_code >= 400:
             response.read()
@@ -284,7 +272,7 @@ def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Ite
 
 
 def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) -> tuple[Any, dict]:
-    """A JSON answer and its Link header. `is_again`: the server has answered before, so a refusal may pass."""
+    """A JSON response and its links. `is_again`: an earlier page came, so that a refusal is temporary."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     def ask() -> tuple[Any, dict]:
@@ -301,7 +289,7 @@ def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) ->
 
 @contextlib.contextmanager
 def _explained(source: Source, what: str) -> Iterator[None]:
-    """Turn the client's exceptions into TryAgain or a FetchError. Messages carry hosts, never queries, headers or tokens."""
+    """Turn the client's exceptions into TryAgain or a FetchError. Messages name hosts, never queries, headers or tokens."""
     from huggingface_hub import errors
     from huggingface_hub.utils import get_session
 
@@ -311,21 +299,16 @@ def _explained(source: Source, what: str) -> Iterator[None]:
     except (TryAgain, MMError):
         raise
     except errors.OfflineModeIsEnabled as error:
-        raise NetworkError(
-            f"{what} is not all here, and HF_HUB_OFFLINE forbids asking", "unset HF_HUB_OFFLINE"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        _explain_status(source, what, error)
-    except http.HTTPStatusError as error:
+        problem = f"{what} is not complete here, and HF_HUB_OFFLINE forbids requests"
+        raise NetworkError(problem, "unset HF_HUB_OFFLINE") from error
+    except (errors.HfHubHTTPError, http.HTTPStatusError) as error:
         _explain_status(source, what, error)
     except http.TimeoutException as error:
-        raise TryAgain(
-            f"{_host(source)} kept silent for {source.patience.read_timeout_s:g} s", is_timeout=True
-        ) from error
+        problem = f"{_host(source)} kept silent for {source.patience.read_timeout_s:g} s"
+        raise TryAgain(problem, is_timeout=True) from error
     except (http.UnsupportedProtocol, http.InvalidURL) as error:
-        raise UsageError(
-            f"{source.endpoint} is no web address", "give --endpoint like https://hf-mirror.com"
-        ) from error
+        problem = f"{source.endpoint} is no web address"
+        raise UsageError(problem, "give --endpoint like https://hf-mirror.com") from error
     except http.TooManyRedirects as error:
         raise NetworkError(f"{_host(source)} redirects in a circle", REACH) from error
     except http.HTTPError as error:
@@ -353,7 +336,7 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
-    """A status of 400 and above, as an error the user can act on."""
+    """Raise the error for a status of 400 and above."""
     from huggingface_hub import errors
 
     status, headers = error.response.status_code, error.response.headers
@@ -368,13 +351,12 @@ def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
     if isinstance(error, errors.RevisionNotFoundError):
         raise NotFoundError(f"{what}: no such revision on {host}", "`--update` takes the newest one instead") from error
     if isinstance(error, errors.RepositoryNotFoundError) and status == 401:
-        raise AccessError(
-            f"{what}: absent, or private and shown to nobody without a token", "log in: `hf auth login`"
-        ) from error
+        problem = f"{what}: absent, or private and visible only with a token"
+        raise AccessError(problem, "log in: `hf auth login`") from error
     if status in (401, 403):
-        fix = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+        problem = f"{what}: {host} refused access (status {status}): the token is wrong or lacks the right"
         raise AccessError(
-            f"{what}: {host} refused access (status {status}): the token is wrong or lacks the right", fix
+            problem, "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
         ) from error
     if status in (404, 410):
         raise NotFoundError(f"{what}: not found on {host}", "`mm fetch --list` shows the known names") from error
@@ -382,7 +364,7 @@ def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
 
 
 def asked_wait(headers: Any, *, is_limit: bool = False) -> float | None:
-    """Seconds a server asks to wait: Retry-After in seconds or as a date, or the reset of a used-up rate limit."""
+    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or the reset of an exhausted rate limit."""
     text = (headers.get("retry-after") or "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)

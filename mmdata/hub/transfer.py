@@ -1,12 +1,11 @@
-"""One file over a bad link: something that opens bodies in, the verified file in its place out. Knows no HTTP.
+"""Downloading one file over an unreliable connection: resumed, verified, then put in its place. Knows nothing of HTTP.
 
-Bytes land in <name>.part; <name>.part.json says which, and of what content, so that a later run, another process or another
-source goes on where this one stopped. Content is hashed as it arrives. Memory stays at a few chunks whatever the size.
+Bytes are written to <name>.part; <name>.part.json, the journal, records which bytes of which content are there, so that a
+later run, another process or another source continues. Content is hashed as it arrives; memory stays at a few chunks.
 """
 
 import contextlib
 import errno
-import json
 import os
 import random
 import threading
@@ -17,16 +16,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from mmdata.errors import DiskError, FetchError, IntegrityError, MMError, NetworkError
-from mmdata.io.files import CHUNK_BYTES, Digest, Progress, move_into_place
+from mmdata.io.files import CHUNK_BYTES, Digest, Progress, move_into_place, write_unsynced
+from mmdata.io.records import read_record
 
 T = TypeVar("T")
-JOURNAL_BYTES = 512 * 1024  # with several connections, at most this much is fetched again after a kill
+JOURNAL_BYTES = 512 * 1024  # with several connections, at most this much is downloaded again after a kill
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 64 << 20
+RESUME = "run the same command again: it goes on where it stopped (`--endpoint`, `--source modelscope` try another way)"
+NOT_DATA = "something between you and the source answers in its place: open the address in a browser, or try another --endpoint"
+
+
+# --- retrying
 
 
 class TryAgain(Exception):
-    """An attempt that failed in a way that may pass. `wait_s`: what the server asked for; `is_timeout`: it kept silent."""
+    """An attempt failed in a way that may pass. `wait_s`: what the server asked for; `is_timeout`: it sent nothing."""
 
     def __init__(self, message: str, *, wait_s: float | None = None, is_timeout: bool = False) -> None:
         super().__init__(message)
@@ -39,41 +46,40 @@ class WrongSize(TryAgain):
 
 
 class RangeIgnored(Exception):
-    """The server sends whole files only, so several connections would fetch everything several times."""
+    """The server sends whole files only, so that several connections would download everything several times."""
 
 
 class _Stopped(Exception):
-    """Another connection failed; this one ends without a word."""
+    """Another connection failed; this one ends without an error of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to wait and how often to try. Tries count attempts without progress, not attempts."""
+    """Timeouts and numbers of tries. Only attempts that make no progress count."""
 
     tries: int = 6
-    strikes: int = 3  # contradictions about the size before giving up
-    progress_bytes: int = 64 * 1024  # an attempt that brought this much was not in vain
+    strikes: int = 3  # answers that contradict the published size
+    progress_bytes: int = 64 * 1024  # an attempt that received this much made progress
     first_wait_s: float = 1.0
     max_wait_s: float = 30.0
-    max_asked_wait_s: float = 300.0  # a server's Retry-After is honoured up to here
+    max_asked_wait_s: float = 300.0  # upper limit of a server's Retry-After
     read_timeout_s: float = 15.0
     slow_bytes_per_s: int = 1024
     slow_window_s: float = 20.0
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
-    def wait(self, failures: int, asked_s: float | None = None) -> float:
-        """Sleep before the next try: as long as the server asked, else longer each time, with jitter. Gives the seconds."""
+    def wait(self, failures: int, asked_s: float | None = None) -> None:
+        """Sleep before the next try: as long as the server asked, else exponentially longer each time, with jitter."""
         if asked_s is not None:
             seconds = min(max(asked_s, 0.0), self.max_asked_wait_s)
         else:
             seconds = min(self.first_wait_s * 2.0 ** (failures - 1), self.max_wait_s) * random.uniform(0.75, 1.25)
         self.sleep(seconds)
-        return seconds
 
 
 def persist(call: Callable[[], T], patience: Patience, *, fix: str) -> T:
-    """Call until it answers: TryAgain is retried, and silence costs two of the tries. NetworkError when they are used up."""
+    """Call until it returns. TryAgain is retried, and a timeout counts as two tries. Raises NetworkError after the last."""
     failures = 0
     while True:
         try:
@@ -85,52 +91,55 @@ def persist(call: Callable[[], T], patience: Patience, *, fix: str) -> T:
             patience.wait(failures, problem.wait_s)
 
 
+# --- what is downloaded
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Which bytes a file should have. `sha256` and `git_oid` are hex digits, `etag` a server's word; None: not published."""
+    """The bytes a file should have. `sha256` and `git_oid` in hex digits, `etag` as the server sends it; None: unpublished."""
 
     num_bytes: int
     sha256: str | None = None
     git_oid: str | None = None
     etag: str | None = None
-    first: bytes = b""  # what the file begins with, as far as its kind tells
+    first: bytes = b""  # how the file begins, as far as its name tells
 
     @property
     def identity(self) -> str | None:
-        """What ties a part to its content, whatever the source; None: it cannot be resumed."""
+        """What a part is resumed by, whatever the source; None: it cannot be resumed."""
         return self.sha256 or self.git_oid or self.etag
 
     @property
     def is_published(self) -> bool:
-        """Whether a checksum is known beforehand."""
+        """Whether a checksum is known before the download."""
         return bool(self.sha256 or self.git_oid)
 
-    def mismatch(self, found: Digest) -> str:
-        """What differs between this content and what was found; empty when nothing does."""
-        if found.position != self.num_bytes:
-            return f"{found.position:,} bytes, expected {self.num_bytes:,}"
-        if self.sha256 and found.sha256 != self.sha256:
-            return f"sha256 {found.sha256[:12]}…, expected {self.sha256[:12]}…"
-        if self.git_oid and not self.sha256 and found.git_oid != self.git_oid:
-            return f"git hash {found.git_oid[:12]}…, expected {self.git_oid[:12]}…"
+    def mismatch(self, digest: Digest) -> str:
+        """How the bytes of `digest` differ from this content; empty if they do not."""
+        if digest.position != self.num_bytes:
+            return f"{digest.position:,} bytes, expected {self.num_bytes:,}"
+        if self.sha256 and digest.sha256 != self.sha256:
+            return f"sha256 {digest.sha256[:12]}…, expected {self.sha256[:12]}…"
+        if self.git_oid and not self.sha256 and digest.git_oid != self.git_oid:
+            return f"git hash {digest.git_oid[:12]}…, expected {self.git_oid[:12]}…"
         return ""
 
 
 @dataclass(slots=True)
 class Body:
-    """An opened answer: the file's bytes from `start` on; `total` is the whole file's size where the server says it."""
+    """A response: the bytes of the file from `start` on; `total` is the size of the whole file if the server sends it."""
 
     start: int
     total: int | None
     chunks: Iterator[bytes]
 
 
-Open = Callable[[int, int | None], AbstractContextManager[Body]]  # (begin, end or None for the rest)
+OpenBody = Callable[[int, int | None], AbstractContextManager[Body]]  # (begin, end; None for the rest)
 
 
 @dataclass(slots=True)
-class Brought:
-    """What a transfer did: the content's digest, bytes received by this run, attempts that failed on the way."""
+class Download:
+    """Result of `download`: the digest, the bytes received by this run, and how many attempts failed."""
 
     digest: Digest
     received_bytes: int = 0
@@ -138,39 +147,50 @@ class Brought:
     warnings: list[str] = field(default_factory=list)
 
 
+# --- the part and its journal
+
+Span = tuple[int, int]  # of bytes, half-open
+
+
+class Journal(msgspec.Struct, frozen=True):
+    """<name>.part.json: the content that a part belongs to, and the spans of it that are written."""
+
+    num_bytes: int
+    identity: str | None
+    spans: list[Span]
+
+
 def part_paths(target: Path) -> tuple[Path, Path]:
-    """The part of a file and its journal."""
+    """The part of a file, and its journal."""
     return target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
 
 
 def kept_bytes(target: Path, content: Content | None = None) -> int:
-    """Bytes of `target` that an earlier run left and a next one need not fetch; of any content when none is given."""
-    return sum(end - begin for begin, end in _read_journal(target, content))
+    """Bytes of `target` that an earlier run left and the next one need not download; None: of whatever content."""
+    return sum(end - begin for begin, end in _kept_spans(target, content))
 
 
-def _read_journal(target: Path, content: Content | None) -> list[tuple[int, int]]:
-    """The spans an earlier run left; none when the part is absent, of other content, or too long."""
-    part, journal = part_paths(target)
+def _kept_spans(target: Path, content: Content | None) -> list[Span]:
+    """The spans that an earlier run left; none if the part is missing, too long, or of other content."""
+    part, path = part_paths(target)
     try:
-        data = json.loads(journal.read_text(encoding="utf-8"))
+        journal = read_record(path, Journal, FetchError, RESUME)
         length = part.stat().st_size
-        spans = sorted((int(begin), int(end)) for begin, end in data["spans"])
-        num_bytes, identity = int(data["num_bytes"]), data["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, FetchError):
         return []
-    if content is not None and (
-        content.identity is None or (num_bytes, identity) != (content.num_bytes, content.identity)
-    ):
+    same = content is None or content.identity is not None
+    if not same or (content and (journal.num_bytes, journal.identity) != (content.num_bytes, content.identity)):
         return []
-    if not spans or length > num_bytes:
+    if not journal.spans or length > journal.num_bytes:
         return []
-    spans[-1] = (spans[-1][0], max(spans[-1][1], length))  # whoever wrote last wrote in order, up to the file's end
+    *spans, (begin, end) = sorted(journal.spans)
+    spans.append((begin, max(end, length)))  # the last span was written in order, up to the end of the part
     return merge([(begin, min(end, length)) for begin, end in spans])
 
 
-def merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted, non-empty, disjoint spans covering the same bytes."""
-    merged: list[tuple[int, int]] = []
+def merge(spans: list[Span]) -> list[Span]:
+    """Sorted, non-empty, disjoint spans of the same bytes."""
+    merged: list[Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
@@ -179,15 +199,15 @@ def merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def missing(spans: list[tuple[int, int]], num_bytes: int) -> list[tuple[int, int]]:
-    """What merged spans leave open of [0, num_bytes)."""
+def missing(spans: list[Span], num_bytes: int) -> list[Span]:
+    """The gaps that merged spans leave in [0, num_bytes)."""
     ends = [0, *(end for _, end in spans)]
     begins = [*(begin for begin, _ in spans), num_bytes]
     return [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
 
 
-def cut(gaps: list[tuple[int, int]], connections: int) -> list[tuple[int, int]]:
-    """Gaps in pieces for several connections: about four each, so that none waits long for the last; one takes gaps whole."""
+def cut(gaps: list[Span], connections: int) -> list[Span]:
+    """Gaps in about four pieces for each connection, so that none waits long for the last; for one connection as they are."""
     if connections == 1:
         return gaps
     total = sum(end - begin for begin, end in gaps)
@@ -195,15 +215,15 @@ def cut(gaps: list[tuple[int, int]], connections: int) -> list[tuple[int, int]]:
     return [(at, min(at + size, end)) for begin, end in gaps for at in range(begin, end, size)]
 
 
-class Part:
-    """A file on its way: its bytes, which of them are there, and the digest of the unbroken beginning."""
+class PartialFile:
+    """The part of a file that is being downloaded: which spans are there, and the digest of the unbroken beginning."""
 
     def __init__(self, target: Path, content: Content) -> None:
         self.path, self.journal = part_paths(target)
         self.content = content
+        self.done = _kept_spans(target, content)
         self._guard = threading.Lock()
-        self.done = _read_journal(target, content)
-        self._active: list[list[int]] = []  # [begin, position] of pieces being written
+        self._active: list[list[int]] = []  # [begin, position] of the spans being written
         self._unsaved = 0
         if not self.done:
             self.path.unlink(missing_ok=True)
@@ -214,8 +234,17 @@ class Part:
     def _new_digest(self) -> Digest:
         return Digest(self.content.num_bytes, with_git=bool(self.content.git_oid and not self.content.sha256))
 
+    def _spans(self) -> list[Span]:
+        return [*self.done, *((begin, position) for begin, position in self._active)]
+
+    def _save(self) -> None:
+        self._unsaved = 0
+        spans = sorted(self._spans() or [(0, 0)])
+        journal = Journal(self.content.num_bytes, self.content.identity, spans)
+        write_unsynced(self.journal, msgspec.json.encode(journal).decode())
+
     def begin(self, offset: int) -> list[int]:
-        """Open a span for one writer; it is in the journal before its first byte."""
+        """Open a span [begin, position] for one writer. It is in the journal before its first byte is written."""
         span = [offset, offset]
         with self._guard:
             self._active.append(span)
@@ -223,14 +252,14 @@ class Part:
         return span
 
     def write(self, span: list[int], data: bytes, *, is_only: bool) -> None:
-        """Append to a span. What the only writer brings is hashed on the way, when it continues the digest."""
+        """Append to a span. Bytes of the only writer are hashed at once where they continue the digest."""
         view, offset = memoryview(data), span[1]
         while view:
             view = view[os.pwrite(self._file, view, offset + len(data) - len(view)) :]
         if is_only and self.digest.position == offset:
             self.digest.update(data)
         span[1] += len(data)
-        if not is_only or (self.done and self.done[-1][1] > offset):  # else the file's length tells how far it came
+        if not is_only or (self.done and self.done[-1][1] > offset):  # else the part's length shows how far it is
             with self._guard:
                 self._unsaved += len(data)
                 if self._unsaved >= JOURNAL_BYTES:
@@ -244,44 +273,35 @@ class Part:
             self._save()
 
     def catch_up(self, *, stop: int | None = None) -> None:
-        """Hash what lies unbroken after the digest's position, up to `stop`."""
+        """Hash the unbroken bytes that follow the digest's position, up to `stop`."""
         with self._guard:
-            spans = merge([*self.done, *((begin, end) for begin, end in self._active)])
+            spans = merge(self._spans())
         whole = spans[0][1] if spans and spans[0][0] == 0 else 0
         whole = whole if stop is None else min(whole, stop)
         while self.digest.position < whole:
-            wanted = min(CHUNK_BYTES, whole - self.digest.position)
-            data = os.pread(self._file, wanted, self.digest.position)
+            data = os.pread(self._file, min(CHUNK_BYTES, whole - self.digest.position), self.digest.position)
             assert data, f"{self.path} ends at {self.digest.position} of {whole}"
             self.digest.update(data)
 
     def restart(self) -> None:
-        """Forget everything."""
+        """Drop all bytes."""
         os.ftruncate(self._file, 0)
         self.done, self.digest = [], self._new_digest()
         self._save()
 
-    def _save(self) -> None:
-        self._unsaved = 0
-        spans = [*self.done, *((begin, end) for begin, end in self._active)] or [(0, 0)]
-        data = {"num_bytes": self.content.num_bytes, "identity": self.content.identity, "spans": sorted(spans)}
-        beside = self.journal.with_name(self.journal.name + ".new")
-        beside.write_text(json.dumps(data), encoding="utf-8")
-        os.replace(beside, self.journal)
-
     def close(self) -> None:
-        """Keep what is there for the next run."""
+        """Keep what is there for the next run; a part without bytes is removed."""
         if self._file < 0:
             return
-        file, self._file = self._file, -1
-        os.close(file)
+        os.close(self._file)
+        self._file = -1
         with self._guard, contextlib.suppress(OSError):  # a full disk has been reported already
             self._save()
-        if not merge([*self.done, *((begin, end) for begin, end in self._active)]):
+        if not merge(self._spans()):
             self._remove()
 
     def discard(self) -> None:
-        """Remove the part: its bytes are of no use."""
+        """Close and remove the part: its bytes are of no use."""
         self.close()
         self._remove()
 
@@ -289,48 +309,103 @@ class Part:
         self.path.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
 
-    def examine(self, check: Callable[[Path, Digest], list[str]] | None) -> list[str]:
-        """What `check` notes about the whole part; one it refuses is discarded."""
-        try:
-            return check(self.path, self.digest) if check else []
-        except IntegrityError:
-            self.discard()
-            raise
-
     def become(self, target: Path) -> None:
-        """Put the whole file in its place: on disk first, then one rename, so a reader sees old bytes or new ones."""
+        """Put the complete file in its place: synced to the disk, then renamed."""
         move_into_place(self.path, target)
-        file, self._file = self._file, -1
-        os.close(file)
+        os.close(self._file)
+        self._file = -1
         self.journal.unlink(missing_ok=True)
 
 
-class _Fill:
-    """Everything one run of connections shares: where to ask, the pieces left, the first error."""
+# --- the download
+
+
+def download(
+    target: Path,
+    content: Content,
+    open_body: OpenBody,
+    *,
+    connections: int = 1,
+    patience: Patience | None = None,
+    progress: Progress | None = None,
+    check: Callable[[Path, Digest], list[str]] | None = None,
+) -> Download:
+    """Download one file to `target` and verify it. A file that is there already stays until the new one is complete.
+
+    `progress` counts the bytes of this file. `check(part, digest)` looks at the complete part before it takes its place: it
+    returns warnings, or raises IntegrityError to refuse the file.
+
+    Raises NetworkError, IntegrityError, DiskError and what `open_body` raises; the part is kept unless its bytes are wrong.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = PartialFile(target, content)
+    except OSError as error:
+        raise disk_error(target, error) from error
+    try:
+        result = Download(part.digest)
+        for is_last in (False, True):
+            _Connections(part, open_body, patience or Patience(), result, progress).run(connections)
+            problem = content.mismatch(part.digest)
+            if not problem:
+                break
+            part.restart()
+            if is_last:
+                part.discard()
+                raise IntegrityError(
+                    f"{target.name} arrived damaged twice: {problem}",
+                    "try another source: --source modelscope, or --endpoint",
+                )
+            result.warnings.append(f"{target.name} arrived damaged ({problem}) and was fetched again")
+        result.digest = part.digest
+        try:
+            result.warnings += check(part.path, part.digest) if check else []
+        except IntegrityError:
+            part.discard()
+            raise
+        part.become(target)
+        return result
+    except OSError as error:
+        raise disk_error(target, error) from error
+    finally:
+        part.close()
+
+
+class _Connections:
+    """The connections of one download: the pieces still to do, and the first error of any of them."""
 
     def __init__(
-        self, part: Part, open_body: Open, patience: Patience, brought: Brought, progress: Progress | None
+        self, part: PartialFile, open_body: OpenBody, patience: Patience, result: Download, progress: Progress | None
     ) -> None:
         self.part, self.open_body, self.patience = part, open_body, patience
-        self.brought, self.progress = brought, progress
+        self.result, self.progress = result, progress
         self.num_bytes = part.content.num_bytes
-        self.have = sum(end - begin for begin, end in part.done)
-        self.pieces: list[tuple[int, int]] = []
-        self.is_shared = False
+        self.done_bytes = 0
+        self.pieces: list[Span] = []
+        self.is_shared = False  # several connections write at once
         self.stop = threading.Event()
         self.error: BaseException | None = None
         self._guard = threading.Lock()
 
     def run(self, connections: int) -> None:
-        """Fetch all that is missing; an error of any connection is raised here."""
+        """Download and hash everything that is missing; over one connection if the server ignores ranges."""
+        self.part.catch_up()
+        try:
+            self._run(connections)
+        except RangeIgnored:
+            self.result.warnings.append("the server sends whole files only: one connection")
+            self.stop.clear()
+            self.error = None
+            self._run(1)
+        self.part.catch_up()
+
+    def _run(self, connections: int) -> None:
+        self.done_bytes = sum(end - begin for begin, end in self.part.done)
         self.pieces = cut(missing(self.part.done, self.num_bytes), connections)
         self.is_shared = connections > 1 and len(self.pieces) > 1
-        if not self.is_shared:
-            self._work()
-        else:
-            threads = [
-                threading.Thread(target=self._work, daemon=True) for _ in range(min(connections, len(self.pieces)))
-            ]
+        if self.is_shared:
+            count = min(connections, len(self.pieces))
+            threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
             for thread in threads:
                 thread.start()
             try:
@@ -339,48 +414,48 @@ class _Fill:
                     alive[0].join(0.02)
             except BaseException:
                 self.stop.set()
-                for (
-                    thread
-                ) in threads:  # they end with their next bytes; one that waits for a silent server is left behind
+                for thread in threads:  # they end with their next bytes; one whose server is silent is left behind
                     thread.join(0.5)
                 raise
+        else:
+            self._work()
         if self.error is not None:
             raise self.error
 
     def _work(self) -> None:
+        """Download pieces until none is left."""
         try:
             while not self.stop.is_set():
                 with self._guard:
                     if not self.pieces:
                         return
                     begin, end = self.pieces.pop(0)
-                self._fill_piece(begin, end)
+                self._download_piece(begin, end)
         except _Stopped:
             return
-        except BaseException as error:  # carried to the thread that waits, which raises it
+        except BaseException as error:  # raised again by the thread that waits for this one
             with self._guard:
                 self.error = self.error or error
             self.stop.set()
 
-    def _fill_piece(self, begin: int, end: int) -> None:
-        """One piece, over as many attempts as it takes."""
+    def _download_piece(self, begin: int, end: int) -> None:
+        """Download one piece in as many attempts as it takes."""
         if not self.is_shared:
             self.part.catch_up(stop=begin)
         span = self.part.begin(begin)
+        failures = strikes = 0
         try:
-            failures = strikes = 0
             while span[1] < end:
-                mark = span[1]
+                before = span[1]
                 try:
                     self._attempt(span, end)
                 except TryAgain as problem:
-                    self.brought.failures += 1
+                    self.result.failures += 1
                     strikes += isinstance(problem, WrongSize)
-                    failures = 0 if span[1] - mark >= self.patience.progress_bytes else failures + 1
+                    failures = 0 if span[1] - before >= self.patience.progress_bytes else failures + 1
                     if strikes >= self.patience.strikes:
-                        raise IntegrityError(
-                            str(problem), "another source may have the whole file: --source modelscope"
-                        ) from problem
+                        fix = "another source may have the whole file: --source modelscope"
+                        raise IntegrityError(str(problem), fix) from problem
                     if failures >= self.patience.tries:
                         raise NetworkError(f"no progress in {failures} attempts: {problem}", RESUME) from problem
                     self.patience.wait(failures, problem.wait_s)
@@ -388,7 +463,7 @@ class _Fill:
             self.part.end(span)
 
     def _attempt(self, span: list[int], end: int) -> None:
-        """One answer, from where the span stands to the piece's end."""
+        """One response, from the position of the span to the end of the piece."""
         position = span[1]
         with self.open_body(position, end if self.is_shared else None) as body:
             if body.total is not None and body.total != self.num_bytes:
@@ -402,114 +477,44 @@ class _Fill:
             raise TryAgain(f"the connection closed after {span[1]:,} of {self.num_bytes:,} bytes")
 
     def _read(self, body: Body, span: list[int], end: int) -> None:
-        skip = span[1] - body.start  # what a server without ranges sends again
+        skip = span[1] - body.start  # bytes that a server without ranges sends again
         window_start, window_bytes = self.patience.clock(), 0
-        for data in body.chunks:
+        for chunk in body.chunks:
             if self.stop.is_set():
                 raise _Stopped
-            self._count(len(data))
-            window_bytes += len(data)
-            now = self.patience.clock()
-            if now - window_start >= self.patience.slow_window_s:
-                if window_bytes < self.patience.slow_bytes_per_s * (now - window_start):
-                    raise TryAgain(f"{window_bytes:,} bytes in {now - window_start:.0f} s: too slow", is_timeout=True)
-                window_start, window_bytes = now, 0
-            if skip >= len(data):
-                skip -= len(data)
+            with self._guard:
+                self.result.received_bytes += len(chunk)
+            window_bytes += len(chunk)
+            elapsed = self.patience.clock() - window_start
+            if elapsed >= self.patience.slow_window_s:
+                if window_bytes < self.patience.slow_bytes_per_s * elapsed:
+                    raise TryAgain(f"{window_bytes:,} bytes in {elapsed:.0f} s: too slow", is_timeout=True)
+                window_start, window_bytes = window_start + elapsed, 0
+            data = chunk[skip : skip + end - span[1]]
+            skip = max(0, skip - len(chunk))
+            if not data:
                 continue
-            data = data[skip : skip + end - span[1]]
-            skip = 0
             if span[1] == 0:
-                _look_at_first(data, self.part.content.first)
+                _check_first(data, self.part.content.first)
             self.part.write(span, data, is_only=not self.is_shared)
-            self._report(len(data))
+            with self._guard:
+                self.done_bytes += len(data)
+                if self.progress:
+                    self.progress(self.done_bytes, self.num_bytes)
             if span[1] == end:
                 return
 
-    def _count(self, num_bytes: int) -> None:
-        with self._guard:
-            self.brought.received_bytes += num_bytes
 
-    def _report(self, num_bytes: int) -> None:
-        with self._guard:
-            self.have += num_bytes
-            if self.progress:
-                self.progress(self.have, self.num_bytes)
-
-
-RESUME = "run the same command again: it goes on where it stopped (`--endpoint`, `--source modelscope` try another way)"
-NOT_DATA = "something between you and the source answers in its place: open the address in a browser, or try another --endpoint"
-
-
-def _look_at_first(data: bytes, expected: bytes) -> None:
+def _check_first(data: bytes, expected: bytes) -> None:
+    """Raise IntegrityError if the first bytes of a file are not those that its name promises."""
     start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if expected and start and not start.startswith(expected):
         what = "a web page" if start.startswith(b"<") else f"something that begins with {start[:12]!r}"
         raise IntegrityError(f"{what} came instead of the data", NOT_DATA)
 
 
-def bring(
-    target: Path,
-    content: Content,
-    open_body: Open,
-    *,
-    connections: int = 1,
-    patience: Patience | None = None,
-    progress: Progress | None = None,
-    check: Callable[[Path, Digest], list[str]] | None = None,
-) -> Brought:
-    """Fetch one file to `target` and verify it; what was there before stays until then. `progress` counts this file's bytes.
-
-    `check` looks at the whole part before it takes its place: what it gives back is noted, what it raises refuses the file.
-
-    Raises NetworkError, IntegrityError, DiskError and what `open_body` raises; the part is kept unless its bytes are wrong.
-    """
-    patience = patience or Patience()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Part(target, content)
-    except OSError as error:
-        raise disk_error(target, error) from error
-    try:
-        brought = Brought(part.digest)
-        for is_last in (False, True):
-            _fill(part, open_body, connections, patience, brought, progress)
-            problem = content.mismatch(part.digest)
-            if not problem:
-                break
-            part.restart()
-            if is_last:
-                part.discard()
-                raise IntegrityError(
-                    f"{target.name} arrived damaged twice: {problem}",
-                    "try another source: --source modelscope, or --endpoint",
-                )
-            brought.warnings.append(f"{target.name} arrived damaged ({problem}) and was fetched again")
-        brought.digest = part.digest
-        brought.warnings += part.examine(check)
-        part.become(target)
-        return brought
-    except OSError as error:
-        raise disk_error(target, error) from error
-    finally:
-        part.close()
-
-
-def _fill(
-    part: Part, open_body: Open, connections: int, patience: Patience, brought: Brought, progress: Progress | None
-) -> None:
-    """Fetch what is missing and hash all of it; one connection where the server knows no ranges."""
-    part.catch_up()
-    try:
-        _Fill(part, open_body, patience, brought, progress).run(connections)
-    except RangeIgnored:
-        brought.warnings.append("the server sends whole files only: one connection")
-        _Fill(part, open_body, patience, brought, progress).run(1)
-    part.catch_up()
-
-
 def disk_error(path: Path, error: OSError) -> MMError:
-    """What a failed write means to the user; an error that is not the disk's is given back as a FetchError."""
+    """The error to raise for a failed write: DiskError if the disk is the reason, else FetchError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(
             f"the disk is full: {path.name} is kept as far as it came", "free some space (`df -h .`), then run it again"

@@ -63,6 +63,16 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> FileInfo:
     return write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
+def write_unsynced(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically but without fsync: readers never see a part of it, but power loss may leave it empty.
+
+    For journals that are written often and only save work.
+    """
+    partial = partial_path(path)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def partial_path(path: Path) -> Path:
     """The hidden path beside `path` that this process writes to: `.NAME.HOST-PID.partial`."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
