@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from command_line import Ran, Run
 from filelock import FileLock
+from hypothesis import is_hypothesis_test, settings
 
 if TYPE_CHECKING:  # the controller of the workers builds nothing and starts faster without them
     from train_data import Data
@@ -23,12 +24,21 @@ SHARED_MEMORY_BYTES = 2**31  # free space in memory that temporary files of the 
 Build = Callable[[str, Callable[[Path], object]], Path]
 
 
-def pytest_configure() -> None:
-    """Use one thread a worker, and keep temporary files in memory where there is room."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Use one thread a worker, keep temporary files in memory where there is room, and choose how many examples are drawn."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > SHARED_MEMORY_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SHARED_MEMORY))
+    for name, number in (("quick", 20), ("full", 100)):
+        settings.register_profile(name, max_examples=number, deadline=None, derandomize=True, database=None)
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "full")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Make property tests slow tests as well where slow tests run: there they draw all their examples."""
+    if is_hypothesis_test(getattr(item, "obj", None)) and settings.get_current_profile_name() == "full":
+        item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

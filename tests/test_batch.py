@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.config import MODEL_SHAPES
@@ -189,7 +190,7 @@ def test_filled_micro_batches_of_one_budget_run_in_one_graph(model: Model, monke
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=12), st.integers(1, 90), st.booleans())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_any_cut_of_a_micro_batch_has_the_same_gradient(lengths: list[int], most: int, is_pairs: bool) -> None:
     lengths = lengths[: len(lengths) // 2 * 2] if is_pairs else lengths
     whole = micro(lengths, [(i, 1, n) for i, n in enumerate(lengths) if i % 3 or i == 0])

@@ -8,8 +8,9 @@ from typing import Any
 import eras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.encode.columns import ROLES, SPACE, Conversations, columns_of, read_lines
 from mmdata.encode.encoder import EncodedRows, RowEncoder
@@ -148,7 +149,7 @@ ROW = st.lists(MESSAGE, max_size=4) | st.lists(TEXT.filter(str.strip), min_size=
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     rows=st.lists(ROW, min_size=1, max_size=6), escapes=st.booleans(), cuts=st.lists(st.integers(0, 400), max_size=2)
 )
@@ -221,7 +222,7 @@ def test_other_pairs_are_left_to_parse_row_and_harm_no_neighbour(raw: bytes) -> 
     assert len(many) not in at and [i for i in at if i < 20 or i > 60] == [*range(20), *range(61, 81)]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(100)
 @given(rows=st.lists(st.tuples(ROW, ROW, ROW), min_size=1, max_size=5), escapes=st.booleans())
 def test_whatever_pairs_hold_they_are_read_as_parse_row_does(rows: list[Any], escapes: bool) -> None:
     raws = [
@@ -241,7 +242,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("kind", LINES)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(
     data=st.data(),
     train_on=st.sampled_from(["assistant", "last", "all"]),

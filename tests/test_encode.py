@@ -12,8 +12,9 @@ import eras
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.encode.encoder import CUT_TURNS, EncodedRows, RowEncoder, fragments, preview
 from mmdata.encode.rows import BadRow, Conversation, Document, Message, Pair, Row, parse_row
@@ -474,7 +475,7 @@ def conversations(draw: Any) -> Conversation:
     return Conversation(tuple(messages), tools)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(row=conversations(), name=st.sampled_from(NAMES))
 def test_ids_say_the_rendering_and_the_mask_covers_the_assistant(row: Conversation, name: str) -> None:
     taker = encoder(name, 1 << 20)
@@ -498,7 +499,7 @@ def test_ids_say_the_rendering_and_the_mask_covers_the_assistant(row: Conversati
     assert len(sequence.spans) == len(answers)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@examples(80)
 @given(row=conversations(), other=SAID, name=st.sampled_from(NAMES), seed=st.integers(0, 9))
 def test_the_sides_of_a_pair_differ_only_in_the_reply(row: Conversation, other: str, name: str, seed: int) -> None:
     *shared, last = row.messages

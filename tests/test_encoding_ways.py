@@ -7,8 +7,9 @@ from typing import Any
 import eras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.encode.blocks import learn
 from mmdata.encode.columns import ASSISTANT, USER, columns_of
@@ -74,7 +75,7 @@ TALK = st.builds(
 OPTIONS = st.tuples(st.sampled_from([12, 40, 90, 999]), st.sampled_from(["assistant", "last", "all"]))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@examples(80)
 @given(rows=st.lists(TALK, min_size=1, max_size=4), options=OPTIONS, name=st.sampled_from((*BLOCKS, "llama3", "qwen3")))
 def test_conversations_in_columns_are_as_one_by_one(rows: list[Row], options: tuple[int, str], name: str) -> None:
     assert_as_reference(rows, name, *options)
@@ -83,7 +84,7 @@ def test_conversations_in_columns_are_as_one_by_one(rows: list[Row], options: tu
 REPLIES = st.lists(TURN, min_size=1, max_size=3).map(lambda turns: tuple(itertools.chain(*turns)))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@examples(120)
 @given(
     rows=st.lists(st.tuples(TALK, REPLIES, REPLIES, ANSWER), min_size=1, max_size=3),
     options=OPTIONS,
@@ -116,7 +117,7 @@ def test_a_pairs_prompt_goes_as_far_as_both_sides_are_alike_and_untrained(train_
     assert {i: bad.reason for i, bad in encoded.bad.items()} == {3: "chosen equal to rejected", 4: "too long"}
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@examples(80)
 @given(
     rows=st.lists(SAID.map(Document), min_size=1, max_size=5),
     max_len=st.sampled_from([3, 8, 999]),

@@ -3,8 +3,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.pack.packing import pack
 
@@ -46,7 +47,7 @@ def fewest_positions(lengths: list[int], buckets: tuple[int, ...]) -> int:
 
 
 @given(st.lists(st.integers(1, 32), max_size=80))
-@settings(deadline=None, max_examples=200)
+@examples(200)
 def test_every_sequence_stands_in_exactly_one_pack_and_none_overflows(lengths: list[int]) -> None:
     packs = list(pack(np.array(lengths, np.int64), BUCKETS))
     assert sorted(i for _, members in packs for i in members.tolist()) == list(range(len(lengths)))
@@ -58,7 +59,7 @@ def test_every_sequence_stands_in_exactly_one_pack_and_none_overflows(lengths: l
 
 
 @given(st.lists(st.integers(1, 32), max_size=60))
-@settings(deadline=None, max_examples=200)
+@examples(200)
 def test_packs_leave_the_rooms_of_the_one_by_one_rule_or_less(lengths: list[int]) -> None:
     packs = pack(np.array(lengths, np.int64), BUCKETS)
     rooms = [bucket - sum(lengths[i] for i in members) for bucket, members in packs]

@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pages import HOSTILE, parsed
+from properties import examples
 
 from mmdata.stats.report import page
 from mmdata.stats.report.page import Column, Phrase, Section, Translation, as_name
@@ -47,7 +48,7 @@ def test_hostile_text_makes_no_element(text: str) -> None:
     assert data[0]["series"][0]["name"] == text and data[1][0]["file"] == text
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.recursive(st.text() | st.integers() | st.none(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
 def test_script_json_is_the_value_and_ends_nothing(value: object) -> None:
     try:

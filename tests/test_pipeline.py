@@ -8,16 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_data import pack_with, write_rows
+from properties import examples
+from waiting import LONG_S, wait_until
 
 from mmdata.encode.rows import iter_lines, parse_row, row_hash
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, TokenizerError, UsageError
@@ -189,7 +190,7 @@ def test_the_digest_is_of_the_tokens_and_not_of_names_or_file_bytes(
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_parts_hold_every_line_once_with_its_number(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -334,35 +335,41 @@ def test_too_little_disk_is_said_before_anything_is_written(
 
 
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_done(tmp_path: Path, tokenizer_dir: Path) -> None:
-    path = write_rows(tmp_path / "new.jsonl", "document", 3000)
-    code = (
+    path = write_rows(tmp_path / "new.jsonl", "document", 300)
+    code = (  # once something is done, the pack waits for the end of its standard input, which never comes
         "import sys; from pathlib import Path\n"
         "from mmdata.pack.options import PackOptions; from mmdata.pack.pipeline import pack\n"
         "if __name__ == '__main__':\n"
         "    options = PackOptions(tokenizer=Path(sys.argv[3]), part_bytes=2000, workers=2)\n"
         "    pack([Path(sys.argv[1])], Path(sys.argv[2]), options,\n"
-        "         progress=lambda done, total: print(done, flush=True))\n"
+        "         progress=lambda done, total: done and (print(done, flush=True), sys.stdin.read()))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
     process = subprocess.Popen(
         [sys.executable, str(script), str(path), str(tmp_path / "out"), str(tokenizer_dir)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         start_new_session=True,
     )
     assert process.stdout
-    while process.stdout.readline() in (b"0\n",):
-        pass
+    assert process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0 and b"KeyboardInterrupt" in errors
+    assert process.wait(timeout=LONG_S) != 0  # before `communicate`, which would end the standard input
+    _, errors = process.communicate(timeout=LONG_S)
+    assert b"KeyboardInterrupt" in errors
     assert set(names(tmp_path)) <= {".out.packing", "new.jsonl", "script.py"}
-    with pytest.raises(ProcessLookupError):  # no worker is left in its group
-        for _ in range(50):
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    wait_until(lambda: not group_exists(process.pid))  # no worker is left
+
+
+def group_exists(number: int) -> bool:
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # --- what is refused
@@ -524,7 +531,7 @@ def test_a_process_that_may_have_no_children_works_alone() -> None:
     queue = context.Queue()
     process = context.Process(target=run_in_daemon, args=(queue,), daemon=True)
     process.start()
-    assert queue.get(timeout=30) == [1, 4, 9]
+    assert queue.get(timeout=LONG_S) == [1, 4, 9]
     process.join()
     with contextlib.suppress(ValueError):
         queue.close()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.encode import rows
 from mmdata.encode.rows import (
@@ -365,7 +366,7 @@ def both(raw: bytes) -> list[Any]:
     return found
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(JSON, st.booleans())
 def test_every_json_value_is_read_as_the_standard_library_reads_it(value: Any, is_ascii: bool) -> None:
     raw = json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", errors="surrogatepass")
@@ -386,7 +387,7 @@ def test_what_json_readers_disagree_on_keeps_its_verdict(raw: bytes) -> None:
     assert repr(fast) == repr(strict)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 @given(st.text(), st.none() | st.text(), st.lists(st.dictionaries(st.text(), st.text() | st.integers()), max_size=2))
 def test_the_hash_is_that_of_all_the_row_says_behind_lengths(
     said: str, thought: str | None, objects: list[dict]

@@ -5,8 +5,9 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from mmdata.tokenizer import text as texts
 
@@ -17,7 +18,7 @@ def arrays(whole: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return texts.code_points("".join(whole)), np.array([len(text) for text in whole], np.int64)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(PLAIN, min_size=1, max_size=8))
 def test_scripts_are_counted_per_text(whole: list[str]) -> None:
     points, lengths = arrays(whole)
@@ -58,7 +59,7 @@ def grams(text: str) -> set[str]:
     return {text[i : i + texts.GRAM] for i in range(len(text) - texts.GRAM + 1)}
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(PLAIN, min_size=1, max_size=8))
 def test_shingles_are_those_inside_each_text(whole: list[str]) -> None:
     hashes, text = texts.shingles(*arrays(whole))
@@ -100,7 +101,7 @@ def test_near_duplicates_are_the_planted_ones() -> None:
     assert marked <= planted and len(marked) >= 0.9 * len(planted)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(PLAIN, min_size=2, max_size=8).filter(lambda whole: len(whole) % 2 == 0))
 def test_jaccard_is_that_of_the_sets(whole: list[str]) -> None:
     found = texts.jaccard(*texts.shingles(*arrays(whole)), len(whole) // 2)

@@ -4,17 +4,18 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pack_data import CONTROL, pack_with, write_rows
+from waiting import LONG_S
 
 from mmdata.errors import DatasetError, DiskError, InputError, UsageError
 from mmdata.pack import part as parts
@@ -191,38 +192,48 @@ def test_an_unusable_input_leaves_nothing(tmp_path: Path, rows: Path, pack_to: C
 
 # --- killed
 
+# Counts Python's calls and returns in its main thread, and is killed at the one of the number it is given: a different place
+# each time, and the same on a machine of any speed. Without a number it waits, once something is done, for the end of its
+# standard input.
 PACK = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
+
+def count(*_):
+    global events
+    events += 1
+    if events == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def hold(done, total):
+    if done and not die_at:
+        print(done, flush=True)
+        sys.stdin.read()
+
 if __name__ == "__main__":
     rows, out, tokenizer = map(Path, sys.argv[1:4])
-    print("begun", flush=True)
-    options = PackOptions(
-        tokenizer=tokenizer, max_len=256, part_bytes=4000, val_fraction=0.1, workers=int(sys.argv[4])
-    )
-    pack([rows], out, options, progress=lambda done, total: print(done, total, flush=True))
+    workers, die_at, events = int(sys.argv[4]), int(sys.argv[5]), 0
+    options = PackOptions(tokenizer=tokenizer, max_len=256, part_bytes=4000, val_fraction=0.1, workers=workers)
+    sys.setprofile(count)
+    pack([rows], out, options, progress=hold)
+    sys.setprofile(None)
+    print(events)
 """
 
 
-def start(tmp_path: Path, tokenizer_dir: Path, workers: int) -> subprocess.Popen[str]:
+def start(tmp_path: Path, tokenizer_dir: Path, workers: int, die_at: int = 0) -> subprocess.Popen[str]:
     (tmp_path / "script.py").write_text(PACK)
     command = [sys.executable, str(tmp_path / "script.py"), *map(str, (tmp_path / "rows.jsonl", tmp_path / "out"))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*command, str(tokenizer_dir), str(workers)], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, str(tokenizer_dir), str(workers), str(die_at)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-
-
-def kill_at(process: subprocess.Popen[str], delay_s: float) -> bool:
-    """Kills a pack so long after it began; whether it was still running."""
-    assert process.stdout
-    process.stdout.readline()
-    time.sleep(delay_s)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -231,16 +242,17 @@ def kill_at(process: subprocess.Popen[str], delay_s: float) -> bool:
 def test_a_pack_killed_again_and_again_ends_with_the_same_bytes(
     tmp_path: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes], pack_to: Any, kills: int, workers: int
 ) -> None:
-    draw, killed, longest = random.Random(kills), 0, 0.35 if workers == 1 else 1.3
-    for _ in range(3 * kills):
-        killed += kill_at(start(tmp_path, tokenizer_dir, workers), draw.uniform(0, longest))
-        if killed == kills or (tmp_path / "out").exists():
-            if killed == kills:
-                break
-            for path in sorted((tmp_path / "out").rglob("*"), reverse=True):  # it was done first: once more
-                path.rmdir() if path.is_dir() else path.unlink()
-            (tmp_path / "out").rmdir()
-    assert killed == kills
+    draw, killed, num_events, die_at = random.Random(kills), 0, 0, 10**9
+    while killed < kills:
+        with start(tmp_path, tokenizer_dir, workers, die_at) as process:
+            written = process.communicate(timeout=LONG_S)[0]
+        if process.returncode == 0:  # it was done first, as the first one is, to count its events
+            num_events = max(num_events, int(written))
+            shutil.rmtree(tmp_path / "out")
+        else:
+            assert process.returncode == -signal.SIGKILL
+            killed += 1
+        die_at = draw.randint(1, num_events)
     pack_to()
     assert tree(tmp_path / "out") == undisturbed
     assert not list(tmp_path.glob(".out*"))
@@ -251,9 +263,7 @@ def test_two_packs_into_one_place_are_kept_apart_and_a_dead_ones_lock_is_taken_o
 ) -> None:
     process = start(tmp_path, tokenizer_dir, 1)
     assert process.stdout
-    while not process.stdout.readline()[0].isdigit():
-        pass
-    process.send_signal(signal.SIGSTOP)
+    assert process.stdout.readline()  # from now on it waits
     try:
         with pytest.raises(DatasetError, match=rf"process {process.pid} on {socket.gethostname()}"):
             pack_to()
@@ -350,7 +360,7 @@ def test_ray_packs_the_same_bytes_and_a_tasks_error_is_its_own(
     bad.write_text(rows.read_text() + "not json\n")
     command = [sys.executable, "script.py", *map(str, (rows, tmp_path / "out", tokenizer_dir, bad))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LONG_S)
     assert done.returncode == 0, done.stderr
     assert f"{bad} line 201: not json" in done.stdout and "quarantine" in done.stdout
     assert tree(tmp_path / "out") == undisturbed and verify(tmp_path / "out") == []
