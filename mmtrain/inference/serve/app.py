@@ -20,13 +20,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType, structs
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import MMError, TokenizerError, UsageError
 from mmtrain.inference.chat import fit, plain_prompt
 from mmtrain.inference.engine import Delta, Engine
 from mmtrain.inference.serve.api import Request, RequestError, chat_request, completion_request
-from mmtrain.inference.serve.responses import AnswerStream, Choice, Completion, ModelCard, Usage, usage_of
+from mmtrain.inference.serve.responses import AnswerStream, Choice, Completion, ModelCard, Usage
 from mmtrain.inference.serve.worker import Ask, BusyError, StoppedError, Worker
 
 if TYPE_CHECKING:
@@ -255,42 +256,6 @@ def _page(path: str) -> "Response":
 # --- answering --------------------------------------------------------------------------------------------------------
 
 
-def _asks(service: Service, request: Request) -> list[Ask]:
-    """The answers that a request needs, `n` for each prompt; RequestError when they cannot fit the window."""
-    seed = secrets.randbits(62) if request.seed is None else request.seed
-    asks = []
-    for prompt_ids in _prompts(service, request):
-        room = service.engine.window - len(prompt_ids)
-        needed = 1 if request.truncate else request.max_tokens or 1
-        if room < needed:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids):,} tokens; with {needed:,} for the answer that is more than "
-                f"the window of {service.engine.window:,}",
-                param="messages" if request.is_chat else "prompt",
-                code="context_length_exceeded",
-            )
-        longest = min(room, request.max_tokens or room, service.max_tokens or room)
-        for _ in range(request.n):
-            sampling = replace(request.sampling, seed=(seed + len(asks)) % 2**63, max_new_tokens=longest)
-            asks.append(Ask(prompt_ids, sampling))
-    return asks
-
-
-def _prompts(service: Service, request: Request) -> list[list[int]]:
-    tokenizer, window = service.engine.tokenizer, service.engine.window
-    if not request.is_chat:
-        return [plain_prompt(tokenizer, text) for text in request.prompts]
-    try:
-        if not request.truncate:
-            return [service.template.prompt_ids(tokenizer, request.messages, request.tools, think=request.think)]
-        room = window - min(request.max_tokens or ANSWER_TOKENS, window // 2)
-        return [fit(service.template, tokenizer, request.messages, room=room, tools=request.tools, think=request.think)]
-    except TokenizerError as error:
-        raise RequestError(error.message, param="messages") from None
-    except UsageError as error:
-        raise RequestError(error.message, param="messages", code="context_length_exceeded") from None
-
-
 async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Request], http: "HttpRequest") -> "Response":
     """Answer a chat or a completion, streamed or not."""
     from starlette.responses import StreamingResponse
@@ -298,92 +263,127 @@ async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Reque
     request = read(await _body(service, http), [service.name])
     if request.think and not service.knows_thinking:
         raise RequestError("this model's chat template has no thinking", param="chat_template_kwargs")
-    asks = await asyncio.to_thread(_asks, service, request)
-    deltas = _deltas(service, asks)
-    answers = [AnswerStream(request, i, ask.prompt_ids, service.engine.tokenizer) for i, ask in enumerate(asks)]
+    generation = await asyncio.to_thread(_Generation, service, request)
     if not request.stream:
-        return _json(await _whole(service, http, request, answers, deltas))
+        return _json(await generation.whole(http))
+    deltas = generation.deltas()
     first = await anext(deltas)  # an error before the first token is a response of its own, not part of a stream
-    events = _events(service, request, answers, first, deltas)
+    events = generation.events(first, deltas)
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-async def _deltas(service: Service, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The worker's deltas with the index of their ask, and its errors as RequestErrors."""
-    try:
-        async with contextlib.aclosing(service.worker.answer(asks, timeout_s=service.timeout_s)) as deltas:
-            async for delta in deltas:
-                yield delta
-    except BusyError:
-        raise RequestError("too many requests are waiting: try again soon", status=503, code="busy") from None
-    except TimeoutError:
-        raise RequestError(f"the answer took longer than {service.timeout_s:g} s", status=504, code="timeout") from None
-    except StoppedError as error:
-        raise RequestError(str(error), status=503) from None
-    except MMError as error:
-        raise RequestError(error.message) from None
+class _Generation:
+    """The answers to one request, `n` for each prompt; RequestError when they cannot fit the window."""
 
+    def __init__(self, service: Service, request: Request):
+        self._service, self._request = service, request
+        self._asks: list[Ask] = []
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        for prompt_ids in self._prompts():
+            max_new_tokens = self._max_new_tokens(len(prompt_ids))
+            for _ in range(request.n):
+                own_seed = (seed + len(self._asks)) % 2**63
+                sampling = replace(request.sampling, seed=own_seed, max_new_tokens=max_new_tokens)
+                self._asks.append(Ask(prompt_ids, sampling))
+        tokenizer = service.engine.tokenizer
+        self._answers = [AnswerStream(request, i, ask.prompt_ids, tokenizer) for i, ask in enumerate(self._asks)]
 
-async def _whole(
-    service: Service,
-    http: "HttpRequest",
-    request: Request,
-    answers: Sequence[AnswerStream],
-    deltas: AsyncGenerator[tuple[int, Delta], None],
-) -> Completion:
-    """The response body once all answers have ended; they are cancelled when the client disconnects."""
+    def _prompts(self) -> list[list[int]]:
+        request, template, engine = self._request, self._service.template, self._service.engine
+        if not request.is_chat:
+            return [plain_prompt(engine.tokenizer, text) for text in request.prompts]
+        try:
+            if not request.truncate:
+                return [template.prompt_ids(engine.tokenizer, request.messages, request.tools, think=request.think)]
+            room = engine.window - min(request.max_tokens or ANSWER_TOKENS, engine.window // 2)
+            more = {"room": room, "tools": request.tools, "think": request.think}
+            return [fit(template, engine.tokenizer, request.messages, **more)]
+        except TokenizerError as error:
+            raise RequestError(error.message, param="messages") from None
+        except UsageError as error:
+            raise RequestError(error.message, param="messages", code="context_length_exceeded") from None
 
-    async def read() -> None:
-        async with contextlib.aclosing(deltas):
-            async for index, delta in deltas:
-                answers[index].add(delta)
+    def _max_new_tokens(self, num_prompt: int) -> int:
+        """What the limits leave for an answer to a prompt of `num_prompt` tokens."""
+        request, window = self._request, self._service.engine.window
+        room, needed = window - num_prompt, 1 if request.truncate else request.max_tokens or 1
+        if room < needed:
+            raise RequestError(
+                f"the prompt has {num_prompt:,} tokens; with {needed:,} for the answer that is more than "
+                f"the window of {window:,}",
+                param="messages" if request.is_chat else "prompt",
+                code="context_length_exceeded",
+            )
+        return min(room, request.max_tokens or room, self._service.max_tokens or room)
 
-    reading = asyncio.ensure_future(read())
-    try:
-        while not (await asyncio.wait([reading], timeout=POLL_S))[0]:
-            if await http.is_disconnected():
-                raise RequestError("the client has disconnected", status=499)
-        await reading
-    finally:
-        reading.cancel()
-    return _completion(service, request, [answer.whole() for answer in answers], usage_of(answers, request.n))
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """The worker's deltas with the index of their answer, and its errors as RequestErrors."""
+        worker, timeout_s = self._service.worker, self._service.timeout_s
+        try:
+            async with contextlib.aclosing(worker.answer(self._asks, timeout_s=timeout_s)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except BusyError:
+            raise RequestError("too many requests are waiting: try again soon", status=503, code="busy") from None
+        except TimeoutError:
+            raise RequestError(f"the answer took longer than {timeout_s:g} s", status=504, code="timeout") from None
+        except StoppedError as error:
+            raise RequestError(str(error), status=503) from None
+        except MMError as error:
+            raise RequestError(error.message) from None
 
+    async def whole(self, http: "HttpRequest") -> Completion:
+        """The response body once all answers have ended; they are cancelled when the client disconnects."""
 
-async def _events(
-    service: Service,
-    request: Request,
-    answers: Sequence[AnswerStream],
-    first: tuple[int, Delta],
-    deltas: AsyncGenerator[tuple[int, Delta], None],
-) -> AsyncIterator[bytes]:
-    """Server-sent events of a streamed response; an error after its beginning is the last event."""
-    empty = _completion(service, request, [], None if request.include_usage else msgspec.UNSET)
+        async def read() -> None:
+            async with contextlib.aclosing(self.deltas()) as deltas:
+                async for index, delta in deltas:
+                    self._answers[index].add(delta)
 
-    def event(choice: Choice) -> bytes:
-        return _event(msgspec.structs.replace(empty, choices=[choice]))
+        reading = asyncio.ensure_future(read())
+        try:
+            while not (await asyncio.wait([reading], timeout=POLL_S))[0]:
+                if await http.is_disconnected():
+                    raise RequestError("the client has disconnected", status=499)
+            await reading
+        finally:
+            reading.cancel()
+        return self._body([answer.whole() for answer in self._answers], self._usage())
 
-    try:
-        async with contextlib.aclosing(deltas):
-            for answer in answers if request.is_chat else ():
-                yield event(answer.begin())
-            for choice in answers[first[0]].add(first[1]):
-                yield event(choice)
-            async for index, delta in deltas:
-                for choice in answers[index].add(delta):
+    async def events(
+        self, first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None]
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events of a streamed response; an error after its beginning is the last event."""
+        empty = self._body([], None if self._request.include_usage else UNSET)
+
+        def event(choice: Choice) -> bytes:
+            return _event(structs.replace(empty, choices=[choice]))
+
+        try:
+            async with contextlib.aclosing(deltas):
+                for answer in self._answers if self._request.is_chat else ():
+                    yield event(answer.begin())
+                for choice in self._answers[first[0]].add(first[1]):
                     yield event(choice)
-    except RequestError as error:
-        yield _event(error.body())
-        return
-    if request.include_usage:
-        yield _event(msgspec.structs.replace(empty, usage=usage_of(answers, request.n)))
-    yield b"data: [DONE]\n\n"
+                async for index, delta in deltas:
+                    for choice in self._answers[index].add(delta):
+                        yield event(choice)
+        except RequestError as error:
+            yield _event(error.body())
+            return
+        if self._request.include_usage:
+            yield _event(structs.replace(empty, usage=self._usage()))
+        yield b"data: [DONE]\n\n"
 
+    def _body(self, choices: list[Choice], usage: Usage | UnsetType | None) -> Completion:
+        """A response body with a new id."""
+        prefix, kind = ("chatcmpl", "chat.completion") if self._request.is_chat else ("cmpl", "text_completion")
+        if self._request.stream and self._request.is_chat:
+            kind = "chat.completion.chunk"
+        return Completion(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), self._service.name, choices, usage)
 
-def _completion(
-    service: Service, request: Request, choices: list[Choice], usage: Usage | msgspec.UnsetType | None
-) -> Completion:
-    """A response body with a new id."""
-    prefix, kind = ("chatcmpl", "chat.completion") if request.is_chat else ("cmpl", "text_completion")
-    if request.stream and request.is_chat:
-        kind = "chat.completion.chunk"
-    return Completion(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), service.name, choices, usage)
+    def _usage(self) -> Usage:
+        """Token counts; each `n` answers share a prompt."""
+        num_prompt = sum(answer.num_prompt for answer in self._answers[:: self._request.n])
+        num_new = sum(answer.num_new for answer in self._answers)
+        return Usage(num_prompt, num_new, num_prompt + num_new)

@@ -11,29 +11,25 @@ from mmtrain.inference.engine import Delta, Token
 from mmtrain.inference.replies import Piece, Splitter
 from mmtrain.inference.serve.api import Request
 
+# --- bodies, with the names of OpenAI's API reference; a field that is UNSET is left out ----------------------------------
+
 
 class Usage(Struct):
-    """Counts of tokens."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class FunctionCall(Struct):
-    """A function that the model calls; `arguments` is JSON."""
-
     name: str
-    arguments: str
+    arguments: str  # JSON
 
 
 class ToolCall(Struct):
-    """A tool call; `index` only in streamed chunks."""
-
     id: str
     function: FunctionCall
     type: str = "function"
-    index: int | UnsetType = UNSET
+    index: int | UnsetType = UNSET  # in streamed chunks only
 
 
 class ChatMessage(Struct):
@@ -46,23 +42,17 @@ class ChatMessage(Struct):
 
 
 class TokenLogprob(Struct):
-    """Log-probability of a token; `bytes` is null where the token is not whole characters."""
-
     token: str
     logprob: float | None
-    bytes: list[int] | None
+    bytes: list[int] | None  # null where the token is not whole characters
     top_logprobs: "list[TokenLogprob] | UnsetType" = UNSET
 
 
 class ChatLogprobs(Struct):
-    """Log-probabilities of a chat answer."""
-
     content: list[TokenLogprob]
 
 
 class CompletionLogprobs(Struct):
-    """Log-probabilities of a completion."""
-
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float]]
@@ -91,14 +81,15 @@ class Completion(Struct):
 
 
 class ModelCard(Struct):
-    """An entry of /v1/models."""
-
     id: str
     created: int
     context_length: int
     knows_thinking: bool
     object: str = "model"
     owned_by: str = "mm"
+
+
+# --- building them ----------------------------------------------------------------------------------------------------
 
 
 class AnswerStream:
@@ -183,9 +174,3 @@ class AnswerStream:
 
     def _text(self, id: int) -> str:
         return self._tokenizer.decode([id])
-
-
-def usage_of(answers: Sequence[AnswerStream], n: int) -> Usage:
-    """Token counts of a response; each `n` answers share a prompt."""
-    num_prompt, num_new = sum(one.num_prompt for one in answers[::n]), sum(one.num_new for one in answers)
-    return Usage(num_prompt, num_new, num_prompt + num_new)
