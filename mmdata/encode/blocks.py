@@ -272,18 +272,18 @@ def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | N
 
 def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) -> bool:
     """Whether text and trained segments of every probe are those of the jinja rendering."""
-    for keep in (True, False):
-        rendered = blocks.render(columns_of(probes), np.full(len(probes), keep))
-        if rendered.is_odd.any():
+    columns = columns_of(probes)
+    renderings = {keep: blocks.render(columns, np.full(len(probes), keep)) for keep in (True, False)}
+    if any(rendered.is_odd.any() for rendered in renderings.values()):
+        return False
+    roles = np.split(renderings[True].roles, np.cumsum(renderings[True].num_blocks)[:-1])
+    for (i, probe), keep, train_on in itertools.product(enumerate(probes), renderings, TRAIN_ON):
+        try:
+            expected = template.segments(probe, train_on=train_on, keep_empty_think=keep)
+        except BadRow:
             return False
-        roles = np.split(rendered.roles, np.cumsum(rendered.num_blocks)[:-1])
-        for (i, probe), train_on in itertools.product(enumerate(probes), TRAIN_ON):
-            try:
-                expected = template.segments(probe, train_on=train_on, keep_empty_think=keep)
-            except BadRow:
-                return False
-            if blocks.segments(rendered.texts[i], roles[i].tolist(), train_on) != expected:
-                return False
+        if blocks.segments(renderings[keep].texts[i], roles[i].tolist(), train_on) != expected:
+            return False
     return True
 
 

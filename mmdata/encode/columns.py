@@ -32,7 +32,7 @@ from mmdata.encode.rows import (
     tools_of,
 )
 from mmdata.encode.sequences import ranges
-from mmdata.encode.validate import CONTROL
+from mmdata.encode.validate import CONTROL, may_hold_control
 
 ROLES = ("system", "user", "assistant", "tool")
 SYSTEM, USER, ASSISTANT, TOOL = range(len(ROLES))
@@ -44,8 +44,7 @@ SPACE = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
-# Matches everything that CONTROL matches and a little more (RE2's \w is ASCII only), and the placeholder for an answer.
-_UNUSUAL = rf"<(?:\|[^|<>]+\|>|/?s>|unk>)|\A{PLACEHOLDER}\z"
+_MAY_BE_CONTROL = r"<(?:\|[^|<>]+\|>|/?s>|unk>)"  # matches all that CONTROL does, and more: RE2's \w is ASCII only
 _START = len(ROLES)
 _MAY_FOLLOW = np.zeros((_START + 1, len(ROLES)), bool)  # [role before or _START, role]
 for _before, _role in (
@@ -239,6 +238,8 @@ def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversati
     at, sides = _read(raws, names)
     columns, is_plain = _columns(sides)
     is_plain &= _is_in_order(columns)
+    may_hold = np.fromiter((may_hold_control(raws[i]) for i in at), bool, len(at))
+    is_plain &= ~_holds_control(columns, np.tile(may_hold, len(names)))
     is_kept = np.bincount(columns.row_of[~is_plain], minlength=len(columns)) == 0
     if columns.is_pairs:
         is_kept = np.tile(is_kept.reshape(2, -1).all(axis=0) & _are_sides(columns), 2)
@@ -257,7 +258,7 @@ def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
     is_plain = as_numpy(pc.is_valid(contents)) & as_numpy(pc.is_valid(fields)) & (roles >= 0)
     contents = pc.fill_null(contents, strings([""])[0])
     columns = Conversations(counts, roles, contents, is_pairs=len(sides) == 2)
-    is_plain &= ~as_numpy(pc.match_substring_regex(contents, _UNUSUAL))
+    is_plain &= ~as_numpy(pc.equal(contents, strings([PLACEHOLDER])[0]))
     may_be_blank = (roles == SYSTEM) | (roles == TOOL)
     for i in np.flatnonzero(_is_nonempty(calls) | as_numpy(pc.is_valid(reasoning))).tolist():
         message = _with_extras(roles[i], contents[i].as_py(), reasoning[i].as_py(), calls[i].as_py())
@@ -274,6 +275,14 @@ def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
         elif specs.specs:
             columns.tools[int(columns.row_of[i])] = specs
     return columns, is_plain
+
+
+def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
+    """bool [M]: the content may hold a special token's string. may_hold: bool [R], the line has a character of one."""
+    is_held = may_hold[columns.row_of]
+    contents = columns.contents.filter(truths(is_held))
+    is_held[is_held] = as_numpy(compute().match_substring_regex(contents, _MAY_BE_CONTROL))
+    return is_held
 
 
 def _is_in_order(columns: Conversations) -> np.ndarray:

@@ -39,7 +39,7 @@ from mmdata.encode.rows import (
     row_hash,
     split_documents,
 )
-from mmdata.encode.sequences import PAIR_MARKS, PairSequence, Sequence, Sequences, flatten, join, ranges, reorder, take
+from mmdata.encode.sequences import PairSequence, Sequence, Sequences, flatten, join, pair_sequences, reorder, take
 from mmdata.encode.template import ERAS, TRAIN_ON, Segment, Template
 from mmdata.encode.validate import control_strings
 from mmdata.errors import UsageError
@@ -411,11 +411,11 @@ class RowEncoder:
         skipped = prompts - shared  # of a rejected text
         begins = np.stack([blocks.begins[:half], blocks.begins[half:] + skipped], axis=1)
         sizes = np.stack([lengths[0], lengths[1] - prompts], axis=1)
-        sequences = _pairs(
+        sequences = pair_sequences(
             take(blocks.ids, begins.reshape(-1), sizes.reshape(-1)),
             np.stack([prompts, *(lengths - prompts)], axis=1),
             spans - np.repeat(np.concatenate([prompts, skipped]), num_spans)[:, None],
-            num_spans,
+            2 * num_spans,
         )
         out.add(at, sequences, len(sequences.ids))
 
@@ -444,19 +444,6 @@ def _prompt_lengths(blocks: _TextBlocks, half: int) -> np.ndarray:
     """int64 [P]: tokens of each pair's shared messages: where the first block that may be trained opens in the chosen text."""
     first = blocks.first_blocks[:half] + blocks.first_trained[:half]
     return blocks.opens[first] - blocks.begins[:half]
-
-
-def _pairs(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_spans: np.ndarray) -> Sequences:
-    """Pairs as flat sequences. sizes: int64 [P, 3], of prompt, chosen and rejected; spans and num_spans (int64 [2P]): of all
-    chosen sides, then of all rejected sides."""
-    chosen, rejected = 2 * num_spans.reshape(2, -1)
-    num_marks = PAIR_MARKS + chosen + rejected
-    begins = np.cumsum(num_marks) - num_marks
-    marks = np.empty(num_marks.sum(), np.int64)
-    marks[begins[:, None] + np.arange(PAIR_MARKS)] = np.column_stack([sizes, chosen, rejected])
-    places = np.concatenate([begins + PAIR_MARKS, begins + PAIR_MARKS + chosen])
-    marks[ranges(places, 2 * num_spans)] = spans.reshape(-1)
-    return Sequences(ids, sizes.sum(axis=1), marks, num_marks, is_pairs=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,22 +118,32 @@ class Sequences:
 
 def flatten(sequences: Items[Sequence | PairSequence]) -> Sequences:
     """Sequences of one kind as flat arrays; an empty list gives no sequences, not marked as pairs."""
-    if sequences and isinstance(sequences[0], PairSequence):
-        return flatten_pairs([
-            (s.prompt, s.chosen, s.rejected, s.chosen_spans.reshape(-1), s.rejected_spans.reshape(-1))
-            for s in sequences if isinstance(s, PairSequence)
-        ])  # fmt: skip
+    pairs = [s for s in sequences if isinstance(s, PairSequence)]
+    if pairs:
+        ids = [side for s in pairs for side in (s.prompt, s.chosen, s.rejected)]
+        spans = [s.chosen_spans.reshape(-1) for s in pairs] + [s.rejected_spans.reshape(-1) for s in pairs]
+        return pair_sequences(
+            _joined(ids, np.uint32), _sizes(ids).reshape(-1, 3), _joined(spans, np.int64), _sizes(spans)
+        )
     ids = [s.ids for s in sequences if isinstance(s, Sequence)]
     spans = [s.spans.reshape(-1) for s in sequences if isinstance(s, Sequence)]
     return Sequences(_joined(ids, np.uint32), _sizes(ids), _joined(spans, np.int64), _sizes(spans))
 
 
-def flatten_pairs(pairs: Items[tuple[np.ndarray, ...]]) -> Sequences:
-    """pairs: for each the ids of prompt, chosen and rejected, and the spans of chosen and rejected as flat lists."""
-    ids = [array for pair in pairs for array in pair[:3]]
-    marks = [np.concatenate([[len(array) for array in pair], *pair[3:]]) for pair in pairs]
-    lengths = _sizes(ids).reshape(-1, 3).sum(axis=1)
-    return Sequences(_joined(ids, np.uint32), lengths, _joined(marks, np.int64), _sizes(marks), is_pairs=True)
+def pair_sequences(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_marks: np.ndarray) -> Sequences:
+    """P pairs as flat arrays.
+
+    ids: prompt, chosen, rejected of the first pair, then of the second …; sizes: int64 [P, 3], their lengths. spans: those of
+    all chosen replies, then of all rejected ones, begin and end alternating; num_marks: int64 [2P], values of each reply.
+    """
+    chosen, rejected = num_marks.reshape(2, -1)
+    marks_of_pair = PAIR_MARKS + chosen + rejected
+    begins = np.cumsum(marks_of_pair) - marks_of_pair
+    marks = np.empty(marks_of_pair.sum(), np.int64)
+    marks[begins[:, None] + np.arange(PAIR_MARKS)] = np.column_stack([sizes, chosen, rejected])
+    places = np.concatenate([begins + PAIR_MARKS, begins + PAIR_MARKS + chosen])
+    marks[ranges(places, num_marks)] = spans.reshape(-1)
+    return Sequences(ids, sizes.sum(axis=1), marks, marks_of_pair, is_pairs=True)
 
 
 def join(parts: Items[Sequences]) -> Sequences:

@@ -88,7 +88,12 @@ def _note(found: Validation, line: Line, bad: BadRow) -> None:
 
 
 def control_strings(raw: bytes, row: Row) -> list[str]:
-    """The special-token strings that a row's own text holds; they are packed as plain text."""
-    if b"<" not in raw and b"\\u003" not in raw:
+    """The special-token strings in a row's own text; they are packed as plain text."""
+    if not may_hold_control(raw):
         return []
     return [match for text in texts_of(row) if "<" in text for match in CONTROL.findall(text)]
+
+
+def may_hold_control(raw: bytes) -> bool:
+    """Whether a line has the first character of a special-token string, plain or escaped."""
+    return b"<" in raw or b"\\u003" in raw

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.sequences import PAIR_MARKS, Sequences, flatten_pairs, take
+from mmdata.encode.sequences import PAIR_MARKS, Sequences, pair_sequences, ranges, take
 from mmdata.io.arrow import ArrowFile, ragged
-from mmdata.shards import dataset
 
 
 def columns_of(
@@ -66,8 +65,7 @@ def _pair_columns(
 def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Sequences]:
     """The ordinals and sequences that a shard holds, in its order."""
     if kind == "pair":
-        views = [dataset.pair_view(batch, i) for batch in file.batches for i in range(len(batch["doc"]))]
-        return file.column("doc"), flatten_pairs([tuple(view[:5]) for view in views])
+        return file.column("doc"), _read_pairs(file)
     ids, doc_len, span, doc = (file.column(name) for name in ("ids", "doc_len", "span", "doc"))
     lengths = doc_len.values.astype(np.int64)
     begins = np.cumsum(lengths) - lengths
@@ -75,3 +73,22 @@ def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Sequences]:
     of_span = np.searchsorted(begins, spans[0::2], side="right") - 1  # the sequence each span lies in
     num_marks = 2 * np.bincount(of_span, minlength=len(lengths))
     return doc.values, Sequences(ids.values, lengths, spans - np.repeat(begins[of_span], 2), num_marks)
+
+
+def _read_pairs(file: ArrowFile) -> Sequences:
+    """The pairs of a shard; an empty span list stands for a reply that is trained as a whole."""
+    sides = [file.column(name) for name in ("prompt", "chosen", "rejected")]
+    sizes = np.stack([side.lengths() for side in sides], axis=1).astype(np.int64)
+    before = np.cumsum(
+        [0, *(len(side.values) for side in sides[:-1])]
+    )  # of each column in all ids, one after the other
+    begins = np.cumsum(sizes, axis=0) - sizes + before
+    ids = take(np.concatenate([side.values for side in sides]), begins.reshape(-1), sizes.reshape(-1))
+    spans = [file.column(f"{name}_span") for name in ("chosen", "rejected")]
+    stored = np.concatenate([column.lengths() for column in spans]).astype(np.int64)
+    num_marks = np.where(stored, stored, 2)
+    ends = np.cumsum(num_marks)
+    marks = np.zeros(num_marks.sum(), np.int64)
+    marks[ends - 1] = np.concatenate([sizes[:, 1], sizes[:, 2]])
+    marks[ranges(ends - num_marks, stored)] = np.concatenate([column.values for column in spans])
+    return pair_sequences(ids, sizes, marks, num_marks)
