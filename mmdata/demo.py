@@ -1,12 +1,12 @@
-"""The demo's corpus: a seed in, four jsonl files of our own, held-out questions and held-out pairs out.
+"""The data of `mm demo`: four jsonl files made from a seed, held-out questions and held-out pairs, and the demo's settings.
 
-Every subject is a set of keys (two numbers, a word, a person and a trait). Some keys are held out before anything
-is written and training rows are drawn from the rest, so neither a held-out question nor the relation it asks about is
-trained on. Two exceptions are meant: of the islanders a wording is held out, while the fact stands in the pretraining
-text and is asked about in other words; and the talk between naming a boat and asking for its name may be known.
+Every subject has a set of keys (two numbers, a word, a person and a trait). Some keys are held out before anything is written
+and training rows are drawn from the others, so that neither a held-out question nor the relation it asks about is trained on.
+There are two exceptions. Of the islanders a wording is held out: the fact stands in the pretraining text and is asked about in
+other words. And the messages between naming a boat and asking for its name may be training items.
 
-An answer has two manners: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows show both,
-dpo rows prefer the sentence. An answer is exact when it is one of the two, letter for letter.
+An answer has two forms: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows have both, dpo rows
+prefer the sentence. An answer is exact if it is one of the two, letter for letter.
 """
 
 import json
@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mmdata.io.files import atomic_path
+
 LANGUAGES = ("en", "zh")
 SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow-up", "recall")
 
-# What is said: question, bare answer, whole sentence, other words for the sentence, and other words for the question.
-# "smaller", "more" and "turned" follow up a comparison, a sum and a spelling; "colour" and "name" ask for what was "told".
+# Question, bare answer, whole sentence, other words for the sentence, and for some other words for the question. "smaller",
+# "more" and "turned" follow up a comparison, a sum and a spelling; "colour" and "name" ask about the boat that was named.
 PHRASES = {
     "en": {
         "sum": ("What is {a} + {b}?", "{c}", "{a} + {b} = {c}.", "{a} plus {b} is {c}."),
@@ -31,7 +33,7 @@ PHRASES = {
         "reverse": ('What is "{word}" backwards?', "{backwards}", '"{word}" backwards is "{backwards}".', ""),
         "more": ("And {b} more?", "{c}", "{a} + {b} = {c}.", ""),
         "turned": ("And backwards?", "{backwards}", '"{word}" backwards is "{backwards}".', ""),
-        "told": ("My boat is {colour} and called {bird}.", "{colour} {bird}", "Your boat is {colour} and called {bird}.", ""),
+        "boat": ("My boat is {colour} and called {bird}.", "{colour} {bird}", "Your boat is {colour} and called {bird}.", ""),
         "colour": ("What colour is my boat?", "{colour}", "Your boat is {colour}.", ""),
         "name": ("What is my boat called?", "{bird}", "Your boat is called {bird}.", ""),
         "town": ("Where does {who} live?", "{value}", "{name} lives in {value}.", "The home of {name} is {value}.", "Which town does {who} call home?"),
@@ -48,7 +50,7 @@ PHRASES = {
         "reverse": ("“{word}”倒过来是什么？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
         "more": ("再加 {b} 呢？", "{c}", "{a} + {b} = {c}。", ""),
         "turned": ("倒过来呢？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
-        "told": ("我的船是{colour}色的，叫{bird}号。", "{colour}色{bird}号", "你的船是{colour}色的，叫{bird}号。", ""),
+        "boat": ("我的船是{colour}色的，叫{bird}号。", "{colour}色{bird}号", "你的船是{colour}色的，叫{bird}号。", ""),
         "colour": ("我的船是什么颜色？", "{colour}色", "你的船是{colour}色的。", ""),
         "name": ("我的船叫什么？", "{bird}号", "你的船叫{bird}号。", ""),
         "town": ("{who}住在哪里？", "{value}", "{name}住在{value}。", "{name}的家在{value}。", "{who}的家在什么地方？"),
@@ -58,7 +60,7 @@ PHRASES = {
     },
 }  # fmt: skip
 
-# The people of the Lumi Isles, and what their traits are dealt from. Each entry in English and Chinese.
+# The people of the Lumi Isles, and the values of their traits, in English and Chinese.
 PEOPLE = (
     ("Pim", "he", "皮姆", "他"), ("Orla", "she", "奥拉", "她"), ("Tavi", "he", "塔维", "他"), ("Nell", "she", "妮尔", "她"),
     ("Bruno", "he", "布鲁诺", "他"), ("Wren", "she", "雷恩", "她"), ("Hugo", "he", "雨果", "他"), ("Maya", "she", "玛雅", "她"),
@@ -93,7 +95,7 @@ BIRDS = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to ask: the question, its answer in both manners, other words for it, and what may be asked next."""
+    """A question, its answer in both forms and in other words (`other`), and the questions that may follow it (`then`)."""
 
     subject: str
     language: str
@@ -105,13 +107,13 @@ class Item:
 
 
 Items = dict[tuple[str, str], list[Item]]  # by language and subject
-Facts = dict[tuple[int, str], int]  # (line of PEOPLE, trait) -> line of TRAITS[trait]
+Facts = dict[tuple[int, str], int]  # (index in PEOPLE, trait) -> index in TRAITS[trait]
 Message = dict[str, str]  # role and content, as jsonl has them
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out question: the messages that lead up to the answer, and the answer in both manners."""
+    """A held-out question: the messages before the answer, and the answer in both forms."""
 
     subject: str
     language: str
@@ -129,13 +131,13 @@ def make_item(
     wording: int = 0,
     then: Sequence[Item] = (),
 ) -> Item:
-    """An item from the row of PHRASES named `phrase`, filled with `values`; wording 1 takes the row's second question."""
-    ask, bare, whole, other, *again = (text.format(**values) for text in PHRASES[language][phrase])
-    return Item(subject or phrase, language, again[0] if wording else ask, bare, whole, other, tuple(then))
+    """The item of PHRASES named `phrase`, filled with `values`. `wording`: 1 takes the question in other words."""
+    ask, bare, whole, other, *reworded = (text.format(**values) for text in PHRASES[language][phrase])
+    return Item(subject or phrase, language, reworded[0] if wording else ask, bare, whole, other, tuple(then))
 
 
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Sums of the given pairs; "and n more?" follows where the second sum is among the given pairs too."""
+    """Sums of pairs of numbers; "and n more?" follows if the second sum is among `keys` too."""
     items = []
     for a, b in keys:
         more = [n for total, n in keys if total == a + b]
@@ -149,7 +151,7 @@ def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
 
 
 def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Which of two numbers is larger, in both orders; the follow-up asks for the smaller."""
+    """Which of two numbers is larger, in both orders; the smaller one is asked for next."""
     items = []
     for low, high in keys:
         for x, y in ((low, high), (high, low)):
@@ -160,7 +162,7 @@ def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """So many of a large unit in the smaller one; a key is (line of UNITS, how many)."""
+    """Conversions of a large unit to a smaller one; a key is (index in UNITS, how many)."""
     items = []
     for unit, n in keys:
         big, small, factor = UNITS[unit][0:2] + UNITS[unit][4:] if language == "en" else UNITS[unit][2:]
@@ -169,18 +171,18 @@ def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Being told a boat's colour and name (lines of COLOURS and BIRDS); the follow-ups ask for them, sooner or later."""
+    """Statements of a boat's colour and name (indices in COLOURS and BIRDS); the follow-ups ask for them."""
     place = LANGUAGES.index(language)
     items = []
     for colour, bird in keys:
         values = {"colour": COLOURS[colour][place], "bird": BIRDS[bird][place]}
         asked = [make_item(what, language, values, subject="recall") for what in ("colour", "name")]
-        items.append(make_item("told", language, values, subject="recall", then=asked))
+        items.append(make_item("boat", language, values, subject="recall", then=asked))
     return items
 
 
 def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
-    """Spelling and reversing the given words; what was spelled is then turned backwards."""
+    """Spelling and reversing words; a spelled word may be reversed next."""
     spell, reverse = [], []
     for word in words:
         values = {"word": word, "backwards": word[::-1], "spelled": "-".join(word)}
@@ -191,9 +193,9 @@ def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
 
 
 def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
-    """What is known of the islanders; a key is (line of PEOPLE, trait, wording of the question).
+    """Traits of the islanders; a key is (index in PEOPLE, trait, wording of the question).
 
-    The follow-up asks for another trait of the same person, calling them he or she; its key too is among `keys`.
+    The follow-up asks for another trait of the same person, whom it calls he or she; its key is among `keys` too.
     """
     place = LANGUAGES.index(language)
 
@@ -215,20 +217,20 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """Items by language and subject, to train on and held out; and all that is known of the islanders, by language."""
+class ItemSplits:
+    """Items to train on and held-out ones, by language and subject; and all facts of the islanders, by language."""
 
     train: Items
-    held: Items
+    held_out: Items
     islanders: dict[str, list[Item]]
 
 
-LETTERS_REPEATED = 50  # in the tokenizer's texts
-NUM_HELD = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 200, "zh": 200}
+LETTERS_REPEATED = 50  # in the texts that the tokenizer is trained on
+NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 200, "zh": 200}
 
 
-def make_world(seed: int) -> World:
-    """Deal out the islanders' traits, make the words, hold keys out and build the items."""
+def make_splits(seed: int) -> ItemSplits:
+    """Draw the islanders' traits and the words, hold keys out, and build the items of both splits."""
     rng = random.Random(seed)
     people = range(len(PEOPLE))
     facts = {(person, trait): rng.randrange(len(TRAITS[trait])) for person in people for trait in TRAITS}
@@ -246,19 +248,21 @@ def make_world(seed: int) -> World:
     }
     for all_keys in keys.values():
         rng.shuffle(all_keys)
-    held_keys = {name: all_keys[: NUM_HELD[name]] for name, all_keys in keys.items()} | {"islander": sorted(held_asked)}
-    train_keys = {name: all_keys[NUM_HELD[name] :] for name, all_keys in keys.items()}
+    held_keys = {name: all_keys[: NUM_HELD_OUT[name]] for name, all_keys in keys.items()} | {
+        "islander": sorted(held_asked)
+    }
+    train_keys = {name: all_keys[NUM_HELD_OUT[name] :] for name, all_keys in keys.items()}
     train_keys["islander"] = sorted(asked - held_asked)
     stated = [key for key in sorted(asked) if key[2] == 0]
     islanders = {language: islander_items(facts, stated, language) for language in LANGUAGES}
-    return World(make_items(train_keys, facts), make_items(held_keys, facts), islanders)
+    return ItemSplits(make_items(train_keys, facts), make_items(held_keys, facts), islanders)
 
 
 def make_items(keys: dict[str, list], facts: Facts) -> Items:
-    """All items of the given keys, in both languages."""
+    """The items of all keys, in both languages."""
     items: Items = {}
     for language in LANGUAGES:
-        found = {
+        by_subject = {
             "sum": sum_items(keys["sum"], language),
             "compare": compare_items(keys["compare"], language),
             "convert": convert_items(keys["convert"], language),
@@ -266,12 +270,12 @@ def make_items(keys: dict[str, list], facts: Facts) -> Items:
             "islander": islander_items(facts, keys["islander"], language),
             **word_items(keys[language], language),
         }
-        items |= {(language, subject): list_ for subject, list_ in found.items()}
+        items |= {(language, subject): each for subject, each in by_subject.items()}
     return items
 
 
 def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
-    """Different words of 4 letters, or 3 characters in Chinese; no letter twice in one, and none is another backwards."""
+    """Different words of 4 letters, or of 3 Chinese characters; no letter is in a word twice, and no word is another reversed."""
     words: set[str] = set()
     while len(words) < count:
         if language == "zh":
@@ -284,7 +288,8 @@ def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
     return sorted(words)
 
 
-# How often a subject comes up. In text mostly the islanders, whom nothing else tells about; in chats, what takes longest to learn.
+# How often a subject is drawn. Texts are mostly about the islanders, who occur nowhere else in them; chats mostly about what takes
+# longest to learn.
 TEXT_WEIGHTS = {"islander": 4.0, "sum": 1.0, "compare": 0.5, "convert": 0.5, "spell": 0.5, "reverse": 0.5}
 CHAT_WEIGHTS = {
     "sum": 3.0,
@@ -297,62 +302,62 @@ CHAT_WEIGHTS = {
 }
 
 
-def documents(world: World, rng: random.Random, count: int) -> Iterator[dict]:
-    """Rows of four plain statements on one subject, in one language; of the islanders all facts are told."""
+def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[dict]:
+    """Pretraining rows: four sentences on one subject in one language. Those on islanders cover all facts."""
     for _ in range(count):
         language = rng.choice(LANGUAGES)
         subject = _by_weight(rng, TEXT_WEIGHTS)
-        known = world.islanders[language] if subject == "islander" else world.train[language, subject]
-        items = [rng.choice(known) for _ in range(4)]
+        pool = splits.islanders[language] if subject == "islander" else splits.train[language, subject]
+        items = [rng.choice(pool) for _ in range(4)]
         texts = [rng.choice([text for text in (item.whole, item.other) if text]) for item in items]
         yield {"text": (" " if language == "en" else "").join(texts)}
 
 
-def conversations(world: World, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
-    """sft rows of `fewest` to `most` items each, every answer bare or whole as it happens."""
+def conversations(splits: ItemSplits, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
+    """sft rows of `fewest` to `most` items; the form of each answer is drawn."""
     for _ in range(count):
-        yield {"conversations": _conversation(world, rng, rng.randint(fewest, most))}
+        yield {"conversations": _conversation(splits, rng, rng.randint(fewest, most))}
 
 
-def _conversation(world: World, rng: random.Random, num_items: int) -> list[Message]:
-    """Items one after another, half of them followed up; when a boat was named, it is asked about at the end."""
+def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> list[Message]:
+    """Items one after another, half of them with a follow-up; a boat that was named is asked about at the end."""
     language = rng.choice(LANGUAGES)
     messages: list[Message] = []
-    asked_last: list[Message] = []
+    recall: list[Message] = []
     for _ in range(num_items):
         subject = _by_weight(rng, CHAT_WEIGHTS)
-        if subject == "recall" and asked_last:
+        if subject == "recall" and recall:
             continue  # one boat a conversation
-        item = rng.choice(world.train[language, subject])
+        item = rng.choice(splits.train[language, subject])
         messages += _turn(item, rng)
         if subject == "recall":
-            asked_last = _turn(rng.choice(item.then), rng)
+            recall = _turn(rng.choice(item.then), rng)
         elif item.then and rng.random() < 0.5:
             messages += _turn(rng.choice(item.then), rng)
-    return messages + asked_last
+    return messages + recall
 
 
 def pairs(asked: Iterable[Question]) -> Iterator[dict]:
-    """dpo rows: the whole sentence is preferred to the bare answer; both are right."""
+    """dpo rows: the whole sentence is preferred to the bare answer; both are correct."""
     for question in asked:
-        sides = ((name, getattr(question, manner)) for name, manner in (("chosen", "whole"), ("rejected", "bare")))
-        yield {name: [*question.messages, {"role": "assistant", "content": answer}] for name, answer in sides}
+        sides = {"chosen": question.whole, "rejected": question.bare}
+        yield {side: [*question.messages, {"role": "assistant", "content": answer}] for side, answer in sides.items()}
 
 
-def questions(items: Items, world: World, rng: random.Random, each: int) -> list[Question]:
-    """`each` different questions about `items` for every subject and language; talk in between is from the training items."""
-    found: dict[str, Question] = {}
+def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -> list[Question]:
+    """`each` different questions about `items` for every subject and language; messages in between are training items."""
+    unique: dict[str, Question] = {}
     for language in LANGUAGES:
         for subject in SUBJECTS:
-            wanted = len(found) + each
-            while len(found) < wanted:
-                question = _question(items, world, rng, language, subject)
-                found[json.dumps(question.messages)] = question
-    return list(found.values())
+            wanted = len(unique) + each
+            while len(unique) < wanted:
+                question = _question(items, splits, rng, language, subject)
+                unique[json.dumps(question.messages)] = question
+    return list(unique.values())
 
 
-def _question(items: Items, world: World, rng: random.Random, language: str, subject: str) -> Question:
-    """One question; follow-ups and recalls come with the turns before them."""
+def _question(items: Items, splits: ItemSplits, rng: random.Random, language: str, subject: str) -> Question:
+    """One question; before a follow-up or recall come the turns that it refers to."""
     before: list[Message] = []
     if subject == "follow-up":
         base = rng.choice(("sum", "compare", "spell", "islander"))
@@ -364,7 +369,7 @@ def _question(items: Items, world: World, rng: random.Random, language: str, sub
         before = _turn(item, rng)
         for _ in range(rng.randint(1, 4)):
             other = rng.choice([subject for subject in CHAT_WEIGHTS if subject != "recall"])
-            before += _turn(rng.choice(world.train[language, other]), rng)
+            before += _turn(rng.choice(splits.train[language, other]), rng)
         item = rng.choice(item.then)
     else:
         item = rng.choice(items[language, subject])
@@ -372,7 +377,7 @@ def _question(items: Items, world: World, rng: random.Random, language: str, sub
 
 
 def _turn(item: Item, rng: random.Random) -> list[Message]:
-    """The question and its answer in one of the two manners."""
+    """The question, and its answer in one of the two forms."""
     answer = rng.choice((item.bare, item.whole))
     return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": answer}]
 
@@ -381,24 +386,24 @@ def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def tokenizer_texts(world: World) -> list[str]:
-    """What the tokenizer is trained on: everything said in training, but of the words to spell only single letters.
+def tokenizer_texts(splits: ItemSplits) -> list[str]:
+    """The texts that the tokenizer is trained on: all training text, except that words to spell are left out.
 
-    So a word stays a row of letters the model can see; trained on the words, the tokenizer would melt them into pieces.
-    The letters come often enough that each Chinese one, three bytes long, becomes a token before the phrases do.
+    Trained on these words the tokenizer would merge their letters, and the model could not see them. Single letters are repeated
+    so often that each Chinese character, of three bytes, becomes a token before the phrases do.
     """
     texts = ["user\n", "assistant\n"] * LETTERS_REPEATED
     for language, letters in (("en", CONSONANTS + VOWELS), ("zh", HANZI)):
         for items in word_items(letters, language).values():
-            texts += [text for item in items for text in _said(item)] * LETTERS_REPEATED
+            texts += [text for item in items for text in _texts_of(item)] * LETTERS_REPEATED
         for subject in ("sum", "compare", "convert", "islander", "recall"):
-            texts += [text for item in world.train[language, subject] for text in _said(item)]
-        texts += [text for item in world.islanders[language] for text in (item.whole, item.other)]
+            texts += [text for item in splits.train[language, subject] for text in _texts_of(item)]
+        texts += [text for item in splits.islanders[language] for text in (item.whole, item.other)]
     return texts
 
 
-def _said(item: Item) -> Iterator[str]:
-    """Everything an item says, and its first follow-up."""
+def _texts_of(item: Item) -> Iterator[str]:
+    """All texts of an item and of its first follow-up."""
     yield from (item.ask, item.bare, item.whole, item.other)
     yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
@@ -408,7 +413,7 @@ def _said(item: Item) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How answers did: questions asked, those answered exactly, those answered in a whole sentence, exact by subject."""
+    """Questions asked, answers that are exact, answers that are a sentence, and exact answers by subject."""
 
     num_questions: int
     num_exact: int
@@ -417,27 +422,27 @@ class Score:
 
     @property
     def exact(self) -> float:
-        """Share answered exactly."""
+        """Share of exact answers."""
         return self.num_exact / self.num_questions
 
     @property
     def sentences(self) -> float:
-        """Share answered in the preferred manner."""
+        """Share of answers in the preferred form."""
         return self.num_sentences / self.num_questions
 
 
 def is_exact(question: Question, answer: str) -> bool:
-    """Whether the answer is the question's, in either manner, letter for letter but for spaces around it."""
+    """Whether the answer is one of the two forms, letter for letter except for surrounding spaces."""
     return answer.strip() in (question.bare, question.whole)
 
 
 def is_sentence(answer: str) -> bool:
-    """Whether the answer is in the preferred manner: a sentence, closed by a full stop. Bare answers never have one."""
+    """Whether the answer is a sentence: it ends with a full stop, which no bare answer has."""
     return answer.strip().endswith((".", "。"))
 
 
 def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
-    """Score one answer a question."""
+    """Score the answers, one for each question."""
     num_asked = Counter(question.subject for question in asked)
     exact = Counter(q.subject for q, answer in zip(asked, answers, strict=True) if is_exact(q, answer))
     by_subject = {subject: (exact[subject], num_asked[subject]) for subject in SUBJECTS}
@@ -445,9 +450,9 @@ def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
 
 
 def showcase(asked: Sequence[Question]) -> list[Question]:
-    """Five questions to show: both languages, one of them within a conversation."""
-    shown = (("sum", "en"), ("reverse", "zh"), ("islander", "en"), ("islander", "zh"), ("recall", "en"))
-    return [next(q for q in asked if (q.subject, q.language) == wanted) for wanted in shown]
+    """Five questions to print: in both languages, one of them within a conversation."""
+    kinds = (("sum", "en"), ("reverse", "zh"), ("islander", "en"), ("islander", "zh"), ("recall", "en"))
+    return [next(q for q in asked if (q.subject, q.language) == kind) for kind in kinds]
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -455,7 +460,7 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class DemoStage:
-    """One run of the demo: a file of `rows` rows, packed to `max_len`, trained on once."""
+    """One training run of the demo: one epoch over a file of `rows` rows, packed to `max_len`."""
 
     file: str
     stage: str
@@ -468,9 +473,9 @@ class DemoStage:
     beta: float | None = None
 
 
-# Measured on 2 idle cores (Xeon, AVX-512): 2.6 minutes in all, 5.3 million tokens in 5,300 steps. Small steps learn more from
-# a token than large ones; 3e-3 learned sums late in the one run that tried it. dpo holds to its reference ten times harder than usual
-# (beta 1): the preference needs a few nats, and with 0.1 it goes on pushing until answers go wrong.
+# Measured on 2 idle cores (Xeon, AVX-512): 2.6 minutes in all, 5.3 million tokens in 5,300 steps. Small batches learn more from
+# a token than large ones; with a learning rate of 3e-3, tried once, sums were learned late. dpo uses ten times the usual beta:
+# the preference needs a few nats, and with 0.1 training goes on until answers become wrong.
 MODEL = "demo"
 VOCAB_SIZE = 1600
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -481,7 +486,7 @@ STAGES = (
     DemoStage("sft_1024", "sft", 4_500, 1024, 2e-3, 1024, "wsd"),
     DemoStage("dpo", "dpo", 3_100, 512, 5e-5, 576, "cosine", beta=1.0),
 )
-NUM_EACH = 16  # held-out questions a subject and language
+NUM_EACH = 16  # held-out questions for each subject and language
 NUM_PAIRS_EACH = 16
 
 
@@ -491,8 +496,8 @@ def scaled(minutes: float) -> tuple[DemoStage, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """Everything written, and what the tokenizer and the scores need of it."""
+class DemoFiles:
+    """The files written, and what the tokenizer and the scores need of them."""
 
     files: dict[str, Path]  # file name without .jsonl -> path
     pairs_path: Path  # held-out pairs, in dpo.jsonl's schema
@@ -501,33 +506,29 @@ class Corpus:
     tokenizer_texts: list[str]
 
 
-def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> Corpus:
-    """Write the four files into `data_dir` and what is held out into `data_dir`/held_out; the same seed, the same bytes."""
-    world = make_world(seed)
+def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> DemoFiles:
+    """Write the four files to `data_dir` and held-out ones to `data_dir`/held_out. The same seed gives the same bytes."""
+    splits = make_splits(seed)
     rng = random.Random(seed + 1)
     rows = {stage.file: stage.rows for stage in scaled(minutes)}
-    asked = questions(world.held, world, rng, NUM_EACH)
-    held_pairs = questions(world.held, world, rng, NUM_PAIRS_EACH)
+    asked = questions(splits.held_out, splits, rng, NUM_EACH)
+    held_pairs = questions(splits.held_out, splits, rng, NUM_PAIRS_EACH)
     preferred = (
-        _question(world.train, world, rng, rng.choice(LANGUAGES), rng.choice(SUBJECTS)) for _ in range(rows["dpo"])
+        _question(splits.train, splits, rng, rng.choice(LANGUAGES), rng.choice(SUBJECTS)) for _ in range(rows["dpo"])
     )
-    data_dir.joinpath("held_out").mkdir(parents=True, exist_ok=True)
     questions_path = _write(data_dir / "held_out" / "questions.jsonl", map(asdict, asked))
     pairs_path = _write(data_dir / "held_out" / "pairs.jsonl", pairs(held_pairs))
     content = {
-        "pretrain_hq": documents(world, rng, rows["pretrain_hq"]),
-        "sft_512": conversations(world, rng, rows["sft_512"], fewest=1, most=3),
-        "sft_1024": conversations(world, rng, rows["sft_1024"], fewest=4, most=24),
+        "pretrain_hq": documents(splits, rng, rows["pretrain_hq"]),
+        "sft_512": conversations(splits, rng, rows["sft_512"], fewest=1, most=3),
+        "sft_1024": conversations(splits, rng, rows["sft_1024"], fewest=4, most=24),
         "dpo": pairs(preferred),
     }
     files = {name: _write(data_dir / f"{name}.jsonl", lines) for name, lines in content.items()}
-    return Corpus(files, pairs_path, questions_path, asked, tokenizer_texts(world))
+    return DemoFiles(files, pairs_path, questions_path, asked, tokenizer_texts(splits))
 
 
 def _write(path: Path, rows: Iterable[dict]) -> Path:
-    """Write rows as jsonl, beside first and then in place."""
-    beside = path.with_name(f".{path.name}.writing")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    beside.replace(path)
     return path

@@ -1,87 +1,95 @@
-"""Every error a user can meet, as one tree. Each carries what is wrong, the line that helps, and the exit code.
+"""Every error that a user can meet, as one tree of exceptions.
 
-`cli` prints `error: <message>` and `fix: <fix>` and exits with `exit_code`; nothing else catches these.
+`cli.main` catches MMError, prints `error: <message>` and `fix: <fix>` to stderr and exits with `exit_code`. Raise the subclass
+that fits. Any other exception that ends a command is a bug of mm and shows its traceback.
 """
 
 
 class MMError(Exception):
-    """Something a user can cause and mend. `message`: what was found and expected, with file and line; `fix`: what helps."""
+    """Base class of all errors that a user can cause and correct.
+
+    message: what is wrong, where (file and line), and what was expected.
+    fix: a command, an option or a step that helps; empty if there is none.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, fix: str = ""):
+    def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.fix = fix
 
 
 class UsageError(MMError):
-    """Options that contradict each other or name something that is not there."""
+    """An option has a wrong value, contradicts another one, or names something that does not exist."""
 
     exit_code = 2
 
 
 class InputError(MMError):
-    """An input file that is missing, empty, of the wrong kind, or holds too many rows that cannot be used."""
+    """An input file is missing, empty or of the wrong kind, or too many of its rows cannot be used."""
 
 
 class TokenizerError(MMError):
-    """A tokenizer that is missing, unreadable, or does not fit the model or the dataset."""
+    """A tokenizer is missing, cannot be read, or does not fit the model or the dataset."""
 
 
 class DatasetError(MMError):
-    """A packed dataset that is missing, incomplete, damaged, or of another kind than asked for."""
+    """A packed dataset is missing, incomplete or damaged, or of another kind than the stage needs."""
 
 
 class CheckpointError(MMError):
-    """A checkpoint that is missing, damaged, or does not fit the model, the tokenizer or the data."""
+    """A checkpoint is missing or damaged, or does not fit the model, the tokenizer or the data."""
 
 
 class TrainError(MMError):
-    """Training that cannot go on: non-finite loss, a stale reference, a rank that died."""
+    """Training cannot continue: non-finite losses, reference logps of another model, or a rank that died."""
 
 
 class DiskError(MMError):
-    """The disk is full or cannot be written."""
+    """A file cannot be written: the disk is full, or permission is missing."""
 
     exit_code = 7
 
 
+# --- downloads (`mm fetch`)
+
+
 class FetchError(MMError):
-    """A download that did not end with the published bytes in place."""
+    """A download failed for a reason that no subclass names."""
 
     exit_code = 5
 
 
 class NotFoundError(FetchError):
-    """A file, revision or repository that the source does not have."""
+    """The source does not have the file, revision or repository."""
 
     exit_code = 3
 
 
 class AccessError(FetchError):
-    """A repository that is gated or private, or a token that was refused."""
+    """The repository is gated or private, or the source refused the token."""
 
     exit_code = 4
 
 
 class NetworkError(FetchError):
-    """A source that cannot be reached, or that stopped sending for too long."""
+    """The source cannot be reached, answers with an error, or sends nothing for too long."""
 
 
 class IntegrityError(FetchError):
-    """Bytes that are not the published ones, even after fetching them again."""
+    """The bytes received are not the published ones, even after a second download."""
 
     exit_code = 6
 
 
 class ConflictError(FetchError):
-    """A file of the user's own where a fetched one would go."""
+    """A file of the user's own is where a downloaded one would go."""
 
     exit_code = 8
 
 
 class InterruptedFetch(FetchError):
-    """A download that the user stopped; what arrived is kept."""
+    """The user stopped the download; the bytes received so far are kept."""
 
     exit_code = 130

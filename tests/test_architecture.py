@@ -19,7 +19,7 @@ MAX_PARAMETERS = 8  # of a public function outside commands/
 DATA = ["errors", "options", "io", "tokenizer", "encode", "shards"]
 MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.errors": [],
-    "mmdata.demo": ["mmdata.errors"],
+    "mmdata.demo": ["mmdata.errors", "mmdata.io"],
     "mmdata.options": ["mmdata.errors"],
     "mmdata.io": ["mmdata.errors", "mmdata.options"],
     "mmdata.hub": ["mmdata.errors", "mmdata.io"],
@@ -53,7 +53,7 @@ EXTRAS = {  # imported only inside the function that needs them
 # Still to be brought into the rules; nothing may be added here.
 HEAVY_FOR_NOW = {"mmtrain.commands.talk"}
 CROWDED_FOR_NOW = {"pack", "train"}
-TWICE_FOR_NOW = {"Settings", "Layout", "World", "Strings", "Decoder"}
+TWICE_FOR_NOW = {"Settings", "Layout", "Strings", "Decoder"}
 WIDE_FOR_NOW = {"scan_files", "forecast"}
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
 PRINT = (*COMMANDS, "mmtrain.log.metrics")

@@ -11,7 +11,7 @@ from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> demo.Corpus:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoFiles:
     return demo.write_corpus(tmp_path_factory.mktemp("demo") / "data", seed=3, minutes=0.4)
 
 
@@ -40,7 +40,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     assert one.tokenizer_texts == two.tokenizer_texts
 
 
-def test_files_carry_the_datasets_names_and_rows_of_their_kind(corpus: demo.Corpus) -> None:
+def test_files_carry_the_datasets_names_and_rows_of_their_kind(corpus: demo.DemoFiles) -> None:
     kinds = {"pretrain_hq": "document", "sft_512": "conversation", "sft_1024": "conversation", "dpo": "pair"}
     assert corpus.files.keys() == kinds.keys()
     for name, path in [*corpus.files.items(), ("dpo", corpus.pairs_path)]:
@@ -49,12 +49,12 @@ def test_files_carry_the_datasets_names_and_rows_of_their_kind(corpus: demo.Corp
             assert rows.kind_of(rows.parse_row(line.raw)) == kinds[name]
 
 
-def test_held_out_files_lie_where_packing_the_folder_does_not_find_them(corpus: demo.Corpus) -> None:
+def test_held_out_files_lie_where_packing_the_folder_does_not_find_them(corpus: demo.DemoFiles) -> None:
     data_dir = corpus.files["dpo"].parent
     assert sorted(path.stem for path in data_dir.glob("*.jsonl")) == sorted(corpus.files)
 
 
-def test_no_held_out_question_occurs_in_training(corpus: demo.Corpus) -> None:
+def test_no_held_out_question_occurs_in_training(corpus: demo.DemoFiles) -> None:
     trained = [messages for path in corpus.files.values() for row in read(path) for messages in conversations_of(row)]
     singles = {question for messages in trained for question in asked_in(messages)}
     sequences = {tuple(m["content"] for m in messages[:k]) for messages in trained for k in range(1, len(messages), 2)}
@@ -68,7 +68,7 @@ def test_no_held_out_question_occurs_in_training(corpus: demo.Corpus) -> None:
             assert messages[0]["content"] not in singles  # already what it refers to was never asked
 
 
-def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.Corpus) -> None:
+def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.DemoFiles) -> None:
     text = "\n".join(row["text"] for row in read(corpus.files["pretrain_hq"]))
     trained = [messages for path in corpus.files.values() for row in read(path) for messages in conversations_of(row)]
     said = {message["content"] for messages in trained for message in messages}
@@ -79,19 +79,19 @@ def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.Corpus)
 
 
 def test_no_word_to_spell_is_another_one_backwards() -> None:
-    for items in demo.make_world(1).train, demo.make_world(1).held:
+    for items in demo.make_splits(1).train, demo.make_splits(1).held_out:
         words = {item.bare for language in demo.LANGUAGES for item in items[language, "reverse"]}
         assert not words & {word[::-1] for word in words}
 
 
 def test_what_is_asked_about_the_islanders_stands_in_the_pretraining_text() -> None:
-    world = demo.make_world(0)
+    splits = demo.make_splits(0)
     for language in demo.LANGUAGES:
-        stated = {item.whole for item in world.islanders[language]}
-        assert {item.whole for item in world.held[language, "islander"]} <= stated
+        stated = {item.whole for item in splits.islanders[language]}
+        assert {item.whole for item in splits.held_out[language, "islander"]} <= stated
 
 
-def test_held_out_questions_cover_every_subject_in_both_languages(corpus: demo.Corpus) -> None:
+def test_held_out_questions_cover_every_subject_in_both_languages(corpus: demo.DemoFiles) -> None:
     counts = {(q.subject, q.language): 0 for q in corpus.questions}
     for question in corpus.questions:
         counts[question.subject, question.language] += 1
@@ -100,7 +100,7 @@ def test_held_out_questions_cover_every_subject_in_both_languages(corpus: demo.C
     assert len(corpus.questions) >= 200
 
 
-def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.Corpus, tmp_path: Path) -> None:
+def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.DemoFiles, tmp_path: Path) -> None:
     tokenizer = train_bpe(
         corpus.tokenizer_texts,
         vocab_size=demo.VOCAB_SIZE,
@@ -117,7 +117,7 @@ def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.Corpus,
     assert max(lengths["sft_1024"]) > 512
 
 
-def test_words_to_spell_stay_single_letters_for_the_model(corpus: demo.Corpus, tmp_path: Path) -> None:
+def test_words_to_spell_stay_single_letters_for_the_model(corpus: demo.DemoFiles, tmp_path: Path) -> None:
     tokenizer = train_bpe(
         corpus.tokenizer_texts,
         vocab_size=demo.VOCAB_SIZE,
@@ -130,7 +130,7 @@ def test_words_to_spell_stay_single_letters_for_the_model(corpus: demo.Corpus, t
             assert len(tokenizer.encode_batch([question.bare])[0]) == len(question.bare)
 
 
-def test_both_sides_of_a_pair_are_right_and_only_the_chosen_one_is_a_sentence(corpus: demo.Corpus) -> None:
+def test_both_sides_of_a_pair_are_right_and_only_the_chosen_one_is_a_sentence(corpus: demo.DemoFiles) -> None:
     for row in read(corpus.files["dpo"]):
         chosen, rejected = row["chosen"], row["rejected"]
         assert chosen[:-1] == rejected[:-1]
@@ -164,7 +164,7 @@ def test_an_answer_is_exact_letter_for_letter_in_either_manner(
     assert demo.is_sentence(answer) == is_sentence
 
 
-def test_scores_add_up_over_subjects(corpus: demo.Corpus) -> None:
+def test_scores_add_up_over_subjects(corpus: demo.DemoFiles) -> None:
     answers = [q.whole if q.subject == "sum" else q.bare if q.subject == "recall" else "?" for q in corpus.questions]
     score = demo.score(corpus.questions, answers)
     each = 2 * demo.NUM_EACH
@@ -174,7 +174,7 @@ def test_scores_add_up_over_subjects(corpus: demo.Corpus) -> None:
     assert score.sentences == pytest.approx(1 / len(demo.SUBJECTS))
 
 
-def test_five_questions_are_shown_in_both_languages_and_within_a_conversation(corpus: demo.Corpus) -> None:
+def test_five_questions_are_shown_in_both_languages_and_within_a_conversation(corpus: demo.DemoFiles) -> None:
     shown = demo.showcase(corpus.questions)
     assert len(shown) == 5
     assert {question.language for question in shown} == set(demo.LANGUAGES)
