@@ -274,41 +274,6 @@ def test_a_header_is_what_a_model_is_given_before_it_answers(tmp_path: Path, tex
     assert reads(Template(with_template(tmp_path, text)).segments(talk("hi", "ok"))) == HEADERS[text]
 
 
-WORDS = st.sampled_from(
-    ["hi", "a b", "\n", " ", "<think>", "</think>", "<tool_response>", "<|im_end|>", "é👍", "user", "x" * 50, "!"]
-)
-SAID = st.lists(WORDS, min_size=1, max_size=4).map("".join).filter(str.strip)
-
-
-@examples(60)
-@given(
-    said=st.lists(SAID, min_size=2, max_size=8).filter(lambda said: len(said) % 2 == 0),
-    system=st.none() | SAID,
-    train_on=st.sampled_from(["all", "assistant", "last"]),
-    keep=st.booleans(),
-    name=st.sampled_from(eras.TEMPLATES),
-)
-def test_rows_put_together_directly_are_as_jinja_writes_them(
-    said: list[str], system: str | None, train_on: str, keep: bool, name: str
-) -> None:
-    row = talk(*said, system=system)
-
-    def outcome(method: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return method(*args, **options)
-        except BadRow as bad:
-            return bad.reason
-
-    chosen = template(name)
-    found = outcome(chosen.segments, row, train_on=train_on, keep_empty_think=keep)
-    assert found == outcome(chosen.cut, row, train_on, 0, keep)
-
-
-def test_the_known_templates_are_put_together_directly() -> None:
-    direct = {name for name in eras.TEMPLATES if template(name)._plan}
-    assert direct == {"seed", "era2", "era3", "chatml", "llama3"}
-
-
 def test_stretches_are_what_stands_between_control_tokens() -> None:
     a, b, c = Segment("a", False, False), Segment("b", True, False), Segment("<c>", False, True)
     assert stretches([c, c, a, b, c, b]) == [[c], [c], [a, b], [c], [b]]
