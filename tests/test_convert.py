@@ -214,7 +214,7 @@ def hf(path: Path, **config: Any) -> Path:
     [
         ({"model_type": "qwen3_moe"}, r"\(MoE\)"),
         ({"use_moe": True}, r"\(MoE\)"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not known"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling 'llama3'"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"num_attention_heads": 7}, "no whole heads of 9"),

@@ -80,14 +80,14 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     """Write the model of a run or checkpoint to the directory `out`, complete or not at all; replaces an earlier export."""
     dtype = dtype or next(iter(DTYPES.get(format, {"": None})))
     if format not in DTYPES or dtype not in DTYPES[format]:
-        known = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())
-        raise UsageError(f"--format {format} --dtype {dtype} is unknown", known)
+        choices = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())
+        raise UsageError(f"--format {format} --dtype {dtype} is unknown", choices)
     if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and no export of mm", "choose another --out")
-    found = checkpoint.find(path)
-    model = checkpoint.load_model(found.dir)[0].eval()
-    tokenizer = run_tokenizer(found.run_dir, model.config.vocab_size)
-    source = _Source(found, checkpoint.read_run(found.run_dir), model, tokenizer)
+    weights = checkpoint.find(path)
+    model = checkpoint.load_model(weights.dir)[0].eval()
+    tokenizer = run_tokenizer(weights.run_dir, model.config.vocab_size)
+    source = _Source(weights, checkpoint.read_run(weights.run_dir), model, tokenizer)
     writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]
     writer = {"hf": _write_hf, "gguf": _write_gguf, "minimind": _write_minimind}[format]
     partial = out.with_name(f".{out.name}.partial")
@@ -95,7 +95,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     partial.mkdir(parents=True)
     try:
         checks, difference = writer(source, partial, dtype)
-        record = {"format": format, "dtype": dtype, "weights_sha256": found.weights_sha256, "step": found.step}
+        record = {"format": format, "dtype": dtype, "weights_sha256": weights.weights_sha256, "step": weights.step}
         write_json(partial / RECORD, record, indent=2)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
@@ -286,15 +286,15 @@ _GGUF_USE = """```
 llama-cli -m {file} -p "你好"
 ```
 
-The chat template stands in the file.
+The file contains the chat template.
 """
 
 
 def model_card(source: _Source, dtype: str, library: str, use: str) -> str:
     """README.md of an export: shape and hashes of the model, what it was trained on, and how to use it."""
-    shape, found = source.shape, source.checkpoint
-    name = found.run_dir.resolve().name
-    rows = "\n".join(_lineage(found.run_dir, source.run))
+    shape, run_dir = source.shape, source.checkpoint.run_dir
+    name = run_dir.resolve().name
+    rows = "\n".join(_lineage(run_dir, source.run))
     return f"""---
 library_name: {library}
 pipeline_tag: text-generation
@@ -313,7 +313,7 @@ code of its own.
 | vocabulary | {shape.vocab_size:,} |
 | rotary base, longest position | {shape.rope_theta:g}, {shape.max_positions:,} |
 | type of the weights | {dtype} |
-| sha256 of the checkpoint's weights | `{found.weights_sha256}` |
+| sha256 of the checkpoint's weights | `{source.checkpoint.weights_sha256}` |
 | sha256 of tokenizer.json | `{source.tokenizer.sha256}` |
 
 ## What it was trained on

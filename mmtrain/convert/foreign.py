@@ -148,7 +148,7 @@ def _read_config(path: Path) -> _Config:
     if config.use_moe or "moe" in str(config.model_type) or config.num_local_experts:
         raise _moe(path)
     if config.model_type not in ("llama", "qwen3", "minimind"):
-        problem = f"{path}: model_type {config.model_type!r} is not known here"
+        problem = f"{path}: model_type {config.model_type!r} is not supported"
         raise CheckpointError(problem, "import a llama, qwen3 or minimind model")
     rope = config.rope_parameters or config.rope_scaling or _Rope()
     scaling = rope.rope_type or rope.type or "default"
@@ -193,10 +193,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class|function) [`'\"]?([\w.]+)", str(error))
-        what = f"it asks for {found[1]}" if found else "its pickle holds more than tensors"
+        match = re.search(r"(?:GLOBAL|global|class|function) [`'\"]?([\w.]+)", str(error))
+        content = f"it asks for {match[1]}" if match else "its pickle holds more than tensors"
         raise CheckpointError(
-            f"{path} holds more than weights: {what}; reading it would run its code",
+            f"{path} holds more than weights: {content}; reading it would run its code",
             "save the state_dict alone: torch.save(model.state_dict(), FILE)",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
