@@ -13,6 +13,8 @@ from typing import Any
 
 from mmdata.errors import UsageError
 
+INT64: Mapping[str, Any] = {"least": -(2**63), "most": 2**63 - 1}  # the range of a seed
+
 
 @dataclass(frozen=True, slots=True)
 class Option:

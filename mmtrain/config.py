@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.errors import CheckpointError, UsageError
-from mmdata.options import check, flag_of, option, options_of
+from mmdata.options import INT64, check, flag_of, option, options_of
 
 STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # stage -> kind of rows it trains on
 
@@ -81,8 +81,11 @@ def model_config_from(values: Mapping[str, Any]) -> ModelConfig:
 # --- options --------------------------------------------------------------------------------------------------------
 
 # Headings of `mm train --help`.
-DATA, MODEL, LENGTH, OPTIMIZER = "Data", "Model", "Length of the run", "Optimizer"
-PREFERENCES, ADAPTERS, CHECKPOINTS, LOGGING, HARDWARE = "Preferences", "Adapters", "Checkpoints", "Logging", "Hardware"
+HEADINGS = (
+    *("Data", "Model", "Length of the run", "Optimizer", "Preferences"),
+    *("Adapters", "Checkpoints", "Logging", "Hardware"),
+)
+DATA, MODEL, LENGTH, OPTIMIZER, PREFERENCES, ADAPTERS, CHECKPOINTS, LOGGING, HARDWARE = HEADINGS
 
 BETA2 = 0.95  # GPT-3's and Llama's for pretraining; a shorter memory than 0.999 copes better with noisy small batches
 # Default beta of each dpo loss. sigmoid's is the paper's, the length-normalised one Tülu 3's, those of simpo and orpo their
@@ -250,7 +253,7 @@ class TrainSettings:
         group=LENGTH,
         may_change_on_resume=True,
     )
-    seed: int = _setting(42, help="Seed of new weights and of the order of the data.", group=DATA)
+    seed: int = _setting(42, help="Seed of new weights and of the order of the data.", group=DATA, **INT64)
     max_skipped: int = _setting(
         10,
         help="Non-finite steps in a row that end the run.",

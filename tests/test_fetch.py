@@ -1398,27 +1398,27 @@ def test_every_failure_has_its_code_and_one_hint(hub: FakeHub, client: Client, m
 def test_more_than_a_gigabyte_is_asked_about_on_a_terminal_only(
     hub: FakeHub, client: Client, mm: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cli
+    from mmdata.commands import fetch
 
     asked: list[str] = []
-    monkeypatch.setattr(cli.typer, "confirm", lambda text, **_: asked.append(text))
-    assert cli.agrees_to(10**12)
-    monkeypatch.setattr(cli.sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
-    assert cli.agrees_to(10**9)
+    monkeypatch.setattr(fetch.typer, "confirm", lambda text, **_: asked.append(text))
+    assert fetch.agrees_to(10**12)
+    monkeypatch.setattr(fetch.sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    monkeypatch.setattr(fetch.sys.stderr, "isatty", lambda: True, raising=False)
+    assert fetch.agrees_to(10**9)
     assert not asked
-    assert not cli.agrees_to(10**9 + 1)
+    assert not fetch.agrees_to(10**9 + 1)
     assert asked == ["download 1.0 GB?"]
 
 
 def test_progress_without_a_terminal_is_a_plain_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import cli
+    from mmdata.commands import fetch
 
     now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    with cli.fetch_progress(quiet=False) as watch:
+    monkeypatch.setattr(fetch.time, "monotonic", lambda: now[0])
+    with fetch.fetch_progress(quiet=False) as watch:
         assert watch is not None
         for second in range(25):
             now[0] = float(second)

@@ -20,7 +20,7 @@ from waiting import LONG_S
 from mmdata.encode.rows import Conversation, parse_row
 from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
-from mmtrain.commands.talk import Session, Speaker, piped_lines
+from mmtrain.commands.chat import Session, Speaker, piped_lines
 from mmtrain.convert.foreign import import_model, open_model
 from mmtrain.inference.chat import Chat
 from mmtrain.inference.sampling import Sampling

@@ -13,18 +13,21 @@ The last paragraph of the docstring, `Example: mm ...`, is printed at the end of
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
 
+from mmdata.errors import InputError, TokenizerError, UsageError
 from mmdata.options import Option, bounds, check_value, flag_of, options_of
 
 MAX_WIDTH = 30  # of the column of flags in --help; longer flags stand on a line of their own
+LARGE_BOUND = 2**31 - 1  # bounds from here on are checked but not shown
 MAX_CHOICES_WIDTH = 24  # of choices shown as the name of an option's value: --split train|val|all
 Parameter = inspect.Parameter
 Converter = Callable[[dict[str, Any]], Any]  # from the values by parameter name
@@ -55,21 +58,23 @@ class GroupedCommand(TyperCommand):
                     formatter.write_dl([(flags.ljust(width), text) for flags, text in records])
 
 
-def add(app: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
-    """Register a command under `name`, or under the function's name less a final underscore."""
+def add(app: typer.Typer, function: Callable[..., None], headings: Sequence[str] = ()) -> None:
+    """Register a command under the function's name, without a final underscore. `headings`: order of the groups in its help."""
     text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample: ")
-    app.command(name or function.__name__.rstrip("_"), cls=GroupedCommand, help=text, epilog=f"Example: {example}")(
-        command_line(function)
-    )
+    name = function.__name__.rstrip("_")
+    app.command(name, cls=GroupedCommand, help=text, epilog=f"Example: {example}")(command_line(function, headings))
 
 
-def command_line(function: Callable[..., None]) -> Callable[..., None]:
+def command_line(function: Callable[..., None], headings: Sequence[str] = ()) -> Callable[..., None]:
     """A function that typer can read, which checks the values, builds the options objects and calls `function`."""
     parameters: list[Parameter] = []
     converters: dict[str, Converter] = {}
     for parameter in inspect.signature(function).parameters.values():
         expanded, converters[parameter.name] = _converted(parameter)
         parameters += [one.replace(kind=Parameter.KEYWORD_ONLY) for one in expanded]
+
+    if headings:
+        parameters.sort(key=lambda parameter: _rank(parameter, headings))
 
     def run(**values: Any) -> None:
         function(**{name: convert(values) for name, convert in converters.items()})
@@ -78,6 +83,14 @@ def command_line(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _rank(parameter: Parameter, headings: Sequence[str]) -> int:
+    """Place of a parameter's group among the headings: arguments first, options without a group last."""
+    info = get_args(parameter.annotation)[1]
+    if isinstance(info, type(typer.Argument())):
+        return -1
+    return headings.index(info.rich_help_panel) if info.rich_help_panel else len(headings)
 
 
 def _converted(parameter: Parameter) -> tuple[list[Parameter], Converter]:
@@ -132,10 +145,9 @@ def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Opti
         annotation = annotation | None
     if annotation == bool | None and "/" not in flag:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    choices = "|".join(declaration.choices)
     info = typer.Option(
         flag,
-        metavar=declaration.metavar or (choices if 0 < len(choices) <= MAX_CHOICES_WIDTH else None),
+        metavar=declaration.metavar or _choices(declaration) or ("NAME" if declaration.choices else None),
         help=_help(annotation, default, declaration),
         show_default=False,
         rich_help_panel=declaration.group or None,
@@ -154,10 +166,55 @@ def _help(annotation: Any, default: Any, declaration: Option) -> str:
         shown = next(iter(by_stage.values())) if is_same else ", ".join(f"{k} {value}" for k, value in by_stage.items())
     if not shown and default not in (None, Parameter.empty) and annotation is not bool:
         shown = _plain(default)
-    notes = [f"default: {shown}"] if shown else []
-    notes += [f"{words} {bound:.12g}" for words, bound, _ in bounds(declaration)]
+    is_listed = not declaration.choices or _choices(declaration) or declaration.metavar
+    notes = [] if is_listed else [f"one of {', '.join(declaration.choices)}"]
+    notes += [f"default: {shown}"] if shown else []
+    notes += [f"{words} {bound:.12g}" for words, bound, _ in bounds(declaration) if abs(bound) < LARGE_BOUND]
     return f"{declaration.help} [{'; '.join(notes)}]" if notes else declaration.help
+
+
+def _choices(declaration: Option) -> str:
+    """The choices as they stand for the option's value, train|val|all; empty when they take too much room for that."""
+    choices = "|".join(declaration.choices)
+    return choices if len(choices) <= MAX_CHOICES_WIDTH else ""
 
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- parameters that several commands share ---------------------------------------------------------------------------
+
+DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look by default
+
+Json = Annotated[bool, Option("Print the figures as JSON, for programs.", flag="--json")]
+TokenizerDir = Annotated[
+    Path | None, Option("Tokenizer directory.", flag="--tokenizer", metavar="DIR", default_text="data/tokenizer")
+]
+Workers = Annotated[int | None, Option("Number of processes.", least=1, default_text="one per core")]
+Html = Annotated[Path | None, Option("Write the report as one HTML file that needs no other.", metavar="FILE")]
+Lang = Annotated[str, Option("Language of the HTML report.", choices=("en", "zh"))]
+
+
+def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[Path]:
+    """The files named, else all of data/*.jsonl. `-` is standard input, refused unless each file is read once."""
+    paths = files or sorted(DATA_DIR.glob("*.jsonl"))
+    if not paths:
+        raise InputError(f"no FILE given and no {DATA_DIR}/*.jsonl here", "`mm fetch` brings data, or name your files")
+    for path in paths:
+        if str(path) == "-":
+            if not is_read_once:
+                raise UsageError("standard input can be read only once", "write it to a file first")
+        elif not path.is_file():
+            raise InputError(f"{path}: no such file", f"`ls {path.parent}` shows what is there")
+    return paths
+
+
+def tokenizer_dir(path: Path | None) -> Path:
+    """The tokenizer directory named, else data/tokenizer; TokenizerError if none is named and that does not exist."""
+    if path is None and not (DATA_DIR / "tokenizer").is_dir():
+        raise TokenizerError(
+            f"no tokenizer given and no {DATA_DIR}/tokenizer here",
+            "`mm fetch --tokenizer minimind-3` brings one, or name a directory: --tokenizer DIR",
+        )
+    return path or DATA_DIR / "tokenizer"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmdata.errors import UsageError
-from mmdata.options import option
+from mmdata.options import INT64, option
 
 PART_BYTES = 32 * 2**20
 DEDUP = ("exact", "near")
@@ -61,7 +61,7 @@ class PackOptions:
         choices=("assistant", "last", "all"),
     )
     era: str = option("auto", help="MiniMind template quirks.", group=TEMPLATE, choices=("auto", "seed", "2", "3"))
-    seed: int = option(0, help="Seed of the one random choice: which empty think blocks stay.", group=TEMPLATE)
+    seed: int = option(0, help="Seed of the one random choice: which empty think blocks stay.", group=TEMPLATE, **INT64)
     dedup: str | None = option(
         None,
         help="Leave repeated rows out, the first stays: exact, or near ('mm-toolkit[dedup]').",

@@ -139,7 +139,7 @@ def real(options: argparse.Namespace, text: str, seed: int) -> dict[str, Any]:
 
 def demo(options: argparse.Namespace, text: str, seed: int) -> dict[str, Any]:
     """A run on the demo's pairs, and the share of its questions answered exactly."""
-    from cli import score_demo
+    from mmtrain.commands.demo import score_demo
 
     rows = (options.demo / "data" / "held_out" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     shards, out = options.demo / "shards", options.work / "runs" / f"demo-{text.replace(':', '-')}-{seed}"

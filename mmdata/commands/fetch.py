@@ -1,0 +1,258 @@
+"""`mm fetch`: bring data files and tokenizers to this machine, whole and verified."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import DATA_DIR, Json
+from mmdata.commands.terminal import (
+    Rate,
+    fail,
+    meter,
+    next_command,
+    percent,
+    plain,
+    print_json,
+    progress,
+    result,
+    say,
+    size,
+    table,
+)
+from mmdata.options import Option
+
+if TYPE_CHECKING:
+    from mmdata.hub.fetch import FetchOutcome, FileState
+    from mmdata.hub.plan import FetchPlan
+
+ASK_ABOVE_BYTES = 1_000_000_000
+ADVISE_CONNECTIONS_ABOVE_BYTES = 256_000_000
+ENDPOINT_VARIABLES = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
+FILES, SOURCE, LOCAL, OUTPUT = "What to fetch", "Source", "Files on this machine", "Output"  # headings of --help
+
+
+def fetch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...", help="Known names, file names or globs. [default: the files that a first run needs]"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, Option("A set of files and their tokenizer: seed, zero or full.", FILES, metavar="NAME")
+    ] = None,
+    everything: Annotated[bool, Option("Every file of the dataset's main branch.", FILES, "--all")] = False,
+    tokenizer: Annotated[
+        str | None,
+        Option("Tokenizer minimind-3, minimind-2 or minimind-2-seed, into DIR/tokenizer.", FILES, metavar="NAME"),
+    ] = None,
+    listing: Annotated[
+        bool, Option("Show the known files and which of them are here, without the network.", FILES, "--list")
+    ] = False,
+    source: Annotated[str, Option("Where to fetch from.", SOURCE, metavar="hf|modelscope|DIR|URL")] = "hf",
+    endpoint: Annotated[
+        str | None, Option("A mirror of the source.", SOURCE, metavar="URL", default_text="$HF_ENDPOINT")
+    ] = None,
+    revision: Annotated[
+        str | None,
+        Option("Commit, tag or branch.", SOURCE, metavar="NAME", default_text="the locked commit, else the known one"),
+    ] = None,
+    update: Annotated[bool, Option("Move from the locked commit to the newest one.", SOURCE)] = False,
+    connections: Annotated[
+        int,
+        Option(
+            "Connections per file; 4 is faster where each connection is slow.", SOURCE, metavar="N", least=1, most=32
+        ),
+    ] = 1,
+    out: Annotated[Path, Option("Directory for the files.", LOCAL, metavar="DIR")] = DATA_DIR,
+    verify: Annotated[bool, Option("Hash the files that are here again; without NAME, all of them.", LOCAL)] = False,
+    force: Annotated[bool, Option("Replace files that were not fetched by mm.", LOCAL)] = False,
+    clean: Annotated[bool, Option("Remove what unfinished downloads left, and stop.", LOCAL)] = False,
+    dry_run: Annotated[bool, Option("Show the plan and stop.", OUTPUT)] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask before more than 1 GB.", rich_help_panel=OUTPUT)
+    ] = False,
+    quiet: Annotated[bool, Option("Print errors only.", OUTPUT)] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch data files and tokenizers, verify them, and resume what an earlier run began.
+
+    Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch --list
+    """
+    from mmdata.hub import fetch as work
+    from mmdata.hub import plan as planning
+
+    if listing or clean:
+        print_overview(work.overview(out), as_json) if listing else print_cleaned(*work.clean(out), as_json)
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # otherwise its client sends what it knows of the terminal
+    options = planning.FetchOptions(
+        out,
+        source,
+        endpoint or os.environ.get(ENDPOINT_VARIABLES.get(source, "")) or None,
+        revision,
+        update,
+        verify,
+        force,
+        connections,
+    )
+    mute = quiet or as_json
+    with progress("check", quiet=mute) as checking:
+        to_do = planning.plan(
+            tuple(names or ()),
+            options=options,
+            preset=preset,
+            everything=everything,
+            tokenizer=tokenizer,
+            checking=(lambda name, done, total: checking(done, total)) if checking else None,
+        )
+    if not mute:
+        print_plan(to_do)
+    if dry_run:
+        if as_json:
+            print_json(plan_values(to_do))
+        failures = [fail(item.error) for item in to_do.items if item.error]
+        raise typer.Exit(failures[0] if failures else 0)
+    if not mute and not yes and not agrees_to(to_do.get_bytes):
+        say("nothing fetched")
+        return
+    start = time.monotonic()
+    with fetch_progress(quiet=mute) as watch:
+        outcomes = work.fetch(
+            to_do, watch=watch, on_wait=None if mute else lambda name: say(f"{name}: another process is fetching it")
+        )
+    seconds = time.monotonic() - start
+    if as_json:
+        values = [{**plain(outcome), "error": outcome.error and outcome.error.message} for outcome in outcomes]
+        print_json({**plan_values(to_do), "files": values, "seconds": seconds})
+    elif not quiet:
+        print_fetched(outcomes, out, seconds)
+    failures = [fail(outcome.error) for outcome in outcomes if outcome.error]
+    if failures:
+        raise typer.Exit(failures[0])
+
+
+def agrees_to(num_bytes: int) -> bool:
+    """Whether to download this much: asks on a terminal when it is more than 1 GB."""
+    if num_bytes <= ASK_ABOVE_BYTES or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    return typer.confirm(f"download {size(num_bytes)}?", default=True, err=True)
+
+
+def plan_values(to_do: "FetchPlan") -> dict[str, Any]:
+    """The plan as `--json` prints it."""
+    from mmdata.hub import catalog
+
+    files = [
+        {
+            "name": item.want.name,
+            "stage": item.want.stage,
+            "state": item.state,
+            "action": item.action,
+            "num_bytes": item.content.num_bytes if item.content else None,
+            "get_bytes": item.get_bytes,
+            "num_rows": item.want.known.num_rows if item.want.known else None,
+            "max_len": item.want.known.max_len if item.want.known else None,
+            "revision": item.revision,
+            "commit": item.commit,
+            "error": item.error and item.error.message,
+        }
+        for item in to_do.items
+    ]
+    return {
+        "out": str(to_do.options.out),
+        "source": to_do.options.source,
+        "files": files,
+        "get_bytes": to_do.get_bytes,
+        "free_bytes": to_do.free_bytes,
+        "licence": catalog.LICENCE,
+        "warnings": list(to_do.warnings),
+    }
+
+
+def print_plan(to_do: "FetchPlan") -> None:
+    """Print a line for each file, then how much is fetched, how much space is free, and the licence."""
+    from mmdata.hub import catalog
+
+    for item in to_do.items:
+        amount = size(item.content.num_bytes) if item.content else "-"
+        rest = f", {size(item.get_bytes)} to fetch" if item.action == "get" else ""
+        at = f" at {item.commit[:12]}" if item.commit else ""
+        say(f"{item.state:8} {item.want.name} ({amount}{rest}){at}")
+    for warning in to_do.warnings:
+        say(f"note: {warning}")
+    if to_do.get_bytes:
+        say(f"licence: {catalog.LICENCE}")
+        free = f"{size(to_do.free_bytes)} free; `mm pack` needs about as much again"
+        say(f"to fetch: {size(to_do.get_bytes)} into {to_do.options.out}, {free}")
+    if to_do.get_bytes > ADVISE_CONNECTIONS_ABOVE_BYTES and to_do.options.connections == 1:
+        say("tip: `--connections 4` is faster where each connection is slow")
+
+
+def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> None:
+    """Print the outcome of each file, the bytes received, and the next command."""
+    for outcome in outcomes:
+        if not outcome.error:
+            again = f", {outcome.failures} interruptions" if outcome.failures else ""
+            rows = f"{outcome.num_lines:,} lines, " if outcome.name.endswith(".jsonl") else ""
+            result(f"{outcome.status} {out / outcome.name}: {rows}{size(outcome.num_bytes)}{again}")
+        for warning in outcome.warnings:
+            say(f"note: {warning}")
+    fetched = [outcome for outcome in outcomes if not outcome.error]
+    received = size(sum(outcome.received_bytes for outcome in outcomes))
+    say(f"{len(fetched)} of {len(outcomes)} files are here; received {received} in {seconds:.1f} s")
+    data = [str(out / outcome.name) for outcome in fetched if outcome.name.endswith(".jsonl")]
+    if data:
+        next_command("mm pack" + ("" if out == DATA_DIR else f" {' '.join(data)} --tokenizer {out / 'tokenizer'}"))
+
+
+def print_overview(rows: list["FileState"], as_json: bool) -> None:
+    """Print the known files with their state, then the notes about them."""
+    if as_json:
+        print_json(rows)
+        return
+    cells = (
+        (
+            row.name,
+            row.stage,
+            row.state,
+            size(row.num_bytes) if row.num_bytes else "?",
+            row.num_rows or "?",
+            row.max_len or "",
+        )
+        for row in rows
+    )
+    table("", ("name", "stage", "state", "size", "rows", "max-len"), cells)
+    for row in rows:
+        if row.note:
+            result(f"{row.name}: {row.note}")
+
+
+def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
+    """Print what `--clean` removed."""
+    if as_json:
+        print_json({"num_files": num_files, "num_bytes": num_bytes})
+    else:
+        result(f"removed {num_files} files of unfinished downloads, {size(num_bytes)}")
+
+
+@contextmanager
+def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None] | None]:
+    """Progress of one file and of all files; yields `watch(name, done, total, all_done, all_total)`, None if `quiet`."""
+    rate = Rate()
+    with meter(quiet=quiet) as draw:
+
+        def watch(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
+            assert draw
+            per_second = max(rate.per_second(all_done), 1e-3)
+            speed = f"{size(per_second)}/s, {(all_total - all_done) / per_second:.0f} s left in all"
+            draw(name, done, total, f"{size(done)} of {size(total)} ({percent(done, total)}), {speed}")
+            draw("all files", all_done, all_total, f"{size(all_done)} of {size(all_total)}", row=1)
+
+        yield watch if draw else None

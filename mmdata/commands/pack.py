@@ -1,0 +1,277 @@
+"""`mm pack`: validate jsonl files and pack them into tokenized shards; `--plan` estimates the result first."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmdata.commands.options import SHARDS_DIR, Json, data_files, tokenizer_dir
+from mmdata.commands.terminal import (
+    Rate,
+    Update,
+    counted,
+    fail,
+    in_time,
+    meter,
+    next_command,
+    percent,
+    print_json,
+    progress,
+    result,
+    say,
+    size,
+    table,
+)
+from mmdata.errors import MMError, UsageError
+from mmdata.options import Option
+from mmdata.pack.options import OUTPUT, PackOptions
+from mmtrain.config import STAGE_KINDS, stage_defaults
+
+if TYPE_CHECKING:
+    from mmdata.pack.estimate import Estimate
+    from mmdata.pack.pipeline import PackResult
+
+MOST_NAMES = 10  # control strings to print
+
+
+def pack(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="jsonl files (also .gz, .zst); - reads standard input. [default: data/*.jsonl]",
+        ),
+    ] = None,
+    *,
+    options: PackOptions,
+    out: Annotated[
+        str | None,
+        Option(
+            "One dataset of all FILEs; for a URL it is packed under shards/ and then sent.",
+            OUTPUT,
+            metavar="DIR|URL",
+            default_text="shards/<file> for each file",
+        ),
+    ] = None,
+    no_report: Annotated[bool, Option("Do not write report.html beside the manifest.", OUTPUT)] = False,
+    plan: Annotated[
+        bool,
+        Option("Read about 1 % and estimate time, disk, tokens and padding; write nothing.", OUTPUT),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate jsonl files and pack them into tokenized Arrow shards with length buckets.
+
+    Example: mm pack data/sft_512.jsonl --max-len 512 --tokenizer data/tokenizer
+    """
+    from mmdata.io import remote
+    from mmdata.pack import pipeline
+
+    directory = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
+    paths = data_files([remote.file_at(file) for file in files or ()])
+    options = replace(
+        options, tokenizer=tokenizer_dir(options.tokenizer), workers=options.workers or os.cpu_count() or 1
+    )
+    if plan:
+        if options.dedup or options.exclude:
+            say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
+        print_plan(paths, bool(out), options, as_json)
+        return
+    paths = [kept_stdin(directory) if str(path) == "-" else path for path in paths]
+    jobs = [(paths, directory)] if directory else [([path], SHARDS_DIR / dataset_name(path)) for path in paths]
+    results, failures = [], []
+    for inputs, place in jobs:
+        try:
+            with pack_progress(f"pack {place}", quiet=as_json) as (update, watch):
+                packed = pipeline.pack(inputs, place, options, progress=update, watch=watch, note=say)
+        except MMError as error:
+            if len(jobs) == 1:
+                raise
+            failures.append(fail(error))  # the other files are packed all the same
+        else:
+            results.append(packed)
+            if not as_json:
+                print_packed(packed)
+            if not no_report and packed.parts_left is None:
+                write_report(packed.out, is_new=not packed.up_to_date)
+    if out and remote.is_url(out) and results[0].parts_left is None:
+        send(results[0].out, out, quiet=as_json)
+    if as_json:
+        print_json(results)
+    warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(paths) > 1])
+    if results and results[-1].parts_left is None:
+        next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
+    elif results:
+        next_command("the other shards, then the same command with --finish in place of --shard")
+    if failures:
+        raise typer.Exit(failures[0])
+
+
+def kept_stdin(out: Path | None) -> Path:
+    """Copy standard input to a file beside the dataset `out`, because the dataset's rows refer to their input file."""
+    from mmdata.io.files import atomic_path
+
+    if out is None:
+        raise UsageError("packing standard input needs a name for the dataset", "mm pack - --out shards/NAME")
+    path = out.with_name(f"{out.name}.jsonl")
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    say(f"standard input is kept as {path}: the dataset's rows refer to it")
+    return path
+
+
+def dataset_name(path: Path) -> str:
+    """The name of a file's dataset: the file's name without .jsonl, .gz and .zst."""
+    return path.name.split(".jsonl")[0].split(".json")[0]
+
+
+def stage_of(kind: str) -> str:
+    """The training stage for a kind of rows."""
+    return next(stage for stage, stage_kind in STAGE_KINDS.items() if stage_kind == kind)
+
+
+@contextmanager
+def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, Callable[[int, int, int], None]]]:
+    """Progress of a pack; yields `update(done, total)` in bytes, and `watch(rows, tokens, num_left_out)`."""
+    by_bytes, by_tokens = Rate(), Rate()
+    counts = [0, 0, 0]
+
+    def watch(*new: int) -> None:
+        counts[:] = new
+        by_tokens.per_second(counts[1])
+
+    with meter(quiet=quiet) as draw:
+
+        def update(done: int, total: int) -> None:
+            rows, tokens, num_left_out = counts
+            aside = f", {num_left_out:,} set aside" if num_left_out else ""
+            speed = f"{by_bytes.per_second(done) / 1e6:.1f} MB/s, {by_tokens.per_second(tokens):,.0f} tokens/s"
+            amount = f"{percent(done, total)} of {size(total)}, {rows:,} rows{aside}"
+            assert draw
+            draw(label, done, total, f"{amount}, {speed}{by_bytes.time_left(done, total)}")
+
+        yield update if draw else None, watch
+
+
+# --- after packing ----------------------------------------------------------------------------------------------------
+
+
+def print_packed(packed: "PackResult", write: Callable[[str], None] = result) -> None:
+    """Print what became of the rows and what was written, in two or three lines."""
+    from mmdata.encode.rows import HELP
+
+    if packed.up_to_date:
+        write(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
+        return
+    by_count = sorted(packed.left_out.items(), key=lambda item: -item[1])
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in by_count)
+    left_out = f"; left out {packed.rows - packed.kept:,} ({reasons}), see {packed.out / 'rejected'}" if reasons else ""
+    write(f"kept {packed.kept:,} of {packed.rows:,} rows{left_out}")
+    for reason, tokens in packed.cut.items():
+        write(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
+    if packed.control_strings:
+        strings = sorted(packed.control_strings.items(), key=lambda item: (-item[1], item[0]))
+        more = f" and {len(strings) - MOST_NAMES:,} others" if len(strings) > MOST_NAMES else ""
+        write(f"control strings in content, packed as plain text: {counted(strings[:MOST_NAMES])}{more}")
+    if packed.parts_left is not None:
+        rest = f"{packed.parts_left:,} parts of others are left"
+        write(f"packed this shard of {packed.out} in {packed.seconds:.1f} s; {rest}")
+        return
+    samples = ", ".join(f"{count:,} of {bucket}" for bucket, count in sorted(packed.samples.items()) if count)
+    noun, fill = ("pairs", "") if packed.kind == "pair" else ("packs", f"fill {100 * packed.fill:.1f}%, ")
+    write(
+        f"wrote {packed.out}: {packed.tokens:,} tokens, {percent(packed.loss_tokens, packed.tokens)} trained, "
+        f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
+    )
+    for reason in packed.left_out:
+        say(f"{reason}: {HELP[reason]}")
+
+
+def warn_of_contained(datasets: list[Path]) -> None:
+    """Warn of each dataset whose rows another one holds too: trained on together, they would count twice."""
+    from mmdata.shards.dataset import open_dataset
+    from mmdata.shards.overlap import find_contained
+
+    for pair in find_contained([open_dataset(path) for path in datasets]):
+        once = f"mm pack {pair.inner} {pair.outer} --out {SHARDS_DIR}/NAME --dedup exact"
+        rows = f"{pair.rows:,} of {pair.of:,} rows of {pair.inner} stand in {pair.outer} too"
+        say(f"warning: {rows}; to train on both, take them once: {once}")
+
+
+def send(directory: Path, url: str, *, quiet: bool) -> None:
+    """Copy a packed dataset to a URL and verify the copy."""
+    from mmdata.io import remote
+    from mmdata.shards.dataset import read_manifest
+
+    with progress(f"send {directory}", quiet=quiet) as update:
+        num_bytes = remote.send(directory, read_manifest(directory), url, progress=update)
+    say(f"{url} holds {directory}: {size(num_bytes)} sent, every file read back and hashed")
+    say(f"to train on it elsewhere: {remote.bring_command(url, directory)}")
+
+
+def write_report(directory: Path, *, is_new: bool) -> None:
+    """Write the dataset's report from its counts and a sample of it; a failure is printed as a note."""
+    from mmdata.io.files import write_text
+    from mmdata.stats import stats
+    from mmdata.stats.report import data
+
+    path = directory / data.FILE
+    if path.exists() and not is_new:
+        return
+    try:
+        write_text(path, data.dataset_page([stats.measure_dataset(directory, is_quick=True)]))
+    except (MMError, OSError) as error:
+        say(f"note: no {path}: {error}")
+    else:
+        say(f"look: {path}")
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: bool) -> None:
+    """Estimate and print what packing would give: one dataset of all files if `is_one`, else one for each file."""
+    from mmdata.pack.estimate import estimate
+    from mmdata.pack.pipeline import common_kind
+
+    estimates = []
+    for inputs in [files] if is_one else [[path] for path in files]:
+        batch_tokens = stage_defaults(stage_of(common_kind(inputs)))["batch_tokens"]
+        estimates.append(estimate(inputs, options, batch_tokens=batch_tokens))
+        if not as_json:
+            print_estimate(estimates[-1])
+    if as_json:
+        print_json(estimates)
+    next_command("mm pack with the --max-len you choose")
+
+
+def print_estimate(estimate: "Estimate") -> None:
+    """Print the estimate for a dataset, one line for each length limit."""
+    result(
+        f"{', '.join(estimate.inputs)}: about {estimate.rows:,} rows of kind {estimate.kind} in {size(estimate.bytes)} "
+        f"(read {size(estimate.read_bytes)}); {estimate.rows_left_out:,} cannot be used"
+    )
+    head = ("max-len", "tokens", "trained", "padding", "cut rows", "too long", "disk", "time", "steps an epoch")
+    rows = (
+        (
+            limit.max_len,
+            f"{limit.tokens / 1e6:,.1f}M",
+            percent(limit.loss_tokens, limit.tokens),
+            f"{100 * limit.padding:.2f}%",
+            limit.rows_cut,
+            limit.rows_too_long,
+            size(limit.disk_bytes),
+            in_time(limit.seconds),
+            limit.steps_per_epoch or "-",
+        )
+        for limit in estimate.outlooks
+    )
+    table("", head, rows)
+    step = f"a step takes {estimate.batch_tokens or 0:,} tokens"
+    say(f"{estimate.workers} workers, {estimate.encoder}; {step}; nothing was written")

@@ -1,0 +1,157 @@
+"""`mm show`: samples of a packed dataset or rows of a jsonl file as the model sees them, trained tokens marked."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import TokenizerDir, tokenizer_dir
+from mmdata.commands.terminal import next_command, print_json, print_styled, result, say
+from mmdata.errors import UsageError
+from mmdata.options import Option
+
+if TYPE_CHECKING:
+    from mmdata.encode.sequences import Sequences
+
+TRAINED_LOOK = "green, or between ⟦ and ⟧ where there is no colour"
+SEQUENCES = (  # of a sample: names of the ids and of the loss mask in its record, and the title
+    ("input_ids", "loss_mask", ""),
+    ("prompt_ids", "", "prompt"),
+    ("chosen_ids", "chosen_mask", "chosen"),
+    ("rejected_ids", "rejected_mask", "rejected"),
+)
+
+
+def show(
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="Packed dataset, or a jsonl file to see as it would be packed.")
+    ],
+    index: Annotated[
+        int | None,
+        Option("Which sample (a pack or a pair), or which row of a file, from 0.", least=0, default_text="0"),
+    ] = None,
+    split: Annotated[str, Option("Split of the dataset.", choices=("train", "val", "all"))] = "train",
+    ids: Annotated[bool, Option("Show the token ids too.")] = False,
+    tokenizer: TokenizerDir = None,
+    max_len: Annotated[int, Option("For a file: longest sequence in tokens.", least=8, most=2**31 - 1)] = 1024,
+    as_json: Annotated[
+        bool,
+        Option("One JSON line per source row, in source order, with ids and loss mask.", flag="--json"),
+    ] = False,
+) -> None:
+    """Show a sample decoded, as the model sees it, with the trained tokens in green.
+
+    Example: mm show shards/sft_512 --index 3    mm show shards/dpo --split all --json
+    """
+    if path.is_dir():
+        show_dataset(path, index, split, ids, as_json)
+    else:
+        show_file(path, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)
+
+
+def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool, as_json: bool) -> None:
+    """Print one sample of a packed dataset, or with `as_json` and no index every source row."""
+    from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
+    from mmdata.tokenizer.tokenizer import Tokenizer
+
+    dataset = open_dataset(directory)
+    if as_json and index is None:
+        for record in source_rows(dataset, split):
+            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+        return
+    name = "train" if split == "all" else split
+    number = index or 0
+    num_samples = dataset.split(name).num_samples()
+    try:
+        records = sample_rows(dataset, name, number)
+    except IndexError:
+        message = f"{directory}: --index {number}, but {name} has {num_samples:,} samples"
+        raise UsageError(message, "count from 0") from None
+    if as_json:
+        print_json(records)
+        return
+    decode = Tokenizer.load(dataset.tokenizer_dir).decode
+    for record in records:
+        result(f"{record['file']} line {record['line']}")
+        for ids_key, mask_key, title in SEQUENCES:
+            if ids_key in record:
+                ids = record[ids_key]
+                print_segments(decoded(decode, ids, record.get(mask_key) or [0] * len(ids)), title)
+                if with_ids:
+                    result(f"ids: {' '.join(map(str, ids))}")
+    say(f"sample {number} of {num_samples:,} in {name}; trained tokens are {TRAINED_LOOK}")
+    next_command(f"mm show {directory} --split {name} --index {number + 1}")
+
+
+def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool) -> None:
+    """Print one row of a jsonl file as it would be packed, or the reason it would be left out."""
+    from mmdata.encode.encoder import RowEncoder, preview
+    from mmdata.encode.rows import REASONS, find_kind, iter_lines
+    from mmdata.tokenizer.tokenizer import Tokenizer
+
+    line = next(islice(iter_lines(path), index, None), None)
+    if line is None:
+        raise UsageError(f"{path}: --index {index}, but it has fewer rows", "count from 0")
+    kind = find_kind(path)
+    row = preview(line.raw, RowEncoder(Tokenizer.load(tokenizer), max_len=max_len), kind=kind)
+    place: dict[str, Any] = {"file": str(path), "line": line.number}
+    if row.bad:
+        if as_json:
+            print_json({**place, "reason": row.bad.reason, "detail": row.bad.detail})
+            return
+        result(f"{path} line {line.number} would be left out: {row.bad}")
+        say(f"fix: {REASONS[row.bad.reason]}")
+    else:
+        records = encoded_records(row.encoded.sequences)
+        if as_json:
+            print_json([{**place, **record} for record in records])
+            return
+        cut = "".join(f", {count:,} cut: {reason}" for reason, count in row.encoded.cut.items())
+        result(f"{path} line {line.number}: {row.encoded.num_tokens:,} tokens{cut}")
+        for record in records if with_ids else ():
+            for name, values in record.items():
+                result(f"{name}: {' '.join(map(str, values))}")
+    titles = ("chosen", "rejected") if kind == "pair" else [""] * len(row.segments)
+    for segments, title in zip(row.segments, titles, strict=False):
+        print_segments(((segment.text, segment.is_trained) for segment in segments), title)
+    say(f"trained tokens are {TRAINED_LOOK}")
+
+
+def encoded_records(sequences: "Sequences") -> list[dict[str, list[int]]]:
+    """Ids and loss masks of a row's sequences, or of a pair, under the names that `mm show --json` uses."""
+    from mmdata.encode.sequences import PairSequence
+    from mmdata.shards.dataset import loss_mask
+
+    records = []
+    for one in sequences:
+        if not isinstance(one, PairSequence):
+            records.append({"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()})
+            continue
+        record = {"prompt_ids": one.prompt.tolist()}
+        for name, ids, spans in (
+            ("chosen", one.chosen, one.chosen_spans),
+            ("rejected", one.rejected, one.rejected_spans),
+        ):
+            record |= {f"{name}_ids": ids.tolist(), f"{name}_mask": loss_mask(spans.reshape(-1), len(ids)).tolist()}
+        records.append(record)
+    return records
+
+
+def decoded(decode: Callable[[list[int]], str], ids: list[int], mask: list[int]) -> Iterable[tuple[str, bool]]:
+    """Text and whether it is trained on, for each stretch of tokens with the same loss mask."""
+    for is_trained, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        yield decode([token for token, _ in run]), bool(is_trained)
+
+
+def print_segments(segments: Iterable[tuple[str, bool]], title: str) -> None:
+    """Print text after its title: trained segments in green, or between brackets where there is no colour."""
+    pieces = [(f"{title}: ", "bold", f"{title}: ")] if title else []
+    for is_trained, run in groupby(segments, key=lambda segment: segment[1]):
+        text = "".join(text for text, _ in run)
+        pieces.append((text, "green", f"⟦{text}⟧") if is_trained else (text, "", text))
+    print_styled(pieces)

@@ -1,0 +1,95 @@
+"""`mm stats`: the figures of packed datasets and jsonl files, printed and as an HTML report."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import DATA_DIR, Html, Json, Lang, TokenizerDir, Workers
+from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, say, size
+from mmdata.errors import UsageError
+from mmdata.options import Option
+
+if TYPE_CHECKING:
+    from mmdata.stats.stats import Measured
+
+
+def stats(
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR|FILE...", help="Packed datasets or jsonl files.")],
+    tokenizer: TokenizerDir = None,
+    html: Html = None,
+    compare: Annotated[
+        Path | None, Option("Another dataset, to compare with the one named.", metavar="DIR|FILE")
+    ] = None,
+    exact: Annotated[bool, Option("Tokenize every row of a jsonl file instead of a sample of a large one.")] = False,
+    losses: Annotated[
+        Path | None,
+        Option("File written by `mm eval --per-sequence`; shows the rows of high loss.", metavar="FILE"),
+    ] = None,
+    lang: Lang = "en",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Describe data: counts, lengths, languages, repeats, vocabulary and samples; with --html as a report.
+
+    Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
+    """
+    from mmdata.io.files import write_text
+    from mmdata.stats import stats as figures
+    from mmdata.stats.report.compare import compare_page, differences
+    from mmdata.stats.report.data import dataset_page
+
+    if compare and len(paths) != 1:
+        raise UsageError(
+            f"--compare puts two datasets side by side, {len(paths)} are named", "mm stats ONE --compare OTHER"
+        )
+    every = [*paths, *([compare] if compare else [])]
+    if exact and not any(path.is_file() for path in every):
+        raise UsageError("--exact is for jsonl files; a packed dataset's figures are exact", "leave --exact out")
+    row_losses = figures.read_losses(losses) if losses else None
+    directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
+    measured = []
+    for path in every:
+        with progress(f"read {path}", quiet=as_json) as update:
+            options = {"workers": workers or os.cpu_count() or 1, "losses": row_losses, "progress": update}
+            if path.is_dir():
+                measured.append(figures.measure_dataset(path, **options))
+            else:
+                measured.append(figures.measure_file(path, directory, is_exact=exact, **options))
+    overlaps = figures.contained(measured)
+    values: dict[str, Any] = {str(one.path): one.figures for one in measured}
+    if compare:
+        values["differences"] = differences(measured[0].figures, measured[1].figures)
+    if overlaps:
+        values["warnings"] = overlaps
+    if html:
+        if compare:
+            write_text(html, compare_page(*measured, lang=lang, others=overlaps))
+        else:
+            write_text(html, dataset_page(measured, lang=lang, others=overlaps))
+    if as_json:
+        print_json(values)
+    else:
+        print_measured(measured, overlaps, is_comparison=compare is not None)
+    if html:
+        say(f"wrote {html} ({size(html.stat().st_size)})")
+    elif not as_json:
+        other = f" --compare {compare}" if compare else ""
+        next_command(f"mm stats {' '.join(map(str, paths))}{other} --html stats.html")
+
+
+def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
+    """Print the report on each path, then warnings on all of them and, if two are compared, their differences."""
+    from mmdata.stats.report.compare import side_by_side
+    from mmdata.stats.report.data import sections_of, warned
+    from mmdata.stats.report.page import Section
+
+    for one in measured:
+        result(f"{one.path}: {one.figures['kind']} rows")
+        print_sections(sections_of(one))
+    blocks = [warned(overlaps), *([side_by_side(measured[0], measured[1])] if is_comparison else [])]
+    print_sections([Section("", "", blocks)])
+    if not any("tokens" in one.figures for one in measured):
+        say("name a --tokenizer to see tokens")

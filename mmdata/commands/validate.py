@@ -1,0 +1,88 @@
+"""`mm validate`: the kind of rows a file holds, and the rows that cannot be used, by reason."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmdata.commands.options import Json, data_files
+from mmdata.commands.terminal import counted, fail, next_command, percent, print_json, progress, result, table
+from mmdata.errors import InputError, MMError
+from mmdata.options import Option
+from mmdata.pack.options import parse_budget
+
+if TYPE_CHECKING:
+    from mmdata.encode.rows import BadRow, Line
+    from mmdata.encode.validate import Validation
+
+MOST_NAMES = 10  # keys and control strings to print
+
+
+def validate(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="jsonl files; - reads standard input. [default: data/*.jsonl]"),
+    ] = None,
+    on_bad: Annotated[
+        str,
+        Option("Count bad rows and continue, or stop at the first.", choices=("quarantine", "fail")),
+    ] = "quarantine",
+    max_bad: Annotated[
+        str | None,
+        Option("Largest share of bad rows, also of one reason: '1%,not json=0'.", metavar="SHARE", default_text="5%"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Report the kind of rows each file holds and every row that cannot be used, by reason.
+
+    Example: mm validate data/sft_512.jsonl
+    """
+    from mmdata.encode.rows import REASONS, check_budget
+    from mmdata.encode.validate import validate as validate_file
+
+    limit, limits = parse_budget(max_bad)
+    validations, failures = [], []
+    for path in data_files(files):
+
+        def stop(line: "Line", bad: "BadRow", path: Path = path) -> None:
+            raise InputError(f"{path} line {line.number}: {bad}", f"{REASONS[bad.reason]}; --on-bad quarantine goes on")
+
+        try:
+            with progress(f"validate {path}", quiet=as_json) as update:
+                validation = validate_file(path, on_bad=stop if on_bad == "fail" else None, progress=update)
+            validations.append(validation)
+            if not as_json:
+                print_validation(validation)
+            check_budget(validation.reasons, validation.num_rows, limit, limits)
+        except MMError as error:
+            failures.append(fail(error))
+    if as_json:
+        print_json(validations)
+    if failures:
+        raise typer.Exit(failures[0])
+    next_command(f"mm pack {' '.join(map(str, files))}" if files else "mm pack")
+
+
+def print_validation(validation: "Validation") -> None:
+    """Print a file's kind and counts, a table of reasons with the first lines, and what helps with each."""
+    from mmdata.encode.rows import REASONS
+
+    num_rows, num_good = validation.num_rows, validation.num_good
+    kind = f"{num_rows:,} rows, kind {validation.kind}"
+    result(f"{validation.path}: {kind}; {num_good:,} good, {num_rows - num_good:,} cannot be used")
+    reasons = validation.reasons.most_common()
+    rows = (
+        (reason, count, percent(count, num_rows), ", ".join(str(place.line) for place in validation.places[reason]))
+        for reason, count in reasons
+    )
+    table("", ("reason", "rows", "share", "first lines"), rows)
+    for reason, _ in reasons:
+        place = validation.places[reason][0]
+        result(f"{reason}: {REASONS[reason]}" + (f" (line {place.line}: {place.detail})" if place.detail else ""))
+    if validation.extra_keys:
+        result(f"keys ignored: {counted(validation.extra_keys.most_common(MOST_NAMES))}")
+    if validation.control_strings:
+        strings = counted(validation.control_strings.most_common(MOST_NAMES))
+        result(
+            f"control strings in content of {validation.num_rows_with_control:,} rows, packed as plain text: {strings}"
+        )

@@ -1,0 +1,415 @@
+"""`mm chat`: talk with trained models at a terminal, or answer the lines of a pipe.
+
+Only answers go to stdout; reasoning, speed and notes go to stderr. Several models answer the same questions side by
+side, each with a history of its own.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import RUNS_DIR
+from mmdata.commands.terminal import result, say
+from mmdata.errors import CheckpointError, MMError, UsageError
+from mmdata.options import INT64, Option, option
+from mmtrain.commands.eval import run_metadata
+
+if TYPE_CHECKING:
+    from mmdata.encode.template import Message
+    from mmtrain.inference.chat import Chat
+    from mmtrain.inference.sampling import Sampling
+
+CONVERSATION, MODEL, SAMPLING = "Conversation", "Model", "Sampling"  # headings of --help
+HELP = """/reset          forget the conversation
+/system TEXT    set the system prompt and forget; without TEXT show it
+/regen          answer the last question again, with another seed
+/save [FILE]    write the conversation as a row that mm pack takes
+/quit           leave (also Ctrl-D); Ctrl-C cuts an answer short"""
+DIM, PLAIN = "\033[2m", "\033[0m"
+MIN_COLUMN = 30  # width of a model's column; on a narrower terminal answers are printed one below the other
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """The options of `mmtrain.inference.sampling.Sampling`, with the defaults of a conversation."""
+
+    temperature: float = option(0.7, help="0 takes the likeliest token.", least=0, group=SAMPLING)
+    top_p: float = option(
+        0.9, help="Draw from the likeliest tokens whose probabilities reach this sum.", above=0, most=1, group=SAMPLING
+    )
+    top_k: int = option(0, help="Draw from this many likeliest tokens; 0: all.", least=0, group=SAMPLING)
+    min_p: float = option(
+        0.0, help="Draw from tokens at least this probable relative to the likeliest.", least=0, most=1, group=SAMPLING
+    )
+    repetition_penalty: float = option(
+        1.0, help="Above 1, tokens that occurred already become less likely.", above=0, group=SAMPLING
+    )
+    stop: tuple[str, ...] = option(
+        (), help="End an answer at this text; may be repeated.", group=SAMPLING, metavar="TEXT"
+    )
+    max_new_tokens: int = option(512, help="Longest answer in tokens.", least=1, group=SAMPLING)
+    seed: int = option(0, help="The same seed gives the same answers.", **INT64, group=SAMPLING)
+
+
+def chat(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Run, checkpoint, .pth or Hugging Face directory; several with --compare. [default: the newest run]",
+        ),
+    ] = None,
+    prompt: Annotated[str | None, Option("Ask this once and end.", CONVERSATION, metavar="TEXT")] = None,
+    compare: Annotated[bool, Option("Let several models answer, side by side.", CONVERSATION)] = False,
+    system: Annotated[str | None, Option("System prompt.", CONVERSATION, metavar="TEXT")] = None,
+    think: Annotated[
+        bool | None, Option("With or without reasoning, if the template supports it.", CONVERSATION)
+    ] = None,
+    plain: Annotated[
+        bool,
+        Option("Continue the text without the chat template.", CONVERSATION, default_text="only for pretrain runs"),
+    ] = False,
+    window: Annotated[
+        int, Option("Tokens of conversation and answer; the oldest turns leave it.", MODEL, least=2)
+    ] = 2048,
+    tokenizer: Annotated[
+        Path | None, Option("Tokenizer of a .pth that has none beside it.", MODEL, metavar="DIR")
+    ] = None,
+    sampling: Annotated[dict[str, Any] | None, SamplingOptions] = None,
+    as_json: Annotated[bool, Option("Answers as JSON, one per line; with --prompt or a pipe.", flag="--json")] = False,
+) -> None:
+    """Talk with a trained model; answers are streamed, the history is kept. The lines of a pipe are one conversation.
+
+    Example: mm chat runs/dpo-1 --prompt 'What is 3 + 4?'    mm chat --compare runs/pretrain-1 runs/sft-1 runs/dpo-1
+    """
+    from mmtrain.inference.sampling import Sampling
+
+    is_typed = prompt is None and sys.stdin.isatty()
+    if as_json and is_typed:
+        raise UsageError("--json needs --prompt or lines on standard input", "mm chat --prompt TEXT --json")
+    if compare and len(runs or ()) < 2:
+        raise UsageError("--compare needs two models or more", "mm chat --compare RUN_A RUN_B")
+    if not compare and len(runs or ()) > 1:
+        raise UsageError("several models are for --compare", "mm chat --compare RUN_A RUN_B, or name one")
+    speakers = [open_speaker(path, tokenizer, plain, window) for path in runs or [newest_finished_run()]]
+    session = Session(speakers, Sampling(**sampling or {}), system, think, as_json)
+    if prompt is not None:
+        session.ask(prompt)
+        return
+    if is_typed:
+        say(f"{' and '.join(s.name for s in speakers)}: ask anything; /help shows the commands, Ctrl-D ends")
+    session.run(typed_lines() if is_typed else piped_lines(), is_lenient=is_typed)
+
+
+def newest_finished_run() -> Path:
+    """The newest finished run under runs/, imported ones included."""
+    from mmtrain.checkpoint import find_run
+    from mmtrain.config import STAGE_KINDS
+
+    run = find_run(RUNS_DIR, (*STAGE_KINDS, "imported"))
+    if run is None:
+        raise CheckpointError(
+            f"no finished run under {RUNS_DIR}/", "`mm demo` trains one in minutes, or name one: mm chat RUN"
+        )
+    return run
+
+
+def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window: int) -> "Speaker":
+    """Load a model to talk with; runs of the pretrain stage continue text without a chat template."""
+    from mmdata.encode.template import Template
+    from mmtrain.convert.foreign import open_model
+    from mmtrain.inference.chat import Chat
+
+    model, tokenizer = open_model(path, tokenizer_dir=tokenizer_dir)
+    is_plain = is_plain or run_metadata(path).get("stage") == "pretrain"
+    return Speaker(str(path), Chat(model, tokenizer, None if is_plain else Template(tokenizer), window=window))
+
+
+# --- the conversation -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Speaker:
+    """A model in the conversation, and the name printed with its answers."""
+
+    name: str
+    chat: "Chat"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer with its figures. `seconds_to_first` is None when no token was generated."""
+
+    text: str
+    reasoning: str | None
+    calls: list[dict[str, str]]
+    tokens: int
+    seconds: float
+    seconds_to_first: float | None
+    finish_reason: str | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second after the first token."""
+        if self.seconds_to_first is None or self.tokens < 2 or self.seconds <= self.seconds_to_first:
+            return 0.0
+        return (self.tokens - 1) / (self.seconds - self.seconds_to_first)
+
+    def record(self) -> dict[str, Any]:
+        """The answer as `--json` prints it."""
+        return {
+            "answer": self.text,
+            "reasoning": self.reasoning,
+            "tool_calls": self.calls,
+            "tokens": self.tokens,
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "seconds": round(self.seconds, 3),
+            "finish_reason": self.finish_reason,
+        }
+
+    def lines(self) -> list[str]:
+        """Reasoning, text and tool calls, each on lines of its own."""
+        reasoning = [f"thinking: {self.reasoning}"] if self.reasoning else []
+        return [*reasoning, self.text, *(f"tool call: {call['name']} {call['arguments']}" for call in self.calls)]
+
+
+@dataclass
+class Session:
+    """A conversation with one model, or the same with several. `think`: ask for reasoning if the template supports it."""
+
+    speakers: Sequence[Speaker]
+    options: "Sampling"
+    system: str | None = None
+    think: bool | None = None
+    is_json: bool = False
+    num_again: int = field(default=0, init=False)  # added to the seed, so that every /regen draws another answer
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        from mmdata.encode.template import Message
+
+        for speaker in self.speakers:
+            speaker.chat.messages[:] = [Message("system", self.system)] if self.system else []
+
+    def run(self, lines: Iterator[str], *, is_lenient: bool) -> None:
+        """Answer each line, up to the last or /quit. With `is_lenient` an error is printed and the session goes on."""
+        for line in lines:
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    self.command(*line.split(maxsplit=1))
+                elif line:
+                    self.ask(line)
+            except MMError as error:
+                if not is_lenient:
+                    raise
+                say(f"error: {error.message}\nfix: {error.fix}")
+
+    def command(self, name: str, argument: str = "") -> None:
+        """Run a command such as /reset; UsageError if there is none of that name."""
+        if name == "/reset":
+            self.reset()
+            say("forgotten")
+        elif name == "/system":
+            if argument:
+                self.system = argument
+                self.reset()
+            say(f"system prompt: {self.system or 'none'}")
+        elif name == "/regen":
+            self.ask_again()
+        elif name == "/save":
+            self.save(argument)
+        elif name == "/help":
+            say(HELP)
+        else:
+            raise UsageError(f"{name} is no command", "/help shows them")
+
+    def ask_again(self) -> None:
+        """Remove the last question and its answer from the history, and ask it again with another seed."""
+        messages = self.speakers[0].chat.messages
+        if not messages or messages[-1].role != "assistant":
+            raise UsageError("there is no answer yet", "ask something first")
+        question = messages[-2].content
+        for speaker in self.speakers:
+            del speaker.chat.messages[-2:]
+        self.num_again += 1
+        self.ask(question)
+
+    def save(self, name: str) -> None:
+        """Write the conversation as jsonl, one row for each model."""
+        from mmdata.io.files import write_text
+
+        path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
+        if path.exists():
+            raise UsageError(f"{path} is already there", "give another name: /save FILE")
+        rows = [{"conversations": [as_row(message) for message in one.chat.messages]} for one in self.speakers]
+        if not any(message.role == "assistant" for message in self.speakers[0].chat.messages):
+            raise UsageError("there is nothing to save yet", "ask something first")
+        try:
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}", "give another name: /save FILE") from error
+        say(f"wrote {path}")
+
+    def ask(self, question: str) -> None:
+        """Answer one question and print it: streamed, or when several models answer, side by side."""
+        options = replace(self.options, seed=self.options.seed + self.num_again)
+        if len(self.speakers) == 1 and not self.is_json:
+            print_speed(self._answer(self.speakers[0], question, options, StreamPrinter()))
+            return
+        answers = {speaker.name: self._answer(speaker, question, options) for speaker in self.speakers}
+        records = {name: answer.record() for name, answer in answers.items()}
+        if not self.is_json:
+            print_side_by_side(answers)
+        elif len(records) == 1:
+            result(json.dumps({"prompt": question, **next(iter(records.values()))}, ensure_ascii=False))
+        else:
+            result(json.dumps({"prompt": question, "answers": records}, ensure_ascii=False))
+
+    def _answer(
+        self, speaker: Speaker, question: str, options: "Sampling", printer: "StreamPrinter | None" = None
+    ) -> Answer:
+        """Let one model answer, printing as it goes. Ctrl-C ends the answer; what was generated stays in the history."""
+        from mmtrain.inference.replies import Splitter, split
+
+        show = printer.show if printer else lambda pieces: None
+        start, first = time.monotonic(), None
+        stream = speaker.chat.ask(question, options, think=self.think)
+        splitter = Splitter()
+        try:
+            for text in stream:
+                if first is None:
+                    first = time.monotonic() - start
+                    opened = speaker.chat.opening
+                    show(splitter.feed(opened) if opened else [])
+                show(splitter.feed(text))
+        except KeyboardInterrupt:
+            stream.close()
+        show(splitter.close())
+        if printer:
+            printer.end()
+        row = speaker.chat.row
+        assert row is not None
+        parts = split(speaker.chat.messages[-1].content)
+        return Answer(
+            parts.content,
+            parts.reasoning,
+            parts.calls,
+            len(row.ids),
+            time.monotonic() - start,
+            first,
+            row.finish_reason,
+        )
+
+
+def as_row(message: "Message") -> dict[str, Any]:
+    """A message as jsonl rows hold it, with the reasoning in a field of its own."""
+    from mmtrain.inference.replies import split
+
+    if message.role != "assistant":
+        return {"role": message.role, "content": message.content}
+    parts = split(message.content, with_calls=False)
+    reasoning = {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+    return {"role": "assistant", "content": parts.content, **reasoning}
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class StreamPrinter:
+    """Prints an answer as it comes: content to stdout; reasoning, dimmed, to stderr; each tool call on its own line."""
+
+    def __init__(self) -> None:
+        self._kind = ""
+
+    def show(self, pieces: Sequence[Any]) -> None:
+        """Print the next pieces of the answer."""
+        for piece in pieces:
+            if piece.kind != self._kind:
+                self._begin(piece.kind)
+            if piece.kind == "reasoning":
+                print(piece.text, end="", file=sys.stderr, flush=True)
+            elif piece.kind == "call":
+                result(f"tool call: {piece.call['name']} {piece.call['arguments']}")
+                self._kind = "called"
+            else:
+                print(piece.text, end="", flush=True)
+
+    def _begin(self, kind: str) -> None:
+        """End the line of the part before, and begin a part of this kind."""
+        is_colored = sys.stderr.isatty()
+        if self._kind == "reasoning":
+            say(PLAIN if is_colored else "")
+        elif self._kind == "content":
+            result()
+        if kind == "reasoning":
+            print(f"{DIM if is_colored else ''}thinking: ", end="", file=sys.stderr, flush=True)
+        self._kind = kind
+
+    def end(self) -> None:
+        """End the last line of the answer."""
+        self._begin("")
+
+
+def print_speed(answer: Answer) -> None:
+    """Print the number of tokens and the speed, dimmed; on a terminal only."""
+    if sys.stderr.isatty() and answer.seconds_to_first is not None:
+        cut = {"length": ", cut at its longest", "cancelled": ", cut short"}.get(answer.finish_reason or "", "")
+        speed = f"{answer.tokens_per_s:.1f} tokens/s, {answer.seconds_to_first:.2f} s to the first"
+        say(f"{DIM}[{answer.tokens} tokens, {speed}{cut}]{PLAIN}")
+
+
+def print_side_by_side(answers: dict[str, Answer]) -> None:
+    """Print answers in columns where the terminal is wide enough, else one below the other."""
+    from rich.console import Console
+    from rich.table import Table
+
+    texts = {name: "\n".join(answer.lines()) for name, answer in answers.items()}
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal or console.width < MIN_COLUMN * len(texts):
+        for name, text in texts.items():
+            result(f"== {name}\n{text}")
+        return
+    grid = Table(expand=True, show_lines=False)
+    for name, answer in answers.items():
+        grid.add_column(f"{name} ({answer.tokens_per_s:.1f} tokens/s)", ratio=1, overflow="fold")
+    grid.add_row(*texts.values())
+    console.print(grid)
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines typed at the terminal, with line editing and history; Ctrl-C discards a line, Ctrl-D ends."""
+    with suppress(ImportError):  # Windows has line editing of its own
+        import readline  # noqa: F401 - input() uses it once it is imported
+    while True:
+        try:
+            line = input("> ")
+        except KeyboardInterrupt:
+            result()
+            continue
+        except EOFError:
+            result()
+            return
+        yield without_surrogates(line).strip()
+
+
+def piped_lines() -> Iterator[str]:
+    """Lines of standard input; bytes that are not UTF-8 become U+FFFD."""
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", errors="replace").strip()
+
+
+def without_surrogates(line: str) -> str:
+    """A typed line whose undecodable bytes, which tokenizers refuse, are replaced by U+FFFD."""
+    return line.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")

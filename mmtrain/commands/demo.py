@@ -1,0 +1,183 @@
+"""`mm demo`: the whole path on a generated corpus, from text to an aligned model with measured answers."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mmdata.commands.options import Json
+from mmdata.commands.pack import print_packed
+from mmdata.commands.terminal import next_command, percent, plain, print_json, result, say, table
+from mmdata.errors import UsageError
+from mmdata.options import INT64, Option
+from mmtrain.commands.chat import chat
+
+if TYPE_CHECKING:
+    from mmdata.demo import Question
+
+
+def demo(
+    out: Annotated[Path, Option("Directory for everything; an earlier demo there is replaced.", metavar="DIR")] = Path(
+        "demo"
+    ),
+    minutes: Annotated[
+        float | None,
+        Option(
+            "Training time on two present-day cores; the number of rows follows from it.",
+            above=0,
+            most=60,
+            default_text="2.6",
+        ),
+    ] = None,
+    seed: Annotated[int, Option("Seed of the corpus, the weights and the order.", **INT64)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate a small bilingual corpus, train a model on it from scratch, and score it on held-out questions.
+
+    Example: mm demo --out demo --minutes 2
+    """
+    from mmdata import demo as recipe
+
+    start = time.monotonic()
+    clear_demo(out)
+    figures = run_demo(out, minutes or recipe.MINUTES, seed)
+    figures["minutes"] = (time.monotonic() - start) / 60
+    (out / "demo.json").write_text(
+        json.dumps(figures, ensure_ascii=False, indent=1, default=plain) + "\n", encoding="utf-8"
+    )
+    if as_json:
+        print_json(figures)
+    else:
+        print_demo(figures, out)
+    run = out / "runs" / recipe.STAGES[-1].file
+    if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        chat([run], sampling={"temperature": 0.0})
+    next_command(f"mm chat {run}    or    mm show {out / 'shards' / 'sft_512'}")
+
+
+def clear_demo(out: Path) -> None:
+    """Empty the directory of an earlier demo; UsageError when it holds anything else."""
+    if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty and no demo of ours", "choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / "demo.json").write_text("{}\n", encoding="utf-8")  # marks it as a demo, even if this one is interrupted
+
+
+def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """Write the corpus, train its tokenizer, pack, then train and score each stage; returns all figures."""
+    from mmdata import demo as recipe
+    from mmdata.pack.options import PackOptions
+    from mmdata.pack.pipeline import pack
+    from mmdata.tokenizer.tokenizer import CHATML, train_bpe
+    from mmtrain.config import TrainOptions
+    from mmtrain.train.loop import train
+
+    say("writing the corpus, training its tokenizer, packing")
+    corpus = recipe.write_corpus(out / "data", seed=seed, minutes=minutes)
+    tokenizer = out / "data" / "tokenizer"
+    train_bpe(
+        corpus.tokenizer_texts,
+        vocab_size=recipe.VOCAB_SIZE,
+        control_tokens=recipe.CONTROL_TOKENS,
+        chat_template=CHATML,
+        out_dir=tokenizer,
+    )
+    stages = recipe.scaled(minutes)
+    shards = out / "shards"
+    for stage in stages:
+        options = PackOptions(tokenizer=tokenizer, max_len=stage.max_len)
+        print_packed(pack([corpus.files[stage.file]], shards / stage.file, options), say)
+    held_out = shards / "held_out_pairs"
+    pack([corpus.pairs_path], held_out, PackOptions(tokenizer=tokenizer, max_len=512, val_fraction=0))
+    figures: dict[str, Any] = {"questions": len(corpus.questions), "stages": []}
+    init: Path | None = None
+    for stage in stages:
+        start = time.monotonic()
+        config = TrainOptions(
+            stage=stage.stage,
+            data=(shards / stage.file,),
+            out=out / "runs" / stage.file,
+            model=None if init else recipe.MODEL,
+            init=init,
+            epochs=1.0,
+            lr=stage.lr,
+            batch_tokens=stage.batch_tokens,
+            schedule=stage.schedule,
+            warmup=stage.warmup,
+            beta=stage.beta,  # type: ignore[arg-type]  # None: the default
+            seed=seed,
+            val_every=0,
+            save_every=10**9,
+            log_every=400 if stage.stage != "dpo" else 20,
+            device="cpu",
+        )
+        trained = train(config, log=say)
+        init = trained.run_dir
+        scores = score_demo(init, corpus.questions, held_out)
+        minutes_spent = (time.monotonic() - start) / 60
+        figures["stages"].append({"stage": stage.file, **trained.val, **scores, "minutes": minutes_spent})
+        say(f"{stage.file}: {100 * scores['exact']:.1f}% of held-out questions answered exactly")
+    return figures
+
+
+def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> dict[str, Any]:
+    """Score a run: greedy answers to the held-out questions, held-out pairs ranked by their log-probabilities."""
+    from mmdata import demo as recipe
+    from mmdata.encode.template import Message, Template
+    from mmdata.shards.dataset import open_dataset
+    from mmdata.shards.pairs import PairLoader
+    from mmdata.tokenizer.tokenizer import Tokenizer
+    from mmtrain.checkpoint import load_model
+    from mmtrain.inference.chat import answer_batch
+    from mmtrain.inference.evaluate import evaluate
+
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    model = load_model(run)[0].eval()
+    conversations = [[Message(m["role"], m["content"]) for m in question.messages] for question in questions]
+    answers = answer_batch(model, tokenizer, Template(tokenizer), conversations, max_new_tokens=48)
+    score = recipe.score(questions, answers)
+    ranked = evaluate(model, PairLoader([open_dataset(pairs)], batch_tokens=2**14, seed=0), tokenizer)
+    transcript = []
+    for question in recipe.showcase(questions):
+        answer = answers[questions.index(question)].strip()
+        record = {"messages": question.messages, "answer": answer, "expected": question.whole}
+        transcript.append({**record, "is_exact": recipe.is_exact(question, answer)})
+    return {
+        "exact": score.exact,
+        "sentences": score.sentences,
+        "by_subject": score.by_subject,
+        "preference_accuracy": ranked["accuracy"],
+        "transcript": transcript,
+    }
+
+
+def print_demo(figures: dict[str, Any], out: Path) -> None:
+    """Print the figures of each stage, five answers of the last model, and where everything is."""
+    columns = ("stage", "val bits/byte", "exact answers", "whole sentences", "pairs ranked right", "minutes")
+    rows = (
+        (
+            stage["stage"],
+            f"{stage['bits_per_byte']:.3f}" if "bits_per_byte" in stage else "-",
+            percent(stage["exact"], 1),
+            percent(stage["sentences"], 1),
+            percent(stage["preference_accuracy"], 1),
+            f"{stage['minutes']:.1f}",
+        )
+        for stage in figures["stages"]
+    )
+    result()
+    table(f"{figures['questions']} held-out questions, none of them trained on", columns, rows)
+    result()
+    for answered in figures["stages"][-1]["transcript"]:
+        for message in answered["messages"]:
+            result(f"{'you' if message['role'] == 'user' else ' mm'}: {message['content']}")
+        expected = "" if answered["is_exact"] else f"    (expected: {answered['expected']})"
+        result(f" mm: {answered['answer']}{expected}")
+        result()
+    result(f"made in {figures['minutes']:.1f} minutes, all under {out}:")
+    result(
+        "  data/ the corpus, its tokenizer and what is held out; shards/ packed; runs/ trained; demo.json these figures"
+    )

@@ -1,0 +1,184 @@
+"""`mm eval`: held-out loss, questions answered, choices made, and the tasks of EleutherAI's harness."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import Json
+from mmdata.commands.terminal import percent, print_json, progress, result, say, table
+from mmdata.errors import DatasetError, UsageError
+from mmdata.options import Option
+
+if TYPE_CHECKING:
+    from mmdata.tokenizer.tokenizer import Tokenizer
+    from mmtrain.model.model import Model
+
+LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # headings of --help
+MOST_MISTAKES = 3  # wrongly answered questions to print
+
+
+def eval_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run, checkpoint, .pth or Hugging Face directory.")],
+    data: Annotated[
+        list[Path] | None,
+        Option("Packed dataset; may be repeated.", LOSS, metavar="DIR", default_text="the run's own"),
+    ] = None,
+    split: Annotated[str, Option("Split of the datasets.", LOSS, choices=("val", "train", "all"))] = "val",
+    per_sequence: Annotated[
+        Path | None,
+        Option("Write one JSON line per sequence, with file, line, tokens and nll.", LOSS, metavar="FILE"),
+    ] = None,
+    noisiest: Annotated[int, Option("Show this many rows that the model finds least likely.", LOSS, least=0)] = 0,
+    questions: Annotated[
+        Path | None,
+        Option("jsonl of question and answer; answers are compared word for word.", QUESTIONS, metavar="FILE"),
+    ] = None,
+    choices: Annotated[
+        Path | None,
+        Option("jsonl of question, choices and answer; the likeliest choice is taken.", QUESTIONS, metavar="FILE"),
+    ] = None,
+    plain: Annotated[
+        bool, Option("Ask without the chat template.", QUESTIONS, default_text="only for pretrain runs")
+    ] = False,
+    max_new_tokens: Annotated[int, Option("With --questions: longest answer in tokens.", QUESTIONS, least=1)] = 64,
+    lm_eval: Annotated[
+        str | None, Option("Tasks to run: ceval-valid, cmmlu, arc_easy, ...", HARNESS, metavar="TASKS")
+    ] = None,
+    limit: Annotated[int | None, Option("Number of questions per task.", HARNESS, least=1, default_text="all")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model: held-out loss by dataset and bucket, pairs ranked, questions, the harness's tasks.
+
+    Example: mm eval runs/sft-1 --data shards/sft_512 --per-sequence rows.jsonl    mm eval runs/sft-1 --questions my.jsonl --lm-eval ceval-valid,cmmlu
+    """
+    from mmdata.encode.template import Template
+    from mmtrain.convert.foreign import open_model
+    from mmtrain.inference import exam
+
+    if limit is not None and lm_eval is None:
+        raise UsageError("--limit belongs to --lm-eval", "leave it out")
+    start = time.monotonic()
+    model, tokenizer = open_model(run)
+    metadata = run_metadata(run)
+    datasets = data or [Path(item["dir"]) for item in metadata.get("data", []) if Path(item["dir"]).is_dir()]
+    has_other_task = bool(questions or choices or lm_eval)
+    if not datasets and not has_other_task:
+        raise UsageError(f"{run} names no dataset that is here", f"mm eval {run} --data shards/NAME")
+    values: dict[str, Any] = {"model": str(run)}
+    if data or per_sequence or noisiest or not has_other_task:
+        splits = ("train", "val") if split == "all" else (split,)
+        values |= measured(model, tokenizer, datasets, splits, per_sequence, noisiest, as_json)
+    template = None if plain or metadata.get("stage") == "pretrain" else Template(tokenizer)
+    if questions is not None:
+        items = exam.read_questions(questions)
+        with progress(f"ask {questions}", unit="items", quiet=as_json) as update:
+            outcomes = exam.ask(model, tokenizer, template, items, max_new_tokens=max_new_tokens, progress=update)
+        values["questions"] = {"file": str(questions), **exam.summary(outcomes), "outcomes": outcomes}
+    if choices is not None:
+        items = exam.read_choices(choices)
+        with progress(f"ask {choices}", unit="items", quiet=as_json) as update:
+            outcomes = exam.choose(model, tokenizer, template, items, progress=update)
+        values["choices"] = {"file": str(choices), **exam.summary(outcomes), "outcomes": outcomes}
+    if lm_eval:
+        tasks = [task.strip() for task in lm_eval.split(",")]
+        values["lm_eval"] = through_harness(run, tasks, template is not None, limit)
+    values["seconds"] = round(time.monotonic() - start, 3)
+    if as_json:
+        print_json(values)
+    else:
+        print_scores(values)
+
+
+def run_metadata(path: Path) -> dict[str, Any]:
+    """The run.json of a run, or of a checkpoint in one; empty for another program's model."""
+    from mmtrain.checkpoint import find, read_run
+    from mmtrain.convert.foreign import is_foreign
+
+    return {} if is_foreign(path) else read_run(find(path).run_dir)
+
+
+def measured(
+    model: "Model",
+    tokenizer: "Tokenizer",
+    datasets: list[Path],
+    splits: tuple[str, ...],
+    per_sequence: Path | None,
+    noisiest: int,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Figures of every sequence of the datasets' splits; writes `per_sequence` and adds the noisiest rows if asked for."""
+    from mmdata.io.files import write_text
+    from mmdata.shards.dataset import open_dataset
+    from mmtrain.inference import score as scoring
+
+    scores: list[scoring.Scored] = []
+    for path in datasets:
+        dataset = open_dataset(path)
+        for split in splits:
+            with progress(f"eval {path} {split}", unit="samples", quiet=as_json) as update:
+                scores += scoring.score(model, tokenizer, dataset, split, progress=update)
+    if not scores:
+        raise DatasetError(
+            f"{', '.join(map(str, datasets))}: the {' and '.join(splits)} split is empty",
+            "--split all takes every row, or pack with a larger --val-fraction",
+        )
+    values: dict[str, Any] = {"splits": list(splits), "datasets": scoring.figures(scores)}
+    if noisiest:
+        values["noisiest"] = [one.record() for one in scoring.noisiest(scores, noisiest)]
+    if per_sequence is not None:
+        write_text(per_sequence, "".join(json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scores))
+        values["per_sequence"] = {"file": str(per_sequence), "lines": len(scores)}
+    return values
+
+
+def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> dict[str, Any]:
+    """Results of EleutherAI's harness by task; a run of mm is exported to a temporary directory for it."""
+    from mmtrain.convert import harness
+    from mmtrain.convert.export import export
+    from mmtrain.convert.foreign import is_foreign
+
+    if is_foreign(run) and run.is_dir():
+        return harness.run(run, tasks, is_chat=is_chat, limit=limit)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "hf"
+        export(run, directory, format="hf")
+        return harness.run(directory, tasks, is_chat=is_chat, limit=limit)
+
+
+def print_scores(values: dict[str, Any]) -> None:
+    """Print what `mm eval` measured: a table for each dataset, the noisiest rows, questions, the harness's tasks."""
+    for dataset, buckets in values.get("datasets", {}).items():
+        is_pairs = "accuracy" in buckets["all"]
+        columns = ["bucket", "sequences", "tokens", "loss", "bits/byte", "perplexity"]
+        columns += ["ranked right", "margin"] if is_pairs else []
+        rows = []
+        for name, figures in buckets.items():
+            row = [f"{name}", int(figures["sequences"]), int(figures["tokens"]), f"{figures['loss']:.4f}"]
+            row += [f"{figures['bits_per_byte']:.4f}", f"{figures['perplexity']:.2f}"]
+            rows.append(row + ([percent(figures["accuracy"], 1), f"{figures['margin']:.2f}"] if is_pairs else []))
+        table(f"{dataset} ({' and '.join(values['splits'])} split)", columns, rows)
+    least_likely = values.get("noisiest", ())
+    rows = ((f"{row['file']} line {row['line']}", row["tokens"], f"{row['loss']:.3f}") for row in least_likely)
+    table("least likely rows", ["row", "tokens", "nats a token"], rows)
+    if written := values.get("per_sequence"):
+        result(f"wrote {written['file']}: {written['lines']:,} lines, one a sequence")
+    for name, what in (("questions", "answered word for word"), ("choices", "chosen right")):
+        if name in values:
+            print_answers(values[name], what)
+    for task, figures in values.get("lm_eval", {}).items():
+        result(f"{task}: {', '.join(f'{metric} {value:.4f}' for metric, value in figures.items())}")
+    say(f"measured {values['model']} in {values['seconds']:.1f} s")
+
+
+def print_answers(asked: dict[str, Any], what: str) -> None:
+    """Print the accuracy on a file of questions and the first wrong answers."""
+    per_byte = asked.get("accuracy_per_byte")
+    more = f"; by log-probability a byte {percent(per_byte, 1)}" if per_byte is not None else ""
+    result(f"{asked['file']}: {percent(asked['accuracy'], 1)} of {asked['asked']:,} questions {what}{more}")
+    for outcome in [outcome for outcome in asked["outcomes"] if not outcome.is_right][:MOST_MISTAKES]:
+        answer = " ".join(outcome.said.split()) or "nothing"
+        say(f"  line {outcome.line}: {outcome.question[:60]!r} -> {answer[:60]!r}, expected {outcome.expected[:60]!r}")

@@ -1,0 +1,50 @@
+"""`mm export`: a model in the format of another program."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdata.commands.options import Json
+from mmdata.commands.terminal import next_command, print_json, result, say, size
+from mmdata.options import Option
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint.")],
+    format: Annotated[
+        str,
+        Option("For transformers, llama.cpp, or as MiniMind's .pth.", choices=("hf", "gguf", "minimind")),
+    ] = "hf",
+    out: Annotated[
+        Path | None, Option("Directory of the exported model.", metavar="DIR", default_text="exports/RUN-FORMAT")
+    ] = None,
+    dtype: Annotated[
+        str | None, Option("hf: f32, f16, bf16; gguf: f32, f16, q8_0; minimind: f32, f16.", default_text="f32")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for transformers, llama.cpp or MiniMind's scripts, and compare its logits with the run's.
+
+    Example: mm export runs/dpo-1 --format gguf --dtype q8_0 --out exports/dpo-1-gguf
+    """
+    from mmtrain.checkpoint import find
+    from mmtrain.convert.export import export as export_model
+
+    start = time.monotonic()
+    directory = out or Path("exports") / f"{find(run).run_dir.resolve().name}-{format}"
+    exported = export_model(run, directory, format=format, dtype=dtype)
+    if as_json:
+        print_json(exported)
+        return
+    for check in exported.checks:
+        result(check)
+    num_bytes = size(exported.num_bytes)
+    what = f"{exported.architecture}, {exported.num_params:,} parameters, {exported.dtype}, {num_bytes}"
+    result(f"wrote {exported.out}: {what}, in {time.monotonic() - start:.1f} s")
+    if format == "gguf":
+        file = next(file for file in exported.files if file.endswith(".gguf"))
+        say(f"next: llama-cli -m {exported.out / file}    (llama.cpp's own program)")
+    elif format == "hf":
+        next_command(f"mm chat {exported.out}    or    mm import {exported.out}")

@@ -1,0 +1,182 @@
+"""`mm train`: one stage of training, on one process or several."""
+
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import RUNS_DIR, SHARDS_DIR, Json
+from mmdata.commands.terminal import next_command, print_json, result, say
+from mmdata.errors import CheckpointError, DatasetError, UsageError
+from mmdata.options import Option
+from mmtrain.config import DATA, HARDWARE, PREFERENCES, STAGE_KINDS, TrainOptions
+
+if TYPE_CHECKING:
+    from mmtrain.train.loop import TrainResult
+    from mmtrain.train.preflight import Needs
+
+SHOWN_FIGURES = ("loss", "bits_per_byte", "accuracy", "reward_margin", "chosen_nll", "guard_loss")
+
+
+def train(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft or dpo.")],
+    *,
+    data: Annotated[
+        list[str] | None,
+        Option(
+            "Packed dataset; may be repeated, each with its share of the tokens.",
+            DATA,
+            metavar="DIR[:WEIGHT]",
+            default_text="the newest that fits the stage",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, Option("Directory of the new run.", DATA, metavar="RUN", default_text="runs/STAGE-N")
+    ] = None,
+    settings: Annotated[dict[str, Any], TrainOptions],
+    reference_free: Annotated[bool, Option("dpo: train without a reference model.", PREFERENCES)] = False,
+    nproc: Annotated[int, Option("Start this many ranks on this machine.", HARDWARE, least=1)] = 1,
+    plan: Annotated[
+        bool, Option("Print the memory, time and disk that the run would take, and end.", HARDWARE)
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one stage: pretrain, sft or dpo. Works under torchrun as it is.
+
+    Example: mm train sft --data shards/sft_512 --epochs 2 --lr 1e-4
+    """
+    if stage not in STAGE_KINDS:
+        raise UsageError(f"stage {stage!r} is unknown", "mm train pretrain, mm train sft or mm train dpo")
+    if reference_free:
+        if settings["reference"]:
+            raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
+        settings["reference"] = "none"
+    if nproc > 1:
+        from mmtrain.distributed import launch
+
+        raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))
+    from mmtrain.distributed import rank
+    from mmtrain.train.loop import train as train_stage
+    from mmtrain.train.run import needs_of
+
+    paths, weights = weighted(data or [])
+    resume = settings["resume"]
+    options = TrainOptions(
+        stage=stage,
+        data=paths or (() if resume else (newest_dataset(stage),)),  # a resumed run records its datasets
+        out=out or next_run(stage, resume),
+        weights=weights,
+        runs_dir=RUNS_DIR,
+        **settings,
+    )
+    if plan:
+        needs = needs_of(options)
+        if rank() == 0:
+            print_json(needs.as_json()) if as_json else print_needs(needs)
+            next_command(f"mm train {stage}")
+        return
+    trained = train_stage(options)
+    if rank() == 0:
+        print_json(trained) if as_json else print_trained(trained)
+
+
+def newest_dataset(stage: str) -> Path:
+    """The dataset under shards/ of the stage's kind that was packed last."""
+    kind = STAGE_KINDS[stage]
+    datasets = []
+    for manifest in SHARDS_DIR.glob("*/manifest.json"):
+        try:
+            if json.loads(manifest.read_bytes())["kind"] == kind:
+                datasets.append((manifest.stat().st_mtime_ns, manifest.parent))
+        except (ValueError, KeyError, TypeError):
+            continue  # not a dataset, or damaged: named with --data it is refused with the reason
+    if not datasets:
+        raise DatasetError(
+            f"no packed {kind} dataset under {SHARDS_DIR}/", "`mm pack` makes one, or name it: --data DIR"
+        )
+    return max(datasets)[1]
+
+
+def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
+    """Parse `--data DIR:WEIGHT` options: the datasets, and their weights, which is None without weights."""
+    from mmdata.io import remote
+
+    paths, weights = [], []
+    for text in data:
+        name, colon, number = text.rpartition(":")
+        weight = None
+        if colon and not Path(text).exists():
+            with suppress(ValueError):
+                weight = float(number)
+            if weight is not None and not 0 < weight < float("inf"):
+                raise UsageError(f"--data {text}: the weight must be greater than 0", f"--data {name}:0.5")
+        if remote.is_url(url := text if weight is None else name):
+            local = SHARDS_DIR / remote.file_at(url).name
+            raise UsageError(f"--data {url}: training maps local files", remote.bring_command(url, local))
+        paths.append(Path(url))
+        weights += [] if weight is None else [weight]
+    if weights and len(weights) != len(paths):
+        raise UsageError("some --data have a weight and some have none", "--data A:0.7 --data B:0.3")
+    return tuple(paths), tuple(weights) or None
+
+
+def print_needs(needs: "Needs") -> None:
+    """Print what a run would take: sizes, the parts of its memory, time and disk."""
+    result(
+        f"{needs.num_params:,} parameters, {needs.tokens_per_epoch:,} tokens an epoch, {needs.num_steps:,} steps of "
+        f"{needs.batch_tokens:,} tokens, {needs.micro_tokens:,} at once"
+    )
+    for name, size_bytes in needs.parts.items():
+        result(f"  {name:<26} {size_bytes / 1e6:>10,.0f} MB")
+    fits = f"; --micro-tokens {needs.largest_micro_tokens:,} would still fit"
+    result(f"  {'memory at its highest':<26} {needs.peak_bytes / 1e6:>10,.0f} MB{fits}")
+    result(needs.line())
+
+
+def print_trained(trained: "TrainResult") -> None:
+    """Print the losses and figures that a run ended with, and the next command."""
+    figures = [f"loss {trained.train_loss:.3f}"] if trained.train_loss is not None else []
+    figures += [f"val {name} {value:.4g}" for name, value in trained.val.items() if name in SHOWN_FIGURES]
+    skipped = f", {trained.num_skipped} steps skipped" if trained.num_skipped else ""
+    state = "interrupted" if trained.is_interrupted else "finished"
+    result(
+        f"{state} {trained.run_dir} at step {trained.final_step:,} of {trained.num_steps:,} in {trained.seconds:.1f} s"
+        f"{skipped}: {', '.join(figures)}{f' (ended early: {trained.early_stop})' if trained.early_stop else ''}"
+    )
+    if (trained.run_dir / "report.html").exists():
+        say(f"look: {trained.run_dir / 'report.html'}")
+    if trained.is_interrupted:
+        next_command(f"mm train {trained.stage} --out {trained.run_dir} --resume")
+    elif trained.stage == "pretrain":
+        next_command("mm train sft")
+    else:
+        next_command(f"mm chat {trained.run_dir}" + ("    or    mm train dpo" if trained.stage == "sft" else ""))
+
+
+def without_option(arguments: list[str], name: str) -> list[str]:
+    """Command-line arguments without one option and its value, written as two words or as one."""
+    kept = []
+    words = iter(arguments)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
+
+
+def next_run(stage: str, resume: bool) -> Path:
+    """The directory for a new run, runs/STAGE-N; with `resume` that of the stage's last run."""
+    numbers = [
+        int(path.name.rpartition("-")[2])
+        for path in RUNS_DIR.glob(f"{stage}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    if resume and not numbers:
+        raise CheckpointError(
+            f"no {stage} run under {RUNS_DIR}/ to resume", f"mm train {stage}, or name one: --out RUN"
+        )
+    return RUNS_DIR / f"{stage}-{max(numbers, default=0) + (not resume)}"
