@@ -8,7 +8,7 @@ Every field is honoured or refused with an error that names it; none is ignored,
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -29,18 +29,10 @@ Zero = Annotated[float, Meta(ge=0, le=0)]
 Text = Annotated[str, Meta(min_length=1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 
-LABELS = frozenset(
-    [
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "parallel_tool_calls",
-    ]
-)
+LABELS = {  # fields that are accepted and have no effect
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+}
 _CHOICES = {  # what msgspec's message about a wrong value does not list
     "messages.role": "system, developer, user, assistant or tool",
     "tool_choice": "auto or none, since a call cannot be forced",
@@ -139,8 +131,8 @@ class _Body(_Unsupported, kw_only=True):
     stream: bool = False
     stream_options: _StreamOptions | None = None
 
-    def request(self, *, logprobs: float | None, max_tokens: float | None, **fields: Any) -> Request:
-        """The request, with the fields that only one kind has."""
+    def request(self, *, logprobs: float | None, max_tokens: float | None) -> Request:
+        """The request, without the fields that only one kind has."""
         if self.echo:
             raise RequestError("echo is not supported here: leave it out", param="echo")
         if self.stream_options and not self.stream:
@@ -161,7 +153,6 @@ class _Body(_Unsupported, kw_only=True):
             n=int(self.n),
             stream=self.stream,
             include_usage=bool(self.stream_options and self.stream_options.include_usage),
-            **fields,
         )
 
 
@@ -261,9 +252,9 @@ def chat_request(body: Any, models: Sequence[str]) -> Request:
     if chat.top_logprobs and not chat.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     _convert(chat.tools, list[_Tool], "tools")
-    return chat.request(
-        logprobs=chat.top_logprobs if chat.logprobs else None,
-        max_tokens=chat.max_completion_tokens or chat.max_tokens,
+    logprobs = chat.top_logprobs if chat.logprobs else None
+    return replace(
+        chat.request(logprobs=logprobs, max_tokens=chat.max_completion_tokens or chat.max_tokens),
         messages=tuple(message.message(f"messages[{i}]") for i, message in enumerate(chat.messages)),
         tools=() if chat.tool_choice == "none" else tuple(chat.tools),
         think=chat.chat_template_kwargs.enable_thinking,
@@ -276,7 +267,7 @@ def completion_request(body: Any, models: Sequence[str]) -> Request:
     completion = _read(body, _CompletionBody, models)
     prompts = (completion.prompt,) if isinstance(completion.prompt, str) else tuple(completion.prompt)
     max_tokens = completion.max_tokens or 16  # OpenAI's default for completions
-    return completion.request(logprobs=completion.logprobs, max_tokens=max_tokens, prompts=prompts)
+    return replace(completion.request(logprobs=completion.logprobs, max_tokens=max_tokens), prompts=prompts)
 
 
 BodyT = TypeVar("BodyT", bound=_Body)

@@ -289,15 +289,16 @@ class _Generation:
         self._answers = [AnswerStream(request, i, ask.prompt_ids, tokenizer) for i, ask in enumerate(self._asks)]
 
     def _prompts(self) -> list[list[int]]:
-        request, template, engine = self._request, self._service.template, self._service.engine
+        request, template = self._request, self._service.template
+        tokenizer, window = self._service.engine.tokenizer, self._service.engine.window
+        messages, tools, think = request.messages, request.tools, request.think
         if not request.is_chat:
-            return [plain_prompt(engine.tokenizer, text) for text in request.prompts]
+            return [plain_prompt(tokenizer, text) for text in request.prompts]
         try:
             if not request.truncate:
-                return [template.prompt_ids(engine.tokenizer, request.messages, request.tools, think=request.think)]
-            room = engine.window - min(request.max_tokens or ANSWER_TOKENS, engine.window // 2)
-            more = {"room": room, "tools": request.tools, "think": request.think}
-            return [fit(template, engine.tokenizer, request.messages, **more)]
+                return [template.prompt_ids(tokenizer, messages, tools, think=think)]
+            room = window - min(request.max_tokens or ANSWER_TOKENS, window // 2)
+            return [fit(template, tokenizer, messages, room=room, tools=tools, think=think)]
         except TokenizerError as error:
             raise RequestError(error.message, param="messages") from None
         except UsageError as error:
