@@ -4,10 +4,12 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from command_line import Run, fine, refused
 from pack_data import words, write_rows
@@ -20,6 +22,7 @@ from mmdata.stats import stats
 from mmdata.stats.figures import BATCH_TOKENS, cut_lines
 from mmdata.stats.report import compare, data
 from mmdata.stats.report.page import Translation, as_name
+from mmdata.stats.tally import NUM_STRINGS, Tally
 from mmdata.tokenizer.tokenizer import train_bpe
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
@@ -303,16 +306,47 @@ def test_rows_of_a_template_without_roles_are_shown_whole(tmp_path: Path, tokeni
     assert data.dataset_page([found])
 
 
+def test_counts_are_the_same_however_they_were_gathered() -> None:
+    draw = random.Random(1)
+    lengths = [draw.choice((draw.randint(0, 3000), draw.randint(60_000, 10**7))) for _ in range(3000)]
+    strings = [f"string {draw.randint(0, 400)}" for _ in range(3000)]
+    frame = pl.DataFrame({"length": lengths, "string": strings})
+    tallies = []
+    for pieces in ([frame], [frame[i : i + 700] for i in range(0, 3000, 700)]):
+        tally = Tally()
+        for piece in pieces:
+            part = Tally()
+            part.count("lengths", piece, value=pl.col("length"))
+            part.count("strings", piece, key=pl.col("string"))
+            tally.merge(part)
+        tallies.append(tally)
+    one, other = tallies
+    assert one.lengths("lengths") == other.lengths("lengths") and one.top("strings", 500, 1) == other.top(
+        "strings", 500, 1
+    )
+    figures = one.lengths("lengths")
+    assert figures and (figures["count"], figures["total"]) == (3000, sum(lengths))
+    assert (figures["shortest"], figures["longest"], sum(figures["counts"])) == (min(lengths), max(lengths), 3000)
+    exact = sorted(lengths)
+    for name, at in (("p50", 1499), ("p90", 2699), ("p99", 2969)):
+        assert exact[at] * 0.998 <= figures[name] <= exact[at]  # long ones are rounded to a thousandth
+    counted = Counter(strings)
+    assert {item["text"]: item["count"] for item in one.top("strings", 500, 1)} == counted
+
+
+def test_of_many_strings_the_frequent_ones_are_kept_with_a_bound_on_what_is_missed() -> None:
+    tally = Tally()
+    strings = [f"{i:06}" for i in range(NUM_STRINGS + 100) for _ in range(1 + (i < 50))]
+    tally.count("strings", pl.DataFrame({"string": strings}), key=pl.col("string"))
+    tally.trim("strings")
+    assert len(tally.of("strings")) == NUM_STRINGS and tally.missed["strings"] == 1
+    assert tally.top("strings", 50) == [{"text": f"{i:06}", "count": 2} for i in range(50)]
+
+
 def test_cut_lines_say_what_a_limit_costs() -> None:
-    import numpy as np
-
-    from mmdata.stats.tally import Lengths
-
     draw = random.Random(3)
     values = [draw.randint(1, 3000) for _ in range(500)]
-    lengths = Lengths()
-    lengths.add(np.array(values))
-    for cut in cut_lines(lengths, "conversation", [512, 2048]):
+    for cut in cut_lines(pl.Series("value", values).value_counts(), "conversation", [512, 2048]):
         limit = cut["max_len"]
         assert cut["longer"] == sum(v > limit for v in values)
         assert cut["tokens_beyond"] == sum(max(0, v - limit) for v in values)

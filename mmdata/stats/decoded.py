@@ -1,7 +1,7 @@
-"""Shards in, rows out as far as ids tell: what a dataset says whose inputs are gone.
+"""Rows decoded from the shards of a dataset whose inputs are gone, as far as ids allow.
 
-Messages are cut at the control tokens that open them. What the usual templates write for thinking, tools, calls and their
-answers is undone; what else a template added, or packing cut, stands in the row as a model sees it.
+Messages begin at the control tokens that open them. What the usual templates write for thinking, tools, calls and their results is
+turned back into fields of the messages; anything else that a template added remains in the text, and what packing cut is missing.
 """
 
 import json
@@ -15,7 +15,7 @@ from mmdata.encode.rows import Conversation, Document, Message, Pair, Row, join_
 from mmdata.encode.sequences import PairSequence, Sequences, flatten
 from mmdata.encode.sequences import Sequence as Ids
 from mmdata.shards import dataset as shards
-from mmdata.stats.token_tally import Vocabulary
+from mmdata.stats.tokens import Vocabulary
 
 _THINKING = re.compile(r"\A<think>\n(.*?)\n</think>\n\n", re.DOTALL)
 _CALL = re.compile(r"\n?<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
@@ -24,7 +24,7 @@ _TOOLS = re.compile(r"(?:\A|\n\n)# Tools\n.*?<tools>\n(.*?)\n</tools>\n.*\Z", re
 
 
 class PartRows:
-    """The kept rows of one part, in source order: what packing made of each. The part's shards stay mapped."""
+    """The encoded rows of one part, in the order of its input. The part's shards stay memory-mapped."""
 
     def __init__(self, dataset: shards.Dataset, part: dict[str, Any]):
         self.sources = shards.open_sources(dataset, part["part"])
@@ -58,13 +58,13 @@ class PartRows:
         begins, ends, spans = self._flat[shard]
         begin, end = begins[at], ends[at]
         first, last = np.searchsorted(spans, (begin, end), "right")  # a sequence's first token is never trained
-        found = (spans[first:last] - begin).astype(np.int32).reshape(-1, 2)
-        return Ids(self._columns[shard]["ids"].values[begin:end], found)
+        trained = (spans[first:last] - begin).astype(np.int32).reshape(-1, 2)
+        return Ids(self._columns[shard]["ids"].values[begin:end], trained)
 
 
 def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
-    """The sequences of the rows at these files and lines, from the shards; those that are not in the dataset are left out."""
-    found: dict[tuple[str, int], Sequences] = {}
+    """The encoded rows of these files and lines, from the shards; those that are not in the dataset are left out."""
+    encoded: dict[tuple[str, int], Sequences] = {}
     wanted: dict[str, list[int]] = {}
     for file, line in sorted(set(places)):
         wanted.setdefault(file, []).append(line)
@@ -78,8 +78,8 @@ def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> di
         at = at[lines[np.minimum(at, len(lines) - 1)] == asked].tolist()
         if at:
             rows = PartRows(dataset, part)
-            found |= {(file, int(lines[row])): rows.encoded(row) for row in at}
-    return found
+            encoded |= {(file, int(lines[row])): rows.encoded(row) for row in at}
+    return encoded
 
 
 def _flat(columns: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,23 +90,23 @@ def _flat(columns: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return begins, ends, spans
 
 
-# --- ids -> what was said
+# --- ids -> rows
 
 
-class Decoder:
-    """Turns what became of rows of one kind into rows again."""
+class RowDecoder:
+    """Decodes encoded rows of one kind to rows."""
 
-    def __init__(self, known: Vocabulary, kind: str):
-        self._known, self._kind = known, kind
-        self._control = frozenset(np.flatnonzero(known.control).tolist())
-        self._eos = known.tokenizer.eos_id
+    def __init__(self, vocabulary: Vocabulary, kind: str):
+        self._vocabulary, self._kind = vocabulary, kind
+        self._control = frozenset(np.flatnonzero(vocabulary.control).tolist())
+        self._eos = vocabulary.tokenizer.eos_id
 
     def row(self, encoded: Sequences) -> Row:
-        """The row, as far as its ids tell."""
+        """The row of some ids."""
         first = encoded[0]
         if isinstance(first, PairSequence):
-            prompt = first.prompt.tolist()
-            return Pair(*(self._conversation(prompt + side.tolist()) for side in (first.chosen, first.rejected)))
+            prompt, sides = first.prompt.tolist(), (first.chosen, first.rejected)
+            return Pair(*(self._conversation(prompt + side.tolist()) for side in sides))
         if self._kind == "document":
             return Document(join_documents(list(self._documents([one for one in encoded if isinstance(one, Ids)]))))
         return self._conversation(first.ids.tolist())
@@ -124,42 +124,43 @@ class Decoder:
 
     def _conversation(self, ids: list[int]) -> Conversation:
         marks = [at for at, id in enumerate(ids) if id in self._control]
-        opens = [at for at in marks if self._known.header(ids, at)]
+        opens = [at for at in marks if self._vocabulary.header(ids, at)]
         messages: list[Message] = []
         tools: tuple[dict[str, Any], ...] = ()
         for begin, end in zip(opens, [*opens, len(ids)][1:], strict=True):
             close = next((at for at in marks if begin < at < end and ids[at] == self._eos), end)
-            role, _, said = self._text(ids[begin + 1 : close]).partition("\n")
-            if role == "system" and (match := _TOOLS.search(said)):
-                said, tools = said[: match.start()], tuple(_objects(match[1].split("\n")))
-            messages += _messages(role, said)
+            role, _, content = self._text(ids[begin + 1 : close]).partition("\n")
+            if role == "system" and (match := _TOOLS.search(content)):
+                content, tools = content[: match.start()], tuple(_objects(match[1].split("\n")))
+            messages += _messages(role, content)
         return Conversation(tuple(messages) or (Message("assistant", self._text(ids)),), tools)
 
     def _text(self, ids: Sequence[int]) -> str:
-        pieces = self._known.pieces
+        pieces = self._vocabulary.pieces
         return b"".join([pieces[id] for id in ids]).decode("utf-8", errors="replace")
 
 
-def _messages(role: str, said: str) -> list[Message]:
-    """The messages that a template wrote as one of this role."""
-    if role == "user" and said.startswith("<tool_response>"):
-        return [Message("tool", answer) for answer in _ANSWER.findall(said)]
-    if role == "system" and not said:
+def _messages(role: str, content: str) -> list[Message]:
+    """The messages that a template wrote as one of this role: results of tools are written as one of the user."""
+    if role == "user" and content.startswith("<tool_response>"):
+        return [Message("tool", answer) for answer in _ANSWER.findall(content)]
+    if role == "system" and not content:
         return []
     if role != "assistant":
-        return [Message(role, said)]
-    thought = _THINKING.match(said)
-    said = said[thought.end() :] if thought else said
-    calls = tuple(_objects(_CALL.findall(said)))
-    return [Message(role, _CALL.sub("", said) if calls else said, thought[1] or None if thought else None, calls)]
+        return [Message(role, content)]
+    thinking = _THINKING.match(content)
+    content = content[thinking.end() :] if thinking else content
+    calls = tuple(_objects(_CALL.findall(content)))
+    content = _CALL.sub("", content) if calls else content
+    return [Message(role, content, thinking[1] or None if thinking else None, calls)]
 
 
 def _objects(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """JSON objects; what is none is left out."""
+    """The JSON objects among these lines."""
     for line in lines:
         try:
-            found = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict):
-            yield found
+        if isinstance(value, dict):
+            yield value

@@ -1,144 +1,171 @@
-"""Tallies in, the figures of a report out: plain dictionaries of numbers and strings, the same for terminal, JSON and HTML."""
+"""Figures of a report from tallies: plain dictionaries of numbers and strings, the same for terminal, JSON and HTML."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from mmdata.encode import rows
 from mmdata.pack.buckets import BUCKETS, buckets_for
 from mmdata.pack.packing import pack
 from mmdata.pack.pipeline import length_figures
-from mmdata.stats import measure
-from mmdata.stats.measure import RowTally
+from mmdata.stats.frames import pieces_of, repeated_phrases
 from mmdata.stats.scan import PartScan
-from mmdata.stats.tally import Lengths
-from mmdata.stats.token_tally import TokenTally, Vocabulary
+from mmdata.stats.tally import Tally, rounded_lengths
+from mmdata.stats.tokens import NUM_SHARES, ROLES, Vocabulary
 from mmdata.tokenizer import text as texts
 
 BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # of a step, the stages' defaults
-PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each cut line
+PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each length limit
 NUM_TOP = 20  # of any list
 
 
-def token_figures(tokens: TokenTally, found: Sequence[PartScan], characters: int) -> dict[str, Any]:
-    """Tokens of all rows; where only a sample was tokenized, scaled by characters."""
-    sampled, of = sum(part.sampled_rows for part in found), sum(part.rows.kept for part in found)
-    share = sum(part.sampled_characters for part in found) / max(characters, 1)
-    is_sample = sampled < of
-    values, counts = tokens.lengths.arrays()
+def token_figures(tally: Tally) -> dict[str, Any]:
+    """Tokens of all rows of a file; if only a sample was tokenized, scaled by characters."""
+    sums = tally.sums
+    is_sample = sums["sampled_rows"] < sums["kept"]
+    share = sums["sampled_characters"] / max(sums["characters"], 1) if is_sample else 1.0
+    values, counts = rounded_lengths(tally.of("tokens"))
     by_length = np.zeros(int(values[-1]) + 1 if len(values) else 1, np.int64)
     by_length[values] = counts
     edges = [0, *BUCKETS, max(len(by_length), BUCKETS[-1] + 1)]
     names = [*(str(bucket) for bucket in BUCKETS), "longer"]
     figures = {
-        "tokens": round(tokens.tokens / max(share, 1e-12)) if is_sample else tokens.tokens,
-        "loss_tokens": round(tokens.loss_tokens / max(share, 1e-12)) if is_sample else tokens.loss_tokens,
-        "trained_share": tokens.loss_tokens / max(tokens.tokens, 1),
-        "characters_per_token": characters * (share if is_sample else 1) / max(tokens.tokens, 1),
+        "tokens": round(sums["tokens"] / max(share, 1e-12)),
+        "loss_tokens": round(sums["loss_tokens"] / max(share, 1e-12)),
+        "trained_share": sums["loss_tokens"] / max(sums["tokens"], 1),
+        "characters_per_token": sums["characters"] * share / max(sums["tokens"], 1),
         "buckets": {
             name: {"sequences": int(by_length[low + 1 : high + 1].sum())}
             for name, (low, high) in zip(names, itertools.pairwise(edges), strict=True)
         },
         "lengths": length_figures(by_length),
     }
-    return figures | ({"sample": {"rows": sampled, "of": of}} if is_sample else {})
+    return figures | ({"sample": {"rows": sums["sampled_rows"], "of": sums["kept"]}} if is_sample else {})
 
 
-def text_figures(tally: RowTally, found: Sequence[PartScan], *, is_whole: bool = True) -> dict[str, Any]:
-    """Figures of texts; of a sample those that a sample can tell."""
-    sampled = ["\n".join(text for _, text in measure.pieces_of(s.parsed())) for part in found for s in part.sample]
+def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = True) -> dict[str, Any]:
+    """Figures of texts; without `is_whole` those that a sample of the rows can tell."""
+    sample = [
+        "\n".join(text for _, text in pieces_of(row.parsed())) for scan in scans for row in scan.shown.get("random", ())
+    ]
+    sums = tally.sums
     figures: dict[str, Any] = {
         "characters_by": {
-            "row": tally.lengths.figures(),
-            "roles": {role: lengths.figures() for role, lengths in tally.by_role.items()},
-            "turns": {str(turn): lengths.figures() for turn, lengths in sorted(tally.by_turn.items())},
+            "row": tally.lengths("characters"),
+            "roles": tally.lengths_by("characters by role"),
+            "turns": tally.lengths_by("characters by turn", map(str, range(1, 9))),
         },
-        "languages": dict(zip(texts.LANGUAGES, tally.languages.tolist(), strict=True)),
+        "languages": dict(zip(texts.LANGUAGES, tally.array("languages", len(texts.LANGUAGES)).tolist(), strict=True)),
         "scripts": {
-            name: {"characters": int(count)} for name, count in zip(texts.SCRIPTS, tally.scripts, strict=True) if count
+            name: {"characters": count}
+            for name, count in zip(texts.SCRIPTS, tally.array("scripts", len(texts.SCRIPTS)).tolist(), strict=True)
+            if count
         },
-        "turns": {str(turns): count for turns, count in sorted(tally.turns.items())},
-        "openings": tally.openings.top(NUM_TOP),
-        "openings_missed": tally.openings.missed,
-        "ngrams": measure.repeated(sampled, NUM_TOP),
-        "ngram_rows": len(sampled),
+        "turns": {str(turns): count for turns, count in tally.values("turns").items()},
+        "openings": tally.top("opening", NUM_TOP),
+        "openings_missed": tally.missed["opening"],
+        "ngrams": repeated_phrases(sample, NUM_TOP),
+        "ngram_rows": len(sample),
         "systems": {
-            "rows": tally.rows_with_system,
-            "different": len(tally.systems.counts),
-            "top": tally.systems.top(NUM_TOP, 1),
+            "rows": sums["rows_with_system"],
+            "different": len(tally.of("system")),
+            "top": tally.top("system", NUM_TOP, 1),
         },
-        "tools": {"rows": tally.rows_with_tools, "calls": tally.calls, "top": tally.tools.top(NUM_TOP, 1)},
-        "reasoning": tally.reasoning,
-        "rows_with_control": tally.rows_with_control,
-        "extra_keys": dict(tally.extra_keys.most_common(NUM_TOP)),
-        "text_rows": tally.kept,
+        "tools": {"rows": sums["rows_with_tools"], "calls": sums["calls"], "top": tally.top("tool", NUM_TOP, 1)},
+        "reasoning": sums["reasoning"],
+        "rows_with_control": sums["rows_with_control"],
+        "extra_keys": dict(tally.counters["extra_keys"].most_common(NUM_TOP)),
+        "text_rows": sums["kept"],
     }
-    if tally.longer:
+    if tally.counters["longer"]:
+        ratios = tally.values("ratio")
         figures["pairs"] = {
-            "pairs": tally.kept,
-            "longer": dict(tally.longer),
-            "margins": tally.margins.figures(),
-            "ratios": {str(k): tally.ratios[k] for k in range(-8, 9)},
-            "similarity": tally.similarity.tolist(),
+            "pairs": sums["kept"],
+            "longer": dict(tally.counters["longer"]),
+            "margins": tally.lengths("margin"),
+            "ratios": {str(k): ratios.get(k, 0) for k in range(-8, 9)},
+            "similarity": tally.array("likeness", 10).tolist(),
         }
     if is_whole:
-        figures["duplicates"] = measure.duplicates(tally)
+        figures["duplicates"] = duplicate_figures(tally)
     return figures
 
 
-def count_figures(tokens: TokenTally, known: Vocabulary, kind: str) -> dict[str, Any]:
-    """Figures of tokens by script, role, turn and id."""
-    figures: dict[str, Any] = {
-        "tokens_by": {
-            "sequence": tokens.lengths.figures(),
-            "roles": {role: lengths.figures() for role, lengths in tokens.by_role.items()},
-            "turns": {str(turn): lengths.figures() for turn, lengths in sorted(tokens.by_turn.items())},
-            **({"pair": {name: lengths.figures() for name, lengths in tokens.pairs.items()}} if kind == "pair" else {}),
-        },
-        "trained_shares": tokens.shares.tolist(),
-        "token_scripts": _script_figures(tokens),
-        "vocabulary": _vocabulary(tokens, known),
+def duplicate_figures(tally: Tally) -> dict[str, Any]:
+    """Rows whose texts equal an earlier row's, and of the others those that nearly do, with how many were compared."""
+    is_exact = is_repeat(tally.column("hashes"))
+    signatures = tally.columns["signatures"] or [np.empty((0, texts.NUM_BINS), np.uint16)]
+    signed = np.concatenate(signatures)
+    near = texts.near_duplicates(signed[~is_exact[: len(signed)]])
+    return {
+        "rows": len(is_exact),
+        "exact": int(is_exact.sum()),
+        "near": int(near.sum()),
+        "rows_compared": len(signed),
+        "near_from": texts.NEAR,
     }
-    return figures
 
 
-def _script_figures(tokens: TokenTally) -> dict[str, dict[str, Any]]:
-    """For each script its tokens, characters and bytes, and how many of these one token holds."""
-    found = {}
-    for name, (count, characters, num_bytes) in zip((*texts.SCRIPTS, "control"), tokens.scripts.tolist(), strict=True):
-        if count:
-            found[name] = {
-                "tokens": count,
-                "share": count / max(tokens.tokens, 1),
-                "characters_per_token": characters / count,
-                "bytes_per_token": num_bytes / count,
-            }
-    return found
+def is_repeat(hashes: np.ndarray) -> np.ndarray:
+    """bool [rows]: whether an earlier row has the same hash."""
+    return ~pl.Series(hashes).is_first_distinct().to_numpy()
 
 
-def _vocabulary(tokens: TokenTally, known: Vocabulary) -> dict[str, Any]:
+def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> dict[str, Any]:
+    """Figures of tokens by script, role, turn and id."""
+    return {
+        "tokens_by": {
+            "sequence": tally.lengths("tokens"),
+            "roles": tally.lengths_by("tokens by role", ROLES),
+            "turns": tally.lengths_by("tokens by turn", map(str, range(1, 9))),
+            **({"pair": tally.lengths_by("tokens by part")} if kind == "pair" else {}),
+        },
+        "trained_shares": tally.array("trained shares", NUM_SHARES).tolist(),
+        "token_scripts": _script_figures(tally),
+        "vocabulary": _vocabulary(tally, vocabulary),
+    }
+
+
+def _script_figures(tally: Tally) -> dict[str, dict[str, Any]]:
+    """For each script its tokens, their share, and how many characters and bytes one token holds."""
+    scripts = (*texts.SCRIPTS, "control")
+    counts = tally.arrays.get("token scripts", np.zeros((len(scripts), 3), np.int64)).tolist()
+    return {
+        name: {
+            "tokens": count,
+            "share": count / max(tally.sums["tokens"], 1),
+            "characters_per_token": characters / count,
+            "bytes_per_token": num_bytes / count,
+        }
+        for name, (count, characters, num_bytes) in zip(scripts, counts, strict=True)
+        if count
+    }
+
+
+def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> dict[str, Any]:
     """Use of the vocabulary: ids seen and never seen, how many of the most frequent make up half of all, the top, control."""
-    counts = tokens.vocabulary if len(tokens.vocabulary) else np.zeros(known.size, np.int64)
+    counts = tally.array("vocabulary", vocabulary.size)
     order = np.argsort(-counts, kind="stable")
     reached = np.cumsum(counts[order]) / max(1, counts.sum())
-    never = np.flatnonzero((counts == 0) & ~known.control)
+    never = np.flatnonzero((counts == 0) & ~vocabulary.control)
 
     def record(id: int) -> dict[str, Any]:
-        return {"id": id, "text": known.text(id), "count": int(counts[id])}
+        return {"id": id, "text": vocabulary.text(id), "count": int(counts[id])}
 
     return {
-        "size": known.size,
+        "size": vocabulary.size,
         "counted": int(counts.sum()),
         "seen": int((counts > 0).sum()),
         "never": len(never),
-        "never_ids": [{"id": id, "text": known.text(id)} for id in never[:60].tolist()],
+        "never_ids": [{"id": id, "text": vocabulary.text(id)} for id in never[:60].tolist()],
         "cover": {str(share): int(np.searchsorted(reached, share / 100) + 1) for share in (50, 90, 99)},
         "top": [record(int(id)) for id in order[:NUM_TOP] if counts[id]],
-        "control": [record(int(id)) for id in np.flatnonzero(known.control)],
-        "by_rank": [int(counts[order[rank]]) for rank in _ranks(known.size)],
-        "ranks": [rank + 1 for rank in _ranks(known.size)],
+        "control": [record(int(id)) for id in np.flatnonzero(vocabulary.control)],
+        "by_rank": [int(counts[order[rank]]) for rank in _ranks(vocabulary.size)],
+        "ranks": [rank + 1 for rank in _ranks(vocabulary.size)],
     }
 
 
@@ -147,21 +174,24 @@ def _ranks(size: int) -> list[int]:
     return sorted({min(size, round(2 ** (k / 4))) - 1 for k in range(4 * (size.bit_length() + 1))}) if size else []
 
 
-def cut_lines(lengths: Lengths, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS) -> list[dict[str, Any]]:
-    """What each length limit would cost: sequences and tokens beyond it, and padding, alone in a line or packed.
+def cut_lines(
+    lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS
+) -> list[dict[str, Any]]:
+    """What each length limit would cost: sequences and tokens beyond it, and padding, one sequence a line or packed.
 
-    `packed_fill` is that of the packer on at most `tried` sequences, longer ones cut (pairs are not packed: None).
+    lengths: columns value and count. `packed_fill` is that of the packer on at most `tried` sequences, longer ones cut; None for
+    pairs, which are not packed.
     """
-    values, counts = lengths.arrays()
+    values, counts = rounded_lengths(lengths)
     if not len(values):
         return []
     number, tokens = int(counts.sum()), int((values * counts).sum())
-    found = []
+    costs = []
     for limit in limits:
         cut = np.minimum(values, limit)
         kept = int((cut * counts).sum())
         longer = values > limit
-        found.append(
+        costs.append(
             {
                 "max_len": limit,
                 "longer": int(counts[longer].sum()),
@@ -174,7 +204,7 @@ def cut_lines(lengths: Lengths, kind: str, limits: Sequence[int], tried: int = P
                 "steps": -(-kept // BATCH_TOKENS[kind]),
             }
         )
-    return found
+    return costs
 
 
 def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int) -> float:
@@ -185,7 +215,7 @@ def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int
     return float(some.sum() / sum(bucket for bucket, _ in pack(some, buckets_for(limit))))
 
 
-def set_aside(
+def left_out_figures(
     left_out: Mapping[str, int], examples: Mapping[str, list[dict[str, Any]]], num_rows: int
 ) -> list[dict[str, Any]]:
     """Rows left out, by reason, the commonest first: how many, their share of all rows, what helps, and examples."""

@@ -1,6 +1,6 @@
-"""Rows kept for show in; records a page can draw as chats out: messages cut into tokens, the trained ones marked.
+"""Records of rows that a page draws as chats: messages cut into tokens, the trained ones marked.
 
-A token that holds part of a character is shown together with those that complete it. Long rows are shown by their beginning.
+A token that holds part of a character is shown together with those that complete it. Of long rows the beginning is shown.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow
 from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.encode.sequences import Sequence as Ids
-from mmdata.stats.measure import pieces_of
-from mmdata.stats.scan import Shown
-from mmdata.stats.token_tally import Vocabulary
+from mmdata.stats.frames import pieces_of
+from mmdata.stats.scan import SampleRow
+from mmdata.stats.tokens import Vocabulary
 
 MOST_TOKENS = 400  # of a row, or of a pair's prompt and of each of its replies
 MOST_CHARACTERS = 1500  # of a row shown without tokens
@@ -24,23 +24,23 @@ PLAIN, TRAINED, CONTROL = "0", "1", "2"  # "3": a control token that is trained
 
 
 def records(
-    shown: Sequence[Shown], known: Vocabulary | None, encoder: RowEncoder | None = None
+    samples: Sequence[SampleRow], vocabulary: Vocabulary | None, encoder: RowEncoder | None = None
 ) -> list[dict[str, Any]]:
     """One record a row: why, file, line, characters, and `parts`: [{"name", "messages", "hidden" tokens}].
 
-    A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}. A row that does not
-    bring its ids is encoded; where it cannot be, or there is no encoder, there is one piece a message and no ids.
+    A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}. A row without
+    ids is encoded; if it cannot be, or there is no encoder, there is one piece a message and no ids.
     """
-    found = []
-    for row in shown:
+    drawn = []
+    for row in samples:
         try:
-            found.append(_record(row, known, encoder))
+            drawn.append(_record(row, vocabulary, encoder))
         except BadRow:
             continue  # it was usable when it was kept: another template or length limit now
-    return found
+    return drawn
 
 
-def _record(shown: Shown, known: Vocabulary | None, encoder: RowEncoder | None) -> dict[str, Any]:
+def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder | None) -> dict[str, Any]:
     row = shown.parsed()
     record: dict[str, Any] = {
         "why": shown.why,
@@ -57,8 +57,8 @@ def _record(shown: Shown, known: Vocabulary | None, encoder: RowEncoder | None) 
         sequences, num_tokens = encoded.sequences, encoded.num_tokens
         if encoded.bad:
             record["set_aside"] = str(encoded.bad[0])
-    if known and sequences:
-        parts = _token_parts(sequences, known)
+    if vocabulary and sequences:
+        parts = _token_parts(sequences, vocabulary)
         record |= {"tokens": num_tokens, "trained": sum(part.pop("num_trained") for part in parts)}
         return record | {"parts": parts}
     return record | {"parts": _plain_parts(list(pieces_of(row)))}
@@ -76,10 +76,10 @@ def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         name = "assistant" if side else role
         mark = TRAINED if name in ("assistant", "document") else PLAIN
         parts.setdefault(side, []).append({"role": name, "text": [shown], "ids": [], "marks": mark})
-    return [{"name": name, "messages": found, "hidden": hidden} for name, found in parts.items()]
+    return [{"name": name, "messages": messages, "hidden": hidden} for name, messages in parts.items()]
 
 
-def _token_parts(sequences: Sequences, known: Vocabulary) -> list[dict[str, Any]]:
+def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[dict[str, Any]]:
     first = sequences[0]
     if isinstance(first, PairSequence):
         lists = [
@@ -95,7 +95,7 @@ def _token_parts(sequences: Sequences, known: Vocabulary) -> list[dict[str, Any]
         for begin, end in spans.tolist():
             mask[begin:end] = True
         most = MOST_TOKENS if len(lists) <= 3 else MOST_TOKENS // 2
-        messages = _messages(ids[:most].tolist(), mask, known, "assistant" if name in _SIDES else "document")
+        messages = _messages(ids[:most].tolist(), mask, vocabulary, "assistant" if name in _SIDES else "document")
         parts.append(
             {
                 "name": name,
@@ -110,33 +110,33 @@ def _token_parts(sequences: Sequences, known: Vocabulary) -> list[dict[str, Any]
 _SIDES = ("chosen", "rejected")
 
 
-def _messages(ids: Sequence[int], mask: np.ndarray, known: Vocabulary, first_role: str) -> list[dict[str, Any]]:
+def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, first_role: str) -> list[dict[str, Any]]:
     """Ids cut at the control tokens that open a message; what names its role is not shown again."""
     messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
     at = 0
     while at < len(ids):
-        header = known.header(ids, at)
+        header = vocabulary.header(ids, at)
         if header:
             role, at = header
             messages.append({"role": role, "text": [], "ids": [], "marks": ""})
             continue
-        at = _add_piece(messages[-1], ids, at, mask, known)
+        at = _add_piece(messages[-1], ids, at, mask, vocabulary)
     return [message for message in messages if "".join(message["text"]).strip()]
 
 
-def _add_piece(message: dict[str, Any], ids: Sequence[int], at: int, mask: np.ndarray, known: Vocabulary) -> int:
+def _add_piece(message: dict[str, Any], ids: Sequence[int], at: int, mask: np.ndarray, vocabulary: Vocabulary) -> int:
     """Add the token at `at`, with those after it that complete its last character; gives where the next piece begins."""
-    if known.control[ids[at]]:
-        text, end = known.tokenizer.native.id_to_token(ids[at]) or "", at + 1
+    if vocabulary.control[ids[at]]:
+        text, end = vocabulary.tokenizer.native.id_to_token(ids[at]) or "", at + 1
     else:
-        end, content = at + 1, known.pieces[ids[at]]
-        while not _is_whole(content) and end < min(len(ids), at + 4) and not known.control[ids[end]]:
-            content += known.pieces[ids[end]]
+        end, content = at + 1, vocabulary.pieces[ids[at]]
+        while not _is_whole(content) and end < min(len(ids), at + 4) and not vocabulary.control[ids[end]]:
+            content += vocabulary.pieces[ids[end]]
             end += 1
         text = content.decode("utf-8", errors="replace")
     message["text"].append(text)
     message["ids"].append(list(ids[at:end]))
-    message["marks"] += str(int(mask[at]) + 2 * bool(known.control[ids[at]]))
+    message["marks"] += str(int(mask[at]) + 2 * bool(vocabulary.control[ids[at]]))
     return end
 
 

@@ -1,13 +1,12 @@
-"""Jsonl files or shards in, tallies of their rows and tokens out: one pass, in as many processes as asked, memory flat.
+"""Files or shards read once, in as many processes as asked, into tallies of their rows and tokens.
 
-Rows are read from files, or, where a dataset's are gone, decoded from its shards. All text is measured. Tokens of a raw file are those of a sample of its rows, drawn by line, unless all are asked for:
-tokenizing costs ten times as much as everything else.
+Rows come from files or, where a dataset's are gone, decoded from its shards. All text is measured. Tokens of a raw file are those
+of a sample of its rows, drawn by line number, unless all are asked for: tokenizing takes ten times as long as everything else.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from heapq import nlargest, nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -22,175 +21,98 @@ from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
 from mmdata.shards import dataset as shards
-from mmdata.stats import measure
-from mmdata.stats.decoded import Decoder, PartRows
-from mmdata.stats.measure import RowTally
-from mmdata.stats.token_tally import Flat, TokenTally, Vocabulary, flat_of
+from mmdata.stats.decoded import PartRows, RowDecoder
+from mmdata.stats.frames import ROWS_FOR_NEAR, STRINGS, count_rows, set_aside
+from mmdata.stats.tally import Tally
+from mmdata.stats.tokens import FlatSequences, Vocabulary, count_tokens, flat_sequences
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-UNCUT = 2**24  # a length limit that no row meets: figures of a file are those of its whole rows
+UNCUT = 2**24  # a length limit that no row reaches: figures of a file are those of its whole rows
 PART_BYTES = 16 * 2**20
 MOST_PARTS = 256
-SAMPLE_BYTES = 12_000_000  # of rows that are tokenized, and read for repeated n-grams
-NUM_EXTREMES = 6
-RAW_KEPT = 2**17  # bytes; a longer row is no sample for show
+SAMPLE_BYTES = 12_000_000  # of rows that are tokenized, and read for repeated phrases
+NUM_EXTREMES = 6  # longest and shortest rows, and rows of highest loss, that are shown
+RAW_KEPT = 2**17  # bytes; a longer row is not shown
 SLICE_TOKENS = 2**21  # of a shard at once
 STRETCHES = 32  # of all shards that a share is taken from
 DECODED_ROWS = 2**11  # measured at once
 Progress = Callable[[int, int], None]
+Losses = Mapping[str, Mapping[int, float]]  # nats a token, by file and line
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A row kept for show: why, where it stands, its line, its length in characters."""
+class SampleRow:
+    """A row, from a line or, with `encoded`, decoded from shards; why: random, longest, shortest or loss, if it is shown."""
 
-    why: str  # random, longest, shortest, loss
     file: str
     line: int
     raw: bytes
-    characters: int
-    nll: float | None = None
-    row: Row | None = None  # where there is no line any more: the row, as decoded from these sequences
+    row: Row | None = None
     encoded: Sequences | None = None
+    why: str = ""
+    characters: int = 0
+    nll: float | None = None
 
     def parsed(self) -> Row:
-        """The row; BadRow when its line has become none."""
+        """The row. BadRow if its line can no longer be parsed."""
         return self.row or parse_row(self.raw)
+
+    @property
+    def can_be_shown(self) -> bool:
+        """Whether the row is short enough to be kept."""
+        return len(self.raw) <= RAW_KEPT and (self.encoded is None or self.encoded.lengths.sum() <= RAW_KEPT // 4)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """How files are read. share: of rows that are sampled; wanted: lines to keep for show, by file."""
+class ScanOptions:
+    """How rows are read. is_exact: tokenize all, not a sample. wanted: lines to show, with their loss, by file; left_out: lines
+    that are skipped, by file. share (of the rows that are drawn as a sample) and most_signed (rows of a part that get a signature)
+    are set by the scan."""
 
     kind: str
-    tokenizer_dir: Path | None
-    share: float
-    rows_for_near: int
-    wanted: dict[str, dict[int, float]] = field(default_factory=dict)
-    left_out: dict[str, frozenset[int]] = field(default_factory=dict)  # by file: lines that are passed over
+    tokenizer_dir: Path | None = None
+    is_exact: bool = False
+    wanted: Losses = field(default_factory=dict)
+    left_out: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    share: float = 1.0
+    most_signed: int = ROWS_FOR_NEAR
 
 
 @dataclass(slots=True)
 class PartScan:
-    """What one part of a file came to. sampled: its sampled rows, how many and their characters."""
+    """The counts of one part of an input, and its rows for show: a sample, the longest, the shortest, those asked for."""
 
     input: int
-    rows: RowTally
-    tokens: TokenTally
-    sampled_rows: int = 0
-    sampled_characters: int = 0
-    characters: int = 0  # as packing counts them
-    sample: list[Shown] = field(default_factory=list)
-    longest: list[Shown] = field(default_factory=list)
-    shortest: list[Shown] = field(default_factory=list)
-    wanted: list[Shown] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    shown: dict[str, list[SampleRow]] = field(default_factory=dict)
 
+    def add(self, rows: Sequence[SampleRow], options: ScanOptions) -> None:
+        """Count a batch of usable rows of one file, and keep some for show."""
+        parsed = [row.parsed() for row in rows]
+        raws = [row.raw for row in rows if row.raw]
+        lengths = count_rows(self.tally, parsed, raws, most_signed=options.most_signed)
+        self.tally.sums["characters"] += sum(map(num_characters, parsed))
+        wanted = options.wanted.get(rows[0].file, {})
+        drawn = drawn_lines(np.array([row.line for row in rows], np.uint64), self.input, options.share)
+        for i in [i for i, row in enumerate(rows) if row.line in wanted] if wanted else ():
+            self._keep("loss", replace(rows[i], characters=int(lengths[i]), nll=wanted[rows[i].line]))
+        fits = np.array([row.can_be_shown for row in rows])
+        for why, order in (("shortest", lengths), ("longest", -lengths)):
+            first = np.argsort(order, kind="stable")  # of equal ones the earlier, in whatever batches rows come
+            for i in first[fits[first]][:NUM_EXTREMES].tolist():
+                self._keep(why, replace(rows[i], characters=int(lengths[i])))
+            ordered = sorted(self.shown.get(why, []), key=lambda row: row.characters, reverse=why == "longest")
+            self.shown[why] = ordered[:NUM_EXTREMES]
+        for i in np.flatnonzero(drawn & fits).tolist():
+            self._keep("random", replace(rows[i], characters=int(lengths[i])))
 
-class _FileScanner:
-    """Measures parts of files with one set of settings; holds the encoder."""
-
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self._encoder = self._known = None
-        if settings.tokenizer_dir:
-            tokenizer = Tokenizer.load(settings.tokenizer_dir)
-            self._known = Vocabulary(tokenizer)
-            self._encoder = RowEncoder(tokenizer, max_len=UNCUT)
-
-    def __call__(self, part: Part, tick: Tick) -> PartScan:
-        found = PartScan(part.input, RowTally(most_signed=self._settings.rows_for_near), TokenTally())
-        told = part.begin
-        for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
-            self._measure(part, lines, found)
-            last = lines[-1].offset + len(lines[-1].raw) + 1
-            done = min(last, part.begin + part.num_bytes) - told
-            if done > 0:
-                tick(done)
-                told += done
-        tick(part.begin + part.num_bytes - told)
-        found.rows.trim()
-        return found
-
-    def _measure(self, part: Part, lines: Sequence[Line], found: PartScan) -> None:
-        good: list[tuple[Line, Row]] = []
-        passed = self._settings.left_out.get(str(part.path), frozenset())
-        for line in lines:
-            if line.number in passed:
-                continue
-            try:
-                good.append((line, parse_row(line.raw, self._settings.kind, extra_keys=found.rows.extra_keys)))
-            except BadRow as bad:
-                found.rows.set_aside(line, bad, str(part.path))
-        if not good:
-            return
-        numbers = np.array([line.number for line, _ in good], np.uint64)
-        drawn = drawn_lines(numbers, part.input, self._settings.share)
-        if self._encoder and self._settings.share >= 1:
-            good, drawn = self._encode(part, good, found), np.ones(len(good), bool)
-        elif self._encoder:
-            self._encode(part, [pair for pair, is_drawn in zip(good, drawn, strict=True) if is_drawn], found, True)
-        if good:
-            lengths = found.rows.add([row for _, row in good], [line.raw for line, _ in good])
-            self._keep(part, [line for line, _ in good], lengths, drawn[: len(good)], found)
-            if self._settings.kind == "conversation":  # what packing counts is what was measured
-                found.characters += int(lengths.sum())
-            else:
-                found.characters += sum(num_characters(row) for _, row in good)
-
-    def _encode(
-        self, part: Part, good: Sequence[tuple[Line, Row]], found: PartScan, is_sample: bool = False
-    ) -> list[tuple[Line, Row]]:
-        """Count the tokens of rows; those that cannot be encoded are set aside, unless they are a sample of all."""
-        assert self._encoder and self._known
-        encoded = self._encoder.encode([row for _, row in good])
-        kept = [pair for i, pair in enumerate(good) if i not in encoded.bad]
-        for i, bad in encoded.bad.items() if not is_sample else ():
-            found.rows.set_aside(good[i][0], bad, str(part.path))
-        if len(encoded.sequences):
-            add_sequences(found.tokens, list(encoded.sequences), self._known)
-        found.sampled_rows += len(kept)
-        found.sampled_characters += sum(num_characters(row) for _, row in kept)
-        return kept
-
-    def _keep(self, part: Part, lines: Sequence[Line], lengths: np.ndarray, drawn: np.ndarray, found: PartScan) -> None:
-        def shown(i: int, why: str) -> Shown:
-            return Shown(why, str(part.path), lines[i].number, lines[i].raw, int(lengths[i]))
-
-        fits = np.array([len(line.raw) <= RAW_KEPT for line in lines])
-        wanted = self._settings.wanted.get(str(part.path), {})
-        losses = {i: wanted[line.number] for i, line in enumerate(lines) if line.number in wanted} if wanted else {}
-        keep(found, shown, lengths, drawn, fits, losses)
-
-
-def keep(
-    found: PartScan,
-    shown: Callable[[int, str], Shown],
-    lengths: np.ndarray,
-    drawn: np.ndarray,
-    fits: np.ndarray,
-    losses: Mapping[int, float],
-) -> None:
-    """Keep of a batch of rows the drawn ones, the longest and shortest that fit, and those asked for, with their nll."""
-    found.sample += [shown(i, "random") for i in np.flatnonzero(drawn & fits).tolist()]
-    up, down = (order[fits[order]].tolist() for order in (_stable_order(lengths), _stable_order(-lengths)))
-    shortest = [shown(i, "shortest") for i in up[:NUM_EXTREMES]]
-    longest = [shown(i, "longest") for i in down[:NUM_EXTREMES]]
-    found.shortest = nsmallest(NUM_EXTREMES, found.shortest + shortest, key=_by_length)
-    found.longest = nlargest(NUM_EXTREMES, found.longest + longest, key=_by_length)
-    found.wanted += [replace(shown(i, "loss"), nll=nll) for i, nll in losses.items()]
-
-
-def _stable_order(values: np.ndarray) -> np.ndarray:
-    """The earlier of equal ones first, so that it does not matter how rows lie in batches."""
-    return np.argsort(values, kind="stable")
-
-
-def _by_length(shown: Shown) -> int:
-    return shown.characters
+    def _keep(self, why: str, row: SampleRow) -> None:
+        row = replace(row, why=why, row=None if row.raw else row.row)  # a line is smaller than what was parsed from it
+        self.shown.setdefault(why, []).append(row)
 
 
 def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
-    """bool [N]: whether each line belongs to the sample; by file and line number alone, whoever reads it."""
+    """bool [N]: whether each line belongs to the sample, by file and line number alone."""
     if share >= 1:
         return np.ones(len(numbers), bool)
     mixed = (numbers + np.uint64(file) * np.uint64(2**40) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -198,46 +120,101 @@ def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
     return (mixed ^ mixed >> np.uint64(32)) < np.uint64(share * 2**64)
 
 
-def add_sequences(tally: TokenTally, sequences: Sequence[Any], known: Vocabulary) -> None:
-    """Count encoded sequences, all of one kind."""
-    prompts = None
-    if isinstance(sequences[0], PairSequence):
-        prompts = np.array([len(pair.prompt) for pair in sequences], np.int64)
-    tally.add(flat_of(sequences), known, pair_prompts=prompts)
+def evenly(number: int, share: float) -> np.ndarray:
+    """int64: about a share of 0 … number - 1, at least one of them."""
+    return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
+
+
+# --- rows of files
 
 
 def scan_files(
     paths: Sequence[Path],
-    kind: str,
-    tokenizer_dir: Path | None,
+    options: ScanOptions,
     *,
-    is_exact: bool = False,
     workers: int = 1,
-    wanted: dict[str, dict[int, float]] | None = None,
-    left_out: dict[str, frozenset[int]] | None = None,
     sha256s: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[PartScan]:
     """Measure files of one kind; the same parts and results for any number of workers. progress counts bytes.
 
-    is_exact: tokenize every row, not a sample. wanted: for each file lines to keep for show, with their nll. left_out:
-    lines that are passed over. sha256s: what the files must be; nothing is measured when one is something else.
+    sha256s: what the files must be; nothing is measured if one is something else.
     """
     total = sum(path.stat().st_size for path in paths)
     entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS))
     if sha256s is not None and [entry["sha256"] for entry in entries] != list(sha256s):
         return []
-    share = 1.0 if is_exact else min(1.0, SAMPLE_BYTES / max(total, 1))
-    rows_for_near = -(-measure.ROWS_FOR_NEAR // max(len(parts), 1))
-    settings = Settings(kind, tokenizer_dir, share, rows_for_near, wanted or {}, left_out or {})
+    share = 1.0 if options.is_exact else min(1.0, SAMPLE_BYTES / max(total, 1))
+    options = replace(options, share=share, most_signed=-(-ROWS_FOR_NEAR // max(len(parts), 1)))
     num_bytes = sum(part.num_bytes for part in parts)
-    return engine.run(partial(_FileScanner, settings), parts, total=num_bytes, workers=workers, progress=progress)
+    return engine.run(partial(_FileScanner, options), parts, total=num_bytes, workers=workers, progress=progress)
+
+
+class _FileScanner:
+    """Measures parts of files with one set of options; holds the encoder."""
+
+    def __init__(self, options: ScanOptions):
+        self._options = options
+        self._encoder = self._vocabulary = None
+        if options.tokenizer_dir:
+            tokenizer = Tokenizer.load(options.tokenizer_dir)
+            self._vocabulary, self._encoder = Vocabulary(tokenizer), RowEncoder(tokenizer, max_len=UNCUT)
+
+    def __call__(self, part: Part, tick: Tick) -> PartScan:
+        scanned = PartScan(part.input)
+        reported = part.begin
+        for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
+            self._measure(part, lines, scanned)
+            done = min(lines[-1].offset + len(lines[-1].raw) + 1, part.begin + part.num_bytes)
+            if done > reported:
+                tick(done - reported)
+                reported = done
+        tick(part.begin + part.num_bytes - reported)
+        scanned.tally.trim(*STRINGS)
+        return scanned
+
+    def _measure(self, part: Part, lines: Sequence[Line], scanned: PartScan) -> None:
+        file, options = str(part.path), self._options
+        left_out = options.left_out.get(file, frozenset())
+        rows: list[SampleRow] = []
+        extra_keys = scanned.tally.counters["extra_keys"]
+        for line in lines:
+            if line.number in left_out:
+                continue
+            try:
+                row = parse_row(line.raw, options.kind, extra_keys=extra_keys)
+            except BadRow as bad:
+                set_aside(scanned.tally, line, bad, file)
+            else:
+                rows.append(SampleRow(file, line.number, line.raw, row))
+        if self._encoder and rows:
+            drawn = drawn_lines(np.array([row.line for row in rows], np.uint64), part.input, options.share)
+            chosen = [row for row, is_drawn in zip(rows, drawn, strict=True) if is_drawn]
+            bad = self._encode(chosen, scanned.tally)
+            if options.share >= 1:  # all rows were encoded: those that cannot be are set aside
+                raws = {line.number: line for line in lines}
+                for i, reason in bad.items():
+                    set_aside(scanned.tally, raws[rows[i].line], reason, file)
+                rows = [row for i, row in enumerate(rows) if i not in bad]
+        if rows:
+            scanned.add(rows, options)
+
+    def _encode(self, rows: Sequence[SampleRow], tally: Tally) -> Mapping[int, BadRow]:
+        """Encode rows and count their tokens. Returns, by index, why rows cannot be encoded."""
+        assert self._encoder and self._vocabulary
+        parsed = [row.parsed() for row in rows]
+        encoded = self._encoder.encode(parsed)
+        characters = [num_characters(row) for i, row in enumerate(parsed) if i not in encoded.bad]
+        tally.sums.update({"sampled_rows": len(characters), "sampled_characters": sum(characters)})
+        if len(encoded.sequences):
+            count_tokens(tally, flat_sequences(encoded.sequences), self._vocabulary)
+        return encoded.bad
 
 
 def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: float) -> list[PartScan]:
-    """Measure about a share of a dataset's rows, found in its inputs by their offsets; nothing where an input is gone or
+    """Measure about a share of a dataset's rows, read from its inputs at their offsets; nothing if an input is gone or
     compressed."""
-    found = []
+    scanned = []
     for part in dataset.manifest["parts"]:
         if not part["kept"]:
             continue
@@ -245,150 +222,115 @@ def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: floa
         path = paths[int(sources["file"][0])]
         if path is None or not is_seekable(path):
             return []
-        found.append(_read_rows(path, dataset.kind, sources, evenly(part["kept"], share)))
-    return found
+        scanned.append(PartScan(int(sources["file"][0])))
+        if rows := list(_rows_at(path, dataset.kind, sources, evenly(part["kept"], share))):
+            scanned[-1].add(rows, ScanOptions(dataset.kind))
+    return scanned
 
 
-def evenly(number: int, share: float) -> np.ndarray:
-    """int64: about a share of 0 … number - 1, at least one of them."""
-    return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
-
-
-def _read_rows(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> PartScan:
-    """Measure single rows of a part, found by their offsets."""
-    part = PartScan(int(sources["file"][0]), RowTally(), TokenTally())
-    good: list[Row] = []
-    lines: list[tuple[int, bytes]] = []
+def _rows_at(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> Iterator[SampleRow]:
+    """Single rows of a file, at the offsets that packing noted; those that the file no longer holds are left out."""
     with path.open("rb") as file:
         for i in chosen.tolist():
             file.seek(int(sources["offset"][i]))
             raw = file.readline().rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
             try:
-                good.append(parse_row(raw, kind))
+                yield SampleRow(str(path), int(sources["line"][i]), raw, parse_row(raw, kind))
             except BadRow:
-                continue  # the file was changed, and kept its size
-            lines.append((int(sources["line"][i]), raw))
-    if good:
-        lengths = part.rows.add(good, [raw for _, raw in lines])
-
-        def shown(i: int, why: str) -> Shown:
-            return Shown(why, str(path), *lines[i], int(lengths[i]))
-
-        fits = np.array([len(raw) <= RAW_KEPT for _, raw in lines])
-        keep(part, shown, lengths, np.ones(len(lines), bool), fits, {})
-    return part
+                continue
 
 
 # --- rows decoded from shards
 
 
-class _PartDecoder:
-    """Measures the rows of parts of a dataset as its shards tell them."""
-
-    def __init__(self, dataset: shards.Dataset, known: Vocabulary, settings: Settings, share: float):
-        self._dataset, self._known, self._settings, self._share = dataset, known, settings, share
-        self._decoder = Decoder(known, dataset.kind)
-
-    def __call__(self, part: dict[str, Any], tick: Tick) -> PartScan:
-        rows = PartRows(self._dataset, part)
-        input = int(rows.sources["file"][0])
-        found = PartScan(input, RowTally(most_signed=self._settings.rows_for_near), TokenTally())
-        chosen = evenly(len(rows), self._share)
-        for some in np.array_split(chosen, -(-len(chosen) // DECODED_ROWS)):
-            self._measure(rows, some, found)
-            tick(len(some))
-        found.rows.trim()
-        return found
-
-    def _measure(self, rows: PartRows, chosen: np.ndarray, found: PartScan) -> None:
-        file, lines = self._dataset.inputs[found.input], rows.sources["line"][chosen]
-        encoded = [rows.encoded(i) for i in chosen.tolist()]
-        decoded = [self._decoder.row(one) for one in encoded]
-        lengths = found.rows.add(decoded)
-        found.characters += sum(map(num_characters, decoded))
-
-        def shown(i: int, why: str) -> Shown:
-            return Shown(why, file, int(lines[i]), b"", int(lengths[i]), row=decoded[i], encoded=encoded[i])
-
-        drawn = drawn_lines(lines.astype(np.uint64), found.input, self._settings.share)
-        fits = np.array([one.lengths.sum() <= RAW_KEPT // 4 for one in encoded])
-        wanted = self._settings.wanted.get(file, {})
-        losses = {i: wanted[line] for i, line in enumerate(lines.tolist()) if line in wanted} if wanted else {}
-        keep(found, shown, lengths, drawn, fits, losses)
-
-
 def scan_decoded(
     dataset: shards.Dataset,
-    known: Vocabulary,
+    vocabulary: Vocabulary,
     *,
     share: float = 1.0,
     workers: int = 1,
-    wanted: dict[str, dict[int, float]] | None = None,
+    wanted: Losses | None = None,
     progress: Progress | None = None,
 ) -> list[PartScan]:
     """Measure the rows of a dataset, or about a share of them, decoded from its shards. progress counts rows."""
     parts = [part for part in dataset.manifest["parts"] if part["kept"]]
     num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
-    sampled = min(1.0, SAMPLE_BYTES / max(num_bytes, 1)) if share >= 1 else 1.0
-    rows_for_near = -(-measure.ROWS_FOR_NEAR // max(len(parts), 1))
-    settings = Settings(dataset.kind, None, sampled, rows_for_near, wanted or {})
+    drawn = min(1.0, SAMPLE_BYTES / max(num_bytes, 1)) if share >= 1 else 1.0
+    most_signed = -(-ROWS_FOR_NEAR // max(len(parts), 1))
+    options = ScanOptions(dataset.kind, wanted=wanted or {}, share=drawn, most_signed=most_signed)
     total = sum(len(evenly(part["kept"], share)) for part in parts)
-    make = partial(_PartDecoder, dataset, known, settings, share)
+    measure = partial(_measure_decoded, dataset, vocabulary, options, share)
+    make = partial(partial, measure)
     return engine.run(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
+
+
+def _measure_decoded(
+    dataset: shards.Dataset,
+    vocabulary: Vocabulary,
+    options: ScanOptions,
+    share: float,
+    part: dict[str, Any],
+    tick: Tick,
+) -> PartScan:
+    """Measure the rows of one part."""
+    rows, decoder = PartRows(dataset, part), RowDecoder(vocabulary, dataset.kind)
+    scanned = PartScan(int(rows.sources["file"][0]))
+    file = dataset.inputs[scanned.input]
+    chosen = evenly(len(rows), share)
+    for some in np.array_split(chosen, -(-len(chosen) // DECODED_ROWS)):
+        encoded = [rows.encoded(i) for i in some.tolist()]
+        lines = rows.sources["line"][some].tolist()
+        decoded = [SampleRow(file, line, b"", decoder.row(one), one) for line, one in zip(lines, encoded, strict=True)]
+        scanned.add(decoded, options)
+        tick(len(some))
+    scanned.tally.trim(*STRINGS)
+    return scanned
 
 
 # --- tokens of shards
 
 
-class _ShardScanner:
-    """Counts the tokens of shards of one dataset."""
-
-    def __init__(self, dataset: shards.Dataset, known: Vocabulary, share: float):
-        self._dataset, self._known = dataset, known
-        self._share, self._stretches = share, max(1, STRETCHES // len(dataset.manifest["shards"]))
-
-    def __call__(self, entry: dict[str, Any], tick: Tick) -> TokenTally:
-        tally = TokenTally()
-        for batch in self._dataset.open_shard(entry).batches:
-            for columns in _slices(batch, entry["bucket"], self._share, self._stretches):
-                if self._dataset.kind == "pair":
-                    flat, prompts = flat_pairs(columns)
-                    tally.add(flat, self._known, pair_prompts=prompts)
-                else:
-                    tally.add(flat_packs(columns), self._known)
-        tick(entry["tokens"])
-        return tally
-
-
 def scan_shards(
     dataset: shards.Dataset,
-    known: Vocabulary,
+    vocabulary: Vocabulary,
     *,
     share: float = 1.0,
     workers: int = 1,
     progress: Progress | None = None,
-) -> TokenTally:
+) -> Tally:
     """Count the tokens of a dataset, or of about a share of its samples. progress counts tokens."""
     entries = dataset.manifest["shards"]
-    workers = workers if share >= 1 and sum(entry["tokens"] for entry in entries) > 2**25 else 1
-    total = TokenTally()
-    for tally in engine.run(
-        partial(_ShardScanner, dataset, known, share),
-        entries,
-        total=sum(entry["tokens"] for entry in entries),
-        workers=workers,
-        progress=progress,
-    ):
-        total.merge(tally)
-    return total
+    total = sum(entry["tokens"] for entry in entries)
+    workers = workers if share >= 1 and total > 2**25 else 1
+    make = partial(partial, partial(_count_shard, dataset, vocabulary, share))
+    tally = Tally()
+    for counted in engine.run(make, entries, total=total, workers=workers, progress=progress):
+        tally.merge(counted)
+    return tally
+
+
+def _count_shard(
+    dataset: shards.Dataset, vocabulary: Vocabulary, share: float, entry: dict[str, Any], tick: Tick
+) -> Tally:
+    """Count the tokens of one shard."""
+    tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest["shards"]))
+    for batch in dataset.open_shard(entry).batches:
+        for columns in _slices(batch, entry["bucket"], share, stretches):
+            if dataset.kind == "pair":
+                pairs = [shards.pair_view(columns, i) for i in range(len(columns["doc"]))]
+                spans = [[span.reshape(-1, 2) for span in (p.chosen_span, p.rejected_span)] for p in pairs]
+                sides = [PairSequence(p.prompt, p.chosen, p.rejected, *of) for p, of in zip(pairs, spans, strict=True)]
+                count_tokens(tally, flat_sequences(sides), vocabulary)
+            else:
+                count_tokens(tally, _flat_packs(columns), vocabulary)
+    tick(entry["tokens"])
+    return tally
 
 
 def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) -> Iterator[dict[str, Any]]:
     """A record batch as pieces of at most SLICE_TOKENS positions; with a share, the beginnings of that many stretches."""
     number = num_rows(batch)
-    step = max(1, SLICE_TOKENS // bucket)
-    if share < 1:
-        step = max(1, -(-number // stretches))
+    step = max(1, SLICE_TOKENS // bucket) if share >= 1 else max(1, -(-number // stretches))
     for begin in range(0, number, step):
         size = min(step, number - begin)
         end = begin + (size if share >= 1 else max(1, int(size * share)))
@@ -400,23 +342,13 @@ def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) ->
         }
 
 
-def _values(column: Ragged) -> np.ndarray:
-    return column.values[column.offsets[0] : column.offsets[-1]]
-
-
-def flat_packs(columns: dict[str, Any]) -> Flat:
+def _flat_packs(columns: dict[str, Any]) -> FlatSequences:
     """The sequences of packs, spans in flat positions."""
+
+    def values(column: Ragged) -> np.ndarray:
+        return column.values[column.offsets[0] : column.offsets[-1]]
+
     ids, span = columns["ids"], columns["span"]
     begins = ids.offsets[:-1].astype(np.int64) - ids.offsets[0]
-    spans = _values(span).astype(np.int64) + np.repeat(begins, span.lengths())
-    return Flat(_values(ids), _values(columns["doc_len"]).astype(np.int64), spans)
-
-
-def flat_pairs(columns: dict[str, Any]) -> tuple[Flat, np.ndarray]:
-    """The sides of pairs as sequences with their prompts, and the prompts' lengths."""
-    pairs = [shards.pair_view(columns, i) for i in range(len(columns["doc"]))]
-    sequences = [
-        PairSequence(p.prompt, p.chosen, p.rejected, p.chosen_span.reshape(-1, 2), p.rejected_span.reshape(-1, 2))
-        for p in pairs
-    ]
-    return flat_of(sequences), np.array([len(pair.prompt) for pair in pairs], np.int64)
+    spans = values(span).astype(np.int64) + np.repeat(begins, span.lengths())
+    return FlatSequences(values(ids), values(columns["doc_len"]).astype(np.int64), spans)

@@ -1,13 +1,13 @@
-"""Figures in; what a reader should know first out: warnings in plain words."""
+"""Warnings on figures, in plain words: what a reader should know first."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mmdata.stats import measure
+from mmdata.stats.frames import LONGER_BY, OPENING
 from mmdata.stats.report.page import percent
 
-# Code -> sentence; values stand as {…}. A report may translate the sentence.
+# By code; {…} are values. Reports translate the sentences.
 WARNINGS = {
     "left out": "{share} of the rows were left out, most of them for: {reason}",
     "cut": "{share} of the tokens were cut to fit the length limit",
@@ -29,7 +29,7 @@ WARNINGS = {
 
 def warnings(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a reader should know first, as {"code", "values", "text"}; in the order of WARNINGS."""
-    return [warning(code, **values) for code, values in _found_warnings(figures)]
+    return [warning(code, **values) for code, values in _warnings_on(figures)]
 
 
 def warning(code: str, **values: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def warning(code: str, **values: Any) -> dict[str, Any]:
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
 
 
-def _found_warnings(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
     left_out = figures["left_out"]
     if sum(left_out.values()) > 0.001 * num_rows:
@@ -65,7 +65,7 @@ def _found_warnings(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str,
         )
     if figures.get("openings") and figures["openings"][0]["count"] > 0.02 * figures["text_rows"]:
         top = figures["openings"][0]
-        text = f"“{top['text']}{'…' if len(top['text']) == measure.OPENING else ''}”"
+        text = f"“{top['text']}{'…' if len(top['text']) == OPENING else ''}”"
         yield "one opening", {"share": percent(top["count"] / figures["text_rows"]), "text": text}
     if "val_rows" in figures and figures["val_rows"] < 20 and kept > 200:
         yield "few val rows", {"number": figures["val_rows"]}
@@ -77,7 +77,7 @@ def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, dict[
     number, longer = pairs["pairs"], Counter(pairs["longer"])
     if longer["chosen by 3"] > 0.02 * number:
         share = percent(longer["chosen by 3"] / number)
-        yield "chosen longer", {"share": share, "factor": measure.LONGER_BY}
+        yield "chosen longer", {"share": share, "factor": LONGER_BY}
     if longer["chosen"] > 0.6 * number:
         yield "length bias", {"share": percent(longer["chosen"] / number)}
     if sum(pairs["similarity"][9:]) > 0.01 * number:

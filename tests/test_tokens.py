@@ -9,7 +9,7 @@ import pytest
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.stats.scan import scan_shards
-from mmdata.stats.token_tally import Vocabulary, token_pieces
+from mmdata.stats.tokens import Vocabulary, token_pieces
 from mmdata.tokenizer.text import SCRIPTS
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -17,24 +17,24 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
 def test_counts_are_those_of_every_row(packed: dict[str, PackResult], kind: str) -> None:
     dataset = open_dataset(packed[kind].out)
-    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
+    tally = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
     vocabulary: Counter[int] = Counter()
     trained = 0
     for row in source_rows(dataset):
         for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"):
             vocabulary.update(row.get(name, ()))
         trained += sum(sum(row.get(name, ())) for name in ("loss_mask", "chosen_mask", "rejected_mask"))
-    assert found.tokens == vocabulary.total() == packed[kind].tokens
-    assert found.loss_tokens == trained == packed[kind].loss_tokens
-    assert {id: n for id, n in enumerate(found.vocabulary.tolist()) if n} == vocabulary
-    assert found.scripts[:, 0].sum() == found.tokens
-    assert found.shares.sum() == found.sequences * (2 if kind == "pair" else 1)
+    assert tally.sums["tokens"] == vocabulary.total() == packed[kind].tokens
+    assert tally.sums["loss_tokens"] == trained == packed[kind].loss_tokens
+    assert {id: n for id, n in enumerate(tally.arrays["vocabulary"].tolist()) if n} == vocabulary
+    assert tally.arrays["token scripts"][:, 0].sum() == tally.sums["tokens"]
+    assert tally.arrays["trained shares"].sum() == tally.sums["sequences"] * (2 if kind == "pair" else 1)
 
 
 def test_messages_are_measured_by_role_and_turn(packed: dict[str, PackResult]) -> None:
     dataset = open_dataset(packed["conversation"].out)
     tokenizer = Tokenizer.load(dataset.tokenizer_dir)
-    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
+    tally = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
     by_role: dict[str, Counter[int]] = {}
     by_turn: dict[int, Counter[int]] = {}
     begin = tokenizer.control_tokens["<|im_start|>"]
@@ -47,18 +47,20 @@ def test_messages_are_measured_by_role_and_turn(packed: dict[str, PackResult]) -
             if role == "assistant":
                 turn += 1
                 by_turn.setdefault(turn, Counter())[end - start] += 1
-    assert {role: lengths.counts for role, lengths in found.by_role.items()} == by_role
-    assert {turn: lengths.counts for turn, lengths in found.by_turn.items()} == by_turn
+    for figure, counts in (("tokens by role", by_role), ("tokens by turn", {str(n): of for n, of in by_turn.items()})):
+        assert set(tally.keys(figure)) == set(counts)
+        for key, lengths in counts.items():
+            assert dict(tally.of(figure, key).select("value", "count").rows()) == lengths
 
 
 def test_characters_and_bytes_of_scripts_are_those_of_the_text(packed: dict[str, PackResult]) -> None:
     dataset = open_dataset(packed["document"].out)
     tokenizer = Tokenizer.load(dataset.tokenizer_dir)
     text = "".join(tokenizer.decode(row["input_ids"], skip_control=True) for row in source_rows(dataset))
-    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
-    assert found.scripts[:, 1].sum() == len(text)
-    assert found.scripts[:, 2].sum() == len(text.encode())
-    han = found.scripts[SCRIPTS.index("han")]
+    tally = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)))
+    assert tally.arrays["token scripts"][:, 1].sum() == len(text)
+    assert tally.arrays["token scripts"][:, 2].sum() == len(text.encode())
+    han = tally.arrays["token scripts"][SCRIPTS.index("han")]
     number = sum("\u4e00" <= c <= "\u9fff" for c in text)
     assert number <= han[1] <= number + text.count(" ")  # a token of a word may hold the space before it
 
@@ -77,5 +79,5 @@ def test_pieces_join_to_what_decoding_gives(tokenizer_dir: Path) -> None:
 @pytest.mark.parametrize("kind", ["document", "pair"])
 def test_a_share_of_the_shards_is_a_sample(packed: dict[str, PackResult], kind: str) -> None:
     dataset = open_dataset(packed[kind].out)
-    found = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)), share=0.3)
-    assert 0 < found.tokens <= packed[kind].tokens
+    tally = scan_shards(dataset, Vocabulary(Tokenizer.load(dataset.tokenizer_dir)), share=0.3)
+    assert 0 < tally.sums["tokens"] <= packed[kind].tokens

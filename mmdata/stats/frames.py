@@ -1,0 +1,248 @@
+"""Rows as polars frames, and what is counted of their text by expressions. Knows no files and no tokens.
+
+Rows are measured by the batch, about a million characters at once. Memory: 8 bytes a row, 40 up to `most_signed` rows.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from mmdata.encode.rows import BadRow, Conversation, Document, Line, Pair, Row, split_documents
+from mmdata.encode.validate import control_strings
+from mmdata.stats.tally import NUM_EXAMPLES, Tally
+from mmdata.tokenizer import text as texts
+
+ROWS_FOR_NEAR = 2_000_000  # rows with a signature, for near duplicates: 64 MB
+OPENING = 20  # characters
+NUM_TURNS = 8  # answers of later turns count as this one
+RAW_SHOWN = 600  # bytes of a row set aside that are kept for show
+LONGER_BY = 3  # answers that are longer by more than this factor are counted
+GRAM_UNITS = 8  # units of a repeated n-gram
+_UNITS = re.compile(r"[A-Za-z\u00C0-\u024F\u0370-\u052F]+|\d+|[^\s]")
+STRINGS = ("opening", "system", "tool")  # figures that count strings
+_WHITESPACE = r"[\s\x1c-\x1f]+"  # what str.split() splits at
+_ANSWERS = ("document", "assistant", "chosen", "rejected")
+
+
+# --- frames
+
+
+def text_frame(rows: Sequence[Row]) -> pl.DataFrame:
+    """The texts that rows consist of (`pieces_of`), one a record: row, role, text, characters."""
+    pieces = [(number, *piece) for number, row in enumerate(rows) for piece in pieces_of(row)]
+    schema = {"row": pl.Int64, "role": pl.String, "text": pl.String}
+    return pl.DataFrame(pieces, schema, orient="row").with_columns(characters=pl.col("text").str.len_chars())
+
+
+def message_frame(conversations: Sequence[Conversation]) -> pl.DataFrame:
+    """The messages of conversations, one a record: row, role, content, calls (of tools), has_reasoning."""
+    messages = [
+        (number, message.role, message.content, len(message.tool_calls), bool(message.reasoning_content))
+        for number, conversation in enumerate(conversations)
+        for message in conversation.messages
+    ]
+    schema = {"row": pl.Int64, "role": pl.String, "content": pl.String, "calls": pl.Int64, "has_reasoning": pl.Boolean}
+    return pl.DataFrame(messages, schema, orient="row")
+
+
+def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
+    """(role, text) of a row's texts, in order; of a pair the prompt once, then the replies as chosen and rejected.
+
+    Documents are split at their author's marks; reasoning precedes the content it led to. Empty messages are left out.
+    """
+    if isinstance(row, Document):
+        yield from (("document", text) for text in split_documents(row.text))
+    elif isinstance(row, Conversation):
+        yield from _texts(row, 0, len(row.messages))
+    else:
+        yield from _texts(row.chosen, 0, row.num_shared)
+        yield "chosen", _reply(row.chosen, row.num_shared)
+        yield "rejected", _reply(row.rejected, row.num_shared)
+
+
+def _texts(conversation: Conversation, begin: int, end: int) -> Iterator[tuple[str, str]]:
+    for message in conversation.messages[begin:end]:
+        if message.content or message.reasoning_content:
+            yield message.role, (message.reasoning_content or "") + message.content
+
+
+def _reply(side: Conversation, begin: int) -> str:
+    return "\n".join(text for _, text in _texts(side, begin, len(side.messages)))
+
+
+# --- counting
+
+
+def set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
+    """Count a row that cannot be used; the first of each reason are kept for show."""
+    tally.sums["rows"] += 1
+    tally.counters["left_out"][bad.reason] += 1
+    examples = tally.examples.setdefault(bad.reason, [])
+    if len(examples) < NUM_EXAMPLES:
+        raw = line.raw[:RAW_SHOWN].decode("utf-8", errors="replace")
+        examples.append({"file": file, "line": line.number, "detail": bad.detail, "raw": raw})
+
+
+def count_rows(
+    tally: Tally, rows: Sequence[Row], raws: Sequence[bytes], *, most_signed: int = ROWS_FOR_NEAR
+) -> np.ndarray:
+    """Count a batch of usable rows, with their lines (`raws`) where they come from a file. Returns each row's characters.
+
+    most_signed: rows of the tally that get a signature, by which near duplicates are found.
+    """
+    tally.sums.update({"rows": len(rows), "kept": len(rows), "bytes": sum(map(len, raws))})
+    for row, raw in zip(rows, raws, strict=False):
+        if strings := control_strings(raw, row):
+            tally.counters["control_strings"].update(strings)
+            tally.sums["rows_with_control"] += 1
+    pieces = text_frame(rows)
+    lengths = np.bincount(pieces["row"], weights=pieces["characters"], minlength=len(rows)).astype(np.int64)
+    tally.count("characters", pl.DataFrame({"characters": lengths}), value=pl.col("characters"))
+    _count_scripts(tally, pieces, lengths, most_signed)
+    _count_pieces(tally, pieces, len(rows))
+    conversations = [
+        row if isinstance(row, Conversation) else row.chosen for row in rows if not isinstance(row, Document)
+    ]
+    if conversations:
+        _count_conversations(tally, conversations)
+    if pairs := [row for row in rows if isinstance(row, Pair)]:
+        _count_pairs(tally, pairs)
+    return lengths
+
+
+def _count_scripts(tally: Tally, pieces: pl.DataFrame, lengths: np.ndarray, most_signed: int) -> None:
+    """Count scripts of characters and languages of rows; sign rows."""
+    whole: list[str] = [""] * len(lengths)
+    for row, text in pieces.group_by("row").agg(pl.col("text").str.join()).iter_rows():
+        whole[row] = text
+    points = texts.code_points("".join(whole))
+    counts = texts.count_scripts(texts.scripts_of(points), lengths)
+    tally.add("scripts", counts.sum(axis=0))
+    tally.add("languages", np.bincount(texts.languages_of(counts, whole), minlength=len(texts.LANGUAGES)))
+    if tally.sums["signed"] < most_signed:
+        hashes, text = texts.shingles(points, lengths)
+        tally.columns["signatures"].append(texts.signatures(hashes, text, len(whole)))
+        tally.sums["signed"] += len(whole)
+
+
+def _count_pieces(tally: Tally, pieces: pl.DataFrame, num_rows: int) -> None:
+    """Count characters by role and turn, openings, and a hash of each row's roles and texts: equal rows have equal ones."""
+    tally.count("characters by role", pieces, key=pl.col("role"), value=pl.col("characters"))
+    number = pl.int_range(1, pl.len() + 1).over("row").clip(upper_bound=NUM_TURNS)
+    answers = pieces.filter(pl.col("role") == "assistant").with_columns(turn=number)
+    tally.count("characters by turn", answers, key=pl.col("turn"), value=pl.col("characters"))
+    words = pl.col("text").str.slice(0, 2 * OPENING).str.replace_all(_WHITESPACE, " ").str.strip_chars(" ")
+    tally.count("opening", pieces.filter(pl.col("role").is_in(_ANSWERS)), key=words.str.slice(0, OPENING))
+    joined = pieces.group_by("row").agg(pl.concat_str("role", "text", separator="\0").str.join("\0").hash())
+    hashes = np.zeros(num_rows, np.uint64)
+    hashes[joined["row"]] = joined["role"].to_numpy()
+    tally.columns["hashes"].append(hashes)
+
+
+def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) -> None:
+    """Count turns, system prompts, tools, calls and reasoning; of a pair those of its chosen side."""
+    messages = message_frame(conversations)
+    users = (pl.col("role") == "user").sum()
+    tally.count("turns", messages.group_by("row", maintain_order=True).agg(turns=users), value=pl.col("turns"))
+    content = pl.col("content")
+    systems = messages.filter((pl.col("role") == "system") & (content.str.replace_all(_WHITESPACE, "") != ""))
+    tally.count("system", systems, key=content.str.slice(0, 200))
+    tools = [name for conversation in conversations for name in map(_tool_name, conversation.tools)]
+    tally.count("tool", pl.DataFrame({"name": tools}, {"name": pl.String}), key=pl.col("name"))
+    tally.sums.update(
+        {
+            "rows_with_system": systems["row"].n_unique(),
+            "rows_with_tools": sum(bool(conversation.tools) for conversation in conversations),
+            "calls": int(messages["calls"].sum()),
+            "reasoning": int(messages["has_reasoning"].sum()),
+        }
+    )
+
+
+def _tool_name(tool: dict[str, Any]) -> str:
+    function = tool.get("function")
+    return str(function.get("name") if isinstance(function, dict) else tool.get("name"))[:80]
+
+
+def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
+    """Count how the two replies of pairs differ in length, and how alike they are."""
+    sides = [_reply(side, pair.num_shared) for pair in pairs for side in (pair.chosen, pair.rejected)]
+    lengths = np.fromiter(map(len, sides), np.int64, len(sides))
+    hashes, text = texts.shingles(texts.code_points("".join(sides)), lengths)
+    alike = texts.jaccard(hashes, text, len(pairs))
+    tally.add("likeness", np.bincount(np.minimum(alike * 10, 9).astype(np.int64), minlength=10))
+    frame = pl.DataFrame({"chosen": lengths[::2], "rejected": lengths[1::2]})
+    chosen, rejected = pl.col("chosen"), pl.col("rejected")
+    longer = {
+        "chosen": chosen > rejected,
+        "rejected": chosen < rejected,
+        "equal": chosen == rejected,
+        "chosen by 3": chosen > LONGER_BY * rejected,
+        "rejected by 3": rejected > LONGER_BY * chosen,
+    }
+    tally.counters["longer"].update(
+        frame.select(**{key: is_so.sum() for key, is_so in longer.items()}).row(0, named=True)
+    )
+    tally.count("margin", frame, value=(chosen - rejected).abs())
+    half_octaves = (2 * (chosen.clip(1) / rejected.clip(1)).log(2)).round().clip(-8, 8)
+    tally.count("ratio", frame, value=half_octaves)
+
+
+# --- repeated phrases
+
+
+def repeated_phrases(whole: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """The n-grams of GRAM_UNITS units that occur in most texts: {"text", "count" of texts}; overlapping ones are joined.
+
+    A unit is a word, a number, or a character of a script without spaces. Memory: some 16 bytes a unit.
+    """
+    ids: dict[str, int] = {}
+    stream: list[int] = []
+    ends = []
+    for text in whole:
+        stream += [ids.setdefault(unit, len(ids)) for unit in _UNITS.findall(text)]
+        ends.append(len(stream))
+    lengths = np.diff(ends, prepend=0).astype(np.int64)
+    hashes, text = texts.shingles(np.array(stream, np.uint64), lengths)
+    shortfall = np.minimum(lengths, texts.GRAM - 1)  # units of a text at which no n-gram begins
+    at = np.arange(len(text)) + (np.cumsum(shortfall) - shortfall)[text]
+    grams = pl.DataFrame({"gram": hashes, "text": text, "at": at}).group_by("gram")
+    often = grams.agg(pl.col("at").min(), count=pl.col("text").n_unique()).filter(pl.col("count") >= 2)
+    often = often.sort("count", "at", descending=[True, False]).head(40 * number)
+    phrases = _join_grams(often.select("at", "count").rows(), stream, number)
+    return [{"text": _original(whole, ends, begin, end), "count": count} for begin, end, count in phrases]
+
+
+def _join_grams(grams: Sequence[tuple[int, int]], stream: Sequence[int], number: int) -> list[list[int]]:
+    """N-grams (place, count) as phrases [begin, end, count]. An n-gram beside another of nearly its count continues it; one that
+    mostly repeats another with a smaller count is left out."""
+    phrases: list[list[int]] = []
+    for at, count in grams:
+        window = stream[at : at + GRAM_UNITS]
+        for phrase in phrases:
+            if abs(phrase[2] - count) <= 0.05 * phrase[2] and phrase[0] - 1 <= at <= phrase[1] - GRAM_UNITS + 1:
+                phrase[0], phrase[1] = min(phrase[0], at), max(phrase[1], at + GRAM_UNITS)
+                break
+        else:
+            if len(phrases) < number and not any(_overlap(stream[p[0] : p[1]], window) for p in phrases):
+                phrases.append([at, at + GRAM_UNITS, count])
+    return phrases
+
+
+def _overlap(units: Sequence[int], window: Sequence[int], least: int = GRAM_UNITS // 2 + 1) -> bool:
+    """Whether `least` units in a row occur in both."""
+    runs = {tuple(window[i : i + least]) for i in range(len(window) - least + 1)}
+    return any(tuple(units[i : i + least]) in runs for i in range(len(units) - least + 1))
+
+
+def _original(whole: Sequence[str], ends: Sequence[int], begin: int, end: int) -> str:
+    """The text of units begin..end of the stream, as it was written."""
+    number = bisect_right(ends, begin)
+    first = ends[number - 1] if number else 0
+    spans = [match.span() for match in islice(_UNITS.finditer(whole[number]), begin - first, end - first)]
+    return whole[number][spans[0][0] : spans[-1][1]][:300]
