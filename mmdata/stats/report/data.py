@@ -43,23 +43,25 @@ Figures = Mapping[str, Any]
 def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = ()) -> str:
     """The report on one path, or on several. others: warnings on all together (`stats.contained`)."""
     if len(measured) == 1:
-        figures = measured[0].figures
-        pieces: list[page.Text] = [as_name(figures["path"]), phrase(f"{figures['kind']} rows")]
-        if "max_len" in figures:
-            pieces.append(phrase("packed up to {max_len} tokens", max_len=f"{figures['max_len']:,}"))
-        return page.render(name_of(measured[0]), joined(pieces), list(sections_of(measured[0])), lang)
-    few = [
-        replace(one, samples=one.samples[:: -(-len(measured) // 3)]) for one in measured
-    ]  # the page stays below 2 MB
+        one = measured[0]
+        return page.render(name_of(one), _subtitle(one.figures), list(sections_of(one)), lang)
+    step = -(-len(measured) // 3)  # fewer samples of each keep the page below 2 MB
+    few = [replace(one, samples=one.samples[::step]) for one in measured]
     sections = [_overview(measured, others), *(folded(number, one) for number, one in enumerate(few))]
     title = phrase("{number} datasets", number=len(measured))
     return page.render(title, as_name(", ".join(str(one.path) for one in measured)), sections, lang)
 
 
+def _subtitle(figures: Figures) -> Phrase:
+    """Path, kind and length limit."""
+    limit = [phrase("packed up to {max_len} tokens", max_len=f"{figures['max_len']:,}")] if "max_len" in figures else []
+    return joined([as_name(figures["path"]), f"{figures['kind']} rows", *limit])
+
+
 def folded(number: int, measured: Measured) -> Section:
     """All sections on one path as one, each to be opened."""
     blocks = [Fold(section.title, section.blocks) for section in sections_of(measured)]
-    return Section(f"data-{number}", name_of(measured), [Note(as_name(measured.path)), *blocks])
+    return Section(f"data-{number}", name_of(measured), [Note(_subtitle(measured.figures)), *blocks])
 
 
 def name_of(measured: Measured) -> Phrase:
