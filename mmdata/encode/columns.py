@@ -29,7 +29,7 @@ from mmdata.encode.rows import (
     calls_of,
     canonical_calls,
     canonical_tools,
-    tools_of,
+    objects_of,
 )
 from mmdata.encode.sequences import ranges
 from mmdata.encode.validate import CONTROL, may_hold_control
@@ -312,20 +312,20 @@ def _with_extras(role: int, content: str, reasoning: str | None, calls: str | No
     """An answer with reasoning or tool calls; None where it is not plain."""
     if role != ASSISTANT or CONTROL.search(reasoning or ""):
         return None
-    tool_calls = _objects(calls_of, calls) if calls else ()
+    tool_calls = _plain_objects(calls_of, calls) if calls else ()
     return None if tool_calls is None else Message("assistant", content, reasoning, tool_calls)
 
 
 @lru_cache(maxsize=1024)
 def _tools(text: str) -> ToolSpecs | None:
-    specs = _objects(tools_of, text)
+    specs = _plain_objects(objects_of, text)
     return None if specs is None else ToolSpecs(specs)
 
 
-def _objects(read: Callable[[str], tuple[JsonObject, ...]], text: str) -> tuple[JsonObject, ...] | None:
+def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str) -> tuple[JsonObject, ...] | None:
     """The objects in a string of JSON; None where it is not plain."""
     try:
-        objects = read(text)
+        objects = read(text, "")
     except BadRow:
         return None
     may_hold = "<" in text or "\\u" in text

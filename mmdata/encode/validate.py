@@ -1,4 +1,4 @@
-"""A file of rows in; what `mm validate` prints out: counts by reason with first places. One pass, memory as for one line."""
+"""Validation of a jsonl file for `mm validate`: rows counted by reason, with the first places. One pass, memory of one line."""
 
 import re
 from collections import Counter
@@ -11,12 +11,12 @@ from mmdata.encode.rows import LOOK_AT, BadRow, Line, Row, is_seekable, iter_lin
 
 NUM_PLACES = 3
 _TICK_ROWS = 1024
-CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens as tokenizers of all eras write them
+CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens of the tokenizers of all eras
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row was set aside, and what was found there."""
+    """Where a bad row stands, and what is wrong with it."""
 
     line: int
     offset: int
@@ -25,7 +25,7 @@ class Place:
 
 @dataclass(slots=True)
 class Validation:
-    """num_rows = num_good + the sum of `reasons`. `control_strings` are special-token strings that rows say in content."""
+    """Counts of a file. num_rows = num_good + the sum of `reasons`; control_strings: special-token strings in rows' own text."""
 
     path: Path
     kind: str
@@ -46,43 +46,43 @@ def validate(
     on_bad: Callable[[Line, BadRow], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Validation:
-    """Read every row of a file (`-`: standard input) and count what cannot be used, by reason, with the first three places.
+    """Read every row of a file (`-`: standard input) and count bad rows by reason, with the first NUM_PLACES places of each.
 
-    The kind is that of the first rows unless given. `on_bad` sees every row set aside; it may raise to stop at the first.
-    `progress` gets bytes read and, for a plain file, its size (0 where the decompressed size is not known).
-    Raises InputError when the file is missing, empty, damaged, or has no usable rows at its beginning.
+    Without `kind`, the file's kind is that of its first rows. `on_bad` is called with every bad row and may raise to stop.
+    `progress` is called with the bytes read and the file's size (0 for a compressed file).
+    InputError when the file is missing, empty, damaged, or has no valid row at its beginning.
     """
     lines = iter_lines(path)
     if kind is None:
         head = list(islice(lines, LOOK_AT))
         kind = kind_of_lines(head, path)
         lines = chain(head, lines)
-    found = Validation(path, kind)
+    counts = Validation(path, kind)
     total = path.stat().st_size if is_seekable(path) else 0
     for line in lines:
-        found.num_rows += 1
-        found.num_bytes = line.offset + len(line.raw)
+        counts.num_rows += 1
+        counts.num_bytes = line.offset + len(line.raw)
         try:
-            row = parse_row(line.raw, kind, extra_keys=found.extra_keys)
+            row = parse_row(line.raw, kind, extra_keys=counts.extra_keys)
         except BadRow as bad:
-            _note(found, line, bad)
+            _note(counts, line, bad)
             if on_bad:
                 on_bad(line, bad)
         else:
-            found.num_good += 1
+            counts.num_good += 1
             strings = control_strings(line.raw, row)
-            found.control_strings.update(strings)
-            found.num_rows_with_control += bool(strings)
-        if progress and not found.num_rows % _TICK_ROWS:
-            progress(found.num_bytes, total)
+            counts.control_strings.update(strings)
+            counts.num_rows_with_control += bool(strings)
+        if progress and not counts.num_rows % _TICK_ROWS:
+            progress(counts.num_bytes, total)
     if progress:
-        progress(found.num_bytes, total)
-    return found
+        progress(counts.num_bytes, total)
+    return counts
 
 
-def _note(found: Validation, line: Line, bad: BadRow) -> None:
-    found.reasons[bad.reason] += 1
-    places = found.places.setdefault(bad.reason, [])
+def _note(counts: Validation, line: Line, bad: BadRow) -> None:
+    counts.reasons[bad.reason] += 1
+    places = counts.places.setdefault(bad.reason, [])
     if len(places) < NUM_PLACES:
         places.append(Place(line.number, line.offset, bad.detail))
 
