@@ -30,7 +30,7 @@ from mmdata.encode.columns import (
     truths,
 )
 from mmdata.encode.rows import BadRow, Conversation, JsonObject, Message
-from mmdata.encode.template import EMPTY_THINK, TRAIN_ON, Segment, Template, merged
+from mmdata.encode.template import EMPTY_THINK, TRAIN_ON, Template
 
 HEAD, TAIL = "assistant\n", "\n"  # of an answer's block: the text before what is trained, and after the close token
 
@@ -206,21 +206,15 @@ class Blocks:
             return f"<think>\n{thought}\n</think>\n\n{content}{calls}"
         return f"{EMPTY_THINK}{content}{calls}" if keep_empty_think else content + calls
 
-    def segments(self, text: str, roles: Sequence[int], train_on: str) -> list[Segment]:
-        """A rendered text cut as `Template.segments` cuts it. roles: of its blocks. Its contents hold no control strings."""
-        trained = [train_on == "all" or role == ASSISTANT for role in roles]
-        if train_on == "last":
-            trained[:-1] = [False] * (len(trained) - 1)  # the last block is an answer
-        segments: list[Segment] = []
-        for block, is_trained in zip(text.split(self.format.open)[1:], trained, strict=True):
-            body, _, tail = block.partition(self.format.close)
-            head = len(HEAD) if is_trained and train_on != "all" else 0
-            segments.append(Segment(self.format.open, is_trained and not head, True))
-            segments.append(Segment(body[:head], False, False))
-            segments.append(Segment(body[head:], is_trained, False))
-            segments.append(Segment(self.format.close, is_trained, True))
-            segments.append(Segment(tail, is_trained, False))
-        return merged([segment for segment in segments if segment.text])
+    def marked(self, text: str, roles: Sequence[int], train_on: str) -> str:
+        """A rendered text with its trained parts in brackets. roles: of its blocks; its contents hold no control strings."""
+        if train_on == "all":
+            return f"[{text}]"
+        answers = [i for i, role in enumerate(roles) if role == ASSISTANT]
+        blocks = [self.format.open + block for block in text.split(self.format.open)[1:]]
+        for i in answers[-1:] if train_on == "last" else answers:
+            blocks[i] = f"{self._assistant}[{blocks[i].removeprefix(self._assistant)}]"
+        return "".join(blocks)
 
 
 # ---- learning
@@ -233,8 +227,8 @@ def learn(template: Template) -> Blocks | None:
     if literals is None:
         return None
     try:
-        prompt = template.rendering([_USER])
-        whole = template.rendering([_USER, _ANSWER])
+        prompt = template.render([_USER])
+        whole = template.render([_USER, _ANSWER])
     except BadRow:
         return None
     controls = template.control_tokens_in(whole)
@@ -260,7 +254,7 @@ def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | N
     """The texts before and after the tools of a conversation without a system message."""
     tool = {"name": "f"}
     try:
-        text = template.rendering([_USER, _ANSWER], [tool])
+        text = template.render([_USER, _ANSWER], [tool])
     except BadRow:
         return None
     before, rendered, after = text.partition(f"\n{to_json(tool)}")
@@ -271,7 +265,7 @@ def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | N
 
 
 def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) -> bool:
-    """Whether text and trained segments of every probe are those of the jinja rendering."""
+    """Whether the text and its trained parts are those of the jinja rendering, for every probe."""
     columns = columns_of(probes)
     renderings = {keep: blocks.render(columns, np.full(len(probes), keep)) for keep in (True, False)}
     if any(rendered.is_odd.any() for rendered in renderings.values()):
@@ -279,10 +273,11 @@ def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) 
     roles = np.split(renderings[True].roles, np.cumsum(renderings[True].num_blocks)[:-1])
     for (i, probe), keep, train_on in itertools.product(enumerate(probes), renderings, TRAIN_ON):
         try:
-            expected = template.segments(probe, train_on=train_on, keep_empty_think=keep)
+            segments = template.segments(probe, train_on=train_on, keep_empty_think=keep)
         except BadRow:
             return False
-        if blocks.segments(renderings[keep].texts[i], roles[i].tolist(), train_on) != expected:
+        expected = "".join(f"[{part.text}]" if part.is_trained else part.text for part in segments).replace("][", "")
+        if blocks.marked(renderings[keep].texts[i], roles[i].tolist(), train_on) != expected:
             return False
     return True
 

@@ -23,6 +23,7 @@ from mmdata.encode.columns import ASSISTANT, TOOL, Conversations, columns_of, re
 from mmdata.encode.reference import (
     NOT_PLAIN,
     SAME_RENDERING,
+    EncodedRow,
     ReferenceEncoder,
     common_length,
     too_long,
@@ -39,7 +40,7 @@ from mmdata.encode.rows import (
     row_hash,
     split_documents,
 )
-from mmdata.encode.sequences import PairSequence, Sequence, Sequences, flatten, join, pair_sequences, reorder, take
+from mmdata.encode.sequences import Sequences, flatten, join, pair_sequences, reorder, take
 from mmdata.encode.template import ERAS, TRAIN_ON, Segment, Template
 from mmdata.encode.validate import control_strings
 from mmdata.errors import UsageError
@@ -53,61 +54,50 @@ EMPTY_THINK_KEPT = 0.2
 _BRACKETED = re.compile(r"<[^<>\s]+>")  # no such token can match across the edge of a content and the template's text
 
 
-@dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """The encoding of R rows or lines.
+    """The encoding of R rows or lines, which the ways of encoding fill in.
 
-    sequences: of all usable rows, in row order; num_sequences: int64 [R], 0 where a row cannot be used; num_tokens: of the
-    usable rows, before cutting; cut: reason -> tokens dropped, in `rows_cut` rows; bad: row -> why it cannot be used;
-    hashes: uint8 [R, 32], the `row_hash` of each, and characters: int64 [R], both 0 where a line is no row; controls: row ->
-    special-token strings in its own text (found by `encode_lines` alone).
+    num_tokens: of the usable rows, before cutting; cut: reason -> tokens dropped, in `rows_cut` rows; bad: row -> why it
+    cannot be used, in row order; hashes: uint8 [R, 32], the `row_hash` of each, and characters: int64 [R], both 0 where a line is no row;
+    controls: row -> special-token strings in its own text (by `encode_lines` alone).
     """
 
-    sequences: Sequences
-    num_sequences: np.ndarray
-    num_tokens: int
-    cut: Counter[str]
-    rows_cut: int
-    bad: dict[int, BadRow]
-    hashes: np.ndarray
-    characters: np.ndarray
-    controls: dict[int, list[str]]
-
-
-class _Collector:
-    """Gathers what the ways of encoding make of R rows."""
-
     def __init__(self, num_rows: int):
+        self.num_tokens = self.rows_cut = 0
+        self.cut: Counter[str] = Counter()
+        self.bad: dict[int, BadRow] = {}
         self.hashes = np.zeros((num_rows, 32), np.uint8)
         self.characters = np.zeros(num_rows, np.int64)
         self.controls: dict[int, list[str]] = {}
-        self.bad: dict[int, BadRow] = {}
-        self.cut: Counter[str] = Counter()
-        self.rows_cut = self.num_tokens = 0
         self._parts: list[tuple[np.ndarray, Sequences]] = []
 
     def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
         """row_of: int64, the row of each sequence, ascending."""
-        self._parts.append((row_of, sequences))
         self.num_tokens += num_tokens
+        if len(row_of):
+            self._parts.append((row_of, sequences))
 
     def add_cut(self, num_tokens: int) -> None:
         """Count a row of which so many tokens were dropped."""
         self.cut[CUT_TURNS] += num_tokens
         self.rows_cut += 1
 
-    def result(self) -> EncodedRows:
-        parts = [part for part in self._parts if len(part[0])] or self._parts
-        row_of = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in parts)])
-        sequences = join([part for _, part in parts])
-        if (row_of[1:] < row_of[:-1]).any():
-            sequences = reorder(sequences, np.argsort(row_of, kind="stable"))
-        num_sequences = np.bincount(row_of, minlength=len(self.characters))
-        bad = dict(sorted(self.bad.items()))
-        return EncodedRows(
-            sequences, num_sequences, self.num_tokens, self.cut, self.rows_cut, bad,
-            self.hashes, self.characters, self.controls,
-        )  # fmt: skip
+    @cached_property
+    def _row_of(self) -> np.ndarray:
+        """int64: the row of each sequence, as they were added."""
+        return np.concatenate([np.empty(0, np.int64), *(row_of for row_of, _ in self._parts)])
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Of all usable rows, in row order."""
+        sequences = join([part for _, part in self._parts])
+        is_sorted = bool((self._row_of[1:] >= self._row_of[:-1]).all())
+        return sequences if is_sorted else reorder(sequences, np.argsort(self._row_of, kind="stable"))
+
+    @cached_property
+    def num_sequences(self) -> np.ndarray:
+        """int64 [R]: of each row; 0 where it cannot be used."""
+        return np.bincount(self._row_of, minlength=len(self.characters))
 
 
 @dataclass
@@ -211,13 +201,14 @@ class RowEncoder:
 
     def encode(self, rows: Rows[Row]) -> EncodedRows:
         """Encode a batch of rows; pairs and other rows must not be mixed."""
-        out = _Collector(len(rows))
+        out = EncodedRows(len(rows))
         self._encode_rows(np.arange(len(rows)), rows, out)
-        return out.result()
+        out.bad = dict(sorted(out.bad.items()))
+        return out
 
     def encode_lines(self, raws: Rows[bytes], kind: str) -> EncodedRows:
         """Read lines as rows of this kind and encode them; a line that is no such row is bad."""
-        out = _Collector(len(raws))
+        out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
         left: Rows[int] = range(len(raws))
         if kind != "document" and is_small and self._blocks:
@@ -234,7 +225,8 @@ class RowEncoder:
             if strings := control_strings(raws[i], row):
                 out.controls[i] = strings
         self._encode_rows(np.array(at, np.int64), rows, out, is_small)
-        return out.result()
+        out.bad = dict(sorted(out.bad.items()))
+        return out
 
     def segments(self, row: Conversation | Pair) -> list[list[Segment]]:
         """The segments of jinja2's rendering of a conversation, or of both sides of a pair."""
@@ -249,7 +241,7 @@ class RowEncoder:
 
     # ---- the ways of encoding
 
-    def _encode_plain(self, raws: Rows[bytes], kind: str, out: _Collector) -> Rows[int]:
+    def _encode_plain(self, raws: Rows[bytes], kind: str, out: EncodedRows) -> Rows[int]:
         """Encode the plain lines; returns the indices of the others, and of those that must go through jinja2."""
         at, columns = read_lines(raws, kind)
         is_left = np.ones(len(raws), bool)
@@ -260,7 +252,7 @@ class RowEncoder:
             is_left[at[~is_odd]] = False
         return np.flatnonzero(is_left).tolist()
 
-    def _encode_rows(self, at: np.ndarray, rows: Rows[Row], out: _Collector, in_columns: bool = True) -> None:
+    def _encode_rows(self, at: np.ndarray, rows: Rows[Row], out: EncodedRows, in_columns: bool = True) -> None:
         """Encode parsed rows, kind by kind. at: int64, their indices in the batch."""
         if not rows:
             return
@@ -280,24 +272,24 @@ class RowEncoder:
                 self._encode_singly(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
 
     def _encode_singly(
-        self, at: np.ndarray, rows: Rows[Conversation | Pair], keeps: np.ndarray, out: _Collector
+        self, at: np.ndarray, rows: Rows[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
     ) -> None:
         """Encode rows through jinja2."""
-        sequences: list[Sequence | PairSequence] = []
-        row_of = []
-        num_tokens = 0
-        for i, result in zip(at.tolist(), self._reference.encode(rows, keeps.tolist()), strict=True):
-            if isinstance(result, BadRow):
-                out.bad[i] = result
-                continue
-            sequences.append(result.sequence)
-            row_of.append(i)
-            num_tokens += result.num_tokens
+        results: dict[int, EncodedRow] = {}
+        for i, row, keep in zip(at.tolist(), rows, keeps.tolist(), strict=True):
+            try:
+                results[i] = self._reference.encode(row, keep)
+            except BadRow as bad:
+                out.bad[i] = bad
+        for result in results.values():
             if result.cut:
                 out.add_cut(result.cut)
-        out.add(np.array(row_of, np.int64), flatten(sequences), num_tokens)
+        num_tokens = sum(result.num_tokens for result in results.values())
+        out.add(
+            np.array(list(results), np.int64), flatten([result.sequence for result in results.values()]), num_tokens
+        )
 
-    def _encode_documents(self, at: np.ndarray, rows: Rows[Document], out: _Collector) -> None:
+    def _encode_documents(self, at: np.ndarray, rows: Rows[Document], out: EncodedRows) -> None:
         """Each document between bos and eos; longer ones go on in further sequences, no token is lost."""
         documents = [split_documents(row.text) for row in rows]
         for i in (i for i, texts in enumerate(documents) if not texts):
@@ -325,7 +317,9 @@ class RowEncoder:
 
     # ---- columns -> sequences
 
-    def _encode_columns(self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: _Collector) -> np.ndarray:
+    def _encode_columns(
+        self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows
+    ) -> np.ndarray:
         """Encode rows in columns. at: int64 [R], their indices in the batch; returns bool [R]: must go through jinja2."""
         assert self._blocks
         sides = 1 + columns.is_pairs
@@ -359,7 +353,7 @@ class RowEncoder:
         is_good[text_of[answers[~is_header]]] = False
         return _TextBlocks(ids, ends - lengths, lengths, rendered.first_trained, opens, closes, roles, text_of), is_good
 
-    def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: _Collector) -> None:
+    def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
         """Texts past max_len are cut after their last whole turn that fits; without one they are too long."""
         whole = blocks.lengths.copy()
         is_kept = np.ones(len(at), bool)
@@ -382,7 +376,7 @@ class RowEncoder:
             ids = take(ids, blocks.begins, blocks.lengths)
         out.add(at, Sequences(ids, blocks.lengths, spans.reshape(-1), 2 * num_spans), int(whole.sum()))
 
-    def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: _Collector) -> None:
+    def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
         """Chosen texts are whole; rejected ones begin with the message in which the sides differ first."""
         half = len(at)
         shared = _prompt_lengths(blocks, half)

@@ -7,7 +7,6 @@ offsets.
 """
 
 import itertools
-from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ class _Tokens(NamedTuple):
 
 
 class ReferenceEncoder:
-    """Encodes conversations and pairs with one tokenizer and its template; each row by itself, text in one native call."""
+    """Encodes conversations and pairs with one tokenizer and its template."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, encoder: Encoder, *, max_len: int, train_on: str):
         self._tokenizer = tokenizer
@@ -60,29 +59,20 @@ class ReferenceEncoder:
             if isinstance(side, Conversation)
         ]
 
-    def encode(self, rows: Rows[Conversation | Pair], keeps: Rows[bool]) -> list[EncodedRow | BadRow]:
-        """The result of each row, or why it cannot be used. keeps: whether a row keeps the template's empty think blocks."""
-        segments: list[list[Segment]] = []  # of every rendering of every row
-        plans: list[slice | BadRow] = []  # a row's renderings in `segments`
-        for row, keep in zip(rows, keeps, strict=True):
-            try:
-                renderings = self.segments(row, keep)
-                plans.append(slice(len(segments), len(segments) + len(renderings)))
-                segments += renderings
-            except BadRow as bad:
-                plans.append(bad)
-        tokens = self._encode_segments(segments)
-        results: list[EncodedRow | BadRow] = []
-        for row, keep, plan in zip(rows, keeps, plans, strict=True):
-            try:
-                results.append(plan if isinstance(plan, BadRow) else self._finish(row, keep, tokens[plan]))
-            except BadRow as bad:
-                results.append(bad)
-        return results
+    def encode(self, row: Conversation | Pair, keep_empty_think: bool) -> EncodedRow:
+        """Encode one row; BadRow where it cannot be used."""
+        sides = self._encode_segments(self.segments(row, keep_empty_think))
+        for side in sides:
+            side.mask[0] = False  # no token before it to predict it from
+            if not side.mask.any():
+                raise BadRow("no trained token")
+        if isinstance(row, Conversation):
+            return self._conversation(row, keep_empty_think, sides[0])
+        return self._pair(*sides)
 
     # ---- segments -> ids and mask
 
-    def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Tokens | BadRow]:
+    def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Tokens]:
         """Ids and mask of each rendering; each different text is encoded once, all in one call."""
         if not self._tokenizer.is_exact:
             return [self._encode_jointly(segments) for segments in renderings]
@@ -95,11 +85,8 @@ class ReferenceEncoder:
                     places.setdefault(group[0].text, len(places))
         flat, ends = self._encoder.encode(list(places), False)
         encoded = dict(zip(places, np.split(flat, ends[:-1]), strict=True)) if places else {}
-        tokens: list[_Tokens | BadRow] = []
-        for groups in grouped:
-            parts = [self._encode_group(group, encoded) for group in groups]
-            tokens.append(_Tokens(np.concatenate([p.ids for p in parts]), np.concatenate([p.mask for p in parts])))
-        return tokens
+        parts = [[self._encode_group(group, encoded) for group in groups] for groups in grouped]
+        return [_Tokens(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True))) for groups in parts]
 
     def _encode_group(self, group: list[Segment], encoded: dict[str, np.ndarray]) -> _Tokens:
         """A control token, or the text between two of them."""
@@ -122,28 +109,15 @@ class ReferenceEncoder:
         begin, end = offsets[:, 0], np.maximum(offsets[:, 1], np.minimum(offsets[:, 0] + 1, len(trained)))
         return _Tokens(ids, before[end] > before[begin])
 
-    def _encode_jointly(self, segments: list[Segment]) -> _Tokens | BadRow:
+    def _encode_jointly(self, segments: list[Segment]) -> _Tokens:
         """The whole rendering at once; BadRow where content became control tokens."""
         tokens = self._by_offsets(segments, control=True)
         num_control = np.isin(tokens.ids, list(self._tokenizer.control_tokens.values())).sum()
-        return (
-            tokens
-            if num_control == sum(s.is_control for s in segments)
-            else BadRow("template cannot be cut", NOT_PLAIN)
-        )
+        if num_control != sum(s.is_control for s in segments):
+            raise BadRow("template cannot be cut", NOT_PLAIN)
+        return tokens
 
     # ---- ids and mask -> sequences
-
-    def _finish(self, row: Conversation | Pair, keep: bool, tokens: list[_Tokens | BadRow]) -> EncodedRow:
-        sides = []
-        for side in tokens:
-            if isinstance(side, BadRow):
-                raise side
-            side.mask[0] = False  # no token before it to predict it from
-            if not side.mask.any():
-                raise BadRow("no trained token")
-            sides.append(side)
-        return self._conversation(row, keep, sides[0]) if isinstance(row, Conversation) else self._pair(*sides)
 
     def _conversation(self, row: Conversation, keep: bool, whole: _Tokens) -> EncodedRow:
         if len(whole.ids) <= self._max_len:
@@ -166,11 +140,11 @@ class ReferenceEncoder:
         while low < high:
             middle = (low + high) // 2
             (tokens,) = self._encode_segments(self.segments(Conversation(messages[: ends[middle]], row.tools), keep))
-            if not isinstance(tokens, BadRow) and len(tokens.ids) <= self._max_len:
-                tokens.mask[0] = False
-                best, low = (tokens if tokens.mask.any() else best), middle + 1
-            else:
+            if len(tokens.ids) > self._max_len:
                 high = middle
+                continue
+            tokens.mask[0] = False
+            best, low = (tokens if tokens.mask.any() else best), middle + 1
         return best
 
     def _pair(self, chosen: _Tokens, rejected: _Tokens) -> EncodedRow:

@@ -99,7 +99,7 @@ class Template:
         messages = conversation.messages
         last = self._last
         if last is None or last[0] is not conversation:
-            last = self._last = conversation, self._render(messages, conversation.tools)
+            last = self._last = conversation, self.render(messages, conversation.tools)
         text = last[1]
         origins = origins_of(text)
         self._check_complete(messages, origins)
@@ -128,7 +128,7 @@ class Template:
         TokenizerError when the template refuses the messages.
         """
         try:
-            segments = self._assemble(self._render(messages, tools, is_prompt=True, think=think), [], [])
+            segments = self._assemble(self.render(messages, tools, is_prompt=True, think=think), [], [])
         except BadRow as bad:
             raise TokenizerError(f"{self.name}: its chat template refuses these messages: {bad.detail}") from None
         ids: list[int] = []
@@ -140,15 +140,11 @@ class Template:
 
     # ---- rendering
 
-    def rendering(self, messages: Sequence[Message], tools: Sequence[JsonObject] = ()) -> str:
-        """The text that jinja2 renders for these messages; BadRow when the template refuses them."""
-        return self._render(messages, tools)
-
     def control_tokens_in(self, text: str) -> list[str]:
         """The tokenizer's special tokens that stand in `text`, in order."""
         return self._control.findall(text)
 
-    def _render(
+    def render(
         self,
         messages: Sequence[Message],
         tools: Sequence[JsonObject] = (),
@@ -156,6 +152,7 @@ class Template:
         is_prompt: bool = False,
         think: bool | None = None,
     ) -> str:
+        """The text that jinja2 renders, traced; BadRow when the template refuses. is_prompt: with the next answer's header."""
         # the variables of MiniMind-3's template and of Qwen3's
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
         try:
@@ -245,7 +242,7 @@ class Template:
         if not self.control_strings(conversation):
             return
         harmless = _map_text(conversation, lambda text: self._control.sub("x", text))
-        expected = self._template_control(self._render(harmless.messages, harmless.tools))
+        expected = self._template_control(self.render(harmless.messages, harmless.tools))
         if len(self._template_control(text)) != len(expected):
             raise BadRow("template cannot be cut", "control strings in content cannot be told from the template's own")
 
@@ -274,7 +271,7 @@ class Template:
 
     def _gaps(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[str]:
         """The texts that the template writes before, between and after the contents of these messages."""
-        text = self._render(messages, is_prompt=is_prompt)
+        text = self.render(messages, is_prompt=is_prompt)
         origins = origins_of(text)
         if [origin.source for origin in origins] != [3 * i for i in range(len(messages))]:
             raise BadRow(
