@@ -1,5 +1,6 @@
 """The templates a new tokenizer may be given write what MiniMind's write, told by whole renderings, and by transformers."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,8 @@ def test_control_tokens_lie_as_minimind_lays_them_out() -> None:
     assert (places["<|object_ref_start|>"], places["<|vision_pad|>"], places["<|audio_pad|>"]) == (3, 11, 16)
     assert (places["<tts_text_bos_single>"], places["<tool_call>"], places["</think>"]) == (20, 21, 26)
     assert (places["<|buffer1|>"], places["<|buffer9|>"]) == (27, 35)
+
+
+def test_the_templates_are_part_of_the_package() -> None:
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["package-data"]["mmdata.tokenizer.toolkit"] == ["templates/*"]

@@ -1,7 +1,6 @@
-"""Texts in; their scripts, language, shingles and signatures out, a batch at a time. Numpy over code points; imports nothing of
-ours.
+"""Scripts, language, shingles and MinHash signatures of texts, a batch at a time, in numpy over code points.
 
-The language of a text is a rule of thumb (written down in docs/reports.md): good for shares of a dataset, not for one row.
+The language is found by a heuristic (see docs/reports.md), which is good for shares of a dataset and not for a single row.
 """
 
 import re
@@ -38,11 +37,11 @@ _RANGES = (
 _WORDS = re.compile(r"\b(?:the|of|and|to|is|in|are|you|for|what|how|a|an|i|it|this|that|with|on|be)\b", re.IGNORECASE)
 
 GRAM = 8  # characters of a shingle
-NUM_BINS = 16  # of a signature; its entries are the smallest of 15 bits of the shingles' hashes in each bin
-LEAST_GRAMS = 24  # a text with fewer shingles has no signature
-MANY_GRAMS = 256  # a text with more is signed by a quarter of them, chosen by hash
-EMPTY = 0xFFFF
-NEAR = 0.8  # the share of equal entries from which two texts are called near duplicates
+NUM_BINS = 16  # of a signature; each entry is the smallest hash (15 bits) of the shingles in that bin
+LEAST_GRAMS = 24  # texts with fewer shingles have no signature
+MANY_GRAMS = 256  # of texts with more, the signature uses a quarter of the shingles, selected by hash
+EMPTY = 0xFFFF  # entry of a bin without shingles
+NEAR = 0.8  # near duplicates have at least this share of equal entries
 _BASE = 0x9E3779B97F4A7C15
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 
@@ -66,35 +65,31 @@ _SCRIPT_OF = _table()
 
 
 def code_points(text: str) -> np.ndarray:
-    """uint32 [len(text)]."""
+    """The Unicode code points of a text: uint32 [len(text)]."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def scripts_of(points: np.ndarray) -> np.ndarray:
-    """uint8 [N]: an index into SCRIPTS for each code point."""
+    """An index into SCRIPTS for each code point: uint8 [N]."""
     return _SCRIPT_OF[points]
 
 
 def count_scripts(scripts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64 [texts, scripts]: characters of each script in texts that stand end to end with these lengths."""
+    """Characters of each script in each text: int64 [texts, scripts]. `scripts`: of all texts, laid end to end."""
     key = np.repeat(np.arange(len(lengths), dtype=np.int64) * len(SCRIPTS), lengths)
     key += scripts
     return np.bincount(key, minlength=len(lengths) * len(SCRIPTS)).reshape(len(lengths), len(SCRIPTS))
 
 
 def languages_of(counts: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """int64 [texts]: an index into LANGUAGES by the characters of each script, and for Latin letters by common words."""
+    """An index into LANGUAGES for each text: int64 [texts]. Decided by the scripts, and for Latin letters by common words."""
     letters = counts[:, :DIGIT].sum(axis=1)
     written = np.maximum(counts.sum(axis=1) - counts[:, SPACE], 1)
     latin = counts[:, LATIN] + counts[:, ACCENTED]
-    is_code = (
-        (counts[:, CODE] >= 5)
-        & (counts[:, CODE] > 0.08 * written)
-        & (latin > 0.2 * written)
-        & (counts[:, HAN] < 0.1 * written)
-    )
+    is_code = (counts[:, CODE] >= 5) & (counts[:, CODE] > 0.08 * written)
+    is_code &= (latin > 0.2 * written) & (counts[:, HAN] < 0.1 * written)
     is_code |= np.array(["```" in text and _fenced(text) > len(text) / 2 for text in texts], bool)
-    # A Chinese character says as much as some four letters.
+    # A Chinese character counts as four letters.
     is_chinese = (4 * counts[:, HAN] >= latin) & (counts[:, HAN] > 4 * counts[:, KANA]) & (counts[:, HAN] > 0)
     is_latin = (latin > 0.5 * letters) & (counts[:, ACCENTED] <= 0.02 * latin)
     is_english = is_latin & ~is_chinese
@@ -105,12 +100,15 @@ def languages_of(counts: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def _fenced(text: str) -> int:
-    """Characters between ``` fences; an open one reaches to the end."""
+    """Characters between ``` fences; a fence that is not closed reaches to the end."""
     return sum(len(piece) for piece in text.split("```")[1::2])
 
 
 def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of GRAM characters inside each text: uint64 [M], and int64 [M] the text of each."""
+    """Hashes of all runs of GRAM characters inside each text (uint64 [M]), and the index of the text of each (int64 [M]).
+
+    points: code points of all texts laid end to end, uint32 [N]; lengths: of each text, int64 [texts].
+    """
     if len(points) < GRAM:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
     hashes = points.astype(np.uint64)
@@ -132,8 +130,11 @@ def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarray:
-    """uint16 [texts, NUM_BINS] by one-permutation hashing (Li, Owen, Zhang 2012): the share of equal entries of two texts
-    estimates the Jaccard similarity of their shingles. All EMPTY where there are too few shingles."""
+    """MinHash signatures by one-permutation hashing (Li, Owen, Zhang 2012): uint16 [texts, NUM_BINS].
+
+    The share of equal entries of two texts estimates the Jaccard similarity of their shingles. Texts with fewer than LEAST_GRAMS
+    shingles have EMPTY entries only.
+    """
     numbers = np.bincount(text, minlength=num_texts)
     keep = (hashes & np.uint64(3) == 0) | (numbers <= MANY_GRAMS)[text]
     hashes, text = hashes[keep], text[keep]
@@ -144,42 +145,42 @@ def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarr
     key.sort()
     place = (key >> 15).astype(np.int64)
     first = np.flatnonzero(np.diff(place, prepend=-1))
-    found = np.full(num_texts * NUM_BINS, EMPTY, np.uint16)
-    found[place[first]] = key[first] & 0x7FFF
-    found = found.reshape(num_texts, NUM_BINS)
-    found[numbers < LEAST_GRAMS] = EMPTY
-    return found
+    signed = np.full(num_texts * NUM_BINS, EMPTY, np.uint16)
+    signed[place[first]] = key[first] & 0x7FFF
+    signed = signed.reshape(num_texts, NUM_BINS)
+    signed[numbers < LEAST_GRAMS] = EMPTY
+    return signed
 
 
-def near_duplicates(found: np.ndarray) -> np.ndarray:
-    """bool [rows]: rows whose signature is like that of an earlier row. found: uint16 [rows, NUM_BINS].
+def near_duplicates(signatures: np.ndarray) -> np.ndarray:
+    """Whether the signature of each row is similar to that of an earlier row: bool [rows]. signatures: uint16 [rows, NUM_BINS].
 
-    Candidates share a quarter of the signature, at any of its four places; a row is compared with the first and the last
-    before it. Rows without a signature are none.
+    Candidates share one of the four quarters of the signature; each row is compared with the first and the last candidate
+    before it. Rows without a signature are no duplicates.
     """
-    signed = np.flatnonzero((found != EMPTY).any(axis=1))
-    found = np.ascontiguousarray(found[signed])
-    is_near = np.zeros(len(found), bool)
-    for band in found.view(np.uint64).T:
+    signed = np.flatnonzero((signatures != EMPTY).any(axis=1))
+    entries = np.ascontiguousarray(signatures[signed])
+    is_near = np.zeros(len(entries), bool)
+    for band in entries.view(np.uint64).T:
         order = np.argsort(band, kind="stable")
         same = np.flatnonzero(band[order][1:] == band[order][:-1]) + 1
         starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] ^ np.uint64(1)))
         first = order[starts[np.searchsorted(starts, same, "right") - 1]]
         for other in (first, order[same - 1]):
-            is_near[order[same]] |= likeness(found[order[same]], found[other]) >= NEAR
-    result = np.zeros(int(signed.max()) + 1 if len(signed) else 0, bool)
+            is_near[order[same]] |= likeness(entries[order[same]], entries[other]) >= NEAR
+    result = np.zeros(len(signatures), bool)
     result[signed] = is_near
     return result
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """float64 [rows]: estimated Jaccard similarity of signatures; bins empty in both tell nothing."""
-    known = ~((one == EMPTY) & (other == EMPTY))
-    return ((one == other) & known).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+    """Estimated Jaccard similarity of the rows of two arrays of signatures: float64 [rows]. Bins empty in both do not count."""
+    is_used = ~((one == EMPTY) & (other == EMPTY))
+    return ((one == other) & is_used).sum(axis=1) / np.maximum(is_used.sum(axis=1), 1)
 
 
 def jaccard(hashes: np.ndarray, text: np.ndarray, num_pairs: int) -> np.ndarray:
-    """float64 [pairs]: similarity of the shingle sets of texts 2i and 2i + 1; 1 where neither has any."""
+    """Jaccard similarity of the shingles of texts 2i and 2i + 1: float64 [pairs]; 1 if neither has any."""
     key = (text.astype(np.uint64) << np.uint64(40)) | (hashes >> np.uint64(24))
     key = np.unique(key)
     text = (key >> np.uint64(40)).astype(np.int64)

@@ -8,7 +8,7 @@ tokenizers can be compared only over the same text.
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -163,26 +163,35 @@ def evaluate(
 
 
 class _Coder:
-    """Encodes and decodes texts; adds up the CPU seconds of both, and keeps the texts that come back changed."""
+    """Encodes and decodes texts, and keeps count: uses of each id, texts that come back changed, CPU seconds."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.num_texts = 0
+    def __init__(self, tokenizer: Tokenizer, tick: Callable[[int], None] | None = None) -> None:
+        self.tokenizer, self.tick = tokenizer, tick
+        self.uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        self.num_texts = self.num_bytes = 0
         self.changed: list[str] = []
         self.encode_s = self.decode_s = 0.0
 
     def run(self, texts: list[str]) -> np.ndarray:
-        """The ids of some texts, end to end."""
-        begun = time.process_time()
-        flat, ends = self.tokenizer.encode_batch(texts)
-        middle = time.process_time()
-        lists = [part.tolist() for part in np.split(flat, ends[:-1])]
-        decoded = self.tokenizer.native.decode_batch(lists, skip_special_tokens=False)
-        self.encode_s += middle - begun
-        self.decode_s += time.process_time() - middle
+        """Bytes, characters and tokens of some texts, int64 [3]. `tick` is called with all bytes so far."""
+        before, num_tokens = self.num_bytes, 0
+        for begin in range(0, len(texts), _BATCH):
+            batch = texts[begin : begin + _BATCH]
+            started = time.process_time()
+            flat, ends = self.tokenizer.encode_batch(batch)
+            middle = time.process_time()
+            ids = [part.tolist() for part in np.split(flat, ends[:-1])]
+            decoded = self.tokenizer.native.decode_batch(ids, skip_special_tokens=False)
+            self.encode_s += middle - started
+            self.decode_s += time.process_time() - middle
+            self.uses += np.bincount(flat, minlength=len(self.uses))
+            self.changed += [text for text, back in zip(batch, decoded, strict=True) if text != back]
+            self.num_bytes += sum(len(text.encode()) for text in batch)
+            num_tokens += len(flat)
+            if self.tick:
+                self.tick(self.num_bytes)
         self.num_texts += len(texts)
-        self.changed += [text for text, back in zip(texts, decoded, strict=True) if text != back]
-        return flat
+        return np.array([self.num_bytes - before, sum(map(len, texts)), num_tokens])
 
 
 def _figures(
@@ -193,46 +202,30 @@ def _figures(
     num_hostile: int,
     tick: Callable[[int], None] | None,
 ) -> TokenizerFigures:
-    sample, hostile = _Coder(tokenizer), _Coder(tokenizer)
-    uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    sizes: list[np.ndarray] = []  # of each group: bytes, characters, tokens
-    done = 0
-    for _, texts in groups:
-        size = np.zeros(3, np.int64)
-        for batch in _batches(texts):
-            num_bytes = sum(len(text.encode()) for text in batch)
-            ids = sample.run(batch)
-            uses += np.bincount(ids, minlength=len(uses))
-            size += (num_bytes, sum(map(len, batch)), len(ids))
-            done += num_bytes
-            if tick:
-                tick(done)
-        sizes.append(size)
-    for batch in _batches(list(hostile_strings(num_hostile, tokens=list(tokenizer.control_tokens)))):
-        hostile.run(batch)
-    everything = sum(sizes, np.zeros(3, np.int64))
-    all_bytes, _, num_tokens = everything.tolist()
-    words, runs = (
-        Counter(each for _, texts in groups for text in texts for each in pattern.findall(text))
-        for pattern in (_WORD, _HAN)
-    )
-    tokens = token_texts(tokenizer)
+    coder, hostile = _Coder(tokenizer, tick), _Coder(tokenizer)
+    sizes = [coder.run(texts) for _, texts in groups]
+    hostile.run(list(hostile_strings(num_hostile, tokens=list(tokenizer.control_tokens))))
+    whole = _rates(sum(sizes, np.zeros(3, np.int64)))
+    words, runs = (_count(pattern, groups) for pattern in (_WORD, _HAN))
+    uses, tokens = coder.uses, token_texts(tokenizer)
     lengths = np.array([len(token or b"") for token in tokens])
     is_ordinary = np.array([token is not None and id not in tokenizer.added for id, token in enumerate(tokens)])
     is_high_byte = np.array([len(token or b"") == 1 and (token or b"\0")[0] >= 0x80 for token in tokens])
     is_unused = is_ordinary & (uses == 0)
-    glitch_prone = np.flatnonzero(is_unused & (lengths > 1))
-    longest = sorted(np.flatnonzero(is_ordinary).tolist(), key=lambda id: (-lengths[id], id))[:NUM_SHOWN]
+    glitch_prone = np.flatnonzero(is_unused & (lengths > 1)).tolist()
+    longest = sorted(np.flatnonzero(is_ordinary).tolist(), key=lambda id: (-lengths[id], id))
 
-    def shown(ids: Iterable[int]) -> list[TokenUses]:
+    def shown(ids: list[int]) -> list[TokenUses]:
         return [TokenUses(id, legible(tokens[id] or b""), len(tokens[id] or b""), int(uses[id])) for id in ids]
 
+    changed = sorted((*coder.changed, *hostile.changed), key=len)
+    tokens_per_gigabyte = GIGABYTE * whole.tokens / whole.bytes
     return TokenizerFigures(
         name=str(tokenizer.dir),
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
-        **asdict(_rates(everything)),
-        by_language=_rates_by([stratum.language for stratum, _ in groups], sizes, is_sorted=True),
+        **asdict(whole),
+        by_language=dict(sorted(_rates_by([stratum.language for stratum, _ in groups], sizes).items())),
         by_file=_rates_by([stratum.file for stratum, _ in groups], sizes),
         tokens_per_word=_mean_tokens(tokenizer, words, words.total()),
         tokens_per_chinese_character=_mean_tokens(tokenizer, runs, sum(len(run) * n for run, n in runs.items())),
@@ -242,26 +235,27 @@ def _figures(
         never_used=int(is_unused.sum()),
         never_used_bytes=int(is_unused.sum()) - len(glitch_prone),
         glitch_prone=len(glitch_prone),
-        glitch_prone_tokens=shown(glitch_prone[-NUM_SHOWN:].tolist()),
+        glitch_prone_tokens=shown(glitch_prone[-NUM_SHOWN:]),
         rarely_used=int((is_ordinary & (uses > 0) & (uses < 10)).sum()),
-        longest_tokens=shown(longest),
+        longest_tokens=shown(longest[:NUM_SHOWN]),
         round_trip=RoundTrip(
-            sample.num_texts,
-            len(sample.changed),
-            hostile.num_texts,
-            len(hostile.changed),
-            [text[:200] for text in sorted((*sample.changed, *hostile.changed), key=len)[:3]],
+            texts=coder.num_texts,
+            texts_changed=len(coder.changed),
+            hostile=hostile.num_texts,
+            hostile_changed=len(hostile.changed),
+            examples=[text[:200] for text in changed[:3]],
         ),
-        encode_mb_per_cpu_s=all_bytes / 1e6 / max(sample.encode_s, 1e-9),
-        decode_mb_per_cpu_s=all_bytes / 1e6 / max(sample.decode_s, 1e-9),
+        encode_mb_per_cpu_s=whole.bytes / 1e6 / max(coder.encode_s, 1e-9),
+        decode_mb_per_cpu_s=whole.bytes / 1e6 / max(coder.decode_s, 1e-9),
         embedding={name: _embedding(tokenizer.vocab_size, shape) for name, shape in shapes.items()},
-        tokens_per_gigabyte=round(GIGABYTE * num_tokens / all_bytes),
-        steps_per_gigabyte=round(GIGABYTE * num_tokens / all_bytes / step_tokens),
+        tokens_per_gigabyte=round(tokens_per_gigabyte),
+        steps_per_gigabyte=round(tokens_per_gigabyte / step_tokens),
     )
 
 
-def _batches(texts: list[str]) -> Iterable[list[str]]:
-    return (texts[begin : begin + _BATCH] for begin in range(0, len(texts), _BATCH))
+def _count(pattern: re.Pattern[str], groups: Groups) -> Counter[str]:
+    """How often each match of a pattern occurs in all texts."""
+    return Counter(match for _, texts in groups for text in texts for match in pattern.findall(text))
 
 
 def _rates(size: np.ndarray) -> Rates:
@@ -269,12 +263,12 @@ def _rates(size: np.ndarray) -> Rates:
     return Rates(num_bytes, num_tokens, num_bytes / max(num_tokens, 1), num_characters / max(num_tokens, 1))
 
 
-def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray], *, is_sorted: bool = False) -> dict[str, Rates]:
-    """Rates of the groups of each name."""
+def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Rates]:
+    """Rates of the groups of each name, in the order of the names."""
     sums: dict[str, np.ndarray] = {}
     for name, size in zip(names, sizes, strict=True):
         sums[name] = sums.get(name, 0) + size
-    return {name: _rates(sums[name]) for name in (sorted(sums) if is_sorted else sums)}
+    return {name: _rates(size) for name, size in sums.items()}
 
 
 def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> float | None:

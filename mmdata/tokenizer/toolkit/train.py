@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def check_options(options: TokenizerOptions) -> Layout:
     for token in options.special:
         if not token.strip() or options.special.count(token) > 1 or token in base.tokens:
             raise UsageError(f"--special {token!r}: empty, given twice, or one of the template's own", "leave it out")
-    layout = Layout(base.template, (*base.control, *options.special), base.plain)
+    layout = replace(base, control=(*base.control, *options.special))
     least = len(layout.tokens) + 256 + 1
     if options.vocab_size < least:
         raise UsageError(
