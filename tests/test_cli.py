@@ -10,6 +10,7 @@ import pytest
 from command_line import Run, fine, refused
 
 import cli
+from mmdata import demo
 
 
 def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) -> None:
@@ -190,17 +191,25 @@ def test_every_command_has_an_example_in_its_help(mm: Run) -> None:
         assert f"Example: mm {name}" in shown, name
 
 
-def test_the_demo_goes_through_all_stages_and_scores_each(home: Path, mm: Run) -> None:
-    """Too short to learn anything; that it learns is measured by `mm demo` itself."""
+@pytest.mark.parametrize("num_each", [2, pytest.param(demo.NUM_EACH, marks=pytest.mark.slow)])
+def test_the_demo_goes_through_all_stages_and_scores_each(
+    num_each: int, home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too short to learn anything; that it learns is measured by `mm demo` itself. With all questions if slow tests run."""
+    monkeypatch.setattr(demo, "NUM_EACH", num_each)
     refused(mm("demo --out data --minutes 0.01"), "data")
-    figures = json.loads(fine(mm("demo --out d --minutes 0.01 --json")).out)
+    (home / "d/runs/old").mkdir(parents=True)
+    (home / "d/demo.json").touch()  # an earlier demo, which is replaced
+    as_json = num_each == 2
+    shown = fine(mm(f"demo --out d --minutes 0.01{' --json' if as_json else ''}")).out
+    figures = json.loads((home / "d/demo.json").read_text(encoding="utf-8"))
+    assert json.loads(shown) == figures if as_json else "dpo" in shown
     assert [stage["stage"] for stage in figures["stages"]] == ["pretrain_hq", "sft_512", "sft_1024", "dpo"]
     assert all(0 <= stage["exact"] <= 1 and stage["by_subject"] for stage in figures["stages"])
-    assert len(figures["stages"][-1]["transcript"]) == 5 and figures["questions"] >= 200
-    assert json.loads((home / "d/demo.json").read_text(encoding="utf-8")) == figures
+    assert len(figures["stages"][-1]["transcript"]) == 5 and figures["questions"] == 2 * len(demo.SUBJECTS) * num_each
     fine(mm("verify d/shards/sft_512 d/shards/dpo"))
     assert fine(mm("chat d/runs/dpo --prompt hello --max-new-tokens 2")).out
-    fine(mm("demo --out d --minutes 0.01"))  # an earlier demo is replaced
+    assert not (home / "d/runs/old").exists()
 
 
 def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mmdata import demo
 from mmdata.encode import rows
-from mmdata.tokenizer.tokenizer import CHATML, train_bpe
+from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.DemoFil
 
 
 def test_no_word_to_spell_is_another_one_backwards() -> None:
-    for items in demo.make_splits(1).train, demo.make_splits(1).held_out:
+    splits = demo.make_splits(1)
+    for items in splits.train, splits.held_out:
         words = {item.bare for language in demo.LANGUAGES for item in items[language, "reverse"]}
         assert not words & {word[::-1] for word in words}
 
@@ -100,14 +101,18 @@ def test_held_out_questions_cover_every_subject_in_both_languages(corpus: demo.D
     assert len(corpus.questions) >= 200
 
 
-def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.DemoFiles, tmp_path: Path) -> None:
-    tokenizer = train_bpe(
+@pytest.fixture(scope="module")
+def tokenizer(corpus: demo.DemoFiles, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_bpe(
         corpus.tokenizer_texts,
         vocab_size=demo.VOCAB_SIZE,
         control_tokens=demo.CONTROL_TOKENS,
         chat_template=CHATML,
-        out_dir=tmp_path / "tokenizer",
+        out_dir=tmp_path_factory.mktemp("tokenizer"),
     )
+
+
+def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.DemoFiles, tokenizer: Tokenizer) -> None:
     lengths = {}
     for name in ("sft_512", "sft_1024"):
         texts = ["\n".join(m["content"] for m in row["conversations"]) for row in read(corpus.files[name])]
@@ -117,14 +122,7 @@ def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.DemoFil
     assert max(lengths["sft_1024"]) > 512
 
 
-def test_words_to_spell_stay_single_letters_for_the_model(corpus: demo.DemoFiles, tmp_path: Path) -> None:
-    tokenizer = train_bpe(
-        corpus.tokenizer_texts,
-        vocab_size=demo.VOCAB_SIZE,
-        control_tokens=demo.CONTROL_TOKENS,
-        chat_template=CHATML,
-        out_dir=tmp_path / "tokenizer",
-    )
+def test_words_to_spell_stay_single_letters_for_the_model(corpus: demo.DemoFiles, tokenizer: Tokenizer) -> None:
     for question in corpus.questions:
         if question.subject == "reverse":
             assert len(tokenizer.encode_batch([question.bare])[0]) == len(question.bare)

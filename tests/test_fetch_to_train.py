@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from train_data import Data
 
 import cli
 from mmdata.hub import catalog
+from mmtrain.config import MODEL_SHAPES
 
 DATASET = catalog.DATASET_REPO["hf"]
 
@@ -40,9 +42,15 @@ def first_lines(path: Path) -> bytes:
     return b"".join(path.read_bytes().splitlines(keepends=True)[:24])
 
 
+@pytest.mark.parametrize("is_small", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_was_fetched_is_packed_and_trained_on_without_further_arguments(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    is_small: bool, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """With the default model of 26M parameters if slow tests run, and with a narrow one under its name always."""
+    if is_small:
+        default = MODEL_SHAPES["minimind2-small"]
+        narrow = replace(default, hidden_size=64, num_layers=2, num_heads=4, ffn_size=176)
+        monkeypatch.setitem(MODEL_SHAPES, "minimind2-small", narrow)
     monkeypatch.chdir(tmp_path)
 
     def mm(line: str) -> str:
@@ -55,8 +63,8 @@ def test_what_was_fetched_is_packed_and_trained_on_without_further_arguments(
 
     assert mm("fetch").count("fetched data/") == 5
     mm("pack --max-len 1024")
-    mm("train dpo --steps 5")  # from new weights, with a warning: no earlier run is here
-    assert (tmp_path / "runs" / "dpo-1" / "checkpoints" / "step-5" / "model.safetensors").is_file()
+    mm("train dpo --steps 1")  # from new weights, with a warning: no earlier run is here
+    assert (tmp_path / "runs" / "dpo-1" / "checkpoints" / "step-1" / "model.safetensors").is_file()
     asked = len(hub.requests)
     assert mm("fetch").count("kept data/") == 5
     assert len(hub.requests) == asked
