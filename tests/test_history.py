@@ -125,3 +125,20 @@ def test_an_event_between_two_logged_steps_stands_at_the_earlier_one(tmp_path: P
     events = history.run_figures(tmp_path / "run")["events"]
     tokens = [0, sum(r["tokens"] for r in records[:2]), sum(r["tokens"] for r in records)]
     assert [(event["step"], event["tokens"]) for event in events] == list(zip((0, 2, 4), tokens, strict=True))
+
+
+def test_cutting_a_file_leaves_whole_lines(tmp_path: Path) -> None:
+    """A last record without a newline is kept, and what is appended then begins a line of its own."""
+    path = tmp_path / "events.jsonl"
+    history.cut_after(path, 5)
+    assert not path.exists()
+    path.write_text(
+        '{"step": 1, "event": "save"}\n["no record"]\n{"step": 7, "event": "save"}\n{"step": 2, "event": "save"}'
+    )
+    history.cut_after(path, 5)
+    history.append(path, [history.Event(3, "halved", "512 tokens")])
+    assert [(one.step, one.note) for one in history.read_records(path, history.Event)] == [
+        (1, ""),
+        (2, ""),
+        (3, "512 tokens"),
+    ]
