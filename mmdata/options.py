@@ -45,6 +45,11 @@ def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
     return field(default=default, metadata={"option": Option(help, **declaration)})
 
 
+def redeclared(kind: type, name: str, *, default: Any) -> Any:
+    """The declared field `name` of an options class, with another default, for a subclass."""
+    return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
+
+
 def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
     """Name and `Option` of each declared field of an options class or of an instance, in order."""
     for each in fields(kind):

@@ -55,7 +55,12 @@ CROWDED_FOR_NOW = {"pack", "train"}
 TWICE_FOR_NOW = {"Layout", "Decoder"}
 WIDE_FOR_NOW = {"forecast"}
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
-OPTIONS = ("mmdata.options", "mmdata.pack.options", "mmtrain.config")  # what the command line is generated from
+OPTIONS = (
+    "mmdata.options",
+    "mmdata.pack.options",
+    "mmtrain.config",
+    "mmtrain.inference.settings",
+)  # what the command line is generated from
 PRINT = (*COMMANDS, "mmtrain.log.metrics")
 READ_ENVIRONMENT = (*COMMANDS, "mmtrain.distributed", "mmdata.io.workers")
 

@@ -17,7 +17,7 @@ from mmtrain import checkpoint
 from mmtrain.config import ModelConfig
 from mmtrain.convert.foreign import import_model, interleaved, model_of, open_model, read
 from mmtrain.inference.engine import Engine
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

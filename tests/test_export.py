@@ -19,7 +19,7 @@ from mmtrain.convert.export import export
 from mmtrain.convert.foreign import import_model, open_model, read
 from mmtrain.convert.gguf import pre_tokenizer_name
 from mmtrain.inference.engine import Engine
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 from mmtrain.train.loop import train
 
 SHAPES = {"llama": SHAPE, "qwen3": NORMED}

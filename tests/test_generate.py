@@ -15,7 +15,7 @@ from mmtrain.inference import engine as engine_module
 from mmtrain.inference.chat import Chat, answer_batch, fit
 from mmtrain.inference.decoder import KV_STEP, Decoder
 from mmtrain.inference.engine import Engine, Row, TextStream, Token
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
 TEXTS = ["user\n", "assistant\n", "Where does Pim live?", "皮姆住在哪里？"] * 4

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmdata.errors import UsageError
-from mmtrain.inference.sampling import Sampling, candidates, penalize, pick, top_logps
+from mmtrain.inference.sampling import candidates, penalize, pick, top_logps
+from mmtrain.inference.settings import Sampling
 
 
 @pytest.mark.parametrize(

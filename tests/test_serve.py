@@ -18,8 +18,8 @@ from waiting import LONG_S, wait_until
 from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.inference.sampling import Sampling
 from mmtrain.inference.serve.app import listen
+from mmtrain.inference.settings import Sampling
 
 HELLO: Any = [{"role": "user", "content": "Where does Pim live?"}]
 CALL = '<think>\nhm\n</think>\n\nI look.\n<tool_call>\n{"name": "find", "arguments": {"who": "Pim"}}\n</tool_call>'

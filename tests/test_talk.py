@@ -23,7 +23,7 @@ from mmdata.errors import UsageError
 from mmtrain.commands.chat import Session, Speaker, piped_lines
 from mmtrain.convert.foreign import import_model, open_model
 from mmtrain.inference.chat import Chat
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 THOUGHT = "<think>\nhm\n</think>\n\nIt is 3."

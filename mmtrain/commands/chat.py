@@ -18,15 +18,15 @@ import typer
 from mmdata.commands.options import RUNS_DIR
 from mmdata.commands.terminal import result, say
 from mmdata.errors import CheckpointError, MMError, UsageError
-from mmdata.options import INT64, Option, option
+from mmdata.options import Option
 from mmtrain.commands.eval import run_metadata
+from mmtrain.inference.settings import ChatSampling, Sampling
 
 if TYPE_CHECKING:
     from mmdata.encode.template import Message
     from mmtrain.inference.chat import Chat
-    from mmtrain.inference.sampling import Sampling
 
-CONVERSATION, MODEL, SAMPLING = "Conversation", "Model", "Sampling"  # headings of --help
+CONVERSATION, MODEL = "Conversation", "Model"  # headings of --help
 HELP = """/reset          forget the conversation
 /system TEXT    set the system prompt and forget; without TEXT show it
 /regen          answer the last question again, with another seed
@@ -34,28 +34,6 @@ HELP = """/reset          forget the conversation
 /quit           leave (also Ctrl-D); Ctrl-C cuts an answer short"""
 DIM, PLAIN = "\033[2m", "\033[0m"
 MIN_COLUMN = 30  # width of a model's column; on a narrower terminal answers are printed one below the other
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """The options of `mmtrain.inference.sampling.Sampling`, with the defaults of a conversation."""
-
-    temperature: float = option(0.7, help="0 takes the likeliest token.", least=0, group=SAMPLING)
-    top_p: float = option(
-        0.9, help="Draw from the likeliest tokens whose probabilities reach this sum.", above=0, most=1, group=SAMPLING
-    )
-    top_k: int = option(0, help="Draw from this many likeliest tokens; 0: all.", least=0, group=SAMPLING)
-    min_p: float = option(
-        0.0, help="Draw from tokens at least this probable relative to the likeliest.", least=0, most=1, group=SAMPLING
-    )
-    repetition_penalty: float = option(
-        1.0, help="Above 1, tokens that occurred already become less likely.", above=0, group=SAMPLING
-    )
-    stop: tuple[str, ...] = option(
-        (), help="End an answer at this text; may be repeated.", group=SAMPLING, metavar="TEXT"
-    )
-    max_new_tokens: int = option(512, help="Longest answer in tokens.", least=1, group=SAMPLING)
-    seed: int = option(0, help="The same seed gives the same answers.", **INT64, group=SAMPLING)
 
 
 def chat(
@@ -82,15 +60,13 @@ def chat(
     tokenizer: Annotated[
         Path | None, Option("Tokenizer of a .pth that has none beside it.", MODEL, metavar="DIR")
     ] = None,
-    sampling: Annotated[dict[str, Any] | None, SamplingOptions] = None,
+    sampling: ChatSampling = ChatSampling(),
     as_json: Annotated[bool, Option("Answers as JSON, one per line; with --prompt or a pipe.", flag="--json")] = False,
 ) -> None:
     """Talk with a trained model; answers are streamed, the history is kept. The lines of a pipe are one conversation.
 
     Example: mm chat runs/dpo-1 --prompt 'What is 3 + 4?'    mm chat --compare runs/pretrain-1 runs/sft-1 runs/dpo-1
     """
-    from mmtrain.inference.sampling import Sampling
-
     is_typed = prompt is None and sys.stdin.isatty()
     if as_json and is_typed:
         raise UsageError("--json needs --prompt or lines on standard input", "mm chat --prompt TEXT --json")
@@ -99,7 +75,7 @@ def chat(
     if not compare and len(runs or ()) > 1:
         raise UsageError("several models are for --compare", "mm chat --compare RUN_A RUN_B, or name one")
     speakers = [open_speaker(path, tokenizer, plain, window) for path in runs or [newest_finished_run()]]
-    session = Session(speakers, Sampling(**sampling or {}), system, think, as_json)
+    session = Session(speakers, sampling, system, think, as_json)
     if prompt is not None:
         session.ask(prompt)
         return
@@ -185,7 +161,7 @@ class Session:
     """A conversation with one model, or the same with several. `think`: ask for reasoning if the template supports it."""
 
     speakers: Sequence[Speaker]
-    options: "Sampling"
+    options: Sampling
     system: str | None = None
     think: bool | None = None
     is_json: bool = False
@@ -278,7 +254,7 @@ class Session:
             result(json.dumps({"prompt": question, "answers": records}, ensure_ascii=False))
 
     def _answer(
-        self, speaker: Speaker, question: str, options: "Sampling", printer: "StreamPrinter | None" = None
+        self, speaker: Speaker, question: str, options: Sampling, printer: "StreamPrinter | None" = None
     ) -> Answer:
         """Let one model answer, printing as it goes. Ctrl-C ends the answer; what was generated stays in the history."""
         from mmtrain.inference.replies import Splitter, split

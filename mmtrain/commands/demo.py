@@ -13,6 +13,7 @@ from mmdata.commands.terminal import next_command, percent, plain, print_json, r
 from mmdata.errors import UsageError
 from mmdata.options import INT64, Option
 from mmtrain.commands.chat import chat
+from mmtrain.inference.settings import ChatSampling
 
 if TYPE_CHECKING:
     from mmdata.demo import Question
@@ -53,7 +54,7 @@ def demo(
         print_demo(figures, out)
     run = out / "runs" / recipe.STAGES[-1].file
     if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
-        chat([run], sampling={"temperature": 0.0})
+        chat([run], sampling=ChatSampling(temperature=0.0))
     next_command(f"mm chat {run}    or    mm show {out / 'shards' / 'sft_512'}")
 
 

@@ -11,7 +11,7 @@ from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.engine import Engine, Row
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
 WINDOW = 2048

@@ -31,7 +31,8 @@ from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.decoder import Decoder, KVCache
 from mmtrain.inference.replies import tail_of_prefix
-from mmtrain.inference.sampling import Sampling, pick, top_logps
+from mmtrain.inference.sampling import pick, top_logps
+from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
 BATCH_ROWS = 64  # default of max_rows: large enough to keep a core busy with a small model's matrices

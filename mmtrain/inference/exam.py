@@ -20,8 +20,8 @@ from mmdata.io.records import Record, decode_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
 from mmtrain.inference.engine import Engine
-from mmtrain.inference.sampling import Sampling
 from mmtrain.inference.score import LaidOut, micro_batches
+from mmtrain.inference.settings import Sampling
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
 

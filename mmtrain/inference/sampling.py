@@ -1,45 +1,15 @@
-"""How the next token is chosen from logits: the sampling settings of one answer, and the draw itself.
+"""Chooses the next token from logits.
 
-The settings have the order and meaning of transformers' logits processors: repetition penalty, temperature, top-k,
-top-p, min-p. Each token takes one uniform number from the row's own generator, so the same seed gives the same answer.
+The settings are applied in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
+min-p. Each token takes one uniform number from the row's own generator, so the same seed gives the same answer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mmdata.errors import UsageError
-from mmdata.options import check, option
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Sampling settings and stopping conditions of one answer. By default greedy, until the end-of-turn token.
-
-    `logprobs` None reports no log-probabilities; a number reports each token's own and those of that many of the most
-    likely tokens, taken from the model's logits before any of the other settings. UsageError for values out of range.
-    """
-
-    temperature: float = option(0.0, help="0 takes the most likely token.", least=0)
-    top_k: int = option(0, help="Sample from this many of the most likely tokens; 0: all.", least=0)
-    top_p: float = option(
-        1.0, help="Sample from the fewest most likely tokens whose probabilities reach this sum.", above=0, most=1
-    )
-    min_p: float = option(
-        0.0, help="Sample from tokens at least this probable relative to the most likely one.", least=0, most=1
-    )
-    repetition_penalty: float = option(1.0, help="Above 1 makes tokens of prompt and answer less likely.", above=0)
-    seed: int = option(0, help="The same seed gives the same answer.", least=-(2**63), most=2**63 - 1)
-    max_new_tokens: int = option(512, help="Maximum tokens of an answer.", least=1)
-    stop: tuple[str, ...] = option((), help="Strings that end the answer and are not part of it.")
-    logprobs: int | None = option(None, help="Log-probabilities of this many of the most likely tokens.", least=0)
-
-    def __post_init__(self) -> None:
-        check(self)
-        if not all(self.stop):
-            raise UsageError("a stop string must not be empty", "leave --stop out, or give it a text")
+from mmtrain.inference.settings import Sampling
 
 
 def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor:

@@ -14,7 +14,7 @@ from mmdata.io.files import write_text
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
 from mmtrain.inference.engine import Engine
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 from mmtrain.log import history
 from mmtrain.log.history import Event, Sample
 from mmtrain.log.report import run_page

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 from mmtrain.config import MODEL_SHAPES
 from mmtrain.inference.engine import Engine
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
 NUM_PROMPT = 64

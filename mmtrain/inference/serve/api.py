@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from mmdata.encode.template import Message
 from mmdata.io.records import convert_record, explain
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 
 MAX_CHOICES = 16  # `n`, and prompts of a completion
 MAX_TOP_LOGPROBS = 20

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mmdata.errors import MMError
 from mmtrain.inference.engine import Delta, Engine, Row
-from mmtrain.inference.sampling import Sampling
+from mmtrain.inference.settings import Sampling
 
 
 class BusyError(Exception):

@@ -1,0 +1,48 @@
+"""The sampling settings of one answer, declared for the engine and for the command line. Does not import torch."""
+
+from dataclasses import dataclass
+
+from mmdata.errors import UsageError
+from mmdata.options import INT64, check, option, redeclared
+
+GROUP = "Sampling"  # heading in --help
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling settings and stopping conditions of one answer; greedy by default. UsageError for values out of range.
+
+    `logprobs` None reports no log-probabilities; a number reports each token's own and those of that many of the most
+    likely tokens, taken from the model's logits before any of the other settings.
+    """
+
+    temperature: float = option(0.0, help="0 takes the likeliest token.", least=0, group=GROUP)
+    top_p: float = option(
+        1.0, help="Draw from the likeliest tokens whose probabilities reach this sum.", above=0, most=1, group=GROUP
+    )
+    top_k: int = option(0, help="Draw from this many likeliest tokens; 0: all.", least=0, group=GROUP)
+    min_p: float = option(
+        0.0, help="Draw from tokens at least this probable relative to the likeliest.", least=0, most=1, group=GROUP
+    )
+    repetition_penalty: float = option(
+        1.0, help="Above 1, tokens that occurred already become less likely.", above=0, group=GROUP
+    )
+    stop: tuple[str, ...] = option((), help="End an answer at this text; may be repeated.", group=GROUP, metavar="TEXT")
+    max_new_tokens: int = option(512, help="Longest answer in tokens.", least=1, group=GROUP)
+    seed: int = option(0, help="The same seed gives the same answers.", **INT64, group=GROUP)
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not all(self.stop):
+            raise UsageError("a stop string must not be empty", "leave --stop out, or give it a text")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise UsageError(f"logprobs {self.logprobs} must be at least 0", "leave it out for none")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSampling(Sampling):
+    """The same with the defaults of `mm chat`."""
+
+    temperature: float = redeclared(Sampling, "temperature", default=0.7)
+    top_p: float = redeclared(Sampling, "top_p", default=0.9)
