@@ -1,9 +1,9 @@
-"""Everything needed to go on as if never stopped, in RUN/checkpoints/step-N: fp32 weights, optimizer, step, random state.
+"""Checkpoints in RUN/checkpoints/step-N: fp32 weights, optimizer state, step and random state, to resume a run exactly.
 
-A checkpoint is written beside, flushed, hashed and renamed: it is complete or not there. Reading verifies the hashes.
-Costs 12 bytes a parameter on disk, and as many in host memory: a Writer copies, and writes while training goes on. Of an
-adapted model it holds the adapters alone, in PEFT's format; the weights they belong to stand once in
-RUN/base.safetensors, and reading gives both merged.
+A checkpoint is written to a hidden directory, synced, hashed and renamed: it is complete or absent. Reading verifies the
+hashes. It takes 12 bytes per parameter on disk and as many in host memory: `Writer` copies the tensors and writes them while
+training continues. A checkpoint of a run with LoRA holds the adapters only, in PEFT's format; the weights they belong to
+stand once in RUN/base.safetensors, and reading merges both.
 """
 
 import contextlib
@@ -25,12 +25,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdata.errors import CheckpointError
-from mmtrain.config import ModelConfig, as_json, model_config_from
+from mmdata.io import files
+from mmdata.io.records import read_record, write_record
+from mmtrain.config import ModelConfig
 from mmtrain.model import lora
 from mmtrain.model.model import Model
+from mmtrain.records import RUN, BestRecord, CheckpointState, FileRecord, TrainedOn, read_run
 
 FORMAT_VERSION = 1
-DTYPES = {  # safetensors' names of the types that stand in a checkpoint
+DTYPES = {  # safetensors' names of the types in a checkpoint
     torch.float32: "F32",
     torch.float64: "F64",
     torch.bfloat16: "BF16",
@@ -39,41 +42,41 @@ DTYPES = {  # safetensors' names of the types that stand in a checkpoint
     torch.uint8: "U8",
 }
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names peft looks for
+ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names that peft looks for
 BASE = "base.safetensors"  # beside run.json
-EXTRA = "extra/"  # before the names of further tensors in OPTIMIZER
+EXTRA = "extra/"  # prefix of the names of further tensors in OPTIMIZER
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its directory and what its state.json holds."""
+    """A verified checkpoint: its directory and its state.json."""
 
     dir: Path
-    state: dict[str, Any]
+    state: CheckpointState
 
     @property
     def step(self) -> int:
-        """Optimizer steps behind these weights."""
-        return self.state["step"]
+        """Number of optimizer steps these weights were trained for."""
+        return self.state.step
 
     @property
     def model_config(self) -> ModelConfig:
         """The shape of the model."""
-        return model_config_from(self.state["model"])
+        return self.state.model
 
     @property
     def weights_sha256(self) -> str:
-        """Hash of the weights file; of an adapted model, of the hashes of its two."""
-        files = self.state["files"]
+        """Hash of the weights file; with adapters, of the hashes of the base weights and the adapters."""
+        recorded = self.state.files
         if not self.is_adapted:
-            return files[WEIGHTS]["sha256"]
-        both = files[f"../../{BASE}"]["sha256"] + files[ADAPTERS]["sha256"]
+            return recorded[WEIGHTS].sha256
+        both = recorded[f"../../{BASE}"].sha256 + recorded[ADAPTERS].sha256
         return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def is_adapted(self) -> bool:
         """Whether it holds adapters instead of weights."""
-        return ADAPTERS in self.state["files"]
+        return ADAPTERS in self.state.files
 
     @property
     def run_dir(self) -> Path:
@@ -81,23 +84,26 @@ class Checkpoint:
         return self.dir.parent.parent
 
 
-class Writer:
-    """Saves a run's checkpoints beside its training: a thread copies everything, then writes it.
+# --- writing --------------------------------------------------------------------------------------------------------
 
-    `settle` before weights or moments change returns once they are copied: they stand still through a step's forward and
-    backward passes, so there is seldom anything to wait for. The copies are kept from save to save. What goes wrong in the
+
+class Writer:
+    """Saves the checkpoints of a run in a thread, which first copies all tensors and then writes them.
+
+    Call `settle` before weights or optimizer state change: it returns once they are copied. They do not change during the
+    forward and backward passes of a step, so it rarely has to wait. The memory of the copies is reused. An error in the
     thread is raised by the next `save` or `wait`.
     """
 
     def __init__(self, run_dir: Path, *, keep_last: int, is_active: bool = True):
         self.run_dir, self.keep_last = run_dir, keep_last
-        self.last: Path | None = None  # the newest complete one this Writer made
-        self.stalled_s = 0.0  # how long the last save has kept its caller so far
+        self.last: Path | None = None  # the newest complete checkpoint of this Writer
+        self.stalled_s = 0.0  # how long the last save has blocked its caller so far
         self._copied = threading.Event()
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if is_active:  # one rank writes
+        if is_active:  # only one rank writes
             recover(run_dir)
 
     def save(
@@ -107,14 +113,15 @@ class Writer:
         *,
         step: int,
         settings: Mapping[str, Any],
-        data: Mapping[str, Any],
-        best: Mapping[str, Any] | None = None,
+        data: TrainedOn,
+        best: BestRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Begin RUN/checkpoints/step-N; once it is complete, all but the newest `keep_last` and the best are removed.
+        """Start to write RUN/checkpoints/step-N. When it is complete, all but the newest `keep_last` checkpoints and that of
+        the `best` step are removed.
 
-        Nothing given may change before `settle` has returned. settings, data and best ({"step", "val_loss"}) are plain JSON values, kept in state.json; `extra` are further
-        tensors by name, which `restore` gives back. Waits for the save before, should that still be running.
+        Waits for a save that is still running. No tensor may change before `settle` has returned. `extra` are further
+        tensors by name, which `restore` returns.
         """
         self.wait()
         begun = time.monotonic()
@@ -122,13 +129,12 @@ class Writer:
         weights = dict(adapters or model.state_dict())
         further = {f"{EXTRA}{name}": value for name, value in (extra or {}).items()}
         others = _optimizer_tensors(model, optimizer) | further
-        if any(value.is_cuda for value in weights.values()):  # copied in the order of the device's own work
+        if any(value.is_cuda for value in weights.values()):  # copied in the order of the device's other work
             weights, others = self._copy("", weights), self._copy("optimizer/", others)
             torch.cuda.synchronize()
-        state = {"step": step, "model": as_json(model.config), "settings": settings, "data": data, "best": best}
-        arguments = (step, weights, others, state, bool(adapters))
+        state = CheckpointState(FORMAT_VERSION, {}, step, model.config, dict(settings), data, best)
         self._copied.clear()
-        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(weights, others, state), name="checkpoint")
         self._thread.start()
         self.stalled_s = time.monotonic() - begun
 
@@ -140,7 +146,7 @@ class Writer:
             self.stalled_s += time.monotonic() - begun
 
     def wait(self) -> None:
-        """Return when nothing is being written; raises what went wrong."""
+        """Return when nothing is being written; raises an error of the thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -149,42 +155,33 @@ class Writer:
             raise error
 
     def _copy(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Host copies of these tensors, in memory kept for them."""
+        """Host copies of these tensors, in memory that is kept from save to save."""
         for name, value in tensors.items():
-            if value is self._copies.get(prefix + name):
-                continue  # already copied
             held = self._copies.get(prefix + name)
+            if value is held:
+                continue  # already copied
             if held is None or held.shape != value.shape or held.dtype != value.dtype:
                 self._copies[prefix + name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self._copies[prefix + name].copy_(value.detach(), non_blocking=True)
         return {name: self._copies[prefix + name] for name in tensors}
 
-    def _run(
-        self,
-        step: int,
-        weights: dict[str, Tensor],
-        others: dict[str, Tensor],
-        state: dict[str, Any],
-        is_adapted: bool,
-    ) -> None:
-        """The thread: write, then remove what is old."""
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # where threads have a niceness of their own, training goes first
+    def _run(self, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> None:
+        """The thread: copy, write, remove old checkpoints."""
+        with contextlib.suppress(OSError, AttributeError):  # a lower priority than training, on systems that have it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             weights, others = self._copy("", weights), self._copy("optimizer/", others)
             self._copied.set()
-            self.last = _write(self.run_dir, step, weights, others, state, is_adapted)
+            self.last = _write(self.run_dir, weights, others, state)
             kept = {self.last, *_directories(self.run_dir)[: self.keep_last]}
-            if state["best"] is not None:
-                kept.add(self.run_dir / "checkpoints" / f"step-{state['best']['step']}")
+            if state.best is not None:
+                kept.add(self.run_dir / "checkpoints" / f"step-{state.best.step}")
             for old in set(_directories(self.run_dir)) - kept:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             self._error = CheckpointError(
-                f"{self.run_dir}: step {step} could not be saved: {error}",
-                "make room on the disk (or mend it), then go on with --resume from the checkpoint before",
+                f"{self.run_dir}: step {state.step} could not be saved: {error}",
+                "free disk space or repair the disk, then continue with --resume from the checkpoint before",
             )
             self._error.__cause__ = error
         except BaseException as error:
@@ -200,52 +197,34 @@ def save(
     *,
     step: int,
     settings: Mapping[str, Any],
-    data: Mapping[str, Any],
+    data: TrainedOn,
     keep_last: int,
-    extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write RUN/checkpoints/step-N at once, and remove all but the newest `keep_last`; gives the new directory."""
+    """Write RUN/checkpoints/step-N and remove all but the newest `keep_last`; returns the new directory."""
     writer = Writer(run_dir, keep_last=keep_last)
-    writer.save(model, optimizer, step=step, settings=settings, data=data, extra=extra)
+    writer.save(model, optimizer, step=step, settings=settings, data=data)
     writer.wait()
     return run_dir / "checkpoints" / f"step-{step}"
 
 
-def _write(
-    run_dir: Path,
-    step: int,
-    weights: dict[str, Tensor],
-    others: dict[str, Tensor],
-    state: dict[str, Any],
-    is_adapted: bool,
-) -> Path:
-    """Write one checkpoint beside its place and rename it; gives its directory. On a failure nothing half-written stays."""
-    root = run_dir / "checkpoints"
-    final, temporary, replaced = (
-        root / name for name in (f"step-{step}", f".step-{step}.partial", f".step-{step}.old")
-    )
+def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> Path:
+    """Write one checkpoint and fill in the files of its state; returns its directory. Nothing is left behind on failure."""
+    is_adapted = all(lora.is_adapter(name.removesuffix(".weight")) for name in weights)
+    final = run_dir / "checkpoints" / f"step-{state.step}"
+    temporary, aside = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        names = {OPTIMIZER: others, ADAPTERS if is_adapted else WEIGHTS: weights}
-        files = {name: write_tensors(temporary / name, tensors) for name, tensors in names.items()}
+        tensors = {OPTIMIZER: others, ADAPTERS if is_adapted else WEIGHTS: weights}
+        state.files = {name: write_tensors(temporary / name, named) for name, named in tensors.items()}
         if is_adapted:
-            text = json.dumps(lora.peft_config(weights), indent=2) + "\n"
-            (temporary / ADAPTER_CONFIG).write_text(text)
-            flush(temporary / ADAPTER_CONFIG)
-            files |= {
-                ADAPTER_CONFIG: _facts(temporary / ADAPTER_CONFIG),
-                f"../../{BASE}": _facts_of_base(run_dir / BASE),
+            written = files.write_json(temporary / ADAPTER_CONFIG, lora.peft_config(weights), indent=2)
+            state.files |= {
+                ADAPTER_CONFIG: FileRecord(*written),
+                f"../../{BASE}": _base_record(run_dir / BASE),
             }
-        whole = {"format_version": FORMAT_VERSION, "files": files, **state}
-        (temporary / STATE).write_text(json.dumps(whole, indent=2))
-        for path in (temporary / STATE, temporary):
-            flush(path)
-        if final.exists():  # the same step saved before; `recover` brings it back if we are killed between the two
-            final.rename(replaced)
-        temporary.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        flush(root)
+        write_record(temporary / STATE, state, indent=2)
+        files.replace_directory(temporary, final, aside)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -253,8 +232,8 @@ def _write(
 
 
 def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
-    """Keep the weights a run adapts as RUN/base.safetensors: the very file of `init` by another name where that can be,
-    else the model's, which are those of `init` merged, or new."""
+    """Keep the weights that a run adapts as RUN/base.safetensors: a hard link to the file of `init` where possible, else the
+    weights of the model, which are those of `init` merged, or new ones."""
     path = run_dir / BASE
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,9 +241,8 @@ def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
         with contextlib.suppress(OSError):  # another file system, or one without links
             os.link(init.dir / WEIGHTS, path)
             return
-    temporary = path.with_name(f".{BASE}.partial")
-    write_tensors(temporary, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
-    temporary.replace(path)
+    with files.atomic_path(path) as partial:
+        write_tensors(partial, {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()})
 
 
 def load_base(run_dir: Path, model: Model) -> None:
@@ -273,20 +251,19 @@ def load_base(run_dir: Path, model: Model) -> None:
 
 
 def recover(run_dir: Path) -> None:
-    """Tidy up after a kill: a checkpoint that was about to be replaced is brought back, half-written ones are removed."""
+    """Clean up after a killed process: restore a checkpoint that was about to be replaced, remove incomplete ones."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
-        if path.suffix == ".old" and not final.exists():
-            path.rename(final)
+        if path.suffix == ".old":
+            files.restore_directory(path.with_name(path.name.removeprefix(".").removesuffix(".old")), path)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write host tensors as a safetensors file, flushed; gives its length and sha256.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write host tensors as a safetensors file and sync it; returns its size and hash.
 
-    safetensors' own writer copies every tensor once more and holds Python's lock meanwhile; this one streams them, hashing on
-    the way, and lets others run. The format: 8 bytes of header length, a JSON header, then the bytes of each tensor.
+    safetensors' own writer copies every tensor and holds Python's global lock meanwhile; this one streams and hashes them.
+    The format: 8 bytes with the length of the header, a JSON header, then the bytes of each tensor.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -302,13 +279,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         for piece in (len(text).to_bytes(8, "little"), text, *pieces):
             sha256.update(piece)
             num_bytes += file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": num_bytes, "sha256": sha256.hexdigest()}
+    files.sync(path)
+    return FileRecord(num_bytes, sha256.hexdigest())
 
 
 def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments and steps by parameter name, and torch's random state."""
+    """The optimizer's state by parameter name, such as exp_avg/model.norm.weight, and torch's random state."""
     tensors = {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -320,8 +296,11 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
     return tensors
 
 
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
 def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Put a checkpoint's weights or adapters, moments and random state back in place; gives the `extra` it was saved with."""
+    """Load a checkpoint's weights or adapters, optimizer state and random state; returns the `extra` tensors of `save`."""
     if checkpoint.is_adapted:
         lora.load_adapters(model, load_file(checkpoint.dir / ADAPTERS))
     else:
@@ -340,7 +319,7 @@ def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimiz
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A checkpoint's weights fp32 by name, adapters merged into them."""
+    """A checkpoint's weights by name, fp32, with adapters merged into them."""
     if not checkpoint.is_adapted:
         return load_file(checkpoint.dir / WEIGHTS)
     return lora.merge(load_file(checkpoint.run_dir / BASE), load_file(checkpoint.dir / ADAPTERS))
@@ -349,7 +328,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def load_weights(
     checkpoint: Checkpoint, model: Model, *, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 ) -> None:
-    """Copy a checkpoint's weights, changed by `change`, into a model; CheckpointError where names or shapes differ."""
+    """Copy a checkpoint's weights, passed through `change`, into a model. CheckpointError if names or shapes differ."""
     try:
         weights = read_weights(checkpoint)
         model.load_state_dict(change(weights) if change else weights)
@@ -361,15 +340,15 @@ def load_weights(
 
 
 def weights_digest(model: Model) -> str:
-    """sha256 over names and fp32 values of a model's weights: the identity of weights that stand in no file."""
+    """sha256 of the names and fp32 values of a model's weights, to identify weights that are in no file."""
     sha256 = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         sha256.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return sha256.hexdigest()
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, ModelConfig, dict[str, Any]]:
-    """The model of a run's newest complete checkpoint, or of the checkpoint directory itself; with its shape and state."""
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, ModelConfig, CheckpointState]:
+    """The model of a run's newest complete checkpoint, or of the checkpoint directory `path`, with its shape and state."""
     checkpoint = find(path)
     with torch.device(device):
         model = Model(checkpoint.model_config)
@@ -378,18 +357,20 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, M
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, a checkpoint directory or a run; of a run the newest complete one."""
+    """Open the checkpoint directory `path`, or the newest complete checkpoint of the run `path`."""
     if (path / STATE).exists():
         return open_checkpoint(path)
     for directory in _directories(path):
         with contextlib.suppress(CheckpointError):
             return open_checkpoint(directory)
-    found = "none of its checkpoints is whole" if _directories(path) else "it holds no checkpoint"
-    raise CheckpointError(f"{path}: {found}", "give a run directory of `mm train`, or a checkpoints/step-N inside one")
+    problem = "none of its checkpoints is complete" if _directories(path) else "it holds no checkpoint"
+    raise CheckpointError(
+        f"{path}: {problem}", "give a run directory of `mm train`, or a checkpoints/step-N inside one"
+    )
 
 
 def newer_than(checkpoint: Checkpoint) -> list[Path]:
-    """Checkpoint directories of the same run that `find` has passed over as damaged."""
+    """Newer checkpoint directories of the same run, which `find` skipped because they are damaged."""
     newest_first = _directories(checkpoint.run_dir)
     return newest_first[: newest_first.index(checkpoint.dir)] if checkpoint.dir in newest_first else []
 
@@ -402,53 +383,34 @@ def latest(run_dir: Path) -> Path:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read and verify one checkpoint directory; CheckpointError names the file that is missing or damaged."""
     fix = "use an older checkpoint of the run, or train again"
-    try:
-        state = json.loads((directory / STATE).read_text())
-        files = state["files"]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: no {STATE}; not a complete checkpoint", fix) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / STATE}: not readable ({error})", fix) from error
-    if state["format_version"] != FORMAT_VERSION:
+    if not (directory / STATE).exists():
+        raise CheckpointError(f"{directory}: no {STATE}; not a complete checkpoint", fix)
+    state = read_record(directory / STATE, CheckpointState, CheckpointError, fix)
+    if state.format_version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{directory}: checkpoint format {state['format_version']}, expected {FORMAT_VERSION}",
+            f"{directory}: checkpoint format {state.format_version}, expected {FORMAT_VERSION}",
             "use the version of mm that wrote it",
         )
-    for name, expected in files.items():
+    for name, expected in state.files.items():
         path = directory / name
-        if not path.exists() or path.stat().st_size != expected["bytes"]:
-            found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
-            raise CheckpointError(f"{path}: expected {expected['bytes']} bytes, found {found}", fix)
-        if _facts(path)["sha256"] != expected["sha256"]:
+        size = path.stat().st_size if path.exists() else None
+        if size != expected.bytes:
+            actual = "it is missing" if size is None else f"it has {size}"
+            raise CheckpointError(f"{path}: expected {expected.bytes} bytes, {actual}", fix)
+        if files.sha256_of(path) != expected.sha256:
             raise CheckpointError(f"{path}: damaged, its sha256 is not the one in {STATE}", fix)
     return Checkpoint(directory, state)
 
 
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """A run's run.json; CheckpointError when it is missing or unreadable."""
-    try:
-        return json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run_dir}: no readable run.json", "give a run directory of `mm train`") from error
-
-
 def find_run(root: Path, stages: Sequence[str]) -> Path | None:
-    """The newest finished run of one of these stages directly under `root`; None where there is none."""
-    found: list[tuple[float, Path]] = []
-    for path in root.glob("*/run.json"):
+    """The newest finished run of one of these stages directly under `root`; None if there is none."""
+    finished: list[tuple[float, Path]] = []
+    for path in root.glob(f"*/{RUN}"):
         with contextlib.suppress(CheckpointError):
             run = read_run(path.parent)
-            if run.get("status") == "finished" and run.get("stage") in stages:
-                found.append((run.get("ended", 0.0), path.parent))
-    return max(found)[1] if found else None
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small text file beside its place, flush it and rename it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    temporary.replace(path)
+            if run.status == "finished" and run.stage in stages:
+                finished.append((run.ended or 0.0, path.parent))
+    return max(finished)[1] if finished else None
 
 
 def _directories(run_dir: Path) -> list[Path]:
@@ -458,20 +420,6 @@ def _directories(run_dir: Path) -> list[Path]:
 
 
 @cache
-def _facts_of_base(path: Path) -> dict[str, Any]:
-    """The facts of a run's base weights, hashed once: a run never changes them."""
-    return _facts(path)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def flush(path: Path) -> None:
-    """Bring a file, or a directory's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _base_record(path: Path) -> FileRecord:
+    """Size and hash of a run's base weights, computed once: a run never changes them."""
+    return FileRecord(*files.info_of(path))

@@ -15,7 +15,7 @@ from properties import examples
 from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.batch import FILL_TOKENS, counts_of, cut, filled, filling, logps_of, to_device, token_logps_of
-from mmtrain.model.model import Layout, Model, RMSNorm, attend, make_layout
+from mmtrain.model.model import AttentionLayout, Model, RMSNorm, attend, make_layout
 from mmtrain.model.preference import Objective, pair_figures
 from mmtrain.train.optim import flat_gradient
 
@@ -162,8 +162,8 @@ def test_filled_micro_batches_of_one_budget_run_in_one_graph(model: Model, monke
     def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int) -> torch.Tensor:
         return torch.empty_like(q)
 
-    def like_cuda(ends: torch.Tensor, longest: int, device: torch.device) -> Layout:
-        return Layout(None, None, [], ends, longest)
+    def like_cuda(ends: torch.Tensor, longest: int, device: torch.device) -> AttentionLayout:
+        return AttentionLayout(None, None, [], ends, longest)
 
     monkeypatch.setattr("mmtrain.model.model.make_layout", like_cuda)
     monkeypatch.setattr(

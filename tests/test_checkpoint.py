@@ -12,6 +12,7 @@ from mmdata.errors import CheckpointError
 from mmtrain import checkpoint
 from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.model import Model
+from mmtrain.records import TrainedOn
 from mmtrain.train.optim import adamw, flat_gradient, update
 
 
@@ -28,7 +29,7 @@ def trained(steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
 def save(run: Path, step: int, *, keep_last: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     model, optimizer = trained(step)
     settings = {"stage": "sft"}
-    checkpoint.save(run, model, optimizer, step=step, settings=settings, data={"digest": "d"}, keep_last=keep_last)
+    checkpoint.save(run, model, optimizer, step=step, settings=settings, data=TrainedOn("d"), keep_last=keep_last)
     return model, optimizer
 
 
@@ -50,7 +51,7 @@ def test_loading_gives_the_model_its_shape_and_the_state(tmp_path: Path) -> None
     model, _ = save(tmp_path, 1)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-1"):
         loaded, shape, state = checkpoint.load_model(path)
-        assert shape == model.config and state["step"] == 1
+        assert shape == model.config and state.step == 1
         assert torch.equal(loaded.head_weight, model.head_weight)
 
 
@@ -101,7 +102,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path: Path) -> Non
     model, optimizer = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     writer = checkpoint.Writer(tmp_path, keep_last=2)
-    writer.save(model, optimizer, step=2, settings={}, data={})
+    writer.save(model, optimizer, step=2, settings={}, data=TrainedOn())
     writer.settle()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,9 +123,9 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(
     model, optimizer = trained()
     writer = checkpoint.Writer(tmp_path, keep_last=2)
     monkeypatch.setattr(checkpoint, "write_tensors", full)
-    writer.save(model, optimizer, step=2, settings={}, data={})
+    writer.save(model, optimizer, step=2, settings={}, data=TrainedOn())
     with pytest.raises(CheckpointError, match="could not be saved"):
-        writer.save(model, optimizer, step=3, settings={}, data={})
+        writer.save(model, optimizer, step=3, settings={}, data=TrainedOn())
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_tensors_of_every_type_read_back_as_written(tmp_path: Path) -> None:
     tensors["scalar"], tensors["empty"] = torch.tensor(2.5), torch.zeros(0, 3)
     facts = checkpoint.write_tensors(tmp_path / "x.safetensors", tensors)
     found = load_file(tmp_path / "x.safetensors")
-    assert facts["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    assert facts.bytes == (tmp_path / "x.safetensors").stat().st_size
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 

@@ -117,7 +117,7 @@ def test_an_import_is_a_run(tmp_path: Path) -> None:
     model, tokenizer = open_model(tmp_path / "run")
     found = checkpoint.find(tmp_path / "run")
     assert (made.num_params, model.config) == (NORMED.num_params, NORMED)
-    assert found.state["data"]["tokenizer_sha256"] == tokenizer.sha256
+    assert found.state.data.tokenizer_sha256 == tokenizer.sha256
     assert checkpoint.find_run(tmp_path, ("imported",)) == tmp_path / "run"
     assert all(torch.equal(value, weights(NORMED)[name]) for name, value in model.state_dict().items())
     engine = Engine(model, tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import warm
-from train_data import Data
+from train_data import Data, run_json
 from waiting import LONG_S, wait_until
 
 from mmdata.errors import UsageError
@@ -139,7 +139,7 @@ def test_two_ranks_prefer_like_one_and_resume_alone(data: Data, tmp_path: Path) 
     train(one)
     done = run_ranks(two, inject="sigterm")
     assert done.returncode == 0, done.stderr
-    assert checkpoint.read_run(two.out)["status"] == "interrupted" and checkpoint.find(two.out).step == 4
+    assert run_json(two.out)["status"] == "interrupted" and checkpoint.find(two.out).step == 4
     train(TrainOptions("dpo", (), two.out, resume=True, device="cpu", quiet=True))
     assert_alike(one.out, two.out, 1e-5)
 
@@ -164,10 +164,10 @@ def test_stopped_and_resumed_at_another_world_size_equals_undisturbed_and_sees_e
     train(whole)
     done = run_ranks(broken, before, inject=how)
     assert done.returncode == 0, done.stderr
-    assert checkpoint.read_run(broken.out)["status"] == "interrupted" and checkpoint.find(broken.out).step == 4
+    assert run_json(broken.out)["status"] == "interrupted" and checkpoint.find(broken.out).step == 4
     done = run_ranks(replace(broken, resume=True), after)
     assert done.returncode == 0, done.stderr
-    facts = checkpoint.read_run(broken.out)
+    facts = run_json(broken.out)
     assert (facts["status"], facts["resumed"][0]["world_size"]) == ("finished", after)
     assert not (broken.out / "STOP").exists()
     assert_alike(whole.out, broken.out)
@@ -246,5 +246,5 @@ def test_two_nodes_of_torchrun_train_like_one_process(data: Data, tmp_path: Path
     ]
     errors = [group.communicate(timeout=LONG_S)[1] for group in groups]
     assert [group.returncode for group in groups] == [0, 0], errors
-    assert checkpoint.read_run(nodes.out)["world_size"] == 2
+    assert run_json(nodes.out)["world_size"] == 2
     assert_alike(one.out, nodes.out)

@@ -78,4 +78,4 @@ def test_an_averaged_run_resumes_to_the_last_bit(data: Data, tmp_path: Path) -> 
     train(TrainOptions("sft", (), broken.out, resume=True, device="cpu", quiet=True))
     assert lines(broken.out) == lines(whole.out)
     ends = [checkpoint.find(run.out) for run in (whole, broken)]
-    assert ends[0].state["files"] == ends[1].state["files"]
+    assert ends[0].state.files == ends[1].state.files

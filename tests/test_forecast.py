@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_data import Data
+from train_data import Data, run_json
 
 from mmdata.errors import DatasetError
 from mmtrain import checkpoint
@@ -32,7 +32,7 @@ def dpo(data: Data, sft: Path, out: Path, **options: Any) -> tuple[list[str], di
     said: list[str] = []
     base: dict[str, Any] = {"steps": 12, "batch_tokens": 1024, "lr": 1e-3, "init": sft, "device": "cpu", "log_every": 1}
     train(TrainOptions("dpo", (data.dpo,), out, **(base | options)), log=said.append)
-    return said, checkpoint.read_run(out)
+    return said, run_json(out)
 
 
 def test_a_rate_that_moves_nothing_is_said_before_the_first_step(data: Data, sft: Path, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_forgetting_and_forecast_by_figures() -> None:
     assert "sft-weight" not in str(forgetting(start, {"chosen_nll": 1.2}, Objective("orpo")))
     assert forgetting({}, {}, objective) is None
     assert forgetting({"loss": 0.693}, {"loss": 0.70}, objective) is None
-    assert "by heart" in str(forgetting({"loss": 0.693}, {"loss": 0.75}, objective))
+    assert "memorises" in str(forgetting({"loss": 0.693}, {"loss": 0.75}, objective))
     assert forgetting({"loss": 25.0}, {"loss": 25.5}, Objective("ipo")) is None, "a share: ipo's loss has another scale"
     assert "--lr 1e-05" in lines(Forecast(100.0, 1e-5), 1e-8)[1]
     assert "wrong way" in lines(Forecast(-1.0, 1.0), 1e-5)[1] and len(lines(Forecast(1.0, 1.0), 1e-5)) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from train_data import Data, pack_to
+from train_data import Data, pack_to, run_json
 from train_runs import at_step, config_of, interrupt, lines, refused_run, steps
 
 from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
@@ -26,6 +26,7 @@ from mmtrain.model.batch import Batch
 from mmtrain.model.model import Model
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Outcome, next_token
+from mmtrain.records import BestRecord
 from mmtrain.train import loop, reference
 from mmtrain.train.loop import TrainResult, train
 
@@ -47,16 +48,16 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_three_stages_follow_each_other_and_learn(runs: Path) -> None:
     for stage in STAGES:
-        facts, found = checkpoint.read_run(runs / stage), steps(runs / stage)
+        facts, found = run_json(runs / stage), steps(runs / stage)
         assert facts["status"] == "finished" and facts["final_step"] == len(found) == facts["num_steps"]
         assert found[-1]["loss"] < 0.9 * found[0]["loss"]
         assert (runs / stage / "tokenizer" / "tokenizer.json").exists()
         assert checkpoint.latest(runs / stage).name == f"step-{len(found)}"
-    assert checkpoint.read_run(runs / "dpo")["init"]["dir"] == str(checkpoint.latest(runs / "sft"))
+    assert run_json(runs / "dpo")["init"]["dir"] == str(checkpoint.latest(runs / "sft"))
 
 
 def test_run_json_says_where_every_setting_came_from(runs: Path) -> None:
-    settings = checkpoint.read_run(runs / "sft")["settings"]
+    settings = run_json(runs / "sft")["settings"]
     assert settings["lr"] == {"value": 3e-3, "from": "flag"} and settings["clip"] == {"value": 1.0, "from": "default"}
     assert settings["model"]["value"] is None
     assert set(settings) == set(config.TrainSettings.__dataclass_fields__)
@@ -85,7 +86,7 @@ def test_killed_and_resumed_equals_undisturbed_to_the_last_bit(
     train(replace(whole, quiet=True))
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=at_step(5, interrupt))  # steps 4 and 5 come after the last checkpoint
-    assert checkpoint.read_run(broken.out)["status"] == "failed"
+    assert run_json(broken.out)["status"] == "failed"
     resumed = TrainOptions(stage, (), broken.out, resume=True, device="cpu", quiet=True)
     result = train(resumed)
     assert (result.first_step, result.final_step) == (3, 7)
@@ -101,10 +102,10 @@ def test_a_signal_ends_the_run_saved_and_resumable(number: int, data: Data, tmp_
     before = signal.getsignal(number)
     result = train(broken, log=at_step(4, lambda: os.kill(os.getpid(), number)))
     assert result.is_interrupted and result.final_step == 5 and signal.getsignal(number) == before
-    assert checkpoint.read_run(broken.out)["status"] == "interrupted"
+    assert run_json(broken.out)["status"] == "interrupted"
     assert result.checkpoint == checkpoint.latest(broken.out)
     train(replace(broken, resume=True, quiet=True))
-    assert lines(broken.out) == lines(whole.out) and checkpoint.read_run(broken.out)["status"] == "finished"
+    assert lines(broken.out) == lines(whole.out) and run_json(broken.out)["status"] == "finished"
 
 
 def test_a_stop_file_ends_the_run_saved_and_resumable(data: Data, tmp_path: Path) -> None:
@@ -125,13 +126,13 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(
     result = train(run)
     kept = sorted(path.name for path in (run.out / "checkpoints").iterdir())
     assert kept == ["step-2", "step-6", "step-7"] and result.best_checkpoint == run.out / "checkpoints/step-2"
-    assert checkpoint.find(run.out).state["best"] == {"step": 2, "val_loss": 1.0}
+    assert checkpoint.find(run.out).state.best == BestRecord(2, 1.0)
 
 
 def test_a_new_best_is_saved_between_the_usual_saves(data: Data, tmp_path: Path) -> None:
     run = config_of("sft", data, tmp_path / "run", model="tiny", val_every=2, save_every=0, quiet=True)
     train(run)
-    assert checkpoint.find(run.out / "checkpoints/step-6").state["best"]["step"] == 6
+    assert checkpoint.find(run.out / "checkpoints/step-6").state.best.step == 6
 
 
 def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes(
@@ -198,10 +199,10 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
 
 
 def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
-    before = lines(runs / "sft"), checkpoint.read_run(runs / "sft")["result"]
+    before = lines(runs / "sft"), run_json(runs / "sft")["result"]
     result = train(TrainOptions("sft", (), runs / "sft", resume=True, device="cpu", quiet=True))
     assert result.first_step == result.final_step and not result.is_interrupted
-    assert (lines(runs / "sft"), checkpoint.read_run(runs / "sft")["result"]) == before
+    assert (lines(runs / "sft"), run_json(runs / "sft")["result"]) == before
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(data: Data, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_run_of_adapters_resumes_to_the_last_bit(data: Data, base: Path, tmp_p
     train(TrainOptions("sft", (), broken.out, resume=True, device="cpu", quiet=True))
     assert lines(broken.out) == lines(whole.out)
     ends = [checkpoint.find(run.out) for run in (whole, broken)]
-    assert ends[0].state["files"] == ends[1].state["files"]
+    assert ends[0].state.files == ends[1].state.files
 
 
 def test_pairs_on_adapters_begin_at_ln_2_and_their_reference_is_the_base(

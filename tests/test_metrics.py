@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_data import Data, pack_to
+from train_data import Data, pack_to, run_json
 from train_runs import config_of, lines, refused_run
 
 from mmdata.errors import UsageError
@@ -50,7 +50,7 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(data: Data, tmp_pa
     result = train(base, log=said.append)
     assert (result.final_step, result.num_steps, result.is_interrupted) == (3, 7, False)
     assert "no better val loss in 2 validations" in result.early_stop
-    facts = checkpoint.read_run(base.out)
+    facts = run_json(base.out)
     assert facts["status"] == "finished" and facts["result"]["early_stop"] == result.early_stop
     assert checkpoint.find(base.out).step == 3
     again = train(TrainOptions("sft", (), base.out, resume=True, device="cpu", quiet=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from train_data import Data
+from train_data import Data, run_json
 from train_runs import at_step, config_of, interrupt, lines
 
 from mmtrain import checkpoint
@@ -175,4 +175,4 @@ def test_a_run_learns_with_muon_and_resumes_to_the_last_bit(data: Data, tmp_path
     train(TrainOptions("pretrain", (), broken.out, resume=True, device="cpu", quiet=True))
     assert lines(broken.out) == lines(whole.out) and lines(whole.out)[-2]["loss"] < lines(whole.out)[0]["loss"]
     assert checkpoint.find(broken.out).weights_sha256 == checkpoint.find(whole.out).weights_sha256
-    assert checkpoint.read_run(whole.out)["settings"]["optimizer"] == {"value": "muon", "from": "flag"}
+    assert run_json(whole.out)["settings"]["optimizer"] == {"value": "muon", "from": "flag"}

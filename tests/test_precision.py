@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_data import Data
+from train_data import Data, run_json
 from train_runs import at_step, config_of, interrupt, lines, steps
 
 from mmdata.errors import TrainError
@@ -25,7 +25,7 @@ from mmtrain.train.loop import train
 @pytest.fixture
 def fp16(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Every device computes in fp16, as cards without bf16 do."""
-    for name in ("model.precision", "train.run", "train.facts", "train.loop"):
+    for name in ("model.precision", "train.run", "train.reference", "train.loop"):
         monkeypatch.setattr(f"mmtrain.{name}.autocast_dtype", lambda device: torch.float16)
     return monkeypatch
 
@@ -56,7 +56,7 @@ def test_fp16_learns_what_fp32_learns(data: Data, tmp_path: Path, fp16: pytest.M
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in exact], rel=5e-3)
     assert found != exact and all(line["loss_scale"] == precision.SCALE for line in found)
     assert not any("loss_scale" in line for line in exact)
-    assert checkpoint.read_run(tmp_path / "fp16")["precision"] == "float16"
+    assert run_json(tmp_path / "fp16")["precision"] == "float16"
 
 
 def test_an_overflow_skips_steps_and_halves_the_scale_until_gradients_fit(

@@ -60,7 +60,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_largest_that_does(
         train(replace(run, micro_tokens=1024))
     assert "--micro-tokens" in caught.value.fix and not run.out.exists()
     train(run)  # with none given a size is chosen that fits
-    assert checkpoint.find(run.out).state["settings"]["micro_tokens"] < 1024
+    assert checkpoint.find(run.out).state.settings["micro_tokens"] < 1024
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 1000)
     with pytest.raises(TrainError, match="tokens at once") as caught:
         train(replace(run, out=run.out.with_name("other")))

@@ -67,8 +67,8 @@ def test_another_weight_or_dataset_or_precision_computes_anew(
     pack_to(data, "dpo", tmp_path / "dpo", val_fraction=0.3)
     assert computed(dpo(data=(tmp_path / "dpo",)))
     assert not computed(dpo())
-    monkeypatch.setattr("mmtrain.train.loop.autocast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr("mmtrain.train.prelude.SPOT_TOLERANCE", {torch.bfloat16: 1.0})
+    monkeypatch.setattr("mmtrain.train.reference.autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("mmtrain.train.reference.SPOT_TOLERANCE", {torch.bfloat16: 1.0})
     assert computed(dpo())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import Data
+from train_data import Data, run_json
 from train_runs import config_of
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
@@ -16,7 +16,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.extend import extend
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
-from mmtrain.train.embeddings import EMBEDDING, Growth, grow
+from mmtrain.model.embeddings import EMBEDDING, Growth, grow
 from mmtrain.train.loop import train
 
 TOKENS = ["seven.", "<new>"]
@@ -59,7 +59,7 @@ def test_a_grown_run_goes_on_from_its_checkpoint_and_is_the_next_ones_start(
     first = sft_config(data, runs, more, tmp_path / "sft", "mean")
     done = train(first, log=lines.append)
     assert any("has 302 rows: ids 300-301 are new" in line for line in lines)
-    run = checkpoint.read_run(done.run_dir)
+    run = run_json(done.run_dir)
     assert run["model"]["vocab_size"] == 302 and run["init"]["resize_embeddings"] == "mean"
     assert (done.run_dir / "tokenizer" / "tokenizer.json").read_bytes() == (
         more / "tokenizer" / "tokenizer.json"
@@ -104,5 +104,5 @@ def test_rows_of_a_model_larger_than_its_tokenizer_are_kept_or_made() -> None:
     assert torch.equal(found[EMBEDDING][:3], old[:3]) and found["x"] is old
     assert torch.equal(found[EMBEDDING][3], old[:2].mean(0)) and torch.equal(found[EMBEDDING][4], old[2])
     assert torch.equal(found[EMBEDDING][5], old.mean(0))
-    assert Growth("mean", 4, 4, {}).facts == {"resize_embeddings": "mean", "added_ids": "none"}
-    assert Growth("mean", 4, 6, {1: [], 2: [], 4: [], 5: []}).facts["added_ids"] == "1-2, 4-5"
+    assert Growth("mean", 4, 4, {}).added_ids == "none"
+    assert Growth("mean", 4, 6, {1: [], 2: [], 4: [], 5: []}).added_ids == "1-2, 4-5"

@@ -10,11 +10,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from train_data import Data
+from train_data import Data, run_json
 from train_runs import at_step, config_of, interrupt, lines
 
 from mmdata.errors import TrainError, UsageError
-from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.log import trackers
 from mmtrain.log.trackers import Sink, TrackedRun, Trackers
@@ -108,7 +107,7 @@ def test_every_step_and_validation_is_sent_and_a_resumed_run_goes_on(
     assert again[:5] + again[7:] == sent(run.out, "loss")  # steps 4 and 5 came twice, alike
     assert again[3:5] == again[5:7]
     assert got(kept, "val/bits_per_byte")[-1] == sent(run.out, "val_bits_per_byte")[-1]
-    assert kept.closed == 2 and checkpoint.read_run(run.out)["trackers"] == {name: "open"}
+    assert kept.closed == 2 and run_json(run.out)["trackers"] == {name: "open"}
     assert capsys.readouterr().out == ""  # stdout is for results
 
 
@@ -127,7 +126,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(kept: Kept, data:
     assert [line for line in said if "--log" in line] == [
         "warning: --log wandb failed at step 3: no route to host; the run goes on without it"
     ]
-    assert checkpoint.read_run(run.out)["trackers"] == {"wandb": "at step 3: no route to host"}
+    assert run_json(run.out)["trackers"] == {"wandb": "at step 3: no route to host"}
     assert got(kept, "train/loss") == sent(run.out, "loss")[:2] and kept.closed == 0
 
 

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
@@ -29,6 +30,11 @@ WORDS = [
     "fifteen",
     "sixteen",
 ]
+
+
+def run_json(run_dir: Path) -> dict[str, Any]:
+    """run.json of a run, as it is in the file."""
+    return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window:
     from mmtrain.inference.chat import Chat
 
     model, tokenizer = open_model(path, tokenizer_dir=tokenizer_dir)
-    is_plain = is_plain or run_metadata(path).get("stage") == "pretrain"
+    is_plain = is_plain or run_metadata(path).stage == "pretrain"
     return Speaker(str(path), Chat(model, tokenizer, None if is_plain else Template(tokenizer), window=window))
 
 

@@ -16,6 +16,7 @@ from mmdata.options import Option
 if TYPE_CHECKING:
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.model.model import Model
+    from mmtrain.records import RunRecord
 
 LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # headings of --help
 MOST_MISTAKES = 3  # wrongly answered questions to print
@@ -64,7 +65,7 @@ def eval_(
     start = time.monotonic()
     model, tokenizer = open_model(run)
     metadata = run_metadata(run)
-    datasets = data or [Path(item["dir"]) for item in metadata.get("data", []) if Path(item["dir"]).is_dir()]
+    datasets = data or [Path(item.dir) for item in metadata.data if Path(item.dir).is_dir()]
     has_other_task = bool(questions or choices or lm_eval)
     if not datasets and not has_other_task:
         raise UsageError(f"{run} names no dataset that is here", f"mm eval {run} --data shards/NAME")
@@ -72,7 +73,7 @@ def eval_(
     if data or per_sequence or noisiest or not has_other_task:
         splits = ("train", "val") if split == "all" else (split,)
         values |= measured(model, tokenizer, datasets, splits, per_sequence, noisiest, as_json)
-    template = None if plain or metadata.get("stage") == "pretrain" else Template(tokenizer)
+    template = None if plain or metadata.stage == "pretrain" else Template(tokenizer)
     if questions is not None:
         items = exam.read_questions(questions)
         with progress(f"ask {questions}", unit="items", quiet=as_json) as update:
@@ -93,12 +94,13 @@ def eval_(
         print_scores(values)
 
 
-def run_metadata(path: Path) -> dict[str, Any]:
+def run_metadata(path: Path) -> "RunRecord":
     """The run.json of a run, or of a checkpoint in one; empty for another program's model."""
-    from mmtrain.checkpoint import find, read_run
+    from mmtrain.checkpoint import find
     from mmtrain.convert.foreign import is_foreign
+    from mmtrain.records import RunRecord, read_run
 
-    return {} if is_foreign(path) else read_run(find(path).run_dir)
+    return RunRecord() if is_foreign(path) else read_run(find(path).run_dir)
 
 
 def measured(

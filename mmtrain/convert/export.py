@@ -30,6 +30,7 @@ from mmtrain.config import ModelConfig
 from mmtrain.convert import gguf
 from mmtrain.convert.foreign import run_tokenizer
 from mmtrain.model.model import Model
+from mmtrain.records import RUN, RunRecord, read_run
 
 DTYPES = {
     "hf": {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16},
@@ -60,7 +61,7 @@ class _Source:
     """The model to export, with its run."""
 
     checkpoint: Checkpoint
-    run: dict[str, Any]
+    run: RunRecord
     model: Model
     tokenizer: Tokenizer
 
@@ -87,7 +88,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     weights = checkpoint.find(path)
     model = checkpoint.load_model(weights.dir)[0].eval()
     tokenizer = run_tokenizer(weights.run_dir, model.config.vocab_size)
-    source = _Source(weights, checkpoint.read_run(weights.run_dir), model, tokenizer)
+    source = _Source(weights, read_run(weights.run_dir), model, tokenizer)
     writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]
     writer = {"hf": _write_hf, "gguf": _write_gguf, "minimind": _write_minimind}[format]
     partial = out.with_name(f".{out.name}.partial")
@@ -224,7 +225,7 @@ def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], 
         raise UsageError(problem, "mm export RUN --format hf keeps any shape")
     weights = source.weights(DTYPES["minimind"][dtype])
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # MiniMind's strict loading needs both
-    stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.get("stage", ""), "full_sft")
+    stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.stage, "full_sft")
     name = f"{stage}_{shape.hidden_size}.pth"
     torch.save(weights, out / name)
     source.tokenizer.save(out / "model")
@@ -255,23 +256,21 @@ def _not_minimind(shape: ModelConfig) -> list[str]:
 # --- the model card ---------------------------------------------------------------------------------------------------
 
 
-def _lineage(run_dir: Path, run: dict[str, Any]) -> list[str]:
+def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
     """A table row for the run and each run it was started from, newest first."""
     rows: list[str] = []
     visited: set[Path] = set()
     while run_dir.resolve() not in visited:
         visited.add(run_dir.resolve())
-        init = run.get("init") or {}
-        data = ", ".join(f"{Path(d['dir']).name} (`{d['digest'][:16]}`)" for d in run.get("data", [])) or "none"
-        begun = f"`{init['weights_sha256'][:16]}`" if init.get("weights_sha256") else "new ones"
-        if imported := run.get("imported"):
-            begun = f"those of {Path(imported['from']).name} (`{imported['sha256'][:16]}`)"
-        name, stage, steps = run_dir.resolve().name, run.get("stage", "?"), run.get("final_step", 0)
-        rows.append(f"| {name} | {stage} | {steps:,} | {data} | {begun} |")
-        parent = Path(init["dir"]).parent.parent if init.get("dir") else None
-        if parent is None or not (parent / "run.json").is_file():
+        data = ", ".join(f"{Path(each.dir).name} (`{each.digest[:16]}`)" for each in run.data) or "none"
+        begun = f"`{run.init.weights_sha256[:16]}`" if run.init else "new ones"
+        if run.imported:
+            begun = f"those of {Path(run.imported['from']).name} (`{run.imported['sha256'][:16]}`)"
+        rows.append(f"| {run_dir.resolve().name} | {run.stage} | {run.final_step or 0:,} | {data} | {begun} |")
+        parent = Path(run.init.dir).parent.parent if run.init and run.init.dir else None
+        if parent is None or not (parent / RUN).is_file():
             break
-        run_dir, run = parent, checkpoint.read_run(parent)
+        run_dir, run = parent, read_run(parent)
     return rows
 
 

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
 from mmdata.io import files
-from mmdata.io.records import read_record
+from mmdata.io.records import read_record, write_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
-from mmtrain.config import ModelConfig, as_json
+from mmtrain.config import ModelConfig
 from mmtrain.model.model import Model
+from mmtrain.records import RUN, RunRecord, TrainedOn, read_run
 
 STAGE = "imported"  # in the run.json of a run that `mm import` made
 NUM_HEADS = 8  # MiniMind's in all eras; without norms on queries and keys the shapes of the tensors do not determine it
@@ -345,7 +346,7 @@ def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> T
 def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a run; TokenizerError when it is not the one the run was trained with."""
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    expected = checkpoint.read_run(run_dir).get("tokenizer_sha256", tokenizer.sha256)
+    expected = read_run(run_dir).tokenizer_sha256 or tokenizer.sha256
     if tokenizer.sha256 != expected or tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"{tokenizer.dir} is not the tokenizer the run was trained with: {tokenizer.vocab_size:,} ids, "
@@ -391,24 +392,20 @@ def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, nu
         torch.optim.SGD(model.parameters()),  # an optimizer without state
         step=0,
         settings={"stage": STAGE},
-        data={"tokenizer_sha256": tokenizer.sha256, "init": None, "dirs": [], "digest": ""},
+        data=TrainedOn(tokenizer_sha256=tokenizer.sha256),
         keep_last=1,
     )
     now = time.time()
-    run = {
-        "stage": STAGE,
-        "status": "finished",
-        "started": now,
-        "ended": now,
-        "settings": {},
-        "model": as_json(foreign.shape),
-        "num_params": foreign.shape.num_params,
-        "num_steps": 0,
-        "final_step": 0,
-        "init": None,
-        "imported": {"from": str(path), "origin": foreign.origin, "sha256": sha256},
-        "data": [],
-        "tokenizer_sha256": tokenizer.sha256,
-    }
-    files.write_json(out / "run.json", run, indent=2)
+    run = RunRecord(
+        stage=STAGE,
+        status="finished",
+        started=now,
+        ended=now,
+        model=foreign.shape,
+        num_params=foreign.shape.num_params,
+        final_step=0,
+        imported={"from": str(path), "origin": foreign.origin, "sha256": sha256},
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    write_record(out / RUN, run, indent=2)
     return Imported(out, foreign.origin, foreign.shape, foreign.shape.num_params, tokenizer.dir, sha256)

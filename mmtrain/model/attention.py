@@ -20,7 +20,7 @@ class PairLayout:
     """Where the three pieces of each pair lie. `block_mask` is FlexAttention's, on CUDA; `sides` the CPU's: for every pair
     prompt, chosen and rejected lengths, and the mask [rejected, prompt + rejected] of what rejected sees.
 
-    `order` and `restore` are those of `Layout`: tokens stay as they are given.
+    `order` and `restore` are those of `AttentionLayout`: tokens stay as they are given.
     """
 
     sides: list[tuple[int, int, int, Tensor]]

@@ -89,7 +89,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AttentionLayout:
     """How documents lie on the flat axis while the blocks run.
 
     `order` brings tokens into the order used inside (None: as given), `restore` back again. `groups` are (number of
@@ -103,26 +103,26 @@ class Layout:
     max_seqlen: int
 
 
-def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> Layout:
+def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> AttentionLayout:
     """Choose the kernel for these documents. CUDA under autocast has one for different lengths (half width only; not
     measured); elsewhere documents are sorted by length, once for all blocks.
 
     Equally long neighbours then share one attention call on a view, with nothing copied and nothing padded.
     """
     if device.type == "cuda" and torch.is_autocast_enabled("cuda") and _varlen() is not None:
-        return Layout(None, None, [], cu_seqlens.to(device), max_seqlen)
+        return AttentionLayout(None, None, [], cu_seqlens.to(device), max_seqlen)
     ends = cu_seqlens.to("cpu", torch.int64)
     lengths = ends.diff()
     by_length = lengths.argsort(stable=True)
     sizes, counts = torch.unique_consecutive(lengths[by_length], return_counts=True)
     groups = [(n, size) for n, size in zip(counts.tolist(), sizes.tolist(), strict=True) if size]
     if torch.equal(by_length, torch.arange(len(lengths))):
-        return Layout(None, None, groups, cu_seqlens, max_seqlen)
+        return AttentionLayout(None, None, groups, cu_seqlens, max_seqlen)
     sorted_lengths = lengths[by_length]
     starts = sorted_lengths.cumsum(0) - sorted_lengths
     shift = torch.repeat_interleave(ends[:-1][by_length] - starts, sorted_lengths)
     order = (torch.arange(len(shift)) + shift).to(device)
-    return Layout(order, torch.argsort(order), groups, cu_seqlens, max_seqlen)
+    return AttentionLayout(order, torch.argsort(order), groups, cu_seqlens, max_seqlen)
 
 
 @cache
@@ -135,7 +135,7 @@ def _varlen() -> tuple | None:
     return varlen_attn, inspect.signature(varlen_attn).parameters
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout | PairLayout) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
     """Causal attention inside each document. q [T, H, D], k and v [T, KV, D] -> [T, H, D]."""
     if isinstance(layout, PairLayout):
         return attend_pairs(q, k, v, layout)
@@ -156,7 +156,7 @@ def _attend_equal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     """The same by the CUDA kernel for documents of different length; `window_size` (-1, 0) means causal."""
     found = _varlen()
     assert found is not None
@@ -214,7 +214,7 @@ class Attention(nn.Module):
             v = v.contiguous()  # of the three the only view: it would keep all of their product for the backward pass
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout | PairLayout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
         q, k, v = self.heads(x, cos, sin)
         return self.o_proj(attend(q, k, v, layout).flatten(-2))
 
@@ -249,12 +249,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout | PairLayout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """Embedding, blocks and last norm; a module of its own so that names begin with `model.`, as in Llama checkpoints."""
 
     def __init__(self, config: ModelConfig):
@@ -275,7 +275,7 @@ class Model(nn.Module):
         super().__init__()
         assert config.vocab_size > 0 and config.head_size % 2 == 0, config
         self.config = config
-        self.model = Decoder(config)
+        self.model = Transformer(config)
         self.checkpoints_blocks = False
         self.rotary = Rotary(config)
         self.init_weights()

@@ -40,7 +40,7 @@ class Average:
             self._swap()
 
     @torch.no_grad()
-    def go_on(self, weights: Mapping[str, Tensor]) -> None:
+    def resume(self, weights: Mapping[str, Tensor]) -> None:
         """Begin from a checkpoint: the model holds the average that was saved, `weights` are those in training."""
         assert set(weights) == set(self._trained), set(weights) ^ set(self._trained)
         for name, parameter in self._trained.items():

@@ -1,8 +1,7 @@
-"""The one training loop: a TrainOptions in, a run directory out. It reads as the story of a step; stages differ in their
-row kind and loss only.
+"""The one training loop, for all stages: options in, a run directory out. Stages differ in their rows and their loss only.
 
-Planning reads and checks everything and writes nothing; then the run starts, steps, and ends finished or interrupted,
-in either case with a checkpoint of its last step.
+Planning opens and checks everything and writes nothing; then the run starts, steps, and ends finished or interrupted, in
+both cases with a checkpoint of its last step.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from mmdata.errors import MMError, TrainError
 from mmdata.shards import pair_checks
 from mmdata.shards.loader import MicroBatch, ahead
-from mmdata.shards.pairs import PairLoader
 from mmtrain import distributed
 from mmtrain.config import TrainOptions, as_json
 from mmtrain.distributed import StopSignals, World
@@ -29,16 +28,15 @@ from mmtrain.log import metrics
 from mmtrain.model.batch import cut, to_device
 from mmtrain.model.precision import autocast, autocast_dtype, is_out_of_memory
 from mmtrain.model.stages import step_zero_tolerance
-from mmtrain.train import forecast, optim
-from mmtrain.train.facts import plain
-from mmtrain.train.plan import Plan, make_plan
-from mmtrain.train.prelude import reference_logps
-from mmtrain.train.run import STOP_FILE, InFlight, Run, start
+from mmtrain.records import BestRecord
+from mmtrain.train import forecast, optim, reference
+from mmtrain.train.plan import TrainPlan, make_plan
+from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, start
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. `seconds` and the token counts are of this session; `val` is empty without a val split."""
+    """The outcome of a run. `seconds` and the token counts are of this session; `val` is empty without a val split."""
 
     run_dir: Path
     checkpoint: Path
@@ -55,19 +53,19 @@ class TrainResult:
     trained_tokens: int
     num_skipped: int
     is_interrupted: bool
-    early_stop: str  # why it ended before its last step by --patience; empty when it did not
-    peak_bytes: int  # memory at its highest, of this rank
+    early_stop: str  # why --patience ended the run before its last step; empty if it did not
+    peak_bytes: int  # memory at its peak, of this rank
 
 
-def train(config: TrainOptions, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
-    """Train one stage as `config` says, from its start or with `resume` from its newest checkpoint.
+def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
+    """Train one stage, from its start or with `resume` from its newest checkpoint.
 
-    Under torchrun or `distributed.launch` every rank calls this. `log` takes the console lines of the first rank.
-    SIGINT and SIGTERM end the run after the step in progress, saved. MMError for what a user can cause.
+    Under torchrun or `distributed.launch` every rank calls this. `log` is called with the console lines of the first rank.
+    SIGINT and SIGTERM end the run after the current step, with a checkpoint. MMError for everything a user can cause.
     """
-    world = distributed.join(config.device)
+    world = distributed.join(options.device)
     try:
-        result = _train(config, world, log)
+        result = _train(options, world, log)
     except BaseException:
         distributed.leave(is_failed=True)
         raise
@@ -75,91 +73,77 @@ def train(config: TrainOptions, *, log: Callable[[str], None] = metrics.print_li
     return result
 
 
-def _train(config: TrainOptions, world: World, say: Callable[[str], None]) -> TrainResult:
-    """Plan, start, step, and write down how it ended."""
-    plans: list[Plan] = []
-    world.agree_on(lambda: plans.append(make_plan(config, world)))
-    (plan,) = plans
-    run = start(plan, world, say if world.is_first and not config.quiet else None)
+def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> TrainResult:
+    """Plan, start, step, and record how the run ended."""
+    plans: list[TrainPlan] = []
+    world.agree_on(lambda: plans.append(make_plan(options, world)))
+    run = start(plans[0], options, world, say if world.is_first and not options.quiet else None)
     try:
-        if plan.stage.kind == "pair":
+        if run.plan.is_pairs:
             _prepare_pairs(run)
         with StopSignals() as stop:
             result = _run_steps(run, stop)
     except BaseException:
         if run.trackers:
             run.trackers.close(is_failed=True)
-        with contextlib.suppress(MMError):  # the error at hand comes first
+        with contextlib.suppress(MMError):  # the first error matters more
             run.writer.wait()
-        run.write_facts(status="failed")
+        run.write_record("failed")
         raise
     finally:
         run.log.close()
         if run.trackers:
             run.trackers.close()
-    status = "interrupted" if result.is_interrupted else "finished"
-    news = {"final_step": result.final_step, "result": plain(asdict(result))}
-    run.write_facts(status=status, **(news if result.final_step > result.first_step else {}))
-    if run.keeper:
-        run.keeper.write()
+    if result.final_step > result.first_step:
+        run.record.final_step, run.record.result = result.final_step, _json_values(asdict(result))
+    run.write_record("interrupted" if result.is_interrupted else "finished")
+    if run.reporter:
+        run.reporter.write()
     world.wait()
     return result
 
 
-def _prepare_pairs(run: Run) -> None:
-    """What dpo does before its first step: look at the pairs, get the reference's logps, forecast, and measure the start."""
-    device, plan = run.world.device, run.plan
-    if run.world.is_first and not plan.resumed:
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths as strings, and None for floats that are not finite."""
+    texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in texts.items()}
+
+
+def _prepare_pairs(run: ActiveRun) -> None:
+    """Before the first step of dpo: check the pairs, get the reference's logps, forecast, and measure the start weights."""
+    plan, record, say = run.plan, run.record, run.log.say
+    if run.world.is_first and not plan.start.resumed:
         for line in pair_checks.lines(pair_checks.pair_figures(plan.datasets)):
-            run.log.say(line)
-    run.ref = reference_logps(
-        run.plan,
-        run.model,
-        run.world,
-        run.facts,
-        dtype=autocast_dtype(device),
-        precision=partial(autocast, device),
-        say=run.log.say,
-    )
-    if not plan.resumed:
+            say(line)
+    run.ref, known = reference.prepare(plan, run.model, run.world, record.reference or None, say)
+    record.reference = known or record.reference
+    if not plan.start.resumed:
         _forecast(run)
-        run.facts["start_val"] = _held_out(run)
-        if run.facts["start_val"]:
-            run.log.say(f"start val | {metrics.val_line(run.facts['start_val'])}")
-    run.write_facts()
+        record.start_val = _held_out(run)
+        if record.start_val:
+            say(f"start val | {metrics.val_line(record.start_val)}")
+    run.write_record()
 
 
-def _forecast(run: Run) -> None:
-    """Say how far the run can move the margins."""
-    plan = run.plan
-    assert isinstance(plan.loader, PairLoader)
-    found = forecast.forecast(
-        run.model,
-        run.gradient,
-        plan.loader,
-        plan.settings,
-        plan.objective,
-        plan.num_steps,
-        run.world,
-        reference=run.ref.get("train"),
-        precision=partial(autocast, run.world.device),
-    )
-    run.facts["forecast"] = asdict(found) | {"reach": found.reach}
-    for line in forecast.lines(found, plan.settings.lr):
+def _forecast(run: ActiveRun) -> None:
+    """Forecast how far the run can move the margins."""
+    outlook = forecast.forecast(run.plan, run.model, run.gradient, run.world, run.ref.get("train"))
+    run.record.forecast = asdict(outlook) | {"reach": outlook.reach}
+    for line in forecast.lines(outlook, run.plan.settings.lr):
         run.log.say(line)
 
 
 # --- the steps ------------------------------------------------------------------------------------------------------
 
 
-def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
-    """Step until the plan is done or a signal came; validate and save on the way and at the end."""
-    settings, num_steps = run.plan.settings, run.plan.num_steps
-    first_step = step = run.plan.resumed.step if run.plan.resumed else 0
+def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
+    """Step until all steps are done or a signal has come; validate and save on the way and at the end."""
+    plan, settings, num_steps = run.plan, run.plan.settings, run.plan.num_steps
+    first_step = step = plan.start.step
     begun = time.monotonic()
     run.log.start_clock()
     early_stop = _early_stop(run)
-    with closing(ahead(run.plan.loader.batch, range(step, num_steps))) as run.batches:
+    with closing(ahead(plan.loader.batch, range(step, num_steps))) as run.batches:
         while step < num_steps and not run.is_stopping and not early_stop:
             run.in_flight.append(_run_step(run, step, stop))
             step += 1
@@ -169,22 +153,22 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
             _read(run, 0 if is_val or is_save or step == first_step + 1 else run.lag)
             is_best = is_val and _validate(run, step)
             early_stop = _early_stop(run) if is_val and not is_last else early_stop
-            if is_val and run.keeper:
+            if is_val and run.reporter:
                 is_end = bool(is_last or early_stop)
-                run.keeper.validated(step, run.model, run.tokenizer, run.plan.stage.name, is_last=is_end)
+                run.reporter.validated(step, run.model, run.tokenizer, plan.stage.name, is_last=is_end)
             if is_save or is_best or early_stop:
                 _save(run, step)
     _read(run, 0)
     if run.is_stopping and run.last_saved != step:
         _save(run, step)
-    last = _last_checkpoint(run) or (run.plan.resumed.dir if run.plan.resumed else None)
+    last = _last_checkpoint(run) or (plan.start.resumed.dir if plan.start.resumed else None)
     assert last is not None
     return TrainResult(
-        run_dir=run.out,
+        run_dir=plan.out,
         checkpoint=last,
-        best_checkpoint=run.out / "checkpoints" / f"step-{run.best['step']}" if run.best else None,
-        stage=run.plan.stage.name,
-        num_params=run.plan.shape.num_params,
+        best_checkpoint=plan.out / "checkpoints" / f"step-{run.best.step}" if run.best else None,
+        stage=plan.stage.name,
+        num_params=plan.shape.num_params,
         first_step=first_step,
         final_step=step,
         num_steps=num_steps,
@@ -200,13 +184,13 @@ def _run_steps(run: Run, stop: StopSignals) -> TrainResult:
     )
 
 
-def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
-    """One optimizer step: batch, forward, loss, backward, sum over ranks, clip, update. Nothing in it waits for the device:
-    its figures are read later."""
+def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
+    """One optimizer step: batch, forward, loss, backward, sum over ranks, clip, update. Never waits for the device: the
+    figures are read later."""
     begun = time.monotonic()
     settings = run.plan.settings
     sums = _accumulate(run, step)
-    is_asked = stop.is_set or (run.world.is_first and (run.out / STOP_FILE).exists())
+    is_asked = stop.is_set or (run.world.is_first and (run.plan.out / STOP_FILE).exists())
     asked = torch.tensor([float(is_asked)], dtype=torch.float64).to(run.world.device, non_blocking=True)
     figures = run.world.sum(torch.cat([sums, asked]))
     run.world.sum(run.gradient)
@@ -214,7 +198,7 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
     count, scale = figures[1], run.scale.value.double()
-    run.writer.settle()  # a checkpoint may still be reading what is about to change
+    run.writer.settle()  # a checkpoint may still read what is about to change
     norm, is_taken = optim.update(
         run.optimizer,
         run.gradient,
@@ -229,8 +213,71 @@ def _run_step(run: Run, step: int, stop: StopSignals) -> "InFlight":
     return InFlight(step, lr, begun, torch.cat([figures, torch.stack([norm, is_taken, scale])]))
 
 
-def _read(run: Run, lag: int) -> None:
-    """Read the figures of all steps in flight but the newest `lag`: log them, count skipped steps, notice a wish to stop."""
+def _accumulate(run: ActiveRun, step: int) -> Tensor:
+    """Forward and backward passes of this rank's micro-batches; gradients add up in `run.gradient`.
+
+    Returns float64 sums: loss, count, tokens, trained tokens, then the stage's figures. When memory runs out the micro-batches
+    are halved and the step's work is repeated: the gradient is a sum and does not depend on how the batch is divided.
+    """
+    micros, num_halved = next(run.batches), 0
+    while True:
+        try:
+            sums = _add_up(run, micros)
+            break
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        _halve(run, reason)  # outside the handler: the error keeps the tensors of its frames alive
+        num_halved += 1
+    if num_halved:
+        times = f" (halved {num_halved} times)" if num_halved > 1 else ""
+        run.log.warn(
+            f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on"
+            f"{times}, the global batch stays as it is"
+        )
+        run.event(step + 1, "halved", f"{run.most_tokens:,} tokens")
+    return sums
+
+
+def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
+    """One attempt at the micro-batches of a step, divided into pieces of a size that fits."""
+    stage, device = run.plan.stage, run.world.device
+    sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
+    limits = run.plan.loader.limits
+    limits = replace(limits, tokens=run.most_tokens or limits.tokens)
+    run.gradient.zero_()
+    for micro in (piece for whole in micros for piece in cut(whole, run.most_tokens, run.plan.is_pairs)):
+        run.largest_micro = max(run.largest_micro, len(micro.ids))
+        batch = to_device(micro, device, limits)
+        ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
+        with autocast(device):
+            outcome = stage.loss(run.model, batch, ref, run.plan.objective)
+        (outcome.loss * run.scale.value if run.scale.is_on else outcome.loss).backward()
+        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64)
+        figures = [outcome.figures[name].double().view(1) for name in stage.figures]
+        loss = outcome.loss.detach().double().view(1)
+        sums += torch.cat([loss, counts.to(device, non_blocking=True), *figures])
+    return sums
+
+
+def _halve(run: ActiveRun, reason: str) -> None:
+    """Halve this rank's micro-batches; TrainError if they are down to a single document."""
+    if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
+        raise TrainError(
+            f"out of memory with one document at a time ({reason})",
+            "pack with a smaller --max-len, or choose a smaller --model",
+        )
+    run.most_tokens = (run.most_tokens or run.largest_micro) // 2
+    if run.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def _read(run: ActiveRun, lag: int) -> None:
+    """Read the figures of all steps in flight but the newest `lag`: log them, count skipped steps, see requests to stop."""
     stage = run.plan.stage
     while len(run.in_flight) > lag:
         done = run.in_flight.pop(0)
@@ -238,9 +285,8 @@ def _read(run: Run, lag: int) -> None:
         names = ("loss", *stage.figures)
         means = {n: x / count if count else math.nan for n, x in zip(names, (loss, *others), strict=True)}
         if stage.check and done.step == 0 and count and math.isfinite(loss):
-            run.world.agree_on(
-                partial(stage.check, means, step_zero_tolerance(autocast_dtype(run.world.device)), run.plan.objective),
-            )
+            tolerance = step_zero_tolerance(autocast_dtype(run.world.device))
+            run.world.agree_on(partial(stage.check, means, tolerance, run.plan.objective))
         if count:
             _count_skipped(run, done.step, means["loss"], norm, scale, is_skipped=not is_taken)
         now = time.monotonic()
@@ -258,83 +304,15 @@ def _read(run: Run, lag: int) -> None:
             **({"loss_scale": scale} if run.scale.is_on else {}),
         }
         run.log.step(record)
-        run.loss, run.num_tokens, run.num_trained = (
-            means["loss"],
-            run.num_tokens + int(tokens),
-            run.num_trained + int(trained),
-        )
+        run.loss = means["loss"]
+        run.num_tokens += int(tokens)
+        run.num_trained += int(trained)
         run.is_stopping = run.is_stopping or num_stops > 0
 
 
-def _accumulate(run: Run, step: int) -> Tensor:
-    """Forward and backward of this rank's micro-batches; gradients add up in `run.gradient`.
-
-    Gives float64 sums: loss, count, tokens, trained tokens, then the stage's figures. Where memory runs out the
-    micro-batches are halved and the step's work begins again: the gradient is a sum, and does not depend on the cut.
-    """
-    micros, num_halved = next(run.batches), 0
-    while True:
-        try:
-            sums = _add_up(run, micros)
-            break
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        _halve(run, reason)  # outside of the handler: the error held on to the tensors of its frames
-        num_halved += 1
-    if num_halved:
-        _say_halved(run, step, num_halved)
-    return sums
-
-
-def _add_up(run: Run, micros: Sequence[MicroBatch]) -> Tensor:
-    """One try at a step's micro-batches, each cut to the size that is known to fit."""
-    stage, device = run.plan.stage, run.world.device
-    sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
-    limits = run.plan.loader.limits
-    limits = replace(limits, tokens=run.most_tokens or limits.tokens)
-    run.gradient.zero_()
-    for micro in (part for whole in micros for part in cut(whole, run.most_tokens, stage.kind == "pair")):
-        run.largest_micro = max(run.largest_micro, len(micro.ids))
-        batch = to_device(micro, device, limits)
-        ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
-        with autocast(device):
-            outcome = stage.loss(run.model, batch, ref, run.plan.objective)
-        (outcome.loss * run.scale.value if run.scale.is_on else outcome.loss).backward()
-        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64)
-        figures = [outcome.figures[name].double().view(1) for name in stage.figures]
-        loss = outcome.loss.detach().double().view(1)
-        sums += torch.cat([loss, counts.to(device, non_blocking=True), *figures])
-    return sums
-
-
-def _halve(run: Run, reason: str) -> None:
-    """Halve this rank's micro-batches; TrainError where a single document does not fit."""
-    if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
-        raise TrainError(
-            f"out of memory with one document at a time ({reason})",
-            "pack with a smaller --max-len, or choose a smaller --model",
-        )
-    run.most_tokens = (run.most_tokens or run.largest_micro) // 2
-    if run.world.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _say_halved(run: Run, step: int, num_halved: int) -> None:
-    """Say once what size fits, however often a step's micro-batches had to be halved for it."""
-    times = f" (halved {num_halved} times)" if num_halved > 1 else ""
-    run.log.warn(
-        f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on"
-        f"{times}, the global batch stays as it is"
-    )
-    if run.keeper:
-        run.keeper.event(step + 1, "halved", f"{run.most_tokens:,} tokens")
-
-
-def _count_skipped(run: Run, step: int, loss: float, norm: float, scale: float, *, is_skipped: bool) -> None:
-    """A step that is not finite was skipped: it is counted and said, and too many in a row end the run. One whose gradient
-    only was too large for fp16 at its loss scale is no sign of divergence: the scale is halved, down to 1."""
+def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: float, *, is_skipped: bool) -> None:
+    """Count and print a step that was skipped because it is not finite; too many in a row end the run. A gradient that was
+    only too large for fp16 at its loss scale is no sign of divergence: the scale is halved, down to 1."""
     if not is_skipped:
         run.num_skipped_in_a_row = 0
         return
@@ -354,48 +332,48 @@ def _count_skipped(run: Run, step: int, loss: float, norm: float, scale: float, 
         run.world.agree(error)
 
 
-def _validate(run: Run, step: int) -> bool:
-    """Measure the val split and write a line of val_ figures; whether its loss is the lowest so far. Nothing when it is
-    empty. Pairs are held against the start."""
+def _validate(run: ActiveRun, step: int) -> bool:
+    """Measure the val split, log its figures, warn of forgetting; returns whether the val loss is the lowest so far."""
     run.val = _held_out(run)
     run.last_read = time.monotonic()
     if "loss" in run.val:
         run.val_losses.append(run.val["loss"])
     if run.val:
         run.log.val({"step": step} | {f"val_{name}": value for name, value in run.val.items()})
-    if warning := forecast.forgetting(run.facts.get("start_val", {}), run.val, run.plan.objective):
+    if warning := forecast.forgetting(run.record.start_val or {}, run.val, run.plan.objective):
         run.log.say(warning)
     loss = run.val.get("loss", math.nan)
-    if not math.isfinite(loss) or (run.best is not None and loss >= run.best["val_loss"]):
+    if not math.isfinite(loss) or (run.best is not None and loss >= run.best.val_loss):
         return False
-    run.best = {"step": step, "val_loss": loss}
+    run.best = BestRecord(step, loss)
     return True
 
 
-def _held_out(run: Run) -> dict[str, float]:
-    """Figures of the val split, and of dpo's guard where there is one."""
-    plan, found = run.plan, {}
-    with autocast(run.world.device), _offered(run):
+def _held_out(run: ActiveRun) -> dict[str, float]:
+    """Figures of the val split, and the loss of dpo's guard; empty without either."""
+    plan, world, figures = run.plan, run.world, {}
+    with autocast(world.device), _final_weights(run):
         if plan.val_loader.num_samples:
             ref = run.ref.get("val")
-            found = evaluate(
-                run.model, plan.val_loader, run.tokenizer, world=run.world, reference=ref, objective=plan.objective
+            figures = evaluate(
+                run.model, plan.val_loader, run.tokenizer, world=world, reference=ref, objective=plan.objective
             )
         if plan.guard is not None:
-            found["guard_loss"] = evaluate(run.model, plan.guard, run.tokenizer, world=run.world)["loss"]
-    return found
+            figures["guard_loss"] = evaluate(run.model, plan.guard, run.tokenizer, world=world)["loss"]
+    return figures
 
 
-def _offered(run: Run) -> AbstractContextManager[dict[str, Tensor]]:
-    """While open the model holds the weights the run offers, their average where it keeps one; gives those in training."""
+def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
+    """Within the context the model holds the weights that are validated and saved: with --ema their average, else those in
+    training. Yields the weights in training where they are others."""
     if run.average is None:
         return nullcontext({})
     run.writer.settle()
     return run.average.in_place()
 
 
-def _early_stop(run: Run) -> str:
-    """Why the run ends before its last step: its val loss has not become better for as long as --patience allows."""
+def _early_stop(run: ActiveRun) -> str:
+    """Why --patience ends the run now; empty if it does not."""
     patience = run.plan.settings.patience
     if not patience or metrics.num_since_best(run.val_losses) < patience:
         return ""
@@ -403,40 +381,34 @@ def _early_stop(run: Run) -> str:
     return f"no better val loss in {patience} validations; the best was {best:.4g}"
 
 
-def _save(run: Run, step: int) -> None:
-    """Begin the checkpoint of `step`, on the first rank; it is written while training goes on."""
-    plan = run.plan
-    if run.keeper:
-        run.keeper.event(step, "save")
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def _save(run: ActiveRun, step: int) -> None:
+    """Start to write the checkpoint of `step`, on the first rank; training continues meanwhile."""
+    run.event(step, "save")
     run.last_saved = step
     if not run.world.is_first:
         return
-    data = {
-        "digest": plan.loader.digest,
-        "dirs": [str(dataset.dir) for dataset in plan.datasets],
-        "weights": plan.loader.weights,
-        "tokenizer_sha256": plan.datasets[0].tokenizer_sha256,
-        "init": plan.init_facts,
-    }
-    with _offered(run) as in_training:
+    with _final_weights(run) as in_training:
         run.writer.save(
             run.model,
             run.optimizer,
             step=step,
-            settings={"stage": plan.stage.name} | as_json(plan.settings),
-            data=data,
+            settings={"stage": run.plan.stage.name} | as_json(run.plan.settings),
+            data=run.plan.data,
             best=run.best,
             extra={**in_training, **run.scale.tensors()},
         )
-        if run.average:  # its weights are about to leave the model again
+        if run.average:  # the average is about to leave the model again
             run.writer.settle()
     run.last_read = time.monotonic()
 
 
-def _last_checkpoint(run: Run) -> Path | None:
-    """The newest complete checkpoint of the run, once nothing is being written any more."""
+def _last_checkpoint(run: ActiveRun) -> Path | None:
+    """The newest complete checkpoint of the run; waits until nothing is being written."""
     run.writer.wait()
     if run.world.is_first:
-        return run.writer.last or (run.plan.resumed.dir if run.plan.resumed else None)
+        return run.writer.last or (run.plan.start.resumed.dir if run.plan.start.resumed else None)
     saved = run.last_saved if run.last_saved >= 0 else None  # by the first rank
-    return run.out / "checkpoints" / f"step-{saved}" if saved is not None else None
+    return run.plan.out / "checkpoints" / f"step-{saved}" if saved is not None else None

@@ -1,4 +1,8 @@
-"""A TrainOptions in, a Plan out: datasets, checkpoints and settings read and checked, nothing written."""
+"""Plan a run: open its datasets and checkpoints, decide its settings, build its loaders. Nothing is written.
+
+The plan is built in one direction: data, start (checkpoint or new weights), shape, settings, loaders. Everything that a
+user can get wrong is refused here, before a directory is created.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,174 +11,167 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdata.errors import CheckpointError, DatasetError, UsageError
+from mmdata.errors import CheckpointError, DatasetError, TokenizerError, UsageError
 from mmdata.shards.dataset import Dataset, open_dataset
 from mmdata.shards.loader import Loader
 from mmdata.shards.pairs import PairLoader, make_loader, saved_share
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import ModelConfig, TrainOptions, TrainSettings, resolve, shape_from
+from mmtrain.config import STAGE_KINDS, ModelConfig, TrainOptions, TrainSettings, resolve, shape_from
 from mmtrain.distributed import World
 from mmtrain.log import trackers
 from mmtrain.model import preference
 from mmtrain.model.batch import pinned
+from mmtrain.model.embeddings import Growth, plan_growth
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Stage
-from mmtrain.train.embeddings import Growth, plan_growth
+from mmtrain.records import RUN, StartRecord, TrainedOn
 
-SHARE_FROM = (
-    0.03  # of the tokens saved, from where a prompt computed once for both sides is faster (tests/bench/dpo.py)
-)
+SHARE_FROM = 0.03  # sharing prompts is faster from this share of saved tokens on (tests/bench/dpo.py)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run as it will be: everything read and checked, nothing written."""
+class Start:
+    """The weights that a run starts from: its own checkpoint when resumed, else `init`, else new weights.
 
-    config: TrainOptions
-    settings: TrainSettings
-    origins: dict[str, str]
+    `record` is what run.json says of it; None while new weights have no hash.
+    """
+
+    resumed: Checkpoint | None
+    init: Checkpoint | None
+    growth: Growth | None  # of init's embedding, with --resize-embeddings
+    record: StartRecord | None
+
+    @property
+    def source(self) -> Checkpoint | None:
+        """The checkpoint that gives the shape and the weights."""
+        return self.resumed or self.init
+
+    @property
+    def step(self) -> int:
+        """Steps that are done already."""
+        return self.resumed.step if self.resumed else 0
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A run before it starts: everything opened, checked and decided."""
+
+    out: Path
     stage: Stage
     datasets: Sequence[Dataset]
+    start: Start
+    shape: ModelConfig
+    settings: TrainSettings
+    origins: dict[str, str]  # of each setting: flag, checkpoint, preset or default
+    objective: Objective  # of dpo
+    reference: Checkpoint | None  # another run's weights as dpo's reference
     loader: Loader | PairLoader
     val_loader: Loader | PairLoader
-    shape: ModelConfig
+    guard: Loader | PairLoader | None  # the val split of --guard
     num_steps: int
-    init: Checkpoint | None  # the checkpoint of an earlier run it starts from
-    resumed: Checkpoint | None  # its own checkpoint it goes on from
-    init_facts: dict[str, str] | None
-    objective: Objective  # of dpo
-    reference: Checkpoint | None = None  # another run's weights as dpo's reference
-    guard: Loader | PairLoader | None = None  # held-out text that dpo must not forget
-    growth: Growth | None = None  # of the embedding, where the datasets' tokenizer has more tokens than init's
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether the stage trains on pairs."""
+        return self.stage.kind == "pair"
+
+    @property
+    def data(self) -> TrainedOn:
+        """The data and the start of the run, as its checkpoints record them."""
+        dirs = [str(dataset.dir) for dataset in self.datasets]
+        tokenizer_sha256 = self.datasets[0].tokenizer_sha256
+        weights = None if self.loader.weights is None else list(self.loader.weights)
+        return TrainedOn(self.loader.digest, dirs, weights, tokenizer_sha256, self.start.record)
 
 
-def make_plan(config: TrainOptions, world: World) -> Plan:
-    """Read and check datasets, checkpoints and settings. MMError names what does not fit and what helps; writes nothing."""
-    if config.stage not in STAGES:
-        raise UsageError(f"stage {config.stage} is unknown", f"use one of {', '.join(STAGES)}")
-    stage = STAGES[config.stage]
-    trackers.check(config.trackers)
-    resumed = _find_resumed(config)
-    saved = resumed.state["settings"] if resumed else None
-    if saved and saved["stage"] != stage.name:
-        raise CheckpointError(f"{config.out} is a {saved['stage']} run", f"mm train {saved['stage']} --resume")
-    paths = config.data or tuple(Path(path) for path in (resumed.state["data"]["dirs"] if resumed else ()))
-    weights = resumed.state["data"].get("weights") if resumed and not config.data else config.weights
-    datasets = _open_datasets(stage, paths)
-    init = None if resumed else _find_init(config, stage)
-    is_pairs = stage.kind == "pair"
+def make_plan(options: TrainOptions, world: World) -> TrainPlan:
+    """Open and check datasets and checkpoints and decide the settings. MMError names what does not fit and what helps."""
+    if options.stage not in STAGES:
+        raise UsageError(f"stage {options.stage} is unknown", f"use one of {', '.join(STAGES)}")
+    stage = STAGES[options.stage]
+    trackers.check(options.trackers)
+    resumed = _find_resumed(options)
+    datasets, weights = _open_data(options, resumed)
+    start = _find_start(options, stage, resumed, datasets)
     settings, origins = resolve(
-        config,
-        saved=saved,
-        has_init=init is not None,
+        options,
+        saved=resumed.state.settings if resumed else None,
+        has_init=start.init is not None,
         device=world.device.type,
-        share_prompt=is_pairs and saved_share(datasets) >= SHARE_FROM,
+        share_prompt=stage.kind == "pair" and saved_share(datasets) >= SHARE_FROM,
     )
     objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
     reference = None
-    if is_pairs:
+    if stage.kind == "pair":
         preference.check(objective)
-        reference = _find_reference(objective, resumed)
-    source = resumed or init
-    growth = _find_growth(config, init, datasets)
-    for each in (None if growth else source, reference):
-        if each:
-            _check_fits(each, datasets)
-    shape = source.model_config if source else shape_from(str(settings.model), datasets[0].vocab_size)
-    shape = replace(shape, vocab_size=growth.vocab_size) if growth else shape
-    if datasets[0].max_len > shape.max_positions:
-        raise DatasetError(
-            f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
-            f"pack with --max-len {shape.max_positions}",
-        )
-    loader = _make_loader(datasets, "train", settings, world, weights)
-    val_loader = _make_loader(datasets, "val", settings, world)
-    if not loader.num_samples:
-        raise DatasetError(f"{paths[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
-    if settings.patience and not (settings.val_every and val_loader.num_samples):
-        raise UsageError(
-            f"--patience {settings.patience} counts validations, and there are none on the way",
-            "give --val-every, and data packed with a val split; or leave --patience out",
-        )
-    if resumed and not config.other_data:
-        _check_same_data(resumed, loader, paths)
+        if objective.reference not in ("start", "none") and not resumed:  # run.json of a resumed run names it
+            reference = checkpoint.find(Path(objective.reference))
+    for source in (None if start.growth else start.source, reference):
+        if source:
+            _check_fits(source, datasets)
+    shape = _shape(start, settings, datasets)
+    loader = _loader(datasets, "train", settings, world, weights)
+    val_loader = _loader(datasets, "val", settings, world)
+    _check_loaders(options, settings, resumed, loader, val_loader)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
-    facts = {"dir": str(init.dir), "weights_sha256": init.weights_sha256} if init else None
-    facts = {**facts, **growth.facts} if facts and growth else facts
-    init_facts = resumed.state["data"]["init"] if resumed else facts
-    return Plan(
-        config,
-        settings,
-        origins,
+    guard = _guard_loader(settings, datasets, world)
+    return TrainPlan(
+        options.out,
         stage,
         datasets,
-        loader,
-        val_loader,
+        start,
         shape,
-        num_steps,
-        init,
-        resumed,
-        init_facts,
+        settings,
+        origins,
         objective,
         reference,
-        _guard_loader(settings, datasets, world),
-        growth,
+        loader,
+        val_loader,
+        guard,
+        num_steps,
     )
 
 
-def _find_reference(objective: Objective, resumed: Checkpoint | None) -> Checkpoint | None:
-    """The checkpoint of --reference RUN; a resumed run knows which one that was."""
-    if objective.reference in ("start", "none") or resumed:
-        return None
-    return checkpoint.find(Path(objective.reference))
-
-
-def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
-    """The val split of --guard; it must have one, of texts or conversations, and the run's tokenizer."""
-    if not settings.guard:
-        return None
-    dataset = open_dataset(Path(settings.guard))
-    fix = "name a dataset of documents or conversations, packed with this tokenizer and a --val-fraction"
-    if dataset.kind == "pair":
-        raise DatasetError(f"--guard {settings.guard} holds pairs", fix)
-    if dataset.tokenizer_sha256 != datasets[0].tokenizer_sha256:
-        raise DatasetError(f"--guard {settings.guard} was packed with another tokenizer", fix)
-    loader = _make_loader([dataset], "val", settings, world)
-    if not loader.num_samples:
-        raise DatasetError(f"--guard {settings.guard} has no val split", fix)
-    return loader
-
-
-def _find_growth(config: TrainOptions, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
-    """How the embedding of the run started from has to grow; None unless asked for."""
-    if config.resize_embeddings is None:
-        return None
-    if init is None:
-        raise UsageError(
-            "--resize-embeddings grows the embedding of an earlier run, and this run starts from none",
-            "name one with --init; a resumed run has grown already, and new weights take the tokenizer's size",
-        )
-    return plan_growth(config.resize_embeddings, init, datasets)
-
-
-def with_micro_tokens(plan: Plan, micro_tokens: int, world: World) -> Plan:
-    """The same plan with micro-batches of another size: the same batches, cut elsewhere."""
+def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> TrainPlan:
+    """The plan with another size of micro-batches: the same batches, divided differently."""
     settings = replace(plan.settings, micro_tokens=micro_tokens)
-    loader = _make_loader(plan.datasets, "train", settings, world, plan.loader.weights)
-    return replace(
-        plan, settings=settings, loader=loader, val_loader=_make_loader(plan.datasets, "val", settings, world)
-    )
+    loader = _loader(plan.datasets, "train", settings, world, plan.loader.weights)
+    val_loader = _loader(plan.datasets, "val", settings, world)
+    return replace(plan, settings=settings, loader=loader, val_loader=val_loader)
 
 
-def _make_loader(
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def _open_data(options: TrainOptions, resumed: Checkpoint | None) -> tuple[list[Dataset], Sequence[float] | None]:
+    """The datasets, which must be of the stage's kind, and their weights. A resumed run knows its own."""
+    paths, weights = options.data, options.weights
+    if resumed and not paths:
+        paths, weights = tuple(map(Path, resumed.state.data.dirs)), resumed.state.data.weights or None
+    if not paths:
+        raise UsageError("no dataset given", f"mm train {options.stage} --data shards/NAME")
+    datasets = [open_dataset(path) for path in paths]
+    for dataset in datasets:
+        dataset.check_bytes()
+        if dataset.kind != STAGE_KINDS[options.stage]:
+            right = next(stage for stage, kind in STAGE_KINDS.items() if kind == dataset.kind)
+            raise DatasetError(
+                f"{dataset.dir} holds {dataset.kind} rows; {options.stage} trains on {STAGE_KINDS[options.stage]} rows",
+                f"mm train {right} --data {dataset.dir}",
+            )
+    return datasets, weights
+
+
+def _loader(
     datasets: Sequence[Dataset],
     split: str,
     settings: TrainSettings,
     world: World,
     weights: Sequence[float] | None = None,
 ) -> Loader | PairLoader:
-    """This rank's batches of a split, in buffers that its device can copy from while it computes."""
+    """This rank's batches of a split, on CUDA in page-locked buffers."""
     return make_loader(
         datasets,
         share_prompt=settings.share_prompt,
@@ -189,72 +186,136 @@ def _make_loader(
     )
 
 
-def _check_same_data(resumed: Checkpoint, loader: Loader | PairLoader, paths: Sequence[Path]) -> None:
-    """A run goes on with the tokens it began with."""
-    begun = resumed.state["data"]
-    if begun["digest"] != loader.digest:
-        weights = begun.get("weights") or [""] * len(begun["dirs"])
-        same = [f"{path}:{w}" if w else path for path, w in zip(begun["dirs"], weights, strict=True)]
+def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
+    """The val split of --guard, which must have one, hold no pairs, and share the run's tokenizer."""
+    if not settings.guard:
+        return None
+    dataset = open_dataset(Path(settings.guard))
+    fix = "name a dataset of documents or conversations, packed with this tokenizer and a --val-fraction"
+    if dataset.kind == "pair":
+        raise DatasetError(f"--guard {settings.guard} holds pairs", fix)
+    if dataset.tokenizer_sha256 != datasets[0].tokenizer_sha256:
+        raise DatasetError(f"--guard {settings.guard} was packed with another tokenizer", fix)
+    loader = _loader([dataset], "val", settings, world)
+    if not loader.num_samples:
+        raise DatasetError(f"--guard {settings.guard} has no val split", fix)
+    return loader
+
+
+def _check_loaders(
+    options: TrainOptions,
+    settings: TrainSettings,
+    resumed: Checkpoint | None,
+    loader: Loader | PairLoader,
+    val_loader: Loader | PairLoader,
+) -> None:
+    """There must be something to train on, a val split for --patience, and on resume the data of before."""
+    dirs = [share.dataset.dir for share in loader.shares]
+    if not loader.num_samples:
+        raise DatasetError(f"{dirs[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
+    if settings.patience and not (settings.val_every and val_loader.num_samples):
+        raise UsageError(
+            f"--patience {settings.patience} counts validations, and this run has none before its end",
+            "give --val-every, and data packed with a val split; or leave --patience out",
+        )
+    if resumed and not options.other_data and resumed.state.data.digest != loader.digest:
+        before = resumed.state.data
+        weights = before.weights or [""] * len(before.dirs)
+        same = [f"{path}:{weight}" if weight else path for path, weight in zip(before.dirs, weights, strict=True)]
         raise CheckpointError(
-            f"{resumed.run_dir} was trained on dataset {begun['digest'][:12]}, "
-            f"{', '.join(map(str, paths))} is {loader.digest[:12]}",
+            f"{resumed.run_dir} was trained on dataset {before.digest[:12]}, "
+            f"{', '.join(map(str, dirs))} is {loader.digest[:12]}",
             f"resume with the same data (--data {' --data '.join(same)}), with --other-data, or start a new --out",
         )
 
 
-def _find_resumed(config: TrainOptions) -> Checkpoint | None:
-    """The run's own newest checkpoint when resuming; None for a new run or one that ended before its first checkpoint."""
-    if not (config.out / "run.json").exists():
-        if config.resume and config.out.exists():
-            raise CheckpointError(f"{config.out} is not a run", "leave --resume out to start one in a new --out")
+# --- start ----------------------------------------------------------------------------------------------------------
+
+
+def _find_resumed(options: TrainOptions) -> Checkpoint | None:
+    """The run's own newest checkpoint when resuming; None for a new run, or one that has no checkpoint yet."""
+    if not (options.out / RUN).exists():
+        if options.resume and options.out.exists():
+            raise CheckpointError(f"{options.out} is not a run", "leave --resume out to start one in a new --out")
         return None
-    if not config.resume:
-        raise UsageError(f"{config.out} already holds a run", "add --resume to go on, or choose another --out")
-    if config.init is not None:
+    if not options.resume:
+        raise UsageError(f"{options.out} already holds a run", "add --resume to go on, or choose another --out")
+    if options.init is not None:
         raise UsageError("--init starts a run, --resume goes on with one", "leave one of them out")
-    return checkpoint.find(config.out) if any(config.out.glob("checkpoints/step-*")) else None
+    if not any(options.out.glob("checkpoints/step-*")):
+        return None
+    resumed = checkpoint.find(options.out)
+    stage = resumed.state.settings["stage"]
+    if stage != options.stage:
+        raise CheckpointError(f"{options.out} is a {stage} run", f"mm train {stage} --resume")
+    return resumed
 
 
-def _open_datasets(stage: Stage, paths: Sequence[Path]) -> list[Dataset]:
-    """Open the datasets, all of the stage's row kind."""
-    if not paths:
-        raise UsageError("no dataset given", f"mm train {stage.name} --data shards/NAME")
-    datasets = [open_dataset(path) for path in paths]
-    for dataset in datasets:
-        dataset.check_bytes()
-        if dataset.kind != stage.kind:
-            right = next(other.name for other in STAGES.values() if other.kind == dataset.kind)
-            raise DatasetError(
-                f"{dataset.dir} holds {dataset.kind} rows; {stage.name} trains on {stage.kind} rows",
-                f"mm train {right} --data {dataset.dir}",
-            )
-    return datasets
-
-
-def _find_init(config: TrainOptions, stage: Stage) -> Checkpoint | None:
-    """The checkpoint a new run starts from: as given, else of the newest finished run of the stages before.
-
-    None for new weights: asked for by --model, or because no such run is there (the run then begins with a warning).
-    """
-    if config.init is not None:
-        if config.model is not None:
+def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None, datasets: Sequence[Dataset]) -> Start:
+    """The weights to start from: of --init, else of the newest finished run of a stage before, else new ones."""
+    init = None
+    if options.init is not None:
+        if options.model is not None:
             raise UsageError("--model is for new weights; with --init the checkpoint gives the shape", "leave one out")
-        return checkpoint.find(config.init)
-    found = checkpoint.find_run(config.runs_dir, stage.starts_from) if config.model is None else None
-    return checkpoint.find(found) if found else None
+        init = checkpoint.find(options.init)
+    elif options.model is None and not resumed:
+        run = checkpoint.find_run(options.runs_dir, stage.starts_from)
+        init = checkpoint.find(run) if run else None
+    growth = _growth(options, init, datasets)
+    if resumed:
+        return Start(resumed, None, growth, resumed.state.data.init)
+    record = StartRecord(str(init.dir), init.weights_sha256) if init else None
+    if record and growth:
+        record.resize_embeddings, record.added_ids = growth.method, growth.added_ids
+    return Start(None, init, growth, record)
+
+
+def _growth(options: TrainOptions, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
+    """How the embedding of `init` has to grow for the datasets' tokenizer; None without --resize-embeddings."""
+    if options.resize_embeddings is None:
+        return None
+    if init is None:
+        raise UsageError(
+            "--resize-embeddings grows the embedding of an earlier run, and this run starts from none",
+            "name one with --init; a resumed run has grown already, and new weights take the tokenizer's size",
+        )
+    for dataset in datasets[1:]:
+        if dataset.tokenizer_sha256 != datasets[0].tokenizer_sha256:
+            raise TokenizerError(
+                f"{dataset.dir} was packed with another tokenizer than {datasets[0].dir}", "pack both with the same one"
+            )
+    old, new = (Tokenizer.load(directory / "tokenizer") for directory in (init.run_dir, datasets[0].dir))
+    return plan_growth(options.resize_embeddings, old, new, init.model_config.vocab_size)
 
 
 def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
-    """A checkpoint and its data must share the tokenizer, and its vocabulary must have room."""
+    """The datasets must share the checkpoint's tokenizer, and have no more ids than its embedding has rows."""
     for dataset in datasets:
-        if dataset.tokenizer_sha256 != source.state["data"]["tokenizer_sha256"]:
+        pack_again = f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}"
+        if dataset.tokenizer_sha256 != source.state.data.tokenizer_sha256:
             raise CheckpointError(
                 f"{dataset.dir} was packed with another tokenizer than {source.run_dir} was trained with",
-                f"--resize-embeddings mean if it only has tokens more; else mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
+                f"--resize-embeddings mean if it only has more tokens; else {pack_again}",
             )
         if dataset.vocab_size > source.model_config.vocab_size:
             raise CheckpointError(
                 f"{dataset.dir} has {dataset.vocab_size:,} ids, the model of {source.run_dir} only "
                 f"{source.model_config.vocab_size:,}",
-                f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}",
+                pack_again,
             )
+
+
+def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -> ModelConfig:
+    """The shape of the model: the checkpoint's, with its embedding grown, or that of --model."""
+    if start.source:
+        shape = start.source.model_config
+    else:
+        shape = shape_from(str(settings.model), datasets[0].vocab_size)
+    if start.growth:
+        shape = replace(shape, vocab_size=start.growth.vocab_size)
+    if datasets[0].max_len > shape.max_positions:
+        raise DatasetError(
+            f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
+            f"pack with --max-len {shape.max_positions}",
+        )
+    return shape

@@ -1,13 +1,14 @@
-"""The reference's summed logps of every pair: computed once, kept beside the dataset for later runs, never stale.
+"""The reference's summed log-probabilities of every pair: computed once before the first step of dpo, and cached.
 
-A cache is one Arrow file of two float64 columns, `DATASET.reference/KEY.arrow` (16 bytes a pair: float32 would round a
-long reply's sum by 1e-4 nats, more than a margin moves at first). Its name and its metadata hold all that the logps depend
-on, and the sha256 of the values: another weight, dataset, precision or reduction has another file, and a
-damaged one is not used. No second model stays in memory.
+The cache is one Arrow file of two float64 columns, `DATASET.reference/KEY.arrow` (16 bytes per pair; float32 would round the
+sum of a long reply by 1e-4 nats, more than a margin moves at first). Its name and metadata hold everything that the logps
+depend on and their sha256: other weights, data or precision have another file, and a damaged file is not used. No second
+model stays in memory.
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,156 @@ from torch import Tensor
 from mmdata.errors import CheckpointError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.shards.pairs import PairLoader
+from mmtrain import checkpoint
+from mmtrain.config import as_json
 from mmtrain.distributed import World
+from mmtrain.log import metrics
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
+from mmtrain.model.precision import autocast, autocast_dtype
+from mmtrain.model.preference import uses_reference
+from mmtrain.records import ReferenceRecord
+from mmtrain.train.plan import TrainPlan
 
-# Tokens run at once: without gradients a token takes a fraction of the memory it does in training.
-TOKENS = {"cpu": 8192, "cuda": 131_072}
+TOKENS = {
+    "cpu": 8192,
+    "cuda": 131_072,
+}  # run at once: without gradients a token takes a fraction of the memory of training
+PROGRESS_EVERY_S = 10  # between lines about progress
+SPOT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # between cached logps and the same ones computed again
+Say = Callable[[str], None]
+
+
+def prepare(
+    plan: TrainPlan, model: Model, world: World, saved: ReferenceRecord | None, say: Say
+) -> tuple[dict[str, Tensor], ReferenceRecord | None]:
+    """The reference's logps by split, each float64 [N, 2] on the CPU, and the record of them for run.json.
+
+    The reference is `model`, the weights the run starts from, or the run of --reference. For a loss without reference only
+    the val split's logps are computed, by the start weights: drift is measured from them. A resumed run passes its `saved`
+    record; logps that are lost are computed again while the weights still exist.
+    """
+    loaders = {"train": plan.loader, "val": plan.val_loader}
+    pairs = {split: loader for split, loader in loaders.items() if isinstance(loader, PairLoader)}
+    if not uses_reference(plan.objective):
+        del pairs["train"]
+    splits = {split: loader.num_samples for split, loader in pairs.items()}
+    if not any(splits.values()):
+        return {}, saved
+    record = saved or _record_of(plan)
+    dtype = autocast_dtype(world.device)
+    # The digest is the val loader's: the train loader's depends on the weights of the datasets, the logps do not.
+    key = key_of(record.weights_sha256, as_json(record.shape), plan.val_loader.digest, dtype)
+    path, own = cache_path(plan.datasets[0].dir, key, splits), plan.out / "reference.arrow"
+    logps = _cached((path, own), key, world, say)
+    is_start = plan.start.resumed is None and plan.reference is None
+    if logps is None or plan.reference is not None:
+        reference = model if is_start else _load(record, world)
+        with autocast(world.device):
+            if logps is None:
+                logps = _compute_splits(reference, pairs, world, say)
+                path = _save((path, own), logps, key, world, say)
+            else:
+                _check_spot(reference, pairs, logps, world, SPOT_TOLERANCE[dtype], path)
+    record.path, record.precision = str(path), key["precision"]
+    return logps, record
+
+
+def _record_of(plan: TrainPlan) -> ReferenceRecord:
+    """Checkpoint directory (empty for new weights), hash and shape of the reference of a new run."""
+    if plan.reference is not None:
+        source = plan.reference
+        return ReferenceRecord(str(source.dir), source.weights_sha256, shape=source.model_config)
+    start = plan.start.record
+    assert start is not None
+    return ReferenceRecord(start.dir, start.weights_sha256, start.resize_embeddings, start.added_ids, shape=plan.shape)
+
+
+# --- computing ------------------------------------------------------------------------------------------------------
+
+
+def _load(record: ReferenceRecord, world: World) -> Model:
+    """The reference's model from its checkpoint; CheckpointError if that is gone or has other weights."""
+    directory = Path(record.dir)
+    fix = "start the run again with another --out"
+    if not record.dir or not (directory / checkpoint.STATE).exists():
+        raise CheckpointError(
+            f"the reference's log-probabilities are gone, and so are its weights ({record.dir or 'new weights'})", fix
+        )
+    if checkpoint.open_checkpoint(directory).weights_sha256 != record.weights_sha256:
+        raise CheckpointError(f"{directory}: other weights than the run was started with as its reference", fix)
+    return checkpoint.load_model(directory, world.device)[0]
+
+
+def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World, say: Say) -> dict[str, Tensor]:
+    """The logps of every split, with a line of progress every PROGRESS_EVERY_S."""
+    begun = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_EVERY_S:
+            last = time.monotonic()
+            say(f"reference logps: {done:,} of {total:,} pairs, {metrics.duration(last - begun)}")
+
+    logps = {split: compute(model, loader, world, progress=progress).cpu() for split, loader in pairs.items()}
+    total = sum(map(len, logps.values()))
+    say(f"reference logps of {total:,} pairs computed in {metrics.duration(time.monotonic() - begun)}")
+    return logps
+
+
+def compute(
+    model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Summed logps float64 [num_samples, 2], chosen then rejected, of a split; each rank computes its share of them.
+
+    `progress` is called with the number of pairs done so far and of all.
+    """
+    logps = torch.zeros(loader.num_samples, 2, dtype=torch.float64, device=world.device)
+    done = 0
+    with torch.no_grad():
+        limits = replace(loader.limits, tokens=TOKENS[world.device.type])
+        for micro in loader.micro_batches(limits.tokens):
+            values = logps_of(model, to_device(micro, world.device, limits)).view(-1, 2)
+            logps[torch.from_numpy(micro.samples).to(world.device)] = values
+            done += len(micro.samples)
+            if progress is not None:
+                progress(min(done * world.size, loader.num_samples), loader.num_samples)
+    return world.sum(logps)
+
+
+def differs(model: Model, loader: PairLoader, logps: Tensor, world: World) -> float:
+    """Largest difference between `logps` and those of the first pairs computed now, relative to 1 nat or the logp's size."""
+    micro = next(iter(loader.micro_batches()), None)
+    if micro is None:
+        return 0.0
+    with torch.no_grad():
+        now = logps_of(model, to_device(micro, world.device, loader.limits)).view(-1, 2).cpu()
+    cached = logps[torch.from_numpy(micro.samples)]
+    return ((now - cached).abs() / cached.abs().clamp(min=1)).max().item()
+
+
+def _check_spot(
+    model: Model,
+    pairs: Mapping[str, PairLoader],
+    logps: Mapping[str, Tensor],
+    world: World,
+    tolerance: float,
+    path: Path,
+) -> None:
+    """Compare cached logps of another run with its weights on a few pairs: the check at step 0 cannot, as the policy is not
+    that reference."""
+    error = None
+    for split, loader in pairs.items():
+        gap = differs(model, loader, logps[split], world)
+        if not gap <= tolerance:
+            error = CheckpointError(
+                f"{path}: its {split} log-probabilities are {gap:.3g} away from what the reference's weights give",
+                f"remove {path}: it is then computed again",
+            )
+    world.agree(error)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
 
 
 def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtype: torch.dtype) -> dict[str, str]:
@@ -37,30 +182,46 @@ def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtyp
 
 
 def cache_path(dataset_dir: Path, key: Mapping[str, str], splits: Mapping[str, int]) -> Path:
-    """Where the logps of these splits (name -> pairs) under this key are kept, beside the dataset."""
+    """The cache file beside the dataset, for the logps of `splits` (name -> number of pairs) under `key`."""
     name = hashlib.sha256(json.dumps([dict(key), dict(splits)], sort_keys=True).encode()).hexdigest()[:16]
     return dataset_dir.with_name(f"{dataset_dir.name}.reference") / f"{name}.arrow"
 
 
-def compute(
-    model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
-) -> Tensor:
-    """Summed logps float64 [num_samples, 2], chosen then rejected, of a whole split; every rank does its share, all get all."""
-    logps = torch.zeros(loader.num_samples, 2, dtype=torch.float64, device=world.device)
-    done = 0
-    with torch.no_grad():
-        limits = replace(loader.limits, tokens=TOKENS[world.device.type])
-        for micro in loader.micro_batches(limits.tokens):
-            pairs = logps_of(model, to_device(micro, world.device, limits)).view(-1, 2)
-            logps[torch.from_numpy(micro.samples).to(world.device)] = pairs
-            done += len(micro.samples)
-            if progress is not None:
-                progress(min(done * world.size, loader.num_samples), loader.num_samples)
-    return world.sum(logps)
+def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: Say) -> dict[str, Tensor] | None:
+    """The logps of the first usable file of `paths`, the same one on all ranks; None if there is none."""
+    logps, number = None, -1
+    for i, path in enumerate(paths):
+        if logps is None and path.exists():
+            try:
+                logps, number = load(path, key), i
+            except CheckpointError as error:
+                say(f"{error.message}: refused, and computed again")
+    numbers = torch.zeros(world.size, device=world.device)
+    numbers[world.rank] = number + 1
+    if len(set(world.sum(numbers).tolist())) > 1:  # one rank sees a file that another does not: nobody uses one
+        return None
+    if logps is not None:
+        say(f"reference logps of {sum(map(len, logps.values())):,} pairs taken from {paths[number]}")
+    return logps
+
+
+def _save(
+    paths: tuple[Path, Path], logps: Mapping[str, Tensor], key: Mapping[str, str], world: World, say: Say
+) -> Path:
+    """Save the logps beside the dataset, or in the run if that cannot be written; returns the path."""
+    if not world.is_first:
+        return paths[0]
+    try:
+        save(paths[0], logps, key)
+    except OSError as error:
+        say(f"{paths[0].parent} cannot be written ({error.strerror}): the reference logps are kept in {paths[1]}")
+        save(paths[1], logps, key)
+        return paths[1]
+    return paths[0]
 
 
 def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> None:
-    """Write the logps of every split under their key, complete or not at all. OSError where the place cannot be written."""
+    """Write the logps of every split, atomically. OSError where the file cannot be written."""
     values = np.concatenate([each.cpu().numpy() for each in logps.values()]).astype(np.float64)
     columns = {"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()}
     splits = json.dumps({split: len(each) for split, each in logps.items()})
@@ -68,38 +229,28 @@ def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> Non
 
 
 def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read logps back: split -> float64 [N, 2]. CheckpointError when the file is missing, truncated, damaged, or computed from
-    other weights or data or in another precision."""
-    fix = f"remove {path}: it is then computed anew"
+    """Read logps: split -> float64 [N, 2]. CheckpointError if the file is missing, damaged, or was computed under another
+    key."""
+    fix = f"remove {path}: it is then computed again"
     try:
         file = read_arrow(path)
         columns = {name: np.array(file.column(name), np.float64) for name in ("chosen", "rejected")}
-        found = {name.removeprefix("mm."): value for name, value in file.metadata.items()}
-        splits: dict[str, int] = json.loads(found["splits"])
+        metadata = {name.removeprefix("mm."): value for name, value in file.metadata.items()}
+        splits: dict[str, int] = json.loads(metadata["splits"])
     except (OSError, ValueError, KeyError, IndexError) as error:  # pyarrow's own errors are ValueErrors
         raise CheckpointError(f"{path}: missing or damaged ({error})", fix) from error
-    if found["sha256"] != _digest(columns) or sum(splits.values()) != len(columns["chosen"]):
+    if metadata["sha256"] != _digest(columns) or sum(splits.values()) != len(columns["chosen"]):
         raise CheckpointError(f"{path}: damaged, its content does not match its own hash", fix)
     for name, value in key.items():
-        if found.get(name) != value:
-            raise CheckpointError(f"{path}: computed with {name} {found.get(name)}, this run has {value}", fix)
+        if metadata.get(name) != value:
+            raise CheckpointError(f"{path}: computed with {name} {metadata.get(name)}, this run has {value}", fix)
     values = torch.from_numpy(np.stack([columns["chosen"], columns["rejected"]], 1))
     return dict(zip(splits, values.split(list(splits.values())), strict=True))
 
 
 def _digest(columns: Mapping[str, np.ndarray]) -> str:
+    """sha256 of the names and values of the columns."""
     sha256 = hashlib.sha256()
     for name in sorted(columns):
         sha256.update(name.encode() + columns[name].astype("<f8").tobytes())
     return sha256.hexdigest()
-
-
-def differs(model: Model, loader: PairLoader, logps: Tensor, world: World) -> float:
-    """The largest difference, relative to 1 nat or the logp's size, between logps and those of the first pairs computed now."""
-    micro = next(iter(loader.micro_batches()), None)
-    if micro is None:
-        return 0.0
-    with torch.no_grad():
-        now = logps_of(model, to_device(micro, world.device, loader.limits)).view(-1, 2).cpu()
-    kept = logps[torch.from_numpy(micro.samples)]
-    return ((now - kept).abs() / kept.abs().clamp(min=1)).max().item()

@@ -516,10 +516,10 @@ def live_peak(shape: ModelConfig, tokens: int, checkpoints: bool) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from mmtrain.model.logps import trained_logps
-    from mmtrain.model.model import Layout
+    from mmtrain.model.model import AttentionLayout
 
     ends = torch.arange(0, tokens + 1, MAX_LEN, dtype=torch.int32)
-    layout = Layout(None, None, [(tokens // MAX_LEN, MAX_LEN)], ends, MAX_LEN)
+    layout = AttentionLayout(None, None, [(tokens // MAX_LEN, MAX_LEN)], ends, MAX_LEN)
     with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
         model = Model(shape)
         model.checkpoints_blocks = checkpoints
