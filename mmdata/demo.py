@@ -14,83 +14,41 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
+import msgspec
+
 from mmdata.io.files import atomic_path
+from mmdata.io.records import convert_record
 
 LANGUAGES = ("en", "zh")
 SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow-up", "recall")
 
-# Question, bare answer, whole sentence, other words for the sentence, and for some other words for the question. "smaller",
-# "more" and "turned" follow up a comparison, a sum and a spelling; "colour" and "name" ask about the boat that was named.
-PHRASES = {
-    "en": {
-        "sum": ("What is {a} + {b}?", "{c}", "{a} + {b} = {c}.", "{a} plus {b} is {c}."),
-        "compare": ("Which is larger, {x} or {y}?", "{high}", "{high} is larger than {low}.", "{low} is less than {high}."),
-        "smaller": ("And the smaller one?", "{low}", "{low} is smaller than {high}.", ""),
-        "convert": ("How many {small} are {n} {big}?", "{m}", "{n} {big} are {m} {small}.", "{m} {small} make {n} {big}."),
-        "spell": ('How do you spell "{word}"?', "{spelled}", '"{word}" is spelled {spelled}.', ""),
-        "reverse": ('What is "{word}" backwards?', "{backwards}", '"{word}" backwards is "{backwards}".', ""),
-        "more": ("And {b} more?", "{c}", "{a} + {b} = {c}.", ""),
-        "turned": ("And backwards?", "{backwards}", '"{word}" backwards is "{backwards}".', ""),
-        "boat": ("My boat is {colour} and called {bird}.", "{colour} {bird}", "Your boat is {colour} and called {bird}.", ""),
-        "colour": ("What colour is my boat?", "{colour}", "Your boat is {colour}.", ""),
-        "name": ("What is my boat called?", "{bird}", "Your boat is called {bird}.", ""),
-        "town": ("Where does {who} live?", "{value}", "{name} lives in {value}.", "The home of {name} is {value}.", "Which town does {who} call home?"),
-        "trade": ("What work does {who} do?", "{value}", "{name} is a {value}.", "{name} works as a {value}.", "What does {who} do for a living?"),
-        "pet": ("Which pet does {who} keep?", "{value}", "{name} keeps a pet {value}.", "The pet of {name} is a {value}.", "What animal does {who} look after?"),
-        "fruit": ("Which fruit does {who} love?", "{value}", "{name} loves {value}.", "The favourite fruit of {name}: {value}.", "What does {who} most like to eat?"),
-    },
-    "zh": {
-        "sum": ("{a} + {b} 等于多少？", "{c}", "{a} + {b} = {c}。", "{a} 加 {b} 是 {c}。"),
-        "compare": ("{x} 和 {y} 哪个大？", "{high}", "{high} 比 {low} 大。", "{low} 不如 {high} 大。"),
-        "smaller": ("那小的是哪个？", "{low}", "{low} 比 {high} 小。", ""),
-        "convert": ("{n} {big}是多少{small}？", "{m}", "{n} {big}等于 {m} {small}。", "{m} {small}就是 {n} {big}。"),
-        "spell": ("“{word}”怎么一个字一个字地念？", "{spelled}", "“{word}”念作{spelled}。", ""),
-        "reverse": ("“{word}”倒过来是什么？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
-        "more": ("再加 {b} 呢？", "{c}", "{a} + {b} = {c}。", ""),
-        "turned": ("倒过来呢？", "{backwards}", "“{word}”倒过来是“{backwards}”。", ""),
-        "boat": ("我的船是{colour}色的，叫{bird}号。", "{colour}色{bird}号", "你的船是{colour}色的，叫{bird}号。", ""),
-        "colour": ("我的船是什么颜色？", "{colour}色", "你的船是{colour}色的。", ""),
-        "name": ("我的船叫什么？", "{bird}号", "你的船叫{bird}号。", ""),
-        "town": ("{who}住在哪里？", "{value}", "{name}住在{value}。", "{name}的家在{value}。", "{who}的家在什么地方？"),
-        "trade": ("{who}是做什么的？", "{value}", "{name}是一位{value}。", "{name}的工作是{value}。", "{who}从事哪一行？"),
-        "pet": ("{who}养什么宠物？", "{value}", "{name}养了一只{value}。", "{name}的宠物是{value}。", "{who}家里有什么动物？"),
-        "fruit": ("{who}爱吃什么水果？", "{value}", "{name}爱吃{value}。", "{name}最喜欢的水果是{value}。", "{who}最喜欢哪种水果？"),
-    },
-}  # fmt: skip
 
-# The people of the Lumi Isles, and the values of their traits, in English and Chinese.
-PEOPLE = (
-    ("Pim", "he", "皮姆", "他"), ("Orla", "she", "奥拉", "她"), ("Tavi", "he", "塔维", "他"), ("Nell", "she", "妮尔", "她"),
-    ("Bruno", "he", "布鲁诺", "他"), ("Wren", "she", "雷恩", "她"), ("Hugo", "he", "雨果", "他"), ("Maya", "she", "玛雅", "她"),
-    ("Felix", "he", "菲利", "他"), ("Ivy", "she", "艾薇", "她"), ("Otto", "he", "奥托", "他"), ("Suri", "she", "苏瑞", "她"),
-    ("Leo", "he", "里奥", "他"), ("Dora", "she", "朵拉", "她"), ("Kip", "he", "奇普", "他"), ("Zara", "she", "扎拉", "她"),
-    ("Emil", "he", "埃米", "他"), ("Lotte", "she", "洛特", "她"), ("Rufus", "he", "鲁夫", "他"), ("Hazel", "she", "海兹", "她"),
-)  # fmt: skip
-TRAITS = {
-    "town": (("Willowmere", "柳湖镇"), ("Saltbay", "盐湾"), ("Fernhill", "蕨山"), ("Moonport", "月港"), ("Larkfield", "云雀田")),
-    "trade": (("baker", "面包师"), ("sailor", "水手"), ("weaver", "织工"), ("gardener", "园丁"), ("potter", "陶匠")),
-    "pet": (("owl", "猫头鹰"), ("fox", "狐狸"), ("goat", "山羊"), ("parrot", "鹦鹉"), ("hedgehog", "刺猬")),
-    "fruit": (("plums", "李子"), ("cherries", "樱桃"), ("figs", "无花果"), ("pears", "梨"), ("grapes", "葡萄")),
-}  # fmt: skip
-UNITS = (
-    ("metres", "centimetres", "米", "厘米", 100),
-    ("kilometres", "metres", "公里", "米", 1000),
-    ("centimetres", "millimetres", "厘米", "毫米", 10),
-    ("kilograms", "grams", "公斤", "克", 1000),
-    ("crowns", "pennies", "元", "分", 100),
-)
-CONSONANTS, VOWELS = "BDFGKLMNPRSTVZ", "AEIOU"
-HANZI = "山水花月风云星雨雪林石海春夏秋冬火土竹梅松鱼"
-COLOURS = (
-    ("red", "红"), ("blue", "蓝"), ("green", "绿"), ("white", "白"), ("black", "黑"), ("golden", "金"), ("silver", "银"),
-    ("purple", "紫"), ("pink", "粉"), ("grey", "灰"), ("orange", "橙"), ("brown", "棕"),
-)  # fmt: skip
-BIRDS = (
-    ("heron", "苍鹭"), ("swan", "天鹅"), ("crane", "仙鹤"), ("swallow", "燕子"), ("eagle", "老鹰"), ("gull", "海鸥"),
-    ("duck", "鸭子"), ("robin", "知更鸟"), ("magpie", "喜鹊"), ("kestrel", "红隼"), ("puffin", "海雀"), ("pelican", "鹈鹕"),
-)  # fmt: skip
+class DemoTexts(msgspec.Struct, frozen=True):
+    """demo.json: the phrases, names and words of the demo, in English and Chinese.
+
+    `phrases`: by language and name: question, bare answer, whole sentence, other words for the sentence, and for some other
+    words for the question. "smaller", "more" and "turned" follow up a comparison, a sum and a spelling; "colour" and "name" ask
+    about the boat that was named.
+    """
+
+    phrases: dict[str, dict[str, list[str]]]
+    people: list[tuple[str, str, str, str]]  # of the Lumi Isles: name and pronoun in English and in Chinese
+    traits: dict[str, list[tuple[str, str]]]
+    units: list[tuple[str, str, str, str, int]]  # large and small unit in both languages, small ones in a large one
+    consonants: str
+    vowels: str
+    hanzi: str
+    colours: list[tuple[str, str]]
+    birds: list[tuple[str, str]]
+
+
+@cache
+def demo_texts() -> DemoTexts:
+    """The content of demo.json."""
+    return convert_record(json.loads(Path(__file__).with_name("demo.json").read_text(encoding="utf-8")), DemoTexts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +65,7 @@ class Item:
 
 
 Items = dict[tuple[str, str], list[Item]]  # by language and subject
-Facts = dict[tuple[int, str], int]  # (index in PEOPLE, trait) -> index in TRAITS[trait]
+Facts = dict[tuple[int, str], int]  # (index in people, trait) -> index in traits[trait]
 Message = dict[str, str]  # role and content, as jsonl has them
 
 
@@ -131,8 +89,8 @@ def make_item(
     wording: int = 0,
     then: Sequence[Item] = (),
 ) -> Item:
-    """The item of PHRASES named `phrase`, filled with `values`. `wording`: 1 takes the question in other words."""
-    ask, bare, whole, other, *reworded = (text.format(**values) for text in PHRASES[language][phrase])
+    """The item of the phrase named `phrase`, filled with `values`. `wording`: 1 takes the question in other words."""
+    ask, bare, whole, other, *reworded = (text.format(**values) for text in demo_texts().phrases[language][phrase])
     return Item(subject or phrase, language, reworded[0] if wording else ask, bare, whole, other, tuple(then))
 
 
@@ -162,20 +120,22 @@ def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Conversions of a large unit to a smaller one; a key is (index in UNITS, how many)."""
+    """Conversions of a large unit to a smaller one; a key is (index in units, how many)."""
+    place = 2 * LANGUAGES.index(language)
     items = []
-    for unit, n in keys:
-        big, small, factor = UNITS[unit][0:2] + UNITS[unit][4:] if language == "en" else UNITS[unit][2:]
-        items.append(make_item("convert", language, {"n": n, "big": big, "small": small, "m": n * factor}))
+    for index, n in keys:
+        unit = demo_texts().units[index]
+        big, small = unit[place : place + 2]
+        items.append(make_item("convert", language, {"n": n, "big": big, "small": small, "m": n * unit[4]}))
     return items
 
 
 def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Statements of a boat's colour and name (indices in COLOURS and BIRDS); the follow-ups ask for them."""
-    place = LANGUAGES.index(language)
+    """Statements of a boat's colour and name (indices in colours and birds); the follow-ups ask for them."""
+    place, texts = LANGUAGES.index(language), demo_texts()
     items = []
     for colour, bird in keys:
-        values = {"colour": COLOURS[colour][place], "bird": BIRDS[bird][place]}
+        values = {"colour": texts.colours[colour][place], "bird": texts.birds[bird][place]}
         asked = [make_item(what, language, values, subject="recall") for what in ("colour", "name")]
         items.append(make_item("boat", language, values, subject="recall", then=asked))
     return items
@@ -193,20 +153,20 @@ def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
 
 
 def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
-    """Traits of the islanders; a key is (index in PEOPLE, trait, wording of the question).
+    """Traits of the islanders; a key is (index in people, trait, wording of the question).
 
     The follow-up asks for another trait of the same person, whom it calls he or she; its key is among `keys` too.
     """
-    place = LANGUAGES.index(language)
+    place, texts = LANGUAGES.index(language), demo_texts()
 
     def item_of(person: int, trait: str, wording: int, who: str, subject: str, then: Sequence[Item] = ()) -> Item:
-        name, value = PEOPLE[person][2 * place], TRAITS[trait][facts[person, trait]][place]
+        name, value = texts.people[person][2 * place], texts.traits[trait][facts[person, trait]][place]
         values = {"name": name, "who": who, "value": value}
         return make_item(trait, language, values, subject=subject, wording=wording, then=then)
 
     items = []
     for person, trait, wording in keys:
-        name, pronoun = PEOPLE[person][2 * place : 2 * place + 2]
+        name, pronoun = texts.people[person][2 * place : 2 * place + 2]
         then = []
         for other in [key for key in keys if key[0] == person and key[1] != trait]:
             item = item_of(*other, pronoun, "follow-up")
@@ -232,17 +192,18 @@ NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 2
 def make_splits(seed: int) -> ItemSplits:
     """Draw the islanders' traits and the words, hold keys out, and build the items of both splits."""
     rng = random.Random(seed)
-    people = range(len(PEOPLE))
-    facts = {(person, trait): rng.randrange(len(TRAITS[trait])) for person in people for trait in TRAITS}
+    texts = demo_texts()
+    people, traits = range(len(texts.people)), texts.traits
+    facts = {(person, trait): rng.randrange(len(traits[trait])) for person in people for trait in traits}
     asked = {(person, trait, wording) for person, trait in facts for wording in (0, 1)}
     held_asked = {
-        (person, trait, rng.randrange(2)) for person in rng.sample(people, 12) for trait in rng.sample(list(TRAITS), 2)
+        (person, trait, rng.randrange(2)) for person in rng.sample(people, 12) for trait in rng.sample(list(traits), 2)
     }
     keys: dict[str, list] = {
         "sum": [(a, b) for a in range(10, 98) for b in range(2, min(10, 100 - a))],
         "compare": [(low, high) for low in range(10, 99) for high in range(low + 1, 100)],
-        "convert": [(unit, n) for unit in range(len(UNITS)) for n in range(10, 100)],
-        "recall": [(colour, bird) for colour in range(len(COLOURS)) for bird in range(len(BIRDS))],
+        "convert": [(unit, n) for unit in range(len(texts.units)) for n in range(10, 100)],
+        "recall": [(colour, bird) for colour in range(len(texts.colours)) for bird in range(len(texts.birds))],
         "en": _words(rng, "en"),
         "zh": _words(rng, "zh"),
     }
@@ -277,11 +238,12 @@ def make_items(keys: dict[str, list], facts: Facts) -> Items:
 def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
     """Different words of 4 letters, or of 3 Chinese characters; no letter is in a word twice, and no word is another reversed."""
     words: set[str] = set()
+    texts = demo_texts()
     while len(words) < count:
         if language == "zh":
-            word = "".join(rng.sample(HANZI, 3))
+            word = "".join(rng.sample(texts.hanzi, 3))
         else:
-            first, second = rng.sample(CONSONANTS, 2), rng.sample(VOWELS, 2)
+            first, second = rng.sample(texts.consonants, 2), rng.sample(texts.vowels, 2)
             word = first[0] + second[0] + first[1] + second[1]
         if word[::-1] not in words:
             words.add(word)
@@ -309,8 +271,8 @@ def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[di
         subject = _by_weight(rng, TEXT_WEIGHTS)
         pool = splits.islanders[language] if subject == "islander" else splits.train[language, subject]
         items = [rng.choice(pool) for _ in range(4)]
-        texts = [rng.choice([text for text in (item.whole, item.other) if text]) for item in items]
-        yield {"text": (" " if language == "en" else "").join(texts)}
+        sentences = [rng.choice([text for text in (item.whole, item.other) if text]) for item in items]
+        yield {"text": (" " if language == "en" else "").join(sentences)}
 
 
 def conversations(splits: ItemSplits, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
@@ -392,14 +354,15 @@ def tokenizer_texts(splits: ItemSplits) -> list[str]:
     Trained on these words the tokenizer would merge their letters, and the model could not see them. Single letters are repeated
     so often that each Chinese character, of three bytes, becomes a token before the phrases do.
     """
-    texts = ["user\n", "assistant\n"] * LETTERS_REPEATED
-    for language, letters in (("en", CONSONANTS + VOWELS), ("zh", HANZI)):
+    texts = demo_texts()
+    lines = ["user\n", "assistant\n"] * LETTERS_REPEATED
+    for language, letters in (("en", texts.consonants + texts.vowels), ("zh", texts.hanzi)):
         for items in word_items(letters, language).values():
-            texts += [text for item in items for text in _texts_of(item)] * LETTERS_REPEATED
+            lines += [text for item in items for text in _texts_of(item)] * LETTERS_REPEATED
         for subject in ("sum", "compare", "convert", "islander", "recall"):
-            texts += [text for item in splits.train[language, subject] for text in _texts_of(item)]
-        texts += [text for item in splits.islanders[language] for text in (item.whole, item.other)]
-    return texts
+            lines += [text for item in splits.train[language, subject] for text in _texts_of(item)]
+        lines += [text for item in splits.islanders[language] for text in (item.whole, item.other)]
+    return lines
 
 
 def _texts_of(item: Item) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The demo's corpus: what is held out stays held out, every row is a row, and scores count what they say."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,8 @@ def test_minutes_scale_the_rows_of_every_stage() -> None:
     for stage, smaller in zip(demo.STAGES, half, strict=True):
         assert smaller.rows == pytest.approx(stage.rows / 2, abs=1)
         assert smaller.lr == stage.lr
+
+
+def test_the_texts_are_part_of_the_package() -> None:
+    settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["package-data"]["mmdata"] == ["demo.json"]

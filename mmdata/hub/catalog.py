@@ -122,25 +122,13 @@ PRESET_TOKENIZER = {preset: "minimind-2" if "seed" in preset else "minimind-3" f
 
 # The repository names are from public pages; their files were not opened. `fetch` takes what the listing has.
 TOKENIZERS = (
-    KnownTokenizer(
-        "minimind-3",
-        {"hf": "jingyaogong/minimind-3", "modelscope": "gongjy/minimind-3"},
-        None,
-        "for the t2t files: tools, tool calls, thinking",
-    ),
-    KnownTokenizer(
-        "minimind-2",
-        {"hf": "jingyaogong/MiniMind2", "modelscope": "gongjy/MiniMind2"},
-        "d18103e50a735dfb8ab801183be734bc635dfc22",
-        "for the files of 2025: <|im_start|> and <|im_end|>",
-    ),
-    KnownTokenizer(
-        "minimind-2-seed",
-        {"hf": "jingyaogong/MiniMind2-R1", "modelscope": "gongjy/MiniMind2-R1"},
-        "4399eb0",
-        "for weights of early 2025: <s> and </s> (revision from a public page, unverified)",
-    ),
-)
+    KnownTokenizer("minimind-3", {"hf": "jingyaogong/minimind-3", "modelscope": "gongjy/minimind-3"}, None,
+                   "for the t2t files: tools, tool calls, thinking"),
+    KnownTokenizer("minimind-2", {"hf": "jingyaogong/MiniMind2", "modelscope": "gongjy/MiniMind2"},
+                   "d18103e50a735dfb8ab801183be734bc635dfc22", "for the files of 2025: <|im_start|> and <|im_end|>"),
+    KnownTokenizer("minimind-2-seed", {"hf": "jingyaogong/MiniMind2-R1", "modelscope": "gongjy/MiniMind2-R1"}, "4399eb0",
+                   "for weights of early 2025: <s> and </s> (revision from a public page, unverified)"),
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories have the template in a file of its own
 

@@ -249,9 +249,9 @@ class _Planner:
     def wants(self, name: str) -> list[WantedFile]:
         """The files that a name or a glob means. Raises NotFoundError, or UsageError for a name that would leave the folder."""
         if catalog.is_glob(name):
-            wants = [self._known(known) for known in catalog.find_glob(name)]
+            wants = [self._wanted(known.path, known) for known in catalog.find_glob(name)]
             if not wants and self._is_repository:
-                wants = [self._unknown(path) for path in self._dataset_files() if Path(path).match(name)]
+                wants = [self._wanted(path) for path in self._dataset_files() if Path(path).match(name)]
             if not wants:
                 raise NotFoundError(f"nothing fits {name!r}", SHOW_NAMES)
             return wants
@@ -261,15 +261,13 @@ class _Planner:
         if entry and entry.repo_kind == "model":
             return [WantedFile(name, entry.path, Repo(entry.repo, "model"), TOKENIZER_DIR)]
         known = catalog.find(name)
-        return [self._known(known) if known else self._unknown(name)]
+        return [self._wanted(known.path if known else name, known)]
 
-    def _known(self, known: KnownFile) -> WantedFile:
-        return WantedFile(
-            known.name, known.path, self.dataset, known.stage, known, known.revisions.get(self.source.kind)
-        )
-
-    def _unknown(self, path: str) -> WantedFile:
-        return WantedFile(path, path, self.dataset)
+    def _wanted(self, path: str, known: KnownFile | None = None) -> WantedFile:
+        """A file of the dataset; where the catalog does not know it, it keeps the name that it has there."""
+        if known is None:
+            return WantedFile(path, path, self.dataset)
+        return WantedFile(known.name, path, self.dataset, known.stage, known, known.revisions.get(self.source.kind))
 
     def _dataset_files(self) -> dict[str, Content]:
         """The listing of the dataset at the revision asked for, else at the locked commit, else of the main branch."""
@@ -285,7 +283,7 @@ class _Planner:
                 self.warnings.append(f"refused the name {path!r}: it would be written outside {self.options.out}")
             elif not Path(path).name.startswith("."):
                 known = next((known for known in catalog.FILES if known.name == path == known.path), None)
-                wants.append(self._known(known) if known else self._unknown(path))
+                wants.append(self._wanted(path, known))
         return wants
 
     def tokenizer(self, name: str, *, is_asked: bool) -> list[WantedFile]:
@@ -333,12 +331,9 @@ class _Planner:
                 self.warnings.append(f"{error.message}: it stays")
                 return FetchItem(want, "have", "keep")
             return FetchItem(want, "stale", "fail", error=error)
-        except NotFoundError as error:
-            if want.known is None and not want.is_optional:
-                raise
-            return FetchItem(want, "missing", "fail", error=error)
-        except AccessError as error:
-            if not want.is_optional:
+        except (NotFoundError, AccessError) as error:
+            is_known = want.known is not None and isinstance(error, NotFoundError)
+            if not is_known and not want.is_optional:
                 raise
             return FetchItem(want, "missing", "fail", error=error)
 
@@ -377,14 +372,10 @@ class _Planner:
         if not content.mismatch(digest) and (content.is_published or is_recorded):
             return replace(item, state="have", action="adopt", digest=digest)
         if entry and not is_recorded and same_mtime(path, entry):
-            self.warnings.append(
-                f"{path} is damaged on disk (its bytes changed, its times did not): it is fetched again"
-            )
+            self.warnings.append(f"{path} is damaged on disk (its bytes changed, its times did not): fetched again")
         elif not is_recorded and not self.options.force:
-            raise ConflictError(
-                f"{path} is not what was fetched or published: it looks like your own",
-                "move it away, or replace it: --force",
-            )
+            problem = f"{path} is not what was fetched or published: it looks like your own"
+            raise ConflictError(problem, "move it away, or replace it: --force")
         return replace(item, state="stale", action="get", have_bytes=have)
 
     # --- where it is
@@ -527,9 +518,8 @@ class _Planner:
         for commit in self._history(want.repo):
             listing = self._try_listing(want.repo, commit)
             if listing and (content := self._accept(want, listing, locked)):
-                self.warnings.append(
-                    f"{want.path} is gone from {self.main}; commit {commit[:12]} is the last that has it"
-                )
+                last = f"commit {commit[:12]} is the last that has it"
+                self.warnings.append(f"{want.path} is gone from {self.main}; {last}")
                 return FetchItem(want, "", "", content, commit, commit, want.path)
         return None
 
@@ -542,4 +532,5 @@ def _base(repo: str) -> str:
 def _is_ours(name: str) -> bool:
     """Whether a name is one of the files that `mm fetch` writes beside the data."""
     base = Path(name).name
-    return base in (LOCK_NAME, f"{LOCK_NAME}.broken") or base.endswith((".part", ".part.json", ".lock", ".new"))
+    ends = (".part", ".part.json", ".lock", ".new", ".partial")
+    return base in (LOCK_NAME, f"{LOCK_NAME}.broken") or base.endswith(ends)
