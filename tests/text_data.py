@@ -2,6 +2,7 @@
 
 import json
 import random
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def make(root: Path, *, num_rows: int = 120) -> dict[str, Path]:
 
 
 @cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="mm-test-")
+
+
+@cache
+def _trained(template: str, pattern: str, vocab_size: int, algorithm: str) -> dict[str, bytes]:
+    """The files of a tokenizer, trained once a process."""
+    files = list(make(Path(_scratch().name)).values())
+    return train(files, TokenizerOptions(vocab_size, algorithm, template=template, pattern=pattern))[0]
+
+
 def trained(
     root: Path,
     template: str = "minimind3",
@@ -65,11 +77,9 @@ def trained(
     vocab_size: int = 420,
     algorithm: str = "bpe",
 ) -> Tokenizer:
-    """A tokenizer trained on `make`'s files, loaded from root/TEMPLATE-PATTERN-SIZE; once a process."""
-    files = list(make(root / "data").values())
+    """A tokenizer trained on `make`'s files, loaded from root/TEMPLATE-PATTERN-SIZE."""
     out = root / f"{template}-{pattern}-{vocab_size}"
     out.mkdir()
-    written, _ = train(files, TokenizerOptions(vocab_size, algorithm, template=template, pattern=pattern))
-    for name, content in written.items():
+    for name, content in _trained(template, pattern, vocab_size, algorithm).items():
         (out / name).write_bytes(content)
     return Tokenizer.load(out)
