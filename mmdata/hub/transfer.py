@@ -49,10 +49,6 @@ class RangeIgnored(Exception):
     """The server sends whole files only, so that several connections would download everything several times."""
 
 
-class _Stopped(Exception):
-    """Another connection failed; this one ends without an error of its own."""
-
-
 @dataclass(frozen=True, slots=True)
 class Patience:
     """Timeouts and numbers of tries. Only attempts that make no progress count."""
@@ -178,8 +174,8 @@ def _kept_spans(target: Path, content: Content | None) -> list[Span]:
         length = part.stat().st_size
     except (OSError, FetchError):
         return []
-    same = content is None or content.identity is not None
-    if not same or (content and (journal.num_bytes, journal.identity) != (content.num_bytes, content.identity)):
+    is_same = content is None or (journal.num_bytes, journal.identity) == (content.num_bytes, content.identity)
+    if not is_same or (content and content.identity is None):
         return []
     if not journal.spans or length > journal.num_bytes:
         return []
@@ -243,13 +239,20 @@ class PartialFile:
         journal = Journal(self.content.num_bytes, self.content.identity, spans)
         write_unsynced(self.journal, msgspec.json.encode(journal).decode())
 
-    def begin(self, offset: int) -> list[int]:
-        """Open a span [begin, position] for one writer. It is in the journal before its first byte is written."""
+    @contextlib.contextmanager
+    def writing(self, offset: int) -> Iterator[list[int]]:
+        """A span [begin, position] for one writer. It is in the journal before its first byte is written."""
         span = [offset, offset]
         with self._guard:
             self._active.append(span)
             self._save()
-        return span
+        try:
+            yield span
+        finally:
+            with self._guard:
+                self._active.remove(span)
+                self.done = merge([*self.done, (span[0], span[1])])
+                self._save()
 
     def write(self, span: list[int], data: bytes, *, is_only: bool) -> None:
         """Append to a span. Bytes of the only writer are hashed at once where they continue the digest."""
@@ -264,13 +267,6 @@ class PartialFile:
                 self._unsaved += len(data)
                 if self._unsaved >= JOURNAL_BYTES:
                     self._save()
-
-    def end(self, span: list[int]) -> None:
-        """Close a span; its bytes count as done."""
-        with self._guard:
-            self._active.remove(span)
-            self.done = merge([*self.done, (span[0], span[1])])
-            self._save()
 
     def catch_up(self, *, stop: int | None = None) -> None:
         """Hash the unbroken bytes that follow the digest's position, up to `stop`."""
@@ -298,14 +294,11 @@ class PartialFile:
         with self._guard, contextlib.suppress(OSError):  # a full disk has been reported already
             self._save()
         if not merge(self._spans()):
-            self._remove()
+            self.discard()
 
     def discard(self) -> None:
         """Close and remove the part: its bytes are of no use."""
         self.close()
-        self._remove()
-
-    def _remove(self) -> None:
         self.path.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
 
@@ -431,8 +424,6 @@ class _Connections:
                         return
                     begin, end = self.pieces.pop(0)
                 self._download_piece(begin, end)
-        except _Stopped:
-            return
         except BaseException as error:  # raised again by the thread that waits for this one
             with self._guard:
                 self.error = self.error or error
@@ -442,10 +433,9 @@ class _Connections:
         """Download one piece in as many attempts as it takes."""
         if not self.is_shared:
             self.part.catch_up(stop=begin)
-        span = self.part.begin(begin)
         failures = strikes = 0
-        try:
-            while span[1] < end:
+        with self.part.writing(begin) as span:
+            while span[1] < end and not self.stop.is_set():
                 before = span[1]
                 try:
                     self._attempt(span, end)
@@ -459,8 +449,6 @@ class _Connections:
                     if failures >= self.patience.tries:
                         raise NetworkError(f"no progress in {failures} attempts: {problem}", RESUME) from problem
                     self.patience.wait(failures, problem.wait_s)
-        finally:
-            self.part.end(span)
 
     def _attempt(self, span: list[int], end: int) -> None:
         """One response, from the position of the span to the end of the piece."""
@@ -473,15 +461,15 @@ class _Connections:
             if self.is_shared and body.start < position:
                 raise RangeIgnored
             self._read(body, span, end)
-        if span[1] < end:
+        if span[1] < end and not self.stop.is_set():
             raise TryAgain(f"the connection closed after {span[1]:,} of {self.num_bytes:,} bytes")
 
     def _read(self, body: Body, span: list[int], end: int) -> None:
         skip = span[1] - body.start  # bytes that a server without ranges sends again
         window_start, window_bytes = self.patience.clock(), 0
         for chunk in body.chunks:
-            if self.stop.is_set():
-                raise _Stopped
+            if self.stop.is_set():  # another connection failed
+                return
             with self._guard:
                 self.result.received_bytes += len(chunk)
             window_bytes += len(chunk)
