@@ -381,6 +381,38 @@ def test_ids_are_transformers_and_masks_minimind_s(
     assert sequence.loss_mask.tolist() == minimind_mask(want, name)
 
 
+PLAIN_TEXT = st.lists(
+    st.text(max_size=8) | st.sampled_from(["hi", "  ", "\n\n", "你好", "<think>", "</think>\n", "<b>", "x" * 60, "é👍"]),
+    min_size=1, max_size=3,
+).map("".join).filter(lambda text: text.strip() and "<|" not in text and "s>" not in text)  # fmt: skip
+TURNS = st.lists(st.tuples(PLAIN_TEXT, PLAIN_TEXT), min_size=1, max_size=3).map(
+    lambda turns: [*itertools.chain(*turns)]
+)
+
+
+@examples(100)
+@given(said=TURNS, other=TURNS, system=st.none() | PLAIN_TEXT, name=st.sampled_from(["seed", "era2", "era3", "chatml"]))
+def test_columns_jinja_and_transformers_give_the_same_ids(
+    said: list[str], other: list[str], system: str | None, name: str
+) -> None:
+    rows = [talk(*said, system=system), talk(*said, *other, system=system)]
+    sides = [talk(*said, other[0], reply, *other, system=system) for reply in ("yes", other[1] + " no")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmdata.encode.encoder.EMPTY_THINK_KEPT", 1.0)
+        columns, jinja = (encoder(name, 4096, is_reference=is_reference) for is_reference in (False, True))
+        assert_same(columns.encode(rows), jinja.encode(rows))
+        assert_same(columns.encode([Pair(*sides)]), jinja.encode([Pair(*sides)]))
+        encoded, pairs = columns.encode(rows), columns.encode([Pair(*sides)])
+    good = [row for i, row in enumerate(rows) if i not in encoded.bad]
+    ids = [s.ids.tolist() for s in encoded.sequences if isinstance(s, Sequence)]
+    assert ids == [their_ids(row, name) for row in good]
+    assert {bad.reason for bad in encoded.bad.values()} <= {"no place in the template"}
+    for parts in pairs.sequences:
+        assert isinstance(parts, PairSequence)
+        for side, reply in zip(sides, (parts.chosen, parts.rejected), strict=True):
+            assert [*parts.prompt.tolist(), *reply.tolist()] == their_ids(side, name)
+
+
 @pytest.mark.parametrize("row", ROWS[:4])
 def test_masks_are_transformers_where_a_template_marks_generation(row: Conversation) -> None:
     row = Conversation(tuple(m for m in row.messages if m.role != "system"))

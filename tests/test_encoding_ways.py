@@ -144,6 +144,17 @@ def test_an_answer_that_joins_its_header_and_one_with_control_strings_are_looked
     assert not batch.bad and len(batch.sequences) == 5
 
 
+def test_calls_after_an_answer_of_newlines_alone_are_left_to_the_template() -> None:
+    """Of such an answer a template may write nothing, and yet a newline before the calls."""
+    call = ({"name": "f", "arguments": "{}"},)
+    sides = [
+        Conversation((Message("user", "a"), Message("assistant", said, "why", call), Message("tool", "b"), *talk("c", "d").messages[1:]))
+        for said in ("", "\n")
+    ]  # fmt: skip
+    assert not assert_as_reference(sides, "era3", 99, "assistant").bad
+    assert not assert_as_reference([Pair(*sides)], "era3", 99, "assistant").bad
+
+
 def test_a_document_of_nothing_but_marks_is_left_out_with_a_reason() -> None:
     batch = assert_as_reference([Document("<s></s>"), Document("<s>a</s> <s>b</s>")], "seed", 99, "assistant")
     assert batch.bad[0].reason == "empty content" and batch.num_sequences.tolist() == [0, 2]

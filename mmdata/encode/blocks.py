@@ -186,6 +186,8 @@ class Blocks:
         calls = ""
         if format.thinks:
             content = content.lstrip("\n")
+            if message.content and not content:
+                return ""
         if message.tool_calls:
             if not format.has_calls:
                 return ""

@@ -23,6 +23,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -373,20 +374,32 @@ def plan(path: Path, tokenizer: Path) -> dict[str, Any]:
 
 
 def by_turns(name: str, path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
-    """Median rates of this checkout and of another one, run in turns, and whether both wrote the same dataset."""
+    """Median rates of this checkout and of another one, run in turns, and whether both wrote the same dataset.
+
+    The rate by CPU time (of all processes) hardly depends on what else the machine does; that by wall time does.
+    """
     megabytes, out = path.stat().st_size / 1e6, root / name
     for workers in (1, 2):
-        seconds: dict[Path, list[float]] = {ROOT: [], options.by_turns: []}
+        spent: dict[Path, list[tuple[float, float]]] = {ROOT: [], options.by_turns: []}  # wall and CPU seconds
         digests = set()
         for _ in range(options.rounds):
-            for checkout, of in seconds.items():
-                of.append(pack(path, out, options.tokenizer, workers, checkout)[0])
+            for checkout, of in spent.items():
+                before = children_cpu_s()
+                wall_s = pack(path, out, options.tokenizer, workers, checkout)[0]
+                of.append((wall_s, children_cpu_s() - before))
                 digests.add(json.loads((out / "manifest.json").read_bytes())["dataset_digest"])
-        here, there = (megabytes / statistics.median(of) for of in seconds.values())
         same = "the same dataset" if len(digests) == 1 else "OTHER DATASETS"
-        what = f"`mm pack`, {name}, {megabytes:.0f} MB, {workers} worker{'s' * (workers > 1)}, {options.rounds} rounds"
-        yield what, f"{here:.2f} MB/s, other checkout {there:.2f} MB/s: {here / there:.2f} times; {same}"
+        for n, clock in enumerate(("wall", "CPU")):
+            here, there = (megabytes / statistics.median(times[n] for times in of) for of in spent.values())
+            what = f"`mm pack`, {name}, {megabytes:.0f} MB, {workers} worker{'s' * (workers > 1)}, by {clock} time"
+            yield what, f"{here:.2f} MB/s, other checkout {there:.2f} MB/s: {here / there:.2f} times; {same}"
     shutil.rmtree(out)
+
+
+def children_cpu_s() -> float:
+    """CPU seconds of the child processes that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def memory(path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
