@@ -74,12 +74,12 @@ class SettingRecord(Struct):
     origin: str = field(name="from")
 
 
-class DataRecord(Struct):
+class DataRecord(Struct, kw_only=True):
     """A dataset of a run; `share` is its share of the tokens of an epoch."""
 
     dir: str
-    digest: str
     kind: str = ""
+    digest: str
     share: float = 1.0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pack_data import write_rows
 from pages import HOSTILE
-from train_runs import make_run
+from train_runs import make_run, resumption
 
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
@@ -71,7 +71,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path
         init=str(root / "pretrain-1/checkpoints/step-60"),
         matmul_flops=1e7,
         fill=0.9,
-        resumed=[{"step": step} for step in (400, 401, 402, 700)],
+        resumed=[resumption(step) for step in (400, 401, 402, 700)],
     )
     events = [{"step": step, "event": "save"} for step in range(10, 900, 10)] + [{"step": 500, "event": "halved"}]
     (root / "sft-1/events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

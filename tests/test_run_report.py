@@ -14,7 +14,7 @@ import pytest
 import warm
 from command_line import Run, fine, refused
 from pages import HOSTILE, cards, parsed
-from train_runs import make_run
+from train_runs import make_run, resumption
 from waiting import LONG_S
 
 from mmdata.stats.report.page import Translation
@@ -109,7 +109,12 @@ def test_reports_take_their_share_of_time_and_no_more(tmp_path: Path, monkeypatc
 def test_hostile_names_and_answers_are_text(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run"
     make_run(
-        path, 6, device_name=text, resumed=[{"step": 3, "device": text}], data=[{"dir": text}], versions={text: text}
+        path,
+        6,
+        device_name=text,
+        resumed=[resumption(3, text)],
+        data=[{"dir": text, "digest": text}],
+        versions={text: text},
     )
     history.append(path / "samples.jsonl", [history.Sample(4, text, text)])
     figures = history.figures([path])
@@ -119,7 +124,7 @@ def test_hostile_names_and_answers_are_text(tmp_path: Path, text: str) -> None:
 
 
 def test_every_kind_of_event_is_marked_and_explained(tmp_path: Path) -> None:
-    make_run(tmp_path / "run", 900, resumed=[{"step": 300, "device": "CPU"}])
+    make_run(tmp_path / "run", 900, resumed=[resumption(300, "CPU")])
     with (tmp_path / "run/events.jsonl").open("w") as file:
         for step in range(1, 901):
             file.write(json.dumps({"step": step, "event": "save", "note": ""}) + "\n")

@@ -5,14 +5,14 @@ directories written by hand, for the tests of what is read from them.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from train_data import Data
 
-from mmtrain.config import TrainOptions
+from mmtrain.config import ModelConfig, TrainOptions
 
 
 def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:
@@ -76,7 +76,8 @@ def make_run(path: Path, number: int, *, stage: str = "sft", init: str = "", **f
     """A run directory with `number` steps, the figures of each a function of its step; gives its step records."""
     (path / "checkpoints").mkdir(parents=True)
     run = {"stage": stage, "status": "finished", "num_steps": number, "num_params": 1000, "world_size": 1, **facts}
-    run |= {"model": {"vocab_size": 10, "hidden_size": 20}, "init": {"dir": init} if init else None}
+    run |= {"model": asdict(ModelConfig(10, 20, 1, 2, 1, 8))}
+    run |= {"init": {"dir": init, "weights_sha256": "0" * 64} if init else None}
     run["settings"] = {"lr": {"value": 0.1, "from": "flag"}, "epochs": {"value": None, "from": "default"}}
     (path / "run.json").write_text(json.dumps(run))
     records = []
@@ -98,3 +99,8 @@ def make_run(path: Path, number: int, *, stage: str = "sft", init: str = "", **f
             if step % 5 == 0:
                 file.write(json.dumps({"step": step, "val_loss": 6 - math.log(step), "val_bits_per_byte": 1.0}) + "\n")
     return records
+
+
+def resumption(step: int, device: str = "cpu") -> dict[str, Any]:
+    """An entry of `resumed` in run.json."""
+    return {"step": step, "time": 0.0, "world_size": 1, "device": device}

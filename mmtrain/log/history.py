@@ -17,15 +17,15 @@ import numpy as np
 
 from mmdata.errors import CheckpointError
 from mmdata.io import files
-from mmdata.io.records import Record, convert_record, plain, read_record
+from mmdata.io.records import Record, convert_record, plain
+from mmtrain.records import RUN, RunRecord, read_run
 
-RUN, METRICS, SAMPLES, EVENTS = "run.json", "metrics.jsonl", "samples.jsonl", "events.jsonl"
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 POINTS = 400
 PAIR_FIGURES = ("accuracy", "reward_margin", "chosen_drift", "rejected_drift", "chosen_logps", "rejected_logps")
 STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
 
 Metrics = dict[str, int | float | None]  # a line of metrics.jsonl: figures of a step or, named val_…, of a validation
-Json = dict[str, Any]  # part of run.json that is passed on unchanged
 RunFigures = dict[str, Any]  # one run in `mm report --json`; see `run_figures`
 
 
@@ -47,35 +47,6 @@ class Sample(msgspec.Struct):
 
 class _Step(msgspec.Struct):
     step: int
-
-
-class _Resumption(msgspec.Struct):
-    step: int
-    device: str = ""
-    world_size: int = 1
-
-
-class _RunFacts(msgspec.Struct):
-    """The fields of run.json that the figures are made of."""
-
-    stage: str = "?"
-    status: str = "?"
-    started: float | None = None
-    ended: float | None = None
-    device: str = "?"
-    device_name: str = ""
-    precision: str = "?"
-    world_size: int = 1
-    num_params: int = 0
-    num_steps: int = 0
-    fill: float | None = None
-    matmul_flops: float | None = None
-    settings: Json = {}
-    model: Json = {}
-    data: list[Json] = []
-    init: Json | None = None
-    versions: dict[str, str] = {}
-    resumed: list[_Resumption] = []
 
 
 # --- jsonl files of a run
@@ -152,7 +123,7 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
     `curves` has a list of points for each name, among them the axes step, tokens and hours; `vals`, `events` and `samples`
     are records with their place on the axes. CheckpointError without a readable run.json.
     """
-    run = read_record(run_dir / RUN, _RunFacts, CheckpointError, "give a run directory of `mm train`")
+    run = read_run(run_dir)
     metrics = metrics or MetricsReader(run_dir / METRICS)
     metrics.update()
     limit = math.inf if until is None else until
@@ -172,10 +143,10 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
         "stage": run.stage,
         "status": run.status,
         "started": run.started,
-        "ended": run.ended,
-        "device": run.device_name or run.device,
-        "precision": run.precision,
-        "world_size": run.world_size,
+        "ended": run.ended or None,
+        "device": run.device_name or run.device or "?",
+        "precision": run.precision or "?",
+        "world_size": run.world_size or 1,
         "params": run.num_params,
         "num_steps": run.num_steps,
         "step": numbers[-1] if steps else 0,
@@ -184,11 +155,11 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
         "hours": float(np.nansum(seconds) / 3600),
         "skipped": int(steps[-1].get("skipped") or 0) if steps else 0,
         "last": _last(steps, vals),
-        "settings": run.settings,
-        "model": run.model,
-        "data": run.data,
-        "init": run.init,
-        "versions": run.versions,
+        "settings": plain(run.settings),
+        "model": plain(run.model) or {},
+        "data": plain(run.data),
+        "init": plain(run.init),
+        "versions": run.versions or {},
         "curves": _curves(steps, run) if steps else {},
         "vals": [{**place(_step(val)), **{k: v for k, v in val.items() if k != "step"}} for val in _thinned(vals)],
         "events": [plain(event) | place(event.step) for event in _events(run_dir, run, steps, limit)],
@@ -223,7 +194,7 @@ def _running_sums(values: np.ndarray) -> list[float]:
     return [0.0, *np.cumsum(np.nan_to_num(values)).tolist()]
 
 
-def _curves(steps: Sequence[Metrics], run: _RunFacts) -> dict[str, list[float | None]]:
+def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | None]]:
     """Curves of at most POINTS points: means over equal numbers of steps; step, tokens and hours at the end of each."""
     tokens, trained, seconds = _column(steps, "tokens"), _column(steps, "trained_tokens"), _seconds(steps)
     columns = {name: _column(steps, name) for name in STEP_FIGURES if any(name in step for step in steps)}
@@ -235,7 +206,7 @@ def _curves(steps: Sequence[Metrics], run: _RunFacts) -> dict[str, list[float | 
     flops = _flops(run, tokens, trained)
     columns["gflops"] = flops / nonzero / 1e9
     if run.matmul_flops:
-        columns["mfu"] = flops / nonzero / (run.matmul_flops * run.world_size)
+        columns["mfu"] = flops / nonzero / (run.matmul_flops * (run.world_size or 1))
     if any("memory_bytes" in step for step in steps):
         columns["memory_gb"] = _column(steps, "memory_bytes") / 1e9
     edges = np.unique(np.linspace(0, len(steps), min(len(steps), POINTS) + 1).astype(int))
@@ -254,10 +225,10 @@ def _curves(steps: Sequence[Metrics], run: _RunFacts) -> dict[str, list[float | 
     return curves
 
 
-def _flops(run: _RunFacts, tokens: np.ndarray, trained: np.ndarray) -> np.ndarray:
+def _flops(run: RunRecord, tokens: np.ndarray, trained: np.ndarray) -> np.ndarray:
     """Floating-point operations of each step: 6 per weight and token (2 forward, 4 backward), the output matrix on
     trained tokens only, as this trainer does. Without attention's own products: under a tenth at these lengths."""
-    head = run.model.get("vocab_size", 0) * run.model.get("hidden_size", 0)
+    head = run.model.vocab_size * run.model.hidden_size if run.model else 0
     return 6.0 * (max(run.num_params - head, 0) * tokens + head * trained)
 
 
@@ -290,10 +261,10 @@ def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float 
     return last
 
 
-def _events(run_dir: Path, run: _RunFacts, steps: Sequence[Metrics], limit: float) -> list[Event]:
+def _events(run_dir: Path, run: RunRecord, steps: Sequence[Metrics], limit: float) -> list[Event]:
     """Recorded events, resumptions and skipped steps in the order of their steps, each once."""
     events = read_records(run_dir / EVENTS, Event)
-    events += [Event(one.step, "resume", f"{one.device}, world size {one.world_size}") for one in run.resumed]
+    events += [Event(one.step, "resume", f"{one.device}, world size {one.world_size}") for one in run.resumed or ()]
     before: float = 0
     for step in steps:
         count = step.get("skipped") or 0

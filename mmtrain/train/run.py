@@ -281,7 +281,12 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
         init=plan.start.record,
         data_digest=plan.loader.digest,
         data=[
-            DataRecord(str(share.dataset.dir), share.dataset.digest, share.dataset.kind, share.tokens)
+            DataRecord(
+                dir=str(share.dataset.dir),
+                kind=share.dataset.kind,
+                digest=share.dataset.digest,
+                share=share.tokens,
+            )
             for share in plan.loader.shares
         ],
         tokenizer_sha256=plan.datasets[0].tokenizer_sha256,
