@@ -15,7 +15,7 @@ def trained(home: Path, mm: Run) -> Path:
     return home / "data" / "tokenizer-300"
 
 
-def test_a_trained_tokenizer_is_judged_checked_compared_and_packs(trained: Path, mm: Run) -> None:
+def test_a_trained_tokenizer_is_evaluated_checked_compared_and_packs(trained: Path, mm: Run) -> None:
     assert "is up to date" in fine(mm("tokenizer train --vocab-size 300")).out
     ran = fine(mm("tokenizer eval data/tokenizer data/tokenizer-300 --html page.html --lang zh"))
     assert "分词器" in Path("page.html").read_text(encoding="utf-8") and "report: page.html" in ran.err

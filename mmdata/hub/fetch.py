@@ -64,7 +64,7 @@ def fetch(
     """
     check_space(plan)
     options = plan.options
-    source = open_source(options.source, options.endpoint, options.patience)
+    source = open_source(options.source, options.endpoint, options.retry)
     report = _Report(plan, watch)
     outcomes: list[FetchOutcome] = []
     for item in plan.items:
@@ -144,7 +144,7 @@ def _fetch_one(
             content,
             opener(source, want.repo, item.commit or item.revision, item.path),
             connections=options.connections,
-            patience=options.patience,
+            retry=options.retry,
             progress=lambda done, total: report(want.name, done, total),
             check=lambda part, digest: _check_rows(part, digest, want, content),
         )
@@ -205,7 +205,7 @@ def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) 
         warnings.append(f"the last line of {want.name} does not end: it may be cut upstream")
     if want.known and (problem := _first_row_problem(part, want.known.fields)):
         if not content.is_published:
-            raise IntegrityError(f"{want.name}: {problem}, and no checksum vouches for it", "check --source")
+            raise IntegrityError(f"{want.name}: {problem}, and no checksum was published for it", "check --source")
         warnings.append(f"{want.name}: {problem}, though its checksum is the published one")
     return warnings
 

@@ -24,7 +24,7 @@ from mmdata.errors import AccessError, ConflictError, DiskError, MMError, NotFou
 from mmdata.hub import catalog
 from mmdata.hub.catalog import KnownFile
 from mmdata.hub.sources import Listing, Repo, commits, first_bytes, is_safe, list_files, look_up, open_source
-from mmdata.hub.transfer import Content, Patience, kept_bytes
+from mmdata.hub.transfer import Content, RetryPolicy, kept_bytes
 from mmdata.io.files import Digest, digest_file, locked
 from mmdata.io.records import convert_record, write_record
 
@@ -146,7 +146,7 @@ class FetchOptions:
     verify: bool = False
     force: bool = False
     connections: int = 1
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ class _Planner:
 
     def __init__(self, options: FetchOptions, checking: Checking | None) -> None:
         self.options, self.checking = options, checking
-        self.source = open_source(options.source, options.endpoint, options.patience)
+        self.source = open_source(options.source, options.endpoint, options.retry)
         self.warnings: list[str] = []
         self.lock = read_lock(options.out, self.warnings)
         self.dataset = Repo(catalog.DATASET_REPO.get(self.source.kind, ""))

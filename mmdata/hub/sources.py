@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote, urlencode, urlsplit
 
 from mmdata.errors import AccessError, IntegrityError, MMError, NetworkError, NotFoundError, UsageError
-from mmdata.hub.transfer import NOT_DATA, Body, Content, OpenBody, Patience, TryAgain, WrongSize, persist
+from mmdata.hub.transfer import NOT_DATA, Body, Content, OpenBody, RetryPolicy, TryAgain, WrongSize, with_retries
 from mmdata.io.files import CHUNK_BYTES
 
 HF_ENDPOINT = "https://huggingface.co"
@@ -37,7 +37,7 @@ class Source:
 
     kind: str
     endpoint: str
-    patience: Patience = field(default_factory=Patience)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +56,17 @@ class Listing:
     files: dict[str, Content]
 
 
-def open_source(name: str, endpoint: str | None, patience: Patience) -> Source:
+def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
     """The source that `--source` and `--endpoint` name. Raises UsageError if they name none."""
     if name in ("hf", "modelscope"):
         default = HF_ENDPOINT if name == "hf" else MODELSCOPE_ENDPOINT
-        return Source(name, _endpoint(endpoint or default), patience)
+        return Source(name, _endpoint(endpoint or default), retry)
     if endpoint:
         raise UsageError("--endpoint belongs to --source hf and --source modelscope", "leave one of the two out")
     if re.match(r"https?://", name):
-        return Source("url", name.rstrip("/"), patience)
+        return Source("url", name.rstrip("/"), retry)
     if Path(name).is_dir():
-        return Source("dir", str(Path(name).resolve()), patience)
+        return Source("dir", str(Path(name).resolve()), retry)
     raise UsageError(f"--source {name} is no folder and no web address", "use hf, modelscope, a folder, or https://…")
 
 
@@ -90,7 +90,7 @@ def is_safe(path: str) -> bool:
 def list_files(source: Source, repo: Repo, revision: str) -> Listing:
     """The files of a repository at a revision, in one request (ModelScope: one per 200 files). Raises NotFoundError and others."""
     if source.kind == "hf":
-        return persist(lambda: _list_hf(source, repo, revision), source.patience, fix=REACH)
+        return with_retries(lambda: _list_hf(source, repo, revision), source.retry, fix=REACH)
     assert source.kind == "modelscope", source.kind
     return _list_modelscope(source, repo, revision)
 
@@ -106,7 +106,7 @@ def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
     api = HfApi(endpoint=source.endpoint)
     ask = api.dataset_info if repo.kind == "dataset" else api.model_info
     with _explained(source, f"{repo.id} at {revision}"):
-        info = ask(repo.id, revision=revision, files_metadata=True, timeout=source.patience.read_timeout_s)
+        info = ask(repo.id, revision=revision, files_metadata=True, timeout=source.retry.read_timeout_s)
     files = {}
     for file in info.siblings or []:
         if file.size is not None:
@@ -159,7 +159,7 @@ def look_up(source: Source, path: str) -> Content | None:
             return None
         stat = file.stat()
         return Content(stat.st_size, etag=f"mtime {stat.st_mtime_ns}", first=first_bytes(path))
-    return persist(lambda: _look_up_url(source, path), source.patience, fix=REACH)
+    return with_retries(lambda: _look_up_url(source, path), source.retry, fix=REACH)
 
 
 def _look_up_url(source: Source, path: str) -> Content | None:
@@ -258,7 +258,7 @@ def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Ite
 
     session = get_session()
     headers = {**_headers(source), "Accept-Encoding": "identity", **headers}
-    timeout = _http(session).Timeout(source.patience.read_timeout_s)
+    timeout = _http(session).Timeout(source.retry.read_timeout_s)
     with (
         _explained(source, what),
         session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response,
@@ -278,13 +278,13 @@ def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) ->
     def ask() -> tuple[Any, dict]:
         with _explained(source, what):
             session = get_session()
-            response = session.get(url, headers=_headers(source), timeout=source.patience.read_timeout_s)
+            response = session.get(url, headers=_headers(source), timeout=source.retry.read_timeout_s)
             if is_again and response.status_code == 403:
                 raise TryAgain(f"{source.endpoint} refused a page")
             hf_raise_for_status(response)
             return response.json(), response.links
 
-    return persist(ask, source.patience, fix=REACH)
+    return with_retries(ask, source.retry, fix=REACH)
 
 
 @contextlib.contextmanager
@@ -304,7 +304,7 @@ def _explained(source: Source, what: str) -> Iterator[None]:
     except (errors.HfHubHTTPError, http.HTTPStatusError) as error:
         _explain_status(source, what, error)
     except http.TimeoutException as error:
-        problem = f"{_host(source)} kept silent for {source.patience.read_timeout_s:g} s"
+        problem = f"{_host(source)} kept silent for {source.retry.read_timeout_s:g} s"
         raise TryAgain(problem, is_timeout=True) from error
     except (http.UnsupportedProtocol, http.InvalidURL) as error:
         problem = f"{source.endpoint} is no web address"

@@ -26,7 +26,9 @@ T = TypeVar("T")
 JOURNAL_BYTES = 512 * 1024  # with several connections, at most this much is downloaded again after a kill
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 64 << 20
 RESUME = "run the same command again: it goes on where it stopped (`--endpoint`, `--source modelscope` try another way)"
-NOT_DATA = "something between you and the source answers in its place: open the address in a browser, or try another --endpoint"
+NOT_DATA = (
+    "a proxy or a login page answers in place of the source: open the address in a browser, or try another --endpoint"
+)
 
 
 # --- retrying
@@ -50,11 +52,11 @@ class RangeIgnored(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """Timeouts and numbers of tries. Only attempts that make no progress count."""
 
     tries: int = 6
-    strikes: int = 3  # answers that contradict the published size
+    contradictions: int = 3  # answers of another size than the published one
     progress_bytes: int = 64 * 1024  # an attempt that received this much made progress
     first_wait_s: float = 1.0
     max_wait_s: float = 30.0
@@ -74,7 +76,7 @@ class Patience:
         self.sleep(seconds)
 
 
-def persist(call: Callable[[], T], patience: Patience, *, fix: str) -> T:
+def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
     """Call until it returns. TryAgain is retried, and a timeout counts as two tries. Raises NetworkError after the last."""
     failures = 0
     while True:
@@ -82,9 +84,9 @@ def persist(call: Callable[[], T], patience: Patience, *, fix: str) -> T:
             return call()
         except TryAgain as problem:
             failures += 2 if problem.is_timeout else 1
-            if failures >= patience.tries:
+            if failures >= retry.tries:
                 raise NetworkError(str(problem), fix) from problem
-            patience.wait(failures, problem.wait_s)
+            retry.wait(failures, problem.wait_s)
 
 
 # --- what is downloaded
@@ -319,7 +321,7 @@ def download(
     open_body: OpenBody,
     *,
     connections: int = 1,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
     progress: Progress | None = None,
     check: Callable[[Path, Digest], list[str]] | None = None,
 ) -> Download:
@@ -338,7 +340,7 @@ def download(
     try:
         result = Download(part.digest)
         for is_last in (False, True):
-            _Connections(part, open_body, patience or Patience(), result, progress).run(connections)
+            _Connections(part, open_body, retry or RetryPolicy(), result, progress).run(connections)
             problem = content.mismatch(part.digest)
             if not problem:
                 break
@@ -368,9 +370,9 @@ class _Connections:
     """The connections of one download: the pieces still to do, and the first error of any of them."""
 
     def __init__(
-        self, part: PartialFile, open_body: OpenBody, patience: Patience, result: Download, progress: Progress | None
+        self, part: PartialFile, open_body: OpenBody, retry: RetryPolicy, result: Download, progress: Progress | None
     ) -> None:
-        self.part, self.open_body, self.patience = part, open_body, patience
+        self.part, self.open_body, self.retry = part, open_body, retry
         self.result, self.progress = result, progress
         self.num_bytes = part.content.num_bytes
         self.done_bytes = 0
@@ -433,7 +435,7 @@ class _Connections:
         """Download one piece in as many attempts as it takes."""
         if not self.is_shared:
             self.part.catch_up(stop=begin)
-        failures = strikes = 0
+        failures = contradictions = 0
         with self.part.writing(begin) as span:
             while span[1] < end and not self.stop.is_set():
                 before = span[1]
@@ -441,14 +443,14 @@ class _Connections:
                     self._attempt(span, end)
                 except TryAgain as problem:
                     self.result.failures += 1
-                    strikes += isinstance(problem, WrongSize)
-                    failures = 0 if span[1] - before >= self.patience.progress_bytes else failures + 1
-                    if strikes >= self.patience.strikes:
+                    contradictions += isinstance(problem, WrongSize)
+                    failures = 0 if span[1] - before >= self.retry.progress_bytes else failures + 1
+                    if contradictions >= self.retry.contradictions:
                         fix = "another source may have the whole file: --source modelscope"
                         raise IntegrityError(str(problem), fix) from problem
-                    if failures >= self.patience.tries:
+                    if failures >= self.retry.tries:
                         raise NetworkError(f"no progress in {failures} attempts: {problem}", RESUME) from problem
-                    self.patience.wait(failures, problem.wait_s)
+                    self.retry.wait(failures, problem.wait_s)
 
     def _attempt(self, span: list[int], end: int) -> None:
         """One response, from the position of the span to the end of the piece."""
@@ -466,16 +468,16 @@ class _Connections:
 
     def _read(self, body: Body, span: list[int], end: int) -> None:
         skip = span[1] - body.start  # bytes that a server without ranges sends again
-        window_start, window_bytes = self.patience.clock(), 0
+        window_start, window_bytes = self.retry.clock(), 0
         for chunk in body.chunks:
             if self.stop.is_set():  # another connection failed
                 return
             with self._guard:
                 self.result.received_bytes += len(chunk)
             window_bytes += len(chunk)
-            elapsed = self.patience.clock() - window_start
-            if elapsed >= self.patience.slow_window_s:
-                if window_bytes < self.patience.slow_bytes_per_s * elapsed:
+            elapsed = self.retry.clock() - window_start
+            if elapsed >= self.retry.slow_window_s:
+                if window_bytes < self.retry.slow_bytes_per_s * elapsed:
                     raise TryAgain(f"{window_bytes:,} bytes in {elapsed:.0f} s: too slow", is_timeout=True)
                 window_start, window_bytes = window_start + elapsed, 0
             data = chunk[skip : skip + end - span[1]]

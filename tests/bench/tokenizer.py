@@ -76,19 +76,19 @@ def held_out(files: list[Path], directories: list[Path]) -> None:
             written, _ = train(trained_on, TokenizerOptions(6400, pattern=pattern, weights=weights))
             loaded.append(Tokenizer(Path(name), written))
         corpus = draw(others, limit_bytes=10**9)
-        figures = evaluate(loaded, corpus, shapes={}, step_tokens=65_536)["tokenizers"]
-    languages = list(figures[0]["by_language"])
+        figures = evaluate(loaded, corpus, shapes={}, step_tokens=65_536).tokenizers
+    languages = list(figures[0].by_language)
     print(
         "| tokenizer | "
-        + " | ".join(f"{name} ({figures[0]['by_language'][name]['bytes'] / 1e3:,.0f} kB)" for name in languages),
+        + " | ".join(f"{name} ({figures[0].by_language[name].bytes / 1e3:,.0f} kB)" for name in languages),
         "| all |",
     )
     print("|---" * (len(languages) + 2) + "|")
     for one in figures:
-        values = [one["by_language"][name]["bytes_per_token"] for name in languages]
+        values = [one.by_language[name].bytes_per_token for name in languages]
         print(
-            f"| {Path(one['name']).name} | " + " | ".join(f"{value:.3f}" for value in values),
-            f"| {one['bytes_per_token']:.3f} |",
+            f"| {Path(one.name).name} | " + " | ".join(f"{value:.3f}" for value in values),
+            f"| {one.bytes_per_token:.3f} |",
         )
 
 
