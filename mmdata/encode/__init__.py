@@ -1,4 +1,5 @@
-"""From a jsonl line to token ids and trained spans: row schemas, chat templates, encoding.
+"""From jsonl lines to token ids and trained spans.
 
-Begin at `rows.py` (line to row) and `encoder.py` (rows to ids).
+Start with `rows.py` (a line as a row) and `encoder.py` (rows to ids). The columnar way goes through `columns.py` and
+`blocks.py`; its check and fallback, `reference.py`, through `template.py` and `traced.py`.
 """

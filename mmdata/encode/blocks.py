@@ -22,15 +22,16 @@ from mmdata.encode.columns import (
     Conversations,
     TextCodes,
     as_numpy,
+    byte_sizes,
     columns_of,
     compute,
     join_messages,
-    replaced,
+    strings,
     to_json,
     truths,
 )
 from mmdata.encode.rows import BadRow, Conversation, JsonObject, Message
-from mmdata.encode.template import EMPTY_THINK, TRAIN_ON, Template
+from mmdata.encode.template import EMPTY_THINK, Template
 
 HEAD, TAIL = "assistant\n", "\n"  # of an answer's block: the text before what is trained, and after the close token
 
@@ -97,7 +98,10 @@ class Blocks:
             changed[at] = text
         heads, tails = self._edges(columns, keeps & self.format.thinks, changed)
         if changed:
-            contents = replaced(contents, changed)
+            is_changed = np.zeros(len(contents), bool)
+            is_changed[list(changed)] = True
+            texts = strings([changed[at] for at in sorted(changed)])
+            contents = pc.replace_with_mask(contents, truths(is_changed), texts)
         is_odd_row = np.bincount(columns.row_of[is_odd], minlength=len(columns)) > 0
         if columns.is_pairs:
             is_odd_row = np.tile(is_odd_row.reshape(2, -1).any(axis=0), 2)
@@ -120,7 +124,7 @@ class Blocks:
             is_odd |= roles == TOOL
         if self._literals:
             is_odd |= as_numpy(pc.match_substring_regex(contents, self._literals))
-        is_empty = as_numpy(pc.binary_length(contents)) == 0
+        is_empty = byte_sizes(contents) == 0
         is_empty[list(columns.extras)] = False
         is_odd |= is_empty & (roles == ASSISTANT)
         if format.tools is None:
@@ -208,13 +212,10 @@ class Blocks:
             return f"<think>\n{thought}\n</think>\n\n{content}{calls}"
         return f"{EMPTY_THINK}{content}{calls}" if keep_empty_think else content + calls
 
-    def marked(self, text: str, roles: Sequence[int], train_on: str) -> str:
-        """A rendered text with its trained parts in brackets. roles: of its blocks; its contents hold no control strings."""
-        if train_on == "all":
-            return f"[{text}]"
-        answers = [i for i, role in enumerate(roles) if role == ASSISTANT]
+    def marked(self, text: str, roles: Sequence[int]) -> str:
+        """A rendered text with its answers' trained parts in brackets. roles: of its blocks; no content holds control strings."""
         blocks = [self.format.open + block for block in text.split(self.format.open)[1:]]
-        for i in answers[-1:] if train_on == "last" else answers:
+        for i in (i for i, role in enumerate(roles) if role == ASSISTANT):
             blocks[i] = f"{self._assistant}[{blocks[i].removeprefix(self._assistant)}]"
         return "".join(blocks)
 
@@ -273,13 +274,13 @@ def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) 
     if any(rendered.is_odd.any() for rendered in renderings.values()):
         return False
     roles = np.split(renderings[True].roles, np.cumsum(renderings[True].num_blocks)[:-1])
-    for (i, probe), keep, train_on in itertools.product(enumerate(probes), renderings, TRAIN_ON):
+    for (i, probe), keep in itertools.product(enumerate(probes), renderings):
         try:
-            segments = template.segments(probe, train_on=train_on, keep_empty_think=keep)
+            segments = template.segments(probe, keep_empty_think=keep)
         except BadRow:
             return False
         expected = "".join(f"[{part.text}]" if part.is_trained else part.text for part in segments).replace("][", "")
-        if blocks.marked(renderings[keep].texts[i], roles[i].tolist(), train_on) != expected:
+        if blocks.marked(renderings[keep].texts[i], roles[i].tolist()) != expected:
             return False
     return True
 

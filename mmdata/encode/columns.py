@@ -254,21 +254,21 @@ def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
     counts = np.concatenate([as_numpy(pc.list_value_length(side)) for side in sides]).astype(np.int64)
     fields = sides[0].flatten() if len(sides) == 1 else pa.concat_arrays([side.flatten() for side in sides])
     role, contents, reasoning, tools, calls = (fields.field(i) for i in range(len(_FIELDS)))
-    roles = _filled(pc.index_in(role, strings(ROLES)), -1).astype(np.int8)
+    roles = as_numpy(pc.index_in(role, strings(ROLES)), null=-1).astype(np.int8)
     is_plain = as_numpy(pc.is_valid(contents)) & as_numpy(pc.is_valid(fields)) & (roles >= 0)
     contents = pc.fill_null(contents, strings([""])[0])
     columns = Conversations(counts, roles, contents, is_pairs=len(sides) == 2)
     is_plain &= ~as_numpy(pc.equal(contents, strings([PLACEHOLDER])[0]))
     may_be_blank = (roles == SYSTEM) | (roles == TOOL)
-    for i in np.flatnonzero(_is_nonempty(calls) | as_numpy(pc.is_valid(reasoning))).tolist():
+    for i in np.flatnonzero((byte_sizes(calls) > 0) | as_numpy(pc.is_valid(reasoning))).tolist():
         message = _with_extras(roles[i], contents[i].as_py(), reasoning[i].as_py(), calls[i].as_py())
         if message is None:
             is_plain[i] = False
         else:
             columns.extras[i] = message
             may_be_blank[i] |= bool(message.tool_calls)
-    is_plain &= may_be_blank | (_sizes(pc.utf8_ltrim(contents, SPACE)) > 0)
-    for i in np.flatnonzero(_is_nonempty(tools)).tolist():
+    is_plain &= may_be_blank | (byte_sizes(pc.utf8_ltrim(contents, SPACE)) > 0)
+    for i in np.flatnonzero(byte_sizes(tools) > 0).tolist():
         specs = _tools(tools[i].as_py()) if columns.is_first[i] else None
         if specs is None:
             is_plain[i] = False
@@ -343,7 +343,7 @@ def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list
     at = np.array(lines, np.int64)[np.concatenate([np.empty(0, np.int64), *(index for index, _ in parts)])]
     columns = [[table.column(n).combine_chunks() for _, table in parts] for n in range(len(names))]
     arrays = [pa.concat_arrays(column) if column else pa.nulls(0, kind) for column in columns]
-    sizes = [_filled(compute().list_value_length(array), 0) for array in arrays]
+    sizes = [as_numpy(compute().list_value_length(array)) for array in arrays]
     is_full = np.min(sizes, axis=0) > 0
     if not is_full.all():
         at, arrays = at[is_full], [array.filter(truths(is_full)) for array in arrays]
@@ -409,14 +409,6 @@ def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:
     return digest.digest()
 
 
-def replaced(array: Any, by: dict[int, str]) -> Any:
-    """Arrow strings with those at the indices in `by` replaced."""
-    places = sorted(by)
-    mask = np.zeros(len(array), bool)
-    mask[places] = True
-    return compute().replace_with_mask(array, truths(mask), strings([by[at] for at in places]))
-
-
 def strings(texts: Sequence[str]) -> Any:
     """An Arrow array of these strings (pa.array and pa.scalar would import pandas)."""
     import pyarrow as pa
@@ -450,26 +442,18 @@ def as_arrow(values: np.ndarray) -> Any:
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
-def as_numpy(array: Any) -> np.ndarray:
-    """A numpy view of an Arrow array of numbers, or a copy of one of bools; without nulls."""
+def as_numpy(array: Any, null: int = 0) -> np.ndarray:
+    """A numpy view of an Arrow array of numbers, or a copy of one of bools. null: the number for nulls (of int32 alone)."""
     import pyarrow as pa
 
-    assert not array.null_count
     if pa.types.is_boolean(array.type):
         return as_numpy(array.cast(pa.uint8())).astype(bool)
+    if array.null_count:
+        array = compute().fill_null(array, as_arrow(np.array([null], np.int32))[0])
     dtype = np.dtype(array.type.to_pandas_dtype())
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
-def _is_nonempty(texts: Any) -> np.ndarray:
-    """bool [N]: neither null nor empty."""
-    return _filled(compute().binary_length(texts), 0) > 0
-
-
-def _sizes(texts: Any) -> np.ndarray:
+def byte_sizes(texts: Any) -> np.ndarray:
+    """int32 [N]: UTF-8 bytes of Arrow strings, 0 for nulls."""
     return as_numpy(compute().binary_length(texts))
-
-
-def _filled(numbers: Any, value: int) -> np.ndarray:
-    """numpy's view of Arrow int32 numbers, with `value` for nulls."""
-    return as_numpy(compute().fill_null(numbers, as_arrow(np.array([value], np.int32))[0]))
