@@ -7,55 +7,57 @@ import sys
 
 import typer
 
-from mmdata.commands import tokenizer
-from mmdata.commands.fetch import fetch
-from mmdata.commands.options import add
-from mmdata.commands.pack import pack
-from mmdata.commands.show import show
-from mmdata.commands.stats import stats
+from mmdata.commands.options import SETTINGS, add_lazily
 from mmdata.commands.terminal import fail, say
-from mmdata.commands.validate import validate
-from mmdata.commands.verify import verify
 from mmdata.errors import DiskError, InputError, MMError
-from mmtrain.commands.chat import chat
-from mmtrain.commands.demo import demo
-from mmtrain.commands.eval import eval_
-from mmtrain.commands.export import export
-from mmtrain.commands.import_ import import_
-from mmtrain.commands.report import report
-from mmtrain.commands.serve import serve
-from mmtrain.commands.train import train
-from mmtrain.config import HEADINGS
 
-SETTINGS = {
-    "no_args_is_help": True,
-    "add_completion": False,
-    "pretty_exceptions_enable": False,
-    "rich_markup_mode": None,  # rich would take as long to import as everything else together
-    "context_settings": {"help_option_names": ["--help", "-h"]},
+COMMANDS = {
+    "mmdata.commands": {
+        "fetch": "Fetch data files and tokenizers, resumed and verified.",
+        "validate": "Report the kind of rows and those that cannot be used.",
+        "pack": "Pack jsonl files into tokenized shards.",
+        "verify": "Check packed datasets, and repair them.",
+        "show": "Show samples decoded, as the model sees them.",
+        "stats": "Describe data: lengths, languages, repeats, samples.",
+    },
+    "mmtrain.commands": {
+        "train": "Train one stage: pretrain, sft or dpo.",
+        "report": "Report on runs: curves, speed, settings, answers.",
+        "eval": "Evaluate a model: held-out loss, questions, lm-eval.",
+        "export": "Write a model for transformers, llama.cpp or MiniMind.",
+        "import": "Make a run from another program's model.",
+        "chat": "Talk with a trained model.",
+        "serve": "Serve a model to OpenAI clients, with a chat page.",
+        "demo": "Train and score a small model from scratch in minutes.",
+    },
+}
+TOKENIZER_COMMANDS = {
+    "train": "Train a tokenizer on the text of jsonl files.",
+    "eval": "Compare tokenizers on the same text.",
+    "compare": "Show how two tokenizers split the same text.",
+    "check": "Check what training relies on.",
+    "show": "Show a text coloured by token, or the vocabulary.",
+    "extend": "Add a few tokens after the last id.",
 }
 app = typer.Typer(
     name="mm",
     help="From raw jsonl to a chatting, aligned small language model.\n\n"
     "Fetch data, pack it into shards, train pretrain -> sft -> dpo, chat. New here? Try: mm demo",
+    no_args_is_help=True,
     **SETTINGS,
 )
 tokenizers = typer.Typer(
-    help="Train tokenizers, and check whether one is good, complete, and fits a model.",
+    help="Train, measure, check and extend tokenizers.",
     epilog="Example: mm tokenizer train data/sft_512.jsonl    mm tokenizer check data/tokenizer",
+    no_args_is_help=True,
     **SETTINGS,
 )
-for function in (fetch, validate, pack, verify, show, stats):
-    add(app, function)
+for package, summaries in COMMANDS.items():
+    for name, summary in summaries.items():
+        add_lazily(app, f"{package}.{'import_' if name == 'import' else name}", name, summary)
+for name, summary in TOKENIZER_COMMANDS.items():
+    add_lazily(tokenizers, "mmdata.commands.tokenizer", name, summary)
 app.add_typer(tokenizers, name="tokenizer")
-add(app, train, HEADINGS)
-for function in (report, eval_, export, import_, chat, serve, demo):
-    add(app, function)
-for function in (
-    *(tokenizer.train, tokenizer.eval_, tokenizer.compare),
-    *(tokenizer.check, tokenizer.show, tokenizer.extend),
-):
-    add(tokenizers, function)
 
 
 def main() -> None:

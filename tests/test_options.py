@@ -9,7 +9,7 @@ import typer
 from command_line import Run, refused
 
 import cli
-from mmdata.commands.options import GroupedCommand, add
+from mmdata.commands.options import add
 from mmdata.errors import UsageError
 from mmdata.options import Option, check, option
 
@@ -109,27 +109,22 @@ def commands(group: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield (*words, name), command
 
 
-def is_generated(command: Any) -> bool:
-    """Whether a command was registered by `add`."""
-    return isinstance(command, GroupedCommand)
-
-
 def numbers(kind: type) -> list[str]:
     """`command … --flag` for every option of this type of every command, with something for what is required."""
     lines = []
     for words, command in commands():
-        if is_generated(command):
-            required = [p for p in command.params if p.required]
-            filled = [f"{p.opts[0]} x" if p.opts[0].startswith("-") else "x" for p in required]
-            lines += [
-                f"{' '.join([*words, *filled])} {p.opts[0]}"
-                for p in command.params
-                if getattr(p, "type_descriptor", None) and p.type_descriptor.annotation is kind and p.opts[0][0] == "-"
-            ]
+        required = [p for p in command.params if p.required]
+        filled = [f"{p.opts[0]} x" if p.opts[0].startswith("-") else "x" for p in required]
+        lines += [
+            f"{' '.join([*words, *filled])} {p.opts[0]}"
+            for p in command.params
+            if getattr(p, "type_descriptor", None) and p.type_descriptor.annotation is kind and p.opts[0][0] == "-"
+        ]
     return lines
 
 
 def test_no_option_of_any_command_takes_nan_infinity_or_a_negative_number(mm: Run) -> None:
+    assert len(numbers(float)) > 15 and len(numbers(int)) > 30
     for line in numbers(float):
         for value in ("nan", "inf", "-inf", "-1"):
             ran = refused(mm(f"{line} {value}"), line.split()[-1], "finite" if value != "-1" else "must be ")
@@ -141,7 +136,7 @@ def test_no_option_of_any_command_takes_nan_infinity_or_a_negative_number(mm: Ru
 
 def test_commands_with_many_options_show_them_in_groups() -> None:
     for words, command in commands():
-        if is_generated(command) and len(command.params) > 12:
+        if len(command.params) > 12:
             grouped = [p for p in command.params if getattr(p, "rich_help_panel", None)]
             assert len({p.rich_help_panel for p in grouped}) > 1, words
             options = [p for p in command.params if p.opts[0].startswith("-")]

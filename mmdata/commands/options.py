@@ -15,7 +15,8 @@ import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import partial
+from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
@@ -26,6 +27,12 @@ from typer.core import TyperCommand
 from mmdata.errors import InputError, TokenizerError, UsageError
 from mmdata.options import Option, bounds, check_value, flag_of, options_of
 
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,  # importing rich would take as long as everything else together
+    "context_settings": {"help_option_names": ["--help", "-h"]},
+}
 MAX_WIDTH = 30  # of the column of flags in --help; longer flags stand on a line of their own
 LARGE_BOUND = 2**31 - 1  # bounds from here on are checked but not shown
 MAX_CHOICES_WIDTH = 24  # of choices shown as the name of an option's value: --split train|val|all
@@ -56,6 +63,43 @@ class GroupedCommand(TyperCommand):
             if records:
                 with formatter.section(heading):
                     formatter.write_dl([(flags.ljust(width), text) for flags, text in records])
+
+
+class LazyCommand(TyperCommand):
+    """A command whose module is imported when the command is used; until then only its name and summary are known."""
+
+    module = ""  # set by `add_lazily`
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The command itself: the function of the module that has its name, with its options."""
+        module = import_module(self.module)
+        app = typer.Typer(**SETTINGS)
+        function = getattr(module, str(self.name), None) or getattr(module, f"{self.name}_")
+        add(app, function, getattr(module, "HEADINGS", ()))
+        return typer.main.get_command(app)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """The context of the loaded command, so that this is what runs and prints its help."""
+        return self.loaded.make_context(*args, **kwargs)
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters of the loaded command."""
+        return self.loaded.params
+
+    @params.setter
+    def params(self, params: list[Any]) -> None:
+        """Called by the base class, without parameters."""
+
+
+def add_lazily(app: typer.Typer, module: str, name: str, summary: str) -> None:
+    """Register the function `name` (or `name_`) of a module as a command without importing it.
+
+    `summary` is its line in the list of commands. The module's HEADINGS, if any, is the order of the groups in its help.
+    """
+    command = type("ModuleCommand", (LazyCommand,), {"module": module})
+    app.command(name, cls=command, help=summary)(lambda: None)
 
 
 def add(app: typer.Typer, function: Callable[..., None], headings: Sequence[str] = ()) -> None:

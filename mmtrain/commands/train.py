@@ -12,12 +12,13 @@ from mmdata.commands.options import RUNS_DIR, SHARDS_DIR, Json
 from mmdata.commands.terminal import next_command, print_json, result, say
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.options import Option
-from mmtrain.config import DATA, HARDWARE, PREFERENCES, STAGE_KINDS, TrainOptions
+from mmtrain.config import DATA, HARDWARE, HEADINGS, PREFERENCES, STAGE_KINDS, TrainOptions
 
 if TYPE_CHECKING:
     from mmtrain.train.loop import TrainResult
     from mmtrain.train.preflight import Needs
 
+__all__ = ["HEADINGS", "train"]  # HEADINGS: order of the groups in the help
 SHOWN_FIGURES = ("loss", "bits_per_byte", "accuracy", "reward_margin", "chosen_nll", "guard_loss")
 
 
