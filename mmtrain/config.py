@@ -97,16 +97,17 @@ CUDA_MICRO_TOKENS = (
 )
 
 
-def _setting(default: Any, *, help: str, **known: Any) -> Any:
-    """A setting; `default` is one value for all stages, or a mapping from each stage to its value."""
+def _setting(default: Any, help: str, group: str, *, free: bool = False, **declaration: Any) -> Any:
+    """A setting; `default` is one value for all stages, or a mapping from each stage to its value. With `free` it may differ
+    when the run is resumed."""
     by_stage = default if isinstance(default, Mapping) else dict.fromkeys(STAGE_KINDS, default)
-    return option(None, help=help, by_stage=by_stage, **known)
+    return option(None, help=help, group=group, by_stage=by_stage, may_change_on_resume=free, **declaration)
 
 
-def _dpo_setting(default: Any, *, unused: Any, help: str, **known: Any) -> Any:
+def _dpo_setting(default: Any, unused: Any, help: str, **declaration: Any) -> Any:
     """A setting that only dpo takes; the other stages record `unused`."""
     by_stage = {"pretrain": unused, "sft": unused, "dpo": default}
-    return option(None, help=help, by_stage=by_stage, stages=("dpo",), group=PREFERENCES, **known)
+    return _setting(by_stage, f"dpo: {help}", PREFERENCES, stages=("dpo",), **declaration)
 
 
 # Learning rates are for models of 26M to 135M parameters. Pretraining's 1e-3 lies between MiniMind's 5e-4 and SmolLM-135M's
@@ -123,161 +124,129 @@ class TrainSettings:
 
     preset: str | None = _setting(
         None,
-        help="MiniMind's own settings for the stage.",
+        "MiniMind's own settings for the stage.",
+        MODEL,
         choices=("minimind2", "minimind3"),
-        group=MODEL,
         default_text="mm's own settings",
     )
-    model: str | None = _setting(
-        "minimind2-small",  # None where a checkpoint gives the shape
-        help=f"Shape of a new model: {', '.join(MODEL_SHAPES)}.",
-        group=MODEL,
-    )
+    # None where a checkpoint gives the shape.
+    model: str | None = _setting("minimind2-small", f"Shape of a new model: {', '.join(MODEL_SHAPES)}.", MODEL)
     steps: int | None = _setting(
-        None, help="Number of optimizer steps; instead of --epochs.", least=1, group=LENGTH, default_text="by --epochs"
+        None, "Number of optimizer steps; instead of --epochs.", LENGTH, least=1, default_text="by --epochs"
     )
     epochs: float | None = _setting(
-        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0}, help="Passes over the training data.", above=0, group=LENGTH
+        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0}, "Passes over the training data.", LENGTH, above=0
     )
     batch_tokens: int = _setting(
         {"pretrain": 65_536, "sft": 32_768, "dpo": 16_384},
-        help="Tokens of one optimizer step, over all ranks.",
+        "Tokens of one optimizer step, over all ranks.",
+        OPTIMIZER,
         least=1,
-        group=OPTIMIZER,
     )
     # On the CPU speed is flat from 1,024 on and memory grows (2.8 GB at 104M); one pair of 1,024 a side takes up to 2,048.
     micro_tokens: int = _setting(
         {"pretrain": 2048, "sft": 2048, "dpo": 4096},
-        help="Tokens that one rank runs at once; the gradient does not depend on it.",
+        "Tokens that one rank runs at once; the gradient does not depend on it.",
+        HARDWARE,
+        free=True,
         least=1,
-        group=HARDWARE,
-        may_change_on_resume=True,
         default_text="2048 on the CPU (dpo 4096); on CUDA what fits",
     )
     optimizer: str = _setting(
-        "adamw",
-        help="adamw, or for pretrain muon, which needs fewer steps to the same loss.",
-        choices=("adamw", "muon"),
-        group=OPTIMIZER,
+        "adamw", "muon, for pretrain only, needs fewer steps to the same loss.", OPTIMIZER, choices=("adamw", "muon")
     )
     lr: float = _setting(
         {"pretrain": 1e-3, "sft": 3e-4, "dpo": 5e-6},
-        help="Peak learning rate.",
+        "Peak learning rate.",
+        OPTIMIZER,
         above=0,
-        group=OPTIMIZER,
         default_text="pretrain 0.001, sft 0.0003, dpo 5e-06; with muon 0.004, with --lora 0.002",
     )
-    beta2: float = _setting(
-        BETA2, help="AdamW's decay rate of the squared gradients.", least=0, below=1, group=OPTIMIZER
-    )
+    beta2: float = _setting(BETA2, "AdamW's decay rate of the squared gradients.", OPTIMIZER, least=0, below=1)
     schedule: str = _setting(
         "cosine",
-        help="Learning rate after the warmup: cosine (to a tenth), wsd (constant, then to 0 over the last fifth) or constant.",
+        "Learning rate after the warmup: cosine (to a tenth), wsd (constant, then to 0 over the last fifth) or constant.",
+        OPTIMIZER,
         choices=("cosine", "wsd", "constant"),
-        group=OPTIMIZER,
     )
     warmup: float = _setting(
         {"pretrain": 0.02, "sft": 0.03, "dpo": 0.1},
-        help="Share of the steps over which the learning rate rises.",
+        "Share of the steps over which the learning rate rises.",
+        OPTIMIZER,
         least=0,
         below=1,
-        group=OPTIMIZER,
     )
     weight_decay: float = _setting(
-        {"pretrain": 0.1, "sft": 0.0, "dpo": 0.0},
-        help="Weight decay of the matrices; norms have none.",
-        least=0,
-        group=OPTIMIZER,
+        {"pretrain": 0.1, "sft": 0.0, "dpo": 0.0}, "Weight decay of the matrices; norms have none.", OPTIMIZER, least=0
     )
-    clip: float = _setting(1.0, help="Largest gradient norm; larger ones are scaled down.", above=0, group=OPTIMIZER)
-    loss: str = _dpo_setting("sigmoid", unused="", help="dpo: the loss.", choices=tuple(LOSS_BETAS))
+    clip: float = _setting(1.0, "Largest gradient norm; larger ones are scaled down.", OPTIMIZER, above=0)
+    loss: str = _dpo_setting("sigmoid", "", "the loss.", choices=tuple(LOSS_BETAS))
     beta: float = _dpo_setting(
         LOSS_BETAS["sigmoid"],
-        unused=0.0,
-        help="dpo: how strongly the reference holds the policy.",
+        0.0,
+        "how strongly the reference holds the policy.",
         above=0,
         default_text=", ".join(f"{loss} {beta:g}" for loss, beta in LOSS_BETAS.items()),
     )
     label_smoothing: float = _dpo_setting(
-        0.0, unused=0.0, help="dpo: share of the pairs assumed to be labelled the wrong way round.", least=0, below=0.5
+        0.0, 0.0, "share of the pairs assumed to be labelled the wrong way round.", least=0, below=0.5
     )
-    gamma: float = _dpo_setting(
-        0.0, unused=0.0, help="dpo: target margin of simpo.", least=0, default_text=f"{SIMPO_GAMMA:g} for simpo"
-    )
+    gamma: float = _dpo_setting(0.0, 0.0, "target margin of simpo.", least=0, default_text=f"{SIMPO_GAMMA:g} for simpo")
     sft_weight: float = _dpo_setting(
-        0.0, unused=0.0, help="dpo: weight of the chosen reply's negative log-likelihood in the loss.", least=0
+        0.0, 0.0, "weight of the chosen reply's negative log-likelihood in the loss.", least=0
     )
-    reference: str = _dpo_setting(  # "start": the weights the run starts from; "none"; or a run or checkpoint
+    # "start": the weights the run starts from; "none"; or a run or checkpoint
+    reference: str = _dpo_setting(
         "start",
-        unused="",
-        help="dpo: run or checkpoint of the reference model.",
+        "",
+        "run or checkpoint of the reference model.",
         metavar="RUN",
         default_text="the weights the run starts from",
     )
     share_prompt: bool = _dpo_setting(
         False,
-        unused=False,
-        help="dpo: compute a pair's prompt once for both replies.",
+        False,
+        "compute a pair's prompt once for both replies.",
+        free=True,
         flag="--share-prompt/--no-share-prompt",
-        may_change_on_resume=True,
         default_text="where it is faster",
     )
     guard: str = _dpo_setting(
         "",
-        unused="",
-        help="dpo: packed documents or conversations whose val loss shows what the model forgets.",
+        "",
+        "packed documents or conversations whose val loss shows what the model forgets.",
+        free=True,
         metavar="DIR",
-        may_change_on_resume=True,
         default_text="none",
     )
     lora: int = _setting(
         0,
-        help="Train adapters of this rank and leave the weights as they are; 0: train the weights.",
+        "Train adapters of this rank and leave the weights as they are; 0: train the weights.",
+        ADAPTERS,
         metavar="RANK",
         least=0,
-        group=ADAPTERS,
     )
     ema: float = _setting(
         0.0,
-        help="Keep a running average of the weights with this decay, such as 0.999, and save it; 0: none.",
+        "Keep a running average of the weights with this decay, such as 0.999, and save it; 0: none.",
+        OPTIMIZER,
         metavar="DECAY",
         least=0,
         below=1,
-        group=OPTIMIZER,
     )
     patience: int = _setting(
         0,
-        help="End the run after N validations without a lower val loss; 0: never.",
+        "End the run after N validations without a lower val loss; 0: never.",
+        LENGTH,
+        free=True,
         metavar="N",
         least=0,
-        group=LENGTH,
-        may_change_on_resume=True,
     )
-    seed: int = _setting(42, help="Seed of new weights and of the order of the data.", group=DATA, **INT64)
-    max_skipped: int = _setting(
-        10,
-        help="Non-finite steps in a row that end the run.",
-        least=1,
-        group=LENGTH,
-        may_change_on_resume=True,
-    )
-    val_every: int = _setting(
-        200,
-        help="Steps between validations; 0: only at the end.",
-        least=0,
-        group=LOGGING,
-        may_change_on_resume=True,
-    )
-    save_every: int = _setting(
-        500,
-        help="Steps between checkpoints; 0: only at the end.",
-        least=0,
-        group=CHECKPOINTS,
-        may_change_on_resume=True,
-    )
-    keep_last: int = _setting(
-        2, help="Number of checkpoints to keep.", least=1, group=CHECKPOINTS, may_change_on_resume=True
-    )
+    seed: int = _setting(42, "Seed of new weights and of the order of the data.", DATA, **INT64)
+    max_skipped: int = _setting(10, "Non-finite steps in a row that end the run.", LENGTH, free=True, least=1)
+    val_every: int = _setting(200, "Steps between validations; 0: only at the end.", LOGGING, free=True, least=0)
+    save_every: int = _setting(500, "Steps between checkpoints; 0: only at the end.", CHECKPOINTS, free=True, least=0)
+    keep_last: int = _setting(2, "Number of checkpoints to keep.", CHECKPOINTS, free=True, least=1)
 
 
 @dataclass(frozen=True, slots=True)

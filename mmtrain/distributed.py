@@ -1,7 +1,7 @@
-"""Ranks: who we are, sums over all of us, and starting them. Works alone, under torchrun, and under `launch`.
+"""Ranks of a distributed run: joining it, sums over ranks, and `launch` to start them. Also works with a single process.
 
-Gradients and counts are summed by plain all-reduces of one flat tensor, so a rank with fewer micro-batches, or none,
-takes part like any other. A rank that fails ends the others within a minute; its own error is printed first.
+Gradients and counts are summed by all-reduces of one flat tensor, so a rank with fewer micro-batches, or none, takes part
+like any other. A rank that fails ends the others within a minute; its own error is printed first.
 """
 
 import importlib
@@ -27,7 +27,7 @@ GRACE_S = 20  # between the first failure and the end of the ranks that still ru
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, on `device`."""
+    """The place of this process in a run: `rank` of `size`, on `device`."""
 
     rank: int
     size: int
@@ -39,7 +39,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place; gives it back."""
+        """Sum a tensor over all ranks, in place; returns it."""
         if self.size > 1:
             try:
                 dist.all_reduce(tensor)
@@ -48,11 +48,11 @@ class World:
         return tensor
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every rank has called this."""
         self.sum(torch.zeros(1, device=self.device))
 
     def agree(self, error: MMError | None) -> None:
-        """Raise if any rank has an error: on the lowest such rank its own, on the others a quiet exit with its code."""
+        """Raise if any rank has an error: its error on the lowest such rank, SystemExit with its exit code on the others."""
         if self.size == 1:
             if error is not None:
                 raise error
@@ -67,17 +67,17 @@ class World:
             raise SystemExit(int(codes[failed[0]].item()))
 
     def agree_on(self, check: Callable[[], object]) -> None:
-        """Run a check on all ranks; one of them raises what it finds."""
+        """Call `check` on all ranks; if it raises on any, one of them raises its error and all end."""
         error = None
         try:
             check()
-        except MMError as found:
-            error = found
+        except MMError as raised:
+            error = raised
         self.agree(error)
 
 
 def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
-    """The error of a rank that lost another; it comes a little later, so that the other's own error is printed first."""
+    """The error of a rank whose connection to another was lost; delayed, so that the other's own error is printed first."""
     time.sleep(2)
     return TrainError(
         f"rank {rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
@@ -86,7 +86,7 @@ def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`; a rank takes the CUDA card of its local number."""
+    """The device for `auto`, `cpu` or `cuda`; on CUDA the card of the local rank. UsageError if there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {name} is unknown", "use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -97,14 +97,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def join(device_name: str) -> World:
-    """Take this process's place, from the environment torchrun and `launch` set; alone where there is none."""
+    """Join the run described by the environment variables of torchrun or `launch`; without them the only rank."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        # Its functions take the default group as an argument's default. AdamW imports it at its first step: the group would
-        # then be held until the interpreter ends, and its threads sometimes abort the process there (torch 2.13).
+        # This module has the default group as the default of arguments. AdamW imports it at its first step, which would keep
+        # the group alive until the interpreter exits, and its threads sometimes abort the process then (torch 2.13).
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -112,24 +112,24 @@ def join(device_name: str) -> World:
 
 
 def leave(*, is_failed: bool = False) -> None:
-    """Take down the process group, where there is one: the other ranks notice and end too. After a failure nccl's is left
-    to the end of the process, as it would wait for ranks that do not come."""
+    """Destroy the process group, if there is one; the other ranks notice and end too. After a failure nccl's group is left
+    alone, as destroying it would wait for ranks that may be gone."""
     if dist.is_initialized() and not (is_failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """This process's rank, by its environment; 0 when it is alone."""
+    """The rank of this process from its environment; 0 for a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def ranks_here(world: World) -> int:
-    """Ranks of the run on this machine: torchrun says; under `launch` all of them."""
+    """Number of the run's ranks on this machine: as torchrun sets it; under `launch` all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
 
 
 class StopSignals:
-    """While open, SIGINT and SIGTERM only set `is_set`; the same signal once more acts as it always does."""
+    """A context in which the first SIGINT or SIGTERM only sets `is_set`; a second one has its usual effect."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -139,7 +139,7 @@ class StopSignals:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: signals are somebody else's
+        except ValueError:  # not the main thread, which alone can set handlers
             pass
         return self
 
@@ -153,10 +153,10 @@ class StopSignals:
 
 
 def launch(num_processes: int, argv: Sequence[str]) -> int:
-    """Run `argv` (a full command line) as that many ranks on this machine and wait; gives the first failure's exit code.
+    """Run the command line `argv` as `num_processes` ranks on this machine; returns the exit code of the first that fails.
 
-    All ranks write to our own stdout and stderr. SIGINT and SIGTERM are passed on, and the ranks then save and end; each
-    has a session of its own, or Ctrl-C would reach it twice.
+    All ranks share this process's stdout and stderr. SIGINT and SIGTERM are forwarded; the ranks then save and end. Each has
+    its own session, or Ctrl-C would reach it twice.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -188,7 +188,7 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
 
 
 def _watch(processes: Sequence[subprocess.Popen]) -> int:
-    """Wait for all ranks; after the first failure the others get GRACE_S to notice it themselves."""
+    """Wait for all ranks; after a failure the others are killed unless they end within GRACE_S. Returns an exit code."""
     deadline, failure = float("inf"), 0
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]

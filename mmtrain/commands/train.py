@@ -55,6 +55,8 @@ def train(
         if settings["reference"]:
             raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
         settings["reference"] = "none"
+    elif settings["reference"]:
+        settings["reference"] = str(Path(settings["reference"]))
     if nproc > 1:
         from mmtrain.distributed import launch
 

@@ -1,7 +1,7 @@
-"""Attention for pairs laid as prompt + chosen + rejected: the prompt is computed once, and rejected does not see chosen.
+"""Attention for pairs laid out as prompt + chosen + rejected: the prompt is computed once, rejected does not see chosen.
 
-On the CPU the rejected reply's queries meet the prompt's keys and values again, in one call a side. On CUDA one
-FlexAttention call takes the whole micro-batch (not measured). Either is exact: each reply sees what it would see alone.
+On the CPU there is one call per reply; that of the rejected reply uses the prompt's keys and values again. On CUDA one
+FlexAttention call takes the whole micro-batch (not measured). Both are exact: each reply sees what it would see alone.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ BLOCK = 128  # queries and keys of a FlexAttention block
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where the three pieces of each pair lie. `block_mask` is FlexAttention's, on CUDA; `sides` the CPU's: for every pair
-    prompt, chosen and rejected lengths, and the mask [rejected, prompt + rejected] of what rejected sees.
+    """Where the three pieces of each pair lie. On CUDA it is FlexAttention's `block_mask`; on the CPU `sides`: for every pair
+    the lengths of prompt, chosen and rejected, and the mask [rejected, prompt + rejected] of what rejected sees.
 
-    `order` and `restore` are those of `AttentionLayout`: tokens stay as they are given.
+    `order` and `restore`, as in `AttentionLayout`, are None: tokens keep their order.
     """
 
     sides: list[tuple[int, int, int, Tensor]]
@@ -30,7 +30,7 @@ class PairLayout:
 
 
 def make_pair_layout(lengths: Tensor, device: torch.device) -> PairLayout:
-    """The layout of pairs with these lengths, int64 [S, 3] on the CPU: prompt, chosen, rejected."""
+    """The layout of pairs of these lengths, int64 [S, 3] on the CPU: prompt, chosen, rejected."""
     if device.type == "cuda":
         return PairLayout([], block_mask(lengths.to(device)))
     sides = []
@@ -55,7 +55,7 @@ def attend_pairs(q: Tensor, k: Tensor, v: Tensor, layout: PairLayout) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One call of scaled dot-product attention for flat heads; causal without a mask."""
+    """Scaled dot-product attention of one document, q [T, H, D]; causal without a mask."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
@@ -65,8 +65,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def block_mask(lengths: Tensor) -> Any:
-    """FlexAttention's mask over the flat axis of pairs with lengths int64 [S, 3]: own pair, not later, and no chosen for
-    rejected. Its blocks run from the first pair of the queries to the queries: linear in tokens for pairs of one size."""
+    """FlexAttention's mask for pairs of lengths int64 [S, 3] on the flat axis: a token sees earlier tokens of its own pair, and
+    a rejected one no chosen ones. Blocks of keys begin with the first pair of a block of queries, so that the cost is linear
+    in tokens for pairs of one size."""
     from torch.nn.attention.flex_attention import BlockMask
 
     device, totals = lengths.device, lengths.sum(1)
@@ -110,7 +111,7 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 
 def _eager_flex(*heads: Tensor, **options: Any) -> Tensor:
-    """The same without the compiler, for checking the mask on a CPU."""
+    """FlexAttention without the compiler, to test the mask on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(*heads, **options)  # type: ignore[return-value]

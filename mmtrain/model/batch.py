@@ -1,7 +1,7 @@
-"""Buffers of a micro-batch -> device tensors: ids, restarting position_ids, cu_seqlens and where the trained tokens stand.
+"""Bring the buffers of a micro-batch to the device as tensors, and compute log-probabilities of its trained tokens.
 
-Instead of labels with -100 in them, a batch holds the positions of the trained tokens: the loss then picks them without
-asking the device how many there are.
+Instead of labels with -100, a batch holds the positions of the trained tokens, so that the loss can select them without
+waiting for the device to count them.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.model.logps import sum_by_sequence, trained_logps
 from mmtrain.model.model import Model
 
-FILL_TOKENS = 128  # a filled micro-batch has room for documents of this mean length before it takes another shape
+FILL_TOKENS = 128  # a filled-up micro-batch keeps its shape for documents of at least this mean length
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its device. T tokens, N of them trained, in `num_sequences` sequences; where it is filled up, the
-    flat axis and cu_seqlens are longer, and nothing else knows.
+    """One micro-batch on its device: T tokens, N of them trained, in `num_sequences` sequences.
 
-    `trained` int64 [N] are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each. Both sides
-    of a pair count as sequences, whether or not they share their prompt.
+    ids and position_ids int64 [T], cu_seqlens int32 [n + 1]; if it is filled up, these three are longer. `trained` int64 [N]
+    are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each. Both sides of a pair count as
+    sequences, whether or not they share their prompt.
     """
 
     ids: Tensor
@@ -42,14 +42,13 @@ class Batch:
 
 
 def pinned(count: int, dtype: Any) -> np.ndarray:
-    """A buffer in page-locked memory, which a CUDA device copies from while it computes. Not measured."""
+    """A buffer in page-locked memory, from which a CUDA device copies while it computes. Not measured."""
     return torch.from_numpy(np.empty(0, dtype)).new_empty(count, pin_memory=True).numpy()
 
 
 def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> list[MicroBatch]:
-    """A micro-batch in pieces of at most `most_tokens` tokens, whole documents (or pairs) each; one that is longer stays whole.
-
-    Their losses and gradients add up to the micro-batch's. `samples` of a pack's pieces are those of the pack.
+    """Divide a micro-batch into pieces of whole documents (or pairs), at most `most_tokens` tokens each unless a single one is
+    longer. Losses and gradients of the pieces add up to those of the micro-batch. For packs, each piece keeps all `samples`.
     """
     if most_tokens is None or len(micro.ids) <= most_tokens:
         return [micro]
@@ -71,10 +70,11 @@ def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> l
 
 
 def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
-    """Lengths of the documents behind a micro-batch that give it one of few shapes, so that nothing is compiled twice: int64.
+    """Lengths, int64, of documents to append to a micro-batch so that it has one of few shapes and nothing is compiled twice.
 
-    Tokens come to the limit, its half, quarter, … or its double, whichever is the smallest that holds them; documents to
-    a power of two, at least one for every FILL_TOKENS tokens: most of these are empty, and none is longer than may be.
+    The number of tokens becomes the limit times a power of two (…, 1/4, 1/2, 1, 2, …), the smallest that holds them; the
+    number of documents a power of two, at least one per FILL_TOKENS tokens. Most of the documents are empty, none is longer
+    than a sequence may be.
     """
     width = limits.tokens
     while width // 2 >= max(num_tokens, 1):
@@ -89,16 +89,14 @@ def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
 
 
 def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = None) -> Batch:
-    """Bring a micro-batch to the device. A document's first token has no predecessor and must not be trained.
-
-    Given the loader's `limits`, it is filled up on CUDA.
-    """
+    """Bring a micro-batch to the device; on CUDA it is filled up to the loader's `limits`, if given. A document's first token
+    has no predecessor and must not be trained."""
     return filled(micro, device, limits if device.type == "cuda" else None)
 
 
 def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Batch:
-    """The same, with `limits` on any device: documents that carry no loss stand behind it as `filling` says, and
-    `max_seqlen` is always that of the limits."""
+    """As `to_device`, on any device: with `limits`, documents without loss are appended as `filling` says, and `max_seqlen` is
+    that of the limits."""
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
     lengths = np.diff(cu_seqlens)
     trained = np.flatnonzero(micro.loss_mask)
@@ -141,8 +139,8 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
 
 
 def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of pairs laid as prompt + chosen + rejected: the length of each side on the axis (chosen with the prompt in front),
-    and every token's position, which for rejected goes on from the prompt's."""
+    """For pairs laid out as prompt + chosen + rejected, lengths int64 [S, 3]: the length of each side on the flat axis (that of
+    chosen includes the prompt), and every token's position, which for rejected continues from the prompt's."""
     prompt, chosen, rejected = shared.T
     sides = np.stack([prompt + chosen, rejected], 1).ravel()
     before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()
@@ -151,7 +149,7 @@ def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logps_of(model: Model, batch: Batch) -> Tensor:
-    """Log-probabilities fp32 [N] of a batch's trained tokens, under the autocast the caller has set."""
+    """Log-probabilities fp32 [N] of a batch's trained tokens, under the caller's autocast."""
     hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared)
     device = batch.ids.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -1,8 +1,8 @@
-"""Tensors in, loss out. Log-probabilities are fp32 whatever the model computes in, their sums float64, and all logits are
-never held at once.
+"""Log-probabilities of trained tokens, and the losses of pairs. Log-probabilities are fp32 in any precision of the model,
+their sums float64; at most CHUNK rows of logits exist at a time.
 
-The shift by one stands here and nowhere else: the hidden state at position i - 1 predicts the token at i; only the first
-token of a reply that shares another's prompt is predicted from the prompt's end (`predecessors`).
+The shift by one is here and nowhere else: the hidden state at position i - 1 predicts the token at i. Only the first token
+of a reply that shares another's prompt is predicted from the end of the prompt (`predecessors`).
 """
 
 from typing import Any
@@ -15,11 +15,10 @@ CHUNK = 2048  # rows of logits held at a time: 52 MB at 6,400 ids
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] row by row, in chunks. Backward computes each chunk's logits again, unless there
-    is only one.
+    """log softmax(hidden weight^T)[target] for each row, in chunks. The backward pass computes the logits of each chunk again,
+    unless there is only one chunk.
 
-    Saved are the inputs, one fp32 number a row, and never more than one chunk of logits; gradients of both matrices are
-    summed in fp32.
+    It saves the inputs, one fp32 number per row, and at most one chunk of logits; gradients are summed in fp32.
     """
 
     @staticmethod
@@ -44,7 +43,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         (grad,) = grads
         grad_hidden = torch.empty(hidden.shape, dtype=ctx.dtypes[0], device=hidden.device)
-        is_frozen = not ctx.needs_input_grad[1]  # where adapters are trained alone
+        is_frozen = not ctx.needs_input_grad[1]  # with adapters
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if not is_frozen else None
         for begin in range(0, len(hidden), ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
@@ -55,12 +54,12 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden[rows] = _matmul(low, weight)
             if grad_weight is not None:
                 grad_weight += _matmul(low.t(), hidden[rows])
-        ctx.logits = None  # the loss may live on for a while; they need not
+        ctx.logits = None  # the graph may live longer than they are needed
         return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.dtypes[1]), None, None, None
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed up and returned in fp32. For half-width inputs CUDA does that in the kernel; elsewhere they are widened."""
+    """a b, summed and returned in fp32: for half-precision inputs by the kernel on CUDA, elsewhere by converting them."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -73,17 +72,17 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of each target, fp32 [N]; gradients reach hidden and weight.
 
-    hidden [N, C] stands at the targets' predecessors, weight is [V, C], targets int64 [N]. `dtype` is what the
-    matrices are multiplied in; sums are fp32 in any case.
+    hidden [N, C] are the states at the targets' predecessors, weight is [V, C], targets int64 [N]. The matrices are
+    multiplied in `dtype`; sums are fp32.
     """
     return _TokenLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[return-value]
 
 
 def predecessors(trained: Tensor, shared: Tensor | None = None) -> Tensor:
-    """Where the hidden state that predicts each trained position stands: one before. Here is the shift by one.
+    """Positions of the hidden states that predict the trained tokens, int64 [N]: one before each. This is the shift by one.
 
-    trained int64 [N], ascending. With `shared` (int64 [S, 3]: prompt, chosen, rejected, end to end) the first token of a
-    rejected reply comes after the last of its prompt.
+    trained int64 [N], ascending. With `shared` (int64 [S, 3]: lengths of prompt, chosen, rejected, end to end) the
+    predecessor of the first token of a rejected reply is the last one of its prompt.
     """
     before = trained - 1
     if shared is None:
@@ -105,28 +104,28 @@ def trained_logps(
     shared: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Log-probabilities fp32 [N] of the tokens ids[trained]; hidden [T, C] of all positions. `shared`: see `predecessors`."""
+    """Log-probabilities fp32 [N] of the tokens ids[trained]; hidden [T, C] at all positions. `shared`: see `predecessors`."""
     return token_logps(hidden.index_select(0, predecessors(trained, shared)), weight, ids[trained], dtype=dtype)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Per-sequence sums float64 [num_sequences] of token values [N]; a sequence without any has 0.
+    """Sums float64 [num_sequences] of the token values [N] of each sequence; 0 for a sequence without trained tokens.
 
-    They stay float64: of a long reply's thousands of nats float32 keeps 1e-4, which is what a margin may have moved by.
+    float32 would round the thousands of nats of a long reply by 1e-4, as much as a margin may have moved.
     """
     return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
 
 
-# --- pairs: each a function of the papers' quantities, giving one loss a pair --------------------------------------
+# --- losses of pairs, one value per pair -----------------------------------------------------------------------------
 #
-# delta [S] is the difference of log ratios, (log pi/ref of chosen) - (log pi/ref of rejected): of sums, or of means a token
-# where the loss says so. epsilon is the share of labels held to be wrong.
+# delta [S] is the difference of log ratios, (log pi/ref of chosen) - (log pi/ref of rejected), of sums over the sequence or
+# of means per token. epsilon is the share of labels assumed to be wrong.
 
 
 def dpo_sigmoid(delta: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
     """-log sigmoid(beta delta): Rafailov et al. 2023, eq. 7. With epsilon the conservative loss of Mitchell 2023, eq. 3.
 
-    With delta of means instead of sums it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6.
+    With delta of means it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6.
     """
     return -(1 - epsilon) * F.logsigmoid(beta * delta) - epsilon * F.logsigmoid(-beta * delta)
 
@@ -142,7 +141,7 @@ def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
 
 
 def ipo(mean_delta: Tensor, tau: float) -> Tensor:
-    """(delta - 1 / (2 tau))^2 with delta of means a token: Azar et al. 2023, eq. 17, averaged as its authors do."""
+    """(delta - 1 / (2 tau))^2 with delta of means per token: Azar et al. 2023, eq. 17, averaged as its authors do."""
     return (mean_delta - 1 / (2 * tau)).square()
 
 
@@ -158,12 +157,12 @@ def log_odds_ratio(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
 
 
 def orpo(mean_chosen: Tensor, mean_rejected: Tensor, weight: float) -> Tensor:
-    """NLL a token of chosen - weight * log sigmoid(log odds ratio): Hong et al. 2024, eq. 6 and 7. Needs no reference."""
+    """NLL per token of chosen - weight * log sigmoid(log odds ratio): Hong et al. 2024, eq. 6 and 7. Needs no reference."""
     return -mean_chosen - weight * F.logsigmoid(log_odds_ratio(mean_chosen, mean_rejected))
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact at both ends: Mächler 2012. x is held below -1e-6, where float32 still has room."""
+    """log(1 - exp(x)) for x < 0, exact at both ends: Mächler 2012. x is clamped to -1e-6, where float32 still has precision."""
     x = x.clamp(max=-1e-6)
     small = x > -0.6931
     return torch.where(small, (-torch.expm1(x.where(small, x.new_tensor(-1.0)))).log(), (-x.exp()).log1p())

@@ -1,7 +1,7 @@
 """Low-rank adapters: y = x W^T + 2 (x A^T) B^T with W frozen, for every matrix of the blocks (Hu et al. 2021).
 
-A run with --lora RANK trains A and B alone; its checkpoints hold them in PEFT's format, a few MB, and RUN/base.safetensors
-holds the weights they belong to. Whoever loads such a checkpoint (chat, eval, export, --init) gets the merged weights.
+A run with --lora RANK trains only A and B. Its checkpoints hold them in PEFT's format, a few MB; RUN/base.safetensors holds
+the weights they belong to. Loading such a checkpoint (chat, eval, export, --init) merges them.
 """
 
 import math
@@ -17,7 +17,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 class AdaptedLinear(nn.Linear):
-    """A bias-free linear layer with adapters A [rank, in] and B [out, rank] beside its frozen weight, which it shares."""
+    """A linear layer without bias, with adapters A [rank, in] and B [out, rank]; shares the frozen weight of `layer`."""
 
     def __init__(self, layer: nn.Linear, rank: int):
         assert layer.bias is None
@@ -25,7 +25,9 @@ class AdaptedLinear(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, None
         self.lora_A = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
-        self.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))  # B A = 0: begins as it was
+        self.lora_B = nn.Parameter(
+            layer.weight.new_zeros(layer.out_features, rank)
+        )  # B A = 0: starts as the layer alone
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT and nn.Linear do
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(model: nn.Module, rank: int) -> None:
-    """Freeze a model and give every linear layer in it adapters; drawn from torch's random state, so seed it first."""
+    """Freeze a model and add adapters to each of its linear layers. They are drawn from torch's random state: seed it first."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in list(model.modules()):
@@ -43,27 +45,28 @@ def adapt(model: nn.Module, rank: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of that name is an adapter's."""
+    """Whether a parameter name is that of an adapter."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
 def adapters_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's adapters under the names PEFT gives them; empty for a model without."""
-    found = {name: value for name, value in model.state_dict().items() if is_adapter(name)}
-    return {f"{PEFT_PREFIX}{name}.weight": value for name, value in found.items()}
+    """A model's adapters under PEFT's names; empty for a model without adapters."""
+    return {f"{PEFT_PREFIX}{name}.weight": value for name, value in model.state_dict().items() if is_adapter(name)}
 
 
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapters in PEFT's names into an adapted model of the same shape; RuntimeError where they do not fit."""
-    held = adapters_of(model)
-    if {name: value.shape for name, value in held.items()} != {name: value.shape for name, value in tensors.items()}:
+    """Copy adapters under PEFT's names into a model with adapters. RuntimeError if layers or rank differ."""
+    adapters = adapters_of(model)
+    if {name: value.shape for name, value in adapters.items()} != {
+        name: value.shape for name, value in tensors.items()
+    }:
         raise RuntimeError("the adapters are of other layers or another rank")
-    for name, value in held.items():
+    for name, value in adapters.items():
         value.copy_(tensors[name])
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with adapters (PEFT's names) added in, W + 2 B A, in fp32; both as they were."""
+    """New weights W + SCALE B A in fp32, for adapters under PEFT's names."""
     merged = dict(weights)
     for name, a, b in _pairs(adapters):
         merged[name] = weights[name].float() + SCALE * (b.float() @ a.float())
@@ -89,7 +92,7 @@ def peft_config(adapters: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name of the weight, A and B of every adapted layer."""
+    """Name of the weight, A and B of every layer with adapters."""
     for name, a in adapters.items():
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")

@@ -1,7 +1,7 @@
-"""The transformer: flat token ids and document ends in, one hidden state per token out. A Llama-like decoder.
+"""The transformer, a Llama-like decoder: flat token ids and document ends in, one hidden state per token out.
 
-Documents lie end to end without padding; attention never crosses their ends. Parameter names are those of the usual
-Llama checkpoints, so that an export is a copy. The output matrix is the embedding itself (`head_weight`).
+Documents lie end to end without padding; attention never crosses their ends. Parameters have the names of Llama checkpoints,
+so that an export is a copy. The output matrix is the embedding (`head_weight`).
 """
 
 import inspect
@@ -19,7 +19,7 @@ from mmtrain.model.attention import PairLayout, attend_pairs, make_pair_layout
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm for the CPU, where torch composes its own of many passes: about half the time of F.rms_norm, forward and
+    """RMSNorm for the CPU, where torch's own consists of many passes: takes about half the time of F.rms_norm, forward and
     backward (2,048 x 256, two threads)."""
 
     @staticmethod
@@ -54,33 +54,33 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each fp32 [..., 1, D], for positions [...]; the second half repeats the first (half-split rotary)."""
+    """Cosine and sine, each fp32 [..., 1, D], of positions [...]; the second half repeats the first (half-split rotary)."""
     frequencies = theta ** -(torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size)
     angles = position_ids[..., None].float() * frequencies
     return torch.cat((angles, angles), -1).cos().unsqueeze(-2), torch.cat((angles, angles), -1).sin().unsqueeze(-2)
 
 
 class Rotary:
-    """The tables of all positions met so far, made once a device and at least doubled when they end; not a part of weights
-    or checkpoints. 25 MB at 32,768 positions of width 96."""
+    """Rotary tables, made once per device and at least doubled when longer ones are needed; not in state_dict. 25 MB for
+    32,768 positions of width 96."""
 
     def __init__(self, config: ModelConfig):
         self._head_size, self._theta = config.head_size, config.rope_theta
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position_ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """`rotary_table` of these positions, all below `end`: known here, so that the device need not be asked."""
+        """`rotary_table` of these positions, which are all below `end`; passed so as not to wait for the device."""
         device = position_ids.device
         cos, sin = self._tables.get(device) or (torch.empty(0), torch.empty(0))
         if len(cos) < end:
-            with torch.inference_mode(False):  # made while answering, it may be trained with later
+            with torch.inference_mode(False):  # also usable in training later
                 positions = torch.arange(max(end, 2 * len(cos)), device=device)
                 cos, sin = self._tables[device] = rotary_table(positions, self._head_size, self._theta)
         return cos[position_ids], sin[position_ids]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads [..., H, D] by their positions: x cos + rotate_half(x) sin."""
+    """Apply rotary positions to heads [..., H, D]: x cos + rotate_half(x) sin."""
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
@@ -90,10 +90,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """How documents lie on the flat axis while the blocks run.
+    """The order of documents on the flat axis inside the blocks.
 
-    `order` brings tokens into the order used inside (None: as given), `restore` back again. `groups` are (number of
-    documents, length) of neighbours equally long; empty where `cu_seqlens` itself goes to a varlen kernel.
+    `order` int64 [T] permutes the tokens before the blocks (None: no permutation), `restore` undoes it. `groups` are (number
+    of documents, length) of neighbours of equal length; empty if a varlen kernel uses `cu_seqlens`.
     """
 
     order: Tensor | None
@@ -104,10 +104,9 @@ class AttentionLayout:
 
 
 def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> AttentionLayout:
-    """Choose the kernel for these documents. CUDA under autocast has one for different lengths (half width only; not
-    measured); elsewhere documents are sorted by length, once for all blocks.
-
-    Equally long neighbours then share one attention call on a view, with nothing copied and nothing padded.
+    """The layout for documents with these ends. CUDA under autocast has a kernel for varying lengths (half precision only; not
+    measured). Elsewhere documents are sorted by length once for all blocks, so that neighbours of equal length share one
+    attention call on a view, without copies or padding.
     """
     if device.type == "cuda" and torch.is_autocast_enabled("cuda") and _varlen() is not None:
         return AttentionLayout(None, None, [], cu_seqlens.to(device), max_seqlen)
@@ -127,7 +126,7 @@ def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> At
 
 @cache
 def _varlen() -> tuple | None:
-    """(varlen_attn, whether it takes fewer key than query heads by itself), or None where this torch has none."""
+    """(varlen_attn, its parameters by name); None if this torch has no such kernel."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -150,17 +149,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | PairLayout
 
 
 def _attend_equal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for n documents of one length: [n, L, H, D] -> [n * L, H, D]."""
+    """Attention for n documents of one length: [n, L, H, D] -> [n * L, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """The same by the CUDA kernel for documents of different length; `window_size` (-1, 0) means causal."""
-    found = _varlen()
-    assert found is not None
-    varlen_attn, accepted = found
+    """Attention by the CUDA kernel for documents of varying length; `window_size` (-1, 0) means causal."""
+    kernel = _varlen()
+    assert kernel is not None
+    varlen_attn, accepted = kernel
     if "enable_gqa" in accepted:
         options = {"enable_gqa": True}
     else:  # torch 2.11 and 2.12 want as many key as query heads
@@ -174,11 +173,10 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Each linear layer's output for x [..., C], while training by one product with all their weights side by side: one
-    read of x, and one product for its gradient (3 % less time on the CPU, five kernels fewer a block on CUDA).
+    """The output of each linear layer for x [..., C]. In training it is one product with the concatenated weights: x is read
+    once, and its gradient is one product (3 % less time on the CPU, five kernels fewer per block on CUDA).
 
-    Decoding keeps the layers apart: for a token or two, laying weights side by side costs more than it saves. So do layers
-    that are more than a matrix (adapters).
+    Decoding multiplies one by one, as concatenating costs more than it saves for a token or two; so do layers with adapters.
     """
     weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
     if not torch.is_grad_enabled() or len(weights) < len(layers):
@@ -187,8 +185,8 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def spares(x: Tensor) -> bool:
-    """Whether a block keeps less of x for its backward pass than it could: on CUDA, where memory sets the micro-batch. On
-    the CPU it costs more than 2 % of a step."""
+    """Whether a block recomputes parts of x in its backward pass to keep less memory: on CUDA, where memory limits the
+    micro-batch. On the CPU it costs more than 2 % of a step."""
     return x.is_cuda
 
 
@@ -211,7 +209,7 @@ class Attention(nn.Module):
         parts = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
         if spares(x):
-            v = v.contiguous()  # of the three the only view: it would keep all of their product for the backward pass
+            v = v.contiguous()  # the only view of the three: it would keep the whole product for the backward pass
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
@@ -240,7 +238,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normalised stream and added back to it."""
+    """Attention and feed-forward, each applied to the normalised stream and added to it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -255,7 +253,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and last norm; a module of its own so that names begin with `model.`, as in Llama checkpoints."""
+    """Embedding, blocks and last norm; a separate module so that names begin with `model.`, as in Llama checkpoints."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -265,10 +263,10 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """The language model without its logits: the loss multiplies only the positions it needs by `head_weight`.
+    """The language model without logits: the loss multiplies only the positions that it needs by `head_weight`.
 
-    With `checkpoints_blocks` set, training keeps each block's input only and computes the rest again in the backward pass:
-    the same numbers for a third more time and about a tenth of the memory.
+    With `checkpoints_blocks`, training keeps only the input of each block and recomputes the rest in the backward pass: the
+    same values in a third more time and about a tenth of the memory.
     """
 
     def __init__(self, config: ModelConfig):
@@ -281,9 +279,9 @@ class Model(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw every matrix from N(0, 1 / 3C): the spread torch's own default gives a linear layer of width C, 0.021
-        at 768. A fixed 0.02 is small for narrow models: the demo, at width 128, learned slower with it. The tied output
-        starts with logits near 0, a loss near ln V."""
+        """Draw every matrix from N(0, 1 / 3C), the variance of torch's default for a linear layer of width C (0.021 at 768). A
+        fixed 0.02 is small for narrow models: the demo, at width 128, learned slower with it. Logits start near 0, the loss
+        near ln V."""
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=(3 * self.config.hidden_size) ** -0.5)
@@ -296,11 +294,11 @@ class Model(nn.Module):
     def forward(
         self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, shared: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [T, C] of flat ids [T]; positions restart at every end in cu_seqlens (int32 [n + 1], from 0) and are
-        below max_seqlen.
+        """Hidden states [T, C] of flat ids [T]. cu_seqlens int32 [n + 1] are the ends of the documents, beginning with 0;
+        positions restart at each and are below max_seqlen.
 
-        With `shared` (int64 [n, 3], on the CPU) each sequence is a pair's prompt, chosen and rejected of these lengths,
-        and the positions of rejected go on from the prompt's.
+        With `shared` (int64 [n, 3], on the CPU) each document is a pair: prompt, chosen and rejected of these lengths, and
+        the positions of rejected continue from the prompt's.
         """
         if shared is None:
             layout = make_layout(cu_seqlens, max_seqlen, ids.device)

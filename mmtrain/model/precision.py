@@ -1,6 +1,6 @@
-"""What a device multiplies in, and what keeps that safe: autocast's type by hardware, and a loss scale for fp16.
+"""Mixed precision: the type that a device multiplies matrices in, and a loss scale for fp16.
 
-Weights, gradients and sums are fp32 in every case.
+Weights, gradients and sums are always fp32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-SCALE = 256.0  # of an fp16 loss at first: our losses are sums, so a token's gradient is of order 1 and needs little
-GROW_AFTER = 1000  # steps without an overflow that double it
+SCALE = 256.0  # initial loss scale of fp16; losses are sums, so gradients per token are of order 1 and need little
+GROW_AFTER = 1000  # steps without overflow after which it doubles
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on cards that have it (Ampere and later), fp16 on those with fp16 matrix units only (Volta, Turing), else fp32."""
+    """bf16 on cards that have it (Ampere and later), fp16 on those with fp16 matrix units (Volta, Turing), else fp32."""
     if device.type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -22,21 +22,21 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """The precision forward passes run in."""
+    """The context for forward passes: autocast to `autocast_dtype`, no effect for fp32."""
     dtype = autocast_dtype(device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the machine has no memory left (the CPU allocator has no type for it)."""
+    """Whether an error means that memory ran out, on the device or the machine (the CPU allocator has no error type)."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't" in str(error)
 
 
 class LossScale:
-    """What a loss is multiplied by before backward, so that fp16 gradients neither vanish nor overflow; 1 for other types.
+    """Factor of the loss in the backward pass, so that fp16 gradients neither underflow nor overflow; 1 for other types.
 
-    `value` is an fp32 scalar on the device, a power of two: scaling and its undoing change no bit. A step that overflows
-    halves it, GROW_AFTER steps that do not double it, without asking the device.
+    `value` is an fp32 scalar on the device and a power of two, so scaling is exact. A step that overflows halves it,
+    GROW_AFTER steps without overflow double it; the host never waits for the device.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
@@ -45,7 +45,7 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, is_taken: Tensor) -> None:
-        """Learn from a step: `is_taken` is 1 where its gradient was finite."""
+        """Update after a step; `is_taken` is 1 if its gradient was finite, else 0."""
         if not self.is_on:
             return
         self.good_steps.add_(1).mul_(is_taken)
@@ -54,11 +54,11 @@ class LossScale:
         self.good_steps.mul_(~grows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its state for a checkpoint; nothing where it is off."""
+        """The state for a checkpoint; empty if it is off."""
         return {"scale/value": self.value, "scale/good_steps": self.good_steps} if self.is_on else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take the state back from a checkpoint's tensors, where it stands in them."""
+        """Restore the state from a checkpoint's tensors, if they hold it."""
         for name, value in self.tensors().items():
             if name in tensors:
                 value.copy_(tensors[name])

@@ -1,6 +1,6 @@
-"""What dpo optimises: one of eight losses with its strengths, and the figures that show what it does to the pairs.
+"""The objective of dpo: one of seven losses with its parameters, and figures of what training does to the pairs.
 
-Every option is honoured or refused: a loss takes just those that its paper defines.
+A loss accepts only the options that its paper defines; others are refused.
 """
 
 import math
@@ -16,7 +16,7 @@ from mmtrain.model import logps as losses
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Of S pairs: summed logps of both sides, by the policy and by the reference (0 without one), and trained tokens."""
+    """Values [S] of S pairs: summed logps of both sides by the policy and the reference (0 without one); trained tokens."""
 
     chosen: Tensor
     rejected: Tensor
@@ -27,24 +27,24 @@ class PairLogps:
 
     @property
     def delta(self) -> Tensor:
-        """The difference of log ratios."""
+        """Difference of the log ratios of sums."""
         return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
 
     @property
     def mean_delta(self) -> Tensor:
-        """The same of means a token."""
+        """Difference of the log ratios of means per token."""
         chosen, rejected = self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
         return chosen / self.num_chosen - rejected / self.num_rejected
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """The policy's mean logps of chosen and rejected."""
+        """The policy's mean logps per token of chosen and rejected."""
         return self.chosen / self.num_chosen, self.rejected / self.num_rejected
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and its strengths. `reference`: "start" (the weights the run begins with), "none", or a run's path."""
+    """A loss and its parameters. `reference`: "start" (the weights the run starts from), "none", or the path of a run."""
 
     loss: str = "sigmoid"
     beta: float = 0.1
@@ -56,7 +56,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class PairLoss:
-    """`loss(logps, objective)` and the reward margin that goes with it, both [S]; and what it may be combined with."""
+    """A loss: `loss(logps, objective)` and its reward margin, both [S], and the options it accepts."""
 
     loss: Callable[[PairLogps, Objective], Tensor]
     margin: Callable[[PairLogps, Objective], Tensor]
@@ -92,7 +92,7 @@ LOSSES = {
         needs_reference=False,
     ),
 }
-TIE = 1e-4  # margins nearer to 0 are rounding: such a pair counts half, so that a policy equal to its reference has 0.5
+TIE = 1e-4  # smaller margins are rounding errors: the pair counts half, and a policy equal to its reference has accuracy 0.5
 FIGURES = (
     "reward_margin",
     "margin_size",
@@ -108,7 +108,7 @@ FIGURES = (
 
 
 def check(objective: Objective) -> None:
-    """UsageError for a combination that no paper defines."""
+    """UsageError for a combination of options that no paper defines."""
     if objective.loss not in LOSSES:
         raise UsageError(f"--loss {objective.loss} is unknown", f"use one of {', '.join(LOSSES)}")
     loss, name = LOSSES[objective.loss], objective.loss
@@ -121,7 +121,8 @@ def check(objective: Objective) -> None:
         raise UsageError(f"--label-smoothing is not defined for --loss {name}", f"leave it out, or use one of {able}")
     if name == "robust" and not objective.label_smoothing:
         raise UsageError(
-            "--loss robust needs --label-smoothing, the share of labels held to be wrong", "try --label-smoothing 0.1"
+            "--loss robust needs --label-smoothing, the share of labels assumed to be wrong",
+            "try --label-smoothing 0.1",
         )
     if objective.gamma and name != "simpo":
         raise UsageError(f"--gamma is simpo's margin; --loss {name} has none", "leave --gamma out, or use --loss simpo")
@@ -134,12 +135,12 @@ def check(objective: Objective) -> None:
 
 
 def uses_reference(objective: Objective) -> bool:
-    """Whether the loss looks at a reference's logps."""
+    """Whether the loss uses a reference's logps."""
     return LOSSES[objective.loss].needs_reference and objective.reference != "none"
 
 
 def loss_at_reference(objective: Objective) -> float:
-    """The loss of a pair whose policy is the reference, without --sft-weight's part: ln 2 for the sigmoid losses."""
+    """The loss of a pair for a policy equal to its reference, without the term of --sft-weight: ln 2 for the sigmoid losses."""
     zero, one = torch.zeros(1), torch.ones(1)
     return LOSSES[objective.loss].loss(PairLogps(zero, zero, zero, zero, one, one), objective).item()
 
@@ -147,11 +148,11 @@ def loss_at_reference(objective: Objective) -> float:
 def pair_figures(
     objective: Objective, logps: Tensor, counts: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [S] with its gradient, and FIGURES without, of S pairs.
+    """Loss [S] of S pairs, with gradient, and the FIGURES by name, each [S] and detached.
 
-    logps float64 [S, 2] of chosen and rejected, summed; counts [S, 2] trained tokens; reference [S, 2] logps to measure drift
-    from, and for losses that have one the reference itself. Without it drift and flips are NaN, and the loss takes a
-    reference that finds everything equally likely.
+    logps float64 [S, 2] are sums for chosen and rejected, counts [S, 2] their trained tokens. reference [S, 2] are logps to
+    measure drift from and, for losses with a reference, its logps. Without them drift and flips are NaN, and the loss uses
+    logps of 0.
     """
     chosen, rejected = logps.T
     ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)

@@ -15,7 +15,7 @@ from mmtrain.model.preference import FIGURES, Objective, loss_at_reference, pair
 
 @dataclass(frozen=True)
 class Outcome:
-    """A micro-batch's loss summed over `count` tokens or pairs, and further sums by name."""
+    """The loss of a micro-batch, summed over `count` trained tokens or pairs, and further sums by name."""
 
     loss: Tensor
     count: int
@@ -49,22 +49,23 @@ def next_token(model: Model, batch: Batch, ref: Tensor | None, objective: Object
 
 
 def preference(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
-    """The objective's loss of each pair; sequences alternate chosen, rejected. ref: the reference's logps [S, 2]."""
+    """The objective's loss of each pair. Sequences alternate chosen, rejected; ref float64 [S, 2] are the reference's logps."""
     logps = logps_of(model, batch).view(-1, 2)
     loss, figures = pair_figures(objective, logps, counts_of(batch).view(-1, 2), ref)
     return Outcome(loss.sum(), len(loss), {name: values.sum() for name, values in figures.items()})
 
 
 def _check_reference(means: Mapping[str, float], tolerance: float, objective: Objective) -> None:
-    """Before the first update the policy is its reference: every margin is 0 and the loss what it is there (ln 2 for the
-    sigmoid losses), or the logps are stale. Another run's weights as reference are checked when they are read."""
+    """TrainError unless the policy equals its reference before the first update: every margin 0, and the loss that of such a
+    policy (ln 2 for the sigmoid losses). Otherwise the reference logps are stale. Those of another run as reference are
+    checked when they are read."""
     if objective.reference != "start" or not uses_reference(objective):
         return
     expected = loss_at_reference(objective)
-    found = means["loss"] - objective.sft_weight * means["chosen_nll"]
-    if not (abs(found - expected) <= tolerance * max(1.0, expected) and means["margin_size"] <= tolerance):
+    loss = means["loss"] - objective.sft_weight * means["chosen_nll"]
+    if not (abs(loss - expected) <= tolerance * max(1.0, expected) and means["margin_size"] <= tolerance):
         raise TrainError(
-            f"step 0: dpo loss {found:.5f} (expected {'ln 2 = ' if objective.loss != 'ipo' else ''}{expected:.5f}), mean "
+            f"step 0: dpo loss {loss:.5f} (expected {'ln 2 = ' if objective.loss != 'ipo' else ''}{expected:.5f}), mean "
             f"margin size {means['margin_size']:.5f} (expected 0): the reference's log-probabilities are not those of the "
             "weights the run starts from",
             "remove the dataset's .reference directory and start the run again; if it stays, report it",
@@ -72,7 +73,7 @@ def _check_reference(means: Mapping[str, float], tolerance: float, objective: Ob
 
 
 def step_zero_tolerance(dtype: torch.dtype) -> float:
-    """How far step 0 may be from ln 2: half-width products round differently when tokens are batched differently."""
+    """Tolerance of the check at step 0: half-precision products round differently when tokens are batched differently."""
     return 1e-3 if dtype == torch.float32 else 2e-2
 
 

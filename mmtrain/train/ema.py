@@ -1,7 +1,7 @@
-"""A running average of the trained weights: one more fp32 copy of them, moved towards the model after every step.
+"""Exponential moving average of the trained weights: a second fp32 copy, updated after every step.
 
-With --ema the average is what a run offers: it is what is validated, saved as the checkpoint's weights, chatted with,
-exported and begun from. The weights that are trained stand in the checkpoint too, for going on.
+With --ema the average is validated and saved as the checkpoint's weights, which chat, export and later runs use. The weights
+in training are saved in the checkpoint too, to resume from.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class Average:
-    """average <- average + (1 - decay) (weights - average), over all parameters that are trained.
+    """average <- average + (1 - decay) (weights - average), for all trainable parameters.
 
-    Early on the decay is (1 + step) / (10 + step) where that is smaller, as TensorFlow's moving average has it: the first
-    weights would else stay in the average for 1 / (1 - decay) steps.
+    In the first steps the decay is (1 + step) / (10 + step) if that is smaller, as in TensorFlow's moving average; otherwise
+    the initial weights would dominate for 1 / (1 - decay) steps.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -25,14 +25,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after 0-based `step`; where it was skipped the weights are those of before."""
+        """Update with the weights after 0-based `step`."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self._trained.items():
             self._average[name].lerp_(parameter.detach(), share)
 
     @contextmanager
     def in_place(self) -> Iterator[dict[str, Tensor]]:
-        """While open the model holds the average; gives the weights in training by parameter name, which then come back."""
+        """Within the context the model holds the average; yields the weights in training by name, which are then restored."""
         self._swap()
         try:
             yield self._average
@@ -41,7 +41,7 @@ class Average:
 
     @torch.no_grad()
     def resume(self, weights: Mapping[str, Tensor]) -> None:
-        """Begin from a checkpoint: the model holds the average that was saved, `weights` are those in training."""
+        """Resume from a checkpoint: the model holds the saved average, `weights` are those in training."""
         assert set(weights) == set(self._trained), set(weights) ^ set(self._trained)
         for name, parameter in self._trained.items():
             self._average[name].copy_(parameter)
@@ -49,7 +49,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange what stands in the model and in the average; parameters keep their place in memory."""
+        """Exchange the values of the model and of the average; parameters keep their place in memory."""
         for name, parameter in self._trained.items():
             held = parameter.clone()
             parameter.copy_(self._average[name])

@@ -1,8 +1,8 @@
-"""Muon: the momentum of every hidden matrix is orthogonalised before it is applied; embedding and norms go by AdamW.
+"""The optimizer Muon: orthogonalises the momentum of each hidden matrix; AdamW updates embedding and norms.
 
-Matrices of one shape are orthogonalised in one batched product. Holds 4 bytes a matrix weight instead of AdamW's 8, and
-costs about 15 (C + ffn) multiplications a weight and step, which large batches hide and small ones do not. Same rule as
-torch.optim.Muon with adjust_lr_fn="match_rms_adamw", so that AdamW's rates and decay keep their meaning.
+Matrices of one shape are orthogonalised in one batched product. The state takes 4 bytes per matrix weight instead of AdamW's
+8; a step costs about 15 (C + ffn) multiplications per weight, negligible for large batches only. The same rule as
+torch.optim.Muon with adjust_lr_fn="match_rms_adamw", so that learning rate and weight decay mean what they do for AdamW.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-# Jordan et al. 2024: a quintic whose fifth iterate brings singular values from about 0.01 on to between 0.7 and 1.2.
+# Jordan et al. 2024: five iterations of this quintic map singular values above about 0.01 to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
@@ -21,10 +21,10 @@ CHUNK_ELEMENTS = 2**25  # of one batched product: 64 MB in bf16 and about four s
 
 
 def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Each matrix of x [n, A, B] with its singular values brought near 1, in `dtype`; a zero matrix stays zero.
+    """The matrices of x [n, A, B] with singular values near 1, computed in `dtype`; a zero matrix stays zero.
 
-    Newton-Schulz: X <- a X + (b G + c G^2) X with G = X X^T, on the wide side. With singular values s that is
-    s <- a s + b s^3 + c s^5, begun at s / ||X||.
+    Newton-Schulz iteration X <- a X + (b G + c G^2) X with G = X X^T, of the matrix or its transpose, whichever is wide. On
+    singular values it is s <- a s + b s^3 + c s^5, from s / ||X|| on.
     """
     a, b, c = COEFFICIENTS
     is_tall = x.shape[-2] > x.shape[-1]
@@ -38,10 +38,10 @@ def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for `matrices`, fused AdamW for the groups of `others`; all share one rate, set in every group.
+    """Muon for `matrices`, fused AdamW for the groups of `others`, with one learning rate for all.
 
-    Like fused AdamW it honours two tensors set on it before a step: gradients are divided by `grad_scale`, and where
-    `found_inf` is 1 the step leaves weights and state as they are, without asking the device.
+    Like fused AdamW it uses two tensors that are set before a step: gradients are divided by `grad_scale`, and if `found_inf`
+    is 1 the step changes neither weights nor state, without waiting for the device.
     """
 
     grad_scale: Tensor | None = None
@@ -60,11 +60,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": list(matrices)}], {"lr": lr, "weight_decay": weight_decay})
         self.adamw = torch.optim.AdamW([dict(group) for group in others], lr=lr, betas=betas, eps=eps, fused=True)
         self.adamw.state = self.state
-        self.param_groups += self.adamw.param_groups  # the same dicts: a rate set here is AdamW's too
+        self.param_groups += self.adamw.param_groups  # shared dicts: a rate set here is AdamW's too
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Apply the gradients that stand in the parameters."""
+        """Update the parameters with their gradients."""
         assert closure is None
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             self._step_batch(parameters, group["lr"], group["weight_decay"])
 
     def _step_batch(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """The same for equally shaped matrices."""
+        """Update matrices of equal shape."""
         buffers = [self._buffer(parameter) for parameter in parameters]
         gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
         is_taken = torch.ones((), device=gradient.device)
@@ -88,12 +88,12 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalized(gradient.lerp_(momentum, MOMENTUM), _product_dtype(gradient.device))  # Nesterov's
         # The spread of an orthogonal A x B matrix is 1 / sqrt(max(A, B)), AdamW's about 0.2: Liu et al. 2025, eq. 4.
         rate = lr * 0.2 * math.sqrt(max(update.shape[-2:]))
-        update, kept = update.float() * (rate * is_taken), 1 - lr * weight_decay * is_taken
+        update, decay = update.float() * (rate * is_taken), 1 - lr * weight_decay * is_taken
         for parameter, value in zip(parameters, update, strict=True):
-            parameter.mul_(kept).sub_(value)
+            parameter.mul_(decay).sub_(value)
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
-        """A matrix's momentum, 0 before its first step."""
+        """The momentum of a matrix, 0 before its first step."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in batches of equal shape, none larger than CHUNK_ELEMENTS unless a single matrix is."""
+    """Batches of parameters of equal shape, at most CHUNK_ELEMENTS each unless a single matrix is larger."""
     by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
@@ -112,6 +112,6 @@ def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parame
 
 
 def _product_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on cards that have it (the iteration forgives its rounding), fp32 elsewhere: CPUs without it are slower in it."""
+    """bf16 on cards that have it (the iteration tolerates its rounding), fp32 elsewhere: CPUs without bf16 are slower in it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,5 +1,4 @@
-"""Parameters -> one flat gradient and an optimizer, fused AdamW or Muon; the learning rate as a function of the step. No
-state of its own beyond the optimizer's."""
+"""A flat gradient, the optimizer (fused AdamW or Muon) and its update, and the learning rate as a function of the step."""
 
 import math
 from typing import Any
@@ -15,8 +14,8 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
-    """One fp32 vector of which the gradient of every parameter to be trained is a view: zeroed, summed over ranks and
-    measured in one call."""
+    """One fp32 vector that holds the gradients of all trainable parameters as views, so that zeroing, summing over ranks and
+    the norm are one call each."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -25,9 +24,9 @@ def flat_gradient(model: nn.Module) -> Tensor:
 
 
 def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: float = BETA2) -> torch.optim.Optimizer:
-    """The optimizer called `name` for all parameters to be trained; only matrices decay, norms do not.
+    """The optimizer `name`, adamw or muon, for all trainable parameters; only matrices have weight decay, norms have none.
 
-    muon takes the hidden matrices, AdamW then the embedding (which is the output too) and the norms.
+    Muon updates the hidden matrices, with AdamW for the embedding (which is the output too) and the norms.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in trained.items() if p.dim() >= 2 and not (name == "muon" and "embed" in n)]
@@ -43,7 +42,7 @@ def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: 
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Fused AdamW with the usual memory."""
+    """Fused AdamW with the default beta2."""
     return make(model, "adamw", lr=lr, weight_decay=weight_decay)
 
 
@@ -56,12 +55,12 @@ def update(
     clip: float,
     is_finite: Tensor | bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One step on `gradient`, a sum over `count` tokens or pairs : averaged, clipped to norm `clip`, applied.
+    """One optimizer step with `gradient`, a sum over `count` tokens or pairs, averaged and clipped to norm `clip`.
 
-    Gives the norm of the averaged gradient before clipping and whether the step was taken (float64 scalars, 1 or 0): where
-    the norm is not finite, `is_finite` is false or there is nothing to average, weights and optimizer stay as they are.
-    Averaging, clipping and skipping ride in the fused kernel's own scale and switch: they cost no pass over the gradient,
-    and the device is not asked for anything.
+    Returns the norm of the averaged gradient before clipping, and 1 if the step was taken, else 0 (float64 scalars). A step
+    is skipped, without changing weights or optimizer state, if the norm is not finite, `is_finite` is false or `count` is 0.
+    Averaging, clipping and skipping use fused AdamW's `grad_scale` and `found_inf`: they take no pass over the gradient and
+    do not wait for the device.
     """
     count = torch.as_tensor(count, dtype=torch.float64, device=gradient.device)
     norm = gradient.norm().double() / count
@@ -76,10 +75,9 @@ def update(
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, schedule: str, warmup: float) -> float:
-    """Rate of 0-based optimizer step `step`: a linear rise over the share `warmup`, then the schedule.
-
-    cosine falls to a tenth of the peak; wsd holds the peak and falls linearly to 0 over the last fifth (Hägele et al.
-    2024 find 20 % enough); constant stays.
+    """Learning rate of 0-based optimizer step `step`: rises linearly over the share `warmup` of the steps, then follows the
+    schedule: cosine falls to a tenth of the peak; wsd stays at the peak and falls linearly to 0 over the last fifth (20 % is
+    enough, Hägele et al. 2024); constant stays at the peak.
     """
     num_rising = math.ceil(warmup * num_steps)
     if step < num_rising:
