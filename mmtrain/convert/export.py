@@ -12,10 +12,12 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -120,7 +122,7 @@ def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float 
     ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
     write_json(out / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, indent=2)
     _write_tokenizer(source.tokenizer, out)
-    write_text(out / "README.md", model_card(source, dtype, "transformers", _HF_USE))
+    write_text(out / "README.md", model_card(source, dtype))
     return _compare_hf(source, weights, out)
 
 
@@ -210,7 +212,7 @@ def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], floa
     name = re.sub(r"[^\w.-]+", "-", source.checkpoint.run_dir.resolve().name) or "model"
     path = out / f"{name}-{dtype}.gguf"
     checks = gguf.write(path, source.model.state_dict(), source.shape, source.tokenizer, dtype=dtype, name=name)
-    write_text(out / "README.md", model_card(source, dtype, "gguf", _GGUF_USE.format(file=path.name)))
+    write_text(out / "README.md", model_card(source, dtype, gguf_file=path.name))
     return checks, None
 
 
@@ -274,55 +276,15 @@ def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
     return rows
 
 
-_HF_USE = """```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", model="PATH OF THIS DIRECTORY")
-print(chat([{"role": "user", "content": "你好"}], max_new_tokens=128)[0]["generated_text"][-1]["content"])
-```
-"""
-_GGUF_USE = """```
-llama-cli -m {file} -p "你好"
-```
-
-The file contains the chat template.
-"""
-
-
-def model_card(source: _Source, dtype: str, library: str, use: str) -> str:
+def model_card(source: _Source, dtype: str, *, gguf_file: str | None = None) -> str:
     """README.md of an export: shape and hashes of the model, what it was trained on, and how to use it."""
-    shape, run_dir = source.shape, source.checkpoint.run_dir
-    name = run_dir.resolve().name
-    rows = "\n".join(_lineage(run_dir, source.run))
-    return f"""---
-library_name: {library}
-pipeline_tag: text-generation
----
-
-# {name}
-
-A causal language model of {shape.num_params:,} parameters, trained with mm: a plain `{source.architecture}`, without
-code of its own.
-
-| | |
-|---|---|
-| layers, width, feed-forward | {shape.num_layers}, {shape.hidden_size}, {shape.ffn_size} |
-| query heads, key heads, head width | {shape.num_heads}, {shape.num_kv_heads}, {shape.head_size} |
-| norms on queries and keys | {"yes" if shape.qk_norm else "no"} |
-| vocabulary | {shape.vocab_size:,} |
-| rotary base, longest position | {shape.rope_theta:g}, {shape.max_positions:,} |
-| type of the weights | {dtype} |
-| sha256 of the checkpoint's weights | `{source.checkpoint.weights_sha256}` |
-| sha256 of tokenizer.json | `{source.tokenizer.sha256}` |
-
-## What it was trained on
-
-Newest first. A dataset's digest names every token of it; the same jsonl, tokenizer and options give the same digest.
-
-| run | stage | steps | datasets (digest) | began with weights |
-|---|---|---|---|---|
-{rows}
-
-## Use
-
-{use}"""
+    text = resources.files("mmtrain.convert").joinpath("templates/model_card.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    return environment.from_string(text).render(
+        source=source,
+        shape=source.shape,
+        name=source.checkpoint.run_dir.resolve().name,
+        rows=_lineage(source.checkpoint.run_dir, source.run),
+        dtype=dtype,
+        gguf_file=gguf_file,
+    )
