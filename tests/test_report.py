@@ -382,6 +382,6 @@ def test_every_reason_and_what_helps_is_translated() -> None:
 
 
 def test_every_warning_is_translated() -> None:
-    from mmdata.stats.warnings import WARNINGS
+    from mmdata.stats.figures import WARNINGS
 
     assert all(Translation("zh")(text) != text for text in WARNINGS.values())

@@ -6,7 +6,7 @@ import pytest
 from mmdata.errors import InputError
 from mmdata.pack.pipeline import PackResult, length_figures
 from mmdata.shards.dataset import open_dataset, source_rows
-from mmdata.stats.stats import dataset_stats, file_stats, measure_dataset
+from mmdata.stats.stats import dataset_stats, measure_dataset, measure_file
 
 
 def test_length_figures_are_those_of_the_lengths() -> None:
@@ -23,7 +23,7 @@ def test_length_figures_are_those_of_the_lengths() -> None:
 
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
 def test_a_datasets_figures_balance(packed: dict[str, PackResult], kind: str) -> None:
-    figures = dataset_stats(packed[kind].out)
+    figures = dataset_stats(open_dataset(packed[kind].out))
     assert figures["rows"] == figures["kept"] + sum(figures["left_out"].values()) == 300
     assert figures["tokens_in"] == figures["tokens"] + sum(figures["cut"].values())
     for by in ("splits", "buckets"):
@@ -62,7 +62,7 @@ def test_fill_is_the_share_of_positions_that_hold_tokens(packed: dict[str, PackR
         for number in range(split.num_samples()):
             bucket, i = split.locate(number)
             used, positions = used + len(split.sample(bucket, i).ids), positions + bucket
-    assert dataset_stats(dataset.dir)["fill"] == pytest.approx(used / positions)
+    assert dataset_stats(dataset)["fill"] == pytest.approx(used / positions)
 
 
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
@@ -72,8 +72,8 @@ def test_a_files_figures_agree_with_its_datasets(
     kind: str,
 ) -> None:
     dataset = open_dataset(packed[kind].out)
-    of_file = file_stats(Path(dataset.inputs[0]), tokenizer_dir)
-    of_dataset = dataset_stats(dataset.dir)
+    of_file = measure_file(Path(dataset.inputs[0]), tokenizer_dir, is_exact=True).figures
+    of_dataset = dataset_stats(dataset)
     for key in ("kind", "rows", "kept", "left_out", "characters", "characters_per_token"):
         assert of_file[key] == of_dataset[key]
     assert of_file["tokens"] == of_dataset["tokens_in"]
@@ -88,15 +88,15 @@ def test_characters_per_token_counts_what_people_wrote(packed: dict[str, PackRes
     dataset = open_dataset(packed["document"].out)
     texts = [json.loads(line)["text"] for line in Path(dataset.inputs[0]).read_text().splitlines()]
     tokens = sum(len(row["input_ids"]) for row in source_rows(dataset))
-    assert dataset_stats(dataset.dir)["characters_per_token"] == pytest.approx(sum(map(len, texts)) / tokens)
+    assert dataset_stats(dataset)["characters_per_token"] == pytest.approx(sum(map(len, texts)) / tokens)
 
 
 def test_a_file_without_tokenizer_has_no_token_figures(packed: dict[str, PackResult]) -> None:
-    figures = file_stats(Path(open_dataset(packed["pair"].out).inputs[0]))
+    figures = measure_file(Path(open_dataset(packed["pair"].out).inputs[0])).figures
     assert figures["kept"] == 300 and "tokens" not in figures
 
 
 def test_a_file_without_a_usable_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("not json\n")
     with pytest.raises(InputError, match=r"bad\.jsonl"):
-        file_stats(tmp_path / "bad.jsonl")
+        measure_file(tmp_path / "bad.jsonl")

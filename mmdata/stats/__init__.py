@@ -1,4 +1,4 @@
 """`mm stats`: the figures of a dataset or a jsonl file.
 
-Begin at `stats.py`; `report/` draws the figures as an HTML page.
+Begin at `stats.py`. `scan` reads rows and tokens into tallies (`frames`, `tokens`, `tally`), `figures` reads figures and warnings from them.
 """

@@ -211,8 +211,8 @@ def repeated_phrases(whole: Sequence[str], number: int) -> list[dict[str, Any]]:
     hashes, text = texts.shingles(np.array(stream, np.uint64), lengths)
     shortfall = np.minimum(lengths, texts.GRAM - 1)  # units of a text at which no n-gram begins
     at = np.arange(len(text)) + (np.cumsum(shortfall) - shortfall)[text]
-    grams = pl.DataFrame({"gram": hashes, "text": text, "at": at}).group_by("gram")
-    often = grams.agg(pl.col("at").min(), count=pl.col("text").n_unique()).filter(pl.col("count") >= 2)
+    grams = pl.DataFrame({"gram": hashes, "text": text, "at": at}).filter(pl.col("gram").is_duplicated())
+    often = grams.group_by("gram").agg(pl.col("at").min(), count=pl.col("text").n_unique()).filter(pl.col("count") >= 2)
     often = often.sort("count", "at", descending=[True, False]).head(40 * number)
     phrases = _join_grams(often.select("at", "count").rows(), stream, number)
     return [{"text": _original(whole, ends, begin, end), "count": count} for begin, end, count in phrases]

@@ -94,21 +94,21 @@ class PartScan:
         self.tally.sums["characters"] += sum(map(num_characters, parsed))
         wanted = options.wanted.get(rows[0].file, {})
         drawn = drawn_lines(np.array([row.line for row in rows], np.uint64), self.input, options.share)
-        for i in [i for i, row in enumerate(rows) if row.line in wanted] if wanted else ():
-            self._keep("loss", replace(rows[i], characters=int(lengths[i]), nll=wanted[rows[i].line]))
         fits = np.array([row.can_be_shown for row in rows])
+        chosen = {"loss": [i for i, row in enumerate(rows) if row.line in wanted] if wanted else []}
         for why, order in (("shortest", lengths), ("longest", -lengths)):
             first = np.argsort(order, kind="stable")  # of equal ones the earlier, in whatever batches rows come
-            for i in first[fits[first]][:NUM_EXTREMES].tolist():
-                self._keep(why, replace(rows[i], characters=int(lengths[i])))
-            ordered = sorted(self.shown.get(why, []), key=lambda row: row.characters, reverse=why == "longest")
-            self.shown[why] = ordered[:NUM_EXTREMES]
-        for i in np.flatnonzero(drawn & fits).tolist():
-            self._keep("random", replace(rows[i], characters=int(lengths[i])))
-
-    def _keep(self, why: str, row: SampleRow) -> None:
-        row = replace(row, why=why, row=None if row.raw else row.row)  # a line is smaller than what was parsed from it
-        self.shown.setdefault(why, []).append(row)
+            chosen[why] = first[fits[first]][:NUM_EXTREMES].tolist()
+        chosen["random"] = np.flatnonzero(drawn & fits).tolist()
+        for why, places in chosen.items():
+            shown = self.shown.setdefault(why, [])
+            for row, length in ((rows[i], int(lengths[i])) for i in places):
+                parsed_row = None if row.raw else row.row  # a line is smaller than what was parsed from it
+                nll = wanted[row.line] if why == "loss" else None
+                shown.append(replace(row, row=parsed_row, why=why, characters=length, nll=nll))
+            if why in ("shortest", "longest"):
+                shown.sort(key=lambda row: row.characters, reverse=why == "longest")
+                del shown[NUM_EXTREMES:]
 
 
 def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
@@ -260,7 +260,7 @@ def scan_decoded(
     options = ScanOptions(dataset.kind, wanted=wanted or {}, share=drawn, most_signed=most_signed)
     total = sum(len(evenly(part["kept"], share)) for part in parts)
     measure = partial(_measure_decoded, dataset, vocabulary, options, share)
-    make = partial(partial, measure)
+    make = partial(partial, measure)  # make() is measure(part, tick)
     return engine.run(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
 
 
@@ -296,15 +296,15 @@ def scan_shards(
     *,
     share: float = 1.0,
     workers: int = 1,
-    progress: Progress | None = None,
 ) -> Tally:
-    """Count the tokens of a dataset, or of about a share of its samples. progress counts tokens."""
+    """Count the tokens of a dataset, or of about a share of its samples."""
     entries = dataset.manifest["shards"]
     total = sum(entry["tokens"] for entry in entries)
     workers = workers if share >= 1 and total > 2**25 else 1
-    make = partial(partial, partial(_count_shard, dataset, vocabulary, share))
+    count = partial(_count_shard, dataset, vocabulary, share)
+    make = partial(partial, count)  # make() is count(entry, tick)
     tally = Tally()
-    for counted in engine.run(make, entries, total=total, workers=workers, progress=progress):
+    for counted in engine.run(make, entries, total=total, workers=workers):
         tally.merge(counted)
     return tally
 

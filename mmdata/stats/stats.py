@@ -32,13 +32,14 @@ from mmdata.stats.figures import (
     left_out_figures,
     text_figures,
     token_figures,
+    warning,
+    warnings,
 )
 from mmdata.stats.report.page import percent
 from mmdata.stats.samples import records
 from mmdata.stats.scan import UNCUT, Losses, PartScan, SampleRow, ScanOptions
 from mmdata.stats.tally import NUM_EXAMPLES, Tally, length_figures
 from mmdata.stats.tokens import Vocabulary
-from mmdata.stats.warnings import warning, warnings
 from mmdata.tokenizer import text
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -59,30 +60,20 @@ class Measured:
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
-def dataset_stats(directory: Path) -> dict[str, Any]:
-    """The figures `mm pack` wrote to stats.json. DatasetError if the dataset is missing or damaged."""
-    return _packed_figures(shards.open_dataset(directory))
-
-
-def _packed_figures(dataset: shards.Dataset) -> dict[str, Any]:
+def dataset_stats(dataset: shards.Dataset) -> dict[str, Any]:
+    """The figures that `mm pack` wrote to stats.json. DatasetError if the file is damaged."""
     path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest["files"] if file["path"] == "stats.json")
     shards.check_size(path, entry["bytes"], dataset.dir)
     return {"path": str(dataset.dir), **json.loads(path.read_bytes())}
 
 
-def file_stats(path: Path, tokenizer_dir: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """The figures of a jsonl file, with a tokenizer every row tokenized. Lengths are those of whole rows (of a pair's longer
-    side), before any --max-len. progress counts bytes. InputError if no row can be used."""
-    return measure_file(path, tokenizer_dir, is_exact=True, progress=progress).figures
-
-
 def read_losses(path: Path) -> dict[str, dict[int, float]]:
     """Nats a token by file and line, from the JSON lines of `mm eval --per-sequence` (file, line, tokens, nll).
 
-    InputError when it cannot be read or holds something else.
+    InputError if it cannot be read or holds something else.
     """
-    found: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[int, float]] = {}
     number = 0
     try:
         with path.open(encoding="utf-8") as file:
@@ -90,7 +81,7 @@ def read_losses(path: Path) -> dict[str, dict[int, float]]:
                 number += 1
                 record = json.loads(line)
                 if record["tokens"]:
-                    found.setdefault(record["file"], {})[int(record["line"])] = record["nll"] / record["tokens"]
+                    losses.setdefault(record["file"], {})[int(record["line"])] = record["nll"] / record["tokens"]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}", "mm eval RUN --per-sequence FILE writes one") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -98,7 +89,7 @@ def read_losses(path: Path) -> dict[str, dict[int, float]]:
             f"{path} line {number}: no record with file, line, tokens and nll",
             "mm eval RUN --per-sequence FILE writes them",
         ) from error
-    return found
+    return losses
 
 
 # --- a jsonl file
@@ -166,7 +157,7 @@ def measure_dataset(
     if the dataset is missing or damaged. progress counts bytes of the inputs.
     """
     dataset = shards.open_dataset(directory)
-    figures = _packed_figures(dataset)
+    figures = dataset_stats(dataset)
     vocabulary = Vocabulary(Tokenizer.load(dataset.tokenizer_dir))
     num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
     least, most = QUICK_BYTES

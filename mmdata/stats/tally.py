@@ -44,15 +44,12 @@ class Tally:
         if frame.is_empty():
             return
         key, value = pl.lit("") if key is None else key, pl.lit(0) if value is None else value
-        columns = [
-            pl.lit(figure).alias("figure"),
-            key.cast(pl.String).alias("key"),
-            value.cast(pl.Int64).alias("value"),
-        ]
-        self._append(frame.with_columns(columns).group_by("figure", "key", "value", maintain_order=True).len("count"))
+        columns = {"figure": pl.lit(figure), "key": key.cast(pl.String), "value": value.cast(pl.Int64)}
+        groups = frame.lazy().select(**columns).group_by("figure", "key", "value", maintain_order=True)
+        self._append(groups.agg(pl.len().cast(pl.Int64).alias("count")).collect())
 
     def _append(self, counts: pl.DataFrame) -> None:
-        self._counts.append(counts.with_columns(pl.col("count").cast(pl.Int64)))
+        self._counts.append(counts)
         self._pending += len(counts)
         if self._pending > MOST_PENDING:
             self._merge_counts()

@@ -1,4 +1,4 @@
-"""HTML reports in one file each: the page, its tables and plots, and the data report in English and Chinese.
+"""Reports: sections of typed tables, cards and plots, drawn as one HTML file (English or Chinese) or in the terminal.
 
-`page.py` knows nothing of datasets; the run report (`mmtrain.log.report`) uses it too.
+`page.py` knows nothing of datasets; the report on runs (`mmtrain.log.report`) uses it too.
 """

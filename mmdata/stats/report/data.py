@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmdata.shards.dataset import REPORT
+from mmdata.stats.figures import WARNINGS
 from mmdata.stats.report import page
 from mmdata.stats.report.page import (
     Block,
@@ -27,7 +28,6 @@ from mmdata.stats.report.page import (
     size,
 )
 from mmdata.stats.stats import Measured
-from mmdata.stats.warnings import WARNINGS
 
 FILE = REPORT
 MOST_STRINGS = 40
@@ -70,7 +70,7 @@ def name_of(measured: Measured) -> Phrase:
 
 
 def warned(warnings: Sequence[Figures]) -> Callouts:
-    """Warnings (`stats.warnings`) as a block."""
+    """Warnings (`figures.warnings`) as a block."""
     return Callouts([phrase(WARNINGS[warning["code"]], **warning["values"]) for warning in warnings])
 
 
