@@ -25,16 +25,15 @@ LONGER_BY = 3  # answers that are longer by more than this factor are counted
 GRAM_UNITS = 8  # units of a repeated n-gram
 _UNITS = re.compile(r"[A-Za-z\u00C0-\u024F\u0370-\u052F]+|\d+|[^\s]")
 STRINGS = ("opening", "system", "tool")  # figures that count strings
-_WHITESPACE = r"[\s\x1c-\x1f]+"  # what str.split() splits at
 _ANSWERS = ("document", "assistant", "chosen", "rejected")
 
 
 # --- frames
 
 
-def text_frame(rows: Sequence[Row]) -> pl.DataFrame:
-    """The texts that rows consist of (`pieces_of`), one a record: row, role, text, characters."""
-    pieces = [(number, *piece) for number, row in enumerate(rows) for piece in pieces_of(row)]
+def text_frame(texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> pl.DataFrame:
+    """The texts of rows (`pieces_of`), one a record: row, role, text, characters."""
+    pieces = [(number, *piece) for number, pieces in enumerate(texts_of_rows) for piece in pieces]
     schema = {"row": pl.Int64, "role": pl.String, "text": pl.String}
     return pl.DataFrame(pieces, schema, orient="row").with_columns(characters=pl.col("text").str.len_chars())
 
@@ -100,11 +99,13 @@ def count_rows(
         if strings := control_strings(raw, row):
             tally.counters["control_strings"].update(strings)
             tally.sums["rows_with_control"] += 1
-    pieces = text_frame(rows)
+    texts_of_rows = [list(pieces_of(row)) for row in rows]
+    pieces = text_frame(texts_of_rows)
     lengths = np.bincount(pieces["row"], weights=pieces["characters"], minlength=len(rows)).astype(np.int64)
     tally.count("characters", pl.DataFrame({"characters": lengths}), value=pl.col("characters"))
-    _count_scripts(tally, pieces, lengths, most_signed)
-    _count_pieces(tally, pieces, len(rows))
+    whole = ["".join([text for _, text in texts_of_row]) for texts_of_row in texts_of_rows]
+    _count_scripts(tally, whole, lengths, most_signed)
+    _count_pieces(tally, pieces, texts_of_rows)
     conversations = [
         row if isinstance(row, Conversation) else row.chosen for row in rows if not isinstance(row, Document)
     ]
@@ -115,11 +116,8 @@ def count_rows(
     return lengths
 
 
-def _count_scripts(tally: Tally, pieces: pl.DataFrame, lengths: np.ndarray, most_signed: int) -> None:
+def _count_scripts(tally: Tally, whole: Sequence[str], lengths: np.ndarray, most_signed: int) -> None:
     """Count scripts of characters and languages of rows; sign rows."""
-    whole: list[str] = [""] * len(lengths)
-    for row, text in pieces.group_by("row").agg(pl.col("text").str.join()).iter_rows():
-        whole[row] = text
     points = texts.code_points("".join(whole))
     counts = texts.count_scripts(texts.scripts_of(points), lengths)
     tally.add("scripts", counts.sum(axis=0))
@@ -130,27 +128,30 @@ def _count_scripts(tally: Tally, pieces: pl.DataFrame, lengths: np.ndarray, most
         tally.sums["signed"] += len(whole)
 
 
-def _count_pieces(tally: Tally, pieces: pl.DataFrame, num_rows: int) -> None:
+def _count_pieces(tally: Tally, pieces: pl.DataFrame, texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> None:
     """Count characters by role and turn, openings, and a hash of each row's roles and texts: equal rows have equal ones."""
     tally.count("characters by role", pieces, key=pl.col("role"), value=pl.col("characters"))
     number = pl.int_range(1, pl.len() + 1).over("row").clip(upper_bound=NUM_TURNS)
     answers = pieces.filter(pl.col("role") == "assistant").with_columns(turn=number)
     tally.count("characters by turn", answers, key=pl.col("turn"), value=pl.col("characters"))
-    words = pl.col("text").str.slice(0, 2 * OPENING).str.replace_all(_WHITESPACE, " ").str.strip_chars(" ")
-    tally.count("opening", pieces.filter(pl.col("role").is_in(_ANSWERS)), key=words.str.slice(0, OPENING))
-    joined = pieces.group_by("row").agg(pl.concat_str("role", "text", separator="\0").str.join("\0").hash())
-    hashes = np.zeros(num_rows, np.uint64)
-    hashes[joined["row"]] = joined["role"].to_numpy()
-    tally.columns["hashes"].append(hashes)
+    openings = [
+        " ".join(text[: 2 * OPENING].split())[:OPENING]
+        for texts_of_row in texts_of_rows
+        for role, text in texts_of_row
+        if role in _ANSWERS
+    ]
+    tally.count("opening", pl.DataFrame({"opening": openings}, {"opening": pl.String}), key=pl.col("opening"))
+    joined = ["\0".join([word for piece in texts_of_row for word in piece]) for texts_of_row in texts_of_rows]
+    tally.columns["hashes"].append(pl.Series(joined, dtype=pl.String).hash().to_numpy())
 
 
 def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) -> None:
     """Count turns, system prompts, tools, calls and reasoning; of a pair those of its chosen side."""
     messages = message_frame(conversations)
     users = (pl.col("role") == "user").sum()
-    tally.count("turns", messages.group_by("row", maintain_order=True).agg(turns=users), value=pl.col("turns"))
+    tally.count("turns", messages.group_by("row").agg(turns=users), value=pl.col("turns"))
     content = pl.col("content")
-    systems = messages.filter((pl.col("role") == "system") & (content.str.replace_all(_WHITESPACE, "") != ""))
+    systems = messages.filter(pl.col("role") == "system").filter(content.str.strip_chars() != "")
     tally.count("system", systems, key=content.str.slice(0, 200))
     tools = [name for conversation in conversations for name in map(_tool_name, conversation.tools)]
     tally.count("tool", pl.DataFrame({"name": tools}, {"name": pl.String}), key=pl.col("name"))
