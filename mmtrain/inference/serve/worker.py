@@ -7,8 +7,9 @@ the error and the thread continues. Nothing of an answer is kept once the task t
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mmdata.errors import MMError
 from mmtrain.inference.engine import Delta, Engine, Row
@@ -39,7 +40,6 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[tuple[int, Delta] | Exception]
     rows: list[Row]
-    is_submitted: bool = False  # by the thread
     is_cancelled: bool = False  # by the task
 
     def put(self, event: tuple[int, Delta] | Exception) -> None:
@@ -53,7 +53,7 @@ class Worker:
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
         self.engine = engine
         self._max_waiting = max_waiting
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # called by the thread between steps
         self._jobs: dict[Row, tuple[_Job, int]] = {}
         self._num_unseen = 0  # answers in the inbox; changed under the lock
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class Worker:
     def stop(self) -> None:
         """Stop the thread; running answers end with StoppedError."""
         self._is_stopping = True
-        self._inbox.put(None)
+        self._inbox.put(lambda: None)  # wakes the thread
         self._thread.join()
 
     @property
@@ -93,7 +93,7 @@ class Worker:
             if self.num_waiting + len(asks) > self._max_waiting:
                 raise BusyError
             self._num_unseen += len(asks)
-        self._inbox.put(job)
+        self._inbox.put(partial(self._submit, job))
         num_open = len(asks)
         deadline = job.loop.time() + timeout_s
         try:
@@ -109,7 +109,7 @@ class Worker:
         finally:
             job.is_cancelled = True
             if num_open:
-                self._inbox.put(job)  # the second time: the thread cancels its rows
+                self._inbox.put(partial(self._drop, job))
 
     # --- the thread
 
@@ -121,25 +121,16 @@ class Worker:
                     self._send(delta)
             except Exception as error:
                 self._fail(StoppedError(f"generation failed: {type(error).__name__}: {error}"))
+        self._take(wait=False)  # jobs that arrived meanwhile end like the running ones
         self._fail(StoppedError("the server is stopping"))
-        while not self._inbox.empty():
-            if (job := self._inbox.get()) is not None:
-                job.put(StoppedError("the server is stopping"))
 
     def _take(self, *, wait: bool) -> None:
         """Process the inbox; with `wait` block until something arrives."""
         while wait or not self._inbox.empty():
-            job = self._inbox.get()
+            self._inbox.get()()
             wait = False
-            if job is None:
-                return
-            if not job.is_submitted:
-                self._submit(job)
-            else:
-                self._drop(job)
 
     def _submit(self, job: _Job) -> None:
-        job.is_submitted = True
         with self._lock:
             self._num_unseen -= len(job.asks)
         if job.is_cancelled:
