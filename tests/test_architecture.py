@@ -24,10 +24,10 @@ MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.demo": ["mmdata.errors", "mmdata.io"],
     "mmdata.options": ["mmdata.errors"],
     "mmdata.io": ["mmdata.errors", "mmdata.options"],
-    "mmdata.hub": ["mmdata.errors", "mmdata.io"],
+    "mmdata.hub": ["mmdata.errors", "mmdata.options", "mmdata.io"],
     "mmdata.tokenizer": ["mmdata.errors", "mmdata.io"],
     "mmdata.encode": ["mmdata.errors", "mmdata.io", "mmdata.tokenizer"],
-    "mmdata.tokenizer.toolkit": ["mmdata.errors", "mmdata.io", "mmdata.tokenizer", "mmdata.encode"],
+    "mmdata.tokenizer.toolkit": ["mmdata.errors", "mmdata.options", "mmdata.io", "mmdata.tokenizer", "mmdata.encode"],
     "mmdata.shards": ["mmdata.errors", "mmdata.io", "mmdata.tokenizer", "mmdata.encode"],
     "mmdata.pack": [f"mmdata.{room}" for room in DATA],
     "mmdata.stats": [*(f"mmdata.{room}" for room in DATA), "mmdata.tokenizer.toolkit", "mmdata.pack"],
@@ -58,8 +58,10 @@ TWICE_FOR_NOW = {"Decoder"}
 WIDE_FOR_NOW: set[str] = set()
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
 OPTIONS = (
+    "mmdata.hub.options",
     "mmdata.options",
     "mmdata.pack.options",
+    "mmdata.tokenizer.toolkit.options",
     "mmtrain.config",
     "mmtrain.inference.settings",
 )  # what the command line is generated from
@@ -227,9 +229,11 @@ def test_training_needs_neither_polars_nor_huggingface_hub() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     _runs(
-        "import sys, cli\n"
+        "import sys, cli, typer\n"
         "try: cli.app(['--help'])\n"
         "except SystemExit: pass\n"
+        "for command in typer.main.get_command(cli.app).commands.values():\n"
+        "    for each in getattr(command, 'commands', {'': command}).values(): assert each.params\n"
         "heavy = {'torch', 'numpy', 'pyarrow', 'polars', 'tokenizers', 'huggingface_hub', 'rich', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

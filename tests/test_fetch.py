@@ -32,7 +32,8 @@ from mmdata.errors import (
 )
 from mmdata.hub import catalog, fetch, plan, transfer
 from mmdata.hub.fetch import FetchOutcome
-from mmdata.hub.plan import LOCK_NAME, FetchOptions, FetchPlan, read_lock
+from mmdata.hub.options import FetchOptions
+from mmdata.hub.plan import LOCK_NAME, FetchPlan, read_lock
 from mmdata.hub.sources import asked_wait, is_safe
 from mmdata.hub.transfer import RetryPolicy, cut, merge, missing
 

@@ -14,7 +14,8 @@ import text_data
 from mmdata.errors import InputError, UsageError
 from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.train import RECORD, TokenizerOptions, train, train_to
+from mmdata.tokenizer.toolkit.options import TokenizerOptions
+from mmdata.tokenizer.toolkit.train import RECORD, train, train_to
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = TokenizerOptions(420)
@@ -81,7 +82,7 @@ def test_digits_and_newlines_stand_alone_with_digits_and_only_there(tmp_path: Pa
 def test_any_number_of_threads_gives_the_same_file(files: list[Path], algorithm: str) -> None:
     """A process each, so that hash seeds differ too."""
     code = (
-        "import sys, hashlib; from pathlib import Path; from mmdata.tokenizer.toolkit.train import TokenizerOptions, train\n"
+        "import sys, hashlib; from pathlib import Path; from mmdata.tokenizer.toolkit.options import TokenizerOptions; from mmdata.tokenizer.toolkit.train import train\n"
         "files, _ = train([Path(p) for p in sys.argv[2:]], TokenizerOptions(700, sys.argv[1], seed=3, limit_bytes=20_000))\n"
         "print(hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest())"
     )
@@ -152,9 +153,9 @@ def test_further_control_tokens_follow_the_templates_own(files: list[Path], tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"algorithm": "wordpiece"}, "--algorithm wordpiece: no such choice"),
-        ({"template": "llama"}, "--template llama: no such choice"),
-        ({"pattern": "x"}, "--pattern x: no such choice"),
+        ({"algorithm": "wordpiece"}, "--algorithm wordpiece is unknown"),
+        ({"template": "llama"}, "--template llama is unknown"),
+        ({"pattern": "x"}, "--pattern x is unknown"),
         ({"vocab_size": 292}, "292: 36 added tokens and the 256 bytes leave no room"),
         ({"special": ("<|im_end|>",)}, "one of the template's own"),
         ({"special": ("a", "a")}, "given twice"),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit.train import TokenizerOptions, train
+from mmdata.tokenizer.toolkit.options import TokenizerOptions
+from mmdata.tokenizer.toolkit.train import train
 
 WORDS = [
     "river",

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from mmdata.commands.terminal import (
     size,
     table,
 )
+from mmdata.hub.options import LOCAL, SOURCE, FetchOptions
 from mmdata.options import Option
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 ASK_ABOVE_BYTES = 1_000_000_000
 ADVISE_CONNECTIONS_ABOVE_BYTES = 256_000_000
 ENDPOINT_VARIABLES = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
-FILES, SOURCE, LOCAL, OUTPUT = "What to fetch", "Source", "Files on this machine", "Output"  # headings of --help
+FILES, OUTPUT = "What to fetch", "Output"
+HEADINGS = (FILES, SOURCE, LOCAL, OUTPUT)  # order of the groups in the help
 
 
 def fetch(
@@ -44,6 +47,7 @@ def fetch(
             metavar="[NAME]...", help="Known names, file names or globs. [default: the files that a first run needs]"
         ),
     ] = None,
+    *,
     preset: Annotated[
         str | None, Option("A set of files and their tokenizer: seed, zero or full.", FILES, metavar="NAME")
     ] = None,
@@ -55,24 +59,7 @@ def fetch(
     listing: Annotated[
         bool, Option("Show the known files and which of them are here, without the network.", FILES, "--list")
     ] = False,
-    source: Annotated[str, Option("Where to fetch from.", SOURCE, metavar="hf|modelscope|DIR|URL")] = "hf",
-    endpoint: Annotated[
-        str | None, Option("A mirror of the source.", SOURCE, metavar="URL", default_text="$HF_ENDPOINT")
-    ] = None,
-    revision: Annotated[
-        str | None,
-        Option("Commit, tag or branch.", SOURCE, metavar="NAME", default_text="the locked commit, else the known one"),
-    ] = None,
-    update: Annotated[bool, Option("Move from the locked commit to the newest one.", SOURCE)] = False,
-    connections: Annotated[
-        int,
-        Option(
-            "Connections per file; 4 is faster where each connection is slow.", SOURCE, metavar="N", least=1, most=32
-        ),
-    ] = 1,
-    out: Annotated[Path, Option("Directory for the files.", LOCAL, metavar="DIR")] = DATA_DIR,
-    verify: Annotated[bool, Option("Hash the files that are here again; without NAME, all of them.", LOCAL)] = False,
-    force: Annotated[bool, Option("Replace files that were not fetched by mm.", LOCAL)] = False,
+    options: FetchOptions,
     clean: Annotated[bool, Option("Remove what unfinished downloads left, and stop.", LOCAL)] = False,
     dry_run: Annotated[bool, Option("Show the plan and stop.", OUTPUT)] = False,
     yes: Annotated[
@@ -89,19 +76,13 @@ def fetch(
     from mmdata.hub import plan as planning
 
     if listing or clean:
-        print_overview(work.overview(out), as_json) if listing else print_cleaned(*work.clean(out), as_json)
+        print_overview(work.overview(options.out), as_json) if listing else print_cleaned(
+            *work.clean(options.out), as_json
+        )
         return
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # otherwise its client sends what it knows of the terminal
-    options = planning.FetchOptions(
-        out,
-        source,
-        endpoint or os.environ.get(ENDPOINT_VARIABLES.get(source, "")) or None,
-        revision,
-        update,
-        verify,
-        force,
-        connections,
-    )
+    endpoint = options.endpoint or os.environ.get(ENDPOINT_VARIABLES.get(options.source, "")) or None
+    options = replace(options, endpoint=endpoint)
     mute = quiet or as_json
     with progress("check", quiet=mute) as checking:
         to_do = planning.plan(
@@ -132,7 +113,7 @@ def fetch(
         values = [{**plain(outcome), "error": outcome.error and outcome.error.message} for outcome in outcomes]
         print_json({**plan_values(to_do), "files": values, "seconds": seconds})
     elif not quiet:
-        print_fetched(outcomes, out, seconds)
+        print_fetched(outcomes, options.out, seconds)
     failures = [fail(outcome.error) for outcome in outcomes if outcome.error]
     if failures:
         raise typer.Exit(failures[0])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,7 @@ from mmdata.commands.terminal import (
 )
 from mmdata.errors import UsageError
 from mmdata.options import INT64, Option
+from mmdata.tokenizer.toolkit.options import TokenizerOptions
 from mmtrain.config import MODEL_SHAPES
 
 if TYPE_CHECKING:
@@ -55,20 +56,11 @@ def train(
         list[Path] | None,
         typer.Argument(metavar="[FILE]...", help="jsonl files of any row kind. [default: data/*.jsonl]"),
     ] = None,
-    vocab_size: Annotated[int, Option("Number of tokens, control and reserved ones included.", least=1)] = 6400,
+    *,
+    options: Annotated[dict[str, Any], TokenizerOptions],
     out: Annotated[
-        Path | None,
-        Option("Directory of the new tokenizer.", metavar="DIR", default_text="data/tokenizer-VOCAB_SIZE"),
+        Path | None, Option("Directory of the new tokenizer.", metavar="DIR", default_text="data/tokenizer-VOCAB_SIZE")
     ] = None,
-    algorithm: Annotated[str, Option("Algorithm; both work on bytes.", choices=("bpe", "unigram"))] = "bpe",
-    special: Annotated[list[str] | None, Option("A further control token; may be repeated.", metavar="TOKEN")] = None,
-    template: Annotated[
-        str, Option("Chat template, with its control tokens.", choices=("chatml", "minimind2", "minimind3"))
-    ] = "minimind3",
-    pattern: Annotated[
-        str,
-        Option("How text is split first: digits and newlines apart, or as MiniMind's do.", choices=("digits", "gpt2")),
-    ] = "digits",
     weight: Annotated[
         list[str] | None,
         Option(
@@ -76,13 +68,6 @@ def train(
             metavar="NAME=W",
         ),
     ] = None,
-    limit_bytes: Annotated[
-        int,
-        Option(
-            "Largest amount of text, drawn evenly over files and languages; takes 12 times as much memory.", least=1
-        ),
-    ] = 100_000_000,
-    seed: Seed = 0,
     quiet: Annotated[bool, Option("Print no progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -90,21 +75,12 @@ def train(
 
     Example: mm tokenizer train data/pretrain_hq.jsonl data/sft_512.jsonl --vocab-size 6400
     """
-    from mmdata.tokenizer.toolkit.train import TokenizerOptions, train_to
+    from mmdata.tokenizer.toolkit.train import train_to
 
-    directory = out or DATA_DIR / f"tokenizer-{vocab_size}"
-    options = TokenizerOptions(
-        vocab_size,
-        algorithm=algorithm,
-        template=template,
-        special=tuple(special or ()),
-        pattern=pattern,
-        limit_bytes=limit_bytes,
-        weights=weights_of(weight),
-        seed=seed,
-    )
+    directory = out or DATA_DIR / f"tokenizer-{options['vocab_size']}"
     with phase_progress(quiet=quiet or as_json) as phase:
-        trained = train_to(data_files(files, is_read_once=False), directory, options, phase=phase)
+        paths = data_files(files, is_read_once=False)
+        trained = train_to(paths, directory, TokenizerOptions(**options, weights=weights_of(weight)), phase=phase)
     if as_json:
         print_json(trained)
     else:

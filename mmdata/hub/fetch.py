@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mmdata.errors import DiskError, IntegrityError, InterruptedFetch, MMError
 from mmdata.hub import catalog
+from mmdata.hub.options import FetchOptions
 from mmdata.hub.plan import (
     TOKENIZER_DIR,
     FetchItem,
-    FetchOptions,
     FetchPlan,
     LockEntry,
     WantedFile,
@@ -27,7 +27,7 @@ from mmdata.hub.plan import (
     write_entry,
 )
 from mmdata.hub.sources import Source, open_source, opener
-from mmdata.hub.transfer import RESUME, Content, disk_error, download, kept_bytes
+from mmdata.hub.transfer import RESUME, Content, RetryPolicy, disk_error, download, kept_bytes
 from mmdata.io.files import AlreadyLockedError, Digest, locked
 
 SPACE_MARGIN_BYTES = 64 << 20
@@ -64,7 +64,7 @@ def fetch(
     """
     check_space(plan)
     options = plan.options
-    source = open_source(options.source, options.endpoint, options.retry)
+    source = open_source(options.source, options.endpoint, options.retry or RetryPolicy())
     report = _Report(plan, watch)
     outcomes: list[FetchOutcome] = []
     for item in plan.items:

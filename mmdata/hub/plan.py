@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import msgspec
 from mmdata.errors import AccessError, ConflictError, DiskError, MMError, NotFoundError, UsageError
 from mmdata.hub import catalog
 from mmdata.hub.catalog import KnownFile
+from mmdata.hub.options import FetchOptions
 from mmdata.hub.sources import Listing, Repo, commits, first_bytes, is_safe, list_files, look_up, open_source
 from mmdata.hub.transfer import Content, RetryPolicy, kept_bytes
 from mmdata.io.files import Digest, digest_file, locked
@@ -135,21 +136,6 @@ Checking = Callable[[str, int, int], None]  # (name, bytes hashed, bytes in all)
 
 
 @dataclass(frozen=True, slots=True)
-class FetchOptions:
-    """How to fetch; the defaults are those of the command."""
-
-    out: Path = Path("data")
-    source: str = "hf"
-    endpoint: str | None = None
-    revision: str | None = None
-    update: bool = False
-    verify: bool = False
-    force: bool = False
-    connections: int = 1
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-
-
-@dataclass(frozen=True, slots=True)
 class WantedFile:
     """A requested file: its local name, its path in the repository, and what the catalog knows about it."""
 
@@ -235,7 +221,7 @@ class _Planner:
 
     def __init__(self, options: FetchOptions, checking: Checking | None) -> None:
         self.options, self.checking = options, checking
-        self.source = open_source(options.source, options.endpoint, options.retry)
+        self.source = open_source(options.source, options.endpoint, options.retry or RetryPolicy())
         self.warnings: list[str] = []
         self.lock = read_lock(options.out, self.warnings)
         self.dataset = Repo(catalog.DATASET_REPO.get(self.source.kind, ""))

@@ -34,8 +34,9 @@ from mmdata.tokenizer.hostile import hostile_strings  # noqa: E402
 from mmdata.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from mmdata.tokenizer.toolkit.evaluate import evaluate  # noqa: E402
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS  # noqa: E402
+from mmdata.tokenizer.toolkit.options import TokenizerOptions  # noqa: E402
 from mmdata.tokenizer.toolkit.sample import draw, fields_of  # noqa: E402
-from mmdata.tokenizer.toolkit.train import TokenizerOptions, pre_tokenizer, train, train_to  # noqa: E402
+from mmdata.tokenizer.toolkit.train import pre_tokenizer, train, train_to  # noqa: E402
 
 
 def texts_of(path: Path) -> Iterator[str]:

@@ -27,13 +27,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmdata.errors import MMError, TokenizerError, UsageError
 from mmdata.io.files import info_of_bytes, sha256_of, sync, write_bytes
 from mmdata.io.records import plain, read_record
+from mmdata.options import check
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit import unigram
 from mmdata.tokenizer.toolkit.layouts import BOS, EOS, LAYOUTS, PAD, Layout
+from mmdata.tokenizer.toolkit.options import TokenizerOptions
 from mmdata.tokenizer.toolkit.sample import Stratum, TextSample, draw
 from mmdata.tokenizer.vocabulary import byte_of
 
-ALGORITHMS = ("bpe", "unigram")
 # Where text is cut before training; no token reaches over a cut. `gpt2` is what MiniMind's tokenizers use (built into the
 # native byte-level pre-tokenizer). `digits` cuts the same way, except that every digit and newline stands alone.
 PATTERNS = {
@@ -41,27 +42,12 @@ PATTERNS = {
     "gpt2": "",
 }
 RECORD = "training.json"  # the TrainingRecord beside a trained tokenizer's files
-LIMIT_BYTES = 100_000_000
 _MIN_COUNT = 2  # pairs and words seen once are not learned
 _MAX_WORDS = 2_000_000  # different words counted for unigram; beyond that, those seen once so far are dropped
 _NEVER = -1e6  # a log-probability below that of any sequence of bytes
 _FORMAT = 2
 _POLL_S = 0.2
 Phase = Callable[[str, int, int], None]  # (name of the phase, bytes done, bytes in all or 0 if unknown)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerOptions:
-    """How to train. `special`: control tokens after the template's own; `weights`: as `sample.draw` takes them."""
-
-    vocab_size: int
-    algorithm: str = "bpe"
-    template: str = "minimind3"
-    special: tuple[str, ...] = ()
-    pattern: str = "digits"
-    limit_bytes: int = LIMIT_BYTES
-    weights: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +117,7 @@ def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, pha
 
 def check_options(options: TokenizerOptions) -> Layout:
     """The layout of the tokenizer to train. Raises UsageError if an option is wrong."""
-    for option, value, choices in (
-        ("--algorithm", options.algorithm, ALGORITHMS),
-        ("--template", options.template, LAYOUTS),
-        ("--pattern", options.pattern, PATTERNS),
-    ):
-        if value not in choices:
-            raise UsageError(f"{option} {value}: no such choice", f"choose one of {', '.join(choices)}")
+    check(options)
     base = LAYOUTS[options.template]
     for token in options.special:
         if not token.strip() or options.special.count(token) > 1 or token in base.tokens:
@@ -149,8 +129,6 @@ def check_options(options: TokenizerOptions) -> Layout:
             f"--vocab-size {options.vocab_size:,}: {len(layout.tokens)} added tokens and the 256 bytes leave no room",
             f"--vocab-size 6400; at least {least}",
         )
-    if options.limit_bytes < 1:
-        raise UsageError(f"--limit-bytes {options.limit_bytes} must be greater than 0", "--limit-bytes 100000000")
     return layout
 
 

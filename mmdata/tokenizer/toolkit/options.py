@@ -1,0 +1,30 @@
+"""The options of `mm tokenizer train`, declared once: types, defaults, ranges and help texts. Imports nothing heavy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mmdata.options import INT64, option
+
+ALGORITHMS = ("bpe", "unigram")
+TEMPLATES = ("chatml", "minimind2", "minimind3")
+PATTERNS = ("digits", "gpt2")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerOptions:
+    """How to train. `special`: control tokens after the template's own; `weights`: as `sample.draw` takes them."""
+
+    vocab_size: int = option(6400, help="Number of tokens, control and reserved ones included.", least=1)
+    algorithm: str = option("bpe", help="Algorithm; both work on bytes.", choices=ALGORITHMS)
+    template: str = option("minimind3", help="Chat template, with its control tokens.", choices=TEMPLATES)
+    special: tuple[str, ...] = option((), help="A further control token; may be repeated.", metavar="TOKEN")
+    pattern: str = option(
+        "digits", help="How text is split first: digits and newlines apart, or as MiniMind's do.", choices=PATTERNS
+    )
+    limit_bytes: int = option(
+        100_000_000,
+        help="Largest amount of text, drawn evenly over files and languages; takes 12 times as much memory.",
+        least=1,
+    )
+    weights: Mapping[str, float] = field(default_factory=dict)
+    seed: int = option(0, help="Seed of the draw where not all texts are taken.", **INT64)
