@@ -12,6 +12,10 @@ import cli
 from mmdata.commands.options import add
 from mmdata.errors import UsageError
 from mmdata.options import Option, check, option
+from mmdata.stats.report.page import LANGS
+from mmdata.tokenizer.toolkit import train
+from mmdata.tokenizer.toolkit.layouts import LAYOUTS
+from mmdata.tokenizer.toolkit.options import PATTERNS, TEMPLATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +145,10 @@ def test_commands_with_many_options_show_them_in_groups() -> None:
             assert len({p.rich_help_panel for p in grouped}) > 1, words
             options = [p for p in command.params if p.opts[0].startswith("-")]
             assert len(grouped) >= len(options) - 2, words
+
+
+def test_choices_that_other_modules_know_are_the_same() -> None:
+    """Options are declared where nothing heavy is imported, so these stand in two places."""
+    choices = {p.name: p.metavar for _, command in commands() for p in command.params}
+    assert choices["lang"] == "|".join(LANGS)
+    assert set(TEMPLATES) == set(LAYOUTS) and set(PATTERNS) == set(train.PATTERNS)

@@ -11,6 +11,7 @@ import typer
 
 from mmdata.commands.options import DATA_DIR, Html, Json, Lang, data_files
 from mmdata.commands.terminal import (
+    counted,
     meter,
     next_command,
     percent,
@@ -275,98 +276,83 @@ def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] |
 
 
 def print_trained(trained: "Trained") -> None:
-    """What text was drawn from where, and what came of it."""
+    """Print how much text was found and drawn from each file and language, the rows left out, and what was written."""
     if trained.up_to_date:
         result(f"{trained.out} is up to date: {trained.vocab_size:,} tokens, sha256 {trained.sha256[:12]}")
         return
-    rows = [
+    rows = (
         (f"{one.file} {one.language}", size(one.found_bytes), size(one.drawn_bytes), one.drawn_texts)
         for one in trained.strata
-    ]
+    )
     table("", ("text of", "found", "drawn", "texts"), rows)
     for name, counts in trained.left_out.items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         say(f"{name}: left out {sum(counts.values()):,} rows ({reasons}); `mm validate {name}` shows them")
     if trained.vocab_size < trained.asked_size:
-        say(
-            f"warning: the text has pairs for {trained.vocab_size:,} tokens only, {trained.asked_size:,} were asked for: "
-            "give more text"
-        )
-    drawn = sum(one.drawn_bytes for one in trained.strata)
-    result(
-        f"wrote {trained.out}: {trained.vocab_size:,} tokens from {size(drawn)} of text, sha256 {trained.sha256[:12]}, "
-        f"in {trained.seconds:.1f} s"
-    )
+        enough = f"the text has pairs for {trained.vocab_size:,} tokens only, {trained.asked_size:,} were asked for"
+        say(f"warning: {enough}: give more text")
+    text = f"{trained.vocab_size:,} tokens from {size(sum(one.drawn_bytes for one in trained.strata))} of text"
+    result(f"wrote {trained.out}: {text}, sha256 {trained.sha256[:12]}, in {trained.seconds:.1f} s")
 
 
-def print_findings(directory: object, findings: "Sequence[Finding]") -> None:
-    """Findings one a line: ok, note or error; what helps below those that are not ok."""
+def print_findings(directory: Path, findings: "Sequence[Finding]") -> None:
+    """Print one line for each check (ok, note or error), a fix below each note, then the numbers of errors and notes."""
     for finding in findings:
         result(f"{finding.level:<5}  {finding.check}: {finding.found}")
         if finding.fix and finding.level == "note":
             result(f"       fix: {finding.fix}")
-    errors = [finding for finding in findings if finding.level == "error"]
-    notes = sum(finding.level == "note" for finding in findings)
-    result(f"{directory}: {len(findings)} checks, {len(errors)} errors, {notes} notes")
+    levels = [finding.level for finding in findings]
+    result(f"{directory}: {len(findings)} checks, {levels.count('error')} errors, {levels.count('note')} notes")
 
 
 def print_evaluated(figures: "Evaluation") -> None:
-    """Tokenizers side by side, a column each."""
+    """Print the figures as tables with a column for each tokenizer, then its longest tokens and its problems."""
     from mmdata.stats.report.page import Section
     from mmdata.stats.report.tokenizer import short_names, tables
 
-    each, text = figures.tokenizers, figures.text
-    names = short_names([one.name for one in each])
+    text = figures.text
     result(f"{size(text.bytes)} of text, {text.texts:,} texts drawn from {text.rows:,} rows")
     for name, counts in text.left_out.items():
         say(f"{name}: left out {sum(counts.values()):,} rows; `mm validate {name}` shows them")
     print_sections([Section("", "", tables(figures))])
-    for name, one in zip(names, each, strict=True):
-        longest = ", ".join(f"{token.text} ({token.id:,})" for token in one.longest_tokens)
-        result(f"{name}: longest tokens: {longest}")
+    names = short_names([one.name for one in figures.tokenizers])
+    for name, one in zip(names, figures.tokenizers, strict=True):
+        result(f"{name}: longest tokens: {counted((token.text, token.id) for token in one.longest_tokens)}")
         if one.glitch_prone:
-            some = ", ".join(f"{token.text} ({token.id:,})" for token in one.glitch_prone_tokens)
-            result(f"{name}: never in this text: {one.glitch_prone:,} tokens, such as {some}")
-        if any(not found.fits for found in one.embedding.values()):
+            examples = counted((token.text, token.id) for token in one.glitch_prone_tokens)
+            result(f"{name}: never in this text: {one.glitch_prone:,} tokens, such as {examples}")
+        if not all(embedding.fits for embedding in one.embedding.values()):
             result(f"{name}: ! has more ids than the preset's vocabulary; the model would have to be made larger")
         for example in one.round_trip.examples:
-            result(f"{name}: does not come back: {example!r}")
+            result(f"{name}: does not decode to the same text: {example!r}")
 
 
-def print_compared(found: "Comparison") -> None:
-    """The answer first, then what it rests on."""
+def print_compared(comparison: "Comparison") -> None:
+    """Print whether a model trained with A can read shards of B, then the figures that this follows from."""
     from mmdata.stats.report.tokenizer import short_names
 
-    a, b = short_names([found.a, found.b])
-    result(found.answer)
+    a, b = short_names([comparison.a, comparison.b])
+    result(comparison.answer)
     result()
-    columns = ("", a, b)
-    table(
-        "",
-        columns,
-        (
-            ("vocabulary", *found.vocab_size),
-            ("tokens of this text", *found.tokens),
-            ("bytes per token", *(f"{value:.3f}" for value in found.bytes_per_token)),
-        ),
+    rows = (
+        ("vocabulary", *comparison.vocab_size),
+        ("tokens of this text", *comparison.tokens),
+        ("bytes per token", *(f"{value:.3f}" for value in comparison.bytes_per_token)),
     )
-    same = "the same" if found.same_template else "different"
+    table("", ("", a, b), rows)
+    same = "the same" if comparison.same_template else "different"
     result(
-        f"{found.shared_tokens:,} tokens are in both, {found.same_ids:,} under the same id; chat templates: {same}; "
-        f"{percent(found.texts_split_alike, found.texts)} of {found.texts:,} texts and "
-        f"{100 * (1 - found.words_split_differently):.1f}% of words are split alike"
+        f"{comparison.shared_tokens:,} tokens are in both, {comparison.same_ids:,} under the same id; chat templates: "
+        f"{same}; {percent(comparison.texts_split_alike, comparison.texts)} of {comparison.texts:,} texts and "
+        f"{100 * (1 - comparison.words_split_differently):.1f}% of words are split alike"
     )
-    for side in found.first_differing_ids:
-        result(f"id {side.id:,}: {a} {side.a}, {b} {side.b}")
+    for pair in comparison.first_differing_ids:
+        result(f"id {pair.id:,}: {a} {pair.a}, {b} {pair.b}")
     for name, key in ((a, "only_a"), (b, "only_b")):
-        if found.control_tokens[key]:
-            result(f"control tokens only in {name}: {' '.join(found.control_tokens[key])}")
-    if found.examples:
-        table(
-            "split differently",
-            ("text", "times", a, b, ""),
-            ((one.text, one.count, "|".join(one.a), "|".join(one.b), "") for one in found.examples),
-        )
+        if comparison.control_tokens[key]:
+            result(f"control tokens only in {name}: {' '.join(comparison.control_tokens[key])}")
+    words = ((word.text, word.count, "|".join(word.a), "|".join(word.b), "") for word in comparison.examples)
+    table("split differently", ("text", "times", a, b, ""), words)
 
 
 def print_split(pieces: "Sequence[TokenView]") -> None:
@@ -384,7 +370,7 @@ def print_split(pieces: "Sequence[TokenView]") -> None:
 
 
 def print_vocabulary(entries: "Sequence[TokenView]", total: int) -> None:
-    """A stretch of the vocabulary."""
+    """Print tokens of the vocabulary, and how many of all they are."""
     table("", ("id", "token", "bytes", ""), ((one.id, one.text, one.bytes, one.note) for one in entries))
     say(
         f"{len(entries):,} of {total:,} tokens; ‹e4 bd› are bytes that form no character yet, ␣ is a space, ⏎ a newline"
