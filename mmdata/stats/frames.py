@@ -33,20 +33,26 @@ _ANSWERS = ("document", "assistant", "chosen", "rejected")
 
 def text_frame(texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> pl.DataFrame:
     """The texts of rows (`pieces_of`), one a record: row, role, text, characters."""
-    pieces = [(number, *piece) for number, pieces in enumerate(texts_of_rows) for piece in pieces]
-    schema = {"row": pl.Int64, "role": pl.String, "text": pl.String}
-    return pl.DataFrame(pieces, schema, orient="row").with_columns(characters=pl.col("text").str.len_chars())
+    pieces = [piece for texts_of_row in texts_of_rows for piece in texts_of_row]
+    columns = {
+        "row": np.repeat(np.arange(len(texts_of_rows)), [len(texts_of_row) for texts_of_row in texts_of_rows]),
+        "role": pl.Series([role for role, _ in pieces], dtype=pl.String),
+        "text": pl.Series([text for _, text in pieces], dtype=pl.String),
+    }
+    return pl.DataFrame(columns).with_columns(characters=pl.col("text").str.len_chars())
 
 
 def message_frame(conversations: Sequence[Conversation]) -> pl.DataFrame:
     """The messages of conversations, one a record: row, role, content, calls (of tools), has_reasoning."""
-    messages = [
-        (number, message.role, message.content, len(message.tool_calls), bool(message.reasoning_content))
-        for number, conversation in enumerate(conversations)
-        for message in conversation.messages
-    ]
-    schema = {"row": pl.Int64, "role": pl.String, "content": pl.String, "calls": pl.Int64, "has_reasoning": pl.Boolean}
-    return pl.DataFrame(messages, schema, orient="row")
+    messages = [message for conversation in conversations for message in conversation.messages]
+    columns = {
+        "row": np.repeat(np.arange(len(conversations)), [len(each.messages) for each in conversations]),
+        "role": pl.Series([message.role for message in messages], dtype=pl.String),
+        "content": pl.Series([message.content for message in messages], dtype=pl.String),
+        "calls": pl.Series([len(message.tool_calls) for message in messages], dtype=pl.Int64),
+        "has_reasoning": pl.Series([bool(message.reasoning_content) for message in messages], dtype=pl.Boolean),
+    }
+    return pl.DataFrame(columns)
 
 
 def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
