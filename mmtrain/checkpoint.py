@@ -375,11 +375,6 @@ def newer_than(checkpoint: Checkpoint) -> list[Path]:
     return newest_first[: newest_first.index(checkpoint.dir)] if checkpoint.dir in newest_first else []
 
 
-def latest(run_dir: Path) -> Path:
-    """Directory of a run's newest complete checkpoint."""
-    return find(run_dir).dir
-
-
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read and verify one checkpoint directory; CheckpointError names the file that is missing or damaged."""
     fix = "use an older checkpoint of the run, or train again"

@@ -6,7 +6,7 @@ checkpoint being resumed, the preset, or the default of the stage, in this order
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,6 @@ def shape_from(name: str, vocab_size: int) -> ModelConfig:
             "pack with a smaller tokenizer, or use --model demo, which takes the tokenizer's size",
         )
     return shape
-
-
-def model_config_from(values: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig with these fields, as JSON holds them."""
-    assert set(values) <= {field.name for field in fields(ModelConfig)}, sorted(values)
-    return ModelConfig(**values)
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -423,8 +417,3 @@ def check_options(options: TrainOptions) -> None:
         )
     if options.other_data and not options.resume:
         raise UsageError("--other-data goes with --resume", "leave it out: a new run takes any data")
-
-
-def as_json(values: Any) -> dict[str, Any]:
-    """The values of a TrainSettings or ModelConfig by name."""
-    return asdict(values)

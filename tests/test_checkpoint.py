@@ -59,7 +59,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save(tmp_path, step)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-2"]
-    assert checkpoint.latest(tmp_path).name == "step-10"
+    assert checkpoint.find(tmp_path).dir.name == "step-10"
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])

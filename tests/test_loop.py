@@ -52,8 +52,8 @@ def test_the_three_stages_follow_each_other_and_learn(runs: Path) -> None:
         assert facts["status"] == "finished" and facts["final_step"] == len(found) == facts["num_steps"]
         assert found[-1]["loss"] < 0.9 * found[0]["loss"]
         assert (runs / stage / "tokenizer" / "tokenizer.json").exists()
-        assert checkpoint.latest(runs / stage).name == f"step-{len(found)}"
-    assert run_json(runs / "dpo")["init"]["dir"] == str(checkpoint.latest(runs / "sft"))
+        assert checkpoint.find(runs / stage).dir.name == f"step-{len(found)}"
+    assert run_json(runs / "dpo")["init"]["dir"] == str(checkpoint.find(runs / "sft").dir)
 
 
 def test_run_json_says_where_every_setting_came_from(runs: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_signal_ends_the_run_saved_and_resumable(number: int, data: Data, tmp_
     result = train(broken, log=at_step(4, lambda: os.kill(os.getpid(), number)))
     assert result.is_interrupted and result.final_step == 5 and signal.getsignal(number) == before
     assert run_json(broken.out)["status"] == "interrupted"
-    assert result.checkpoint == checkpoint.latest(broken.out)
+    assert result.checkpoint == checkpoint.find(broken.out).dir
     train(replace(broken, resume=True, quiet=True))
     assert lines(broken.out) == lines(whole.out) and run_json(broken.out)["status"] == "finished"
 
@@ -208,7 +208,7 @@ def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(data: Data, tmp_path: Path) -> None:
     run = config_of("sft", data, tmp_path / "run", model="tiny")
     whole = lines(train(replace(run, quiet=True)).run_dir)
-    newest = checkpoint.latest(run.out) / "optimizer.safetensors"
+    newest = checkpoint.find(run.out).dir / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     said: list[str] = []
     result = train(replace(run, resume=True), log=said.append)

@@ -95,7 +95,7 @@ def test_the_scale_grows_after_good_steps_and_survives_a_resume(
     assert [line["loss_scale"] for line in steps(whole.out)] == [256.0] * 4 + [512.0] * 3
     with pytest.raises(KeyboardInterrupt):
         train(broken, log=at_step(4, interrupt))  # the last checkpoint, of step 3, has three good steps of four
-    saved = load_file(checkpoint.latest(broken.out) / "optimizer.safetensors")
+    saved = load_file(checkpoint.find(broken.out).dir / "optimizer.safetensors")
     assert [float(value) for name, value in sorted(saved.items()) if "scale/" in name] == [3.0, 256.0]
     train(TrainOptions("sft", (), broken.out, resume=True, device="cpu", quiet=True, report=False, samples=False))
     assert lines(broken.out) == lines(whole.out)

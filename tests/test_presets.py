@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from mmtrain.config import (
     STAGE_KINDS,
     TrainOptions,
     TrainSettings,
-    as_json,
     check_options,
     resolve,
     stage_defaults,
@@ -57,9 +56,9 @@ def test_adapters_have_settings_of_their_own() -> None:
 
 
 def test_what_a_run_was_started_with_stays() -> None:
-    saved = as_json(decide("pretrain", preset="minimind2", optimizer="muon")[0])
+    saved = asdict(decide("pretrain", preset="minimind2", optimizer="muon")[0])
     settings, origins = decide("pretrain", saved)
-    assert as_json(settings) == saved and set(origins.values()) == {"checkpoint"}
+    assert asdict(settings) == saved and set(origins.values()) == {"checkpoint"}
     assert decide("pretrain", saved, patience=3)[0].patience == 3  # may be asked for later
     for name, value in (("preset", "minimind3"), ("optimizer", "adamw"), ("ema", 0.9)):
         with pytest.raises(CheckpointError, match=f"started with {name}"):
@@ -67,7 +66,7 @@ def test_what_a_run_was_started_with_stays() -> None:
 
 
 def test_a_run_of_before_a_setting_was_there_takes_its_default() -> None:
-    saved = {k: v for k, v in as_json(decide("sft")[0]).items() if k not in ("ema", "optimizer")}
+    saved = {k: v for k, v in asdict(decide("sft")[0]).items() if k not in ("ema", "optimizer")}
     settings, origins = decide("sft", saved)
     assert settings.optimizer == "adamw" and origins["optimizer"] == "default" and origins["lr"] == "checkpoint"
 

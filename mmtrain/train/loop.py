@@ -21,7 +21,7 @@ from mmdata.errors import MMError, TrainError
 from mmdata.shards import pair_checks
 from mmdata.shards.loader import MicroBatch, ahead
 from mmtrain import distributed
-from mmtrain.config import TrainOptions, as_json
+from mmtrain.config import TrainOptions
 from mmtrain.distributed import StopSignals, World
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.log import metrics
@@ -395,7 +395,7 @@ def _save(run: ActiveRun, step: int) -> None:
             run.model,
             run.optimizer,
             step=step,
-            settings={"stage": run.plan.stage.name} | as_json(run.plan.settings),
+            settings={"stage": run.plan.stage.name} | asdict(run.plan.settings),
             data=run.plan.data,
             best=run.best,
             extra={**in_training, **run.scale.tensors()},

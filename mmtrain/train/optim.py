@@ -10,7 +10,6 @@ from mmtrain.config import BETA2
 from mmtrain.train.muon import Muon
 
 EPS = 1e-8
-OPTIMIZERS = ("adamw", "muon")
 
 
 def flat_gradient(model: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from mmdata.errors import CheckpointError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.shards.pairs import PairLoader
 from mmtrain import checkpoint
-from mmtrain.config import as_json
 from mmtrain.distributed import World
 from mmtrain.log import metrics
 from mmtrain.model.batch import logps_of, to_device
@@ -60,7 +59,7 @@ def prepare(
     record = saved or _record_of(plan)
     dtype = autocast_dtype(world.device)
     # The digest is the val loader's: the train loader's depends on the weights of the datasets, the logps do not.
-    key = key_of(record.weights_sha256, as_json(record.shape), plan.val_loader.digest, dtype)
+    key = key_of(record.weights_sha256, asdict(record.shape), plan.val_loader.digest, dtype)
     path, own = cache_path(plan.datasets[0].dir, key, splits), plan.out / "reference.arrow"
     logps = _cached((path, own), key, world, say)
     is_start = plan.start.resumed is None and plan.reference is None

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,7 +14,7 @@ from mmdata.io.records import write_record
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint, distributed
-from mmtrain.config import TrainOptions, as_json
+from mmtrain.config import TrainOptions
 from mmtrain.distributed import World
 from mmtrain.log import metrics, trackers
 from mmtrain.log.reporter import Reporter
@@ -274,7 +274,7 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
         stage=plan.stage.name,
         status="running",
         started=time.time(),
-        settings={name: SettingRecord(v, plan.origins[name]) for name, v in as_json(plan.settings).items()},
+        settings={name: SettingRecord(v, plan.origins[name]) for name, v in asdict(plan.settings).items()},
         model=plan.shape,
         num_params=sum(p.numel() for p in model.parameters()),
         num_steps=plan.num_steps,
@@ -329,7 +329,7 @@ def _open_trackers(
     def open_all() -> None:
         trackers.check(names)  # those of a resumed run too
         identity = hashlib.sha256(f"{record.started} {plan.out.name}".encode()).hexdigest()[:8]
-        settings = {"stage": plan.stage.name, "num_params": record.num_params} | as_json(plan.settings)
+        settings = {"stage": plan.stage.name, "num_params": record.num_params} | asdict(plan.settings)
         tracked = trackers.TrackedRun(plan.out, identity, plan.start.step, settings)
         opened.append(trackers.Trackers(names, tracked, say))
 
