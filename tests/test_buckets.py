@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from mmdata.pack.buckets import bucket_of, buckets_for
+from mmdata.pack.packing import buckets_for, pack
 
 
 @pytest.mark.parametrize(
@@ -23,10 +24,10 @@ def test_buckets_are_the_standard_lengths_up_to_max_len(max_len: int, buckets: t
     ("length", "bucket"), [(1, 512), (512, 512), (513, 1024), (1024, 1024), (1025, 1500), (1500, 1500)]
 )
 def test_a_length_belongs_to_the_smallest_bucket_that_holds_it(length: int, bucket: int) -> None:
-    assert bucket_of(length, buckets_for(1500)) == bucket
+    assert pack(np.array([length]), buckets_for(1500)).buckets.tolist() == [bucket]
 
 
 @pytest.mark.parametrize("length", [0, 1501])
 def test_a_length_that_fits_no_bucket_is_a_mistake_of_ours(length: int) -> None:
     with pytest.raises(AssertionError):
-        bucket_of(length, buckets_for(1500))
+        pack(np.array([length]), buckets_for(1500))

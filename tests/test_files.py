@@ -137,9 +137,10 @@ def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> No
     with locked(path, on_wait=lambda: (waited.append(True), may_end.set())):
         other.join()
         assert waited == [True] and other.exitcode == 9
-    with locked(path, wait=False, remove=True):
-        assert path.exists()
-    assert not path.exists()
+    with locked(path, wait=False):
+        path.unlink()  # the holder may: a process that comes then makes a file of its own
+    with locked(path, wait=False):
+        pass
 
 
 def test_threads_of_one_process_keep_each_other_out(tmp_path: Path) -> None:

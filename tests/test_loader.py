@@ -368,7 +368,7 @@ def test_a_flipped_byte_is_refused_with_its_shard_and_the_repair_command(
     shutil.copytree(datasets["document"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
     dataset.check_bytes()
-    shard = dataset.manifest["shards"][1]["path"]
+    shard = dataset.manifest.shards[1].path
     content = bytearray((tmp_path / "copy" / shard).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "copy" / shard).write_bytes(content)
@@ -386,19 +386,19 @@ def test_bytes_are_read_once_for_each_state_of_a_file(
     shutil.copytree(datasets["pair"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
     dataset.check_bytes()
-    assert len(read) == len(dataset.manifest["shards"])
+    assert len(read) == len(dataset.manifest.shards)
     dataset.check_bytes()
-    assert len(read) == len(dataset.manifest["shards"])
-    (tmp_path / "copy" / dataset.manifest["shards"][0]["path"]).touch()
+    assert len(read) == len(dataset.manifest.shards)
+    (tmp_path / "copy" / dataset.manifest.shards[0].path).touch()
     dataset.check_bytes()
-    assert len(read) == len(dataset.manifest["shards"]) + 1
+    assert len(read) == len(dataset.manifest.shards) + 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer"])
 def test_opening_refuses_and_names_what_is_damaged(tmp_path: Path, datasets: dict[str, Dataset], damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(datasets["document"].dir, copy)
-    shard = copy / open_dataset(copy).manifest["shards"][0]["path"]
+    shard = copy / open_dataset(copy).manifest.shards[0].path
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-9])
     elif damage == "missing":

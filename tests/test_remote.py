@@ -12,7 +12,7 @@ from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io import remote
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
-from mmdata.shards.dataset import read_manifest
+from mmdata.shards.manifest import every_file, read_manifest
 from mmdata.shards.verify import verify
 
 
@@ -33,7 +33,7 @@ def test_an_input_at_a_url_packs_to_the_same_digest(tmp_path: Path, tokenizer_di
     files = pack([f"file://{path}"], tmp_path / "files", PackOptions(workers=2, **options))
     zipped = pack([f"{bucket}/rows.jsonl.gz"], tmp_path / "zipped", PackOptions(**options | {"part_bytes": 10**6}))
     assert here.digest == there.digest == files.digest and zipped.kept == 80
-    assert read_manifest(there.out)["inputs"][0]["path"] == f"{bucket}/rows.jsonl"
+    assert read_manifest(there.out).inputs[0].path == f"{bucket}/rows.jsonl"
     assert pack([f"{bucket}/rows.jsonl"], tmp_path / "there", PackOptions(**options)).up_to_date
 
 
@@ -42,21 +42,21 @@ def test_a_dataset_is_sent_whole_its_manifest_last_and_only_once(
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "document", 40)
     out = pack([path], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir, max_len=256, part_bytes=4000)).out
-    memory, manifest = fsspec.filesystem("memory"), read_manifest(out)
+    memory, every = fsspec.filesystem("memory"), every_file(out)
     order: list[str] = []
     real = type(memory).put_file
     monkeypatch.setattr(
         type(memory), "put_file", lambda self, a, b, **more: (order.append(b), real(self, a, b, **more))[1]
     )
-    assert remote.send(out, manifest, f"{bucket}/ds") > 0 and order[-1].endswith("manifest.json")
-    assert remote.send(out, manifest, f"{bucket}/ds") == 0
+    assert remote.send(out, every, f"{bucket}/ds") > 0 and order[-1].endswith("manifest.json")
+    assert remote.send(out, every, f"{bucket}/ds") == 0
     memory.get("/bucket/ds", str(tmp_path / "back"), recursive=True)
     assert verify(tmp_path / "back") == []
-    memory.pipe(f"/bucket/ds/{manifest['shards'][0]['path']}", b"damaged")
-    assert remote.send(out, manifest, f"{bucket}/ds") == manifest["shards"][0]["bytes"]
+    memory.pipe(f"/bucket/ds/{read_manifest(out).shards[0].path}", b"damaged")
+    assert remote.send(out, every, f"{bucket}/ds") == read_manifest(out).shards[0].bytes
     monkeypatch.setattr(type(memory), "put_file", lambda self, a, b, **more: memory.pipe(b, b"less"))
     with pytest.raises(DatasetError, match="other bytes"):
-        remote.send(out, manifest, f"{bucket}/elsewhere")
+        remote.send(out, every, f"{bucket}/elsewhere")
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, tokenizer_dir: Path, bucket: str) -> None:

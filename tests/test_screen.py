@@ -12,8 +12,8 @@ from pack_data import MAKERS, pack_with, words, write_rows
 
 from mmdata.errors import InputError, UsageError
 from mmdata.pack import dedup, repair
+from mmdata.pack.dedup import gram_hashes, num_units
 from mmdata.pack.pipeline import PackResult
-from mmdata.pack.shingles import gram_hashes, num_units
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.verify import verify
 
@@ -89,7 +89,7 @@ def test_of_equal_rows_the_first_stays_whoever_packs(
     kept = [(Path(row["file"]).name, row["line"]) for row in source_rows(open_dataset(result.out))]
     assert kept == [("a.jsonl", n) for n in range(1, 61)] + [("b.jsonl", 11)]
     assert rejected(result.out)[0]["detail"] == f"as {a} line 21" and verify(result.out) == []
-    assert open_dataset(result.out).manifest["arguments"]["dedup"] == "exact"
+    assert open_dataset(result.out).manifest.arguments.dedup == "exact"
 
 
 def test_shards_slices_and_kills_leave_out_the_same_rows(
@@ -158,8 +158,8 @@ def test_rows_that_overlap_with_an_excluded_file_are_left_out(
     assert result.left_out == {"overlaps an excluded text": 2} and result.kept == 11
     found = rejected(result.out)
     assert [r["line"] for r in found] == [4, 11] and f"{exclude} line 1" in found[0]["detail"]
-    (entry,) = open_dataset(result.out).manifest["arguments"]["exclude"]
-    assert entry["n"] == 8 and entry["share"] == 0.5 and len(entry["sha256"]) == 64
+    (entry,) = open_dataset(result.out).manifest.arguments.exclude
+    assert entry.n == 8 and entry.share == 0.5 and len(entry.sha256) == 64
 
 
 def test_a_tenth_of_a_text_is_no_overlap_and_half_is() -> None:

@@ -190,9 +190,9 @@ def test_provenance_finds_the_bytes_of_every_row(packed: dict[str, PackResult]) 
     dataset = open_dataset(packed["document"].out)
     content = Path(dataset.inputs[0]).read_bytes()
     lines = content.splitlines()
-    for part in dataset.manifest["parts"]:
-        sources = shards.open_sources(dataset, part["part"])
-        for i in range(part["kept"]):
+    for part in dataset.manifest.parts:
+        sources = shards.open_sources(dataset, part.part)
+        for i in range(part.kept):
             raw = lines[sources["line"][i] - 1]
             assert content[sources["offset"][i] :].startswith(raw)
             assert sources["sha"][i].tobytes() == hashlib.sha256(raw).digest()[:8]
@@ -211,7 +211,7 @@ def test_more_shards_than_a_process_may_open_at_first_are_opened(tmp_path: Path,
     code = (
         "import resource, sys; from pathlib import Path; from mmdata.shards.dataset import open_dataset\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
-        "assert len(open_dataset(Path(sys.argv[1])).manifest['shards']) == 90\n"
+        "assert len(open_dataset(Path(sys.argv[1])).manifest.shards) == 90\n"
     )
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=root, check=True)

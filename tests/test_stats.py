@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mmdata.errors import InputError
-from mmdata.pack.pipeline import PackResult, length_figures
+from mmdata.pack.pipeline import PackResult
+from mmdata.pack.summary import length_figures
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.stats.stats import dataset_stats, measure_dataset, measure_file
 

@@ -19,7 +19,7 @@ from waiting import LONG_S
 
 from mmdata.errors import DatasetError, DiskError, InputError, UsageError
 from mmdata.pack import part as parts
-from mmdata.pack import unfinished
+from mmdata.pack import staging
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.verify import verify
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
@@ -143,7 +143,7 @@ def test_what_has_changed_is_named_and_the_pack_begun_anew(
     elif change == "length":
         options, named = {"max_len": 128}, "max-len was 256, now 128"
     else:
-        monkeypatch.setattr(unfinished, "version", lambda name: "99")
+        monkeypatch.setattr(staging, "version", lambda name: "99")
         named = "version of pyarrow was"
     notes: list[str] = []
     pack_to(note=notes.append, **options)

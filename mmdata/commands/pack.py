@@ -195,8 +195,8 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
 
 def warn_of_contained(datasets: list[Path]) -> None:
     """Warn of each dataset whose rows another one holds too: trained on together, they would count twice."""
+    from mmdata.shards.checks import find_contained
     from mmdata.shards.dataset import open_dataset
-    from mmdata.shards.overlap import find_contained
 
     for pair in find_contained([open_dataset(path) for path in datasets]):
         once = f"mm pack {pair.inner} {pair.outer} --out {SHARDS_DIR}/NAME --dedup exact"
@@ -207,10 +207,10 @@ def warn_of_contained(datasets: list[Path]) -> None:
 def send(directory: Path, url: str, *, quiet: bool) -> None:
     """Copy a packed dataset to a URL and verify the copy."""
     from mmdata.io import remote
-    from mmdata.shards.dataset import read_manifest
+    from mmdata.shards.manifest import every_file
 
     with progress(f"send {directory}", quiet=quiet) as update:
-        num_bytes = remote.send(directory, read_manifest(directory), url, progress=update)
+        num_bytes = remote.send(directory, every_file(directory), url, progress=update)
     say(f"{url} holds {directory}: {size(num_bytes)} sent, every file read back and hashed")
     say(f"to train on it elsewhere: {remote.bring_command(url, directory)}")
 

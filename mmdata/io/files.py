@@ -179,7 +179,12 @@ def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None
 def sha256_of(path: Path | Any) -> str:
     """sha256 of a file's content in hex digits, about 1 GB/s a thread. `path`: anything with `open("rb")`."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_stream(file)
+
+
+def sha256_of_stream(stream: Any) -> str:
+    """sha256 of what is left to read of a binary stream, in hex digits."""
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def info_of(path: Path) -> FileInfo:
@@ -200,13 +205,11 @@ class AlreadyLockedError(Exception):
 
 
 @contextlib.contextmanager
-def locked(
-    path: Path, *, wait: bool = True, remove: bool = False, on_wait: Callable[[], None] | None = None
-) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` against other processes and threads; the system releases it when the process dies.
 
-    wait: wait for another holder, after calling `on_wait` once; without it AlreadyLockedError is raised. remove: remove
-    the lock file at the end. OSError where the file cannot be created, such as on a read-only disk.
+    wait: wait for another holder, after calling `on_wait` once; without it AlreadyLockedError is raised. The file stays;
+    the holder may remove it. OSError where it cannot be created, such as on a read-only disk.
     """
     lock = FileLock(path)
     try:
@@ -220,6 +223,4 @@ def locked(
     try:
         yield
     finally:
-        if remove:
-            path.unlink(missing_ok=True)  # while it is held: a process that waits then opens a file of its own
         lock.release()

@@ -6,8 +6,9 @@ newer versions open. Reading accepts what Python's json writes, NaN and Infinity
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -15,6 +16,14 @@ from mmdata.errors import MMError
 from mmdata.io.files import FileInfo, write_json
 
 Record = TypeVar("Record")
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file of a directory that a record describes: its path there, its size and the sha256 of its content."""
+
+    path: str
+    bytes: int
+    sha256: str
 
 
 def read_record(path: Path, kind: type[Record], error: type[MMError], fix: str) -> Record:
@@ -38,7 +47,13 @@ def decode_record(content: bytes | str, kind: type[Record], place: str, error: t
 
 def convert_record(value: Any, kind: type[Record]) -> Record:
     """Make a `kind` of plain values as json.loads returns them. msgspec.ValidationError if they do not fit."""
-    return msgspec.convert(value, kind, strict=True, str_keys=True)
+    return msgspec.convert(value, kind, strict=True, str_keys=True, dec_hook=_counter)
+
+
+def _counter(kind: Any, value: Any) -> Any:
+    """Decode a `Counter[Key]`, which msgspec does not know."""
+    assert get_origin(kind) is Counter, kind
+    return Counter(convert_record(value, dict[get_args(kind)[0], int]))
 
 
 def explain(cause: msgspec.ValidationError) -> str:

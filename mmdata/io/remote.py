@@ -6,12 +6,14 @@ hashed, its manifest last. Training maps local files: a dataset at a URL is brou
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdata.errors import DatasetError, InputError, UsageError
+from mmdata.io.files import sha256_of_stream
+from mmdata.io.records import FileEntry
 
 READ_BYTES = 4 * 2**20
 Progress = Callable[[int, int], None]
@@ -77,27 +79,25 @@ def file_at(text: object) -> Any:
     return text if isinstance(text, (Path, RemoteFile)) else RemoteFile(str(text)) if is_url(text) else Path(str(text))
 
 
-def send(directory: Path, manifest: dict[str, Any], url: str, progress: Progress | None = None) -> int:
-    """Copies a packed dataset to a URL and returns the bytes sent; files that are there with the same hash are left.
+def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress | None = None) -> int:
+    """Copy these files of a directory to a URL, in order; returns the bytes sent.
 
-    Each file is read back and hashed; the manifest goes last, so that a reader finds it complete or not at all.
+    Files that are at the URL with the same hash are left. Each file sent is read back and hashed. The file that makes the
+    directory complete, such as a manifest, comes last.
     """
     system, root = _system(url)
-    entries = [*manifest["files"], *manifest["shards"]]
-    content = (directory / "manifest.json").read_bytes()
-    last = {"path": "manifest.json", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    total, done, sent = sum(entry["bytes"] for entry in entries), 0, 0
-    for entry in [*entries, last]:
-        path = f"{root.rstrip('/')}/{entry['path']}"
-        if not _is_there(system, path, entry):
+    total, done, sent = sum(file.bytes for file in files), 0, 0
+    for file in files:
+        path = f"{root.rstrip('/')}/{file.path}"
+        if not _is_there(system, path, file):
             system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            system.put_file(str(directory / entry["path"]), path)
-            sent += entry["bytes"]
-            if not _is_there(system, path, entry):
-                raise DatasetError(f"{url}: {entry['path']} arrived with other bytes", "run the same command again")
-        done += entry["bytes"]
+            system.put_file(str(directory / file.path), path)
+            sent += file.bytes
+            if not _is_there(system, path, file):
+                raise DatasetError(f"{url}: {file.path} arrived with other bytes", "run the same command again")
+        done += file.bytes
         if progress:
-            progress(min(done, total), total)
+            progress(done, total)
     return sent
 
 
@@ -107,14 +107,12 @@ def bring_command(url: str, directory: Path) -> str:
     return f"{tool} {url} {directory} && mm verify {directory}"
 
 
-def _is_there(system: Any, path: str, entry: dict[str, Any]) -> bool:
-    if not system.exists(path) or system.info(path)["size"] != entry["bytes"]:
+def _is_there(system: Any, path: str, file: FileEntry) -> bool:
+    """Whether the path holds the content of this file already."""
+    if not system.exists(path) or system.info(path)["size"] != file.bytes:
         return False
-    digest = hashlib.sha256()
-    with system.open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest() == entry["sha256"]
+    with system.open(path, "rb") as stream:
+        return sha256_of_stream(stream) == file.sha256
 
 
 def _system(url: str) -> tuple[Any, str]:

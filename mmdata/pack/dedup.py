@@ -1,98 +1,103 @@
-"""Rows that are left out for what other rows or files say: duplicates, near duplicates, overlaps with excluded files.
+"""Rows that are left out as duplicates, near duplicates, or overlaps with excluded files.
 
-A first pass over the parts writes each row's marks beside the shards to come; they are then compared, and each part gets the
-list of its lines to leave out. Of equal rows the first by file and offset stays, whoever packs what. Memory: 24 bytes a row
-of the dataset, and SLICE_ROWS rows' keys at once; disk: 20 bytes a row, near 148.
+A first pass over the parts writes keys of each row beside the shards to come; the keys are then compared, and each part gets
+the list of its lines to leave out. Of equal rows the first by file and offset stays, whoever packs what. Memory: 24 bytes a
+row of the dataset, and the keys of SLICE_ROWS rows at once; disk: 20 bytes a row, with near duplicates 148.
 
-Near duplicates share a band: 8 equal entries of a 128-entry MinHash of 5-grams (shingles.py), in one of 16 bands. Rows of
-Jaccard similarity s share one with probability 1 - (1 - s^8)^16: 0.06 at s = 0.5, 0.61 at 0.7, 0.95 at 0.8, 1.00 at 0.9
+Near duplicates share a band: 8 equal entries of a 128-entry MinHash of 5-grams, in one of 16 bands. Rows of Jaccard
+similarity s share one with probability 1 - (1 - s^8)^16: 0.06 at s = 0.5, 0.61 at 0.7, 0.95 at 0.8, 1.00 at 0.9
 (Broder 1997; the bands as in Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3).
+
+The units of an n-gram are words, single characters of scripts without spaces, and single signs; case, width (NFKC) and
+whitespace are ignored. Hashes are the same on every machine.
 """
 
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, iter_lines, parse_row, row_hash, texts_of
-from mmdata.errors import InputError, UsageError
-from mmdata.io.files import write_bytes
+from mmdata.errors import DatasetError, InputError, UsageError
+from mmdata.io.files import sha256_of, write_bytes, write_json
+from mmdata.io.records import read_record
 from mmdata.io.workers import Tick
-from mmdata.pack.part import Part, batches, screened_path
-from mmdata.pack.shingles import gram_hashes, num_units
+from mmdata.pack.options import PackOptions
+from mmdata.pack.part import Part, PartSettings, batches, screened_path
 
 BANDS, ROWS_A_BAND, SHINGLE, SEED = 16, 8, 5, 1
-EXCLUDE_N = 8  # units of an n-gram looked for in excluded files …
-EXCLUDE_SHARE = (
-    0.5  # … and the share of an excluded text's n-grams from which a row overlaps with it (Lambert et al. 2024)
-)
+EXCLUDE_N = 8  # units of an n-gram that excluded files are searched by
+EXCLUDE_SHARE = 0.5  # of an excluded text's n-grams, from which a row overlaps with it (Lambert et al. 2024)
 SLICE_ROWS = 2**22
+_SPACE, _WORD, _ALONE = range(3)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_GRAM = 0xD6E8FEB86659FD93
+Verdicts = dict[int, tuple[str, str]]  # line number -> reason and detail
 
 
-@dataclass(frozen=True, slots=True)
-class Screening:
-    """What is looked for; pickles. `directory`: where marks go."""
-
-    directory: Path
-    kind: str
-    dedup: str | None
-    exclude: tuple[Path, ...]
-
-
-def check_arguments(dedup: str | None, exclude: Sequence[Path]) -> None:
-    """UsageError where near duplicates need a package that is not installed, InputError for a missing file."""
-    if dedup == "near":
+def check_options(options: PackOptions) -> None:
+    """UsageError where near duplicates need a package that is not installed, InputError for a missing excluded file."""
+    if options.dedup == "near":
         _rensa()
-    for path in exclude:
+    for path in options.exclude:
         if not path.is_file():
             raise InputError(f"--exclude {path}: no such file", "name a file of texts, one a line, or jsonl")
 
 
-def mark(screening: Screening, parts: Sequence[Part], run: Callable[..., Any], progress: Any) -> None:
-    """Writes the marks of all parts; those that are there already are kept."""
-    run(partial(Marker, screening), parts, total=sum(part.num_bytes for part in parts), progress=progress)
-
-
-def compare(screening: Screening, parts: Sequence[Part]) -> None:
-    """Writes, for every part, the lines it has to leave out. parts: all, in order."""
-    marks = _Marks(screening, parts)
-    near = np.arange(marks.num_rows)
-    first = marks.first_of_equal() if screening.dedup else near
-    if screening.dedup == "near":
-        near = marks.first_of_near(first)
-    for i, part in enumerate(parts):
-        _write_verdict(screening, marks, first, near, i, part)
-
-
-def _write_verdict(
-    screening: Screening, marks: "_Marks", first: np.ndarray, near: np.ndarray, i: int, part: Part
+def screen(
+    settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
 ) -> None:
-    verdict: dict[str, list[str]] = json.loads(_mark(screening, part, "found.json").read_bytes())
-    begin, end = marks.begins[i], marks.begins[i + 1]
-    for reason, of in ((DUPLICATE, first), (NEAR_DUPLICATE, near)):
-        for row in (begin + np.flatnonzero(of[begin:end] != np.arange(begin, end))).tolist():
-            verdict[str(marks.lines[row])] = [reason, f"as {marks.place(int(of[row]))}"]
-    path = screened_path(screening.directory, part.number)
-    write_bytes(path, json.dumps(verdict, ensure_ascii=False).encode())
+    """Write, for every part, the lines to leave out as duplicates or overlaps; nothing unless that is asked for.
+
+    All `parts` are read, `own` ones first: several shards that begin together so share the work. run: `workers.run`.
+    """
+    arguments, directory = settings.header.arguments, settings.screen_dir
+    if not arguments.dedup and not arguments.exclude:
+        return
+    for excluded in arguments.exclude:
+        path = Path(excluded.path)
+        if not path.is_file() or sha256_of(path) != excluded.sha256:
+            raise InputError(
+                f"{path}: gone, or not what it was when rows were compared with it", "bring the old file back"
+            )
+    numbers = {part.number for part in own}
+    first = sorted(parts, key=lambda part: part.number not in numbers)
+    run(partial(_Marker, settings), first, total=sum(part.num_bytes for part in first), progress=progress)
+    keys = _Keys(directory, parts)
+    near = np.arange(keys.num_rows)
+    equal = keys.first_of_equal() if arguments.dedup else near
+    if arguments.dedup == "near":
+        near = keys.first_of_near(equal)
+    for i, part in enumerate(parts):
+        verdicts = read_record(_file(directory, part, "found.json"), Verdicts, DatasetError, "pack again")
+        begin, end = keys.begins[i], keys.begins[i + 1]
+        for reason, same in ((DUPLICATE, equal), (NEAR_DUPLICATE, near)):
+            for row in (begin + np.flatnonzero(same[begin:end] != np.arange(begin, end))).tolist():
+                verdicts[int(keys.lines[row])] = (reason, f"as {keys.place(int(same[row]))}")
+        write_json(screened_path(directory, part.number), verdicts, indent=None)
 
 
-# --- the marks of a part
+# --- the keys of a part's rows
 
 
-class Marker:
-    """Reads a part and writes its rows' marks: line numbers, keys, bands, and the lines that overlap with excluded files."""
+class _Marker:
+    """Writes the keys of a part's rows (line numbers, hashes, bands) and its lines that overlap with excluded files.
 
-    def __init__(self, screening: Screening):
-        self._screening = screening
-        self._excluded = Excluded(screening.exclude)
+    A part whose files are there already is passed over.
+    """
+
+    def __init__(self, settings: PartSettings):
+        self._kind, self._dedup = settings.header.kind, settings.header.arguments.dedup
+        self._directory = settings.screen_dir
+        self._excluded = Excluded([Path(excluded.path) for excluded in settings.header.arguments.exclude])
 
     def __call__(self, part: Part, tick: Tick) -> None:
-        if not _mark(self._screening, part, "found.json").exists():
+        if not _file(self._directory, part, "found.json").exists():
             self._write(part)
         tick(part.num_bytes)
 
@@ -100,41 +105,42 @@ class Marker:
         lines: list[int] = []
         keys: list[bytes] = []
         bands: list[np.ndarray] = [np.zeros((0, BANDS), np.uint64)]
-        found: dict[int, list[str]] = {}
-        for batch in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
+        overlapping: Verdicts = {}
+        for batch in batches(part):
             numbers, rows = self._parse(batch)
             texts = ["\n".join(texts_of(row)) for row in rows]
             overlaps = self._excluded.overlaps(texts)
-            found |= {numbers[i]: [OVERLAP, detail] for i, detail in overlaps.items()}
+            overlapping |= {numbers[i]: (OVERLAP, detail) for i, detail in overlaps.items()}
             kept = [i for i in range(len(rows)) if i not in overlaps]
             lines += [numbers[i] for i in kept]
-            if self._screening.dedup:
+            if self._dedup:
                 keys += [row_hash(rows[i])[:16] for i in kept]
-            if self._screening.dedup == "near":
+            if self._dedup == "near":
                 bands.append(band_hashes([texts[i] for i in kept]))
         self._save(part, "lines.npy", np.array(lines, np.uint32))
         self._save(part, "keys.npy", np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2))
         self._save(part, "bands.npy", np.ascontiguousarray(np.concatenate(bands).T))
-        write_bytes(_mark(self._screening, part, "found.json"), json.dumps(found, ensure_ascii=False).encode())
+        write_json(_file(self._directory, part, "found.json"), overlapping, indent=None)
 
     def _parse(self, batch: Sequence[Any]) -> tuple[list[int], list[Any]]:
+        """Line numbers and rows; bad rows are left out here and, with their reason, when the part is packed."""
         numbers, rows = [], []
         for line in batch:
             try:
-                rows.append(parse_row(line.raw, self._screening.kind))
+                rows.append(parse_row(line.raw, self._kind))
                 numbers.append(line.number)
             except BadRow:
-                continue  # it is left out, with its reason, when the part is packed
+                continue
         return numbers, rows
 
     def _save(self, part: Part, name: str, array: np.ndarray) -> None:
         buffer = io.BytesIO()
         np.save(buffer, array)
-        write_bytes(_mark(self._screening, part, name), buffer.getvalue())
+        write_bytes(_file(self._directory, part, name), buffer.getvalue())
 
 
-def _mark(screening: Screening, part: Part, name: str) -> Path:
-    return screening.directory / f"{part.number:05d}.{name}"
+def _file(directory: Path, part: Part, name: str) -> Path:
+    return directory / f"{part.number:05d}.{name}"
 
 
 def band_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -147,9 +153,8 @@ def band_hashes(texts: Sequence[str]) -> np.ndarray:
     powers = np.array([pow(0xD6E8FEB86659FD93, k + 1, 2**64) for k in range(ROWS_A_BAND)], np.uint64)
     bands = (signatures * powers).sum(axis=2, dtype=np.uint64) + np.arange(BANDS, dtype=np.uint64)
     is_empty = np.diff(ends) == 0
-    bands[is_empty] = np.arange(is_empty.sum(), dtype=np.uint64)[
-        :, None
-    ]  # below any real one, and never seen: see first_of_near
+    # Texts without a unit get numbers below SLICE_ROWS, which first_of_near passes over.
+    bands[is_empty] = np.arange(is_empty.sum(), dtype=np.uint64)[:, None]
     return bands
 
 
@@ -161,17 +166,17 @@ def _rensa() -> Any:
     return rensa
 
 
-# --- the marks of all parts, compared
+# --- the keys of all parts, compared
 
 
-class _Marks:
-    """Rows of all parts, numbered in the order of parts and lines."""
+class _Keys:
+    """The keys of the rows of all parts. Rows are numbered in the order of parts and lines."""
 
-    def __init__(self, screening: Screening, parts: Sequence[Part]):
-        self._screening, self._parts = screening, parts
-        lines = [np.load(_mark(screening, part, "lines.npy")) for part in parts]
+    def __init__(self, directory: Path, parts: Sequence[Part]):
+        self._directory, self._parts = directory, parts
+        lines = [np.load(_file(directory, part, "lines.npy")) for part in parts]
         self.lines = np.concatenate([np.empty(0, np.uint32), *lines])
-        self.begins = np.concatenate([[0], np.cumsum([len(found) for found in lines])]).astype(np.int64)
+        self.begins = np.concatenate([[0], np.cumsum([len(of_part) for of_part in lines])]).astype(np.int64)
         self.num_rows = len(self.lines)
         self._num_slices = -(-self.num_rows // SLICE_ROWS) or 1
 
@@ -183,7 +188,7 @@ class _Marks:
     def first_of_equal(self) -> np.ndarray:
         """int64 [rows]: the first row with the same key; the row itself where it is the first."""
         first = np.arange(self.num_rows)
-        for rows, keys in self._slices("keys.npy", lambda found: (found[:, 0], found[:, 1])):
+        for rows, keys in self._slices("keys.npy", lambda stored: (stored[:, 0], stored[:, 1])):
             _note_first(first, rows, keys)
         return first
 
@@ -191,7 +196,7 @@ class _Marks:
         """int64 [rows]: the first row that shares a band; the row itself where none does, or where it equals another."""
         near = np.arange(self.num_rows)
         for band in range(BANDS):
-            for rows, keys in self._slices("bands.npy", lambda found, band=band: (found[band],)):
+            for rows, keys in self._slices("bands.npy", lambda stored, band=band: (stored[band],)):
                 is_own = (first[rows] == rows) & (keys[0] >= SLICE_ROWS)  # small numbers stand for empty texts
                 _note_first(near, rows[is_own], [key[is_own] for key in keys])
         return near
@@ -201,13 +206,13 @@ class _Marks:
     ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
         """Row numbers and key columns, equal keys always in the same slice; rows ascending."""
         for number in range(self._num_slices):
-            rows, found = [], []
+            rows, chosen = [], []
             for part, begin in zip(self._parts, self.begins, strict=False):
-                keys = columns(np.load(_mark(self._screening, part, name), mmap_mode="r"))
+                keys = columns(np.load(_file(self._directory, part, name), mmap_mode="r"))
                 at = np.flatnonzero(keys[0] % np.uint64(self._num_slices) == number)
                 rows.append(begin + at)
-                found.append([key[at] for key in keys])
-            yield np.concatenate(rows), [np.concatenate(column) for column in zip(*found, strict=True)]
+                chosen.append([key[at] for key in keys])
+            yield np.concatenate(rows), [np.concatenate(column) for column in zip(*chosen, strict=True)]
 
 
 def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray]) -> None:
@@ -225,10 +230,9 @@ def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray])
 
 
 class Excluded:
-    """The n-grams of texts that must not be trained on.
+    """The n-grams of texts that must not be trained on, such as a benchmark's.
 
-    A file holds texts, one a line, or JSON, of which every string counts as a text. Texts below EXCLUDE_N units are not
-    looked for.
+    A line of a file is a text, or JSON of which every string is a text. Texts below EXCLUDE_N units are not searched for.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -253,7 +257,7 @@ class Excluded:
         return len(self._places)
 
     def overlaps(self, texts: Sequence[str]) -> dict[int, str]:
-        """Of texts that overlap with an excluded one: their number, and how much of which."""
+        """For each text that overlaps with an excluded one: how much of which, in words, by the text's number."""
         if not len(self):
             return {}
         grams, ends = gram_hashes(texts, EXCLUDE_N)
@@ -268,14 +272,14 @@ class Excluded:
         pairs, shared = np.unique(
             np.stack([np.repeat(hits[:, 0], counts), self._texts[entry]], axis=1), axis=0, return_counts=True
         )
-        found: dict[int, tuple[float, int]] = {}
+        most: dict[int, tuple[float, int]] = {}
         for (row, text), count in zip(pairs.tolist(), shared.tolist(), strict=True):
             share = count / int(self._num_grams[text])
-            if share >= EXCLUDE_SHARE and share > found.get(row, (0.0, 0))[0]:
-                found[row] = (share, text)
+            if share >= EXCLUDE_SHARE and share > most.get(row, (0.0, 0))[0]:
+                most[row] = (share, text)
         return {
             row: f"{100 * share:.0f}% of the {EXCLUDE_N}-grams of {self._places[text]}"
-            for row, (share, text) in found.items()
+            for row, (share, text) in most.items()
         }
 
 
@@ -293,3 +297,73 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(item)
+
+
+# --- n-grams: numpy over code points
+
+
+def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 [G]: hashes of the n-grams of all texts, end to end; int64 [texts + 1]: where each text's begin.
+
+    A text of fewer than n units has one gram, all of it; one without a unit has none.
+    """
+    joined = "\0".join(_normal(text) for text in texts)
+    points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4")
+    units, of = _units(points)
+    counts = np.bincount(of, minlength=len(texts))
+    begins = np.cumsum(counts) - counts
+    powers = [np.uint64(pow(_GRAM, n - k, 2**64)) for k in range(n)]
+    padded = np.concatenate([units, np.zeros(n, np.uint64)])
+    grams = np.zeros(len(units), np.uint64)
+    for k in range(n):
+        is_same = np.arange(len(units)) + k < (begins + counts)[of]  # a short text's gram ends with the text
+        grams += np.where(is_same, padded[k : k + len(units)], 0) * powers[k]
+    place = np.arange(len(units)) - begins[of]
+    is_gram = place < np.maximum(counts[of] - n + 1, 1)
+    num_grams = np.bincount(of[is_gram], minlength=len(texts))
+    return _mix(grams[is_gram]), np.concatenate([[0], np.cumsum(num_grams)])
+
+
+def num_units(text: str) -> int:
+    """How many words, characters of scripts without spaces, and signs a text has."""
+    return len(_units(np.frombuffer(_normal(text).encode("utf-32-le", "surrogatepass"), "<u4"))[0])
+
+
+def _normal(text: str) -> str:
+    text = text.replace("\0", " ")
+    return (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
+
+
+def _units(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 [U]: a hash for each unit of texts joined by 0; int64 [U]: the text it is in."""
+    kind = _table()[np.minimum(points, 0x110000 - 1)]
+    is_word = kind == _WORD
+    is_start = kind == _ALONE
+    is_start |= is_word & ~np.concatenate([[False], is_word[:-1]])
+    starts = np.flatnonzero(is_start)
+    if not len(starts):
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    place = np.arange(len(points)) - starts[np.maximum(np.cumsum(is_start) - 1, 0)]
+    values = _mix(points.astype(np.uint64) + place.astype(np.uint64) * _STEP)
+    values[kind == _SPACE] = 0
+    return _mix(np.add.reduceat(values, starts)), np.cumsum(points == 0)[starts]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer (Steele, Lea, Flood 2014)."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+@cache
+def _table() -> np.ndarray:
+    """For every code point: space, part of a word, or a unit by itself (all above 0xFFFF)."""
+    table = np.full(0x110000, _ALONE, np.uint8)
+    for point in range(0x10000):
+        character = chr(point)
+        if character.isspace() or point == 0:
+            table[point] = _SPACE
+        elif character.isalnum() and not 0x2E80 <= point < 0xAC00 and not 0xF900 <= point < 0xFB00:
+            table[point] = _WORD  # Hangul, from 0xAC00 on, writes its spaces
+    return table

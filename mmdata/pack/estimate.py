@@ -19,9 +19,8 @@ from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.encode.rows import BadRow, Line, is_seekable, iter_lines, parse_row
 from mmdata.errors import InputError
 from mmdata.options import check
-from mmdata.pack.buckets import buckets_for
 from mmdata.pack.options import PART_BYTES, PackOptions
-from mmdata.pack.packing import pack
+from mmdata.pack.packing import buckets_for, pack
 from mmdata.pack.pipeline import COMPRESSION, common_kind
 from mmdata.shards import dataset
 from mmdata.tokenizer.encoders import choose

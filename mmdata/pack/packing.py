@@ -18,7 +18,17 @@ from itertools import chain, islice, repeat
 
 import numpy as np
 
+BUCKETS = (512, 1024, 2048)  # the standard padded lengths
 LOOKED_AT = 256  # lengths, at most, to fill a pack from: real ones fill it exactly within some 50; bounds time alone
+
+
+def buckets_for(max_len: int) -> tuple[int, ...]:
+    """The buckets of a dataset: the standard ones shorter than `max_len`, doubling beyond 2048, then `max_len` itself."""
+    assert max_len > 0, max_len
+    standard: list[int] = list(BUCKETS)
+    while standard[-1] < max_len:
+        standard.append(2 * standard[-1])
+    return (*(bucket for bucket in standard if bucket < max_len), max_len)
 
 
 @dataclass(frozen=True, slots=True)

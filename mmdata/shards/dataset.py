@@ -1,33 +1,27 @@
-"""Packed datasets on disk: columns in, Arrow files and a manifest out; and back as views of a memory map.
+"""Packed datasets on disk as views of memory-mapped shards. Reading copies nothing: a sample is a few slices of a file.
 
-Reading copies nothing: a sample is a handful of slices of the mapped file. Opening checks sizes, Arrow's magic bytes,
-schema and tokenizer against the manifest in about a tenth of a millisecond a shard; `check_bytes` hashes what has not been
-hashed since it was last written; `verify` re-hashes everything.
-The format is written down in shards/README.md.
+Opening checks sizes, Arrow's magic bytes, schema and tokenizer against the manifest, about 0.1 ms a shard. `check_bytes`
+hashes what has not been hashed since it was last written; `verify` (verify.py) hashes everything. shards/README.md
+specifies the format.
 """
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdata.errors import DatasetError
 from mmdata.io.arrow import ArrowFile, num_rows, read_arrow
+from mmdata.io.files import sha256_of
 from mmdata.shards import checksums
+from mmdata.shards.manifest import SPLITS, Manifest, ShardRecord, damaged, read_manifest
 
-FORMAT_VERSION = 1
-SPLITS = ("train", "val")
-REPORT = "report.html"  # a page for people beside the manifest, which does not name it: no part of the dataset
+REPORT = "report.html"  # a page beside the manifest, which does not list it: no part of the dataset
 TOKENS_PER_BATCH = 2**25  # of a record batch: 65,536 rows of 512, 32,768 of 1024, 16,384 of 2048
 SOURCES_PER_BATCH = 2**20
-MANIFEST_KEYS = ("kind", "max_len", "buckets", "tokenizer", "inputs", "arguments", "parts", "shards", "totals", "files")
-PACK_LISTS = ("ids", "doc_len", "span")  # the token content of a pack; `doc` says where it came from
+PACK_LISTS = ("ids", "doc_len", "span")  # the token content of a pack; `doc` says which rows it came from
 PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 
 
@@ -64,9 +58,6 @@ def position_dtype(bucket: int) -> np.dtype:
     return np.dtype(np.uint16 if bucket < 2**16 else np.uint32)
 
 
-# --- digests: what a dataset holds, apart from how it is stored
-
-
 def token_digest(file: ArrowFile, kind: str) -> str:
     """sha256 of a shard's token content, lists as 32-bit lengths and values: the same for any Arrow version or id width."""
     digest = hashlib.sha256()
@@ -75,12 +66,6 @@ def token_digest(file: ArrowFile, kind: str) -> str:
         for array in (column.lengths(), column.values):
             digest.update(np.ascontiguousarray(array, "<u4").data)
     return digest.hexdigest()
-
-
-def dataset_digest(kind: str, max_len: int, shards: Sequence[Mapping[str, Any]]) -> str:
-    """sha256 over kind, length limit and every shard's split, bucket, part, samples and token digest, in that order."""
-    lines = sorted((s["split"], s["bucket"], s["part"], s["samples"], s["token_digest"]) for s in shards)
-    return hashlib.sha256(json.dumps([kind, max_len, lines]).encode()).hexdigest()
 
 
 def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num_marks: np.ndarray) -> int:
@@ -100,12 +85,8 @@ def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num
     return total % 2**128
 
 
-# --- reading a dataset
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What a split holds: source rows, stored tokens, tokens a model sees (a pair's prompt twice), trained tokens."""
+class SplitTotals(NamedTuple):
+    """Sums over a split: source rows, stored tokens, tokens a model sees (a pair's prompt twice), trained tokens."""
 
     rows: int
     tokens: int
@@ -120,19 +101,17 @@ class Split:
         self.name = name
         self.kind = dataset.kind
         self.buckets = dataset.buckets
-        entries = [entry for entry in dataset.manifest["shards"] if entry["split"] == name]
-        self.totals = Totals(
-            *(sum(entry[key] for entry in entries) for key in ("rows", "tokens", "model_tokens", "loss_tokens"))
-        )
+        shards = [shard for shard in dataset.manifest.shards if shard.split == name]
+        self.totals = SplitTotals(*(sum(getattr(shard, name) for shard in shards) for name in SplitTotals._fields))
         self._batches: dict[int, list[dict[str, Any]]] = {bucket: [] for bucket in self.buckets}
         self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # first sample of each batch
         self._parts: dict[int, list[int]] = {bucket: [] for bucket in self.buckets}
-        for entry in sorted(entries, key=lambda entry: entry["part"]):
-            bucket = entry["bucket"]
-            for batch in dataset.open_shard(entry).batches:
-                self._batches[bucket].append(batch)
-                self._begins[bucket].append(self._begins[bucket][-1] + num_rows(batch))
-                self._parts[bucket].append(entry["part"])
+        for shard in sorted(shards, key=lambda shard: shard.part):
+            begins = self._begins[shard.bucket]
+            for batch in dataset.open_shard(shard).batches:
+                self._batches[shard.bucket].append(batch)
+                begins.append(begins[-1] + num_rows(batch))
+                self._parts[shard.bucket].append(shard.part)
 
     def num_samples(self, bucket: int | None = None) -> int:
         """Samples of a bucket, or of all."""
@@ -158,6 +137,10 @@ class Split:
         """Entries of a list column of every sample, int64 [num_samples], in the order of sample numbers."""
         lengths = [batch[name].lengths() for bucket in self.buckets for batch in self._batches[bucket]]
         return np.concatenate(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
+
+    def samples(self) -> Iterator[Any]:
+        """Every sample, in the order of sample numbers."""
+        return (self.sample(bucket, i) for bucket in self.buckets for i in range(self.num_samples(bucket)))
 
     def sample(self, bucket: int, i: int) -> Any:
         """Sample i of a bucket: a PackView, or for pairs a PairView."""
@@ -193,19 +176,20 @@ def pair_view(columns: Mapping[str, Any], i: int) -> PairView:
 
 
 class Dataset:
-    """A packed dataset: its manifest, and its splits as views. Made by `open_dataset`."""
+    """A packed dataset: its manifest, and its splits as views. Made by `open_dataset`; pickles as its directory."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    def __init__(self, directory: Path, manifest: Manifest):
         self.dir = directory
         self.manifest = manifest
-        self.kind: str = manifest["kind"]
-        self.digest: str = manifest["dataset_digest"]
-        self.max_len: int = manifest["max_len"]
-        self.buckets: tuple[int, ...] = tuple(manifest["buckets"])
-        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.tokenizer_sha256: str = manifest["tokenizer"]["sha256"]
+        self.kind = manifest.kind
+        self.digest = manifest.dataset_digest
+        self.max_len = manifest.max_len
+        self.buckets = manifest.buckets
+        self.vocab_size = manifest.tokenizer.vocab_size
+        self.tokenizer_sha256 = manifest.tokenizer.sha256
         self.tokenizer_dir = directory / "tokenizer"
-        _allow_open_files(len(manifest["shards"]))
+        self.inputs = [file.path for file in manifest.inputs]  # as they were named when packing
+        _allow_open_files(len(manifest.shards))
         self._files: dict[str, ArrowFile] = {}
         self._splits = {name: Split(self, name) for name in SPLITS}
 
@@ -216,105 +200,61 @@ class Dataset:
         """The split "train" or "val"; it may be empty."""
         return self._splits[name]
 
-    def open_shard(self, entry: Mapping[str, Any]) -> ArrowFile:
-        """A shard of the manifest, mapped once; DatasetError when it is missing, of another size, or of another dataset."""
-        if entry["path"] not in self._files:
-            path = self.dir / entry["path"]
-            check_size(path, entry["bytes"], self.dir)
+    def open_shard(self, shard: ShardRecord) -> ArrowFile:
+        """A shard, mapped once; DatasetError when it is missing, of another size, or of another dataset."""
+        if shard.path not in self._files:
+            path = self.dir / shard.path
+            check_size(path, shard.bytes, self.dir)
             try:
                 file = read_arrow(path)
             except ValueError as error:
-                raise _damaged(self.dir, f"{path}: {error}") from error
-            check_metadata(file, self.manifest, entry, self.dir)
-            self._files[entry["path"]] = file
-        return self._files[entry["path"]]
+                raise damaged(self.dir, f"{path}: {error}") from error
+            check_metadata(file, self.manifest, shard, self.dir)
+            self._files[shard.path] = file
+        return self._files[shard.path]
 
     def check_bytes(self, progress: Callable[[int, int], None] | None = None) -> None:
         """DatasetError unless every shard holds the bytes that were packed; reads those not read since they changed."""
-        for path, digest in checksums.check(self.dir, self.manifest["shards"], progress):
-            raise _damaged(self.dir, f"{self.dir / path}: its bytes have changed since it was packed (sha256 {digest})")
-
-    @cached_property
-    def inputs(self) -> list[str]:
-        """The input files as they were named when packing."""
-        return [entry["path"] for entry in self.manifest["inputs"]]
+        files = [shard.file for shard in self.manifest.shards]
+        for path, digest in checksums.check(self.dir, files, progress):
+            raise damaged(self.dir, f"{self.dir / path}: its bytes have changed since it was packed (sha256 {digest})")
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises this process's limit of open files, often 1,024, where it may: a mapped shard stays open."""
+    """Raise this process's limit of open files, often 1,024, as far as allowed: a mapped shard stays open."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * count + 256  # twice: a run may map a second dataset of this size beside it
     if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
-        )
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def shard_metadata(manifest: Mapping[str, Any], bucket: int) -> dict[str, str]:
-    """What a shard's schema says about it."""
-    return {
-        "format_version": str(manifest["format_version"]),
-        "kind": manifest["kind"],
-        "bucket": str(bucket),
-        "vocab_size": str(manifest["tokenizer"]["vocab_size"]),
-        "tokenizer_sha256": manifest["tokenizer"]["sha256"],
-        "template_sha256": manifest["tokenizer"]["template_sha256"],
-    }
-
-
-def check_metadata(file: ArrowFile, manifest: Mapping[str, Any], entry: Mapping[str, Any], directory: Path) -> None:
-    """DatasetError unless the shard's schema says what the manifest says."""
-    expected = shard_metadata(manifest, entry["bucket"])
-    found = {key: file.metadata.get(f"mm.{key}") for key in expected}
-    if found != expected:
-        key = next(key for key in expected if found[key] != expected[key])
-        raise _damaged(directory, f"{directory / entry['path']}: {key} is {found[key]}, expected {expected[key]}")
+def check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord, directory: Path) -> None:
+    """DatasetError unless the metadata in the shard's schema agrees with the manifest."""
+    for key, expected in manifest.shard_metadata(shard.bucket).items():
+        if (actual := file.metadata.get(f"mm.{key}")) != expected:
+            raise damaged(directory, f"{directory / shard.path}: {key} is {actual}, expected {expected}")
 
 
 def check_size(path: Path, num_bytes: int, directory: Path) -> None:
     """DatasetError unless the file is there with this size (a map of a shorter file would crash the reader)."""
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except FileNotFoundError:
-        raise _damaged(directory, f"{path} is missing") from None
-    if found != num_bytes:
-        raise _damaged(directory, f"{path} has {found:,} bytes, expected {num_bytes:,}")
-
-
-def _damaged(directory: Path, message: str) -> DatasetError:
-    return DatasetError(message, f"mm verify {directory} --repair")
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a dataset; DatasetError when there is none, or none of ours, or of a later format."""
-    path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise DatasetError(
-            f"{directory} is not a packed dataset: it has no manifest.json", f"mm pack FILE --out {directory}"
-        ) from None
-    except ValueError as error:
-        raise _damaged(directory, f"{path} is not json: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != "mm":
-        raise DatasetError(f"{path} was not written by mm pack", f"mm pack FILE --out {directory}")
-    found = manifest.get("format_version")
-    if found != FORMAT_VERSION:
-        raise DatasetError(f"{path} has format {found}, this mm reads {FORMAT_VERSION}", f"pack {directory} again")
-    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
-        raise _damaged(directory, f"{path} lacks {', '.join(missing)}")
-    return manifest
+        raise damaged(directory, f"{path} is missing") from None
+    if actual != num_bytes:
+        raise damaged(directory, f"{path} has {actual:,} bytes, expected {num_bytes:,}")
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Opens a packed dataset. DatasetError when it is missing, incomplete, truncated, or its tokenizer was exchanged."""
+    """Open a packed dataset. DatasetError when it is missing, incomplete, truncated, or its tokenizer was exchanged."""
     manifest = read_manifest(directory)
     path = directory / "tokenizer" / "tokenizer.json"
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "missing"
-    if found != manifest["tokenizer"]["sha256"]:
-        raise _damaged(directory, f"{path}: sha256 is {found}, expected {manifest['tokenizer']['sha256']}")
+    actual = sha256_of(path) if path.exists() else "missing"
+    if actual != manifest.tokenizer.sha256:
+        raise damaged(directory, f"{path}: sha256 is {actual}, expected {manifest.tokenizer.sha256}")
     return Dataset(directory, manifest)
 
 
@@ -327,9 +267,9 @@ class _PartSequences:
     def __init__(self, dataset: Dataset, part: int, splits: Sequence[str]):
         self._kind = dataset.kind
         self._at: dict[int, tuple[dict[str, Any], int, int, int]] = {}  # ordinal -> columns, row, begin, end
-        for entry in dataset.manifest["shards"]:
-            if entry["part"] == part and entry["split"] in splits:
-                for columns in dataset.open_shard(entry).batches:
+        for shard in dataset.manifest.shards:
+            if shard.part == part and shard.split in splits:
+                for columns in dataset.open_shard(shard).batches:
                     self._add(columns)
 
     def _add(self, columns: dict[str, Any]) -> None:
@@ -380,7 +320,7 @@ def _pair_record(pair: PairView) -> dict[str, Any]:
     }
 
 
-def open_sources(dataset: Dataset, part: int) -> dict[str, Any]:
+def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
     """A part's provenance columns, one entry a kept row: file, line, offset, sha [n, 8], first (sequence ordinal)."""
     file = read_arrow(dataset.dir / sources_path(part))
     return {name: file.column(name) for name in ("file", "line", "offset", "sha", "first")}
@@ -397,12 +337,12 @@ def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]
     split: "train", "val", or "all" for both merged. Documents and fragments of one row are joined. One part in memory.
     """
     splits = SPLITS if split == "all" else (split,)
-    for part in dataset.manifest["parts"]:
-        if part["sequences"] == 0:
+    for part in dataset.manifest.parts:
+        if part.sequences == 0:
             continue
-        sequences = _PartSequences(dataset, part["part"], splits)
-        sources = open_sources(dataset, part["part"])
-        firsts = [*sources["first"].tolist(), part["sequences"]]
+        sequences = _PartSequences(dataset, part.part, splits)
+        sources = open_sources(dataset, part.part)
+        firsts = [*sources["first"].tolist(), part.sequences]
         for i, (file, line) in enumerate(zip(sources["file"].tolist(), sources["line"].tolist(), strict=True)):
             if firsts[i] in sequences:
                 ordinals = range(firsts[i], firsts[i + 1])

@@ -1,26 +1,25 @@
-"""A dataset directory in, the list of all that differs from its manifest out. Reads every byte once (about 1 GB/s).
+"""`mm verify`: everything in which a dataset differs from its manifest. Reads every byte once (about 1 GB/s).
 
-The hashes alone would do for damage on disk; the counts and ranges also catch a writer that was wrong from the start.
+Hashes find damage on disk; the checks of counts and ranges also find a writer that was wrong from the start.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import ArrowFile, Ragged, read_arrow
-from mmdata.io.files import sha256_of
 from mmdata.shards import checksums, dataset
+from mmdata.shards.manifest import MANIFEST, Manifest, ShardRecord, dataset_digest, read_manifest
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`shard`: the file's path in the dataset; `what`: what differs, found and expected."""
+    """`shard`: the file's path in the dataset; `what`: what differs, actual and expected."""
 
     shard: str
     what: str
@@ -30,122 +29,110 @@ class Problem:
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
-    """All that differs, empty when nothing does. DatasetError when there is no manifest to hold the files to."""
-    manifest = dataset.read_manifest(directory)
-    entries = [*manifest["files"], *manifest["shards"]]
-    total = sum(entry["bytes"] for entry in entries)
+    """Everything that differs from the manifest, empty when nothing does. DatasetError when there is no manifest."""
+    manifest = read_manifest(directory)
+    files, shards = manifest.all_files, {shard.path: shard for shard in manifest.shards}
+    total, done = sum(file.bytes for file in files), 0
     problems = list(_check_manifest(manifest))
-    done = 0
-    for entry in entries:
-        found = list(_check_bytes(directory, entry))
-        if not found and "bucket" in entry:
-            found = list(_check_shard(directory, manifest, entry))
-        problems += found
-        done += entry["bytes"]
+    for file in files:
+        if what := checksums.difference(directory, file):
+            problems.append(Problem(file.path, what))
+        elif file.path in shards:
+            problems += [Problem(file.path, what) for what in _check_shard(directory, manifest, shards[file.path])]
+        done += file.bytes
         if progress:
             progress(done, total)
-    known = {"manifest.json", dataset.REPORT, checksums.STAMPS_NAME, checksums.LOCK_NAME}
-    known |= {entry["path"] for entry in entries}
-    there = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-    problems += [Problem(path, "is not in the manifest") for path in sorted(there - known)]
+    listed = {MANIFEST, dataset.REPORT, checksums.VERIFIED_NAME, checksums.LOCK_NAME, *(file.path for file in files)}
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    problems += [Problem(path, "is not in the manifest") for path in sorted(present - listed)]
     if not problems:
         problems += _check_sequences(directory, manifest)
     if not problems:
-        checksums.stamp_all(directory, manifest["shards"])
+        checksums.mark_verified(directory, [shard.file for shard in manifest.shards])
     return problems
 
 
-def _check_manifest(manifest: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
     """The manifest's own sums."""
-    totals, parts, entries = manifest["totals"], manifest["parts"], manifest["shards"]
-    digest = dataset.dataset_digest(manifest["kind"], manifest["max_len"], entries)
+    totals, parts, shards = manifest.totals, manifest.parts, manifest.shards
     sums = {
-        "rows": totals["kept"] + sum(totals["left_out"].values()),
-        "tokens_in": totals["tokens"] + sum(totals["cut"].values()),
-        "kept": sum(entry["rows"] for entry in entries),
-        **{name: sum(entry[name] for entry in entries) for name in ("tokens", "loss_tokens", "sequences", "samples")},
+        "rows": totals.kept + sum(totals.left_out.values()),
+        "tokens_in": totals.tokens + sum(totals.cut.values()),
+        "kept": sum(shard.rows for shard in shards),
+        **{
+            name: sum(getattr(shard, name) for shard in shards)
+            for name in ("tokens", "loss_tokens", "sequences", "samples")
+        },
     }
-    for name, found in sums.items():
-        if found != totals[name]:
-            yield Problem("manifest.json", f"its {name} sum to {found:,}, its total says {totals[name]:,}")
+    for name, actual in sums.items():
+        if actual != (total := getattr(totals, name)):
+            yield Problem(MANIFEST, f"its {name} sum to {actual:,}, its total says {total:,}")
     for name in ("rows", "kept", "tokens_in", "tokens", "sequences"):
-        if (found := sum(part[name] for part in parts)) != totals[name]:
-            yield Problem("manifest.json", f"{name} of its parts sum to {found:,}, its total says {totals[name]:,}")
-    if digest != manifest["dataset_digest"]:
-        yield Problem("manifest.json", f"dataset_digest is {manifest['dataset_digest']}, its shards give {digest}")
+        if (actual := sum(getattr(part, name) for part in parts)) != (total := getattr(totals, name)):
+            yield Problem(MANIFEST, f"{name} of its parts sum to {actual:,}, its total says {total:,}")
+    digest = dataset_digest(manifest.kind, manifest.max_len, shards)
+    if digest != manifest.dataset_digest:
+        yield Problem(MANIFEST, f"dataset_digest is {manifest.dataset_digest}, its shards give {digest}")
 
 
-def _check_bytes(directory: Path, entry: Mapping[str, Any]) -> Iterator[Problem]:
-    path = directory / entry["path"]
-    if not path.is_file():
-        yield Problem(entry["path"], "is missing")
-        return
-    if (size := path.stat().st_size) != entry["bytes"]:
-        yield Problem(entry["path"], f"has {size:,} bytes, expected {entry['bytes']:,}")
-        return
-    if (digest := sha256_of(path)) != entry["sha256"]:
-        yield Problem(entry["path"], f"sha256 is {digest}, expected {entry['sha256']}")
-
-
-def _check_shard(directory: Path, manifest: dict[str, Any], entry: Mapping[str, Any]) -> Iterator[Problem]:
-    """A shard whose bytes are the recorded ones: do they say what the manifest says?"""
+def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[str]:
+    """Whether a shard with the recorded bytes holds what the manifest says."""
     try:
-        file = read_arrow(directory / entry["path"])
-        dataset.check_metadata(file, manifest, entry, directory)
+        file = read_arrow(directory / shard.path)
+        dataset.check_metadata(file, manifest, shard, directory)
     except (ValueError, DatasetError) as error:
-        yield Problem(entry["path"], str(error))
+        yield str(error)
         return
-    check = _check_pairs if manifest["kind"] == "pair" else _check_packs
-    whats = [*_check_ids(file, manifest), *check(file, entry)]
-    if file.num_rows != entry["samples"]:
-        whats.append(f"holds {file.num_rows:,} samples, expected {entry['samples']:,}")
-    if (digest := dataset.token_digest(file, manifest["kind"])) != entry["token_digest"]:
-        whats.append(f"token_digest is {digest}, expected {entry['token_digest']}")
-    yield from (Problem(entry["path"], what) for what in whats)
+    yield from _check_ids(file, manifest)
+    yield from (_check_pairs if manifest.kind == "pair" else _check_packs)(file, shard)
+    if file.num_rows != shard.samples:
+        yield f"holds {file.num_rows:,} samples, expected {shard.samples:,}"
+    if (digest := dataset.token_digest(file, manifest.kind)) != shard.token_digest:
+        yield f"token_digest is {digest}, expected {shard.token_digest}"
 
 
-def _check_ids(file: ArrowFile, manifest: Mapping[str, Any]) -> Iterator[str]:
-    vocab_size = manifest["tokenizer"]["vocab_size"]
-    for name in ("prompt", "chosen", "rejected") if manifest["kind"] == "pair" else ("ids",):
+def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
+    vocab_size = manifest.tokenizer.vocab_size
+    for name in ("prompt", "chosen", "rejected") if manifest.kind == "pair" else ("ids",):
         values = file.column(name).values
         if len(values) and values.max() >= vocab_size:
             yield f"token {values.max()} in {name} is outside the vocabulary of {vocab_size:,}"
 
 
-def _check_packs(file: ArrowFile, entry: Mapping[str, Any]) -> Iterator[str]:
+def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
     ids, doc_len, doc, span = (file.column(name) for name in ("ids", "doc_len", "doc", "span"))
     num_loss = file.column("n_loss").astype(np.int64)
     lengths = ids.lengths()
     if not np.array_equal(_row_sums(doc_len), lengths):
         yield "doc_len does not sum to the ids of its pack"
-    if lengths.max() > entry["bucket"]:
+    if lengths.max() > shard.bucket:
         yield f"a pack of {lengths.max():,} tokens is longer than its bucket"
     if not np.array_equal(doc_len.lengths(), doc.lengths()):
         yield "doc and doc_len differ in length"
     if not np.array_equal(_check_spans(span, lengths), num_loss):
         yield "spans are out of place, or do not sum to n_loss"
-    yield from _check_counts(entry, int(lengths.sum()), int(num_loss.sum()), len(doc.values))
+    yield from _check_counts(shard, int(lengths.sum()), int(num_loss.sum()), len(doc.values))
 
 
-def _check_pairs(file: ArrowFile, entry: Mapping[str, Any]) -> Iterator[str]:
+def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
     prompt = file.column("prompt").lengths()
     tokens, loss = int(prompt.sum()), 0
     for side in ("chosen", "rejected"):
         lengths, span = file.column(side).lengths(), file.column(f"{side}_span")
         num_loss = file.column(f"n_{side}").astype(np.int64)
-        if (prompt + lengths).max() > entry["bucket"]:
+        if (prompt + lengths).max() > shard.bucket:
             yield f"prompt and {side} are longer than the bucket"
         expected = np.where(span.lengths() == 0, lengths, _check_spans(span, lengths))
         if not np.array_equal(expected, num_loss):
             yield f"{side}_span is out of place, or does not sum to n_{side}"
         tokens, loss = tokens + int(lengths.sum()), loss + int(num_loss.sum())
-    yield from _check_counts(entry, tokens, loss, file.num_rows)
+    yield from _check_counts(shard, tokens, loss, file.num_rows)
 
 
-def _check_counts(entry: Mapping[str, Any], tokens: int, loss_tokens: int, sequences: int) -> Iterator[str]:
-    for name, found in (("tokens", tokens), ("loss_tokens", loss_tokens), ("sequences", sequences)):
-        if found != entry[name]:
-            yield f"holds {found:,} {name}, expected {entry[name]:,}"
+def _check_counts(shard: ShardRecord, tokens: int, loss_tokens: int, sequences: int) -> Iterator[str]:
+    for name, actual in (("tokens", tokens), ("loss_tokens", loss_tokens), ("sequences", sequences)):
+        if actual != (expected := getattr(shard, name)):
+            yield f"holds {actual:,} {name}, expected {expected:,}"
 
 
 def _row_sums(column: Ragged) -> np.ndarray:
@@ -167,18 +154,18 @@ def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
     return totals
 
 
-def _check_sequences(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every sequence of a part stands in its shards exactly once, and its sources name as many rows as were kept."""
-    for part in manifest["parts"]:
-        if not part["kept"]:
+def _check_sequences(directory: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Every sequence of a part is in its shards exactly once, and its sources name as many rows as were kept."""
+    for part in manifest.parts:
+        if not part.kept:
             continue
-        path = dataset.sources_path(part["part"])
-        if (found := read_arrow(directory / path).num_rows) != part["kept"]:
-            yield Problem(path, f"names {found:,} rows, expected {part['kept']:,}")
+        path = dataset.sources_path(part.part)
+        if (actual := read_arrow(directory / path).num_rows) != part.kept:
+            yield Problem(path, f"names {actual:,} rows, expected {part.kept:,}")
         ordinals = []
-        for entry in manifest["shards"]:
-            if entry["part"] == part["part"]:
-                doc = read_arrow(directory / entry["path"]).column("doc")
+        for shard in manifest.shards:
+            if shard.part == part.part:
+                doc = read_arrow(directory / shard.path).column("doc")
                 ordinals.append(doc.values if isinstance(doc, Ragged) else doc)
-        if not np.array_equal(np.sort(np.concatenate(ordinals)), np.arange(part["sequences"])):
-            yield Problem(path, "a sequence of this part is missing from its shards, or stands in them twice")
+        if not np.array_equal(np.sort(np.concatenate(ordinals)), np.arange(part.sequences)):
+            yield Problem(path, "a sequence of this part is missing from its shards, or is in them twice")

@@ -15,6 +15,7 @@ from mmdata.encode.rows import Conversation, Document, Message, Pair, Row, join_
 from mmdata.encode.sequences import PairSequence, Sequences, flatten
 from mmdata.encode.sequences import Sequence as Ids
 from mmdata.shards import dataset as shards
+from mmdata.shards.manifest import PartRecord
 from mmdata.stats.tokens import Vocabulary
 
 _THINKING = re.compile(r"\A<think>\n(.*?)\n</think>\n\n", re.DOTALL)
@@ -26,12 +27,12 @@ _TOOLS = re.compile(r"(?:\A|\n\n)# Tools\n.*?<tools>\n(.*?)\n</tools>\n.*\Z", re
 class PartRows:
     """The encoded rows of one part, in the order of its input. The part's shards stay memory-mapped."""
 
-    def __init__(self, dataset: shards.Dataset, part: dict[str, Any]):
-        self.sources = shards.open_sources(dataset, part["part"])
-        self._ends = [*self.sources["first"].tolist(), part["sequences"]]
+    def __init__(self, dataset: shards.Dataset, part: PartRecord):
+        self.sources = shards.open_sources(dataset, part.part)
+        self._ends = [*self.sources["first"].tolist(), part.sequences]
         self._is_pair = dataset.kind == "pair"
         names = shards.PairView._fields if self._is_pair else ("ids", "doc_len", "span", "doc")
-        entries = [entry for entry in dataset.manifest["shards"] if entry["part"] == part["part"]]
+        entries = [entry for entry in dataset.manifest.shards if entry.part == part.part]
         files = [dataset.open_shard(entry) for entry in entries]
         self._columns = [{name: file.column(name) for name in names} for file in files]
         docs = [columns["doc"] if self._is_pair else columns["doc"].values for columns in self._columns]
@@ -68,10 +69,10 @@ def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> di
     wanted: dict[str, list[int]] = {}
     for file, line in sorted(set(places)):
         wanted.setdefault(file, []).append(line)
-    for part in dataset.manifest["parts"]:
-        if not part["kept"]:
+    for part in dataset.manifest.parts:
+        if not part.kept:
             continue
-        sources = shards.open_sources(dataset, part["part"])
+        sources = shards.open_sources(dataset, part.part)
         file, lines = dataset.inputs[int(sources["file"][0])], sources["line"]
         asked = np.array(wanted.get(file, []), lines.dtype)
         at = np.searchsorted(lines, asked)

@@ -9,9 +9,8 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode import rows
-from mmdata.pack.buckets import BUCKETS, buckets_for
-from mmdata.pack.packing import pack
-from mmdata.pack.pipeline import length_figures
+from mmdata.pack.packing import BUCKETS, buckets_for, pack
+from mmdata.pack.summary import length_figures
 from mmdata.stats.frames import LONGER_BY, OPENING, pieces_of, repeated_phrases
 from mmdata.stats.report.page import percent
 from mmdata.stats.scan import PartScan

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import BadRow, Line, Row, is_seekable, iter_lines, num_characters, parse_row
+from mmdata.encode.rows import BadRow, Line, Row, is_seekable, num_characters, parse_row
 from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.io import workers as engine
 from mmdata.io.arrow import Ragged, num_rows
@@ -21,6 +21,7 @@ from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
 from mmdata.shards import dataset as shards
+from mmdata.shards.manifest import PartRecord, ShardRecord
 from mmdata.stats.decoded import PartRows, RowDecoder
 from mmdata.stats.frames import ROWS_FOR_NEAR, STRINGS, count_rows, set_aside
 from mmdata.stats.tally import Tally
@@ -142,7 +143,7 @@ def scan_files(
     """
     total = sum(path.stat().st_size for path in paths)
     entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS))
-    if sha256s is not None and [entry["sha256"] for entry in entries] != list(sha256s):
+    if sha256s is not None and [entry.sha256 for entry in entries] != list(sha256s):
         return []
     share = 1.0 if options.is_exact else min(1.0, SAMPLE_BYTES / max(total, 1))
     options = replace(options, share=share, most_signed=-(-ROWS_FOR_NEAR // max(len(parts), 1)))
@@ -163,7 +164,7 @@ class _FileScanner:
     def __call__(self, part: Part, tick: Tick) -> PartScan:
         scanned = PartScan(part.input)
         reported = part.begin
-        for lines in batches(iter_lines(part.path, part.begin, part.end, first_number=part.first_line)):
+        for lines in batches(part):
             self._measure(part, lines, scanned)
             done = min(lines[-1].offset + len(lines[-1].raw) + 1, part.begin + part.num_bytes)
             if done > reported:
@@ -215,15 +216,15 @@ def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: floa
     """Measure about a share of a dataset's rows, read from its inputs at their offsets; nothing if an input is gone or
     compressed."""
     scanned = []
-    for part in dataset.manifest["parts"]:
-        if not part["kept"]:
+    for part in dataset.manifest.parts:
+        if not part.kept:
             continue
-        sources = shards.open_sources(dataset, part["part"])
+        sources = shards.open_sources(dataset, part.part)
         path = paths[int(sources["file"][0])]
         if path is None or not is_seekable(path):
             return []
         scanned.append(PartScan(int(sources["file"][0])))
-        if rows := list(_rows_at(path, dataset.kind, sources, evenly(part["kept"], share))):
+        if rows := list(_rows_at(path, dataset.kind, sources, evenly(part.kept, share))):
             scanned[-1].add(rows, ScanOptions(dataset.kind))
     return scanned
 
@@ -253,12 +254,12 @@ def scan_decoded(
     progress: Progress | None = None,
 ) -> list[PartScan]:
     """Measure the rows of a dataset, or about a share of them, decoded from its shards. progress counts rows."""
-    parts = [part for part in dataset.manifest["parts"] if part["kept"]]
-    num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
+    parts = [part for part in dataset.manifest.parts if part.kept]
+    num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
     drawn = min(1.0, SAMPLE_BYTES / max(num_bytes, 1)) if share >= 1 else 1.0
     most_signed = -(-ROWS_FOR_NEAR // max(len(parts), 1))
     options = ScanOptions(dataset.kind, wanted=wanted or {}, share=drawn, most_signed=most_signed)
-    total = sum(len(evenly(part["kept"], share)) for part in parts)
+    total = sum(len(evenly(part.kept, share)) for part in parts)
     measure = partial(_measure_decoded, dataset, vocabulary, options, share)
     make = partial(partial, measure)  # make() is measure(part, tick)
     return engine.run(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
@@ -269,7 +270,7 @@ def _measure_decoded(
     vocabulary: Vocabulary,
     options: ScanOptions,
     share: float,
-    part: dict[str, Any],
+    part: PartRecord,
     tick: Tick,
 ) -> PartScan:
     """Measure the rows of one part."""
@@ -298,8 +299,8 @@ def scan_shards(
     workers: int = 1,
 ) -> Tally:
     """Count the tokens of a dataset, or of about a share of its samples."""
-    entries = dataset.manifest["shards"]
-    total = sum(entry["tokens"] for entry in entries)
+    entries = dataset.manifest.shards
+    total = sum(entry.tokens for entry in entries)
     workers = workers if share >= 1 and total > 2**25 else 1
     count = partial(_count_shard, dataset, vocabulary, share)
     make = partial(partial, count)  # make() is count(entry, tick)
@@ -310,12 +311,12 @@ def scan_shards(
 
 
 def _count_shard(
-    dataset: shards.Dataset, vocabulary: Vocabulary, share: float, entry: dict[str, Any], tick: Tick
+    dataset: shards.Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick
 ) -> Tally:
     """Count the tokens of one shard."""
-    tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest["shards"]))
+    tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
     for batch in dataset.open_shard(entry).batches:
-        for columns in _slices(batch, entry["bucket"], share, stretches):
+        for columns in _slices(batch, entry.bucket, share, stretches):
             if dataset.kind == "pair":
                 pairs = [shards.pair_view(columns, i) for i in range(len(columns["doc"]))]
                 spans = [[span.reshape(-1, 2) for span in (p.chosen_span, p.rejected_span)] for p in pairs]
@@ -323,7 +324,7 @@ def _count_shard(
                 count_tokens(tally, flat_sequences(sides), vocabulary)
             else:
                 count_tokens(tally, _flat_packs(columns), vocabulary)
-    tick(entry["tokens"])
+    tick(entry.tokens)
     return tally
 
 

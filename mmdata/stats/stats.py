@@ -18,8 +18,9 @@ from mmdata.encode import rows
 from mmdata.encode.encoder import RowEncoder
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
-from mmdata.pack.buckets import BUCKETS
+from mmdata.pack.packing import BUCKETS
 from mmdata.shards import dataset as shards
+from mmdata.shards.manifest import PartRecord
 from mmdata.shards.pairs import make_loader
 from mmdata.stats import frames, scan
 from mmdata.stats.decoded import encoded_at
@@ -63,8 +64,8 @@ class Measured:
 def dataset_stats(dataset: shards.Dataset) -> dict[str, Any]:
     """The figures that `mm pack` wrote to stats.json. DatasetError if the file is damaged."""
     path = dataset.dir / "stats.json"
-    entry = next(file for file in dataset.manifest["files"] if file["path"] == "stats.json")
-    shards.check_size(path, entry["bytes"], dataset.dir)
+    entry = next(file for file in dataset.manifest.files if file.path == "stats.json")
+    shards.check_size(path, entry.bytes, dataset.dir)
     return {"path": str(dataset.dir), **json.loads(path.read_bytes())}
 
 
@@ -159,7 +160,7 @@ def measure_dataset(
     dataset = shards.open_dataset(directory)
     figures = dataset_stats(dataset)
     vocabulary = Vocabulary(Tokenizer.load(dataset.tokenizer_dir))
-    num_bytes = sum(entry["bytes"] for entry in dataset.manifest["inputs"])
+    num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
     least, most = QUICK_BYTES
     share = min(1.0, min(max(num_bytes * QUICK_SHARE, least), most) / max(num_bytes, 1)) if is_quick else 1.0
     tokens = scan.scan_shards(dataset, vocabulary, share=share, workers=workers)
@@ -206,24 +207,24 @@ def _scan_inputs(dataset: shards.Dataset, workers: int, wanted: Losses, progress
     if len(paths) < len(dataset.inputs):
         return []
     left_out: dict[str, set[int]] = {}
-    for part in dataset.manifest["parts"]:
+    for part in dataset.manifest.parts:
         for record in _rejected_rows(dataset, part):
             left_out.setdefault(record["file"], set()).add(record["line"])
     lines = {file: frozenset(numbers) for file, numbers in left_out.items()}
-    sha256s = [entry["sha256"] for entry in dataset.manifest["inputs"]]
+    sha256s = [entry.sha256 for entry in dataset.manifest.inputs]
     options = ScanOptions(dataset.kind, wanted=wanted, left_out=lines)
     return scan.scan_files(paths, options, workers=workers, sha256s=sha256s, progress=progress)
 
 
 def _inputs(dataset: shards.Dataset) -> list[Path | None]:
     """The inputs; None for one that is gone or has another size."""
-    sizes = {Path(entry["path"]): entry["bytes"] for entry in dataset.manifest["inputs"]}
+    sizes = {Path(entry.path): entry.bytes for entry in dataset.manifest.inputs}
     return [path if path.is_file() and path.stat().st_size == size else None for path, size in sizes.items()]
 
 
-def _rejected_rows(dataset: shards.Dataset, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[dict[str, Any]]:
     """The records of the rows of a part that packing left out."""
-    path = dataset.dir / "rejected" / f"part-{part['part']:05d}.jsonl"
+    path = dataset.dir / "rejected" / f"part-{part.part:05d}.jsonl"
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from map(json.loads, file)
@@ -232,9 +233,9 @@ def _rejected_rows(dataset: shards.Dataset, part: dict[str, Any]) -> Iterator[di
 def _rejected(dataset: shards.Dataset) -> dict[str, list[dict[str, Any]]]:
     """The first rows set aside of each reason."""
     examples: dict[str, list[dict[str, Any]]] = {}
-    missing = {reason for part in dataset.manifest["parts"] for reason in part["left_out"]}
-    for part in dataset.manifest["parts"]:
-        for record in _rejected_rows(dataset, part) if missing & part["left_out"].keys() else ():
+    missing = {reason for part in dataset.manifest.parts for reason in part.left_out}
+    for part in dataset.manifest.parts:
+        for record in _rejected_rows(dataset, part) if missing & part.left_out.keys() else ():
             of_reason = examples.setdefault(record["reason"], [])
             if len(of_reason) < NUM_EXAMPLES:
                 fields = {name: record[name] for name in ("file", "line", "detail")}
@@ -248,7 +249,7 @@ def _rejected(dataset: shards.Dataset) -> dict[str, list[dict[str, Any]]]:
 
 def _line_duplicates(dataset: shards.Dataset) -> dict[str, Any]:
     """Exact repeats by the hashes of lines that packing noted."""
-    parts = [part["part"] for part in dataset.manifest["parts"] if part["kept"]]
+    parts = [part.part for part in dataset.manifest.parts if part.kept]
     sha256s = [np.ascontiguousarray(shards.open_sources(dataset, part)["sha"]) for part in parts]
     hashes = pl.Series(np.concatenate([each.view(np.uint64).reshape(-1) for each in sha256s]))
     repeats = len(hashes) - hashes.n_unique()
@@ -258,13 +259,13 @@ def _line_duplicates(dataset: shards.Dataset) -> dict[str, Any]:
 def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
     """How often each length of a sequence (of a pair: its longer side) occurs, by bucket: columns value and count."""
     lengths: dict[int, list[np.ndarray]] = {}
-    for entry in dataset.manifest["shards"]:
+    for entry in dataset.manifest.shards:
         for batch in dataset.open_shard(entry).batches:
             if dataset.kind == "pair":
                 values = batch["prompt"].lengths() + np.maximum(batch["chosen"].lengths(), batch["rejected"].lengths())
             else:
                 values = batch["doc_len"].values
-            lengths.setdefault(entry["bucket"], []).append(values.astype(np.int64))
+            lengths.setdefault(entry.bucket, []).append(values.astype(np.int64))
     counts = {}
     for bucket, arrays in sorted(lengths.items()):
         values = pl.Series("value", np.concatenate(arrays)).value_counts()
@@ -275,9 +276,9 @@ def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
 def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[dict[str, Any]]:
     """Figures of each input: rows and tokens by the manifest, texts if they were all read."""
     file_of = {}
-    for part in dataset.manifest["parts"]:
-        if part["kept"]:
-            file_of[part["part"]] = int(read_arrow(dataset.dir / shards.sources_path(part["part"])).column("file")[0])
+    for part in dataset.manifest.parts:
+        if part.kept:
+            file_of[part.part] = int(read_arrow(dataset.dir / shards.sources_path(part.part)).column("file")[0])
     sources = []
     for number, path in enumerate(dataset.inputs):
         source: dict[str, Any] = {}
@@ -286,10 +287,10 @@ def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[dict[st
             languages = tally.array("languages", len(text.LANGUAGES)).tolist()
             source["languages"] = dict(zip(text.LANGUAGES, languages, strict=True))
             source["exact_duplicates"] = int(is_repeat(tally.column("hashes")).sum())
-        entries = [entry for entry in dataset.manifest["shards"] if file_of[entry["part"]] == number]
-        source |= {"path": path, "bytes": dataset.manifest["inputs"][number]["bytes"]}
+        entries = [entry for entry in dataset.manifest.shards if file_of[entry.part] == number]
+        source |= {"path": path, "bytes": dataset.manifest.inputs[number].bytes}
         for name, key in (("kept", "rows"), ("tokens", "tokens"), ("loss_tokens", "loss_tokens")):
-            source[name] = sum(entry[key] for entry in entries)
+            source[name] = sum(getattr(entry, key) for entry in entries)
         sources.append(source)
     return sources
 

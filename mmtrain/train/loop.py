@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmdata.errors import MMError, TrainError
-from mmdata.shards import pair_checks
+from mmdata.shards.checks import figures_of_pairs, pair_lines
 from mmdata.shards.loader import MicroBatch, ahead
 from mmtrain import distributed
 from mmtrain.config import TrainOptions
@@ -113,7 +113,7 @@ def _prepare_pairs(run: ActiveRun) -> None:
     """Before the first step of dpo: check the pairs, get the reference's logps, forecast, and measure the start weights."""
     plan, record, say = run.plan, run.record, run.log.say
     if run.world.is_first and not plan.start.resumed:
-        for line in pair_checks.lines(pair_checks.pair_figures(plan.datasets)):
+        for line in pair_lines(figures_of_pairs(plan.datasets)):
             say(line)
     run.ref, known = reference.prepare(plan, run.model, run.world, record.reference or None, say)
     record.reference = known or record.reference

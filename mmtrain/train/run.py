@@ -305,9 +305,9 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
 
 def _padded_fill(plan: TrainPlan) -> float:
     """Share of the positions that would hold tokens if every sample were padded to its bucket."""
-    shards = [shard for dataset in plan.datasets for shard in dataset.manifest["shards"] if shard["split"] == "train"]
-    positions = sum((2 if plan.is_pairs else 1) * shard["samples"] * shard["bucket"] for shard in shards)
-    return sum(shard["model_tokens"] for shard in shards) / max(1, positions)
+    shards = [shard for dataset in plan.datasets for shard in dataset.manifest.shards if shard.split == "train"]
+    positions = sum((2 if plan.is_pairs else 1) * shard.samples * shard.bucket for shard in shards)
+    return sum(shard.model_tokens for shard in shards) / max(1, positions)
 
 
 def _version(package: str) -> str:

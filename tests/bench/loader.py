@@ -23,15 +23,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mmdata.io.arrow import ragged, write_arrow  # noqa: E402
-from mmdata.shards import dataset as shards  # noqa: E402
+from mmdata.io.records import write_record  # noqa: E402
+from mmdata.pack.summary import manifest_of  # noqa: E402
 from mmdata.shards.dataset import open_dataset  # noqa: E402
 from mmdata.shards.loader import Loader  # noqa: E402
+from mmdata.shards.manifest import (  # noqa: E402
+    MANIFEST,
+    DatasetHeader,
+    PackArguments,
+    ShardRecord,
+    TokenizerRecord,
+)
 
 BUCKET = 1024
 BATCH = 32
@@ -52,28 +61,34 @@ def make_dataset(root: Path, num_packs: int) -> None:
     tokenizer = b"{}"
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
-    manifest: dict[str, Any] = {
-        "format": "mm",
-        "format_version": shards.FORMAT_VERSION,
-        "kind": "conversation",
-        "max_len": BUCKET,
-        "buckets": [BUCKET],
-        "tokenizer": {
-            "sha256": hashlib.sha256(tokenizer).hexdigest(),
-            "template_sha256": "",
-            "vocab_size": VOCAB,
-        },
-        "shards": [],
-    }
-    for part, begin in enumerate(range(0, num_packs, PACKS_A_SHARD)):
-        manifest["shards"].append(write_shard(root, manifest, part, min(PACKS_A_SHARD, num_packs - begin), draw))
-    manifest |= {"dataset_digest": "bench", "inputs": [], "arguments": {}, "parts": [], "totals": {}, "files": []}
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    sha256 = hashlib.sha256(tokenizer).hexdigest()
+    arguments = PackArguments(
+        val_fraction=0,
+        on_bad="fail",
+        max_bad=None,
+        max_bad_by_reason={},
+        seed=0,
+        era="auto",
+        train_on="assistant",
+        part_bytes=0,
+    )
+    header = DatasetHeader(
+        kind="conversation",
+        max_len=BUCKET,
+        buckets=(BUCKET,),
+        tokenizer=TokenizerRecord(sha256, "", VOCAB, None, None, None),
+        inputs=[],
+        arguments=arguments,
+    )
+    records = [
+        write_shard(root, header, part, min(PACKS_A_SHARD, num_packs - begin), draw)
+        for part, begin in enumerate(range(0, num_packs, PACKS_A_SHARD))
+    ]
+    manifest = msgspec.structs.replace(manifest_of(header, [], []), shards=records, dataset_digest="bench")
+    write_record(root / MANIFEST, manifest)
 
 
-def write_shard(
-    root: Path, manifest: dict[str, Any], part: int, count: int, draw: np.random.Generator
-) -> dict[str, Any]:
+def write_shard(root: Path, header: DatasetHeader, part: int, count: int, draw: np.random.Generator) -> ShardRecord:
     cuts = np.sort(draw.integers(1, BUCKET // 2, (count, 3)) * 2, axis=1)
     edges = np.concatenate([np.zeros((count, 1), int), cuts, np.full((count, 1), BUCKET)], axis=1)
     lengths = np.diff(edges, axis=1)
@@ -91,16 +106,23 @@ def write_shard(
         "doc": ragged(np.arange(len(lengths), dtype=np.uint32), sizes),
     }
     path = f"train/b{BUCKET:04d}/part-{part:05d}.arrow"
-    written = write_arrow(root / path, columns, shards.shard_metadata(manifest, BUCKET), PACKS_A_SHARD)
-    entry = {"path": path, "split": "train", "bucket": BUCKET, "part": part, "samples": count, "rows": count}
+    written = write_arrow(root / path, columns, header.shard_metadata(BUCKET), PACKS_A_SHARD)
     tokens = count * BUCKET
-    return {
-        **entry,
-        "tokens": tokens,
-        "model_tokens": tokens,
-        "loss_tokens": int(columns["n_loss"].sum()),
-        **written._asdict(),
-    }
+    return ShardRecord(
+        path=path,
+        split="train",
+        bucket=BUCKET,
+        part=part,
+        samples=count,
+        sequences=len(lengths),
+        rows=count,
+        tokens=tokens,
+        model_tokens=tokens,
+        loss_tokens=int(columns["n_loss"].sum()),
+        bytes=written.bytes,
+        sha256=written.sha256,
+        token_digest="",
+    )
 
 
 def rate(work: Callable[[int], int], seconds: float = 2.0) -> float:
@@ -144,7 +166,7 @@ def main() -> None:
             ),
             "bound: the ids' views joined and cast, nothing else": rate(lambda k: copy_only(views[k % num_batches])),
         }
-        size = sum(entry["bytes"] for entry in dataset.manifest["shards"])
+        size = sum(shard.bytes for shard in dataset.manifest.shards)
         rows = Path(directory) / "rows.npy"
         np.save(rows, np.random.default_rng(2).integers(0, VOCAB, (PEER_ROWS, BUCKET)).astype(np.uint16))
         for name in PEERS:

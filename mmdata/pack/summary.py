@@ -1,0 +1,187 @@
+"""From the results of all parts to manifest.json and stats.json."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mmdata.io.records import FileEntry, plain
+from mmdata.pack.packing import buckets_for
+from mmdata.pack.part import PartResult
+from mmdata.shards.manifest import (
+    SPLITS,
+    DatasetHeader,
+    DatasetTotals,
+    EncoderRecord,
+    Manifest,
+    PackArguments,
+    PartRecord,
+    ShardRecord,
+    TokenizerRecord,
+    dataset_digest,
+)
+from mmdata.tokenizer.encoders import NUM_HOSTILE, REFERENCE
+from mmdata.tokenizer.tokenizer import Tokenizer
+
+Key = TypeVar("Key")
+
+
+def header_of(
+    kind: str, max_len: int, tokenizer: Tokenizer, inputs: list[FileEntry], arguments: PackArguments
+) -> DatasetHeader:
+    """The beginning of a manifest: all that the bytes to come depend on."""
+    identity = TokenizerRecord(
+        tokenizer.sha256,
+        tokenizer.template_sha256,
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
+    return DatasetHeader(
+        kind=kind,
+        max_len=max_len,
+        buckets=buckets_for(max_len),
+        tokenizer=identity,
+        inputs=inputs,
+        arguments=arguments,
+    )
+
+
+def manifest_of(header: DatasetHeader, results: Sequence[PartResult], files: Sequence[FileEntry]) -> Manifest:
+    """The manifest of a dataset, or of a shard of a pack. files: those that belong to no part."""
+    shards = sorted((s for result in results for s in result.shards), key=lambda s: (s.split, s.bucket, s.part))
+    every = [*files, *(file for result in results for file in result.files)]
+    return Manifest(
+        **{name: getattr(header, name) for name in header.__struct_fields__},
+        encoders=_encoders(results),
+        parts=[_part_record(result) for result in results],
+        shards=shards,
+        totals=_totals(results, shards),
+        dataset_digest=dataset_digest(header.kind, header.max_len, shards),
+        files=sorted(every, key=lambda file: file.path),
+    )
+
+
+def total_of(counters: Iterable[Mapping[Key, int]]) -> Counter[Key]:
+    """The sum of several counters."""
+    total: Counter[Key] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+def _encoders(results: Sequence[PartResult]) -> list[EncoderRecord]:
+    by_name: dict[str, list[PartResult]] = {}
+    for result in results:
+        by_name.setdefault(result.encoder, []).append(result)
+    return [
+        EncoderRecord(
+            name,
+            parts=len(group),
+            rows_compared=sum(result.compared for result in group),
+            hostile_compared=0 if name.startswith(REFERENCE) else NUM_HOSTILE,
+            given_up=sum(bool(result.warning) for result in group),
+        )
+        for name, group in sorted(by_name.items())
+    ]
+
+
+def _part_record(result: PartResult) -> PartRecord:
+    return PartRecord(
+        part=result.number,
+        rows=result.rows,
+        kept=result.kept,
+        left_out=dict(sorted(result.left_out.items())),
+        tokens_in=result.tokens_in,
+        tokens=result.tokens,
+        cut=dict(sorted(result.cut.items())),
+        sequences=result.sequences,
+        sequence_digest=f"{result.digest:032x}",
+    )
+
+
+def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> DatasetTotals:
+    by_reason = {
+        name: dict(sorted(total_of(getattr(result, name) for result in results).items()))
+        for name in ("left_out", "cut", "control_strings")
+    }
+    return DatasetTotals(
+        rows=sum(result.rows for result in results),
+        kept=sum(result.kept for result in results),
+        tokens_in=sum(result.tokens_in for result in results),
+        tokens=sum(result.tokens for result in results),
+        sequences=sum(result.sequences for result in results),
+        **by_reason,
+        loss_tokens=sum(shard.loss_tokens for shard in shards),
+        samples=sum(shard.samples for shard in shards),
+        val_rows=sum(shard.rows for shard in shards if shard.split == "val"),
+    )
+
+
+# --- stats.json
+
+
+def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any]:
+    """The content of stats.json. manifest: with totals; results: of all its parts."""
+    kind, totals, shards = manifest.kind, manifest.totals, manifest.shards
+    characters = sum(result.characters for result in results)
+    counts = np.zeros(manifest.max_len + 1, np.int64)
+    for length, count in total_of(result.lengths for result in results).items():
+        counts[length] += count
+    fill = fill_of(kind, shards)
+    return {
+        "kind": kind,
+        "max_len": manifest.max_len,
+        "dataset_digest": manifest.dataset_digest,
+        **plain(totals),
+        "trained_share": totals.loss_tokens / max(1, totals.tokens),
+        "characters": characters,
+        "characters_per_token": characters / max(1, totals.tokens_in),
+        "fill": fill,
+        "waste": 1 - fill,
+        "splits": {name: _figures(kind, [s for s in shards if s.split == name]) for name in SPLITS},
+        "buckets": {
+            str(bucket): _figures(kind, [s for s in shards if s.bucket == bucket]) for bucket in manifest.buckets
+        },
+        "lengths": length_figures(counts),
+    }
+
+
+def _figures(kind: str, shards: Sequence[ShardRecord]) -> dict[str, float]:
+    names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
+    return {**{name: sum(getattr(shard, name) for shard in shards) for name in names}, "fill": fill_of(kind, shards)}
+
+
+def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
+    """The share of positions that hold tokens; a pair has a bucket's length for each of its sides."""
+    positions = sum(shard.samples * shard.bucket for shard in shards) * (2 if kind == "pair" else 1)
+    return sum(shard.model_tokens for shard in shards) / max(1, positions)
+
+
+def length_figures(counts: np.ndarray) -> dict[str, Any]:
+    """Figures of a length distribution. counts: int64 [longest + 1], how many sequences have each length."""
+    total = int(counts.sum())
+    tokens = counts * np.arange(len(counts))
+    reached = np.cumsum(counts)
+    quantiles = {f"p{q}": int(np.searchsorted(reached, max(1, -(-total * q // 100)))) for q in (50, 90, 99)}
+    present = np.flatnonzero(counts)
+    edges = [0, *(2**k for k in range(5, 31) if 2**k < len(counts) - 1), len(counts) - 1]
+    return {
+        "sequences": total,
+        "tokens": int(tokens.sum()),
+        "mean": float(tokens.sum() / max(1, total)),
+        "shortest": int(present[0]) if total else 0,
+        **(quantiles if total else dict.fromkeys(quantiles, 0)),
+        "longest": int(present[-1]) if total else 0,
+        "histogram": [
+            {
+                "up_to": high,
+                "sequences": int(counts[low + 1 : high + 1].sum()),
+                "tokens": int(tokens[low + 1 : high + 1].sum()),
+            }
+            for low, high in itertools.pairwise(edges)
+        ],
+    }
