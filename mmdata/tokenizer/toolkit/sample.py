@@ -160,7 +160,14 @@ def draw(
     room = limit_bytes - _shrink(reservoirs.values(), limit_bytes)
     if evened and not any(language in weights for language in LANGUAGES):
         _balance(reservoirs, room)
-    sample = TextSample([], [], num_rows, {name: counts for name, counts in left_out.items() if counts})
+    return _collect(files, reservoirs, num_rows, {name: counts for name, counts in left_out.items() if counts})
+
+
+def _collect(
+    files: Sequence[Path], reservoirs: _Reservoirs, num_rows: int, left_out: dict[str, Counter[str]]
+) -> TextSample:
+    """The sample of all reservoirs, which are emptied. Raises InputError if there is no text."""
+    sample = TextSample([], [], num_rows, left_out)
     for (index, language), one in sorted(reservoirs.items()):
         texts = [(text, count) for _, _, text, count in sorted(one.heap, key=lambda item: item[1])]
         one.heap.clear()
