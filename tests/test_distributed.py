@@ -39,7 +39,7 @@ def step(run, step, stop):
         import os, signal
         os.kill(os.getpid(), signal.SIGTERM)
     if step == 3 and sys.argv[2] == "stop" and run.world.is_first:
-        (run.out / loop.STOP_FILE).touch()
+        (run.plan.out / loop.STOP_FILE).touch()
     return run_step(run, step, stop)
 loop._run_step = step
 add_up = loop._add_up
@@ -49,7 +49,7 @@ def poisoned(run, micros):
     calls.append(1)
     if len(calls) == 3 and sys.argv[2] == "nan" and run.world.rank == run.world.size - 1:
         run.gradient[7] = math.nan
-    with (run.out / f"seen-{run.world.rank}.txt").open("a") as file:
+    with (run.plan.out / f"seen-{run.world.rank}.txt").open("a") as file:
         file.writelines(f"{sample}\\n" for micro in micros for sample in micro.samples)
     return sums
 calls = []
