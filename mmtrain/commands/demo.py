@@ -40,14 +40,13 @@ def demo(
     Example: mm demo --out demo --minutes 2
     """
     from mmdata import demo as recipe
+    from mmdata.io.files import write_text
 
     start = time.monotonic()
     clear_demo(out)
     figures = run_demo(out, minutes or recipe.MINUTES, seed)
     figures["minutes"] = (time.monotonic() - start) / 60
-    (out / "demo.json").write_text(
-        json.dumps(figures, ensure_ascii=False, indent=1, default=plain) + "\n", encoding="utf-8"
-    )
+    write_text(out / "demo.json", json.dumps(figures, ensure_ascii=False, indent=1, default=plain) + "\n")
     if as_json:
         print_json(figures)
     else:
