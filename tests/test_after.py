@@ -70,7 +70,7 @@ def test_damage_is_one_error(trained: Path, mm: Run) -> None:
     weights = next((trained / "runs/sft-1/checkpoints").glob("*/model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
     for command in ("chat runs/sft-1 --prompt x", "eval runs/sft-1", "export runs/sft-1"):
-        refused(mm(command), "none of its checkpoints is whole")
+        refused(mm(command), "none of its checkpoints is complete")
     (trained / "evil.pth").write_bytes(b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.")
     refused(mm("import evil.pth"), "evil.pth", "holds more than weights")
     shutil.rmtree(trained / "runs/sft-1/checkpoints")
