@@ -8,9 +8,9 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not network"
+	@echo "pyright, beside pytest"; $(BIN)/pyright >.venv/pyright.txt & types=$$!; \
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not network" && tests=0 || tests=$$?; \
+	wait $$types || { cat .venv/pyright.txt; exit 1; }; exit $$tests
 
 .venv/installed .venv/installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'mm needs Python 3.11 or newer'"

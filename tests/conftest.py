@@ -5,7 +5,8 @@ import pickle
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from filelock import FileLock
 from hypothesis import is_hypothesis_test, settings
 
 if TYPE_CHECKING:  # the controller of the workers builds nothing and starts faster without them
+    from selenium.webdriver.remote.webdriver import WebDriver
     from train_data import Data
 
     from mmdata.pack.pipeline import PackResult
@@ -39,6 +41,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Make property tests slow tests as well where slow tests run: there they draw all their examples."""
     if is_hypothesis_test(getattr(item, "obj", None)) and settings.get_current_profile_name() == "full":
         item.add_marker("slow")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped and why, a line for each reason."""
+    reports = terminalreporter.stats.get("skipped", [])
+    for reason, number in Counter(report.longrepr[2] for report in reports).items():
+        terminalreporter.write_line(f"{number} {reason[0].lower()}{reason[1:]}")
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +118,27 @@ def runs(built_once: Build, data: "Data") -> Path:
     from train_runs import three_stages
 
     return built_once("runs", lambda out: three_stages(data, out))
+
+
+# --- browsers
+
+
+@pytest.fixture(scope="module")
+def chromium() -> "Iterator[WebDriver]":
+    """Headless Chromium that logs its console and every request; without one its tests are skipped."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("the browser tests need chromium and chromedriver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--lang=en"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
 
 
 # --- the command line

@@ -138,7 +138,8 @@ def test_a_new_best_is_saved_between_the_usual_saves(data: Data, tmp_path: Path)
 def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, small = (config_of("sft", data, tmp_path / name, model="tiny", micro_tokens=1024) for name in ("a", "b"))
+    tokens = {"batch_tokens": 1024, "micro_tokens": 1024}
+    whole, small = (config_of("sft", data, tmp_path / name, model="tiny", **tokens) for name in ("a", "b"))
     train(replace(whole, quiet=True))
     sizes: list[int] = []
 

@@ -1,17 +1,15 @@
 """The chat page in a real browser: it streams, stops, remembers, and shows what a model says as text."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from serving import SayingEngine, served, small_tokenizer
+from waiting import LONG_S
 
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"> **bold** and `code`\n\n```html\n<script>alert(1)</script>\n```"
 )
@@ -23,20 +21,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture
-def browser() -> Iterator[Any]:
-    """Headless Chromium that logs its console and every request."""
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--lang=en"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def browser(chromium: Any) -> Any:
+    """The browser, without what it logged before. Each test's server has a port, and so a storage, of its own."""
+    chromium.get("about:blank")
+    chromium.get_log("browser"), chromium.get_log("performance")
+    return chromium
 
 
 def find(browser: Any, selector: str) -> Any:
@@ -50,7 +39,7 @@ def texts(browser: Any, selector: str) -> list[str]:
 def until(browser: Any, is_so: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 20).until(lambda _: is_so())
+    WebDriverWait(browser, LONG_S, poll_frequency=0.05).until(lambda _: is_so())
 
 
 def ask(browser: Any, text: str) -> None:
@@ -98,7 +87,7 @@ def test_an_answer_streams_is_shown_as_text_and_is_remembered(
 
 
 def test_stop_ends_the_answer_here_and_on_the_server(browser: Any, tokenizer: Tokenizer) -> None:
-    engine = SayingEngine(tokenizer, "word " * 100, pause_s=0.03)
+    engine = SayingEngine(tokenizer, "word " * 10_000, pause_s=0.03, window=100_000)  # minutes, if nobody stops it
     with served(engine) as address:
         browser.get(address)
         ask(browser, "go on")
@@ -109,6 +98,7 @@ def test_stop_ends_the_answer_here_and_on_the_server(browser: Any, tokenizer: To
         assert engine.num_cancelled == 1 and texts(browser, ".figures") == ["stopped"]
         find(browser, ".assistant .foot button:nth-of-type(2)").click()  # answer again
         until(browser, lambda: not engine.is_idle)
+        until(browser, lambda: find(browser, "#stop").is_displayed())
         find(browser, "#stop").click()
         answered(browser)
         check_quiet(browser, address)

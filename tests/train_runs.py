@@ -17,7 +17,7 @@ from mmtrain.config import ModelConfig, TrainOptions
 
 def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:
     """Seven steps of a stage, saved every third."""
-    base: dict[str, Any] = {"steps": 7, "batch_tokens": 1024, "micro_tokens": 512, "lr": 2e-3, "save_every": 3}
+    base: dict[str, Any] = {"steps": 7, "batch_tokens": 512, "micro_tokens": 256, "lr": 2e-3, "save_every": 3}
     base |= {"device": "cpu", "val_every": 3, "log_every": 1, "runs_dir": out.parent}
     return TrainOptions(stage, (getattr(data, stage),), out, **(base | settings))
 
