@@ -12,7 +12,7 @@ order, and no control strings. Arrow's reader is strict; a line that it or the c
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -154,9 +154,14 @@ class Conversations:
             tails.append(at, canonical_calls(message))
         for row, tools in self.tools.items():
             tails.append(int(self.begins[row] + self.counts[row]) - 1, tools.canonical)
-        texts = _bytes_of(join_messages(self.counts, heads, sizes, strings([":"])[0], self.contents, tails.array()))
-        half = len(self) // 2
-        digests = map(_pair_digest, texts[:half], texts[half:]) if self.is_pairs else map(_digest, texts)
+        texts = join_messages(self.counts, heads, sizes, strings([":"])[0], self.contents, tails.array())
+        half, sha256 = len(self) // 2, hashlib.sha256
+        if self.is_pairs:
+            digests = [
+                _pair_digest(*sides) for sides in zip(_bytes_of(texts[:half]), _bytes_of(texts[half:]), strict=True)
+            ]
+        else:
+            digests = [sha256(text).digest() for text in _bytes_of(texts)]
         return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
     def only(self, is_kept: np.ndarray) -> "Conversations":
@@ -238,7 +243,7 @@ def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversati
     at, sides = _read(raws, names)
     columns, is_plain = _columns(sides)
     is_plain &= _is_in_order(columns)
-    may_hold = np.fromiter((may_hold_control(raws[i]) for i in at), bool, len(at))
+    may_hold = np.array([may_hold_control(raws[i]) for i in at.tolist()], bool)
     is_plain &= ~_holds_control(columns, np.tile(may_hold, len(names)))
     is_kept = np.bincount(columns.row_of[~is_plain], minlength=len(columns)) == 0
     if columns.is_pairs:
@@ -390,16 +395,12 @@ def join_messages(counts: np.ndarray, *columns: Any) -> Any:
     return pc.binary_join(pa.ListArray.from_arrays(as_arrow(offsets), pieces), nothing)
 
 
-def _bytes_of(texts: Any) -> list[memoryview]:
+def _bytes_of(texts: Any) -> Iterator[memoryview]:
     """The UTF-8 bytes of Arrow strings, without copies."""
     _, offsets, values = texts.buffers()
     ends = np.frombuffer(offsets, np.int32, len(texts) + 1, 4 * texts.offset).tolist()
     view = memoryview(values) if values else memoryview(b"")
-    return [view[begin:end] for begin, end in itertools.pairwise(ends)]
-
-
-def _digest(text: memoryview) -> bytes:
-    return hashlib.sha256(text).digest()
+    return (view[begin:end] for begin, end in itertools.pairwise(ends))
 
 
 def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:

@@ -58,8 +58,8 @@ class EncodedRows:
     """The encoding of R rows or lines, which the ways of encoding fill in.
 
     num_tokens: of the usable rows, before cutting; cut: reason -> tokens dropped, in `rows_cut` rows; bad: row -> why it
-    cannot be used, in row order; hashes: uint8 [R, 32], the `row_hash` of each, and characters: int64 [R], both 0 where a line is no row;
-    controls: row -> special-token strings in its own text (by `encode_lines` alone).
+    cannot be used, in row order. hashes: uint8 [R, 32], the `row_hash` of each, and characters: int64 [R]; both are 0 where
+    a line is no row. controls: row -> special-token strings in its own text (by `encode_lines` alone).
     """
 
     def __init__(self, num_rows: int):
