@@ -14,7 +14,7 @@ from mmdata.pack.summary import length_figures
 from mmdata.stats.frames import LONGER_BY, OPENING, pieces_of, repeated_phrases
 from mmdata.stats.report.page import percent
 from mmdata.stats.scan import PartScan
-from mmdata.stats.tally import Tally, rounded_lengths
+from mmdata.stats.tally import Figures, Tally, rounded_lengths
 from mmdata.stats.tokens import NUM_SHARES, ROLES, Vocabulary
 from mmdata.tokenizer import text as texts
 
@@ -23,7 +23,7 @@ PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each length li
 NUM_TOP = 20  # of any list
 
 
-def token_figures(tally: Tally) -> dict[str, Any]:
+def token_figures(tally: Tally) -> Figures:
     """Tokens of all rows of a file; if only a sample was tokenized, scaled by characters."""
     sums = tally.sums
     is_sample = sums["sampled_rows"] < sums["kept"]
@@ -47,13 +47,13 @@ def token_figures(tally: Tally) -> dict[str, Any]:
     return figures | ({"sample": {"rows": sums["sampled_rows"], "of": sums["kept"]}} if is_sample else {})
 
 
-def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = True) -> dict[str, Any]:
+def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = True) -> Figures:
     """Figures of texts; without `is_whole` those that a sample of the rows can tell."""
     sample = [
         "\n".join(text for _, text in pieces_of(row.parsed())) for scan in scans for row in scan.shown.get("random", ())
     ]
     sums = tally.sums
-    figures: dict[str, Any] = {
+    figures: Figures = {
         "characters_by": {
             "row": tally.lengths("characters"),
             "roles": tally.lengths_by("characters by role"),
@@ -95,7 +95,7 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
     return figures
 
 
-def duplicate_figures(tally: Tally) -> dict[str, Any]:
+def duplicate_figures(tally: Tally) -> Figures:
     """Rows whose texts equal an earlier row's, and of the others those that nearly do, with how many were compared."""
     is_exact = is_repeat(tally.column("hashes"))
     signatures = tally.columns["signatures"] or [np.empty((0, texts.NUM_BINS), np.uint16)]
@@ -115,7 +115,7 @@ def is_repeat(hashes: np.ndarray) -> np.ndarray:
     return ~pl.Series(hashes).is_first_distinct().to_numpy()
 
 
-def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> dict[str, Any]:
+def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
     """Figures of tokens by script, role, turn and id."""
     return {
         "tokens_by": {
@@ -130,7 +130,7 @@ def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> dict[str, 
     }
 
 
-def _script_figures(tally: Tally) -> dict[str, dict[str, Any]]:
+def _script_figures(tally: Tally) -> dict[str, Figures]:
     """For each script its tokens, their share, and how many characters and bytes one token holds."""
     scripts = (*texts.SCRIPTS, "control")
     counts = tally.arrays.get("token scripts", np.zeros((len(scripts), 3), np.int64)).tolist()
@@ -146,14 +146,14 @@ def _script_figures(tally: Tally) -> dict[str, dict[str, Any]]:
     }
 
 
-def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> dict[str, Any]:
+def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> Figures:
     """Use of the vocabulary: ids seen and never seen, how many of the most frequent make up half of all, the top, control."""
     counts = tally.array("vocabulary", vocabulary.size)
     order = np.argsort(-counts, kind="stable")
     reached = np.cumsum(counts[order]) / max(1, counts.sum())
     never = np.flatnonzero((counts == 0) & ~vocabulary.control)
 
-    def record(id: int) -> dict[str, Any]:
+    def record(id: int) -> Figures:
         return {"id": id, "text": vocabulary.text(id), "count": int(counts[id])}
 
     return {
@@ -175,9 +175,7 @@ def _ranks(size: int) -> list[int]:
     return sorted({min(size, round(2 ** (k / 4))) - 1 for k in range(4 * (size.bit_length() + 1))}) if size else []
 
 
-def cut_lines(
-    lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS
-) -> list[dict[str, Any]]:
+def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS) -> list[Figures]:
     """What each length limit would cost: sequences and tokens beyond it, and padding, one sequence a line or packed.
 
     lengths: columns value and count. `packed_fill` is that of the packer on at most `tried` sequences, longer ones cut; None for
@@ -217,8 +215,8 @@ def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int
 
 
 def left_out_figures(
-    left_out: Mapping[str, int], examples: Mapping[str, list[dict[str, Any]]], num_rows: int
-) -> list[dict[str, Any]]:
+    left_out: Mapping[str, int], examples: Mapping[str, list[Figures]], num_rows: int
+) -> list[Figures]:
     """Rows left out, by reason, the commonest first: how many, their share of all rows, what helps, and examples."""
     return [
         {
@@ -253,17 +251,17 @@ WARNINGS = {
 }
 
 
-def warnings(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+def warnings(figures: Mapping[str, Any]) -> list[Figures]:
     """What a reader should know first, as {"code", "values", "text"}; in the order of WARNINGS."""
     return [warning(code, **values) for code, values in _warnings_on(figures)]
 
 
-def warning(code: str, **values: Any) -> dict[str, Any]:
+def warning(code: str, **values: Any) -> Figures:
     """A warning with its English sentence."""
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
 
 
-def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
     num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
     left_out = figures["left_out"]
     if sum(left_out.values()) > 0.001 * num_rows:
@@ -297,7 +295,7 @@ def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, An
         yield "few val rows", {"number": figures["val_rows"]}
 
 
-def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, dict[str, Any]]]:
+def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, Figures]]:
     if not pairs or not pairs["pairs"]:
         return
     number, longer = pairs["pairs"], Counter(pairs["longer"])

@@ -17,6 +17,7 @@ from mmdata.stats.frames import pieces_of
 from mmdata.stats.scan import SampleRow
 from mmdata.stats.tokens import Vocabulary
 
+SampleRecord = dict[str, Any]  # a row, a part of it or a message, as page.js draws it
 MOST_TOKENS = 400  # of a row, or of a pair's prompt and of each of its replies
 MOST_CHARACTERS = 1500  # of a row shown without tokens
 MOST_SEQUENCES = 4  # of a document cut into several
@@ -25,7 +26,7 @@ PLAIN, TRAINED, CONTROL = "0", "1", "2"  # "3": a control token that is trained
 
 def records(
     samples: Sequence[SampleRow], vocabulary: Vocabulary | None, encoder: RowEncoder | None = None
-) -> list[dict[str, Any]]:
+) -> list[SampleRecord]:
     """One record a row: why, file, line, characters, and `parts`: [{"name", "messages", "hidden" tokens}].
 
     A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}. A row without
@@ -40,9 +41,9 @@ def records(
     return drawn
 
 
-def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder | None) -> dict[str, Any]:
+def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder | None) -> SampleRecord:
     row = shown.parsed()
-    record: dict[str, Any] = {
+    record: SampleRecord = {
         "why": shown.why,
         "file": shown.file,
         "line": shown.line,
@@ -64,9 +65,9 @@ def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder
     return record | {"parts": _plain_parts(list(pieces_of(row)))}
 
 
-def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[SampleRecord]:
     """Parts of a row without tokens."""
-    parts: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, list[SampleRecord]] = {}
     left = MOST_CHARACTERS
     hidden = 0
     for role, text in pieces:
@@ -79,7 +80,7 @@ def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"name": name, "messages": messages, "hidden": hidden} for name, messages in parts.items()]
 
 
-def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[SampleRecord]:
     first = sequences[0]
     if isinstance(first, PairSequence):
         lists = [
@@ -110,7 +111,7 @@ def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[dict[str,
 _SIDES = ("chosen", "rejected")
 
 
-def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, first_role: str) -> list[dict[str, Any]]:
+def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, first_role: str) -> list[SampleRecord]:
     """Ids cut at the control tokens that open a message; what names its role is not shown again."""
     messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
     at = 0
@@ -124,7 +125,7 @@ def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, firs
     return [message for message in messages if "".join(message["text"]).strip()]
 
 
-def _add_piece(message: dict[str, Any], ids: Sequence[int], at: int, mask: np.ndarray, vocabulary: Vocabulary) -> int:
+def _add_piece(message: SampleRecord, ids: Sequence[int], at: int, mask: np.ndarray, vocabulary: Vocabulary) -> int:
     """Add the token at `at`, with those after it that complete its last character; gives where the next piece begins."""
     if vocabulary.control[ids[at]]:
         text, end = vocabulary.tokenizer.native.id_to_token(ids[at]) or "", at + 1

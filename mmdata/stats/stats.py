@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -39,7 +38,7 @@ from mmdata.stats.figures import (
 from mmdata.stats.report.page import percent
 from mmdata.stats.samples import records
 from mmdata.stats.scan import UNCUT, Losses, PartScan, SampleRow, ScanOptions
-from mmdata.stats.tally import NUM_EXAMPLES, Tally, length_figures
+from mmdata.stats.tally import NUM_EXAMPLES, Figures, Tally, length_figures
 from mmdata.stats.tokens import Vocabulary
 from mmdata.tokenizer import text
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -56,12 +55,12 @@ class Measured:
     """A path's figures, rows for show, and a hash of each row's texts (empty if not all texts were read)."""
 
     path: Path
-    figures: dict[str, Any]
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    figures: Figures
+    samples: list[Figures] = field(default_factory=list)
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
-def dataset_stats(dataset: shards.Dataset) -> dict[str, Any]:
+def dataset_stats(dataset: shards.Dataset) -> Figures:
     """The figures that `mm pack` wrote to stats.json. DatasetError if the file is damaged."""
     path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest.files if file.path == "stats.json")
@@ -117,7 +116,7 @@ def measure_file(
     if not tally.sums["kept"]:
         raise InputError(f"{path}: no row can be used", f"`mm validate {path}` lists the reasons")
     left_out = tally.counters["left_out"]
-    figures: dict[str, Any] = {
+    figures: Figures = {
         "path": str(path),
         "kind": kind,
         "rows": tally.sums["rows"],
@@ -222,7 +221,7 @@ def _inputs(dataset: shards.Dataset) -> list[Path | None]:
     return [path if path.is_file() and path.stat().st_size == size else None for path, size in sizes.items()]
 
 
-def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[dict[str, Any]]:
+def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[Figures]:
     """The records of the rows of a part that packing left out."""
     path = dataset.dir / "rejected" / f"part-{part.part:05d}.jsonl"
     if path.exists():
@@ -230,9 +229,9 @@ def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[dict[s
             yield from map(json.loads, file)
 
 
-def _rejected(dataset: shards.Dataset) -> dict[str, list[dict[str, Any]]]:
+def _rejected(dataset: shards.Dataset) -> dict[str, list[Figures]]:
     """The first rows set aside of each reason."""
-    examples: dict[str, list[dict[str, Any]]] = {}
+    examples: dict[str, list[Figures]] = {}
     missing = {reason for part in dataset.manifest.parts for reason in part.left_out}
     for part in dataset.manifest.parts:
         for record in _rejected_rows(dataset, part) if missing & part.left_out.keys() else ():
@@ -247,7 +246,7 @@ def _rejected(dataset: shards.Dataset) -> dict[str, list[dict[str, Any]]]:
     return examples
 
 
-def _line_duplicates(dataset: shards.Dataset) -> dict[str, Any]:
+def _line_duplicates(dataset: shards.Dataset) -> Figures:
     """Exact repeats by the hashes of lines that packing noted."""
     parts = [part.part for part in dataset.manifest.parts if part.kept]
     sha256s = [np.ascontiguousarray(shards.open_sources(dataset, part)["sha"]) for part in parts]
@@ -273,7 +272,7 @@ def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
     return counts
 
 
-def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[dict[str, Any]]:
+def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[Figures]:
     """Figures of each input: rows and tokens by the manifest, texts if they were all read."""
     file_of = {}
     for part in dataset.manifest.parts:
@@ -281,7 +280,7 @@ def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[dict[st
             file_of[part.part] = int(read_arrow(dataset.dir / shards.sources_path(part.part)).column("file")[0])
     sources = []
     for number, path in enumerate(dataset.inputs):
-        source: dict[str, Any] = {}
+        source: Figures = {}
         if parts := [part for part in scans if part.input == number]:
             tally = _merged(parts)
             languages = tally.array("languages", len(text.LANGUAGES)).tolist()
@@ -328,7 +327,7 @@ def _chosen(scans: Sequence[PartScan]) -> list[SampleRow]:
     ]
 
 
-def contained(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def contained(measured: Sequence[Measured]) -> list[Figures]:
     """Warnings on rows that several of these paths have in common, from 1 % of a path on."""
     shared = []
     for one, other in itertools.permutations(measured, 2):

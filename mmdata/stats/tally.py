@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+Figures = dict[str, Any]  # a part of what `--json` prints
 EXACT_BELOW = 2**16  # longer lengths are rounded down to a thousandth
 # Edges of histograms: four to an octave, as lengths are spread; 512, 1024 and 2048 are edges.
 EDGES = np.array(sorted({round(2 ** (k / 4)) for k in range(4 * 31)}))
@@ -33,7 +34,7 @@ class Tally:
         self.counters: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.arrays: dict[str, np.ndarray] = {}
         self.columns: defaultdict[str, list[np.ndarray]] = defaultdict(list)
-        self.examples: dict[str, list[dict[str, Any]]] = {}
+        self.examples: dict[str, list[Figures]] = {}
         self.missed: Counter[str] = Counter()
         self._counts, self._pending = [_EMPTY], 0
 
@@ -113,16 +114,16 @@ class Tally:
         """The entries of all rows."""
         return np.concatenate(self.columns[name]) if self.columns[name] else np.empty(0, np.uint64)
 
-    def top(self, figure: str, number: int, least: int = 2) -> list[dict[str, Any]]:
+    def top(self, figure: str, number: int, least: int = 2) -> list[Figures]:
         """The most frequent strings that occur at least `least` times, ties by text."""
         strings = _by_frequency(self.of(figure)).head(number).filter(pl.col("count") >= least)
         return strings.select(text="key", count="count").to_dicts()
 
-    def lengths(self, figure: str, key: str | None = None) -> dict[str, Any] | None:
+    def lengths(self, figure: str, key: str | None = None) -> Figures | None:
         """Figures of lengths (`length_figures`)."""
         return length_figures(self.of(figure, key))
 
-    def lengths_by(self, figure: str, order: Iterable[str] = ()) -> dict[str, Any]:
+    def lengths_by(self, figure: str, order: Iterable[str] = ()) -> Figures:
         """Figures of lengths for each key of a figure."""
         return {key: self.lengths(figure, key) for key in self.keys(figure, order)}
 
@@ -140,7 +141,7 @@ def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return merged["value"].to_numpy(), merged["count"].to_numpy()
 
 
-def length_figures(counts: pl.DataFrame) -> dict[str, Any] | None:
+def length_figures(counts: pl.DataFrame) -> Figures | None:
     """count, total, mean, shortest, p50, p90, p99, longest, and a histogram as edges and counts; None of nothing.
 
     counts: columns value and count. The histogram's counts[i] are lengths with edges[i] <= length < edges[i + 1].
