@@ -1,10 +1,8 @@
 """Both reports in headless Chromium: phone and desktop, English and Chinese, light and dark. Skipped where there is none."""
 
 import json
-import shutil
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 from pack_data import write_rows
 from pages import HOSTILE
 from train_runs import make_run, resumption
+from waiting import LONG_S, wait_until
 
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
@@ -20,32 +19,19 @@ from mmdata.stats import stats
 from mmdata.stats.report import compare, data
 from mmtrain.log import history, report
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="no chromium and chromedriver (apt-get install chromium-driver)"
-    ),
-    pytest.mark.filterwarnings("default"),  # selenium's own
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # selenium's own warnings
 WIDTHS = {"phone": 360, "desktop": 1280}
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
+@pytest.fixture
+def driver(chromium: Any) -> Any:
+    return chromium
 
-    assert CHROMIUM
-    options = Options()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield found
-    found.quit()
+
+def until(driver: Any, is_so: Callable[[], object]) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(driver, LONG_S, poll_frequency=0.05).until(lambda _: is_so())
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +95,7 @@ def open_page(driver: Any, url: str, *, width: str = "desktop", theme: str = "li
     )
     driver.get_log("browser"), driver.get_log("performance")  # what came before
     driver.get(url)
-    assert driver.execute_script("return document.documentElement.dataset.ready") == "yes"
+    until(driver, lambda: driver.execute_script("return document.documentElement.dataset.ready") == "yes")
 
 
 def nothing_is_wrong(driver: Any, begin: str = "file://") -> None:
@@ -122,6 +108,9 @@ def nothing_is_wrong(driver: Any, begin: str = "file://") -> None:
             assert url.startswith((begin, "data:", "chrome:", "about:")), url
 
 
+HAVE_CANVAS = """
+return [...document.querySelectorAll("figure.plot")].every((figure) => !figure.offsetParent || figure.querySelector("canvas"));
+"""
 DRAWN = """
 return [...document.querySelectorAll("figure.plot")].filter((figure) => figure.offsetParent).map((figure) => {
   const canvas = figure.querySelector("canvas");
@@ -198,7 +187,8 @@ def test_theme_legend_and_folds_can_be_used(driver: Any, pages: Path) -> None:
         colours.add(driver.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert len(colours) == 2
     driver.execute_script("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
-    time.sleep(0.3)
+    until(driver, lambda: driver.execute_script(HAVE_CANVAS))
+    driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     drawn = driver.execute_script(DRAWN)
     assert len(drawn) > 10 and set(drawn) == {"drawn"}
     driver.execute_script("document.querySelector('.legend button[aria-pressed]').click()")
@@ -238,8 +228,7 @@ def test_curves_zoom_together_and_change_their_axis(driver: Any, pages: Path) ->
         "const o = document.querySelector('figure.plot .u-over'); const b = o.getBoundingClientRect();"
         "o.dispatchEvent(new MouseEvent('mousemove', {clientX: b.x + b.width / 2, clientY: b.y + 20, bubbles: true}))"
     )
-    time.sleep(0.2)
-    assert driver.execute_script("return document.querySelector('.tip').textContent.includes('tokens')")
+    until(driver, lambda: driver.execute_script("return document.querySelector('.tip').textContent.includes('tokens')"))
     nothing_is_wrong(driver)
 
 
@@ -294,23 +283,24 @@ def test_following_a_run_redraws_it_in_place(driver: Any, tmp_path: Path, monkey
 
     monkeypatch.setattr(report, "ThreadingHTTPServer", Kept)
     urls: list[str] = []
-    make = lambda: report.run_page(history.figures([tmp_path / "run"]), refresh_s=0.2)  # noqa: E731
+    asked: list[int] = []
+
+    def make() -> str:
+        asked.append(1)
+        return report.run_page(history.figures([tmp_path / "run"]), refresh_s=0.2)
+
     thread = threading.Thread(target=lambda: report.serve(make, 0, on_start=urls.append))
     thread.start()
     try:
-        while not urls:
-            time.sleep(0.01)
+        wait_until(lambda: urls)
         open_page(driver, urls[0])
         choose(driver, "#axis", "step")
-        time.sleep(0.6)
+        before = len(asked)
+        wait_until(lambda: len(asked) > before + 1)  # the page has seen itself unchanged
         with (tmp_path / "run/metrics.jsonl").open("a") as file:
             for step in range(21, 41):
                 file.write(json.dumps({"step": step, "loss": 1.0, "tokens": 10, "tokens_per_s": 5.0}) + "\n")
-        for _ in range(100):
-            if driver.execute_script("return document.documentElement.dataset.refreshed"):
-                break
-            time.sleep(0.05)
-        assert text(driver, ".card .value") == "40"
+        until(driver, lambda: text(driver, ".card .value") == "40")
         assert driver.execute_script("return document.querySelector('figure.plot').plot.scales.x.max") == 40
         assert driver.execute_script("return document.getElementById('axis').value") == "step"
         assert set(driver.execute_script(DRAWN)) == {"drawn"}
