@@ -5,7 +5,8 @@
 `BEFORE` and `AFTER` are checkouts of mm; `DIR` holds `minimind_dataset/*.jsonl` and `tokenizers/NAME/`. Each checkout packs
 every file with every tokenizer, trains 30 steps of pretrain, sft and dpo on the CPU with each tokenizer (losses and weights are
 compared bit for bit) and answers a few prompts greedily. What AFTER packs and trains is also opened by BEFORE's data and the
-other way round: AFTER verifies and evaluates what BEFORE wrote. Exits with 1 when anything differs. About 15 minutes on two cores.
+other way round: AFTER verifies and evaluates what BEFORE wrote. Exits with 1 when anything differs. About 15 minutes
+on two cores.
 """
 
 import argparse
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("after", type=Path, nargs="?", default=ROOT)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--keep", type=Path, help="keep BEFORE's results here, and take them from here the next time")
+    parser.add_argument("--only-before", action="store_true", help="with --keep: make BEFORE's results and end")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         home = options.keep.resolve() if options.keep else Path(scratch) / "before"
@@ -112,6 +114,8 @@ def main() -> None:
             home.mkdir(parents=True, exist_ok=True)
             values = results(options.before.resolve(), options.data.resolve(), home)
             saved.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+        if options.only_before:
+            return
         before = json.loads(saved.read_text(encoding="utf-8"))
         other = Path(scratch) / "after"
         other.mkdir()
