@@ -1,12 +1,13 @@
-"""The data of `mm demo`: four jsonl files made from a seed, held-out questions and held-out pairs, and the demo's settings.
+"""The data of `mm demo`: four jsonl files generated from a seed, held-out questions and pairs, and the demo's settings.
 
-Every subject has a set of keys (two numbers, a word, a person and a trait). Some keys are held out before anything is written
-and training rows are drawn from the others, so that neither a held-out question nor the relation it asks about is trained on.
-There are two exceptions. Of the islanders a wording is held out: the fact stands in the pretraining text and is asked about in
-other words. And the messages between naming a boat and asking for its name may be training items.
+Questions belong to subjects such as sums or spelling. Each subject has a set of keys that its questions are made from:
+two numbers, a word, or a person and a trait. Some keys are held out first, and training rows are made from the others,
+so that neither a held-out question nor the fact that it asks about is trained on. There are two exceptions. For the
+islanders (invented people) only a wording of the question is held out: the fact itself is part of the pretraining text.
+And in "recall" questions, the messages between naming a boat and asking about it are made from training keys.
 
-An answer has two forms: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows have both, dpo rows
-prefer the sentence. An answer is exact if it is one of the two, letter for letter.
+An answer has two forms: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows have both, and dpo
+rows prefer the sentence. An answer counts as exact if it equals one of the two, spaces around it aside.
 """
 
 import json
@@ -27,33 +28,38 @@ SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow
 
 
 class DemoTexts(msgspec.Struct, frozen=True):
-    """demo.json: the phrases, names and words of the demo, in English and Chinese.
+    """The content of demo.json: the phrases, names and words that the demo's data is made from, in English and Chinese.
 
-    `phrases`: by language and name: question, bare answer, whole sentence, other words for the sentence, and for some other
-    words for the question. "smaller", "more" and "turned" follow up a comparison, a sum and a spelling; "colour" and "name" ask
-    about the boat that was named.
+    `phrases` maps a language and a phrase name to format strings: the question, the bare answer, the whole sentence,
+    the sentence in other words (may be empty), and for some phrases the question in other words. The phrases "smaller",
+    "more" and "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a boat;
+    "colour" and "name" ask for them.
     """
 
     phrases: dict[str, dict[str, list[str]]]
-    people: list[tuple[str, str, str, str]]  # of the Lumi Isles: name and pronoun in English and in Chinese
-    traits: dict[str, list[tuple[str, str]]]
-    units: list[tuple[str, str, str, str, int]]  # large and small unit in both languages, small ones in a large one
-    consonants: str
+    people: list[tuple[str, str, str, str]]  # the islanders: English name and pronoun, Chinese name and pronoun
+    traits: dict[str, list[tuple[str, str]]]  # trait -> its possible values, each in English and Chinese
+    units: list[tuple[str, str, str, str, int]]  # large and small unit in English, in Chinese; small per large unit
+    consonants: str  # letters that the English words to spell are made of
     vowels: str
-    hanzi: str
-    colours: list[tuple[str, str]]
-    birds: list[tuple[str, str]]
+    hanzi: str  # characters that the Chinese words to spell are made of
+    colours: list[tuple[str, str]]  # of boats, in English and Chinese
+    birds: list[tuple[str, str]]  # names of boats, in English and Chinese
 
 
 @cache
 def demo_texts() -> DemoTexts:
-    """The content of demo.json."""
+    """Return the content of demo.json; the file is read once per process."""
     return convert_record(json.loads(Path(__file__).with_name("demo.json").read_text(encoding="utf-8")), DemoTexts)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question, its answer in both forms and in other words (`other`), and the questions that may follow it (`then`)."""
+    """A question with its answers: `bare`, `whole` sentence, and the sentence in other words (`other`, may be empty).
+
+    `ask` is the question's text and `then` the questions that may follow it in a conversation. `language` is "en" or
+    "zh".
+    """
 
     subject: str
     language: str
@@ -71,7 +77,7 @@ Message = dict[str, str]  # role and content, as jsonl has them
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out question: the messages before the answer, and the answer in both forms."""
+    """A held-out question: the messages up to and including the question, and the correct answer in both forms."""
 
     subject: str
     language: str
@@ -89,13 +95,21 @@ def make_item(
     wording: int = 0,
     then: Sequence[Item] = (),
 ) -> Item:
-    """The item of the phrase named `phrase`, filled with `values`. `wording`: 1 takes the question in other words."""
+    """Return the item made by filling the phrase named `phrase` with `values`.
+
+    subject: the item's subject; empty for the phrase's name. wording: 0 for the usual question, 1 for the question in
+    other words, which only some phrases have (IndexError otherwise). then: items that may follow this one.
+    """
     ask, bare, whole, other, *reworded = (text.format(**values) for text in demo_texts().phrases[language][phrase])
     return Item(subject or phrase, language, reworded[0] if wording else ask, bare, whole, other, tuple(then))
 
 
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Sums of pairs of numbers; "and n more?" follows if the second sum is among `keys` too."""
+    """Return a question "What is a + b?" for each key (a, b).
+
+    It may be followed by "And n more?" for each n for which (a + b, n) is among `keys` too, so that no held-out sum is
+    asked for.
+    """
     items = []
     for a, b in keys:
         more = [n for total, n in keys if total == a + b]
@@ -105,11 +119,16 @@ def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
+    """Return the item of a phrase about the sum of a and b: "sum" or its follow-up "more"."""
     return make_item(phrase, language, {"a": a, "b": b, "c": a + b}, subject=subject)
 
 
 def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Which of two numbers is larger, in both orders; the smaller one is asked for next."""
+    """Return two questions for each key (low, high): which of the two numbers is larger, with the numbers named in
+    either order.
+
+    Each may be followed by the question which one is smaller.
+    """
     items = []
     for low, high in keys:
         for x, y in ((low, high), (high, low)):
@@ -120,7 +139,10 @@ def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Conversions of a large unit to a smaller one; a key is (index in units, how many)."""
+    """Return a question for each key: how many small units a number of large units are.
+
+    A key is (index into `DemoTexts.units`, number of large units).
+    """
     place = 2 * LANGUAGES.index(language)
     items = []
     for index, n in keys:
@@ -131,7 +153,11 @@ def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Statements of a boat's colour and name (indices in colours and birds); the follow-ups ask for them."""
+    """Return an item for each key in which the user tells the colour and name of a boat; its follow-ups ask for one of
+    the two.
+
+    A key is (index into `DemoTexts.colours`, index into `DemoTexts.birds`); boats are named after birds.
+    """
     place, texts = LANGUAGES.index(language), demo_texts()
     items = []
     for colour, bird in keys:
@@ -142,7 +168,10 @@ def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
-    """Spelling and reversing words; a spelled word may be reversed next."""
+    """Return the items "spell" and "reverse", by subject: spelling each word, and writing it backwards.
+
+    A spelled word may be followed by the question what it is backwards.
+    """
     spell, reverse = [], []
     for word in words:
         values = {"word": word, "backwards": word[::-1], "spelled": "-".join(word)}
@@ -153,13 +182,15 @@ def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
 
 
 def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
-    """Traits of the islanders; a key is (index in people, trait, wording of the question).
+    """Return a question about a trait of an islander for each key (index into `DemoTexts.people`, trait, wording).
 
-    The follow-up asks for another trait of the same person, whom it calls he or she; its key is among `keys` too.
+    facts: the value of each trait of each person. wording: see `make_item`. The follow-ups ask for each other trait of
+    the same person, called he or she, for which `keys` has a key, so that no held-out question becomes a follow-up.
     """
     place, texts = LANGUAGES.index(language), demo_texts()
 
     def item_of(person: int, trait: str, wording: int, who: str, subject: str, then: Sequence[Item] = ()) -> Item:
+        """Return the item about one trait of one person; `who` is the name or pronoun that the question uses."""
         name, value = texts.people[person][2 * place], texts.traits[trait][facts[person, trait]][place]
         values = {"name": name, "who": who, "value": value}
         return make_item(trait, language, values, subject=subject, wording=wording, then=then)
@@ -178,19 +209,27 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
 @dataclass(frozen=True, slots=True)
 class ItemSplits:
-    """Items to train on and held-out ones, by language and subject; and all facts of the islanders, by language."""
+    """The items to train on and the held-out ones, by language and subject.
+
+    `islanders` has every fact about the islanders once, by language, for the pretraining text.
+    """
 
     train: Items
     held_out: Items
     islanders: dict[str, list[Item]]
 
 
-LETTERS_REPEATED = 50  # in the texts that the tokenizer is trained on
+LETTERS_REPEATED = 50  # how often the tokenizer's training texts repeat each text on a single letter
+# Number of keys held out, by subject; "en" and "zh" are the words to spell and reverse.
 NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 200, "zh": 200}
 
 
 def make_splits(seed: int) -> ItemSplits:
-    """Draw the islanders' traits and the words, hold keys out, and build the items of both splits."""
+    """Draw the islanders' traits and the words to spell, hold out some keys of each subject, and return the items of
+    both splits.
+
+    The same seed gives the same splits. Of the islanders, 24 combinations of person, trait and wording are held out.
+    """
     rng = random.Random(seed)
     texts = demo_texts()
     people, traits = range(len(texts.people)), texts.traits
@@ -220,7 +259,11 @@ def make_splits(seed: int) -> ItemSplits:
 
 
 def make_items(keys: dict[str, list], facts: Facts) -> Items:
-    """The items of all keys, in both languages."""
+    """Return the items of all keys, in both languages, by language and subject.
+
+    keys: by subject, except that the words to spell and reverse have the keys "en" and "zh". facts: see
+    `islander_items`.
+    """
     items: Items = {}
     for language in LANGUAGES:
         by_subject = {
@@ -236,7 +279,11 @@ def make_items(keys: dict[str, list], facts: Facts) -> Items:
 
 
 def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
-    """Different words of 4 letters, or of 3 Chinese characters; no letter is in a word twice, and no word is another reversed."""
+    """Draw `count` different words and return them sorted.
+
+    English words are 4 capital letters, consonant and vowel in turn; Chinese ones are 3 characters. No word has a
+    letter twice, and no word is another word backwards.
+    """
     words: set[str] = set()
     texts = demo_texts()
     while len(words) < count:
@@ -250,8 +297,8 @@ def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
     return sorted(words)
 
 
-# How often a subject is drawn. Texts are mostly about the islanders, who occur nowhere else in them; chats mostly about what takes
-# longest to learn.
+# Relative frequencies of the subjects in pretraining texts and in conversations. Texts are mostly about the islanders:
+# they occur nowhere else in these texts. Conversations are mostly about the subjects that take longest to learn.
 TEXT_WEIGHTS = {"islander": 4.0, "sum": 1.0, "compare": 0.5, "convert": 0.5, "spell": 0.5, "reverse": 0.5}
 CHAT_WEIGHTS = {
     "sum": 3.0,
@@ -265,7 +312,10 @@ CHAT_WEIGHTS = {
 
 
 def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[dict]:
-    """Pretraining rows: four sentences on one subject in one language. Those on islanders cover all facts."""
+    """Yield `count` pretraining rows, each with four sentences on one subject in one language.
+
+    Sentences on islanders are drawn from all facts, those on other subjects from training items only.
+    """
     for _ in range(count):
         language = rng.choice(LANGUAGES)
         subject = _by_weight(rng, TEXT_WEIGHTS)
@@ -276,20 +326,27 @@ def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[di
 
 
 def conversations(splits: ItemSplits, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
-    """sft rows of `fewest` to `most` items; the form of each answer is drawn."""
+    """Yield `count` sft rows, each a conversation made from `fewest` to `most` training items. Whether an answer is
+    bare is random.
+    """
     for _ in range(count):
         yield {"conversations": _conversation(splits, rng, rng.randint(fewest, most))}
 
 
 def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> list[Message]:
-    """Items one after another, half of them with a follow-up; a boat that was named is asked about at the end."""
+    """Return the messages of a conversation about `num_items` random training items, in one language.
+
+    With probability 1/2 an item is followed by one of its follow-ups. If the user names a boat, the last turn asks
+    about it. At most one boat is named; a draw that would name a second one is skipped, so the conversation then has
+    fewer items.
+    """
     language = rng.choice(LANGUAGES)
     messages: list[Message] = []
     recall: list[Message] = []
     for _ in range(num_items):
         subject = _by_weight(rng, CHAT_WEIGHTS)
         if subject == "recall" and recall:
-            continue  # one boat a conversation
+            continue  # at most one boat per conversation, so that the question at its end has one answer
         item = rng.choice(splits.train[language, subject])
         messages += _turn(item, rng)
         if subject == "recall":
@@ -300,14 +357,20 @@ def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> lis
 
 
 def pairs(asked: Iterable[Question]) -> Iterator[dict]:
-    """dpo rows: the whole sentence is preferred to the bare answer; both are correct."""
+    """Yield a dpo row for each question: `chosen` ends with the whole sentence and `rejected` with the bare answer;
+    both are correct.
+    """
     for question in asked:
         sides = {"chosen": question.whole, "rejected": question.bare}
         yield {side: [*question.messages, {"role": "assistant", "content": answer}] for side, answer in sides.items()}
 
 
 def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -> list[Question]:
-    """`each` different questions about `items` for every subject and language; messages in between are training items."""
+    """Return `each` different questions for every language and subject.
+
+    What is asked about is drawn from `items`. The unrelated turns before a "recall" question are drawn from
+    `splits.train`. Does not return if `items` has fewer than `each` different questions on a subject.
+    """
     unique: dict[str, Question] = {}
     for language in LANGUAGES:
         for subject in SUBJECTS:
@@ -319,7 +382,11 @@ def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -
 
 
 def _question(items: Items, splits: ItemSplits, rng: random.Random, language: str, subject: str) -> Question:
-    """One question; before a follow-up or recall come the turns that it refers to."""
+    """Return a random question on a subject.
+
+    A "follow-up" comes after the turn it refers to. A "recall" comes after the turn that names the boat and 1 to 4
+    turns on other subjects, which are drawn from `splits.train`.
+    """
     before: list[Message] = []
     if subject == "follow-up":
         base = rng.choice(("sum", "compare", "spell", "islander"))
@@ -339,20 +406,23 @@ def _question(items: Items, splits: ItemSplits, rng: random.Random, language: st
 
 
 def _turn(item: Item, rng: random.Random) -> list[Message]:
-    """The question, and its answer in one of the two forms."""
+    """Return the question and its answer as two messages; the answer is randomly bare or a whole sentence."""
     answer = rng.choice((item.bare, item.whole))
     return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": answer}]
 
 
 def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
+    """Return a random key of `weights`, with probabilities proportional to the values."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def tokenizer_texts(splits: ItemSplits) -> list[str]:
-    """The texts that the tokenizer is trained on: all training text, except that words to spell are left out.
+    """Return the texts that the demo's tokenizer is trained on: all training items and facts, but without the words to
+    spell.
 
-    Trained on these words the tokenizer would merge their letters, and the model could not see them. Single letters are repeated
-    so often that each Chinese character, of three bytes, becomes a token before the phrases do.
+    If it were trained on these words, BPE would merge their letters, and the model could not see the letters that it
+    has to spell. Single letters are repeated LETTERS_REPEATED times, so that each Chinese character, which has three
+    bytes, becomes a token before longer phrases do.
     """
     texts = demo_texts()
     lines = ["user\n", "assistant\n"] * LETTERS_REPEATED
@@ -366,7 +436,7 @@ def tokenizer_texts(splits: ItemSplits) -> list[str]:
 
 
 def _texts_of(item: Item) -> Iterator[str]:
-    """All texts of an item and of its first follow-up."""
+    """Yield the question and answers of an item, and the question and whole sentence of its first follow-up."""
     yield from (item.ask, item.bare, item.whole, item.other)
     yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
@@ -376,7 +446,11 @@ def _texts_of(item: Item) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Questions asked, answers that are exact, answers that are a sentence, and exact answers by subject."""
+    """How well a list of questions was answered.
+
+    `num_exact` counts answers that equal the bare or the whole form, `num_sentences` answers that end with a full stop,
+    right or wrong.
+    """
 
     num_questions: int
     num_exact: int
@@ -385,27 +459,27 @@ class Score:
 
     @property
     def exact(self) -> float:
-        """Share of exact answers."""
+        """Return the share of exact answers, 0 to 1. There must be at least one question."""
         return self.num_exact / self.num_questions
 
     @property
     def sentences(self) -> float:
-        """Share of answers in the preferred form."""
+        """Return the share of answers that are a sentence, which is the form that dpo prefers, 0 to 1."""
         return self.num_sentences / self.num_questions
 
 
 def is_exact(question: Question, answer: str) -> bool:
-    """Whether the answer is one of the two forms, letter for letter except for surrounding spaces."""
+    """Return whether the answer equals the bare answer or the whole sentence, white space around it aside."""
     return answer.strip() in (question.bare, question.whole)
 
 
 def is_sentence(answer: str) -> bool:
-    """Whether the answer is a sentence: it ends with a full stop, which no bare answer has."""
+    """Return whether the answer is a sentence: it ends with a full stop, which no bare answer does."""
     return answer.strip().endswith((".", "。"))
 
 
 def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
-    """Score the answers, one for each question."""
+    """Score the answers, `answers[i]` being the answer to `asked[i]`. Raises ValueError if the lengths differ."""
     num_asked = Counter(question.subject for question in asked)
     exact = Counter(q.subject for q, answer in zip(asked, answers, strict=True) if is_exact(q, answer))
     by_subject = {subject: (exact[subject], num_asked[subject]) for subject in SUBJECTS}
@@ -413,7 +487,11 @@ def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
 
 
 def showcase(asked: Sequence[Question]) -> list[Question]:
-    """Five questions to print: in both languages, one of them within a conversation."""
+    """Return five of the questions to print as examples: in both languages, one of them ("recall") within a
+    conversation.
+
+    `asked` must have a question of each of these kinds, as the result of `questions` does.
+    """
     kinds = (("sum", "en"), ("reverse", "zh"), ("islander", "en"), ("islander", "zh"), ("recall", "en"))
     return [next(q for q in asked if (q.subject, q.language) == kind) for kind in kinds]
 
@@ -423,7 +501,12 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class DemoStage:
-    """One training run of the demo: one epoch over a file of `rows` rows, packed to `max_len`."""
+    """One training run of the demo: one epoch over `file`.jsonl, which has `rows` rows and is packed to `max_len`
+    tokens.
+
+    `stage` is pretrain, sft or dpo. `batch_tokens` is the size of a batch in tokens, `schedule` the learning rate
+    schedule, `warmup` the share of the steps in which the learning rate rises, and `beta` dpo's beta.
+    """
 
     file: str
     stage: str
@@ -436,13 +519,13 @@ class DemoStage:
     beta: float | None = None
 
 
-# Measured on 2 idle cores (Xeon, AVX-512): 2.6 minutes in all, 5.3 million tokens in 5,300 steps. Small batches learn more from
-# a token than large ones; with a learning rate of 3e-3, tried once, sums were learned late. dpo uses ten times the usual beta:
-# the preference needs a few nats, and with 0.1 training goes on until answers become wrong.
+# Measured on 2 idle cores (Xeon, AVX-512): 2.6 minutes, 5.3 million tokens in 5,300 steps. Small batches learn more per
+# token than large ones. With a learning rate of 3e-3, tried once, sums were learned late. dpo uses ten times the usual
+# beta: a few nats are enough for the preference, and with a beta of 0.1 training continues until answers become wrong.
 MODEL = "demo"
 VOCAB_SIZE = 1600
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MINUTES = 2.6
+MINUTES = 2.6  # training time of the STAGES as they are, on the machine above
 STAGES = (
     DemoStage("pretrain_hq", "pretrain", 18_600, 512, 1e-3, 1024, "wsd"),
     DemoStage("sft_512", "sft", 42_000, 512, 2e-3, 1024, "wsd"),
@@ -450,17 +533,23 @@ STAGES = (
     DemoStage("dpo", "dpo", 3_100, 512, 5e-5, 576, "cosine", beta=1.0),
 )
 NUM_EACH = 16  # held-out questions for each subject and language
-NUM_PAIRS_EACH = 16
+NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language
 
 
 def scaled(minutes: float) -> tuple[DemoStage, ...]:
-    """The stages with as many rows as fit into `minutes`."""
+    """Return the stages with their numbers of rows scaled so that training takes about `minutes` on the machine of
+    MINUTES.
+
+    Time is taken as proportional to rows. Every stage has at least 64 rows.
+    """
     return tuple(replace(stage, rows=max(64, round(stage.rows * minutes / MINUTES))) for stage in STAGES)
 
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """The files written, and what the tokenizer and the scores need of them."""
+    """The paths of the files that `write_corpus` wrote, the held-out questions, and the texts to train the tokenizer
+    on.
+    """
 
     files: dict[str, Path]  # file name without .jsonl -> path
     pairs_path: Path  # held-out pairs, in dpo.jsonl's schema
@@ -470,7 +559,10 @@ class DemoFiles:
 
 
 def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> DemoFiles:
-    """Write the four files to `data_dir` and held-out ones to `data_dir`/held_out. The same seed gives the same bytes."""
+    """Write the four training files to `data_dir`, and held-out questions and pairs to `data_dir`/held_out.
+
+    `minutes` sets the numbers of rows (see `scaled`). The same seed and `minutes` give the same bytes.
+    """
     splits = make_splits(seed)
     rng = random.Random(seed + 1)
     rows = {stage.file: stage.rows for stage in scaled(minutes)}
@@ -492,6 +584,7 @@ def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> 
 
 
 def _write(path: Path, rows: Iterable[dict]) -> Path:
+    """Write the rows to a jsonl file, atomically, and return its path."""
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return path

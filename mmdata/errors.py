@@ -1,7 +1,8 @@
-"""Every error that a user can meet, as one tree of exceptions.
+"""The exceptions for every error that a user can cause or correct, as one class tree.
 
-`cli.main` catches MMError, prints `error: <message>` and `fix: <fix>` to stderr and exits with `exit_code`. Raise the subclass
-that fits. Any other exception that ends a command is a bug of mm and shows its traceback.
+`cli.main` catches MMError, prints `error: <message>` and `fix: <fix>` to stderr and exits with the class's `exit_code`.
+Code raises the subclass that describes the problem. Any other exception that ends a command is a bug of mm and shows
+its traceback.
 """
 
 
@@ -9,7 +10,8 @@ class MMError(Exception):
     """Base class of all errors that a user can cause and correct.
 
     message: what is wrong, where (file and line), and what was expected.
-    fix: a command, an option or a step that helps; empty if there is none.
+    fix: a command, an option or a step that helps; empty if there is none. `exit_code` is the exit status of the
+    process; subclasses without one of their own inherit it.
     """
 
     exit_code = 1
@@ -31,19 +33,23 @@ class InputError(MMError):
 
 
 class TokenizerError(MMError):
-    """A tokenizer is missing, cannot be read, or does not fit the model or the dataset."""
+    """A tokenizer is missing, cannot be read, or does not match the model or the dataset."""
 
 
 class DatasetError(MMError):
-    """A packed dataset is missing, incomplete or damaged, or of another kind than the stage needs."""
+    """A packed dataset is missing, incomplete or damaged, or its rows are of another kind than the training stage
+    needs.
+    """
 
 
 class CheckpointError(MMError):
-    """A checkpoint is missing or damaged, or does not fit the model, the tokenizer or the data."""
+    """A checkpoint is missing or damaged, or does not match the model, the tokenizer or the data."""
 
 
 class TrainError(MMError):
-    """Training cannot continue: non-finite losses, reference logps of another model, or a rank that died."""
+    """Training cannot continue: a loss is not finite, the reference logps come from another model, or a process (rank)
+    died.
+    """
 
 
 class DiskError(MMError):
@@ -56,40 +62,44 @@ class DiskError(MMError):
 
 
 class FetchError(MMError):
-    """A download failed for a reason that no subclass names."""
+    """A download failed for a reason that none of the subclasses describes."""
 
     exit_code = 5
 
 
 class NotFoundError(FetchError):
-    """The source does not have the file, revision or repository."""
+    """The download source does not have the file, revision or repository."""
 
     exit_code = 3
 
 
 class AccessError(FetchError):
-    """The repository is gated or private, or the source refused the token."""
+    """The repository is gated or private, or the source refused the access token."""
 
     exit_code = 4
 
 
 class NetworkError(FetchError):
-    """The source cannot be reached, answers with an error, or sends nothing for too long."""
+    """The source cannot be reached, answers with an error, or sends no data for too long."""
 
 
 class IntegrityError(FetchError):
-    """The bytes received are not the published ones, even after a second download."""
+    """The bytes received do not match the published size, checksum or file type, and retrying did not help or is
+    pointless.
+    """
 
     exit_code = 6
 
 
 class ConflictError(FetchError):
-    """A file of the user's own is where a downloaded one would go."""
+    """A file that would have to be replaced was not downloaded by mm, so it is left untouched."""
 
     exit_code = 8
 
 
 class InterruptedFetch(FetchError):
-    """The user stopped the download; the bytes received so far are kept."""
+    """The user stopped the download with Ctrl-C; the bytes received so far stay on disk and the next run resumes from
+    them.
+    """
 
     exit_code = 130

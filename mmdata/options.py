@@ -1,8 +1,9 @@
-"""Options declared once: a dataclass field that carries its help text, range, choices and stages.
+"""Command-line options declared once, as dataclass fields that carry their help text, range, choices and training
+stages.
 
-An options class is a frozen dataclass whose fields are made with `option`. The command line is generated from it
-(`mmdata.commands.options`), `check` refuses values out of range, and the code that does the work takes an instance.
-Imports nothing heavy, so `mm --help` can read it.
+An options class is a frozen dataclass whose fields are made with `option`. `mmdata.commands.options` generates the
+command line from it, `check` raises UsageError for values out of range, and the code that does the work takes an
+instance. This module imports only the standard library and `mmdata.errors`, so that `mm --help` starts quickly.
 """
 
 import math
@@ -18,58 +19,79 @@ INT64: Mapping[str, Any] = {"least": -(2**63), "most": 2**63 - 1}  # the range o
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """The declaration of an option: everything except its name, type and default.
+    """The declaration of one option: everything except its name, type and default, which the dataclass field has.
 
-    `flag` may be a switch pair such as --share-prompt/--no-share-prompt; `--no-NAME` for a bool that is True by default
-    sets it to False. `least` and `most` are inclusive bounds, `above` and `below` exclusive ones. `by_stage` gives the
-    default of each training stage; `stages` names the stages that take the option at all (empty: all of them).
+    `flag` may be a pair of switches such as --share-prompt/--no-share-prompt, or, for a bool that is True by default,
+    the single flag that sets it to False. `least` and `most` are inclusive bounds, `above` and `below` exclusive ones.
+    `by_stage` maps a training stage to the option's default there. `stages` names the training stages that accept the
+    option; empty means all.
     """
 
     help: str
     group: str = ""  # heading in --help
-    flag: str = ""  # as typed on the command line; empty: --name-with-dashes
+    flag: str = ""  # as typed on the command line; empty: the field's name as --name-with-dashes
     metavar: str | None = None
     least: float | None = None
     most: float | None = None
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
-    default_text: str = ""  # shown in --help where the default is computed
+    default_text: str = ""  # shown in --help in place of a default that is computed at run time
     by_stage: Mapping[str, Any] | None = None
     stages: tuple[str, ...] = ()
-    may_change_on_resume: bool = False
+    may_change_on_resume: bool = False  # whether a resumed run may have another value than the run it continues
 
 
 def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
-    """A dataclass field with an `Option`; without `default` the field is required."""
+    """Return a dataclass field with this default and an `Option` in its metadata; without `default` the field is
+    required.
+
+    `declaration`: further fields of `Option`, such as `least` or `choices`.
+    """
     return field(default=default, metadata={"option": Option(help, **declaration)})
 
 
 def redeclared(kind: type, name: str, *, default: Any) -> Any:
-    """The declared field `name` of an options class, with another default, for a subclass."""
+    """Return a dataclass field with the same `Option` as field `name` of the options class `kind` but another default.
+
+    A subclass uses it to change a default without repeating the help text and range. Raises KeyError if there is no
+    such field.
+    """
     return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
 
 
 def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
-    """Name and `Option` of each declared field of an options class or of an instance, in order."""
+    """Yield the name and `Option` of each field made with `option`, in order of declaration. `kind`: an options class
+    or instance.
+    """
     for each in fields(kind):
         if "option" in each.metadata:
             yield each.name, each.metadata["option"]
 
 
 def flag_of(name: str, declaration: Option) -> str:
-    """The flag as typed, such as --batch-tokens."""
+    """Return the flag as typed on the command line: `declaration.flag`, or else the field's name as
+    --name-with-dashes.
+    """
     return declaration.flag or f"--{name.replace('_', '-')}"
 
 
 def check(options: Any) -> None:
-    """UsageError for the first field that is NaN, infinite, out of range or not one of its choices."""
+    """Raise UsageError for the first option whose number is NaN, infinite or out of range, or whose value is not among
+    its choices.
+
+    `options`: an instance of an options class.
+    """
     for name, declaration in options_of(options):
         check_value(flag_of(name, declaration), getattr(options, name), declaration)
 
 
 def check_value(flag: str, value: Any, declaration: Option) -> None:
-    """UsageError when a value, or an item of a list or tuple, is outside its declaration. None is always accepted."""
+    """Raise UsageError if `value`, or an item of it if it is a list or tuple, is not allowed by its declaration.
+
+    Choices are checked for any value, bounds and finiteness for numbers only. None is always accepted. `flag` is for
+    the message.
+    """
     for item in value if isinstance(value, tuple | list) else (value,):
         if declaration.choices and item is not None and item not in declaration.choices:
             raise UsageError(f"{flag} {item} is unknown", f"use one of {', '.join(declaration.choices)}")
@@ -78,7 +100,10 @@ def check_value(flag: str, value: Any, declaration: Option) -> None:
 
 
 def bounds(declaration: Option) -> list[tuple[str, float, Callable[[float, float], bool]]]:
-    """The bounds of a number: each in words, its value, and the comparison that must hold with it."""
+    """Return the bounds that an option has, each as (words such as "at least", bound, comparison).
+
+    A value is in range if `comparison(value, bound)` is true for each of them.
+    """
     every = (
         ("at least", declaration.least, operator.ge),
         ("greater than", declaration.above, operator.gt),
@@ -89,7 +114,9 @@ def bounds(declaration: Option) -> list[tuple[str, float, Callable[[float, float
 
 
 def _problem(value: Any, declaration: Option) -> str:
-    """What is wrong with a number, empty when nothing is."""
+    """Return what is wrong with a number, such as "must be at least 1"; empty if nothing is or if the value is not a
+    number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     if not math.isfinite(value):
