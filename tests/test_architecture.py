@@ -173,6 +173,19 @@ def test_only_commands_print_and_read_the_environment() -> None:
                 assert is_in(module.name, "cli", *READ_ENVIRONMENT), f"{place} reads the environment"
 
 
+def test_only_io_files_renames_syncs_hashes_files_and_locks() -> None:
+    """`rename`, `fsync`, `file_digest`, flock and filelock are for mmdata.io.files; in-memory hashes may be taken anywhere."""
+    for module in modules():
+        if module.name == "mmdata.io.files":
+            continue
+        assert not module.imports & {"filelock", "fcntl"}, f"{module.name} locks: use mmdata.io.files.locked"
+        for node in module.nodes:
+            if isinstance(node, ast.Attribute):
+                is_os_replace = node.attr == "replace" and isinstance(node.value, ast.Name) and node.value.id == "os"
+                is_wrong = is_os_replace or node.attr in ("rename", "fsync", "file_digest", "flock")
+                assert not is_wrong, f"{module.path.name}:{node.lineno}: {node.attr} is for mmdata.io.files"
+
+
 def test_folders_classes_and_signatures_stay_small() -> None:
     folders: dict[Path, list[str]] = defaultdict(list)
     classes: Counter[str] = Counter()

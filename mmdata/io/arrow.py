@@ -1,7 +1,7 @@
-"""Arrow files as columns of numpy arrays: arrays in, a file out; and back as views of a memory map, nothing copied.
+"""Writing numpy arrays as the columns of an Arrow file, and reading them back as views of a memory map without copying.
 
-No compression, no nulls, two kinds of column (numbers and lists of numbers, besides fixed-width bytes). The same arrays
-give the same bytes. Arrow has no checksum of its own: the sha256 returned on writing is what a reader can hold it to.
+No compression and no nulls; columns of numbers, lists of numbers, and fixed-width bytes. The same arrays give the same
+bytes. Arrow files have no checksum: readers can compare them with the sha256 that writing returns.
 """
 
 import mmap

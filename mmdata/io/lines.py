@@ -1,4 +1,4 @@
-"""A file in, plain or compressed; its lines out, each with its number and byte offset. One line in memory at a time."""
+"""Reading the lines of a plain or compressed file with their numbers and byte offsets, one line in memory at a time."""
 
 import gzip
 import io
@@ -22,7 +22,7 @@ class Line(NamedTuple):
 
 
 def open_stream(path: Path) -> io.BufferedIOBase:
-    """Open a plain, gzip or zstd file, or standard input for `-`; told by the first bytes, not by the name."""
+    """Open a plain, gzip or zstd file, or standard input for `-`. The first bytes decide the format, not the name."""
     try:
         file = sys.stdin.buffer if str(path) == "-" else path.open("rb")
         assert isinstance(file, io.BufferedReader)

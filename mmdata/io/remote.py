@@ -1,7 +1,7 @@
-"""Files at URLs (s3://, gs://, hf://, file://, …) through fsspec: read like local ones, and whole datasets sent there.
+"""Files at URLs (s3://, gs://, hf://, file://, …) through fsspec: reading inputs, and sending whole datasets.
 
-Inputs are streamed by byte range, nothing is kept here. A dataset is packed locally and then sent, each file read back and
-hashed, its manifest last. Training maps local files: a dataset at a URL is brought here first (`bring_command`).
+Inputs are streamed by byte range and not stored locally. A dataset is packed locally and then sent, each file read back and
+hashed. Training maps local files, so a dataset at a URL has to be copied here first (`bring_command`).
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf downlo
 
 
 class Stat(NamedTuple):
-    """What tells one state of a remote file from another: size, and a number made of its time or etag."""
+    """The state of a remote file: its size, and a number made of its time or etag, which changes when it is written."""
 
     st_size: int
     st_mtime_ns: int
@@ -29,7 +29,7 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at a URL, with as much of Path's face as inputs are read by."""
+    """A file at a URL, with those of pathlib.Path's methods that inputs are read by."""
 
     url: str
 
@@ -62,7 +62,7 @@ class RemoteFile:
             raise _unreadable(self.url, error) from error
 
     def stat(self) -> Stat:
-        """Size and state."""
+        """The state of the file, with the names of os.stat_result."""
         system, path = _system(self.url)
         facts = system.info(path)
         state = next((facts[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if facts.get(key)), 0)
@@ -70,7 +70,7 @@ class RemoteFile:
 
 
 def is_url(text: object) -> bool:
-    """Whether this names something through a scheme, as s3://bucket/file does."""
+    """Whether this is a URL with a scheme, such as s3://bucket/file."""
     return "://" in str(text)
 
 

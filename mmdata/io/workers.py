@@ -1,7 +1,8 @@
-"""One function over many jobs, in this process, in several, or on a cluster: jobs in, results in the order of the jobs out.
+"""Apply a function to many jobs in this process, in a pool of local processes, or on a ray cluster.
 
-Results do not depend on the engine or the number of workers. Workers are spawned, not forked; a job's error ends the run and comes
-through as it is, the earliest job's when several fail; Ctrl-C ends the workers at once.
+Results come in the order of the jobs and do not depend on the engine or the number of workers. Worker processes are spawned,
+not forked. An error of a job ends the run and is raised as it is, that of the earliest job if several fail. Ctrl-C ends
+the workers at once.
 """
 
 import contextlib
@@ -18,9 +19,9 @@ from mmdata.errors import MMError, UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Progress = Callable[..., None]  # (units done, of all, and what else the jobs count)
-Tick = Callable[..., None]  # n more units are done, and so many more of each other thing the jobs count
-COUNTS = 4  # units, and up to three other things
+Progress = Callable[..., None]  # (units done, units in all, *other counts so far)
+Tick = Callable[..., None]  # (more units done, *more of the other counts)
+COUNTS = 4  # units, and up to three other counts
 POLL_S = 0.2
 ENGINES = ("local", "ray")
 RAY_RETRIES = 2  # of a job whose machine or process died; an error of the job itself is final
@@ -37,16 +38,16 @@ def run(
     progress: Progress | None = None,
     with_counts: bool = False,
 ) -> list[Result]:
-    """The results of `make()` applied to every job; `make` is called once in each process and must pickle.
+    """The results of `work(job, tick)` for every job, where `work = make()` is made once in each process.
 
-    What `make` gives is called with a job and `tick`; `tick(n)` says that n more units of the job are done; it takes up to
-    COUNTS numbers, for other things whose sums `progress` is told too `with_counts`. total: the
-    units that all jobs together tick, for `progress`. engine "local": one job, one worker, or a process that may not have
-    children (a daemon): everything runs right here. "ray": on the cluster at `ray_address`, or one started here.
+    make: must pickle. `tick(units, *counts)` reports progress of a job; `progress` is called with the units done, `total`
+    and, `with_counts`, the sums of the other counts. total: units of all jobs together. engine "local": processes here; with
+    one job, one worker, or in a daemon process, which may not have children, everything runs in this process. "ray": on
+    the cluster at `ray_address`, or on one started here.
     """
     if progress and not with_counts:
-        told = progress
-        progress = lambda done, total, *_: told(done, total)  # noqa: E731
+        report = progress
+        progress = lambda done, total, *_: report(done, total)  # noqa: E731
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine} is unknown", f"use {' or '.join(ENGINES)}")
     if ray_address and engine != "ray":
@@ -89,16 +90,14 @@ def _run_in_pool(
             _wait(futures, counts, total, progress)
             return _results(futures)
         except BaseException:
-            stop.value = (
-                1  # an error or Ctrl-C: what the other workers are at is of no use, they end at their next tick
-            )
+            stop.value = 1  # the results of the other workers are of no use: they end at their next tick
             pool.shutdown(cancel_futures=True)
             raise
 
 
 @contextlib.contextmanager
 def _children_without_ctrl_c() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C, not even before they can ignore it: the parent alone decides."""
+    """Block SIGINT while processes are started, so that they never receive Ctrl-C, not even before they ignore it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -110,7 +109,7 @@ def _children_without_ctrl_c() -> Iterator[None]:
 
 
 def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Progress | None) -> None:
-    """Until all are done or one failed, telling progress on the way."""
+    """Wait until all are done or one has failed; report progress meanwhile."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
@@ -122,7 +121,7 @@ def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Pro
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """All results; else the error of the earliest job, for which the jobs before a failed one are waited for."""
+    """All results, or the error of the earliest failed job; jobs before a failed one are waited for."""
     from concurrent.futures.process import BrokenProcessPool
 
     try:
@@ -131,11 +130,11 @@ def _results(futures: Sequence[Future[Any]]) -> list[Any]:
         raise MMError("a worker process died (killed, or out of memory)", "run again with fewer --workers") from None
 
 
-_state: dict[str, Any] = {}  # of a worker process: its function, what each job has ticked, the sign to stop
+_state: dict[str, Any] = {}  # of a worker process: its function, the counts of each job, the flag to stop
 
 
 class _Stopped(Exception):
-    """Ends a worker's job whose result nobody waits for."""
+    """Raised by `tick` in a worker whose result is no longer needed."""
 
 
 def _start_worker(make: Callable[[], Any], counts: Any, stop: Any, workers: int) -> None:
@@ -151,14 +150,14 @@ def _add(totals: Any, begin: int, counts: Sequence[int]) -> None:
 
 
 def _share_cores(workers: int) -> None:
-    """So many threads for the native encoders of this process that all workers together have as many as cores."""
+    """Limit the threads of this process's native encoders, so that all workers together have one a core."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.putenv("RAYON_NUM_THREADS", str(threads))  # read by the native libraries alone, at their first use
     os.putenv("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
 
 
 def _die_with_parent() -> None:
-    """A killed parent cannot stop its workers: each waits for its end and follows."""
+    """Wait for the end of the parent process and exit: a killed parent cannot stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
@@ -185,7 +184,7 @@ def _run_on_ray(
     address: str | None,
     progress: Progress | None,
 ) -> list[Result]:
-    """One task a job, each on one core; a task whose machine dies runs again elsewhere, which jobs must bear.
+    """One task a job, each on one core. A task whose machine dies runs again elsewhere, so jobs must be repeatable.
 
     The jobs' files must have the same paths on every machine.
     """
@@ -207,7 +206,7 @@ def _run_on_ray(
 
 
 def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | None) -> list[Any]:
-    """The results of all tasks; the first error ends it, and the others are not waited for."""
+    """The results of all tasks; the first error is raised, and the other tasks are not waited for."""
     pending, done = list(tasks), [0] * COUNTS
     results: dict[Any, Any] = {}
     while pending:
@@ -235,7 +234,7 @@ def _import_ray() -> Any:
 
 
 def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:
-    """A job's result and what it ticked. A process keeps what `make` gave for the tasks that follow."""
+    """A job's result and its counts. A process keeps the function that `make` returned for later tasks."""
     key = pickle.dumps(make)
     if _state.get("key") != key:
         _share_cores(os.cpu_count() or 1)  # ray gives a task one core

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import CheckpointError, UsageError
-from mmdata.io.files import write_json, write_text
+from mmdata.io.files import replace_directory, write_json, write_text
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
@@ -100,8 +100,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
         checks, difference = writer(source, partial, dtype)
         record = {"format": format, "dtype": dtype, "weights_sha256": weights.weights_sha256, "step": weights.step}
         write_json(partial / RECORD, record, indent=2)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        replace_directory(partial, out, out.with_name(f".{out.name}.replaced"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != RECORD)

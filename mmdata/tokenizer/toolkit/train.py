@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmdata.errors import MMError, TokenizerError, UsageError
-from mmdata.io.files import info_of_bytes, sha256_of, sync, write_bytes
+from mmdata.io.files import info_of_bytes, replace_directory, sha256_of, write_bytes
 from mmdata.io.records import plain, read_record
 from mmdata.options import check
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -276,8 +276,7 @@ def publish(out: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             write_bytes(staging / name, content)
         staging.chmod(0o755)  # mkdtemp gives access to its owner alone
-        staging.replace(out)
-        sync(out.parent)
+        replace_directory(staging, out, out.with_name(f".{out.name}.replaced"))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
