@@ -1,4 +1,4 @@
-"""`mm pack --plan`: jsonl files in; time, disk, tokens, padding and rows cut for several length limits out, nothing written.
+"""`mm pack --plan`: estimates of time, disk, tokens, padding and rows cut for several length limits. Writes nothing.
 
 About one row in a hundred is read, in blocks spread evenly over each file, and encoded as packing would. Counts scale with
 the bytes; padding is that of the sampled lengths, repeated up to a part's worth and packed; the rate is the sample's own.

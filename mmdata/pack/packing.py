@@ -1,12 +1,12 @@
-"""Cascade best-fit decreasing, then closest sums: sequence lengths in, packs out. Integers only, 0.2 to 0.4 s and 40
-MB per million sequences.
+"""Packing sequences into buckets: best-fit decreasing, then a subset-sum search. Integers only; 0.2 to 0.4 s and 40 MB
+per million sequences.
 
 Sequences are placed from the longest to the shortest, each into the open pack with the least room that still holds it;
 one that fits no open pack opens a pack in the smallest bucket that holds it. All sequences of one length are placed
-together, which gives the packs of the one-by-one rule. That leaves room where the short ones run out, eight of 60 in a
-512, say. So the sequences of all packs with room left are packed again, now by whole packs: the longest, and those of
-the others that come closest to filling a bucket. Whichever takes fewer positions stands. Order between packs is not that
-of the source.
+together, which gives the same packs as placing them one by one. Packs stay with room once the short sequences run out.
+The sequences of all packs with room left are therefore packed again, one whole pack at a time: the longest sequence, and
+those of the others whose lengths come closest to filling a bucket (subset-sum search). The packing with fewer positions
+is kept. The order of packs is not that of the source.
 """
 
 from bisect import bisect_left, insort

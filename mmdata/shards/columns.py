@@ -1,5 +1,5 @@
-"""Sequences as the columns of a shard, and a shard's columns as sequences again: the two ways are written apart, so that
-reading back what was written proves both.
+"""Converting sequences to the columns of a shard and back. The two directions share no code, so that reading back what
+was written checks both.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Shards in, micro-batches of numpy buffers out. The batch of a step follows from (digest, seed, step): no other state.
+"""Micro-batches of numpy buffers from shards. A step's batch follows from (digest, seed, step); there is no other state.
 
 Samples are grouped into cells of equal width, so that every batch costs the same whatever the buckets: a cell is one
 sample of the largest bucket, or as many of a smaller one as fit in its place. Order is a keyed permutation computed on
@@ -45,7 +45,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most that a loader's micro-batches have: tokens in all (but where a single sample is longer), and in a sequence."""
+    """The most tokens in a loader's micro-batches (unless a single sample has more) and in one of their sequences."""
 
     tokens: int
     sequence: int
@@ -53,7 +53,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a dataset gives to an epoch: its share of the tokens, and how often each of its samples is seen."""
+    """A dataset's share of an epoch's tokens, and how often an epoch has each of its samples."""
 
     dataset: Dataset
     tokens: float
@@ -310,7 +310,7 @@ class _Tables:
 
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
-    """Names what is trained on: one dataset's own digest, or that of several and their weights."""
+    """Identifies the training data: one dataset's own digest, or a digest of several datasets and their weights."""
     digests = [dataset.digest for dataset in datasets]
     if len(digests) == 1 and weights is None:
         return digests[0]

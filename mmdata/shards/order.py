@@ -1,6 +1,7 @@
-"""Which cell is drawn at which place of an epoch: (key, place) in, cell out. Integers only; nothing stored, any place at once.
+"""The order of an epoch: which cell is drawn at each place, computed from a key without storing a permutation.
 
-A cell is the unit that is shuffled; the loader says what it holds. The same on every machine and with every numpy.
+A cell is the unit that is shuffled; the loader defines what it holds. Integer arithmetic only: the same on every machine and
+with every version of numpy.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ FEISTEL_ROUNDS = 6
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
     """Where each index stands in the permutation of 0..size-1 that `key` names. index: integers [N]; O(N), any size.
 
-    A Feistel network on the digits of a two-digit number, walked again in the rare case that it leaves the range.
+    Feistel permutation of (index // low, index % low) with cycle walking: applied again while the result is out of range.
     """
     high = math.isqrt(size - 1) + 1  # high * low is at least size, and more by less than high
     low = np.uint64(-(-size // high))
@@ -35,7 +36,7 @@ def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Scrambles 64 bits to 32 with the multipliers of splitmix64 (Steele, Lea, Flood 2014)."""
+    """Mix 64 bits into 32 with the multipliers of splitmix64 (Steele, Lea, Flood 2014)."""
     x = x * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(32)) * np.uint64(0x94D049BB133111EB)
     return x >> np.uint64(32)

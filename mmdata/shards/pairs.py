@@ -1,4 +1,4 @@
-"""Pairs in, micro-batches out, to a budget of tokens: what a batch costs does not depend on how many pairs it takes.
+"""Micro-batches of pairs to a budget of tokens, so that the cost of a batch does not depend on its number of pairs.
 
 Nothing is padded, and both sides of a pair are always in one micro-batch. With `share_prompt` a pair is one sequence,
 prompt + chosen + rejected; else two, each with the prompt in front. The pairs of a step follow from (digest, seed, step)
@@ -28,7 +28,7 @@ from mmdata.shards.order import Mixture, draws_per_epoch
 
 
 class PairLoader:
-    """The batches of a split of pairs; the same face as `Loader`.
+    """The batches of a split of pairs; the same methods as `Loader`.
 
     `batch_tokens` are a step's tokens with every prompt counted for both sides, `micro_tokens` the most of one
     micro-batch as it is laid out (a single pair may be longer). Without weights every step has at least one pair.
