@@ -1,4 +1,5 @@
-"""Generation and evaluation: decoding, sampling, chat, held-out loss, questions with known answers.
+"""Text generation and evaluation: forward passes with a KV cache, sampling, chat, loss on held-out data, and exams
+(questions with known answers).
 
-Begin with `engine.py`; `serve/` is the HTTP server.
+Begin with `engine.py`, which generates text. The HTTP server is in `serve/`.
 """

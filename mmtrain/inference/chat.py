@@ -1,7 +1,7 @@
-"""Conversations: messages become prompt ids that fit the window, and answers become messages.
+"""Chat with a model: messages become prompt ids that fit the context window, and generated text becomes a message.
 
-`Chat` is one conversation with history. `fit` drops the oldest turns of a conversation that is too long.
-`answer_batch` answers many independent questions at once.
+`Chat` is one conversation with history. `fit` drops the oldest turns of a conversation that is too long. `answer_batch`
+answers many independent questions in one batch.
 """
 
 from collections.abc import Generator, Sequence
@@ -14,26 +14,36 @@ from mmtrain.inference.engine import Engine, Row
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
-WINDOW = 2048
-THINKING = "<think>\n"  # ends the prompt where the chat template opens the think block itself
+WINDOW = 2048  # default of `Chat`'s `window`, in tokens
+THINKING = "<think>\n"  # the end of a prompt whose chat template writes the beginning of the think block itself
 
 
 class Chat:
-    """One conversation with a model. Keeps its messages, and the KV cache of their tokens between turns.
+    """A conversation with one model. It stores the messages, and reuses the KV cache of the previous answer for the
+    next prompt.
 
-    `window` bounds the tokens of the conversation and the next answer; the oldest turns are dropped first. Without a
-    template (a model that was only pretrained) the model continues the last text alone.
+    `window` is the largest number of tokens of a prompt and its answer together; it is lowered to the model's
+    `max_positions` if that is less. When a conversation gets longer, its oldest turns (a user message and its answer)
+    are left out of the prompt, but they remain in `messages`. `template` is None for a model that was only pretrained:
+    it continues the text of the newest message and does not see earlier ones.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, template: Template | None, *, window: int = WINDOW):
         self.engine = Engine(model, tokenizer, max_rows=1, window=window, remember=1)
         self.template = template
         self.messages: list[Message] = []
-        self.row: Row | None = None  # of the newest answer
-        self.opening = ""  # THINKING where the template has opened the think block of the newest answer
+        self.row: Row | None = None  # the newest answer; None before the first one
+        self.opening = ""  # THINKING if the prompt already contains the beginning of the newest answer's think block
 
     def ask(self, text: str, options: Sampling, *, think: bool | None = None) -> Generator[str, None, None]:
-        """Stream the answer to `text` and add both to the messages. An error before the answer leaves them unchanged."""
+        """Yield the answer to `text` in pieces while it is generated, and append question and answer to `messages` at
+        the end.
+
+        If the caller stops early or generation fails, the stored answer is the text yielded so far. An error before
+        generation starts leaves `messages` unchanged: UsageError if the question does not fit the window,
+        TokenizerError if the chat template refuses the messages. `think`: request an answer with (True) or without
+        (False) a think block, from chat templates that have this choice; None uses the template's default.
+        """
         messages = [*self.messages, Message("user", text)]
         stream = self.reply(messages, options, think=think)
         pieces: list[str] = []
@@ -41,14 +51,19 @@ class Chat:
             for piece in stream:
                 pieces.append(piece)
                 yield piece
-        finally:  # where the reader stops early, the message holds what was read
+        finally:  # also when the caller closes the generator early
             stream.close()
             self.messages += [messages[-1], Message("assistant", self.opening + "".join(pieces))]
 
     def reply(
         self, messages: Sequence[Message], options: Sampling, *, think: bool | None = None
     ) -> Generator[str, None, None]:
-        """Stream the answer to `messages`, without adding to this conversation."""
+        """Return a generator of the answer to `messages`, in pieces of text. The conversation's own `messages` are not
+        changed.
+
+        `messages` must end with the user's message. `think` and the errors are those of `ask`; the errors are raised by
+        this call, before the generator is used.
+        """
         tokenizer, room = self.engine.tokenizer, self.engine.window - options.max_new_tokens
         if self.template is None:
             prompt = plain_prompt(tokenizer, messages[-1].content)
@@ -59,6 +74,8 @@ class Chat:
         return self._stream(self.row)
 
     def _stream(self, row: Row) -> Generator[str, None, None]:
+        """Run the engine until `row` has ended and yield each new piece of its text. Cancel the row if the caller stops
+        early."""
         try:
             while row.finish_reason is None:
                 yield from (delta.text for delta in self.engine.step() if delta.text)
@@ -75,9 +92,12 @@ def fit(
     tools: Sequence[dict[str, Any]] = (),
     think: bool | None = None,
 ) -> list[int]:
-    """Prompt ids of a conversation, less its oldest turns where it has more than `room` tokens.
+    """Return the prompt ids of a conversation. While these are more than `room` tokens, drop the oldest turn.
 
-    The system message and the last question are kept; UsageError when these alone exceed `room`.
+    A turn is a user message and all messages up to the next user message. Messages before the first user message (such
+    as the system message) and the last turn are never dropped; UsageError is raised when these alone have more than
+    `room` tokens. `tools`: function definitions for the chat template, as JSON objects. `think`: request an answer with
+    (True) or without (False) thinking; None uses the template's default.
     """
     kept = list(messages)
     while True:
@@ -94,20 +114,26 @@ def fit(
 
 
 def prompt_of(tokenizer: Tokenizer, template: Template | None, question: str) -> list[int]:
-    """Prompt ids of a conversation's first question; without a template those of the text itself, to be continued."""
+    """Return the prompt ids of a conversation that consists of one user message, `question`.
+
+    Without a template (a model that was only pretrained) return the BOS token, if the tokenizer has one, and the ids of
+    `question`, which the model then continues.
+    """
     if template is None:
         return plain_prompt(tokenizer, question)
     return template.prompt_ids(tokenizer, [Message("user", question)])
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text for the model to continue: the BOS token, where the tokenizer has one, and the text."""
+    """Return the prompt ids of a text for the model to continue: the BOS token, if the tokenizer has one, and the ids
+    of `text`. No chat template is applied."""
     begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     return begin + tokenizer.encode_batch([text])[0].tolist()
 
 
 def opening_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> str:
-    """The beginning of the answer that the prompt itself contains: an open think block, or nothing."""
+    """Return the beginning of the answer that the prompt already contains: `THINKING` if the chat template ended the
+    prompt with it, else an empty string. The model does not generate this text, but it is part of the answer."""
     return THINKING if tokenizer.decode(list(prompt_ids)[-8:]).endswith(THINKING) else ""
 
 
@@ -119,7 +145,12 @@ def answer_batch(
     *,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """The greedy answer to each question (a text, or messages that end with the user's), in order."""
+    """Answer independent questions in one batch by greedy decoding, and return the answers in the order of the
+    questions.
+
+    A question is a text (one user message) or a sequence of messages that ends with the user's. `max_new_tokens` limits
+    each answer. Raise UsageError when a prompt and its answer may exceed the model's `max_positions`.
+    """
     conversations = [[Message("user", question)] if isinstance(question, str) else question for question in questions]
     prompts = [template.prompt_ids(tokenizer, messages) for messages in conversations]
     rows = Engine(model, tokenizer).answer(prompts, Sampling(max_new_tokens=max_new_tokens))

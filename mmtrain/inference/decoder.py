@@ -1,9 +1,11 @@
-"""Batched forward passes for generation: new token ids of several rows in, next-token logits of each row out.
+"""Batched forward passes for generation. Input: the new token ids of several rows (a row is one answer being
+generated). Output: the logits for the next token of each row.
 
-Each row has its own KV cache; rows share only the matrix products, so a row may join or leave at any step. A row's
-logits do not depend on the other rows. On a CPU with oneDNN this holds bit for bit: weights are packed once, and oneDNN
-sums a product of at least `LEAST_ROWS` rows in the same order for any number of rows (tested here, not documented by
-oneDNN). The packed weights take as much memory as the model, which can be freed afterwards.
+Each row has its own KV cache. Rows share only the matrix products, so a row may join or leave the batch at any step,
+and its logits do not depend on the other rows. On a CPU with oneDNN they are the same bit for bit: weights are
+converted once to oneDNN's packed layout, and oneDNN adds up a product of at least `LEAST_ROWS` matrix rows in the same
+order for any number of rows (this is tested here, oneDNN does not document it). The packed weights take as much memory
+as the model, which the caller can free afterwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +18,20 @@ from torch import Tensor
 from mmtrain.config import ModelConfig
 from mmtrain.model.model import Model, Rotary, rotate
 
-LEAST_ROWS = (
-    4  # inputs are padded to this many rows: fewer run in another kernel, which rounds differently and is no faster
-)
+# Input matrices (one matrix row per token) are padded to this many rows. Fewer rows run in another kernel of oneDNN,
+# which rounds differently and is no faster.
+LEAST_ROWS = 4
 KV_STEP = 256  # tokens; the capacity of a cache is a multiple of it
 
 Linear = Callable[[Tensor], Tensor]
 
 
 def _linear(weight: Tensor) -> Linear:
-    """A function x -> x @ weight.T. On the CPU the weight is packed for oneDNN, which takes 0.75 of F.linear's time for one
-    row of the 104M model's matrices and half of it for four (one thread)."""
+    """Return a function that computes x @ weight.T, for a weight [out, in].
+
+    On the CPU in fp32, with oneDNN, the function uses a packed copy of the weight. For the matrices of a model of 104M
+    parameters on one thread this takes 0.75 of the time of F.linear for one row of x, and half of it for four rows.
+    """
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_packed_linear():
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -35,20 +40,22 @@ def _linear(weight: Tensor) -> Linear:
 
 
 def _has_packed_linear() -> bool:
-    """Whether torch was built with oneDNN and has its packed product, which is not part of torch's public API."""
+    """Return whether this build of torch has oneDNN and its product with packed weights, which is not part of torch's
+    public API."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one transformer block, with q, k and v joined into one matrix, and gate and up into another."""
+    """Weights of one transformer block. The projections are functions that multiply by a weight matrix (see `_linear`):
+    q, k and v are joined into one matrix, and the MLP's gate and up projections into another."""
 
     input_norm: Tensor
     qkv: Linear
-    head_norm: (
-        Tensor | None
-    )  # [H + KV, D]: the q norm's weight for each query head, then the k norm's for each key head
+    # [H + KV heads, D]: the weight of the query norm once per query head, then that of the key norm once per key head.
+    # None for a model without norms on queries and keys.
+    head_norm: Tensor | None
     out: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -56,7 +63,8 @@ class _Layer:
 
 
 class KVCache:
-    """Keys and values of one row: [layers, KV heads, capacity, D] each, of which the first `length` tokens are filled."""
+    """The attention keys and values of one row. `keys` and `values` are [layers, KV heads, capacity, D] each; only the
+    first `length` tokens of the third dimension are filled."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, config.num_kv_heads, 0, config.head_size)
@@ -66,17 +74,18 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Number of tokens the allocated memory holds."""
+        """Number of tokens for which memory is allocated."""
         return self.keys.shape[2]
 
     def reserve(self, num_tokens: int) -> None:
-        """Grow the capacity to at least `num_tokens`, in multiples of `KV_STEP`."""
+        """Make room for at least `num_tokens` tokens in total. If the capacity is too small, reallocate with the next
+        multiple of `KV_STEP`; the content stays."""
         if num_tokens > self.capacity:
             grown = -(-num_tokens // KV_STEP) * KV_STEP
             self.keys, self.values = (self._grown(x, grown) for x in (self.keys, self.values))
 
     def copy_from(self, other: "KVCache", num_tokens: int) -> None:
-        """Replace the content by the first `num_tokens` tokens of another row's cache."""
+        """Replace the content by a copy of the first `num_tokens` tokens of another row's cache, and set `length`."""
         self.length = 0
         self.reserve(num_tokens)
         self.keys[:, :, :num_tokens] = other.keys[:, :, :num_tokens]
@@ -84,13 +93,16 @@ class KVCache:
         self.length = num_tokens
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        """Return a larger copy of the tensor `old`, for `capacity` tokens. Tokens from `length` on are uninitialized
+        memory."""
         new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
 
 class Decoder:
-    """The transformer with its weights prepared for generation. The state of a row is in its `KVCache`."""
+    """A model's transformer with its weights prepared for generation. It has no state of its own between calls: that of
+    a row is in its `KVCache`."""
 
     def __init__(self, model: Model):
         self.config = model.config
@@ -103,18 +115,20 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return self.embedding.device
 
     def new_cache(self) -> KVCache:
-        """An empty cache for a new row."""
+        """Return an empty cache for a new row, on the device and in the dtype of the weights."""
         return KVCache(self.config, self.device, self.embedding.dtype)
 
     def _layer(self, weights: dict[str, Tensor], prefix: str) -> _Layer:
-        """Collect one block's weights by their names in the checkpoint."""
+        """Collect the weights of the block whose names in the state dict begin with `prefix`, such as
+        "model.layers.0."."""
         config = self.config
 
         def joined(*names: str) -> Linear:
+            """Return the product with the named projections' weights, concatenated along their output dimension."""
             return _linear(torch.cat([weights[f"{prefix}{name}_proj.weight"] for name in names]))
 
         head_norm = None
@@ -134,7 +148,11 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
-        """Append each row's new token ids (at least one) to its cache; returns logits [rows, V] after each row's last token."""
+        """Append new token ids to the cache of each row, and return the logits [rows, V] for the token after the last
+        new one.
+
+        `rows`: for each row its cache, which is extended in place, and its new ids (at least one).
+        """
         counts = [len(ids) for _, ids in rows]
         starts = [cache.length for cache, _ in rows]
         positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
@@ -155,7 +173,7 @@ class Decoder:
         return self.head(self._normed(x[last], self.norm))[: len(rows)]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) * weight."""
+        """Apply RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) * weight."""
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         return (x * scale.add_(self.config.norm_eps).rsqrt_()).mul_(weight)
 
@@ -167,7 +185,12 @@ class Decoder:
         table: tuple[Tensor, Tensor],
         rows: Sequence[tuple[KVCache, Sequence[int]]],
     ) -> Tensor:
-        """Causal attention of the new tokens x [T, C], each within its own row; returns [T, H * D]. Fills the caches."""
+        """Compute causal attention of all new tokens in layer number `index`, each token within its own row, and write
+        their keys and values to the caches.
+
+        `x` [T, C] has the hidden states of the new tokens, row after row, then padding. `table` has the rotary cosines
+        and sines for their positions. Return [T, H * D], before the output projection; zero for padding.
+        """
         config = self.config
         num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(self._normed(x, layer.input_norm)).unflatten(-1, (-1, config.head_size))
@@ -188,9 +211,11 @@ class Decoder:
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one row: queries q [t, H, D] of its last t tokens to keys k and values v [KV, T, D]; returns [t, H, D].
+    """Compute causal attention of one row: the queries `q` [t, H, D] of its last t tokens, with keys `k` and values `v`
+    [KV heads, T, D] of all its T tokens. Return [t, H, D].
 
-    A single new token needs no mask; grouping its query heads by key head then reads each key and value only once.
+    A single new token attends to all tokens and needs no mask. Its query heads are then grouped by key head, so that
+    each key and value is read only once.
     """
     num_new, num_heads, size = q.shape
     if num_new == 1:

@@ -1,23 +1,25 @@
-"""Batched generation with streaming: rows (one answer each) join and leave a shared batch between steps.
+"""Batched text generation with streaming. A row is one answer being generated; rows join and leave a shared batch
+between steps.
 
     engine = Engine(model, tokenizer, max_rows=16)     # not thread-safe: call it from one thread
-    row = engine.submit(prompt_ids, Sampling(...))     # queued; UsageError when it cannot fit the window
-    for delta in engine.step():                        # one forward pass: a new token for each running row, and up to
-        delta.row, delta.text, delta.tokens            #   PREFILL_TOKENS prompt tokens of the rows that join
-        delta.finish_reason                            # "stop" or "length" with a row's last delta, else None
-    engine.cancel(row)                                 # removed before the next step; no effect on a finished row
-    engine.is_idle                                     # nothing is running or queued; `step` would do nothing
-    row.num_prompt, len(row.ids), row.text             # token counts and the text so far
+    row = engine.submit(prompt_ids, Sampling(...))     # queue a row; UsageError when it cannot fit the window
+    for delta in engine.step():                        # one forward pass: a new token for each row in generation, and
+        delta.row, delta.text, delta.tokens            #   up to PREFILL_TOKENS prompt tokens of rows that have joined
+        delta.finish_reason                            # "stop" or "length" in a row's last delta, else None
+    engine.cancel(row)                                 # remove it before the next step; no effect on a finished row
+    engine.is_idle                                     # True if no row is running or waiting: `step` would do nothing
+    row.num_prompt, len(row.ids), row.text             # numbers of prompt and answer tokens, and the text so far
 
-`delta.text` holds whole characters, without what may still become a stop string, so a delta may have tokens and no text
-or, at the end, text and no tokens. Prompt ids come from `Template.prompt_ids` or `chat.fit`. For several answers to one
-prompt, submit it several times with different seeds.
+`delta.text` has whole characters only, and no text that may still become part of a stop string. So a delta may have
+tokens and no text or, at the end, text and no tokens. Prompt ids come from `Template.prompt_ids` or `chat.fit`. To get
+several answers to one prompt, submit it several times with different seeds.
 
-An answer depends only on its prompt, settings and seed, not on other rows (see `decoder` for how exactly). With
-`remember=n` the engine keeps the KV caches of the last n finished rows; a prompt that begins like one of them reuses that
-part, and its logits may then differ in the last bits. Memory: `max_rows + remember` caches of at most a window each.
+An answer depends only on its prompt, settings and seed, not on other rows (the module `decoder` says how exactly). With
+`remember=n` the engine stores the KV caches of the last n rows that ended. A prompt that begins with the same tokens as
+one of them reuses that part of the cache, and its logits may then differ in the last bits. Memory: at most `max_rows +
+remember` caches, each of at most `window` tokens.
 
-An answer ends at the tokenizer's end-of-turn token (which is not part of it), at a stop string, or after
+An answer ends at the tokenizer's EOS token (which is not part of the answer), at a stop string, or after
 `max_new_tokens`.
 """
 
@@ -36,12 +38,13 @@ from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
 BATCH_ROWS = 64  # default of max_rows: large enough to keep a core busy with a small model's matrices
-PREFILL_TOKENS = 512  # prompt tokens of one step; bounds how long a joining row delays the others
+PREFILL_TOKENS = 512  # the most prompt tokens in one step: limits how long a row that joins delays the others
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token; where requested with its log-probability and the most likely ids with theirs."""
+    """A generated token. `logp` is its log-probability, and `top` has the most likely ids with their log-probabilities,
+    descending. Without `Sampling.logprobs` they are None and empty."""
 
     id: int
     logp: float | None = None
@@ -49,7 +52,8 @@ class Token:
 
 
 class Row:
-    """One answer being generated. `ids` and `text` hold it so far; `finish_reason` is None until it has ended."""
+    """One answer being generated. `ids` and `text` are the answer so far. `finish_reason` is None until the answer has
+    ended, then "stop" (EOS token or stop string), "length" (`max_new_tokens`) or "cancelled"."""
 
     def __init__(self, prompt_ids: Sequence[int], options: Sampling, tokenizer: Tokenizer, cache: KVCache):
         self.options = options
@@ -57,7 +61,7 @@ class Row:
         self.text = ""
         self.finish_reason: str | None = None
         self.num_prompt = len(prompt_ids)
-        self.num_reused = 0  # prompt tokens taken from a remembered cache
+        self.num_reused = 0  # prompt tokens whose keys and values were copied from the cache of an earlier row
         self._prompt = list(prompt_ids)
         self._cache = cache
         self._generator = torch.Generator().manual_seed(options.seed)
@@ -65,7 +69,8 @@ class Row:
 
     @property
     def _new_ids(self) -> list[int]:
-        """Input of the next forward pass: the newest token, or the next prompt tokens, cut at multiples of PREFILL_TOKENS."""
+        """The ids to give to the next forward pass: the prompt ids that have not been read, up to the next multiple of
+        PREFILL_TOKENS; once the prompt has been read, the newest token of the answer."""
         done = self._cache.length
         if done >= self.num_prompt:
             return self.ids[-1:]
@@ -74,7 +79,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to a row."""
+    """What one step added to a row: `text`, `tokens`, and the `finish_reason` if the row has ended ("stop" or
+    "length")."""
 
     row: Row
     text: str
@@ -83,7 +89,12 @@ class Delta:
 
 
 class Engine:
-    """Generates many answers with shared forward passes; see the module docstring for its use."""
+    """Generates many answers with shared forward passes; the module docstring shows its use.
+
+    `max_rows`: the most rows in the batch, others wait. `window`: the most tokens of a prompt and its answer together;
+    default and upper limit are the model's `max_positions`. `remember`: number of ended rows whose KV caches are stored
+    for reuse by prompts with the same beginning.
+    """
 
     def __init__(
         self,
@@ -101,7 +112,7 @@ class Engine:
         self._remember = remember
         self._running: list[Row] = []
         self._waiting: list[Row] = []
-        self._remembered: list[tuple[list[int], KVCache]] = []  # the newest last
+        self._remembered: list[tuple[list[int], KVCache]] = []  # ids of ended rows and their caches, the newest last
 
     @property
     def is_idle(self) -> bool:
@@ -110,16 +121,17 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Rows in the batch."""
+        """Number of rows in the batch."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Submitted rows that are not in the batch yet."""
+        """Number of submitted rows that are not in the batch yet."""
         return len(self._waiting)
 
     def submit(self, prompt_ids: Sequence[int], options: Sampling) -> Row:
-        """Queue a new row; it joins as soon as there is room. UsageError when prompt and answer exceed the window."""
+        """Queue a new row and return it; it joins the batch when there is a free place. Raise UsageError when the
+        prompt is empty, or when prompt and `max_new_tokens` together exceed the window."""
         if not prompt_ids:
             raise UsageError("the prompt is empty", "ask something")
         if len(prompt_ids) + options.max_new_tokens > self.window:
@@ -133,7 +145,8 @@ class Engine:
         return row
 
     def cancel(self, row: Row) -> None:
-        """Remove a row; its `ids` and `text` so far stay readable."""
+        """Remove a row from the batch or the queue, with finish reason "cancelled". Its `ids` and `text` stay readable.
+        No effect on a row that has ended."""
         if row.finish_reason is None:
             row.finish_reason = "cancelled"
             self._running = [other for other in self._running if other is not row]
@@ -147,7 +160,12 @@ class Engine:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Row]:
-        """Generate an answer to each prompt and return the finished rows in order. `progress(finished, all)` each step."""
+        """Generate an answer to each prompt, with the same settings, and return the finished rows in the order of the
+        prompts.
+
+        `progress(number of finished answers, number of prompts)` is called after each step. Raise UsageError as
+        `submit` does.
+        """
         rows = [self.submit(prompt_ids, options) for prompt_ids in prompts]
         num_finished = 0
         while not self.is_idle:
@@ -158,7 +176,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """One forward pass. Returns a delta for each row that got a token; rows still reading their prompt have none."""
+        """Run one forward pass over the batch, after moving waiting rows into free places. Return a delta for each row
+        that got a token; rows that are still reading their prompt have none."""
         self._admit()
         batch = self._next_batch()
         if not batch:
@@ -170,14 +189,15 @@ class Engine:
         return deltas
 
     def _admit(self) -> None:
-        """Move waiting rows into free places, first come first served."""
+        """Move waiting rows into the batch, first come first served, until it has `max_rows` rows."""
         while self._waiting and len(self._running) < self._max_rows:
             row = self._waiting.pop(0)
             self._reuse_cache(row)
             self._running.append(row)
 
     def _next_batch(self) -> list[Row]:
-        """All rows that continue, and joining rows as far as PREFILL_TOKENS allows."""
+        """Return the rows of the next forward pass: all rows whose prompt has been read, and those that still read it,
+        in the order of their arrival, as long as they add at most PREFILL_TOKENS prompt tokens."""
         batch, num_left = [], PREFILL_TOKENS
         for row in self._running:
             is_joining = row._cache.length < row.num_prompt
@@ -186,11 +206,11 @@ class Engine:
                 batch.append(row)
                 num_left -= size
             else:
-                num_left = 0  # later rows do not overtake this one
+                num_left = 0  # rows that arrived later do not overtake this one
         return batch
 
     def _extend(self, row: Row, logits: Tensor) -> Delta:
-        """Choose a row's next token from its logits [V], and end the row where that ends the answer."""
+        """Choose the next token of a row from its logits [V], and end the row if this token ends the answer."""
         options = row.options
         id = pick(logits, options, row._generator, row._prompt + row.ids)
         if id == self.tokenizer.eos_id:
@@ -209,6 +229,8 @@ class Engine:
         return Delta(row, text, (token,))
 
     def _end(self, row: Row, reason: str, text: str = "", tokens: tuple[Token, ...] = ()) -> Delta:
+        """End a row: release the text that its stream held back, set the finish reason, and return the last delta.
+        `text` and `tokens` are what this step has already added to the row."""
         rest = row._stream.close()
         row.text += rest
         row.finish_reason = reason
@@ -216,7 +238,8 @@ class Engine:
         return Delta(row, text + rest, tokens, reason)
 
     def _keep_cache(self, row: Row) -> None:
-        """Remember a row's cache in place of those that are a prefix of it; the oldest beyond `remember` are dropped."""
+        """Take the cache of an ended row away from it and, if `remember` allows, store it with its ids for later
+        prompts. Stored caches whose ids are a prefix of these are dropped, and the oldest beyond `remember`."""
         ids = (row._prompt + row.ids)[: row._cache.length]
         if self._remember and ids:
             others = [(old, cache) for old, cache in self._remembered if old != ids[: len(old)]]
@@ -224,7 +247,8 @@ class Engine:
         del row._cache
 
     def _reuse_cache(self, row: Row) -> None:
-        """Copy the longest common prefix of a remembered row and this row's prompt, less its last token, into its cache."""
+        """Copy the longest prefix that this row's prompt shares with a remembered row into its cache, and set
+        `num_reused`. The last prompt token is never copied, since the forward pass needs at least one."""
         same = [_common(ids, row._prompt[:-1]) for ids, _ in self._remembered]
         row.num_reused = max(same, default=0)
         if row.num_reused:
@@ -232,24 +256,26 @@ class Engine:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix of two lists."""
+    """Return the length of the common prefix of two lists."""
     length = min(len(one), len(other))
     return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 class TextStream:
-    """Decodes token ids to text as they arrive: in whole characters, holding back what may become a stop string."""
+    """Decodes token ids to text as they arrive. It returns whole characters only, and holds back text that may still
+    become part of one of the stop strings `stop`. `is_stopped` is set at the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids: list[int] = []
-        self._begin, self._read = 0, 0  # ids before _read have been returned; decoding starts again at _begin
-        self._held = ""
+        self._begin, self._read = 0, 0  # the text of ids before _read has been returned; decoding starts at _begin
+        self._held = ""  # decoded text that is not returned yet
         self.is_stopped = False
 
     def feed(self, id: int) -> str:
-        """The text that is certain after this token."""
+        """Add a token id and return the text that can be shown now, which may be empty. Text ends before a stop
+        string."""
         self._ids.append(id)
         text = self._tokenizer.decode(self._ids[self._begin :])
         if text.endswith("\ufffd"):  # a later token may complete the character
@@ -257,20 +283,25 @@ class TextStream:
         return self._release(self._advance(text), is_last=False)
 
     def close(self) -> str:
-        """The text held back, once the answer has ended."""
+        """Return the text still held back, once the answer has ended; empty after a stop string."""
         if self.is_stopped:
             return ""
         return self._release(self._advance(self._tokenizer.decode(self._ids[self._begin :])), is_last=True)
 
     def _advance(self, text: str) -> str:
-        """The part of `text`, decoded from `_begin`, that has not been returned. Some decoders write a token differently
-        at the beginning of a text, so the ids returned last are decoded again as context."""
+        """Return the end of `text` that has not been returned yet, and move the positions. `text` is decoded from the
+        ids from `_begin` on.
+
+        Some decoders write a token differently at the beginning of a text. Therefore the ids returned last are decoded
+        again as context, and their text is cut off.
+        """
         context = self._tokenizer.decode(self._ids[self._begin : self._read])
         self._begin, self._read = self._read, len(self._ids)
         return text[len(context) :]
 
     def _release(self, text: str, *, is_last: bool) -> str:
-        """Cut at the first stop string; else hold back the longest end that may become one."""
+        """Append `text` to the text held back, and return the part that can be shown: all before the first stop string
+        or, without one, all but the longest end that may become a stop string. With `is_last` nothing is held back."""
         text = self._held + text
         stops = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if stops:

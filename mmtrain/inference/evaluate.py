@@ -1,4 +1,5 @@
-"""Held-out figures of a model during training, on the val split. Each rank computes its share of the split."""
+"""Metrics of a model on held-out data (the val split) during training. Each rank evaluates its share of the split, and
+the sums are added over the ranks."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from mmtrain.model.logps import sum_by_sequence
 from mmtrain.model.model import Model
 from mmtrain.model.preference import FIGURES, Objective, pair_figures
 
-PER_DATASET = ("loss", "bits_per_byte", "accuracy")  # figures that are also computed for each dataset
+PER_DATASET = ("loss", "bits_per_byte", "accuracy")  # metrics that are also computed for each dataset
 
 
 @torch.no_grad()
@@ -30,12 +31,18 @@ def evaluate(
     reference: Tensor | None = None,
     objective: Objective | None = None,
 ) -> dict[str, float]:
-    """Held-out figures of the loader's split; empty for an empty split.
+    """Compute metrics of the model on the loader's split. Return them by name, or an empty dict if the split has no
+    trained tokens.
 
-    loss (nats per trained token), bits_per_byte (over tokens that decode to bytes) and tokens (trained ones). For pairs,
-    loss is the objective's and bits_per_byte that of the chosen replies, and `preference.FIGURES` are added. `reference`:
-    reference logps float64 [num_samples, 2]; None stands for a reference under which all replies are equally likely.
-    Several datasets add the figures of `PER_DATASET` for each as `loss/NAME`.
+    The metrics are loss (nats per trained token), bits_per_byte (over trained tokens that decode to at least one byte)
+    and tokens (the number of trained tokens). For pairs, loss is the mean of `objective` over the pairs, bits_per_byte
+    and tokens count the chosen replies only, and the means of `preference.FIGURES` are added except those that are not
+    finite.
+
+    `reference`: the reference model's logps, float64 [num_samples, 2] (chosen, rejected); with None the objective uses
+    logps of 0, and the metrics that compare with a reference are left out. `world`: the ranks; by default this process
+    alone. If the loader has several datasets, the metrics of `PER_DATASET` are also returned for each as `loss/NAME`,
+    with NAME of `names_of`.
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
@@ -60,16 +67,18 @@ def evaluate(
 
 
 def names_of(dirs: Sequence[Path]) -> list[str]:
-    """Short names of datasets: the names of their directories, with as many parent directories as make them unique."""
+    """Return a short unique name for each dataset directory: its own name, preceded by as many parent directories as
+    make all names differ. If a directory is listed twice, the names are numbered from 1 instead."""
     for depth in range(1, 1 + max(len(path.parts) for path in dirs)):
         names = ["/".join(path.parts[-depth:]) for path in dirs]
         if len(set(names)) == len(names):
             return names
-    return [f"{path.name}-{number}" for number, path in enumerate(dirs, 1)]  # one dataset, listed twice
+    return [f"{path.name}-{number}" for number, path in enumerate(dirs, 1)]  # a dataset is listed twice
 
 
 def _figures(sums: Sequence[float]) -> dict[str, float]:
-    """Figures from the sums of `_text_sums` and, for pairs, `_pair_sums`; empty without trained tokens."""
+    """Compute the metrics from summed values: the 4 of `_text_sums` and, for pairs, those of `_pair_sums`. Return an
+    empty dict if there are no trained tokens."""
     nats, trained, nats_of_bytes, num_bytes, *of_pairs = sums
     if not trained:
         return {}
@@ -77,12 +86,19 @@ def _figures(sums: Sequence[float]) -> dict[str, float]:
     if of_pairs:
         *values, num_pairs = of_pairs
         means = {name: value / num_pairs for name, value in zip(("loss", *FIGURES), values, strict=True)}
-        figures |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # without reference: no drift
+        figures |= {
+            name: mean for name, mean in means.items() if math.isfinite(mean)
+        }  # without a reference, the drift from it is NaN
     return figures | {"tokens": int(trained)}
 
 
 def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only: bool) -> Tensor:
-    """Nats, trained tokens, nats of tokens that decode to bytes, bytes: float64 [4]."""
+    """Return four sums over the trained tokens of a batch, float64 [4]: negative log-likelihood in nats, number of
+    tokens, nats of the tokens that decode to at least one byte, and number of bytes.
+
+    `logps` [number of trained tokens] are the tokens' log-probabilities. `token_bytes` [V] has the number of bytes each
+    id decodes to. `chosen_only`: the batch has pairs, and only their chosen replies count.
+    """
     num_bytes = token_bytes[batch.ids[batch.trained]]
     is_counted = batch.sequence_ids % 2 == 0 if chosen_only else torch.ones_like(batch.sequence_ids, dtype=torch.bool)
     nats = -logps.double() * is_counted
@@ -90,7 +106,12 @@ def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only:
 
 
 def _pair_sums(batch: Batch, logps: Tensor, ref: Tensor | None, objective: Objective) -> Tensor:
-    """Loss, FIGURES and number of pairs: float64 [2 + figures]."""
+    """Return sums over the pairs of a batch, float64 [2 + len(FIGURES)]: the objective's loss, each of FIGURES, and the
+    number of pairs.
+
+    `logps` are the log-probabilities of the batch's trained tokens; `ref` [pairs, 2] are the reference's logps of the
+    chosen and the rejected replies, or None.
+    """
     sums = sum_by_sequence(logps, batch.sequence_ids, batch.num_sequences).view(-1, 2)
     loss, figures = pair_figures(objective, sums, counts_of(batch).view(-1, 2), ref)
     columns = (loss, *(figures[name] for name in FIGURES), torch.ones_like(loss))

@@ -1,7 +1,9 @@
-"""Accuracy on questions with known answers: by the text of the answer, or by the most likely of several choices.
+"""Accuracy on questions with known answers. Either the text of a generated answer is compared, or the most likely of
+several choices is taken as the answer.
 
-Both read jsonl: `{"question", "answer"}`, for choices `{"question", "choices": [...], "answer"}`, where the answer is a
-choice's number from 0, its letter from A, or its text. Nothing is downloaded, and nothing is random.
+Questions are read from jsonl, one a line: `{"question", "answer"}`, or `{"question", "choices": [...], "answer"}`,
+where the answer is a choice's number counted from 0, its letter from A, or its text. Nothing is downloaded, and nothing
+is random.
 """
 
 import unicodedata
@@ -28,7 +30,8 @@ from mmtrain.model.model import Model
 
 @dataclass(frozen=True)
 class ExamQuestion:
-    """A question; `answer` is its text or, with `choices`, the index of the right one."""
+    """A question from `line` of its file, counted from 1. `answer` is the right answer's text or, with `choices`, the
+    index of the right choice."""
 
     line: int
     question: str
@@ -38,30 +41,37 @@ class ExamQuestion:
 
 @dataclass(frozen=True)
 class ExamAnswer:
-    """The model's answer to one question (`said`), the right one (`expected`), and whether they are the same."""
+    """The model's answer to one question (`said`), the right answer (`expected`), and whether they are the same
+    (`is_right`)."""
 
     line: int
     question: str
     expected: str
     said: str
     is_right: bool
-    is_right_per_byte: bool | None = None  # of choices: by log-probability per byte
+    is_right_per_byte: bool | None = (
+        None  # whether the choice with the highest log-probability per byte is right; None without choices
+    )
 
 
 def normalized(text: str) -> str:
-    """A text as answers are compared: NFKC (full-width forms made narrow), case folded, whitespace collapsed, and
-    punctuation at both ends removed, unless nothing else would be left."""
+    """Return a text in the form in which answers are compared: Unicode NFKC (which makes full-width characters narrow),
+    case folded, each run of whitespace replaced by one space, and without punctuation and spaces at both ends. A text
+    of punctuation alone keeps it."""
     kept = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     words = [i for i, character in enumerate(kept) if not _is_edge(character)]
     return kept[words[0] : words[-1] + 1] if words else kept
 
 
 def _is_edge(character: str) -> bool:
+    """Return whether `normalized` removes this character at the ends of a text: whitespace and punctuation."""
     return character.isspace() or unicodedata.category(character).startswith("P")
 
 
 def summary(answers: Sequence[ExamAnswer]) -> dict[str, int | float]:
-    """How many questions were asked and the share answered right; for choices also by log-probability per byte."""
+    """Return the number of questions (`asked`) and the share answered right (`accuracy`, from 0 to 1). For questions
+    with choices also `accuracy_per_byte`, where the choice with the highest log-probability per byte is the answer.
+    `answers` must not be empty."""
     figures: dict[str, int | float] = {
         "asked": len(answers),
         "accuracy": sum(a.is_right for a in answers) / len(answers),
@@ -89,7 +99,8 @@ class _ChoicesLine(msgspec.Struct):
     answer: str | int
 
     def index(self) -> int | None:
-        """Index of the choice that `answer` names; None where it names none."""
+        """Return the index of the choice that `answer` names by text, letter or number, tried in this order; None if it
+        names none."""
         answer = self.answer
         if isinstance(answer, str) and answer in self.choices:
             return self.choices.index(answer)
@@ -99,12 +110,14 @@ class _ChoicesLine(msgspec.Struct):
 
 
 def read_questions(path: Path) -> list[ExamQuestion]:
-    """Read questions with the texts of their answers; InputError names a line that cannot be used."""
+    """Read questions whose answers are texts. Raise InputError for a file that is missing, not UTF-8 or without
+    questions, and for a line that does not have the expected fields."""
     return [ExamQuestion(number, line.question, line.answer) for number, line in _lines(path, _QuestionLine)]
 
 
 def read_choices(path: Path) -> list[ExamQuestion]:
-    """Read questions with their choices; InputError names a line that cannot be used."""
+    """Read questions with choices. Raise InputError for a file that is missing, not UTF-8 or without questions, and for
+    a line that does not have the expected fields or whose answer is none of its choices."""
     questions = []
     for number, line in _lines(path, _ChoicesLine):
         index = line.index()
@@ -116,7 +129,8 @@ def read_choices(path: Path) -> list[ExamQuestion]:
 
 
 def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
-    """Number and record of each line that is not blank."""
+    """Yield the line number, counted from 1, and the record of type `kind` of each line of a jsonl file; blank lines
+    are skipped. Raise InputError for a file or line that cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
@@ -142,7 +156,12 @@ def ask(
     max_new_tokens: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExamAnswer]:
-    """The greedy answer to each question, compared with the expected one as `normalized`."""
+    """Generate a greedy answer of at most `max_new_tokens` tokens to each question. An answer is right if it equals the
+    expected one, both `normalized`.
+
+    Without a template (a model that was only pretrained) the model continues the question as a text. `progress(finished
+    answers, all answers)` is called after each step of generation.
+    """
     prompts = [prompt_of(tokenizer, template, one.question) for one in questions]
     rows = Engine(model, tokenizer).answer(prompts, Sampling(max_new_tokens=max_new_tokens), progress=progress)
     return [
@@ -162,7 +181,13 @@ def choose(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExamAnswer]:
-    """The choice with the highest summed log-probability as the answer and, separately, per byte of its text."""
+    """Compute the log-probability of each choice as the answer to its question, and take the choice with the highest
+    sum over its tokens as the model's answer. `is_right_per_byte` says whether the choice with the highest
+    log-probability per UTF-8 byte is right.
+
+    Without a template (a model that was only pretrained) the choice follows the question after a space.
+    `progress(scored choices, all choices)` is called after each forward pass.
+    """
     sequences = [
         _sequence(prompt_of(tokenizer, template, one.question), _answer_ids(tokenizer, template, choice))
         for one in questions
@@ -185,11 +210,12 @@ def choose(
 
 
 def _answer_ids(tokenizer: Tokenizer, template: Template | None, choice: str) -> list[int]:
-    """Ids of a choice as an answer; without a template it follows the question after a space."""
+    """Return the ids of a choice as an answer. Without a template it begins with the space that separates it from the
+    question."""
     return tokenizer.encode_batch([choice if template is not None else f" {choice}"])[0].tolist()
 
 
 def _sequence(prompt: list[int], answer: list[int]) -> LaidOut:
-    """A prompt and its answer as one sequence with loss on the answer."""
+    """Join prompt ids and answer ids to one sequence whose loss mask is 1 on the answer."""
     mask = np.array([0] * len(prompt) + [1] * len(answer), dtype=np.uint8)
     return LaidOut(np.array(prompt + answer), mask, [len(mask)])

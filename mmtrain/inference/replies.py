@@ -1,7 +1,9 @@
-"""Splits a model's answer into its thinking, its content and its tool calls, while the text streams in.
+"""Splits the text of a model's answer into reasoning (its think block), content and tool calls, while the text is
+generated.
 
-The text may arrive cut anywhere; at most the length of a tag is held back. No text is lost: a tool call that is not
-valid JSON, or is never closed, is returned as content.
+The text may arrive in pieces cut at any place. At most the length of a tag, and newlines that may precede a tag, are
+held back, and the text of a tool call until it is complete. A tool call that is not valid JSON, or whose closing tag is
+missing, is returned as content, so that it is not lost.
 """
 
 import json
@@ -12,7 +14,8 @@ THINK, THINK_END, CALL, CALL_END = "<think>", "</think>", "<tool_call>", "</tool
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of an answer. `kind` is reasoning, content or call; `call` (name, and arguments as JSON) only for a call."""
+    """A consecutive stretch of an answer. `kind` is "reasoning", "content" or "call". `call` has the "name" of the
+    called function and its "arguments" as JSON text; it is None for other kinds."""
 
     kind: str
     text: str
@@ -21,7 +24,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer. `reasoning` is None without a think block; each call has a name and arguments as JSON."""
+    """A complete answer. `reasoning` is None if the answer has no think block, or an empty one. Each of `calls` has the
+    "name" of the called function and its "arguments" as JSON text."""
 
     reasoning: str | None
     content: str
@@ -29,15 +33,20 @@ class Reply:
 
 
 class Splitter:
-    """Splits one answer. A `<think>` block counts only at the beginning of the answer, tool calls anywhere after it."""
+    """Splits the text of one answer as it arrives. `<think>` is a tag only at the beginning of the answer (after
+    whitespace), and `<tool_call>` only after the think block. With `with_calls` False, tool calls stay part of the
+    content."""
 
     def __init__(self, *, with_calls: bool = True):
         self._with_calls = with_calls
-        self._mode = "start"  # start, reasoning, gap (newlines after the think block), content, call
-        self._held = ""  # received and not yet returned
+        self._mode = (
+            "start"  # what the next text is: start, reasoning, gap (newlines after the think block), content, call
+        )
+        self._held = ""  # text that was received and not yet returned
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after `text`."""
+        """Add text and return the pieces that are known by now. Text that may turn out to be part of a tag is returned
+        by a later call."""
         self._held += text
         pieces: list[Piece] = []
         while (more := self._next()) is not None:
@@ -45,7 +54,8 @@ class Splitter:
         return [piece for piece in pieces if piece.text]
 
     def close(self) -> list[Piece]:
-        """The text held back, once the answer has ended."""
+        """Return the text still held back, once the answer has ended. A tool call without its closing tag becomes
+        content."""
         held, self._held = self._held, ""
         if self._mode == "call":
             return [Piece("content", CALL + held)]
@@ -54,7 +64,8 @@ class Splitter:
         return [Piece("reasoning" if self._mode == "reasoning" else "content", held)] if held else []
 
     def _next(self) -> list[Piece] | None:
-        """Process the held text by one step; None when more text is needed."""
+        """Process the text held back up to the next tag or its end. Return the pieces found, or None when more text is
+        needed."""
         if self._mode == "start":
             return self._begin()
         if self._mode == "gap":
@@ -75,21 +86,23 @@ class Splitter:
         return [piece]
 
     def _begin(self) -> list[Piece] | None:
-        """Decide whether the answer opens with a think block."""
+        """Determine whether the answer begins with a think block, and set the mode accordingly. Return an empty list,
+        or None while there is too little text to decide."""
         text = self._held.lstrip()
         if text.startswith(THINK):
             inside = text[len(THINK) :].lstrip("\n")
             if not inside:
                 return None
             self._mode, self._held = "reasoning", inside
-        elif THINK.startswith(text):  # also while there is no text
+        elif THINK.startswith(text):  # also true for an empty text
             return None
         else:
             self._mode = "content"
         return []
 
     def _release(self, tag: str) -> list[Piece] | None:
-        """Return all text that cannot be the beginning of the tag or of the newlines before it."""
+        """Return the text that cannot be part of `tag`, or of the newlines before it, as a piece; None if there is no
+        such text or in a tool call, which is returned as a whole."""
         if self._mode == "call":
             return None
         end = len(self._held) - tail_of_prefix(self._held, tag)
@@ -99,13 +112,15 @@ class Splitter:
 
 
 def tail_of_prefix(text: str, word: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `word` but not all of it."""
+    """Return the length of the longest suffix of `text` that is a prefix of `word`, shorter than `word` itself; 0 if
+    there is none."""
     longest = min(len(word) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 
 
 def _call(text: str) -> Piece:
-    """The tool call in `text`, or its text with the tags as content when it is not one."""
+    """Return the tool call written in `text` (JSON between the tags). If it is not a valid one, return text and tags as
+    content."""
     try:
         values = json.loads(text)
         name, arguments = values["name"], values.get("arguments", {})
@@ -118,7 +133,8 @@ def _call(text: str) -> Piece:
 
 
 def split(text: str, *, with_calls: bool = True) -> Reply:
-    """Split a complete answer."""
+    """Split a complete answer into reasoning, content and tool calls. With `with_calls` False, tool calls stay part of
+    the content."""
     splitter = Splitter(with_calls=with_calls)
     pieces = splitter.feed(text) + splitter.close()
     reasoning, content = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "content"))

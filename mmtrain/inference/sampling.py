@@ -1,7 +1,8 @@
-"""Chooses the next token from logits.
+"""Choosing the next token from logits.
 
 The settings are applied in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
-min-p. Each token takes one uniform number from the row's own generator, so the same seed gives the same answer.
+min-p. Drawing a token takes one uniform random number from the generator of its row, so the same seed gives the same
+answer.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,11 @@ from mmtrain.inference.settings import Sampling
 
 
 def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor:
-    """Apply the repetition penalty to logits [V]: those of `token_ids` are divided by it where positive, else multiplied
-    (CTRL, Keskar et al. 2019, section 4.1, as implemented in transformers)."""
+    """Return logits [V] with the repetition penalty applied to `token_ids`: a positive logit is divided by `penalty`,
+    any other multiplied by it. Penalty 1 changes nothing.
+
+    Source: CTRL, Keskar et al. 2019, section 4.1, as implemented in transformers.
+    """
     if penalty == 1 or not token_ids:
         return logits
     ids = torch.tensor(sorted(set(token_ids)), device=logits.device)
@@ -23,24 +27,26 @@ def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor
 
 
 def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities (fp64, descending, summing to 1) and ids of the tokens that may be drawn for logits [V].
+    """Return the probabilities (fp64, descending, summing to 1) and the ids of the tokens that may be drawn for logits
+    [V], after temperature, top-k, top-p and min-p. The temperature must be above 0.
 
-    At least one token is kept. Tokens of equal probability are in the order of their ids.
+    There is always at least one token. Tokens of equal probability are in the order of their ids.
     """
     values, ids = (logits.float() / options.temperature).sort(descending=True, stable=True)
     if options.top_k:
         values, ids = values[: options.top_k], ids[: options.top_k]
     probs = values.double().softmax(-1)
-    kept = probs.cumsum(-1) - probs < options.top_p  # the sum before this token has not reached p
+    kept = probs.cumsum(-1) - probs < options.top_p  # the more likely tokens together have not reached top_p
     kept &= probs >= options.min_p * probs[0]
-    num_kept = max(1, int(kept.sum()))  # both conditions hold for a prefix of the descending order
+    num_kept = max(1, int(kept.sum()))  # the tokens that meet both conditions come first in the order
     return probs[:num_kept] / probs[:num_kept].sum(), ids[:num_kept]
 
 
 def pick(logits: Tensor, options: Sampling, generator: torch.Generator, token_ids: Sequence[int] = ()) -> int:
-    """The next token id for logits [V] on the CPU: the most likely one at temperature 0, else a random draw.
+    """Choose the next token id for logits [V] on the CPU: the most likely token at temperature 0, else a random one,
+    for which `generator` provides one number.
 
-    `token_ids`: prompt and answer so far, for the repetition penalty.
+    `token_ids`: the ids of prompt and answer so far, to which the repetition penalty applies.
     """
     logits = penalize(logits, token_ids, options.repetition_penalty)
     if options.temperature == 0:
@@ -52,7 +58,8 @@ def pick(logits: Tensor, options: Sampling, generator: torch.Generator, token_id
 
 
 def top_logps(logits: Tensor, id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Log-probability of token `id` under logits [V], and the `num_top` most likely ids with theirs, descending."""
+    """Return the log-probability of token `id` under logits [V], and the `num_top` most likely ids with their
+    log-probabilities, descending."""
     logps = logits.double().log_softmax(-1)
     values, ids = logps.topk(min(num_top, len(logps)))
     return float(logps[id]), list(zip(ids.tolist(), values.tolist(), strict=True))

@@ -1,7 +1,9 @@
-"""Held-out figures of a model by dataset and bucket, computed from one record per sequence (`mm eval`).
+"""Loss and related metrics of a model on a dataset, by dataset and bucket (`mm eval`). They are computed from one
+record per sequence.
 
-A record (`Scored`, a line of `mm eval --per-sequence`) says where the sequence came from, how many of its tokens are
-trained on, and their negative log-likelihood. Sorted by nats per token, the records show the noisiest rows of the data.
+A record (`Scored`, also a line written by `mm eval --per-sequence`) has the file and line that the sequence comes from,
+how many of its tokens are trained on, and their negative log-likelihood. The records with the most nats per token show
+the noisiest rows of the data.
 """
 
 import math
@@ -22,17 +24,18 @@ from mmtrain.model.batch import to_device, token_logps_of
 from mmtrain.model.logps import sum_by_sequence
 from mmtrain.model.model import Model
 
-MICRO_TOKENS = 2048  # of one forward pass; more are no faster on a CPU
-MIN_TOKENS = 8  # trained tokens below which a sequence is not called noisy: too few for a meaningful mean
+MICRO_TOKENS = 2048  # the most tokens of one forward pass; more are no faster on a CPU
+MIN_TOKENS = 8  # sequences with fewer trained tokens are not called noisy: too few for a meaningful mean
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One sequence of a dataset; a row longer than the dataset's longest sequence has several.
+    """The score of one sequence of a dataset. A document that was cut into several sequences has a record for each.
 
-    `tokens` counts the trained tokens and `nll` is their summed negative log-likelihood in nats; `bytes` counts the bytes
-    they decode to and `byte_nll` sums the nats of the tokens that decode to any. `side` is chosen or rejected for the
-    replies of a pair, else None.
+    `file` and `line` name the input row, counted from 1. `tokens` is the number of trained tokens and `nll` their
+    summed negative log-likelihood in nats. `bytes` is the number of bytes they decode to, and `byte_nll` sums the nats
+    of those tokens that decode to at least one byte. `side` is "chosen" or "rejected" for the two replies of a pair,
+    else None.
     """
 
     dataset: str
@@ -48,11 +51,12 @@ class Scored:
 
     @property
     def loss(self) -> float:
-        """Nats per trained token."""
+        """Negative log-likelihood in nats per trained token; 0 without trained tokens."""
         return self.nll / max(self.tokens, 1)
 
     def record(self) -> dict[str, str | int | float | None]:
-        """The line of `--per-sequence`: all fields but `byte_nll`, and `loss` (null without trained tokens)."""
+        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and `loss`, which is None without trained
+        tokens."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "byte_nll"}
         return {**values, "loss": self.loss if self.tokens else None}
 
@@ -66,10 +70,11 @@ def score(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Scored]:
-    """Score every sequence of a split in the order of its shards; of a pair the chosen reply, then the rejected one.
+    """Yield the score of every sequence of a split, in the order of its samples. For a pair, the chosen reply comes
+    first, then the rejected one.
 
-    `progress(samples scored, all samples)` is called after each forward pass. TokenizerError when the dataset was packed
-    with another tokenizer than the model's.
+    `split`: "train" or "val". `progress(samples scored, all samples)` is called after each forward pass. Raise
+    TokenizerError when the dataset was packed with a tokenizer other than `tokenizer`.
     """
     if dataset.tokenizer_sha256 != tokenizer.sha256:
         raise TokenizerError(
@@ -77,7 +82,7 @@ def score(
             f"mm pack FILE --tokenizer {tokenizer.dir}",
         )
     token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes(), dtype=np.int64))
-    sources = cache(lambda part: open_sources(dataset, part))  # mapped files
+    sources = cache(lambda part: open_sources(dataset, part))  # columns are memory-mapped files
     samples = dataset.split(split)
     total = samples.num_samples()
     for micro in micro_batches(_laid_out(samples.sample(*samples.locate(number))) for number in range(total)):
@@ -97,7 +102,8 @@ def score(
 
 
 class LaidOut(NamedTuple):
-    """One sample as sequences laid end to end: ids and loss mask [T], and the length of each sequence."""
+    """One sample as sequences laid end to end: their ids and loss mask, both [T], and the length of each sequence in
+    tokens."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -105,8 +111,8 @@ class LaidOut(NamedTuple):
 
 
 def micro_batches(samples: Iterable[LaidOut]) -> Iterator[MicroBatch]:
-    """Samples joined to micro-batches of at most MICRO_TOKENS (a longer sample stands alone). `MicroBatch.samples` holds
-    their positions in `samples`."""
+    """Join consecutive samples to micro-batches of at most MICRO_TOKENS tokens; a longer sample is a micro-batch of its
+    own. `MicroBatch.samples` numbers the samples from 0 in the order of `samples`."""
     group: list[LaidOut] = []
     begin = size = 0
     for number, sample in enumerate(samples):
@@ -120,6 +126,7 @@ def micro_batches(samples: Iterable[LaidOut]) -> Iterator[MicroBatch]:
 
 
 def _micro_batch(group: list[LaidOut], begin: int) -> MicroBatch:
+    """Concatenate samples to one micro-batch. `begin` is the number of the first sample."""
     mask = np.concatenate([sample.loss_mask for sample in group])
     lengths = [length for sample in group for length in sample.lengths]
     return MicroBatch(
@@ -133,7 +140,8 @@ def _micro_batch(group: list[LaidOut], begin: int) -> MicroBatch:
 
 
 def _laid_out(view: PackView | PairView) -> LaidOut:
-    """A pack as it is; of a pair the prompt with the chosen reply, then the prompt with the rejected one."""
+    """Return a sample as sequences laid end to end: the sequences of a pack or, for a pair, the prompt with the chosen
+    reply and the prompt with the rejected reply. The prompts have loss mask 0."""
     if isinstance(view, PackView):
         return LaidOut(view.ids, loss_mask(view.span, len(view.ids)), view.doc_len.tolist())
     replies = ((view.chosen, view.chosen_span), (view.rejected, view.rejected_span))
@@ -146,7 +154,8 @@ def _laid_out(view: PackView | PairView) -> LaidOut:
 def _places(
     dataset: Dataset, split: str, number: int, sources: Callable[[int], dict]
 ) -> list[tuple[int, str, int, str | None]]:
-    """Bucket, input file, line and side of each sequence of a sample."""
+    """Return bucket, input file, line and side (see `Scored`) of each sequence of sample `number` of a split. `sources`
+    returns the columns of `open_sources` for a part, a fixed byte range of an input file that was packed as a unit."""
     samples = dataset.split(split)
     bucket, i = samples.locate(number)
     columns, view = sources(samples.part_of(bucket, i)), samples.sample(bucket, i)
@@ -159,11 +168,13 @@ def _places(
 
 
 def figures(scored: Iterable[Scored]) -> dict[str, dict[int | str, dict[str, float]]]:
-    """Figures of each dataset by bucket, and of all its buckets under "all".
+    """Compute the metrics of each dataset, as {dataset: {bucket: {metric: value}}}. The bucket "all" has those over all
+    buckets.
 
-    sequences, tokens, loss (nats per token), bits_per_byte and perplexity. Pairs also have accuracy (share of pairs whose
-    chosen reply is the more likely one), accuracy_per_token (the same by mean per token) and margin (mean difference in
-    nats); their other figures are those of the chosen replies.
+    The metrics are sequences and tokens (numbers of sequences and trained tokens), loss (nats per trained token),
+    bits_per_byte and perplexity. For pairs these are of the chosen replies, and three are added: accuracy (share of
+    pairs whose chosen reply has the higher summed log-probability), accuracy_per_token (the same with the mean per
+    token) and margin (mean over pairs of the chosen reply's summed log-probability minus the rejected one's, in nats).
     """
     groups: dict[str, dict[int | str, list[Scored]]] = defaultdict(lambda: defaultdict(list))
     for one in scored:
@@ -177,6 +188,8 @@ def figures(scored: Iterable[Scored]) -> dict[str, dict[int | str, dict[str, flo
 
 
 def _figures(scored: list[Scored]) -> dict[str, float]:
+    """Compute the metrics that `figures` describes from the sequences of one bucket. Those of pairs must alternate
+    between chosen and rejected."""
     counted = [one for one in scored if one.side != "rejected"]
     tokens, nll = sum(one.tokens for one in counted), math.fsum(one.nll for one in counted)
     num_bytes, byte_nll = sum(one.bytes for one in counted), math.fsum(one.byte_nll for one in counted)
@@ -197,7 +210,8 @@ def _figures(scored: list[Scored]) -> dict[str, float]:
 
 
 def noisiest(scored: Iterable[Scored], count: int) -> list[Scored]:
-    """The `count` sequences with the most nats per token; those with fewer than MIN_TOKENS come after all others, and a
-    pair's rejected replies are left out because they are meant to be unlikely."""
+    """Return the `count` sequences with the most nats per trained token, the highest first. Sequences with fewer than
+    MIN_TOKENS trained tokens come after all others. Rejected replies are left out, because they are meant to be
+    unlikely."""
     counted = [one for one in scored if one.side != "rejected"]
     return sorted(counted, key=lambda one: (one.tokens >= MIN_TOKENS, one.loss), reverse=True)[:count]

@@ -1,4 +1,4 @@
-"""The sampling settings of one answer, declared for the engine and for the command line. Does not import torch."""
+"""Sampling settings of one answer, declared once for the engine and for the command line. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,11 @@ GROUP = "Sampling"  # heading in --help
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling settings and stopping conditions of one answer; greedy by default. UsageError for values out of range.
+    """Sampling settings and stopping conditions of one answer. The default is greedy decoding. Raise UsageError for a
+    value out of range or an empty stop string.
 
-    `logprobs` None reports no log-probabilities; a number reports each token's own and those of that many of the most
-    likely tokens, taken from the model's logits before any of the other settings.
+    `logprobs`: None reports no log-probabilities. A number n reports the log-probability of each generated token and
+    the n most likely tokens with theirs, all from the model's logits before any other setting is applied.
     """
 
     temperature: float = option(0.0, help="0 takes the likeliest token.", least=0, group=GROUP)
@@ -42,7 +43,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ChatSampling(Sampling):
-    """The same with the defaults of `mm chat`."""
+    """The same settings as `Sampling`, with the defaults of `mm chat`: temperature 0.7 and top_p 0.9."""
 
     temperature: float = redeclared(Sampling, "temperature", default=0.7)
     top_p: float = redeclared(Sampling, "top_p", default=0.9)
