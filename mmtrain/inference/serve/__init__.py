@@ -1,4 +1,5 @@
-"""`mm serve`: OpenAI's HTTP API and a chat page.
+"""The server of `mm serve`: OpenAI's HTTP API and a chat page.
 
-Begin with `app.py`; `api.py` reads requests, `responses.py` builds responses, `worker.py` is the thread that generates.
+Begin with `app.py`. `api.py` reads requests, `responses.py` builds responses, and `worker.py` is the thread that
+generates.
 """

@@ -1,8 +1,9 @@
-"""Request bodies of OpenAI's HTTP API, read and checked. No server and no model here.
+"""Reads and checks the request bodies of OpenAI's HTTP API. Uses neither the server nor the model.
 
-Every field is honoured or refused with an error that names it; none is ignored, except those that only label a request
-(`user`, `metadata`, …). Beyond OpenAI's fields there are `top_k`, `min_p`, `repetition_penalty`, `truncation` and
-`chat_template_kwargs`, named as in other local servers. Null stands for a field's default.
+Every field either takes effect or is refused with an error that names it. The only fields without effect are those that
+label a request (`LABELS`: `user`, `metadata`, …). Fields that OpenAI's API does not have are `top_k`, `min_p`,
+`repetition_penalty`, `truncation` and `chat_template_kwargs`, named as in other local servers. A field whose value is
+null gets its default.
 """
 
 import json
@@ -18,8 +19,8 @@ from mmdata.encode.template import Message
 from mmdata.io.records import convert_record, explain
 from mmtrain.inference.settings import Sampling
 
-MAX_CHOICES = 16  # `n`, and prompts of a completion
-MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 16  # the largest `n`, and the most prompts of a completion
+MAX_TOP_LOGPROBS = 20  # the most likely tokens that can be reported with each token
 
 # Whole numbers are declared as float, since clients also write 5.0.
 Count = Annotated[float, Meta(ge=1, le=2**31, multiple_of=1)]
@@ -33,7 +34,7 @@ LABELS = {  # fields that are accepted and have no effect
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
 }
-_CHOICES = {  # what msgspec's message about a wrong value does not list
+_CHOICES = {  # the values a field may have; msgspec's message about a wrong value does not list them
     "messages.role": "system, developer, user, assistant or tool",
     "tool_choice": "auto or none, since a call cannot be forced",
     "tools.type": "function",
@@ -51,40 +52,42 @@ _TYPES = {  # msgspec's names of types, in words
 
 
 class RequestError(Exception):
-    """A request that cannot be served: a message for the client, the field it is about, HTTP status and OpenAI's code."""
+    """A request that cannot be served. `message` is for the client; `param` is the name of the field at fault, `status`
+    the HTTP status, and `code` the error code of OpenAI's API (None if there is none)."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The error as OpenAI's clients expect it."""
+        """Return the error as a response body in the form of OpenAI's API."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to generate: `n` answers to `messages` (a chat), or `n` continuations of each text in `prompts`.
+    """What to generate: `n` answers to the conversation `messages` (a chat), or `n` continuations of each text in
+    `prompts` (a completion).
 
-    `sampling` has neither the seed nor the length: `seed` None draws one, `max_tokens` None takes what the window holds.
+    The seed and `max_new_tokens` of `sampling` are not set; the fields `seed` and `max_tokens` have them instead.
     """
 
     sampling: Sampling
-    max_tokens: int | None
-    seed: int | None
-    n: int
+    max_tokens: int | None  # the most tokens of an answer; None: as many as the window and the server allow
+    seed: int | None  # None: a random seed is drawn
+    n: int  # number of answers to each prompt
     stream: bool
-    include_usage: bool
+    include_usage: bool  # end a streamed response with the token counts
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     prompts: tuple[str, ...] = ()
-    think: bool | None = None  # None: the chat template's default
-    truncate: bool = False  # drop the oldest turns of a conversation that is too long, instead of an error
+    think: bool | None = None  # answer with or without a think block; None: the chat template's default
+    truncate: bool = False  # drop the oldest turns of a conversation that is too long; False: raise an error
 
     @property
     def is_chat(self) -> bool:
-        """Whether this is a chat, not a completion."""
+        """Whether the request is a chat; otherwise it is a completion."""
         return bool(self.messages)
 
 
@@ -92,7 +95,7 @@ class Request:
 
 
 class _Unsupported(Struct, kw_only=True):
-    """Fields of OpenAI's that are accepted only with a value that has no effect."""
+    """Fields of OpenAI's API that are accepted only with a value that has no effect, such as a penalty of 0."""
 
     frequency_penalty: Zero = 0
     presence_penalty: Zero = 0
@@ -111,12 +114,14 @@ class _Unsupported(Struct, kw_only=True):
 
 
 class _StreamOptions(Struct, forbid_unknown_fields=True):
+    """The field stream_options. `include_obfuscation` is accepted and has no effect."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class _Body(_Unsupported, kw_only=True):
-    """Fields that chats and completions share."""
+    """The fields that the bodies of chats and completions have in common."""
 
     model: str | None = None
     max_tokens: Count | None = None
@@ -132,7 +137,12 @@ class _Body(_Unsupported, kw_only=True):
     stream_options: _StreamOptions | None = None
 
     def request(self, *, logprobs: float | None, max_tokens: float | None) -> Request:
-        """The request, without the fields that only one kind has."""
+        """Return the request with all fields but those that only a chat or only a completion has. `logprobs`: number of
+        most likely tokens to report with each token; None reports no log-probabilities. `max_tokens`: the most tokens
+        of an answer, or None.
+
+        Raise RequestError for `echo`, and for `stream_options` without `stream`.
+        """
         if self.echo:
             raise RequestError("echo is not supported here: leave it out", param="echo")
         if self.stream_options and not self.stream:
@@ -157,7 +167,7 @@ class _Body(_Unsupported, kw_only=True):
 
 
 class _Part(Struct):
-    """A part of a message's content."""
+    """An element of a message's content where the content is a list, such as {"type": "text", "text": "hello"}."""
 
     type: str | None = None
     text: str | None = None
@@ -165,22 +175,33 @@ class _Part(Struct):
 
 
 class _CalledFunction(Struct):
+    """The function that a tool call of an earlier answer calls."""
+
     name: str
-    arguments: Any = "{}"  # JSON, or text that holds JSON
+    arguments: Any = "{}"  # a JSON value, or a text that is to be decoded from JSON
 
 
 class _ToolCall(Struct):
+    """A tool call of an earlier answer."""
+
     function: _CalledFunction
 
 
 class _Message(Struct):
+    """A message of a chat, as OpenAI's API writes it."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_Part] | None = None
     reasoning_content: str | None = None
     tool_calls: list[_ToolCall] | None = None
 
     def message(self, place: str) -> Message:
-        """The message for the chat template. `place`: what errors name it by, such as messages[0]."""
+        """Return the message in the form that the chat template takes. The role "developer" becomes "system";
+        `reasoning_content` is kept for the assistant only.
+
+        `place` names the message in errors, such as "messages[0]". Raise RequestError when it has no content and no tool
+        calls, content that is not text, tool calls of another role than the assistant, or arguments that are not JSON.
+        """
         calls = tuple(self._call(call.function, f"{place}.tool_calls") for call in self.tool_calls or ())
         if calls and self.role != "assistant":
             raise RequestError(f"{place}: only the assistant calls tools", param=f"{place}.tool_calls")
@@ -189,7 +210,8 @@ class _Message(Struct):
         return Message(role, "" if self.content is None and calls else self._text(f"{place}.content"), reasoning, calls)
 
     def _text(self, place: str) -> str:
-        """The content as one text."""
+        """Return the content as one text, the elements of a list concatenated. Raise RequestError, naming `place`, for
+        content that is missing or not text."""
         parts = self.content if isinstance(self.content, list) else [_Part("text", self.content)]
         for part in parts:
             if part.type not in (None, "text", "refusal"):
@@ -200,6 +222,8 @@ class _Message(Struct):
 
     @staticmethod
     def _call(function: _CalledFunction, place: str) -> dict[str, Any]:
+        """Return the name and the arguments of a called function, with arguments given as text decoded from JSON. Raise
+        RequestError, naming `place`, when they are not JSON."""
         arguments = function.arguments
         if isinstance(arguments, str):
             try:
@@ -210,23 +234,33 @@ class _Message(Struct):
 
 
 class _Function(Struct):
+    """The part of a tool's definition that is checked; the chat template gets all of it."""
+
     name: str
 
 
 class _Tool(Struct):
+    """A tool's definition, as far as it is checked."""
+
     function: _Function
     type: Literal["function"] = "function"
 
 
 class _ResponseFormat(Struct, forbid_unknown_fields=True):
+    """The field response_format: only plain text is supported."""
+
     type: Literal["text"]
 
 
 class _TemplateOptions(Struct, forbid_unknown_fields=True, frozen=True):
+    """The field chat_template_kwargs: whether to think, or None for the chat template's default."""
+
     enable_thinking: bool | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
+    """The body of /v1/chat/completions."""
+
     messages: Annotated[list[_Message], Meta(max_length=1000)] = []
     tools: list[dict[str, Any]] = []  # passed to the chat template as they are
     tool_choice: Literal["auto", "none"] = "auto"
@@ -239,12 +273,19 @@ class _ChatBody(_Body, kw_only=True):
 
 
 class _CompletionBody(_Body, kw_only=True):
+    """The body of /v1/completions."""
+
     prompt: Text | Annotated[list[Text], Meta(min_length=1, max_length=MAX_CHOICES)]
     logprobs: TopLogprobs | None = None
 
 
 def chat_request(body: Any, models: Sequence[str]) -> Request:
-    """Read the body of /v1/chat/completions, as decoded from JSON; RequestError names a field that cannot be used."""
+    """Read the body of /v1/chat/completions, given as decoded from JSON. `models` are the names allowed in the field
+    `model`.
+
+    Raise RequestError, naming the field, for a value that cannot be used, an unknown field or an unknown model (status
+    404).
+    """
     chat = _read(body, _ChatBody, models)
     if not any(message.role in ("user", "tool") for message in chat.messages):
         problem = "there is no user message to answer" if chat.messages else "expected at least one message"
@@ -263,7 +304,12 @@ def chat_request(body: Any, models: Sequence[str]) -> Request:
 
 
 def completion_request(body: Any, models: Sequence[str]) -> Request:
-    """Read the body of /v1/completions, as decoded from JSON; RequestError names a field that cannot be used."""
+    """Read the body of /v1/completions, given as decoded from JSON. `models` are the names allowed in the field
+    `model`.
+
+    Raise RequestError, naming the field, for a value that cannot be used, an unknown field or an unknown model (status
+    404).
+    """
     completion = _read(body, _CompletionBody, models)
     prompts = (completion.prompt,) if isinstance(completion.prompt, str) else tuple(completion.prompt)
     max_tokens = completion.max_tokens or 16  # OpenAI's default for completions
@@ -275,6 +321,9 @@ Converted = TypeVar("Converted")
 
 
 def _read(body: Any, kind: type[BodyT], models: Sequence[str]) -> BodyT:
+    """Convert a body to the record type `kind`. Fields that are null get their default, and the fields in `LABELS` are
+    dropped. Raise RequestError for a body that is no JSON object, an unknown field, a value that does not fit, or a
+    model that is not in `models`."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     for name in body:
@@ -289,7 +338,9 @@ def _read(body: Any, kind: type[BodyT], models: Sequence[str]) -> BodyT:
 
 
 def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
-    """Plain values as a record; RequestError with the place of what does not fit, below `place`."""
+    """Convert a value decoded from JSON to the type `kind`. If it does not fit, raise a RequestError that names the
+    field at fault and says what was expected. `place` is the name of the field that the value is from; empty for the
+    whole body."""
     try:
         return convert_record(value, kind)
     except msgspec.ValidationError as error:
@@ -308,6 +359,7 @@ def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
 
 
 def _in_words(types: str) -> str:
-    """Types as msgspec joins them, such as "float | null", in words; null is left out beside others."""
+    """Return the names of types that msgspec joins, such as "float | null", in words ("a number"). "null" is left out
+    if there are other types."""
     names = types.split(" | ")
     return " or ".join(_TYPES.get(name, name) for name in names if name != "null" or len(names) == 1)

@@ -1,8 +1,8 @@
-"""`mm serve`: a run behind OpenAI's HTTP API, with a chat page. Needs the extra mm[serve].
+"""The web server of `mm serve`: OpenAI's HTTP API for one model, and a chat page. Needs the extra mm[serve].
 
-Requests are batched: a new answer joins the running ones at the next step. Limits on the size of a request, its length,
-its time and the number of waiting answers each end in a 4xx or 5xx with a JSON error. When a client disconnects, its
-answers end. Neither the page nor the API sends anything to other machines.
+Requests are batched: a new answer joins those in generation at the next step. A request that is too large or too long,
+takes too long, or comes while too many answers are waiting, gets a 4xx or 5xx status and an error in JSON. When a
+client disconnects, its answers are cancelled. Neither the page nor the API sends anything to other machines.
 """
 
 import asyncio
@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
 
-PAGE = {"": "index.html", "chat.js": "chat.js", "chat.css": "chat.css", "icon.svg": "icon.svg"}  # by path
+PAGE = {
+    "": "index.html",
+    "chat.js": "chat.js",
+    "chat.css": "chat.css",
+    "icon.svg": "icon.svg",
+}  # URL path -> file in assets/
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -44,33 +49,35 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ANSWER_TOKENS = 512  # kept free for an answer without max_tokens when old turns are dropped, at most half the window
-READ_S = 30  # time for a request body to arrive
-POLL_S = 0.5  # between checks whether a client is still connected
+# When old turns are dropped and the request has no max_tokens, this many tokens are left free for the answer, or half
+# the window if that is less.
+ANSWER_TOKENS = 512
+READ_S = 30  # seconds in which a request body must arrive
+POLL_S = 0.5  # seconds between checks whether a client is still connected
 
 
 @dataclass(frozen=True)
 class Service:
-    """The model that is served, and its limits."""
+    """The model that is served, and the limits on requests. `name` is the model's name in the API."""
 
     name: str
     template: Template
     worker: Worker
-    api_key: str | None = None
-    host: str = "127.0.0.1"
+    api_key: str | None = None  # required for paths below /v1/; None: no key is needed
+    host: str = "127.0.0.1"  # address to listen on
     max_body_bytes: int = 2**20
-    max_tokens: int | None = None  # of one answer; None: what the window holds
-    timeout_s: float = 600
-    started: int = field(default_factory=lambda: int(time.time()))
+    max_tokens: int | None = None  # limit of every answer; None: as many as the window has room for
+    timeout_s: float = 600  # time for all answers of a request
+    started: int = field(default_factory=lambda: int(time.time()))  # Unix time
 
     @property
     def engine(self) -> Engine:
-        """The worker's engine."""
+        """The engine that the worker runs."""
         return self.worker.engine
 
     @cached_property
     def knows_thinking(self) -> bool:
-        """Whether the chat template writes another prompt when thinking is requested."""
+        """Whether the chat template makes a different prompt when thinking is requested than when it is not."""
         hello = [Message("user", "hello")]
         with_thinking, without = (
             self.template.prompt_ids(self.engine.tokenizer, hello, think=on) for on in (True, False)
@@ -79,18 +86,18 @@ class Service:
 
     @property
     def card(self) -> ModelCard:
-        """Its entry in /v1/models."""
+        """The description of the model in the response of /v1/models."""
         return ModelCard(self.name, self.started, self.engine.window, self.knows_thinking)
 
 
 def check_installed() -> None:
-    """UsageError where the extra is not installed."""
+    """Raise UsageError if starlette or uvicorn is not installed."""
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise UsageError("mm serve needs starlette and uvicorn", "pip install 'mm-toolkit[serve]'")
 
 
 def make_app(service: Service) -> "Starlette":
-    """The ASGI application; it starts and stops the service's worker."""
+    """Return the ASGI application for a service. The service's worker is started and stopped with the application."""
     from starlette.applications import Starlette
     from starlette.routing import Route
 
@@ -101,7 +108,8 @@ def make_app(service: Service) -> "Starlette":
         await asyncio.to_thread(service.worker.stop)
 
     def guarded(handle: Callable) -> Callable:
-        """`handle` after the checks of host and API key, with RequestError as a JSON response."""
+        """Return a handler that first checks the Host header and, for paths below /v1/, the API key, and then calls
+        `handle`. A RequestError becomes a response in JSON."""
 
         async def answer(request: "HttpRequest") -> "Response":
             try:
@@ -150,10 +158,10 @@ def make_app(service: Service) -> "Starlette":
 
 
 def serve(service: Service, port: int, *, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, after which running answers have a few seconds to end. Calls `ready(address)` once
-    listening.
+    """Serve on `port` of the service's host until SIGINT or SIGTERM; answers in generation then have 5 seconds to end.
+    Port 0 takes a free port. `ready(address)` is called once the server is listening.
 
-    UsageError when the port is taken or the host is not an address of this machine.
+    Raise UsageError when the port is taken or not from 0 to 65535, or the host is not an address of this machine.
     """
     app = make_app(service)
     import uvicorn
@@ -164,12 +172,13 @@ def serve(service: Service, port: int, *, ready: Callable[[str], None]) -> None:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again at its end
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its shutdown
         uvicorn.Server(config).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
+    """Return a socket that listens on `port` of `host`; port 0 takes a free one. Raise UsageError when the port is not
+    from 0 to 65535 or cannot be used, or the host has no address."""
     if not 0 <= port < 65536:
         raise UsageError(f"--port {port} is no port", "give a number from 0 to 65535")
     try:
@@ -194,8 +203,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _check_host(service: Service, request: "HttpRequest") -> None:
-    """A server on a loopback address answers only to loopback names, so that a page of another site cannot reach it
-    under a domain that resolves to this machine (DNS rebinding)."""
+    """Raise RequestError (status 403) when the server listens on a loopback address and the Host header has another
+    name.
+
+    Otherwise a web page of another site could reach the server through a domain that resolves to this machine (DNS
+    rebinding).
+    """
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if service.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):
@@ -203,6 +216,8 @@ def _check_host(service: Service, request: "HttpRequest") -> None:
 
 
 def _check_key(service: Service, request: "HttpRequest") -> None:
+    """Raise RequestError (status 401) when the service has an API key and the Authorization header does not carry
+    it."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if service.api_key is None:
         return
@@ -212,7 +227,8 @@ def _check_key(service: Service, request: "HttpRequest") -> None:
 
 
 async def _body(service: Service, request: "HttpRequest") -> Any:
-    """The JSON body of a request of at most `max_body_bytes`."""
+    """Read the body of a request and decode it from JSON. Raise RequestError when its type is not JSON, it is larger
+    than `max_body_bytes`, takes longer than READ_S seconds to arrive, or cannot be decoded."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("Content-Type must be application/json", status=415)
     too_large = RequestError(f"the body is larger than {service.max_body_bytes:,} bytes", status=413)
@@ -235,6 +251,7 @@ async def _body(service: Service, request: "HttpRequest") -> Any:
 
 
 def _json(body: Any, status: int = 200) -> "Response":
+    """Return a response with a JSON body and, for status 401 and 503, the header that belongs to the status."""
     from starlette.responses import Response
 
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {"Retry-After": "1"} if status == 503 else None
@@ -242,10 +259,12 @@ def _json(body: Any, status: int = 200) -> "Response":
 
 
 def _event(body: Any) -> bytes:
+    """Return a server-sent event whose data is `body` as JSON."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
 def _page(path: str) -> "Response":
+    """Return a file of the chat page; `path` is a key of `PAGE`."""
     from starlette.responses import Response
 
     name = PAGE[path]
@@ -257,7 +276,8 @@ def _page(path: str) -> "Response":
 
 
 async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Request], http: "HttpRequest") -> "Response":
-    """Answer a chat or a completion, streamed or not."""
+    """Answer a request for a chat or a completion, streamed if the request says so. `read` checks the body and returns
+    the request: `chat_request` or `completion_request`. Raise RequestError for a request that cannot be served."""
     from starlette.responses import StreamingResponse
 
     request = read(await _body(service, http), [service.name])
@@ -267,13 +287,14 @@ async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Reque
     if not request.stream:
         return _json(await generation.whole(http))
     deltas = generation.deltas()
-    first = await anext(deltas)  # an error before the first token is a response of its own, not part of a stream
+    first = await anext(deltas)  # an error before the first token becomes an error response, not an event of a stream
     events = generation.events(first, deltas)
     return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 class _Generation:
-    """The answers to one request, `n` for each prompt; RequestError when they cannot fit the window."""
+    """The generation of all answers to one request: `n` for each prompt, prompt by prompt. Creating it raises
+    RequestError when a prompt and its answer do not fit the window or the chat template refuses the messages."""
 
     def __init__(self, service: Service, request: Request):
         self._service, self._request = service, request
@@ -289,6 +310,9 @@ class _Generation:
         self._answers = [AnswerStream(request, i, ask.prompt_ids, tokenizer) for i, ask in enumerate(self._asks)]
 
     def _prompts(self) -> list[list[int]]:
+        """Return the ids of each prompt: one for a chat, one per text for a completion. If the request has `truncate`,
+        the oldest turns of a chat are dropped until there is room for an answer. Raise RequestError when that is not
+        enough or the chat template refuses the messages."""
         request, template = self._request, self._service.template
         tokenizer, window = self._service.engine.tokenizer, self._service.engine.window
         messages, tools, think = request.messages, request.tools, request.think
@@ -305,7 +329,9 @@ class _Generation:
             raise RequestError(error.message, param="messages", code="context_length_exceeded") from None
 
     def _max_new_tokens(self, num_prompt: int) -> int:
-        """What the limits leave for an answer to a prompt of `num_prompt` tokens."""
+        """Return the most tokens that an answer to a prompt of `num_prompt` tokens may have, by the window, the request
+        and the server. Raise RequestError when the window has too little room for the `max_tokens` of the request (with
+        `truncate`: for one token)."""
         request, window = self._request, self._service.engine.window
         room, needed = window - num_prompt, 1 if request.truncate else request.max_tokens or 1
         if room < needed:
@@ -318,7 +344,9 @@ class _Generation:
         return min(room, request.max_tokens or room, self._service.max_tokens or room)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """The worker's deltas with the index of their answer, and its errors as RequestErrors."""
+        """Yield (index of the answer, delta) as the worker generates them. Its errors are raised as RequestErrors: 503
+        when too many answers are waiting or generation stopped, 504 after the service's timeout, 400 for other errors.
+        """
         worker, timeout_s = self._service.worker, self._service.timeout_s
         try:
             async with contextlib.aclosing(worker.answer(self._asks, timeout_s=timeout_s)) as deltas:
@@ -334,7 +362,8 @@ class _Generation:
             raise RequestError(error.message) from None
 
     async def whole(self, http: "HttpRequest") -> Completion:
-        """The response body once all answers have ended; they are cancelled when the client disconnects."""
+        """Return the body of a response that is not streamed, once all answers have ended. If the client disconnects
+        before, cancel the answers and raise RequestError."""
 
         async def read() -> None:
             async with contextlib.aclosing(self.deltas()) as deltas:
@@ -354,7 +383,8 @@ class _Generation:
     async def events(
         self, first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None]
     ) -> AsyncIterator[bytes]:
-        """Server-sent events of a streamed response; an error after its beginning is the last event."""
+        """Yield the server-sent events of a streamed response. `first` is the first element of `deltas`, which the
+        caller has already taken from it. A RequestError is sent as the last event."""
         empty = self._body([], None if self._request.include_usage else UNSET)
 
         def event(choice: Choice) -> bytes:
@@ -377,14 +407,14 @@ class _Generation:
         yield b"data: [DONE]\n\n"
 
     def _body(self, choices: list[Choice], usage: Usage | UnsetType | None) -> Completion:
-        """A response body with a new id."""
+        """Return a response body with a new id. `usage` UNSET leaves the field out, None writes null."""
         prefix, kind = ("chatcmpl", "chat.completion") if self._request.is_chat else ("cmpl", "text_completion")
         if self._request.stream and self._request.is_chat:
             kind = "chat.completion.chunk"
         return Completion(f"{prefix}-{uuid.uuid4().hex}", kind, int(time.time()), self._service.name, choices, usage)
 
     def _usage(self) -> Usage:
-        """Token counts; each `n` answers share a prompt."""
+        """Return the token counts of all answers. A prompt counts once for its `n` answers."""
         num_prompt = sum(answer.num_prompt for answer in self._answers[:: self._request.n])
         num_new = sum(answer.num_new for answer in self._answers)
         return Usage(num_prompt, num_new, num_prompt + num_new)

@@ -1,4 +1,5 @@
-"""Response bodies of OpenAI's HTTP API, and how an answer becomes one while it is generated. No server here."""
+"""Response bodies of OpenAI's HTTP API, and their construction from an answer while it is generated. Does not use the
+server."""
 
 import uuid
 from collections.abc import Sequence
@@ -11,29 +12,35 @@ from mmtrain.inference.engine import Delta, Token
 from mmtrain.inference.replies import Piece, Splitter
 from mmtrain.inference.serve.api import Request
 
-# --- bodies, with the names of OpenAI's API reference; a field that is UNSET is left out ----------------------------------
+# --- bodies, with the names of OpenAI's API reference; a field that is UNSET is not written ---------------------------
 
 
 class Usage(Struct):
+    """Token counts of a response."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class FunctionCall(Struct):
+    """The function that a tool call calls, and its arguments."""
+
     name: str
-    arguments: str  # JSON
+    arguments: str  # JSON text
 
 
 class ToolCall(Struct):
+    """A call of a tool by the model."""
+
     id: str
     function: FunctionCall
     type: str = "function"
-    index: int | UnsetType = UNSET  # in streamed chunks only
+    index: int | UnsetType = UNSET  # number of the call in the answer; only in streamed chunks
 
 
 class ChatMessage(Struct):
-    """A chat message, or the part of one that a streamed chunk adds."""
+    """A chat message or, in a streamed response, what one chunk adds to it."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
@@ -42,24 +49,31 @@ class ChatMessage(Struct):
 
 
 class TokenLogprob(Struct):
+    """A token's text and log-probability and, for a generated token, the most likely tokens at its position."""
+
     token: str
     logprob: float | None
-    bytes: list[int] | None  # null where the token is not whole characters
+    bytes: list[int] | None  # null if the token does not decode to whole characters
     top_logprobs: "list[TokenLogprob] | UnsetType" = UNSET
 
 
 class ChatLogprobs(Struct):
+    """Log-probabilities of the tokens of a chat's answer, or of one chunk of it."""
+
     content: list[TokenLogprob]
 
 
 class CompletionLogprobs(Struct):
+    """Log-probabilities of the tokens of a completion, or of one chunk of it: three lists, one entry per token."""
+
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float]]
 
 
 class Choice(Struct):
-    """One answer, or what a streamed chunk adds to it: `message` or `delta` for a chat, `text` for a completion."""
+    """One answer or, in a streamed response, what one chunk adds to it. The text is in `message` (chat), `delta` (chunk
+    of a chat) or `text` (completion); the other two are UNSET."""
 
     index: int
     finish_reason: str | None
@@ -70,7 +84,7 @@ class Choice(Struct):
 
 
 class Completion(Struct):
-    """A response body, or one event of a streamed response."""
+    """A response body, or one event of a streamed response. `created` is a Unix time."""
 
     id: str
     object: str
@@ -81,6 +95,8 @@ class Completion(Struct):
 
 
 class ModelCard(Struct):
+    """The description of the model in /v1/models. `context_length` is the window in tokens."""
+
     id: str
     created: int
     context_length: int
@@ -93,7 +109,12 @@ class ModelCard(Struct):
 
 
 class AnswerStream:
-    """One answer of a response while it is generated. A chat's text is split into reasoning, content and tool calls."""
+    """Builds the response for one answer while it is generated. The text of a chat is split into reasoning, content and
+    tool calls.
+
+    `index` is the position of the answer in the response. `num_prompt` and `num_new` are the numbers of prompt and
+    generated tokens.
+    """
 
     def __init__(self, request: Request, index: int, prompt_ids: Sequence[int], tokenizer: Tokenizer):
         self.index, self.num_prompt, self.num_new = index, len(prompt_ids), 0
@@ -108,7 +129,8 @@ class AnswerStream:
             self._splitter.feed(opening_of(tokenizer, prompt_ids))
 
     def add(self, delta: Delta) -> list[Choice]:
-        """Add what one step generated; returns the choices of the streamed chunks for it, the first with its logprobs."""
+        """Add what one step generated. Return the choices that a streamed response sends for it, one per chunk; the
+        first carries the log-probabilities, and the last of an answer carries only the finish reason."""
         self.num_new += len(delta.tokens)
         tokens = delta.tokens if self._has_logprobs else ()
         self._tokens += tokens
@@ -127,11 +149,11 @@ class AnswerStream:
         return choices
 
     def begin(self) -> Choice:
-        """The choice of a chat's first chunk."""
+        """Return the choice of the first chunk of a streamed chat, which has only the role."""
         return self._chunk(ChatMessage(role="assistant", content=""))
 
     def whole(self) -> Choice:
-        """The choice of a response that is not streamed, once the answer has ended."""
+        """Return the choice of a response that is not streamed, once the answer has ended."""
         choice = Choice(self.index, self._finish_reason, self._logprobs(self._tokens) if self._has_logprobs else None)
         content, reasoning = ("".join(p.text for p in self._pieces if p.kind == k) for k in ("content", "reasoning"))
         if self._splitter is None:
@@ -143,6 +165,8 @@ class AnswerStream:
         )
 
     def _part(self, piece: Piece) -> ChatMessage:
+        """Return a piece of a chat's answer as a message of a chunk. A tool call gets a new id and its number in the
+        answer."""
         if piece.call:
             call = ToolCall(f"call_{uuid.uuid4().hex[:24]}", FunctionCall(**piece.call), index=len(self._calls))
             self._calls.append(call)
@@ -152,12 +176,14 @@ class AnswerStream:
         return ChatMessage(content=piece.text)
 
     def _chunk(self, part: ChatMessage, tokens: Sequence[Token] = (), finish_reason: str | None = None) -> Choice:
+        """Return the choice of one streamed chunk, which adds `part`, generated as `tokens`."""
         choice = Choice(self.index, finish_reason, self._logprobs(tokens) if tokens else None)
         if self._splitter is None:
             return structs.replace(choice, text=part.content or "")
         return structs.replace(choice, delta=part)
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | CompletionLogprobs:
+        """Return the log-probabilities of tokens in the form that the API has for a chat or a completion."""
         if self._splitter is None:
             top = [{self._text(id): logp for id, logp in token.top} for token in tokens]
             return CompletionLogprobs([self._text(t.id) for t in tokens], [t.logp for t in tokens], top)
@@ -169,8 +195,11 @@ class AnswerStream:
         )
 
     def _logprob(self, id: int, logp: float | None) -> TokenLogprob:
+        """Return a token's text, log-probability and bytes; bytes are None if the token does not decode to whole
+        characters."""
         text = self._text(id)
         return TokenLogprob(text, logp, None if "\ufffd" in text else list(text.encode()))
 
     def _text(self, id: int) -> str:
+        """Return the text of a single token."""
         return self._tokenizer.decode([id])

@@ -1,7 +1,8 @@
-"""A thread that owns the generation engine and serves any number of asyncio tasks.
+"""A thread that runs the generation engine on behalf of any number of asyncio tasks.
 
-Answers of all tasks run in one batch, joining and leaving between steps. When a step fails, the running answers end with
-the error and the thread continues. Nothing of an answer is kept once the task that reads it has ended.
+The answers of all tasks are generated in one batch, which they join and leave between steps. When a step fails, all
+submitted answers end with the error and the thread continues. The worker stores nothing of an answer after the task
+that reads it has ended.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from mmtrain.inference.settings import Sampling
 
 
 class BusyError(Exception):
-    """The maximum number of answers is already waiting."""
+    """Raised when a request would exceed the number of answers that may wait."""
 
 
 class StoppedError(Exception):
-    """The server is stopping, or a step failed; the message says which."""
+    """Raised when the server is stopping or a step of generation failed; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +35,32 @@ class Ask:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The answers of one request, and the queue of the task that waits for them."""
+    """The answers of one request, and the queue through which the waiting task gets its deltas or an error."""
 
     asks: Sequence[Ask]
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[tuple[int, Delta] | Exception]
-    rows: list[Row]
-    is_cancelled: bool = False  # by the task
+    rows: list[Row]  # the engine's rows, in the order of `asks`; empty before they are submitted
+    is_cancelled: bool = False  # True once the task no longer reads
 
     def put(self, event: tuple[int, Delta] | Exception) -> None:
+        """Send an event to the task, from the worker's thread. No effect if the task has ended."""
         if not self.is_cancelled and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 class Worker:
-    """Runs an engine in its own thread. `max_waiting`: answers that may wait for a place in the batch."""
+    """Runs an engine in a thread of its own. `max_waiting` is the number of answers that may wait for a place in the
+    engine's batch."""
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
         self.engine = engine
         self._max_waiting = max_waiting
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # called by the thread between steps
-        self._jobs: dict[Row, tuple[_Job, int]] = {}
-        self._num_unseen = 0  # answers in the inbox; changed under the lock
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = (
+            queue.SimpleQueue()
+        )  # functions that the thread calls between steps
+        self._jobs: dict[Row, tuple[_Job, int]] = {}  # unfinished rows: their job and index in its `asks`
+        self._num_unseen = 0  # answers in the inbox, not submitted yet; changed with the lock held
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="mm-engine", daemon=True)
         self._is_stopping = False
@@ -65,26 +70,28 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread; running answers end with StoppedError."""
+        """Stop the thread and wait for its end. Answers that have not ended raise StoppedError in their tasks."""
         self._is_stopping = True
         self._inbox.put(lambda: None)  # wakes the thread
         self._thread.join()
 
     @property
     def num_running(self) -> int:
-        """Answers in the batch."""
+        """Number of answers in the batch."""
         return self.engine.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Answers waiting for a place in the batch."""
+        """Number of answers that wait for a place in the batch."""
         return self.engine.num_waiting + self._num_unseen
 
     async def answer(self, asks: Sequence[Ask], *, timeout_s: float) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield (index of the ask, delta) until all answers have ended; closing the generator cancels them.
+        """Generate answers. Yield (index in `asks`, delta) until all of them have ended; closing the generator cancels
+        the rest.
 
-        BusyError when too many are waiting, UsageError when a prompt does not fit, StoppedError when generation fails,
-        TimeoutError when not all have ended after `timeout_s`.
+        Raise BusyError when more than `max_waiting` answers would be waiting, UsageError when a prompt and its answer
+        do not fit the window, StoppedError when generation fails or the server is stopping, and TimeoutError when not
+        all answers have ended after `timeout_s` seconds.
         """
         job = _Job(asks, asyncio.get_running_loop(), asyncio.Queue(), [])
         with self._lock:
@@ -98,9 +105,8 @@ class Worker:
         deadline = job.loop.time() + timeout_s
         try:
             while num_open:
-                async with asyncio.timeout_at(
-                    deadline
-                ):  # not around the yield: the next read may come from another task
+                # The timeout must not enclose the yield: the next item may be requested by another task.
+                async with asyncio.timeout_at(deadline):
                     event = await job.events.get()
                 if isinstance(event, Exception):
                     raise event
@@ -114,6 +120,7 @@ class Worker:
     # --- the thread
 
     def _run(self) -> None:
+        """The thread: process the inbox and run steps of the engine until the worker is stopped."""
         while not self._is_stopping:
             self._take(wait=self.engine.is_idle)
             try:
@@ -121,16 +128,17 @@ class Worker:
                     self._send(delta)
             except Exception as error:
                 self._fail(StoppedError(f"generation failed: {type(error).__name__}: {error}"))
-        self._take(wait=False)  # jobs that arrived meanwhile end like the running ones
+        self._take(wait=False)  # jobs that arrived meanwhile also get the error
         self._fail(StoppedError("the server is stopping"))
 
     def _take(self, *, wait: bool) -> None:
-        """Process the inbox; with `wait` block until something arrives."""
+        """Call the functions in the inbox. If `wait` is True, first block until there is one."""
         while wait or not self._inbox.empty():
             self._inbox.get()()
             wait = False
 
     def _submit(self, job: _Job) -> None:
+        """Submit the answers of a job to the engine. If one is refused, drop the whole job and send it the error."""
         with self._lock:
             self._num_unseen -= len(job.asks)
         if job.is_cancelled:
@@ -145,19 +153,20 @@ class Worker:
             job.put(error)
 
     def _drop(self, job: _Job) -> None:
-        """Cancel a job's rows; finished ones are unaffected."""
+        """Cancel the rows of a job; rows that have ended are unaffected."""
         for row in job.rows:
             self.engine.cancel(row)
             self._jobs.pop(row, None)
 
     def _send(self, delta: Delta) -> None:
+        """Send a delta to the task that waits for its row."""
         job, index = self._jobs[delta.row]
         if delta.finish_reason is not None:
             del self._jobs[delta.row]
         job.put((index, delta))
 
     def _fail(self, error: Exception) -> None:
-        """End all jobs with an error."""
+        """End all submitted jobs: send each the error and cancel its rows."""
         for job in {job for job, _ in self._jobs.values()}:
             job.put(error)
             self._drop(job)
