@@ -1,4 +1,4 @@
-"""Reading and writing files: lines of plain and compressed files, Arrow files, URLs, and worker processes.
+"""Reading and writing files: lines of plain and compressed files, Arrow files, files at URLs, and worker processes.
 
-Begin at `files.py`, the only place that writes atomically, hashes files and locks.
+Start reading at `files.py`. It is the only module that writes files atomically, hashes them and locks them.
 """

@@ -1,7 +1,8 @@
-"""Writing numpy arrays as the columns of an Arrow file, and reading them back as views of a memory map without copying.
+"""Write numpy arrays as the columns of an Arrow file, and read them back as views of a memory map without copying.
 
-No compression and no nulls; columns of numbers, lists of numbers, and fixed-width bytes. The same arrays give the same
-bytes. Arrow files have no checksum: readers can compare them with the sha256 that writing returns.
+Columns are numbers, lists of numbers, or byte strings of a fixed width. They are not compressed and have no nulls. The
+same arrays always give the same bytes. Arrow files have no checksum; readers can compare a file with the sha256 that
+writing returned.
 """
 
 import mmap
@@ -18,18 +19,25 @@ MAGIC = b"ARROW1"
 
 
 class Ragged(NamedTuple):
-    """A list column: row i is values[offsets[i]:offsets[i + 1]]. offsets has one more entry than rows and begins with 0."""
+    """A column of lists: the list of row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    values: 1-D array with the entries of all rows one after another. offsets: integers [rows + 1], ascending; the first
+    is 0.
+    """
 
     values: np.ndarray
     offsets: np.ndarray
 
     def row(self, i: int) -> np.ndarray:
+        """Return the list of row i, as a view."""
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
     def rows(self, begin: int, end: int) -> np.ndarray:
+        """Return the entries of rows begin to end - 1, one row after another, as a view."""
         return self.values[self.offsets[begin] : self.offsets[end]]
 
     def lengths(self) -> np.ndarray:
+        """Return the number of entries of each row: integers [rows]."""
         return np.diff(self.offsets)
 
 
@@ -37,7 +45,12 @@ Columns = Mapping[str, "np.ndarray | Ragged"]
 
 
 def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> FileInfo:
-    """Write an uncompressed Arrow file atomically; returns its size and sha256. Equal arguments give equal bytes."""
+    """Write columns of equal row count to an uncompressed Arrow file, atomically, and return its size and sha256.
+
+    columns: by name; a 1-D array of numbers, a 2-D uint8 array [rows, width] (byte strings of a fixed width) or a
+    `Ragged` (lists of numbers). metadata: stored in the schema with "mm." in front of each key. rows_per_batch: the
+    most rows in an Arrow record batch. Equal arguments give equal bytes.
+    """
     import pyarrow as pa
 
     schema = pa.schema(
@@ -55,17 +68,20 @@ def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_
 
 
 def _arrow_type(column: np.ndarray | Ragged) -> Any:
+    """Return the Arrow data type in which a column is stored."""
     import pyarrow as pa
 
     values = column.values if isinstance(column, Ragged) else column
-    if values.ndim == 2:  # uint8 [rows, width]: fixed-width bytes
+    if values.ndim == 2:  # uint8 [rows, width]: byte strings of a fixed width
         return pa.binary(values.shape[1])
     item = pa.from_numpy_dtype(values.dtype)
     return pa.list_(pa.field("item", item, nullable=False)) if isinstance(column, Ragged) else item
 
 
 def _arrow_array(column: np.ndarray | Ragged, begin: int, end: int) -> Any:
-    """Rows begin..end of a column as an Arrow array over the same memory (pa.array would import pandas)."""
+    """Return rows begin to end - 1 of a column as an Arrow array over the same memory. (pa.array
+    would import pandas.)
+    """
     import pyarrow as pa
 
     kind = _arrow_type(column)
@@ -81,17 +97,22 @@ def _arrow_array(column: np.ndarray | Ragged, begin: int, end: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ArrowFile:
-    """A mapped Arrow file: its metadata, and for each record batch its columns as views."""
+    """A memory-mapped Arrow file: the metadata of its schema (keys with their "mm." prefix), and for each record batch
+    its columns by name, as views of the map (arrays or `Ragged`).
+    """
 
     metadata: dict[str, str]
     batches: tuple[dict[str, Any], ...]
 
     @property
     def num_rows(self) -> int:
+        """The number of rows in all record batches."""
         return sum(num_rows(batch) for batch in self.batches)
 
     def column(self, name: str) -> Any:
-        """A whole column: the view itself when the file has one record batch, joined copies otherwise."""
+        """Return the whole column `name` as an array or a `Ragged`: a view if the file has one record batch, otherwise
+        a copy that joins the batches.
+        """
         parts = [batch[name] for batch in self.batches]
         if len(parts) == 1:
             return parts[0]
@@ -102,13 +123,15 @@ class ArrowFile:
 
 
 def num_rows(columns: Columns) -> int:
-    """The rows of a set of columns."""
+    """Return the number of rows of a set of columns, read from the first one."""
     first = next(iter(columns.values()))
     return len(first.offsets) - 1 if isinstance(first, Ragged) else len(first)
 
 
 def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
-    """A list column from its values laid end to end and the length of each row."""
+    """Create a list column. values: the entries of all rows one after another; lengths: the number of entries of each
+    row, which must sum to len(values).
+    """
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     assert offsets[-1] == len(values), "lengths do not sum to the values"
@@ -116,14 +139,22 @@ def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
 
 
 def bounds(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Where some rows of each list column begin and end, one column's after the other's: int64, int64."""
+    """Return where the selected rows of each list column begin and end in its `values`: begins and ends, each int64
+    [number of selected rows].
+
+    rows: for each column an array of row indices. The results of the columns are joined in the order of `columns`.
+    """
     begins = [column.offsets[own] for column, own in zip(columns, rows, strict=True)]
     ends = [column.offsets[own + 1] for column, own in zip(columns, rows, strict=True)]
     return np.concatenate(begins, dtype=np.int64), np.concatenate(ends, dtype=np.int64)
 
 
 def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
-    """Some rows of each list column, at least one, in the order given; one column's after the other's: copied."""
+    """Copy the selected rows of several list columns into one new list column.
+
+    rows: for each column an array of row indices, with at least one entry. The result has the rows of the first column
+    in the order of their indices, then those of the second, and so on.
+    """
     begins, ends = bounds(columns, rows)
     taken = np.cumsum(ends - begins)
     at = np.repeat(ends - taken, ends - begins) + np.arange(taken[-1])
@@ -133,7 +164,9 @@ def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
 
 
 def read_arrow(path: Path) -> ArrowFile:
-    """Maps an Arrow file this module wrote. ValueError when it is not one; the values themselves are not checked."""
+    """Memory-map an Arrow file that `write_arrow` wrote and return its columns as views. Raises ValueError if the file
+    is empty, is not an Arrow file, or has nulls. The values themselves are not checked.
+    """
     import pyarrow as pa
 
     with open(path, "rb") as file:
@@ -148,7 +181,9 @@ def read_arrow(path: Path) -> ArrowFile:
 
 
 def _view(array: Any) -> np.ndarray | Ragged:
-    """numpy's view of an Arrow array (Array.to_numpy would import pandas and costs ten times as much)."""
+    """Return a numpy view of an Arrow array: an array, or a `Ragged` for a list column. Raises ValueError if it has
+    nulls. (Array.to_numpy would import pandas and takes ten times as long.)
+    """
     import pyarrow as pa
 
     kind, buffers, n, at = array.type, array.buffers(), len(array), array.offset

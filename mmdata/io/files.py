@@ -1,7 +1,7 @@
-"""Atomic writes, file hashes and locks between processes. No other module of the project does any of the three itself.
+"""Atomic writes, file hashes and locks between processes. No other module of the project does any of these.
 
-An atomic write goes to a hidden file beside the target, is flushed to the disk (fsync) and then renamed over the target,
-so that readers, and a machine that loses power, see the old content or the new one and never a part of it.
+An atomic write creates a hidden file in the target's directory, flushes it to the disk (fsync) and renames it to the
+target. Readers therefore see either the old or the new content and never a part of it, also after a power loss.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 CHUNK_BYTES = 2**16
-Progress = Callable[[int, int], None]  # (bytes read so far, of all)
+Progress = Callable[[int, int], None]  # called with (bytes read so far, bytes in all)
 
 
 class FileInfo(NamedTuple):
-    """Size of a file and the sha256 of its content in hex digits."""
+    """The size of a file in bytes and the sha256 of its content in hex digits."""
 
     bytes: int
     sha256: str
@@ -32,9 +32,10 @@ class FileInfo(NamedTuple):
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside `path` to write a file to; when the block ends, that file is synced and replaces `path`.
+    """Yield a hidden path in the directory of `path` to write a file to. When the block ends, that file is synced and
+    renamed to `path`, replacing a file there.
 
-    Missing parent directories are created. If the block raises, the hidden file is removed and `path` stays as it was.
+    Missing parent directories are created. If the block raises, the hidden file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
@@ -47,26 +48,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes | memoryview | Any) -> FileInfo:
-    """Write a file atomically; returns its size and sha256. `content`: bytes or any object with the buffer protocol."""
+    """Write `content` to a file atomically and return the file's size and sha256. content: bytes or any object with the
+    buffer protocol.
+    """
     with atomic_path(path) as partial:
         partial.write_bytes(content)
     return info_of_bytes(content)
 
 
 def write_text(path: Path, text: str) -> FileInfo:
-    """Write a UTF-8 file atomically, newlines as they are; returns its size and sha256."""
+    """Write `text` to a file as UTF-8, atomically, without converting newlines, and return the
+    file's size and sha256.
+    """
     return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> FileInfo:
-    """Write a value as JSON with a final newline, atomically; returns its size and sha256."""
+    """Write a value as JSON with a final newline, atomically, and return the file's size and sha256. indent: as in
+    json.dumps.
+    """
     return write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
 def write_unsynced(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically but without fsync: readers never see a part of it, but power loss may leave it empty.
+    """Write a UTF-8 file atomically but without fsync. Readers never see a part of it, but after a power loss it may be
+    empty.
 
-    For journals that are written often and only save work.
+    Meant for files that are rewritten often and whose loss only costs repeated work.
     """
     partial = partial_path(path)
     partial.write_text(text, encoding="utf-8")
@@ -74,22 +82,26 @@ def write_unsynced(path: Path, text: str) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden path beside `path` that this process writes to: `.NAME.HOST-PID.partial`."""
+    """Return the hidden path in the directory of `path` that this process writes to before renaming:
+    `.NAME.HOST-PID.partial`.
+    """
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
 def move_into_place(source: Path, target: Path) -> None:
-    """Sync a file, rename it to `target` (replacing a file there) and sync the target's directory."""
+    """Sync the file `source`, rename it to `target` (replacing a file there) and sync the directory of `target`."""
     sync(source)
     source.replace(target)
     sync(target.parent)
 
 
 def replace_directory(source: Path, target: Path, aside: Path) -> None:
-    """Sync a directory tree and rename it to `target`; a directory that stands there is renamed to `aside`, then removed.
+    """Sync the directory entries of the tree `source` and rename it to `target`.
 
-    Its files must be synced already (`write_bytes` does so). If the process is killed between the two renames, the old
-    directory stands at `aside` only: `restore_directory` brings it back.
+    A directory that exists at `target` is first renamed to `aside` and is removed at the end. The content of the files
+    in `source` must be synced already (`write_bytes` does this). If the process is killed between the two renames, the
+    old directory exists only at `aside`; `restore_directory` renames it back. If the second rename fails, the old
+    directory is renamed back at once and the error is raised.
     """
     for directory, _, _ in os.walk(source, topdown=False):
         sync(Path(directory))
@@ -107,13 +119,15 @@ def replace_directory(source: Path, target: Path, aside: Path) -> None:
 
 
 def restore_directory(target: Path, aside: Path) -> None:
-    """Undo a `replace_directory` that was killed: rename `aside` back to `target`, or remove it if `target` is complete."""
+    """Clean up after a `replace_directory` that was killed. If `aside` exists, rename it to `target`, or remove it if
+    `target` exists. Does nothing if `aside` does not exist.
+    """
     if aside.exists():
         shutil.rmtree(aside) if target.exists() else aside.rename(target)
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a directory's entries, to the disk (fsync)."""
+    """Flush the content of a file, or the entries of a directory, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,9 +139,10 @@ def sync(path: Path) -> None:
 
 
 class Digest:
-    """Running sha256, git blob hash and line count of content that is passed to `update` in order.
+    """Running sha256, git blob id and line count of content that is passed to `update` piece by piece, in order.
 
-    num_bytes: size of the whole content, which git's hash begins with. `position`: bytes so far.
+    num_bytes: size of the whole content in bytes; git hashes it in front of the content. with_git: also compute the git
+    blob id. Fields: `position`, the bytes passed so far, and `num_lines`, the newlines among them.
     """
 
     def __init__(self, num_bytes: int, *, with_git: bool = False) -> None:
@@ -150,22 +165,26 @@ class Digest:
 
     @property
     def sha256(self) -> str:
-        """sha256 of the bytes so far, in hex digits."""
+        """The sha256, in hex digits, of the bytes passed so far."""
         return self._sha256.hexdigest()
 
     @property
     def git_oid(self) -> str:
-        """Git's object id of the bytes so far as a blob; empty without `with_git`."""
+        """Git's id, as a blob, of the bytes passed so far: SHA-1 in hex digits, valid once `num_bytes` bytes were
+        passed. An empty string without `with_git`.
+        """
         return self._git.hexdigest() if self._git is not None else ""
 
     @property
     def ends_with_newline(self) -> bool:
-        """Whether the last line is complete; true for empty content."""
+        """Whether the bytes passed so far end with a newline; True if there are none."""
         return self._last == b"\n"
 
 
 def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None = None) -> Digest:
-    """The `Digest` of a whole file, about 0.6 GB/s. `progress` is called with bytes read and bytes in all."""
+    """Return the `Digest` of a whole file (about 0.6 GB/s). progress: called with the bytes read so far and the bytes
+    in all. with_git: also compute git's blob id.
+    """
     with open(path, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         digest = Digest(num_bytes, with_git=with_git)
@@ -177,23 +196,27 @@ def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None
 
 
 def sha256_of(path: Path | Any) -> str:
-    """sha256 of a file's content in hex digits, about 1 GB/s a thread. `path`: anything with `open("rb")`."""
+    """Return the sha256 of a file's content in hex digits (about 1 GB/s a thread). path: a Path, or any object with
+    `open("rb")`.
+    """
     with path.open("rb") as file:
         return sha256_of_stream(file)
 
 
 def sha256_of_stream(stream: Any) -> str:
-    """sha256 of what is left to read of a binary stream, in hex digits."""
+    """Return the sha256, in hex digits, of the remaining bytes of a binary stream."""
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def info_of(path: Path) -> FileInfo:
-    """Size and sha256 of a file."""
+    """Return the size and sha256 of a file."""
     return FileInfo(path.stat().st_size, sha256_of(path))
 
 
 def info_of_bytes(content: bytes | memoryview | Any) -> FileInfo:
-    """Size and sha256 that a file with this content has."""
+    """Return the size and sha256 that a file with this content would have. content: bytes or any object with the buffer
+    protocol.
+    """
     return FileInfo(memoryview(content).nbytes, hashlib.sha256(content).hexdigest())
 
 
@@ -201,15 +224,17 @@ def info_of_bytes(content: bytes | memoryview | Any) -> FileInfo:
 
 
 class AlreadyLockedError(Exception):
-    """Another process holds the lock and the caller did not want to wait."""
+    """Raised by `locked(path, wait=False)` if another process or thread holds the lock."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path` against other processes and threads; the system releases it when the process dies.
+    """Hold an exclusive lock on the file `path` while the block runs. The file is created if it is missing.
 
-    wait: wait for another holder, after calling `on_wait` once; without it AlreadyLockedError is raised. The file stays;
-    the holder may remove it. OSError where it cannot be created, such as on a read-only disk.
+    The lock excludes other processes and other threads. The operating system releases it when the process dies. If
+    another holder has the lock: with `wait`, `on_wait` is called once and this waits until the lock is free; without
+    it, AlreadyLockedError is raised. The lock file is not removed afterwards, but the holder may remove it. Raises
+    OSError if the file cannot be created, as on a read-only disk.
     """
     lock = FileLock(path)
     try:

@@ -1,4 +1,6 @@
-"""Reading the lines of a plain or compressed file with their numbers and byte offsets, one line in memory at a time."""
+"""Read the lines of a plain or compressed file with their line numbers and byte offsets, one line
+in memory at a time.
+"""
 
 import gzip
 import io
@@ -10,11 +12,13 @@ from typing import Any, NamedTuple
 
 from mmdata.errors import InputError
 
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # first bytes
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the bytes that files of these formats start with
 
 
 class Line(NamedTuple):
-    """One line: 1-based `number`, byte `offset` in the (decompressed) stream, and its bytes without the newline."""
+    """One line of a file: its 1-based `number`, the byte `offset` of its start in the (decompressed) file, and its
+    bytes without the line end.
+    """
 
     number: int
     offset: int
@@ -22,7 +26,11 @@ class Line(NamedTuple):
 
 
 def open_stream(path: Path) -> io.BufferedIOBase:
-    """Open a plain, gzip or zstd file, or standard input for `-`. The first bytes decide the format, not the name."""
+    """Open a plain, gzip or zstd file for reading decompressed bytes; the path "-" means standard input.
+
+    The format is recognized by the first bytes of the content, not by the file name. `path` may also be a RemoteFile.
+    Raises InputError if the file cannot be read, or is zstd and the package zstandard is not installed.
+    """
     try:
         file = sys.stdin.buffer if str(path) == "-" else path.open("rb")
         assert isinstance(file, io.BufferedReader)
@@ -40,7 +48,9 @@ def open_stream(path: Path) -> io.BufferedIOBase:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Reads zstd frames one after another; unlike the package's own reader it notices a file that was cut off."""
+    """A stream of the decompressed bytes of one or more zstd frames. Unlike the zstandard package's own reader, it
+    raises EOFError if the file ends inside a frame, and OSError if the data is damaged.
+    """
 
     def __init__(self, file: io.BufferedReader, path: Path):
         try:
@@ -81,7 +91,9 @@ class _ZstdStream(io.RawIOBase):
 
 
 def is_seekable(path: Path) -> bool:
-    """Whether byte ranges of `path` can be read on their own: a plain file, neither compressed nor standard input."""
+    """Return True if byte ranges of the file can be read independently: it is neither compressed (gzip, zstd) nor
+    standard input ("-"). Raises InputError if it cannot be read.
+    """
     if str(path) == "-":
         return False
     try:
@@ -92,13 +104,17 @@ def is_seekable(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
+    """Create the InputError for a file that cannot be opened."""
     return InputError(f"{path}: {error.strerror}", "check the path; `mm fetch` downloads the known files")
 
 
 def iter_lines(path: Path, begin: int = 0, end: int | None = None, *, first_number: int = 1) -> Iterator[Line]:
-    """Yield the lines of `path` whose first byte lies in [begin, end), both line starts; blank lines are numbered only.
+    """Yield the lines of `path` whose first byte is in [begin, end), in order; blank lines are counted but not yielded.
 
-    A leading byte order mark and the `\\r` of `\\r\\n` are taken off. `begin` other than 0 needs a plain file.
+    begin, end: byte offsets of line starts; None means the end of the file. A `begin` other than 0 needs an
+    uncompressed file. first_number: the line number of the first line read. A byte order mark at the start of the file
+    and the line end (`\\n`, `\\r\\n`) are removed. Raises InputError if the file cannot be read, is damaged or is cut
+    off.
     """
     stream = open_stream(path)
     try:

@@ -1,7 +1,8 @@
-"""Typed records in JSON files: msgspec structs instead of dictionaries.
+"""Read and write JSON files as typed records (msgspec structs) instead of dictionaries.
 
-Keys that a struct does not declare are ignored and declared fields with a default may be missing, so files of older and
-newer versions open. Reading accepts what Python's json writes, NaN and Infinity included.
+Keys that a struct does not declare are ignored, and declared fields with a default may be missing. Files of older and
+newer versions can therefore be read. Reading accepts everything that Python's json module writes, including NaN and
+Infinity.
 """
 
 import json
@@ -19,7 +20,9 @@ Record = TypeVar("Record")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """A file of a directory that a record describes: its path there, its size and the sha256 of its content."""
+    """A record of one file in a directory: its path relative to that directory, its size in bytes, and the sha256 of
+    its content in hex digits.
+    """
 
     path: str
     bytes: int
@@ -27,7 +30,11 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 def read_record(path: Path, kind: type[Record], error: type[MMError], fix: str) -> Record:
-    """Read a JSON file as a `kind`, such as a msgspec.Struct. `error` with `fix` if it is missing, malformed or mistyped."""
+    """Read a JSON file and convert its value to the type `kind`, such as a msgspec.Struct or `dict[str, int]`.
+
+    Raises `error(message, fix)` if the file cannot be read, is not valid JSON, or has a value that does not match
+    `kind`. fix: what the user can do about it; the second line of the error that is shown.
+    """
     try:
         content = path.read_bytes()
     except OSError as cause:
@@ -36,7 +43,11 @@ def read_record(path: Path, kind: type[Record], error: type[MMError], fix: str) 
 
 
 def decode_record(content: bytes | str, kind: type[Record], place: str, error: type[MMError], fix: str) -> Record:
-    """Decode JSON text as a `kind`. place: what the message begins with, such as the file, or the file and line."""
+    """Decode JSON text and convert its value to the type `kind`.
+
+    place: where the text comes from, such as a file or a file and line; the error message begins with it. Raises
+    `error(message, fix)` if the text is not valid JSON or its value does not match `kind`.
+    """
     try:
         return convert_record(json.loads(content), kind)
     except msgspec.ValidationError as cause:
@@ -46,18 +57,24 @@ def decode_record(content: bytes | str, kind: type[Record], place: str, error: t
 
 
 def convert_record(value: Any, kind: type[Record]) -> Record:
-    """Make a `kind` of plain values as json.loads returns them. msgspec.ValidationError if they do not fit."""
+    """Convert a value as json.loads returns it (dictionaries, lists, strings, numbers, None) to the type `kind`.
+
+    Types are checked strictly: a string is not accepted for a number. Raises msgspec.ValidationError if the value does
+    not match.
+    """
     return msgspec.convert(value, kind, strict=True, str_keys=True, dec_hook=_counter)
 
 
 def _counter(kind: Any, value: Any) -> Any:
-    """Decode a `Counter[Key]`, which msgspec does not know."""
+    """Convert a dictionary to a `Counter[Key]`, a type that msgspec does not support. msgspec calls this for every type
+    it does not know; any type but a Counter fails an assertion.
+    """
     assert get_origin(kind) is Counter, kind
     return Counter(convert_record(value, dict[get_args(kind)[0], int]))
 
 
 def explain(cause: msgspec.ValidationError) -> str:
-    """msgspec's message with the field first: "shards[0].rows: expected `int`, got `str`"."""
+    """Return msgspec's error message with the field in front of it: "shards[0].rows: expected `int`, got `str`"."""
     message, _, place = str(cause).partition(" - at ")
     message = message[:1].lower() + message[1:]
     of_key = "a key of " if place.startswith("`key`") else ""
@@ -66,10 +83,12 @@ def explain(cause: msgspec.ValidationError) -> str:
 
 
 def plain(record: Any) -> Any:
-    """Dictionaries, lists, strings and numbers of a record, keys in the order of its fields: for json.dumps."""
+    """Convert a record to dictionaries, lists, strings and numbers that json.dumps accepts. Keys are in the order of
+    the record's fields.
+    """
     return msgspec.to_builtins(record, str_keys=True)
 
 
 def write_record(path: Path, record: Any, *, indent: int | None = 1) -> FileInfo:
-    """Write a record as JSON, atomically; returns the file's size and sha256."""
+    """Write a record as a JSON file, atomically, and return the file's size and sha256. indent: as in json.dumps."""
     return write_json(path, plain(record), indent=indent)

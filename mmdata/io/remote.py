@@ -1,7 +1,8 @@
-"""Files at URLs (s3://, gs://, hf://, file://, …) through fsspec: reading inputs, and sending whole datasets.
+"""Access files at URLs (s3://, gs://, hf://, file://, …) through fsspec: read inputs, and send whole datasets.
 
-Inputs are streamed by byte range and not stored locally. A dataset is packed locally and then sent, each file read back and
-hashed. Training maps local files, so a dataset at a URL has to be copied here first (`bring_command`).
+Inputs are streamed by byte range and not stored locally. A dataset is packed locally and then sent; each sent file is
+read back and hashed. Training memory-maps local files, so a dataset at a URL has to be copied to this machine first;
+`bring_command` gives the command.
 """
 
 import hashlib
@@ -21,7 +22,11 @@ _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf downlo
 
 
 class Stat(NamedTuple):
-    """The state of a remote file: its size, and a number made of its time or etag, which changes when it is written."""
+    """The state of a remote file, with the field names of os.stat_result.
+
+    st_size: size in bytes. st_mtime_ns: not a time but a number derived from the file's etag or modification time, for
+    noticing that the file was written again.
+    """
 
     st_size: int
     st_mtime_ns: int
@@ -29,7 +34,7 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at a URL, with those of pathlib.Path's methods that inputs are read by."""
+    """A file at a URL, with the methods and properties of pathlib.Path that are needed for reading inputs."""
 
     url: str
 
@@ -38,14 +43,18 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
+        """The last component of the URL's path: the file name."""
         return self.url.rstrip("/").rpartition("/")[2]
 
     @property
     def parent(self) -> str:
+        """The URL without its last component."""
         return self.url.rstrip("/").rpartition("/")[0]
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """The file's bytes, seekable; InputError when it cannot be opened."""
+        """Open the file for reading and return a seekable binary stream. `mode` must be "rb". Raises InputError if it
+        cannot be opened.
+        """
         assert mode == "rb", mode
         system, path = _system(self.url)
         try:
@@ -54,7 +63,7 @@ class RemoteFile:
             raise _unreadable(self.url, error) from error
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
+        """Return True if a file exists at this URL. Raises InputError if the storage cannot be asked."""
         system, path = _system(self.url)
         try:
             return bool(system.isfile(path))
@@ -62,7 +71,11 @@ class RemoteFile:
             raise _unreadable(self.url, error) from error
 
     def stat(self) -> Stat:
-        """The state of the file, with the names of os.stat_result."""
+        """Return the size of the file and a number that changes when it is written again, as a `Stat`.
+
+        The number is a hash of the first of these that the storage gives: ETag, etag, mtime, LastModified, created. It
+        is always the same if the storage gives none.
+        """
         system, path = _system(self.url)
         facts = system.info(path)
         state = next((facts[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if facts.get(key)), 0)
@@ -70,20 +83,22 @@ class RemoteFile:
 
 
 def is_url(text: object) -> bool:
-    """Whether this is a URL with a scheme, such as s3://bucket/file."""
+    """Return True if the text is a URL with a scheme, such as s3://bucket/file."""
     return "://" in str(text)
 
 
 def file_at(text: object) -> Any:
-    """A Path, or a RemoteFile for a URL."""
+    """Return a RemoteFile if the text is a URL, otherwise a Path. A Path or RemoteFile is returned unchanged."""
     return text if isinstance(text, (Path, RemoteFile)) else RemoteFile(str(text)) if is_url(text) else Path(str(text))
 
 
 def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress | None = None) -> int:
-    """Copy these files of a directory to a URL, in order; returns the bytes sent.
+    """Copy the files of a local directory to a URL, in the given order, and return the number of bytes sent.
 
-    Files that are at the URL with the same hash are left. Each file sent is read back and hashed. The file that makes the
-    directory complete, such as a manifest, comes last.
+    files: paths relative to `directory`, with size and sha256. Put the file that makes the directory complete, such as
+    a manifest, last. A file that is already at the URL with the same size and sha256 is not sent. Each sent file is
+    read back; DatasetError is raised if its content differs. progress: called with the bytes done so far (sent or
+    already there) and the bytes in all.
     """
     system, root = _system(url)
     total, done, sent = sum(file.bytes for file in files), 0, 0
@@ -102,13 +117,15 @@ def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progre
 
 
 def bring_command(url: str, directory: Path) -> str:
-    """The command that copies a dataset from a URL to a local directory."""
+    """Return the shell command that copies a dataset from a URL to a local directory and verifies it there."""
     tool = _BRING.get(url.partition(":")[0], "copy")
     return f"{tool} {url} {directory} && mm verify {directory}"
 
 
 def _is_there(system: Any, path: str, file: FileEntry) -> bool:
-    """Whether the path holds the content of this file already."""
+    """Return True if the file at `path` in `system` exists and has the size and sha256 of `file`. The content is read
+    only if the size matches.
+    """
     if not system.exists(path) or system.info(path)["size"] != file.bytes:
         return False
     with system.open(path, "rb") as stream:
@@ -116,7 +133,9 @@ def _is_there(system: Any, path: str, file: FileEntry) -> bool:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for a URL, and the path in it."""
+    """Return fsspec's filesystem for a URL, and the path of the URL in that filesystem. Raises UsageError if a package
+    that the scheme needs is not installed, or the scheme is unknown.
+    """
     try:
         from fsspec.core import url_to_fs
 
@@ -130,4 +149,5 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 def _unreadable(url: str, error: OSError) -> InputError:
+    """Create the InputError for a URL that cannot be read."""
     return InputError(f"{url}: {error}", "check the URL and what you may read there")

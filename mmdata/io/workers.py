@@ -1,8 +1,9 @@
 """Apply a function to many jobs in this process, in a pool of local processes, or on a ray cluster.
 
-Results come in the order of the jobs and do not depend on the engine or the number of workers. Worker processes are spawned,
-not forked. An error of a job ends the run and is raised as it is, that of the earliest job if several fail. Ctrl-C ends
-the workers at once.
+Results are returned in the order of the jobs and do not depend on the engine or the number of workers. Worker processes
+are spawned, not forked. The exception of a job ends the run and is raised again here: with local processes that of the
+earliest failed job, on ray that of the first one noticed. After an error or Ctrl-C, a local worker process stops the
+next time its job reports progress (calls `tick`).
 """
 
 import contextlib
@@ -19,12 +20,12 @@ from mmdata.errors import MMError, UsageError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Progress = Callable[..., None]  # (units done, units in all, *other counts so far)
-Tick = Callable[..., None]  # (more units done, *more of the other counts)
+Progress = Callable[..., None]  # called with (units done, units in all, *other counts so far)
+Tick = Callable[..., None]  # called with what was added since the last call: (units, *other counts)
 COUNTS = 4  # units, and up to three other counts
 POLL_S = 0.2
 ENGINES = ("local", "ray")
-RAY_RETRIES = 2  # of a job whose machine or process died; an error of the job itself is final
+RAY_RETRIES = 2  # of a job whose machine or process died; an exception of the job itself is not retried
 
 
 def run(
@@ -38,12 +39,20 @@ def run(
     progress: Progress | None = None,
     with_counts: bool = False,
 ) -> list[Result]:
-    """The results of `work(job, tick)` for every job, where `work = make()` is made once in each process.
+    """Call `work(job, tick)` for every job, where `work = make()` is created once in each process, and return the
+    results in the order of the jobs.
 
-    make: must pickle. `tick(units, *counts)` reports progress of a job; `progress` is called with the units done, `total`
-    and, `with_counts`, the sums of the other counts. total: units of all jobs together. engine "local": processes here; with
-    one job, one worker, or in a daemon process, which may not have children, everything runs in this process. "ray": on
-    the cluster at `ray_address`, or on one started here.
+    make: creates the function that does the work; must be picklable. `work` reports progress by calling `tick(units,
+    *counts)` with what was done since its last call: work units, such as bytes, and up to three other counts. total:
+    work units of all jobs together. progress: called with the units done so far and `total`; if `with_counts` is True
+    also with the sums of the other counts.
+
+    engine: "local" runs at most `workers` processes on this machine. Everything runs in this process if there is only
+    one job or one worker, or if this is a daemon process, which may not start processes. "ray" runs on the ray cluster
+    at `ray_address`, or on one started on this machine with `workers` CPUs if it is None.
+
+    Raises UsageError for an unknown engine or for a `ray_address` without the engine "ray", MMError if a worker process
+    dies or ray cannot be reached, and what `work` raises.
     """
     if progress and not with_counts:
         report = progress
@@ -63,6 +72,7 @@ def run(
 def _run_here(
     work: Callable[[Job, Tick], Result], jobs: Sequence[Job], total: int, progress: Progress | None
 ) -> list[Result]:
+    """Run all jobs one after another in this process and return their results."""
     done = [0] * COUNTS
 
     def tick(*counts: int) -> None:
@@ -80,8 +90,12 @@ def _run_in_pool(
     workers: int,
     progress: Progress | None,
 ) -> list[Result]:
+    """Run the jobs in `workers` spawned processes and return their results in the order of the jobs. On an exception,
+    cancel the jobs not yet started, wait until the running ones stop at their next `tick`, and raise it again.
+    """
     context = multiprocessing.get_context("spawn")
-    # No locks: a process that dies holding one would leave the others waiting. A job's count has one writer.
+    # Raw shared memory without locks: a process that dies while it holds a lock would leave the others waiting
+    # forever. None are needed, since each job's counts are written by one process only.
     counts, stop = context.RawArray("q", COUNTS * len(jobs)), context.RawValue("b", 0)
     with ProcessPoolExecutor(workers, context, _start_worker, (make, counts, stop, workers)) as pool:
         try:
@@ -90,14 +104,16 @@ def _run_in_pool(
             _wait(futures, counts, total, progress)
             return _results(futures)
         except BaseException:
-            stop.value = 1  # the results of the other workers are of no use: they end at their next tick
+            stop.value = 1  # the other results are not needed: workers stop at their next tick
             pool.shutdown(cancel_futures=True)
             raise
 
 
 @contextlib.contextmanager
 def _children_without_ctrl_c() -> Iterator[None]:
-    """Block SIGINT while processes are started, so that they never receive Ctrl-C, not even before they ignore it."""
+    """Block SIGINT in this thread while worker processes are started, so that they inherit the blocked signal and never
+    receive Ctrl-C. Does nothing on Windows.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -109,7 +125,9 @@ def _children_without_ctrl_c() -> Iterator[None]:
 
 
 def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Progress | None) -> None:
-    """Wait until all are done or one has failed; report progress meanwhile."""
+    """Wait until all futures are done or one of them has failed. Call `progress` about every POLL_S seconds meanwhile.
+    counts: shared array with COUNTS numbers for each job.
+    """
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
@@ -121,7 +139,9 @@ def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Pro
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """All results, or the error of the earliest failed job; jobs before a failed one are waited for."""
+    """Return the results of all futures, in order, or raise the exception of the first one that failed. Jobs in front
+    of a failed one are waited for. Raises MMError if a worker process died.
+    """
     from concurrent.futures.process import BrokenProcessPool
 
     try:
@@ -130,34 +150,42 @@ def _results(futures: Sequence[Future[Any]]) -> list[Any]:
         raise MMError("a worker process died (killed, or out of memory)", "run again with fewer --workers") from None
 
 
-_state: dict[str, Any] = {}  # of a worker process: its function, the counts of each job, the flag to stop
+_state: dict[
+    str, Any
+] = {}  # of a worker process: its work function, the shared counts of all jobs, the shared stop flag
 
 
 class _Stopped(Exception):
-    """Raised by `tick` in a worker whose result is no longer needed."""
+    """Raised by `tick` in a worker process whose result is no longer needed."""
 
 
 def _start_worker(make: Callable[[], Any], counts: Any, stop: Any, workers: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    """Prepare a worker process: ignore Ctrl-C, exit if the parent process ends, limit native threads, and create the
+    work function with `make()`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all processes of the group; the parent handles it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _share_cores(workers)
     _state.update(work=make(), counts=counts, stop=stop)
 
 
 def _add(totals: Any, begin: int, counts: Sequence[int]) -> None:
+    """Add `counts` in place to the entries of `totals` that start at index `begin`."""
     for at, count in enumerate(counts, begin):
         totals[at] += count
 
 
 def _share_cores(workers: int) -> None:
-    """Limit the threads of this process's native encoders, so that all workers together have one a core."""
+    """Limit the threads that native libraries use in this process to its share of the CPU cores: cores // workers, at
+    least 1. workers: number of worker processes on this machine.
+    """
     threads = max(1, (os.cpu_count() or 1) // workers)
-    os.putenv("RAYON_NUM_THREADS", str(threads))  # read by the native libraries alone, at their first use
+    os.putenv("RAYON_NUM_THREADS", str(threads))  # only the native libraries read these, when they are first used
     os.putenv("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
 
 
 def _die_with_parent() -> None:
-    """Wait for the end of the parent process and exit: a killed parent cannot stop its workers."""
+    """Wait until the parent process ends, then exit. A parent that was killed cannot stop its workers itself."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
@@ -165,6 +193,10 @@ def _die_with_parent() -> None:
 
 
 def _work_on(number: int, job: Any) -> Any:
+    """Run one job in a worker process and return its result. number: the job's index, which selects its shared counts.
+    Raises _Stopped at the first `tick` after the parent has set the stop flag.
+    """
+
     def tick(*counts: int) -> None:
         if _state["stop"].value:
             raise _Stopped
@@ -184,9 +216,12 @@ def _run_on_ray(
     address: str | None,
     progress: Progress | None,
 ) -> list[Result]:
-    """One task a job, each on one core. A task whose machine dies runs again elsewhere, so jobs must be repeatable.
+    """Run each job as a ray task on one core and return the results in the order of the jobs.
 
-    The jobs' files must have the same paths on every machine.
+    A task whose machine or process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable.
+    The jobs' files must have the same paths on all machines. Connects to the cluster at `address`, or starts one on
+    this machine with `workers` CPUs if it is None, unless ray is already initialized in this process. Raises MMError if
+    it cannot connect.
     """
     ray = _import_ray()
     is_ours = not ray.is_initialized()
@@ -206,7 +241,10 @@ def _run_on_ray(
 
 
 def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | None) -> list[Any]:
-    """The results of all tasks; the first error is raised, and the other tasks are not waited for."""
+    """Return the results of all ray tasks, in order, calling `progress` meanwhile. The first error noticed is raised
+    and the other tasks are not waited for: an MMError of the job as it is, other exceptions as ray's RayTaskError, and
+    MMError if a ray worker died.
+    """
     pending, done = list(tasks), [0] * COUNTS
     results: dict[Any, Any] = {}
     while pending:
@@ -225,6 +263,7 @@ def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | Non
 
 
 def _import_ray() -> Any:
+    """Return the ray module. Raises UsageError if ray is not installed."""
     try:
         import ray
         import ray.exceptions
@@ -234,10 +273,12 @@ def _import_ray() -> Any:
 
 
 def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:
-    """A job's result and its counts. A process keeps the function that `make` returned for later tasks."""
+    """Run one job in a ray worker process and return its result and its COUNTS summed progress counts. The work
+    function is created once in a process and used again for later tasks with an equal `make`.
+    """
     key = pickle.dumps(make)
     if _state.get("key") != key:
-        _share_cores(os.cpu_count() or 1)  # ray gives a task one core
+        _share_cores(os.cpu_count() or 1)  # ray reserves one core for a task
         _state.update(key=key, work=make())
     done = [0] * COUNTS
     return _state["work"](job, lambda *counts: _add(done, 0, counts)), done
