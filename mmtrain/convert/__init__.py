@@ -1,4 +1,5 @@
-"""Conversion from and to other programs: transformers, llama.cpp (GGUF), MiniMind's .pth, the evaluation harness.
+"""Conversion of models to and from the formats of other programs: transformers, llama.cpp (GGUF), MiniMind's `.pth`
+files, and the evaluation harness of EleutherAI.
 
-Begin with `export.py` and `foreign.py` (import).
+Begin with `export.py` (export) and `foreign.py` (import).
 """

@@ -1,8 +1,9 @@
-"""Exports a run for other programs: a Hugging Face directory, GGUF for llama.cpp, or MiniMind's `.pth`.
+"""Exports the model of a run for other programs: as a Hugging Face directory (`hf`), as a GGUF file for llama.cpp
+(`gguf`), or as a `.pth` file for MiniMind's scripts (`minimind`).
 
-`hf` is a plain LlamaForCausalLM, or Qwen3ForCausalLM where queries and keys have norms, without custom code. Where
-transformers is installed, the export is loaded with it and compared with ours, logits and prompt ids; one that differs
-is not published. LoRA adapters are merged.
+The format `hf` is a standard LlamaForCausalLM, or Qwen3ForCausalLM if queries and keys have norms, without custom code.
+If transformers is installed, it loads this export, and its logits and prompt ids are compared with ours; an export that
+differs is deleted. LoRA adapters are merged into the weights.
 """
 
 import importlib.util
@@ -38,14 +39,16 @@ DTYPES = {
     "hf": {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16},
     "gguf": {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32},
     "minimind": {"f32": torch.float32, "f16": torch.float16},
-}  # the first is the default
-TOLERANCE = 1e-4  # of logits, fp32
+}  # by format: dtypes of the file -> dtype of the weights that are written; the first is the default
+TOLERANCE = 1e-4  # the largest allowed difference between logits, in fp32
 RECORD = "export.json"  # marks a directory as an export, which may be replaced
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Result of `export`. `checks` are sentences for the user; `max_logit_difference` is None where nothing was compared."""
+    """Result of `export`. `files` are paths relative to `out`, and `num_bytes` is their total size. `checks` are
+    sentences for the user about what was compared. `max_logit_difference` is the largest absolute difference from
+    transformers' logits, or None if they were not compared."""
 
     out: Path
     format: str
@@ -60,7 +63,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Source:
-    """The model to export, with its run."""
+    """The model to export, with its checkpoint, its tokenizer and the record of its run."""
 
     checkpoint: Checkpoint
     run: RunRecord
@@ -69,18 +72,28 @@ class _Source:
 
     @property
     def shape(self) -> ModelConfig:
+        """The model's configuration."""
         return self.model.config
 
     @property
     def architecture(self) -> str:
+        """The class of transformers that has this architecture."""
         return "Qwen3ForCausalLM" if self.shape.qk_norm else "LlamaForCausalLM"
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the state dict, converted to `dtype`."""
         return {name: value.detach().to(dtype).contiguous() for name, value in self.model.state_dict().items()}
 
 
 def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> Exported:
-    """Write the model of a run or checkpoint to the directory `out`, complete or not at all; replaces an earlier export."""
+    """Write the model of a run or of a checkpoint directory, `path`, to the directory `out` in one of the formats of
+    `DTYPES`. `dtype` None is the format's first one.
+
+    `out` appears only when the export is complete; an earlier export there is replaced. Raise UsageError for an unknown
+    format or dtype, when `out` has other files, or when the format cannot represent the model; TokenizerError when the
+    tokenizer is not the run's or llama.cpp cannot read it; CheckpointError when there is no complete checkpoint or
+    transformers computes something else from the export.
+    """
     dtype = dtype or next(iter(DTYPES.get(format, {"": None})))
     if format not in DTYPES or dtype not in DTYPES[format]:
         choices = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())
@@ -113,11 +126,14 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
 
 
 def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write weights, config, generation config, tokenizer with chat template and model card; then compare."""
+    """Write weights, config.json, generation config, tokenizer with chat template and model card, and compare them with
+    the model. Return the sentences and the difference of `_compare_hf`."""
     weights = source.weights(DTYPES["hf"][dtype])
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", _hf_config(source, dtype), indent=2)
-    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)  # safetensors writes it for the owner only
+    (out / "model.safetensors").chmod(
+        (out / "config.json").stat().st_mode
+    )  # safetensors lets only the owner read its files
     ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
     write_json(out / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, indent=2)
     _write_tokenizer(source.tokenizer, out)
@@ -126,7 +142,7 @@ def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float 
 
 
 def _hf_config(source: _Source, dtype: str) -> dict[str, Any]:
-    """config.json, with the keys that transformers 4 and 5 both read."""
+    """Return the content of config.json, with keys that both version 4 and version 5 of transformers read."""
     shape = source.shape
     return {
         "architectures": [source.architecture],
@@ -154,11 +170,14 @@ def _hf_config(source: _Source, dtype: str) -> dict[str, Any]:
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Return the ids of the BOS, EOS and padding tokens under their names in config.json; None for a token that does
+    not exist."""
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write the tokenizer's files, with a class that every transformers has and, where there is none, a chat template."""
+    """Write the tokenizer's files. The config names a tokenizer class that every version of transformers has, and gets
+    the ChatML template if the tokenizer has no chat template."""
     tokenizer.save(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -170,7 +189,12 @@ def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 @torch.no_grad()
 def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple[list[str], float | None]:
-    """Load the export with transformers in fp32 and compare it with our model; CheckpointError when it differs."""
+    """Load the export with transformers in fp32, and compare its logits for random ids, and its prompt ids for a
+    message, with ours. `weights` are the exported weights, which our model uses too.
+
+    Return sentences for the user, and the largest difference between logits (None if transformers is not installed).
+    Raise CheckpointError when logits differ by more than TOLERANCE or prompt ids differ.
+    """
     if importlib.util.find_spec("transformers") is None:
         return ["not compared: transformers is not installed (pip install 'mm-toolkit[hf]')"], None
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,7 +231,8 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
 
 
 def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write NAME-DTYPE.gguf, which is read back and compared tensor by tensor, and the model card."""
+    """Write NAME-DTYPE.gguf, where NAME is that of the run directory, and the model card. The file is read again and
+    compared tensor by tensor. Return sentences for the user about this, and None, since no logits are compared."""
     name = re.sub(r"[^\w.-]+", "-", source.checkpoint.run_dir.resolve().name) or "model"
     path = out / f"{name}-{dtype}.gguf"
     checks = gguf.write(path, source.model.state_dict(), source.shape, source.tokenizer, dtype=dtype, name=name)
@@ -219,13 +244,17 @@ def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], floa
 
 
 def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write STAGE_WIDTH.pth, as MiniMind's scripts name it, and the tokenizer for their model/ directory."""
+    """Write STAGE_WIDTH.pth, the file name that MiniMind's scripts use, and the tokenizer in the directory model/.
+    Return a sentence for the user about where the files go, and None, since no logits are compared. Raise UsageError
+    for a shape that MiniMind's code cannot build."""
     shape = source.shape
     if wrong := _not_minimind(shape):
         problem = f"MiniMind's code makes no model with {', '.join(wrong)}"
         raise UsageError(problem, "mm export RUN --format hf keeps any shape")
     weights = source.weights(DTYPES["minimind"][dtype])
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # MiniMind's strict loading needs both
+    weights["lm_head.weight"] = weights[
+        "model.embed_tokens.weight"
+    ]  # MiniMind loads strictly and needs both names of this matrix
     stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.stage, "full_sft")
     name = f"{stage}_{shape.hidden_size}.pth"
     torch.save(weights, out / name)
@@ -236,7 +265,8 @@ def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], 
 
 
 def _not_minimind(shape: ModelConfig) -> list[str]:
-    """The parts of a shape that MiniMind does not support: it derives all but width and depth from fixed rules."""
+    """Return descriptions of the values in a model's configuration with which MiniMind's code cannot build it, such as
+    "num_heads 6 (only 8)". MiniMind has fixed rules for all values except width and number of layers."""
     width = shape.hidden_size
     ffn_size = 64 * math.ceil((width * math.pi if shape.qk_norm else int(width * 8 / 3)) / 64)
     expected = {
@@ -258,7 +288,8 @@ def _not_minimind(shape: ModelConfig) -> list[str]:
 
 
 def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
-    """A table row for the run and each run it was started from, newest first."""
+    """Return a Markdown table row for the run and for each run whose weights it started from, newest first. The list
+    ends at a run that no longer exists."""
     rows: list[str] = []
     visited: set[Path] = set()
     while run_dir.resolve() not in visited:
@@ -276,7 +307,8 @@ def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
 
 
 def model_card(source: _Source, dtype: str, *, gguf_file: str | None = None) -> str:
-    """README.md of an export: shape and hashes of the model, what it was trained on, and how to use it."""
+    """Return the README.md of an export: the model's shape and hashes, the data it was trained on, and how to use it.
+    `gguf_file`: name of the file, if the format is GGUF."""
     text = resources.files("mmtrain.convert").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(text).render(

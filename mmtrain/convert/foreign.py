@@ -1,9 +1,9 @@
-"""Reads models of other programs: MiniMind's `.pth` files of all eras, and Hugging Face directories of Llama, Qwen3 and
-MiniMind. `import_model` makes a run of one; `open_model` opens any model that a command takes.
+"""Reads models of other programs: MiniMind's `.pth` files of any version, and Hugging Face directories of Llama, Qwen3
+and MiniMind models. `import_model` converts such a model to a run; `open_model` opens any model that a command accepts.
 
-Reading is strict: missing or additional tensors are an error, and so is what this model does not have (experts, biases,
-an untied output matrix). Of pickles only tensors are read; one that would run code is refused. Values are not changed,
-only widened to fp32.
+Reading is strict. A missing or additional tensor is an error, and so is a feature that our model does not have:
+experts, biases, or an output projection that is not tied to the embedding. From pickle files only tensors are read; a
+file that would run code is refused. Values are not changed, only converted to fp32.
 """
 
 import hashlib
@@ -30,12 +30,13 @@ from mmtrain.config import ModelConfig
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, RunRecord, TrainedOn, read_run
 
-STAGE = "imported"  # in the run.json of a run that `mm import` made
-NUM_HEADS = 8  # MiniMind's in all eras; without norms on queries and keys the shapes of the tensors do not determine it
+STAGE = "imported"  # the stage in the run.json that `mm import` writes
+NUM_HEADS = 8  # of every MiniMind model; without query norms the tensors' shapes do not determine it
 PICKLES = (".pth", ".pt", ".bin")
 SEED_ORIGIN = "MiniMind before April 2025, rotary interleaved"
 
-# MiniMind's names until April 2025 -> ours. Its later names are ours, except for the output matrix.
+# The names that MiniMind used until April 2025 ("seed" in this module) -> ours. Its later names are ours; it also has
+# lm_head, the output projection, which is tied to the embedding.
 _SEED_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "output": "lm_head",
@@ -50,14 +51,17 @@ _SEED_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-_TABLES = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|mask|inv_freq)$")  # buffers computed from the shape
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's
+_TABLES = re.compile(
+    r"(^|\.)(pos_cis|freqs_cos|freqs_sin|mask|inv_freq)$"
+)  # buffers that can be computed from the shape
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes that DistributedDataParallel and torch.compile add
 
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A model read from elsewhere: fp32 weights under our names, shape, a description of its origin, and its tokenizer's
-    directory where there is one."""
+    """A model read from the file or directory `path` of another program: fp32 weights under our names, its
+    configuration (`shape`), a description of its origin, and the directory of its tokenizer (None if none was found).
+    """
 
     path: Path
     weights: dict[str, Tensor]
@@ -68,7 +72,8 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Imported:
-    """Result of `import_model`. `sha256` is the hash of the weights file, or of the hashes of several."""
+    """Result of `import_model`. `sha256` is the hash of the weights file; of a model in several files, it is the hash
+    of their concatenated hashes."""
 
     run_dir: Path
     origin: str
@@ -82,14 +87,17 @@ class Imported:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a path looks like a model of another program rather than a run."""
+    """Return whether `path` looks like a model of another program: a name that ends in one of PICKLES, or a directory
+    with a config.json. Other paths are taken for runs or checkpoints."""
     return path.suffix in PICKLES or (path / "config.json").is_file()
 
 
 def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
-    """Read a `.pth` file or a Hugging Face directory; CheckpointError for what cannot be used.
+    """Read a `.pth` file or a Hugging Face directory. Raise CheckpointError for a path that cannot be read, or a model
+    that ours cannot represent.
 
-    `num_heads` is the number of query heads, for files that do not determine it.
+    `num_heads`: the number of query heads, for models without query norms, whose tensors do not determine it. Default:
+    that of config.json, else 8.
     """
     if path.is_dir():
         config = _read_config(path)
@@ -116,13 +124,16 @@ def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
 
 
 class _Rope(Struct):
+    """The settings of rotary embeddings in config.json: kind of scaling (under either name) and base."""
+
     rope_type: str | None = None
     type: str | None = None
     rope_theta: float | None = None
 
 
 class _Config(Struct):
-    """config.json, in the words of Hugging Face and of MiniMind; what it does not say is MiniMind's default."""
+    """The fields of config.json, with the names of Hugging Face and those of MiniMind. Fields that are missing get
+    MiniMind's values in `_shape_of`."""
 
     model_type: str | None = None
     use_moe: bool | None = None
@@ -141,7 +152,8 @@ class _Config(Struct):
 
 
 def _read_config(path: Path) -> _Config:
-    """config.json of a directory; CheckpointError unless it describes a model like ours."""
+    """Read the config.json of a directory. Raise CheckpointError when it is missing, or describes a model that ours
+    cannot represent."""
     if not (path / "config.json").is_file():
         fix = "give a run, a .pth file or a Hugging Face directory"
         raise CheckpointError(f"{path} holds neither a run nor a config.json", fix)
@@ -164,13 +176,14 @@ def _read_config(path: Path) -> _Config:
 
 
 class _Index(Struct):
-    """NAME.index.json: the file of each tensor, where there are several."""
+    """The content of NAME.index.json: which file has each tensor, for weights in several files."""
 
     weight_map: dict[str, str]
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The weight files of a Hugging Face directory, safetensors before pickles."""
+    """Return the paths of the weight files in a Hugging Face directory; safetensors files are preferred to pickles.
+    Raise CheckpointError if there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return [path / name]
@@ -181,6 +194,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a safetensors file by name. Raise CheckpointError if it is damaged."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -188,10 +202,12 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file; of a training state (MiniMind's *_resume.pth) those of the model in it."""
+    """Load the tensors of a torch file by name. If the file is a training state with the model under "model" or
+    "state_dict" (as MiniMind's *_resume.pth), load those of the model. Raise CheckpointError if the file is damaged or
+    has other values than tensors."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
+            warnings.simplefilter("ignore")  # warnings about pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"(?:GLOBAL|global|class|function) [`'\"]?([\w.]+)", str(error))
@@ -215,8 +231,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors under our names, without buffers that are computed from the shape; and whether they had MiniMind's
-    names until April 2025."""
+    """Return the tensors under our names, and whether they had the names that MiniMind used until April 2025. Prefixes
+    of wrappers are removed, and buffers that can be computed from the shape are left out. Raise CheckpointError for
+    experts and LoRA adapters."""
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
     if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
@@ -228,7 +245,8 @@ def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Ten
 
 
 def _from_seed(name: str) -> str:
-    """Our name for one of MiniMind's until April 2025; an unknown one is kept, and refused later."""
+    """Return our name for a tensor name that MiniMind used until April 2025. An unknown name is returned unchanged;
+    `_checked` refuses it later."""
     match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
     if not match or match[2] not in _SEED_NAMES:
         return name
@@ -237,7 +255,13 @@ def _from_seed(name: str) -> str:
 
 
 def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_heads: int | None) -> ModelConfig:
-    """The shape of a model with these weights. What neither the tensors nor the config determine is MiniMind's."""
+    """Return the configuration of a model with these weights, named as ours. Values that neither the tensors nor
+    config.json determine are MiniMind's. Raise CheckpointError when a tensor is missing or the heads do not divide the
+    matrices evenly.
+
+    `num_heads`: number of query heads, which has priority over that of config.json; if there are query norms, these
+    determine it instead.
+    """
     first = "model.layers.0."
     needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))
     if missing := [name for name in needed if f"{name}.weight" not in weights]:
@@ -269,7 +293,12 @@ def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_he
 
 
 def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path: Path) -> dict[str, Tensor]:
-    """The weights in fp32; CheckpointError unless names and shapes are exactly those of a model of this shape."""
+    """Return the weights in fp32. Raise CheckpointError unless names and shapes are exactly those of a model of this
+    shape and an output projection, if present, equals the embedding.
+
+    `is_seed`: the weights are from MiniMind before April 2025, so rows of queries and keys are reordered by
+    `_half_split`.
+    """
     output = weights.pop("lm_head.weight", None)
     if output is not None and not torch.equal(output, weights["model.embed_tokens.weight"]):
         raise CheckpointError(
@@ -299,21 +328,25 @@ def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path
 
 
 def _half_split(weight: Tensor, head_size: int) -> Tensor:
-    """Reorder the rows of a query or key matrix from rotary pairs (2i, 2i + 1) to rotary pairs (i, i + D/2) of each head.
+    """Reorder the rows of a query or key matrix [heads * D, C] for another convention of rotary embeddings. Rows 2i and
+    2i + 1 of each head were rotated together; afterwards rows i and i + D/2 are.
 
-    Exact: the order within a head matters only to the rotation and to the product of queries and keys.
+    This is exact, because the order of rows within a head only matters for the rotation, and queries and keys are
+    reordered alike.
     """
     pairs = weight.float().unflatten(0, (-1, head_size // 2, 2))
     return pairs.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def interleaved(weight: Tensor, head_size: int) -> Tensor:
-    """The inverse of `_half_split`: the order that llama.cpp expects of a Llama."""
+    """Invert `_half_split`: reorder the rows of a query or key matrix so that rows 2i and 2i + 1 of each head are
+    rotated together, as llama.cpp expects of Llama models."""
     halves = weight.unflatten(0, (-1, 2, head_size // 2))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _moe(path: Path) -> CheckpointError:
+    """Return the error for a mixture of experts."""
     problem = f"{path} is a mixture of experts (MoE), which this model is not"
     return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
 
@@ -322,21 +355,27 @@ def _moe(path: Path) -> CheckpointError:
 
 
 def _tokenizer_beside(path: Path) -> Path | None:
-    """Directory of the tokenizer for a file: where MiniMind keeps it (`out/x.pth`, `model/`), or beside the file."""
+    """Return the directory with the tokenizer that belongs to a weights file, or None. Searched are, in this order,
+    tokenizer/ in the file's directory, that directory itself, and model/ (used by MiniMind) and tokenizer/ in the
+    directory above."""
     here = path.resolve().parent
     candidates = (here / "tokenizer", here, here.parent / "model", here.parent / "tokenizer")
     return next((directory for directory in candidates if (directory / "tokenizer.json").is_file()), None)
 
 
 def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> Tokenizer:
-    """The tokenizer in `tokenizer_dir`, else the model's own; TokenizerError without one, or where vocabularies differ."""
+    """Return the tokenizer in `tokenizer_dir` or, if that is None, the one found with the model. Raise TokenizerError
+    if there is none, or its vocabulary size is not the model's. A Hugging Face directory's own tokenizer may have fewer
+    ids, since embeddings are often padded."""
     fix = "name the one it was trained with: --tokenizer DIR"
     directory = tokenizer_dir or foreign.tokenizer_dir
     if directory is None:
         raise TokenizerError(f"{foreign.path} has no tokenizer beside it", fix)
     tokenizer = Tokenizer.load(directory)
     num_ids, vocab_size = tokenizer.vocab_size, foreign.shape.vocab_size
-    is_padded = foreign.path.is_dir() and tokenizer_dir is None  # a published model may have additional rows
+    is_padded = (
+        foreign.path.is_dir() and tokenizer_dir is None
+    )  # the embedding of a published model may have more rows than ids
     if num_ids > vocab_size or (num_ids < vocab_size and not is_padded):
         ids = f"{num_ids:,} ids, the model {foreign.path} has {vocab_size:,}"
         raise TokenizerError(f"tokenizer {directory} is of another vocabulary: {ids}", fix)
@@ -344,7 +383,8 @@ def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> T
 
 
 def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run; TokenizerError when it is not the one the run was trained with."""
+    """Return the tokenizer of a run. Raise TokenizerError when its hash is not the one recorded in run.json, or it has
+    more than `vocab_size` ids, the rows of the model's embedding."""
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     expected = read_run(run_dir).tokenizer_sha256 or tokenizer.sha256
     if tokenizer.sha256 != expected or tokenizer.vocab_size > vocab_size:
@@ -360,7 +400,7 @@ def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
 
 
 def model_of(foreign: ForeignModel) -> Model:
-    """A model with these weights."""
+    """Return a model with the weights of `foreign`, which are not copied."""
     with torch.device("meta"):
         model = Model(foreign.shape)
     model.load_state_dict(foreign.weights, assign=True)
@@ -368,7 +408,9 @@ def model_of(foreign: ForeignModel) -> Model:
 
 
 def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model, Tokenizer]:
-    """Model and tokenizer of a run, a checkpoint, a `.pth` file or a Hugging Face directory, in eval mode."""
+    """Return the model, in eval mode on the CPU, and the tokenizer of a run, a checkpoint directory, a `.pth` file or a
+    Hugging Face directory. `tokenizer_dir` is only used for models of other programs. Raise CheckpointError or
+    TokenizerError when one of them cannot be used."""
     if is_foreign(path):
         foreign = read(path)
         return model_of(foreign).eval(), tokenizer_for(foreign, tokenizer_dir)
@@ -377,7 +419,13 @@ def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model,
 
 
 def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, num_heads: int | None = None) -> Imported:
-    """Read the model at `path` and write it as a new run to `out`, for chat, eval, export and `--init`."""
+    """Read the model at `path`, a `.pth` file or a Hugging Face directory, and write it to `out` as a run that has been
+    trained for 0 steps. `mm chat`, `mm eval`, `mm export` and `--init` accept this run.
+
+    `tokenizer_dir` and `num_heads` replace what is found with the model (see `tokenizer_for` and `read`). Raise
+    UsageError when `out` is not empty, CheckpointError or TokenizerError when the model or its tokenizer cannot be
+    used.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is already there", "choose another --out")
     foreign = read(path, num_heads=num_heads)

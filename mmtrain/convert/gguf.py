@@ -1,7 +1,9 @@
-"""Writes a model and its tokenizer as one GGUF file for llama.cpp, and compares the file with them. Needs `gguf`.
+"""Writes a model and its tokenizer to one GGUF file for llama.cpp, reads the file again and compares the tensors. Needs
+the package `gguf`.
 
-llama.cpp selects a model's architecture, and how a tokenizer splits text before merging, by names. Both are chosen from
-our files; a tokenizer that llama.cpp has no name for is refused, not guessed.
+llama.cpp identifies the architecture of a model, and the pre-tokenizer (how a tokenizer splits text before merging), by
+name. Both names are determined from the model and tokenizer.json. A pre-tokenizer for which llama.cpp has no known name
+is refused.
 """
 
 import json
@@ -26,12 +28,13 @@ _LLAMA3_REGEX = _QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def _split(regex: str) -> dict[str, object]:
+    """Return the step of a pre-tokenizer in tokenizer.json that splits text by a regular expression."""
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-_PRE_TOKENIZERS = {  # llama.cpp's name -> the pre-tokenizer of tokenizer.json, without fields that have no effect here
-    "gpt-2": [_GPT2],  # MiniMind's
-    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],  # ours
+_PRE_TOKENIZERS = {  # llama.cpp's name -> steps of the pre-tokenizer in tokenizer.json, without "trim_offsets"
+    "gpt-2": [_GPT2],  # used by MiniMind
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],  # used by tokenizers that mm trains
     "qwen2": [_split(_QWEN2_REGEX), _BYTES],
     "llama-bpe": [_split(_LLAMA3_REGEX), _BYTES],
 }
@@ -48,13 +51,19 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_Q8_BLOCK = 32  # values of a row that share a scale in q8_0
+_Q8_BLOCK = 32  # q8_0 stores one scale for each 32 consecutive values of a matrix row
 
 
 def write(
     path: Path, weights: Mapping[str, Tensor], shape: ModelConfig, tokenizer: Tokenizer, *, dtype: str, name: str
 ) -> list[str]:
-    """Write the file and compare it; returns sentences about both. dtype: f32, f16 or q8_0; norms are always f32."""
+    """Write a GGUF file and compare its tensors with the weights. Return sentences for the user about the comparison
+    and the precision.
+
+    `weights`: the state dict. `dtype`: "f32", "f16" or "q8_0", for matrices; norms are always f32, and a matrix whose
+    rows q8_0 cannot divide into blocks is f16. `name`: the model's name in the file. Raise UsageError if the package is
+    not installed, TokenizerError if llama.cpp does not know the pre-tokenizer.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -88,8 +97,11 @@ def write(
 
 
 def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor in fp32 by llama.cpp's name. llama.cpp rotates adjacent values of a Llama, so its query and key rows are
-    reordered."""
+    """Yield the name that llama.cpp has for each tensor, and its values in fp32.
+
+    For a Llama model (without norms on queries and keys) llama.cpp rotates adjacent rows of each head, so the rows of
+    its query and key matrices are reordered.
+    """
     for name, value in weights.items():
         if not shape.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight")):
             value = interleaved(value, shape.head_size)
@@ -97,6 +109,7 @@ def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple
 
 
 def _name(name: str) -> str:
+    """Return llama.cpp's name for the name of a tensor in our state dict."""
     fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     if name in fixed:
         return fixed[name]
@@ -105,6 +118,7 @@ def _name(name: str) -> str:
 
 
 def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
+    """Write the model's configuration as metadata."""
     writer.add_name(name)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_positions)
@@ -121,11 +135,13 @@ def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
 
 
 def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str) -> None:
-    """Add vocabulary, merges, special ids and chat template. Rows of the embedding without a token are marked unused."""
+    """Write vocabulary, merges, special ids and chat template as metadata. `types` is the enumeration gguf.TokenType.
+    Ids below `vocab_size` (the rows of the embedding) that have no token are marked unused."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]
     by_id = {id: token for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items()}
 
     def type_of(id: int) -> Any:
+        """Return the type of a token: control, user-defined, normal or unused."""
         if added := tokenizer.added.get(id):
             return types.CONTROL if added.special else types.USER_DEFINED
         return types.NORMAL if id in by_id else types.UNUSED
@@ -150,13 +166,18 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
-    """llama.cpp's name for how a tokenizer splits text before merging; TokenizerError when it has none."""
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer (how it splits text before merging). Raise
+    TokenizerError if it is none of `_PRE_TOKENIZERS`, or the tokenizer is not BPE or has a normalizer other than NFC.
+    """
     parts = json.loads(tokenizer.files["tokenizer.json"])
     root = parts.get("pre_tokenizer") or {}
     steps = root.get("pretokenizers", [root])
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     normalizer = (parts.get("normalizer") or {}).get("type")
-    if parts["model"]["type"] == "BPE" and normalizer in (None, "NFC"):  # llama.cpp leaves NFC to the caller
+    if parts["model"]["type"] == "BPE" and normalizer in (
+        None,
+        "NFC",
+    ):  # llama.cpp does not apply NFC; its caller has to
         for name, expected in _PRE_TOKENIZERS.items():
             if steps == expected:
                 return name
@@ -167,7 +188,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
 
 
 def _read_back(path: Path, weights: Mapping[str, Tensor], shape: ModelConfig) -> float:
-    """The largest difference between the file and the weights, relative to the largest value of the tensor."""
+    """Read a GGUF file and return the largest difference between its tensors and the weights, relative to the largest
+    absolute value of the tensor."""
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

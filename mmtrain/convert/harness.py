@@ -1,4 +1,5 @@
-"""Evaluates an exported model with EleutherAI's lm-evaluation-harness (the extra mm[eval]), which downloads its tasks."""
+"""Evaluates an exported model with EleutherAI's lm-evaluation-harness, which downloads the data of its tasks. Needs the
+extra mm[eval]."""
 
 from pathlib import Path
 
@@ -8,9 +9,11 @@ from mmdata.errors import UsageError
 
 
 def run(model_dir: Path, tasks: list[str], *, is_chat: bool, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Figures of the Hugging Face model in `model_dir`, by task and metric; UsageError for an unknown task.
+    """Evaluate the Hugging Face model in `model_dir` and return {task or group of tasks: {metric: value}}.
 
-    `limit`: questions per task. `is_chat`: apply the model's chat template to each question.
+    `tasks`: names that the harness knows, or paths of task files. `is_chat`: apply the model's chat template to each
+    question. `limit`: the most questions per task; None for all. Raise UsageError if the harness is not installed or a
+    task is unknown.
     """
     try:
         import lm_eval  # pyright: ignore[reportMissingImports]

@@ -199,8 +199,9 @@ class _Message(Struct):
         """Return the message in the form that the chat template takes. The role "developer" becomes "system";
         `reasoning_content` is kept for the assistant only.
 
-        `place` names the message in errors, such as "messages[0]". Raise RequestError when it has no content and no tool
-        calls, content that is not text, tool calls of another role than the assistant, or arguments that are not JSON.
+        `place` names the message in errors, such as "messages[0]". Raise RequestError when it has neither content nor
+        tool calls, content that is not text, tool calls of another role than the assistant, or arguments that are not
+        JSON.
         """
         calls = tuple(self._call(call.function, f"{place}.tool_calls") for call in self.tool_calls or ())
         if calls and self.role != "assistant":
