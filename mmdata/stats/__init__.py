@@ -1,4 +1,6 @@
-"""`mm stats`: the figures of a dataset or a jsonl file.
+"""`mm stats`: measure a packed dataset or a jsonl file, and report the results.
 
-Begin at `stats.py`. `scan` reads rows and tokens into tallies (`frames`, `tokens`, `tally`), `figures` reads figures and warnings from them.
+`stats.py` holds the two entry points, `measure_dataset` and `measure_file`. They call `scan`, which reads rows and
+tokens and counts them in `Tally` objects (with `frames`, `tokens` and `tally`), and `figures`, which computes the
+reported numbers and the warnings from these tallies.
 """

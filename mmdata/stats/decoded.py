@@ -1,7 +1,8 @@
-"""Rows decoded from the shards of a dataset whose inputs are gone, as far as ids allow.
+"""Decode the rows of a packed dataset whose inputs are missing, from the token ids in its shards.
 
-Messages begin at the control tokens that open them. What the usual templates write for thinking, tools, calls and their results is
-turned back into fields of the messages; anything else that a template added remains in the text, and what packing cut is missing.
+Ids are split into messages at the control tokens with which messages begin. Reasoning, tools, tool calls and tool
+results, in the format of the chat templates of MiniMind, Qwen and Hermes, become fields of the messages. Any other text
+that the template added stays in the contents, and tokens that packing cut are missing.
 """
 
 import json
@@ -25,7 +26,11 @@ _TOOLS = re.compile(r"(?:\A|\n\n)# Tools\n.*?<tools>\n(.*?)\n</tools>\n.*\Z", re
 
 
 class PartRows:
-    """The encoded rows of one part, in the order of its input. The part's shards stay memory-mapped."""
+    """The encoded rows of one part of a dataset, in the order of the input.
+
+    `sources` has the provenance of the rows: arrays with one entry per row that was packed, such as `line`. The shards
+    of the part are memory-mapped, not copied.
+    """
 
     def __init__(self, dataset: shards.Dataset, part: PartRecord):
         self.sources = shards.open_sources(dataset, part.part)
@@ -42,10 +47,14 @@ class PartRows:
         self._flat = [] if self._is_pair else [_flat(columns) for columns in self._columns]
 
     def __len__(self) -> int:
+        """Return the number of rows of the part that were packed."""
         return len(self._ends) - 1
 
     def encoded(self, row: int) -> Sequences:
-        """The sequences of a row."""
+        """Return the encoded sequences of row number `row` of the part.
+
+        They are one pair, one conversation, or the documents (or fragments of documents) of a text.
+        """
         ordinals = range(self._ends[row], self._ends[row + 1])
         if self._is_pair:
             at = ordinals.start
@@ -55,16 +64,21 @@ class PartRows:
         return flatten([self._sequence(ordinal) for ordinal in ordinals])
 
     def _sequence(self, ordinal: int) -> Ids:
+        """Return the ids and trained spans of a sequence. ordinal: its number among the sequences of the part."""
         shard, at = self._shard_of[ordinal], self._place[ordinal]
         begins, ends, spans = self._flat[shard]
         begin, end = begins[at], ends[at]
-        first, last = np.searchsorted(spans, (begin, end), "right")  # a sequence's first token is never trained
+        # A sequence's first token is never trained, so no span begins at `begin` or, in the next sequence, at `end`.
+        first, last = np.searchsorted(spans, (begin, end), "right")
         trained = (spans[first:last] - begin).astype(np.int32).reshape(-1, 2)
         return Ids(self._columns[shard]["ids"].values[begin:end], trained)
 
 
 def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
-    """The encoded rows of these files and lines, from the shards; those that are not in the dataset are left out."""
+    """Return the encoded rows at these places, (path of an input, line number), from the shards of the dataset.
+
+    Places that are not in the dataset, such as rows that packing left out, are missing in the result.
+    """
     encoded: dict[tuple[str, int], Sequences] = {}
     wanted: dict[str, list[int]] = {}
     for file, line in sorted(set(places)):
@@ -84,7 +98,11 @@ def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> di
 
 
 def _flat(columns: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the sequences of a shard begin and end, and its spans, in positions of the shard's ids."""
+    """Return the begin (int64 [N]) and end (int64 [N]) of each of the N sequences of a shard, and the trained spans.
+
+    columns: the columns of the shard. All three are positions in the concatenated ids of the shard. The spans are flat:
+    begin, end, begin, end, ….
+    """
     ends = np.cumsum(columns["doc_len"].values, dtype=np.int64)
     begins = ends - columns["doc_len"].values
     spans = columns["span"].values + np.repeat(columns["ids"].offsets[:-1], columns["span"].lengths())
@@ -95,7 +113,7 @@ def _flat(columns: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class RowDecoder:
-    """Decodes encoded rows of one kind to rows."""
+    """Decodes the token ids of rows of one kind ("document", "conversation" or "pair") back to rows."""
 
     def __init__(self, vocabulary: Vocabulary, kind: str):
         self._vocabulary, self._kind = vocabulary, kind
@@ -103,7 +121,7 @@ class RowDecoder:
         self._eos = vocabulary.tokenizer.eos_id
 
     def row(self, encoded: Sequences) -> Row:
-        """The row of some ids."""
+        """Decode the encoded sequences of one row to a `Document`, a `Conversation` or a `Pair`."""
         first = encoded[0]
         if isinstance(first, PairSequence):
             prompt, sides = first.prompt.tolist(), (first.chosen, first.rejected)
@@ -113,7 +131,10 @@ class RowDecoder:
         return self._conversation(first.ids.tolist())
 
     def _documents(self, sequences: Sequence[Ids]) -> Iterator[str]:
-        """Documents of a row; one cut into fragments ends with the fragment that has its end."""
+        """Yield the text of each document of a row.
+
+        A document ends with the eos token; if it was cut into several sequences, they are joined.
+        """
         ids: list[int] = []
         for one in sequences:
             ids += one.ids.tolist()
@@ -124,6 +145,10 @@ class RowDecoder:
             yield self._text(ids)
 
     def _conversation(self, ids: list[int]) -> Conversation:
+        """Split ids into messages and decode them to a `Conversation`.
+
+        If no message is recognized, the whole text becomes one message of the assistant.
+        """
         marks = [at for at, id in enumerate(ids) if id in self._control]
         opens = [at for at in marks if self._vocabulary.header(ids, at)]
         messages: list[Message] = []
@@ -137,12 +162,17 @@ class RowDecoder:
         return Conversation(tuple(messages) or (Message("assistant", self._text(ids)),), tools)
 
     def _text(self, ids: Sequence[int]) -> str:
+        """Decode ids to text. Control tokens have no text, and bytes that are not valid UTF-8 become U+FFFD."""
         pieces = self._vocabulary.pieces
         return b"".join([pieces[id] for id in ids]).decode("utf-8", errors="replace")
 
 
 def _messages(role: str, content: str) -> list[Message]:
-    """The messages that a template wrote as one of this role: results of tools are written as one of the user."""
+    """Return the messages that a chat template rendered as one message with this role and content.
+
+    Several tool results are rendered as one user message; they become one message each. Reasoning and tool calls are
+    parsed from the content of an assistant message. An empty system message gives no message.
+    """
     if role == "user" and content.startswith("<tool_response>"):
         return [Message("tool", answer) for answer in _ANSWER.findall(content)]
     if role == "system" and not content:
@@ -157,7 +187,7 @@ def _messages(role: str, content: str) -> list[Message]:
 
 
 def _objects(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects among these lines."""
+    """Parse each string as JSON and yield those that are JSON objects; the others are ignored."""
     for line in lines:
         try:
             value = json.loads(line)

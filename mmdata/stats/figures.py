@@ -1,4 +1,7 @@
-"""Figures of a report from tallies, plain dictionaries of numbers and strings, and warnings on them."""
+"""Compute the numbers of a report ("figures") from tallies, and the warnings about them.
+
+All functions return plain dictionaries and lists of numbers and strings, which `mm stats --json` prints.
+"""
 
 import itertools
 from collections import Counter
@@ -18,13 +21,18 @@ from mmdata.stats.tally import Figures, Tally, rounded_lengths
 from mmdata.stats.tokens import NUM_SHARES, ROLES, Vocabulary
 from mmdata.tokenizer import text as texts
 
-BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # of a step, the stages' defaults
-PACKED_FOR_CUTS = 100_000  # sequences whose packing is tried for each length limit
-NUM_TOP = 20  # of any list
+BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # per step: defaults of pretrain, sft, dpo
+PACKED_FOR_CUTS = 100_000  # sequences, at most, that are packed to estimate the fill of each length limit
+NUM_TOP = 20  # entries of each list of the most frequent strings or tokens
 
 
 def token_figures(tally: Tally) -> Figures:
-    """Tokens of all rows of a file; if only a sample was tokenized, scaled by characters."""
+    """Return the figures of the tokens of a file: totals, share of trained tokens, characters per token, buckets and
+    lengths.
+
+    If only a sample of the rows was tokenized, "tokens" and "loss_tokens" are extrapolated to all rows by the number of
+    characters, "buckets" and "lengths" describe the sample, and "sample" has its number of rows and that of all rows.
+    """
     sums = tally.sums
     is_sample = sums["sampled_rows"] < sums["kept"]
     share = sums["sampled_characters"] / max(sums["characters"], 1) if is_sample else 1.0
@@ -48,7 +56,12 @@ def token_figures(tally: Tally) -> Figures:
 
 
 def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = True) -> Figures:
-    """Figures of texts; without `is_whole` those that a sample of the rows can tell."""
+    """Return the figures of texts: lengths, languages, scripts, turns, openings, repeated phrases, system prompts,
+    tools, pairs.
+
+    scans: the scans whose tallies were merged into `tally`; repeated phrases are searched for in their "random" rows.
+    With `is_whole`, which says that `tally` covers all rows, duplicates are included.
+    """
     sample = [
         "\n".join(text for _, text in pieces_of(row.parsed())) for scan in scans for row in scan.shown.get("random", ())
     ]
@@ -96,7 +109,12 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
 
 
 def duplicate_figures(tally: Tally) -> Figures:
-    """Rows whose texts equal an earlier row's, and of the others those that nearly do, with how many were compared."""
+    """Return the number of rows that are exact and near duplicates of an earlier row, and the number of rows compared.
+
+    An exact duplicate has the same roles and texts as an earlier row. A near duplicate is not exact, but the share of
+    equal entries of its MinHash signature and that of an earlier row is at least "near_from". "rows_compared" is the
+    number of rows with a computed signature.
+    """
     is_exact = is_repeat(tally.column("hashes"))
     signatures = tally.columns["signatures"] or [np.empty((0, texts.NUM_BINS), np.uint16)]
     signed = np.concatenate(signatures)
@@ -111,12 +129,17 @@ def duplicate_figures(tally: Tally) -> Figures:
 
 
 def is_repeat(hashes: np.ndarray) -> np.ndarray:
-    """bool [rows]: whether an earlier row has the same hash."""
+    """Return bool [rows]: True where an earlier row has the same hash."""
     return ~pl.Series(hashes).is_first_distinct().to_numpy()
 
 
 def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
-    """Figures of tokens by script, role, turn and id."""
+    """Return the figures of tokens by role, turn and script, of shares of trained tokens, and of the use of the
+    vocabulary.
+
+    tally: the counts of `count_tokens`. kind: the kind of the rows; for "pair" the lengths of prompts and replies are
+    included.
+    """
     return {
         "tokens_by": {
             "sequence": tally.lengths("tokens"),
@@ -131,7 +154,7 @@ def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
 
 
 def _script_figures(tally: Tally) -> dict[str, Figures]:
-    """For each script its tokens, their share, and how many characters and bytes one token holds."""
+    """Return, for each script that occurs, its tokens, their share of all, and characters and bytes per token."""
     scripts = (*texts.SCRIPTS, "control")
     counts = tally.arrays.get("token scripts", np.zeros((len(scripts), 3), np.int64)).tolist()
     return {
@@ -147,7 +170,12 @@ def _script_figures(tally: Tally) -> dict[str, Figures]:
 
 
 def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> Figures:
-    """Use of the vocabulary: ids seen and never seen, how many of the most frequent make up half of all, the top, control."""
+    """Return how the vocabulary is used: which ids occur, which never do, and how often.
+
+    Among the entries: "never", the number of ids other than control tokens that do not occur, and "never_ids", the
+    first 60 of them; "cover", how many of the most frequent ids make up at least 50, 90 and 99 % of all tokens;
+    "by_rank", the count of the id at each of the "ranks" (1 is the most frequent id).
+    """
     counts = tally.array("vocabulary", vocabulary.size)
     order = np.argsort(-counts, kind="stable")
     reached = np.cumsum(counts[order]) / max(1, counts.sum())
@@ -171,15 +199,18 @@ def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> Figures:
 
 
 def _ranks(size: int) -> list[int]:
-    """Ranks for a curve on a logarithmic axis, from 0."""
+    """Return ascending ranks from 0 to size - 1 that are spaced evenly on a logarithmic axis, four per power of two."""
     return sorted({min(size, round(2 ** (k / 4))) - 1 for k in range(4 * (size.bit_length() + 1))}) if size else []
 
 
 def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS) -> list[Figures]:
-    """What each length limit would cost: sequences and tokens beyond it, and padding, one sequence a line or packed.
+    """Return, for each length limit, what it would cut and how much padding it would need: one dictionary per limit.
 
-    lengths: columns value and count. `packed_fill` is that of the packer on at most `tried` sequences, longer ones cut; None for
-    pairs, which are not packed.
+    lengths: a frame with the columns value (length of a sequence in tokens) and count. limits: the limits, in tokens.
+    "tokens_beyond" counts the tokens after the limit, "tokens_in_longer_share" is the share of all tokens that are in
+    sequences longer than the limit. "padding_share" is the share of padding if each cut sequence is padded to the
+    limit. "packed_fill" is the fill that packing reaches, measured on at most `tried` of the cut sequences, and None
+    for pairs, which are not packed. The result is empty if there are no lengths.
     """
     values, counts = rounded_lengths(lengths)
     if not len(values):
@@ -207,6 +238,11 @@ def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: in
 
 
 def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int) -> float:
+    """Pack at most `tried` sequences and return the fill: the share of the positions of all packs that hold tokens.
+
+    The sequences are spread evenly over the distribution of lengths. lengths: int64, ascending, at most `limit`;
+    counts: how often each occurs. Lengths of 0 are ignored. limit: the largest bucket.
+    """
     lengths, counts = lengths[lengths > 0], counts[lengths > 0]
     total = int(counts.sum())
     at = np.linspace(0, total - 1, min(total, tried)).astype(np.int64)
@@ -217,7 +253,10 @@ def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int
 def left_out_figures(
     left_out: Mapping[str, int], examples: Mapping[str, list[Figures]], num_rows: int
 ) -> list[Figures]:
-    """Rows left out, by reason, the commonest first: how many, their share of all rows, what helps, and examples."""
+    """Return the rows left out, by reason, the most frequent first: number, share of `num_rows`, help and examples.
+
+    left_out: the number of rows by reason. examples: records of some of these rows by reason.
+    """
     return [
         {
             "reason": reason,
@@ -232,7 +271,7 @@ def left_out_figures(
 
 # --- warnings
 
-# By code; {…} are values. Reports translate the sentences.
+# The sentence of each warning code. The values of {…} are filled in by `warning`; HTML reports translate the sentences.
 WARNINGS = {
     "left out": "{share} of the rows were left out, most of them for: {reason}",
     "cut": "{share} of the tokens were cut to fit the length limit",
@@ -252,16 +291,23 @@ WARNINGS = {
 
 
 def warnings(figures: Mapping[str, Any]) -> list[Figures]:
-    """What a reader should know first, as {"code", "values", "text"}; in the order of WARNINGS."""
+    """Return the warnings that apply, as [{"code", "values", "text"}], in the order of WARNINGS.
+
+    figures: the figures of a file or dataset, without warnings. Figures that were not measured give no warning.
+    """
     return [warning(code, **values) for code, values in _warnings_on(figures)]
 
 
 def warning(code: str, **values: Any) -> Figures:
-    """A warning with its English sentence."""
+    """Return a warning as {"code", "values", "text"}: text is WARNINGS[code] with the values filled in, in English.
+
+    KeyError if the code is unknown or a value is missing.
+    """
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
 
 
 def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
+    """Yield (code, values) of each warning that applies. Figures that were not measured give no warning."""
     num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
     left_out = figures["left_out"]
     if sum(left_out.values()) > 0.001 * num_rows:
@@ -296,6 +342,10 @@ def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
 
 
 def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, Figures]]:
+    """Yield (code, values) of the warnings on pairs that apply: on length, and on replies that are nearly equal.
+
+    pairs: the figures of pairs; without them nothing is yielded.
+    """
     if not pairs or not pairs["pairs"]:
         return
     number, longer = pairs["pairs"], Counter(pairs["longer"])

@@ -1,6 +1,7 @@
-"""Rows as polars frames, and what is counted of their text by expressions. Knows no files and no tokens.
+"""Statistics of the text of rows: rows are put into polars frames and counted by polars expressions.
 
-Rows are measured by the batch, about a million characters at once. Memory: 8 bytes a row, 40 up to `most_signed` rows.
+This module reads no files and no tokens. Rows are counted in batches of about a million characters. Memory: 8 bytes per
+row for its hash, and 32 bytes more for each row with a MinHash signature.
 """
 
 import re
@@ -17,14 +18,14 @@ from mmdata.encode.validate import control_strings
 from mmdata.stats.tally import NUM_EXAMPLES, Tally
 from mmdata.tokenizer import text as texts
 
-ROWS_FOR_NEAR = 2_000_000  # rows with a signature, for near duplicates: 64 MB
-OPENING = 20  # characters
-NUM_TURNS = 8  # answers of later turns count as this one
-RAW_SHOWN = 600  # bytes of a row set aside that are kept for show
-LONGER_BY = 3  # answers that are longer by more than this factor are counted
-GRAM_UNITS = 8  # units of a repeated n-gram
+ROWS_FOR_NEAR = 2_000_000  # rows that get a MinHash signature, to find near duplicates: 64 MB
+OPENING = 20  # characters at the beginning of a document or answer that are counted as its opening
+NUM_TURNS = 8  # answers of later turns are counted as answers of this turn
+RAW_SHOWN = 600  # bytes of a left-out row that the report shows
+LONGER_BY = 3  # pairs are counted whose one reply is more than this many times as long as the other
+GRAM_UNITS = 8  # n of the n-grams among which `repeated_phrases` looks for repeated ones, in units
 _UNITS = re.compile(r"[A-Za-z\u00C0-\u024F\u0370-\u052F]+|\d+|[^\s]")
-STRINGS = ("opening", "system", "tool")  # figures that count strings
+STRINGS = ("opening", "system", "tool")  # figures whose keys are strings from the data; these are trimmed
 _ANSWERS = ("document", "assistant", "chosen", "rejected")
 
 
@@ -32,7 +33,11 @@ _ANSWERS = ("document", "assistant", "chosen", "rejected")
 
 
 def text_frame(texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> pl.DataFrame:
-    """The texts of rows (`pieces_of`), one a record: row, role, text, characters."""
+    """Return a frame with one row per text of `texts_of_rows`, and the columns row, role, text and characters.
+
+    texts_of_rows: for each row its (role, text) pairs, as `pieces_of` yields them. `row` is the index into
+    `texts_of_rows`, `characters` the length of the text.
+    """
     pieces = [piece for texts_of_row in texts_of_rows for piece in texts_of_row]
     columns = {
         "row": np.repeat(np.arange(len(texts_of_rows)), [len(texts_of_row) for texts_of_row in texts_of_rows]),
@@ -43,7 +48,11 @@ def text_frame(texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> pl.DataFra
 
 
 def message_frame(conversations: Sequence[Conversation]) -> pl.DataFrame:
-    """The messages of conversations, one a record: row, role, content, calls (of tools), has_reasoning."""
+    """Return a frame with one row per message, and the columns row, role, content, calls and has_reasoning.
+
+    `row` is the index of the conversation, `calls` the number of tool calls, `has_reasoning` whether the message has
+    reasoning.
+    """
     messages = [message for conversation in conversations for message in conversation.messages]
     columns = {
         "row": np.repeat(np.arange(len(conversations)), [len(each.messages) for each in conversations]),
@@ -56,9 +65,11 @@ def message_frame(conversations: Sequence[Conversation]) -> pl.DataFrame:
 
 
 def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
-    """(role, text) of a row's texts, in order; of a pair the prompt once, then the replies as chosen and rejected.
+    """Yield the texts of a row in order, as (role, text).
 
-    Documents are split at their author's marks; reasoning precedes the content it led to. Empty messages are left out.
+    The text of a document row is split at the marks between documents, and the role is "document". A message's text is
+    its reasoning followed by its content; messages without either are omitted. Of a pair, the messages of the shared
+    prompt come once, then each reply as one text, with the roles "chosen" and "rejected".
     """
     if isinstance(row, Document):
         yield from (("document", text) for text in split_documents(row.text))
@@ -71,12 +82,14 @@ def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _texts(conversation: Conversation, begin: int, end: int) -> Iterator[tuple[str, str]]:
+    """Yield (role, text) of the messages from `begin` to `end` (exclusive), omitting messages without text."""
     for message in conversation.messages[begin:end]:
         if message.content or message.reasoning_content:
             yield message.role, (message.reasoning_content or "") + message.content
 
 
 def _reply(side: Conversation, begin: int) -> str:
+    """Return the texts of the messages from number `begin` on, joined by newlines: the reply of one side of a pair."""
     return "\n".join(text for _, text in _texts(side, begin, len(side.messages)))
 
 
@@ -84,7 +97,10 @@ def _reply(side: Conversation, begin: int) -> str:
 
 
 def set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
-    """Count a row that cannot be used; the first of each reason are kept for show."""
+    """Count a row that is left out, by reason; the first NUM_EXAMPLES of each reason are added to the tally's examples.
+
+    file: the path of the input, for the example.
+    """
     tally.sums["rows"] += 1
     tally.counters["left_out"][bad.reason] += 1
     examples = tally.examples.setdefault(bad.reason, [])
@@ -96,9 +112,10 @@ def set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
 def count_rows(
     tally: Tally, rows: Sequence[Row], raws: Sequence[bytes], *, most_signed: int = ROWS_FOR_NEAR
 ) -> np.ndarray:
-    """Count a batch of usable rows, with their lines (`raws`) where they come from a file. Returns each row's characters.
+    """Count the texts of a batch of valid rows in `tally`. Return the number of characters of each row, int64 [rows].
 
-    most_signed: rows of the tally that get a signature, by which near duplicates are found.
+    raws: the jsonl line of each row, to count bytes and control strings; empty if the rows were not read from a file.
+    most_signed: MinHash signatures, by which near duplicates are found, are computed until the tally has this many.
     """
     tally.sums.update({"rows": len(rows), "kept": len(rows), "bytes": sum(map(len, raws))})
     for row, raw in zip(rows, raws, strict=False):
@@ -123,7 +140,11 @@ def count_rows(
 
 
 def _count_scripts(tally: Tally, whole: Sequence[str], lengths: np.ndarray, most_signed: int) -> None:
-    """Count scripts of characters and languages of rows; sign rows."""
+    """Count characters by script and rows by language, and append the MinHash signatures of the rows.
+
+    whole: the text of each row; lengths: int64 [rows], its characters. No signatures are computed once the tally has at
+    least `most_signed`.
+    """
     points = texts.code_points("".join(whole))
     counts = texts.count_scripts(texts.scripts_of(points), lengths)
     tally.add("scripts", counts.sum(axis=0))
@@ -135,7 +156,11 @@ def _count_scripts(tally: Tally, whole: Sequence[str], lengths: np.ndarray, most
 
 
 def _count_pieces(tally: Tally, pieces: pl.DataFrame, texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> None:
-    """Count characters by role and turn, openings, and a hash of each row's roles and texts: equal rows have equal ones."""
+    """Count characters by role and by turn, count openings, and append a hash of each row's roles and texts.
+
+    pieces: the frame of `texts_of_rows` (`text_frame`). An opening is the first OPENING characters of a document or
+    answer. Rows of equal roles and texts have equal hashes, by which exact duplicates are found.
+    """
     tally.count("characters by role", pieces, key=pl.col("role"), value=pl.col("characters"))
     number = pl.int_range(1, pl.len() + 1).over("row").clip(upper_bound=NUM_TURNS)
     answers = pieces.filter(pl.col("role") == "assistant").with_columns(turn=number)
@@ -152,7 +177,10 @@ def _count_pieces(tally: Tally, pieces: pl.DataFrame, texts_of_rows: Sequence[Se
 
 
 def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) -> None:
-    """Count turns, system prompts, tools, calls and reasoning; of a pair those of its chosen side."""
+    """Count turns, system prompts, tools, tool calls and messages with reasoning.
+
+    conversations: one per row; for a pair its chosen side.
+    """
     messages = message_frame(conversations)
     users = (pl.col("role") == "user").sum()
     tally.count("turns", messages.group_by("row").agg(turns=users), value=pl.col("turns"))
@@ -172,12 +200,20 @@ def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) ->
 
 
 def _tool_name(tool: dict[str, Any]) -> str:
+    """Return the name in a tool's definition, cut to 80 characters; "None" if it has none.
+
+    The definition is nested, {"function": {"name": …}}, or flat, {"name": …}.
+    """
     function = tool.get("function")
     return str(function.get("name") if isinstance(function, dict) else tool.get("name"))[:80]
 
 
 def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
-    """Count how the two replies of pairs differ in length, and how alike they are."""
+    """Count how the lengths (in characters) of the two replies of each pair differ, and how similar they are.
+
+    The similarity is the Jaccard index of the runs of 8 characters of both replies, counted in 10 bins. The ratio
+    chosen / rejected is counted as 2 log2(ratio), rounded, from -8 (1/16) to 8 (16).
+    """
     sides = [_reply(side, pair.num_shared) for pair in pairs for side in (pair.chosen, pair.rejected)]
     lengths = np.fromiter(map(len, sides), np.int64, len(sides))
     hashes, text = texts.shingles(texts.code_points("".join(sides)), lengths)
@@ -204,9 +240,11 @@ def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
 
 
 def repeated_phrases(whole: Sequence[str], number: int) -> list[dict[str, Any]]:
-    """The n-grams of GRAM_UNITS units that occur in most texts: {"text", "count" of texts}; overlapping ones are joined.
+    """Return at most `number` phrases that occur in several texts, the commonest first: [{"text", "count"}].
 
-    A unit is a word, a number, or a character of a script without spaces. Memory: some 16 bytes a unit.
+    A unit is a word, a number, or any other single character (such as a Chinese one). All n-grams of GRAM_UNITS units
+    that occur in at least two texts are candidates. Overlapping n-grams of nearly equal counts are joined to one longer
+    phrase. `count` is the number of texts that contain the n-gram. whole: the texts. Memory: about 16 bytes per unit.
     """
     ids: dict[str, int] = {}
     stream: list[int] = []
@@ -216,7 +254,7 @@ def repeated_phrases(whole: Sequence[str], number: int) -> list[dict[str, Any]]:
         ends.append(len(stream))
     lengths = np.diff(ends, prepend=0).astype(np.int64)
     hashes, text = texts.shingles(np.array(stream, np.uint64), lengths)
-    shortfall = np.minimum(lengths, texts.GRAM - 1)  # units of a text at which no n-gram begins
+    shortfall = np.minimum(lengths, texts.GRAM - 1)  # the last units of each text, at which no n-gram begins
     at = np.arange(len(text)) + (np.cumsum(shortfall) - shortfall)[text]
     grams = pl.DataFrame({"gram": hashes, "text": text, "at": at}).filter(pl.col("gram").is_duplicated())
     often = grams.group_by("gram").agg(pl.col("at").min(), count=pl.col("text").n_unique()).filter(pl.col("count") >= 2)
@@ -226,8 +264,12 @@ def repeated_phrases(whole: Sequence[str], number: int) -> list[dict[str, Any]]:
 
 
 def _join_grams(grams: Sequence[tuple[int, int]], stream: Sequence[int], number: int) -> list[list[int]]:
-    """N-grams (place, count) as phrases [begin, end, count]. An n-gram beside another of nearly its count continues it; one that
-    mostly repeats another with a smaller count is left out."""
+    """Join n-grams to at most `number` phrases [begin, end, count], where begin and end (exclusive) index `stream`.
+
+    grams: (position in `stream`, count) of each n-gram, by descending count. stream: the ids of the units of all texts.
+    An n-gram is joined to a phrase if their counts differ by at most 5 % and it lies inside the phrase or exceeds it by
+    one unit at one end. An n-gram that shares a run of more than half its units with an earlier phrase is omitted.
+    """
     phrases: list[list[int]] = []
     for at, count in grams:
         window = stream[at : at + GRAM_UNITS]
@@ -242,13 +284,17 @@ def _join_grams(grams: Sequence[tuple[int, int]], stream: Sequence[int], number:
 
 
 def _overlap(units: Sequence[int], window: Sequence[int], least: int = GRAM_UNITS // 2 + 1) -> bool:
-    """Whether `least` units in a row occur in both."""
+    """Return whether a run of `least` consecutive units occurs in both `units` and `window`."""
     runs = {tuple(window[i : i + least]) for i in range(len(window) - least + 1)}
     return any(tuple(units[i : i + least]) in runs for i in range(len(units) - least + 1))
 
 
 def _original(whole: Sequence[str], ends: Sequence[int], begin: int, end: int) -> str:
-    """The text of units begin..end of the stream, as it was written."""
+    """Return the original text of the units from `begin` to `end` (exclusive), cut to 300 characters.
+
+    whole: the texts that were split into units; ends: the position in the stream of units at which each of them ends.
+    The units must belong to one text.
+    """
     number = bisect_right(ends, begin)
     first = ends[number - 1] if number else 0
     spans = [match.span() for match in islice(_UNITS.finditer(whole[number]), begin - first, end - first)]

@@ -1,6 +1,6 @@
-"""Records of rows that a page draws as chats: messages cut into tokens, the trained ones marked.
+"""Convert rows to the records that the report draws as chats: messages cut into tokens, with the trained tokens marked.
 
-A token that holds part of a character is shown together with those that complete it. Of long rows the beginning is shown.
+Tokens that together form one character are shown as one piece. Only the beginning of a long row is included.
 """
 
 from collections.abc import Sequence
@@ -17,31 +17,41 @@ from mmdata.stats.frames import pieces_of
 from mmdata.stats.scan import SampleRow
 from mmdata.stats.tokens import Vocabulary
 
-SampleRecord = dict[str, Any]  # a row, a part of it or a message, as page.js draws it
-MOST_TOKENS = 400  # of a row, or of a pair's prompt and of each of its replies
-MOST_CHARACTERS = 1500  # of a row shown without tokens
-MOST_SEQUENCES = 4  # of a document cut into several
-PLAIN, TRAINED, CONTROL = "0", "1", "2"  # "3": a control token that is trained
+SampleRecord = dict[str, Any]  # JSON object for page.js: a row, a section of a row (`parts`), or a message
+MOST_TOKENS = 400  # tokens shown of a sequence, or of a pair's prompt and of each of its replies
+MOST_CHARACTERS = 1500  # characters shown of a row without tokens
+MOST_SEQUENCES = 4  # sequences shown of a row that is encoded as several
+PLAIN, TRAINED, CONTROL = (
+    "0",
+    "1",
+    "2",
+)  # marks of a piece: text, trained text, control token; "3": trained control token
 
 
 def records(
     samples: Sequence[SampleRow], vocabulary: Vocabulary | None, encoder: RowEncoder | None = None
 ) -> list[SampleRecord]:
-    """One record a row: why, file, line, characters, and `parts`: [{"name", "messages", "hidden" tokens}].
+    """Return one record per row, for page.js; rows that can no longer be parsed are omitted.
 
-    A message is {"role", "text": [pieces], "ids": [[id, …] of each], "marks": one character a piece}. A row without
-    ids is encoded; if it cannot be, or there is no encoder, there is one piece a message and no ids.
+    A record has why, file, line, characters and, if measured, loss, tokens and trained. Its `parts` are sections:
+    [{"name", "messages", "hidden"}], one for each side of a pair and its prompt, or one for each sequence. `hidden` is
+    the number of tokens that are not shown (without tokens: characters). A message is {"role", "text", "ids", "marks"}:
+    text is a list of pieces, ids the list of token ids of each piece, and marks has one character per piece.
+
+    Rows that are not encoded yet are encoded with `encoder`. Without an encoder or vocabulary, or if the encoder
+    rejects the row, each message is one piece without ids. `set_aside` then has the reason for the rejection.
     """
     drawn = []
     for row in samples:
         try:
             drawn.append(_record(row, vocabulary, encoder))
         except BadRow:
-            continue  # it was usable when it was kept: another template or length limit now
+            continue  # the row was valid when it was counted; its line is only parsed again here
     return drawn
 
 
 def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder | None) -> SampleRecord:
+    """Return the record of one row; see `records`. Raise BadRow if its line cannot be parsed."""
     row = shown.parsed()
     record: SampleRecord = {
         "why": shown.why,
@@ -66,7 +76,11 @@ def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder
 
 
 def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[SampleRecord]:
-    """Parts of a row without tokens."""
+    """Return the sections of a row without tokens, with at most MOST_CHARACTERS characters in all.
+
+    pieces: the (role, text) of each text, from `pieces_of`. The prompt of a pair and each of its replies are one
+    section each.
+    """
     parts: dict[str, list[SampleRecord]] = {}
     left = MOST_CHARACTERS
     hidden = 0
@@ -81,6 +95,7 @@ def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[SampleRecord]:
 
 
 def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[SampleRecord]:
+    """Return the sections of an encoded row; each also has `num_trained`, its number of trained tokens."""
     first = sequences[0]
     if isinstance(first, PairSequence):
         lists = [
@@ -112,7 +127,12 @@ _SIDES = ("chosen", "rejected")
 
 
 def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, first_role: str) -> list[SampleRecord]:
-    """Ids cut at the control tokens that open a message; what names its role is not shown again."""
+    """Split ids into messages at the control tokens with which messages begin, and return their records.
+
+    These control tokens and the role names after them are not part of the text. mask: bool, whether each token is
+    trained. first_role: the role of the tokens before the first such control token. Messages without visible text are
+    omitted.
+    """
     messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
     at = 0
     while at < len(ids):
@@ -126,7 +146,10 @@ def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, firs
 
 
 def _add_piece(message: SampleRecord, ids: Sequence[int], at: int, mask: np.ndarray, vocabulary: Vocabulary) -> int:
-    """Add the token at `at`, with those after it that complete its last character; gives where the next piece begins."""
+    """Append the token at position `at` to a message as a piece, and return the position of the next piece.
+
+    If the token ends inside a character, the piece includes up to three more tokens, until the character is complete.
+    """
     if vocabulary.control[ids[at]]:
         text, end = vocabulary.tokenizer.native.id_to_token(ids[at]) or "", at + 1
     else:
@@ -142,6 +165,7 @@ def _add_piece(message: SampleRecord, ids: Sequence[int], at: int, mask: np.ndar
 
 
 def _is_whole(content: bytes) -> bool:
+    """Return whether the bytes are valid UTF-8, and so do not end inside a character."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,9 @@
-"""Files or shards read once, in as many processes as asked, into tallies of their rows and tokens.
+"""Read jsonl files or the shards of a dataset once, in one or several processes, and count their rows and tokens.
 
-Rows come from files or, where a dataset's are gone, decoded from its shards. All text is measured. Tokens of a raw file are those
-of a sample of its rows, drawn by line number, unless all are asked for: tokenizing takes ten times as long as everything else.
+Rows are read from files or, if the inputs of a dataset are missing, decoded from its shards. The text of all rows is
+measured. The tokens of a jsonl file are counted in a sample of its rows, selected by line number, unless all are
+requested, because tokenizing takes ten times as long as everything else. The results do not depend on the number of
+processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,22 +30,31 @@ from mmdata.stats.tally import Tally
 from mmdata.stats.tokens import FlatSequences, Vocabulary, count_tokens, flat_sequences
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-UNCUT = 2**24  # a length limit that no row reaches: figures of a file are those of its whole rows
-PART_BYTES = 16 * 2**20
-MOST_PARTS = 256
-SAMPLE_BYTES = 12_000_000  # of rows that are tokenized, and read for repeated phrases
-NUM_EXTREMES = 6  # longest and shortest rows, and rows of highest loss, that are shown
-RAW_KEPT = 2**17  # bytes; a longer row is not shown
-SLICE_TOKENS = 2**21  # of a shard at once
-STRETCHES = 32  # of all shards that a share is taken from
-DECODED_ROWS = 2**11  # measured at once
+UNCUT = 2**24  # length limit, in tokens, that no row reaches: the rows of a file are measured without cutting them
+PART_BYTES = 16 * 2**20  # size of the parts into which files are split, or more if there would be too many parts
+MOST_PARTS = 256  # parts of all files together, about
+SAMPLE_BYTES = 12_000_000  # size of the sample of rows that is tokenized and searched for repeated phrases
+NUM_EXTREMES = 6  # rows that are shown as the longest, as the shortest, and as those of highest loss
+RAW_KEPT = 2**17  # bytes; a row with a longer line is never shown
+SLICE_TOKENS = 2**21  # tokens (with padding) of a shard that are counted at once
+STRETCHES = 32  # ranges of samples, over all shards, at whose beginnings a sample of the tokens is read
+DECODED_ROWS = 2**11  # decoded rows that are counted at once
 Progress = Callable[[int, int], None]
-Losses = Mapping[str, Mapping[int, float]]  # nats a token, by file and line
+Losses = Mapping[str, Mapping[int, float]]  # mean loss of a row in nats per token, by file and line number
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """A row, from a line or, with `encoded`, decoded from shards; why: random, longest, shortest or loss, if it is shown."""
+    """One row of an input, which may be shown in the report.
+
+    - file, line: path of the input and line number, from 1.
+    - raw: the bytes of the line; empty if the row was decoded from shards.
+    - row: the parsed row; None if it is to be parsed from `raw`.
+    - encoded: the token sequences of the row, if it was decoded from shards.
+    - why: the reason for showing the row: "random", "longest", "shortest" or "loss"; "" if it is not shown.
+    - characters: the length of its text.
+    - nll: its mean loss in nats per token, if `why` is "loss".
+    """
 
     file: str
     line: int
@@ -55,20 +66,27 @@ class SampleRow:
     nll: float | None = None
 
     def parsed(self) -> Row:
-        """The row. BadRow if its line can no longer be parsed."""
+        """Return the parsed row. Raise BadRow if it must be parsed from `raw` and that fails."""
         return self.row or parse_row(self.raw)
 
     @property
     def can_be_shown(self) -> bool:
-        """Whether the row is short enough to be kept."""
+        """Whether the row is at most RAW_KEPT bytes or, decoded from shards, RAW_KEPT / 4 tokens long."""
         return len(self.raw) <= RAW_KEPT and (self.encoded is None or self.encoded.lengths.sum() <= RAW_KEPT // 4)
 
 
 @dataclass(frozen=True, slots=True)
 class ScanOptions:
-    """How rows are read. is_exact: tokenize all, not a sample. wanted: lines to show, with their loss, by file; left_out: lines
-    that are skipped, by file. share (of the rows that are drawn as a sample) and most_signed (rows of a part that get a signature)
-    are set by the scan."""
+    """How the rows of files are read and counted.
+
+    - kind: the kind of the rows; rows of another kind are left out.
+    - tokenizer_dir: the tokenizer to count tokens with; None to count no tokens.
+    - is_exact: tokenize all rows instead of a sample.
+    - wanted: rows to show, with their loss, by file and line number.
+    - left_out: line numbers to skip, by file.
+    - share: the share of the rows that belongs to the sample, from 0 to 1. `scan_files` sets it.
+    - most_signed: the number of rows of a part for which MinHash signatures are computed. `scan_files` sets it.
+    """
 
     kind: str
     tokenizer_dir: Path | None = None
@@ -81,14 +99,19 @@ class ScanOptions:
 
 @dataclass(slots=True)
 class PartScan:
-    """The counts of one part of an input, and its rows for show: a sample, the longest, the shortest, those asked for."""
+    """The counts of one part (a byte range of an input), and the rows of this part that the report may show.
+
+    - input: the number of the input, from 0.
+    - tally: the counts.
+    - shown: rows by reason: "random" (a sample), "longest", "shortest", and "loss" (the rows in `ScanOptions.wanted`).
+    """
 
     input: int
     tally: Tally = field(default_factory=Tally)
     shown: dict[str, list[SampleRow]] = field(default_factory=dict)
 
     def add(self, rows: Sequence[SampleRow], options: ScanOptions) -> None:
-        """Count a batch of usable rows of one file, and keep some for show."""
+        """Count a batch of valid rows, all of one file, and store those of them that the report may show."""
         parsed = [row.parsed() for row in rows]
         raws = [row.raw for row in rows if row.raw]
         lengths = count_rows(self.tally, parsed, raws, most_signed=options.most_signed)
@@ -98,13 +121,14 @@ class PartScan:
         fits = np.array([row.can_be_shown for row in rows])
         chosen = {"loss": [i for i, row in enumerate(rows) if row.line in wanted] if wanted else []}
         for why, order in (("shortest", lengths), ("longest", -lengths)):
-            first = np.argsort(order, kind="stable")  # of equal ones the earlier, in whatever batches rows come
+            # Among rows of equal length the earlier ones are taken, so that the result does not depend on the batches.
+            first = np.argsort(order, kind="stable")
             chosen[why] = first[fits[first]][:NUM_EXTREMES].tolist()
         chosen["random"] = np.flatnonzero(drawn & fits).tolist()
         for why, places in chosen.items():
             shown = self.shown.setdefault(why, [])
             for row, length in ((rows[i], int(lengths[i])) for i in places):
-                parsed_row = None if row.raw else row.row  # a line is smaller than what was parsed from it
+                parsed_row = None if row.raw else row.row  # a line takes less memory than the row parsed from it
                 nll = wanted[row.line] if why == "loss" else None
                 shown.append(replace(row, row=parsed_row, why=why, characters=length, nll=nll))
             if why in ("shortest", "longest"):
@@ -113,7 +137,10 @@ class PartScan:
 
 
 def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
-    """bool [N]: whether each line belongs to the sample, by file and line number alone."""
+    """Return whether each line belongs to the sample: bool [N]. It depends on the file and line number alone.
+
+    numbers: uint64 [N], line numbers. file: the number of the input. share: the share of lines to select, from 0 to 1.
+    """
     if share >= 1:
         return np.ones(len(numbers), bool)
     mixed = (numbers + np.uint64(file) * np.uint64(2**40) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -122,7 +149,10 @@ def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
 
 
 def evenly(number: int, share: float) -> np.ndarray:
-    """int64: about a share of 0 … number - 1, at least one of them."""
+    """Return about a share of the integers 0 … number - 1, evenly spaced and ascending, as int64.
+
+    At least one integer is returned if `number` is not 0. share: from 0 to 1.
+    """
     return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
 
 
@@ -137,9 +167,10 @@ def scan_files(
     sha256s: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[PartScan]:
-    """Measure files of one kind; the same parts and results for any number of workers. progress counts bytes.
+    """Count the rows of files of one kind, and their tokens if the options name a tokenizer. Return one scan per part.
 
-    sha256s: what the files must be; nothing is measured if one is something else.
+    `progress` is called with the bytes read and the bytes of all files. sha256s: the expected hash of each file; if one
+    differs, nothing is counted and the result is empty. The result does not depend on the number of workers.
     """
     total = sum(path.stat().st_size for path in paths)
     entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS))
@@ -152,7 +183,7 @@ def scan_files(
 
 
 class _FileScanner:
-    """Measures parts of files with one set of options; holds the encoder."""
+    """Counts the rows of parts of files. Each process has one instance, which loads the tokenizer once."""
 
     def __init__(self, options: ScanOptions):
         self._options = options
@@ -162,6 +193,7 @@ class _FileScanner:
             self._vocabulary, self._encoder = Vocabulary(tokenizer), RowEncoder(tokenizer, max_len=UNCUT)
 
     def __call__(self, part: Part, tick: Tick) -> PartScan:
+        """Count the rows of one part. `tick(n)` is called when n more bytes have been read."""
         scanned = PartScan(part.input)
         reported = part.begin
         for lines in batches(part):
@@ -175,6 +207,11 @@ class _FileScanner:
         return scanned
 
     def _measure(self, part: Part, lines: Sequence[Line], scanned: PartScan) -> None:
+        """Parse a batch of lines and count the rows in `scanned`, with their tokens if they belong to the sample.
+
+        Lines that are not valid rows are counted as left out. Rows that cannot be encoded are also left out, but only
+        if all rows are encoded: otherwise the number of rows left out would depend on the sample.
+        """
         file, options = str(part.path), self._options
         left_out = options.left_out.get(file, frozenset())
         rows: list[SampleRow] = []
@@ -201,7 +238,7 @@ class _FileScanner:
             scanned.add(rows, options)
 
     def _encode(self, rows: Sequence[SampleRow], tally: Tally) -> Mapping[int, BadRow]:
-        """Encode rows and count their tokens. Returns, by index, why rows cannot be encoded."""
+        """Encode rows and count their tokens. Return why rows cannot be encoded, by their index in `rows`."""
         assert self._encoder and self._vocabulary
         parsed = [row.parsed() for row in rows]
         encoded = self._encoder.encode(parsed)
@@ -213,8 +250,11 @@ class _FileScanner:
 
 
 def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: float) -> list[PartScan]:
-    """Measure about a share of a dataset's rows, read from its inputs at their offsets; nothing if an input is gone or
-    compressed."""
+    """Count a sample of the rows of a dataset, read from its inputs at their byte offsets. Return one scan per part.
+
+    paths: the inputs, None for one that is missing. share: the share of the rows, from 0 to 1. The result is empty if
+    an input is missing or compressed.
+    """
     scanned = []
     for part in dataset.manifest.parts:
         if not part.kept:
@@ -230,7 +270,10 @@ def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: floa
 
 
 def _rows_at(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> Iterator[SampleRow]:
-    """Single rows of a file, at the offsets that packing noted; those that the file no longer holds are left out."""
+    """Yield rows of a file, read at the byte offsets that packing recorded; lines that are no valid rows are omitted.
+
+    sources: the provenance columns of a part. chosen: indices into these columns.
+    """
     with path.open("rb") as file:
         for i in chosen.tolist():
             file.seek(int(sources["offset"][i]))
@@ -253,7 +296,11 @@ def scan_decoded(
     wanted: Losses | None = None,
     progress: Progress | None = None,
 ) -> list[PartScan]:
-    """Measure the rows of a dataset, or about a share of them, decoded from its shards. progress counts rows."""
+    """Count the rows of a dataset, or a share of them, decoded from its shards. Return one scan per part.
+
+    `progress` is called with the rows decoded and the rows to decode. wanted: rows to show, with their loss. A share
+    below 1 is read in this process, whatever `workers` is.
+    """
     parts = [part for part in dataset.manifest.parts if part.kept]
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
     drawn = min(1.0, SAMPLE_BYTES / max(num_bytes, 1)) if share >= 1 else 1.0
@@ -261,7 +308,7 @@ def scan_decoded(
     options = ScanOptions(dataset.kind, wanted=wanted or {}, share=drawn, most_signed=most_signed)
     total = sum(len(evenly(part.kept, share)) for part in parts)
     measure = partial(_measure_decoded, dataset, vocabulary, options, share)
-    make = partial(partial, measure)  # make() is measure(part, tick)
+    make = partial(partial, measure)  # make() returns a function that is called as measure(part, tick)
     return engine.run(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
 
 
@@ -273,7 +320,7 @@ def _measure_decoded(
     part: PartRecord,
     tick: Tick,
 ) -> PartScan:
-    """Measure the rows of one part."""
+    """Decode and count the rows of one part. `tick(n)` is called when n more rows have been counted."""
     rows, decoder = PartRows(dataset, part), RowDecoder(vocabulary, dataset.kind)
     scanned = PartScan(int(rows.sources["file"][0]))
     file = dataset.inputs[scanned.input]
@@ -298,12 +345,15 @@ def scan_shards(
     share: float = 1.0,
     workers: int = 1,
 ) -> Tally:
-    """Count the tokens of a dataset, or of about a share of its samples."""
+    """Count the tokens of a dataset, or of about a share of its samples, from its shards.
+
+    A share below 1, or a dataset of at most 2^25 tokens, is read in this process, whatever `workers` is.
+    """
     entries = dataset.manifest.shards
     total = sum(entry.tokens for entry in entries)
     workers = workers if share >= 1 and total > 2**25 else 1
     count = partial(_count_shard, dataset, vocabulary, share)
-    make = partial(partial, count)  # make() is count(entry, tick)
+    make = partial(partial, count)  # make() returns a function that is called as count(entry, tick)
     tally = Tally()
     for counted in engine.run(make, entries, total=total, workers=workers):
         tally.merge(counted)
@@ -313,7 +363,10 @@ def scan_shards(
 def _count_shard(
     dataset: shards.Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick
 ) -> Tally:
-    """Count the tokens of one shard."""
+    """Count the tokens of one shard, or of a share of its samples.
+
+    `tick` is called once, with the number of tokens of the shard.
+    """
     tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
     for batch in dataset.open_shard(entry).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):
@@ -329,7 +382,11 @@ def _count_shard(
 
 
 def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) -> Iterator[dict[str, Any]]:
-    """A record batch as pieces of at most SLICE_TOKENS positions; with a share, the beginnings of that many stretches."""
+    """Yield a record batch in slices of at most SLICE_TOKENS positions, which are views of its columns.
+
+    With a share below 1, the batch is divided into `stretches` ranges of samples, and the slices are the first samples
+    of each, at least one. bucket: the padded length of a sample.
+    """
     number = num_rows(batch)
     step = max(1, SLICE_TOKENS // bucket) if share >= 1 else max(1, -(-number // stretches))
     for begin in range(0, number, step):
@@ -344,9 +401,12 @@ def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) ->
 
 
 def _flat_packs(columns: dict[str, Any]) -> FlatSequences:
-    """The sequences of packs, spans in flat positions."""
+    """Return the sequences of packs as a `FlatSequences`. columns: the columns ids, doc_len and span of consecutive
+    packs.
+    """
 
     def values(column: Ragged) -> np.ndarray:
+        """Return the concatenated lists of a column that may be a slice; `column.values` has the lists around it, too."""
         return column.values[column.offsets[0] : column.offsets[-1]]
 
     ids, span = columns["ids"], columns["span"]

@@ -1,7 +1,8 @@
-"""Figures of a jsonl file or a packed dataset: plain dictionaries, the same for terminal, JSON and HTML.
+"""Measure a jsonl file or a packed dataset. The results are plain dictionaries for the terminal, JSON and HTML reports.
 
-A dataset's own counts (stats.json, manifest) are taken as they are. Its tokens are counted in its shards; its texts in its inputs or, if
-those are gone or have changed, in its shards, decoded. A file costs one pass, about 15 MB a second of one core.
+The counts of a dataset that `mm pack` has stored (in stats.json and the manifest) are taken from there. Its tokens are
+counted in its shards. Its texts are read from its inputs or, if one of them is missing or has changed, decoded from its
+shards. A jsonl file is read once, at about 15 MB per second and core.
 """
 
 import itertools
@@ -44,15 +45,22 @@ from mmdata.tokenizer import text
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
-NUM_RANDOM = 12  # samples for show
-QUICK_BYTES = (2**17, 2**20)  # least and most of the rows that a quick look at a dataset reads …
-QUICK_SHARE = 1 / 2000  # … and the share between: what `mm pack` can spend on its report
-QUICK_PARTS = 3  # that rows for show are taken from then
+NUM_RANDOM = 12  # rows of the random sample that are shown
+# `mm pack` measures only a share of the rows for its report, so that the report takes little of its time.
+QUICK_BYTES = (2**17, 2**20)  # least and greatest size of this share, in bytes of the inputs
+QUICK_SHARE = 1 / 2000  # the share itself, between these limits
+QUICK_PARTS = 3  # about as many parts have their rows shown then
 
 
 @dataclass(slots=True)
 class Measured:
-    """A path's figures, rows for show, and a hash of each row's texts (empty if not all texts were read)."""
+    """The result of measuring a file or dataset.
+
+    - path: the file, or the directory of the dataset.
+    - figures: the numbers and warnings of the report.
+    - samples: records of the rows that the report shows (`samples.records`).
+    - hashes: uint64 [rows], the hash of each row's roles and texts; empty if not all texts were read.
+    """
 
     path: Path
     figures: Figures
@@ -61,7 +69,10 @@ class Measured:
 
 
 def dataset_stats(dataset: shards.Dataset) -> Figures:
-    """The figures that `mm pack` wrote to stats.json. DatasetError if the file is damaged."""
+    """Return the figures that `mm pack` wrote to stats.json, and the dataset's "path".
+
+    DatasetError if the file is missing or its size differs from the manifest.
+    """
     path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest.files if file.path == "stats.json")
     shards.check_size(path, entry.bytes, dataset.dir)
@@ -69,9 +80,10 @@ def dataset_stats(dataset: shards.Dataset) -> Figures:
 
 
 def read_losses(path: Path) -> dict[str, dict[int, float]]:
-    """Nats a token by file and line, from the JSON lines of `mm eval --per-sequence` (file, line, tokens, nll).
+    """Return the mean loss in nats per token by file and line number, from the output of `mm eval --per-sequence`.
 
-    InputError if it cannot be read or holds something else.
+    The file has JSON lines with the keys file, line, tokens and nll (the summed loss of the tokens). Lines with no
+    tokens are ignored. InputError if the file cannot be read, or a line is not such a record.
     """
     losses: dict[str, dict[int, float]] = {}
     number = 0
@@ -104,10 +116,12 @@ def measure_file(
     losses: Losses | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Everything a report shows of a jsonl file. InputError if no row can be used.
+    """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row.
 
-    Unless `is_exact`, the tokens of a large file are those of a sample of its rows, scaled by characters; `figures["sample"]` says
-    so. losses: nats a token by file and line; the rows of highest loss are shown.
+    Without `tokenizer_dir` no tokens are counted. Unless `is_exact`, the tokens of a large file are those of a sample
+    of its rows, extrapolated to all rows by the number of characters; `figures["sample"]` then has the size of the
+    sample. losses: mean loss in nats per token by file and line; the rows of highest loss are shown. `progress` is
+    called with the bytes read and the size of the file.
     """
     kind = rows.find_kind(path)
     options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses))
@@ -151,10 +165,13 @@ def measure_dataset(
     losses: Losses | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Everything a report shows of a packed dataset; `is_quick`: its counts, and the rest from a sample of its rows.
+    """Measure a packed dataset: everything that its report shows. DatasetError if the dataset is missing or damaged.
 
-    figures["texts_from"] says where texts were read: "inputs", or "shards", decoded, if those are gone or have changed. DatasetError
-    if the dataset is missing or damaged. progress counts bytes of the inputs.
+    With `is_quick`, the counts are those that `mm pack` stored, and texts and tokens are measured in a sample of the
+    rows. `figures["texts_from"]` is "inputs" if texts were read from the inputs, and "shards" if they were decoded from
+    the shards because an input is missing or has changed or, with `is_quick`, is compressed. losses: mean loss in nats
+    per token by file and line; the rows of highest loss are shown. `progress` is called with the bytes of the inputs
+    read so far and in all, or with rows if they are decoded from shards.
     """
     dataset = shards.open_dataset(directory)
     figures = dataset_stats(dataset)
@@ -176,7 +193,7 @@ def measure_dataset(
     if is_quick and tally.sums["kept"] < figures["kept"]:
         figures["sample"] = {"rows": tally.sums["kept"], "of": figures["kept"], "tokens": tokens.sums["tokens"]}
     figures |= text_figures(tally, scans, is_whole=not is_quick)
-    if is_decoded:  # ids do not tell these
+    if is_decoded:  # control strings in content and ignored keys cannot be recognized in token ids
         del figures["rows_with_control"], figures["extra_keys"]
     if is_quick:
         figures["duplicates"] = _line_duplicates(dataset)
@@ -201,7 +218,10 @@ def measure_dataset(
 
 
 def _scan_inputs(dataset: shards.Dataset, workers: int, wanted: Losses, progress: Progress | None) -> list[PartScan]:
-    """Measure the inputs; nothing if one is gone or has changed."""
+    """Count the rows of the inputs, except those that packing left out.
+
+    The result is empty if an input is missing or has changed. wanted: rows to show, with their loss.
+    """
     paths = [path for path in _inputs(dataset) if path]
     if len(paths) < len(dataset.inputs):
         return []
@@ -216,13 +236,13 @@ def _scan_inputs(dataset: shards.Dataset, workers: int, wanted: Losses, progress
 
 
 def _inputs(dataset: shards.Dataset) -> list[Path | None]:
-    """The inputs; None for one that is gone or has another size."""
+    """Return the path of each input, or None if the file is missing or its size differs from the manifest."""
     sizes = {Path(entry.path): entry.bytes for entry in dataset.manifest.inputs}
     return [path if path.is_file() and path.stat().st_size == size else None for path, size in sizes.items()]
 
 
 def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[Figures]:
-    """The records of the rows of a part that packing left out."""
+    """Yield the records of the rows of a part that packing left out (from rejected/); none if there is no such file."""
     path = dataset.dir / "rejected" / f"part-{part.part:05d}.jsonl"
     if path.exists():
         with path.open(encoding="utf-8") as file:
@@ -230,7 +250,10 @@ def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[Figure
 
 
 def _rejected(dataset: shards.Dataset) -> dict[str, list[Figures]]:
-    """The first rows set aside of each reason."""
+    """Return records of the first NUM_EXAMPLES rows that packing left out for each reason.
+
+    A record has file, line, detail (what was found) and raw (the beginning of the line).
+    """
     examples: dict[str, list[Figures]] = {}
     missing = {reason for part in dataset.manifest.parts for reason in part.left_out}
     for part in dataset.manifest.parts:
@@ -247,7 +270,10 @@ def _rejected(dataset: shards.Dataset) -> dict[str, list[Figures]]:
 
 
 def _line_duplicates(dataset: shards.Dataset) -> Figures:
-    """Exact repeats by the hashes of lines that packing noted."""
+    """Return the number of exact duplicates among the rows that were packed, by the hashes of their lines.
+
+    Packing recorded these hashes. Near duplicates are not searched for.
+    """
     parts = [part.part for part in dataset.manifest.parts if part.kept]
     sha256s = [np.ascontiguousarray(shards.open_sources(dataset, part)["sha"]) for part in parts]
     hashes = pl.Series(np.concatenate([each.view(np.uint64).reshape(-1) for each in sha256s]))
@@ -256,7 +282,11 @@ def _line_duplicates(dataset: shards.Dataset) -> Figures:
 
 
 def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
-    """How often each length of a sequence (of a pair: its longer side) occurs, by bucket: columns value and count."""
+    """Return how often each length of a sequence, in tokens, occurs in each bucket.
+
+    The result maps each bucket to a frame with the columns value (the length) and count. The length of a pair is that
+    of its longer side, prompt included.
+    """
     lengths: dict[int, list[np.ndarray]] = {}
     for entry in dataset.manifest.shards:
         for batch in dataset.open_shard(entry).batches:
@@ -273,7 +303,10 @@ def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
 
 
 def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[Figures]:
-    """Figures of each input: rows and tokens by the manifest, texts if they were all read."""
+    """Return figures of each input: rows, tokens and bytes and, if its texts were read, languages and exact duplicates.
+
+    scans: the scans of all rows, or empty if only a sample of the texts was read.
+    """
     file_of = {}
     for part in dataset.manifest.parts:
         if part.kept:
@@ -298,6 +331,7 @@ def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[Figures
 
 
 def _merged(scans: Sequence[PartScan]) -> Tally:
+    """Return the sum of the tallies of these scans, in their order."""
     tally = Tally()
     for part in scans:
         tally.merge(part.tally)
@@ -305,7 +339,7 @@ def _merged(scans: Sequence[PartScan]) -> Tally:
 
 
 def _highest(losses: Losses | None) -> Losses:
-    """The lines of highest loss, by file."""
+    """Return the rows of highest loss, at most scan.NUM_EXTREMES, as {file: {line number: loss}}."""
     every = ((loss, file, line) for file, lines in (losses or {}).items() for line, loss in lines.items())
     highest: dict[str, dict[int, float]] = {}
     for loss, file, line in sorted(every, reverse=True)[: scan.NUM_EXTREMES]:
@@ -314,7 +348,11 @@ def _highest(losses: Losses | None) -> Losses:
 
 
 def _chosen(scans: Sequence[PartScan]) -> list[SampleRow]:
-    """Rows for show: drawn evenly from the sample, then the longest, the shortest, those of highest loss."""
+    """Return the rows to show: random ones, then the longest, the shortest, and those of highest loss.
+
+    The random ones are at most NUM_RANDOM, spread evenly over the rows of the sample; a row may be chosen for several
+    reasons.
+    """
     random, longest, shortest, highest = (
         [row for part in scans for row in part.shown.get(why, ())] for why in ("random", "longest", "shortest", "loss")
     )
@@ -328,7 +366,11 @@ def _chosen(scans: Sequence[PartScan]) -> list[SampleRow]:
 
 
 def contained(measured: Sequence[Measured]) -> list[Figures]:
-    """Warnings on rows that several of these paths have in common, from 1 % of a path on."""
+    """Return a warning for each path that has at least 1 % of its rows in common with another path.
+
+    Rows are equal if their roles and texts are. Paths whose rows have no hashes are not compared. Each warning also has
+    the key "exact", the share of the path's rows as a number.
+    """
     shared = []
     for one, other in itertools.permutations(measured, 2):
         if len(one.hashes) and len(other.hashes):

@@ -1,7 +1,8 @@
-"""Counts over rows and tokens that can be gathered batch by batch, in any number of processes, and merged.
+"""Counts over rows and tokens that can be gathered batch by batch, in any number of processes, and then merged.
 
-Counted values are kept as one polars frame: how often each value (an integer, such as a length) or string (as `key`) of a figure
-occurs. Of strings only the frequent ones are kept. Imports nothing of ours.
+A count belongs to a figure, which is named by a string such as "characters by role". All counts of a `Tally` are in one
+polars frame: how often each integer (column `value`, such as a length) and each string (column `key`) occurs. Of
+figures that count arbitrary strings, `Tally.trim` drops the rare ones. This module imports nothing else of the project.
 """
 
 from collections import Counter, defaultdict
@@ -11,22 +12,29 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-Figures = dict[str, Any]  # a part of what `--json` prints
-EXACT_BELOW = 2**16  # longer lengths are rounded down to a thousandth
-# Edges of histograms: four to an octave, as lengths are spread; 512, 1024 and 2048 are edges.
+Figures = dict[str, Any]  # numbers, strings, lists and dictionaries: what `mm stats --json` prints, or a part of it
+EXACT_BELOW = 2**16  # longer lengths are rounded down, by less than 1/512 of the length (`rounded_lengths`)
+# Bin edges of length histograms: 2^(k/4), because lengths spread over several orders of magnitude. Every power of two
+# is an edge, and so is every standard bucket (512, 1024, 2048).
 EDGES = np.array(sorted({round(2 ** (k / 4)) for k in range(4 * 31)}))
-NUM_STRINGS = 4096  # of a figure that a part of a file keeps
-NUM_EXAMPLES = 3
-MOST_PENDING = 2**18  # counts that are not merged yet
+NUM_STRINGS = 4096  # different strings of one figure that remain in a tally after `trim`
+NUM_EXAMPLES = 3  # rows shown for each reason for which rows are left out
+MOST_PENDING = 2**18  # rows of frames of counts that may wait before equal (figure, key, value) are summed
 _EMPTY = pl.DataFrame(schema={"figure": pl.String, "key": pl.String, "value": pl.Int64, "count": pl.Int64})
 
 
 class Tally:
-    """Everything that adds up: sums by name, counters, arrays, and counts of values and strings.
+    """Counts of a set of rows, such as one part of a file. Two tallies are merged by adding them.
 
-    sums: numbers by name. counters: small counters by name, such as rows left out by reason. arrays: added element by element.
-    columns: arrays of one entry a row, in the order of rows. examples: rows set aside, the first of each reason. missed: how much
-    too small a count of strings may be.
+    - sums: totals by name, such as the number of rows.
+    - counters: small counters by name, such as the number of rows left out, by reason.
+    - arrays: int64 arrays by name, to which `add` adds element by element.
+    - columns: by name, a list of arrays with one entry per row, in the order of the rows.
+    - examples: by reason, records of the first NUM_EXAMPLES rows that were left out.
+    - missed: for each figure of strings, an upper bound of how much too small the count of a string may be because of
+      `trim`.
+
+    The counts of values and strings are added by `count` and read by `of`, `values`, `top` and `lengths`.
     """
 
     def __init__(self) -> None:
@@ -41,7 +49,11 @@ class Tally:
     def count(
         self, figure: str, frame: pl.DataFrame, *, key: pl.Expr | None = None, value: pl.Expr | None = None
     ) -> None:
-        """Count every row of a frame by a string, by an integer, or by both."""
+        """Count every row of `frame` under the name `figure`: by the string `key`, by the integer `value`, or by both.
+
+        `key` and `value` are polars expressions over the columns of `frame`. Without `key` the key is "", without
+        `value` the value is 0. An empty frame changes nothing.
+        """
         if frame.is_empty():
             return
         key, value = pl.lit("") if key is None else key, pl.lit(0) if value is None else value
@@ -50,23 +62,28 @@ class Tally:
         self._append(groups.agg(pl.len().cast(pl.Int64).alias("count")).collect())
 
     def _append(self, counts: pl.DataFrame) -> None:
+        """Append a frame with the columns figure, key, value and count.
+
+        Equal entries are summed each time MOST_PENDING rows have been appended.
+        """
         self._counts.append(counts)
         self._pending += len(counts)
         if self._pending > MOST_PENDING:
             self._merge_counts()
 
     def _merge_counts(self) -> pl.DataFrame:
+        """Concatenate all appended frames, sum the counts of equal (figure, key, value), and return the result."""
         if len(self._counts) > 1:
             groups = pl.concat(self._counts).group_by("figure", "key", "value", maintain_order=True)
             self._counts, self._pending = [groups.agg(pl.col("count").sum())], 0
         return self._counts[0]
 
     def add(self, name: str, values: np.ndarray) -> None:
-        """Add an array, element by element."""
+        """Add `values` to the array called `name`, element by element; the first call stores `values` itself."""
         self.arrays[name] = self.arrays[name] + values if name in self.arrays else values
 
     def merge(self, other: "Tally") -> None:
-        """Add what follows."""
+        """Add the counts of `other`. Its rows come after the rows of this tally in `columns` and `examples`."""
         self.sums.update(other.sums)
         self.missed.update(other.missed)
         for name, counter in other.counters.items():
@@ -80,7 +97,11 @@ class Tally:
         self._append(other._merge_counts())
 
     def trim(self, *figures: str) -> None:
-        """Keep the NUM_STRINGS most frequent strings of these figures only, so that what a process returns stays small."""
+        """Drop all but the NUM_STRINGS most frequent strings counted under each of these names.
+
+        This bounds the size of a tally that is sent to another process. The count of the most frequent string dropped
+        is added to `missed[figure]`.
+        """
         counts = self._merge_counts()
         for figure in figures:
             strings = _by_frequency(counts.filter(pl.col("figure") == figure))
@@ -92,48 +113,75 @@ class Tally:
     # --- what was counted
 
     def of(self, figure: str, key: str | None = None) -> pl.DataFrame:
-        """The counts of a figure, or of one key of it: columns key, value and count."""
+        """Return the counts stored under the name `figure`, or those of them with this key, as a frame.
+
+        Its columns are figure, key, value and count.
+        """
         counts = self._merge_counts().filter(pl.col("figure") == figure)
         return counts if key is None else counts.filter(pl.col("key") == key)
 
     def keys(self, figure: str, order: Iterable[str] = ()) -> list[str]:
-        """The keys of a figure: those of `order` first, the others as they first occurred."""
+        """Return the different keys counted under the name `figure`: first those in `order`, then the others as they
+        first occurred.
+
+        Keys in `order` that were never counted are omitted.
+        """
         keys = self.of(figure)["key"].unique(maintain_order=True).to_list()
         return [key for key in dict.fromkeys([*order, *keys]) if key in keys]
 
     def values(self, figure: str) -> dict[int, int]:
-        """How often each integer of a figure occurs, ascending."""
+        """Return how often each integer was counted under the name `figure`, as {value: count} with ascending values.
+
+        The counts must have been made without keys.
+        """
         counts = self.of(figure).sort("value")
         return dict(zip(counts["value"].to_list(), counts["count"].to_list(), strict=True))
 
     def array(self, name: str, size: int) -> np.ndarray:
-        """An added array; zeros where nothing was added."""
+        """Return the array called `name`, or int64 zeros [size] if nothing was added under this name."""
         return self.arrays.get(name, np.zeros(size, np.int64))
 
     def column(self, name: str) -> np.ndarray:
-        """The entries of all rows."""
+        """Return the column called `name`, one entry per row; an empty uint64 array if the column does not exist."""
         return np.concatenate(self.columns[name]) if self.columns[name] else np.empty(0, np.uint64)
 
     def top(self, figure: str, number: int, least: int = 2) -> list[Figures]:
-        """The most frequent strings that occur at least `least` times, ties by text."""
+        """Return the most frequent strings counted under the name `figure`, at most `number`, as [{"text", "count"}].
+
+        Strings that occur fewer than `least` times are omitted. Strings of equal count are sorted alphabetically.
+        """
         strings = _by_frequency(self.of(figure)).head(number).filter(pl.col("count") >= least)
         return strings.select(text="key", count="count").to_dicts()
 
     def lengths(self, figure: str, key: str | None = None) -> Figures | None:
-        """Figures of lengths (`length_figures`)."""
+        """Return the statistics (`length_figures`) of the lengths counted under the name `figure`, or those with this
+        key.
+
+        None is returned if nothing was counted.
+        """
         return length_figures(self.of(figure, key))
 
     def lengths_by(self, figure: str, order: Iterable[str] = ()) -> Figures:
-        """Figures of lengths for each key of a figure."""
+        """Return the statistics (`length_figures`) of the lengths counted under the name `figure`, separately for each
+        key.
+
+        The keys come in the order of `order`, then as they were first counted.
+        """
         return {key: self.lengths(figure, key) for key in self.keys(figure, order)}
 
 
 def _by_frequency(strings: pl.DataFrame) -> pl.DataFrame:
+    """Sort a frame of counted strings by descending count, and strings of equal count alphabetically by key."""
     return strings.sort("count", "key", descending=[True, False])
 
 
 def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending lengths and how often each occurs, int64; those of EXACT_BELOW and more are rounded down to three digits."""
+    """Return the lengths in `counts` (int64, ascending) and how often each occurs (int64).
+
+    `counts` has the columns value (a length) and count. Lengths below EXACT_BELOW are exact. Longer ones are rounded
+    down to a multiple of a power of two that is less than 1/512 of the length, and the counts of lengths that become
+    equal are summed.
+    """
     octaves = (pl.col("value").clip(1) / EXACT_BELOW).log(2).ceil().cast(pl.Int64)
     step = pl.lit(2, pl.Int64).pow((octaves + 6).clip(0))
     rounded = pl.when(pl.col("value") < EXACT_BELOW).then("value").otherwise(pl.col("value") // step * step)
@@ -142,9 +190,12 @@ def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def length_figures(counts: pl.DataFrame) -> Figures | None:
-    """count, total, mean, shortest, p50, p90, p99, longest, and a histogram as edges and counts; None of nothing.
+    """Compute the statistics and the histogram of a distribution of lengths. Return None if `counts` is empty.
 
-    counts: columns value and count. The histogram's counts[i] are lengths with edges[i] <= length < edges[i + 1].
+    `counts` has the columns value (a length) and count. The result has the keys count (of all items), total (sum of the
+    lengths), mean, shortest, p50, p90, p99, longest, edges and counts. Percentile pq is the smallest length such that
+    at least q % of the items are not longer. counts[i] is the number of lengths with edges[i] <= length < edges[i + 1].
+    Percentiles and histogram are computed from `rounded_lengths`, the others exactly.
     """
     if counts.is_empty():
         return None
@@ -154,7 +205,7 @@ def length_figures(counts: pl.DataFrame) -> Figures | None:
     quantiles = {f"p{q}": int(values[np.searchsorted(reached, -(-number * q // 100))]) for q in (50, 90, 99)}
     first = max(0, int(np.searchsorted(EDGES, values[0], "right")) - 1)
     edges = EDGES[first : int(np.searchsorted(EDGES, values[-1], "right")) + 1].copy()
-    edges[0] = min(edges[0], values[0])  # 0 lies below the first edge
+    edges[0] = min(edges[0], values[0])  # a length of 0 is below the first edge, 1
     bins = np.histogram(values, np.append(edges[:-1], 2**62), weights=numbers)[0]
     return {
         "count": number,

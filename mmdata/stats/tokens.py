@@ -1,7 +1,8 @@
-"""Sequences of ids with their trained spans, and what is counted of their tokens: some 20 million tokens a second of one core.
+"""Statistics of tokens: lengths, trained tokens, use of the vocabulary, scripts, and message lengths by role.
 
-Scripts of tokens come from the tokenizer's bytes; a token that only continues a character belongs to the script of the token before
-it.
+Sequences of token ids with their trained spans are concatenated to a `FlatSequences` and counted in a `Tally`, about 20
+million tokens per second on one core. The script of a token is computed from its bytes. A token in which no character
+begins (its bytes continue a character) is counted in the script of the token before it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,14 +19,21 @@ from mmdata.tokenizer import text as texts
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import token_texts
 
-NUM_SHARES = 20  # bins of the trained share
+NUM_SHARES = 20  # equal bins, from 0 to 1, of the share of a sequence's tokens that is trained
 ROLES = ("system", "user", "assistant", "tool")
-_CONTINUES = 255  # in a table of scripts: the token holds no beginning of a character
+_CONTINUES = 255  # in place of a script: no character begins in the token
 
 
 class FlatSequences(NamedTuple):
-    """Sequences end to end. ids: [T]. lengths: [N]. spans: [2 M], flat positions begin, end, …, ascending. prompts: for pairs,
-    whose two sides (prompt and chosen, prompt and rejected) follow each other, the length of each prompt, [N / 2]."""
+    """N sequences of token ids, concatenated.
+
+    - ids: integers [T], the tokens of all sequences.
+    - lengths: int64 [N], the number of tokens of each sequence.
+    - spans: integers [2 M], the begin and end (exclusive) of each of M trained ranges, as positions in `ids`,
+      ascending.
+    - prompts: None, or for pairs int64 [N / 2], the number of tokens of each prompt. Sequences 2i and 2i + 1 are then
+      the two sides of pair i: prompt and chosen reply, prompt and rejected reply.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -34,7 +42,10 @@ class FlatSequences(NamedTuple):
 
 
 def flat_sequences(sequences: Iterable[Any]) -> FlatSequences:
-    """Flat sequences of encoded ones (`encode.Sequence`) or of pairs (`PairSequence`); at least one, all of one kind."""
+    """Concatenate encoded sequences (`encode.sequences.Sequence`) or pairs (`PairSequence`) to a `FlatSequences`.
+
+    `sequences` must not be empty, and all its items must be of the same type.
+    """
     ids, spans, lengths, prompts = [], [], [], []
     at = 0
     for one in sequences:
@@ -52,7 +63,16 @@ def flat_sequences(sequences: Iterable[Any]) -> FlatSequences:
 
 
 class Vocabulary:
-    """A tokenizer's ids: text, script, characters and bytes of each, and which are control tokens."""
+    """A tokenizer with properties of each of its V ids, as arrays and lists that are indexed by id.
+
+    - size: V.
+    - control: bool [V], whether the id is a control token (a special token that only chat templates write).
+    - pieces: for each id the bytes of its text, empty for control tokens and unused ids.
+    - bytes, characters: int64 [V], the number of bytes, and of characters whose first byte is in the token.
+    - scripts: uint8 [V], an index into `text.SCRIPTS`, or 255 if no character begins in the token.
+
+    It is pickled as the tokenizer's directory and loaded again in the other process.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -63,10 +83,10 @@ class Vocabulary:
         self.bytes = np.fromiter(map(len, pieces), np.int64, self.size)
         is_begin = np.frombuffer(b"".join(pieces), np.uint8) & 0xC0 != 0x80
         ends = np.concatenate([[0], np.cumsum(is_begin)])[np.cumsum(self.bytes)]
-        self.characters = np.diff(ends, prepend=0)  # those that begin in the token
+        self.characters = np.diff(ends, prepend=0)  # a character is counted in the token that has its first byte
         self.scripts = _scripts(pieces)
-        # After the token that opens a message come a role's name and a line end. The line end may be one token with the
-        # name, or with the first characters of the message.
+        # A chat template begins a message with a control token, the name of the role and a newline. The newline may be
+        # merged into one token with the name, or with the first characters of the message.
         self._is_end = np.array([piece.startswith(b"\n") for piece in pieces], bool)
         self._names = [self._names_of(role) for role in ROLES]
 
@@ -74,17 +94,27 @@ class Vocabulary:
         return _load_vocabulary, (self.tokenizer.dir,)
 
     def _names_of(self, role: str) -> list[tuple[list[int], bool]]:
-        """Ids that name a role, and whether a token that begins with a line end must follow."""
+        """Return the ids that can follow a message's first control token to name `role`, as (ids, needs_end).
+
+        `needs_end` says whether the token after `ids` must begin with a newline. It is False for the sequence, if the
+        tokenizer has one, in which the newline is merged into the tokens of the name.
+        """
         alone, line = (self.tokenizer.encode_batch([text])[0].tolist() for text in (role, f"{role}\n"))
         return [(alone, True)] + ([(line, False)] if line[: len(alone)] != alone else [])
 
     def text(self, id: int) -> str:
-        """An id's text; bytes that are no character by themselves become U+FFFD."""
+        """Return the text of an id for display; "" for an unused id.
+
+        Bytes that are no complete character become U+FFFD. The text of a control token is its name.
+        """
         return self.pieces[id].decode("utf-8", errors="replace") or self.tokenizer.native.id_to_token(id) or ""
 
     def roles(self, ids: np.ndarray, opens: np.ndarray) -> np.ndarray:
-        """int64 [N]: for each control token (at the positions `opens`) the role, as an index into ROLES, that is named after it,
-        or -1."""
+        """Return, for each control token, the role of the message that it begins: int64 [N], indices into ROLES.
+
+        opens: the positions of N control tokens in `ids`. The entry is -1 where no role name follows the control token,
+        for example at the end of a message.
+        """
         roles = np.full(len(opens), -1)
         for number, names in enumerate(self._names):
             for name, needs_end in names:
@@ -97,7 +127,10 @@ class Vocabulary:
         return roles
 
     def header(self, ids: Sequence[int], at: int) -> tuple[str, int] | None:
-        """The role of the message that the control token at `at` opens, and where its text begins; None if it opens none."""
+        """Return the role of the message that begins at position `at`, and the position of the first token of its text.
+
+        Return None if `ids[at]` is not a control token or no role name follows it.
+        """
         if not self.control[ids[at]]:
             return None
         for role, names in zip(ROLES, self._names, strict=True):
@@ -109,18 +142,23 @@ class Vocabulary:
 
 
 def _load_vocabulary(directory: Path) -> Vocabulary:
+    """Load the tokenizer in `directory` and return its `Vocabulary`; called when a `Vocabulary` is unpickled."""
     return Vocabulary(Tokenizer.load(directory))
 
 
 def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each id; none of control tokens and unused ids."""
+    """Return the bytes of the text of each id, [vocab_size]; empty for control tokens and unused ids."""
     special = {id for id, token in tokenizer.added.items() if token.special}
     return [b"" if id in special else text or b"" for id, text in enumerate(token_texts(tokenizer))]
 
 
 def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
-    """uint8 [V]: for each token the script of most of its characters, spaces apart; of a token without a whole character the
-    script of its first byte, and _CONTINUES if no character begins in it."""
+    """Return the script of each token, uint8 [V]: an index into `text.SCRIPTS`.
+
+    It is the script of most of the token's characters, where spaces count only if there is nothing else. For a token
+    without a complete character it is guessed from the first byte that begins a character, and is _CONTINUES if there
+    is no such byte.
+    """
     whole = [piece.decode("utf-8", errors="ignore") for piece in pieces]
     lengths = np.fromiter(map(len, whole), np.int64, len(whole))
     counts = texts.count_scripts(texts.scripts_of(texts.code_points("".join(whole))), lengths)
@@ -137,7 +175,13 @@ def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
 
 
 def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> None:
-    """Count sequences: of pairs both sides, each with its prompt, but for `tokens`, the vocabulary and scripts."""
+    """Count the tokens of sequences or pairs in `tally`.
+
+    Counted are the lengths, the share of trained tokens of each sequence, how often each id occurs, tokens by script,
+    and, for sequences other than pairs, tokens of messages by role and turn. The length of a pair is that of its longer
+    side, prompt included. The shares of trained tokens are those of both sides, each with its prompt. In the total of
+    tokens and in the counts by id and script, the prompt of a pair is counted once.
+    """
     lengths, ends = flat.lengths, np.cumsum(flat.lengths)
     of = np.searchsorted(ends, flat.spans[::2], "right")
     trained = np.bincount(of, weights=flat.spans[1::2] - flat.spans[::2], minlength=len(ends)).astype(np.int64)
@@ -149,7 +193,8 @@ def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> N
     else:
         chosen, rejected = lengths[::2] - flat.prompts, lengths[1::2] - flat.prompts
         runs = np.stack([lengths[::2], flat.prompts, rejected], axis=1).reshape(-1)
-        ids = flat.ids[np.repeat(np.tile([True, False, True], len(flat.prompts)), runs)]  # without the second prompts
+        # The ids of chosen side and rejected reply, without the copy of the prompt on the rejected side.
+        ids = flat.ids[np.repeat(np.tile([True, False, True], len(flat.prompts)), runs)]
         longest = np.maximum(lengths[::2], lengths[1::2])
         for name, values in (("prompt", flat.prompts), ("chosen", chosen), ("rejected", rejected)):
             tally.count("tokens by part", pl.DataFrame({"n": values}), key=pl.lit(name), value=pl.col("n"))
@@ -160,7 +205,10 @@ def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> N
 
 
 def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Add tokens, characters and bytes of each script (the last one: control tokens)."""
+    """Add the number of tokens, characters and bytes of each script to the array "token scripts".
+
+    The array is int64 [scripts + 1, 3]. Its last row is that of control tokens.
+    """
     scripts = vocabulary.scripts[ids]
     scripts[vocabulary.control[ids]] = len(texts.SCRIPTS)
     begins = np.flatnonzero(scripts != _CONTINUES)
@@ -174,7 +222,12 @@ def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> Non
 
 
 def _count_messages(tally: Tally, flat: FlatSequences, ends: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Count tokens of messages, template included: from one control token that opens a message to the next."""
+    """Count the tokens of each message by role and, for answers, by turn.
+
+    A message extends from the control token that begins it to the next one that begins a message, or to the end of the
+    sequence, and so includes tokens that the chat template adds. The turn of an answer is its number among the
+    assistant's messages of the sequence, from 1, at most NUM_TURNS.
+    """
     opens = np.flatnonzero(vocabulary.control[flat.ids])
     roles = vocabulary.roles(flat.ids, opens)
     opens, roles = opens[roles >= 0], roles[roles >= 0]
