@@ -1,7 +1,8 @@
-"""Figures of runs, finished or still training, read from their files: for the HTML report, `mm report --json` and the terminal.
+"""Reads the figures of runs, finished or still training, from their files, for the HTML report, `mm report --json` and
+the terminal.
 
-Reads run.json, metrics.jsonl, samples.jsonl and events.jsonl. Does not import torch, so `mm report` starts fast. The
-curves of a long run are averaged to POINTS points.
+The files are run.json, metrics.jsonl, samples.jsonl and events.jsonl. Does not import torch, so that `mm report` starts
+fast. The curves of a long run are averaged to POINTS points.
 """
 
 import json
@@ -21,16 +22,17 @@ from mmdata.io.records import Record, convert_record, plain
 from mmtrain.records import RUN, RunRecord, read_run
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
-POINTS = 400
+POINTS = 400  # the most points of a curve
 PAIR_FIGURES = ("accuracy", "reward_margin", "chosen_drift", "rejected_drift", "chosen_logps", "rejected_logps")
 STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
 
-Metrics = dict[str, int | float | None]  # a line of metrics.jsonl: figures of a step or, named val_…, of a validation
+Metrics = dict[str, int | float | None]  # a line of metrics.jsonl: figures of a step or of a validation (named val_…)
 RunFigures = dict[str, Any]  # one run in `mm report --json`; see `run_figures`
 
 
 class Event(msgspec.Struct):
-    """A line of events.jsonl: something that happened besides a step, such as a save."""
+    """A line of events.jsonl: something other than a training step that happened in a run, such as saving a
+    checkpoint."""
 
     step: int
     event: str
@@ -38,7 +40,7 @@ class Event(msgspec.Struct):
 
 
 class Sample(msgspec.Struct):
-    """A line of samples.jsonl: what the model wrote for a prompt after a step."""
+    """A line of samples.jsonl: the text that the model generated for a prompt after a step."""
 
     step: int
     prompt: str
@@ -46,6 +48,8 @@ class Sample(msgspec.Struct):
 
 
 class _Step(msgspec.Struct):
+    """The part that all records of a run's jsonl files have in common."""
+
     step: int
 
 
@@ -53,11 +57,14 @@ class _Step(msgspec.Struct):
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """The records of a jsonl file; none when it is missing. Lines that do not fit, such as one cut short, are skipped."""
+    """Read the records of type `kind` from a jsonl file; an empty list if the file does not exist. Lines that cannot be
+    read as `kind`, such as a last line that is cut short, are skipped."""
     return _records(path.read_bytes().splitlines(), kind) if path.exists() else []
 
 
 def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
+    """Return the records of type `kind` in lines of JSON. Lines that are not such a record, or have no step, are
+    skipped."""
     records = []
     for line in lines:
         try:
@@ -70,31 +77,37 @@ def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
 
 
 def append(path: Path, records: Iterable[Event | Sample]) -> None:
-    """Append records to a jsonl file."""
+    """Append records to a jsonl file, which is created if it does not exist."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(plain(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Remove the records after `step` from a jsonl file, which a resumed run writes again, and lines that are no record."""
+    """Remove from a jsonl file the records of steps after `step`, which a resumed run will write again, and lines that
+    cannot be read. No effect if the file does not exist."""
     if path.exists():
-        lines = path.read_bytes().splitlines()  # of bytes: a text may hold U+2028
+        lines = (
+            path.read_bytes().splitlines()
+        )  # splits bytes, because str.splitlines also splits at U+2028, which a text may contain
         kept = [line + b"\n" for line in lines if any(one.step <= step for one in _records([line], _Step))]
         files.write_bytes(path, b"".join(kept))
 
 
 @dataclass(slots=True)
 class MetricsReader:
-    """The lines of metrics.jsonl read so far, those of steps and of validations. `update` reads what was added."""
+    """Reads a metrics.jsonl that may still grow. `steps` and `vals` are the records read so far of training steps and
+    of validations; `update` adds those written since."""
 
     path: Path
     steps: list[Metrics] = field(default_factory=list)
     vals: list[Metrics] = field(default_factory=list)
-    _offset: int = 0
-    _last: bytes = b""  # line read
+    _offset: int = 0  # bytes read so far
+    _last: bytes = b""  # the line read last
 
     def update(self) -> None:
-        """Read the complete lines added since; the whole file again when a resumed run has cut it in between."""
+        """Read the complete lines that were appended since the last call. If the line read last is no longer at its
+        place, because a resumed run has cut the file, read the whole file again. No effect if the file does not exist.
+        """
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -118,10 +131,12 @@ class MetricsReader:
 
 
 def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: int | None = None) -> RunFigures:
-    """Figures of one run, counted from its own beginning; with `until` only those up to that step.
+    """Return the figures of one run, without those of the runs it was started from. `until`: only figures up to this
+    step (None: all). `metrics`: a reader of the run's metrics.jsonl that may have read a part of it already.
 
-    `curves` has a list of points for each name, among them the axes step, tokens and hours; `vals`, `events` and `samples`
-    are records with their place on the axes. CheckpointError without a readable run.json.
+    `curves` has a list of values for each name, among them the axes step, tokens and hours. The records in `vals` and
+    `events` also have the tokens and hours up to their step. Raise CheckpointError if run.json is missing or
+    unreadable.
     """
     run = read_run(run_dir)
     metrics = metrics or MetricsReader(run_dir / METRICS)
@@ -134,7 +149,9 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
     before = {"tokens": _running_sums(tokens), "hours": _running_sums(seconds / 3600)}
 
     def place(step: int) -> dict[str, float]:
-        done = bisect_right(numbers, step)  # steps logged by then: an event may be recorded before its own step
+        done = bisect_right(
+            numbers, step
+        )  # number of steps logged up to `step`, whose own line may come after the event's
         return {"step": step, "tokens": before["tokens"][done], "hours": before["hours"][done]}
 
     return {
@@ -168,34 +185,39 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
 
 
 def _step(record: Metrics) -> int:
+    """Return the step of a record; 0 if it is None."""
     return int(record["step"] or 0)
 
 
 def _thinned(vals: list[Metrics]) -> list[Metrics]:
-    """At most POINTS validations, evenly spaced, the last one included."""
+    """Return at most POINTS validations, evenly spaced, with the first and the last one."""
     if len(vals) <= POINTS:
         return vals
     return [vals[i] for i in np.linspace(0, len(vals) - 1, POINTS).astype(int)]
 
 
 def _column(steps: Sequence[Metrics], name: str) -> np.ndarray:
-    """float64 [steps]; NaN where a figure is missing or was not finite."""
+    """Return the values of one figure, float64 [number of steps]; NaN if the figure is missing or was not finite."""
     return np.array([math.nan if (v := step.get(name)) is None else v for step in steps], np.float64)
 
 
 def _seconds(steps: Sequence[Metrics]) -> np.ndarray:
-    """Duration of each step: its tokens divided by its tokens per second."""
+    """Return the duration of each step in seconds: its tokens divided by its tokens per second, or 0 if the rate is
+    unknown."""
     rate = _column(steps, "tokens_per_s")
     return np.where(rate > 0, _column(steps, "tokens") / np.where(rate > 0, rate, 1), 0.0)
 
 
 def _running_sums(values: np.ndarray) -> list[float]:
-    """Sum of the first n values, for n from 0 to all of them."""
+    """Return the sums of the first n values, for n from 0 to the number of values. NaN counts as 0."""
     return [0.0, *np.cumsum(np.nan_to_num(values)).tolist()]
 
 
 def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | None]]:
-    """Curves of at most POINTS points: means over equal numbers of steps; step, tokens and hours at the end of each."""
+    """Return the curves of a run by name, each with at most POINTS points. If there are more steps, these are divided
+    into stretches of nearly equal length. A point is then the mean over a stretch; on the axes step, tokens and hours
+    it is the value at the end of the stretch. loss_low and loss_high, which are only returned in this case, are the
+    lowest and the highest loss in each stretch."""
     tokens, trained, seconds = _column(steps, "tokens"), _column(steps, "trained_tokens"), _seconds(steps)
     columns = {name: _column(steps, name) for name in STEP_FIGURES if any(name in step for step in steps)}
     columns["tokens_per_s"] = _column(steps, "tokens_per_s")
@@ -226,14 +248,19 @@ def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | 
 
 
 def _flops(run: RunRecord, tokens: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Floating-point operations of each step: 6 per weight and token (2 forward, 4 backward), the output matrix on
-    trained tokens only, as this trainer does. Without attention's own products: under a tenth at these lengths."""
+    """Return the number of floating-point operations of each step. For each weight and token these are 6 (2 in the
+    forward pass, 4 in the backward pass); for the output projection only trained tokens count, since this trainer
+    computes it only for these.
+
+    The products inside attention are left out; they are less than a tenth of the total at these sequence lengths.
+    """
     head = run.model.vocab_size * run.model.hidden_size if run.model else 0
     return 6.0 * (max(run.num_params - head, 0) * tokens + head * trained)
 
 
 def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Mean between each two edges, of the values that are not NaN."""
+    """Return the mean of the values from each of `edges` to the next, [len(edges) - 1]. NaN values are left out; a mean
+    of no values is NaN."""
     is_number = ~np.isnan(values)
     sums = np.add.reduceat(np.where(is_number, values, 0), edges[:-1])
     counts = np.add.reduceat(is_number.astype(float), edges[:-1])
@@ -241,12 +268,14 @@ def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """Six significant digits; None for what is not finite."""
+    """Round values to six significant digits; a value that is not finite becomes None."""
     return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
 def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float | None]:
-    """The newest figures: mean loss of the last tenth of the steps, preference figures, last and best validation."""
+    """Return the newest figures by name: loss (mean over the last tenth of the steps), the PAIR_FIGURES of the last
+    step, all figures of the last validation, and best_val_loss with its step best_val_step. Figures that the run does
+    not have are left out."""
     last: dict[str, float | None] = {}
     if steps:
         losses = _column(steps[-max(1, len(steps) // 10) :], "loss")
@@ -262,7 +291,9 @@ def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float 
 
 
 def _events(run_dir: Path, run: RunRecord, steps: Sequence[Metrics], limit: float) -> list[Event]:
-    """Recorded events, resumptions and skipped steps in the order of their steps, each once."""
+    """Return recorded events, resumptions ("resume", from run.json) and skipped updates ("skip", from the count in
+    metrics.jsonl) up to the step `limit`, in the order of their steps. An event that occurs twice at a step is returned
+    once."""
     events = read_records(run_dir / EVENTS, Event)
     events += [Event(one.step, "resume", f"{one.device}, world size {one.world_size}") for one in run.resumed or ()]
     before: float = 0
@@ -279,14 +310,15 @@ def _events(run_dir: Path, run: RunRecord, steps: Sequence[Metrics], limit: floa
 
 
 class RunReader:
-    """Figures of runs, computed anew only when a file of the run has changed, by its time and size."""
+    """Returns the figures of runs. They are computed again only when a file of the run has changed, which its
+    modification time and size show."""
 
     def __init__(self) -> None:
         self._metrics: dict[Path, MetricsReader] = {}
         self._figures: dict[tuple[Path, int | None], tuple[Any, RunFigures]] = {}
 
     def run(self, run_dir: Path, until: int | None = None) -> RunFigures:
-        """A copy of `run_figures`, which the caller may add to."""
+        """Return the result of `run_figures` as a shallow copy, to which the caller may add keys."""
         key = run_dir.resolve(), until
         state = [_state(run_dir / name) for name in (RUN, METRICS, SAMPLES, EVENTS)]
         if key not in self._figures or self._figures[key][0] != state:
@@ -296,6 +328,7 @@ class RunReader:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
+    """Return modification time (ns) and size (bytes) of a file, or None if it does not exist."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -304,9 +337,13 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def chain(run_dir: Path, reader: RunReader | None = None) -> list[RunFigures]:
-    """A run and the runs it was started from, oldest first. `offset` of each: steps, tokens and hours of those before it.
+    """Return the figures of a chain of runs: `run_dir` and the runs whose weights it was started from, oldest first. Of
+    an earlier run only the steps up to the checkpoint that the next run started from are counted (all steps if that
+    number is unknown).
 
-    The chain ends at a run that no longer exists; `missing` of the run started from it names it.
+    `offset` of each run has the steps, tokens and hours of all runs before it. If an earlier run no longer exists, the
+    chain begins after it, and `missing` of the first run is its path. Raise CheckpointError if `run_dir` itself is not
+    a run.
     """
     reader = reader or RunReader()
     run = reader.run(run_dir)
@@ -330,7 +367,13 @@ def chain(run_dir: Path, reader: RunReader | None = None) -> list[RunFigures]:
 
 
 def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None, int | None]:
-    """The run that an init checkpoint belongs to, at its recorded place or beside this run, and the checkpoint's step."""
+    """Return the directory of the run that an init checkpoint belongs to, and the step of the checkpoint. `init` is the
+    record of the run's start in run.json.
+
+    If the recorded directory is not there any more, a directory of the same name next to `run_dir` is taken instead.
+    Return (None, None) for a run that began with new weights; the step is None if the checkpoint's name does not have
+    it.
+    """
     if not init or not init.get("dir"):
         return None, None
     path = Path(init["dir"])
@@ -342,7 +385,8 @@ def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None,
 
 
 def figures(run_dirs: Sequence[Path], reader: RunReader | None = None) -> dict[str, list[list[RunFigures]]]:
-    """{"chains": [[run, …], …]}: the chain of each run, except runs that belong to the chain of another one."""
+    """Return the chains of several runs as {"chains": [[figures of a run, …], …]}. A run that is part of another run's
+    chain does not get a chain of its own."""
     reader = reader or RunReader()
     chains: dict[Path, list[RunFigures]] = {}
     for run_dir in run_dirs:

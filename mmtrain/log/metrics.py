@@ -1,6 +1,7 @@
-"""Metrics of a training run: a line per step and validation in RUN/metrics.jsonl, and console lines at intervals.
+"""Metrics of a training run: writes a line per step and per validation to RUN/metrics.jsonl, and prints some of them to
+the console.
 
-Only the first rank writes. Also here: how numbers and durations are printed.
+Only the first rank writes. Functions that format numbers and durations are also here.
 """
 
 import json
@@ -24,10 +25,13 @@ def print_line(text: str) -> None:
 
 
 class MetricsLog:
-    """Writes every step and validation to RUN/metrics.jsonl, and prints a console line every `log_every` steps.
+    """Writes the figures of every step and validation to RUN/metrics.jsonl, and prints every `log_every`-th step and
+    every validation.
 
-    On all ranks but the first, `run_dir` None writes no file and `say` None prints nothing. `also` is called with every
-    record that is written. Records of an earlier session after `first_step` are removed from the file.
+    `run_dir` None writes no file, and `say` (a function that prints a line) None prints nothing, as on all ranks but
+    the first. `num_steps` is the length of the run; `first_step` is the number of steps done before this session, 0 for
+    a new run. Records of later steps are removed from the file at the beginning. `also` is called with every record
+    that is written.
     """
 
     def __init__(
@@ -50,27 +54,28 @@ class MetricsLog:
         self._started = time.monotonic()
 
     def start_clock(self) -> None:
-        """Mark the beginning of the first step, from which the remaining time is estimated."""
+        """Set the beginning of the first step to now; the remaining time is estimated from it."""
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line, unless the run is quiet."""
+        """Print a line, unless `say` is None."""
         if self.say_line is not None:
             self.say_line(text)
 
     def warn(self, text: str) -> None:
-        """Print a line on any rank, quiet or not."""
+        """Print a line even if `say` is None, and so on any rank."""
         (self.say_line or print_line)(text)
 
     def step(self, record: Mapping[str, float]) -> None:
-        """Write a step's figures; print them every `log_every` steps and at the first and last step."""
+        """Write a step's figures and the peak memory. Print them if the step is a multiple of `log_every`, the first
+        step of this session, or the last one of the run."""
         self._write({**record, "memory_bytes": memory_bytes()})
         step = record["step"]
         if step % self._log_every == 0 or step in (self._first_step + 1, self._num_steps):
             self.say(self._line(record))
 
     def val(self, record: Figures) -> None:
-        """Write and print held-out figures, named val_…."""
+        """Write and print the figures of a validation; their names begin with val_, except for "step"."""
         self._write(record)
         self.say(f"step {record['step']}/{self._num_steps} val | {val_line(record)}")
 
@@ -80,6 +85,8 @@ class MetricsLog:
             self._file.close()
 
     def _write(self, record: Figures) -> None:
+        """Write a record to the file, if there is one, and pass it to `also`. Figures that are not finite become
+        None."""
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -89,6 +96,7 @@ class MetricsLog:
             self._also(finite)
 
     def _line(self, record: Mapping[str, float]) -> str:
+        """Return the console line of a step."""
         done = record["step"]
         per_step = (time.monotonic() - self._started) / (done - self._first_step)
         parts = [
@@ -107,14 +115,16 @@ class MetricsLog:
 
 
 def val_losses(run_dir: Path) -> list[float]:
-    """The val losses in metrics.jsonl, in order; NaN for those that were not finite, empty without a file."""
+    """Return the validation losses in a run's metrics.jsonl, in order. A loss that was not finite is NaN. The list is
+    empty if there is no file."""
     records = history.read_records(run_dir / history.METRICS, history.Metrics)
     losses = [record["val_loss"] for record in records if "val_loss" in record]
     return [math.nan if loss is None else loss for loss in losses]
 
 
 def num_since_best(losses: Sequence[float]) -> int:
-    """How many losses came after the smallest one; NaN is never the smallest."""
+    """Return how many losses come after the smallest one (the first of equal ones). NaN is never the smallest; if all
+    are NaN, all count."""
     best, best_at = math.inf, -1
     for at, loss in enumerate(losses):
         if loss < best:
@@ -123,8 +133,8 @@ def num_since_best(losses: Sequence[float]) -> int:
 
 
 def val_line(record: Figures) -> str:
-    """Held-out figures on one line. Of pairs a selection, and of several datasets the loss of each; all figures are in
-    metrics.jsonl."""
+    """Return the figures of a validation as one line of text. For pairs it has a selection of figures; for several
+    datasets it ends with the loss of each. metrics.jsonl has all figures."""
     figures = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
     losses = [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in figures.items() if k.startswith("loss/")]
     line = _overall({k: v for k, v in figures.items() if "/" not in k})
@@ -132,7 +142,7 @@ def val_line(record: Figures) -> str:
 
 
 def _overall(figures: Mapping[str, float]) -> str:
-    """The line for all datasets together."""
+    """Return the part of a validation's line that is about all datasets together."""
     if "accuracy" not in figures or "loss" not in figures:
         return " ".join(f"{name} {value:.4g}" for name, value in figures.items())
     names = ("chosen_drift", "rejected_drift", "flipped_right", "flipped_wrong")
@@ -142,7 +152,9 @@ def _overall(figures: Mapping[str, float]) -> str:
 
 
 def _pair_part(record: Mapping[str, float]) -> str:
-    """Accuracy and margin of pairs; with a reference also the drift from it, and the pairs whose order has flipped."""
+    """Return the part of a line about pairs: accuracy and reward margin. If there is a reference, also the drift of the
+    logps from it, the percentage of pairs that the reference ranks wrong and the model right, and the percentage of the
+    reverse."""
     text = f"acc {record['accuracy']:.2f} margin {record['reward_margin']:+.3f}"
     if not math.isfinite(record["chosen_drift"]):
         return text
@@ -152,7 +164,8 @@ def _pair_part(record: Mapping[str, float]) -> str:
 
 
 def memory_bytes() -> int:
-    """Peak memory so far: of the CUDA device where there is one, else of this process."""
+    """Return the peak memory so far in bytes: that allocated by torch on the CUDA device if there is one, else the
+    resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -160,7 +173,7 @@ def memory_bytes() -> int:
 
 
 def short(number: float) -> str:
-    """A rounded number with its unit: 512, 5.1k, 2.3M."""
+    """Return a number rounded and with a unit of thousands, such as 512, 5.1k or 2.3M."""
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.0f}" if unit == "" else f"{number:.1f}{unit}"
@@ -169,7 +182,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds with units: 9s, 1m07s, 2h05m."""
+    """Return a duration as text, such as 9s, 1m07s or 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,6 +1,8 @@
-"""The report on runs: figures of `mmtrain.log.history` as sections of tables and plots, on one page or served while a run trains.
+"""Builds the report on runs from the figures of `mmtrain.log.history`: sections with tables and plots, as an HTML page,
+which can also be served while a run trains.
 
-Reads no run itself and never imports torch. A chain is a run and the runs its weights come from, the first one first.
+Reads no files of runs and does not import torch. A chain is a run with the earlier runs that its weights come from, the
+first one first.
 """
 
 import re
@@ -30,17 +32,24 @@ from mmdata.stats.report.page import (
 
 Run = Mapping[str, Any]
 Chains = Sequence[Sequence[Run]]
-AXES: dict[str, Text] = {"tokens": "tokens", "hours": "time", "step": "steps"}  # what curves can be drawn over
-MOST_MARKS = 60  # events of a kind that a plot marks in a run; of more, an even selection
-_MARKED = {"resume": "↻", "skip": "✕", "halved": "½", "save": ""}  # event -> label of its mark; "" is a tick
+AXES: dict[str, Text] = {"tokens": "tokens", "hours": "time", "step": "steps"}  # x axes of the plots, and their labels
+MOST_MARKS = 60  # the most events of one kind that a plot marks in a run; of more events, an even selection
+_MARKED = {
+    "resume": "↻",
+    "skip": "✕",
+    "halved": "½",
+    "save": "",
+}  # events that are marked -> label of the mark; "" is a tick without a label
 _TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
 def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]) -> None:
-    """Serve the page that `make()` returns on 127.0.0.1 until Ctrl-C; it is made anew for each request, one at a time.
+    """Serve the page that `make()` returns on `port` of 127.0.0.1 until Ctrl-C. Each request calls `make` again, one
+    call at a time. Port 0 takes a free port. `on_start` is called with the server's address.
 
-    on_start is called with the address. Requests for another host name or path are answered with 404. UsageError when the port is
-    taken; an error of `make` is raised before anything is served, and answered with 503 afterwards.
+    Requests for another path or host name are answered with status 404. `make` is called once before the server starts,
+    and an error of it is raised; later errors are answered with status 503. Raise UsageError when the port cannot be
+    used.
     """
     one_at_a_time = threading.Lock()
 
@@ -50,7 +59,7 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
             if self.path != "/" or host not in (
                 "127.0.0.1",
                 "localhost",
-            ):  # another site's name may resolve to this address
+            ):  # the domain of another site may resolve to this address (DNS rebinding)
                 self.send_error(404)
                 return
             try:
@@ -67,7 +76,7 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing on the terminal: a page asks every other second."""
+            """Do not log requests: an open page sends one every other second."""
 
     make()
     try:
@@ -82,7 +91,9 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
 
 
 def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float | None = None) -> str:
-    """The report on one chain of runs, or on several laid over each other (`history.figures`)."""
+    """Return the HTML page about one chain of runs, or about several, whose curves are drawn in the same plots.
+    `figures` is the result of `history.figures`. `lang`: "en" or "zh". `refresh_s`: seconds after which an open page
+    requests a newer version; None for a page that does not change."""
     last = [runs[-1] for runs in figures["chains"]]
     title = as_name(", ".join(run["name"] for run in last))
     subtitle = joined(
@@ -93,7 +104,8 @@ def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float |
 
 
 def sections_of(chains: Chains) -> Iterator[Section]:
-    """Every section that the runs have something for; the terminal prints their tables."""
+    """Yield the sections of the report. Those on preference training, samples and events are left out if the runs have
+    no data for them. The terminal prints the tables of these sections."""
     yield Section("glance", "At a glance", list(_glance(chains)))
     plots = _Plotter(chains)
     yield Section("curves", "Curves", [Grid(list(_curves(plots))), *_legend(chains)])
@@ -113,7 +125,7 @@ def sections_of(chains: Chains) -> Iterator[Section]:
 
 
 def glance(run: Run) -> list[tuple[Text, str, Text]]:
-    """The figures of a run that a reader needs first: (label, value, hint)."""
+    """Return the most important figures of a run, as (label, value, hint): step, losses, tokens, time and more."""
     last, params = run["last"], float(f"{run['params']:.4g}")
     cards: list[tuple[Text, str, Text]] = [
         ("step", f"{run['step']:,}", phrase("of {value}", value=f"{run['num_steps']:,}"))
@@ -139,6 +151,8 @@ def glance(run: Run) -> list[tuple[Text, str, Text]]:
 
 
 def _glance(chains: Chains) -> Iterator[Block]:
+    """Yield, for each chain, the most important figures of its last run, a table of all its runs, and the newest
+    figures."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("status", "word"), Column("steps", "count")]
     columns += [Column("tokens", "count"), Column("trained tokens", "count"), Column("time", "hours")]
     columns += [Column("loss", "decimal4"), Column("val loss", "decimal4"), Column("share of tokens", "bar")]
@@ -164,7 +178,8 @@ def _glance(chains: Chains) -> Iterator[Block]:
 
 
 class _Plotter:
-    """Makes specs of curves over tokens, hours and steps: chains laid over each other, the runs of a chain one after another."""
+    """Builds plots of curves over tokens, hours and steps. The runs of a chain follow each other on the axes; several
+    chains are drawn over each other."""
 
     def __init__(self, chains: Chains):
         self.chains = chains
@@ -172,11 +187,13 @@ class _Plotter:
         self.marks = sorted(marks, key=lambda mark: mark["x"]["step"])
 
     def runs(self, stages: Sequence[str] | None = None) -> list[Run]:
-        """All runs of some stages, or of all."""
+        """Return the runs of all chains; with `stages` only those of these stages."""
         return [run for runs in self.chains for run in runs if not stages or run["stage"] in stages]
 
     def _marks(self, number: int, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-        """Where runs begin, named, and what happened in them; with several chains in the colour of theirs."""
+        """Yield the marks of chain number `number` on the x axis: the beginning of each run, with its stage, if there
+        are several, and the events of the runs. If there are several chains, the marks have the colour of their chain.
+        """
         color = {} if len(self.chains) == 1 else {"color": number}
         if len(runs) > 1:
             for run in runs:
@@ -185,7 +202,7 @@ class _Plotter:
             for what, label in _MARKED.items():
                 events = [event for event in run["events"] if event["event"] == what]
                 step = -(-len(events) // MOST_MARKS) or 1
-                for event in events[(len(events) - 1) % step :: step]:  # evenly, the last one among them
+                for event in events[(len(events) - 1) % step :: step]:  # an even selection with the last one
                     x = {axis: _rounded(event[axis] + run["offset"][axis]) for axis in AXES}
                     yield {"x": x, "label": label, "kind": "event" if label else "tick", "said": phrase(what), **color}
 
@@ -198,9 +215,11 @@ class _Plotter:
         note: str = "",
         **options: Any,
     ) -> Iterator[Plot]:
-        """A plot of curves by name -> label ("val_…" of validations), of some stages only, or nothing if there are none.
+        """Yield one plot with a curve for each name in `labels` (name -> label), or nothing if no run has any of them.
+        A name that begins with "val_" is a figure of validations, others are curves of training steps.
 
-        options: further keys of the spec.
+        `stages`: draw only runs of these stages. `note`: text below the plot. `options`: further keys of the plot's
+        spec.
         """
         series = []
         is_several = len(self.chains) > 1
@@ -209,7 +228,9 @@ class _Plotter:
                 points = self._joined([run for run in runs if not stages or run["stage"] in stages], curve)
                 if not points:
                     continue
-                text = as_name(label) if "/" in curve else phrase(label)  # of one dataset of several: its own name
+                text = (
+                    as_name(label) if "/" in curve else phrase(label)
+                )  # a figure of one dataset is labelled with the name of the dataset
                 called = joined([as_name(runs[-1]["name"]), text], ": ") if is_several else text
                 color = number if is_several else i
                 series.append({"name": called, "color": color, "dash": is_several and i % 2 == 1, **points})
@@ -232,13 +253,14 @@ class _Plotter:
             yield Plot(title, spec, note)
 
     def held_out(self, figure: str, stages: Sequence[str] | None = None) -> dict[str, str]:
-        """A figure of validations by name -> label, over all datasets and for each of a run that has several."""
+        """Return the names and labels of a figure of validations, for `lines`: over all datasets and, if a run has
+        several, for each of them."""
         names = dict.fromkeys(key for run in self.runs(stages) for values in run["vals"] for key in values)
         each = {key: key.partition("/")[2] for key in names if key.startswith(f"val_{figure}/")}
         return {f"val_{figure}": "val", **each}
 
     def _extent(self, stages: Sequence[str] | None) -> dict[str, list[float]]:
-        """Where each axis begins and ends, so that plots of one group can be compared."""
+        """Return [lowest, highest] value of each axis over the runs, so that plots of one group have the same axes."""
         runs = self.runs(stages)
         return {
             axis: [min(run["offset"][axis] for run in runs), max(run["offset"][axis] + run[axis] for run in runs)]
@@ -246,7 +268,8 @@ class _Plotter:
         }
 
     def _joined(self, runs: Sequence[Run], curve: str) -> dict[str, Any] | None:
-        """One curve over the runs of a chain; None without values."""
+        """Return one curve over consecutive runs of a chain: x values by axis, y values, and the band from the lowest
+        to the highest value if the curve was averaged. Return None if there are no values."""
         is_val = curve.startswith("val_")
         x: dict[str, list[Any]] = {axis: [] for axis in AXES}
         y: list[Any] = []
@@ -268,10 +291,12 @@ class _Plotter:
 
 
 def _rounded(value: float) -> float:
+    """Round a float to six significant digits; an integer is returned as it is."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _curves(plots: _Plotter) -> Iterator[Plot]:
+    """Yield the plots of loss, bits per byte, learning rate and gradient norm."""
     stages = _TEXT if plots.runs(_TEXT) else None
     note = "The line is the mean of a stretch of steps, the band its lowest and highest."
     yield from plots.lines("Loss", {"loss": "train", **plots.held_out("loss")}, stages=stages, note=note, tall=True)
@@ -281,7 +306,7 @@ def _curves(plots: _Plotter) -> Iterator[Plot]:
 
 
 def _legend(chains: Chains) -> Iterator[Note]:
-    """What the marks on the plots mean, of those that occur."""
+    """Yield a note that explains the marks on the plots; only marks that occur are explained."""
     occurring = {event["event"] for runs in chains for run in runs for event in run["events"]}
     texts: list[Text] = [
         joined([label, what], " ") if label else "ticks at the foot: saves"
@@ -293,6 +318,7 @@ def _legend(chains: Chains) -> Iterator[Note]:
 
 
 def _preference(plots: _Plotter) -> Iterator[Plot]:
+    """Yield the plots of preference training (dpo)."""
     note = "How far the log-probabilities have moved from the reference: both falling is forgetting."
     accuracy = {"accuracy": "train", **plots.held_out("accuracy", _DPO)}
     margin, drift = (
@@ -306,6 +332,7 @@ def _preference(plots: _Plotter) -> Iterator[Plot]:
 
 
 def _speed(plots: _Plotter) -> Iterator[Block]:
+    """Yield the plots of speed and memory, and a note on how they are computed."""
     rates = {"tokens_per_s": "tokens", "trained_per_s": "trained tokens", "padded_per_s": "positions, padded"}
     yield Grid(
         [
@@ -326,7 +353,8 @@ def _speed(plots: _Plotter) -> Iterator[Block]:
 
 
 def _samples(runs: Sequence[Run]) -> Iterator[Block]:
-    """What the model said to each prompt as it learned, the newest last; of the runs before the last one folded."""
+    """Yield, for each run, tables of the texts that the model generated for each prompt, the newest last. Those of runs
+    before the last one are folded."""
     for run in runs:
         by_prompt: dict[str, list[Mapping[str, Any]]] = {}
         for sample in run["samples"]:
@@ -346,12 +374,13 @@ def _samples(runs: Sequence[Run]) -> Iterator[Block]:
 
 
 def _line(text: str) -> str:
-    """A text as one line, line ends visible, several in a row as one with their number."""
+    """Return a text as one line. A line end is shown as ⏎, several in a row with their number; an empty text as ∅."""
     return re.sub(r"\n+", lambda run: "⏎" if len(run[0]) == 1 else f"⏎×{len(run[0])} ", text).strip() or "∅"
 
 
 def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
-    """At most `number` of them, the first and the last among them, closer together at the beginning."""
+    """Return at most `number` (2 or more) of the samples, with the first and the last, chosen more densely at the
+    beginning."""
     if len(samples) <= number:
         return list(samples)
     places = {round((len(samples) - 1) * (i / (number - 1)) ** 1.6) for i in range(number)}
@@ -359,7 +388,7 @@ def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
 
 
 def _events(runs: Sequence[Run]) -> Iterator[Block]:
-    """Tables of events, saves apart."""
+    """Yield a table of events and a folded table of saves. That of events is folded too if it has more than 12 rows."""
     columns = [Column("run", "code"), Column("step", "count"), Column(""), Column("event", "word"), Column("note")]
     events = [(run, event) for run in runs for event in run["events"]]
     for is_save, title in ((False, "{number} events"), (True, "{number} saves")):
@@ -375,7 +404,8 @@ def _events(runs: Sequence[Run]) -> Iterator[Block]:
 
 
 def _settings(runs: Sequence[Run]) -> Table:
-    """Every setting that a run has a value for, with where it comes from; a run a column."""
+    """Return a table of all settings for which a run has a value: a row for each setting, and a column for each run
+    with the value and its origin."""
     settings = ((key, setting) for run in runs for key, setting in run["settings"].items())
     keys = dict.fromkeys(key for key, setting in settings if setting["value"] is not None)
     rows = []
@@ -386,13 +416,15 @@ def _settings(runs: Sequence[Run]) -> Table:
 
 
 def _setting(value: Any) -> str:
+    """Return the value of a setting as text."""
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _lineage(runs: Sequence[Run]) -> Iterator[Block]:
-    """Where the weights of each run come from and what it was trained on; model and versions of the last one."""
+    """Yield a table of where the weights of each run come from and what data it was trained on, then the model's
+    configuration and the software versions of the last run."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("from", "code"), Column("weights", "code")]
     rows = []
     for run in runs:

@@ -1,8 +1,10 @@
-"""What the first rank of a training run records besides metrics: events, sample answers, and an up-to-date report.html.
+"""Writes what the first rank of a training run records besides metrics: events, sample answers, and a current
+report.html.
 
-Sample answers (RUN/samples.jsonl) show what the model writes for fixed prompts at each validation. They are greedy and
-touch no random state, so a run with them trains exactly as one without. Samples and reports together take at most SHARE
-of the run's time, except after the last validation.
+Sample answers (RUN/samples.jsonl) are the texts that the model generates for fixed prompts after validations. Decoding
+is greedy and does not change the state of any random number generator, so a run trains the same with and without
+samples. Samples and reports together take at most a share of SHARE of the run's time, without the samples after the
+last validation.
 """
 
 import time
@@ -21,15 +23,16 @@ from mmtrain.log.report import run_page
 from mmtrain.model.model import Model
 
 REPORT = "report.html"
-SHARE = 0.01  # of the run's time
-FIRST_COST_S = 0.1  # assumed for the first samples and report
-NEW_TOKENS = 40
-BEGINNINGS = ("The sun", "Once upon a time", "人工智能", "在一个")  # to be continued, for pretraining
+SHARE = 0.01  # the largest share of the run's time that samples and reports may take
+FIRST_COST_S = 0.1  # assumed duration of the first samples and report, in seconds
+NEW_TOKENS = 40  # the most tokens of a sample answer
+BEGINNINGS = ("The sun", "Once upon a time", "人工智能", "在一个")  # texts to be continued, for the stage pretrain
 QUESTIONS = ("Who are you?", "What is 3 + 4?", "你好，请介绍一下你自己。", "为什么天空是蓝色的？")
 
 
 def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int) -> list[Sample]:
-    """The model's text for each fixed prompt: continued in pretraining, answered in sft and dpo."""
+    """Return the text that the model generates for each of the fixed prompts: the continuation of BEGINNINGS in the
+    stage pretrain, the answer to QUESTIONS in other stages. `step` is recorded with each."""
     is_plain = stage == "pretrain"
     prompts, template = (BEGINNINGS, None) if is_plain else (QUESTIONS, Template(tokenizer))
     prompt_ids = [prompt_of(tokenizer, template, text) for text in prompts]
@@ -38,26 +41,35 @@ def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int) ->
 
 
 class Reporter:
-    """Writes events.jsonl, samples.jsonl and report.html of a run. Samples and report wait for the next validation where
-    they would exceed SHARE of the time so far."""
+    """Writes events.jsonl, samples.jsonl and report.html of a run. After a validation, samples and report are skipped
+    if they would take more than SHARE of the time so far.
+
+    `first_step`: number of steps done before this session; records of later steps are removed from the two jsonl files.
+    `with_report` and `with_samples` are whether to write these at all.
+    """
 
     def __init__(self, run_dir: Path, *, first_step: int, with_report: bool, with_samples: bool):
         self._dir = run_dir
         self._with_report, self._with_samples = with_report, with_samples
         self._reader = history.RunReader()
         self._begun = time.monotonic()
-        self._spent = 0.0
-        self._cost = FIRST_COST_S
+        self._spent = 0.0  # seconds that all samples and reports took
+        self._cost = FIRST_COST_S  # seconds that the last ones took
         for name in (history.SAMPLES, history.EVENTS):
             history.cut_after(run_dir / name, first_step)
 
     def event(self, step: int, event: str, note: str = "") -> None:
-        """Record an event such as "save" or "halved"."""
+        """Append an event, such as "save" or "halved", to events.jsonl. `note` is a text that describes it further."""
         history.append(self._dir / history.EVENTS, [Event(step, event, note)])
 
     def validated(self, step: int, model: Model, tokenizer: Tokenizer, stage: str, *, is_last: bool) -> None:
-        """After a validation: sample answers and rewrite the report. A prompt that cannot be answered, such as with a
-        template without user turns, ends the samples and not the run."""
+        """Generate sample answers and rewrite the report after a validation, unless this would take more than SHARE of
+        the time so far. After the last validation of the run (`is_last`) samples are always generated and the report is
+        left to a later `write`.
+
+        If a prompt cannot be answered, for example because the chat template cannot render a user message, an event is
+        recorded and the run continues without samples.
+        """
         begun = time.monotonic()
         if not is_last and self._spent + self._cost > SHARE * (begun - self._begun):
             return
@@ -73,6 +85,6 @@ class Reporter:
         self._spent += self._cost
 
     def write(self) -> None:
-        """Write RUN/report.html, if it is wanted; it appears whole or not at all."""
+        """Write RUN/report.html atomically, if the run was started with a report."""
         if self._with_report:
             write_text(self._dir / REPORT, run_page({"chains": [history.chain(self._dir, self._reader)]}))

@@ -1,8 +1,9 @@
-"""Sends a run's figures to tensorboard, wandb, swanlab or trackio through their own libraries, beside metrics.jsonl.
+"""Sends the figures of a run to experiment trackers: tensorboard, wandb, swanlab or trackio, through their own
+libraries. metrics.jsonl is written in any case.
 
-A tracker that is not installed or does not start is an error before the first step. One that fails later is reported
-once, recorded in run.json and not called again; training continues. A resumed run continues its tracked run, whose id is
-derived from the run.
+If a tracker is not installed or cannot be started, an error is raised before the first step. If it fails later, this is
+reported once and recorded in run.json; the tracker is not called again and training continues. A resumed run continues
+its earlier run in the tracker, whose id is derived from the run.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ HELP = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run as trackers see it: directory, an id that stays the same on resume, steps already done, and settings."""
+    """What trackers need of a run: its directory, an id that stays the same when the run is resumed, the number of
+    steps done before this session (`first_step`, 0 for a new run), and its settings."""
 
     dir: Path
     id: str
@@ -33,30 +35,34 @@ class TrackedRun:
     settings: Mapping[str, Any]
 
     def init_options(self) -> dict[str, Any]:
-        """Arguments that wandb.init, swanlab.init and trackio.init share."""
+        """Return the arguments that wandb.init, swanlab.init and trackio.init have in common."""
         return {"project": PROJECT, "name": self.dir.name, "resume": "allow", "config": dict(self.settings)}
 
 
 @dataclass(frozen=True)
 class Sink:
-    """An open tracker. `write(step, figures)` logs; `close(is_failed)` ends the tracked run."""
+    """An open tracker. `write(step, figures)` logs figures; `close(is_failed)` ends the run in the tracker, where
+    `is_failed` says whether training failed."""
 
     write: Callable[[int, Mapping[str, float]], object]
     close: Callable[[bool], object]
 
 
 def check(names: Sequence[str]) -> None:
-    """UsageError for a tracker that is unknown or not installed."""
+    """Raise UsageError if one of the trackers in `names` is unknown or not installed."""
     for name in names:
         if name not in NAMES:
             raise UsageError(f"--log {name} is unknown", f"use {', '.join(NAMES)}; metrics.jsonl is always written")
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # without origin: a directory such as wandb/, which wandb creates
+        if (
+            spec is None or spec.origin is None
+        ):  # no origin: not a package but a directory of that name, as wandb creates
             raise UsageError(f"--log {name}: {name} is not installed", f"pip install 'mm-toolkit[{name}]'")
 
 
 class Trackers:
-    """The open trackers of a run, on the first rank. `failed`: name and reason of those that failed while training."""
+    """The open trackers of a run, on the first rank. `failed` has the reason for each tracker that failed after its
+    start, by name. `say` prints a warning to the user. Raise TrainError if a tracker cannot be started."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun, say: Callable[[str], None]):
         self._say = say
@@ -64,7 +70,7 @@ class Trackers:
         self.failed: dict[str, str] = {}
         for name in names:
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+                with contextlib.redirect_stdout(sys.stderr):  # stdout is only for results
                     self._open[name] = OPEN[name](run)
             except Exception as error:  # a tracker's library may raise anything
                 self.close(is_failed=True)
@@ -72,7 +78,8 @@ class Trackers:
                 raise TrainError(f"--log {name} does not start: {_first_line(error)}", fix) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log a record of metrics.jsonl: its numbers as train/NAME, those of a validation as val/NAME."""
+        """Log a record of metrics.jsonl to all trackers at its step: numbers as train/NAME, those named val_NAME as
+        val/NAME."""
         figures = {
             f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}": float(value)
             for name, value in record.items()
@@ -82,13 +89,14 @@ class Trackers:
             self._try(name, lambda sink=sink: sink.write(record["step"], figures), f"at step {record['step']}")
 
     def close(self, *, is_failed: bool = False) -> None:
-        """Close all trackers; no effect the second time."""
+        """Close all trackers. `is_failed`: whether training failed. A second call has no effect."""
         for name, sink in list(self._open.items()):
             self._try(name, lambda sink=sink: sink.close(is_failed), "when closing")
         self._open.clear()
 
     def _try(self, name: str, act: Callable[[], object], when: str) -> None:
-        """Call `act`; a tracker that fails is dropped and reported."""
+        """Call `act` for the tracker `name`. If it raises an exception, drop the tracker, record the failure and print
+        a warning. `when` says for the message when this happened, such as "at step 10"."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 act()
@@ -99,11 +107,13 @@ class Trackers:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tensorboard(run: TrackedRun) -> Sink:
-    """RUN/tensorboard, where steps that an earlier session wrote after `first_step` are hidden."""
+    """Open tensorboard's log in RUN/tensorboard. Steps after `first_step`, written by a session that was resumed from
+    an earlier checkpoint, are hidden."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run.dir / "tensorboard"), purge_step=run.first_step + 1)
@@ -118,7 +128,8 @@ def _tensorboard(run: TrackedRun) -> Sink:
 
 
 def _wandb(run: TrackedRun) -> Sink:
-    """The step is a figure of its own, since wandb's step counter cannot go back to a checkpoint."""
+    """Open a run of wandb. The step is logged as a figure of its own, since wandb's step counter cannot go back to the
+    step of an earlier checkpoint."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     setup = {"project": wandb.setup().settings.project or PROJECT, "settings": wandb.Settings(console="off")}
@@ -131,7 +142,7 @@ def _wandb(run: TrackedRun) -> Sink:
 
 
 def _swanlab(run: TrackedRun) -> Sink:
-    """Local files go to RUN/swanlog."""
+    """Open a run of swanlab, with its local files in RUN/swanlog."""
     import swanlab  # pyright: ignore[reportMissingImports]
 
     opened = swanlab.init(**run.init_options(), id=run.id, log_dir=str(run.dir / "swanlog"))
@@ -139,7 +150,7 @@ def _swanlab(run: TrackedRun) -> Sink:
 
 
 def _trackio(run: TrackedRun) -> Sink:
-    """trackio resumes runs by name, so the name contains the id."""
+    """Open a run of trackio. trackio identifies runs by name, so the name contains the id."""
     import trackio  # pyright: ignore[reportMissingImports]
 
     opened = trackio.init(**(run.init_options() | {"name": f"{run.dir.name}-{run.id}"}), embed=False)
