@@ -27,7 +27,7 @@ from torch import Tensor
 from mmdata.errors import CheckpointError
 from mmdata.io import files
 from mmdata.io.records import read_record, write_record
-from mmtrain.config import ModelConfig
+from mmtrain.config import ModelConfig, SettingValues
 from mmtrain.model import lora
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, BestRecord, CheckpointState, FileRecord, TrainedOn, read_run
@@ -112,7 +112,7 @@ class Writer:
         optimizer: torch.optim.Optimizer,
         *,
         step: int,
-        settings: Mapping[str, Any],
+        settings: SettingValues,
         data: TrainedOn,
         best: BestRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
@@ -196,7 +196,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     *,
     step: int,
-    settings: Mapping[str, Any],
+    settings: SettingValues,
     data: TrainedOn,
     keep_last: int,
 ) -> Path:

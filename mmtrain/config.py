@@ -13,6 +13,7 @@ from typing import Any
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.options import INT64, check, flag_of, option, options_of
 
+SettingValues = dict[str, Any]  # settings by name, as run.json and checkpoints record them
 STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # stage -> kind of rows it trains on
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ _DPO2 = {"epochs": 2.0, "batch_tokens": 4 * _PAIR_TOKENS, "loss": "sigmoid_norm"
 _DPO3 = {"epochs": 1.0, "batch_tokens": 4 * _PAIR_TOKENS, "loss": "sigmoid", "beta": 0.15}
 
 # preset -> stage, or "lora" for a stage with adapters -> settings
-PRESET_SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+PRESET_SETTINGS: Mapping[str, Mapping[str, SettingValues]] = {
     "minimind2": {
         "pretrain": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 8 * 512, "lr": 5e-4},
         "sft": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 512, "lr": 5e-5},
@@ -326,12 +327,12 @@ MUON_DEFAULTS = {"lr": 4e-3}
 LORA_DEFAULTS = {"lr": 2e-3, "weight_decay": 0.0}
 
 
-def stage_defaults(stage: str) -> dict[str, Any]:
+def stage_defaults(stage: str) -> SettingValues:
     """The default of every setting of a stage."""
     return {name: known.by_stage[stage] for name, known in options_of(TrainSettings) if known.by_stage is not None}
 
 
-def preset_settings(options: TrainOptions) -> dict[str, Any]:
+def preset_settings(options: TrainOptions) -> SettingValues:
     """The settings of the preset asked for; empty without one."""
     if options.preset is None:
         return {}
@@ -345,7 +346,7 @@ def preset_settings(options: TrainOptions) -> dict[str, Any]:
 def resolve(
     options: TrainOptions,
     *,
-    saved: Mapping[str, Any] | None = None,
+    saved: SettingValues | None = None,
     has_init: bool = False,
     device: str = "cpu",
     share_prompt: bool = False,
@@ -368,7 +369,7 @@ def resolve(
         loss = options.loss or preset.get("loss") or defaults["loss"]
         defaults |= {"beta": LOSS_BETAS[loss], "gamma": SIMPO_GAMMA if loss == "simpo" else 0.0}
         defaults["share_prompt"] = share_prompt
-    values: dict[str, Any] = {}
+    values: SettingValues = {}
     origins: dict[str, str] = {}
     for name, known in options_of(TrainSettings):
         value = getattr(options, name)

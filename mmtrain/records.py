@@ -10,7 +10,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 
 from mmdata.errors import CheckpointError
 from mmdata.io.records import read_record
-from mmtrain.config import ModelConfig
+from mmtrain.config import ModelConfig, SettingValues
 
 RUN = "run.json"
 
@@ -59,7 +59,7 @@ class CheckpointState(Struct):
     files: dict[str, FileRecord]
     step: int
     model: ModelConfig
-    settings: dict[str, Any]  # TrainSettings by name, and the stage
+    settings: SettingValues  # TrainSettings by name, and the stage
     data: TrainedOn
     best: BestRecord | None = None
 

@@ -37,7 +37,8 @@ MAX_WIDTH = 30  # of the column of flags in --help; longer flags stand on a line
 LARGE_BOUND = 2**31 - 1  # bounds from here on are checked but not shown
 MAX_CHOICES_WIDTH = 24  # of choices shown as the name of an option's value: --split train|val|all
 Parameter = inspect.Parameter
-Converter = Callable[[dict[str, Any]], Any]  # from the values by parameter name
+Values = dict[str, Any]  # of the command line, by parameter name
+Converter = Callable[[Values], Any]
 
 
 class GroupedCommand(TyperCommand):
@@ -150,13 +151,13 @@ def _converted(parameter: Parameter) -> tuple[list[Parameter], Converter]:
     return [parameter], operator.itemgetter(parameter.name)
 
 
-def _checked(name: str, declaration: Option, values: dict[str, Any]) -> Any:
+def _checked(name: str, declaration: Option, values: Values) -> Any:
     """One of the values; UsageError when it is outside its declaration."""
     check_value(flag_of(name, declaration), values[name], declaration)
     return values[name]
 
 
-def _instance(kind: type, fields_of: Converter, values: dict[str, Any]) -> Any:
+def _instance(kind: type, fields_of: Converter, values: Values) -> Any:
     return kind(**fields_of(values))
 
 
@@ -175,7 +176,7 @@ def _expanded(kind: type) -> tuple[list[Parameter], Converter]:
         default = Parameter.empty if default is MISSING else default
         parameters.append(_typer_parameter(name, annotation, default, declaration))
 
-    def fields_of(values: dict[str, Any]) -> dict[str, Any]:
+    def fields_of(values: Values) -> Values:
         checked = {name: _checked(name, declaration, values) for name, declaration in options_of(kind)}
         return {name: conversions[name](value) if name in conversions else value for name, value in checked.items()}
 

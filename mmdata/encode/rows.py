@@ -18,8 +18,8 @@ import orjson
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
 from mmdata.io.lines import is_seekable as is_seekable
+from mmdata.io.records import JsonObject
 
-JsonObject = dict[str, Any]  # an object in a line: tools and tool calls have no fixed fields
 KINDS = ("document", "conversation", "pair")
 
 REASONS = {  # reason -> what helps

@@ -42,6 +42,7 @@ class Ragged(NamedTuple):
 
 
 Columns = Mapping[str, "np.ndarray | Ragged"]
+BatchColumns = dict[str, Any]  # the columns of a record batch as read: an array or a Ragged by name
 
 
 def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> FileInfo:
@@ -102,7 +103,7 @@ class ArrowFile:
     """
 
     metadata: dict[str, str]
-    batches: tuple[dict[str, Any], ...]
+    batches: tuple[BatchColumns, ...]
 
     @property
     def num_rows(self) -> int:

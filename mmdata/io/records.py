@@ -16,6 +16,7 @@ import msgspec
 from mmdata.errors import MMError
 from mmdata.io.files import FileInfo, write_json
 
+JsonObject = dict[str, Any]  # an object whose fields the project does not define, such as the schema of a tool
 Record = TypeVar("Record")
 
 

@@ -2,17 +2,15 @@
 was written checks both.
 """
 
-from typing import Any
-
 import numpy as np
 
 from mmdata.encode.sequences import PAIR_MARKS, Sequences, pair_sequences, ranges, take
-from mmdata.io.arrow import ArrowFile, ragged
+from mmdata.io.arrow import ArrowFile, BatchColumns, ragged
 
 
 def columns_of(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
-) -> dict[str, Any]:
+) -> BatchColumns:
     """The columns of a shard. ordinals: sequences of `flat` in the order of the samples; sizes: of each sample."""
     if flat.is_pairs:
         return _pair_columns(flat, ordinals, id_dtype, position_dtype)
@@ -21,7 +19,7 @@ def columns_of(
 
 def _pack_columns(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
-) -> dict[str, Any]:
+) -> BatchColumns:
     lengths, num_marks = flat.lengths[ordinals], flat.num_marks[ordinals]
     ids = take(flat.ids, flat.begins[ordinals], lengths).astype(id_dtype, copy=False)
     spans = take(flat.marks, flat.mark_begins[ordinals], num_marks)
@@ -38,14 +36,12 @@ def _pack_columns(
     }
 
 
-def _pair_columns(
-    flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
-) -> dict[str, Any]:
+def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype) -> BatchColumns:
     """A reply that is trained as a whole has an empty span list."""
     sizes = flat.pair_marks()[ordinals]
     begin, mark = flat.begins[ordinals], flat.mark_begins[ordinals] + PAIR_MARKS
-    columns: dict[str, Any] = {}
-    num_loss: dict[str, Any] = {}
+    columns: BatchColumns = {}
+    num_loss: BatchColumns = {}
     for of, name in enumerate(("prompt", "chosen", "rejected")):
         columns[name] = ragged(take(flat.ids, begin, sizes[:, of]).astype(id_dtype, copy=False), sizes[:, of])
         begin = begin + sizes[:, of]

@@ -7,13 +7,13 @@ specifies the format.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdata.io.arrow import ArrowFile, num_rows, read_arrow
+from mmdata.io.arrow import ArrowFile, BatchColumns, num_rows, read_arrow
 from mmdata.io.files import sha256_of
 from mmdata.shards import checksums
 from mmdata.shards.manifest import SPLITS, Manifest, ShardRecord, damaged, read_manifest
@@ -103,7 +103,7 @@ class Split:
         self.buckets = dataset.buckets
         shards = [shard for shard in dataset.manifest.shards if shard.split == name]
         self.totals = SplitTotals(*(sum(getattr(shard, name) for shard in shards) for name in SplitTotals._fields))
-        self._batches: dict[int, list[dict[str, Any]]] = {bucket: [] for bucket in self.buckets}
+        self._batches: dict[int, list[BatchColumns]] = {bucket: [] for bucket in self.buckets}
         self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # first sample of each batch
         self._parts: dict[int, list[int]] = {bucket: [] for bucket in self.buckets}
         for shard in sorted(shards, key=lambda shard: shard.part):
@@ -129,7 +129,7 @@ class Split:
         """The part a sample was packed in; its `doc` ordinals count within it."""
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
-    def batches(self, bucket: int) -> list[tuple[int, dict[str, Any]]]:
+    def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
         """Record batches of a bucket: the number of the first sample in each, and its columns."""
         return list(zip(self._begins[bucket], self._batches[bucket], strict=False))
 
@@ -159,7 +159,7 @@ class Split:
         )
 
 
-def pair_view(columns: Mapping[str, Any], i: int) -> PairView:
+def pair_view(columns: BatchColumns, i: int) -> PairView:
     """The empty list that stands for a wholly trained reply becomes its one span."""
     chosen, rejected = columns["chosen"].row(i), columns["rejected"].row(i)
     chosen_span, rejected_span = columns["chosen_span"].row(i), columns["rejected_span"].row(i)
@@ -266,13 +266,13 @@ class _PartSequences:
 
     def __init__(self, dataset: Dataset, part: int, splits: Sequence[str]):
         self._kind = dataset.kind
-        self._at: dict[int, tuple[dict[str, Any], int, int, int]] = {}  # ordinal -> columns, row, begin, end
+        self._at: dict[int, tuple[BatchColumns, int, int, int]] = {}  # ordinal -> columns, row, begin, end
         for shard in dataset.manifest.shards:
             if shard.part == part and shard.split in splits:
                 for columns in dataset.open_shard(shard).batches:
                     self._add(columns)
 
-    def _add(self, columns: dict[str, Any]) -> None:
+    def _add(self, columns: BatchColumns) -> None:
         if self._kind == "pair":
             self._at |= {ordinal: (columns, i, 0, 0) for i, ordinal in enumerate(columns["doc"].tolist())}
             return

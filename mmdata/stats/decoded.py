@@ -8,13 +8,14 @@ that the template added stays in the contents, and tokens that packing cut are m
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from mmdata.encode.rows import Conversation, Document, Message, Pair, Row, join_documents
 from mmdata.encode.sequences import PairSequence, Sequences, flatten
 from mmdata.encode.sequences import Sequence as Ids
+from mmdata.io.arrow import BatchColumns
+from mmdata.io.records import JsonObject
 from mmdata.shards import dataset as shards
 from mmdata.shards.manifest import PartRecord
 from mmdata.stats.tokens import Vocabulary
@@ -97,7 +98,7 @@ def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> di
     return encoded
 
 
-def _flat(columns: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _flat(columns: BatchColumns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the begin (int64 [N]) and end (int64 [N]) of each of the N sequences of a shard, and the trained spans.
 
     columns: the columns of the shard. All three are positions in the concatenated ids of the shard. The spans are flat:
@@ -152,7 +153,7 @@ class RowDecoder:
         marks = [at for at, id in enumerate(ids) if id in self._control]
         opens = [at for at in marks if self._vocabulary.header(ids, at)]
         messages: list[Message] = []
-        tools: tuple[dict[str, Any], ...] = ()
+        tools: tuple[JsonObject, ...] = ()
         for begin, end in zip(opens, [*opens, len(ids)][1:], strict=True):
             close = next((at for at in marks if begin < at < end and ids[at] == self._eos), end)
             role, _, content = self._text(ids[begin + 1 : close]).partition("\n")
@@ -186,7 +187,7 @@ def _messages(role: str, content: str) -> list[Message]:
     return [Message(role, content, thinking[1] or None if thinking else None, calls)]
 
 
-def _objects(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _objects(lines: Sequence[str]) -> Iterator[JsonObject]:
     """Parse each string as JSON and yield those that are JSON objects; the others are ignored."""
     for line in lines:
         try:

@@ -8,13 +8,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from mmdata.encode.rows import BadRow, Conversation, Document, Line, Pair, Row, split_documents
 from mmdata.encode.validate import control_strings
+from mmdata.io.records import JsonObject
 from mmdata.stats.tally import NUM_EXAMPLES, Tally
 from mmdata.tokenizer import text as texts
 
@@ -199,7 +199,7 @@ def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) ->
     )
 
 
-def _tool_name(tool: dict[str, Any]) -> str:
+def _tool_name(tool: JsonObject) -> str:
     """Return the name in a tool's definition, cut to 80 characters; "None" if it has none.
 
     The definition is nested, {"function": {"name": …}}, or flat, {"name": …}.
@@ -239,7 +239,7 @@ def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
 # --- repeated phrases
 
 
-def repeated_phrases(whole: Sequence[str], number: int) -> list[dict[str, Any]]:
+def repeated_phrases(whole: Sequence[str], number: int) -> list[JsonObject]:
     """Return at most `number` phrases that occur in several texts, the commonest first: [{"text", "count"}].
 
     A unit is a word, a number, or any other single character (such as a Chinese one). All n-grams of GRAM_UNITS units

@@ -18,7 +18,7 @@ from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Line, Row, is_seekable, num_characters, parse_row
 from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.io import workers as engine
-from mmdata.io.arrow import Ragged, num_rows
+from mmdata.io.arrow import BatchColumns, Ragged, num_rows
 from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
@@ -381,7 +381,7 @@ def _count_shard(
     return tally
 
 
-def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) -> Iterator[dict[str, Any]]:
+def _slices(batch: BatchColumns, bucket: int, share: float, stretches: int) -> Iterator[BatchColumns]:
     """Yield a record batch in slices of at most SLICE_TOKENS positions, which are views of its columns.
 
     With a share below 1, the batch is divided into `stretches` ranges of samples, and the slices are the first samples
@@ -400,7 +400,7 @@ def _slices(batch: dict[str, Any], bucket: int, share: float, stretches: int) ->
         }
 
 
-def _flat_packs(columns: dict[str, Any]) -> FlatSequences:
+def _flat_packs(columns: BatchColumns) -> FlatSequences:
     """Return the sequences of packs as a `FlatSequences`. columns: the columns ids, doc_len and span of consecutive
     packs.
     """

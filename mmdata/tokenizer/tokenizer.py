@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from mmdata.errors import TokenizerError
+from mmdata.io.records import JsonObject
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _AGAIN = "copy or download it again"
@@ -206,7 +207,7 @@ CHATML = (
 )
 
 
-def _read_config(dir: Path, content: bytes) -> dict[str, Any]:
+def _read_config(dir: Path, content: bytes) -> JsonObject:
     try:
         config = json.loads(content)
     except ValueError as error:
@@ -222,12 +223,12 @@ def _token_text(token: Any) -> str:
     return token if isinstance(token, str) else ""
 
 
-def _extra_tokens(config: dict[str, Any]) -> list[str]:
+def _extra_tokens(config: JsonObject) -> list[str]:
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     return [_token_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
 
 
-def _chat_template(config: dict[str, Any], files: dict[str, bytes]) -> str | None:
+def _chat_template(config: JsonObject, files: dict[str, bytes]) -> str | None:
     """The template transformers would use: the jinja file, else the configuration's; of several, the one named default."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")

@@ -18,6 +18,8 @@ from mmtrain.inference.settings import ChatSampling
 if TYPE_CHECKING:
     from mmdata.demo import Question
 
+DemoFigures = dict[str, Any]  # what `mm demo --json` prints, or a part of it
+
 
 def demo(
     out: Annotated[Path, Option("Directory for everything; an earlier demo there is replaced.", metavar="DIR")] = Path(
@@ -66,7 +68,7 @@ def clear_demo(out: Path) -> None:
     (out / "demo.json").write_text("{}\n", encoding="utf-8")  # marks it as a demo, even if this one is interrupted
 
 
-def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
+def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
     """Write the corpus, train its tokenizer, pack, then train and score each stage; returns all figures."""
     from mmdata import demo as recipe
     from mmdata.pack.options import PackOptions
@@ -92,7 +94,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
         print_packed(pack([corpus.files[stage.file]], shards / stage.file, options), say)
     held_out = shards / "held_out_pairs"
     pack([corpus.pairs_path], held_out, PackOptions(tokenizer=tokenizer, max_len=512, val_fraction=0))
-    figures: dict[str, Any] = {"questions": len(corpus.questions), "stages": []}
+    figures: DemoFigures = {"questions": len(corpus.questions), "stages": []}
     init: Path | None = None
     for stage in stages:
         start = time.monotonic()
@@ -123,7 +125,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     return figures
 
 
-def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> dict[str, Any]:
+def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigures:
     """Score a run: greedy answers to the held-out questions, held-out pairs ranked by their log-probabilities."""
     from mmdata import demo as recipe
     from mmdata.encode.template import Message, Template
@@ -154,7 +156,7 @@ def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> dict[str,
     }
 
 
-def print_demo(figures: dict[str, Any], out: Path) -> None:
+def print_demo(figures: DemoFigures, out: Path) -> None:
     """Print the figures of each stage, five answers of the last model, and where everything is."""
     columns = ("stage", "val bits/byte", "exact answers", "whole sentences", "pairs ranked right", "minutes")
     rows = (

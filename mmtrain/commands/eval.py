@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # headings of --help
 MOST_MISTAKES = 3  # wrongly answered questions to print
+Scores = dict[str, Any]  # what `mm eval --json` prints, or a part of it
 
 
 def eval_(
@@ -69,7 +70,7 @@ def eval_(
     has_other_task = bool(questions or choices or lm_eval)
     if not datasets and not has_other_task:
         raise UsageError(f"{run} names no dataset that is here", f"mm eval {run} --data shards/NAME")
-    values: dict[str, Any] = {"model": str(run)}
+    values: Scores = {"model": str(run)}
     if data or per_sequence or noisiest or not has_other_task:
         splits = ("train", "val") if split == "all" else (split,)
         values |= measured(model, tokenizer, datasets, splits, per_sequence, noisiest, as_json)
@@ -111,7 +112,7 @@ def measured(
     per_sequence: Path | None,
     noisiest: int,
     as_json: bool,
-) -> dict[str, Any]:
+) -> Scores:
     """Figures of every sequence of the datasets' splits; writes `per_sequence` and adds the noisiest rows if asked for."""
     from mmdata.io.files import write_text
     from mmdata.shards.dataset import open_dataset
@@ -128,7 +129,7 @@ def measured(
             f"{', '.join(map(str, datasets))}: the {' and '.join(splits)} split is empty",
             "--split all takes every row, or pack with a larger --val-fraction",
         )
-    values: dict[str, Any] = {"splits": list(splits), "datasets": scoring.figures(scores)}
+    values: Scores = {"splits": list(splits), "datasets": scoring.figures(scores)}
     if noisiest:
         values["noisiest"] = [one.record() for one in scoring.noisiest(scores, noisiest)]
     if per_sequence is not None:
@@ -137,7 +138,7 @@ def measured(
     return values
 
 
-def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> dict[str, Any]:
+def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> Scores:
     """Results of EleutherAI's harness by task; a run of mm is exported to a temporary directory for it."""
     from mmtrain.convert import harness
     from mmtrain.convert.export import export
@@ -151,7 +152,7 @@ def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | Non
         return harness.run(directory, tasks, is_chat=is_chat, limit=limit)
 
 
-def print_scores(values: dict[str, Any]) -> None:
+def print_scores(values: Scores) -> None:
     """Print what `mm eval` measured: a table for each dataset, the noisiest rows, questions, the harness's tasks."""
     for dataset, buckets in values.get("datasets", {}).items():
         is_pairs = "accuracy" in buckets["all"]
@@ -176,7 +177,7 @@ def print_scores(values: dict[str, Any]) -> None:
     say(f"measured {values['model']} in {values['seconds']:.1f} s")
 
 
-def print_answers(asked: dict[str, Any], what: str) -> None:
+def print_answers(asked: Scores, what: str) -> None:
     """Print the accuracy on a file of questions and the first wrong answers."""
     per_byte = asked.get("accuracy_per_byte")
     more = f"; by log-probability a byte {percent(per_byte, 1)}" if per_byte is not None else ""

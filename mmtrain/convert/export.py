@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from mmdata.encode.template import Message, Template
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.io.files import replace_directory, write_json, write_text
+from mmdata.io.records import JsonObject
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
@@ -141,7 +141,7 @@ def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float 
     return _compare_hf(source, weights, out)
 
 
-def _hf_config(source: _Source, dtype: str) -> dict[str, Any]:
+def _hf_config(source: _Source, dtype: str) -> JsonObject:
     """Return the content of config.json, with keys that both version 4 and version 5 of transformers read."""
     shape = source.shape
     return {

@@ -5,10 +5,10 @@ answers many independent questions in one batch.
 """
 
 from collections.abc import Generator, Sequence
-from typing import Any
 
 from mmdata.encode.template import Message, Template
 from mmdata.errors import UsageError
+from mmdata.io.records import JsonObject
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.engine import Engine, Row
 from mmtrain.inference.settings import Sampling
@@ -89,7 +89,7 @@ def fit(
     messages: Sequence[Message],
     *,
     room: int,
-    tools: Sequence[dict[str, Any]] = (),
+    tools: Sequence[JsonObject] = (),
     think: bool | None = None,
 ) -> list[int]:
     """Return the prompt ids of a conversation. While these are more than `room` tokens, drop the oldest turn.

@@ -190,7 +190,7 @@ class _Plotter:
         """Return the runs of all chains; with `stages` only those of these stages."""
         return [run for runs in self.chains for run in runs if not stages or run["stage"] in stages]
 
-    def _marks(self, number: int, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    def _marks(self, number: int, runs: Sequence[Run]) -> Iterator[page.PlotSpec]:
         """Yield the marks of chain number `number` on the x axis: the beginning of each run, with its stage, if there
         are several, and the events of the runs. If there are several chains, the marks have the colour of their chain.
         """
@@ -267,7 +267,7 @@ class _Plotter:
             for axis in AXES
         }
 
-    def _joined(self, runs: Sequence[Run], curve: str) -> dict[str, Any] | None:
+    def _joined(self, runs: Sequence[Run], curve: str) -> page.PlotSpec | None:
         """Return one curve over consecutive runs of a chain: x values by axis, y values, and the band from the lowest
         to the highest value if the curve was averaged. Return None if there are no values."""
         is_val = curve.startswith("val_")

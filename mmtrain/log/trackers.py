@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.errors import TrainError, UsageError
+from mmtrain.config import SettingValues
 
 PROJECT = "mm"
 NAMES = ("tensorboard", "wandb", "swanlab", "trackio")
@@ -32,7 +33,7 @@ class TrackedRun:
     dir: Path
     id: str
     first_step: int
-    settings: Mapping[str, Any]
+    settings: SettingValues
 
     def init_options(self) -> dict[str, Any]:
         """Return the arguments that wandb.init, swanlab.init and trackio.init have in common."""

@@ -6,10 +6,11 @@ the weights they belong to. Loading such a checkpoint (chat, eval, export, --ini
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmdata.io.records import JsonObject
 
 # alpha / rank, for any rank: alpha = 2 rank is the usual choice
 SCALE = 2.0
@@ -73,7 +74,7 @@ def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict
     return merged
 
 
-def peft_config(adapters: Mapping[str, Tensor]) -> dict[str, Any]:
+def peft_config(adapters: Mapping[str, Tensor]) -> JsonObject:
     """adapter_config.json for these adapters, as peft reads it."""
     pairs = list(_pairs(adapters))
     rank = pairs[0][1].shape[0]

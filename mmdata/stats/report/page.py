@@ -210,6 +210,9 @@ class Heading:
     text: Text
 
 
+PlotSpec = dict[str, Any]  # what page.js draws a plot from (docs/reports.md), or a part of it
+
+
 @dataclass(frozen=True, slots=True)
 class Strings:
     """Short strings one after another, each in a box."""
@@ -222,7 +225,7 @@ class Plot:
     """A plot of a spec (docs/reports.md describes them; phrases in it are translated). in_terminal: the terminal draws it."""
 
     title: Text
-    spec: Mapping[str, Any]
+    spec: PlotSpec
     note: Text = ""
     in_terminal: bool = False
 
@@ -281,7 +284,7 @@ def bars(
     unit: Text = "",
     is_share: bool = False,
     names: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> PlotSpec:
     """Spec of a histogram: values[i] counts what lies from edges[i] to edges[i + 1]; all bins are drawn equally wide.
 
     ticks: (edge, label), by default at powers of two. marks: values drawn as vertical lines. is_share: values are shares of 1.

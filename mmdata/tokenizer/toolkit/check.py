@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.sequences import Sequence as Ids
 from mmdata.encode.template import Template
 from mmdata.errors import MMError, TokenizerError
+from mmdata.io.records import JsonObject
 from mmdata.tokenizer import encoders
 from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -123,7 +124,7 @@ class _Probe:
 
     name: str
     messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...]
+    tools: tuple[JsonObject, ...]
     texts: tuple[str, ...]
     is_needed: bool = False
 

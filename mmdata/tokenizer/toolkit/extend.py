@@ -8,11 +8,11 @@ size; the rows of these ids, which were never trained, are initialized anew all 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from mmdata.errors import TokenizerError, UsageError
+from mmdata.io.records import JsonObject
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.train import added_token, publish
 from mmdata.tokenizer.vocabulary import added_ids, is_reserved
@@ -68,7 +68,7 @@ def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
         raise UsageError(f"{out} is not empty", "choose another --out")
 
 
-def _take_reserved(old: Tokenizer, parts: dict[str, Any], tokens: Sequence[str]) -> list[int]:
+def _take_reserved(old: Tokenizer, parts: JsonObject, tokens: Sequence[str]) -> list[int]:
     """Rename reserved tokens of tokenizer.json's vocabulary to `tokens`; returns their ids."""
     free = [(id, token.content) for id, token in sorted(old.added.items()) if is_reserved(token.content.encode())]
     if len(free) < len(tokens):

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mmdata.encode.template import Message
-from mmdata.io.records import convert_record, explain
+from mmdata.io.records import JsonObject, convert_record, explain
 from mmtrain.inference.settings import Sampling
 
 MAX_CHOICES = 16  # the largest `n`, and the most prompts of a completion
@@ -80,7 +80,7 @@ class Request:
     stream: bool
     include_usage: bool  # end a streamed response with the token counts
     messages: tuple[Message, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
     prompts: tuple[str, ...] = ()
     think: bool | None = None  # answer with or without a think block; None: the chat template's default
     truncate: bool = False  # drop the oldest turns of a conversation that is too long; False: raise an error
@@ -222,7 +222,7 @@ class _Message(Struct):
         return "".join(part.refusal or "" if part.text is None else part.text for part in parts)
 
     @staticmethod
-    def _call(function: _CalledFunction, place: str) -> dict[str, Any]:
+    def _call(function: _CalledFunction, place: str) -> JsonObject:
         """Return the name and the arguments of a called function, with arguments given as text decoded from JSON. Raise
         RequestError, naming `place`, when they are not JSON."""
         arguments = function.arguments
@@ -263,7 +263,7 @@ class _ChatBody(_Body, kw_only=True):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[_Message], Meta(max_length=1000)] = []
-    tools: list[dict[str, Any]] = []  # passed to the chat template as they are
+    tools: list[JsonObject] = []  # passed to the chat template as they are
     tool_choice: Literal["auto", "none"] = "auto"
     max_completion_tokens: Count | None = None
     logprobs: bool = False
