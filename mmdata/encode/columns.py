@@ -1,12 +1,16 @@
-"""Conversations as columns: roles and contents of the messages of many rows end to end, for Arrow and numpy to work on.
+"""Many conversations as columns: the roles and contents of the messages of all rows end to end, for vectorized work
+with Arrow and numpy.
 
-`read_lines` reads plain lines straight into columns with Arrow's JSON reader; `columns_of` makes them from parsed rows. A pair
-is two conversations: of 2P conversations the first P are the chosen sides, the others the rejected sides in the same order.
-What needs a look row by row (tools, tool calls, reasoning) is kept in dictionaries beside the columns.
+`read_lines` reads jsonl lines into columns with Arrow's JSON reader; `columns_of` makes columns from parsed rows. A
+pair is stored as two conversations: of 2P conversations, the first P are the chosen sides and the others are the
+rejected sides, in the same order. Tools, tool calls and reasoning are rare and are stored in dictionaries instead of
+columns.
 
-A line is plain when it has the keys of MiniMind's files and no others, strings where strings belong, turns in the usual
-order, and no control strings. Arrow's reader is strict; a line that it or the checks here decline is left to
-`rows.parse_row`, which alone decides what is wrong with a row.
+`read_lines` takes only lines of the usual form, called plain here. A plain line has the keys of MiniMind's files and no
+others, and all their values are strings. Roles alternate in the usual order, with a system message only at the
+beginning. User messages and answers are not blank. No text contains the string of a special token, and no content is
+the placeholder 无. All other lines are left to `rows.parse_row`, which accepts more forms and alone decides what is
+wrong with a row.
 """
 
 import hashlib
@@ -37,47 +41,54 @@ from mmdata.encode.validate import CONTROL, may_hold_control
 ROLES = ("system", "user", "assistant", "tool")
 SYSTEM, USER, ASSISTANT, TOOL = range(len(ROLES))
 _CODES = {role: code for code, role in enumerate(ROLES)}
-FEW = 16  # lines that are not halved further when Arrow's reader refuses one of them
+FEW = 16  # `_parsed` does not divide this number of lines, or fewer, when Arrow's reader refuses them
 _FIELDS = ("role", "content", "reasoning_content", "tools", "tool_calls")
 # The characters for which str.isspace is true; Arrow has its own definition of space.
 SPACE = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
 )
-_MAY_BE_CONTROL = r"<(?:\|[^|<>]+\|>|/?s>|unk>)"  # matches all that CONTROL does, and more: RE2's \w is ASCII only
-_START = len(ROLES)
-_MAY_FOLLOW = np.zeros((_START + 1, len(ROLES)), bool)  # [role before or _START, role]
+# Matches every string that CONTROL matches, and some more. Arrow's regular expressions (RE2) have an ASCII-only \w.
+_MAY_BE_CONTROL = r"<(?:\|[^|<>]+\|>|/?s>|unk>)"
+_START = len(ROLES)  # in place of the role before a conversation's first message
+_MAY_FOLLOW = np.zeros((_START + 1, len(ROLES)), bool)  # [role before (or _START), role]
 for _before, _role in (
     (_START, SYSTEM), (_START, USER), (SYSTEM, USER), (USER, ASSISTANT), (ASSISTANT, USER), (ASSISTANT, TOOL), (TOOL, TOOL),
     (TOOL, ASSISTANT),
 ):  # fmt: skip
     _MAY_FOLLOW[_before, _role] = True
-to_json = json.JSONEncoder(ensure_ascii=False).encode  # as the `tojson` filter of chat templates writes it
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # the same text as the `tojson` filter of chat templates
 
 
 @dataclass(frozen=True)
 class ToolSpecs:
-    """The tools of a conversation; rows with the same tools share one object."""
+    """The definitions of the tools of a conversation, as JSON objects. `read_lines` uses one instance for many lines
+    with the same text, so that the properties are computed once.
+    """
 
     specs: tuple[JsonObject, ...]
 
     @cached_property
     def canonical(self) -> str:
-        """The form that is hashed."""
+        """The tools as text for the row's hash: JSON with sorted keys, preceded by its length."""
         return canonical_tools(self.specs)
 
     @cached_property
     def rendered(self) -> str:
-        """The form that templates of blocks write: one line each, a newline before it."""
+        """The tools as chat templates write them: a newline and one line of JSON for each tool."""
         return "".join([f"\n{to_json(tool)}" for tool in self.specs])
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """R conversations with M messages in all.
+    """R conversations with M messages in all, as columns.
 
-    counts: int64 [R], messages of each; roles: int8 [M], indices of ROLES; contents: Arrow strings [M], no nulls;
-    extras: messages with reasoning or tool calls, by message index; tools: by conversation. is_pairs: R = 2P, see the module.
+    counts: int64 [R], the number of messages of each conversation.
+    roles: int8 [M], indices of ROLES.
+    contents: Arrow string array [M] without nulls.
+    extras: the complete messages that have reasoning or tool calls, by message index in [0, M).
+    tools: the tools of conversations that have any, by conversation index in [0, R).
+    is_pairs: the conversations are the sides of P = R / 2 pairs, the chosen ones first.
     """
 
     counts: np.ndarray
@@ -92,24 +103,26 @@ class Conversations:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """int64 [R]: the first message of each conversation."""
+        """int64 [R]: the index of the first message of each conversation."""
         return np.cumsum(self.counts) - self.counts
 
     @cached_property
     def row_of(self) -> np.ndarray:
-        """int64 [M]: the conversation of each message."""
+        """int64 [M]: the index of the conversation to which each message belongs."""
         return np.repeat(np.arange(len(self)), self.counts)
 
     @cached_property
     def is_first(self) -> np.ndarray:
-        """bool [M]: the message is its conversation's first."""
+        """bool [M]: True for messages that are the first of their conversation."""
         is_first = np.zeros(len(self.roles), bool)
         is_first[self.begins] = True
         return is_first
 
     @cached_property
     def num_shared(self) -> np.ndarray:
-        """int64 [P]: how many leading messages both sides of each pair share."""
+        """int64 [P]: for each pair, the number of leading messages that are equal on both sides. Only for columns of
+        pairs.
+        """
         half = len(self) // 2
         sizes = np.minimum(self.counts[:half], self.counts[half:])
         one, other = ranges(self.begins[:half], sizes), ranges(self.begins[half:], sizes)
@@ -126,14 +139,18 @@ class Conversations:
 
     @cached_property
     def is_repeated(self) -> np.ndarray:
-        """bool [M]: the message is the rejected side's copy of a message that both sides share; all False without pairs."""
+        """bool [M]: True for messages of a rejected side that repeat the leading messages of the chosen side. All False
+        if the conversations are not pairs.
+        """
         if not self.is_pairs:
             return np.zeros(len(self.roles), bool)
         last = self.begins + np.concatenate([np.zeros_like(self.num_shared), self.num_shared])
         return np.arange(len(self.roles)) < last[self.row_of]
 
     def num_characters(self) -> np.ndarray:
-        """int64 [R or P]: characters of contents and reasoning; the messages that a pair shares count once."""
+        """Return the number of characters of each row's contents and reasoning (int64 [R], or [P] for pairs). The
+        leading messages that both sides of a pair share are counted once.
+        """
         sizes = as_numpy(compute().utf8_length(self.contents)).astype(np.int64)
         for at, message in self.extras.items():
             sizes[at] += len(message.reasoning_content or "")
@@ -142,7 +159,9 @@ class Conversations:
         return sums.reshape(2, -1).sum(axis=0) if self.is_pairs else sums
 
     def hashes(self) -> np.ndarray:
-        """uint8 [R or P, 32]: the `rows.row_hash` of each row."""
+        """Return the SHA-256 digest of each row's content, equal to `rows.row_hash` (uint8 [R, 32], or [P, 32] for
+        pairs).
+        """
         import pyarrow as pa
 
         pc = compute()
@@ -165,7 +184,9 @@ class Conversations:
         return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
     def only(self, is_kept: np.ndarray) -> "Conversations":
-        """The conversations marked in `is_kept`, bool [R]; of a pair both sides or none."""
+        """Return the conversations for which `is_kept` (bool [R]) is True. For pairs, both sides must have the same
+        value.
+        """
         if is_kept.all():
             return self
         of_message = is_kept[self.row_of]
@@ -181,7 +202,9 @@ class Conversations:
 
 
 class TextCodes:
-    """A column of N strings of which few are different: `codes` (int32 [N]) are indices of `table`."""
+    """A column of N strings of which only few are different. `table` lists the different strings, and `codes` (int32
+    [N]) has for each element its index in `table`. All elements are table[0] at first.
+    """
 
     def __init__(self, table: Sequence[str], size: int):
         self.table = list(table)
@@ -189,31 +212,32 @@ class TextCodes:
         self._code_of = {text: code for code, text in enumerate(table)}
 
     def append(self, at: int, text: str) -> None:
-        """Append `text` to the string at index `at`."""
+        """Append `text` to the string of element `at`."""
         self.set(at, self.table[self.codes[at]] + text)
 
     def set(self, at: int, text: str) -> None:
-        """Replace the string at index `at`."""
+        """Replace the string of element `at` by `text`."""
         self.codes[at] = self._code(text)
 
     def prepend(self, at: np.ndarray, text: str) -> None:
-        """Put `text` before the strings at the indices `at`."""
+        """Put `text` before the strings of the elements `at` (integer array of indices)."""
         for code in np.unique(self.codes[at]).tolist():
             self.codes[at[self.codes[at] == code]] = self._code(text + self.table[code])
 
     def _code(self, text: str) -> int:
+        """Return the index of `text` in the table, adding it if necessary."""
         code = self._code_of.setdefault(text, len(self.table))
         if code == len(self.table):
             self.table.append(text)
         return code
 
     def array(self) -> Any:
-        """Arrow strings [N]."""
+        """Return the column as an Arrow string array [N]."""
         return strings(self.table).take(as_arrow(self.codes))
 
 
 def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
-    """The columns of parsed rows of one kind."""
+    """Convert parsed rows to columns. The rows must be all conversations or all pairs."""
     is_pairs = bool(rows) and isinstance(rows[0], Pair)
     pairs = [row for row in rows if isinstance(row, Pair)]
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -234,7 +258,12 @@ def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
 
 
 def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversations]:
-    """The plain lines among `raws`: their indices (int64), and their columns. kind: "conversation" or "pair"."""
+    """Read the plain lines among `raws` (see the module's docstring) into columns. Return their indices in `raws`
+    (int64, ascending) and their columns; all other lines are skipped without an error.
+
+    kind: "conversation" or "pair". Conversations are read from the key `messages` if the first line begins with it,
+    else from `conversations`; lines with the other key are skipped.
+    """
     names = ("conversations",)
     if kind == "pair":
         names = ("chosen", "rejected")
@@ -252,7 +281,11 @@ def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversati
 
 
 def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
-    """Columns of Arrow lists of messages, one list array for each side, and whether each message is plain (bool [M])."""
+    """Convert Arrow's lists of messages to columns. Return the columns, and bool [M]: True for messages whose fields
+    have the types and values of plain lines.
+
+    sides: one Arrow list array of conversations, or two of equal length (chosen, rejected) for pairs.
+    """
     import pyarrow as pa
 
     pc = compute()
@@ -283,7 +316,10 @@ def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
 
 
 def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
-    """bool [M]: the content may hold a special token's string. may_hold: bool [R], the line has a character of one."""
+    """Return bool [M]: True for messages whose content may contain the string of a special token, such as <|im_end|>.
+
+    may_hold: bool [R], False for lines that cannot contain such a string; their messages are not searched.
+    """
     is_held = may_hold[columns.row_of]
     contents = columns.contents.filter(truths(is_held))
     is_held[is_held] = as_numpy(compute().match_substring_regex(contents, _MAY_BE_CONTROL))
@@ -291,7 +327,9 @@ def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
 
 
 def _is_in_order(columns: Conversations) -> np.ndarray:
-    """bool [M]: the message's role may follow the one before it, and may end the conversation if it does."""
+    """Return bool [M]: False for messages whose role cannot follow that of the message before, and for a last message
+    that is not the assistant's. A system message is allowed only as the first message.
+    """
     roles = np.maximum(columns.roles, 0)
     before = np.roll(roles, 1)
     before[columns.is_first] = _START
@@ -300,7 +338,9 @@ def _is_in_order(columns: Conversations) -> np.ndarray:
 
 
 def _are_sides(columns: Conversations) -> np.ndarray:
-    """bool [P]: both sides have the same tools, and differ first in a message of the assistant on both."""
+    """Return bool [P]: True for pairs whose sides have the same tools, and whose first different message is the
+    assistant's on both sides.
+    """
     half = len(columns) // 2
     shared = columns.num_shared
     is_pair = shared < np.minimum(columns.counts[:half], columns.counts[half:])
@@ -314,7 +354,11 @@ def _are_sides(columns: Conversations) -> np.ndarray:
 
 
 def _with_extras(role: int, content: str, reasoning: str | None, calls: str | None) -> Message | None:
-    """An answer with reasoning or tool calls; None where it is not plain."""
+    """Return an answer with reasoning, tool calls or both as a message. Return None if the role is not the assistant's,
+    the tool calls are not valid, or the reasoning or calls contain the string of a special token.
+
+    role: an index of ROLES. calls: JSON text of the tool calls.
+    """
     if role != ASSISTANT or CONTROL.search(reasoning or ""):
         return None
     tool_calls = _plain_objects(calls_of, calls) if calls else ()
@@ -323,12 +367,17 @@ def _with_extras(role: int, content: str, reasoning: str | None, calls: str | No
 
 @lru_cache(maxsize=1024)
 def _tools(text: str) -> ToolSpecs | None:
+    """Parse the JSON text of a conversation's tools. Return None if they are not valid or contain the string of a
+    special token.
+    """
     specs = _plain_objects(objects_of, text)
     return None if specs is None else ToolSpecs(specs)
 
 
 def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str) -> tuple[JsonObject, ...] | None:
-    """The objects in a string of JSON; None where it is not plain."""
+    """Parse JSON text to objects with `read`. Return None if `read` raises BadRow, or if the objects contain the string
+    of a special token.
+    """
     try:
         objects = read(text, "")
     except BadRow:
@@ -338,7 +387,10 @@ def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str
 
 
 def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list[Any]]:
-    """The lines that are an object with non-empty lists under `names` and nothing else; these lists, an Arrow array a name."""
+    """Parse lines with Arrow's JSON reader. Take those that are an object with a non-empty list of messages for every
+    key in `names` and no other key. Return their indices (int64, ascending), and for each key an Arrow array of these
+    lists.
+    """
     import pyarrow as pa
 
     # Arrow reads the lines joined. No JSON value that starts with { continues after } with {, so none spans two lines.
@@ -356,9 +408,11 @@ def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list
 
 
 def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.ndarray, Any]]:
-    """Arrow tables of the lines that Arrow reads by the schema, with their line numbers from `begin` on.
+    """Parse lines with Arrow's JSON reader by an explicit schema. Return tables, each with the indices of its lines
+    (int64), counted from `begin`.
 
-    Where it refuses, both halves are tried, down to FEW lines.
+    If Arrow refuses the lines, each half of them is tried on its own. At most FEW lines are not divided further: all of
+    them are left out of the result.
     """
     import pyarrow as pa
     import pyarrow.json
@@ -371,7 +425,7 @@ def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.nda
             parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
         )
         if table.num_rows == len(raws):
-            table.validate(full=True)  # UTF-8
+            table.validate(full=True)  # checks that strings are UTF-8
             return [(np.arange(begin, begin + len(raws)), table)]
     except pa.ArrowInvalid:
         pass
@@ -385,7 +439,12 @@ def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.nda
 
 
 def join_messages(counts: np.ndarray, *columns: Any) -> Any:
-    """Arrow strings [R]: the columns' strings joined message by message, `counts` messages a row."""
+    """Return an Arrow string array [R] with the text of each row. The text of a message is the concatenation of its
+    strings in all columns, and the text of a row is that of its messages.
+
+    counts: int64 [R], the number of messages of each row. columns: Arrow string arrays [M], or a single string for all
+    messages.
+    """
     import pyarrow as pa
 
     pc = compute()
@@ -396,7 +455,7 @@ def join_messages(counts: np.ndarray, *columns: Any) -> Any:
 
 
 def _bytes_of(texts: Any) -> Iterator[memoryview]:
-    """The UTF-8 bytes of Arrow strings, without copies."""
+    """Return an iterator over the UTF-8 bytes of each string of an Arrow string array, without copying them."""
     _, offsets, values = texts.buffers()
     ends = np.frombuffer(offsets, np.int32, len(texts) + 1, 4 * texts.offset).tolist()
     view = memoryview(values) if values else memoryview(b"")
@@ -404,6 +463,7 @@ def _bytes_of(texts: Any) -> Iterator[memoryview]:
 
 
 def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:
+    """Return the SHA-256 digest of a pair from the hashed forms of its sides, equal to `rows.row_hash`."""
     digest = hashlib.sha256(b"pair %d:" % len(chosen))
     digest.update(chosen)
     digest.update(rejected)
@@ -411,7 +471,9 @@ def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:
 
 
 def strings(texts: Sequence[str]) -> Any:
-    """An Arrow array of these strings (pa.array and pa.scalar would import pandas)."""
+    """Return an Arrow string array of these texts, built from buffers because pa.array and pa.scalar would import
+    pandas.
+    """
     import pyarrow as pa
 
     encoded = [text.encode() for text in texts]
@@ -423,28 +485,33 @@ def strings(texts: Sequence[str]) -> Any:
 
 
 def truths(values: np.ndarray) -> Any:
-    """An Arrow array of these bools."""
+    """Return an Arrow boolean array of a numpy bool array."""
     import pyarrow as pa
 
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
 
 
 def compute() -> Any:
-    """`pyarrow.compute`, imported at first use; typed Any because its functions are made at run time."""
+    """Return the module `pyarrow.compute`, imported at first use. The type is Any because its functions are made at run
+    time.
+    """
     import pyarrow.compute
 
     return pyarrow.compute
 
 
 def as_arrow(values: np.ndarray) -> Any:
-    """An Arrow array over the same memory."""
+    """Return an Arrow array of a numpy array, with the same type and memory."""
     import pyarrow as pa
 
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def as_numpy(array: Any, null: int = 0) -> np.ndarray:
-    """A numpy view of an Arrow array of numbers, or a copy of one of bools. null: the number for nulls (of int32 alone)."""
+    """Return an Arrow array of numbers as a numpy view of its memory, or one of booleans as a copy.
+
+    null: the number for null elements, which are supported in int32 arrays only.
+    """
     import pyarrow as pa
 
     if pa.types.is_boolean(array.type):
@@ -456,5 +523,5 @@ def as_numpy(array: Any, null: int = 0) -> np.ndarray:
 
 
 def byte_sizes(texts: Any) -> np.ndarray:
-    """int32 [N]: UTF-8 bytes of Arrow strings, 0 for nulls."""
+    """Return the number of UTF-8 bytes of each string of an Arrow array (int32 [N]), 0 for nulls."""
     return as_numpy(compute().binary_length(texts))

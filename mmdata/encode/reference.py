@@ -1,9 +1,12 @@
-"""Conversations and pairs encoded row by row from jinja2's renderings: the check of the columnar way, and its fallback.
+"""Encoding of conversations and pairs one row at a time, from text that jinja2 rendered. It is slow and handles every
+template. Rows that the fast way (`blocks`) cannot render are encoded here, and the ids of the fast way are checked
+against it.
 
-Text between two control tokens is encoded as one string, which gives the ids of encoding the whole rendering at once. Where
-training begins inside such a string is told by ids, if its untrained beginning encoded alone gives the first of them, else by
-character offsets. For a tokenizer that rewrites text or joins it with control tokens, the whole rendering is encoded, by
-offsets.
+The text between two control tokens is encoded as one string, which gives the same ids as encoding the whole rendering
+at once. Training may begin inside such a string. If the ids of the untrained beginning alone are the first ids of the
+whole string, the tokens after them are trained. Otherwise, the tokenizer's character offsets decide which tokens are
+trained. For a tokenizer that normalizes text, or that joins text with neighbouring control tokens, the whole rendering
+is encoded at once and character offsets are used throughout.
 """
 
 import itertools
@@ -21,7 +24,13 @@ NOT_PLAIN = "this tokenizer cannot keep control strings in content plain text"
 
 
 class EncodedRow(NamedTuple):
-    """The sequence of one row; num_tokens before cutting (of a pair: prompt once, and both replies); `cut` of them dropped."""
+    """The result of encoding one row.
+
+    sequence: the ids and trained ranges of a conversation or a pair.
+    num_tokens: the number of tokens before cutting to `max_len`; for a pair, of the prompt (counted once) and both
+    replies.
+    cut: the number of these tokens that were dropped to fit `max_len`.
+    """
 
     sequence: Sequence | PairSequence
     num_tokens: int
@@ -29,14 +38,18 @@ class EncodedRow(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """ids: uint32 [T]; mask: bool [T], trained."""
+    """One rendering as tokens: ids, uint32 [T], and mask, bool [T], True for tokens that are trained on."""
 
     ids: np.ndarray
     mask: np.ndarray
 
 
 class ReferenceEncoder:
-    """Encodes conversations and pairs with one tokenizer and its template."""
+    """Encodes conversations and pairs with one tokenizer and its chat template, one row per call.
+
+    max_len: the largest number of tokens of a conversation, or of the prompt and one reply of a pair.
+    train_on: "assistant" (every answer), "last" (the last answer) or "all" (every token); see `Template.segments`.
+    """
 
     def __init__(self, tokenizer: Tokenizer, template: Template, encoder: Encoder, *, max_len: int, train_on: str):
         self._tokenizer = tokenizer
@@ -47,7 +60,12 @@ class ReferenceEncoder:
         self._control_ids = {text: np.array([id], np.uint32) for text, id in tokenizer.control_tokens.items()}
 
     def segments(self, row: Conversation | Pair, keep_empty_think: bool) -> list[list[Segment]]:
-        """The segments of a conversation, or of both sides of a pair. BadRow where the rendering cannot be cut."""
+        """Render a row and cut the text into segments. Return a list of segments for a conversation, or two lists for
+        the chosen and rejected side of a pair, in which only messages after the shared ones are trained.
+
+        keep_empty_think: whether to keep the empty think blocks that the template writes. Raises BadRow if the
+        rendering cannot be cut.
+        """
         sides, first_trained = [row], 0
         if isinstance(row, Pair):
             sides, first_trained = [row.chosen, row.rejected], row.num_shared
@@ -60,7 +78,13 @@ class ReferenceEncoder:
         ]
 
     def encode(self, row: Conversation | Pair, keep_empty_think: bool) -> EncodedRow:
-        """Encode one row; BadRow where it cannot be used."""
+        """Render and encode one row.
+
+        A conversation longer than `max_len` is cut after its last whole turn that fits. Raises BadRow if the rendering
+        cannot be cut into segments, if no token is trained, if not even the first turn fits, if a side of a pair is too
+        long, or if both sides are equal. keep_empty_think: whether to keep the empty think blocks that the template
+        writes.
+        """
         sides = self._encode_segments(self.segments(row, keep_empty_think))
         for side in sides:
             side.mask[0] = False  # no token before it to predict it from
@@ -73,7 +97,7 @@ class ReferenceEncoder:
     # ---- segments -> ids and mask
 
     def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Tokens]:
-        """Ids and mask of each rendering; each different text is encoded once, all in one call."""
+        """Return the ids and mask of each rendering. All strings are encoded in one call, equal ones only once."""
         if not self._tokenizer.is_exact:
             return [self._encode_jointly(segments) for segments in renderings]
         grouped = [stretches(segments) for segments in renderings]
@@ -89,7 +113,10 @@ class ReferenceEncoder:
         return [_Tokens(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True))) for groups in parts]
 
     def _encode_group(self, group: list[Segment], encoded: dict[str, np.ndarray]) -> _Tokens:
-        """A control token, or the text between two of them."""
+        """Return the ids and mask of one control token, or of the segments between two control tokens.
+
+        encoded: the ids of every text between control tokens, and of its first segment alone.
+        """
         first = group[0]
         if first.is_control:
             return _Tokens(self._control_ids[first.text], np.array([first.is_trained]))
@@ -102,7 +129,11 @@ class ReferenceEncoder:
         return self._by_offsets(group, control=False)
 
     def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Tokens:
-        """A token is trained when any character it stands for is."""
+        """Encode the joined segments and mark a token as trained if at least one of its characters is in a trained
+        segment.
+
+        control: whether special-token strings in the text become control ids.
+        """
         ids, offsets = self._tokenizer.encode_with_offsets("".join(s.text for s in segments), control=control)
         trained = np.repeat([s.is_trained for s in segments], [len(s.text) for s in segments])
         before = np.concatenate(([0], np.cumsum(trained)))
@@ -110,7 +141,10 @@ class ReferenceEncoder:
         return _Tokens(ids, before[end] > before[begin])
 
     def _encode_jointly(self, segments: list[Segment]) -> _Tokens:
-        """The whole rendering at once; BadRow where content became control tokens."""
+        """Encode a whole rendering at once, with character offsets. Raises BadRow if the number of control ids differs
+        from that of the control tokens that the template wrote, which happens when a content contains the string of
+        one.
+        """
         tokens = self._by_offsets(segments, control=True)
         num_control = np.isin(tokens.ids, list(self._tokenizer.control_tokens.values())).sum()
         if num_control != sum(s.is_control for s in segments):
@@ -120,6 +154,12 @@ class ReferenceEncoder:
     # ---- ids and mask -> sequences
 
     def _conversation(self, row: Conversation, keep: bool, whole: _Tokens) -> EncodedRow:
+        """Return the encoded conversation, cut after the last whole turn that fits `max_len`. Raises BadRow if there is
+        none.
+
+        whole: the tokens of the uncut conversation. keep: whether to keep the empty think blocks that the template
+        writes.
+        """
         if len(whole.ids) <= self._max_len:
             return EncodedRow(Sequence(whole.ids, _spans_of(whole.mask)), len(whole.ids))
         fitting = self._longest_that_fits(row, keep)
@@ -129,7 +169,11 @@ class ReferenceEncoder:
         return EncodedRow(Sequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
 
     def _longest_that_fits(self, row: Conversation, keep: bool) -> _Tokens | None:
-        """As many whole turns from the beginning as fit max_len, rendered on their own; found by bisection."""
+        """Return the tokens of as many whole turns from the beginning as fit `max_len`. Return None if the first turn
+        does not fit, or if no trained token was found in a beginning that does.
+
+        Each tried beginning is rendered again. The number of turns is found by bisection.
+        """
         messages = row.messages
         ends = [
             i + 1
@@ -148,8 +192,11 @@ class ReferenceEncoder:
         return best
 
     def _pair(self, chosen: _Tokens, rejected: _Tokens) -> EncodedRow:
-        # The prompt: what both sides begin with, up to the first trained token. Where a tokenizer joins the header's last
-        # newlines with one reply and not with the other, the prompt ends before them.
+        # The prompt is the common beginning of both sides, at most up to the first trained token. If the tokenizer joins
+        # the last newlines of the header with the first characters of one reply only, the prompt ends before them.
+        """Divide the tokens of both sides into the prompt and two replies. Raises BadRow if the ids of both sides are
+        equal or a side is longer than `max_len`.
+        """
         shared = common_length(chosen.ids, rejected.ids)
         begin = min(int(chosen.mask.argmax()), int(rejected.mask.argmax()), shared)
         if np.array_equal(chosen.ids, rejected.ids):
@@ -166,24 +213,26 @@ SAME_RENDERING = "once written by the template"
 
 
 def too_long(length: int, max_len: int) -> str:
-    """The detail of a conversation that cannot be cut to `max_len` tokens."""
+    """Return the detail of the BadRow for a conversation of `length` tokens whose first turn alone is longer than
+    `max_len`.
+    """
     return f"{length:,} tokens, and its first turn alone is longer than {max_len:,}"
 
 
 def too_long_pair(length: int, max_len: int) -> str:
-    """The detail of a pair whose longer side has `length` tokens."""
+    """Return the detail of the BadRow for a pair whose longer side has `length` tokens, more than `max_len`."""
     return f"{length:,} tokens, expected at most {max_len:,}"
 
 
 def common_length(one: np.ndarray, other: np.ndarray) -> int:
-    """How many leading values two arrays share."""
+    """Return the number of leading elements that are equal in two arrays."""
     shorter = min(len(one), len(other))
     different = np.flatnonzero(one[:shorter] != other[:shorter])
     return int(different[0]) if len(different) else shorter
 
 
 def _spans_of(mask: np.ndarray) -> np.ndarray:
-    """int32 [n, 2]: begin and end of each run of True."""
+    """Return the half-open range [begin, end) of each run of True in the mask (int32 [n, 2])."""
     padded = np.zeros(len(mask) + 2, dtype=bool)
     padded[1:-1] = mask
     edges = np.flatnonzero(padded[1:] != padded[:-1])

@@ -1,6 +1,7 @@
-"""Token ids and trained spans of many rows as flat arrays; `Sequence` and `PairSequence` are views of a single one.
+"""The token ids and trained ranges of many rows as flat numpy arrays, without Python lists of ids. `Sequences` contains
+many sequences end to end; `Sequence` and `PairSequence` are views of one of them.
 
-A flat array costs the bytes of its values. Nothing here is a Python list of ids.
+A trained range ("span") is a half-open range [begin, end) of token positions whose tokens are trained on.
 """
 
 from collections.abc import Iterator
@@ -10,19 +11,23 @@ from functools import cached_property
 
 import numpy as np
 
-PAIR_MARKS = 5  # values before a pair's spans: lengths of prompt, chosen and rejected, and of both span lists
+PAIR_MARKS = 5  # number of lengths that are stored before the trained ranges of a pair; see `Sequences`
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """ids: uint32 [T]; spans: int32 [n, 2], the trained token ranges: half-open, ascending, disjoint."""
+    """One document or conversation as tokens.
+
+    ids: uint32 [T].
+    spans: int32 [n, 2], the ranges [begin, end) of trained tokens, ascending and disjoint.
+    """
 
     ids: np.ndarray
     spans: np.ndarray
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """uint8 [T], 1 where trained, not shifted."""
+        """uint8 [T]: 1 for tokens that are trained on, else 0; not shifted."""
         mask = np.zeros(len(self.ids), dtype=np.uint8)
         for begin, end in self.spans:
             mask[begin:end] = 1
@@ -30,15 +35,18 @@ class Sequence:
 
     @property
     def num_loss(self) -> int:
-        """Number of trained tokens."""
+        """The number of tokens that are trained on."""
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class PairSequence:
-    """prompt, chosen, rejected: uint32 ids; spans: int32 [n, 2], positions in their reply.
+    """One preference pair as tokens: a prompt, and two replies to it.
 
-    The prompt ends where training begins, so a reply holds everything from its first trained token on.
+    prompt, chosen, rejected: uint32 ids. The prompt ends at or before the first trained token, so all trained tokens
+    are in the replies.
+    chosen_spans, rejected_spans: int32 [n, 2], the ranges [begin, end) of trained tokens, counted from the first token
+    of the reply.
     """
 
     prompt: np.ndarray
@@ -50,11 +58,17 @@ class PairSequence:
 
 @dataclass(frozen=True)
 class Sequences:
-    """N sequences end to end.
+    """N sequences, end to end in flat arrays.
 
-    ids [total tokens] and lengths (int64 [N]) of the sequences; marks (int64 [total marks]) and num_marks (int64 [N]): each
-    sequence's spans as begin, end, begin, end, …, counted from its own first token. A pair is one sequence: prompt, chosen,
-    rejected; its marks start with the PAIR_MARKS lengths of these three and of its two span lists, which then follow.
+    ids: [total tokens] of an integer type, usually uint32: the ids of all sequences.
+    lengths: int64 [N], the number of ids of each sequence.
+    marks: int64 [total marks], the trained ranges of all sequences: begin, end, begin, end, …, where positions are
+    counted from the sequence's first token.
+    num_marks: int64 [N], the number of values in `marks` of each sequence.
+    is_pairs: the sequences are pairs. The ids of a pair are those of prompt, chosen and rejected reply, end to end. Its
+    marks begin with PAIR_MARKS lengths: of the prompt, of the chosen and of the rejected reply, and the number of
+    values in the ranges of the chosen and of the rejected reply. These ranges follow, counted from the first token of
+    the reply.
     """
 
     ids: np.ndarray
@@ -81,32 +95,36 @@ class Sequences:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """int64 [N]: where each sequence's ids begin."""
+        """int64 [N]: the index in `ids` of the first id of each sequence."""
         return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def mark_begins(self) -> np.ndarray:
-        """int64 [N]: where each sequence's marks begin."""
+        """int64 [N]: the index in `marks` of the first value of each sequence."""
         return np.cumsum(self.num_marks) - self.num_marks
 
     def pair_marks(self) -> np.ndarray:
-        """int64 [N, PAIR_MARKS]: the lengths that a pair's marks start with."""
+        """Return the lengths with which the marks of each pair begin (int64 [N, PAIR_MARKS]). Only for pairs."""
         return self.marks[self.mark_begins[:, None] + np.arange(PAIR_MARKS)]
 
     def widths(self) -> np.ndarray:
-        """int64 [N]: the length that must fit a bucket; of a pair, prompt and longer reply."""
+        """Return the number of tokens of each sequence that a bucket must have room for (int64 [N]). For a pair, that
+        is the prompt and the longer reply.
+        """
         if not self.is_pairs:
             return self.lengths
         sides = self.pair_marks()
         return sides[:, 0] + sides[:, 1:3].max(axis=1, initial=0)
 
     def model_lengths(self) -> np.ndarray:
-        """int64 [N]: tokens that a model computes; a pair's prompt stands before both of its replies."""
+        """Return the number of tokens that a model processes for each sequence (int64 [N]). The prompt of a pair counts
+        twice, because it is processed with each reply.
+        """
         return self.lengths + self.pair_marks()[:, 0] if self.is_pairs else self.lengths
 
     @cached_property
     def num_loss(self) -> np.ndarray:
-        """int64 [N]: trained tokens of each sequence."""
+        """int64 [N]: the number of tokens of each sequence that are trained on."""
         heads = PAIR_MARKS if self.is_pairs else 0
         at = np.arange(len(self.marks)) - np.repeat(self.mark_begins, self.num_marks) - heads
         signed = np.where(at % 2 == 1, self.marks, -self.marks)
@@ -117,7 +135,9 @@ class Sequences:
 
 
 def flatten(sequences: Items[Sequence | PairSequence]) -> Sequences:
-    """Sequences of one kind as flat arrays; an empty list gives no sequences, not marked as pairs."""
+    """Copy the sequences into flat arrays. They must be all `Sequence` or all `PairSequence`. For an empty list, the
+    result has `is_pairs` False.
+    """
     pairs = [s for s in sequences if isinstance(s, PairSequence)]
     if pairs:
         ids = [side for s in pairs for side in (s.prompt, s.chosen, s.rejected)]
@@ -131,10 +151,14 @@ def flatten(sequences: Items[Sequence | PairSequence]) -> Sequences:
 
 
 def pair_sequences(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_marks: np.ndarray) -> Sequences:
-    """P pairs as flat arrays.
+    """Return a `Sequences` object of P pairs.
 
-    ids: prompt, chosen, rejected of the first pair, then of the second …; sizes: int64 [P, 3], their lengths. spans: those of
-    all chosen replies, then of all rejected ones, begin and end alternating; num_marks: int64 [2P], values of each reply.
+    ids: of prompt, chosen and rejected reply of the first pair, then of the second, and so on.
+    sizes: int64 [P, 3], the number of ids of prompt, chosen and rejected reply.
+    spans: the trained ranges of all chosen replies, then those of all rejected replies, as [n, 2] or flat. Positions
+    are counted from the first token of the reply.
+    num_marks: int64 [2P], the number of values in `spans` of each reply, chosen replies first. That is twice the number
+    of ranges.
     """
     chosen, rejected = num_marks.reshape(2, -1)
     marks_of_pair = PAIR_MARKS + chosen + rejected
@@ -147,7 +171,7 @@ def pair_sequences(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_ma
 
 
 def join(parts: Items[Sequences]) -> Sequences:
-    """Sequences of one kind, the parts end to end."""
+    """Concatenate the sequences of all parts, which must be of one kind (pairs or not)."""
     if len(parts) == 1:
         return parts[0]
     is_pairs = any(part.is_pairs for part in parts)
@@ -160,7 +184,7 @@ def join(parts: Items[Sequences]) -> Sequences:
 
 
 def reorder(sequences: Sequences, order: np.ndarray) -> Sequences:
-    """The sequences at the indices `order`, in that order."""
+    """Return the sequences with the indices `order` (integer array), in that order."""
     lengths, num_marks = sequences.lengths[order], sequences.num_marks[order]
     ids = take(sequences.ids, sequences.begins[order], lengths)
     marks = take(sequences.marks, sequences.mark_begins[order], num_marks)
@@ -168,28 +192,31 @@ def reorder(sequences: Sequences, order: np.ndarray) -> Sequences:
 
 
 def is_equal(one: Sequences, other: Sequences) -> bool:
-    """Whether both hold the same sequences in the same order; the integer type of the ids may differ."""
+    """Return whether two objects contain the same sequences in the same order. The integer types of the ids may differ."""
     names = ("lengths", "num_marks", "marks", "ids")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def take(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The slices of `values` that begin at `begins` and have these sizes, end to end."""
+    """Return the slices values[begins[i] : begins[i] + sizes[i]], end to end, as one array."""
     ends = (begins + sizes).tolist()
     pieces = [values[begin:end] for begin, end in zip(begins.tolist(), ends, strict=True)]
     return np.concatenate(pieces) if pieces else values[:0]
 
 
 def ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64: the indices from each of `begins` on, as many as `sizes` has, end to end."""
+    """Return the indices begins[i], begins[i] + 1, …, begins[i] + sizes[i] - 1 for every i, end to end (int64)."""
     ends = np.cumsum(sizes)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - sizes), sizes)
 
 
 def _joined(arrays: Items[np.ndarray], dtype: np.dtype | type) -> np.ndarray:
-    """The arrays end to end; their values must fit the type."""
+    """Return the concatenated arrays, cast to `dtype` without a check that the values fit. No arrays give an empty
+    array.
+    """
     return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
 
 
 def _sizes(arrays: Items[np.ndarray]) -> np.ndarray:
+    """Return the number of elements of each array (int64)."""
     return np.array([array.size for array in arrays], np.int64)

@@ -1,9 +1,12 @@
-"""A chat template's rendering of a conversation, cut into segments: trained or not, control token or plain text.
+"""Rendering of conversations by the tokenizer's chat template with jinja2. The text is cut into segments: each is
+trained on or not, and is a control token or ordinary text.
 
-The rendering is the tokenizer's own chat template's, character for character. Where a message's text stands in it is known
-from traced strings (module `traced`), never by searching for the text. Where a turn begins and ends is learned from what the
-template writes around the contents of a short probe conversation. A row whose rendering cannot be cut in this way is refused
-with the reason. jinja2 takes 0.1 to 0.3 ms a row; `blocks` renders the usual templates without it.
+The text is the same, character for character, as that of transformers' `apply_chat_template`. Which part of it came
+from which message is known from strings that record their origin (module `traced`), not from searching for the
+messages' text. What the template writes before and after an answer is found by rendering a short test conversation. A
+row whose rendering cannot be cut by these rules raises `BadRow`.
+
+jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templates without it.
 """
 
 import itertools
@@ -26,12 +29,18 @@ EMPTY_THINK = "<think>\n\n</think>\n\n"
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
-_CONTENT, _REASONING, _CALLS = range(3)  # a message's fields: source = 3 * message + field
+_CONTENT, _REASONING, _CALLS = range(3)  # fields of a message; the source of traced text is 3 * message index + field
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of rendered text; with `is_control` it is exactly one special token."""
+    """A piece of a rendered conversation.
+
+    text: the characters. If `is_control`, they are exactly one special token that the template wrote.
+    is_trained: the text is trained on.
+    is_control: the text must be encoded as one control id. Otherwise it is encoded as ordinary text, also if it
+    contains the string of a special token.
+    """
 
     text: str
     is_trained: bool
@@ -39,7 +48,12 @@ class Segment:
 
 
 class _Turn(NamedTuple):
-    """The header that a template writes before an answer, the end of turn after it, and the template's era."""
+    r"""What a template writes around an answer.
+
+    header: the text before the trained part of an answer, such as "<|im_start|>assistant\n".
+    end: the text after the content of an answer up to the next message, such as "<|im_end|>\n".
+    era: see `Template.era`.
+    """
 
     header: str
     end: str
@@ -47,14 +61,19 @@ class _Turn(NamedTuple):
 
 
 class Template:
-    """A tokenizer's chat template (the built-in ChatML when it has none), compiled once."""
+    """The compiled chat template of a tokenizer. If the tokenizer has none, the built-in ChatML template is used."""
 
     def __init__(self, tokenizer: Tokenizer, *, era: str = "auto"):
-        """TokenizerError when the template cannot be used; UsageError when it is not of the `era` asked for."""
+        """Compile the template and find out what it writes around answers.
+
+        era: "auto" accepts every template; "seed", "2" or "3" require that the template is of this kind (see the
+        property `era`). Raises TokenizerError if the template cannot be used, and UsageError if it is not of the
+        required era.
+        """
         self.text = tokenizer.chat_template or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
-        self._last: tuple[Conversation, str] | None = None  # the last rendering: a probe is cut in several ways
+        self._last: tuple[Conversation, str] | None = None  # newest rendering; probes are cut several times
         if tokenizer.chat_template is None and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys():
             raise TokenizerError(
                 f"{self.name} has no chat template, and no <|im_start|> and <|im_end|> for the built-in one",
@@ -78,7 +97,13 @@ class Template:
 
     @property
     def era(self) -> str:
-        """seed: the end of a user's turn is the assistant's header; 3: every answer opens with a think block; 2: neither."""
+        """The kind of the template, by how it begins an answer. The names come from generations of MiniMind's
+        tokenizers.
+
+        "seed": the assistant's header directly follows each user message, even if no generation prompt is requested.
+        "3": every answer begins with a think block, which is empty if the message has no reasoning.
+        "2": all other templates.
+        """
         return self._turn.era
 
     def segments(
@@ -89,11 +114,17 @@ class Template:
         first_trained: int = 0,
         keep_empty_think: bool = True,
     ) -> list[Segment]:
-        """Cut a conversation's rendering by jinja2; the segments joined are the rendering. BadRow when it cannot be cut.
+        """Render a conversation with jinja2 and cut the text into segments. Joined, they are the rendering, unless
+        empty think blocks are left out. Neighbouring segments of ordinary text differ in `is_trained`.
 
-        Trained are the assistant's turns from message `first_trained` on: reasoning, content, tool calls, the end of turn
-        and the newline after it. `train_on` "last" trains only the last of them, "all" everything from that message on.
-        Without `keep_empty_think`, think blocks that the template wrote and the data did not are left out.
+        train_on: "assistant" trains every answer: reasoning, content, tool calls, the end-of-turn token and the newline
+        after it. "last" trains only the last answer. "all" trains everything.
+        first_trained: the index of the first message that may be trained; in pairs, the number of shared messages. With
+        "all", everything from the beginning of the first answer at or after it is trained.
+        keep_empty_think: if False, leave out empty think blocks that the template wrote by itself.
+
+        Raises BadRow if the template refuses the messages, leaves out a part of them, or writes a text that cannot be
+        cut.
         """
         assert train_on in TRAIN_ON
         messages = conversation.messages
@@ -122,10 +153,12 @@ class Template:
         *,
         think: bool | None = None,
     ) -> list[int]:
-        """Prompt ids: the messages, then the header of the answer to come. Control strings in contents stay plain text.
+        """Return the token ids of a generation prompt: the messages, then the header of the next answer. Special-token
+        strings in contents are encoded as ordinary text.
 
-        `think` asks for an answer with or without thinking where the template has that choice (None: its default).
-        TokenizerError when the template refuses the messages.
+        tools: definitions of functions for the template, as JSON objects. think: request an answer with (True) or
+        without (False) thinking from templates that have this choice; None uses the template's default. Raises
+        TokenizerError if the template refuses the messages.
         """
         try:
             segments = self._assemble(self.render(messages, tools, is_prompt=True, think=think), [], [])
@@ -141,7 +174,7 @@ class Template:
     # ---- rendering
 
     def control_tokens_in(self, text: str) -> list[str]:
-        """The tokenizer's special tokens that stand in `text`, in order."""
+        """Return the tokenizer's special tokens that occur in `text`, in order of position."""
         return self._control.findall(text)
 
     def render(
@@ -152,8 +185,13 @@ class Template:
         is_prompt: bool = False,
         think: bool | None = None,
     ) -> str:
-        """The text that jinja2 renders, traced; BadRow when the template refuses. is_prompt: with the next answer's header."""
-        # the variables of MiniMind-3's template and of Qwen3's
+        """Render messages with jinja2 and return the text, which records the origins of its characters (module
+        `traced`). Raises BadRow if the template raises an error.
+
+        is_prompt: render a generation prompt, which ends with the header of the next answer. think: value of the
+        template variables that switch thinking on or off; with None they are not passed.
+        """
+        # The first variable is that of MiniMind-3's template, the second that of Qwen3's.
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
         try:
             return self._compiled.render(
@@ -168,7 +206,12 @@ class Template:
             raise BadRow("template refuses", str(error)[:200]) from None
 
     def _turns(self, text: str, origins: list[Origin], answers: list[int]) -> list[tuple[int, int]]:
-        """The characters of `text` that each of these assistant messages is trained on: (begin, end)."""
+        """Return the range of characters [begin, end) of `text` that belongs to each answer and may be trained on.
+
+        An answer begins after the header and ends after the end of turn; if the template has {% generation %} blocks,
+        the block around the answer is its range. answers: indices of the assistant's messages. Raises BadRow if an
+        answer has no such header, end or block.
+        """
         marked = [origin for origin in getattr(text, "origins", ()) if origin.source == GENERATION]
         turns = []
         for i in answers:
@@ -193,12 +236,16 @@ class Template:
 
     @staticmethod
     def _empty_thinks(text: str, origins: list[Origin], turns: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Empty think blocks at the beginning of turns in which nothing comes from the data: (begin, end)."""
+        """Return the ranges of characters [begin, end) of empty think blocks with which turns begin, if the template
+        wrote them and not the data.
+        """
         blocks = [(begin, begin + len(EMPTY_THINK)) for begin, _ in turns if text.startswith(EMPTY_THINK, begin)]
         return [(b, e) for b, e in blocks if not any(origin.begin < e and origin.end > b for origin in origins)]
 
     def _assemble(self, text: str, turns: list[tuple[int, int]], dropped: list[tuple[int, int]]) -> list[Segment]:
-        """Cut `text` at the edges of turns and of the control tokens that the template wrote; leave out `dropped` ranges."""
+        """Cut `text` into segments at the beginnings and ends of the trained ranges `turns`, of the ranges `dropped`,
+        and of the control tokens that the template wrote. The ranges in `dropped` are left out.
+        """
         plain = str.__getitem__(text, slice(None))
         control = self._template_control(text)
         cuts = sorted({0, len(plain), *itertools.chain(*turns, *dropped, *control)})
@@ -212,7 +259,9 @@ class Template:
         return segments
 
     def _template_control(self, text: str) -> list[tuple[int, int]]:
-        """The control tokens in `text` that the template itself wrote: (begin, end)."""
+        """Return the ranges of characters [begin, end) of those control tokens in `text` that the template wrote, not
+        the data.
+        """
         spans: list[tuple[int, int]] = []
         position = 0
         for begin, end in [*((origin.begin, origin.end) for origin in origins_of(text)), (len(text), len(text))]:
@@ -224,7 +273,11 @@ class Template:
 
     @staticmethod
     def _check_complete(messages: Sequence[Message], origins: list[Origin]) -> None:
-        """BadRow when the rendering leaves out a content, tool calls, or a whole answer."""
+        """Raise BadRow if the rendering does not show a message's content (unless it is blank), its tool calls, or
+        anything of an answer.
+
+        origins: the origins of the characters of the rendering.
+        """
         shown = {origin.source for origin in origins}
         for i, message in enumerate(messages):
             if message.content.strip() and 3 * i + _CONTENT not in shown:
@@ -235,9 +288,12 @@ class Template:
                 raise BadRow("no place in the template", f"message {i + 1}: nothing of the answer is shown")
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
-        """BadRow when control strings in content cannot be told from the template's own.
+        """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
+        conversation's own text.
 
-        That happens when the template handles text by an operation that traced strings do not follow.
+        This happens if the template changes text by an operation that loses the origins. To find it, the conversation
+        is rendered again with these strings replaced by "x", and the numbers of the template's control tokens are
+        compared.
         """
         if not self.control_strings(conversation):
             return
@@ -247,19 +303,22 @@ class Template:
             raise BadRow("template cannot be cut", "control strings in content cannot be told from the template's own")
 
     def control_strings(self, conversation: Conversation) -> list[str]:
-        """The tokenizer's special-token strings in the conversation's own text."""
+        """Return the special-token strings that occur in the conversation's own text, one entry per occurrence."""
         return [string for text in texts_of(conversation) for string in self._control.findall(text)]
 
     # ---- the template's texts around turns
 
     def _learn_turn(self) -> _Turn:
-        """Header, end of turn and era, from a probe of two turns."""
+        """Render test conversations of one and two turns, and return what the template writes around an answer and its
+        era. Raises BadRow if it does not show every message once and in order.
+        """
         two = [Message("user", "Ask"), Message("assistant", "Tell")] * 2
         gaps = self._gaps(two)
         after_user = self._gaps(two[:1])[-1]
         prompt = self._gaps(two[:1], is_prompt=True)[-1]
         end = _common_prefix(self._gaps(two[:2])[-1], gaps[2])
-        # The header is what a prompt ends with; a part of the text before an answer may be left for the model to write.
+        # The header is the end of a prompt. The text before an answer can be longer if the model must write its last
+        # part.
         header = prompt if gaps[1].startswith(prompt) and prompt != after_user else gaps[1]
         header = header.partition("<think>")[0]
         era = "seed" if prompt == after_user == gaps[1] else "2"
@@ -270,7 +329,10 @@ class Template:
         return _Turn(header, end, era)
 
     def _gaps(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[str]:
-        """The texts that the template writes before, between and after the contents of these messages."""
+        """Render the messages and return the texts that the template writes before the first content, between contents,
+        and after the last (one more than messages). Raises BadRow if the rendering does not show every content once and
+        in order.
+        """
         text = self.render(messages, is_prompt=is_prompt)
         origins = origins_of(text)
         if [origin.source for origin in origins] != [3 * i for i in range(len(messages))]:
@@ -282,7 +344,9 @@ class Template:
 
 
 def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Group segments into the units of encoding: each control token alone, and all plain text between two of them."""
+    """Group segments into units that are encoded as one string: each control token alone, and all segments of ordinary
+    text between two control tokens together.
+    """
     return [
         group
         for is_control, run in itertools.groupby(segments, key=lambda segment: segment.is_control)
@@ -291,7 +355,9 @@ def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbouring plain segments that are both trained or both not."""
+    """Join neighbouring segments of ordinary text if both or none of them are trained on. Control tokens stay segments
+    of their own.
+    """
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
@@ -303,12 +369,17 @@ def merged(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _common_prefix(one: str, other: str) -> str:
+    """Return the longest common beginning of two strings."""
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return one[:same]
 
 
 def _as_dict(message: Message, index: int) -> JsonObject:
-    """The message as a template gets it, its texts traced to it."""
+    """Return the message as a dict for the template, with strings that record their origin: 3 * index + 0, 1 or 2 for
+    content, reasoning and tool calls.
+
+    index: the index of the message in its conversation.
+    """
     fields: JsonObject = {"role": message.role, "content": traced(message.content, 3 * index + _CONTENT)}
     if message.reasoning_content is not None:
         fields["reasoning_content"] = traced(message.reasoning_content, 3 * index + _REASONING)
@@ -318,7 +389,9 @@ def _as_dict(message: Message, index: int) -> JsonObject:
 
 
 def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
-    """The conversation with `change` applied to every string in it, JSON keys included."""
+    """Return a copy of the conversation with `change` applied to every string except roles: contents, reasoning, and
+    all strings and keys in tools and tool calls.
+    """
 
     def of(value: Any) -> Any:
         if isinstance(value, str):
@@ -333,14 +406,17 @@ def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conve
     return Conversation(tuple(messages), tuple(of(conversation.tools)))
 
 
-# The operations on text after which `_literals` still lists everything that a rendering depends on: they strip its edges or
-# search for a constant string.
+# Methods of strings that a template may use on text: they strip its edges or search for a constant string, so that the
+# rendering depends on no other strings than `_literals` returns.
 _EDGE_AND_SEARCH = {"strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace"}
 _TYPE_TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "true", "false", "boolean"}
 
 
 def _literals(tree: nodes.Template) -> list[str] | None:
-    """The strings that a template searches messages for; None when it does more with text than search and strip."""
+    """Return the string constants that a template searches or compares messages with by a method call, `in` or `not
+    in`, sorted. Return None if the template uses an operation on text other than stripping and searching, because then
+    its rendering could depend on more than these constants.
+    """
     for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getitem, nodes.Call)):
         match node:
             case nodes.Filter(name="trim" | "tojson"):

@@ -1,8 +1,10 @@
-"""Strings that remember their origin: rendering with them shows which text of a rendering came from which message.
+"""Strings that remember where their characters came from. When a chat template is rendered with such strings, the
+result shows which part of the text came from which message.
 
-A `Traced` string equals the plain one in every test and operation of a template, so the rendering is exactly that of plain
-strings. Concatenating, slicing, stripping, splitting and replacing keep the origins; any other operation returns a plain
-string, which counts as the template's own text, so the caller sees that part of a message is missing.
+A `Traced` string equals the ordinary string with the same characters in every test and operation of a template, so the
+rendering does not change. Concatenating, slicing, stripping, splitting and replacing keep the origins. Any other
+operation returns an ordinary string without origins. Its text then counts as the template's own, and the caller can
+notice that a part of a message is missing.
 """
 
 import json
@@ -17,7 +19,9 @@ from jinja2.compiler import CodeGenerator, Frame
 
 
 class Origin(NamedTuple):
-    """Characters [begin, end) of a string came from `source`."""
+    """The characters [begin, end) of a string came from `source`: GENERATION, TOOLS, or a number >= 0 for a field of a
+    message (3 * message index + 0 for the content, 1 for the reasoning, 2 for the tool calls).
+    """
 
     begin: int
     end: int
@@ -25,11 +29,13 @@ class Origin(NamedTuple):
 
 
 GENERATION = -1  # the source of text inside a template's {% generation %} block
-TOOLS = -2
+TOOLS = -2  # the source of text that came from the conversation's tools
 
 
 class Traced(str):
-    """A string and the origins of the parts that came from the conversation."""
+    """A string with the origins of those of its parts that came from the conversation, ordered by position. Text
+    outside of all origins was written by the template.
+    """
 
     __slots__ = ("origins",)
     origins: tuple[Origin, ...]
@@ -49,7 +55,7 @@ class Traced(str):
         return concat((other, self))
 
     def cut(self, begin: int, end: int) -> "Traced":
-        """Characters [begin, end), with their origins."""
+        """Return the characters [begin, end) with their origins."""
         origins = (Origin(max(o.begin, begin) - begin, min(o.end, end) - begin, o.source) for o in self.origins)
         return Traced(str.__getitem__(self, slice(begin, end)), (o for o in origins if o.begin < o.end))
 
@@ -70,6 +76,7 @@ class Traced(str):
         return self.cut(begin, max(begin, len(str.rstrip(self, chars))))
 
     def split(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:
+        """Split as `str.split` does. The parts have origins only if `sep` is given."""
         if sep is None:
             return str.split(self, sep, maxsplit)
         parts, begin = [], 0
@@ -79,6 +86,7 @@ class Traced(str):
         return parts
 
     def replace(self, old: str, new: str, count: int = -1) -> str:
+        """Replace as `str.replace` does. The text around the replacements keeps its origins, except if `old` is empty."""
         if not old:
             return str.replace(self, old, new, count)
         first, *rest = self.split(old, count)
@@ -86,7 +94,7 @@ class Traced(str):
 
 
 def concat(parts: Iterable[str]) -> str:
-    """Join strings, keeping the origins of those that have them."""
+    """Join strings without a separator. The result is a `Traced` string if at least one part has origins."""
     parts = list(parts)
     origins: list[Origin] = []
     offset = 0
@@ -99,19 +107,23 @@ def concat(parts: Iterable[str]) -> str:
 
 
 def origins_of(text: str) -> list[Origin]:
-    """The origins in a rendering, sorted, without {% generation %} blocks."""
+    """Return the origins of a string sorted by position, without those of {% generation %} blocks. The list is empty
+    for an ordinary string.
+    """
     return sorted(origin for origin in getattr(text, "origins", ()) if origin.source != GENERATION)
 
 
 class _Object(dict):
-    """A JSON object that remembers its source, so that its JSON text does too."""
+    """A JSON object that knows its source, so that text which the `tojson` filter makes of it has an origin."""
 
     __slots__ = ("source",)
     source: int
 
 
 def traced(value: Any, source: int) -> Any:
-    """A copy of JSON data in which every string and object has `source` as its origin."""
+    """Return a copy of JSON data in which every string and object (but no key) has `source` as its origin. Tuples
+    become lists.
+    """
     if isinstance(value, str):
         return Traced(value, [Origin(0, len(value), source)] if value else [])
     if isinstance(value, dict):
@@ -122,6 +134,9 @@ def traced(value: Any, source: int) -> Any:
 
 
 def _source_of(value: Any) -> int | None:
+    """Return the source of traced JSON data, found at the first string or object that has one. Return None if there is
+    none.
+    """
     if isinstance(value, _Object):
         return value.source
     if isinstance(value, Traced):
@@ -138,14 +153,18 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The `tojson` filter as transformers defines it for chat templates: plain JSON, without HTML escapes."""
+    """Return `value` as JSON text: the `tojson` filter as transformers defines it for chat templates, without HTML
+    escapes. The whole text has one origin, that of the first traced string or object in `value`.
+    """
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     source = _source_of(value)
     return text if source is None else Traced(text, [Origin(0, len(text), source)])
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: marks the text inside as the assistant's."""
+    """The template tag {% generation %} … {% endgeneration %}: gives the text inside the origin GENERATION, in addition
+    to its other origins.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -161,7 +180,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _CodeGenerator(CodeGenerator):
-    """Compiles `a ~ b` to a concatenation that keeps origins."""
+    """Compiles the template operator `a ~ b` to `concat`, which keeps origins."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat([")
@@ -173,18 +192,24 @@ class _CodeGenerator(CodeGenerator):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandboxed jinja2 environment that joins the pieces of a rendering with `concat`, so that they keep their
+    origins.
+    """
+
     code_generator_class = _CodeGenerator
     concat = staticmethod(concat)  # type: ignore[assignment]
 
 
 def _raise_exception(message: str) -> None:
+    """The function `raise_exception` of chat templates: raise jinja2.TemplateError with this message."""
     raise jinja2.TemplateError(message)
 
 
 def template_environment() -> jinja2.Environment:
-    """A sandboxed jinja2 environment with transformers' settings for chat templates.
+    """Return a sandboxed jinja2 environment with the settings that transformers uses for chat templates, which keeps
+    the origins of `Traced` strings.
 
-    `strftime_now` is left out: the same row must give the same ids on any day.
+    The function `strftime_now` is left out on purpose, because the same row must give the same ids on any day.
     """
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
