@@ -1,4 +1,4 @@
 """Packed datasets on disk: the manifest, memory-mapped reading, verification, and the loaders that training reads from.
 
-Begin at `dataset.py` and `loader.py`. The format is specified in shards/README.md.
+Start reading at `dataset.py` and `loader.py`. shards/README.md specifies the format.
 """

@@ -1,6 +1,6 @@
-"""What to know about packed datasets before training on them: input files that repeat each other, and flaws of pairs.
+"""Warnings about packed datasets before training: input files that repeat each other, and flaws of pairs.
 
-One pass over sources or pairs, without torch.
+Reads sources or pairs once, without torch.
 """
 
 from collections import Counter
@@ -12,16 +12,18 @@ import numpy as np
 
 from mmdata.shards.dataset import Dataset, open_sources
 
-CONTAINED = 0.9  # share of a file's rows from which it counts as contained in another
-FEW_ROWS = 10  # a file of fewer proves nothing
-LEFT_OUT = 0.05  # shares from which a figure of pairs becomes a warning
+CONTAINED = 0.9  # share of a file's lines in another file, from which it counts as contained there
+FEW_ROWS = 10  # files with fewer lines are not compared
+LEFT_OUT = 0.05  # shares from which figures of pairs give a warning
 LENGTH_BIAS = 0.65
 DUPLICATES = 0.10
 
 
 @dataclass(frozen=True, slots=True)
 class Contained:
-    """`rows` of the `of` different lines of `inner` are in `outer` too, byte for byte."""
+    """An input file whose lines are largely in another one: `rows` of the `of` distinct lines of the file `inner` are
+    also in the file `outer`, byte for byte.
+    """
 
     inner: str
     outer: str
@@ -30,9 +32,12 @@ class Contained:
 
 
 def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
-    """Input files most of whose kept lines are in another file of the same kind, from the sources alone: 8 bytes a row.
+    """Return the input files of which at least the share CONTAINED of the distinct packed lines is also in another
+    input file of the same row kind.
 
-    Of two equal files the later one is named.
+    Lines are compared by the hashes in the datasets' sources (8 bytes a line in memory); the input files are not read.
+    Files with fewer than FEW_ROWS lines are not considered. Of two files with equally many lines, the one given later
+    is `inner`.
     """
     lines: dict[tuple[str, str], np.ndarray] = {}
     for dataset in datasets:
@@ -52,7 +57,9 @@ def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
 
 
 def _lines_by_file(dataset: Dataset) -> dict[str, np.ndarray]:
-    """Sorted uint64 hashes of the different kept lines of each input."""
+    """Return, for each input file, the sorted hashes (uint64) of its distinct packed lines. Files without a packed line
+    are absent.
+    """
     by_file: dict[str, list[np.ndarray]] = {path: [] for path in dataset.inputs}
     for part in dataset.manifest.parts:
         if part.kept:
@@ -64,10 +71,12 @@ def _lines_by_file(dataset: Dataset) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class PairFigures:
-    """Counts over the train splits; rows and rows left out over whole datasets.
+    """Figures of pairs. Replies, prompts and lengths are those of the train splits; `rows` and `left_out` (by reason)
+    are of whole datasets.
 
-    `longer`: the share of pairs whose chosen reply has more trained tokens, equal ones counted half. `duplicate_prompts`:
-    pairs whose prompt is that of an earlier pair.
+    longer: share of pairs whose chosen reply has more trained tokens than the rejected one; a tie counts as a half, and
+    it is 0.5 if there are no pairs. mean_chosen, mean_rejected: mean number of trained tokens. duplicate_prompts: pairs
+    with the prompt of an earlier pair. equal_replies: pairs whose chosen and rejected replies are equal.
     """
 
     num_pairs: int
@@ -78,11 +87,13 @@ class PairFigures:
     mean_rejected: float
     duplicate_prompts: int
     equal_replies: int
-    val_prompts: int  # pairs of the val splits whose prompt is in train too
+    val_prompts: int  # pairs of the val splits whose prompt also occurs in a train split
 
 
 def figures_of_pairs(datasets: Sequence[Dataset]) -> PairFigures:
-    """Figures of datasets of pairs. Reads every pair once: about 10 µs each, and 8 bytes a prompt."""
+    """Compute the figures of datasets of pairs. Every pair is read once, about 10 µs each; 8 bytes a prompt are held in
+    memory.
+    """
     counts: list[tuple[int, int]] = []
     prompts: set[int] = set()
     duplicates = equal = 0
@@ -104,7 +115,7 @@ def figures_of_pairs(datasets: Sequence[Dataset]) -> PairFigures:
 
 
 def pair_lines(figures: PairFigures) -> list[str]:
-    """A line of figures, then a warning with what helps for each figure that is unusual."""
+    """Return a line with the figures, then a line with a warning for each figure that is unusual."""
     n, missing = max(1, figures.num_pairs), sum(figures.left_out.values())
     reasons = ", ".join(
         f"{count:,} {reason}" for reason, count in sorted(figures.left_out.items(), key=lambda x: -x[1])

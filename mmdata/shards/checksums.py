@@ -1,8 +1,9 @@
-"""Whether files of a dataset hold the bytes that their records say, each hashed once for each state of the file.
+"""Check that the files of a dataset have the content that the manifest records, without hashing an unchanged file
+twice.
 
-`check` keeps what it verified in the dataset, as `.verified.json`: inode, time, size and sha256 of each file. Files that
-were copied or touched are hashed again (about 1 GB/s a thread); where the dataset cannot be written to, every time. This
-finds damage; it does not protect from somebody who forges files.
+`check` stores what it has verified in the dataset's directory, in `.verified.json`: inode, modification time, size and
+sha256 of each file. Files that were copied or touched since are hashed again (about 1 GB/s a thread). If the dataset's
+directory is read-only, all files are hashed every time. This finds damage; it does not detect deliberate forgery.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ from mmdata.io.records import FileEntry, plain, read_record
 
 VERIFIED_NAME = ".verified.json"
 LOCK_NAME = ".verified.lock"
-MAX_THREADS = 4  # hashing releases Python's lock; more readers than this hardly help a disk
+MAX_THREADS = 4  # hashing releases the GIL; more readers than this hardly help a disk
 Progress = Callable[[int, int], None]
 
 
 class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
-    """The state of a file when it was last hashed, and the sha256 it had."""
+    """The state of a file when it was last hashed (inode, modification time in ns, size in bytes), and the sha256 it
+    had.
+    """
 
     inode: int
     mtime_ns: int
@@ -33,16 +36,20 @@ class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
 
 
 def check(directory: Path, files: Sequence[FileEntry], progress: Progress | None = None) -> Iterator[tuple[str, str]]:
-    """(path, actual sha256) of every file whose content is not what its record says.
+    """Hash files and yield (path, actual sha256) of each file whose content differs from its record. Nothing is done
+    before the first item is requested; all files are hashed then.
 
-    Only files whose present state has not been verified are read. Processes that ask at the same time wait for the first.
+    files: the records, with paths relative to `directory`. A file is read only if its inode, modification time, size or
+    recorded sha256 has changed since it was last verified. A second process that checks the same dataset waits for the
+    first. progress: called with the bytes hashed so far and the bytes to hash in all. A missing file raises
+    FileNotFoundError.
     """
     wrong: list[tuple[str, str]] = []
     with _exclusive(directory):
         verified = _read(directory)
         todo = [file for file in files if verified.get(file.path) != _state(directory, file)]
         total, done = sum(file.bytes for file in todo), 0
-        states = [_state(directory, file) for file in todo]  # before reading: a write during it then shows
+        states = [_state(directory, file) for file in todo]  # before reading, so that a write meanwhile is noticed
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
             digests = pool.map(lambda file: sha256_of(directory / file.path), todo)
             for file, state, digest in zip(todo, states, digests, strict=True):
@@ -59,12 +66,16 @@ def check(directory: Path, files: Sequence[FileEntry], progress: Progress | None
 
 
 def mark_verified(directory: Path, files: Sequence[FileEntry]) -> None:
-    """Record that all of these files were just found to be as their records say."""
+    """Record that the current content of all of these files was found to be as their records say. The records of other
+    files are removed.
+    """
     _write(directory, {file.path: _state(directory, file) for file in files})
 
 
 def difference(directory: Path, file: FileEntry) -> str:
-    """How a file differs from its record, in words; empty when it does not. Reads it if its size is right."""
+    """Return how a file differs from its record, in words, or an empty string if it does not. It is read only if its
+    size is right.
+    """
     path = directory / file.path
     if not path.is_file():
         return "is missing"
@@ -75,25 +86,31 @@ def difference(directory: Path, file: FileEntry) -> str:
 
 
 def _state(directory: Path, file: FileEntry) -> VerifiedFile:
+    """Return the current state of a file with the sha256 of its record. Raises FileNotFoundError if the file is
+    missing.
+    """
     stat = (directory / file.path).stat()
     return VerifiedFile(stat.st_ino, stat.st_mtime_ns, stat.st_size, file.sha256)
 
 
 def _read(directory: Path) -> dict[str, VerifiedFile]:
-    """What was verified, by path; nothing where it cannot be read."""
+    """Return the verified files by path; an empty dictionary if `.verified.json` is missing or unreadable."""
     with contextlib.suppress(DatasetError):
         return read_record(directory / VERIFIED_NAME, dict[str, VerifiedFile], DatasetError, "")
     return {}
 
 
 def _write(directory: Path, verified: Mapping[str, VerifiedFile]) -> None:
+    """Write `.verified.json`. Nothing is written if the dataset's directory is read-only."""
     with contextlib.suppress(OSError):  # a read-only dataset is hashed each time instead
         write_json(directory / VERIFIED_NAME, plain(verified), indent=0)
 
 
 @contextlib.contextmanager
 def _exclusive(directory: Path) -> Iterator[None]:
-    """One process at a time; no lock on a read-only dataset, where nothing is written."""
+    """Let one process at a time run the block. Without effect on a read-only dataset, where no lock file can be created
+    and nothing is written.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.enter_context(locked(directory / LOCK_NAME))

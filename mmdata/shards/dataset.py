@@ -1,8 +1,8 @@
-"""Packed datasets on disk as views of memory-mapped shards. Reading copies nothing: a sample is a few slices of a file.
+"""Read packed datasets as views of memory-mapped shards. Nothing is copied: a sample is a few slices of a mapped file.
 
-Opening checks sizes, Arrow's magic bytes, schema and tokenizer against the manifest, about 0.1 ms a shard. `check_bytes`
-hashes what has not been hashed since it was last written; `verify` (verify.py) hashes everything. shards/README.md
-specifies the format.
+Opening a dataset compares file sizes, Arrow's magic bytes, schema metadata and tokenizer with the manifest, about 0.1
+ms a shard. `Dataset.check_bytes` also hashes the shards that have changed since they were last hashed, and `verify`
+(verify.py) hashes every file. shards/README.md specifies the format.
 """
 
 import hashlib
@@ -18,15 +18,20 @@ from mmdata.io.files import sha256_of
 from mmdata.shards import checksums
 from mmdata.shards.manifest import SPLITS, Manifest, ShardRecord, damaged, read_manifest
 
-REPORT = "report.html"  # a page beside the manifest, which does not list it: no part of the dataset
-TOKENS_PER_BATCH = 2**25  # of a record batch: 65,536 rows of 512, 32,768 of 1024, 16,384 of 2048
+REPORT = "report.html"  # in the dataset's directory, but not listed in the manifest and not part of the dataset
+TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
 SOURCES_PER_BATCH = 2**20
-PACK_LISTS = ("ids", "doc_len", "span")  # the token content of a pack; `doc` says which rows it came from
+PACK_LISTS = ("ids", "doc_len", "span")  # the columns with the tokens of a pack; `doc` only says where they came from
 PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 
 
 class PackView(NamedTuple):
-    """One pack: views of the shard. span is flat: begin, end, begin, end, … in the pack's own positions."""
+    """One pack, as views of its shard.
+
+    ids: all tokens, sequences one after another. doc_len: the length of each sequence. span: the trained tokens as
+    begin, end, begin, end, … (end exclusive), in positions of the pack. n_loss: number of trained tokens. doc: for each
+    sequence its ordinal, which is its number among all sequences of its part (from 0, in the order of the rows).
+    """
 
     ids: np.ndarray
     doc_len: np.ndarray
@@ -36,7 +41,12 @@ class PackView(NamedTuple):
 
 
 class PairView(NamedTuple):
-    """One pair: views of the shard. Spans are flat and count from the reply's own first token."""
+    """One pair, as views of its shard.
+
+    prompt, chosen, rejected: token ids; the replies are without the prompt. chosen_span, rejected_span: the trained
+    tokens as begin, end, begin, end, … (end exclusive), counted from the reply's own first token. n_chosen, n_rejected:
+    number of trained tokens of each reply. doc: the pair's number among all pairs of its part, from 0.
+    """
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -49,17 +59,26 @@ class PairView(NamedTuple):
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """The type token ids are stored as: 16 bits while the vocabulary fits."""
+    """Return the dtype in which token ids are stored: uint16 if the vocabulary has at most 65,536 entries, otherwise
+    uint32.
+    """
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def position_dtype(bucket: int) -> np.dtype:
-    """The type positions and lengths inside a sample are stored as; the bucket itself must fit."""
+    """Return the dtype in which positions and lengths inside a sample are stored: uint16 for buckets below 65,536,
+    otherwise uint32. The value `bucket` itself must also fit, since it is the largest possible length.
+    """
     return np.dtype(np.uint16 if bucket < 2**16 else np.uint32)
 
 
 def token_digest(file: ArrowFile, kind: str) -> str:
-    """sha256 of a shard's token content, lists as 32-bit lengths and values: the same for any Arrow version or id width."""
+    """Return the sha256, in hex digits, of the tokens and trained spans of a shard. kind: "pair", or another row kind
+    for packs.
+
+    Lengths and values of the list columns are hashed as 32-bit integers, so the digest does not depend on the Arrow
+    version or on the width of the stored ids.
+    """
     digest = hashlib.sha256()
     for name in PAIR_LISTS if kind == "pair" else PACK_LISTS:
         column = file.column(name)
@@ -69,15 +88,18 @@ def token_digest(file: ArrowFile, kind: str) -> str:
 
 
 def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num_marks: np.ndarray) -> int:
-    """A digest of a multiset of sequences: their 128-bit hashes summed, so that their order is no matter.
+    """Return a 128-bit digest of a collection of sequences that does not depend on their order: the sum of their hashes
+    modulo 2^128.
 
-    ids: all ids end to end, `lengths` of them each; marks: all spans (and what else must be equal), `num_marks` each.
+    ids: the token ids of all sequences one after another; lengths: how many each sequence has. marks: the values beside
+    the ids that must be equal too, such as trained spans, of all sequences one after another; num_marks: how many each
+    sequence has.
     """
     id_bytes, mark_bytes = (np.ascontiguousarray(array, "<u4").data.cast("B") for array in (ids, marks))
     total = id_begin = mark_begin = 0
     id_ends, mark_ends = (4 * np.cumsum(lengths)).tolist(), (4 * np.cumsum(num_marks)).tolist()
     for id_end, mark_end in zip(id_ends, mark_ends, strict=True):
-        salt = (id_end - id_begin).to_bytes(8, "little")  # where ids end and marks begin
+        salt = (id_end - id_begin).to_bytes(8, "little")  # where ids end and marks begin in the hash
         digest = hashlib.blake2b(id_bytes[id_begin:id_end], digest_size=16, salt=salt)
         digest.update(mark_bytes[mark_begin:mark_end])
         total += int.from_bytes(digest.digest(), "little")
@@ -86,7 +108,9 @@ def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num
 
 
 class SplitTotals(NamedTuple):
-    """Sums over a split: source rows, stored tokens, tokens a model sees (a pair's prompt twice), trained tokens."""
+    """Sums over one split: source rows, stored tokens, tokens that a model computes (a pair's prompt counts twice),
+    trained tokens.
+    """
 
     rows: int
     tokens: int
@@ -95,7 +119,11 @@ class SplitTotals(NamedTuple):
 
 
 class Split:
-    """The samples of one split, by bucket and index, or by number: all buckets ascending, then their shards in order."""
+    """The samples (packs or pairs) of one split, "train" or "val".
+
+    A sample is addressed by its bucket and its index in that bucket, or by its sample number. Sample numbers count from
+    0 through all buckets, ascending; within a bucket shards are ordered by part.
+    """
 
     def __init__(self, dataset: "Dataset", name: str):
         self.name = name
@@ -104,7 +132,7 @@ class Split:
         shards = [shard for shard in dataset.manifest.shards if shard.split == name]
         self.totals = SplitTotals(*(sum(getattr(shard, name) for shard in shards) for name in SplitTotals._fields))
         self._batches: dict[int, list[BatchColumns]] = {bucket: [] for bucket in self.buckets}
-        self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # first sample of each batch
+        self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # of each batch: its first sample
         self._parts: dict[int, list[int]] = {bucket: [] for bucket in self.buckets}
         for shard in sorted(shards, key=lambda shard: shard.part):
             begins = self._begins[shard.bucket]
@@ -114,11 +142,11 @@ class Split:
                 self._parts[shard.bucket].append(shard.part)
 
     def num_samples(self, bucket: int | None = None) -> int:
-        """Samples of a bucket, or of all."""
+        """Return the number of samples in a bucket, or in all buckets if it is None."""
         return sum(self._begins[b][-1] for b in (self.buckets if bucket is None else (bucket,)))
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(bucket, index in it) of a sample number; IndexError past the end."""
+        """Return (bucket, index in that bucket) for a sample number. Raises IndexError if there is no such sample."""
         for bucket in self.buckets:
             if 0 <= number < self.num_samples(bucket):
                 return bucket, number
@@ -126,24 +154,30 @@ class Split:
         raise IndexError(f"{self.name} has {self.num_samples()} samples")
 
     def part_of(self, bucket: int, i: int) -> int:
-        """The part a sample was packed in; its `doc` ordinals count within it."""
+        """Return the number of the part that sample i of a bucket was packed from. The ordinals in the sample's `doc`
+        count within that part.
+        """
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
     def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
-        """Record batches of a bucket: the number of the first sample in each, and its columns."""
+        """Return the Arrow record batches of a bucket: for each the index, in the bucket, of its first sample, and its
+        columns by name.
+        """
         return list(zip(self._begins[bucket], self._batches[bucket], strict=False))
 
     def list_lengths(self, name: str) -> np.ndarray:
-        """Entries of a list column of every sample, int64 [num_samples], in the order of sample numbers."""
+        """Return the number of entries that the list column `name` has in every sample: int64 [num_samples], by sample
+        number.
+        """
         lengths = [batch[name].lengths() for bucket in self.buckets for batch in self._batches[bucket]]
         return np.concatenate(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
 
     def samples(self) -> Iterator[Any]:
-        """Every sample, in the order of sample numbers."""
+        """Return an iterator over all samples, by sample number."""
         return (self.sample(bucket, i) for bucket in self.buckets for i in range(self.num_samples(bucket)))
 
     def sample(self, bucket: int, i: int) -> Any:
-        """Sample i of a bucket: a PackView, or for pairs a PairView."""
+        """Return sample i of a bucket: a PairView in a dataset of pairs, otherwise a PackView."""
         begins = self._begins[bucket]
         at = bisect_right(begins, i) - 1
         columns = self._batches[bucket][at]
@@ -160,7 +194,9 @@ class Split:
 
 
 def pair_view(columns: BatchColumns, i: int) -> PairView:
-    """The empty list that stands for a wholly trained reply becomes its one span."""
+    """Return row i of a shard of pairs as a PairView. An empty stored span list means that the whole reply is trained;
+    it is returned as one span from 0 to the reply's length.
+    """
     chosen, rejected = columns["chosen"].row(i), columns["rejected"].row(i)
     chosen_span, rejected_span = columns["chosen_span"].row(i), columns["rejected_span"].row(i)
     return PairView(
@@ -176,7 +212,9 @@ def pair_view(columns: BatchColumns, i: int) -> PairView:
 
 
 class Dataset:
-    """A packed dataset: its manifest, and its splits as views. Made by `open_dataset`; pickles as its directory."""
+    """An opened packed dataset: its manifest and its memory-mapped splits. Create it with `open_dataset`. Pickling
+    stores only the directory, so unpickling opens the dataset again.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest):
         self.dir = directory
@@ -188,7 +226,7 @@ class Dataset:
         self.vocab_size = manifest.tokenizer.vocab_size
         self.tokenizer_sha256 = manifest.tokenizer.sha256
         self.tokenizer_dir = directory / "tokenizer"
-        self.inputs = [file.path for file in manifest.inputs]  # as they were named when packing
+        self.inputs = [file.path for file in manifest.inputs]  # paths as they were given to `mm pack`
         _allow_open_files(len(manifest.shards))
         self._files: dict[str, ArrowFile] = {}
         self._splits = {name: Split(self, name) for name in SPLITS}
@@ -197,11 +235,13 @@ class Dataset:
         return open_dataset, (self.dir,)
 
     def split(self, name: str) -> Split:
-        """The split "train" or "val"; it may be empty."""
+        """Return the split "train" or "val". It may have no samples."""
         return self._splits[name]
 
     def open_shard(self, shard: ShardRecord) -> ArrowFile:
-        """A shard, mapped once; DatasetError when it is missing, of another size, or of another dataset."""
+        """Return a memory-mapped shard; it is mapped at the first call only. Raises DatasetError if the file is
+        missing, has another size than the manifest says, is not an Arrow file, or belongs to another dataset.
+        """
         if shard.path not in self._files:
             path = self.dir / shard.path
             check_size(path, shard.bytes, self.dir)
@@ -214,32 +254,39 @@ class Dataset:
         return self._files[shard.path]
 
     def check_bytes(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """DatasetError unless every shard holds the bytes that were packed; reads those not read since they changed."""
+        """Raise DatasetError if the content of a shard has changed since it was packed. Only files that have changed
+        since they were last hashed are read. progress: called with the bytes hashed so far and the bytes to hash in
+        all.
+        """
         files = [shard.file for shard in self.manifest.shards]
         for path, digest in checksums.check(self.dir, files, progress):
             raise damaged(self.dir, f"{self.dir / path}: its bytes have changed since it was packed (sha256 {digest})")
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files, often 1,024, as far as allowed: a mapped shard stays open."""
+    """Raise this process's limit of open files (often 1,024) to what `count` shards need, as far as the system allows.
+    Every mapped shard keeps a file open.
+    """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * count + 256  # twice: a run may map a second dataset of this size beside it
+    needed = 2 * count + 256  # twice: a run may open a second dataset of this size
     if soft != resource.RLIM_INFINITY and soft < needed:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord, directory: Path) -> None:
-    """DatasetError unless the metadata in the shard's schema agrees with the manifest."""
+    """Raise DatasetError if the metadata in the schema of a shard differs from the manifest."""
     for key, expected in manifest.shard_metadata(shard.bucket).items():
         if (actual := file.metadata.get(f"mm.{key}")) != expected:
             raise damaged(directory, f"{directory / shard.path}: {key} is {actual}, expected {expected}")
 
 
 def check_size(path: Path, num_bytes: int, directory: Path) -> None:
-    """DatasetError unless the file is there with this size (a map of a shorter file would crash the reader)."""
+    """Raise DatasetError if the file is missing or does not have `num_bytes` bytes. (Reading past the end of a
+    memory-mapped file that is too short would crash the process.)
+    """
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
@@ -249,7 +296,9 @@ def check_size(path: Path, num_bytes: int, directory: Path) -> None:
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Open a packed dataset. DatasetError when it is missing, incomplete, truncated, or its tokenizer was exchanged."""
+    """Open the packed dataset in a directory. Raises DatasetError if it has no valid manifest, if a shard is missing or
+    has the wrong size, or if its tokenizer.json is not the one it was packed with.
+    """
     manifest = read_manifest(directory)
     path = directory / "tokenizer" / "tokenizer.json"
     actual = sha256_of(path) if path.exists() else "missing"
@@ -262,17 +311,23 @@ def open_dataset(directory: Path) -> Dataset:
 
 
 class _PartSequences:
-    """Every sequence of a part in one split's shards: ordinal -> ids and loss mask (for pairs the three lists)."""
+    """Look-up of the sequences of one part by ordinal (the sequence's number in the part). Only the sequences in the
+    given splits are found.
+
+    The table has, for each ordinal, the columns of a record batch, the index of a sample in it, and the token positions
+    in the sample where the sequence begins and ends (unused for pairs).
+    """
 
     def __init__(self, dataset: Dataset, part: int, splits: Sequence[str]):
         self._kind = dataset.kind
-        self._at: dict[int, tuple[BatchColumns, int, int, int]] = {}  # ordinal -> columns, row, begin, end
+        self._at: dict[int, tuple[BatchColumns, int, int, int]] = {}  # columns, sample, begin, end
         for shard in dataset.manifest.shards:
             if shard.part == part and shard.split in splits:
                 for columns in dataset.open_shard(shard).batches:
                     self._add(columns)
 
     def _add(self, columns: BatchColumns) -> None:
+        """Enter all sequences of a record batch."""
         if self._kind == "pair":
             self._at |= {ordinal: (columns, i, 0, 0) for i, ordinal in enumerate(columns["doc"].tolist())}
             return
@@ -287,7 +342,10 @@ class _PartSequences:
         return ordinal in self._at
 
     def record(self, ordinals: range) -> dict[str, Any]:
-        """The sequences of one row, joined in order, as `mm show --json` prints them."""
+        """Return the sequences of one source row, joined in order, as `mm show --json` prints them: "input_ids" and
+        "loss_mask", or for a pair "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask" and "rejected_mask".
+        ordinals: the sequences of the row.
+        """
         if self._kind == "pair":
             columns, i, _, _ = self._at[ordinals.start]
             return _pair_record(pair_view(columns, i))
@@ -302,7 +360,9 @@ class _PartSequences:
 
 
 def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
-    """uint8 [length]: 1 inside the flat begin, end, … of `spans`. Costs one pass, whatever the number of spans."""
+    """Return the loss mask uint8 [length]: 1 at trained positions. spans: begin, end, begin, end, … (end exclusive),
+    ascending. The time does not depend on the number of spans, except for one pass over them.
+    """
     edges = np.empty(len(spans) + 2, np.int64)
     edges[0], edges[1:-1], edges[-1] = 0, spans, length
     ones = np.zeros(len(edges) - 1, np.uint8)
@@ -311,6 +371,7 @@ def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
 
 
 def _pair_record(pair: PairView) -> dict[str, Any]:
+    """Return a pair's token ids and loss masks as lists, by name."""
     return {
         "prompt_ids": pair.prompt.tolist(),
         "chosen_ids": pair.chosen.tolist(),
@@ -321,20 +382,29 @@ def _pair_record(pair: PairView) -> dict[str, Any]:
 
 
 def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
-    """A part's provenance columns, one entry a kept row: file, line, offset, sha [n, 8], first (sequence ordinal)."""
+    """Read where the packed rows of part `part` came from. Every array has one entry for each row that was not left
+    out.
+
+    file: index in `dataset.inputs`. line: 1-based line number. offset: byte offset of the line. sha: uint8 [n, 8], the
+    first bytes of the line's sha256. first: the number, in the part, of the row's first sequence.
+    """
     file = read_arrow(dataset.dir / sources_path(part))
     return {name: file.column(name) for name in ("file", "line", "offset", "sha", "first")}
 
 
 def sources_path(part: int) -> str:
-    """Where a part's provenance stands in a dataset."""
+    """Return the path, relative to the dataset directory, of the Arrow file that records the source file and line of
+    every packed row of part `part`.
+    """
     return f"sources/part-{part:05d}.arrow"
 
 
 def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]]:
-    """One record a source row, in source order: file, line, then ids and loss mask (for pairs, of prompt and replies).
+    """Yield one record for each packed source row, in source order: "file", "line", then token ids and loss mask
+    ("input_ids" and "loss_mask"; for a pair those of prompt and replies, under names such as "chosen_ids").
 
-    split: "train", "val", or "all" for both merged. Documents and fragments of one row are joined. One part in memory.
+    split: "train", "val", or "all" for both; rows of another split are not yielded. If a row was packed as several
+    sequences, they are joined. The records of one part are in memory at a time.
     """
     splits = SPLITS if split == "all" else (split,)
     for part in dataset.manifest.parts:
@@ -350,7 +420,10 @@ def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]
 
 
 def sample_rows(dataset: Dataset, split: str, number: int) -> list[dict[str, Any]]:
-    """What stands in one sample: for each of its sequences a record as `source_rows` makes. IndexError past the end."""
+    """Return one record for each sequence of a sample: "file" and "line" of its source row, token ids and loss mask,
+    under the same names as in `source_rows`. split: "train" or "val". number: the sample number. Raises IndexError if
+    there is no such sample.
+    """
     bucket, i = dataset.split(split).locate(number)
     view = dataset.split(split).sample(bucket, i)
     sources = open_sources(dataset, dataset.split(split).part_of(bucket, i))

@@ -1,10 +1,12 @@
-"""Micro-batches of numpy buffers from shards. A step's batch follows from (digest, seed, step); there is no other state.
+"""Read micro-batches of numpy arrays from shards. The batch of a step is a function of (digest, seed, step); a loader
+has no other state that would have to be saved.
 
-Samples are grouped into cells of equal width, so that every batch costs the same whatever the buckets: a cell is one
-sample of the largest bucket, or as many of a smaller one as fit in its place. Order is a keyed permutation computed on
-demand (nothing stored, any step at once). Assembling a batch is one copy out of the mapped shards: no worker processes;
-`ahead` does it in one thread while the last batch is in use. Order, lengths and spans are made for a block of thousands
-of cells at once: the first batch of a block takes milliseconds, the others a hundredth of that.
+Samples are grouped into cells of equal width, so that every batch costs about the same whatever the buckets. A cell is
+one sample of the largest bucket, or as many samples of a smaller bucket as fit in its length. The order is a keyed
+permutation of the cells that is computed on demand: nothing is stored, and any step can be computed directly.
+Assembling a batch is one copy from the mapped shards, without worker processes; `ahead` does it in a thread while the
+last batch is in use. Order, lengths and spans are computed for a block of thousands of cells at once: the first batch
+of a block takes milliseconds, the others a hundredth of that.
 """
 
 import hashlib
@@ -22,7 +24,8 @@ from mmdata.shards.dataset import Dataset, Split, loss_mask
 from mmdata.shards.order import Mixture, draws_per_epoch, permute
 
 DEFAULT_MICRO_TOKENS = 32_768
-# Cells put in order at once, so that what that costs a step is small: of a rank, of a rank and record batch, of all ranks.
+# Cells that are ordered at once (a block), so that the cost for a step is small. A block has BLOCK_CELLS for each rank,
+# or BLOCK_CELLS_A_RECORD_BATCH for each rank and record batch if that is more; MAX_BLOCK_CELLS at most for all ranks.
 BLOCK_CELLS = 8192
 BLOCK_CELLS_A_RECORD_BATCH = 32
 MAX_BLOCK_CELLS = 2**18  # some 10 MB
@@ -31,21 +34,27 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences end to end. For pairs: chosen_0, rejected_0, chosen_1, …, each with its prompt in front, n = 2 S; or, where
-    `shared` is given, n = S sequences prompt + chosen + rejected, of which rejected must not see chosen."""
+    """The sequences of a micro-batch one after another, without padding. T: tokens, S: samples, n: sequences.
+
+    For pairs the sequences are chosen_0, rejected_0, chosen_1, …, each with its prompt in front: n = 2 S. If `shared`
+    is given, they are prompt + chosen + rejected of each pair instead: n = S, and tokens of rejected must not attend to
+    those of chosen.
+    """
 
     ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # uint8 [T], 1 where a token is trained on (not shifted)
-    cu_seqlens: np.ndarray  # int32 [n + 1], ends of the sequences, beginning with 0
+    cu_seqlens: np.ndarray  # int32 [n + 1]: 0, then the end of each sequence
     max_seqlen: int
-    samples: np.ndarray  # int64 [S], sample numbers within the split (over all datasets, in their order)
+    samples: np.ndarray  # int64 [S], sample numbers, counted over the splits of all datasets in their order
     num_loss_tokens: int
-    shared: np.ndarray | None = None  # int64 [S, 3]: tokens of prompt, chosen, rejected
+    shared: np.ndarray | None = None  # int64 [S, 3]: lengths of prompt, chosen, rejected
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most tokens in a loader's micro-batches (unless a single sample has more) and in one of their sequences."""
+    """Upper limits of a loader's micro-batches. tokens: the most tokens in a micro-batch (a single larger sample may
+    exceed it); sequence: the most tokens in one of its sequences.
+    """
 
     tokens: int
     sequence: int
@@ -53,7 +62,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A dataset's share of an epoch's tokens, and how often an epoch has each of its samples."""
+    """What a dataset contributes to an epoch. tokens: its share of the epoch's tokens, 0 to 1; passes: how often the
+    epoch has each of its samples, on average.
+    """
 
     dataset: Dataset
     tokens: float
@@ -62,7 +73,9 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """One bucket of one dataset: where its samples and its cells begin among all."""
+    """The samples of one bucket of one dataset. first_sample, first_cell: the number of its first sample and of its
+    first cell, counted over all datasets and buckets.
+    """
 
     split: Split
     bucket: int
@@ -73,23 +86,26 @@ class _Group:
 
     @property
     def num_cells(self) -> int:
+        """The number of cells; the last one may have fewer samples."""
         return -(-self.num_samples // self.samples_per_cell)
 
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """The samples of some cells, cell after cell: ids where they are, lengths and spans copied and in order."""
+    """The N samples of some cells, ordered by cell. Token ids are views of the shards; lengths and spans are copies."""
 
     numbers: np.ndarray  # int64 [N]
-    ids: list[np.ndarray]  # of all record batches
-    places: np.ndarray  # int64 [N, 3]: of each sample's ids the record batch, and begin and end in it
+    ids: list[np.ndarray]  # the ids of each record batch of the dataset, not only of these samples
+    places: np.ndarray  # int64 [N, 3]: for each sample the index in `ids`, and begin and end in that array
     doc_len: Ragged
-    span: Ragged  # in positions of all these samples end to end
-    begins: np.ndarray  # int64 [N], of the samples in these positions
-    cell_ends: np.ndarray  # int64 [cells + 1], of each cell's samples, beginning with 0
+    span: Ragged  # positions count through all N samples, one after another
+    begins: np.ndarray  # int64 [N], the first position of each sample in the same count
+    cell_ends: np.ndarray  # int64 [cells + 1]: 0, then the number of samples up to the end of each cell
 
     def assemble(self, cells: range, allocate: Callable[[int, Any], np.ndarray]) -> MicroBatch:
-        """Some of the cells as a micro-batch."""
+        """Return the samples of some of the cells as a micro-batch. cells: indices of cells in this object; allocate:
+        as in `Loader`.
+        """
         begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
         pieces = [self.ids[batch][a:b] for batch, a, b in self.places[begin:end].tolist()]
         spans = self.span.rows(begin, end) - self.begins[begin]
@@ -97,13 +113,21 @@ class _Samples:
 
 
 class Loader:
-    """The batches of a split. `batch(step)` gives this rank's micro-batches of an optimizer step.
+    """The batches of one split of one or more datasets of packs. `batch(step)` returns this rank's micro-batches of an
+    optimizer step.
 
-    Over all ranks a step's micro-batches hold the same samples whatever the world size and `micro_tokens`. Without
-    weights the steps of one epoch hold every sample once; with them, an epoch has as many tokens as the datasets hold
-    together, of each dataset the share its weight says. Within a step the widest buckets come first and ranks take cells
-    in turn, so that in a micro-step all ranks hold the same bucket (but at most one cell, where a bucket ends).
-    Widths (batch_tokens, micro_tokens) are nominal: padding that is not there counts.
+    batch_tokens: tokens of a step over all ranks; micro_tokens: tokens of a micro-batch, DEFAULT_MICRO_TOKENS if None.
+    Both count every sample with the length of its bucket, although padding is not stored, and are rounded down to whole
+    cells, at least one. seed: determines the order. shuffle: False reads the samples in stored order. allocate: called
+    as allocate(count, dtype) for the buffers of ids and loss mask, for example in pinned memory.
+
+    All ranks together get the same samples in a step whatever `world_size` and `micro_tokens` are. Without `weights`
+    the steps of an epoch have every sample once. With them an epoch has as many tokens as the datasets together, and
+    each dataset the share of them that its weight says. With `shuffle`, a step's cells are ordered by bucket, the
+    largest first, and dealt to the ranks in turn, so that all ranks compute the same bucket at the same time, except
+    for at most one cell where a bucket ends.
+
+    Raises DatasetError if the datasets differ in row kind or tokenizer, or if `weights` are given and a split is empty.
     """
 
     def __init__(
@@ -124,9 +148,7 @@ class Loader:
         check_alike(datasets)
         self.kind = datasets[0].kind
         self._rank, self._world_size = rank, world_size
-        self._allocate = (
-            allocate  # (count, dtype) -> the buffers that ids and masks are written to, pinned ones perhaps
-        )
+        self._allocate = allocate  # (count, dtype) -> the buffer that ids or masks are written to
         self.weights = None if weights is None else list(weights)
         self.digest = digest_of(datasets, weights)
         self._key = f"{self.digest}:{seed}" if shuffle else ""
@@ -154,9 +176,10 @@ class Loader:
             Share(dataset, own / max(1, sum(tokens)), times)
             for dataset, own, times in zip(datasets, tokens, passes, strict=True)
         ]
-        self._block: tuple[tuple[int, int], _Samples] | None = None  # the last one put in order
+        self._block: tuple[tuple[int, int], _Samples] | None = None  # the last block ordered
 
     def _make_groups(self, splits: Sequence[Split]) -> list[_Group]:
+        """Return the non-empty buckets of all splits, with samples and cells numbered in that order."""
         groups: list[_Group] = []
         sample = cell = 0
         for split in splits:
@@ -170,6 +193,9 @@ class Loader:
     def _make_mixture(
         self, datasets: Sequence[Dataset], splits: Sequence[Split], weights: Sequence[float] | None
     ) -> Mixture:
+        """Return how many cells of each dataset an epoch draws. Raises DatasetError if `weights` are given and a split
+        is empty.
+        """
         cells = [sum(group.num_cells for group in self._groups if group.split is split) for split in splits]
         if weights is None:
             return Mixture(tuple(cells), tuple(cells))
@@ -180,9 +206,10 @@ class Loader:
         return Mixture(tuple(cells), tuple(draws_per_epoch(tokens, cells, weights)))
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of optimizer step `step` (from 0, over all epochs).
+        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs.
 
-        Empty when the epoch's last, partial batch has no cell left for this rank.
+        The list is empty if the last, partial step of an epoch has no cell for this rank. Raises DatasetError if the
+        split is empty.
         """
         if not self._num_cells:
             raise DatasetError(
@@ -197,7 +224,9 @@ class Loader:
         return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """This rank's share of the whole split once, in the order of the shards; a micro-batch is of one dataset."""
+        """Yield this rank's share of the whole split once, in the order of the shards and without shuffling. A
+        micro-batch has samples of one dataset only.
+        """
         own = np.arange(self._num_cells)[self._rank :: self._world_size]
         ends = np.cumsum(self._mixture.cells)[:-1]
         size = max(1, BLOCK_CELLS // self._cells_per_micro) * self._cells_per_micro
@@ -208,18 +237,24 @@ class Loader:
                 yield from (samples.assemble(micro, self._allocate) for micro in self._micro(range(len(cells))))
 
     def dataset_of(self, micro: MicroBatch) -> int:
-        """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
+        """Return the index of the dataset that a micro-batch from `micro_batches` belongs to."""
         return int(np.searchsorted(self._dataset_ends, micro.samples[0], side="right"))
 
     def _num_own(self, num_cells: int) -> int:
-        """How many of a step's cells are this rank's: ranks take them in turn."""
+        """Return how many of a step's `num_cells` cells belong to this rank; cells are dealt to the ranks in turn."""
         return len(range(self._rank, num_cells, self._world_size))
 
     def _micro(self, cells: range) -> list[range]:
+        """Cut a range of cells into micro-batches."""
         return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]
 
     def _ordered(self, epoch: int, number: int) -> _Samples:
-        """This rank's samples of a block of an epoch, in the order of training: step after step, widest buckets first."""
+        """Return this rank's samples of a block of consecutive steps, in the order of the steps. number: the index of
+        the block in the epoch.
+
+        With shuffling, the cells within a step are ordered by bucket, the largest first; otherwise they are in stored
+        order. The last block is cached.
+        """
         if self._block and self._block[0] == (epoch, number):
             return self._block[1]
         size = self._steps_per_block * self._cells_per_step
@@ -229,14 +264,19 @@ class Loader:
         if self._key:
             widths = np.array([group.bucket for group in self._groups])
             of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
-            order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties stay in drawn order
+            order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties keep the drawn order
         own = order[np.arange(len(order)) % self._cells_per_step % self._world_size == self._rank]
         samples = self._samples(cells[own], passes[own])
         self._block = ((epoch, number), samples)
         return samples
 
     def _samples(self, cells: np.ndarray, passes: np.ndarray | None) -> _Samples:
-        """The samples in these cells, in cell order; within a bucket shuffled anew with each pass over its dataset."""
+        """Return the samples of these cells, ordered by cell.
+
+        cells: int64 [n], numbers over all datasets. passes: int64 [n], how often the cell's dataset has been gone
+        through before. With shuffling, samples are dealt anew to the cells of their bucket in each pass. None: not
+        shuffled.
+        """
         of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
         per_cell = np.array([group.samples_per_cell for group in self._groups])[of_cell]
         group = np.repeat(of_cell, per_cell)
@@ -249,7 +289,12 @@ class Loader:
         return self._tables.samples(self._first_samples[group[is_there]] + index[is_there], ends)
 
     def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
-        """Permutes the indices in place, each group's in an order of its own; cells of one sample are shuffled already."""
+        """Permute sample indices in place, within each group and pass by a permutation of its own.
+
+        group, index, passes: for each slot of a cell the group, the index of the sample in the group, and the pass.
+        is_there: False for the empty slots of a group's last cell. Groups with one sample in a cell are skipped, since
+        their samples are shuffled with the cells.
+        """
         for g, shuffled in enumerate(self._groups):
             if shuffled.samples_per_cell == 1:
                 continue
@@ -267,13 +312,18 @@ def assemble(
     allocate: Callable[[int, Any], np.ndarray],
     shared: np.ndarray | None = None,
 ) -> MicroBatch:
-    """pieces: ids of one dtype, end to end in sequences of `lengths`; spans: begin, end, … of the trained tokens, ascending; numbers:
-    of the samples; allocate: gives the buffers ids and mask are written to; shared: see `MicroBatch`."""
+    """Copy samples into a micro-batch.
+
+    pieces: arrays of ids, all of one dtype, which follow one another in the micro-batch. lengths: the length of each
+    sequence. spans: the trained tokens as begin, end, begin, end, … (end exclusive), ascending, in positions of the
+    micro-batch. numbers: the sample numbers. allocate: called as allocate(count, dtype) for the buffers of ids and loss
+    mask. shared: as in `MicroBatch`.
+    """
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     lengths.cumsum(out=cu_seqlens[1:])
     total = int(cu_seqlens[-1])
     ids, mask = allocate(total, np.int32), allocate(total, np.uint8)
-    # Joined, then cast in one go (ids < 2**31 by the manifest): np.concatenate, which casts each piece, takes twice as long.
+    # Join the bytes, then cast once (ids < 2**31 by the manifest); np.concatenate casts each piece: twice as slow.
     ids[:] = np.frombuffer(b"".join(pieces), pieces[0].dtype)
     mask[:] = loss_mask(spans, total)
     num_loss = int((spans[1::2] - spans[0::2]).sum())
@@ -281,7 +331,7 @@ def assemble(
 
 
 class _Tables:
-    """The columns of all record batches of packs: views."""
+    """The columns of all record batches of all groups, as views. Its length is the number of record batches."""
 
     def __init__(self, groups: Sequence[_Group]):
         batches = [(g.first_sample + begin, columns) for g in groups for begin, columns in g.split.batches(g.bucket)]
@@ -295,7 +345,11 @@ class _Tables:
         return len(self._values)
 
     def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
-        """The samples of these numbers. What Python would do for each of them is done once for each record batch."""
+        """Return the samples with these numbers (int64 [N], over all datasets), in this order.
+
+        cell_ends: int64 [cells + 1], as in `_Samples`. Everything that Python would do for each sample is done once for
+        each record batch.
+        """
         at = np.searchsorted(self._first_samples, numbers, side="right") - 1
         order = np.argsort(at, kind="stable")
         back = np.argsort(order)
@@ -310,7 +364,9 @@ class _Tables:
 
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
-    """Identifies the training data: one dataset's own digest, or a digest of several datasets and their weights."""
+    """Return a digest that identifies the training data: the dataset's own digest if there is one dataset and no
+    weights, otherwise a sha256 over the datasets' digests and weights, which depends on their order.
+    """
     digests = [dataset.digest for dataset in datasets]
     if len(digests) == 1 and weights is None:
         return digests[0]
@@ -319,9 +375,10 @@ def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> s
 
 
 def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Generator[Made, None, None]:
-    """`make(step)` for every step in turn, made in one thread up to `depth` steps before they are asked for.
+    """Yield `make(step)` for each step in order; a thread computes up to `depth` results before they are requested.
 
-    What `make` raises is raised where its step is asked for. Closing the iterator ends the thread.
+    An exception that `make` raises is raised when the result of its step is requested. Closing the iterator stops the
+    thread.
     """
     made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     is_over = threading.Event()
@@ -340,7 +397,7 @@ def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Gener
                 return
             try:
                 put((make(step), None))
-            except BaseException as error:  # whatever it is, it belongs to the thread that asks
+            except BaseException as error:  # any exception is raised again in the thread that requests the result
                 put((None, error))
                 return
 
@@ -358,7 +415,7 @@ def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Gener
 
 
 def check_alike(datasets: Sequence[Dataset]) -> None:
-    """Datasets of one batch must share row kind and tokenizer."""
+    """Raise DatasetError if the datasets differ in row kind or tokenizer and so cannot be used in one batch."""
     assert datasets, "no dataset"
     first = datasets[0]
     for other in datasets[1:]:

@@ -1,4 +1,6 @@
-"""manifest.json of a packed dataset: typed records, reading, and the digest of a dataset. The keys are in shards/README.md."""
+"""manifest.json of a packed dataset: typed records, reading, and the dataset's digest. shards/README.md explains the
+keys.
+"""
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ SPLITS = ("train", "val")
 
 
 class TokenizerRecord(msgspec.Struct, frozen=True):
-    """The tokenizer a dataset was packed with."""
+    """The tokenizer that a dataset was packed with."""
 
     sha256: str  # of tokenizer.json
     template_sha256: str  # of the chat template
@@ -28,7 +30,9 @@ class TokenizerRecord(msgspec.Struct, frozen=True):
 
 
 class ExcludedFile(msgspec.Struct, frozen=True):
-    """A file of texts that rows must not overlap with: a row is left out that holds `share` of a text's `n`-grams."""
+    """A file whose texts the rows must not overlap with. A row is left out if it has at least the share `share` (0 to
+    1) of the `n`-grams of one of the file's texts.
+    """
 
     path: str
     sha256: str
@@ -37,7 +41,9 @@ class ExcludedFile(msgspec.Struct, frozen=True):
 
 
 class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `mm pack` that the bytes of a dataset depend on, and the budget of bad rows it kept."""
+    """The options of `mm pack`, under their names, that the bytes of a dataset depend on, and the limits for bad rows
+    that applied (shares of all rows, 0 to 1).
+    """
 
     val_fraction: float
     on_bad: str
@@ -52,7 +58,7 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of a manifest that is known before packing: all that the bytes of the shards depend on."""
+    """The fields of a manifest that are known before packing. The bytes of the shards are determined by them."""
 
     format: str = "mm"
     format_version: int = FORMAT_VERSION
@@ -60,11 +66,11 @@ class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
     max_len: int
     buckets: tuple[int, ...]
     tokenizer: TokenizerRecord
-    inputs: list[FileEntry]  # paths as they were named
+    inputs: list[FileEntry]  # with paths as they were given to `mm pack`
     arguments: PackArguments
 
     def shard_metadata(self, bucket: int) -> dict[str, str]:
-        """The metadata that the schema of each shard of this bucket holds."""
+        """Return the metadata that the Arrow schema of each shard of this bucket has."""
         return {
             "format_version": str(self.format_version),
             "kind": self.kind,
@@ -76,31 +82,33 @@ class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EncoderRecord(msgspec.Struct, frozen=True):
-    """An encoder that text was encoded with: in how many parts, and what was compared with the reference encoder."""
+    """A text encoder that parts of a dataset were encoded with, and how it was compared with the reference encoder."""
 
     name: str  # and version
     parts: int
     rows_compared: int
-    hostile_compared: int  # texts made up to tell encoders apart
-    given_up: int  # parts packed with the reference instead, after a difference
+    hostile_compared: int  # artificial texts on which encoders tend to differ, compared
+    given_up: int  # parts packed with the reference encoder after a difference was found
 
 
 class PartRecord(msgspec.Struct, frozen=True):
-    """The sums of one part: rows = kept + left out, tokens in = tokens + cut."""
+    """The counts of one part: rows = kept + left out, and tokens in = tokens + cut. kept: rows that were packed."""
 
     part: int
     rows: int
     kept: int
-    left_out: dict[str, int]  # by reason
+    left_out: dict[str, int]  # rows by reason
     tokens_in: int
     tokens: int
-    cut: dict[str, int]  # tokens by reason
+    cut: dict[str, int]  # tokens dropped, by reason
     sequences: int
     sequence_digest: str
 
 
 class ShardRecord(msgspec.Struct, frozen=True):
-    """One shard: what it holds, and size and hash of its file. model_tokens counts a pair's prompt twice."""
+    """One shard: what it contains, and size and sha256 of its file. model_tokens: tokens that a model computes; a
+    pair's prompt counts twice. loss_tokens: trained tokens.
+    """
 
     path: str
     split: str
@@ -118,11 +126,17 @@ class ShardRecord(msgspec.Struct, frozen=True):
 
     @property
     def file(self) -> FileEntry:
+        """The path, size and sha256 of the shard's file."""
         return FileEntry(self.path, self.bytes, self.sha256)
 
 
 class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """The sums of a whole dataset; counts by reason as in `PartRecord`."""
+    """The counts of a whole dataset: rows = kept + left out, and tokens in = tokens + cut; `left_out` and `cut` are by
+    reason.
+
+    control_strings: how often the text of each special token occurs in the content of rows, where it is encoded as
+    ordinary text.
+    """
 
     rows: int
     kept: int
@@ -131,7 +145,7 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     cut: dict[str, int]
     loss_tokens: int
-    control_strings: dict[str, int] = {}  # special-token strings in content, packed as plain text
+    control_strings: dict[str, int] = {}  # special tokens' texts in content, packed as text
     sequences: int
     samples: int
     val_rows: int
@@ -145,27 +159,33 @@ class Manifest(DatasetHeader, frozen=True, kw_only=True):
     shards: list[ShardRecord]
     totals: DatasetTotals
     dataset_digest: str
-    files: list[FileEntry]  # besides shards: sources, rejected rows, tokenizer, stats.json
+    files: list[FileEntry]  # all other files: sources, rejected rows, tokenizer, stats.json
 
     @property
     def all_files(self) -> list[FileEntry]:
-        """Every file of the dataset but the manifest."""
+        """All files of the dataset except the manifest."""
         return [*self.files, *(shard.file for shard in self.shards)]
 
 
 def dataset_digest(kind: str, max_len: int, shards: Sequence[ShardRecord]) -> str:
-    """sha256 over kind, length limit and every shard's split, bucket, part, samples and token digest, in that order."""
+    """Return the sha256 over the row kind, the length limit, and the split, bucket, part, number of samples and token
+    digest of all shards. The order of `shards` does not matter.
+    """
     lines = sorted((s.split, s.bucket, s.part, s.samples, s.token_digest) for s in shards)
     return hashlib.sha256(json.dumps([kind, max_len, lines]).encode()).hexdigest()
 
 
 def damaged(directory: Path, message: str) -> DatasetError:
-    """The error for a dataset whose files are not those that were packed."""
+    """Create the DatasetError for a dataset whose files are not those that were packed; it suggests `mm verify
+    --repair`.
+    """
     return DatasetError(message, f"mm verify {directory} --repair")
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a dataset; DatasetError when there is none, or it is damaged, foreign, or of a later format."""
+    """Read the manifest of the dataset in a directory. Raises DatasetError if there is none, if it is damaged, if `mm
+    pack` did not write it, or if it has another format version than this version of mm reads.
+    """
     path = directory / MANIFEST
     pack_it = f"mm pack FILE --out {directory}"
     try:
@@ -184,5 +204,5 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def every_file(directory: Path) -> list[FileEntry]:
-    """All files of a dataset, its manifest last: what to copy, in this order."""
+    """Return the records of all files of a dataset, its manifest last. This is the order in which to copy them."""
     return [*read_manifest(directory).all_files, FileEntry(MANIFEST, *info_of(directory / MANIFEST))]

@@ -1,7 +1,7 @@
 """The order of an epoch: which cell is drawn at each place, computed from a key without storing a permutation.
 
-A cell is the unit that is shuffled; the loader defines what it holds. Integer arithmetic only: the same on every machine and
-with every version of numpy.
+A cell is the unit that is shuffled; for packs it is a group of samples, for pairs a single pair (see loader.py and
+pairs.py). Only integer arithmetic is used, so the order is the same on every machine and with every version of numpy.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ FEISTEL_ROUNDS = 6
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Where each index stands in the permutation of 0..size-1 that `key` names. index: integers [N]; O(N), any size.
+    """Return the image of each index under a pseudo-random permutation of 0..size-1 that is determined by `key`.
 
-    Feistel permutation of (index // low, index % low) with cycle walking: applied again while the result is out of range.
+    index: integers [N] in 0..size-1; returns int64 [N]. Time and memory are O(N), whatever the size. The method is a
+    Feistel network on (index // low, index % low), applied again while the result is outside the range (cycle walking).
     """
-    high = math.isqrt(size - 1) + 1  # high * low is at least size, and more by less than high
+    high = math.isqrt(size - 1) + 1  # size <= high * low < size + high
     low = np.uint64(-(-size // high))
     round_keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")[:FEISTEL_ROUNDS]
     result = np.array(index, np.uint64)
@@ -36,17 +37,18 @@ def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Mix 64 bits into 32 with the multipliers of splitmix64 (Steele, Lea, Flood 2014)."""
+    """Mix 64-bit integers into 32-bit ones, with the multipliers of splitmix64 (Steele, Lea, Flood 2014)."""
     x = x * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(32)) * np.uint64(0x94D049BB133111EB)
     return x >> np.uint64(32)
 
 
 def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many cells of each dataset an epoch draws, so that its tokens are shared out by weight.
+    """Return how many cells of each dataset an epoch draws, so that the datasets' shares of its tokens are in
+    proportion to `weights`.
 
-    tokens, cells: what each dataset holds. An epoch has as many tokens as all datasets together (but for rounding to
-    whole cells); each dataset gives at least one cell. Exact arithmetic on the weights as they are written.
+    tokens, cells: how many each dataset has. An epoch has as many tokens as all datasets together, up to rounding to
+    whole cells, and draws at least one cell of each. Weights are used as the exact decimal numbers they are written as.
     """
     shares = [Fraction(str(weight)) for weight in weights]
     total = sum(tokens)
@@ -56,10 +58,12 @@ def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequen
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Several datasets, of `cells` cells each, of which an epoch draws `draws`: the same number, or as weights say.
+    """Several datasets of which an epoch draws cells. cells: the number of cells of each dataset; draws: how many of
+    them one epoch draws.
 
-    A dataset that gives more than it holds is gone through again, in another order each time; of one that gives less an
-    epoch takes up where the last one ended. So every cell of a dataset is drawn equally often, give or take once.
+    A dataset with more draws than cells is gone through several times in an epoch, in another order each time. Of a
+    dataset with fewer draws than cells, an epoch continues where the last one ended. The numbers of times that two
+    cells of a dataset have been drawn therefore never differ by more than one.
     """
 
     cells: tuple[int, ...]
@@ -67,13 +71,16 @@ class Mixture:
 
     @property
     def size(self) -> int:
-        """Draws of an epoch, of all datasets."""
+        """The number of cells drawn in an epoch, of all datasets together."""
         return sum(self.draws)
 
     def draw(self, places: np.ndarray, epoch: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """For places of an epoch, int [N]: the cell (numbered over all datasets) and its dataset's own epoch, int64 [N].
+        """Return which cells are drawn at these places of an epoch, and in which pass over their dataset: int64 [N]
+        each.
 
-        key "": in order.
+        places: integers [N] in 0..size-1. Cells are numbered from 0 over all datasets. The pass counts, over all
+        epochs, how often the dataset has been gone through before. key: determines the order; with an empty key cells
+        are drawn in ascending order.
         """
         drawn = permute(places, self.size, f"{key}:{epoch}:cells") if key else places
         of = np.searchsorted(np.cumsum(self.draws), drawn, side="right")
@@ -89,6 +96,9 @@ class Mixture:
         return cell, passes
 
     def _in_own_order(self, cells: np.ndarray, passes: np.ndarray, size: int, key: str) -> np.ndarray:
+        """Permute the cells (numbered within a dataset of `size` cells) with a permutation of their
+        own for each pass.
+        """
         ordered = cells.copy()
         for number in np.unique(passes).tolist():
             at = passes == number

@@ -1,8 +1,9 @@
-"""Micro-batches of pairs to a budget of tokens, so that the cost of a batch does not depend on its number of pairs.
+"""Micro-batches of pairs with a limit of tokens, so that the cost of a batch does not depend on its number of pairs.
 
-Nothing is padded, and both sides of a pair are always in one micro-batch. With `share_prompt` a pair is one sequence,
-prompt + chosen + rejected; else two, each with the prompt in front. The pairs of a step follow from (digest, seed, step)
-alone: not from the ranks, the micro-batches, or how prompts are laid. Costs 24 bytes a pair in memory.
+Nothing is padded, and both replies of a pair are always in one micro-batch. With `share_prompt` a pair is one sequence,
+prompt + chosen + rejected; otherwise two, each with the prompt in front. Which pairs a step has is a function of
+(digest, seed, step) and does not depend on the ranks, on micro-batches or on `share_prompt`. Takes 24 bytes of memory a
+pair.
 """
 
 import heapq
@@ -28,10 +29,16 @@ from mmdata.shards.order import Mixture, draws_per_epoch
 
 
 class PairLoader:
-    """The batches of a split of pairs; the same methods as `Loader`.
+    """The batches of one split of one or more datasets of pairs; it has the same methods as `Loader`.
 
-    `batch_tokens` are a step's tokens with every prompt counted for both sides, `micro_tokens` the most of one
-    micro-batch as it is laid out (a single pair may be longer). Without weights every step has at least one pair.
+    batch_tokens: about how many tokens a step has over all ranks, with a prompt counted once for each reply.
+    micro_tokens: the most tokens in a micro-batch as it is computed (a prompt counts once with `share_prompt`); a
+    single longer pair may exceed it. DEFAULT_MICRO_TOKENS if None. seed: determines the order. shuffle: False reads
+    pairs in stored order. allocate: called as allocate(count, dtype) for the buffers of ids and loss mask.
+
+    weights: the datasets' shares of an epoch's tokens; None: an epoch has every pair once, and every step has at least
+    one pair. Raises DatasetError if the datasets differ in row kind or tokenizer, or if `weights` are given and a split
+    is empty.
     """
 
     def __init__(
@@ -78,7 +85,9 @@ class PairLoader:
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of optimizer step `step` (from 0, over all epochs); they may be none."""
+        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs. The list is empty
+        if the step has too few pairs for all ranks. Raises DatasetError if the split is empty.
+        """
         if not self.num_samples:
             raise DatasetError(
                 "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
@@ -90,8 +99,10 @@ class PairLoader:
         return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
 
     def micro_batches(self, micro_tokens: int | None = None) -> Iterator[MicroBatch]:
-        """This rank's share of the whole split once, in the order of the shards, to a budget of its own where given; a
-        micro-batch is of one dataset."""
+        """Yield this rank's share of the whole split once, in the order of the shards and without shuffling.
+        micro_tokens: the most tokens in a micro-batch, the loader's own limit if None. A micro-batch has pairs of one
+        dataset only.
+        """
         budget = micro_tokens or self.limits.tokens
         begins = set(self._first_samples.tolist())
         ends = []
@@ -107,19 +118,24 @@ class PairLoader:
                 yield self._assemble(numbers)
 
     def dataset_of(self, micro: MicroBatch) -> int:
-        """Of which dataset a micro-batch of `micro_batches` is, counted from 0."""
+        """Return the index of the dataset that a micro-batch from `micro_batches` belongs to."""
         return int(np.searchsorted(self._first_samples, micro.samples[0], side="right")) - 1
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's order, and where in it each step begins: a step takes the pairs whose middle lies in its equal share
-        of the epoch's tokens."""
+        """Return the sample numbers of an epoch in the order of training (int64), and where in that order each step
+        begins (int64 [steps + 1]).
+
+        The epoch's tokens are divided into equal shares, one for each step. A step has the pairs whose middle token
+        lies in its share.
+        """
         order, _ = self._mixture.draw(np.arange(self._mixture.size), epoch, self._key)
         sizes = self._sizes[order]
-        middles = 2 * np.cumsum(sizes) - sizes  # doubled, so that they are integers
+        middles = 2 * np.cumsum(sizes) - sizes  # times 2, so that they are integers
         steps = middles * self.steps_per_epoch // (2 * int(sizes.sum()))
         return order, np.searchsorted(steps, np.arange(self.steps_per_epoch + 1))
 
     def _assemble(self, numbers: np.ndarray) -> MicroBatch:
+        """Return the pairs with these sample numbers as one micro-batch."""
         of_split = np.searchsorted(self._first_samples, numbers, side="right") - 1
         views = []
         for s, number in zip(of_split.tolist(), numbers.tolist(), strict=True):
@@ -132,7 +148,10 @@ class PairLoader:
 def _mixture(
     datasets: Sequence[Dataset], counts: Sequence[int], tokens: Sequence[int], weights: Sequence[float] | None
 ) -> Mixture:
-    """What an epoch draws of each dataset: every pair once, or tokens by weight."""
+    """Return how many pairs of each dataset an epoch draws: all of them once, or, with `weights`, as many as give each
+    dataset its share of tokens. counts, tokens: pairs and tokens of each dataset. Raises DatasetError if `weights` are
+    given and a split is empty.
+    """
     if weights is None:
         return Mixture(tuple(counts), tuple(counts))
     for dataset, count in zip(datasets, counts, strict=True):
@@ -142,35 +161,50 @@ def _mixture(
 
 
 def make_loader(datasets: Sequence[Dataset], *, share_prompt: bool = False, **options: object) -> Loader | PairLoader:
-    """The loader for datasets of one kind; options are those of `Loader`, `share_prompt` is for pairs."""
+    """Create the loader for datasets of one row kind: a PairLoader for pairs, otherwise a Loader. options: keyword
+    arguments of `Loader`. share_prompt: compute a pair's prompt once for both replies; ignored for packs.
+    """
     if datasets[0].kind == "pair":
         return PairLoader(datasets, share_prompt=share_prompt, **options)  # type: ignore[arg-type]
     return Loader(datasets, **options)  # type: ignore[arg-type]
 
 
 def pair_lengths(split: Split) -> np.ndarray:
-    """Tokens of prompt, chosen and rejected of every pair of a split: int64 [N, 3], in sample order."""
+    """Return the number of tokens of prompt, chosen and rejected of every pair of a split: int64 [N, 3], by sample
+    number.
+    """
     columns = [split.list_lengths(name) for name in ("prompt", "chosen", "rejected")]
     return np.stack(columns, 1)
 
 
 def saved_share(datasets: Sequence[Dataset]) -> float:
-    """The share of the train splits' tokens that need no computing when a prompt is computed once for both sides."""
+    """Return the share of the tokens of the train splits, 0 to 1, that is not computed if a prompt is computed once for
+    both replies.
+    """
     lengths = np.concatenate([pair_lengths(dataset.split("train")) for dataset in datasets])
     return float(lengths[:, 0].sum() / max(1, (lengths @ np.array([2, 1, 1])).sum()))
 
 
 def _num_steps(num_tokens: int, sizes: np.ndarray, batch_tokens: int) -> int:
-    """Steps an epoch is cut into: as many as the budget asks for, but no more than leave every step a pair: neighbouring
-    middles are never further apart than the largest pair."""
+    """Return the number of steps of an epoch: num_tokens / batch_tokens rounded up, but few enough that every step has
+    a pair; 0 without pairs. sizes: tokens of each pair.
+
+    A step gets the pairs whose middle token lies in its equal share of the tokens (`PairLoader._plan_epoch`). The
+    middles of neighbouring pairs are at most the largest pair's size apart, so a share of that size always has one.
+    """
     if not len(sizes):
         return 0
     return max(1, min(-(-num_tokens // batch_tokens), num_tokens // int(sizes.max())))
 
 
 def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
-    """Indices of `costs` in bins of about equal sums, none above the budget but where one item alone is; a multiple of
-    `multiple` bins, some of them possibly empty. The longest first, each into the least filled (Graham 1969)."""
+    """Distribute items over bins so that the sums of their costs are about equal, and return the indices of the items
+    in each bin.
+
+    costs: int64 [N], N > 0. No bin's sum exceeds `budget`, or the largest single cost if that is more. The number of
+    bins is a multiple of `multiple`; some may be empty. Items are placed from the largest to the smallest, each into
+    the bin with the smallest sum (Graham 1969).
+    """
     order = np.argsort(-costs, kind="stable").tolist()
     budget = max(budget, int(costs.max()))
     count = -(-int(costs.sum()) // budget)
@@ -188,7 +222,9 @@ def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
 
 
 def _lay_out(pairs: Sequence[PairView], share_prompt: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """ids in pieces, lengths of the sequences, and spans moved from their reply's first token to the flat axis."""
+    """Return what `assemble` needs for these pairs: the ids in pieces, the lengths of the sequences, and the trained
+    spans in positions of the micro-batch (in `PairView` they count from the reply's first token).
+    """
     pieces: list[np.ndarray] = []
     ends = [0]
     spans: list[np.ndarray] = []

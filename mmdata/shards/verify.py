@@ -1,6 +1,7 @@
-"""`mm verify`: everything in which a dataset differs from its manifest. Reads every byte once (about 1 GB/s).
+"""`mm verify`: find everything in which a dataset differs from its manifest. Every byte is read (about 1 GB/s).
 
-Hashes find damage on disk; the checks of counts and ranges also find a writer that was wrong from the start.
+Hashes find damage on disk. The checks of counts and value ranges also find errors that were made when the dataset was
+written.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`shard`: the file's path in the dataset; `what`: what differs, actual and expected."""
+    """One difference between a dataset and its manifest. shard: the path, relative to the dataset directory, of the
+    file (of any kind) that it concerns; what: the difference in words, with the actual and the expected value.
+    """
 
     shard: str
     what: str
@@ -29,7 +32,13 @@ class Problem:
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
-    """Everything that differs from the manifest, empty when nothing does. DatasetError when there is no manifest."""
+    """Compare a dataset with its manifest and return all differences, an empty list if there are none. progress: called
+    with the bytes checked so far and the bytes in all.
+
+    Compares size and sha256 of every file, the counts and value ranges in shards, and the manifest's sums, and lists
+    files that the manifest does not list. That every sequence is stored exactly once is checked only if nothing else
+    differs. Raises DatasetError if the manifest is missing or unreadable.
+    """
     manifest = read_manifest(directory)
     files, shards = manifest.all_files, {shard.path: shard for shard in manifest.shards}
     total, done = sum(file.bytes for file in files), 0
@@ -53,7 +62,9 @@ def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
 
 
 def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
-    """The manifest's own sums."""
+    """Yield the differences between sums that must be equal within the manifest: totals, sums over parts, sums over
+    shards, digest.
+    """
     totals, parts, shards = manifest.totals, manifest.parts, manifest.shards
     sums = {
         "rows": totals.kept + sum(totals.left_out.values()),
@@ -76,7 +87,9 @@ def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[str]:
-    """Whether a shard with the recorded bytes holds what the manifest says."""
+    """Yield, in words, the differences between the content of a shard and its record in the manifest. The file's size
+    and sha256 must have been compared before.
+    """
     try:
         file = read_arrow(directory / shard.path)
         dataset.check_metadata(file, manifest, shard, directory)
@@ -92,6 +105,7 @@ def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Ite
 
 
 def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
+    """Yield a description for each id column that has a token id outside the vocabulary."""
     vocab_size = manifest.tokenizer.vocab_size
     for name in ("prompt", "chosen", "rejected") if manifest.kind == "pair" else ("ids",):
         values = file.column(name).values
@@ -100,6 +114,7 @@ def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
+    """Yield the differences found in a shard of packs: lengths, buckets, spans and counts."""
     ids, doc_len, doc, span = (file.column(name) for name in ("ids", "doc_len", "doc", "span"))
     num_loss = file.column("n_loss").astype(np.int64)
     lengths = ids.lengths()
@@ -115,6 +130,7 @@ def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
 
 
 def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
+    """Yield the differences found in a shard of pairs: lengths, buckets, spans and counts."""
     prompt = file.column("prompt").lengths()
     tokens, loss = int(prompt.sum()), 0
     for side in ("chosen", "rejected"):
@@ -130,19 +146,22 @@ def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
 
 
 def _check_counts(shard: ShardRecord, tokens: int, loss_tokens: int, sequences: int) -> Iterator[str]:
+    """Yield a description for each of these counts that differs from the shard's record."""
     for name, actual in (("tokens", tokens), ("loss_tokens", loss_tokens), ("sequences", sequences)):
         if actual != (expected := getattr(shard, name)):
             yield f"holds {actual:,} {name}, expected {expected:,}"
 
 
 def _row_sums(column: Ragged) -> np.ndarray:
-    """The sum of every row of a list column, int64."""
+    """Return the sum of every row of a list column: int64 [rows]."""
     sums = np.concatenate([[0], np.cumsum(column.values, dtype=np.int64)])
     return sums[column.offsets[1:]] - sums[column.offsets[:-1]]
 
 
 def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
-    """Trained tokens of every row by its spans; -1 where they are odd, out of order or outside 0..length."""
+    """Return the number of trained tokens of every row, int64 [rows], or -1 for a row whose spans are invalid: an odd
+    number of values, not ascending, or outside 0..length. span: begin, end, … of each row; lengths: tokens of each row.
+    """
     values = span.values.astype(np.int64)
     is_end = np.arange(len(values)) % 2 == 1
     totals = _row_sums(Ragged(np.where(is_end, values, -values), span.offsets))
@@ -155,7 +174,9 @@ def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
 
 
 def _check_sequences(directory: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Every sequence of a part is in its shards exactly once, and its sources name as many rows as were kept."""
+    """Yield a Problem for each part of which a sequence is missing from the shards or stored twice, or whose sources
+    file has another number of rows than were packed.
+    """
     for part in manifest.parts:
         if not part.kept:
             continue
