@@ -35,11 +35,12 @@ from mmtrain.convert.foreign import run_tokenizer
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, RunRecord, read_run
 
+# By format: name of the dtype in the file -> dtype to which the weights are converted. The first one is the default.
 DTYPES = {
     "hf": {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16},
     "gguf": {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32},
     "minimind": {"f32": torch.float32, "f16": torch.float16},
-}  # by format: dtypes of the file -> dtype of the weights that are written; the first is the default
+}
 TOLERANCE = 1e-4  # the largest allowed difference between logits, in fp32
 RECORD = "export.json"  # marks a directory as an export, which may be replaced
 
@@ -131,9 +132,8 @@ def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float 
     weights = source.weights(DTYPES["hf"][dtype])
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", _hf_config(source, dtype), indent=2)
-    (out / "model.safetensors").chmod(
-        (out / "config.json").stat().st_mode
-    )  # safetensors lets only the owner read its files
+    # safetensors creates files that only their owner can read.
+    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
     ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
     write_json(out / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, indent=2)
     _write_tokenizer(source.tokenizer, out)
@@ -252,9 +252,8 @@ def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], 
         problem = f"MiniMind's code makes no model with {', '.join(wrong)}"
         raise UsageError(problem, "mm export RUN --format hf keeps any shape")
     weights = source.weights(DTYPES["minimind"][dtype])
-    weights["lm_head.weight"] = weights[
-        "model.embed_tokens.weight"
-    ]  # MiniMind loads strictly and needs both names of this matrix
+    # MiniMind loads strictly and needs both names of this matrix.
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.stage, "full_sft")
     name = f"{stage}_{shape.hidden_size}.pth"
     torch.save(weights, out / name)

@@ -51,9 +51,8 @@ _SEED_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
-_TABLES = re.compile(
-    r"(^|\.)(pos_cis|freqs_cos|freqs_sin|mask|inv_freq)$"
-)  # buffers that can be computed from the shape
+# Buffers that can be computed from the shape.
+_TABLES = re.compile(r"(^|\.)(pos_cis|freqs_cos|freqs_sin|mask|inv_freq)$")
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes that DistributedDataParallel and torch.compile add
 
 
@@ -373,9 +372,8 @@ def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> T
         raise TokenizerError(f"{foreign.path} has no tokenizer beside it", fix)
     tokenizer = Tokenizer.load(directory)
     num_ids, vocab_size = tokenizer.vocab_size, foreign.shape.vocab_size
-    is_padded = (
-        foreign.path.is_dir() and tokenizer_dir is None
-    )  # the embedding of a published model may have more rows than ids
+    # The embedding of a published model may have more rows than its tokenizer has ids.
+    is_padded = foreign.path.is_dir() and tokenizer_dir is None
     if num_ids > vocab_size or (num_ids < vocab_size and not is_padded):
         ids = f"{num_ids:,} ids, the model {foreign.path} has {vocab_size:,}"
         raise TokenizerError(f"tokenizer {directory} is of another vocabulary: {ids}", fix)

@@ -174,10 +174,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     steps = root.get("pretokenizers", [root])
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     normalizer = (parts.get("normalizer") or {}).get("type")
-    if parts["model"]["type"] == "BPE" and normalizer in (
-        None,
-        "NFC",
-    ):  # llama.cpp does not apply NFC; its caller has to
+    # NFC is accepted although llama.cpp does not apply it: its callers have to.
+    if parts["model"]["type"] == "BPE" and normalizer in (None, "NFC"):
         for name, expected in _PRE_TOKENIZERS.items():
             if steps == expected:
                 return name

@@ -238,8 +238,9 @@ class Engine:
         return Delta(row, text + rest, tokens, reason)
 
     def _keep_cache(self, row: Row) -> None:
-        """Take the cache of an ended row away from it and, if `remember` allows, store it with its ids for later
-        prompts. Stored caches whose ids are a prefix of these are dropped, and the oldest beyond `remember`."""
+        """Take the cache of an ended row away from it and, if `remember` is above 0 and the cache is not empty, store
+        it with its ids for later prompts. Stored caches whose ids are a prefix of these are dropped, and so are the
+        oldest beyond `remember`."""
         ids = (row._prompt + row.ids)[: row._cache.length]
         if self._remember and ids:
             others = [(old, cache) for old, cache in self._remembered if old != ids[: len(old)]]

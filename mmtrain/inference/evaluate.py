@@ -86,9 +86,8 @@ def _figures(sums: Sequence[float]) -> dict[str, float]:
     if of_pairs:
         *values, num_pairs = of_pairs
         means = {name: value / num_pairs for name, value in zip(("loss", *FIGURES), values, strict=True)}
-        figures |= {
-            name: mean for name, mean in means.items() if math.isfinite(mean)
-        }  # without a reference, the drift from it is NaN
+        # Without a reference, the drift from it is NaN.
+        figures |= {name: mean for name, mean in means.items() if math.isfinite(mean)}
     return figures | {"tokens": int(trained)}
 
 

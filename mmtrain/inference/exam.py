@@ -49,15 +49,14 @@ class ExamAnswer:
     expected: str
     said: str
     is_right: bool
-    is_right_per_byte: bool | None = (
-        None  # whether the choice with the highest log-probability per byte is right; None without choices
-    )
+    # Whether the choice with the highest log-probability per byte is the right one; None for questions without choices.
+    is_right_per_byte: bool | None = None
 
 
 def normalized(text: str) -> str:
     """Return a text in the form in which answers are compared: Unicode NFKC (which makes full-width characters narrow),
-    case folded, each run of whitespace replaced by one space, and without punctuation and spaces at both ends. A text
-    of punctuation alone keeps it."""
+    case folded, each run of whitespace replaced by one space, and without punctuation and spaces at both ends. From a
+    text that has only punctuation, none is removed."""
     kept = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     words = [i for i, character in enumerate(kept) if not _is_edge(character)]
     return kept[words[0] : words[-1] + 1] if words else kept

@@ -39,9 +39,8 @@ class Splitter:
 
     def __init__(self, *, with_calls: bool = True):
         self._with_calls = with_calls
-        self._mode = (
-            "start"  # what the next text is: start, reasoning, gap (newlines after the think block), content, call
-        )
+        # What the next text is: start, reasoning, gap (newlines after the think block), content or call.
+        self._mode = "start"
         self._held = ""  # text that was received and not yet returned
 
     def feed(self, text: str) -> list[Piece]:

@@ -1,5 +1,5 @@
 """Reads the figures of runs, finished or still training, from their files, for the HTML report, `mm report --json` and
-the terminal.
+the terminal. Figures are the numbers and texts that describe a run: metrics, settings, events and samples.
 
 The files are run.json, metrics.jsonl, samples.jsonl and events.jsonl. Does not import torch, so that `mm report` starts
 fast. The curves of a long run are averaged to POINTS points.
@@ -86,9 +86,8 @@ def cut_after(path: Path, step: int) -> None:
     """Remove from a jsonl file the records of steps after `step`, which a resumed run will write again, and lines that
     cannot be read. No effect if the file does not exist."""
     if path.exists():
-        lines = (
-            path.read_bytes().splitlines()
-        )  # splits bytes, because str.splitlines also splits at U+2028, which a text may contain
+        # Bytes are split, because str.splitlines would also split at U+2028, which a text may contain.
+        lines = path.read_bytes().splitlines()
         kept = [line + b"\n" for line in lines if any(one.step <= step for one in _records([line], _Step))]
         files.write_bytes(path, b"".join(kept))
 
@@ -131,12 +130,13 @@ class MetricsReader:
 
 
 def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: int | None = None) -> RunFigures:
-    """Return the figures of one run, without those of the runs it was started from. `until`: only figures up to this
-    step (None: all). `metrics`: a reader of the run's metrics.jsonl that may have read a part of it already.
+    """Return the figures of one run (settings, metrics, curves, validations, events, samples) as a dict that can be
+    written as JSON. Runs that it was started from are not included.
 
-    `curves` has a list of values for each name, among them the axes step, tokens and hours. The records in `vals` and
-    `events` also have the tokens and hours up to their step. Raise CheckpointError if run.json is missing or
-    unreadable.
+    `until`: only figures up to this step (None: all). `metrics`: a reader of the run's metrics.jsonl that may have read
+    a part of it already. In the result, `curves` has a list of values for each name, among them the axes step, tokens
+    and hours. The records in `vals` and `events` also have the tokens and hours up to their step. Raise CheckpointError
+    if run.json is missing or unreadable.
     """
     run = read_run(run_dir)
     metrics = metrics or MetricsReader(run_dir / METRICS)
@@ -149,9 +149,8 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
     before = {"tokens": _running_sums(tokens), "hours": _running_sums(seconds / 3600)}
 
     def place(step: int) -> dict[str, float]:
-        done = bisect_right(
-            numbers, step
-        )  # number of steps logged up to `step`, whose own line may come after the event's
+        # Number of steps logged up to `step`. An event may be recorded before the line of its own step.
+        done = bisect_right(numbers, step)
         return {"step": step, "tokens": before["tokens"][done], "hours": before["hours"][done]}
 
     return {

@@ -34,12 +34,8 @@ Run = Mapping[str, Any]
 Chains = Sequence[Sequence[Run]]
 AXES: dict[str, Text] = {"tokens": "tokens", "hours": "time", "step": "steps"}  # x axes of the plots, and their labels
 MOST_MARKS = 60  # the most events of one kind that a plot marks in a run; of more events, an even selection
-_MARKED = {
-    "resume": "↻",
-    "skip": "✕",
-    "halved": "½",
-    "save": "",
-}  # events that are marked -> label of the mark; "" is a tick without a label
+# Events that are marked on plots -> label of the mark; "" is a tick without a label.
+_MARKED = {"resume": "↻", "skip": "✕", "halved": "½", "save": ""}
 _TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
@@ -56,10 +52,8 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = self.headers.get("Host", "").rpartition(":")[0]
-            if self.path != "/" or host not in (
-                "127.0.0.1",
-                "localhost",
-            ):  # the domain of another site may resolve to this address (DNS rebinding)
+            # The domain of another site may resolve to this address (DNS rebinding).
+            if self.path != "/" or host not in ("127.0.0.1", "localhost"):
                 self.send_error(404)
                 return
             try:
@@ -151,8 +145,8 @@ def glance(run: Run) -> list[tuple[Text, str, Text]]:
 
 
 def _glance(chains: Chains) -> Iterator[Block]:
-    """Yield, for each chain, the most important figures of its last run, a table of all its runs, and the newest
-    figures."""
+    """Yield, for each chain, the most important figures of its last run, a table of all its runs, and the last run's
+    newest figures."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("status", "word"), Column("steps", "count")]
     columns += [Column("tokens", "count"), Column("trained tokens", "count"), Column("time", "hours")]
     columns += [Column("loss", "decimal4"), Column("val loss", "decimal4"), Column("share of tokens", "bar")]
@@ -218,8 +212,8 @@ class _Plotter:
         """Yield one plot with a curve for each name in `labels` (name -> label), or nothing if no run has any of them.
         A name that begins with "val_" is a figure of validations, others are curves of training steps.
 
-        `stages`: draw only runs of these stages. `note`: text below the plot. `options`: further keys of the plot's
-        spec.
+        `stages`: draw only runs of these stages. `note`: text below the plot. `options`: further keys of the spec,
+        which describes the plot to the page (see docs/reports.md).
         """
         series = []
         is_several = len(self.chains) > 1
@@ -228,9 +222,8 @@ class _Plotter:
                 points = self._joined([run for run in runs if not stages or run["stage"] in stages], curve)
                 if not points:
                     continue
-                text = (
-                    as_name(label) if "/" in curve else phrase(label)
-                )  # a figure of one dataset is labelled with the name of the dataset
+                # The figure of one dataset ("val_loss/NAME") has the dataset's name as label, which is not translated.
+                text = as_name(label) if "/" in curve else phrase(label)
                 called = joined([as_name(runs[-1]["name"]), text], ": ") if is_several else text
                 color = number if is_several else i
                 series.append({"name": called, "color": color, "dash": is_several and i % 2 == 1, **points})
@@ -353,8 +346,8 @@ def _speed(plots: _Plotter) -> Iterator[Block]:
 
 
 def _samples(runs: Sequence[Run]) -> Iterator[Block]:
-    """Yield, for each run, tables of the texts that the model generated for each prompt, the newest last. Those of runs
-    before the last one are folded."""
+    """Yield, for each run, tables of the texts that the model generated for each prompt, the newest last. The tables of
+    runs before the last one are collapsed."""
     for run in runs:
         by_prompt: dict[str, list[Mapping[str, Any]]] = {}
         for sample in run["samples"]:
@@ -388,7 +381,8 @@ def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
 
 
 def _events(runs: Sequence[Run]) -> Iterator[Block]:
-    """Yield a table of events and a folded table of saves. That of events is folded too if it has more than 12 rows."""
+    """Yield a table of the events other than saves, collapsed if it has more than 12 rows, and a collapsed table of the
+    saves."""
     columns = [Column("run", "code"), Column("step", "count"), Column(""), Column("event", "word"), Column("note")]
     events = [(run, event) for run in runs for event in run["events"]]
     for is_save, title in ((False, "{number} events"), (True, "{number} saves")):

@@ -55,9 +55,8 @@ def check(names: Sequence[str]) -> None:
         if name not in NAMES:
             raise UsageError(f"--log {name} is unknown", f"use {', '.join(NAMES)}; metrics.jsonl is always written")
         spec = importlib.util.find_spec(name)
-        if (
-            spec is None or spec.origin is None
-        ):  # no origin: not a package but a directory of that name, as wandb creates
+        # Without origin it is not a package but a directory of that name, such as the one that wandb creates.
+        if spec is None or spec.origin is None:
             raise UsageError(f"--log {name}: {name} is not installed", f"pip install 'mm-toolkit[{name}]'")
 
 

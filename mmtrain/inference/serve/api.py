@@ -197,7 +197,7 @@ class _Message(Struct):
 
     def message(self, place: str) -> Message:
         """Return the message in the form that the chat template takes. The role "developer" becomes "system";
-        `reasoning_content` is kept for the assistant only.
+        `reasoning_content` is ignored unless the role is "assistant".
 
         `place` names the message in errors, such as "messages[0]". Raise RequestError when it has neither content nor
         tool calls, content that is not text, tool calls of another role than the assistant, or arguments that are not
@@ -248,7 +248,7 @@ class _Tool(Struct):
 
 
 class _ResponseFormat(Struct, forbid_unknown_fields=True):
-    """The field response_format: only plain text is supported."""
+    """The field response_format: only the type "text" is supported."""
 
     type: Literal["text"]
 

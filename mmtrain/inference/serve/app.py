@@ -35,12 +35,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
     from starlette.responses import Response
 
-PAGE = {
-    "": "index.html",
-    "chat.js": "chat.js",
-    "chat.css": "chat.css",
-    "icon.svg": "icon.svg",
-}  # URL path -> file in assets/
+# URL path -> file in assets/
+PAGE = {"": "index.html", "chat.js": "chat.js", "chat.css": "chat.css", "icon.svg": "icon.svg"}
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -383,8 +379,9 @@ class _Generation:
     async def events(
         self, first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None]
     ) -> AsyncIterator[bytes]:
-        """Yield the server-sent events of a streamed response. `first` is the first element of `deltas`, which the
-        caller has already taken from it. A RequestError is sent as the last event."""
+        """Yield the server-sent events of a streamed response: the chunks of all answers, the token counts if they were
+        requested, and `[DONE]`. A RequestError is sent as the last event instead. `first` is the first element of
+        `deltas`, which the caller has already taken from it."""
         empty = self._body([], None if self._request.include_usage else UNSET)
 
         def event(choice: Choice) -> bytes:

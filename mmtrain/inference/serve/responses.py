@@ -149,7 +149,7 @@ class AnswerStream:
         return choices
 
     def begin(self) -> Choice:
-        """Return the choice of the first chunk of a streamed chat, which has only the role."""
+        """Return the choice of the first chunk of a streamed chat: the role "assistant" with an empty content."""
         return self._chunk(ChatMessage(role="assistant", content=""))
 
     def whole(self) -> Choice:

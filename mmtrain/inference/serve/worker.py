@@ -35,7 +35,8 @@ class Ask:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The answers of one request, and the queue through which the waiting task gets its deltas or an error."""
+    """The answers of one request, and the queue through which the asyncio task that waits for them gets deltas or an
+    error."""
 
     asks: Sequence[Ask]
     loop: asyncio.AbstractEventLoop
@@ -56,9 +57,8 @@ class Worker:
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
         self.engine = engine
         self._max_waiting = max_waiting
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = (
-            queue.SimpleQueue()
-        )  # functions that the thread calls between steps
+        # Functions that the thread calls between steps.
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: dict[Row, tuple[_Job, int]] = {}  # unfinished rows: their job and index in its `asks`
         self._num_unseen = 0  # answers in the inbox, not submitted yet; changed with the lock held
         self._lock = threading.Lock()
@@ -153,20 +153,20 @@ class Worker:
             job.put(error)
 
     def _drop(self, job: _Job) -> None:
-        """Cancel the rows of a job; rows that have ended are unaffected."""
+        """Cancel the rows of a job (its answers in the engine). Rows that have ended are unaffected."""
         for row in job.rows:
             self.engine.cancel(row)
             self._jobs.pop(row, None)
 
     def _send(self, delta: Delta) -> None:
-        """Send a delta to the task that waits for its row."""
+        """Send a delta to the task that waits for this answer."""
         job, index = self._jobs[delta.row]
         if delta.finish_reason is not None:
             del self._jobs[delta.row]
         job.put((index, delta))
 
     def _fail(self, error: Exception) -> None:
-        """End all submitted jobs: send each the error and cancel its rows."""
+        """End all submitted jobs: send each of them `error`, and cancel its rows."""
         for job in {job for job, _ in self._jobs.values()}:
             job.put(error)
             self._drop(job)

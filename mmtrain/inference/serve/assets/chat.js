@@ -1,5 +1,5 @@
-// The chat page: asks this server's own API and nobody else. Conversations and settings stay in this browser.
-// What a model or a person wrote is only ever put into the page as text.
+// The chat page. It sends requests only to the API of its own server. Conversations and settings are stored in the browser.
+// Text that a model or a person wrote is inserted into the page as text only, never as HTML.
 
 const WORDS = {
   en: {
@@ -33,7 +33,7 @@ const kept = (name, otherwise) => {
   try { return JSON.parse(localStorage.getItem(name)) ?? otherwise; } catch { return otherwise; }
 };
 const keep = (name, value) => {
-  try { localStorage.setItem(name, JSON.stringify(value)); } catch { /* full or forbidden: the page works without memory */ }
+  try { localStorage.setItem(name, JSON.stringify(value)); } catch { /* storage is full or forbidden: the page works without it */ }
 };
 
 let settings = { ...DEFAULTS, ...kept("mm.settings", {}) };
@@ -293,7 +293,7 @@ function ask() {
   const content = $("text").value.trim();
   if (!content || running) return;
   current ??= { id: crypto.randomUUID?.() ?? String(Math.random()), messages: [] };
-  if (current.messages.at(-1)?.error) current.messages.splice(-1); // what failed is no part of the conversation
+  if (current.messages.at(-1)?.error) current.messages.splice(-1); // a message that failed is not part of the conversation
   current.messages.push({ role: "user", content });
   $("text").value = "";
   fit();
