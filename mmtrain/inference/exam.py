@@ -88,11 +88,15 @@ Text = Annotated[str, msgspec.Meta(pattern=r"\S")]  # not blank
 
 
 class _QuestionLine(msgspec.Struct):
+    """A line of a file of questions whose answers are texts."""
+
     question: Text
     answer: Text
 
 
 class _ChoicesLine(msgspec.Struct):
+    """A line of a file of questions with choices; `answer` names the right choice."""
+
     question: Text
     choices: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(min_length=2)]
     answer: str | int
