@@ -1,4 +1,4 @@
-"""The transformer, its parts, its batches and its losses.
+"""The transformer, its layers, its batches and its losses.
 
-Begin at `model.py`; nothing here reads files or knows of several processes.
+Start reading at `model.py`. The modules here neither read files nor use the ranks of a distributed run.
 """

@@ -1,7 +1,9 @@
-"""Attention for pairs laid out as prompt + chosen + rejected: the prompt is computed once, rejected does not see chosen.
+"""Attention for preference pairs that share one copy of their prompt: each pair is laid out as prompt + chosen reply +
+rejected reply, and the rejected reply does not attend to the chosen one.
 
-On the CPU there is one call per reply; that of the rejected reply uses the prompt's keys and values again. On CUDA one
-FlexAttention call takes the whole micro-batch (not measured). Both are exact: each reply sees what it would see alone.
+On the CPU there are two attention calls per pair: one for prompt and chosen reply, one for the rejected reply, which
+reuses the keys and values of the prompt. On CUDA one FlexAttention call computes the whole micro-batch; its speed has
+not been measured. The result is the same as with two separate sequences, each with its own copy of the prompt.
 """
 
 from dataclasses import dataclass
@@ -12,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # queries and keys of a FlexAttention block
+BLOCK = 128  # number of queries, and of keys, in one block of FlexAttention's block mask
 
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where the three pieces of each pair lie. On CUDA it is FlexAttention's `block_mask`; on the CPU `sides`: for every pair
-    the lengths of prompt, chosen and rejected, and the mask [rejected, prompt + rejected] of what rejected sees.
+    """The lengths and masks that attention needs for a micro-batch of pairs, each laid out as prompt + chosen reply +
+    rejected reply.
 
-    `order` and `restore`, as in `AttentionLayout`, are None: tokens keep their order.
+    On the CPU `sides` has one tuple per pair: the number of tokens of prompt, chosen reply and rejected reply, and a
+    bool mask [rejected, prompt + rejected], True where a token of the rejected reply attends to a token of the prompt
+    or of the rejected reply itself. On CUDA `sides` is empty and `block_mask` is FlexAttention's mask.
+
+    `order` and `restore` are always None, because pairs are not permuted. They exist so that `Model.forward` can treat
+    this class like `AttentionLayout`.
     """
 
     sides: list[tuple[int, int, int, Tensor]]
@@ -30,7 +37,11 @@ class PairLayout:
 
 
 def make_pair_layout(lengths: Tensor, device: torch.device) -> PairLayout:
-    """The layout of pairs of these lengths, int64 [S, 3] on the CPU: prompt, chosen, rejected."""
+    """Return the layout of pairs, each laid out as prompt + chosen reply + rejected reply.
+
+    `lengths`: int64 [S, 3] on the CPU, the number of tokens of prompt, chosen reply and rejected reply of each of the S
+    pairs. `device`: the device that attention runs on; the masks are made there.
+    """
     if device.type == "cuda":
         return PairLayout([], block_mask(lengths.to(device)))
     sides = []
@@ -41,7 +52,12 @@ def make_pair_layout(lengths: Tensor, device: torch.device) -> PairLayout:
 
 
 def attend_pairs(q: Tensor, k: Tensor, v: Tensor, layout: PairLayout) -> Tensor:
-    """Attention inside each pair. q [T, H, D], k and v [T, KV, D] -> [T, H, D]."""
+    """Compute causal attention inside each pair; the rejected reply attends to the prompt and to itself, not to the
+    chosen reply.
+
+    q [T, H, D], k and v [T, KV, D] with KV key/value heads -> [T, H, D]. T is the number of tokens of all pairs, laid
+    end to end as in `layout`.
+    """
     if layout.block_mask is not None:
         return _attend_flex(q, k, v, layout.block_mask)
     sizes = [size for prompt, chosen, rejected, _ in layout.sides for size in (prompt + chosen, rejected)]
@@ -55,7 +71,11 @@ def attend_pairs(q: Tensor, k: Tensor, v: Tensor, layout: PairLayout) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of one document, q [T, H, D]; causal without a mask."""
+    """Compute scaled dot-product attention of queries q [Tq, H, D] over keys and values k, v [Tk, KV, D]; return [Tq,
+    H, D].
+
+    `mask`: bool [Tq, Tk], True where a query attends to a key. None means causal attention, with Tq = Tk.
+    """
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
@@ -65,9 +85,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def block_mask(lengths: Tensor) -> Any:
-    """FlexAttention's mask for pairs of lengths int64 [S, 3] on the flat axis: a token sees earlier tokens of its own pair, and
-    a rejected one no chosen ones. Blocks of keys begin with the first pair of a block of queries, so that the cost is linear
-    in tokens for pairs of one size."""
+    """Return FlexAttention's BlockMask for pairs laid end to end as prompt + chosen reply + rejected reply.
+
+    `lengths`: int64 [S, 3], the number of tokens of the three; the mask is made on its device. A token attends to
+    itself and to earlier tokens of its own pair, except that tokens of a rejected reply do not attend to the chosen
+    reply.
+
+    For each block of queries, only the blocks of keys from the beginning of its first token's pair up to the query
+    block are computed. If all pairs have about the same size, the cost is therefore linear in the number of tokens.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     device, totals = lengths.device, lengths.sum(1)
@@ -98,12 +124,17 @@ def block_mask(lengths: Tensor) -> Any:
 
 @cache
 def _flex() -> Any:
+    """Return the compiled FlexAttention function; it is compiled once per process, with dynamic shapes."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """Compute attention with FlexAttention under the BlockMask `mask`: compiled on CUDA, uncompiled elsewhere.
+
+    q [T, H, D], k and v [T, KV, D] -> [T, H, D]. k and v are converted to the type of q.
+    """
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     flex = _flex() if q.is_cuda else _eager_flex
     out = flex(q, k.to(q.dtype), v.to(q.dtype), block_mask=mask, enable_gqa=True)
@@ -111,7 +142,7 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 
 def _eager_flex(*heads: Tensor, **options: Any) -> Tensor:
-    """FlexAttention without the compiler, to test the mask on a CPU."""
+    """Call FlexAttention without compiling it. Tests use this to check `block_mask` on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(*heads, **options)  # type: ignore[return-value]

@@ -1,7 +1,8 @@
-"""Bring the buffers of a micro-batch to the device as tensors, and compute log-probabilities of its trained tokens.
+"""Copy the numpy arrays of a micro-batch to the device as tensors, and compute the log-probabilities of its trained
+tokens.
 
-Instead of labels with -100, a batch holds the positions of the trained tokens, so that the loss can select them without
-waiting for the device to count them.
+A batch has no labels with -100. Instead it has the positions of the trained tokens, because selecting tokens by a mask
+on the device would make the host wait until the device has counted them.
 """
 
 from dataclasses import dataclass
@@ -16,16 +17,23 @@ from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.model.logps import sum_by_sequence, trained_logps
 from mmtrain.model.model import Model
 
-FILL_TOKENS = 128  # a filled-up micro-batch keeps its shape for documents of at least this mean length
+# A padded micro-batch has room for one sequence per FILL_TOKENS tokens, so its shape stays the same as long as the mean
+# length of the sequences is at least this.
+FILL_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its device: T tokens, N of them trained, in `num_sequences` sequences.
+    """One micro-batch as tensors on its device: T tokens, N of them trained, in `num_sequences` sequences.
 
-    ids and position_ids int64 [T], cu_seqlens int32 [n + 1]; if it is filled up, these three are longer. `trained` int64 [N]
-    are positions on the flat axis, ascending; `sequence_ids` int64 [N] the sequence of each. Both sides of a pair count as
-    sequences, whether or not they share their prompt.
+    `ids` and `position_ids` are int64 [T]; `cu_seqlens` is int32 [n + 1], the ends of n sequences beginning with 0.
+    These three are longer if the batch is padded (see `filled`). `max_seqlen` is an upper bound of the sequence
+    lengths. `trained` is int64 [N], the positions of the trained tokens in `ids`, ascending; `sequence_ids` is int64
+    [N], the number of the sequence that each trained token belongs to. `samples` are the sample numbers within the
+    split. `num_tokens` is T and `num_trained` is N; neither counts padding.
+
+    For pairs, `num_sequences` and `sequence_ids` count the chosen and the rejected side of each pair as one sequence
+    each. If `shared` is given, n in `cu_seqlens` is the number of pairs instead (see below).
     """
 
     ids: Tensor
@@ -38,17 +46,30 @@ class Batch:
     samples: np.ndarray
     num_tokens: int
     num_trained: int
-    shared: Tensor | None = None  # int64 [S, 3] on the CPU: prompt, chosen and rejected of pairs laid as one sequence
+    # If each pair is laid out as prompt + chosen + rejected, with one copy of the prompt: int64 [S, 3] on the CPU, the
+    # number of tokens of the three. None for packs, and for pairs whose two sides each have their own copy of the
+    # prompt.
+    shared: Tensor | None = None
 
 
 def pinned(count: int, dtype: Any) -> np.ndarray:
-    """A buffer in page-locked memory, from which a CUDA device copies while it computes. Not measured."""
+    """Return an uninitialised array of `count` elements in page-locked memory, from which a CUDA device can copy while
+    it computes. The speed-up has not been measured.
+
+    `dtype`: a numpy type. Requires CUDA.
+    """
     return torch.from_numpy(np.empty(0, dtype)).new_empty(count, pin_memory=True).numpy()
 
 
 def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> list[MicroBatch]:
-    """Divide a micro-batch into pieces of whole documents (or pairs), at most `most_tokens` tokens each unless a single one is
-    longer. Losses and gradients of the pieces add up to those of the micro-batch. For packs, each piece keeps all `samples`.
+    """Divide a micro-batch into consecutive micro-batches of at most `most_tokens` tokens, without splitting a sequence
+    or a pair.
+
+    A single sequence (or pair) that is longer than `most_tokens` becomes a micro-batch of its own. If `most_tokens` is
+    None, or the micro-batch is small enough, return it alone in a list. `is_pairs`: whether the micro-batch has pairs.
+
+    Summed losses and gradients of the results add up to those of `micro`. For pairs, `samples` is divided as well; for
+    packs, every result has all `samples` of `micro`.
     """
     if most_tokens is None or len(micro.ids) <= most_tokens:
         return [micro]
@@ -70,11 +91,14 @@ def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> l
 
 
 def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
-    """Lengths, int64, of documents to append to a micro-batch so that it has one of few shapes and nothing is compiled twice.
+    """Return the lengths (int64) of the padding sequences that bring a micro-batch to one of few shapes, so that
+    compiled code is not compiled again for every micro-batch.
 
-    The number of tokens becomes the limit times a power of two (…, 1/4, 1/2, 1, 2, …), the smallest that holds them; the
-    number of documents a power of two, at least one per FILL_TOKENS tokens. Most of the documents are empty, none is longer
-    than a sequence may be.
+    The padded number of tokens is the smallest of `limits.tokens` times a power of two (..., 1/4, 1/2, 1, 2, ...) that
+    is at least `num_tokens`. The padded number of sequences is a power of two, and at least one per FILL_TOKENS padded
+    tokens. No padding sequence is longer than `limits.sequence`, and most are empty.
+
+    `num_tokens`, `num_documents`: tokens and sequences of the micro-batch without padding.
     """
     width = limits.tokens
     while width // 2 >= max(num_tokens, 1):
@@ -89,14 +113,23 @@ def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
 
 
 def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = None) -> Batch:
-    """Bring a micro-batch to the device; on CUDA it is filled up to the loader's `limits`, if given. A document's first token
-    has no predecessor and must not be trained."""
+    """Copy a micro-batch to the device. On CUDA with `limits` it is padded as described in `filled`; on the CPU it
+    never is.
+
+    `limits`: the loader's limits on tokens per micro-batch and per sequence. Asserts that no sequence has its first
+    token marked trained, because no hidden state predicts it.
+    """
     return filled(micro, device, limits if device.type == "cuda" else None)
 
 
 def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Batch:
-    """As `to_device`, on any device: with `limits`, documents without loss are appended as `filling` says, and `max_seqlen` is
-    that of the limits."""
+    """Copy a micro-batch to `device`; if `limits` is given, first append padding sequences without trained tokens, of
+    the lengths that `filling` returns.
+
+    With `limits`, `max_seqlen` of the result is `limits.sequence` instead of the longest sequence, so that it does not
+    change from batch to batch. Unlike `to_device`, it also pads on the CPU, which the tests use. Asserts that no
+    sequence (or reply without a prompt) has its first token marked trained.
+    """
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
     lengths = np.diff(cu_seqlens)
     trained = np.flatnonzero(micro.loss_mask)
@@ -139,8 +172,13 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
 
 
 def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For pairs laid out as prompt + chosen + rejected, lengths int64 [S, 3]: the length of each side on the flat axis (that of
-    chosen includes the prompt), and every token's position, which for rejected continues from the prompt's."""
+    """Return the length of each side, int64 [2 S], and the position id of every token, int64 [T], for pairs laid out as
+    prompt + chosen + rejected.
+
+    `shared`: int64 [S, 3], the number of tokens of the three. The sides alternate: prompt + chosen (the prompt is
+    counted here), then rejected alone. The position ids of a rejected reply continue from the end of its prompt, as if
+    the chosen reply were not there.
+    """
     prompt, chosen, rejected = shared.T
     sides = np.stack([prompt + chosen, rejected], 1).ravel()
     before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()
@@ -149,7 +187,11 @@ def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logps_of(model: Model, batch: Batch) -> Tensor:
-    """Log-probabilities fp32 [N] of a batch's trained tokens, under the caller's autocast."""
+    """Return the log-probabilities of a batch's trained tokens, fp32 [N].
+
+    The forward pass runs under the autocast context of the caller. The product with the output embedding uses the same
+    type, with fp32 results.
+    """
     hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared)
     device = batch.ids.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
@@ -159,12 +201,12 @@ def token_logps_of(model: Model, batch: Batch) -> Tensor:
 
 
 def logps_of(model: Model, batch: Batch) -> Tensor:
-    """Log-probabilities float64 [num_sequences], each summed over the sequence's trained tokens."""
+    """Return the log-probability of each sequence, float64 [num_sequences]: the sum over its trained tokens."""
     return sum_by_sequence(token_logps_of(model, batch), batch.sequence_ids, batch.num_sequences)
 
 
 def counts_of(batch: Batch) -> Tensor:
-    """Trained tokens of each sequence, float64 [num_sequences]."""
+    """Return the number of trained tokens of each sequence, float64 [num_sequences]."""
     return sum_by_sequence(
         torch.ones_like(batch.sequence_ids, dtype=torch.float32), batch.sequence_ids, batch.num_sequences
     )

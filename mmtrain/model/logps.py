@@ -1,8 +1,11 @@
-"""Log-probabilities of trained tokens, and the losses of pairs. Log-probabilities are fp32 in any precision of the model,
-their sums float64; at most CHUNK rows of logits exist at a time.
+"""Log-probabilities of trained tokens, and the loss functions for preference pairs.
 
-The shift by one is here and nowhere else: the hidden state at position i - 1 predicts the token at i. Only the first token
-of a reply that shares another's prompt is predicted from the end of the prompt (`predecessors`).
+Log-probabilities are fp32 whatever the precision of the model, and their sums are float64. At most CHUNK rows of logits
+exist at a time, so that memory does not grow with the number of tokens.
+
+The shift between input and target by one token is made in `predecessors` and nowhere else: the hidden state at position
+i - 1 predicts the token at position i. The exception is the first token of a rejected reply that shares one copy of the
+prompt with the chosen reply: the hidden state of the prompt's last token predicts it.
 """
 
 from typing import Any
@@ -11,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2048  # rows of logits held at a time: 52 MB at 6,400 ids
+CHUNK = 2048  # rows of logits in memory at a time: 52 MB in fp32 for a vocabulary of 6,400 tokens
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden weight^T)[target] for each row, in chunks. The backward pass computes the logits of each chunk again,
-    unless there is only one chunk.
+    """Autograd function that returns log softmax(hidden weight^T)[target] for each row, computed in chunks of rows.
 
-    It saves the inputs, one fp32 number per row, and at most one chunk of logits; gradients are summed in fp32.
+    The backward pass computes the logits of each chunk again, unless there is only one chunk, whose logits are saved.
+    For the backward pass it saves the inputs (converted to `dtype`), one fp32 number per row (logsumexp), and at most
+    one chunk of logits. Gradients are summed in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+        """Compute the log-probability of each target, fp32 [N]; the arguments are those of `token_logps`."""
         low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
         lse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         logps = torch.empty_like(lse)
@@ -39,11 +44,12 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """With p = softmax: d logp / d logits = onehot(target) - p."""
+        """Return the gradients of hidden and weight; None for weight if it is frozen. Uses d logp / d logits =
+        onehot(target) - p with p = softmax(logits)."""
         hidden, weight, targets, lse = ctx.saved_tensors
         (grad,) = grads
         grad_hidden = torch.empty(hidden.shape, dtype=ctx.dtypes[0], device=hidden.device)
-        is_frozen = not ctx.needs_input_grad[1]  # with adapters
+        is_frozen = not ctx.needs_input_grad[1]  # the embedding is frozen when only LoRA adapters are trained
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if not is_frozen else None
         for begin in range(0, len(hidden), ctx.chunk):
             rows = slice(begin, begin + ctx.chunk)
@@ -54,12 +60,15 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden[rows] = _matmul(low, weight)
             if grad_weight is not None:
                 grad_weight += _matmul(low.t(), hidden[rows])
-        ctx.logits = None  # the graph may live longer than they are needed
+        ctx.logits = None  # free this memory even if the autograd graph lives longer
         return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.dtypes[1]), None, None, None
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed and returned in fp32: for half-precision inputs by the kernel on CUDA, elsewhere by converting them."""
+    """Return the matrix product a b in fp32, with sums in fp32.
+
+    For half-precision inputs CUDA has a kernel with fp32 output; elsewhere the inputs are converted to fp32 first.
+    """
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -70,19 +79,25 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Log-probability of each target, fp32 [N]; gradients reach hidden and weight.
+    """Compute the log-probability of each target token, fp32 [N]. Gradients flow to `hidden` and `weight`.
 
-    hidden [N, C] are the states at the targets' predecessors, weight is [V, C], targets int64 [N]. The matrices are
-    multiplied in `dtype`; sums are fp32.
+    `hidden`: [N, C], for each target the hidden state that predicts it. `weight`: output embedding [V, C]. `targets`:
+    int64 [N], token ids. `chunk`: rows of logits computed at a time. `dtype`: type that the matrices are multiplied in;
+    sums are fp32 in any case.
     """
     return _TokenLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[return-value]
 
 
 def predecessors(trained: Tensor, shared: Tensor | None = None) -> Tensor:
-    """Positions of the hidden states that predict the trained tokens, int64 [N]: one before each. This is the shift by one.
+    """Return the position of the hidden state that predicts each trained token, int64 [N]: the position before it, in
+    general.
 
-    trained int64 [N], ascending. With `shared` (int64 [S, 3]: lengths of prompt, chosen, rejected, end to end) the
-    predecessor of the first token of a rejected reply is the last one of its prompt.
+    `trained`: int64 [N], positions of the trained tokens, ascending. `shared`: int64 [S, 3] if the tokens are pairs
+    laid end to end as prompt + chosen + rejected, the number of tokens of the three. With `shared`, the first token of
+    a rejected reply is predicted from the last token of its prompt, not from the last token of the chosen reply before
+    it.
+
+    This is the only place where inputs and targets are shifted by one.
     """
     before = trained - 1
     if shared is None:
@@ -104,65 +119,103 @@ def trained_logps(
     shared: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Log-probabilities fp32 [N] of the tokens ids[trained]; hidden [T, C] at all positions. `shared`: see `predecessors`."""
+    """Return the log-probabilities of the trained tokens, fp32 [N].
+
+    `hidden`: hidden states [T, C] of all positions. `weight`: output embedding [V, C]. `ids`: int64 [T]. `trained`:
+    int64 [N], positions of the trained tokens, ascending. `shared`: int64 [S, 3], the number of tokens of prompt,
+    chosen and rejected if pairs share one copy of the prompt, else None. `dtype`: type that the matrices are multiplied
+    in.
+    """
     return token_logps(hidden.index_select(0, predecessors(trained, shared)), weight, ids[trained], dtype=dtype)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sums float64 [num_sequences] of the token values [N] of each sequence; 0 for a sequence without trained tokens.
+    """Sum per-token values by sequence; return float64 [num_sequences], 0 for a sequence without trained tokens.
 
-    float32 would round the thousands of nats of a long reply by 1e-4, as much as a margin may have moved.
+    `logps`: values [N] of the trained tokens. `sequence_ids`: int64 [N], the sequence of each. The sum is float64
+    because a float32 sum of thousands of nats has a rounding error of 1e-4, as large as a small change of a reward
+    margin.
     """
     return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
 
 
 # --- losses of pairs, one value per pair -----------------------------------------------------------------------------
 #
-# delta [S] is the difference of log ratios, (log pi/ref of chosen) - (log pi/ref of rejected), of sums over the sequence or
-# of means per token. epsilon is the share of labels assumed to be wrong.
+# delta [S], one value per pair, is (logp - ref_logp) of chosen minus (logp - ref_logp) of rejected. logp is that of the
+# policy, ref_logp that of the reference model. Both are sums over the trained tokens; for mean_delta they are means.
+# epsilon is the assumed probability that chosen and rejected were swapped by mistake.
 
 
 def dpo_sigmoid(delta: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
-    """-log sigmoid(beta delta): Rafailov et al. 2023, eq. 7. With epsilon the conservative loss of Mitchell 2023, eq. 3.
+    """Return the DPO loss of each pair, [S]: -log sigmoid(beta delta), Rafailov et al. 2023, eq. 7.
 
-    With delta of means it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6.
+    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from logps summed over the sequence. With means
+    per token it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6. `epsilon`: assumed probability
+    that the two labels are swapped; above 0 it is the conservative DPO loss of Mitchell 2023, eq. 3.
     """
     return -(1 - epsilon) * F.logsigmoid(beta * delta) - epsilon * F.logsigmoid(-beta * delta)
 
 
 def dpo_robust(delta: Tensor, beta: float, epsilon: float) -> Tensor:
-    """The unbiased loss under labels flipped with probability epsilon < 0.5: Chowdhury et al. 2024, eq. 7."""
+    """Return the robust DPO loss of each pair, [S]: an unbiased estimate of the DPO loss when labels are swapped with
+    probability `epsilon`, 0 <= epsilon < 0.5. Chowdhury et al. 2024, eq. 7.
+
+    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from summed logps.
+    """
     return (-(1 - epsilon) * F.logsigmoid(beta * delta) + epsilon * F.logsigmoid(-beta * delta)) / (1 - 2 * epsilon)
 
 
 def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
-    """max(0, 1 - beta delta): Zhao et al. 2023 (SLiC) in the form of Liu et al. 2024 (RSO), eq. 9."""
+    """Return the hinge loss of each pair, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC) in the form of Liu et
+    al. 2024 (RSO), eq. 9.
+
+    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from summed logps.
+    """
     return F.relu(1 - beta * delta)
 
 
 def ipo(mean_delta: Tensor, tau: float) -> Tensor:
-    """(delta - 1 / (2 tau))^2 with delta of means per token: Azar et al. 2023, eq. 17, averaged as its authors do."""
+    """Return the IPO loss of each pair, [S]: (mean_delta - 1 / (2 tau))^2, Azar et al. 2023, eq. 17.
+
+    `mean_delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from logps averaged over the trained tokens,
+    as in the authors' own implementation. `tau` > 0: the smaller, the larger the margin that is aimed for.
+    """
     return (mean_delta - 1 / (2 * tau)).square()
 
 
 def simpo(mean_difference: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> Tensor:
-    """-log sigmoid(beta (mean logp of chosen - of rejected) - gamma): Meng et al. 2024, eq. 6. Needs no reference."""
+    """Return the SimPO loss of each pair, [S]: -log sigmoid(beta mean_difference - gamma), Meng et al. 2024, eq. 6.
+
+    `mean_difference`: [S], mean logp per token of chosen minus that of rejected, by the policy; no reference model is
+    needed. `gamma`: target margin, >= 0. `epsilon`: assumed probability that the two labels are swapped.
+    """
     logits = beta * mean_difference - gamma
     return -(1 - epsilon) * F.logsigmoid(logits) - epsilon * F.logsigmoid(-logits)
 
 
 def log_odds_ratio(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
-    """log odds(chosen) - log odds(rejected), odds(p) = p / (1 - p) of the mean logps: Hong et al. 2024 (ORPO), eq. 4."""
+    """Return log odds(chosen) - log odds(rejected), [S], with odds(p) = p / (1 - p). Hong et al. 2024 (ORPO), eq. 4.
+
+    `mean_chosen`, `mean_rejected`: [S], log p as the mean logp per token; must be negative.
+    """
     return (mean_chosen - mean_rejected) - (_log1mexp(mean_chosen) - _log1mexp(mean_rejected))
 
 
 def orpo(mean_chosen: Tensor, mean_rejected: Tensor, weight: float) -> Tensor:
-    """NLL per token of chosen - weight * log sigmoid(log odds ratio): Hong et al. 2024, eq. 6 and 7. Needs no reference."""
+    """Return the ORPO loss of each pair, [S]: -mean_chosen - weight * log sigmoid(log odds ratio). Hong et al. 2024,
+    eq. 6 and 7.
+
+    `mean_chosen`, `mean_rejected`: [S], mean logp per token by the policy; no reference model is needed. The first term
+    is the cross-entropy of the chosen reply; `weight` is lambda in the paper.
+    """
     return -mean_chosen - weight * F.logsigmoid(log_odds_ratio(mean_chosen, mean_rejected))
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact at both ends: Mächler 2012. x is clamped to -1e-6, where float32 still has precision."""
+    """Return log(1 - exp(x)) for x < 0, without cancellation for x near 0 or far below it (Mächler 2012).
+
+    x above -1e-6 is clamped to -1e-6, because nearer to 0 float32 logps have no precision left.
+    """
     x = x.clamp(max=-1e-6)
     small = x > -0.6931
     return torch.where(small, (-torch.expm1(x.where(small, x.new_tensor(-1.0)))).log(), (-x.exp()).log1p())

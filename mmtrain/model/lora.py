@@ -1,7 +1,9 @@
-"""Low-rank adapters: y = x W^T + 2 (x A^T) B^T with W frozen, for every matrix of the blocks (Hu et al. 2021).
+"""Low-rank adapters (LoRA, Hu et al. 2021): y = x W^T + SCALE (x A^T) B^T with W frozen, for every linear layer of the
+transformer blocks.
 
-A run with --lora RANK trains only A and B. Its checkpoints hold them in PEFT's format, a few MB; RUN/base.safetensors holds
-the weights they belong to. Loading such a checkpoint (chat, eval, export, --init) merges them.
+A run with --lora RANK trains only A and B. Its checkpoints contain only these, in the format of the PEFT library, a few
+MB; RUN/base.safetensors contains the frozen weights W. Commands that load such a checkpoint (chat, eval, export, train
+--init) add SCALE B A to W and get a model without adapters.
 """
 
 import math
@@ -12,13 +14,16 @@ from torch import Tensor, nn
 
 from mmdata.io.records import JsonObject
 
-# alpha / rank, for any rank: alpha = 2 rank is the usual choice
+# LoRA's alpha / rank. alpha = 2 rank is a usual choice, so this factor is the same for every rank.
 SCALE = 2.0
-PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."  # of parameter names in the PEFT library's files
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer without bias, with adapters A [rank, in] and B [out, rank]; shares the frozen weight of `layer`."""
+    """A linear layer without bias, with adapters A [rank, in_features] and B [out_features, rank].
+
+    It shares the weight of `layer` instead of copying it. B starts at 0, so the output is at first that of `layer`.
+    """
 
     def __init__(self, layer: nn.Linear, rank: int):
         assert layer.bias is None
@@ -28,15 +33,20 @@ class AdaptedLinear(nn.Linear):
         self.lora_A = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
         self.lora_B = nn.Parameter(
             layer.weight.new_zeros(layer.out_features, rank)
-        )  # B A = 0: starts as the layer alone
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT and nn.Linear do
+        )  # 0, so that B A = 0 and the first output is that of the layer alone
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the initialisation that PEFT and nn.Linear use
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return x W^T + SCALE (x A^T) B^T, [..., out_features], for x = `input` [..., in_features]."""
         return F.linear(input, self.weight) + F.linear(F.linear(input, self.lora_A), SCALE * self.lora_B)
 
 
 def adapt(model: nn.Module, rank: int) -> None:
-    """Freeze a model and add adapters to each of its linear layers. They are drawn from torch's random state: seed it first."""
+    """Freeze all parameters of a model and replace each of its linear layers by an `AdaptedLinear` of this rank, in
+    place.
+
+    The matrices A are drawn from torch's global random state, so seed it before if the result has to be reproducible.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in list(model.modules()):
@@ -46,17 +56,23 @@ def adapt(model: nn.Module, rank: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter name is that of an adapter."""
+    """Return whether a parameter of this name as in `named_parameters` is an adapter matrix A or B."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
 def adapters_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's adapters under PEFT's names; empty for a model without adapters."""
+    """Return a model's adapter matrices by the names that the PEFT library uses; empty for a model without adapters.
+
+    The tensors are those of the model, not copies.
+    """
     return {f"{PEFT_PREFIX}{name}.weight": value for name, value in model.state_dict().items() if is_adapter(name)}
 
 
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapters under PEFT's names into a model with adapters. RuntimeError if layers or rank differ."""
+    """Copy adapter matrices, under the names that the PEFT library uses, into a model that has adapters.
+
+    Raises RuntimeError if the names or shapes are not those of the model's own adapters.
+    """
     adapters = adapters_of(model)
     if {name: value.shape for name, value in adapters.items()} != {
         name: value.shape for name, value in tensors.items()
@@ -67,7 +83,11 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New weights W + SCALE B A in fp32, for adapters under PEFT's names."""
+    """Return the weights with adapters added: W + SCALE B A in fp32 for every matrix with adapters; other tensors
+    unchanged.
+
+    `weights`: frozen weights by name. `adapters`: adapter matrices under the names that the PEFT library uses.
+    """
     merged = dict(weights)
     for name, a, b in _pairs(adapters):
         merged[name] = weights[name].float() + SCALE * (b.float() @ a.float())
@@ -75,7 +95,8 @@ def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict
 
 
 def peft_config(adapters: Mapping[str, Tensor]) -> JsonObject:
-    """adapter_config.json for these adapters, as peft reads it."""
+    """Return the content of adapter_config.json, which the PEFT library reads, for these adapters. `adapters` must not
+    be empty; all must have one rank."""
     pairs = list(_pairs(adapters))
     rank = pairs[0][1].shape[0]
     return {
@@ -93,7 +114,7 @@ def peft_config(adapters: Mapping[str, Tensor]) -> JsonObject:
 
 
 def _pairs(adapters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name of the weight, A and B of every layer with adapters."""
+    """Yield, for every layer with adapters, the name of its weight in the model, its matrix A and its matrix B."""
     for name, a in adapters.items():
         if name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")

@@ -1,7 +1,9 @@
-"""The transformer, a Llama-like decoder: flat token ids and document ends in, one hidden state per token out.
+"""The transformer, a Llama-like decoder. It takes flat token ids and the ends of the sequences in them, and returns one
+hidden state per token.
 
-Documents lie end to end without padding; attention never crosses their ends. Parameters have the names of Llama checkpoints,
-so that an export is a copy. The output matrix is the embedding (`head_weight`).
+Sequences are laid end to end without padding between them; attention never crosses the end of a sequence. Parameters
+have the names of Llama checkpoints, so that exporting needs no renaming. The output embedding is the input embedding
+(tied weights), available as `Model.head_weight`; logits are computed in `logps.py`.
 """
 
 import inspect
@@ -19,18 +21,24 @@ from mmtrain.model.attention import PairLayout, attend_pairs, make_pair_layout
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm for the CPU, where torch's own consists of many passes: takes about half the time of F.rms_norm, forward and
-    backward (2,048 x 256, two threads)."""
+    """RMSNorm as an autograd function for the CPU, where torch's own version reads and writes memory many times.
+
+    Forward and backward together take about half the time of F.rms_norm (measured at 2,048 x 256 with two threads).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return x / sqrt(mean(x^2) + eps) * weight, with the mean over the last dimension of x. `weight`: [C]."""
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With n = x * scale: dx = scale * (g w - n mean(g w n)), dw = sum over rows of g n."""
+        """Return the gradients of x and weight, and None for eps.
+
+        With n = x * scale and g the incoming gradient: dx = scale * (g w - n mean(g w n)), dw = sum over rows of g n.
+        """
         (grad,) = grads
         x, weight, scale = ctx.saved_tensors
         n = x * scale
@@ -40,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """Normalise the last dimension to root mean square 1: x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -48,52 +56,70 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x, of the same shape: by torch's kernel on CUDA, by `_RMSNorm` elsewhere."""
         if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps))
 
 
 def rotary_table(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each fp32 [..., 1, D], of positions [...]; the second half repeats the first (half-split rotary)."""
+    """Return cosine and sine of the rotary angles of positions [...], each fp32 [..., 1, D].
+
+    D is `head_size`, `theta` the base of the frequencies. The second half of the last dimension repeats the first, for
+    rotary embeddings in the half-split form of Llama checkpoints (dimension i is rotated together with i + D / 2).
+    """
     frequencies = theta ** -(torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size)
     angles = position_ids[..., None].float() * frequencies
     return torch.cat((angles, angles), -1).cos().unsqueeze(-2), torch.cat((angles, angles), -1).sin().unsqueeze(-2)
 
 
 class Rotary:
-    """Rotary tables, made once per device and at least doubled when longer ones are needed; not in state_dict. 25 MB for
-    32,768 positions of width 96."""
+    """Tables of the cosines and sines of rotary position embeddings, one pair of tables per device.
+
+    A table is computed at first use. When positions beyond its end are needed, it is computed again with at least twice
+    the length. The tables are not part of state_dict. They take 25 MB for 32,768 positions with head width 96.
+    """
 
     def __init__(self, config: ModelConfig):
         self._head_size, self._theta = config.head_size, config.rope_theta
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position_ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """`rotary_table` of these positions, which are all below `end`; passed so as not to wait for the device."""
+        """Return cosine and sine of these positions, each fp32 [..., 1, D] for `position_ids` [...].
+
+        `end`: a number greater than every position. It is an argument because finding the largest position on the
+        device would make the host wait for the device.
+        """
         device = position_ids.device
         cos, sin = self._tables.get(device) or (torch.empty(0), torch.empty(0))
         if len(cos) < end:
-            with torch.inference_mode(False):  # also usable in training later
+            with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
                 positions = torch.arange(max(end, 2 * len(cos)), device=device)
                 cos, sin = self._tables[device] = rotary_table(positions, self._head_size, self._theta)
         return cos[position_ids], sin[position_ids]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to heads [..., H, D]: x cos + rotate_half(x) sin."""
+    """Apply rotary position embeddings to heads x [..., H, D]: return x cos + rotate_half(x) sin, in the type of x.
+
+    `cos`, `sin`: [..., 1, D], as returned by `rotary_table`.
+    """
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
-# --- attention inside documents -------------------------------------------------------------------------------------
+# --- attention inside sequences -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """The order of documents on the flat axis inside the blocks.
+    """How attention finds the sequences among the flat tokens, and the order of the tokens inside the transformer
+    blocks.
 
-    `order` int64 [T] permutes the tokens before the blocks (None: no permutation), `restore` undoes it. `groups` are (number
-    of documents, length) of neighbours of equal length; empty if a varlen kernel uses `cu_seqlens`.
+    `order` is int64 [T]: the tokens are permuted to x[order] before the first block, and `restore` is the inverse
+    permutation; both are None if the tokens keep their order. `groups` lists (number of sequences, length) for each run
+    of neighbouring sequences of equal length, in the permuted order. `groups` is empty if attention uses the CUDA
+    kernel for sequences of varying length instead, which reads `cu_seqlens` (int32 [n + 1]) and `max_seqlen`.
     """
 
     order: Tensor | None
@@ -104,9 +130,13 @@ class AttentionLayout:
 
 
 def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> AttentionLayout:
-    """The layout for documents with these ends. CUDA under autocast has a kernel for varying lengths (half precision only; not
-    measured). Elsewhere documents are sorted by length once for all blocks, so that neighbours of equal length share one
-    attention call on a view, without copies or padding.
+    """Return the attention layout for n sequences that end at `cu_seqlens` (int32 [n + 1], beginning with 0).
+
+    On CUDA under autocast, torch's kernel for sequences of varying length is used, if this torch version has it. (It
+    supports half precision only; its speed has not been measured.) Otherwise sequences are sorted by length, once for
+    all blocks, so that sequences of equal length are neighbours and share one attention call without copies or padding.
+
+    `max_seqlen`: an upper bound of the sequence lengths. `device`: the device of the tokens.
     """
     if device.type == "cuda" and torch.is_autocast_enabled("cuda") and _varlen() is not None:
         return AttentionLayout(None, None, [], cu_seqlens.to(device), max_seqlen)
@@ -126,7 +156,8 @@ def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> At
 
 @cache
 def _varlen() -> tuple | None:
-    """(varlen_attn, its parameters by name); None if this torch has no such kernel."""
+    """Return torch's attention function for sequences of varying length and its parameters by name; None if this torch
+    version does not have the function."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -135,7 +166,11 @@ def _varlen() -> tuple | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
-    """Causal attention inside each document. q [T, H, D], k and v [T, KV, D] -> [T, H, D]."""
+    """Compute causal attention inside each sequence. q [T, H, D], k and v [T, KV, D] -> [T, H, D].
+
+    T is the number of tokens, KV the number of key/value heads. With a `PairLayout`, each sequence is a pair, and the
+    rejected reply does not attend to the chosen reply.
+    """
     if isinstance(layout, PairLayout):
         return attend_pairs(q, k, v, layout)
     if not layout.groups:
@@ -149,20 +184,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | PairLayout
 
 
 def _attend_equal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention for n documents of one length: [n, L, H, D] -> [n * L, H, D]."""
+    """Compute causal attention for n sequences of length L: q [n, L, H, D], k and v [n, L, KV, D] -> [n L, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """Attention by the CUDA kernel for documents of varying length; `window_size` (-1, 0) means causal."""
+    """Compute causal attention by torch's CUDA kernel for sequences of varying length. q [T, H, D], k and v [T, KV, D]
+    -> [T, H, D].
+
+    In the kernel's terms, `window_size` (-1, 0) means causal. Requires half precision and a layout without `groups`.
+    """
     kernel = _varlen()
     assert kernel is not None
     varlen_attn, accepted = kernel
     if "enable_gqa" in accepted:
         options = {"enable_gqa": True}
-    else:  # torch 2.11 and 2.12 want as many key as query heads
+    else:  # torch 2.11 and 2.12 need as many key heads as query heads
         options = {}
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     ends, longest = layout.cu_seqlens, layout.max_seqlen
@@ -173,10 +212,12 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """The output of each linear layer for x [..., C]. In training it is one product with the concatenated weights: x is read
-    once, and its gradient is one product (3 % less time on the CPU, five kernels fewer per block on CUDA).
+    """Return the outputs of several linear layers without bias for one input x [..., C], one tensor per layer.
 
-    Decoding multiplies one by one, as concatenating costs more than it saves for a token or two; so do layers with adapters.
+    In training they are computed as one product with the concatenated weights: x is read once, and its gradient is one
+    product (3 % less time on the CPU, five kernels fewer per block on CUDA). Without gradients the layers are computed
+    one by one, because for the one or two tokens of a decoding step concatenating costs more than it saves. Layers with
+    LoRA adapters are computed one by one too.
     """
     weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
     if not torch.is_grad_enabled() or len(weights) < len(layers):
@@ -185,13 +226,17 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def spares(x: Tensor) -> bool:
-    """Whether a block recomputes parts of x in its backward pass to keep less memory: on CUDA, where memory limits the
-    micro-batch. On the CPU it costs more than 2 % of a step."""
+    """Return whether blocks save memory in training by computing some activations again in the backward pass, for input
+    x.
+
+    True on CUDA, where memory limits the micro-batch. False on the CPU, where it would cost more than 2 % of a step.
+    """
     return x.is_cuda
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and, where the shape has it, RMSNorm on each head's q and k."""
+    """Grouped-query attention with rotary position embeddings. With `config.qk_norm`, each head's q and k are
+    normalised (RMSNorm) before the rotation."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -205,21 +250,30 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [..., H, D], k and v [..., KV, D] of x [..., C]."""
+        """Return q [..., H, D], k [..., KV, D] and v [..., KV, D] for x [..., C], with q and k rotated.
+
+        `cos`, `sin`: rotary tables [..., 1, D] of the positions of x.
+        """
         parts = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
         if spares(x):
-            v = v.contiguous()  # the only view of the three: it would keep the whole product for the backward pass
+            v = (
+                v.contiguous()
+            )  # as a view it would keep the product of all three layers in memory until the backward pass
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
+        """Return the attention output [T, C] for x [T, C], after the output projection. `cos`, `sin`: [T, 1, D]."""
         q, k, v = self.heads(x, cos, sin)
         return self.o_proj(attend(q, k, v, layout).flatten(-2))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). Where training `spares` memory it keeps gate(x) and up(x) alone and computes what
-    stands between them and the last product again: half the bytes for two more passes over them."""
+    """SwiGLU feed-forward layer: down(silu(gate(x)) * up(x)).
+
+    In training on CUDA only gate(x) and up(x) are kept for the backward pass, which computes silu(gate(x)) * up(x)
+    again. This halves the memory of the layer for two more passes over these tensors.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -228,17 +282,19 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x)), [..., C], for x [..., C]."""
         gate, up = project(x, self.gate_proj, self.up_proj)
         if spares(x) and torch.is_grad_enabled():
             return cast(Tensor, recompute(self._down, gate, up, use_reentrant=False, preserve_rng_state=False))
         return self._down(gate, up)
 
     def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the layer's output from the outputs of its gate and up projections, [..., ffn_size] each."""
         return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each applied to the normalised stream and added to it."""
+    """One transformer block with pre-normalisation: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -248,12 +304,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
+        """Return the block's output [T, C] for x [T, C]. `cos`, `sin`: rotary tables [T, 1, D] of these positions."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and last norm; a separate module so that names begin with `model.`, as in Llama checkpoints."""
+    """The embedding, the blocks and the final norm of `Model`.
+
+    It is a module of its own only so that parameter names begin with `model.`, as in Llama checkpoints.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -263,10 +323,11 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """The language model without logits: the loss multiplies only the positions that it needs by `head_weight`.
+    """The language model up to the final hidden states. It computes no logits: the loss multiplies only the hidden
+    states that it needs by `head_weight`.
 
-    With `checkpoints_blocks`, training keeps only the input of each block and recomputes the rest in the backward pass: the
-    same values in a third more time and about a tenth of the memory.
+    If `checkpoints_blocks` is set, training keeps only the input of each block and recomputes its activations in the
+    backward pass. The results are the same, for a third more time and about a tenth of the memory of activations.
     """
 
     def __init__(self, config: ModelConfig):
@@ -279,26 +340,33 @@ class Model(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw every matrix from N(0, 1 / 3C), the variance of torch's default for a linear layer of width C (0.021 at 768). A
-        fixed 0.02 is small for narrow models: the demo, at width 128, learned slower with it. Logits start near 0, the loss
-        near ln V."""
+        """Draw every matrix from N(0, 1 / (3 C)), where C is `hidden_size`; norm weights stay as they are (1 in a new
+        model).
+
+        This is the variance of torch's default for a linear layer with C inputs; the standard deviation is 0.021 at C =
+        768. A fixed standard deviation of 0.02 is too small for narrow models: the demo model, with C = 128, learned
+        more slowly with it. Logits start near 0 and the loss near ln V.
+        """
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=(3 * self.config.hidden_size) ** -0.5)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix [V, C]: the embedding, tied."""
+        """Return the output embedding [V, C], which is the input embedding (tied weights)."""
         return self.model.embed_tokens.weight
 
     def forward(
         self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, shared: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [T, C] of flat ids [T]. cu_seqlens int32 [n + 1] are the ends of the documents, beginning with 0;
-        positions restart at each and are below max_seqlen.
+        """Return the hidden states [T, C], after the final norm, of flat token ids [T].
 
-        With `shared` (int64 [n, 3], on the CPU) each document is a pair: prompt, chosen and rejected of these lengths, and
-        the positions of rejected continue from the prompt's.
+        `cu_seqlens`: int32 [n + 1], the ends of the n sequences, beginning with 0. `position_ids`: int64 [T]; they
+        restart at 0 in each sequence and are below `max_seqlen`.
+
+        `shared`: int64 [n, 3] on the CPU if each sequence is a pair laid out as prompt + chosen + rejected, the number
+        of tokens of the three; else None. In a pair the position ids of rejected continue from the end of the prompt,
+        and rejected does not attend to chosen.
         """
         if shared is None:
             layout = make_layout(cu_seqlens, max_seqlen, ids.device)

@@ -1,6 +1,6 @@
 """Mixed precision: the type that a device multiplies matrices in, and a loss scale for fp16.
 
-Weights, gradients and sums are always fp32.
+Weights, gradients and sums are fp32 in any case.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-SCALE = 256.0  # initial loss scale of fp16; losses are sums, so gradients per token are of order 1 and need little
-GROW_AFTER = 1000  # steps without overflow after which it doubles
+# Initial loss scale of fp16. It can be small, because losses are sums over tokens, so gradients are not small.
+SCALE = 256.0
+GROW_AFTER = 1000  # the loss scale doubles after this many steps without overflow
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on cards that have it (Ampere and later), fp16 on those with fp16 matrix units (Volta, Turing), else fp32."""
+    """Return the type to multiply matrices in: bf16 on CUDA devices that support it natively (Ampere and later), fp16
+    on those with fp16 matrix units (Volta, Turing), else fp32. Always fp32 on the CPU."""
     if device.type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -22,21 +24,27 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """The context for forward passes: autocast to `autocast_dtype`, no effect for fp32."""
+    """Return a context manager for forward passes: torch.autocast to the type of `autocast_dtype`. It has no effect for
+    fp32."""
     dtype = autocast_dtype(device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on the device or the machine (the CPU allocator has no error type)."""
+    """Return whether an error means that the device or the machine is out of memory.
+
+    The CPU allocator of torch has no error type of its own, so its message is compared.
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't" in str(error)
 
 
 class LossScale:
-    """Factor of the loss in the backward pass, so that fp16 gradients neither underflow nor overflow; 1 for other types.
+    """The factor that the loss is multiplied by before the backward pass, so that fp16 gradients neither underflow nor
+    overflow. It is always 1 for other types.
 
-    `value` is an fp32 scalar on the device and a power of two, so scaling is exact. A step that overflows halves it,
-    GROW_AFTER steps without overflow double it; the host never waits for the device.
+    `value` is an fp32 scalar tensor on the device. It is a power of two, so scaling does not round. A step with
+    overflow halves it (not below 1), and GROW_AFTER steps in a row without overflow double it; then counting restarts.
+    All of this happens on the device, so the host never waits for it.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
@@ -45,7 +53,10 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, is_taken: Tensor) -> None:
-        """Update after a step; `is_taken` is 1 if its gradient was finite, else 0."""
+        """Adjust the scale after an optimizer step; do nothing unless the type is fp16.
+
+        `is_taken`: scalar tensor on the device, 1 if the step's gradient was finite, else 0.
+        """
         if not self.is_on:
             return
         self.good_steps.add_(1).mul_(is_taken)
@@ -54,11 +65,12 @@ class LossScale:
         self.good_steps.mul_(~grows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state for a checkpoint; empty if it is off."""
+        """Return the state by name, for a checkpoint; empty unless the type is fp16."""
         return {"scale/value": self.value, "scale/good_steps": self.good_steps} if self.is_on else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the state from a checkpoint's tensors, if they hold it."""
+        """Copy the state from a checkpoint's tensors, in place. Names that `tensors` does not have keep their present
+        value."""
         for name, value in self.tensors().items():
             if name in tensors:
                 value.copy_(tensors[name])

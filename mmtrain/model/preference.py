@@ -1,6 +1,6 @@
-"""The objective of dpo: one of seven losses with its parameters, and figures of what training does to the pairs.
+"""The objective of the dpo stage: one of seven losses with its parameters, and per-pair metrics.
 
-A loss accepts only the options that its paper defines; others are refused.
+A loss accepts only the options that its paper defines; `check` raises UsageError for others.
 """
 
 import math
@@ -16,7 +16,12 @@ from mmtrain.model import logps as losses
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Values [S] of S pairs: summed logps of both sides by the policy and the reference (0 without one); trained tokens."""
+    """Log-probabilities and token counts of S pairs; every field is a tensor [S].
+
+    `chosen`, `rejected`: the policy's logps of the two sides, summed over the trained tokens. `ref_chosen`,
+    `ref_rejected`: those of the reference model, 0 if there is none. `num_chosen`, `num_rejected`: the numbers of
+    trained tokens, at least 1.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -27,36 +32,48 @@ class PairLogps:
 
     @property
     def delta(self) -> Tensor:
-        """Difference of the log ratios of sums."""
+        """Return (logp - ref_logp) of chosen minus (logp - ref_logp) of rejected, [S], from summed logps."""
         return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
 
     @property
     def mean_delta(self) -> Tensor:
-        """Difference of the log ratios of means per token."""
+        """Return (logp - ref_logp) of chosen minus (logp - ref_logp) of rejected, [S], each averaged over its trained
+        tokens."""
         chosen, rejected = self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
         return chosen / self.num_chosen - rejected / self.num_rejected
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """The policy's mean logps per token of chosen and rejected."""
+        """Return the policy's mean logps per trained token of chosen and of rejected, [S] each."""
         return self.chosen / self.num_chosen, self.rejected / self.num_rejected
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss and its parameters. `reference`: "start" (the weights the run starts from), "none", or the path of a run."""
+    """The name of a loss of `LOSSES` and its parameters.
+
+    `label_smoothing`: assumed share of pairs whose labels are swapped. `sft_weight`: weight of the chosen reply's
+    negative log-likelihood per token, which is added to the loss. `reference`: the reference model: "start" for the
+    weights the run starts from, "none" for no reference, or the path of a run or checkpoint.
+    """
 
     loss: str = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
-    gamma: float = 0.0  # simpo's target margin
+    gamma: float = 0.0  # target margin of the loss simpo
     sft_weight: float = 0.0
     reference: str = "start"
 
 
 @dataclass(frozen=True)
 class PairLoss:
-    """A loss: `loss(logps, objective)` and its reward margin, both [S], and the options it accepts."""
+    """One entry of `LOSSES`.
+
+    `loss` and `margin` map (PairLogps, Objective) to a tensor [S]: the loss of each pair, and its reward margin, which
+    is positive if the policy prefers chosen (for losses with a reference: more than the reference does).
+    `takes_smoothing`: whether the loss accepts label smoothing. `needs_reference`: whether it is defined with logps of
+    a reference model.
+    """
 
     loss: Callable[[PairLogps, Objective], Tensor]
     margin: Callable[[PairLogps, Objective], Tensor]
@@ -65,10 +82,12 @@ class PairLoss:
 
 
 def _margin_of_sums(p: PairLogps, o: Objective) -> Tensor:
+    """Return beta times the difference of log ratios of summed logps, [S]."""
     return o.beta * p.delta
 
 
 def _margin_of_means(p: PairLogps, o: Objective) -> Tensor:
+    """Return beta times the difference of log ratios of mean logps per token, [S]."""
     return o.beta * p.mean_delta
 
 
@@ -92,7 +111,9 @@ LOSSES = {
         needs_reference=False,
     ),
 }
-TIE = 1e-4  # smaller margins are rounding errors: the pair counts half, and a policy equal to its reference has accuracy 0.5
+# Margins up to this size may be rounding errors. Such a pair counts as half right, so that a policy equal to its
+# reference has accuracy 0.5.
+TIE = 1e-4
 FIGURES = (
     "reward_margin",
     "margin_size",
@@ -108,7 +129,8 @@ FIGURES = (
 
 
 def check(objective: Objective) -> None:
-    """UsageError for a combination of options that no paper defines."""
+    """Raise UsageError if the loss is unknown, a parameter is out of range, or the loss does not define one of the
+    given options."""
     if objective.loss not in LOSSES:
         raise UsageError(f"--loss {objective.loss} is unknown", f"use one of {', '.join(LOSSES)}")
     loss, name = LOSSES[objective.loss], objective.loss
@@ -135,12 +157,14 @@ def check(objective: Objective) -> None:
 
 
 def uses_reference(objective: Objective) -> bool:
-    """Whether the loss uses a reference's logps."""
+    """Return whether the loss uses the logps of a reference model: the loss needs one and `objective.reference` is not
+    "none"."""
     return LOSSES[objective.loss].needs_reference and objective.reference != "none"
 
 
 def loss_at_reference(objective: Objective) -> float:
-    """The loss of a pair for a policy equal to its reference, without the term of --sft-weight: ln 2 for the sigmoid losses."""
+    """Return the loss of a pair if the policy equals its reference, without the `sft_weight` term. For the sigmoid
+    losses it is ln 2."""
     zero, one = torch.zeros(1), torch.ones(1)
     return LOSSES[objective.loss].loss(PairLogps(zero, zero, zero, zero, one, one), objective).item()
 
@@ -148,11 +172,16 @@ def loss_at_reference(objective: Objective) -> float:
 def pair_figures(
     objective: Objective, logps: Tensor, counts: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [S] of S pairs, with gradient, and the FIGURES by name, each [S] and detached.
+    """Return the loss of each pair, [S] with gradient, and the metrics named in FIGURES, each [S] without gradient.
 
-    logps float64 [S, 2] are sums for chosen and rejected, counts [S, 2] their trained tokens. reference [S, 2] are logps to
-    measure drift from and, for losses with a reference, its logps. Without them drift and flips are NaN, and the loss uses
-    logps of 0.
+    `logps`: float64 [S, 2], the policy's summed logps of chosen and rejected. `counts`: [S, 2], their numbers of
+    trained tokens. `reference`: [S, 2], summed logps of the reference model, or None. They are used by losses with a
+    reference, and in the metrics as the values that drift (the change of a summed logp) and flips are measured from.
+    flipped_right is 1 where the policy gives chosen a higher logp than rejected and the reference did not;
+    flipped_wrong is the opposite. With None, drift and flips are NaN, and the loss uses reference logps of 0.
+
+    accuracy is 1 where the reward margin is above TIE, 0.5 where it is within TIE of 0, else 0. Losses are not
+    averaged; the term with `sft_weight` is included.
     """
     chosen, rejected = logps.T
     ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)

@@ -1,4 +1,5 @@
-"""The stages pretrain, sft and dpo: the runs they start from, their losses, and the check of their first step."""
+"""The training stages pretrain, sft and dpo: what weights each starts from, its loss, and the check of dpo's first
+step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,11 @@ from mmtrain.model.preference import FIGURES, Objective, loss_at_reference, pair
 
 @dataclass(frozen=True)
 class Outcome:
-    """The loss of a micro-batch, summed over `count` trained tokens or pairs, and further sums by name."""
+    """The result of the loss of a micro-batch.
+
+    `loss`: scalar, summed over `count` trained tokens (dpo: pairs), with gradient. `figures`: further sums over the
+    same tokens or pairs, by name.
+    """
 
     loss: Tensor
     count: int
@@ -24,11 +29,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """What distinguishes a stage in training.
+    """What differs between training stages.
 
-    `starts_from` names the stages whose newest finished run it begins with (none: new weights). `loss(model, batch, ref,
-    objective)` is its loss; `figures` are the names of the other sums that it returns. `check(means, tolerance, objective)`
-    raises if the means of the very first step are not those expected. Only dpo uses the reference logps and the objective.
+    `starts_from`: names of the stages whose newest finished run gives the initial weights, unless the user chooses
+    them; if it is empty, the weights are new. `loss(model, batch, ref, objective)` computes the loss. `figures`: names
+    of the other sums that `loss` returns. `check(means, tolerance, objective)` raises TrainError if the mean loss and
+    metrics of the very first step are not as expected; None for no check.
+
+    `ref` (float64 [S, 2], the reference model's logps of the micro-batch's pairs) and `objective` are used by dpo only.
     """
 
     name: str
@@ -39,26 +47,35 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """The kind of rows that the stage trains on."""
+        """Return the kind of rows that the stage trains on: "document", "conversation" or "pair"."""
         return STAGE_KINDS[self.name]
 
 
 def next_token(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
-    """Cross-entropy of the trained tokens, in nats."""
+    """Return the cross-entropy in nats, summed over the trained tokens. `ref` and `objective` are not used."""
     return Outcome(-token_logps_of(model, batch).sum(), batch.num_trained, {})
 
 
 def preference(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
-    """The objective's loss of each pair. Sequences alternate chosen, rejected; ref float64 [S, 2] are the reference's logps."""
+    """Return the objective's loss and the metrics of `FIGURES`, summed over the pairs of a batch.
+
+    The batch's sequences alternate chosen, rejected. `ref`: float64 [S, 2], the reference model's summed logps of
+    chosen and rejected, or None.
+    """
     logps = logps_of(model, batch).view(-1, 2)
     loss, figures = pair_figures(objective, logps, counts_of(batch).view(-1, 2), ref)
     return Outcome(loss.sum(), len(loss), {name: values.sum() for name, values in figures.items()})
 
 
 def _check_reference(means: Mapping[str, float], tolerance: float, objective: Objective) -> None:
-    """TrainError unless the policy equals its reference before the first update: every margin 0, and the loss that of such a
-    policy (ln 2 for the sigmoid losses). Otherwise the reference logps are stale. Those of another run as reference are
-    checked when they are read."""
+    """Raise TrainError unless the policy equals its reference at step 0: the reward margins must be 0, and the loss
+    (without the `sft_weight` term) that of a policy equal to its reference, which is ln 2 for the sigmoid losses.
+
+    Otherwise the cached reference logps do not belong to the weights that the run starts from. Nothing is checked if
+    the loss uses no reference, or if the reference is another run; `train.reference` checks the logps of the latter.
+
+    `means`: mean loss and metrics of step 0 by name. `tolerance`: largest allowed deviation.
+    """
     if objective.reference != "start" or not uses_reference(objective):
         return
     expected = loss_at_reference(objective)
@@ -73,7 +90,8 @@ def _check_reference(means: Mapping[str, float], tolerance: float, objective: Ob
 
 
 def step_zero_tolerance(dtype: torch.dtype) -> float:
-    """Tolerance of the check at step 0: half-precision products round differently when tokens are batched differently."""
+    """Return the tolerance of the check at step 0 for a model that multiplies matrices in `dtype`: 1e-3 for fp32, 2e-2
+    for half precision, whose products round differently when tokens are batched differently."""
     return 1e-3 if dtype == torch.float32 else 2e-2
 
 
