@@ -1,6 +1,5 @@
-"""Parsing of jsonl lines: one line becomes a `Document`, a `Conversation` or a `Pair`, or raises `BadRow` with the reason.
-
-A line is parsed on its own; nothing in it affects the rows beside it.
+"""Parsing of jsonl lines. One line becomes a `Document`, a `Conversation` or a `Pair`, or raises `BadRow` with the
+reason why it cannot be used. Each line is parsed independently of all others.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from mmdata.io.records import JsonObject
 
 KINDS = ("document", "conversation", "pair")
 
-REASONS = {  # reason -> what helps
+REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
     "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8",
     "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
     "not an object": 'a row is a JSON object such as {"text": "…"}',
@@ -46,7 +45,7 @@ REASONS = {  # reason -> what helps
     "too long": "the row does not fit --max-len; take a larger one",
 }
 
-# Reasons of options such as --dedup; the row itself is valid.
+# Reasons why options such as --dedup leave out a row that is valid in itself.
 DUPLICATE, NEAR_DUPLICATE, OVERLAP = "duplicate", "near duplicate", "overlaps an excluded text"
 SCREENED = {
     DUPLICATE: "an earlier row has the same content",
@@ -55,12 +54,12 @@ SCREENED = {
 }
 HELP = REASONS | SCREENED
 
-# Reasons that depend on the tokenizer or the options; they do not count as broken data.
+# Reasons that depend on the tokenizer or the options. Rows left out for them do not count as bad in `check_budget`.
 OF_THE_RUN = frozenset(
     {"too long", "no place in the template", "template refuses", "template cannot be cut", *SCREENED}
 )
-DEFAULT_MAX_BAD = 0.05  # the share of bad rows that ends a run, without --max-bad
-FEW_BAD_ROWS = 100  # this many bad rows never end a run without --max-bad, however small the file
+DEFAULT_MAX_BAD = 0.05  # without --max-bad, a larger share of bad rows is an error
+FEW_BAD_ROWS = 100  # without --max-bad, this number of bad rows is never an error, however small the file
 
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -76,26 +75,35 @@ _ROW_KEYS = {
     "conversation": {"conversations", "messages", "system", "tools", "functions"},
     "pair": {"chosen", "rejected", "prompt", "conversations", "messages", "system", "tools", "functions"},
 }
-# Marks between documents that pretraining files have in their text: those of the seed era, and later ones.
-_MARKS = tuple(  # opening mark, closing mark, and a pattern for the end of one document and the beginning of the next
+# Marks around documents in the texts of pretraining files: those of MiniMind's first tokenizer and of its later ones.
+_MARKS = tuple(  # opening mark, closing mark, and a pattern that matches a closing mark followed by an opening one
     (opening, closing, re.compile(re.escape(closing) + r"\s*" + re.escape(opening)))
     for opening, closing in (("<s>", "</s>"), ("<|im_start|>", "<|im_end|>"))
 )
-PLACEHOLDER = "无"  # in place of the answer in MiniMind's rlaif files
+PLACEHOLDER = "无"  # the last answer in MiniMind's rlaif files (prompts for reinforcement learning)
 _MAX_DEPTH = 64  # nesting of tools and tool calls; far above any schema, far below Python's recursion limit
-LOOK_AT = 100  # rows from which a file's kind is determined
+LOOK_AT = 100  # number of lines at the beginning of a file from which its kind is determined
+# An escape of half of a surrogate pair: \ud800 to \udfff.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A pretraining text, which may hold several documents: see `split_documents`."""
+    """A text for pretraining. It may contain several documents between marks such as <s> and </s>; see
+    `split_documents`.
+    """
 
     text: str
 
 
 class Message(NamedTuple):
-    """`role` is system, user, assistant or tool; `reasoning_content` is None where the row has none."""
+    """One message of a conversation.
+
+    role: "system", "user", "assistant" or "tool".
+    content: the text; may be empty in an answer with tool calls or reasoning, and in system and tool messages.
+    reasoning_content: the thoughts before an answer; None if the row has none.
+    tool_calls: the functions that an answer calls, as JSON objects.
+    """
 
     role: str
     content: str
@@ -105,7 +113,11 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in a valid order, the last of them the assistant's, and the tools that the assistant may call."""
+    """A conversation whose messages are in a valid order and end with an answer.
+
+    messages: at least a user message and an answer.
+    tools: definitions of the functions that the assistant may call, as JSON objects.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[JsonObject, ...] = ()
@@ -113,14 +125,16 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two conversations that differ first in a message of the assistant."""
+    """A preference pair: a preferred (chosen) and a rejected conversation. They have the same tools, and the first
+    message in which they differ is the assistant's in both.
+    """
 
     chosen: Conversation
     rejected: Conversation
 
     @property
     def num_shared(self) -> int:
-        """Number of leading messages that both sides share: the prompt."""
+        """The number of leading messages that are equal on both sides: the messages of the prompt."""
         sides = zip(self.chosen.messages, self.rejected.messages, strict=False)
         return next(
             (i for i, (a, b) in enumerate(sides) if a != b),
@@ -132,7 +146,11 @@ Row = Document | Conversation | Pair
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: `reason` is a key of HELP; `detail` says what was found, and where in the row."""
+    """Raised for a row that cannot be used.
+
+    reason: a key of HELP, by which bad rows are counted.
+    detail: what was found, and where in the row; may be empty.
+    """
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in HELP, reason
@@ -145,9 +163,11 @@ class BadRow(ValueError):
 
 
 def parse_row(raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None) -> Row:
-    """Parse one line; BadRow with the reason when it is no valid row, or with `kind` one of another kind.
+    """Parse one line (without its newline) and return the row. Raises BadRow with the reason if it is not a valid row,
+    or if `kind` is given and the row is of another kind.
 
-    Unknown keys are ignored, and counted in `extra_keys`. Of a key that stands twice, the last value counts.
+    kind: "document", "conversation", "pair" or None (any). Unknown keys are ignored; if `extra_keys` is given, they are
+    counted in it. If a key occurs twice in an object, the last value is used.
     """
     fields = _load(raw)
     if type(fields) is not dict:
@@ -166,12 +186,18 @@ def parse_row(raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] |
 
 
 def find_kind(path: Path) -> str:
-    """The kind of a file's first rows; InputError when none can be read, or when kinds are mixed."""
+    """Return the kind of rows in a file, from its first LOOK_AT lines. Raises InputError if the file cannot be read or
+    is empty, if none of these lines is a valid row, or if kinds are mixed.
+    """
     return kind_of_lines(islice(iter_lines(path), LOOK_AT), path)
 
 
 def kind_of_lines(lines: Iterable[Line], path: Path) -> str:
-    """The kind of at least nine in ten of the valid rows among these lines; InputError when there is none."""
+    """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines.
+    Invalid rows do not count.
+
+    path: the file, for error messages. Raises InputError if there are no lines or no valid rows, or if no kind has 90%.
+    """
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     first = None
@@ -198,12 +224,14 @@ def kind_of_lines(lines: Iterable[Line], path: Path) -> str:
 
 
 def kind_of(row: Row) -> str:
-    """The name of a row's kind, one of KINDS."""
+    """Return the kind of a row: "document", "conversation" or "pair"."""
     return {Document: "document", Conversation: "conversation", Pair: "pair"}[type(row)]
 
 
 def row_hash(row: Row) -> bytes:
-    """sha256 (32 bytes) of the row's content: equal for equal rows, whatever their key order, spacing or schema."""
+    """Return the SHA-256 digest (32 bytes) of the row's content. It is the same for rows with equal content, whatever
+    the order of their keys, their white space, or the names of their keys and roles in the file.
+    """
     return hashlib.sha256(_canonical(row)).digest()
 
 
@@ -213,10 +241,13 @@ def check_budget(
     max_bad: float | None = None,
     per_reason: Mapping[str, float] | None = None,
 ) -> None:
-    """InputError when more than the share `max_bad` of `num_rows` is bad, or more of one reason than its own share.
+    """Raise InputError if too many rows of a file or dataset are bad.
 
-    counts: rows by reason. Reasons in OF_THE_RUN count only against a share of their own. Without `max_bad`, the limit is
-    DEFAULT_MAX_BAD, and at least FEW_BAD_ROWS rows.
+    counts: the number of bad rows by reason.
+    num_rows: the number of all rows.
+    max_bad: the largest allowed share of bad rows, in [0, 1]. Reasons in OF_THE_RUN are not counted. None allows
+    DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more.
+    per_reason: reason -> the largest allowed share of rows with this reason, in addition to `max_bad`.
     """
     bad = {reason: count for reason, count in counts.items() if reason not in OF_THE_RUN and count}
     num_bad = sum(bad.values())
@@ -237,10 +268,13 @@ def check_budget(
 
 
 def split_documents(text: str) -> list[str]:
-    """The documents of a pretraining text: split at its marks when it is wrapped in them, else the whole text.
+    """Split a pretraining text into its documents at the marks <s>…</s> or <|im_start|>…<|im_end|>, and return their
+    texts without the marks. Blank documents are left out, so the list may be empty.
 
-    A text is wrapped when it begins with an opening mark and has a closing one at its end or before another opening one
-    (texts that were cut off lack the last). A mark inside a sentence is text.
+    A text without such marks around its documents is returned unchanged as the only document. The marks count only if
+    the text begins with an opening mark, and a closing mark is at its end or before another opening mark, with only
+    white space between them. (A text that was truncated has no closing mark at its end.) A mark elsewhere is part of
+    the text.
     """
     stripped = text.strip()
     for opening, closing, between in _MARKS:
@@ -253,13 +287,17 @@ def split_documents(text: str) -> list[str]:
 
 
 def join_documents(documents: Sequence[str]) -> str:
-    """The inverse of `split_documents`; a single document gets no marks."""
+    """Return one pretraining text of several documents, with <s> and </s> around each: the inverse of
+    `split_documents`. A single document is returned without marks.
+    """
     opening, closing, _ = _MARKS[0]
     return documents[0] if len(documents) == 1 else "".join(f"{opening}{one}{closing}" for one in documents)
 
 
 def texts_of(row: Row) -> Iterator[str]:
-    """All text of a row, in order: documents, contents, reasoning, and tool calls and tools as JSON; a pair's prompt once."""
+    """Yield all texts of a row: the documents, or for each message its content, reasoning and tool calls (as JSON),
+    then the tools (as JSON). For a pair, the messages that both sides share and the tools are yielded once.
+    """
     if isinstance(row, Document):
         yield from split_documents(row.text)
     elif isinstance(row, Pair):
@@ -277,7 +315,9 @@ def texts_of(row: Row) -> Iterator[str]:
 
 
 def num_characters(row: Row) -> int:
-    """Characters of contents and reasoning, without template and tools; a pair's prompt counts once."""
+    """Return the number of characters of a row's contents and reasoning, without tools, tool calls and what the chat
+    template adds. The messages that both sides of a pair share are counted once.
+    """
     if isinstance(row, Document):
         return len(row.text)
     if isinstance(row, Conversation):
@@ -286,11 +326,14 @@ def num_characters(row: Row) -> int:
 
 
 def _num_characters(conversation: Conversation, begin: int) -> int:
+    """Return the number of characters of contents and reasoning, from the message with index `begin` on."""
     return sum(len(m.content) + len(m.reasoning_content or "") for m in conversation.messages[begin:])
 
 
 def _load(raw: bytes) -> Any:
-    """The JSON value of one line as `_load_strictly` reads it; by orjson, which is faster, where both read the same."""
+    """Return the JSON value of one line, the same as `_load_strictly` and with the same errors. orjson is used where it
+    gives the same value, because it is faster.
+    """
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -299,7 +342,9 @@ def _load(raw: bytes) -> Any:
 
 
 def _is_exact(value: Any, levels: int = _MAX_DEPTH) -> bool:
-    """Whether orjson reads this as json does: orjson makes floats of large integers, and nests less deep."""
+    """Return whether a value that orjson parsed is certain to be what Python's json gives. It is not if it contains a
+    float, because orjson turns large integers into floats, or if it is nested deeper than `levels`.
+    """
     kind = type(value)
     if kind is str:
         return True
@@ -314,14 +359,18 @@ def _is_exact(value: Any, levels: int = _MAX_DEPTH) -> bool:
 
 
 def _load_strictly(raw: bytes) -> Any:
-    """The JSON value of one line: without NaN, Infinity or lone surrogates, and within Python's limits of digits and depth."""
+    """Return the JSON value of one line, parsed by Python's json.
+
+    Raises BadRow if the line is not UTF-8 or not JSON, contains NaN, Infinity or half of a surrogate pair, or exceeds
+    Python's limits on nesting and on the digits of an integer.
+    """
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow("bad UTF-8", f"byte {error.start}: {error.reason}") from None
     except RecursionError:
         raise BadRow("not json", "nested too deep") from None
-    except ValueError as error:  # JSONDecodeError, NaN, or an integer past Python's digit limit
+    except ValueError as error:  # JSONDecodeError, NaN, or an integer with too many digits
         raise BadRow("not json", str(error)[:200]) from None
     if b"\\u" in raw and _SURROGATE.search(raw):
         try:
@@ -334,6 +383,7 @@ def _load_strictly(raw: bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
+    """Raise ValueError: the JSON decoder calls this for NaN and Infinity."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -341,6 +391,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _kind_of(fields: JsonObject) -> str:
+    """Return the kind of a row by its keys. Raises BadRow if no key tells it."""
     if "chosen" in fields or "rejected" in fields:
         return "pair"
     if "conversations" in fields or "messages" in fields:
@@ -353,6 +404,7 @@ def _kind_of(fields: JsonObject) -> str:
 
 
 def _text(value: Any, where: str) -> str:
+    """Return `value` if it is a string that is not blank, else raise BadRow. where: the field's name for the detail."""
     if type(value) is not str:
         raise BadRow("wrong types", f"{where}: found {_json_type(value)}, expected a string")
     if not value or value.isspace():
@@ -361,6 +413,9 @@ def _text(value: Any, where: str) -> str:
 
 
 def _conversation(fields: JsonObject, extra_keys: Counter[str] | None) -> Conversation:
+    """Return the conversation in a row's fields. Raises BadRow if it is not valid, or has a placeholder as its last
+    answer.
+    """
     raw_messages = fields["conversations"] if "conversations" in fields else fields["messages"]
     messages, tools = _messages(raw_messages, "conversation", extra_keys)
     if len(fields) > 1:
@@ -372,7 +427,11 @@ def _conversation(fields: JsonObject, extra_keys: Counter[str] | None) -> Conver
 
 
 def _pair(fields: JsonObject, extra_keys: Counter[str] | None) -> Pair:
-    """Sides are whole message lists, or replies to a shared `prompt`, `conversations` or `messages`."""
+    """Return the pair in a row's fields. Raises BadRow if it is not valid.
+
+    A side is a list of all its messages, or it is a reply: a list without a user message, a single message, or a
+    string. The messages under `conversations`, `messages` or `prompt` are put before a reply.
+    """
     shared: tuple[Message, ...] = ()
     tools: tuple[JsonObject, ...] = ()
     key = next((key for key in ("conversations", "messages", "prompt") if key in fields), None)
@@ -394,7 +453,9 @@ def _pair(fields: JsonObject, extra_keys: Counter[str] | None) -> Pair:
 
 
 def _check_sides(pair: Pair) -> None:
-    """BadRow when the sides are equal, have different tools, or differ first elsewhere than in an answer."""
+    """Raise BadRow if both sides are equal or have different tools, or if the first message that differs is not the
+    assistant's on both sides.
+    """
     chosen, rejected = pair.chosen.messages, pair.rejected.messages
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equal to rejected")
@@ -408,7 +469,12 @@ def _check_sides(pair: Pair) -> None:
 def _messages(
     value: Any, where: str, extra_keys: Counter[str] | None, *, reply_role: str | None = None
 ) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
-    """Messages and tools of a list; with `reply_role`, a string or a single message stands for a list of one."""
+    """Return the messages in a JSON list, and the tools that are defined in them. Raises BadRow if a field has a wrong
+    type.
+
+    where: the name of the field, for the detail of errors. reply_role: if given, a single message may take the place of
+    the list, as an object or as a string, which becomes the content of a message with this role.
+    """
     if reply_role and type(value) is str:
         value = [{"role": reply_role, "content": value}]
     elif reply_role and type(value) is dict:
@@ -424,7 +490,7 @@ def _messages(
             raise BadRow("wrong types", f"message {number}: found {_json_type(item)}, expected an object")
         content = item.get("content")
         if len(item) == 2 and type(content) is str and item.get("role") in _PLAIN_ROLES:
-            messages.append(Message(item["role"], content))  # most messages
+            messages.append(Message(item["role"], content))  # a faster path for most messages
             continue
         messages.append(_message(item, number))
         if len(item) > 2:
@@ -436,6 +502,11 @@ def _messages(
 
 
 def _message(item: JsonObject, number: int) -> Message:
+    """Return one message from its JSON object, with `role` and `content` or ShareGPT's `from` and `value`. Raises
+    BadRow if a field has a wrong type or the role is unknown.
+
+    number: the 1-based number of the message, for the detail of errors.
+    """
     name = item["role"] if "role" in item else item.get("from")
     if type(name) is not str:
         raise BadRow("wrong types", f"message {number}: role: found {_json_type(name)}, expected a string")
@@ -457,7 +528,9 @@ def _message(item: JsonObject, number: int) -> Message:
 
 
 def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
-    """Content given as a list of text parts, or as null beside tool calls."""
+    """Return a content that is not a string as one: a list of text parts is joined, and null becomes "" if
+    `may_be_none`. Raises BadRow for anything else.
+    """
     if content is None and may_be_none:
         return ""
     if type(content) is list and all(
@@ -468,7 +541,12 @@ def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
 
 
 def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Tools or tool calls: a list of objects or one object, as JSON or as a string of JSON. BadRow when they are none."""
+    """Return tools or tool calls as a tuple of JSON objects. The value may be a list of objects or one object, or a
+    string that contains the JSON of either. Raises BadRow if it is none of these, or nested deeper than _MAX_DEPTH
+    levels.
+
+    where: the name of the field, for the detail of errors.
+    """
     if type(value) is str:
         try:
             value = _load(value.encode("utf-8"))
@@ -484,7 +562,9 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Tool calls, each with a name, which may stand inside `function`. BadRow when they are none."""
+    """Return tool calls as a tuple of JSON objects, from the forms that `objects_of` accepts. Raises BadRow if a call
+    has no name, either in the call itself or in its `function` object.
+    """
     calls = objects_of(value, where)
     for call in calls:
         function = call.get("function") or call
@@ -494,7 +574,7 @@ def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def _is_deep(value: Any, levels: int) -> bool:
-    """Whether a JSON value is nested deeper than `levels`."""
+    """Return whether a JSON value has more than `levels` levels of nested lists and objects."""
     if type(value) is dict:
         value = value.values()
     elif type(value) is not list:
@@ -510,7 +590,10 @@ def _is_deep(value: Any, levels: int) -> bool:
 def _with_row_fields(
     fields: JsonObject, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]
 ) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
-    """Add the fields that a row may have beside its messages: `system`, and `tools` or `functions`."""
+    """Return messages and tools, completed from a row's keys `system` and `tools` or `functions`. The system message is
+    added if the first message is not one, and the tools if there are none yet. Raises BadRow if a field has a wrong
+    type.
+    """
     system = fields.get("system")
     if system is not None and type(system) is not str:
         raise BadRow("wrong types", f"system: found {_json_type(system)}, expected a string")
@@ -523,11 +606,17 @@ def _with_row_fields(
 
 
 def _is_blank(message: Message) -> bool:
+    """Return whether a message has no tool calls, and no content and reasoning but white space."""
     return not message.tool_calls and not message.content.strip() and not (message.reasoning_content or "").strip()
 
 
 def _check_turns(messages: Sequence[Message], where: str) -> None:
-    """BadRow when roles do not follow user assistant (tool* assistant)* user …, with system messages anywhere."""
+    """Raise BadRow if the roles are not in the order user, assistant, user, assistant, …, ending with the assistant, or
+    if a user message or answer is blank. Tool messages may follow an answer, and are then followed by another answer.
+    System messages may be anywhere.
+
+    where: a text that is put before the detail of errors, such as "chosen: ".
+    """
     last = ""
     for number, message in enumerate(messages, 1):
         role = message.role
@@ -544,11 +633,13 @@ def _check_turns(messages: Sequence[Message], where: str) -> None:
         raise BadRow("last turn not the assistant's" if has_one else "no assistant", where.rstrip(": "))
 
 
+# role -> the roles that may come directly before it; "" is the beginning of the conversation
 _MAY_FOLLOW = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
 
 def _canonical(row: Row) -> bytes:
-    """The row's content, each string preceded by its length, so that no two rows give the same bytes.
+    """Return the bytes of which `row_hash` is the digest. Each string is preceded by its length, so that different rows
+    never give the same bytes.
 
     `columns.Conversations.hashes` makes the same bytes for many rows.
     """
@@ -562,19 +653,21 @@ def _canonical(row: Row) -> bytes:
 
 
 def counted(text: str) -> str:
-    """A string preceded by its length in bytes."""
+    """Return the text preceded by its number of UTF-8 bytes and a colon."""
     return f"{len(text.encode())}:{text}"
 
 
 def canonical_calls(message: Message) -> str:
-    """The reasoning and tool calls of a message in the form that is hashed."""
+    """Return the reasoning and tool calls of a message in the form that is hashed; "" if it has neither."""
     thought = message.reasoning_content
     reasoning = "" if thought is None else f" reasoning {counted(thought)}"
     return reasoning + (f" calls {counted(_SORTED.encode(message.tool_calls))}" if message.tool_calls else "")
 
 
 def canonical_tools(tools: tuple[JsonObject, ...]) -> str:
-    """The tools of a conversation in the form that is hashed, with sorted keys."""
+    """Return the tools of a conversation in the form that is hashed: JSON with sorted keys, preceded by its length.
+    Without tools, return an empty string.
+    """
     return f" tools {counted(_SORTED.encode(tools))}" if tools else ""
 
 
@@ -582,5 +675,6 @@ _SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True)
 
 
 def _json_type(value: Any) -> str:
+    """Return the name of a JSON value's type for error messages, such as "a list"."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")

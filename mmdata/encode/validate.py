@@ -1,4 +1,6 @@
-"""Validation of a jsonl file for `mm validate`: rows counted by reason, with the first places. One pass, memory of one line."""
+"""Validation of a jsonl file, for `mm validate`: count bad rows by reason, and record the first places of each. The
+file is read once, with one line in memory at a time.
+"""
 
 import re
 from collections import Counter
@@ -9,14 +11,19 @@ from pathlib import Path
 
 from mmdata.encode.rows import LOOK_AT, BadRow, Line, Row, is_seekable, iter_lines, kind_of_lines, parse_row, texts_of
 
-NUM_PLACES = 3
-_TICK_ROWS = 1024
-CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens of the tokenizers of all eras
+NUM_PLACES = 3  # bad rows of each reason whose places are recorded
+_TICK_ROWS = 1024  # rows between two calls of `progress`
+CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens of all of MiniMind's tokenizers
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a bad row stands, and what is wrong with it."""
+    """The position of a bad row in its file.
+
+    line: the 1-based line number.
+    offset: the byte offset of the line, in the decompressed file.
+    detail: what is wrong with the row.
+    """
 
     line: int
     offset: int
@@ -25,7 +32,17 @@ class Place:
 
 @dataclass(slots=True)
 class Validation:
-    """Counts of a file. num_rows = num_good + the sum of `reasons`; control_strings: special-token strings in rows' own text."""
+    """The result of validating a file.
+
+    kind: "document", "conversation" or "pair".
+    num_rows: the number of rows; equal to num_good plus the sum of `reasons`.
+    num_bytes: the number of bytes read, decompressed.
+    reasons: reason -> number of bad rows.
+    places: reason -> the first NUM_PLACES bad rows.
+    extra_keys: unknown key -> how often it occurs.
+    control_strings: special-token string -> how often it occurs in the texts of good rows.
+    num_rows_with_control: the number of good rows with such strings.
+    """
 
     path: Path
     kind: str
@@ -46,11 +63,15 @@ def validate(
     on_bad: Callable[[Line, BadRow], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Validation:
-    """Read every row of a file (`-`: standard input) and count bad rows by reason, with the first NUM_PLACES places of each.
+    """Read every row of a file (`-`: standard input) and count the bad rows by reason.
 
-    Without `kind`, the file's kind is that of its first rows. `on_bad` is called with every bad row and may raise to stop.
-    `progress` is called with the bytes read and the file's size (0 for a compressed file).
-    InputError when the file is missing, empty, damaged, or has no valid row at its beginning.
+    kind: "document", "conversation" or "pair". With None, the kind is determined from the first rows.
+    on_bad: called with every bad line and its error; may raise an exception to stop.
+    progress: called every _TICK_ROWS rows and at the end, with the number of bytes read and the size of the file (0 if
+    that is unknown because the file is compressed or is standard input).
+
+    Raises InputError if the file is missing or damaged. Without `kind`, also if it is empty, or if its first rows are
+    all invalid or of mixed kinds.
     """
     lines = iter_lines(path)
     if kind is None:
@@ -81,6 +102,7 @@ def validate(
 
 
 def _note(counts: Validation, line: Line, bad: BadRow) -> None:
+    """Count a bad row, and record its place if it is among the first NUM_PLACES of its reason."""
     counts.reasons[bad.reason] += 1
     places = counts.places.setdefault(bad.reason, [])
     if len(places) < NUM_PLACES:
@@ -88,12 +110,17 @@ def _note(counts: Validation, line: Line, bad: BadRow) -> None:
 
 
 def control_strings(raw: bytes, row: Row) -> list[str]:
-    """The special-token strings in a row's own text; they are packed as plain text."""
+    """Return the special-token strings in a row's texts, one entry per occurrence. They are packed as ordinary text.
+
+    raw: the line that `row` was parsed from. If it cannot contain such a string, the texts are not searched.
+    """
     if not may_hold_control(raw):
         return []
     return [match for text in texts_of(row) if "<" in text for match in CONTROL.findall(text)]
 
 
 def may_hold_control(raw: bytes) -> bool:
-    """Whether a line has the first character of a special-token string, plain or escaped."""
+    r"""Return whether a line contains "<", with which special-token strings begin, as a character or as a JSON escape.
+    The answer may be True for another character whose escape begins with \u003.
+    """
     return b"<" in raw or b"\\u003" in raw
