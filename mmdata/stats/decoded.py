@@ -35,6 +35,7 @@ class PartRows:
 
     def __init__(self, dataset: shards.Dataset, part: PartRecord):
         self.sources = shards.open_sources(dataset, part.part)
+        # Row i consists of the sequences numbered from _ends[i] to _ends[i + 1] (exclusive).
         self._ends = [*self.sources["first"].tolist(), part.sequences]
         self._is_pair = dataset.kind == "pair"
         names = shards.PairView._fields if self._is_pair else ("ids", "doc_len", "span", "doc")
@@ -43,6 +44,7 @@ class PartRows:
         self._columns = [{name: file.column(name) for name in names} for file in files]
         docs = [columns["doc"] if self._is_pair else columns["doc"].values for columns in self._columns]
         order = np.argsort(np.concatenate(docs), kind="stable")
+        # Both are indexed by a sequence's number in the part: the shard that has it, and its index in this shard.
         self._shard_of = np.repeat(np.arange(len(docs)), [len(doc) for doc in docs])[order]
         self._place = np.concatenate([np.arange(len(doc)) for doc in docs])[order]
         self._flat = [] if self._is_pair else [_flat(columns) for columns in self._columns]

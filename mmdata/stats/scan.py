@@ -71,7 +71,7 @@ class SampleRow:
 
     @property
     def can_be_shown(self) -> bool:
-        """Whether the row is at most RAW_KEPT bytes or, decoded from shards, RAW_KEPT / 4 tokens long."""
+        """Return whether the row is at most RAW_KEPT bytes or, decoded from shards, RAW_KEPT / 4 tokens long."""
         return len(self.raw) <= RAW_KEPT and (self.encoded is None or self.encoded.lengths.sum() <= RAW_KEPT // 4)
 
 
@@ -401,12 +401,10 @@ def _slices(batch: BatchColumns, bucket: int, share: float, stretches: int) -> I
 
 
 def _flat_packs(columns: BatchColumns) -> FlatSequences:
-    """Return the sequences of packs as a `FlatSequences`. columns: the columns ids, doc_len and span of consecutive
-    packs.
-    """
+    """Return the sequences of packs as a `FlatSequences`. columns: ids, doc_len and span of consecutive packs."""
 
     def values(column: Ragged) -> np.ndarray:
-        """Return the concatenated lists of a column that may be a slice; `column.values` has the lists around it, too."""
+        """Return the concatenated lists of a column, which may be a slice; `column.values` has those around it, too."""
         return column.values[column.offsets[0] : column.offsets[-1]]
 
     ids, span = columns["ids"], columns["span"]

@@ -1,4 +1,6 @@
-"""Reports: sections of typed tables, cards and plots, drawn as one HTML file (English or Chinese) or in the terminal.
+"""Reports of `mm stats` and `mm report`, as one HTML file (in English or Chinese) or in the terminal.
 
-`page.py` knows nothing of datasets; the report on runs (`mmtrain.log.report`) uses it too.
+`page.py` has the building blocks (tables, cards, plots) and writes the HTML file. It depends on no other module, and
+the report on training runs (`mmtrain.log.report`) uses it too. `data.py`, `compare.py` and `tokenizer.py` build the
+reports on data and on tokenizers.
 """

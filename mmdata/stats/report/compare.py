@@ -1,4 +1,7 @@
-"""The comparison of two datasets: their figures side by side, what differs marked, on one page. Reads no data itself."""
+"""The report that compares two datasets or files: their figures side by side, on one page, with differences marked.
+
+It is built from figures that were measured before; this module reads no data.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +16,10 @@ Figures = Mapping[str, Any]
 
 
 def compare_page(one: Measured, other: Measured, *, lang: str = "en", others: Sequence[Any] = ()) -> str:
-    """The page of two datasets. others: warnings on both together (`stats.contained`)."""
+    """Return the HTML page that compares two datasets or files.
+
+    lang: "en" or "zh". others: warnings on both together (`stats.contained`).
+    """
     names = _two_names(one, other)
     sections = [
         Section("compare", "Side by side", [warned(others), side_by_side(one, other)]),
@@ -26,6 +32,7 @@ def compare_page(one: Measured, other: Measured, *, lang: str = "en", others: Se
 
 
 def _two_names(one: Measured, other: Measured) -> tuple[Phrase, Phrase]:
+    """Return the names of both on the page: the last parts of their paths or, if these are equal, the whole paths."""
     names = name_of(one), name_of(other)
     return names if names[0] != names[1] else (as_name(one.path), as_name(other.path))
 
@@ -34,7 +41,10 @@ def _two_names(one: Measured, other: Measured) -> tuple[Phrase, Phrase]:
 
 
 def comparable(figures: Figures) -> dict[str, float]:
-    """Figures of a dataset that can be compared with another's, by English phrase; shares are floats, counts integers."""
+    """Return the figures of a dataset that can be compared with those of another, by English phrase.
+
+    Counts are integers; shares (from 0 to 1) and means are floats. Figures that were not measured are missing.
+    """
     values: dict[str, float] = {"rows": figures["kept"], "left out": sum(figures["left_out"].values())}
     if "tokens" in figures:
         values |= {"tokens": figures["tokens"], "trained tokens": figures["loss_tokens"]}
@@ -71,9 +81,10 @@ def comparable(figures: Figures) -> dict[str, float]:
 
 
 def differences(one: Figures, other: Figures) -> list[dict[str, Any]]:
-    """{"figure", "one", "other", "change", "differs"} of everything that either has; change is other over one, less 1.
+    """Compare two datasets. Return [{"figure", "one", "other", "change", "differs"}] for all figures of either.
 
-    differs: by more than a tenth, or of shares by more than two points in a hundred.
+    "change" is the relative change, other / one - 1. It is None if a value is missing or the first is 0. "differs" is
+    True if the values differ by more than 10 % of the larger one (shares: by more than 0.02), or if one is missing.
     """
     left, right = comparable(one), comparable(other)
     compared = []
@@ -88,7 +99,7 @@ def differences(one: Figures, other: Figures) -> list[dict[str, Any]]:
 
 
 def side_by_side(one: Measured, other: Measured) -> Table:
-    """The figures of both as a table, rows that differ marked."""
+    """Return a table of the figures of both, with the rows whose figures differ highlighted."""
     compared = differences(one.figures, other.figures)
     columns = [Column("", "word"), *(Column(each, "figure") for each in _two_names(one, other))]
     rows = [
@@ -100,11 +111,12 @@ def side_by_side(one: Measured, other: Measured) -> Table:
 
 
 def _is_share(figure: str) -> bool:
-    """Whether a figure of `comparable` is a share of 1."""
+    """Return whether a figure of `comparable` is a share from 0 to 1, by its name."""
     return "share" in figure or figure == "fill"
 
 
 def _value(figure: str, value: float | None) -> str | None:
+    """Format the value of a figure. None, for a figure that was not measured, stays None."""
     if value is None:
         return None
     if _is_share(figure):
@@ -113,7 +125,10 @@ def _value(figure: str, value: float | None) -> str | None:
 
 
 def _change(compared: Figures) -> Phrase:
-    """What a difference amounts to: points of shares, percent of counts."""
+    """Format a difference: in percentage points for shares, in percent otherwise.
+
+    Equal values give "=", and "new" means that the first value is 0. If a value is missing, the text is empty.
+    """
     one, other = compared["one"], compared["other"]
     if one is None or other is None:
         return as_name("")
@@ -129,6 +144,10 @@ def _change(compared: Figures) -> Phrase:
 
 
 def _overlays(one: Figures, other: Figures, names: tuple[Phrase, Phrase]) -> Iterator[Block]:
+    """Yield plots that overlay the histograms of both datasets, and tables of their languages and turns.
+
+    A plot or table is omitted if one of the datasets lacks the figures.
+    """
     tokens, characters = (
         [figures.get(key) or {} for figures in (one, other)] for key in ("tokens_by", "characters_by")
     )
@@ -154,6 +173,7 @@ def _overlays(one: Figures, other: Figures, names: tuple[Phrase, Phrase]) -> Ite
 
 
 def _lists(one: Figures, other: Figures, names: tuple[Phrase, Phrase]) -> Iterator[Block]:
+    """Yield tables of the most frequent openings and phrases of each dataset, marking those that the other lacks."""
     for key, title in (("openings", "Most repeated openings"), ("ngrams", "Most repeated phrases")):
         for figures, label, against in ((one, names[0], other), (other, names[1], one)):
             shared = {item["text"] for item in against.get(key) or []}

@@ -1,4 +1,7 @@
-"""The report on data: figures of `mmdata.stats.stats` as sections of tables and plots, on one page. Reads no data itself."""
+"""The report on data: shows the figures that `mmdata.stats.stats` measures as sections of tables and plots.
+
+This module reads no data.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,22 +33,25 @@ from mmdata.stats.report.page import (
 from mmdata.stats.stats import Measured
 
 FILE = REPORT
-MOST_STRINGS = 40
-CUTS = (512, 1024, 2048)
+MOST_STRINGS = 40  # rows of the table of control strings
+CUTS = (512, 1024, 2048)  # lengths in tokens, the standard buckets, that plots of lengths mark with vertical lines
 FROM_SHARDS = (
     "Texts were decoded from the shards, for the inputs are gone, have changed or are compressed: what packing cut is not in "
     "them, and what the template added may be."
 )
-_SPREAD = ("shortest", "p50", "p90", "p99", "longest")
+_SPREAD = ("shortest", "p50", "p90", "p99", "longest")  # keys of the statistics shown in the table of lengths
 Figures = Mapping[str, Any]
 
 
 def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = ()) -> str:
-    """The report on one path, or on several. others: warnings on all together (`stats.contained`)."""
+    """Return the HTML page on one dataset or file, or on several.
+
+    lang: "en" or "zh". others: warnings on all of them together (`stats.contained`); used if there are several.
+    """
     if len(measured) == 1:
         one = measured[0]
         return page.render(name_of(one), _subtitle(one.figures), list(sections_of(one)), lang)
-    step = -(-len(measured) // 3)  # fewer samples of each keep the page below 2 MB
+    step = -(-len(measured) // 3)  # fewer samples of each path, so that the page stays below 2 MB
     few = [replace(one, samples=one.samples[::step]) for one in measured]
     sections = [_overview(measured, others), *(folded(number, one) for number, one in enumerate(few))]
     title = phrase("{number} datasets", number=len(measured))
@@ -53,29 +59,32 @@ def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequ
 
 
 def _subtitle(figures: Figures) -> Phrase:
-    """Path, kind and length limit."""
+    """Return the path, the kind of the rows and, for a packed dataset, the length limit."""
     limit = [phrase("packed up to {max_len} tokens", max_len=f"{figures['max_len']:,}")] if "max_len" in figures else []
     return joined([as_name(figures["path"]), f"{figures['kind']} rows", *limit])
 
 
 def folded(number: int, measured: Measured) -> Section:
-    """All sections on one path as one, each to be opened."""
+    """Return one section that contains all sections on a path, each of which is hidden until the reader opens it.
+
+    number: makes the section's id unique on the page.
+    """
     blocks = [Fold(section.title, section.blocks) for section in sections_of(measured)]
     return Section(f"data-{number}", name_of(measured), [Note(_subtitle(measured.figures)), *blocks])
 
 
 def name_of(measured: Measured) -> Phrase:
-    """What a dataset or file is called on the page: the last part of its path."""
+    """Return the name of a dataset or file on the page: the last part of its path."""
     return as_name(measured.path.resolve().name)
 
 
 def warned(warnings: Sequence[Figures]) -> Callouts:
-    """Warnings (`figures.warnings`) as a block."""
+    """Return a block with these warnings (`figures.warnings`)."""
     return Callouts([phrase(WARNINGS[warning["code"]], **warning["values"]) for warning in warnings])
 
 
 def sections_of(measured: Measured) -> Iterator[Section]:
-    """Every section that the figures have something for."""
+    """Yield the sections on one dataset or file. A section is omitted if nothing for it was measured."""
     figures = measured.figures
     yield Section("glance", "At a glance", list(_glance(figures)))
     if measured.samples:
@@ -98,14 +107,22 @@ def sections_of(measured: Measured) -> Iterator[Section]:
 
 
 def shares(title: str, counts: Mapping[str, int], *, unit: str = "rows", total: int = 0, caption: str = "") -> Table:
-    """A table of counts with their shares of all (or of `total`), as figures and as bars."""
+    """Return a table of counts with their shares, as numbers and as bars.
+
+    title: the heading of the column of keys. unit: what is counted, the heading of the counts. total: the shares are
+    shares of this number, by default of the sum of the counts. caption: the title of the table.
+    """
     total = max(1, total or sum(counts.values()))
     columns = [Column(title, "word"), Column(unit, "count"), Column("share", "share"), Column("", "bar")]
     return Table(columns, [(key, count, count / total, count / total) for key, count in counts.items()], caption)
 
 
 def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = "", *, bar: bool = False) -> Table:
-    """A table of frequent strings and how often they occur."""
+    """Return a table of frequent strings and how often they occur.
+
+    items: [{"text", "count"}], not empty, the most frequent first. unit: the heading of the counts. first: the heading
+    of the strings. bar: whether to draw the counts as bars, too.
+    """
     columns = [Column(first, "code"), Column(unit, "count"), *([Column("", "bar")] if bar else [])]
     rows = [(item["text"], item["count"], item["count"] / items[0]["count"])[: len(columns)] for item in items]
     return Table(columns, rows, title, wrap=True)
@@ -115,6 +132,7 @@ def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = 
 
 
 def _glance(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "At a glance": main figures, warnings, rows left out, tokens cut."""
     yield Cards(list(_first_figures(figures)))
     yield warned(figures["warnings"])
     if "sample" in figures:
@@ -154,7 +172,7 @@ def _glance(figures: Figures) -> Iterator[Block]:
 
 
 def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
-    """The figures that a reader needs first: (label, value, hint)."""
+    """Yield the main figures as (label, value, hint). Numbers that are extrapolated from a sample begin with "≈"."""
     about = "≈ " if "sample" in figures and "tokens_in" not in figures else ""
     rows, kept = figures["rows"], figures["kept"]
     yield "rows", f"{kept:,}", phrase("of {value}", value=f"{rows:,}") if rows != kept else ""
@@ -165,7 +183,7 @@ def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
         yield "trained tokens", f"{about}{figures['loss_tokens']:,}", share
     yield "characters", f"{figures['characters']:,}", ""
     yield "bytes", size(figures["bytes"]), as_name(f"{figures['bytes']:,}")
-    if "fill" in figures and figures["kind"] != "pair":  # pairs are packed to a budget of tokens, never padded
+    if "fill" in figures and figures["kind"] != "pair":  # pairs are not packed, so they have no fill
         padding = phrase("{value} % padding", value=f"{100 * figures['waste']:.2f}")
         yield "fill", f"{100 * figures['fill']:.2f} %", padding
     if "epoch" in figures:
@@ -179,6 +197,7 @@ def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
 
 
 def _lengths(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Lengths": histograms of tokens and characters, and their statistics."""
     by_tokens, by_characters = figures.get("tokens_by") or {}, figures.get("characters_by") or {}
     plots: list[Block] = []
     if by_tokens.get("sequence"):
@@ -186,7 +205,9 @@ def _lengths(figures: Figures) -> Iterator[Block]:
         plots.append(histogram(title, by_tokens["sequence"], "sequences", marks=CUTS))
     if by_characters.get("row"):
         plots.append(histogram("Characters of a row", by_characters["row"], "rows"))
-    if figures["kind"] != "pair" and len(by_tokens.get("buckets", ())) > 1:  # a pair's bucket is its length
+    if (
+        figures["kind"] != "pair" and len(by_tokens.get("buckets", ())) > 1
+    ):  # the bucket of a pair follows from its length
         buckets = {f"{int(bucket):,}": lengths for bucket, lengths in by_tokens["buckets"].items()}
         plots.append(overlaid("Tokens of a sequence, by bucket", buckets, marks=CUTS))
     if by_tokens.get("roles"):
@@ -216,6 +237,7 @@ def _lengths(figures: Figures) -> Iterator[Block]:
 
 
 def _named_lengths(groups: Figures) -> Iterator[tuple[page.Text, Figures]]:
+    """Yield (label, statistics) of each distribution of lengths in `tokens_by` or `characters_by` of the figures."""
     yield from ((as_name(key), groups[key]) for key in ("row", "sequence") if groups.get(key))
     for bucket, lengths in groups.get("buckets", {}).items():
         yield phrase("in bucket {bucket}", bucket=f"{int(bucket):,}"), lengths
@@ -226,7 +248,11 @@ def _named_lengths(groups: Figures) -> Iterator[tuple[page.Text, Figures]]:
 
 
 def _length_table(lengths: Figures) -> Table:
-    """The packer's histogram of sequence lengths, with the share of all tokens that each bin holds."""
+    """Return the histogram of sequence lengths from `mm pack` as a table, with the share of all tokens in each bin.
+
+    lengths: the figures of `mmdata.pack.summary.length_figures`. Each bin contains the lengths up to and including its
+    "up_to".
+    """
     bins = lengths["histogram"]
     most, low, rows = max([1, *(each["sequences"] for each in bins)]), 1, []
     for each in bins:
@@ -238,14 +264,22 @@ def _length_table(lengths: Figures) -> Table:
 
 
 def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
-    """A plot of one histogram (`edges` and `counts`)."""
+    """Return a plot of one histogram.
+
+    lengths: statistics with edges and counts (`tally.length_figures`). unit: what is counted. marks: lengths at which
+    vertical lines are drawn.
+    """
     return Plot(title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit))
 
 
 def overlaid(
     title: str, series: Mapping[str, Figures] | Sequence[tuple[page.Text, Figures]], *, marks: Sequence[float] = ()
 ) -> Plot:
-    """A plot of several histograms over common edges, each as shares of its own count."""
+    """Return a plot of several histograms, each normalized to shares of its own count.
+
+    series: statistics with edges and counts (`tally.length_figures`) by name; empty ones are omitted. All use the union
+    of the edges. marks: lengths at which vertical lines are drawn.
+    """
     pairs = [(as_name(key), each) for key, each in series.items()] if isinstance(series, Mapping) else list(series)
     pairs = [(label, each) for label, each in pairs if each]
     edges = sorted({edge for _, each in pairs for edge in each["edges"]})
@@ -259,7 +293,10 @@ def overlaid(
 
 
 def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int) -> Plot:
-    """A plot of counts by equal parts of 0 to 100 %."""
+    """Return a histogram of shares. counts: how many items fall into each of len(counts) equal bins from 0 to 100 %.
+
+    unit: what is counted. num_ticks: the number of equal steps between the labels of the x axis.
+    """
     edges = [i / len(counts) for i in range(len(counts) + 1)]
     ticks = [(i / num_ticks, f"{100 * i // num_ticks} %") for i in range(num_ticks + 1)]
     return Plot(title, page.bars(edges, [(unit, counts)], ticks=ticks, unit=unit), in_terminal=True)
@@ -269,6 +306,7 @@ def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int)
 
 
 def _cut_table(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Where to cut": what each length limit would cut and pad."""
     columns = {
         "max_len": Column("length limit", "count"),
         "longer_share": Column("longer", "share"),
@@ -289,9 +327,13 @@ def _cut_table(figures: Figures) -> Iterator[Block]:
 
 
 def _packing(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Packing": counts and fill by bucket and by split.
+
+    Nothing is yielded for a file that is not packed.
+    """
     if "splits" not in figures:
         return
-    is_pair = figures["kind"] == "pair"  # not packed: a batch is pairs up to a number of tokens
+    is_pair = figures["kind"] == "pair"  # pairs are not packed: a batch is as many pairs as fit a number of tokens
     for title in ("bucket", "split"):
         columns = [Column(title, "word"), Column("pairs" if is_pair else "packs", "count")]
         columns += [Column(unit, "count") for unit in ("sequences", "tokens", "trained tokens")]
@@ -308,6 +350,7 @@ def _packing(figures: Figures) -> Iterator[Block]:
 
 
 def _language(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Languages and scripts"."""
     tables: list[Block] = [shares("language", figures["languages"])] if figures.get("languages") else []
     if figures.get("scripts"):
         ordered = sorted(figures["scripts"].items(), key=lambda item: -item[1]["characters"])
@@ -326,6 +369,7 @@ def _language(figures: Figures) -> Iterator[Block]:
 
 
 def _repetition(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Repetition": duplicates, and the most repeated openings and phrases."""
     if repeats := figures.get("duplicates"):
         number = max(1, repeats["rows"])
         cards: list[tuple[str, str, page.Text]] = [
@@ -354,6 +398,10 @@ def _repetition(figures: Figures) -> Iterator[Block]:
 
 
 def _vocabulary(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Vocabulary": which tokens occur, and how often.
+
+    Nothing is yielded if no tokens were counted.
+    """
     used = figures.get("vocabulary")
     if not used or not used["counted"]:
         return
@@ -380,7 +428,7 @@ def _vocabulary(figures: Figures) -> Iterator[Block]:
 
 
 def _visible(text: str) -> str:
-    """A token's text with visible spaces."""
+    """Return the text of a token with whitespace replaced by visible symbols."""
     return text.translate({ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord("\r"): "␍"})
 
 
@@ -388,6 +436,10 @@ def _visible(text: str) -> str:
 
 
 def _conversations(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Conversations": turns, system prompts and tools.
+
+    Nothing is yielded if the rows are documents.
+    """
     if not figures.get("turns"):
         return
     turns = dict(list(figures["turns"].items())[:12])
@@ -409,6 +461,7 @@ def _conversations(figures: Figures) -> Iterator[Block]:
 
 
 def _pairs(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Pairs": how the two replies differ. Nothing for rows of another kind."""
     pairs, by_tokens = figures.get("pairs"), (figures.get("tokens_by") or {}).get("pair")
     plots: list[Block] = []
     if pairs:
@@ -439,6 +492,7 @@ def _pairs(figures: Figures) -> Iterator[Block]:
         yield Note("Likeness: common 8-character pieces over all pieces of both answers (Jaccard).")
 
 
+# Labels of the x axis of the histogram of ratios chosen / rejected: the key is 2 log2(ratio).
 _RATIOS = {-8: "1/16", -4: "1/4", -2: "1/2", 0: "1", 2: "2", 4: "4", 8: "16"}
 
 
@@ -446,6 +500,10 @@ _RATIOS = {-8: "1/16", -4: "1/4", -2: "1/2", 0: "1", 2: "2", 4: "4", 8: "16"}
 
 
 def _sources(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Sources": a table with one row per input.
+
+    Nothing is yielded for a file that is not packed.
+    """
     sources = figures.get("sources") or []
     if not sources:
         return
@@ -470,6 +528,7 @@ def _sources(figures: Figures) -> Iterator[Block]:
 
 
 def _aside(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of the section "Set aside": for each reason, examples of the rows left out."""
     for item in figures["set_aside"]:
         rows = []
         for example in item["examples"]:
@@ -487,6 +546,7 @@ def _aside(figures: Figures) -> Iterator[Block]:
 
 
 def _overview(measured: Sequence[Measured], others: Sequence[Any]) -> Section:
+    """Return the first section of a page on several paths: warnings, and a table with one row per path."""
     columns = [Column("dataset", "code"), Column("kind", "word"), Column("rows", "count"), Column("tokens", "count")]
     columns += [
         Column("trained share", "share"),

@@ -1,9 +1,11 @@
-"""The parts of a report, and the page they are drawn on.
+"""Building blocks of a report, and the HTML page that shows them.
 
-A report is a list of sections, a section a list of blocks: tables with typed columns, cards, plots, notes. Blocks hold figures and
-English phrases. `render` draws them as one HTML file, translated, with jinja2 (autoescape on): style, script and plotting library
-are part of the file, and its content security policy forbids every request. Plots are drawn by uPlot (MIT, in assets/). The
-terminal draws the same blocks (`mmdata.commands.terminal.print_sections`). Imports nothing of ours.
+A report is a list of sections, and a section is a list of blocks: tables with typed columns, cards, plots, notes.
+Blocks contain figures and English phrases. `render` writes them as one HTML file, translated, with jinja2 (autoescape
+on). Style sheet, script and plotting library (uPlot, MIT license, in assets/) are part of the file, and its content
+security policy forbids network requests, except to its own server for a page that refreshes itself.
+`mmdata.commands.terminal.print_sections` prints the same blocks in the terminal. This module imports nothing else of
+the project.
 """
 
 import itertools
@@ -15,7 +17,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 LANGS = ("en", "zh")
-_FOR_SCRIPT = (  # phrases that page.js uses
+_FOR_SCRIPT = (  # phrases that page.js uses; the page contains their translations
     "reset zoom", "trained", "not trained", "control token", "line", "characters", "tokens", "more tokens not shown",
     "more characters not shown", "loss", "random", "longest", "shortest", "highest loss", "system", "user", "assistant",
     "tool", "document", "prompt", "chosen", "rejected", "all", "no data", "auto", "light", "dark",
@@ -27,10 +29,14 @@ _FOR_SCRIPT = (  # phrases that page.js uses
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """An English phrase and the values of its {names}; a value that is a phrase or a word reports know is translated too.
+    """An English phrase with placeholders, which is translated when the page is written.
 
-    A phrase must have a translation, unless it `is_name`: text that may come from the data. key: what it is translated by, if
-    not by itself.
+    - text: the phrase, with placeholders such as {rows}.
+    - values: the value of each placeholder. Phrases among them are translated, and so are strings that are in the table
+      of translations.
+    - is_name: whether the text may come from the data. Such a text is shown as it is if it has no translation; any
+      other phrase must have one.
+    - key: the key of a name in the table of translations, if it is not the text itself.
     """
 
     text: str
@@ -43,23 +49,30 @@ Text = str | Phrase  # a plain string is an English phrase
 
 
 def phrase(text: str, /, **values: Any) -> Phrase:
-    """A phrase with values for its {names}."""
+    """Return an English phrase; the keyword arguments are the values of its placeholders."""
     return Phrase(text, values)
 
 
 def as_name(text: object, key: str = "") -> Phrase:
-    """Text from the data: translated if the reports know it (a role, a language), else shown as it is."""
+    """Return text from the data, such as a path or a role, as a `Phrase` that needs no translation.
+
+    It is translated if the table of translations has it, for example a role or a language. key: the key to look up
+    instead of the text.
+    """
     return Phrase(str(text), is_name=True, key=key)
 
 
 def joined(pieces: Sequence[Text], separator: str = " · ") -> Phrase:
-    """Several texts as one."""
+    """Return one phrase that consists of several texts, each translated on its own, with `separator` between them."""
     values = {f"piece_{i}": piece for i, piece in enumerate(pieces)}
     return Phrase(separator.join(f"{{{key}}}" for key in values), values, is_name=True)
 
 
 class Translation:
-    """Phrases in the language of a page. Chinese ones are in assets/zh.json, by their English text."""
+    """Translates phrases to the language of a page: "en" or "zh".
+
+    English phrases are shown as they are. The Chinese ones are in the table assets/zh.json, by their English text.
+    """
 
     def __init__(self, lang: str):
         assert lang in LANGS, lang
@@ -67,7 +80,10 @@ class Translation:
         self._table: dict[str, str] = {} if lang == "en" else json.loads(asset(f"{lang}.json"))
 
     def __call__(self, text: Text) -> str:
-        """The translated text. KeyError if a phrase has no translation."""
+        """Return the translation of a text with its placeholders filled in.
+
+        A string is looked up as an English phrase. KeyError if a phrase that is not a name has no translation.
+        """
         if isinstance(text, str):
             text = Phrase(text)
         if text.is_name or self.lang == "en" or not text.text:
@@ -78,6 +94,7 @@ class Translation:
         return template.format(**values) if values else template
 
     def _value(self, value: Any) -> Any:
+        """Translate the value of a placeholder if it is a phrase or is in the table; return any other value as it is."""
         return self(value) if isinstance(value, Phrase) else self._table.get(value, value)
 
 
@@ -85,12 +102,12 @@ class Translation:
 
 
 def percent(share: float) -> str:
-    """A share as people read it: 31 %, 0.4 %."""
+    """Format a share of 1 in percent: "31 %" from 10 % on, with two significant digits below: "0.4 %"."""
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes as people write them: 1.2 GB."""
+    """Format a number of bytes with its unit, in powers of 1000: "1.2 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -99,7 +116,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(hours: float) -> str:
-    """Hours as people say them: 4.2 s, 3 m 05 s, 2 h 10 m."""
+    """Format a duration, given in hours: "4.2 s", "3 m 05 s" or "2 h 10 m"."""
     if hours * 3600 < 10:
         return f"{hours * 3600:.1f} s"
     seconds = round(hours * 3600)
@@ -111,7 +128,10 @@ def duration(hours: float) -> str:
 
 
 def short(number: float) -> str:
-    """A number as an axis shows it: 512, 2k, 1.5M."""
+    """Format a number for the label of an axis: "512", "2k", "1.5M".
+
+    Multiples of 1024 are divided by 1024, other numbers by 1000, so that 2048 is "2k".
+    """
     for unit in ("", "k", "M", "G"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"
@@ -119,7 +139,7 @@ def short(number: float) -> str:
     return f"{number:.3g}T"
 
 
-# Kinds of columns that hold numbers, or text that reads as one ("figure"), and how a value is written.
+# How the values of numeric columns are formatted, by the kind of the column. Values of kind "figure" are already text.
 NUMBERS: dict[str, Callable[[Any], str]] = {
     "figure": str,
     "count": "{:,}".format,
@@ -135,18 +155,20 @@ NUMBERS: dict[str, Callable[[Any], str]] = {
 
 
 class Column(NamedTuple):
-    """A column of a table. kind: a key of NUMBERS, or
+    """A column of a table: its heading, and the kind of its values, which is a key of NUMBERS or one of these:
 
-    - "text": shown as it is; "word": translated if the reports know it; "code": text of rows or names, in a box
-    - "bar": a share of 1, drawn as a bar
-    - "noted": a list of (text, note) pairs, the note small and translated if the reports know it
+    - "text": shown as it is
+    - "word": translated if it is in the table of translations
+    - "code": text from rows, or a name, shown in a monospaced box
+    - "bar": a share from 0 to 1, drawn as a bar
+    - "noted": a list of (text, note) pairs; the notes are shown small, and translated if they are in the table
     """
 
     name: Text = ""
     kind: str = "text"
 
     def show(self, value: Any, translation: Translation) -> str:
-        """A value as text. None is shown as a dash."""
+        """Format a value of this column as text. None becomes a dash, and a phrase is translated."""
         if value is None or isinstance(value, Phrase):
             return "–" if value is None else translation(value)
         if self.kind in NUMBERS:
@@ -159,7 +181,7 @@ class Column(NamedTuple):
 
     @property
     def is_number(self) -> bool:
-        """Whether values are aligned right."""
+        """Return whether the values are numbers, which are aligned to the right."""
         return self.kind in NUMBERS
 
 
@@ -168,7 +190,11 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table. wrap: the first column may break anywhere. marked: numbers of the rows drawn as standing out."""
+    """A table. Each row has one value per column.
+
+    - wrap: whether lines of the first column may be broken inside words.
+    - marked: indices of the rows to highlight.
+    """
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
@@ -177,27 +203,27 @@ class Table:
     marked: Collection[int] = ()
 
     def texts(self, row: Sequence[Any], translation: Translation) -> list[str]:
-        """The cells of a row as text."""
+        """Format the cells of a row as text. ValueError if the row has not one value per column."""
         return [column.show(value, translation) for column, value in zip(self.columns, row, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """Figures in large: (label, value, a hint that is drawn small)."""
+    """Important figures in large type: a list of (label, value, hint). The hint is shown small below the value."""
 
     items: Sequence[tuple[Text, str, Text]]
 
 
 @dataclass(frozen=True, slots=True)
 class Callouts:
-    """Warnings, a line each."""
+    """Warnings, one line each. Without lines nothing is shown."""
 
     lines: Sequence[Text]
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A small paragraph. in_terminal: the terminal prints it too."""
+    """A paragraph in small type. in_terminal: whether the terminal prints it, too."""
 
     text: Text
     in_terminal: bool = False
@@ -210,19 +236,23 @@ class Heading:
     text: Text
 
 
-PlotSpec = dict[str, Any]  # what page.js draws a plot from (docs/reports.md), or a part of it
+PlotSpec = dict[str, Any]  # a JSON object from which page.js draws a plot (docs/reports.md), or a part of it
 
 
 @dataclass(frozen=True, slots=True)
 class Strings:
-    """Short strings one after another, each in a box."""
+    """Short strings, shown in boxes one after another."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot of a spec (docs/reports.md describes them; phrases in it are translated). in_terminal: the terminal draws it."""
+    """A plot with a title and a note below it.
+
+    - spec: what to plot, as a JSON object for page.js, see docs/reports.md. Phrases in it are translated.
+    - in_terminal: whether the terminal prints it as a table of bars; this requires a histogram of one series.
+    """
 
     title: Text
     spec: PlotSpec
@@ -230,7 +260,10 @@ class Plot:
     in_terminal: bool = False
 
     def as_table(self) -> Table:
-        """A histogram of one series as a table with bars; bins without values are left out."""
+        """Return a histogram as a table with one row and bar per bin; empty bins are omitted.
+
+        ValueError if the plot has not exactly one series.
+        """
         (series,), edges = self.spec["series"], self.spec["edges"]
         is_share = isinstance(edges[1], float)
         ends = [f"{100 * edge:.0f} %" if is_share else f"{edge:,}" for edge in edges]
@@ -242,14 +275,20 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Browser:
-    """Samples to page through, drawn as chats: records of `samples.records`."""
+    """Samples that the reader pages through, drawn as chats.
+
+    samples: records as `mmdata.stats.samples.records` returns them.
+    """
 
     samples: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Blocks below a title that opens them. in_terminal: the terminal prints them too."""
+    """Blocks that the page hides until the reader clicks on the title.
+
+    in_terminal: whether the terminal prints them.
+    """
 
     title: Text
     blocks: "Sequence[Block]"
@@ -258,7 +297,10 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Blocks beside each other where there is room; a list of blocks stays one below the other."""
+    """Blocks that are shown next to each other if the window is wide enough.
+
+    A list among them is one cell, and its blocks are shown one below the other.
+    """
 
     blocks: "Sequence[Block | list[Block]]"
 
@@ -268,7 +310,7 @@ Block = Table | Cards | Callouts | Note | Heading | Strings | Plot | Browser | F
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a page: an id for links, a title, and blocks."""
+    """A section of a page: its id (for links), title and blocks."""
 
     id: str
     title: Text
@@ -285,10 +327,15 @@ def bars(
     is_share: bool = False,
     names: Sequence[str] | None = None,
 ) -> PlotSpec:
-    """Spec of a histogram: values[i] counts what lies from edges[i] to edges[i + 1]; all bins are drawn equally wide.
+    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide.
 
-    ticks: (edge, label), by default at powers of two. marks: values drawn as vertical lines. is_share: values are shares of 1.
-    names: of the bins, where their edges are none that a reader knows.
+    - edges: N + 1 ascending bin edges.
+    - series: (name, values) of each; values are N numbers, and number i belongs to the bin between edges i and i + 1.
+    - ticks: (edge, label) on the x axis, by default at powers of two.
+    - marks: positions of vertical lines; those outside the edges are omitted.
+    - unit: what the values count.
+    - is_share: whether the values are shares from 0 to 1, not counts.
+    - names: the names of the bins, if the edges do not describe them.
     """
     return {
         "kind": "bars",
@@ -303,12 +350,12 @@ def bars(
 
 
 def _in_spec(text: Text) -> Any:
-    """A phrase that is translated when the spec is written as JSON; plain strings in a spec are not."""
+    """Turn a string in a spec into a phrase, because only phrases are translated when a spec is written as JSON."""
     return phrase(text) if isinstance(text, str) and text else text
 
 
 def _round_edges(edges: Sequence[float]) -> list[tuple[float, str]]:
-    """Powers of two among the edges, at most eight."""
+    """Return ticks, (edge, label), at the edges that are 0 or a power of two: at most eight, evenly chosen."""
     powers = [edge for edge in edges if edge == 0 or (edge >= 1 and edge == int(edge) and int(edge).bit_count() == 1)]
     step = -(-len(powers) // 8) or 1
     return [(edge, short(edge)) for edge in powers[::step]]
@@ -319,12 +366,16 @@ def _round_edges(edges: Sequence[float]) -> list[tuple[float, str]]:
 
 @cache
 def asset(file: str) -> str:
-    """The text of a file in assets/."""
+    """Return the content of a file in assets/."""
     return files("mmdata.stats.report").joinpath("assets", file).read_text(encoding="utf-8")
 
 
 def script_json(value: Any, translation: Translation | None = None) -> str:
-    """JSON for a script element, phrases translated: nothing in it can end the element or open a comment."""
+    """Return a value as JSON for a `<script>` element, with <, >, & and line separators escaped.
+
+    So no string in it can end the element or begin a comment. translation: translates the phrases in the value; without
+    it they raise TypeError. ValueError for NaN and infinity.
+    """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=translation)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -333,7 +384,10 @@ def script_json(value: Any, translation: Translation | None = None) -> str:
 
 @cache
 def _template(file: str) -> Any:
-    """A compiled template of templates/; all values are escaped but those marked safe: assets and `script_json`."""
+    """Load and compile a jinja2 template from templates/.
+
+    All values are escaped, except those that the template marks as safe: assets and the output of `script_json`.
+    """
     import jinja2
 
     directory = str(files("mmdata.stats.report").joinpath("templates"))
@@ -360,9 +414,15 @@ def render(
     refresh_s: float | None = None,
     axes: Mapping[str, Text] | None = None,
 ) -> str:
-    """The whole file. axes: what plots of lines can be drawn over, by its name in their specs; the reader chooses.
+    """Return the report as the text of one HTML file.
 
-    refresh_s: the page asks the address it came from for a newer version every so many seconds, and redraws.
+    - lang: "en" or "zh".
+    - refresh_s: if given, the page requests a newer version of itself from its server every `refresh_s` seconds, and
+      shows it.
+    - axes: the x axes among which the reader can choose for line plots: the key of each in the plots' specs, and its
+      label.
+
+    KeyError if a phrase has no translation.
     """
     translation = Translation(lang)
     return _template("page.html").render(

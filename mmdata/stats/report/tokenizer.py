@@ -1,4 +1,4 @@
-"""The report on tokenizers: figures of `mmdata.tokenizer.toolkit.evaluate` as tables, a tokenizer a column, and as a page."""
+"""The report on tokenizers: shows the figures of `mmdata.tokenizer.toolkit.evaluate`, with one column per tokenizer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,7 +9,10 @@ from mmdata.tokenizer.toolkit.evaluate import Evaluation, TokenizerFigures
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The shortest ends of these paths that tell them apart."""
+    """Return the ends of these paths, as short as possible but long enough that different paths have different ends.
+
+    names: paths with "/" between their parts. All ends have the same number of parts, or fewer if the path has fewer.
+    """
     parts = [name.rstrip("/").split("/") for name in names]
     for depth in range(1, max(map(len, parts)) + 1):
         short = ["/".join(each[-depth:]) for each in parts]
@@ -19,7 +22,11 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def tables(figures: Evaluation) -> list[Table]:
-    """All figures but the lists of tokens."""
+    """Return the five tables of the report.
+
+    They are bytes per token by language, bytes per token by file, characters per token by language, use of the
+    vocabulary with round trips and speed, and what each tokenizer means for a model.
+    """
     each = figures.tokenizers
     rows_by_title = {
         "bytes per token, by language": _rate_rows(each, "by_language", "bytes_per_token"),
@@ -36,7 +43,10 @@ def tables(figures: Evaluation) -> list[Table]:
 
 
 def _rate_rows(each: Sequence[TokenizerFigures], group: str, rate: str) -> list[list[Any]]:
-    """A row for each language or file ("by_language", "by_file"), and one for all text."""
+    """Return one row per language or file, with the rate of each tokenizer, and a last row for all text.
+
+    group: "by_language" or "by_file". rate: a field of `Rates`, such as "bytes_per_token".
+    """
     groups = [getattr(one, group) for one in each]
     kinds = list(groups[0])
     labels = kinds if group == "by_language" else short_names(kinds)
@@ -48,9 +58,11 @@ def _rate_rows(each: Sequence[TokenizerFigures], group: str, rate: str) -> list[
 
 
 def _number(value: float | None) -> str:
+    """Format a number with three decimals; None becomes "-"."""
     return "-" if value is None else f"{value:.3f}"
 
 
+# The rows of the table of use: label, and a function that formats the value of one tokenizer.
 _USE: dict[str, Callable[[TokenizerFigures], str]] = {
     "vocabulary size": lambda one: f"{one.vocab_size:,}",
     "tokens per word": lambda one: _number(one.tokens_per_word),
@@ -67,6 +79,12 @@ _USE: dict[str, Callable[[TokenizerFigures], str]] = {
 
 
 def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[list[Any]]:
+    """Yield table rows on what each tokenizer means for a model that is trained with it.
+
+    They are tokens and optimizer steps per gigabyte of text, compute relative to the tokenizer with the fewest tokens,
+    and, for each model preset, the embedding's share of the parameters. "!" marks a vocabulary that is larger than the
+    preset's. step_tokens: tokens per optimizer step.
+    """
     least = min(one.tokens_per_gigabyte for one in each)
     yield ["tokens of a GB of text", *(f"{one.tokens_per_gigabyte / 1e6:,.0f} M" for one in each)]
     steps = phrase("steps per epoch of a GB ({tokens} tokens each)", tokens=f"{step_tokens:,}")
@@ -79,7 +97,7 @@ def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[
 
 
 def eval_page(figures: Evaluation, *, lang: str = "en") -> str:
-    """The report: one HTML file."""
+    """Return the report as one HTML page. lang: "en" or "zh"."""
     text = figures.text
     title = phrase("Tokenizers on {megabytes} MB of text", megabytes=f"{text.bytes / 1e6:.1f}")
     subtitle = phrase("{texts} texts drawn from {rows} rows", texts=f"{text.texts:,}", rows=f"{text.rows:,}")
@@ -87,7 +105,7 @@ def eval_page(figures: Evaluation, *, lang: str = "en") -> str:
 
 
 def sections(figures: Evaluation) -> Iterator[Section]:
-    """The sections of the report, for a page of their own or within another."""
+    """Yield the sections of the report, for a page of their own or as part of another page."""
     each = figures.tokenizers
     language, file, characters, use, model = tables(figures)
     names = [as_name(short) for short in short_names([one.name for one in each])]
@@ -107,7 +125,11 @@ def sections(figures: Evaluation) -> Iterator[Section]:
 
 
 def _lists(label: Text, one: TokenizerFigures) -> Iterator[Block]:
-    """A tokenizer's longest tokens, those that never occur in the text, and texts that a round trip changes."""
+    """Yield tables of a tokenizer's longest tokens, tokens that never occur in the text, and texts changed by a round
+    trip.
+
+    label: the name of the tokenizer. A round trip is encoding a text and decoding its ids. Empty tables are omitted.
+    """
     token = Column("token", "code")
     columns = [token, Column("id", "count"), Column("bytes", "count"), Column("times", "count")]
     for title, tokens in (("longest tokens", one.longest_tokens), ("never in this text", one.glitch_prone_tokens)):

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page's plots and its sample browser from the JSON beside them. All text goes in as text, never as HTML.
+// Draws the plots and the sample browser of a report from the JSON in the page. All text is inserted as text, never as HTML.
 (() => {
 const root = document.documentElement;
 let words = JSON.parse(document.getElementById("words").textContent);
@@ -130,7 +130,8 @@ function barsOf(spec) {
   };
 }
 
-// Where a value lies among edges that are drawn equally far apart.
+// The x position of a value in a histogram whose bins are all drawn one unit wide: 0 at edges[0], 1 at edges[1], and so on.
+// Within a bin the scale is logarithmic if the lower edge is positive, else linear.
 function place(edges, value) {
   if (value <= edges[0]) return 0;
   for (let i = 0; i + 1 < edges.length; i++)
@@ -184,8 +185,9 @@ function hours(value) {
   return value < 1 ? trim(value * 60) + "m" : trim(value) + "h";
 }
 
-// Marks: {at, label, kind, color, said}. Stages and cuts stand as dashed lines with their name; events too, but where their
-// labels would meet only by a short line at the top; ticks at the foot.
+// Draws vertical marks, {at, label, kind, color, said}, at x = at. A mark of kind "tick" is a short line at the bottom. Any
+// other is a dashed line with its label above; a mark of kind "event" whose label would overlap another is only a short
+// line at the top.
 function drawMarks(plot, marks) {
   const context = plot.ctx, ratio = devicePixelRatio || 1, box = plot.bbox;
   const line = (x, top, bottom, dash, alpha) => {
@@ -421,11 +423,11 @@ function setTheme(theme) {
 button.onclick = () => {
   const theme = THEMES[(THEMES.indexOf(button.dataset.theme) + 1) % THEMES.length];
   setTheme(theme);
-  try { localStorage.setItem("mm-theme", theme); } catch { /* a page from disk may have no storage */ }
+  try { localStorage.setItem("mm-theme", theme); } catch { /* a page opened from a file may have no localStorage */ }
   drawAll();
 };
 let kept = "auto";
-try { kept = localStorage.getItem("mm-theme") || "auto"; } catch { /* as above */ }
+try { kept = localStorage.getItem("mm-theme") || "auto"; } catch { /* no localStorage, see above */ }
 setTheme(THEMES.includes(kept) ? kept : "auto");
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
@@ -468,7 +470,7 @@ if (root.dataset.refresh) {
       document.querySelector(".subtitle").replaceWith(found.querySelector(".subtitle"));
       start();
       root.dataset.refreshed = String(Number(root.dataset.refreshed || 0) + 1);
-    } catch { /* the run's server has ended; what is drawn stays */ }
+    } catch { /* the server of the page has stopped: the page stays as it is */ }
   }, 1000 * Number(root.dataset.refresh));
 }
 root.dataset.ready = "yes";
