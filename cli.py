@@ -1,4 +1,7 @@
-"""The command `mm`: registers the commands of mmdata and mmtrain, and turns errors into two lines and an exit code."""
+"""The command `mm`: registers the commands of mmdata and mmtrain, and turns errors into two lines and an exit code.
+
+The commands are registered by name and summary alone; the module of a command is imported only when it is called.
+"""
 
 import errno
 import os
@@ -61,7 +64,12 @@ app.add_typer(tokenizers, name="tokenizer")
 
 
 def main() -> None:
-    """Run `mm`; every error a user can cause becomes one error line, one fix line and an exit code."""
+    """Run the command in `sys.argv` and exit the process with its exit code.
+
+    An `MMError`, or an `OSError` that `describe` recognizes, is printed to stderr as an error line and a fix line, and
+    gives its exit code. Ctrl-C and SIGTERM give 130. When the reader of stdout has gone (`mm show DIR | head`), the
+    exit code is 0. Any other exception is raised with its traceback.
+    """
     signal.signal(signal.SIGTERM, interrupt)
     try:
         code = app(standalone_mode=True)
@@ -81,12 +89,16 @@ def main() -> None:
 
 
 def interrupt(_number: int, _frame: object) -> None:
-    """End like Ctrl-C, so that what is running cleans up."""
+    """Handle SIGTERM as Ctrl-C: raise KeyboardInterrupt, so that the running command cleans up."""
     raise KeyboardInterrupt
 
 
 def describe(error: OSError) -> MMError | None:
-    """An error of the file system that the user can mend, with what helps; None for any other."""
+    """Return the error to print for an OSError that the user can mend; None for any other OSError.
+
+    A full disk or an exceeded quota becomes DiskError. A missing file, a missing permission, and a directory where a
+    file is expected or the reverse become InputError.
+    """
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"the disk is full while writing {name}", "free some space (`df -h .`) and run it again")

@@ -1,4 +1,5 @@
-"""The commands that prepare data, one module each, and what they print with.
+"""The commands that prepare data, one module each, and what all commands share: `options` builds the command line,
+`terminal` prints.
 
-Only `cli.py` imports this package.
+Only `cli.py` and `mmtrain.commands` import this package.
 """

@@ -1,4 +1,4 @@
-"""`mm fetch`: bring data files and tokenizers to this machine, whole and verified."""
+"""`mm fetch`: download data files and tokenizers into a local directory, and verify them."""
 
 import os
 import sys
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from mmdata.hub.fetch import FetchOutcome, FileState
     from mmdata.hub.plan import FetchPlan
 
-ASK_ABOVE_BYTES = 1_000_000_000
+ASK_ABOVE_BYTES = 1_000_000_000  # of a download that the user has to agree to
 ADVISE_CONNECTIONS_ABOVE_BYTES = 256_000_000
 ENDPOINT_VARIABLES = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
 FILES, OUTPUT = "What to fetch", "Output"
-HEADINGS = (FILES, SOURCE, LOCAL, OUTPUT)  # order of the groups in the help
+HEADINGS = (FILES, SOURCE, LOCAL, OUTPUT)  # the groups of options in --help, in this order
 
 
 def fetch(
@@ -49,26 +49,33 @@ def fetch(
     ] = None,
     *,
     preset: Annotated[
-        str | None, Option("A set of files and their tokenizer: seed, zero or full.", FILES, metavar="NAME")
+        str | None,
+        Option(
+            "Fetch a set of files with their tokenizer: begin, zero, full, seed or zero-seed.", FILES, metavar="NAME"
+        ),
     ] = None,
-    everything: Annotated[bool, Option("Every file of the dataset's main branch.", FILES, "--all")] = False,
+    everything: Annotated[bool, Option("Fetch every file of the dataset's repository.", FILES, "--all")] = False,
     tokenizer: Annotated[
         str | None,
-        Option("Tokenizer minimind-3, minimind-2 or minimind-2-seed, into DIR/tokenizer.", FILES, metavar="NAME"),
+        Option(
+            "Fetch the tokenizer minimind-3, minimind-2 or minimind-2-seed to tokenizer/ in --out.",
+            FILES,
+            metavar="NAME",
+        ),
     ] = None,
     listing: Annotated[
-        bool, Option("Show the known files and which of them are here, without the network.", FILES, "--list")
+        bool, Option("List the known files and whether they have been fetched; makes no request.", FILES, "--list")
     ] = False,
     options: FetchOptions,
-    clean: Annotated[bool, Option("Remove what unfinished downloads left, and stop.", LOCAL)] = False,
-    dry_run: Annotated[bool, Option("Show the plan and stop.", OUTPUT)] = False,
+    clean: Annotated[bool, Option("Remove the files that unfinished downloads left; fetch nothing.", LOCAL)] = False,
+    dry_run: Annotated[bool, Option("Show what would be fetched; fetch nothing.", OUTPUT)] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask before more than 1 GB.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--yes", "-y", help="Do not ask before downloading more than 1 GB.", rich_help_panel=OUTPUT)
     ] = False,
     quiet: Annotated[bool, Option("Print errors only.", OUTPUT)] = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch data files and tokenizers, verify them, and resume what an earlier run began.
+    """Fetch data files and tokenizers, verify them, and resume downloads that an earlier run did not finish.
 
     Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch --list
     """
@@ -80,7 +87,9 @@ def fetch(
             *work.clean(options.out), as_json
         )
         return
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # otherwise its client sends what it knows of the terminal
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_TELEMETRY", "1"
+    )  # otherwise huggingface_hub sends data about its use to the Hub
     endpoint = options.endpoint or os.environ.get(ENDPOINT_VARIABLES.get(options.source, "")) or None
     options = replace(options, endpoint=endpoint)
     mute = quiet or as_json
@@ -120,14 +129,17 @@ def fetch(
 
 
 def agrees_to(num_bytes: int) -> bool:
-    """Whether to download this much: asks on a terminal when it is more than 1 GB."""
+    """Return whether to download `num_bytes` bytes.
+
+    Ask the user if it is more than 1 GB and both stdin and stderr are terminals; otherwise return True without asking.
+    """
     if num_bytes <= ASK_ABOVE_BYTES or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     return typer.confirm(f"download {size(num_bytes)}?", default=True, err=True)
 
 
 def plan_values(to_do: "FetchPlan") -> dict[str, Any]:
-    """The plan as `--json` prints it."""
+    """Return the plan as a dictionary for `--json`: its files, sizes in bytes, licence and warnings."""
     from mmdata.hub import catalog
 
     files = [
@@ -158,7 +170,10 @@ def plan_values(to_do: "FetchPlan") -> dict[str, Any]:
 
 
 def print_plan(to_do: "FetchPlan") -> None:
-    """Print a line for each file, then how much is fetched, how much space is free, and the licence."""
+    """Print the plan to stderr: one line per file with its state, size and bytes to download, then the warnings.
+
+    If anything has to be downloaded, also print the licence, the bytes to download and the free space, both in total.
+    """
     from mmdata.hub import catalog
 
     for item in to_do.items:
@@ -177,7 +192,11 @@ def print_plan(to_do: "FetchPlan") -> None:
 
 
 def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> None:
-    """Print the outcome of each file, the bytes received, and the next command."""
+    """Print the outcome of each file in `out`, the bytes received in `seconds` seconds, and the next command.
+
+    Failed files are only counted here; their errors are printed by the caller. The next command is printed only if a
+    jsonl file was fetched or was there already.
+    """
     for outcome in outcomes:
         if not outcome.error:
             again = f", {outcome.failures} interruptions" if outcome.failures else ""
@@ -194,7 +213,7 @@ def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> 
 
 
 def print_overview(rows: list["FileState"], as_json: bool) -> None:
-    """Print the known files with their state, then the notes about them."""
+    """Print a table of the known files with their states, then the notes about them; with `as_json` a JSON list."""
     if as_json:
         print_json(rows)
         return
@@ -216,7 +235,7 @@ def print_overview(rows: list["FileState"], as_json: bool) -> None:
 
 
 def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
-    """Print what `--clean` removed."""
+    """Print the number and total size of the files that `--clean` removed; with `as_json` as a JSON object."""
     if as_json:
         print_json({"num_files": num_files, "num_bytes": num_bytes})
     else:
@@ -225,7 +244,11 @@ def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
 
 @contextmanager
 def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None] | None]:
-    """Progress of one file and of all files; yields `watch(name, done, total, all_done, all_total)`, None if `quiet`."""
+    """Show the progress of the current file and of all files together, as a context manager.
+
+    Yields `watch(name, done, total, all_done, all_total)`, to be called with the bytes of the file `name` that are
+    done, the bytes it has, and the same two figures for all files. Yields None if `quiet`.
+    """
     rate = Rate()
     with meter(quiet=quiet) as draw:
 

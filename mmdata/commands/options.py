@@ -1,14 +1,15 @@
-"""From declared options to the command line: typer parameters, range checks, help in named groups.
+"""Builds the command line from declared options: typer parameters, range checks, and help in named groups.
 
-A command is a function. `add` registers it with a typer application and replaces these of its parameters:
+A command is a function. `add` registers it with a typer application and turns these of its parameters into command-line
+options:
 
 - `options: ChatOptions`, a dataclass declared with `mmdata.options.option`: one command-line option for each field.
   `values: Annotated[dict[str, Any], TrainOptions]` does the same and passes the fields as a dictionary.
 - `count: Annotated[int, Option("How many.", least=1)] = 4`, an `mmdata.options.Option` in the annotation: one option.
 
-Parameters annotated with `typer.Argument` or `typer.Option` are passed on unchanged. Every value is checked against
-its declaration before the function is called; what is out of range raises UsageError (exit code 2).
-The last paragraph of the docstring, `Example: mm ...`, is printed at the end of the help.
+Parameters annotated with `typer.Argument` or `typer.Option` are passed on unchanged. Before the function is called,
+every declared value is checked; one outside its range or choices raises UsageError (exit code 2). The docstring of the
+function is its help text; a last paragraph `Example: mm ...` is printed at the end of the help.
 """
 
 import inspect
@@ -33,19 +34,21 @@ SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,  # importing rich would take as long as everything else together
     "context_settings": {"help_option_names": ["--help", "-h"]},
 }
-MAX_WIDTH = 30  # of the column of flags in --help; longer flags stand on a line of their own
-LARGE_BOUND = 2**31 - 1  # bounds from here on are checked but not shown
-MAX_CHOICES_WIDTH = 24  # of choices shown as the name of an option's value: --split train|val|all
+MAX_WIDTH = 30  # characters in the column of flags in --help; a longer flag gets a line of its own
+LARGE_BOUND = 2**31 - 1  # bounds of this size or more are checked, but not shown in --help
+MAX_CHOICES_WIDTH = 24  # characters; shorter choices are shown as the name of an option's value: --split train|val|all
 Parameter = inspect.Parameter
-Values = dict[str, Any]  # of the command line, by parameter name
+Values = dict[str, Any]  # the values of all typer parameters, by name
 Converter = Callable[[Values], Any]
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help lists its options under the headings of their groups."""
+    """A command whose --help lists its options in sections, one for each group (`Option.group`)."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write one section for the arguments and one for each group; options without a group stand in the last."""
+        """Write a section for the arguments and one for each group, in the order of the parameters; options without a
+        group come last, under the heading "Options".
+        """
         sections: dict[str, list[tuple[str, str]]] = {}
         ungrouped = []
         for parameter in self.get_params(ctx):
@@ -67,13 +70,20 @@ class GroupedCommand(TyperCommand):
 
 
 class LazyCommand(TyperCommand):
-    """A command whose module is imported when the command is used; until then only its name and summary are known."""
+    """A command whose module is imported when it is called or its own --help is shown.
+
+    Before that only its name and its summary are known, which is what `mm --help` lists.
+    """
 
     module = ""  # set by `add_lazily`
 
     @cached_property
     def loaded(self) -> Any:
-        """The command itself: the function of the module that has its name, with its options."""
+        """The complete command, made from the function of the module that has the command's name (or `name_`, as in
+        `import_`).
+
+        The first access imports the module.
+        """
         module = import_module(self.module)
         app = typer.Typer(**SETTINGS)
         function = getattr(module, str(self.name), None) or getattr(module, f"{self.name}_")
@@ -81,37 +91,47 @@ class LazyCommand(TyperCommand):
         return typer.main.get_command(app)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """The context of the loaded command, so that this is what runs and prints its help."""
+        """Return the context of the loaded command, so that click runs that command and prints its help."""
         return self.loaded.make_context(*args, **kwargs)
 
     @property
     def params(self) -> list[Any]:
-        """The parameters of the loaded command."""
+        """The parameters of the loaded command. Reading them imports its module."""
         return self.loaded.params
 
     @params.setter
     def params(self, params: list[Any]) -> None:
-        """Called by the base class, without parameters."""
+        """Ignore the parameters that the base class sets: the command is created without any."""
 
 
 def add_lazily(app: typer.Typer, module: str, name: str, summary: str) -> None:
-    """Register the function `name` (or `name_`) of a module as a command without importing it.
+    """Register the function `name` (or `name_`) of a module as a command of `app`, without importing the module.
 
-    `summary` is its line in the list of commands. The module's HEADINGS, if any, is the order of the groups in its help.
+    `summary` is the line of the command in `mm --help`. If the module defines HEADINGS, the groups in the command's own
+    help are listed in this order.
     """
     command = type("ModuleCommand", (LazyCommand,), {"module": module})
     app.command(name, cls=command, help=summary)(lambda: None)
 
 
 def add(app: typer.Typer, function: Callable[..., None], headings: Sequence[str] = ()) -> None:
-    """Register a command under the function's name, without a final underscore. `headings`: order of the groups in its help."""
+    """Register a function as a command of `app`, under the function's name without a final underscore.
+
+    The help text is the function's docstring; a paragraph that begins with `Example: ` is printed at the end of the
+    help. `headings` is the order of the option groups in the help; without it they come in the order of the parameters.
+    """
     text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample: ")
     name = function.__name__.rstrip("_")
     app.command(name, cls=GroupedCommand, help=text, epilog=f"Example: {example}")(command_line(function, headings))
 
 
 def command_line(function: Callable[..., None], headings: Sequence[str] = ()) -> Callable[..., None]:
-    """A function that typer can read, which checks the values, builds the options objects and calls `function`."""
+    """Return a function with a signature that typer can read, which checks the values and calls `function`.
+
+    Values of an options dataclass are collected in an instance (or a dictionary, see the module docstring) before the
+    call. The new function raises UsageError for a value outside its declaration. `headings` is the order of the option
+    groups in the help.
+    """
     parameters: list[Parameter] = []
     converters: dict[str, Converter] = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -131,7 +151,9 @@ def command_line(function: Callable[..., None], headings: Sequence[str] = ()) ->
 
 
 def _rank(parameter: Parameter, headings: Sequence[str]) -> int:
-    """Place of a parameter's group among the headings: arguments first, options without a group last."""
+    """Return the sort key of a typer parameter: arguments come first, then options by the index of their group in
+    `headings`, then options without a group. ValueError if a group is not in `headings`.
+    """
     info = get_args(parameter.annotation)[1]
     if isinstance(info, type(typer.Argument())):
         return -1
@@ -139,7 +161,12 @@ def _rank(parameter: Parameter, headings: Sequence[str]) -> int:
 
 
 def _converted(parameter: Parameter) -> tuple[list[Parameter], Converter]:
-    """The typer parameters that stand for one of a command's, and the function that makes its value of theirs."""
+    """Return the typer parameters that replace one parameter of a command, and a function that computes its value.
+
+    An `Option` in the annotation gives one typer parameter, an options dataclass one for each declared field; any other
+    parameter is returned as it is. The function takes the values of all typer parameters by name, and raises UsageError
+    for a value outside its declaration.
+    """
     annotation = parameter.annotation
     for item in (annotation, *get_args(annotation)[1:]):
         if isinstance(item, Option):
@@ -152,17 +179,23 @@ def _converted(parameter: Parameter) -> tuple[list[Parameter], Converter]:
 
 
 def _checked(name: str, declaration: Option, values: Values) -> Any:
-    """One of the values; UsageError when it is outside its declaration."""
+    """Return the value called `name`; UsageError if it is outside its declared range or choices."""
     check_value(flag_of(name, declaration), values[name], declaration)
     return values[name]
 
 
 def _instance(kind: type, fields_of: Converter, values: Values) -> Any:
+    """Return an instance of the options class `kind` with the fields that `fields_of` computes from the values."""
     return kind(**fields_of(values))
 
 
 def _expanded(kind: type) -> tuple[list[Parameter], Converter]:
-    """A parameter for each declared field of an options class, and the function that gives the checked fields."""
+    """Return one typer parameter for each declared field of the options class `kind`, and a function that computes the
+    fields.
+
+    The function takes the values of all typer parameters by name and returns a dictionary of the fields. It checks each
+    value (UsageError), makes lists tuples, and inverts flags like --no-compile, which set their field to False.
+    """
     types = {field.name: (field.type, field.default) for field in fields(kind)}
     parameters = []
     conversions: dict[str, Callable[[Any], Any]] = {}
@@ -184,7 +217,11 @@ def _expanded(kind: type) -> tuple[list[Parameter], Converter]:
 
 
 def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Option) -> Parameter:
-    """One option for typer: its flags, its help text with default and range, and its group."""
+    """Return the parameter that declares one option to typer: its flag, type, default, help text and group.
+
+    `annotation` is the type of the value. An option of type `bool | None` gets the two flags --NAME and --no-NAME,
+    unless its declaration names both.
+    """
     flag = flag_of(name, declaration)
     if default is None and NoneType not in get_args(annotation):
         annotation = annotation | None
@@ -201,7 +238,12 @@ def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Opti
 
 
 def _help(annotation: Any, default: Any, declaration: Option) -> str:
-    """The help text, followed by the default and the range in brackets."""
+    """Return the help text of an option, followed in brackets by its choices, default and range.
+
+    Choices are included if they are not shown already as the name of the value. The default is, if known, the
+    declaration's `default_text`, else its defaults by stage, else `default` unless the option is a flag. Bounds from
+    LARGE_BOUND on are left out.
+    """
     shown = declaration.default_text
     by_stage = {
         stage: _plain(value) for stage, value in (declaration.by_stage or {}).items() if value not in (None, "")
@@ -219,12 +261,15 @@ def _help(annotation: Any, default: Any, declaration: Option) -> str:
 
 
 def _choices(declaration: Option) -> str:
-    """The choices as they stand for the option's value, train|val|all; empty when they take too much room for that."""
+    """Return the choices as the name of an option's value, train|val|all; empty if there are none or they are too long
+    for that.
+    """
     choices = "|".join(declaration.choices)
     return choices if len(choices) <= MAX_CHOICES_WIDTH else ""
 
 
 def _plain(value: Any) -> str:
+    """Return a default as text: a float with up to six digits (0.1, 5e-06), anything else as `str` gives it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -237,12 +282,16 @@ TokenizerDir = Annotated[
     Path | None, Option("Tokenizer directory.", flag="--tokenizer", metavar="DIR", default_text="data/tokenizer")
 ]
 Workers = Annotated[int | None, Option("Number of processes.", least=1, default_text="one per core")]
-Html = Annotated[Path | None, Option("Write the report as one HTML file that needs no other.", metavar="FILE")]
+Html = Annotated[Path | None, Option("Write the report as one self-contained HTML file.", metavar="FILE")]
 Lang = Annotated[str, Option("Language of the HTML report.", choices=("en", "zh"))]
 
 
 def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[Path]:
-    """The files named, else all of data/*.jsonl. `-` is standard input, refused unless each file is read once."""
+    """Return the input files: `files` if any are given, else data/*.jsonl in alphabetical order.
+
+    InputError if there are none, or one does not exist. The path `-` stands for standard input; it raises UsageError
+    unless `is_read_once`, which says that the command reads every file once only.
+    """
     paths = files or sorted(DATA_DIR.glob("*.jsonl"))
     if not paths:
         raise InputError(f"no FILE given and no {DATA_DIR}/*.jsonl here", "`mm fetch` brings data, or name your files")
@@ -256,7 +305,10 @@ def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[P
 
 
 def tokenizer_dir(path: Path | None) -> Path:
-    """The tokenizer directory named, else data/tokenizer; TokenizerError if none is named and that does not exist."""
+    """Return the tokenizer directory: `path` if it is given, else data/tokenizer.
+
+    TokenizerError if `path` is None and data/tokenizer does not exist. A given `path` is not checked.
+    """
     if path is None and not (DATA_DIR / "tokenizer").is_dir():
         raise TokenizerError(
             f"no tokenizer given and no {DATA_DIR}/tokenizer here",

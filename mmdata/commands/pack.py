@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
 
-MOST_NAMES = 10  # control strings to print
+MOST_NAMES = 10  # control strings to print at most
 
 
 def pack(
@@ -53,16 +53,16 @@ def pack(
     out: Annotated[
         str | None,
         Option(
-            "One dataset of all FILEs; for a URL it is packed under shards/ and then sent.",
+            "Pack all FILEs into this one dataset; for a URL, pack it under shards/ and then upload it.",
             OUTPUT,
             metavar="DIR|URL",
             default_text="shards/<file> for each file",
         ),
     ] = None,
-    no_report: Annotated[bool, Option("Do not write report.html beside the manifest.", OUTPUT)] = False,
+    no_report: Annotated[bool, Option("Do not write report.html into the dataset.", OUTPUT)] = False,
     plan: Annotated[
         bool,
-        Option("Read about 1 % and estimate time, disk, tokens and padding; write nothing.", OUTPUT),
+        Option("Read about 1 % of the data and estimate time, disk space, tokens and padding; write nothing.", OUTPUT),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -114,7 +114,10 @@ def pack(
 
 
 def kept_stdin(out: Path | None) -> Path:
-    """Copy standard input to a file beside the dataset `out`, because the dataset's rows refer to their input file."""
+    """Copy standard input to the file `out`.jsonl in the directory of the dataset `out`, and return its path.
+
+    The copy is needed because a dataset names the input file and line of every row. UsageError if `out` is None.
+    """
     from mmdata.io.files import atomic_path
 
     if out is None:
@@ -127,18 +130,24 @@ def kept_stdin(out: Path | None) -> Path:
 
 
 def dataset_name(path: Path) -> str:
-    """The name of a file's dataset: the file's name without .jsonl, .gz and .zst."""
+    """Return the name of the dataset made from one file: the file's name up to .jsonl or .json."""
     return path.name.split(".jsonl")[0].split(".json")[0]
 
 
 def stage_of(kind: str) -> str:
-    """The training stage for a kind of rows."""
+    """Return the training stage (pretrain, sft or dpo) that trains on rows of this kind (document, conversation or
+    pair).
+    """
     return next(stage for stage, stage_kind in STAGE_KINDS.items() if stage_kind == kind)
 
 
 @contextmanager
 def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, Callable[[int, int, int], None]]]:
-    """Progress of a pack; yields `update(done, total)` in bytes, and `watch(rows, tokens, num_left_out)`."""
+    """Show the progress of packing, as a context manager.
+
+    Yields `update` and `watch`. `update(done, total)` takes bytes of the inputs; it is None if `quiet`. `watch(rows,
+    tokens, num_left_out)` takes the counts so far, which the next `update` shows.
+    """
     by_bytes, by_tokens = Rate(), Rate()
     counts = [0, 0, 0]
 
@@ -163,7 +172,11 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
 
 
 def print_packed(packed: "PackResult", write: Callable[[str], None] = result) -> None:
-    """Print what became of the rows and what was written, in two or three lines."""
+    """Print how many rows were packed, left out and cut, and what was written.
+
+    `write` prints one line, by default to stdout. For a pack with `--shard`, the last line says how many parts of other
+    shards are left; a dataset that was up to date gets one line only.
+    """
     from mmdata.encode.rows import HELP
 
     if packed.up_to_date:
@@ -194,7 +207,10 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
 
 
 def warn_of_contained(datasets: list[Path]) -> None:
-    """Warn of each dataset whose rows another one holds too: trained on together, they would count twice."""
+    """Print a warning for each input file of which most rows are in another input file of the datasets, too.
+
+    A model trained on both files would see these rows twice.
+    """
     from mmdata.shards.checks import find_contained
     from mmdata.shards.dataset import open_dataset
 
@@ -205,7 +221,10 @@ def warn_of_contained(datasets: list[Path]) -> None:
 
 
 def send(directory: Path, url: str, *, quiet: bool) -> None:
-    """Copy a packed dataset to a URL and verify the copy."""
+    """Copy a packed dataset to a URL, read each file back to verify its hash, and print the command that downloads it.
+
+    DatasetError if a file arrives with other bytes.
+    """
     from mmdata.io import remote
     from mmdata.shards.manifest import every_file
 
@@ -216,7 +235,11 @@ def send(directory: Path, url: str, *, quiet: bool) -> None:
 
 
 def write_report(directory: Path, *, is_new: bool) -> None:
-    """Write the dataset's report from its counts and a sample of it; a failure is printed as a note."""
+    """Write report.html into the dataset, from its recorded counts and a sample of its rows.
+
+    A report that exists is replaced only if `is_new`, which says that the dataset was packed just now. A failure is
+    printed as a note and raises nothing.
+    """
     from mmdata.io.files import write_text
     from mmdata.stats import stats
     from mmdata.stats.report import data
@@ -236,7 +259,10 @@ def write_report(directory: Path, *, is_new: bool) -> None:
 
 
 def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: bool) -> None:
-    """Estimate and print what packing would give: one dataset of all files if `is_one`, else one for each file."""
+    """Estimate what packing would give, and print it; nothing is written.
+
+    `files` are packed into one dataset if `is_one`, else each into its own.
+    """
     from mmdata.pack.estimate import estimate
     from mmdata.pack.pipeline import common_kind
 
@@ -252,7 +278,7 @@ def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: b
 
 
 def print_estimate(estimate: "Estimate") -> None:
-    """Print the estimate for a dataset, one line for each length limit."""
+    """Print the estimate for a dataset: a table with one line for each length limit (`--max-len`)."""
     result(
         f"{', '.join(estimate.inputs)}: about {estimate.rows:,} rows of kind {estimate.kind} in {size(estimate.bytes)} "
         f"(read {size(estimate.read_bytes)}); {estimate.rows_left_out:,} cannot be used"

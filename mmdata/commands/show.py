@@ -1,4 +1,4 @@
-"""`mm show`: samples of a packed dataset or rows of a jsonl file as the model sees them, trained tokens marked."""
+"""`mm show`: print samples of a packed dataset or rows of a jsonl file as the model sees them; marks trained tokens."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmdata.encode.sequences import Sequences
 
 TRAINED_LOOK = "green, or between ⟦ and ⟧ where there is no colour"
-SEQUENCES = (  # of a sample: names of the ids and of the loss mask in its record, and the title
+SEQUENCES = (  # keys of the ids and of the loss mask in a sample's record (no mask: not trained on), and title
     ("input_ids", "loss_mask", ""),
     ("prompt_ids", "", "prompt"),
     ("chosen_ids", "chosen_mask", "chosen"),
@@ -32,7 +32,7 @@ def show(
     ],
     index: Annotated[
         int | None,
-        Option("Which sample (a pack or a pair), or which row of a file, from 0.", least=0, default_text="0"),
+        Option("Number of the sample (a pack or a pair), or of the row of a file, from 0.", least=0, default_text="0"),
     ] = None,
     split: Annotated[str, Option("Split of the dataset.", choices=("train", "val", "all"))] = "train",
     ids: Annotated[bool, Option("Show the token ids too.")] = False,
@@ -40,7 +40,7 @@ def show(
     max_len: Annotated[int, Option("For a file: longest sequence in tokens.", least=8, most=2**31 - 1)] = 1024,
     as_json: Annotated[
         bool,
-        Option("One JSON line per source row, in source order, with ids and loss mask.", flag="--json"),
+        Option("Print one JSON line per source row, in source order, with ids and loss mask.", flag="--json"),
     ] = False,
 ) -> None:
     """Show a sample decoded, as the model sees it, with the trained tokens in green.
@@ -54,7 +54,12 @@ def show(
 
 
 def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool, as_json: bool) -> None:
-    """Print one sample of a packed dataset, or with `as_json` and no index every source row."""
+    """Print one sample (a pack or a pair) of a packed dataset, with the file and line of each of its sequences.
+
+    `index` counts from 0; None is 0. The split "all" stands for "train" here. With `as_json` the sample is printed as
+    JSON; with `as_json` and no index, every source row of the split is printed as one JSON line. UsageError if there is
+    no such sample.
+    """
     from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -89,7 +94,10 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
 
 
 def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool) -> None:
-    """Print one row of a jsonl file as it would be packed, or the reason it would be left out."""
+    """Print one row of a jsonl file, counted from 0, as it would be packed; or the reason why it would be left out.
+
+    `tokenizer` is a directory, `max_len` the longest sequence in tokens. UsageError if the file has fewer rows.
+    """
     from mmdata.encode.encoder import RowEncoder, preview
     from mmdata.encode.rows import REASONS, find_kind, iter_lines
     from mmdata.tokenizer.tokenizer import Tokenizer
@@ -123,7 +131,11 @@ def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: b
 
 
 def encoded_records(sequences: "Sequences") -> list[dict[str, list[int]]]:
-    """Ids and loss masks of a row's sequences, or of a pair, under the names that `mm show --json` uses."""
+    """Return the ids and loss masks of a row, under the names that `mm show --json` uses.
+
+    A document or conversation gives one record with input_ids and loss_mask for each of its sequences. A pair gives one
+    record with prompt_ids, and for each reply ids and mask, as chosen_ids and chosen_mask.
+    """
     from mmdata.encode.sequences import PairSequence
     from mmdata.shards.dataset import loss_mask
 
@@ -143,13 +155,16 @@ def encoded_records(sequences: "Sequences") -> list[dict[str, list[int]]]:
 
 
 def decoded(decode: Callable[[list[int]], str], ids: list[int], mask: list[int]) -> Iterable[tuple[str, bool]]:
-    """Text and whether it is trained on, for each stretch of tokens with the same loss mask."""
+    """Split ids where the loss mask changes; yield the text of each run of tokens and whether it is trained on."""
     for is_trained, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
         yield decode([token for token, _ in run]), bool(is_trained)
 
 
 def print_segments(segments: Iterable[tuple[str, bool]], title: str) -> None:
-    """Print text after its title: trained segments in green, or between brackets where there is no colour."""
+    """Print segments (text, is trained) after a bold title; trained ones are green, or between ⟦ and ⟧ without colour.
+
+    An empty title is not printed.
+    """
     pieces = [(f"{title}: ", "bold", f"{title}: ")] if title else []
     for is_trained, run in groupby(segments, key=lambda segment: segment[1]):
         text = "".join(text for text, _ in run)

@@ -1,4 +1,4 @@
-"""`mm stats`: the figures of packed datasets and jsonl files, printed and as an HTML report."""
+"""`mm stats`: measure packed datasets and jsonl files, and print the figures or write them as an HTML report."""
 
 import os
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ def stats(
     tokenizer: TokenizerDir = None,
     html: Html = None,
     compare: Annotated[
-        Path | None, Option("Another dataset, to compare with the one named.", metavar="DIR|FILE")
+        Path | None, Option("Another dataset or file, to compare with the one named.", metavar="DIR|FILE")
     ] = None,
     exact: Annotated[bool, Option("Tokenize every row of a jsonl file instead of a sample of a large one.")] = False,
     losses: Annotated[
         Path | None,
-        Option("File written by `mm eval --per-sequence`; shows the rows of high loss.", metavar="FILE"),
+        Option("File written by `mm eval --per-sequence`; also show the rows of highest loss.", metavar="FILE"),
     ] = None,
     lang: Lang = "en",
     workers: Workers = None,
@@ -81,7 +81,10 @@ def stats(
 
 
 def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
-    """Print the report on each path, then warnings on all of them and, if two are compared, their differences."""
+    """Print a report on each dataset or file, then the warnings about rows that several of them share.
+
+    If `is_comparison`, `measured` has two entries and their differences follow.
+    """
     from mmdata.stats.report.compare import side_by_side
     from mmdata.stats.report.data import sections_of, warned
     from mmdata.stats.report.page import Section

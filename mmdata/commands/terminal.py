@@ -1,6 +1,6 @@
-"""The terminal: lines, tables and progress. Results go to stdout; messages, progress and errors to stderr.
+"""Output to the terminal: lines, tables and progress. Results go to stdout; messages, progress and errors go to stderr.
 
-Only the commands use it. At its top it imports the standard library alone, so that `mm --help` stays instant.
+Only the commands use this module. Rich is imported where it is needed, so that `mm --help` starts fast.
 """
 
 import json
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from mmdata.stats.report.page import Block, Section, Translation
 
-PIPE_WIDTH = 120  # columns of a table where there is no terminal
-CELL_WIDTH = 100  # characters of a text in a report's table
-EVERY_S = 10  # seconds between lines of progress where there is no terminal
+PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
+CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
+EVERY_S = 10  # seconds between lines of progress where stderr is no terminal
 
-Update = Callable[[int, int], None]  # (done, total)
+Update = Callable[[int, int], None]  # (units done, units in all)
 
 
 def say(text: str = "") -> None:
@@ -36,24 +36,26 @@ def result(text: str = "") -> None:
 
 
 def next_command(command: str) -> None:
-    """Print the command that usually follows, the last line of most commands."""
+    """Print the command that usually follows, as "next: COMMAND" to stderr. Most commands end with it."""
     say(f"next: {command}")
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document to stdout; dataclasses become objects, paths strings."""
+    """Print `value` as one indented JSON document to stdout. Dataclasses become objects; paths and other types become
+    strings.
+    """
     result(json.dumps(value, ensure_ascii=False, indent=2, default=plain))
 
 
 def plain(value: Any) -> Any:
-    """A value that json cannot write, as one that it can: dataclasses become dictionaries, everything else a string."""
+    """Convert a value that json cannot write: a dataclass to a dictionary of its fields, others to `str(value)`."""
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return str(value)
 
 
 def fail(error: MMError) -> int:
-    """Print an error and its fix to stderr; returns its exit code."""
+    """Print an error and, if it has one, its fix to stderr. Return the error's exit code."""
     say(f"error: {error.message}")
     if error.fix:
         say(f"fix: {error.fix}")
@@ -64,7 +66,7 @@ def fail(error: MMError) -> int:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes with its unit, in powers of 1000: 1.2 GB."""
+    """Format a number of bytes with its unit, in powers of 1000: 12 B, 1.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -73,19 +75,19 @@ def size(num_bytes: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A duration with its unit: 40 s, 12 min, 3.5 h."""
+    """Format a duration in seconds with a suitable unit: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def percent(part: float, whole: float) -> str:
-    """A share in percent with one decimal; 0.0% when `whole` is 0."""
+    """Format `part` / `whole` in percent with one decimal: 12.5%. Returns 0.0% if `whole` is 0."""
     return f"{100 * part / whole if whole else 0:.1f}%"
 
 
 def counted(counts: Iterable[tuple[str, int]]) -> str:
-    """Names with their counts in brackets: a (12), b (3)."""
+    """Format names with their counts in brackets: a (12), b (3)."""
     return ", ".join(f"{name} ({count:,})" for name, count in counts)
 
 
@@ -93,9 +95,10 @@ def counted(counts: Iterable[tuple[str, int]]) -> str:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table to stdout; nothing without rows. Integers get thousands separators.
+    """Print a table to stdout; print nothing if there are no rows. Integers get thousands separators.
 
-    The first column is aligned left, the others right, except columns without a name after the second (bars, notes).
+    `columns` are the names of the columns; the header is left out if all are empty. The first column is aligned left,
+    the others right, except for columns after the second whose name is empty (bars and notes), which are aligned left.
     """
     names = list(columns)
     left = {index for index, name in enumerate(names) if index == 0 or (index > 1 and not name)}
@@ -105,7 +108,11 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def print_sections(sections: "Iterable[Section]") -> None:
-    """Print the tables, figures and notes of a report, each section below its title."""
+    """Print a report to stdout: for each section its title, then its tables, figures and notes.
+
+    Blocks (tables, plots, notes) that a terminal cannot show, such as curves, are skipped. A section of which nothing
+    can be shown is skipped together with its title.
+    """
     from mmdata.stats.report.page import Translation
 
     translation = Translation("en")
@@ -117,7 +124,10 @@ def print_sections(sections: "Iterable[Section]") -> None:
 
 
 def _printed(block: "Block | list[Block]", translation: "Translation") -> "Iterator[str | RichTable]":
-    """The lines and tables that show a block of a report; none for what a terminal cannot show, such as curves."""
+    """Yield the lines and tables that show one block of a report, or a list of blocks, in a terminal.
+
+    Yields nothing for a block that a terminal cannot show, such as a curve.
+    """
     from mmdata.stats.report import page
 
     if isinstance(block, page.Table) and block.rows:
@@ -148,7 +158,11 @@ def _printed(block: "Block | list[Block]", translation: "Translation") -> "Itera
 
 
 def _grid(title: str, names: Sequence[str], cells: Iterable[Sequence[str]], left: Container[int]) -> "RichTable":
-    """A table without lines; `left` are the columns aligned left. The header is shown if any column has a name."""
+    """Return a table without ruled lines, for rich to print.
+
+    `names` are the headers, which are shown if any is not empty; `cells` are the rows; `left` holds the indices of the
+    columns that are aligned left.
+    """
     from rich.table import Table
 
     grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -161,7 +175,7 @@ def _grid(title: str, names: Sequence[str], cells: Iterable[Sequence[str]], left
 
 
 def _print_grids(items: "Iterable[str | RichTable]") -> None:
-    """Print lines and tables to stdout; where that is no terminal, tables are at most PIPE_WIDTH wide."""
+    """Print lines and tables to stdout. If stdout is no terminal, tables are at most PIPE_WIDTH characters wide."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -170,13 +184,19 @@ def _print_grids(items: "Iterable[str | RichTable]") -> None:
 
 
 def _one_line(text: str) -> str:
-    """A cell as one line of at most CELL_WIDTH characters."""
+    """Return a text as one line of at most CELL_WIDTH characters: whitespace is collapsed, a longer text ends with "…".
+
+    A text of whitespace alone is shown with escapes (\\n).
+    """
     line = " ".join(text.split()) or repr(text)[1:-1]
     return line if len(line) <= CELL_WIDTH else f"{line[: CELL_WIDTH - 1]}…"
 
 
 def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
-    """Print text piece by piece: each is (text, rich style, text to print instead where there is no colour)."""
+    """Print text in colours to stdout, one piece after another.
+
+    Each piece is (text, rich style, replacement); the replacement is printed where stdout shows no colour.
+    """
     from rich.console import Console
     from rich.text import Text
 
@@ -193,10 +213,11 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 
 @contextmanager
 def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
-    """Progress bars on a terminal, else a plain line every 10 s. Yields None if `quiet`, else `draw`.
+    """Show progress on stderr: bars on a terminal, elsewhere a line every EVERY_S seconds. A context manager.
 
-    `draw(label, done, total, words, row=0)` shows how far `label` is; `words` stand after the bar, or in the line. Row 1
-    is a second bar below the first, on terminals only. A total of 0 is one that is not known.
+    Yields None if `quiet`, else `draw(label, done, total, words, row=0)`. It shows that `done` of `total` units of the
+    work `label` are done; `words` is printed after the bar, or in the line. Row 1 is a second bar below the first,
+    shown on terminals only. A `total` of 0 means that the total is not known.
     """
     if quiet:
         yield None
@@ -227,26 +248,36 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
 
 
 class Rate:
-    """How fast a count grows, from its first value on: what an earlier, interrupted run had done does not count."""
+    """The mean rate of a growing count, in units per second since the object was created.
+
+    The first count passed is subtracted, so that what an earlier, interrupted run had done does not raise the rate.
+    """
 
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._first: float | None = None
 
     def per_second(self, done: float) -> float:
-        """The mean rate so far."""
+        """Return the mean rate up to the count `done`, in units per second; 0 at the first call."""
         self._first = done if self._first is None else self._first
         return (done - self._first) / max(time.monotonic() - self._start, 1e-3)
 
     def time_left(self, done: float, total: float) -> str:
-        """ ", 40 s left", or nothing while the rate is not known or everything is done."""
+        """Return the estimated time until the count `done` reaches `total`, as text to append: ", 40 s left".
+
+        Returns an empty string while the rate is 0, and when everything is done.
+        """
         rate = self.per_second(done)
         return f", {in_time((total - done) / rate)} left" if rate > 0 and done < total else ""
 
 
 @contextmanager
 def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Update | None]:
-    """Progress of one piece of work; yields `update(done, total)`, or None if `quiet`."""
+    """Show the progress of one piece of work called `label`, as a context manager.
+
+    Yields `update(done, total)`, or None if `quiet`. `unit` is what is counted, such as "samples"; counts of bytes are
+    shown with a suitable unit.
+    """
     rate = Rate()
     with meter(quiet=quiet) as draw:
 

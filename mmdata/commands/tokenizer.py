@@ -47,8 +47,8 @@ TextFiles = Annotated[
         default_text="data/*.jsonl",
     ),
 ]
-LimitBytes = Annotated[int, Option("Largest amount of text, drawn evenly over files and languages.", least=1)]
-Seed = Annotated[int, Option("Seed of the draw where not all texts are taken.", **INT64)]
+LimitBytes = Annotated[int, Option("Largest amount of text in bytes, drawn evenly over files and languages.", least=1)]
+Seed = Annotated[int, Option("Seed of the random choice of texts, where not all are taken.", **INT64)]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Tokenizer directory.")]
 
 
@@ -65,7 +65,7 @@ def train(
     weight: Annotated[
         list[str] | None,
         Option(
-            "How often the texts of a FILE, field (user, assistant …) or language (Chinese, English …) count; may be repeated.",
+            "Count the texts of a FILE, field (user, assistant …) or language (Chinese, English …) W times; may be repeated.",
             metavar="NAME=W",
         ),
     ] = None,
@@ -189,7 +189,7 @@ def show(
         str | None,
         typer.Argument(metavar="[TEXT]", help="Text to split; - reads standard input. [default: show the vocabulary]"),
     ] = None,
-    control: Annotated[bool, Option("Control strings in TEXT become control tokens.")] = False,
+    control: Annotated[bool, Option("Encode control strings in TEXT as control tokens.")] = False,
     begin: Annotated[int, Option("Without TEXT: first id to show.", flag="--from", least=0)] = 0,
     count: Annotated[int, Option("Without TEXT: number of ids to show.", least=0)] = 100,
     find: Annotated[str | None, Option("Without TEXT: show only tokens that contain this.", metavar="TEXT")] = None,
@@ -224,10 +224,10 @@ def extend(
     add: Annotated[list[str], Option("A token to add; may be repeated.", metavar="TOKEN")],
     out: Annotated[Path, Option("Directory of the extended tokenizer.", metavar="DIR")],
     control: Annotated[
-        bool, Option("Make them control tokens: only templates write them, text never becomes them.")
+        bool, Option("Make them control tokens, which only chat templates produce, never text.")
     ] = False,
     reserved: Annotated[
-        bool, Option("Replace reserved tokens (<|buffer1|> …), so that no model becomes larger.")
+        bool, Option("Replace reserved tokens (<|buffer1|> …), so that a model's embedding keeps its size.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -246,7 +246,10 @@ def extend(
 
 
 def weights_of(items: list[str] | None) -> dict[str, float]:
-    """Parse `--weight` options such as assistant=2: weights by name."""
+    """Parse `--weight` options such as assistant=2 into weights by name; empty for None.
+
+    UsageError for an item that is not NAME=NUMBER, or whose number is negative, infinite or NaN.
+    """
     weights = {}
     for item in items or ():
         name, equals, amount = item.rpartition("=")
@@ -263,7 +266,11 @@ def weights_of(items: list[str] | None) -> dict[str, float]:
 
 @contextmanager
 def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Progress of work in phases; yields `phase(name, done, total)` in bytes, total 0 if unknown, or None if `quiet`."""
+    """Show the progress of work that consists of several phases, as a context manager.
+
+    Yields `phase(name, done, total)`, to be called with the bytes done in the phase and its bytes in all (0 if not
+    known). Yields None if `quiet`.
+    """
     start = time.monotonic()
     with meter(quiet=quiet) as draw:
 
@@ -276,7 +283,10 @@ def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] |
 
 
 def print_trained(trained: "Trained") -> None:
-    """Print how much text was found and drawn from each file and language, the rows left out, and what was written."""
+    """Print how much text was found and drawn in each file and language, the rows left out, and the tokenizer written.
+
+    A tokenizer that was up to date gets one line only.
+    """
     if trained.up_to_date:
         result(f"{trained.out} is up to date: {trained.vocab_size:,} tokens, sha256 {trained.sha256[:12]}")
         return
@@ -296,7 +306,10 @@ def print_trained(trained: "Trained") -> None:
 
 
 def print_findings(directory: Path, findings: "Sequence[Finding]") -> None:
-    """Print one line for each check (ok, note or error), a fix below each note, then the numbers of errors and notes."""
+    """Print one line for each check (ok, note or error), a fix below each note, then the numbers of errors and notes.
+
+    The fixes of errors are printed by the caller.
+    """
     for finding in findings:
         result(f"{finding.level:<5}  {finding.check}: {finding.found}")
         if finding.fix and finding.level == "note":
@@ -306,7 +319,7 @@ def print_findings(directory: Path, findings: "Sequence[Finding]") -> None:
 
 
 def print_evaluated(figures: "Evaluation") -> None:
-    """Print the figures as tables with a column for each tokenizer, then its longest tokens and its problems."""
+    """Print tables with a column for each tokenizer, then each tokenizer's longest tokens and its problems."""
     from mmdata.stats.report.page import Section
     from mmdata.stats.report.tokenizer import short_names, tables
 
@@ -328,7 +341,7 @@ def print_evaluated(figures: "Evaluation") -> None:
 
 
 def print_compared(comparison: "Comparison") -> None:
-    """Print whether a model trained with A can read shards of B, then the figures that this follows from."""
+    """Print whether a model trained with tokenizer A can read shards packed with B, then the figures behind it."""
     from mmdata.stats.report.tokenizer import short_names
 
     a, b = short_names([comparison.a, comparison.b])
@@ -356,7 +369,9 @@ def print_compared(comparison: "Comparison") -> None:
 
 
 def print_split(pieces: "Sequence[TokenView]") -> None:
-    """Print a text with its tokens in turning colours, or between bars where there is no colour; then a table of them."""
+    """Print a text with each token on a coloured background, or "|" after each token without colour; then a table of
+    the tokens.
+    """
     styled = []
     for number, piece in enumerate(pieces):
         end = "\n" if "⏎" in piece.text else ""
@@ -370,7 +385,7 @@ def print_split(pieces: "Sequence[TokenView]") -> None:
 
 
 def print_vocabulary(entries: "Sequence[TokenView]", total: int) -> None:
-    """Print tokens of the vocabulary, and how many of all they are."""
+    """Print a table of tokens, and how many of the `total` tokens of the vocabulary they are."""
     table("", ("id", "token", "bytes", ""), ((one.id, one.text, one.bytes, one.note) for one in entries))
     say(
         f"{len(entries):,} of {total:,} tokens; ‹e4 bd› are bytes that form no character yet, ␣ is a space, ⏎ a newline"

@@ -1,4 +1,4 @@
-"""`mm validate`: the kind of rows a file holds, and the rows that cannot be used, by reason."""
+"""`mm validate`: count the rows of jsonl files, and by reason those that cannot be used; writes nothing."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmdata.encode.rows import BadRow, Line
     from mmdata.encode.validate import Validation
 
-MOST_NAMES = 10  # keys and control strings to print
+MOST_NAMES = 10  # keys, and control strings, to print at most
 
 
 def validate(
@@ -25,11 +25,15 @@ def validate(
     ] = None,
     on_bad: Annotated[
         str,
-        Option("Count bad rows and continue, or stop at the first.", choices=("quarantine", "fail")),
+        Option("quarantine: count bad rows and continue; fail: stop at the first.", choices=("quarantine", "fail")),
     ] = "quarantine",
     max_bad: Annotated[
         str | None,
-        Option("Largest share of bad rows, also of one reason: '1%,not json=0'.", metavar="SHARE", default_text="5%"),
+        Option(
+            "End with an error if a larger share of the rows is bad; also by reason: '1%,not json=0'.",
+            metavar="SHARE",
+            default_text="5%",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +68,11 @@ def validate(
 
 
 def print_validation(validation: "Validation") -> None:
-    """Print a file's kind and counts, a table of reasons with the first lines, and what helps with each."""
+    """Print the kind and the counts of a file, a table of reasons with their first lines, and what helps with each
+    reason.
+
+    Also print, if there are any, the keys that were ignored and the control strings in the rows' content.
+    """
     from mmdata.encode.rows import REASONS
 
     num_rows, num_good = validation.num_rows, validation.num_good

@@ -1,4 +1,4 @@
-"""`mm verify`: check packed datasets against their manifests, and rebuild damaged files."""
+"""`mm verify`: check packed datasets against their manifests, and rebuild damaged files with --repair."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,12 @@ from mmdata.options import Option
 
 def verify(
     datasets: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Packed datasets.")],
-    repair: Annotated[bool, Option("First rebuild damaged files from the inputs, to the same bytes.")] = False,
+    repair: Annotated[
+        bool, Option("First rebuild damaged files from the dataset's input files, byte for byte.")
+    ] = False,
     tokenizer: Annotated[
         Path | None,
-        Option("With --repair: the tokenizer directory that a damaged copy was made from.", metavar="DIR"),
+        Option("With --repair: the original tokenizer directory, if the dataset's copy is damaged.", metavar="DIR"),
     ] = None,
     workers: Annotated[
         int | None, Option("With --repair: number of processes.", least=1, default_text="one per core")
