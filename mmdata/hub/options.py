@@ -17,23 +17,34 @@ class FetchOptions:
     """How to fetch. `endpoint` None is the source's own; `retry` None is the default `RetryPolicy`."""
 
     out: Path = option(Path("data"), help="Directory for the files.", group=LOCAL, metavar="DIR")
-    source: str = option("hf", help="Where to fetch from.", group=SOURCE, metavar="hf|modelscope|DIR|URL")
+    source: str = option(
+        "hf",
+        help="Where to fetch from: Hugging Face, ModelScope, a directory, or a web address.",
+        group=SOURCE,
+        metavar="hf|modelscope|DIR|URL",
+    )
     endpoint: str | None = option(
-        None, help="A mirror of the source.", group=SOURCE, metavar="URL", default_text="$HF_ENDPOINT"
+        None,
+        help="Address of a mirror of Hugging Face or ModelScope.",
+        group=SOURCE,
+        metavar="URL",
+        default_text="$HF_ENDPOINT",
     )
     revision: str | None = option(
         None,
-        help="Commit, tag or branch.",
+        help="Commit, tag or branch to fetch.",
         group=SOURCE,
         metavar="NAME",
-        default_text="the locked commit, else the known one",
+        default_text="the commit in mm.lock, else the one in mm's list of known files",
     )
-    update: bool = option(False, help="Move from the locked commit to the newest one.", group=SOURCE)
-    verify: bool = option(False, help="Hash the files that are here again; without NAME, all of them.", group=LOCAL)
-    force: bool = option(False, help="Replace files that were not fetched by mm.", group=LOCAL)
+    update: bool = option(False, help="Fetch the newest commit instead of the one recorded in mm.lock.", group=SOURCE)
+    verify: bool = option(
+        False, help="Hash files again that were fetched before; without NAME, all of them.", group=LOCAL
+    )
+    force: bool = option(False, help="Replace files of the same name that mm did not fetch.", group=LOCAL)
     connections: int = option(
         1,
-        help="Connections per file; 4 is faster where each connection is slow.",
+        help="Number of connections per file; 4 is faster where a single connection is slow.",
         group=SOURCE,
         metavar="N",
         least=1,

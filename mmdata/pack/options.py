@@ -34,13 +34,17 @@ class PackOptions:
     )
     max_len: int = option(
         1024,
-        help="Longest sequence in tokens; buckets are 512, 1024, 2048 up to it.",
+        help="Longest sequence in tokens; bucket lengths are 512, 1024, 2048 … below it, and the limit itself.",
         group=OUTPUT,
         least=8,
         below=2**31,
     )
     val_fraction: float = option(
-        0.01, help="Share of rows held out for validation, chosen by content.", group=ROWS, least=0, below=1
+        0.01,
+        help="Share of rows held out for validation; rows are chosen by a hash of their content.",
+        group=ROWS,
+        least=0,
+        below=1,
     )
     on_bad: str = option(
         "quarantine",
@@ -50,54 +54,66 @@ class PackOptions:
     )
     max_bad: str | None = option(
         None,
-        help="Largest share of bad rows, also of one reason: '1%,not json=0'.",
+        help="Stop with an error if a larger share of the rows is bad; also by reason: '1%,not json=0'.",
         group=ROWS,
         default_text="5%",
     )
     train_on: str = option(
         "assistant",
-        help="assistant: every answer; last: the last one; all: every token.",
+        help="assistant: train on every answer; last: on the last answer; all: on every token.",
         group=TEMPLATE,
         choices=("assistant", "last", "all"),
     )
-    era: str = option("auto", help="MiniMind template quirks.", group=TEMPLATE, choices=("auto", "seed", "2", "3"))
-    seed: int = option(0, help="Seed of the one random choice: which empty think blocks stay.", group=TEMPLATE, **INT64)
+    era: str = option(
+        "auto",
+        help="Generation of MiniMind's chat template; auto detects it, another than the template's is an error.",
+        group=TEMPLATE,
+        choices=("auto", "seed", "2", "3"),
+    )
+    seed: int = option(
+        0, help="Seed of the only random choice: which rows keep their empty think blocks.", group=TEMPLATE, **INT64
+    )
     dedup: str | None = option(
         None,
-        help="Leave repeated rows out, the first stays: exact, or near ('mm-toolkit[dedup]').",
+        help="Leave out repeated rows except the first: exact, or near (pip install 'mm-toolkit[dedup]').",
         group=DUPLICATES,
         choices=DEDUP,
     )
     exclude: tuple[Path, ...] = option(
         (),
-        help="Leave rows out that overlap with this file's texts, say a benchmark's; repeatable.",
+        help="Leave out rows that overlap with the texts of this file, such as a benchmark; may be repeated.",
         group=DUPLICATES,
         metavar="FILE",
     )
-    workers: int | None = option(None, help="Processes.", group=MACHINES, least=1, default_text="one a core")
+    workers: int | None = option(
+        None, help="Number of processes.", group=MACHINES, least=1, default_text="one per core"
+    )
     encoder: str = option(
         "auto",
-        help="auto: the fastest exact one; tokenizers; fastokens (pip install 'mm-toolkit[fast]').",
+        help="auto: the fastest installed one that gives the same ids; fastokens: pip install 'mm-toolkit[fast]'.",
         group=MACHINES,
         choices=("auto", "tokenizers", "fastokens"),
     )
     engine: str = option(
         "local",
-        help="local: processes here; ray: a cluster (pip install 'mm-toolkit[ray]').",
+        help="local: processes on this machine; ray: a Ray cluster (pip install 'mm-toolkit[ray]').",
         group=MACHINES,
         choices=("local", "ray"),
     )
     ray_address: str | None = option(
         None,
-        help="Ray cluster; auto finds it.",
+        help="Address of the Ray cluster; auto finds a running one.",
         group=MACHINES,
         metavar="HOST:PORT",
-        default_text="one started here",
+        default_text="a cluster started on this machine",
     )
     shard: str | None = option(
-        None, help="Pack only this share, on a shared filesystem; then --finish.", group=MACHINES, metavar="I/N"
+        None,
+        help="Pack only every N-th part, from the I-th on, on a shared filesystem; then run --finish.",
+        group=MACHINES,
+        metavar="I/N",
     )
-    finish: bool = option(False, help="Publish what all shards packed.", group=MACHINES)
+    finish: bool = option(False, help="Publish the dataset from what all --shard runs packed.", group=MACHINES)
     part_bytes: int = PART_BYTES  # of input in a part; no command-line option
 
     @property

@@ -15,16 +15,20 @@ class TokenizerOptions:
     """How to train. `special`: control tokens after the template's own; `weights`: as `sample.draw` takes them."""
 
     vocab_size: int = option(6400, help="Number of tokens, control and reserved ones included.", least=1)
-    algorithm: str = option("bpe", help="Algorithm; both work on bytes.", choices=ALGORITHMS)
-    template: str = option("minimind3", help="Chat template, with its control tokens.", choices=TEMPLATES)
-    special: tuple[str, ...] = option((), help="A further control token; may be repeated.", metavar="TOKEN")
+    algorithm: str = option("bpe", help="Training algorithm; both give byte-level tokenizers.", choices=ALGORITHMS)
+    template: str = option(
+        "minimind3", help="Chat template of the tokenizer; its control tokens are added.", choices=TEMPLATES
+    )
+    special: tuple[str, ...] = option((), help="Add a further control token; may be repeated.", metavar="TOKEN")
     pattern: str = option(
-        "digits", help="How text is split first: digits and newlines apart, or as MiniMind's do.", choices=PATTERNS
+        "digits",
+        help="How text is split before training; digits: each digit and newline alone; gpt2: as in MiniMind.",
+        choices=PATTERNS,
     )
     limit_bytes: int = option(
         100_000_000,
-        help="Largest amount of text, drawn evenly over files and languages; takes 12 times as much memory.",
+        help="Largest amount of text in bytes, drawn evenly over files and languages; takes 12 times as much memory.",
         least=1,
     )
     weights: Mapping[str, float] = field(default_factory=dict)
-    seed: int = option(0, help="Seed of the draw where not all texts are taken.", **INT64)
+    seed: int = option(0, help="Seed of the random choice of texts, where not all are taken.", **INT64)
