@@ -36,7 +36,8 @@ def records(
     A record has why, file, line, characters and, if measured, loss, tokens and trained. Its `parts` are sections:
     [{"name", "messages", "hidden"}], one for each side of a pair and its prompt, or one for each sequence. `hidden` is
     the number of tokens that are not shown (without tokens: characters). A message is {"role", "text", "ids", "marks"}:
-    text is a list of pieces, ids the list of token ids of each piece, and marks has one character per piece.
+    text is a list of pieces, ids the list of token ids of each piece, and marks has one character per piece: PLAIN,
+    TRAINED, CONTROL, or "3" for a trained control token.
 
     Rows that are not encoded yet are encoded with `encoder`. Without an encoder or vocabulary, or if the encoder
     rejects the row, each message is one piece without ids. `set_aside` then has the reason for the rejection.

@@ -82,8 +82,8 @@ def dataset_stats(dataset: shards.Dataset) -> Figures:
 def read_losses(path: Path) -> dict[str, dict[int, float]]:
     """Return the mean loss in nats per token by file and line number, from the output of `mm eval --per-sequence`.
 
-    The file has JSON lines with the keys file, line, tokens and nll (the summed loss of the tokens). Lines with no
-    tokens are ignored. InputError if the file cannot be read, or a line is not such a record.
+    The file has JSON lines with the keys file, line, tokens and nll (the summed loss of the tokens). Lines whose tokens
+    are 0 are ignored. InputError if the file cannot be read, or a line is not such a record.
     """
     losses: dict[str, dict[int, float]] = {}
     number = 0

@@ -226,7 +226,8 @@ def _count_messages(tally: Tally, flat: FlatSequences, ends: np.ndarray, vocabul
 
     A message extends from the control token that begins it to the next one that begins a message, or to the end of the
     sequence, and so includes tokens that the chat template adds. The turn of an answer is its number among the
-    assistant's messages of the sequence, from 1, at most NUM_TURNS.
+    assistant's messages of the sequence, from 1, at most NUM_TURNS. ends: the position in `flat.ids` at which each
+    sequence ends.
     """
     opens = np.flatnonzero(vocabulary.control[flat.ids])
     roles = vocabulary.roles(flat.ids, opens)
