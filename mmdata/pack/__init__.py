@@ -1,4 +1,5 @@
-"""`mm pack`: jsonl files to packed Arrow shards.
+"""`mm pack`: convert jsonl files to packed Arrow shards.
 
-Begin at `pipeline.py`; `part.py` packs one part of the input, `options.py` declares what `mm pack` takes.
+Start reading at `pipeline.py`. `part.py` packs one part of the input, and `options.py` declares the options of `mm
+pack`.
 """

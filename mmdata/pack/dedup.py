@@ -1,15 +1,17 @@
-"""Rows that are left out as duplicates, near duplicates, or overlaps with excluded files.
+"""Find rows to leave out: duplicates, near duplicates, and rows that overlap with excluded files.
 
-A first pass over the parts writes keys of each row beside the shards to come; the keys are then compared, and each part gets
-the list of its lines to leave out. Of equal rows the first by file and offset stays, whoever packs what. Memory: 24 bytes a
-row of the dataset, and the keys of SLICE_ROWS rows at once; disk: 20 bytes a row, with near duplicates 148.
+A first pass over the parts writes hashes of each row (its keys) to the directory in which the dataset is being packed.
+The keys of all parts are then compared, and for each part a file is written with the lines to leave out. Of equal rows,
+the first by input file and offset is packed, whichever process packs it. Memory: 24 bytes a row of the dataset, and the
+keys of SLICE_ROWS rows at a time. Disk: 20 bytes a row, or 148 if near duplicates are searched.
 
-Near duplicates share a band: 8 equal entries of a 128-entry MinHash of 5-grams, in one of 16 bands. Rows of Jaccard
-similarity s share one with probability 1 - (1 - s^8)^16: 0.06 at s = 0.5, 0.61 at 0.7, 0.95 at 0.8, 1.00 at 0.9
-(Broder 1997; the bands as in Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3).
+The text of a row is hashed to a MinHash of 128 entries over its 5-grams, which is divided into 16 bands of 8 entries.
+Rows are near duplicates if all 8 entries of a band are equal. For rows with Jaccard similarity s the probability of
+this is 1 - (1 - s^8)^16: 0.06 at s = 0.5, 0.61 at 0.7, 0.95 at 0.8, 1.00 at 0.9 (Broder 1997; the bands as in Leskovec,
+Rajaraman, Ullman, Mining of Massive Datasets, ch. 3).
 
-The units of an n-gram are words, single characters of scripts without spaces, and single signs; case, width (NFKC) and
-whitespace are ignored. Hashes are the same on every machine.
+The units of an n-gram are words, single characters of scripts without spaces, and single punctuation marks and symbols.
+Case, character width (NFKC) and whitespace are ignored. Hashes are the same on every machine.
 """
 
 import io
@@ -31,17 +33,19 @@ from mmdata.pack.options import PackOptions
 from mmdata.pack.part import Part, PartSettings, batches, screened_path
 
 BANDS, ROWS_A_BAND, SHINGLE, SEED = 16, 8, 5, 1
-EXCLUDE_N = 8  # units of an n-gram that excluded files are searched by
-EXCLUDE_SHARE = 0.5  # of an excluded text's n-grams, from which a row overlaps with it (Lambert et al. 2024)
+EXCLUDE_N = 8  # units of the n-grams that rows and excluded texts are compared by
+EXCLUDE_SHARE = 0.5  # share of an excluded text's n-grams; see `Excluded` (Lambert et al. 2024)
 SLICE_ROWS = 2**22
 _SPACE, _WORD, _ALONE = range(3)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _GRAM = 0xD6E8FEB86659FD93
-Verdicts = dict[int, tuple[str, str]]  # line number -> reason and detail
+Verdicts = dict[int, tuple[str, str]]  # lines to leave out: line number -> (reason, detail)
 
 
 def check_options(options: PackOptions) -> None:
-    """UsageError where near duplicates need a package that is not installed, InputError for a missing excluded file."""
+    """Raise UsageError if near duplicates are to be searched and the package rensa is not installed, and InputError if
+    an excluded file does not exist.
+    """
     if options.dedup == "near":
         _rensa()
     for path in options.exclude:
@@ -52,9 +56,13 @@ def check_options(options: PackOptions) -> None:
 def screen(
     settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
 ) -> None:
-    """Write, for every part, the lines to leave out as duplicates or overlaps; nothing unless that is asked for.
+    """Write, for every part, a file with the lines to leave out as duplicates or overlaps. Does nothing if neither
+    `dedup` nor `exclude` is set.
 
-    All `parts` are read, `own` ones first: several shards that begin together so share the work. run: `workers.run`.
+    All `parts` are read, since rows are compared across parts, but those in `own` first: processes that pack different
+    shares of the parts and start together thus divide the work. run: calls `workers.run` with the engine and number of
+    workers. progress: called with the bytes read so far and the bytes in all. Raises InputError if an excluded file is
+    missing or has changed.
     """
     arguments, directory = settings.header.arguments, settings.screen_dir
     if not arguments.dedup and not arguments.exclude:
@@ -86,9 +94,8 @@ def screen(
 
 
 class _Marker:
-    """Writes the keys of a part's rows (line numbers, hashes, bands) and its lines that overlap with excluded files.
-
-    A part whose files are there already is passed over.
+    """Writes the keys of a part's rows (line numbers, hashes, bands) and the lines that overlap with excluded files. A
+    part for which these files exist already is skipped.
     """
 
     def __init__(self, settings: PartSettings):
@@ -102,6 +109,7 @@ class _Marker:
         tick(part.num_bytes)
 
     def _write(self, part: Part) -> None:
+        """Write the files of one part. "found.json" (the overlapping lines) is last; it marks the part as finished."""
         lines: list[int] = []
         keys: list[bytes] = []
         bands: list[np.ndarray] = [np.zeros((0, BANDS), np.uint64)]
@@ -123,7 +131,9 @@ class _Marker:
         write_json(_file(self._directory, part, "found.json"), overlapping, indent=None)
 
     def _parse(self, batch: Sequence[Any]) -> tuple[list[int], list[Any]]:
-        """Line numbers and rows; bad rows are left out here and, with their reason, when the part is packed."""
+        """Return the line numbers and the parsed rows of a batch of lines. Lines that are not valid rows are skipped
+        here; they are left out, with their reason, when the part is packed.
+        """
         numbers, rows = [], []
         for line in batch:
             try:
@@ -134,17 +144,22 @@ class _Marker:
         return numbers, rows
 
     def _save(self, part: Part, name: str, array: np.ndarray) -> None:
+        """Write an array as a .npy file of the part, atomically."""
         buffer = io.BytesIO()
         np.save(buffer, array)
         write_bytes(_file(self._directory, part, name), buffer.getvalue())
 
 
 def _file(directory: Path, part: Part, name: str) -> Path:
+    """Return the path of the file `name` of a part."""
     return directory / f"{part.number:05d}.{name}"
 
 
 def band_hashes(texts: Sequence[str]) -> np.ndarray:
-    """uint64 [texts, BANDS]: texts that share an entry of a column are near duplicates. Empty texts share none."""
+    """Return a hash of each band of each text's MinHash: uint64 [texts, BANDS]. Texts with an equal entry in the same
+    column are near duplicates. A text without a word or sign gets small numbers (below SLICE_ROWS) that no other text
+    of the call has.
+    """
     grams, ends = gram_hashes(texts, SHINGLE)
     matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(
         grams, ends.tolist(), num_perm=BANDS * ROWS_A_BAND, seed=SEED
@@ -153,12 +168,13 @@ def band_hashes(texts: Sequence[str]) -> np.ndarray:
     powers = np.array([pow(0xD6E8FEB86659FD93, k + 1, 2**64) for k in range(ROWS_A_BAND)], np.uint64)
     bands = (signatures * powers).sum(axis=2, dtype=np.uint64) + np.arange(BANDS, dtype=np.uint64)
     is_empty = np.diff(ends) == 0
-    # Texts without a unit get numbers below SLICE_ROWS, which first_of_near passes over.
+    # Texts without a unit get numbers below SLICE_ROWS, which first_of_near ignores.
     bands[is_empty] = np.arange(is_empty.sum(), dtype=np.uint64)[:, None]
     return bands
 
 
 def _rensa() -> Any:
+    """Return the module rensa, which computes MinHashes. Raises UsageError if it is not installed."""
     try:
         import rensa
     except ImportError:
@@ -170,7 +186,10 @@ def _rensa() -> Any:
 
 
 class _Keys:
-    """The keys of the rows of all parts. Rows are numbered in the order of parts and lines."""
+    """The keys of the rows of all parts. Rows are numbered from 0 through all parts, in the order of parts and lines.
+    lines: uint32, the line number of each row; begins: int64 [parts + 1], the number of each part's first row, then the
+    number of rows.
+    """
 
     def __init__(self, directory: Path, parts: Sequence[Part]):
         self._directory, self._parts = directory, parts
@@ -181,30 +200,41 @@ class _Keys:
         self._num_slices = -(-self.num_rows // SLICE_ROWS) or 1
 
     def place(self, row: int) -> str:
-        """A row's file and line, in words."""
+        """Return the input file and line number of a row, in words."""
         part = self._parts[int(np.searchsorted(self.begins, row, side="right")) - 1]
         return f"{part.path} line {self.lines[row]}"
 
     def first_of_equal(self) -> np.ndarray:
-        """int64 [rows]: the first row with the same key; the row itself where it is the first."""
+        """Return, for each row, the number of the first row with the same content (its own number if it is the first):
+        int64 [rows].
+        """
         first = np.arange(self.num_rows)
         for rows, keys in self._slices("keys.npy", lambda stored: (stored[:, 0], stored[:, 1])):
             _note_first(first, rows, keys)
         return first
 
     def first_of_near(self, first: np.ndarray) -> np.ndarray:
-        """int64 [rows]: the first row that shares a band; the row itself where none does, or where it equals another."""
+        """Return, for each row, the smallest number of a row that it shares a band with, or its own number if that is
+        the smallest: int64 [rows].
+
+        first: the result of `first_of_equal`. Rows that are duplicates of an earlier row are not compared and get their
+        own number; so do rows without text.
+        """
         near = np.arange(self.num_rows)
         for band in range(BANDS):
             for rows, keys in self._slices("bands.npy", lambda stored, band=band: (stored[band],)):
-                is_own = (first[rows] == rows) & (keys[0] >= SLICE_ROWS)  # small numbers stand for empty texts
+                is_own = (first[rows] == rows) & (keys[0] >= SLICE_ROWS)  # small numbers are texts without a unit
                 _note_first(near, rows[is_own], [key[is_own] for key in keys])
         return near
 
     def _slices(
         self, name: str, columns: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Row numbers and key columns, equal keys always in the same slice; rows ascending."""
+        """Yield the keys of all rows in slices of about SLICE_ROWS rows: row numbers (ascending) and key columns. Rows
+        with equal keys are always in the same slice.
+
+        name: the file that has the keys of a part; columns: selects the key columns from its array.
+        """
         for number in range(self._num_slices):
             rows, chosen = [], []
             for part, begin in zip(self._parts, self.begins, strict=False):
@@ -216,7 +246,9 @@ class _Keys:
 
 
 def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray]) -> None:
-    """For rows with equal keys, lowers `first` to the smallest row among them. rows ascend."""
+    """Lower `first`, in place, for all rows with equal keys to the smallest row number among them. rows: ascending row
+    numbers; keys: columns with an entry for each of these rows; two rows are equal if all columns are.
+    """
     if not len(rows):
         return
     order = np.lexsort((rows, *keys))
@@ -230,9 +262,10 @@ def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray])
 
 
 class Excluded:
-    """The n-grams of texts that must not be trained on, such as a benchmark's.
+    """The n-grams of texts that rows must not overlap with, such as a benchmark's.
 
-    A line of a file is a text, or JSON of which every string is a text. Texts below EXCLUDE_N units are not searched for.
+    paths: files in which each line is a text, or JSON in which every string is a text. Texts with fewer than EXCLUDE_N
+    units are ignored and counted in `num_short`. The length of the object is the number of texts that are searched for.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -249,7 +282,7 @@ class Excluded:
                     self._places.append(f"{path} line {line.number}")
         grams, ends = gram_hashes(texts, EXCLUDE_N) if texts else (np.zeros(0, np.uint64), np.zeros(1, np.int64))
         of = np.repeat(np.arange(len(texts)), np.diff(ends))
-        pairs = np.unique(np.stack([grams, of.astype(np.uint64)], axis=1), axis=0)  # a gram counts once a text
+        pairs = np.unique(np.stack([grams, of.astype(np.uint64)], axis=1), axis=0)  # an n-gram counts once for a text
         self._grams, self._texts = pairs[:, 0].copy(), pairs[:, 1].astype(np.int64)
         self._num_grams = np.bincount(self._texts, minlength=len(texts))
 
@@ -257,7 +290,12 @@ class Excluded:
         return len(self._places)
 
     def overlaps(self, texts: Sequence[str]) -> dict[int, str]:
-        """For each text that overlaps with an excluded one: how much of which, in words, by the text's number."""
+        """Return the texts that overlap with an excluded text: index -> a description with the share and the place of
+        the excluded text.
+
+        A text overlaps if it has at least the share EXCLUDE_SHARE of an excluded text's distinct n-grams. If it
+        overlaps with several, the one with the largest share is described.
+        """
         if not len(self):
             return {}
         grams, ends = gram_hashes(texts, EXCLUDE_N)
@@ -266,7 +304,7 @@ class Excluded:
         is_hit = high > low
         if not is_hit.any():
             return {}
-        hits = np.unique(np.stack([of[is_hit], low[is_hit], high[is_hit]], axis=1), axis=0)  # a gram counts once a row
+        hits = np.unique(np.stack([of[is_hit], low[is_hit], high[is_hit]], axis=1), axis=0)  # distinct ones of a row
         counts = hits[:, 2] - hits[:, 1]
         entry = np.repeat(hits[:, 1] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         pairs, shared = np.unique(
@@ -284,6 +322,9 @@ class Excluded:
 
 
 def _texts_in(raw: bytes) -> Iterator[str]:
+    """Yield the texts of a line of an excluded file: every string in its JSON value, or the line itself if it is not
+    JSON or a single number, true, false or null.
+    """
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -292,6 +333,7 @@ def _texts_in(raw: bytes) -> Iterator[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """Yield every string in a JSON value, but not the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, Mapping)):
@@ -303,9 +345,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [G]: hashes of the n-grams of all texts, end to end; int64 [texts + 1]: where each text's begin.
+    """Return the hashes of the n-grams of all texts one after another, uint64 [G], and where those of each text begin,
+    int64 [texts + 1] (the last entry is G).
 
-    A text of fewer than n units has one gram, all of it; one without a unit has none.
+    A text with fewer than n units has one n-gram, of all its units; a text without a unit has none.
     """
     joined = "\0".join(_normal(text) for text in texts)
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -316,7 +359,7 @@ def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     padded = np.concatenate([units, np.zeros(n, np.uint64)])
     grams = np.zeros(len(units), np.uint64)
     for k in range(n):
-        is_same = np.arange(len(units)) + k < (begins + counts)[of]  # a short text's gram ends with the text
+        is_same = np.arange(len(units)) + k < (begins + counts)[of]  # the n-gram of a shorter text ends with the text
         grams += np.where(is_same, padded[k : k + len(units)], 0) * powers[k]
     place = np.arange(len(units)) - begins[of]
     is_gram = place < np.maximum(counts[of] - n + 1, 1)
@@ -325,17 +368,22 @@ def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def num_units(text: str) -> int:
-    """How many words, characters of scripts without spaces, and signs a text has."""
+    """Return the number of units of a text: words, characters of scripts without spaces, and single punctuation marks
+    and symbols.
+    """
     return len(_units(np.frombuffer(_normal(text).encode("utf-32-le", "surrogatepass"), "<u4"))[0])
 
 
 def _normal(text: str) -> str:
+    """Return the text in NFKC form, case-folded, without NUL characters."""
     text = text.replace("\0", " ")
     return (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
 
 
 def _units(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 [U]: a hash for each unit of texts joined by 0; int64 [U]: the text it is in."""
+    """Return a hash for each unit of all texts, uint64 [U], and the index of the text it is in, int64 [U]. points: the
+    code points of the texts, joined by 0.
+    """
     kind = _table()[np.minimum(points, 0x110000 - 1)]
     is_word = kind == _WORD
     is_start = kind == _ALONE
@@ -350,7 +398,7 @@ def _units(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014)."""
+    """Mix 64-bit integers with the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
@@ -358,12 +406,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @cache
 def _table() -> np.ndarray:
-    """For every code point: space, part of a word, or a unit by itself (all above 0xFFFF)."""
+    """Return the class of every code point, uint8 [0x110000]: space, part of a word, or a unit by itself. All code
+    points above 0xFFFF are units by themselves.
+    """
     table = np.full(0x110000, _ALONE, np.uint8)
     for point in range(0x10000):
         character = chr(point)
         if character.isspace() or point == 0:
             table[point] = _SPACE
         elif character.isalnum() and not 0x2E80 <= point < 0xAC00 and not 0xF900 <= point < 0xFB00:
-            table[point] = _WORD  # Hangul, from 0xAC00 on, writes its spaces
+            table[point] = _WORD  # Hangul, from 0xAC00 on, is written with spaces between words
     return table

@@ -1,9 +1,11 @@
-"""`mm pack --plan`: estimates of time, disk, tokens, padding and rows cut for several length limits. Writes nothing.
+"""`mm pack --plan`: estimate time, disk space, tokens, padding and rows cut for several length limits. Nothing is
+written.
 
-About one row in a hundred is read, in blocks spread evenly over each file, and encoded as packing would. Counts scale with
-the bytes; padding is that of the sampled lengths, repeated up to a part's worth and packed; the rate is the sample's own.
-A compressed file cannot be entered in its middle: its beginning is read, and its size after decompression is taken to be
-`COMPRESSION` times what it takes on disk.
+About one row in a hundred is read, in blocks spread evenly over each file, and encoded as packing would. Counts are
+multiplied by the ratio of all bytes to the bytes read. Padding is estimated by packing the lengths of the sampled rows,
+repeated up to the size of a part. The time is estimated from that of encoding the sample. A compressed file cannot be
+read from its middle: its beginning is read, and its decompressed size is taken to be `COMPRESSION` times its size on
+disk.
 """
 
 import math
@@ -28,25 +30,27 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 
 ROWS_PER_CALL = 1000
 MAX_LENS = (512, 1024, 2048)
-SHARE = 0.01  # of the bytes, to be read
-LEAST_BYTES, BLOCK_BYTES = 4 * 2**20, 128 * 2**10  # read at least so much, in blocks of this size
+SHARE = 0.01  # share of an input's bytes to read
+LEAST_BYTES, BLOCK_BYTES = 4 * 2**20, 128 * 2**10  # read at least LEAST_BYTES, in blocks of BLOCK_BYTES
 MOST_BYTES = 64 * 2**20
-PROVE_SHARE = 0.25  # of the encoding time: what packing adds by hashing, writing and reading back (measured)
-START_S = 1.5  # of worker processes: importing, loading and checking the encoder (measured)
-SCAN_RATE = 0.9e9  # bytes a second of hashing an input (measured)
-SOURCE_BYTES = 26  # of a row's record of where it came from
+PROVE_SHARE = 0.25  # time of hashing, writing and reading back, as a share of the encoding time (measured)
+START_S = 1.5  # start of worker processes: imports, loading and checking the encoder (measured)
+SCAN_RATE = 0.9e9  # bytes a second at which an input is hashed (measured)
+SOURCE_BYTES = 26  # bytes a row in the sources file
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What packing with one --max-len would give. `padding`: the share of positions without a token."""
+    """Estimates for packing with one --max-len. padding: share of positions without a token, 0 to 1. samples: packs or
+    pairs. steps_per_epoch: None if the tokens of a step were not given.
+    """
 
     max_len: int
     tokens: int
     loss_tokens: int
     cut_tokens: int
-    rows_cut: int  # conversations that lose turns, documents that go on in a further sequence
-    rows_too_long: int  # left out
+    rows_cut: int  # conversations that lose turns, and documents divided into several sequences
+    rows_too_long: int  # rows left out because they are longer than max_len
     samples: int
     padding: float
     disk_bytes: int
@@ -56,7 +60,9 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """rows and bad rows are estimates too; `read_bytes` of `bytes` were looked at."""
+    """The estimates for packing some inputs. `bytes`: their total size (decompressed), of which `read_bytes` were read.
+    rows, rows_left_out: estimated, too.
+    """
 
     inputs: list[str]
     kind: str
@@ -65,23 +71,24 @@ class Estimate:
     bytes: int
     read_bytes: int
     rows: int
-    rows_left_out: int  # whatever the length limit
+    rows_left_out: int  # that are not valid rows, whatever the length limit is
     outlooks: list[Outlook]
     batch_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What was read of an input, and how much larger the whole is."""
+    """The lines read from one input."""
 
     raws: list[bytes]
-    num_bad: int  # lines that are no rows of this kind
+    num_bad: int  # lines that are not valid rows of the inputs' row kind
     read_bytes: int
     total_bytes: int
-    cpu_s: float  # of reading
+    cpu_s: float  # processor time spent reading
 
     @property
     def factor(self) -> float:
+        """The size of the whole input divided by the bytes read."""
         return self.total_bytes / max(1, self.read_bytes)
 
 
@@ -92,10 +99,12 @@ def estimate(
     max_lens: Sequence[int] = MAX_LENS,
     batch_tokens: int | None = None,
 ) -> Estimate:
-    """Estimate what `pack` would give for each of `max_lens`, from about 1 % of the inputs; rows that `dedup` and `exclude`
-    would leave out are counted as kept. batch_tokens: tokens of a training step, for the number of steps of an epoch.
+    """Estimate, from about 1 % of the inputs, what `pack` would give for each of `max_lens`. Rows that `dedup` and
+    `exclude` would leave out are counted as packed.
 
-    InputError: no such file, or no row of the sample can be used; other errors as `pipeline.pack`.
+    batch_tokens: tokens of a training step over all ranks, for estimating the steps of an epoch; None: not estimated.
+    Raises InputError if a file does not exist or no sampled row can be used, and the same errors as `pipeline.pack` for
+    invalid options or tokenizers.
     """
     check(options)
     assert options.tokenizer, "PackOptions.tokenizer is required"
@@ -131,6 +140,7 @@ def estimate(
 
 
 def _read(path: Path, kind: str) -> _Sample:
+    """Read a sample of an input's lines and count those that are not valid rows of this kind."""
     start = time.process_time()
     lines, read, total = _lines_of(path)
     raws = [line.raw for line in lines]
@@ -145,7 +155,9 @@ def _read(path: Path, kind: str) -> _Sample:
 
 
 def _lines_of(path: Path) -> tuple[list[Line], int, int]:
-    """Lines from all over a file, their bytes, and those of the whole file (decompressed)."""
+    """Return lines from all parts of a file, the number of bytes read, and the (decompressed) size of the whole file in
+    bytes. A small file is read whole; of a compressed file only the beginning is read, and its size is estimated.
+    """
     size = path.stat().st_size
     wanted = min(max(LEAST_BYTES, int(SHARE * size)), MOST_BYTES)
     if not is_seekable(path):
@@ -159,14 +171,14 @@ def _lines_of(path: Path) -> tuple[list[Line], int, int]:
         for block in range(num_blocks):
             file.seek(block * (size - BLOCK_BYTES) // max(1, num_blocks - 1))
             if file.tell():
-                file.readline()  # the rest of a line that begins before
+                file.readline()  # skip the rest of a line that begins before the block
             if file.tell() < size:
                 lines += _take(iter_lines(path, file.tell(), size), BLOCK_BYTES)
     return lines, _bytes_of(lines), size
 
 
 def _take(lines: Iterable[Line], num_bytes: int) -> list[Line]:
-    """The first lines, up to about this many bytes."""
+    """Return the first lines, up to about `num_bytes` bytes."""
     taken: list[Line] = []
     for line in lines:
         taken.append(line)
@@ -177,6 +189,7 @@ def _take(lines: Iterable[Line], num_bytes: int) -> list[Line]:
 
 
 def _bytes_of(lines: Sequence[Line]) -> int:
+    """Return the bytes of these lines, with their newlines."""
     return sum(len(line.raw) + 1 for line in lines)
 
 
@@ -191,12 +204,15 @@ def _outlook(
     val_fraction: float,
     batch_tokens: int | None,
 ) -> Outlook:
+    """Encode the sampled rows with `encoder`, which has a length limit, and return the estimates
+    for the whole inputs.
+    """
     max_len, tokenizer = encoder.max_len, encoder.tokenizer
     sums: dict[str, float] = defaultdict(float)
     widths: list[np.ndarray] = []
     cpu_s = 0.0
     for sample in samples:
-        _ = encoder.encode_lines(sample.raws[:1], kind)  # compiles and learns the template
+        _ = encoder.encode_lines(sample.raws[:1], kind)  # not timed: the first call prepares the template
         start = time.process_time()
         batches = [
             encoder.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind)
@@ -231,12 +247,15 @@ def _outlook(
 
 
 def _scaled(count: int, sample: _Sample, samples: Sequence[_Sample]) -> int:
-    """How often the lengths of `count` sequences are repeated for a part's worth of packing, in each input's share."""
+    """Return how many lengths to pack for `count` sampled sequences of an input, so that the lengths of all inputs
+    together amount to one part, with each input in its proportion.
+    """
     total = sum(other.total_bytes for other in samples)
     return round(count * sample.factor * min(1.0, PART_BYTES / total))
 
 
 def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
+    """Count rows, sequences, tokens and trained tokens of a batch of encoded rows, by name."""
     flat = batch.sequences
     row_of = np.repeat(np.arange(len(batch.num_sequences)), batch.num_sequences)
     is_split = (flat.lengths == max_len) & (batch.num_sequences[row_of] > 1)
@@ -256,7 +275,9 @@ def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
 
 
 def _positions(lengths: np.ndarray, buckets: tuple[int, ...], is_pairs: bool) -> tuple[int, int]:
-    """Positions that samples of these lengths take up, and how many samples."""
+    """Return the number of positions (with padding) that sequences of these lengths take up when packed, and the number
+    of samples. is_pairs: each length is that of a pair's longer side, and a pair takes up a bucket for each side.
+    """
     if is_pairs:
         found = np.array(buckets)[np.searchsorted(buckets, lengths)]
         return 2 * int(found.sum()), len(lengths)
@@ -265,7 +286,9 @@ def _positions(lengths: np.ndarray, buckets: tuple[int, ...], is_pairs: bool) ->
 
 
 def _disk(sums: Mapping[str, float], num_samples: float, tokenizer: Tokenizer, max_len: int) -> float:
-    """Bytes of shards and sources, from the widths of their columns (shards/README.md)."""
+    """Estimate the bytes of shards and sources files from the widths of their columns (shards/README.md). sums: the
+    estimated counts by name, as `_counts` names them.
+    """
     id_bytes = dataset.id_dtype(tokenizer.vocab_size).itemsize
     position = dataset.position_dtype(max_len).itemsize
     lists = 4 * 5 * num_samples  # offsets of up to five list columns

@@ -1,4 +1,6 @@
-"""The options of `mm pack`, declared once: types, defaults, ranges and help texts. Imports nothing heavy."""
+"""The options of `mm pack`, declared once with types, defaults, ranges and help texts. Imports nothing that is slow to
+load.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,10 @@ OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """What decides the content of a packed dataset, and how the work is done.
+    """The options of `mm pack`: the content of the dataset, and how the work is done.
 
-    `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` have no influence on the bytes; `max_bad` only on
-    whether the dataset is published.
+    `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence the bytes of the dataset.
+    `max_bad` only decides whether it is published.
     """
 
     tokenizer: Path | None = option(
@@ -114,11 +116,13 @@ class PackOptions:
         metavar="I/N",
     )
     finish: bool = option(False, help="Publish the dataset from what all --shard runs packed.", group=MACHINES)
-    part_bytes: int = PART_BYTES  # of input in a part; no command-line option
+    part_bytes: int = PART_BYTES  # size of a part in bytes of input; not a command-line option
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """`shard` as two numbers, 1 <= i <= n; UsageError if it is malformed or combined with `finish`."""
+        """`shard` "i/n" as two numbers with 1 <= i <= n, or None if it is not set. Raises UsageError if it is malformed
+        or combined with `finish`.
+        """
         if self.shard is None:
             return None
         if self.finish:
@@ -130,7 +134,10 @@ class PackOptions:
 
 
 def parse_budget(text: str | None) -> tuple[float | None, dict[str, float]]:
-    """A budget of bad rows such as "5%" or "0.05,too long=1%": the share in all (None: the default) and by reason."""
+    """Parse the limits for bad rows, such as "5%" or "0.05,too long=1%". Return the limit for all reasons together
+    (None if not given, so that the default applies) and a dictionary of limits by reason; both are shares of all rows,
+    0 to 1. Raises UsageError if an item is not a share or names an unknown reason.
+    """
     from mmdata.encode.rows import HELP
 
     overall, by_reason = None, {}

@@ -1,12 +1,13 @@
-"""Packing sequences into buckets: best-fit decreasing, then a subset-sum search. Integers only; 0.2 to 0.4 s and 40 MB
-per million sequences.
+"""Pack sequences into buckets: best-fit decreasing, then a subset-sum search. Only integer arithmetic; 0.2 to 0.4 s and
+40 MB per million sequences.
 
-Sequences are placed from the longest to the shortest, each into the open pack with the least room that still holds it;
-one that fits no open pack opens a pack in the smallest bucket that holds it. All sequences of one length are placed
-together, which gives the same packs as placing them one by one. Packs stay with room once the short sequences run out.
-The sequences of all packs with room left are therefore packed again, one whole pack at a time: the longest sequence, and
-those of the others whose lengths come closest to filling a bucket (subset-sum search). The packing with fewer positions
-is kept. The order of packs is not that of the source.
+Sequences are placed from the longest to the shortest, each into the open pack with the least room (free positions) that
+is enough for it. A sequence that fits into no open pack opens a pack in the smallest bucket that is long enough. All
+sequences of one length are placed together, which gives the same packs as placing them one by one. Packs with free
+positions remain when there are no short sequences left. The sequences of all packs with free positions are therefore
+packed a second time, one whole pack at a time: the longest sequence, and those of the others whose lengths come closest
+to filling a bucket (subset-sum search). Whichever of the two packings has fewer positions is used. The order of packs
+is not that of the source.
 """
 
 from bisect import bisect_left, insort
@@ -19,11 +20,13 @@ from itertools import chain, islice, repeat
 import numpy as np
 
 BUCKETS = (512, 1024, 2048)  # the standard padded lengths
-LOOKED_AT = 256  # lengths, at most, to fill a pack from: real ones fill it exactly within some 50; bounds time alone
+LOOKED_AT = 256  # sequences tried, at most, to fill a pack; real data needs about 50
 
 
 def buckets_for(max_len: int) -> tuple[int, ...]:
-    """The buckets of a dataset: the standard ones shorter than `max_len`, doubling beyond 2048, then `max_len` itself."""
+    """Return the buckets of a dataset, ascending: 512, 1024, 2048, 4096, … as far as they are below `max_len`, then
+    `max_len` itself.
+    """
     assert max_len > 0, max_len
     standard: list[int] = list(BUCKETS)
     while standard[-1] < max_len:
@@ -33,11 +36,13 @@ def buckets_for(max_len: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Packs in the order of their first member: bucket of each, and all members laid end to end, ascending in a pack."""
+    """The result of packing: packs in the order of their first member. Iterating yields (bucket, indices of the
+    members) of each pack; the indices are ascending. The length is the number of packs.
+    """
 
     buckets: np.ndarray  # int64 [packs]
-    members: np.ndarray  # int64 [sequences], indices into the lengths
-    ends: np.ndarray  # int64 [packs], where each pack's members end
+    members: np.ndarray  # int64 [sequences], indices into the lengths that were packed, pack after pack
+    ends: np.ndarray  # int64 [packs], where each pack's indices end in `members`
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -50,14 +55,14 @@ class Packing:
 
 
 class _OpenPacks:
-    """Open packs by the room they have left. Rooms are kept sorted; packs of one room leave in the order they came."""
+    """The packs that still have free positions, by their room (number of free positions)."""
 
     def __init__(self) -> None:
-        self._rooms: list[int] = []  # rooms that some pack has, ascending
+        self._rooms: list[int] = []  # the different rooms of the packs, ascending
         self._packs: dict[int, deque[np.ndarray]] = {}
 
     def put(self, room: int, packs: np.ndarray) -> None:
-        """Packs (their numbers) that now have `room` tokens left; full ones are forgotten."""
+        """Add packs, given by their numbers, that have `room` free positions. Packs with room 0 are not added."""
         if room == 0 or len(packs) == 0:
             return
         if room not in self._packs:
@@ -66,7 +71,9 @@ class _OpenPacks:
         self._packs[room].append(packs)
 
     def take(self, length: int) -> tuple[int, np.ndarray] | None:
-        """The packs with the least room that holds `length`, or None."""
+        """Remove the packs with the smallest room of at least `length` and return (room, pack numbers in the order they
+        were added). Returns None if no pack has enough room.
+        """
         at = bisect_left(self._rooms, length)
         if at == len(self._rooms):
             return None
@@ -76,7 +83,9 @@ class _OpenPacks:
 
 
 def _runs_of_equal_length(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices from the longest to the shortest (source order among equals), and begin and end of each run of equals."""
+    """Return the indices of the sequences from the longest to the shortest (in source order among equal lengths), and
+    where each run of equal lengths begins and ends in that order.
+    """
     shortness = lengths.max() - lengths
     order = np.argsort(shortness.astype(np.min_scalar_type(shortness.max())), kind="stable")  # 16 bits: a radix sort
     is_new = np.flatnonzero(np.diff(lengths[order]))
@@ -85,7 +94,9 @@ def _runs_of_equal_length(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The pack of every sequence, and the bucket of every pack, in opening order."""
+    """Pack sequences with best-fit decreasing (see the module's docstring). Return the pack number of each sequence
+    (int64 [n]) and the bucket of each pack (int64 [packs]); packs are numbered in the order in which they were opened.
+    """
     order, begins, ends = _runs_of_equal_length(lengths)
     pack_of = np.empty(len(lengths), np.int64)
     opened: list[tuple[int, int]] = []  # (bucket, number of packs)
@@ -103,7 +114,7 @@ def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray
                 num_packs += count
             else:
                 room, packs = taken
-            # Each pack takes as many as fit before the next one is touched: after the first, it has the least room.
+            # Fill one pack after another: a pack that got a sequence of this length has the least room.
             each = room // length
             placed = min(end - begin, each * len(packs))
             full, rest = divmod(placed, each)
@@ -117,13 +128,16 @@ def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray
 
 
 def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Counter[int]]:
-    """The fullest pack with the longest length in it: its bucket, how many of which lengths. left: the same, longest first.
+    """Find the fullest pack that contains the longest sequence. Return its bucket, and how many sequences of each
+    length it has.
 
-    Subset sums, all at once: bit t of `sums` says that the longest and some of the lengths looked at so far sum to t.
+    left: the number of sequences of each length, longest first. All subset sums are computed at once: bit t of `sums`
+    is set if the longest sequence and some of those tried so far sum to t. At most LOOKED_AT sequences are tried. The
+    fullest pack is the one with the largest share of filled positions.
     """
     longest, room = next(iter(left)), buckets[-1] - next(iter(left))
     sums, exact = 1 << longest, sum(1 << bucket for bucket in buckets)
-    steps: list[tuple[int, int]] = []  # a length, and the sums without it
+    steps: list[tuple[int, int]] = []  # each length tried, and the sums before it was added
     fitting = (repeat(fit, min(num - (fit == longest), room // fit)) for fit, num in left.items() if fit <= room)
     for length in islice(chain.from_iterable(fitting), LOOKED_AT):
         if sums & exact:
@@ -131,7 +145,7 @@ def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Co
         steps.append((length, sums))
         sums |= sums << length & (2 << buckets[-1]) - 1
     totals = {bucket: (sums & (2 << bucket) - 1).bit_length() - 1 for bucket in buckets if bucket >= longest}
-    bucket = max(totals, key=lambda bucket: Fraction(totals[bucket], bucket))  # so it is no larger than it needs
+    bucket = max(totals, key=lambda bucket: Fraction(totals[bucket], bucket))  # of equal totals the smallest
     total, members = totals[bucket], Counter([longest])
     for length, without in reversed(steps):
         if not without >> total & 1:
@@ -141,7 +155,11 @@ def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Co
 
 
 def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """As `_best_fit`, by whole packs: the fullest with what is longest, as often as there are lengths for it, and again."""
+    """Pack sequences greedily: repeatedly find the fullest pack with the longest remaining sequence, and use that
+    combination of lengths as many times as the remaining counts allow.
+
+    Return the pack number of each sequence (int64 [n]) and the bucket of each pack (int64 [packs]).
+    """
     found, counts = np.unique(lengths, return_counts=True)
     left = dict(zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True))
     opened: list[int] = []  # bucket of each pack
@@ -166,7 +184,12 @@ def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.nda
 def _refilled(
     lengths: np.ndarray, buckets: tuple[int, ...], pack_of: np.ndarray, bucket_of_pack: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The full packs, then all other sequences in packs of `_closest_sums`; as it was where that saves no position."""
+    """Pack the sequences of all packs with free positions again, with `_closest_sums`. pack_of, bucket_of_pack: a
+    packing of `lengths`, as `_best_fit` returns it.
+
+    Return the new packing in the same form, full packs first, or the given one if the new one does not have fewer
+    positions.
+    """
     room = bucket_of_pack.copy()
     np.subtract.at(room, pack_of, lengths)
     is_full = room == 0
@@ -180,9 +203,10 @@ def _refilled(
 
 
 def pack(lengths: np.ndarray, buckets: tuple[int, ...]) -> Packing:
-    """Packs for sequences of these lengths. lengths: integers [N], each in 1..buckets[-1]; buckets ascending.
+    """Pack sequences of these lengths. lengths: integers [N], each in 1..buckets[-1]; buckets: ascending.
 
-    Every index stands in exactly one pack; a pack's lengths sum to at most its bucket, and to more than the next smaller.
+    Every index is in exactly one pack. The lengths in a pack sum to at most its bucket, and to more than the next
+    smaller bucket.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) == 0:
@@ -191,7 +215,7 @@ def pack(lengths: np.ndarray, buckets: tuple[int, ...]) -> Packing:
     assert lengths.min() > 0 and lengths.max() <= buckets[-1], "a length outside 1..the largest bucket"
     pack_of, bucket_of_pack = _refilled(lengths, buckets, *_best_fit(lengths, buckets))
     firsts = np.empty(len(bucket_of_pack), np.int64)
-    firsts[pack_of[::-1]] = np.arange(len(lengths))[::-1]  # the last write stands: each pack's smallest member
+    firsts[pack_of[::-1]] = np.arange(len(lengths))[::-1]  # the last write counts: each pack's smallest index
     in_order = np.argsort(firsts)
     rank = np.empty_like(in_order)
     rank[in_order] = np.arange(len(in_order))

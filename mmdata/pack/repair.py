@@ -1,7 +1,8 @@
-"""`mm verify --repair`: rebuild damaged files of a dataset from the inputs its manifest names, byte for byte.
+"""`mm verify --repair`: rebuild damaged files of a dataset, byte for byte, from the inputs that its manifest names.
 
-Only the parts that damaged files belong to are packed again, beside the dataset; a file is put in place only when its
-sha256 is the manifest's. If an input has changed since, it is named and nothing is touched.
+Only the parts that have damaged files are packed again, in a separate directory. A rebuilt file replaces the damaged
+one only if its sha256 is the one in the manifest. If an input has changed since packing, an error names it and the
+dataset's shards are not changed.
 """
 
 import os
@@ -25,16 +26,19 @@ from mmdata.shards.checksums import difference
 from mmdata.shards.manifest import Manifest, read_manifest
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-STATS = "stats.json"  # made from the results of all parts
+STATS = "stats.json"  # needs the results of all parts
 
 
 def repair(
     directory: Path, *, tokenizer_dir: Path | None = None, workers: int = 1, progress: Progress | None = None
 ) -> list[str]:
-    """Rebuild damaged files and return their paths; empty when there are none.
+    """Rebuild the missing or damaged files of a dataset and return their paths, relative to its directory; an empty
+    list if there are none.
 
-    tokenizer_dir: needed when the dataset's own copy is damaged. InputError: an input is missing or has changed.
-    DatasetError: no manifest, or the same inputs now give other bytes.
+    tokenizer_dir: the tokenizer to copy from if the dataset's own copy is damaged. progress: called with the bytes of
+    input packed so far and the bytes in all. Raises TokenizerError if such a tokenizer is needed and not given or
+    another one, InputError if an input is missing or has changed, and DatasetError if there is no manifest, another
+    process is packing to this directory, or the inputs now give other bytes.
     """
     manifest = read_manifest(directory)
     with only_writer(Path(os.path.realpath(directory))) as staging:
@@ -53,7 +57,9 @@ def repair(
 
 
 def _restore_tokenizer(directory: Path, damaged: Sequence[FileEntry], source: Path | None) -> Path:
-    """A tokenizer directory with the manifest's bytes; damaged copies in the dataset are replaced by those of `source`."""
+    """Return the dataset's tokenizer directory, after replacing its damaged files with copies from `source`. Raises
+    TokenizerError if there are damaged files and `source` is None or a different tokenizer.
+    """
     lost = [file for file in damaged if file.path.startswith("tokenizer/")]
     if not lost:
         return directory / "tokenizer"
@@ -80,7 +86,9 @@ def _rebuild(
     num_workers: int,
     progress: Progress | None,
 ) -> None:
-    """Pack the parts of the damaged files again and put those files in place."""
+    """Pack the parts of the damaged files again and move the rebuilt files into the dataset. Tokenizer files are
+    skipped. Raises DatasetError, and moves nothing, if a rebuilt file is not equal to the recorded one.
+    """
     rebuilt = [file for file in damaged if not file.path.startswith("tokenizer/")]
     if not rebuilt:
         return
@@ -107,7 +115,9 @@ def _rebuild(
 
 
 def _same_inputs(directory: Path, manifest: Manifest) -> tuple[list[Path], list[Part]]:
-    """The inputs and their parts; InputError, with their names, when they are not those that were packed."""
+    """Return the inputs and their parts. Raises InputError, which names the inputs concerned, if some are missing or
+    have changed since packing.
+    """
     inputs = [remote.file_at(file.path) for file in manifest.inputs]
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise InputError(

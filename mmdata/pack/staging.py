@@ -1,11 +1,12 @@
-"""The hidden directory a dataset is packed in before it appears, complete, at its place; and who may write there.
+"""The hidden directory in which a dataset is packed before it is renamed to its place, and the locks on it.
 
-    .NAME.packing/begun.json       what is being packed: all that its bytes depend on
+    .NAME.packing/begun.json       what is being packed: all that the bytes of the dataset depend on
     .NAME.packing/done/00007.json  the result of a finished part, written after the part's files
-    .NAME.packing/dataset/         the files; renamed to NAME when all of them are there
+    .NAME.packing/dataset/         the files; renamed to NAME when all of them are written
 
-A pack that ends early (a kill, Ctrl-C, a full disk) leaves its finished parts here, and the same pack goes on from them.
-`.NAME.lock` says which process of which host is packing; a lock whose process has died is taken over.
+If a pack ends early (a kill, Ctrl-C, a full disk), its finished parts stay here, and the same command continues with
+the remaining parts. `.NAME.lock` names the process and host that are packing; a lock whose process has died is taken
+over.
 """
 
 import contextlib
@@ -29,13 +30,15 @@ from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.shards import checksums
 from mmdata.shards.manifest import DatasetHeader, TokenizerRecord
 
-# These decide whether a dataset is published, not what its parts hold.
+# These arguments decide whether a dataset is published, not what its parts contain.
 FREE_ARGUMENTS = ("max_bad", "max_bad_by_reason")
 PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions may write other tokens or bytes
 
 
 class PackKey(msgspec.Struct, kw_only=True):
-    """The content of begun.json: a dataset's header, without the arguments that no byte depends on, and versions."""
+    """The content of begun.json. Two packs with equal keys write the same bytes: the key has a dataset's header,
+    without the arguments that no byte depends on, and the versions of the packages that the bytes may depend on.
+    """
 
     format: str
     format_version: int
@@ -49,7 +52,7 @@ class PackKey(msgspec.Struct, kw_only=True):
 
     @classmethod
     def of(cls, header: DatasetHeader) -> "PackKey":
-        """The key of a dataset with this header, packed by the installed versions."""
+        """Return the key for a dataset with this header, packed with the installed versions of the packages."""
         values = msgspec.structs.asdict(header)
         arguments = {k: v for k, v in plain(header.arguments).items() if k not in FREE_ARGUMENTS}
         near = ("rensa",) if header.arguments.dedup == "near" else ()
@@ -57,7 +60,9 @@ class PackKey(msgspec.Struct, kw_only=True):
         return cls(**{**values, "arguments": arguments, "versions": versions})
 
     def differences(self, before: "PackKey") -> list[str]:
-        """What differs from the key an earlier pack began with, in words; empty when this pack can go on with it."""
+        """Return, in words, how this key differs from `before`, the key of an unfinished pack. The list is empty if the
+        unfinished pack can be continued.
+        """
         words = [
             f"{name.replace('_', '-')} was {getattr(before, name)}, now {getattr(self, name)}"
             for name in ("kind", "max_len")
@@ -80,6 +85,7 @@ class PackKey(msgspec.Struct, kw_only=True):
 
 
 def _input_differences(before: Sequence[FileEntry], now: Sequence[FileEntry]) -> list[str]:
+    """Return, in words, how the input files differ: their paths, or, if those are equal, size or content."""
     names_before, names_now = [file.path for file in before], [file.path for file in now]
     if names_before != names_now:
         return [f"the inputs were {', '.join(names_before)}, now {', '.join(names_now)}"]
@@ -92,42 +98,44 @@ def _input_differences(before: Sequence[FileEntry], now: Sequence[FileEntry]) ->
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """The hidden directory of one pack; `out` is the place its dataset will have."""
+    """The hidden directory of one pack. out: the path that the finished dataset will have."""
 
     out: Path
 
     @property
     def dir(self) -> Path:
+        """The hidden directory `.NAME.packing`, in the same directory as `out`."""
         return _sibling(self.out, "packing")
 
     @property
     def dataset(self) -> Path:
-        """Where the files of the dataset are written."""
+        """The directory to which the files of the dataset are written."""
         return self.dir / "dataset"
 
     def begun(self) -> PackKey | None:
-        """What an earlier pack to this place began with; None when none is unfinished."""
+        """Return the key of an unfinished pack to `out`, or None if there is none or its begun.json cannot be read."""
         with contextlib.suppress(DatasetError):
             return read_record(self.dir / "begun.json", PackKey, DatasetError, "")
         return None
 
     def begin(self, key: PackKey) -> None:
-        """Record what is being packed."""
+        """Create the directory and write `key` to begun.json."""
         self.dataset.mkdir(parents=True, exist_ok=True)
         write_record(self.dir / "begun.json", key)
 
     def record(self, result: PartResult) -> None:
-        """Record that a part's files are all on disk."""
+        """Record that a part is finished. All files of the part must be on disk."""
         write_record(self._record_path(result.number), result)
 
     def recorded(self) -> list[int]:
-        """The numbers of the parts with a record."""
+        """Return the numbers of the parts that were recorded as finished, ascending. Their files are not checked."""
         return sorted(int(path.stem) for path in (self.dir / "done").glob("*.json") if path.stem.isdigit())
 
     def finished(self, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
-        """The results of the parts (all, or these) whose files are as recorded (hashed, about 1 GB/s a thread).
+        """Return the results of the recorded parts, by part number, after checking that their files have the recorded
+        size and sha256 (about 1 GB/s a thread). numbers: only check these parts; None means all.
 
-        Records that cannot be read or whose files are damaged are removed.
+        Records that cannot be read, or whose files are missing or damaged, are removed.
         """
         results = {}
         for number in self.recorded():
@@ -142,35 +150,44 @@ class Staging:
         return results
 
     def _is_intact(self, result: PartResult) -> bool:
+        """Return True if all files of a part have the recorded size and sha256."""
         files = [*(shard.file for shard in result.shards), *result.files]
         with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
             return not any(pool.map(lambda file: checksums.difference(self.dataset, file), files))
 
     def _record_path(self, part: int) -> Path:
+        """Return the path of the record of a part."""
         return self.dir / "done" / f"{part:05d}.json"
 
     def clear(self) -> None:
-        """Remove all that was packed so far; records first, so that a half-removed part is not taken for a whole one."""
+        """Remove the hidden directory. The records are removed first, so that a part whose files are partly removed is
+        not taken for a finished one.
+        """
         shutil.rmtree(self.dir / "done", ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def publish(self, files: Collection[str]) -> None:
-        """Move the dataset, which consists of these files, to `out`; what stood there is removed."""
+        """Move the dataset to `out`, replacing a dataset there, and remove the hidden directory. files: the paths,
+        relative to the dataset directory, that belong to the dataset; other files are removed before.
+        """
         for path in self.dataset.rglob("*"):
             if path.is_file() and str(path.relative_to(self.dataset)) not in files:
-                path.unlink()  # what a killed writer left
+                path.unlink()  # left by a writer that was killed
         replace_directory(self.dataset, self.out, _sibling(self.out, "replaced"))
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
 class RecordingPacker:
-    """A PartPacker that records each part when its files are on disk."""
+    """A PartPacker that records each part as finished when its files are on disk. out: the path that the finished
+    dataset will have.
+    """
 
     def __init__(self, settings: PartSettings, out: Path):
         self._pack = PartPacker(settings)
         self._staging = Staging(out)
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
+        """Pack and record a part; takes and returns the same as `PartPacker.__call__`."""
         result = self._pack(part, tick)
         self._staging.record(result)
         return result
@@ -178,9 +195,10 @@ class RecordingPacker:
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[Staging]:
-    """Keep every other pack to `out` away; DatasetError, with host and process, when there is one.
+    """Hold the lock for packing all of `out` while the block runs, and yield its Staging. Raises DatasetError, naming
+    host and process, if another pack to `out` is running.
 
-    Restores the dataset at `out` if a pack was killed between the two renames of publishing.
+    Also restores the dataset at `out` if an earlier pack was killed between the two renames of publishing.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, "lock"), out):
@@ -192,7 +210,10 @@ def only_writer(out: Path) -> Iterator[Staging]:
 
 @contextlib.contextmanager
 def one_of_several(out: Path, shard: str) -> Iterator[Staging]:
-    """Pack a share of `out` while others pack theirs. DatasetError when one packs the same share, or all of it."""
+    """Hold the lock for packing the share `shard` (such as "1-of-4") of `out` while the block runs, and yield its
+    Staging. Other processes may pack other shares meanwhile. Raises DatasetError if another process packs the same
+    share or all of `out`.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, f"lock.{shard}"), out, may_move=True):
         _check_free(_sibling(out, "lock"), out)
@@ -203,7 +224,7 @@ def one_of_several(out: Path, shard: str) -> Iterator[Staging]:
 
 
 class LockOwner(msgspec.Struct, frozen=True):
-    """The content of a lock file: the process that holds the lock."""
+    """The content of a lock file: host and id of the process that holds the lock."""
 
     host: str
     pid: int
@@ -211,10 +232,12 @@ class LockOwner(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def _hold(path: Path, out: Path, *, may_move: bool = False) -> Iterator[None]:
-    """Hold a lock file that names this process.
+    """Hold the lock file `path` while the block runs, and write this process's host and id to it. Raises DatasetError
+    if another process holds it.
 
-    A lock that no process holds but that names another host is refused, since file systems shared between hosts may not
-    pass locks on. may_move: take it over anyway, where the other process could do no harm.
+    A lock file that no process seems to hold but that names another host also raises DatasetError, since file systems
+    shared between hosts do not always pass locks on. may_move: take it over in this case, where the other process could
+    do no harm.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -224,7 +247,7 @@ def _hold(path: Path, out: Path, *, may_move: bool = False) -> Iterator[None]:
         this, owner = LockOwner(socket.gethostname(), os.getpid()), _owner(path)
         if owner and owner.host != this.host and not may_move:
             raise _busy(out, owner)
-        if owner or not path.stat().st_size:  # else filelock's own marker, where the file system has no locks
+        if owner or not path.stat().st_size:  # otherwise filelock's own marker, on a file system without locks
             path.write_bytes(msgspec.json.encode(this))  # in place: the lock is on this inode
         try:
             yield
@@ -233,7 +256,9 @@ def _hold(path: Path, out: Path, *, may_move: bool = False) -> Iterator[None]:
 
 
 def _check_free(path: Path, out: Path) -> None:
-    """DatasetError when another process holds this lock."""
+    """Raise DatasetError if another process holds the lock file `path`. Nothing is raised if the
+    file does not exist.
+    """
     if path.exists():
         try:
             with locked(path, wait=False):
@@ -243,12 +268,14 @@ def _check_free(path: Path, out: Path) -> None:
 
 
 def _owner(path: Path) -> LockOwner | None:
+    """Return the content of a lock file, or None if it cannot be read."""
     with contextlib.suppress(DatasetError):
         return read_record(path, LockOwner, DatasetError, "")
     return None
 
 
 def _busy(out: Path, owner: LockOwner | None) -> DatasetError:
+    """Create the DatasetError for a dataset that another process is writing. owner: None if it is unknown."""
     host, pid = (owner.host, owner.pid) if owner else ("?", 0)
     return DatasetError(
         f"another mm pack is writing {out} (process {pid} on {host})",
@@ -257,4 +284,5 @@ def _busy(out: Path, owner: LockOwner | None) -> DatasetError:
 
 
 def _sibling(out: Path, role: str) -> Path:
+    """Return the hidden path `.NAME.ROLE` in the directory of `out`, where NAME is the name of `out`."""
     return out.parent / f".{out.name}.{role}"

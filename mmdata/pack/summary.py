@@ -1,4 +1,4 @@
-"""From the results of all parts to manifest.json and stats.json."""
+"""Combine the results of all parts to the content of manifest.json and stats.json."""
 
 import itertools
 from collections import Counter
@@ -31,7 +31,9 @@ Key = TypeVar("Key")
 def header_of(
     kind: str, max_len: int, tokenizer: Tokenizer, inputs: list[FileEntry], arguments: PackArguments
 ) -> DatasetHeader:
-    """The beginning of a manifest: all that the bytes to come depend on."""
+    """Return the header of a manifest: everything that the bytes of the dataset depend on. inputs: with size and
+    sha256.
+    """
     identity = TokenizerRecord(
         tokenizer.sha256,
         tokenizer.template_sha256,
@@ -51,7 +53,9 @@ def header_of(
 
 
 def manifest_of(header: DatasetHeader, results: Sequence[PartResult], files: Sequence[FileEntry]) -> Manifest:
-    """The manifest of a dataset, or of a shard of a pack. files: those that belong to no part."""
+    """Return the manifest of a dataset that consists of these parts. results: of the parts; files: files that belong to
+    no part, such as the tokenizer's.
+    """
     shards = sorted((s for result in results for s in result.shards), key=lambda s: (s.split, s.bucket, s.part))
     every = [*files, *(file for result in results for file in result.files)]
     return Manifest(
@@ -66,7 +70,7 @@ def manifest_of(header: DatasetHeader, results: Sequence[PartResult], files: Seq
 
 
 def total_of(counters: Iterable[Mapping[Key, int]]) -> Counter[Key]:
-    """The sum of several counters."""
+    """Return the sum of several counters."""
     total: Counter[Key] = Counter()
     for counter in counters:
         total.update(counter)
@@ -74,6 +78,7 @@ def total_of(counters: Iterable[Mapping[Key, int]]) -> Counter[Key]:
 
 
 def _encoders(results: Sequence[PartResult]) -> list[EncoderRecord]:
+    """Return a record of each encoder that parts were encoded with, by name."""
     by_name: dict[str, list[PartResult]] = {}
     for result in results:
         by_name.setdefault(result.encoder, []).append(result)
@@ -90,6 +95,7 @@ def _encoders(results: Sequence[PartResult]) -> list[EncoderRecord]:
 
 
 def _part_record(result: PartResult) -> PartRecord:
+    """Convert the result of a part to its record in the manifest."""
     return PartRecord(
         part=result.number,
         rows=result.rows,
@@ -104,6 +110,7 @@ def _part_record(result: PartResult) -> PartRecord:
 
 
 def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> DatasetTotals:
+    """Return the sums over all parts and shards."""
     by_reason = {
         name: dict(sorted(total_of(getattr(result, name) for result in results).items()))
         for name in ("left_out", "cut", "control_strings")
@@ -125,7 +132,7 @@ def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> Dat
 
 
 def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any]:
-    """The content of stats.json. manifest: with totals; results: of all its parts."""
+    """Return the content of stats.json. manifest: must have its totals and shards; results: those of all its parts."""
     kind, totals, shards = manifest.kind, manifest.totals, manifest.shards
     characters = sum(result.characters for result in results)
     counts = np.zeros(manifest.max_len + 1, np.int64)
@@ -151,18 +158,24 @@ def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any
 
 
 def _figures(kind: str, shards: Sequence[ShardRecord]) -> dict[str, float]:
+    """Return the sums over these shards (samples, sequences, rows, tokens, trained tokens) and their fill."""
     names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
     return {**{name: sum(getattr(shard, name) for shard in shards) for name in names}, "fill": fill_of(kind, shards)}
 
 
 def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
-    """The share of positions that hold tokens; a pair has a bucket's length for each of its sides."""
+    """Return the share of positions that have a token, 0 to 1; 0 without shards. A pair takes up its bucket's length
+    once for each side, and its prompt counts twice.
+    """
     positions = sum(shard.samples * shard.bucket for shard in shards) * (2 if kind == "pair" else 1)
     return sum(shard.model_tokens for shard in shards) / max(1, positions)
 
 
 def length_figures(counts: np.ndarray) -> dict[str, Any]:
-    """Figures of a length distribution. counts: int64 [longest + 1], how many sequences have each length."""
+    """Return figures of a length distribution: number of sequences, tokens, mean, shortest, longest, quantiles (p50,
+    p90, p99) and a histogram with boundaries at powers of two. counts: int64 [longest + 1], the number of sequences of
+    each length.
+    """
     total = int(counts.sum())
     tokens = counts * np.arange(len(counts))
     reached = np.cumsum(counts)
