@@ -1,5 +1,6 @@
-"""From jsonl lines to token ids and trained spans.
+"""Conversion of jsonl lines to token ids and the ranges of tokens that are trained on.
 
-Start with `rows.py` (a line as a row) and `encoder.py` (rows to ids). The columnar way goes through `columns.py` and
-`blocks.py`; its check and fallback, `reference.py`, through `template.py` and `traced.py`.
+Begin with `rows.py`, which parses a line to a row, and `encoder.py`, which encodes rows. Most conversations and pairs are
+encoded many at a time, with `columns.py` and `blocks.py`. The others are encoded one by one by `reference.py`, with
+`template.py` and `traced.py`; it is also what the fast way is checked against.
 """

@@ -78,12 +78,12 @@ class ReferenceEncoder:
         ]
 
     def encode(self, row: Conversation | Pair, keep_empty_think: bool) -> EncodedRow:
-        """Render and encode one row.
+        """Render and encode one row. A conversation longer than `max_len` is cut after its last whole turn (a user
+        message and everything up to its final answer) that fits.
 
-        A conversation longer than `max_len` is cut after its last whole turn that fits. Raises BadRow if the rendering
-        cannot be cut into segments, if no token is trained, if not even the first turn fits, if a side of a pair is too
-        long, or if both sides are equal. keep_empty_think: whether to keep the empty think blocks that the template
-        writes.
+        keep_empty_think: whether to keep the empty think blocks that the template writes. Raises BadRow if the
+        rendering cannot be cut into segments, if no token is trained, if not even the first turn fits, if a side of a
+        pair is too long, or if both sides of a pair are equal.
         """
         sides = self._encode_segments(self.segments(row, keep_empty_think))
         for side in sides:
@@ -169,10 +169,11 @@ class ReferenceEncoder:
         return EncodedRow(Sequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
 
     def _longest_that_fits(self, row: Conversation, keep: bool) -> _Tokens | None:
-        """Return the tokens of as many whole turns from the beginning as fit `max_len`. Return None if the first turn
-        does not fit, or if no trained token was found in a beginning that does.
+        """Return the tokens of as many whole turns from the beginning as fit `max_len`, where a turn is a user message
+        and everything up to its final answer. Return None if not even the first turn fits, or if none of its tokens is
+        trained.
 
-        Each tried beginning is rendered again. The number of turns is found by bisection.
+        The number of turns is found by bisection; each number tried is rendered again.
         """
         messages = row.messages
         ends = [
