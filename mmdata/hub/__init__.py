@@ -1,4 +1,5 @@
-"""`mm fetch`: download dataset files and tokenizers, resumed and verified.
+"""`mm fetch`: downloads of dataset files and tokenizers that can be resumed and are verified.
 
-Begin at `fetch.py`; `plan.py` reads mm.lock and decides what to download, `transfer.py` downloads one file from `sources.py`.
+Read `fetch.py` first. `plan.py` reads mm.lock and decides what to download, `sources.py` makes requests to the Hugging
+Face Hub, ModelScope, a folder or a web address, and `transfer.py` downloads one file.
 """

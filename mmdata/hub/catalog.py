@@ -1,7 +1,8 @@
-"""The dataset files and tokenizers that `mm fetch` knows: stage, size, checksum, rows and the revisions that have them.
+"""The dataset files and tokenizers that `mm fetch` knows, with their sizes, checksums, rows and revisions.
 
-The figures are from projects that pinned the same revisions and from the upstream READMEs; None where nobody published one.
-`fetch` believes a source's own listing over this table and reports where they differ. Reading the table costs no request.
+The figures come from projects that pinned the same revisions and from the upstream READMEs; None where nobody published
+one. Where the source lists other figures than this table, `fetch` uses the source's and prints a warning. Nothing here
+makes a request.
 """
 
 import difflib
@@ -14,7 +15,7 @@ LICENCE = (
     "treat the data as non-commercial"
 )
 
-# The dataset's main branch in 2026 (the t2t files), and a commit after 2025-10-26 that still has the files of 2025.
+# T2T: the dataset's main branch in 2026, with the t2t files. OLD: a commit after 2025-10-26 that has the files of 2025.
 T2T = {"hf": "312afb4f76391145c6902f765bb51691c09a12f5", "modelscope": "74aad49fa4443e7ed640d44bc4e9c7d1fe71ada5"}
 OLD = {"hf": "84983ed4dec7836d240577760c1d6be5d4cabcf9"}
 FEBRUARY = {"hf": "9f9f5d75020d4e36f9af87d303a3690ceba6d5c6"}  # 2025-02, when the jsonl files first appeared
@@ -24,23 +25,23 @@ DOCUMENT, CONVERSATION, PAIR = ("text",), ("conversations",), ("chosen", "reject
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
-    """A file of the dataset repository. Of `sha256` and revisions only the first digits may be known."""
+    """A jsonl file of the dataset repository. `sha256` and the revisions may be abbreviated to their first digits."""
 
     key: str  # what users type
-    stage: str
-    fields: tuple[str, ...]  # that every row has
-    repo_path: str = ""  # its path in the repository, where it is not `name`
+    stage: str  # training stage that the file is for
+    fields: tuple[str, ...]  # keys that every row has
+    repo_path: str = ""  # path in the repository; empty if it is the same as `name`
     num_bytes: int | None = None  # exact
     about_bytes: int | None = None  # rounded, from a README
     num_rows: int | None = None
     sha256: str | None = None
-    max_len: int | None = None  # tokens, as upstream recommends
-    revisions: dict[str, str] = field(default_factory=dict)  # by source
+    max_len: int | None = None  # in tokens, as upstream recommends for training
+    revisions: dict[str, str] = field(default_factory=dict)  # source (hf, modelscope) -> commit that has the file
     note: str = ""
 
     @property
     def name(self) -> str:
-        """The local file name. It is made from the key, because two published files are named dpo.jsonl."""
+        """The local file name, made from the key because two different published files are named dpo.jsonl."""
         return f"{self.key}.jsonl"
 
     @property
@@ -50,16 +51,16 @@ class KnownFile:
 
     @property
     def size_bytes(self) -> int | None:
-        """The exact size if it is known, else the rounded one."""
+        """The exact size if it is known, else the rounded one, else None."""
         return self.num_bytes or self.about_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class KnownTokenizer:
-    """A tokenizer in a model repository; `revision` None is the main branch."""
+    """A tokenizer in a model repository. `revision` is a commit on the Hugging Face Hub; None means the main branch."""
 
     name: str
-    repo: dict[str, str]  # by source
+    repo: dict[str, str]  # source (hf, modelscope) -> repository id
     revision: str | None
     note: str
 
@@ -112,7 +113,7 @@ FILES = (
 )  # fmt: skip
 
 PRESETS = {
-    "begin": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),  # of `mm fetch` without names
+    "begin": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),  # what `mm fetch` without names downloads
     "zero": ("pretrain_t2t_mini", "sft_t2t_mini"),
     "full": ("pretrain_t2t", "sft_t2t", "dpo", "rlaif", "agent_rl"),
     "seed": ("pretrain_hq", "sft_512", "sft_1024", "sft_2048", "dpo_v1"),  # what the walkthroughs of 2025 train on
@@ -120,7 +121,7 @@ PRESETS = {
 }
 PRESET_TOKENIZER = {preset: "minimind-2" if "seed" in preset else "minimind-3" for preset in PRESETS}
 
-# The repository names are from public pages; their files were not opened. `fetch` takes what the listing has.
+# The repository names are from public pages; their files were not opened, so `fetch` relies on the source's listing.
 TOKENIZERS = (
     KnownTokenizer("minimind-3", {"hf": "jingyaogong/minimind-3", "modelscope": "gongjy/minimind-3"}, None,
                    "for the t2t files: tools, tool calls, thinking"),
@@ -134,33 +135,40 @@ TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories have the templ
 
 
 def find(name: str) -> KnownFile | None:
-    """The known file with this key, local name or repository path; None if there is none."""
+    """Return the known file whose key, local name or path in the repository is `name`; None if there is none.
+
+    Keys and local names come first: "dpo.jsonl" is both a local name and the repository path of another file.
+    """
     by_name = next((known for known in FILES if name in (known.key, known.name)), None)
     return by_name or next((known for known in FILES if name == known.path), None)
 
 
 def find_glob(pattern: str) -> list[KnownFile]:
-    """The known files whose key or name matches a shell pattern, in the order of the catalog."""
+    """Return the known files whose key or local name matches a shell pattern, case-sensitively, in catalog order."""
     return [f for f in FILES if fnmatch.fnmatchcase(f.key, pattern) or fnmatch.fnmatchcase(f.name, pattern)]
 
 
 def is_glob(name: str) -> bool:
-    """Whether a name is a shell pattern."""
+    """Return whether a name is a shell pattern: it has a *, ? or [."""
     return any(mark in name for mark in "*?[")
 
 
 def find_tokenizer(name: str) -> KnownTokenizer | None:
-    """The known tokenizer of that name; None if there is none."""
+    """Return the known tokenizer of that name; None if there is none."""
     return next((tokenizer for tokenizer in TOKENIZERS if tokenizer.name == name), None)
 
 
 def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:
-    """Up to three similar names among the catalog's keys and `others`."""
+    """Return up to three names similar to `name`, among the catalog's keys and `others`, most similar first."""
     return difflib.get_close_matches(name.removesuffix(".jsonl"), [*(f.key for f in FILES), *others], n=3, cutoff=0.5)
 
 
 def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Whether a published size and checksum can be this file's. Rounded sizes may differ by a tenth."""
+    """Return whether a size and sha256 that a source lists (None: not listed) can belong to this known file.
+
+    If both checksums are known, they decide. Otherwise an exact known size must be equal, and a rounded one may differ
+    by a tenth. If there is nothing to compare, the result is True.
+    """
     if known.sha256 and sha256:
         return sha256.startswith(known.sha256)
     if known.num_bytes and num_bytes is not None:
@@ -171,7 +179,12 @@ def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
 
 
 def is_namesake(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Whether a file found at `known.path` is another known file with the same path (there are two dpo.jsonl)."""
+    """Return whether the file that a source lists at `known.path` is probably another known file with the same path.
+
+    Several versions of dpo.jsonl were published at one path. The result is True if another known file has this path and
+    the listed size and checksum do not fit `known`, and either they fit that other file or the exact size of `known` is
+    not recorded.
+    """
     others = [other for other in FILES if other.path == known.path and other.key != known.key]
     if not others or fits(known, num_bytes, sha256):
         return False

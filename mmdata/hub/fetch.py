@@ -1,6 +1,7 @@
-"""Carrying out a plan of `mm fetch`: verified files in a folder, and mm.lock beside them. Files are fetched one by one.
+"""Carrying out a plan of `mm fetch`: downloads files one after another, verifies them and records them in mm.lock.
 
-If everything is there already, no request is made and huggingface_hub is not imported.
+Takes the `FetchPlan` made by `plan.py` and returns a `FetchOutcome` for each file. mm.lock is written to the output
+directory. If every file is there already, no request is made and huggingface_hub is not imported.
 """
 
 import json
@@ -33,12 +34,19 @@ from mmdata.io.files import AlreadyLockedError, Digest, locked
 SPACE_MARGIN_BYTES = 64 << 20
 FIRST_LINE_BYTES = 1 << 20
 
-Watch = Callable[[str, int, int, int, int], None]  # (name, bytes done, of; bytes done in all, of); they never decrease
+# (file name, bytes of it that are there, its size, bytes of all files that are there, their size); they never decrease
+Watch = Callable[[str, int, int, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class FetchOutcome:
-    """What became of one file. `status`: kept, adopted (it was there already), fetched, failed."""
+    """What happened to one file.
+
+    `status` is kept (it was there and recorded in mm.lock), adopted (it was there and has now been recorded), fetched
+    or failed. `num_bytes`, `num_lines` (newline characters), `sha256`, `revision` and `commit` describe the file.
+    `received_bytes` counts what this run received, repeated bytes included, and `failures` the attempts that failed.
+    `error` is set if the status is failed.
+    """
 
     name: str
     status: str
@@ -57,10 +65,14 @@ class FetchOutcome:
 def fetch(
     plan: FetchPlan, *, watch: Watch | None = None, on_wait: Callable[[str], None] | None = None
 ) -> list[FetchOutcome]:
-    """Carry out a plan. A file that fails is reported in its outcome and does not stop the others.
+    """Download and verify the files of a plan and record them in mm.lock. Return one outcome per file, in order.
 
-    `on_wait(name)` is called if another process is fetching that file. Raises DiskError if the disk is too small or full, and
-    InterruptedFetch on Ctrl-C; what arrived is kept either way.
+    A file that fails is reported in its outcome and does not stop the others. `watch` is called with the progress of
+    the file and of the whole plan, and `on_wait(name)` if another process is downloading that file, which is then
+    waited for.
+
+    Raises DiskError if the disk is too small, full or not writable, InterruptedFetch on Ctrl-C, and UsageError for a
+    source that does not exist. Bytes that have arrived stay on disk in either case, and the next run resumes from them.
     """
     check_space(plan)
     options = plan.options
@@ -83,7 +95,7 @@ def fetch(
 
 
 def check_space(plan: FetchPlan) -> None:
-    """Raise DiskError if what is missing, with a margin, does not fit on the disk."""
+    """Raise DiskError if the bytes to download (if any) plus SPACE_MARGIN_BYTES exceed the free space."""
     needed = plan.get_bytes + SPACE_MARGIN_BYTES
     if plan.get_bytes and needed > plan.free_bytes:
         raise DiskError(
@@ -93,7 +105,11 @@ def check_space(plan: FetchPlan) -> None:
 
 
 class _Report:
-    """Adds up the bytes of all files for `watch`; no figure ever decreases, not even when a file is fetched again."""
+    """Adds up the progress of a whole plan and calls `watch` with it.
+
+    The figures never decrease, even when a damaged file is downloaded again. `before` is the size of the files that are
+    finished, `most` the largest progress of the current file and `most_all` that of the plan, all in bytes.
+    """
 
     def __init__(self, plan: FetchPlan, watch: Watch | None) -> None:
         self.watch = watch
@@ -102,16 +118,18 @@ class _Report:
 
     @staticmethod
     def _size(item: FetchItem) -> int:
+        """Return the size of a file that the plan downloads; 0 for other files."""
         return item.content.num_bytes if item.content and item.action == "get" else 0
 
     def __call__(self, name: str, done: int, total: int) -> None:
+        """Report that `done` of the `total` bytes of the current file are there."""
         self.most = max(self.most, done)
         self.most_all = max(self.most_all, self.before + done)
         if self.watch:
             self.watch(name, self.most, total, self.most_all, self.total)
 
     def close(self, item: FetchItem) -> None:
-        """Go on to the next file."""
+        """Count the current file as finished; later calls are about the next file."""
         self.before += self._size(item)
         self.most = 0
 
@@ -119,6 +137,11 @@ class _Report:
 def _fetch_one(
     options: FetchOptions, source: Source, item: FetchItem, report: _Report, on_wait: Callable[[], None] | None
 ) -> FetchOutcome:
+    """Carry out one item of the plan: keep, adopt or download the file, and record it in mm.lock.
+
+    Raises the item's error. The file is locked against other `mm` processes meanwhile. If another process has
+    downloaded it in the time between, it is kept.
+    """
     want, path, content = item.want, options.out / item.want.name, item.content
     if item.error:
         raise item.error
@@ -134,7 +157,7 @@ def _fetch_one(
         is_new = entry is not None and entry.sha256 == content.sha256 and same_stat(path, entry)
         if is_new and item.action == "get" and not options.verify:
             return _kept(options, want.name, "kept")  # another process fetched it meanwhile
-        if item.digest is not None:  # adopted; with the recorded bytes only the times are new
+        if item.digest is not None:  # adopt the file; if mm.lock has the same bytes, only the times are recorded anew
             is_recorded = entry is not None and entry.sha256 == item.digest.sha256
             write_entry(options.out, want.name, entry if entry and is_recorded else _entry(source, item, item.digest))
             return _kept(options, want.name, "kept" if entry else "adopted")
@@ -166,6 +189,7 @@ def _fetch_one(
 
 
 def _entry(source: Source, item: FetchItem, digest: Digest) -> LockEntry:
+    """Return the mm.lock entry of a file with this digest. Its times are 0, because `write_entry` fills them in."""
     assert item.content is not None
     return LockEntry(
         digest.position,
@@ -186,6 +210,7 @@ def _entry(source: Source, item: FetchItem, digest: Digest) -> LockEntry:
 
 
 def _kept(options: FetchOptions, name: str, status: str) -> FetchOutcome:
+    """Return the outcome of a file that was not downloaded: with the figures of mm.lock, or else only its size."""
     entry = read_lock(options.out).files.get(name)
     if entry is None:
         return FetchOutcome(name, status, (options.out / name).stat().st_size)
@@ -193,9 +218,10 @@ def _kept(options: FetchOptions, name: str, status: str) -> FetchOutcome:
 
 
 def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) -> list[str]:
-    """Warnings about the rows, the last and the first line of a complete file.
+    """Return warnings about a complete file: a wrong number of rows, no newline at its end, a wrong first row.
 
-    Raises IntegrityError if the first row is of another kind than the catalog's and no checksum was published.
+    part: the path of the downloaded bytes. Only files of the catalog have an expected number of rows and expected
+    fields. Raises IntegrityError if the first row lacks one of these fields and no checksum was published for the file.
     """
     warnings = []
     num_rows = digest.num_lines + (not digest.ends_with_newline)
@@ -211,6 +237,10 @@ def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) 
 
 
 def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
+    """Return what is wrong with the first line, which should be a JSON object with the `expected` keys.
+
+    Empty if nothing is wrong, for an empty file and for a first line of FIRST_LINE_BYTES or more, which is not parsed.
+    """
     with open(path, "rb") as file:
         line = file.readline(FIRST_LINE_BYTES)
     if not line or len(line) == FIRST_LINE_BYTES:
@@ -228,7 +258,12 @@ def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """One line of `mm fetch --list`; None where nobody knows. `state` is from sizes alone: have, part, stale, missing."""
+    """One line of `mm fetch --list`: a known or downloaded file, or a tokenizer.
+
+    Figures that nobody published are None. `state` is have (the size is as expected, or no size is known), part (a part
+    was downloaded), stale (another size than expected) or missing. Contents are not read. `num_bytes` may be rounded,
+    `max_len` is in tokens, and `stage` is empty for files that the catalog does not have.
+    """
 
     name: str
     stage: str
@@ -240,7 +275,10 @@ class FileState:
 
 
 def overview(out: Path) -> list[FileState]:
-    """Every known file and everything that was fetched, with its state in `out`. Makes no request."""
+    """Return the state in directory `out` of all files and tokenizers of the catalog and the other datasets in mm.lock.
+
+    A tokenizer whose files differ in state counts as stale. Makes no request.
+    """
     lock = read_lock(out).files
     states = []
     for known in catalog.FILES:
@@ -264,6 +302,7 @@ def overview(out: Path) -> list[FileState]:
 
 
 def _state(path: Path, num_bytes: int | None) -> str:
+    """Return the state of one file: have, stale, part or missing. num_bytes: its expected size; None accepts any."""
     if path.is_file():
         return "have" if num_bytes in (None, path.stat().st_size) else "stale"
     return "part" if kept_bytes(path) else "missing"
@@ -275,8 +314,12 @@ _LEFTOVER = re.compile(
 
 
 def clean(out: Path) -> tuple[int, int]:
-    """Remove what unfinished downloads left, except for files that another process is fetching; returns files and bytes."""
-    leftovers: dict[Path, list[Path]] = {}  # by the file they belong to
+    """Remove what unfinished downloads left in directory `out`: partial files, their journals and lock files.
+
+    Files that another process is downloading are skipped. Returns the number of files removed and their bytes, lock
+    files not counted.
+    """
+    leftovers: dict[Path, list[Path]] = {}  # downloaded file -> what its download left
     for path in sorted(out.rglob("*")):
         if match := _LEFTOVER.fullmatch(path.name):
             name = match["name"] or match["hidden"] or match["lock"]

@@ -1,4 +1,4 @@
-"""The options of `mm fetch`, declared once: types, defaults, ranges and help texts. Imports nothing heavy."""
+"""The options of `mm fetch`: types, defaults, ranges and help texts. Imports nothing heavy, so `mm --help` is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,10 @@ SOURCE, LOCAL = "Source", "Files on this machine"  # headings of --help
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """How to fetch. `endpoint` None is the source's own; `retry` None is the default `RetryPolicy`."""
+    """Where `mm fetch` downloads from and to, and how.
+
+    If `endpoint` is None, the web address of `source` itself is used. If `retry` is None, `RetryPolicy()` is used.
+    """
 
     out: Path = option(Path("data"), help="Directory for the files.", group=LOCAL, metavar="DIR")
     source: str = option(

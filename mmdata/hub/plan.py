@@ -1,11 +1,13 @@
-"""Deciding what `mm fetch` has to do: one item for each file, with its content, where it is, and what is here already.
+"""Deciding what `mm fetch` has to do for each file: the content it should have, where to get it, what is on disk.
 
-Each repository is listed at most once at each revision, and not at all if mm.lock and the folder show that everything is there.
-Locked files keep the commit and content of mm.lock until `update`. A file that is neither as recorded nor as published is the
-user's own and is left alone.
+Takes the requested names and `FetchOptions`, and returns a `FetchPlan` with one `FetchItem` per file. Each repository
+is listed at most once per revision, and not at all if mm.lock and the files on disk show that everything is there.
+Files recorded in mm.lock keep the commit and content recorded there until `--update`. A file on disk that is neither
+the recorded nor the published one is taken for the user's own and is not overwritten without `--force`.
 
-mm.lock lies beside the data and is meant for version control: on another machine the same names bring the same bytes. A file
-whose size and times are as recorded counts as complete, at the cost of one stat; any other is hashed (about 0.6 GB/s).
+mm.lock is in the directory of the data and is meant to be put under version control: on another machine, the same names
+then bring the same bytes. A file whose size and times are as recorded counts as complete without being read; any other
+file is hashed (about 0.6 GB/s).
 """
 
 import contextlib
@@ -37,7 +39,11 @@ MTIME_SLACK_NS = 2_000_000  # tools that set times as floats, and some filesyste
 
 
 class LockEntry(msgspec.Struct, frozen=True):
-    """A fetched file: its content, where it came from, and its stat when it was last checked."""
+    """The record of a downloaded file in mm.lock: its content, where it came from, and its times (ns).
+
+    `revision` is the branch, tag or commit that was requested and `commit` the commit that it meant; both describe the
+    source.
+    """
 
     num_bytes: int
     sha256: str
@@ -51,24 +57,27 @@ class LockEntry(msgspec.Struct, frozen=True):
     repo_kind: str  # dataset or model
     revision: str
     commit: str
-    path: str
-    is_verified: bool  # a published checksum agreed
+    path: str  # in the repository or folder
+    is_verified: bool  # whether a checksum was known before the download and was compared
 
     @property
     def num_rows(self) -> int:
-        """Lines, an unfinished last one included."""
+        """The number of lines, a last one without a newline included."""
         return self.num_lines + (not self.ends_with_newline)
 
 
 class Lock(msgspec.Struct, frozen=True):
-    """The content of mm.lock."""
+    """The content of mm.lock. `files` maps the path of a file relative to the directory of mm.lock to its entry."""
 
     format_version: int = FORMAT_VERSION
     files: dict[str, LockEntry] = {}
 
 
 def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
-    """The lock of a folder; an empty one if there is none or, with a line added to `warnings`, if it cannot be used."""
+    """Return the content of mm.lock in `out_dir`; an empty `Lock` if there is none or it cannot be used.
+
+    If it is damaged or has another format, a message is appended to `warnings`.
+    """
     path = out_dir / LOCK_NAME
     try:
         values = json.loads(path.read_bytes())
@@ -85,7 +94,11 @@ def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
 
 
 def write_entry(out_dir: Path, name: str, entry: LockEntry) -> None:
-    """Add a file's entry, with its stat of now, to mm.lock; entries of other processes stay. A damaged lock is set aside."""
+    """Set the entry of file `name` in mm.lock, with the file's present times. Other entries are preserved.
+
+    A lock that is damaged or has another format is renamed to mm.lock.broken first. Raises DiskError if no lock file
+    can be created, and OSError if the file does not exist or mm.lock cannot be written.
+    """
     stat = (out_dir / name).stat()
     entry = msgspec.structs.replace(entry, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns)
     path = out_dir / LOCK_NAME
@@ -98,7 +111,10 @@ def write_entry(out_dir: Path, name: str, entry: LockEntry) -> None:
 
 
 def same_stat(path: Path, entry: LockEntry) -> bool:
-    """Whether size, mtime and ctime are as recorded, so that the content need not be read."""
+    """Return whether size, mtime and ctime are as recorded, so that the content need not be read.
+
+    False if there is no such file.
+    """
     with contextlib.suppress(OSError):
         stat = path.stat()
         return stat.st_size == entry.num_bytes and same_mtime(path, entry) and stat.st_ctime_ns == entry.ctime_ns
@@ -106,13 +122,21 @@ def same_stat(path: Path, entry: LockEntry) -> bool:
 
 
 def same_mtime(path: Path, entry: LockEntry) -> bool:
-    """Whether the file was last written when the lock says: other bytes are then damage and not an edit."""
+    """Return whether the mtime is the recorded one, give or take MTIME_SLACK_NS.
+
+    Raises OSError if there is no such file. If the bytes differ from the recorded ones but the mtime does not, the file
+    was damaged and not edited.
+    """
     return abs(path.stat().st_mtime_ns - entry.mtime_ns) <= MTIME_SLACK_NS
 
 
 @contextlib.contextmanager
 def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold `path` against other processes; `on_wait` is called once if another one holds it. Raises DiskError."""
+    """Context manager that locks `path` against other processes, by a lock file in its directory, until the block ends.
+
+    If another process holds the lock, `on_wait` is called once and then the lock is waited for. Raises DiskError if the
+    lock file cannot be created.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(guard_path(path), on_wait=on_wait))
@@ -123,7 +147,7 @@ def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterat
 
 
 def guard_path(path: Path) -> Path:
-    """The file that `only_one` locks."""
+    """Return the path of the lock file of `only_one`: `.NAME.lock` in the same directory."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -132,25 +156,34 @@ def guard_path(path: Path) -> Path:
 TOKENIZER_DIR = "tokenizer"
 SHOW_NAMES = "`mm fetch --list` shows the known names"
 
-Checking = Callable[[str, int, int], None]  # (name, bytes hashed, bytes in all)
+Checking = Callable[[str, int, int], None]  # (file name, bytes hashed so far, size of the file)
 
 
 @dataclass(frozen=True, slots=True)
 class WantedFile:
-    """A requested file: its local name, its path in the repository, and what the catalog knows about it."""
+    """A requested file.
+
+    `name`: its path relative to the output directory; `path`: in the repository; `known`: catalog entry.
+    """
 
     name: str
     path: str
     repo: Repo
     stage: str = ""
     known: KnownFile | None = None
-    revision: str | None = None  # pinned by the catalog
-    is_optional: bool = False  # where it is in the way of another file, it is left out with a warning
+    revision: str | None = None  # the one that the catalog names
+    is_optional: bool = False  # implied by a preset: if another file is in its place, that one stays, with a warning
 
 
 @dataclass(frozen=True, slots=True)
 class FetchItem:
-    """What to do about one file. `state`: have, part, stale, missing; `action`: keep, adopt, get, fail."""
+    """The decision about one file.
+
+    `state` describes what is on disk: have (the right content), part (a partial download), stale (another content) or
+    missing. `action` is keep (nothing to do), adopt (only record the file in mm.lock), get (download) or fail (see
+    `error`). `content` is the content to have. `revision`, `commit` and `path` say where the source has it.
+    `have_bytes` were downloaded by an earlier run.
+    """
 
     want: WantedFile
     state: str = ""
@@ -160,18 +193,18 @@ class FetchItem:
     commit: str = ""
     path: str = ""
     have_bytes: int = 0
-    digest: Digest | None = None  # of the file that is here, where it was hashed
+    digest: Digest | None = None  # of the file on disk, if it was hashed and is right
     error: MMError | None = None
 
     @property
     def get_bytes(self) -> int:
-        """Bytes to download."""
+        """The number of bytes to download."""
         return self.content.num_bytes - self.have_bytes if self.action == "get" and self.content else 0
 
 
 @dataclass(frozen=True, slots=True)
 class FetchPlan:
-    """What `fetch` will do, warnings for the user, and the bytes free where the files go."""
+    """What `fetch` will do: an item per file, warnings for the user, and the free bytes of the output disk."""
 
     options: FetchOptions
     items: tuple[FetchItem, ...]
@@ -180,7 +213,7 @@ class FetchPlan:
 
     @property
     def get_bytes(self) -> int:
-        """Bytes to download in all."""
+        """The number of bytes to download for all files together."""
         return sum(item.get_bytes for item in self.items)
 
 
@@ -193,9 +226,17 @@ def plan(
     tokenizer: str | None = None,
     checking: Checking | None = None,
 ) -> FetchPlan:
-    """What to do to have the named files (catalog keys, file names, globs), a preset, or all files of the main branch.
+    """Decide what to do so that the requested files are complete in `options.out`.
 
-    Without any of them: the preset "begin", or with `verify` everything that was ever fetched.
+    Downloads no data, but may list repositories.
+
+    names: catalog keys, file names or shell patterns. preset: a key of `catalog.PRESETS`; its files and its tokenizer.
+    everything: all files of the dataset repository. tokenizer: a name of the catalog. These add up. If none is given,
+    the preset "begin" is taken, or with `options.verify` every file in mm.lock. checking: called while existing files
+    are hashed.
+
+    Raises UsageError for an unknown preset or tokenizer, NotFoundError for an unknown name, and AccessError,
+    NetworkError or ConflictError where nothing can be planned. Errors of single files are recorded in their items.
     """
     if preset is not None and preset not in catalog.PRESETS:
         raise UsageError(f"no preset {preset!r}", f"one of {', '.join(catalog.PRESETS)}")
@@ -217,7 +258,7 @@ def plan(
 
 
 class _Planner:
-    """State of planning: the lock, the listings requested so far, warnings."""
+    """The state of planning: the content of mm.lock, the warnings, and the listings and histories requested so far."""
 
     def __init__(self, options: FetchOptions, checking: Checking | None) -> None:
         self.options, self.checking = options, checking
@@ -225,7 +266,7 @@ class _Planner:
         self.warnings: list[str] = []
         self.lock = read_lock(options.out, self.warnings)
         self.dataset = Repo(catalog.DATASET_REPO.get(self.source.kind, ""))
-        self.only_model = False  # nothing but a tokenizer is wanted: --revision is then one of its repository
+        self.only_model = False  # only a tokenizer is requested, so that --revision is a revision of its repository
         self.main = "master" if self.source.kind == "modelscope" else "main"
         self._listings: dict[tuple[Repo, str], Listing | NotFoundError] = {}
         self._commits: dict[Repo, list[str]] = {}
@@ -233,7 +274,12 @@ class _Planner:
     # --- names
 
     def wants(self, name: str) -> list[WantedFile]:
-        """The files that a name or a glob means. Raises NotFoundError, or UsageError for a name that would leave the folder."""
+        """Return the files that a name or shell pattern means.
+
+        A pattern is matched with the catalog and, if nothing there matches, with the files of the repository. Raises
+        NotFoundError if a pattern matches nothing, and UsageError for a path that would be outside the output directory
+        or is one of the file names that `mm fetch` itself uses.
+        """
         if catalog.is_glob(name):
             wants = [self._wanted(known.path, known) for known in catalog.find_glob(name)]
             if not wants and self._is_repository:
@@ -250,17 +296,24 @@ class _Planner:
         return [self._wanted(known.path if known else name, known)]
 
     def _wanted(self, path: str, known: KnownFile | None = None) -> WantedFile:
-        """A file of the dataset; where the catalog does not know it, it keeps the name that it has there."""
+        """Return the dataset file at this path of the repository.
+
+        If the catalog does not know it, its local name is the path.
+        """
         if known is None:
             return WantedFile(path, path, self.dataset)
         return WantedFile(known.name, path, self.dataset, known.stage, known, known.revisions.get(self.source.kind))
 
     def _dataset_files(self) -> dict[str, Content]:
-        """The listing of the dataset at the revision asked for, else at the locked commit, else of the main branch."""
+        """Return the files of the dataset repository at `--revision`, else the locked commit, else the main branch."""
         return self.listing(self.dataset, self.options.revision or self._locked_commit() or self.main).files
 
     def everything(self) -> list[WantedFile]:
-        """All files of the dataset; names that would leave the folder are refused with a warning."""
+        """Return all files of the dataset repository, hidden ones excepted.
+
+        Raises UsageError if the source is not a repository. Paths that would be outside the output directory, or are
+        names that `mm fetch` itself uses, are left out with a warning.
+        """
         if not self._is_repository:
             raise UsageError("--all needs a repository to list", "name the files, or use --source hf or modelscope")
         wants = []
@@ -273,7 +326,13 @@ class _Planner:
         return wants
 
     def tokenizer(self, name: str, *, is_asked: bool) -> list[WantedFile]:
-        """The files of a known tokenizer. One that belongs to a preset (not `is_asked`) never replaces another tokenizer."""
+        """Return the files of a tokenizer of the catalog.
+
+        is_asked: it was named by the user, and not implied by a preset. If the output directory has a tokenizer of
+        another repository, the result is empty, with a warning, for an implied tokenizer; for a named one ConflictError
+        is raised unless `--update` or `--force` is given. A tokenizer that is in mm.lock already keeps its list of
+        files unless `--update` is given. Raises UsageError for an unknown name.
+        """
         known = catalog.find_tokenizer(name)
         if known is None:
             raise UsageError(f"no tokenizer {name!r}", f"one of {', '.join(t.name for t in catalog.TOKENIZERS)}")
@@ -297,6 +356,7 @@ class _Planner:
         return [replace(base, name=f"{TOKENIZER_DIR}/{path}", path=prefix + path) for path in paths]
 
     def _extras(self, repo: Repo, revision: str | None) -> list[str]:
+        """Return the optional files, such as chat_template.jinja, that the source has; none if it cannot be listed."""
         if not self._is_repository:
             return [path for path in catalog.TOKENIZER_EXTRAS if look_up(self.source, f"{TOKENIZER_DIR}/{path}")]
         with contextlib.suppress(NotFoundError, AccessError):  # reported when the files themselves are located
@@ -309,7 +369,12 @@ class _Planner:
     # --- one file
 
     def item(self, want: WantedFile) -> FetchItem:
-        """What to do about one file. Its errors are returned in the item, except for a name that nobody knows."""
+        """Decide what to do about one file.
+
+        ConflictError is recorded in the item, and so is NotFoundError if the catalog knows the file. For an optional
+        file, AccessError and NotFoundError are recorded too, and a conflict only gives a warning. Other errors are
+        raised.
+        """
         try:
             return self._item(want)
         except ConflictError as error:
@@ -324,6 +389,12 @@ class _Planner:
             return FetchItem(want, "missing", "fail", error=error)
 
     def _item(self, want: WantedFile) -> FetchItem:
+        """Decide what to do about one file; errors are raised.
+
+        If mm.lock has the file, and neither `--update` nor another revision is asked for, the recorded content is the
+        one to have, and the source is asked only if the file must be downloaded and its recorded place cannot be used.
+        Otherwise the source is asked.
+        """
         options, path = self.options, self.options.out / want.name
         entry = self.lock.files.get(want.name)
         is_other = entry is not None and entry.repo_kind == "model" and _base(entry.repo) != _base(want.repo.id)
@@ -341,7 +412,12 @@ class _Planner:
         return self._compare(self._locate(want), path, entry)
 
     def _compare(self, item: FetchItem, path: Path, entry: LockEntry | None) -> FetchItem:
-        """Compare the file on disk with the content it should have. Raises ConflictError for a file of the user's own."""
+        """Compare the file on disk with `item.content` and return the item with state and action.
+
+        The file is hashed if necessary. Raises ConflictError for a directory, and, without `--force`, for a file with
+        neither the recorded nor the published content. A file with other bytes but the recorded mtime counts as damaged
+        and is downloaded again, with a warning.
+        """
         content = item.content
         assert content is not None
         have = min(kept_bytes(path, content), content.num_bytes)
@@ -368,10 +444,17 @@ class _Planner:
 
     @property
     def _is_repository(self) -> bool:
+        """Whether the source is the Hugging Face Hub or ModelScope, whose repositories can be listed."""
         return self.source.kind in ("hf", "modelscope")
 
     def _locate(self, want: WantedFile, locked: Content | None = None) -> FetchItem:
-        """Find a file at the source: at the revision asked for, else the locked one, the catalog's, on main, in the history."""
+        """Find a file at the source and return an item with content, revision and commit, without state and action.
+
+        locked: the content that it must have; None for any. With `--revision` only that revision is tried. Otherwise
+        these are, in order: the locked commit, the catalog's revision, the main branch (with `--update`: the main
+        branch, the catalog's revision), and then, for datasets on the Hugging Face Hub, the commits of the main branch.
+        Raises NotFoundError if none has the file.
+        """
         if not self._is_repository:
             return self._locate_plain(want, locked)
         nearby: list[str] = []
@@ -388,6 +471,10 @@ class _Planner:
         raise self._not_found(want, nearby, is_locked=locked is not None)
 
     def _not_found(self, want: WantedFile, nearby: list[str], *, is_locked: bool) -> NotFoundError:
+        """Return the error for a file that no revision has.
+
+        nearby: paths that were listed, from which similar names are proposed.
+        """
         failed = [value for value in self._listings.values() if isinstance(value, NotFoundError)]
         if failed and not nearby:
             return failed[-1]
@@ -403,11 +490,17 @@ class _Planner:
         return NotFoundError(f"{where} has no {want.path}", fix)
 
     def _locate_plain(self, want: WantedFile, locked: Content | None) -> FetchItem:
+        """Find a file in a folder or at a web address, under its path in the repository or else under its local name.
+
+        These sources list no checksums. The checksum is taken from mm.lock, from the catalog, or from the folder's own
+        mm.lock, if the size is the same there; without any, a warning is added. Raises NotFoundError if the file is not
+        there.
+        """
         for path in dict.fromkeys((want.path, want.name)):
             content = look_up(self.source, path)
             if content is None:
                 continue
-            if self.source.kind == "dir":  # the folder may be another machine's, with a lock of its own
+            if self.source.kind == "dir":  # the folder may have been filled by `mm fetch` and have its own mm.lock
                 folder = Path(self.source.endpoint)
                 entry = read_lock(folder).files.get(path)
                 if entry and same_stat(folder / path, entry):
@@ -425,22 +518,27 @@ class _Planner:
         raise NotFoundError(f"{self.source.endpoint} has no {want.path}", "check --source, or leave it out")
 
     def _revisions(self, repo: Repo, pinned: str | None) -> list[str]:
+        """Return the revisions to look for files at, in order. pinned: the revision that the catalog names, if any."""
         if asked := self._asked(repo):
             return [self._full(repo, asked)]
         order = [self.main, pinned] if self.options.update else [self._locked_commit(repo), pinned, self.main]
         return list(dict.fromkeys(self._full(repo, revision) for revision in order if revision))
 
     def _asked(self, repo: Repo) -> str | None:
-        """`--revision`, if it is one of this repository's."""
+        """Return the value of `--revision` if it applies to this repository, else None.
+
+        It applies to the dataset, and to the tokenizer's repository if only a tokenizer is requested.
+        """
         return self.options.revision if repo.kind == "dataset" or self.only_model else None
 
     def _full(self, repo: Repo, revision: str) -> str:
-        """The whole commit id for its first digits, which the Hub does not accept."""
+        """Return the full commit id for an abbreviated one, which the Hub does not accept; else `revision`."""
         if self.source.kind == "hf" and re.fullmatch(r"[0-9a-f]{7,39}", revision):
             return next((commit for commit in self._history(repo) if commit.startswith(revision)), revision)
         return revision
 
     def _history(self, repo: Repo) -> list[str]:
+        """Return the commit ids of the main branch, newest first; empty if there is no such repository."""
         if repo not in self._commits:
             try:
                 self._commits[repo] = commits(self.source, repo)
@@ -449,13 +547,17 @@ class _Planner:
         return self._commits[repo]
 
     def _locked_commit(self, repo: Repo | None = None) -> str | None:
+        """Return the most frequent commit of a repository (default: the dataset) in mm.lock; None if there is none."""
         repo = repo or self.dataset
         wanted = (repo.id, self.source.kind, repo.kind)
         ids = Counter(e.commit for e in self.lock.files.values() if (e.repo, e.source, e.repo_kind) == wanted)
         return ids.most_common(1)[0][0] if ids else None
 
     def listing(self, repo: Repo, revision: str) -> Listing:
-        """The listing of a repository, requested once. Raises NotFoundError."""
+        """Return the files of a repository at a revision; the request is made once.
+
+        Raises NotFoundError, each time it is called.
+        """
         key = (repo, revision)
         if key not in self._listings:
             try:
@@ -468,6 +570,10 @@ class _Planner:
         return result
 
     def _try_listing(self, repo: Repo, revision: str) -> Listing | None:
+        """Return the listing, or None if there is no such revision.
+
+        If the user named the revision, NotFoundError is raised instead.
+        """
         try:
             return self.listing(repo, revision)
         except NotFoundError:
@@ -476,7 +582,12 @@ class _Planner:
             return None
 
     def _accept(self, want: WantedFile, listing: Listing, locked: Content | None) -> Content | None:
-        """The content of a file in a listing; None if it is another file of that name or, for a locked file, other bytes."""
+        """Return the content of a requested file according to a listing; None if the listing does not have that file.
+
+        It does not if the path is missing, if `locked` is given and the listed bytes are others, or if, without
+        `--revision`, the listed file is another version that the catalog knows by another key. Adds a warning if size
+        or checksum differ from the catalog's.
+        """
         content = listing.files.get(want.path)
         if content is None:
             return None
@@ -491,6 +602,7 @@ class _Planner:
         return content
 
     def _differs(self, want: WantedFile, content: Content) -> None:
+        """Add a warning that the source lists another size or checksum than the catalog."""
         known = want.known
         assert known is not None
         listed = f"{content.num_bytes:,} bytes, sha256 {(content.sha256 or 'unknown')[:12]}"
@@ -500,7 +612,7 @@ class _Planner:
         )
 
     def _search_history(self, want: WantedFile, locked: Content | None) -> FetchItem | None:
-        """The newest commit that still has the file."""
+        """Return the item of the newest commit of the main branch that has the file, with a warning; None if none has."""
         for commit in self._history(want.repo):
             listing = self._try_listing(want.repo, commit)
             if listing and (content := self._accept(want, listing, locked)):
@@ -511,12 +623,12 @@ class _Planner:
 
 
 def _base(repo: str) -> str:
-    """A repository's name without its owner, who differs between sources."""
+    """Return a repository's name without its owner, who differs between sources."""
     return repo.rpartition("/")[2]
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a name is one of the files that `mm fetch` writes beside the data."""
+    """Return whether a path's last component is a name of `mm fetch`'s own files, such as mm.lock or *.part."""
     base = Path(name).name
     ends = (".part", ".part.json", ".lock", ".new", ".partial")
     return base in (LOCK_NAME, f"{LOCK_NAME}.broken") or base.endswith(ends)

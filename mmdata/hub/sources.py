@@ -1,8 +1,9 @@
 """Where files come from: the Hugging Face Hub or a mirror of it, ModelScope, a folder, or a plain web address.
 
-One request lists a repository at a revision: commit, sizes and checksums. Files are requested at the listed commit and always
-from the endpoint itself, never from an earlier signed address, so an expired signature costs one more redirect. The token is
-sent to the endpoint that the user chose and nowhere else. Xet is never used.
+Lists a repository at a revision (commit, sizes, checksums) and opens a file at any byte offset. Files are requested at
+the listed commit. Every request starts at the endpoint itself and not at the signed address that an earlier request was
+redirected to, so an expired signature only costs one more redirect. The access token is sent to the endpoint that the
+user chose and nowhere else. The Hub's Xet transfer protocol is never used.
 """
 
 import contextlib
@@ -26,14 +27,18 @@ from mmdata.io.files import CHUNK_BYTES
 HF_ENDPOINT = "https://huggingface.co"
 MODELSCOPE_ENDPOINT = "https://www.modelscope.cn"
 REACH = "check the network and proxies; `--endpoint` names a mirror, `--source modelscope` asks ModelScope"
-PAGE = 200
-MAX_COMMITS = 1000  # searched for a file that is gone from the main branch
+PAGE = 200  # files per request to ModelScope
+MAX_COMMITS = 1000  # how many commits are searched for a file that is gone from the main branch
+# HTTP status codes that are worth another attempt
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`kind`: hf, modelscope, dir or url; `endpoint`: a web address without a final slash, or a folder."""
+    """A place to download from.
+
+    `kind`: hf, modelscope, dir or url; `endpoint`: a web address without a final slash, or a folder.
+    """
 
     kind: str
     endpoint: str
@@ -42,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """A repository of a source. `kind`: dataset or model."""
+    """A repository of a source. `id`: such as owner/name; `kind`: dataset or model."""
 
     id: str
     kind: str = "dataset"
@@ -50,14 +55,18 @@ class Repo:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of a repository at one commit."""
+    """The files of a repository at one commit, by path in the repository."""
 
     commit: str
     files: dict[str, Content]
 
 
 def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
-    """The source that `--source` and `--endpoint` name. Raises UsageError if they name none."""
+    """Return the source that the values of `--source` (`name`) and `--endpoint` describe; makes no request.
+
+    name: hf, modelscope, a folder or a web address. endpoint: None for the usual address of hf or modelscope. Raises
+    UsageError if `name` is none of these, if the endpoint names no host, or if it is given for a folder or web address.
+    """
     if name in ("hf", "modelscope"):
         default = HF_ENDPOINT if name == "hf" else MODELSCOPE_ENDPOINT
         return Source(name, _endpoint(endpoint or default), retry)
@@ -71,6 +80,10 @@ def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
 
 
 def _endpoint(text: str) -> str:
+    """Return a web address with https:// in front if no scheme is given, without a final slash.
+
+    Raises UsageError without a host.
+    """
     text = (text if re.match(r"https?://", text) else f"https://{text}").rstrip("/")
     if not urlsplit(text).hostname:
         raise UsageError(f"--endpoint {text} names no host", "give it like https://hf-mirror.com")
@@ -78,7 +91,11 @@ def _endpoint(text: str) -> str:
 
 
 def is_safe(path: str) -> bool:
-    """Whether a path from a listing stays inside the folder it is written to, on any operating system."""
+    """Return whether a path from a listing stays inside the directory that it is joined to, on any operating system.
+
+    False for an empty or absolute path and for one with ., .., an empty component, a backslash, a colon or a control
+    character.
+    """
     parts = PurePosixPath(path).parts
     bad = not path or path.startswith("/") or "\\" in path or ":" in path or any(ord(c) < 32 for c in path)
     return not bad and ".." not in parts and "." not in path.split("/") and "" not in path.split("/")
@@ -88,7 +105,10 @@ def is_safe(path: str) -> bool:
 
 
 def list_files(source: Source, repo: Repo, revision: str) -> Listing:
-    """The files of a repository at a revision, in one request (ModelScope: one per 200 files). Raises NotFoundError and others."""
+    """Return the files of a repository of hf or modelscope at a revision (branch, tag or commit).
+
+    One request, on ModelScope one per PAGE files. Raises NotFoundError, AccessError or NetworkError.
+    """
     if source.kind == "hf":
         return with_retries(lambda: _list_hf(source, repo, revision), source.retry, fix=REACH)
     assert source.kind == "modelscope", source.kind
@@ -96,11 +116,15 @@ def list_files(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def first_bytes(path: str) -> bytes:
-    """The first byte of a file with that name, if its kind has a fixed one."""
+    """Return the byte that a file of this name must begin with: `{` for .jsonl and .json; empty for other names."""
     return b"{" if path.endswith((".jsonl", ".json")) else b""
 
 
 def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
+    """Make the request of `list_files` to the Hugging Face Hub.
+
+    Files in Git LFS have a sha256, all others a git object id.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=source.endpoint)
@@ -117,7 +141,10 @@ def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def commits(source: Source, repo: Repo) -> list[str]:
-    """Ids of the commits of the Hub's main branch, newest first, at most MAX_COMMITS."""
+    """Return the commit ids of the main branch of a repository on the Hub, newest first.
+
+    Stops at the first page that reaches MAX_COMMITS. Raises what `_get_json` raises.
+    """
     url: str | None = f"{source.endpoint}/api/{repo.kind}s/{repo.id}/commits/main"
     ids: list[str] = []
     while url and len(ids) < MAX_COMMITS:
@@ -129,7 +156,10 @@ def commits(source: Source, repo: Repo) -> list[str]:
 
 
 def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
-    """Page by page; a page that is refused after the first one worked is requested again."""
+    """Make the requests of `list_files` to ModelScope, page by page.
+
+    A page after the first that is refused is requested again.
+    """
     tail = "repo/tree" if repo.kind == "dataset" else "repo/files"
     files: dict[str, Content] = {}
     commit, number = revision, 1
@@ -152,7 +182,11 @@ def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def look_up(source: Source, path: str) -> Content | None:
-    """One file of a folder or a plain web address; None if it is not there."""
+    """Return size and version (mtime or ETag) of one file of a folder or web address; None if it is not there.
+
+    The result has no checksum. Raises NetworkError if a web server does not send the size, and IntegrityError if it
+    sends a web page.
+    """
     if source.kind == "dir":
         file = Path(source.endpoint) / path
         if not file.is_file():
@@ -163,6 +197,7 @@ def look_up(source: Source, path: str) -> Content | None:
 
 
 def _look_up_url(source: Source, path: str) -> Content | None:
+    """Ask a web server for one file and return its size and ETag; None if the server does not have it."""
     try:
         with _stream(source, f"{source.endpoint}/{quote(path)}", {}, path) as response:
             length = response.headers.get("content-length")
@@ -178,7 +213,11 @@ def _look_up_url(source: Source, path: str) -> Content | None:
 
 
 def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
-    """The function that opens one file of the source at any offset."""
+    """Return a function that opens one file of the source at a byte range.
+
+    Its arguments are the first byte and the end (exclusive; None for the rest), and it returns a context manager for a
+    `Body`. `repo` and `commit` are ignored for a folder and for a plain web address.
+    """
     if source.kind == "dir":
         return lambda begin, end: _open_file(Path(source.endpoint) / path, begin, end)
     url = _address(source, repo, commit, path)
@@ -186,6 +225,7 @@ def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
 
 
 def _address(source: Source, repo: Repo, commit: str, path: str) -> str:
+    """Return the web address that one file of a source is downloaded from."""
     if source.kind == "hf":
         prefix = "datasets/" if repo.kind == "dataset" else ""
         return f"{source.endpoint}/{prefix}{repo.id}/resolve/{quote(commit, safe='')}/{quote(path)}"
@@ -197,6 +237,10 @@ def _address(source: Source, repo: Repo, commit: str, path: str) -> str:
 
 @contextlib.contextmanager
 def _open_file(path: Path, begin: int, end: int | None) -> Iterator[Body]:
+    """Open a local file at byte `begin`. It is read to its end, whatever `end` is.
+
+    Raises NotFoundError if there is no such file.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(begin)
@@ -208,13 +252,18 @@ def _open_file(path: Path, begin: int, end: int | None) -> Iterator[Body]:
 
 @contextlib.contextmanager
 def _open_url(source: Source, url: str, path: str, begin: int, end: int | None) -> Iterator[Body]:
+    """Request the bytes [begin, end) of a file; `end` None means to its end.
+
+    A server that ignores ranges, or compresses the content although asked not to, sends the file from byte 0: see
+    `Body.start`. Raises TryAgain for a compressed range, and what `_stream` raises.
+    """
     headers = {} if begin == 0 and end is None else {"Range": f"bytes={begin}-{'' if end is None else end - 1}"}
     with _stream(source, url, headers, path) as response:
         _refuse_page(response, path)
         if response.headers.get("content-encoding", "identity") != "identity":
             if response.status_code == 206:
                 raise TryAgain("the server sends compressed ranges, which cannot be joined")
-            yield Body(0, None, response.iter_bytes())  # compressed all the same: decompressed from the beginning
+            yield Body(0, None, response.iter_bytes())  # compressed although not asked for: iter_bytes decompresses
         elif response.status_code == 206:
             start, total = _content_range(response.headers.get("content-range", ""), begin)
             yield Body(start, total, response.iter_raw())
@@ -224,6 +273,7 @@ def _open_url(source: Source, url: str, path: str, begin: int, end: int | None) 
 
 
 def _content_range(text: str, begin: int) -> tuple[int, int | None]:
+    """Return first byte and total size (None if unknown) of a Content-Range header; (begin, None) if malformed."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", text.strip())
     if match is None:
         return begin, None
@@ -231,6 +281,7 @@ def _content_range(text: str, begin: int) -> tuple[int, int | None]:
 
 
 def _refuse_page(response: Any, path: str) -> None:
+    """Raise IntegrityError if the response is a web page, such as a login page, although `path` does not name one."""
     if "text/html" in response.headers.get("content-type", "") and not path.endswith((".html", ".htm")):
         raise IntegrityError(f"a web page came instead of {path}", NOT_DATA)
 
@@ -239,12 +290,13 @@ def _refuse_page(response: Any, path: str) -> None:
 
 
 def _http(session: Any) -> ModuleType:
-    """The HTTP package that huggingface_hub uses (httpx, from its version 2 on httpx2), for its exceptions."""
+    """Return the HTTP package that huggingface_hub uses, for its exceptions: httpx, from its version 2 on httpx2."""
     client = next(base for base in type(session).__mro__ if base.__name__ == "Client")
     return sys.modules[client.__module__.partition(".")[0]]
 
 
 def _headers(source: Source) -> dict[str, str]:
+    """Return the request headers of huggingface_hub. The user's access token is included only for the source hf."""
     from huggingface_hub.utils import build_hf_headers
 
     token = None if source.kind == "hf" else False  # the user's token is for the Hub only
@@ -253,7 +305,12 @@ def _headers(source: Source) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Iterator[Any]:
-    """A streamed response with status 200 or 206; failures as `_explained` raises them."""
+    """Context manager that yields the streamed response to a GET request, with a status below 400.
+
+    what: what is requested, for messages. Raises TryAgain or an MMError, as described at `_explained`. If an address
+    that the server redirected to refuses the request, TryAgain is raised, since the signature of the address may have
+    expired.
+    """
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     session = get_session()
@@ -272,10 +329,14 @@ def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Ite
 
 
 def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) -> tuple[Any, dict]:
-    """A JSON response and its links. `is_again`: an earlier page came, so that a refusal is temporary."""
+    """Return the decoded JSON response to a GET request and its Link headers. Failures that may pass are retried.
+
+    is_again: an earlier page of the same listing arrived, so that status 403 is taken for temporary.
+    """
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     def ask() -> tuple[Any, dict]:
+        """Make the request once."""
         with _explained(source, what):
             session = get_session()
             response = session.get(url, headers=_headers(source), timeout=source.retry.read_timeout_s)
@@ -289,7 +350,10 @@ def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) ->
 
 @contextlib.contextmanager
 def _explained(source: Source, what: str) -> Iterator[None]:
-    """Turn the client's exceptions into TryAgain or a FetchError. Messages name hosts, never queries, headers or tokens."""
+    """Context manager that turns the HTTP client's exceptions into TryAgain (worth another attempt) or an MMError.
+
+    what: what is requested, for messages. Messages name hosts, but never queries, headers or tokens.
+    """
     from huggingface_hub import errors
     from huggingface_hub.utils import get_session
 
@@ -324,10 +388,12 @@ def _explained(source: Source, what: str) -> Iterator[None]:
 
 
 def _host(source: Source) -> str:
+    """Return the host and port of a source's endpoint, without user name and password."""
     return urlsplit(source.endpoint).netloc.rpartition("@")[2]
 
 
 def _is_tls(error: BaseException | None) -> bool:
+    """Return whether an exception was caused by TLS, as by an untrusted certificate, and not by a closed connection."""
     while error is not None:
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
             return True
@@ -336,7 +402,10 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
-    """Raise the error for a status of 400 and above."""
+    """Raise the exception for an HTTP status of 400 or above.
+
+    TryAgain for one of RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError.
+    """
     from huggingface_hub import errors
 
     status, headers = error.response.status_code, error.response.headers
@@ -364,7 +433,11 @@ def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
 
 
 def asked_wait(headers: Any, *, is_limit: bool = False) -> float | None:
-    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or the reset of an exhausted rate limit."""
+    """Return the number of seconds that a server asks to wait, or None if it does not ask.
+
+    Read from Retry-After, in seconds or as a date, or, if `is_limit` (status 429), from the reset time `t` of a
+    RateLimit header.
+    """
     text = (headers.get("retry-after") or "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)

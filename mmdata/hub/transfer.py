@@ -1,7 +1,9 @@
-"""Downloading one file over an unreliable connection: resumed, verified, then put in its place. Knows nothing of HTTP.
+"""Downloading one file over an unreliable connection: resumed after failures, verified, then renamed.
 
-Bytes are written to <name>.part; <name>.part.json, the journal, records which bytes of which content are there, so that a
-later run, another process or another source continues. Content is hashed as it arrives; memory stays at a few chunks.
+Takes a function that opens the file at any offset, so that nothing here depends on HTTP. Bytes are written to
+<name>.part. The journal <name>.part.json records which byte ranges (spans) of which content have been written, so that
+a later run, another process or a download from another source can continue. Content is hashed as it arrives. Memory use
+is a few chunks of CHUNK_BYTES.
 """
 
 import contextlib
@@ -35,7 +37,11 @@ NOT_DATA = (
 
 
 class TryAgain(Exception):
-    """An attempt failed in a way that may pass. `wait_s`: what the server asked for; `is_timeout`: it sent nothing."""
+    """An attempt failed in a way that may pass.
+
+    wait_s: seconds that the server asked to wait, None if it did not ask; is_timeout: the server sent nothing, or too
+    slowly.
+    """
 
     def __init__(self, message: str, *, wait_s: float | None = None, is_timeout: bool = False) -> None:
         super().__init__(message)
@@ -44,31 +50,39 @@ class TryAgain(Exception):
 
 
 class WrongSize(TryAgain):
-    """The server's figures contradict the published size."""
+    """The server reports a size or a byte range that contradicts the published size of the file."""
 
 
 class RangeIgnored(Exception):
-    """The server sends whole files only, so that several connections would download everything several times."""
+    """The server ignores byte ranges and sends whole files only, which makes several connections useless."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Timeouts and numbers of tries. Only attempts that make no progress count."""
+    """Timeouts and limits of repeated attempts. Only consecutive attempts that make no progress count towards `tries`.
+
+    `sleep` and `clock` can be replaced in tests.
+    """
 
     tries: int = 6
-    contradictions: int = 3  # answers of another size than the published one
-    progress_bytes: int = 64 * 1024  # an attempt that received this much made progress
+    contradictions: int = 3  # answers of another size than the published one before the download fails
+    progress_bytes: int = 64 * 1024  # an attempt that received at least this much made progress
     first_wait_s: float = 1.0
     max_wait_s: float = 30.0
     max_asked_wait_s: float = 300.0  # upper limit of a server's Retry-After
     read_timeout_s: float = 15.0
-    slow_bytes_per_s: int = 1024
-    slow_window_s: float = 20.0
+    slow_bytes_per_s: int = 1024  # a slower response is given up …
+    slow_window_s: float = 20.0  # … when it has been slower for this long
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
     def wait(self, failures: int, asked_s: float | None = None) -> None:
-        """Sleep before the next try: as long as the server asked, else exponentially longer each time, with jitter."""
+        """Sleep before the next attempt.
+
+        failures: attempts that failed in a row, at least 1. asked_s: seconds that the server asked for, used up to
+        `max_asked_wait_s`. Without it the time doubles with each failure, from `first_wait_s` up to `max_wait_s`, with
+        25% of random jitter.
+        """
         if asked_s is not None:
             seconds = min(max(asked_s, 0.0), self.max_asked_wait_s)
         else:
@@ -77,7 +91,11 @@ class RetryPolicy:
 
 
 def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
-    """Call until it returns. TryAgain is retried, and a timeout counts as two tries. Raises NetworkError after the last."""
+    """Call `call` until it returns, and return its result. Waits between attempts.
+
+    If it raises TryAgain it is called again; a timeout counts as two attempts. Raises NetworkError with `fix` after
+    `retry.tries` failed attempts, and any other exception of `call` at once.
+    """
     failures = 0
     while True:
         try:
@@ -94,17 +112,23 @@ def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The bytes a file should have. `sha256` and `git_oid` in hex digits, `etag` as the server sends it; None: unpublished."""
+    """The bytes that a file should have. Checksums are None if they are not published.
+
+    `sha256` and `git_oid` (git's blob hash) are in hex digits, `etag` as the server sends it.
+    """
 
     num_bytes: int
     sha256: str | None = None
     git_oid: str | None = None
     etag: str | None = None
-    first: bytes = b""  # how the file begins, as far as its name tells
+    first: bytes = b""  # what the file must begin with, known from its name; empty if anything is possible
 
     @property
     def identity(self) -> str | None:
-        """What a part is resumed by, whatever the source; None: it cannot be resumed."""
+        """The string by which a later run knows that a partial download has the same content: sha256, git_oid or etag.
+
+        None if nothing is known; the download can then not be resumed.
+        """
         return self.sha256 or self.git_oid or self.etag
 
     @property
@@ -113,7 +137,10 @@ class Content:
         return bool(self.sha256 or self.git_oid)
 
     def mismatch(self, digest: Digest) -> str:
-        """How the bytes of `digest` differ from this content; empty if they do not."""
+        """Return how the bytes of `digest` differ from this content in size or checksum; empty if they do not.
+
+        Without a checksum only the size is compared.
+        """
         if digest.position != self.num_bytes:
             return f"{digest.position:,} bytes, expected {self.num_bytes:,}"
         if self.sha256 and digest.sha256 != self.sha256:
@@ -125,19 +152,23 @@ class Content:
 
 @dataclass(slots=True)
 class Body:
-    """A response: the bytes of the file from `start` on; `total` is the size of the whole file if the server sends it."""
+    """An open response. `chunks` yields the bytes of the file from offset `start` on.
+
+    `start` may be less than the offset asked for, if the server ignores ranges. `total` is the size of the whole file,
+    or None.
+    """
 
     start: int
     total: int | None
     chunks: Iterator[bytes]
 
 
-OpenBody = Callable[[int, int | None], AbstractContextManager[Body]]  # (begin, end; None for the rest)
+OpenBody = Callable[[int, int | None], AbstractContextManager[Body]]  # (first byte, end; None for the rest)
 
 
 @dataclass(slots=True)
 class Download:
-    """Result of `download`: the digest, the bytes received by this run, and how many attempts failed."""
+    """Result of `download`: the digest of the file, the bytes received by this run, and how many attempts failed."""
 
     digest: Digest
     received_bytes: int = 0
@@ -145,13 +176,13 @@ class Download:
     warnings: list[str] = field(default_factory=list)
 
 
-# --- the part and its journal
+# --- the partial file and its journal
 
-Span = tuple[int, int]  # of bytes, half-open
+Span = tuple[int, int]  # byte offsets of a range: first, end (exclusive)
 
 
 class Journal(msgspec.Struct, frozen=True):
-    """<name>.part.json: the content that a part belongs to, and the spans of it that are written."""
+    """The content of <name>.part.json: the size and identity of the file to download, and the spans written so far."""
 
     num_bytes: int
     identity: str | None
@@ -159,17 +190,24 @@ class Journal(msgspec.Struct, frozen=True):
 
 
 def part_paths(target: Path) -> tuple[Path, Path]:
-    """The part of a file, and its journal."""
+    """Return the paths of the partial download of `target` and of its journal: <name>.part and <name>.part.json."""
     return target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
 
 
 def kept_bytes(target: Path, content: Content | None = None) -> int:
-    """Bytes of `target` that an earlier run left and the next one need not download; None: of whatever content."""
+    """Return how many bytes of `target` an earlier run left that need not be downloaded again.
+
+    content: what is to be downloaded; a partial download of other content counts as 0 bytes. None accepts any content.
+    """
     return sum(end - begin for begin, end in _kept_spans(target, content))
 
 
 def _kept_spans(target: Path, content: Content | None) -> list[Span]:
-    """The spans that an earlier run left; none if the part is missing, too long, or of other content."""
+    """Return the spans that an earlier run left, sorted and disjoint.
+
+    Empty if the partial file or its journal is missing or unreadable, if the file is too long, or if it has other
+    content than `content` or one without an identity.
+    """
     part, path = part_paths(target)
     try:
         journal = read_record(path, Journal, FetchError, RESUME)
@@ -182,12 +220,12 @@ def _kept_spans(target: Path, content: Content | None) -> list[Span]:
     if not journal.spans or length > journal.num_bytes:
         return []
     *spans, (begin, end) = sorted(journal.spans)
-    spans.append((begin, max(end, length)))  # the last span was written in order, up to the end of the part
+    spans.append((begin, max(end, length)))  # the last span was written in order, up to the end of the partial file
     return merge([(begin, min(end, length)) for begin, end in spans])
 
 
 def merge(spans: list[Span]) -> list[Span]:
-    """Sorted, non-empty, disjoint spans of the same bytes."""
+    """Return sorted, non-empty, disjoint spans that cover the same bytes; touching spans are joined."""
     merged: list[Span] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -198,14 +236,18 @@ def merge(spans: list[Span]) -> list[Span]:
 
 
 def missing(spans: list[Span], num_bytes: int) -> list[Span]:
-    """The gaps that merged spans leave in [0, num_bytes)."""
+    """Return the spans of [0, num_bytes) that `spans`, which must be merged, do not cover."""
     ends = [0, *(end for _, end in spans)]
     begins = [*(begin for begin, _ in spans), num_bytes]
     return [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
 
 
 def cut(gaps: list[Span], connections: int) -> list[Span]:
-    """Gaps in about four pieces for each connection, so that none waits long for the last; for one connection as they are."""
+    """Cut spans into pieces, about four per connection, so that all connections finish at about the same time.
+
+    Pieces have MIN_PIECE_BYTES to MAX_PIECE_BYTES (the last one of a span may be shorter). For one connection nothing
+    is cut.
+    """
     if connections == 1:
         return gaps
     total = sum(end - begin for begin, end in gaps)
@@ -214,9 +256,14 @@ def cut(gaps: list[Span], connections: int) -> list[Span]:
 
 
 class PartialFile:
-    """The part of a file that is being downloaded: which spans are there, and the digest of the unbroken beginning."""
+    """The file <name>.part with its journal, open for writing.
+
+    `done` are the spans that are completely written, and `digest` has hashed an unbroken run of bytes from the
+    beginning of the file.
+    """
 
     def __init__(self, target: Path, content: Content) -> None:
+        """Open the partial download of `target`, continuing an earlier one of the same content. Raises OSError."""
         self.path, self.journal = part_paths(target)
         self.content = content
         self.done = _kept_spans(target, content)
@@ -230,12 +277,15 @@ class PartialFile:
         self._save()
 
     def _new_digest(self) -> Digest:
+        """Return an empty digest. Git's blob hash is computed only if it is the only checksum that is published."""
         return Digest(self.content.num_bytes, with_git=bool(self.content.git_oid and not self.content.sha256))
 
     def _spans(self) -> list[Span]:
+        """Return all spans that have been written, those still being written included; neither sorted nor merged."""
         return [*self.done, *((begin, position) for begin, position in self._active)]
 
     def _save(self) -> None:
+        """Write the journal."""
         self._unsaved = 0
         spans = sorted(self._spans() or [(0, 0)])
         journal = Journal(self.content.num_bytes, self.content.identity, spans)
@@ -243,7 +293,10 @@ class PartialFile:
 
     @contextlib.contextmanager
     def writing(self, offset: int) -> Iterator[list[int]]:
-        """A span [begin, position] for one writer. It is in the journal before its first byte is written."""
+        """Context manager that yields a span [begin, position], both `offset` at first, for one thread to write to.
+
+        The span is in the journal before its first byte is written. When the block ends, it is added to `done`.
+        """
         span = [offset, offset]
         with self._guard:
             self._active.append(span)
@@ -257,21 +310,25 @@ class PartialFile:
                 self._save()
 
     def write(self, span: list[int], data: bytes, *, is_only: bool) -> None:
-        """Append to a span. Bytes of the only writer are hashed at once where they continue the digest."""
+        """Write data at the position of a span and advance the position.
+
+        is_only: no other thread writes; the bytes are then hashed at once if they continue the digest. Raises OSError.
+        """
         view, offset = memoryview(data), span[1]
         while view:
             view = view[os.pwrite(self._file, view, offset + len(data) - len(view)) :]
         if is_only and self.digest.position == offset:
             self.digest.update(data)
         span[1] += len(data)
-        if not is_only or (self.done and self.done[-1][1] > offset):  # else the part's length shows how far it is
+        # Without later bytes in the file, its length shows how far a single writer has come: no journal is needed.
+        if not is_only or (self.done and self.done[-1][1] > offset):
             with self._guard:
                 self._unsaved += len(data)
                 if self._unsaved >= JOURNAL_BYTES:
                     self._save()
 
     def catch_up(self, *, stop: int | None = None) -> None:
-        """Hash the unbroken bytes that follow the digest's position, up to `stop`."""
+        """Hash the unbroken bytes on disk that follow the digest's position, at most up to offset `stop`."""
         with self._guard:
             spans = merge(self._spans())
         whole = spans[0][1] if spans and spans[0][0] == 0 else 0
@@ -282,13 +339,16 @@ class PartialFile:
             self.digest.update(data)
 
     def restart(self) -> None:
-        """Drop all bytes."""
+        """Delete all bytes and begin with an empty digest."""
         os.ftruncate(self._file, 0)
         self.done, self.digest = [], self._new_digest()
         self._save()
 
     def close(self) -> None:
-        """Keep what is there for the next run; a part without bytes is removed."""
+        """Save the journal and close the file, so that a later run can continue.
+
+        If no bytes were written, both files are removed.
+        """
         if self._file < 0:
             return
         os.close(self._file)
@@ -299,13 +359,13 @@ class PartialFile:
             self.discard()
 
     def discard(self) -> None:
-        """Close and remove the part: its bytes are of no use."""
+        """Close and delete the partial file and its journal, because its bytes are wrong."""
         self.close()
         self.path.unlink(missing_ok=True)
         self.journal.unlink(missing_ok=True)
 
     def become(self, target: Path) -> None:
-        """Put the complete file in its place: synced to the disk, then renamed."""
+        """Flush the complete file to the disk, rename it to `target` (replacing that) and delete the journal."""
         move_into_place(self.path, target)
         os.close(self._file)
         self._file = -1
@@ -325,12 +385,14 @@ def download(
     progress: Progress | None = None,
     check: Callable[[Path, Digest], list[str]] | None = None,
 ) -> Download:
-    """Download one file to `target` and verify it. A file that is there already stays until the new one is complete.
+    """Download one file to `target` and verify it. An existing `target` stays as it is until the new file is complete.
 
-    `progress` counts the bytes of this file. `check(part, digest)` looks at the complete part before it takes its place: it
-    returns warnings, or raises IntegrityError to refuse the file.
+    open_body: opens the file at the source, given first byte and end (exclusive; None for the rest). progress: called
+    with the bytes that are there and the size of the file. check: called with the path and digest of the complete
+    partial file before it is renamed; returns warnings, or raises IntegrityError to refuse the file.
 
-    Raises NetworkError, IntegrityError, DiskError and what `open_body` raises; the part is kept unless its bytes are wrong.
+    A file whose checksum or size is wrong is downloaded once more. Raises NetworkError, IntegrityError, DiskError and
+    what `open_body` raises. Partial bytes stay for the next run, unless they are wrong.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -367,7 +429,10 @@ def download(
 
 
 class _Connections:
-    """The connections of one download: the pieces still to do, and the first error of any of them."""
+    """The connections of one download, as threads: the pieces still to do, and the first error of any of them.
+
+    `done_bytes` counts the bytes that are on disk, and `stop` tells all threads to end.
+    """
 
     def __init__(
         self, part: PartialFile, open_body: OpenBody, retry: RetryPolicy, result: Download, progress: Progress | None
@@ -383,7 +448,10 @@ class _Connections:
         self._guard = threading.Lock()
 
     def run(self, connections: int) -> None:
-        """Download and hash everything that is missing; over one connection if the server ignores ranges."""
+        """Download and hash everything that is missing.
+
+        If the server ignores ranges, one connection is used instead of several.
+        """
         self.part.catch_up()
         try:
             self._run(connections)
@@ -395,6 +463,7 @@ class _Connections:
         self.part.catch_up()
 
     def _run(self, connections: int) -> None:
+        """Download all missing spans over at most this many connections; raises the first error of any of them."""
         self.done_bytes = sum(end - begin for begin, end in self.part.done)
         self.pieces = cut(missing(self.part.done, self.num_bytes), connections)
         self.is_shared = connections > 1 and len(self.pieces) > 1
@@ -418,7 +487,10 @@ class _Connections:
             raise self.error
 
     def _work(self) -> None:
-        """Download pieces until none is left."""
+        """Download pieces until none is left or `stop` is set.
+
+        An exception is stored in `error` and ends all connections.
+        """
         try:
             while not self.stop.is_set():
                 with self._guard:
@@ -432,7 +504,11 @@ class _Connections:
             self.stop.set()
 
     def _download_piece(self, begin: int, end: int) -> None:
-        """Download one piece in as many attempts as it takes."""
+        """Download the bytes [begin, end), in as many attempts as it takes.
+
+        Raises NetworkError after `retry.tries` attempts in a row without progress, and IntegrityError after
+        `retry.contradictions` answers that contradict the published size.
+        """
         if not self.is_shared:
             self.part.catch_up(stop=begin)
         failures = contradictions = 0
@@ -453,7 +529,10 @@ class _Connections:
                     self.retry.wait(failures, problem.wait_s)
 
     def _attempt(self, span: list[int], end: int) -> None:
-        """One response, from the position of the span to the end of the piece."""
+        """Open one response at the position of the span and read it up to the byte `end`.
+
+        Raises WrongSize, RangeIgnored, or TryAgain if the response ends early.
+        """
         position = span[1]
         with self.open_body(position, end if self.is_shared else None) as body:
             if body.total is not None and body.total != self.num_bytes:
@@ -467,6 +546,11 @@ class _Connections:
             raise TryAgain(f"the connection closed after {span[1]:,} of {self.num_bytes:,} bytes")
 
     def _read(self, body: Body, span: list[int], end: int) -> None:
+        """Write the bytes of a response to the span, up to `end`. Bytes before the span's position are skipped.
+
+        Raises TryAgain if less than `slow_bytes_per_s` arrive for `slow_window_s`, IntegrityError if the file begins
+        wrongly.
+        """
         skip = span[1] - body.start  # bytes that a server without ranges sends again
         window_start, window_bytes = self.retry.clock(), 0
         for chunk in body.chunks:
@@ -496,7 +580,7 @@ class _Connections:
 
 
 def _check_first(data: bytes, expected: bytes) -> None:
-    """Raise IntegrityError if the first bytes of a file are not those that its name promises."""
+    """Raise IntegrityError if a file's first bytes, BOM and white space aside, are not `expected` (empty: any)."""
     start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if expected and start and not start.startswith(expected):
         what = "a web page" if start.startswith(b"<") else f"something that begins with {start[:12]!r}"
@@ -504,7 +588,10 @@ def _check_first(data: bytes, expected: bytes) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> MMError:
-    """The error to raise for a failed write: DiskError if the disk is the reason, else FetchError."""
+    """Return the exception to raise for an OSError while writing `path`.
+
+    A DiskError if the disk is full or the path cannot be written, otherwise a FetchError.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(
             f"the disk is full: {path.name} is kept as far as it came", "free some space (`df -h .`), then run it again"
