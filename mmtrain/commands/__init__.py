@@ -1,4 +1,4 @@
-"""The commands that train and use a model, one module each.
+"""The commands that train and use models, one module each.
 
 Only `cli.py` imports this package.
 """

@@ -1,7 +1,7 @@
-"""`mm chat`: talk with trained models at a terminal, or answer the lines of a pipe.
+"""`mm chat`: talk with trained models at a terminal, or answer questions that come through a pipe, one on each line.
 
-Only answers go to stdout; reasoning, speed and notes go to stderr. Several models answer the same questions side by
-side, each with a history of its own.
+Only answers go to stdout; reasoning, speed and notes go to stderr. With --compare several models answer each question,
+their answers are printed side by side, and each model remembers its own answers only.
 """
 
 import json
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from mmdata.encode.template import Message
     from mmtrain.inference.chat import Chat
 
-CONVERSATION, MODEL = "Conversation", "Model"  # headings of --help
+CONVERSATION, MODEL = "Conversation", "Model"  # groups of options in --help
 HELP = """/reset          forget the conversation
 /system TEXT    set the system prompt and forget; without TEXT show it
 /regen          answer the last question again, with another seed
 /save [FILE]    write the conversation as a row that mm pack takes
 /quit           leave (also Ctrl-D); Ctrl-C cuts an answer short"""
 DIM, PLAIN = "\033[2m", "\033[0m"
-MIN_COLUMN = 30  # width of a model's column; on a narrower terminal answers are printed one below the other
+MIN_COLUMN = 30  # characters in a model's column; on a terminal too narrow for that there are no columns
 
 
 def chat(
@@ -44,26 +44,35 @@ def chat(
             help="Run, checkpoint, .pth or Hugging Face directory; several with --compare. [default: the newest run]",
         ),
     ] = None,
-    prompt: Annotated[str | None, Option("Ask this once and end.", CONVERSATION, metavar="TEXT")] = None,
-    compare: Annotated[bool, Option("Let several models answer, side by side.", CONVERSATION)] = False,
+    prompt: Annotated[
+        str | None, Option("Ask this one question, print the answer and end.", CONVERSATION, metavar="TEXT")
+    ] = None,
+    compare: Annotated[
+        bool, Option("Let several models answer, and print their answers side by side.", CONVERSATION)
+    ] = False,
     system: Annotated[str | None, Option("System prompt.", CONVERSATION, metavar="TEXT")] = None,
     think: Annotated[
-        bool | None, Option("With or without reasoning, if the template supports it.", CONVERSATION)
+        bool | None, Option("Answer with or without reasoning, if the chat template supports it.", CONVERSATION)
     ] = None,
     plain: Annotated[
         bool,
         Option("Continue the text without the chat template.", CONVERSATION, default_text="only for pretrain runs"),
     ] = False,
     window: Annotated[
-        int, Option("Tokens of conversation and answer; the oldest turns leave it.", MODEL, least=2)
+        int,
+        Option("Largest number of tokens of conversation and answer; the oldest turns are dropped.", MODEL, least=2),
     ] = 2048,
     tokenizer: Annotated[
-        Path | None, Option("Tokenizer of a .pth that has none beside it.", MODEL, metavar="DIR")
+        Path | None,
+        Option("Tokenizer directory for a .pth file, if mm finds none next to it.", MODEL, metavar="DIR"),
     ] = None,
     sampling: ChatSampling = ChatSampling(),
-    as_json: Annotated[bool, Option("Answers as JSON, one per line; with --prompt or a pipe.", flag="--json")] = False,
+    as_json: Annotated[
+        bool, Option("Print answers as JSON, one per line; needs --prompt or a pipe.", flag="--json")
+    ] = False,
 ) -> None:
-    """Talk with a trained model; answers are streamed, the history is kept. The lines of a pipe are one conversation.
+    """Talk with a trained model. Answers are streamed, and the conversation is remembered. The lines of a pipe are one
+    conversation.
 
     Example: mm chat runs/dpo-1 --prompt 'What is 3 + 4?'    mm chat --compare runs/pretrain-1 runs/sft-1 runs/dpo-1
     """
@@ -85,7 +94,7 @@ def chat(
 
 
 def newest_finished_run() -> Path:
-    """The newest finished run under runs/, imported ones included."""
+    """Return the run under runs/ that finished last, of any stage or imported. CheckpointError if there is none."""
     from mmtrain.checkpoint import find_run
     from mmtrain.config import STAGE_KINDS
 
@@ -98,7 +107,13 @@ def newest_finished_run() -> Path:
 
 
 def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window: int) -> "Speaker":
-    """Load a model to talk with; runs of the pretrain stage continue text without a chat template."""
+    """Load a run, checkpoint, .pth file or Hugging Face directory as a `Speaker`.
+
+    `tokenizer_dir` is the tokenizer of a .pth file; None takes the one in the
+    directory of the file, in tokenizer/ there, or in model/ or tokenizer/ one level above. With `is_plain`, and for runs of
+    the pretrain stage, the model continues text without a chat template. `window` is the largest number of tokens of
+    conversation and answer.
+    """
     from mmdata.encode.template import Template
     from mmtrain.convert.foreign import open_model
     from mmtrain.inference.chat import Chat
@@ -113,7 +128,9 @@ def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window:
 
 @dataclass
 class Speaker:
-    """A model in the conversation, and the name printed with its answers."""
+    """A model that takes part in the conversation. `name`, its path as given, is printed with its answers; `chat` has
+    its messages.
+    """
 
     name: str
     chat: "Chat"
@@ -121,7 +138,13 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer with its figures. `seconds_to_first` is None when no token was generated."""
+    """One answer of one model, and how long it took.
+
+    `text` is the answer without its reasoning and tool calls; `reasoning` is None without a think block. Each of
+    `calls` has a name, and arguments as JSON. `tokens` counts the tokens generated. `seconds` is the time for the whole
+    answer, `seconds_to_first` until its first text, or None if no text was generated. `finish_reason` is "stop",
+    "length" or "cancelled".
+    """
 
     text: str
     reasoning: str | None
@@ -133,13 +156,13 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second after the first token."""
+        """Tokens generated per second after the first text; 0.0 for fewer than two tokens."""
         if self.seconds_to_first is None or self.tokens < 2 or self.seconds <= self.seconds_to_first:
             return 0.0
         return (self.tokens - 1) / (self.seconds - self.seconds_to_first)
 
     def record(self) -> dict[str, Any]:
-        """The answer as `--json` prints it."""
+        """Return the answer as a dictionary for `--json`."""
         return {
             "answer": self.text,
             "reasoning": self.reasoning,
@@ -151,34 +174,43 @@ class Answer:
         }
 
     def lines(self) -> list[str]:
-        """Reasoning, text and tool calls, each on lines of its own."""
+        """Return the answer as texts to print one below the other: reasoning (if any), text, and each tool call."""
         reasoning = [f"thinking: {self.reasoning}"] if self.reasoning else []
         return [*reasoning, self.text, *(f"tool call: {call['name']} {call['arguments']}" for call in self.calls)]
 
 
 @dataclass
 class Session:
-    """A conversation with one model, or the same with several. `think`: ask for reasoning if the template supports it."""
+    """A conversation of the user with one model, or with several that are asked the same questions.
+
+    `options` are the sampling settings and `system` is the system prompt. `think` asks for answers with (True) or
+    without (False) reasoning, and None leaves this to the chat template. With `is_json`, answers are printed as JSON
+    lines.
+    """
 
     speakers: Sequence[Speaker]
     options: Sampling
     system: str | None = None
     think: bool | None = None
     is_json: bool = False
-    num_again: int = field(default=0, init=False)  # added to the seed, so that every /regen draws another answer
+    num_again: int = field(default=0, init=False)  # number of /regen so far; added to the seed for another answer
 
     def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system prompt."""
+        """Remove all messages except the system prompt from the conversations of all models."""
         from mmdata.encode.template import Message
 
         for speaker in self.speakers:
             speaker.chat.messages[:] = [Message("system", self.system)] if self.system else []
 
     def run(self, lines: Iterator[str], *, is_lenient: bool) -> None:
-        """Answer each line, up to the last or /quit. With `is_lenient` an error is printed and the session goes on."""
+        """Answer each line until the last one or /quit; a line that begins with "/" is a command, and empty lines are
+        skipped.
+
+        With `is_lenient`, an MMError is printed and the next line follows; otherwise it is raised.
+        """
         for line in lines:
             if line == "/quit":
                 return
@@ -193,7 +225,7 @@ class Session:
                 say(f"error: {error.message}\nfix: {error.fix}")
 
     def command(self, name: str, argument: str = "") -> None:
-        """Run a command such as /reset; UsageError if there is none of that name."""
+        """Run the command `name`, such as /reset, with its argument. UsageError if there is no command of that name."""
         if name == "/reset":
             self.reset()
             say("forgotten")
@@ -212,7 +244,10 @@ class Session:
             raise UsageError(f"{name} is no command", "/help shows them")
 
     def ask_again(self) -> None:
-        """Remove the last question and its answer from the history, and ask it again with another seed."""
+        """Remove the last question and its answers from the conversation, and ask the question again with another seed.
+
+        UsageError if nothing was answered yet.
+        """
         messages = self.speakers[0].chat.messages
         if not messages or messages[-1].role != "assistant":
             raise UsageError("there is no answer yet", "ask something first")
@@ -223,7 +258,11 @@ class Session:
         self.ask(question)
 
     def save(self, name: str) -> None:
-        """Write the conversation as jsonl, one row for each model."""
+        """Write the conversation to the jsonl file `name`, one row for each model.
+
+        An empty `name` stands for chat-DATE-TIME.jsonl in the current directory. UsageError if the file exists or
+        cannot be written, or if nothing was answered yet.
+        """
         from mmdata.io.files import write_text
 
         path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
@@ -239,7 +278,11 @@ class Session:
         say(f"wrote {path}")
 
     def ask(self, question: str) -> None:
-        """Answer one question and print it: streamed, or when several models answer, side by side."""
+        """Ask all models one question and print their answers.
+
+        The answer of a single model is printed while it is generated. With several models, or as JSON, answers are
+        printed when all are complete.
+        """
         options = replace(self.options, seed=self.options.seed + self.num_again)
         if len(self.speakers) == 1 and not self.is_json:
             print_speed(self._answer(self.speakers[0], question, options, StreamPrinter()))
@@ -256,7 +299,10 @@ class Session:
     def _answer(
         self, speaker: Speaker, question: str, options: Sampling, printer: "StreamPrinter | None" = None
     ) -> Answer:
-        """Let one model answer, printing as it goes. Ctrl-C ends the answer; what was generated stays in the history."""
+        """Let one model answer, and return the complete answer. A `printer` prints it while it is generated.
+
+        Ctrl-C ends the answer early; what was generated so far stays in the conversation.
+        """
         from mmtrain.inference.replies import Splitter, split
 
         show = printer.show if printer else lambda pieces: None
@@ -290,7 +336,10 @@ class Session:
 
 
 def as_row(message: "Message") -> dict[str, Any]:
-    """A message as jsonl rows hold it, with the reasoning in a field of its own."""
+    """Return a message as in a jsonl row: role and content, and for an answer with a think block its reasoning_content.
+
+    Tool calls stay in the content as text.
+    """
     from mmtrain.inference.replies import split
 
     if message.role != "assistant":
@@ -304,13 +353,16 @@ def as_row(message: "Message") -> dict[str, Any]:
 
 
 class StreamPrinter:
-    """Prints an answer as it comes: content to stdout; reasoning, dimmed, to stderr; each tool call on its own line."""
+    """Prints one answer while it is generated.
+
+    Content and tool calls, each on its own line, go to stdout. Reasoning goes to stderr, dimmed on a terminal.
+    """
 
     def __init__(self) -> None:
         self._kind = ""
 
     def show(self, pieces: Sequence[Any]) -> None:
-        """Print the next pieces of the answer."""
+        """Print the next pieces of the answer (`mmtrain.inference.replies.Piece`)."""
         for piece in pieces:
             if piece.kind != self._kind:
                 self._begin(piece.kind)
@@ -323,7 +375,7 @@ class StreamPrinter:
                 print(piece.text, end="", flush=True)
 
     def _begin(self, kind: str) -> None:
-        """End the line of the part before, and begin a part of this kind."""
+        """End the line being printed, if any, and begin one of this kind: reasoning, content, call, or "" for none."""
         is_colored = sys.stderr.isatty()
         if self._kind == "reasoning":
             say(PLAIN if is_colored else "")
@@ -339,7 +391,10 @@ class StreamPrinter:
 
 
 def print_speed(answer: Answer) -> None:
-    """Print the number of tokens and the speed, dimmed; on a terminal only."""
+    """Print the number of tokens and the speed of an answer to stderr, dimmed.
+
+    Print nothing if stderr is no terminal or no token was generated.
+    """
     if sys.stderr.isatty() and answer.seconds_to_first is not None:
         cut = {"length": ", cut at its longest", "cancelled": ", cut short"}.get(answer.finish_reason or "", "")
         speed = f"{answer.tokens_per_s:.1f} tokens/s, {answer.seconds_to_first:.2f} s to the first"
@@ -347,7 +402,10 @@ def print_speed(answer: Answer) -> None:
 
 
 def print_side_by_side(answers: dict[str, Answer]) -> None:
-    """Print answers in columns where the terminal is wide enough, else one below the other."""
+    """Print the answers of several models, given by name, in one column each.
+
+    If stdout is no terminal, or too narrow for columns of MIN_COLUMN characters, print them one below the other.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -365,7 +423,7 @@ def print_side_by_side(answers: dict[str, Answer]) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines typed at the terminal, with line editing and history; Ctrl-C discards a line, Ctrl-D ends."""
+    """Yield the lines typed at the terminal, with line editing and history. Ctrl-C discards a line, Ctrl-D ends."""
     with suppress(ImportError):  # Windows has line editing of its own
         import readline  # noqa: F401 - input() uses it once it is imported
     while True:
@@ -381,11 +439,14 @@ def typed_lines() -> Iterator[str]:
 
 
 def piped_lines() -> Iterator[str]:
-    """Lines of standard input; bytes that are not UTF-8 become U+FFFD."""
+    """Yield the lines of standard input without surrounding whitespace; bytes that are not UTF-8 become U+FFFD."""
     for line in sys.stdin.buffer:
         yield line.decode("utf-8", errors="replace").strip()
 
 
 def without_surrogates(line: str) -> str:
-    """A typed line whose undecodable bytes, which tokenizers refuse, are replaced by U+FFFD."""
+    """Return a typed line with U+FFFD in place of bytes that are not UTF-8, which tokenizers cannot encode.
+
+    Python's `input` returns such bytes as lone surrogates.
+    """
     return line.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")

@@ -1,4 +1,6 @@
-"""`mm demo`: the whole path on a generated corpus, from text to an aligned model with measured answers."""
+"""`mm demo`: train a small model on a generated corpus, through all stages, and measure its answers to held-out
+questions.
+"""
 
 import json
 import shutil
@@ -28,13 +30,13 @@ def demo(
     minutes: Annotated[
         float | None,
         Option(
-            "Training time on two present-day cores; the number of rows follows from it.",
+            "Training time in minutes on two present-day CPU cores; determines the number of rows.",
             above=0,
             most=60,
             default_text="2.6",
         ),
     ] = None,
-    seed: Annotated[int, Option("Seed of the corpus, the weights and the order.", **INT64)] = 0,
+    seed: Annotated[int, Option("Seed of the corpus, the new weights and the order of the data.", **INT64)] = 0,
     as_json: Json = False,
 ) -> None:
     """Generate a small bilingual corpus, train a model on it from scratch, and score it on held-out questions.
@@ -60,16 +62,24 @@ def demo(
 
 
 def clear_demo(out: Path) -> None:
-    """Empty the directory of an earlier demo; UsageError when it holds anything else."""
+    """Create an empty directory `out` for a demo; one that holds an earlier demo is emptied.
+
+    UsageError if `out` is a file, or a directory with files but without demo.json.
+    """
     if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and no demo of ours", "choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / "demo.json").write_text("{}\n", encoding="utf-8")  # marks it as a demo, even if this one is interrupted
+    # Marks the directory as a demo from the start, so that one that is interrupted can be replaced.
+    (out / "demo.json").write_text("{}\n", encoding="utf-8")
 
 
 def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
-    """Write the corpus, train its tokenizer, pack, then train and score each stage; returns all figures."""
+    """Generate the corpus, train its tokenizer, pack it, then train and score each stage in turn. Return all figures.
+
+    Everything is written under `out`. `minutes` is the training time on two present-day CPU cores, from which the
+    number of rows follows. `seed` determines corpus, new weights and the order of the data.
+    """
     from mmdata import demo as recipe
     from mmdata.pack.options import PackOptions
     from mmdata.pack.pipeline import pack
@@ -126,7 +136,12 @@ def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
 
 
 def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigures:
-    """Score a run: greedy answers to the held-out questions, held-out pairs ranked by their log-probabilities."""
+    """Score a run on the held-out questions and on the packed dataset of held-out pairs; return the figures by name.
+
+    exact and sentences are shares (0 to 1) of the greedy answers that are exactly right, and that are a whole sentence.
+    by_subject has the exact answers and the questions of each subject. preference_accuracy is the share of pairs whose
+    chosen reply has the larger summed log-probability. transcript has five questions with their answers.
+    """
     from mmdata import demo as recipe
     from mmdata.encode.template import Message, Template
     from mmdata.shards.dataset import open_dataset
@@ -157,7 +172,9 @@ def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigur
 
 
 def print_demo(figures: DemoFigures, out: Path) -> None:
-    """Print the figures of each stage, five answers of the last model, and where everything is."""
+    """Print a table with the scores of each stage, five answers of the last model, and what the directory `out`
+    contains.
+    """
     columns = ("stage", "val bits/byte", "exact answers", "whole sentences", "pairs ranked right", "minutes")
     rows = (
         (

@@ -1,4 +1,6 @@
-"""`mm eval`: held-out loss, questions answered, choices made, and the tasks of EleutherAI's harness."""
+"""`mm eval`: evaluate a model by its held-out loss, its answers to questions, its choices among given answers, and the
+tasks of EleutherAI's lm-evaluation-harness.
+"""
 
 import json
 import tempfile
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
     from mmtrain.model.model import Model
     from mmtrain.records import RunRecord
 
-LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # headings of --help
-MOST_MISTAKES = 3  # wrongly answered questions to print
+LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # groups of options in --help
+MOST_MISTAKES = 3  # wrongly answered questions to print at most
 Scores = dict[str, Any]  # what `mm eval --json` prints, or a part of it
 
 
@@ -34,26 +36,43 @@ def eval_(
         Path | None,
         Option("Write one JSON line per sequence, with file, line, tokens and nll.", LOSS, metavar="FILE"),
     ] = None,
-    noisiest: Annotated[int, Option("Show this many rows that the model finds least likely.", LOSS, least=0)] = 0,
+    noisiest: Annotated[
+        int,
+        Option(
+            "Show this many rows that the model finds least likely: those of highest loss per token.", LOSS, least=0
+        ),
+    ] = 0,
     questions: Annotated[
         Path | None,
-        Option("jsonl of question and answer; answers are compared word for word.", QUESTIONS, metavar="FILE"),
+        Option(
+            "jsonl file of questions and answers; answers are compared word for word, ignoring case.",
+            QUESTIONS,
+            metavar="FILE",
+        ),
     ] = None,
     choices: Annotated[
         Path | None,
-        Option("jsonl of question, choices and answer; the likeliest choice is taken.", QUESTIONS, metavar="FILE"),
+        Option(
+            "jsonl file of questions, choices and answers; the model's answer is the most likely choice.",
+            QUESTIONS,
+            metavar="FILE",
+        ),
     ] = None,
     plain: Annotated[
-        bool, Option("Ask without the chat template.", QUESTIONS, default_text="only for pretrain runs")
+        bool, Option("Ask questions without the chat template.", QUESTIONS, default_text="only for pretrain runs")
     ] = False,
     max_new_tokens: Annotated[int, Option("With --questions: longest answer in tokens.", QUESTIONS, least=1)] = 64,
     lm_eval: Annotated[
-        str | None, Option("Tasks to run: ceval-valid, cmmlu, arc_easy, ...", HARNESS, metavar="TASKS")
+        str | None,
+        Option("Tasks to run, separated by commas: ceval-valid, cmmlu, arc_easy, ...", HARNESS, metavar="TASKS"),
     ] = None,
-    limit: Annotated[int | None, Option("Number of questions per task.", HARNESS, least=1, default_text="all")] = None,
+    limit: Annotated[
+        int | None, Option("With --lm-eval: number of questions per task.", HARNESS, least=1, default_text="all")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a model: held-out loss by dataset and bucket, pairs ranked, questions, the harness's tasks.
+    """Evaluate a model: held-out loss by dataset and bucket, pairs ranked right, questions answered, tasks of
+    EleutherAI's harness.
 
     Example: mm eval runs/sft-1 --data shards/sft_512 --per-sequence rows.jsonl    mm eval runs/sft-1 --questions my.jsonl --lm-eval ceval-valid,cmmlu
     """
@@ -96,7 +115,10 @@ def eval_(
 
 
 def run_metadata(path: Path) -> "RunRecord":
-    """The run.json of a run, or of a checkpoint in one; empty for another program's model."""
+    """Return the record in run.json of a run, for the path of the run or of a checkpoint in it.
+
+    An empty record is returned for the model of another program, which has no run.json.
+    """
     from mmtrain.checkpoint import find
     from mmtrain.convert.foreign import is_foreign
     from mmtrain.records import RunRecord, read_run
@@ -113,7 +135,11 @@ def measured(
     noisiest: int,
     as_json: bool,
 ) -> Scores:
-    """Figures of every sequence of the datasets' splits; writes `per_sequence` and adds the noisiest rows if asked for."""
+    """Compute the held-out figures of the model on these splits of the packed datasets, and return them by name.
+
+    If `per_sequence` is given, the figures of each sequence are written to this file as JSON lines. The result has the
+    `noisiest` rows with the highest loss per token, if that is not 0. DatasetError if the splits have no sequence.
+    """
     from mmdata.io.files import write_text
     from mmdata.shards.dataset import open_dataset
     from mmtrain.inference import score as scoring
@@ -139,7 +165,11 @@ def measured(
 
 
 def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> Scores:
-    """Results of EleutherAI's harness by task; a run of mm is exported to a temporary directory for it."""
+    """Run tasks of EleutherAI's harness and return their metrics by task and name.
+
+    The harness reads Hugging Face directories, so any other model is exported to a temporary one first. `is_chat`
+    applies the chat template to each question. `limit` is the number of questions per task; None runs all.
+    """
     from mmtrain.convert import harness
     from mmtrain.convert.export import export
     from mmtrain.convert.foreign import is_foreign
@@ -153,7 +183,9 @@ def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | Non
 
 
 def print_scores(values: Scores) -> None:
-    """Print what `mm eval` measured: a table for each dataset, the noisiest rows, questions, the harness's tasks."""
+    """Print what `mm eval` measured: a table for each dataset, the noisiest rows, the accuracy on questions and the
+    results of tasks.
+    """
     for dataset, buckets in values.get("datasets", {}).items():
         is_pairs = "accuracy" in buckets["all"]
         columns = ["bucket", "sequences", "tokens", "loss", "bits/byte", "perplexity"]
@@ -178,7 +210,10 @@ def print_scores(values: Scores) -> None:
 
 
 def print_answers(asked: Scores, what: str) -> None:
-    """Print the accuracy on a file of questions and the first wrong answers."""
+    """Print the accuracy on one file of questions to stdout, and the first MOST_MISTAKES wrong answers to stderr.
+
+    `what` says what right answers are, such as "chosen right".
+    """
     per_byte = asked.get("accuracy_per_byte")
     more = f"; by log-probability a byte {percent(per_byte, 1)}" if per_byte is not None else ""
     result(f"{asked['file']}: {percent(asked['accuracy'], 1)} of {asked['asked']:,} questions {what}{more}")

@@ -1,4 +1,4 @@
-"""`mm export`: a model in the format of another program."""
+"""`mm export`: write a model in the format of another program."""
 
 import time
 from pathlib import Path
@@ -15,13 +15,19 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint.")],
     format: Annotated[
         str,
-        Option("For transformers, llama.cpp, or as MiniMind's .pth.", choices=("hf", "gguf", "minimind")),
+        Option(
+            "Format: hf for transformers, gguf for llama.cpp, minimind for MiniMind's scripts (.pth).",
+            choices=("hf", "gguf", "minimind"),
+        ),
     ] = "hf",
     out: Annotated[
         Path | None, Option("Directory of the exported model.", metavar="DIR", default_text="exports/RUN-FORMAT")
     ] = None,
     dtype: Annotated[
-        str | None, Option("hf: f32, f16, bf16; gguf: f32, f16, q8_0; minimind: f32, f16.", default_text="f32")
+        str | None,
+        Option(
+            "Type of the weights; hf: f32, f16, bf16; gguf: f32, f16, q8_0; minimind: f32, f16.", default_text="f32"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`mm import`: a run made from a model that was trained by another program."""
+"""`mm import`: make a run from a model that another program trained."""
 
 import time
 from pathlib import Path
@@ -15,10 +15,11 @@ def import_(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="MiniMind's .pth, or a Hugging Face directory.")],
     out: Annotated[Path | None, Option("Directory of the new run.", metavar="RUN", default_text="runs/NAME")] = None,
     tokenizer: Annotated[
-        Path | None, Option("Tokenizer directory, where none stands beside the model.", metavar="DIR")
+        Path | None, Option("Tokenizer directory, if mm finds none next to the model.", metavar="DIR")
     ] = None,
     num_heads: Annotated[
-        int | None, Option("Query heads, which a .pth does not record.", least=1, default_text="MiniMind's 8")
+        int | None,
+        Option("Number of query heads, which a .pth file does not record.", least=1, default_text="MiniMind's 8"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,6 @@
-"""`mm report`: what happened in training runs, printed, as an HTML page, or served while they train."""
+"""`mm report`: report what happened in training runs: on the terminal, as an HTML file, or as a page that is updated
+while they train.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,13 +20,13 @@ def report(
     ] = None,
     html: Html = None,
     follow: Annotated[
-        bool, Option("Serve the report on 127.0.0.1, updated while the run trains; Ctrl-C ends it.")
+        bool, Option("Serve the report on 127.0.0.1 and update it while the run trains; Ctrl-C ends it.")
     ] = False,
-    port: Annotated[int, Option("With --follow: the port; 0 takes a free one.", least=0, most=65535)] = 8765,
+    port: Annotated[int, Option("With --follow: port to listen on; 0: a free one.", least=0, most=65535)] = 8765,
     lang: Lang = "en",
     as_json: Json = False,
 ) -> None:
-    """Report on runs and those they started from: curves, speed, events, settings and sampled answers.
+    """Report on runs, and on the runs they started from: curves, speed, events, settings and sampled answers.
 
     Example: mm report runs/sft-1 --html run.html    mm report runs/dpo-1 runs/dpo-2 --follow
     """
@@ -57,7 +59,7 @@ def report(
 
 
 def newest_run() -> Path:
-    """The run under runs/ whose run.json was written last; CheckpointError if there is none."""
+    """Return the run under runs/ whose run.json was written last. CheckpointError if there is none."""
     runs = [(path.stat().st_mtime_ns, path.parent) for path in RUNS_DIR.glob("*/run.json")]
     if not runs:
         raise CheckpointError(f"no run under {RUNS_DIR}/", "`mm train` makes one, or name it: mm report RUN")

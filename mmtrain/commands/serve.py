@@ -1,4 +1,4 @@
-"""`mm serve`: an OpenAI-compatible server with a chat page."""
+"""`mm serve`: serve a model through an HTTP interface that OpenAI clients understand, with a chat page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,19 +16,19 @@ def serve(
         Path | None, typer.Argument(metavar="[RUN]", help="Run or checkpoint. [default: the newest finished run]")
     ] = None,
     host: Annotated[str, Option("Address to listen on; 0.0.0.0: every address of this machine.")] = "127.0.0.1",
-    port: Annotated[int, Option("Port; 0 takes a free one.", least=0, most=65535)] = 8000,
+    port: Annotated[int, Option("Port to listen on; 0: a free one.", least=0, most=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="MM_API_KEY", help="Key that clients must send.", show_default=False)
     ] = None,
-    name: Annotated[str | None, Option("Name of the model for clients.", default_text="the run's")] = None,
-    window: Annotated[int, Option("Tokens of a conversation and its answer.", least=16)] = 2048,
+    name: Annotated[str | None, Option("Model name that clients see.", default_text="the run's")] = None,
+    window: Annotated[int, Option("Largest number of tokens of a conversation and its answer.", least=16)] = 2048,
     max_tokens: Annotated[
         int | None, Option("Longest answer in tokens.", least=1, default_text="what the window has room for")
     ] = None,
-    max_rows: Annotated[int, Option("Answers generated at once.", least=1)] = 16,
-    max_waiting: Annotated[int, Option("Requests that may wait; further ones are refused.", least=1)] = 64,
-    max_body: Annotated[int, Option("Largest request in bytes.", least=1024)] = 2**20,
-    timeout: Annotated[float, Option("Seconds that one request may take.", least=1)] = 600,
+    max_rows: Annotated[int, Option("Largest number of answers generated at once.", least=1)] = 16,
+    max_waiting: Annotated[int, Option("Largest number of waiting requests; further ones are refused.", least=1)] = 64,
+    max_body: Annotated[int, Option("Largest request body in bytes.", least=1024)] = 2**20,
+    timeout: Annotated[float, Option("Longest time that one request may take, in seconds.", least=1)] = 600,
 ) -> None:
     """Serve a run to OpenAI clients, with a chat page at /. Needs mm[serve].
 

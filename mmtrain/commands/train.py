@@ -1,4 +1,4 @@
-"""`mm train`: one stage of training, on one process or several."""
+"""`mm train`: train one stage (pretrain, sft or dpo), in one process or several."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmtrain.train.loop import TrainResult
     from mmtrain.train.preflight import Needs
 
-__all__ = ["HEADINGS", "train"]  # HEADINGS: order of the groups in the help
+__all__ = ["HEADINGS", "train"]  # HEADINGS: the groups of options in --help, in this order
 SHOWN_FIGURES = ("loss", "bits_per_byte", "accuracy", "reward_margin", "chosen_nll", "guard_loss")
 
 
@@ -28,7 +28,7 @@ def train(
     data: Annotated[
         list[str] | None,
         Option(
-            "Packed dataset; may be repeated, each with its share of the tokens.",
+            "Packed dataset; may be repeated, with WEIGHT as its share of the tokens.",
             DATA,
             metavar="DIR[:WEIGHT]",
             default_text="the newest that fits the stage",
@@ -39,13 +39,13 @@ def train(
     ] = None,
     settings: Annotated[dict[str, Any], TrainOptions],
     reference_free: Annotated[bool, Option("dpo: train without a reference model.", PREFERENCES)] = False,
-    nproc: Annotated[int, Option("Start this many ranks on this machine.", HARDWARE, least=1)] = 1,
+    nproc: Annotated[int, Option("Number of ranks (processes) to start on this machine.", HARDWARE, least=1)] = 1,
     plan: Annotated[
-        bool, Option("Print the memory, time and disk that the run would take, and end.", HARDWARE)
+        bool, Option("Print the memory, time and disk space that the run would take; train nothing.", HARDWARE)
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train one stage: pretrain, sft or dpo. Works under torchrun as it is.
+    """Train one stage: pretrain, sft or dpo. For several processes give --nproc, or start it with torchrun.
 
     Example: mm train sft --data shards/sft_512 --epochs 2 --lr 1e-4
     """
@@ -87,7 +87,10 @@ def train(
 
 
 def newest_dataset(stage: str) -> Path:
-    """The dataset under shards/ of the stage's kind that was packed last."""
+    """Return the dataset under shards/ that was packed last, of those with the kind of rows that the stage trains on.
+
+    DatasetError if there is none.
+    """
     kind = STAGE_KINDS[stage]
     datasets = []
     for manifest in SHARDS_DIR.glob("*/manifest.json"):
@@ -104,7 +107,10 @@ def newest_dataset(stage: str) -> Path:
 
 
 def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
-    """Parse `--data DIR:WEIGHT` options: the datasets, and their weights, which is None without weights."""
+    """Parse the `--data DIR[:WEIGHT]` options; return the datasets, and their weights or None if none has a weight.
+
+    UsageError if only some have a weight, a weight is not positive and finite, or a dataset is a URL.
+    """
     from mmdata.io import remote
 
     paths, weights = [], []
@@ -127,7 +133,7 @@ def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | Non
 
 
 def print_needs(needs: "Needs") -> None:
-    """Print what a run would take: sizes, the parts of its memory, time and disk."""
+    """Print what a run would take: its size in tokens and steps, the memory by part, and the time and disk space."""
     result(
         f"{needs.num_params:,} parameters, {needs.tokens_per_epoch:,} tokens an epoch, {needs.num_steps:,} steps of "
         f"{needs.batch_tokens:,} tokens, {needs.micro_tokens:,} at once"
@@ -140,7 +146,7 @@ def print_needs(needs: "Needs") -> None:
 
 
 def print_trained(trained: "TrainResult") -> None:
-    """Print the losses and figures that a run ended with, and the next command."""
+    """Print the final loss and held-out figures of a run, and the command that usually follows."""
     figures = [f"loss {trained.train_loss:.3f}"] if trained.train_loss is not None else []
     figures += [f"val {name} {value:.4g}" for name, value in trained.val.items() if name in SHOWN_FIGURES]
     skipped = f", {trained.num_skipped} steps skipped" if trained.num_skipped else ""
@@ -160,7 +166,10 @@ def print_trained(trained: "TrainResult") -> None:
 
 
 def without_option(arguments: list[str], name: str) -> list[str]:
-    """Command-line arguments without one option and its value, written as two words or as one."""
+    """Return command-line arguments without the option `name` and its value.
+
+    Every occurrence is removed, both of `NAME VALUE` (two arguments) and of `NAME=VALUE` (one).
+    """
     kept = []
     words = iter(arguments)
     for word in words:
@@ -172,7 +181,11 @@ def without_option(arguments: list[str], name: str) -> list[str]:
 
 
 def next_run(stage: str, resume: bool) -> Path:
-    """The directory for a new run, runs/STAGE-N; with `resume` that of the stage's last run."""
+    """Return the directory runs/STAGE-N for a run: with N one above the highest number there, or with `resume` the
+    highest itself.
+
+    CheckpointError if `resume` and the stage has no run under runs/.
+    """
     numbers = [
         int(path.name.rpartition("-")[2])
         for path in RUNS_DIR.glob(f"{stage}-*")
