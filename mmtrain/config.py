@@ -119,7 +119,7 @@ class TrainSettings:
 
     preset: str | None = _setting(
         None,
-        "MiniMind's own settings for the stage.",
+        "Use MiniMind's own settings for the stage.",
         MODEL,
         choices=("minimind2", "minimind3"),
         default_text="mm's own settings",
@@ -127,10 +127,10 @@ class TrainSettings:
     # None where a checkpoint gives the shape.
     model: str | None = _setting("minimind2-small", f"Shape of a new model: {', '.join(MODEL_SHAPES)}.", MODEL)
     steps: int | None = _setting(
-        None, "Number of optimizer steps; instead of --epochs.", LENGTH, least=1, default_text="by --epochs"
+        None, "Number of optimizer steps, instead of --epochs.", LENGTH, least=1, default_text="by --epochs"
     )
     epochs: float | None = _setting(
-        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0}, "Passes over the training data.", LENGTH, above=0
+        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0}, "Number of passes over the training data.", LENGTH, above=0
     )
     batch_tokens: int = _setting(
         {"pretrain": 65_536, "sft": 32_768, "dpo": 16_384},
@@ -141,14 +141,17 @@ class TrainSettings:
     # On the CPU speed is flat from 1,024 on and memory grows (2.8 GB at 104M); one pair of 1,024 a side takes up to 2,048.
     micro_tokens: int = _setting(
         {"pretrain": 2048, "sft": 2048, "dpo": 4096},
-        "Tokens that one rank runs at once; the gradient does not depend on it.",
+        "Tokens that one rank runs at once; determines memory and speed, not the gradient.",
         HARDWARE,
         free=True,
         least=1,
         default_text="2048 on the CPU (dpo 4096); on CUDA what fits",
     )
     optimizer: str = _setting(
-        "adamw", "muon, for pretrain only, needs fewer steps to the same loss.", OPTIMIZER, choices=("adamw", "muon")
+        "adamw",
+        "adamw; or muon, for pretrain only, which needs fewer steps to the same loss.",
+        OPTIMIZER,
+        choices=("adamw", "muon"),
     )
     lr: float = _setting(
         {"pretrain": 1e-3, "sft": 3e-4, "dpo": 5e-6},
@@ -166,27 +169,36 @@ class TrainSettings:
     )
     warmup: float = _setting(
         {"pretrain": 0.02, "sft": 0.03, "dpo": 0.1},
-        "Share of the steps over which the learning rate rises.",
+        "Share of the steps over which the learning rate rises to its peak.",
         OPTIMIZER,
         least=0,
         below=1,
     )
     weight_decay: float = _setting(
-        {"pretrain": 0.1, "sft": 0.0, "dpo": 0.0}, "Weight decay of the matrices; norms have none.", OPTIMIZER, least=0
+        {"pretrain": 0.1, "sft": 0.0, "dpo": 0.0},
+        "Weight decay of the weight matrices; norms have none.",
+        OPTIMIZER,
+        least=0,
     )
     clip: float = _setting(1.0, "Largest gradient norm; larger ones are scaled down.", OPTIMIZER, above=0)
-    loss: str = _dpo_setting("sigmoid", "", "the loss.", choices=tuple(LOSS_BETAS))
+    loss: str = _dpo_setting("sigmoid", "", "loss function.", choices=tuple(LOSS_BETAS))
     beta: float = _dpo_setting(
         LOSS_BETAS["sigmoid"],
         0.0,
-        "how strongly the reference holds the policy.",
+        "how strongly the loss holds the model to the reference model.",
         above=0,
         default_text=", ".join(f"{loss} {beta:g}" for loss, beta in LOSS_BETAS.items()),
     )
     label_smoothing: float = _dpo_setting(
-        0.0, 0.0, "share of the pairs assumed to be labelled the wrong way round.", least=0, below=0.5
+        0.0, 0.0, "share of the pairs assumed to have chosen and rejected swapped.", least=0, below=0.5
     )
-    gamma: float = _dpo_setting(0.0, 0.0, "target margin of simpo.", least=0, default_text=f"{SIMPO_GAMMA:g} for simpo")
+    gamma: float = _dpo_setting(
+        0.0,
+        0.0,
+        "target margin between chosen and rejected, for simpo.",
+        least=0,
+        default_text=f"{SIMPO_GAMMA:g} for simpo",
+    )
     sft_weight: float = _dpo_setting(
         0.0, 0.0, "weight of the chosen reply's negative log-likelihood in the loss.", least=0
     )
@@ -209,21 +221,21 @@ class TrainSettings:
     guard: str = _dpo_setting(
         "",
         "",
-        "packed documents or conversations whose val loss shows what the model forgets.",
+        "packed dataset of documents or conversations; its val loss shows what the model forgets.",
         free=True,
         metavar="DIR",
         default_text="none",
     )
     lora: int = _setting(
         0,
-        "Train adapters of this rank and leave the weights as they are; 0: train the weights.",
+        "Train LoRA adapters of this rank and leave the weights as they are; 0: train all weights.",
         ADAPTERS,
         metavar="RANK",
         least=0,
     )
     ema: float = _setting(
         0.0,
-        "Keep a running average of the weights with this decay, such as 0.999, and save it; 0: none.",
+        "Average the weights over the steps with this decay, such as 0.999, and save the average; 0: none.",
         OPTIMIZER,
         metavar="DECAY",
         least=0,
@@ -238,10 +250,22 @@ class TrainSettings:
         least=0,
     )
     seed: int = _setting(42, "Seed of new weights and of the order of the data.", DATA, **INT64)
-    max_skipped: int = _setting(10, "Non-finite steps in a row that end the run.", LENGTH, free=True, least=1)
+    max_skipped: int = _setting(
+        10,
+        "End the run after this many steps in a row with a loss or gradient that is not finite.",
+        LENGTH,
+        free=True,
+        least=1,
+    )
     val_every: int = _setting(200, "Steps between validations; 0: only at the end.", LOGGING, free=True, least=0)
     save_every: int = _setting(500, "Steps between checkpoints; 0: only at the end.", CHECKPOINTS, free=True, least=0)
-    keep_last: int = _setting(2, "Number of checkpoints to keep.", CHECKPOINTS, free=True, least=1)
+    keep_last: int = _setting(
+        2,
+        "Number of newest checkpoints to keep, besides the one with the lowest val loss.",
+        CHECKPOINTS,
+        free=True,
+        least=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,16 +294,21 @@ class TrainOptions(TrainSettings):
         choices=("mean", "subtoken"),
         group=MODEL,
     )
-    log_every: int = option(10, help="Steps between console lines.", least=1, group=LOGGING)
+    log_every: int = option(10, help="Steps between printed lines.", least=1, group=LOGGING)
     trackers: tuple[str, ...] = option(
         (),
-        help="Write the metrics to this tracker too; repeat it for several.",
+        help="Write the metrics to this tracker too; may be repeated.",
         flag="--log",
         choices=("tensorboard", "wandb", "swanlab", "trackio"),
         group=LOGGING,
     )
     device: str = option("auto", help="Device to train on.", choices=("auto", "cpu", "cuda"), group=HARDWARE)
-    compile: bool = option(True, help="CUDA: do not compile the blocks.", flag="--no-compile", group=HARDWARE)
+    compile: bool = option(
+        True,
+        help="Do not compile the model's blocks with torch.compile, which happens on CUDA only.",
+        flag="--no-compile",
+        group=HARDWARE,
+    )
     checkpoint_activations: bool = option(
         False,
         help="Recompute the activations in the backward pass: a third more time, about a tenth of their memory.",
@@ -287,7 +316,7 @@ class TrainOptions(TrainSettings):
     )
     resume: bool = option(False, help="Continue from the run's last checkpoint.", group=CHECKPOINTS)
     other_data: bool = option(False, help="With --resume: continue although the data has changed.", group=DATA)
-    quiet: bool = option(False, help="Print no step lines.", group=LOGGING)
+    quiet: bool = option(False, help="Print no lines for steps.", group=LOGGING)
     report: bool = option(True, help="Do not write RUN/report.html.", flag="--no-report", group=LOGGING)
     samples: bool = option(
         True, help="Do not let the model answer fixed prompts at validations.", flag="--no-samples", group=LOGGING

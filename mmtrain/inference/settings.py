@@ -17,20 +17,30 @@ class Sampling:
     the n most likely tokens with theirs, all from the model's logits before any other setting is applied.
     """
 
-    temperature: float = option(0.0, help="0 takes the likeliest token.", least=0, group=GROUP)
-    top_p: float = option(
-        1.0, help="Draw from the likeliest tokens whose probabilities reach this sum.", above=0, most=1, group=GROUP
+    temperature: float = option(
+        0.0, help="Sampling temperature; 0 always takes the most likely token.", least=0, group=GROUP
     )
-    top_k: int = option(0, help="Draw from this many likeliest tokens; 0: all.", least=0, group=GROUP)
+    top_p: float = option(
+        1.0,
+        help="Draw from the most likely tokens whose probabilities together reach this sum.",
+        above=0,
+        most=1,
+        group=GROUP,
+    )
+    top_k: int = option(0, help="Draw from this many of the most likely tokens; 0: from all.", least=0, group=GROUP)
     min_p: float = option(
-        0.0, help="Draw from tokens at least this probable relative to the likeliest.", least=0, most=1, group=GROUP
+        0.0,
+        help="Draw from tokens with at least this share of the most likely token's probability.",
+        least=0,
+        most=1,
+        group=GROUP,
     )
     repetition_penalty: float = option(
-        1.0, help="Above 1, tokens that occurred already become less likely.", above=0, group=GROUP
+        1.0, help="Values above 1 make tokens that occurred already less likely.", above=0, group=GROUP
     )
     stop: tuple[str, ...] = option((), help="End an answer at this text; may be repeated.", group=GROUP, metavar="TEXT")
     max_new_tokens: int = option(512, help="Longest answer in tokens.", least=1, group=GROUP)
-    seed: int = option(0, help="The same seed gives the same answers.", **INT64, group=GROUP)
+    seed: int = option(0, help="Seed of the random draws; the same seed gives the same answers.", **INT64, group=GROUP)
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
