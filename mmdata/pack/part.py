@@ -1,6 +1,7 @@
-"""Packing one part of an input: shards, sources and left-out rows on disk, and the sums that prove that nothing was lost.
+"""Pack one part of an input: write its shards, its sources and the rows left out, and check that nothing was lost.
 
-A pure function of the part's bytes and the settings: whoever runs it writes the same files. Memory is bounded by the part.
+The files depend only on the part's bytes and the settings, so every process writes the same ones. Memory is bounded by
+the size of the part.
 """
 
 import base64
@@ -30,15 +31,20 @@ from mmdata.shards.manifest import FORMAT_VERSION, SPLITS, DatasetHeader, ShardR
 from mmdata.tokenizer.encoders import REFERENCE, Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-BATCH_BYTES = 2**20  # of jsonl to the encoder in one call: some hundred rows, under a second
-COMPARED_FIRST, COMPARED = 16, 2  # rows of a part's first batch, and of each other one, that the reference encodes too
+BATCH_BYTES = 2**20  # of jsonl that is encoded in one call: some hundred rows, under a second
+COMPARED_FIRST, COMPARED = 16, 2  # rows encoded twice for comparison: in a part's first batch, in others
 GC_OBJECTS = 200_000  # garbage-collector threshold while packing; the default costs 10 % of the time
-TOO_LONG = "too long"  # the reason of a valid row that is longer than --max-len
+TOO_LONG = "too long"  # the reason why a valid row is left out that is longer than --max-len
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A byte range of one input, from line start to line start; `end` None: to the end of a file that cannot be cut."""
+    """A byte range of one input file that is packed on its own.
+
+    number: counts through all inputs. input: index of the input file, `path` its path. begin, end: byte offsets of line
+    starts; end is None for a compressed file, which is always one part. first_line: line number of the first line.
+    num_bytes: size in bytes (of a compressed file on disk).
+    """
 
     number: int
     input: int
@@ -51,7 +57,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PartSettings:
-    """All that the shards of a part depend on, besides its bytes. `encoder`: who encodes text; no byte depends on it."""
+    """Everything besides a part's bytes that its shards depend on, and `encoder`, the --encoder option, which does not
+    influence the bytes.
+    """
 
     dir: Path  # the dataset being written
     tokenizer_dir: Path
@@ -60,12 +68,18 @@ class PartSettings:
 
     @property
     def screen_dir(self) -> Path:
-        """Where `dedup.screen` writes which lines are left out as duplicates or overlaps."""
+        """The directory to which `dedup.screen` writes the lines to leave out as duplicates or overlaps."""
         return self.dir.with_name("screen")
 
 
 class PartResult(msgspec.Struct):
-    """The files of a part and its sums: rows = kept + left out, tokens_in = tokens + cut, both by reason."""
+    """The files and counts of a packed part: rows = kept + left out, and tokens in = tokens + cut; `left_out` and `cut`
+    are by reason.
+
+    kept: rows that were packed. characters: of their content. control_strings: how often the text of each special token
+    occurs in content, where it is encoded as ordinary text. lengths: number of sequences of each length; of a pair,
+    prompt and longer reply count. digest: the `sequence_digest` of the part.
+    """
 
     number: int
     rows: int = 0
@@ -75,19 +89,21 @@ class PartResult(msgspec.Struct):
     tokens: int = 0
     cut: Counter[str] = msgspec.field(default_factory=Counter)
     characters: int = 0
-    control_strings: Counter[str] = msgspec.field(default_factory=Counter)  # in content, packed as plain text
+    control_strings: Counter[str] = msgspec.field(default_factory=Counter)
     sequences: int = 0
-    lengths: Counter[int] = msgspec.field(default_factory=Counter)  # of sequences (of a pair: its longer side)
+    lengths: Counter[int] = msgspec.field(default_factory=Counter)  # number of sequences by length
     digest: int = 0
     shards: list[ShardRecord] = []
     files: list[FileEntry] = []
     encoder: str = ""  # name and version
-    compared: int = 0  # rows compared with the reference: jinja's rendering, `tokenizers`' ids, one by one
-    warning: str = ""  # why the fast encoder was given up
+    compared: int = 0  # rows that were also encoded the slow way: rendered by jinja2, one by one with tokenizers
+    warning: str = ""  # why an installed fast encoder was not used; otherwise empty
 
 
 class RejectedRow(msgspec.Struct, omit_defaults=True):
-    """A row that was left out, as a line of rejected/part-N.jsonl. raw_base64: its bytes where they are not UTF-8."""
+    """A row that was left out, as it is written as a line of rejected/part-N.jsonl. line, offset: its line number and
+    byte offset in the input. raw: the line as text. raw_base64: its bytes, if they are not valid UTF-8.
+    """
 
     file: str
     line: int
@@ -100,17 +116,20 @@ class RejectedRow(msgspec.Struct, omit_defaults=True):
 
 @dataclass(slots=True)
 class _Collected:
-    """The kept rows of a part, before packing. The first three lists have an item a batch, the next three one a row."""
+    """The encoded rows of a part before packing, in source order. flats, num_sequences and is_val have an item for each
+    batch of lines; lines, offsets and shas have one for each row that was not left out; rejected has the rows left out.
+    """
 
-    flats: list[Sequences] = field(default_factory=list)  # in source order
-    num_sequences: list[np.ndarray] = field(default_factory=list)  # of each kept row
-    is_val: list[np.ndarray] = field(default_factory=list)  # of each kept row
+    flats: list[Sequences] = field(default_factory=list)  # the encoded sequences
+    num_sequences: list[np.ndarray] = field(default_factory=list)  # int64, for each row not left out
+    is_val: list[np.ndarray] = field(default_factory=list)  # bool, for each row not left out
     lines: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     shas: list[bytes] = field(default_factory=list)
     rejected: list[RejectedRow] = field(default_factory=list)
 
     def rows(self) -> "_Rows":
+        """Join the batches."""
         counts = np.concatenate([np.empty(0, np.int64), *self.num_sequences])
         is_val = np.concatenate([np.empty(0, bool), *self.is_val])
         first = np.cumsum(counts) - counts
@@ -121,24 +140,28 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The sequences of a part as they are packed; for each whether its row is in val, and whether it is its row's first."""
+    """The sequences of a part, one after another in source order. is_val, is_first: bool, for each sequence whether its
+    row belongs to val, and whether it is the first sequence of its row.
+    """
 
     flat: Sequences
     is_val: np.ndarray
     is_first: np.ndarray
-    first: np.ndarray  # int64 [rows]: the first sequence of each row
+    first: np.ndarray  # int64 [rows], index of the first sequence of each row
 
 
 class _DiffersError(Exception):
-    """The fast encoder gave a row other tokens than the reference."""
+    """The fast encoder encoded a row to other tokens than the reference encoder."""
 
 
 def _no_tick(*counts: int) -> None:
-    """For a part that is packed again: its progress was reported the first time."""
+    """Progress function for a part that is packed a second time; it does nothing, since the progress was reported the
+    first time.
+    """
 
 
 class PartPacker:
-    """Packs parts with the same settings; holds the encoder."""
+    """Packs parts with the same settings. Creating it loads the tokenizer and the encoder, which all parts use."""
 
     def __init__(self, settings: PartSettings):
         self._settings, self._header, self._arguments = settings, settings.header, settings.header.arguments
@@ -149,6 +172,9 @@ class PartPacker:
         self._reference = self._row_encoder(choose(self._tokenizer, REFERENCE), is_reference=True)
 
     def _row_encoder(self, encoder: Encoder, *, is_reference: bool = False) -> RowEncoder:
+        """Return a RowEncoder with the settings of this dataset that encodes text with `encoder`. is_reference: use the
+        slow, straightforward way for everything else, too.
+        """
         return RowEncoder(
             self._tokenizer,
             max_len=self._header.max_len,
@@ -160,7 +186,12 @@ class PartPacker:
         )
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
-        """Read, encode, pack and write a part, then prove from the written bytes that everything is there."""
+        """Read, encode, pack and write a part, check the written files, and return its files and counts.
+
+        tick: called with what was done since its last call: bytes read, rows, tokens, rows left out. Raises InputError
+        for a bad row if `on_bad` is "fail" or if the input cannot be read, and DatasetError if the check fails. The
+        garbage collector's threshold is raised meanwhile.
+        """
         before = gc.get_threshold()
         gc.set_threshold(GC_OBJECTS, *before[1:])
         try:
@@ -169,6 +200,9 @@ class PartPacker:
             gc.set_threshold(*before)
 
     def _pack(self, part: Part, tick: Tick) -> PartResult:
+        """Pack a part as `__call__` does. If the fast encoder gives other tokens than the reference for a compared row,
+        the part is encoded again with the reference, and the result has a warning.
+        """
         try:
             result = PartResult(part.number, warning=self._warning)
             collected = self._collect(part, result, tick, self._fast)
@@ -189,9 +223,12 @@ class PartPacker:
     # --- rows -> sequences
 
     def _collect(self, part: Part, result: PartResult, tick: Tick, encoder: RowEncoder) -> _Collected:
+        """Read and encode the rows of a part with `encoder`, and add their counts to `result`. Raises _DiffersError if
+        the encoder gives other tokens than the reference for a compared row.
+        """
         collected, screened = _Collected(), _screened(self._settings, part)
         result.encoder = f"{encoder.encoder.name} {encoder.encoder.version}"
-        reported = 0  # bytes
+        reported = 0  # bytes reported to `tick`
         for lines in batches(part):
             consumed = lines[-1].offset + len(lines[-1].raw) - part.begin if part.end is not None else 0
             num_lines, num_left_out = len(lines), result.left_out.total()
@@ -214,7 +251,9 @@ class PartPacker:
         return collected
 
     def _compare(self, lines: Sequence[Line], encoded: EncodedRows, result: PartResult) -> None:
-        """Compare some rows of a batch with the reference's, more in a part's first batch. _DiffersError if one differs."""
+        """Encode some rows of a batch again with the reference encoder and raise _DiffersError if tokens, reasons or
+        hashes differ. COMPARED_FIRST rows are compared in the first batch of a part, COMPARED in the others.
+        """
         count = COMPARED_FIRST if not result.compared else COMPARED
         picks = sorted({i * len(lines) // count for i in range(count)} if len(lines) > count else range(len(lines)))
         if not picks:
@@ -235,7 +274,9 @@ class PartPacker:
         result.compared += len(picks)
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, collected: _Collected, result: PartResult) -> None:
-        """Count a row as left out and keep its record; InputError with `--on-bad fail`."""
+        """Count a row as left out and store its record for the file of rejected rows. Raises InputError if `on_bad` is
+        "fail", unless the row is too long, a duplicate or an overlap.
+        """
         if self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *SCREENED):
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",
@@ -249,7 +290,7 @@ class PartPacker:
         )
 
     def _keep(self, lines: Sequence[Line], encoded: EncodedRows, collected: _Collected, result: PartResult) -> None:
-        """Add the usable rows of a batch."""
+        """Add the rows of a batch that gave at least one sequence, and their counts."""
         kept = np.flatnonzero(encoded.num_sequences)
         of_kept = [lines[i] for i in kept.tolist()] if encoded.bad else lines
         collected.flats.append(encoded.sequences)
@@ -269,7 +310,9 @@ class PartPacker:
     # --- sequences -> files
 
     def _write_split(self, part: Part, result: PartResult, rows: _Rows, split: str, ordinals: np.ndarray) -> None:
-        """Pack the sequences with these ordinals and write a shard for each bucket that gets some."""
+        """Pack some of the sequences, given by their indices `ordinals`, and write a shard of this split for each
+        bucket that has samples.
+        """
         buckets = self._header.buckets
         widths = rows.flat.widths()[ordinals]
         if self._header.kind == "pair":
@@ -286,7 +329,9 @@ class PartPacker:
     def _write_shard(
         self, part: Part, rows: _Rows, split: str, bucket: int, ordinals: np.ndarray, sizes: np.ndarray
     ) -> ShardRecord:
-        """ordinals: the sequences of a shard in the order of its samples, `sizes` of them in each."""
+        """Write a shard and return its record. ordinals: indices of its sequences, sample after sample; sizes: how many
+        sequences each sample has.
+        """
         flat, header = rows.flat, self._header
         id_dtype = dataset.id_dtype(header.tokenizer.vocab_size)
         columns = columns_of(flat, ordinals, sizes, id_dtype, dataset.position_dtype(bucket))
@@ -310,7 +355,9 @@ class PartPacker:
         )
 
     def _write_sources(self, part: Part, result: PartResult, collected: _Collected, first: np.ndarray) -> None:
-        """Write where each kept row came from, and the rows left out."""
+        """Write the file that records where each packed row came from, and the file of rejected rows. A file that would
+        be empty is not written. first: int64 [rows], index of each row's first sequence.
+        """
         directory = self._settings.dir
         if collected.lines:
             columns = {
@@ -331,12 +378,16 @@ class PartPacker:
 
 
 def screened_path(directory: Path, part: int) -> Path:
-    """The file with the lines of a part that are left out as duplicates or overlaps, each with reason and detail."""
+    """Return the path of the file with the lines of a part that are left out as duplicates or overlaps, each with
+    reason and detail.
+    """
     return directory / f"{part:05d}.left_out.json"
 
 
 def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
-    """Reason and detail by line number; nothing unless duplicates or overlaps are looked for."""
+    """Return the lines of a part that are left out as duplicates or overlaps: line number -> (reason, detail). Empty if
+    neither `dedup` nor `exclude` is set. Raises DatasetError if the file cannot be read.
+    """
     if not settings.header.arguments.dedup and not settings.header.arguments.exclude:
         return {}
     path = screened_path(settings.screen_dir, part.number)
@@ -344,15 +395,16 @@ def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
 
 
 def is_for_val(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [R]: whether the rows with these hashes (uint8 [R, 32]) belong to val.
+    """Return which rows belong to the val split: bool [R]. hashes: uint8 [R, 32], the hash of each row's content;
+    fraction: the share of val, 0 to 1.
 
-    By their content alone, so that equal rows are never in both splits.
+    The split depends only on the content, so equal rows are never in both splits.
     """
     return np.ascontiguousarray(hashes).view("<u8")[:, 0] < np.uint64(fraction * 2**64)
 
 
 def batches(part: Part) -> Iterator[list[Line]]:
-    """The lines of a part in lists of about BATCH_BYTES each."""
+    """Yield the lines of a part in lists of about BATCH_BYTES bytes each."""
     batch: list[Line] = []
     num_bytes = 0
     for line in iter_lines(part.path, part.begin, part.end, first_number=part.first_line):
@@ -369,10 +421,11 @@ def batches(part: Part) -> Iterator[list[Line]]:
 
 
 def _prove(settings: PartSettings, result: PartResult, before: Sequences) -> None:
-    """Rows and tokens balance, and the files on disk hold every sequence once, with its length, ids and spans.
+    """Raise DatasetError unless the counts of rows and tokens add up and the shards have every sequence exactly once,
+    with its length, ids and spans.
 
-    The shards are read back and compared with the sequences that were to be packed, token by token; the part's digest is
-    that of what is on disk.
+    The shards are read back and compared, token by token, with the sequences that were packed (`before`). The digest of
+    the part is computed from what was read back and stored in `result`.
     """
     _require(result.rows == result.kept + result.left_out.total(), "rows in are not rows kept plus rows left out")
     _require(result.tokens_in == result.tokens + result.cut.total(), "tokens in are not tokens packed plus tokens cut")
@@ -391,6 +444,6 @@ def _prove(settings: PartSettings, result: PartResult, before: Sequences) -> Non
 
 
 def _require(holds: bool, message: str) -> None:
-    """Raise DatasetError unless `holds`. Not an assert: this must be checked under `python -O` too."""
+    """Raise DatasetError unless `holds` is True. Not an assert statement, since it must also run under `python -O`."""
     if not holds:
         raise DatasetError(f"the proof of packing failed: {message}", "nothing was published; please report this")

@@ -1,8 +1,8 @@
-"""`mm pack`: jsonl files in, a packed dataset out.
+"""`mm pack`: convert jsonl files to a packed dataset.
 
-The same inputs, tokenizer and options give the same bytes for any number of workers, any engine, and however often a pack
-was killed on the way. Parts are packed independently and in any order; memory is bounded by one part a worker. Nothing
-appears at the output's place before all of it is written, checked and synced.
+The same inputs, tokenizer and options give the same bytes for any number of workers and any engine, and however often
+packing was interrupted. Parts are packed independently and in any order; each worker needs memory for one part. The
+dataset appears at its path only after all of it is written, checked and synced.
 """
 
 import contextlib
@@ -36,25 +36,24 @@ from mmdata.tokenizer.encoders import REFERENCE, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 READ_BYTES = 4 * 2**20
-DISK_SHARE = 0.6  # of the jsonl's bytes, as 16-bit shards with provenance (measured: 0.3 to 0.6); 32-bit ids: twice
-LARGE_CHARACTERS = 20_000_000  # from which a faster encoder is recommended
-COMPRESSION = 5  # bytes of jsonl in a compressed byte, for the same estimate
+DISK_SHARE = 0.6  # bytes of shards and sources per byte of jsonl with 16-bit ids (measured: 0.3 to 0.6)
+LARGE_CHARACTERS = 20_000_000  # packed characters from which installing a faster encoder is recommended
+COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Progress = Callable[[int, int], None]
-Watch = Callable[[int, int, int], None]  # rows, tokens and rows left out so far
+Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
-Run = Callable[..., list[Any]]  # workers.run with its engine and number of workers
+Run = Callable[..., list[Any]]  # `workers.run` with engine and number of workers given
 
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What became of the inputs, or of the parts of one of several shards. Dictionaries count by reason or name.
-
-    rows = kept + left out; tokens_in = tokens + cut.
+    """What `pack` did with the inputs, or, with --shard, with the parts of one shard. rows = kept + left out, and
+    tokens in = tokens + cut; `left_out` and `cut` are by reason. kept: rows that were packed.
     """
 
     out: Path
     kind: str
-    up_to_date: bool  # an equal dataset stood there already; nothing was done
+    up_to_date: bool  # an equal dataset existed already and nothing was done
     rows: int
     kept: int
     left_out: dict[str, int]
@@ -63,25 +62,27 @@ class PackResult:
     tokens: int
     loss_tokens: int
     cut: dict[str, int]
-    control_strings: dict[str, int]  # special-token strings in content, packed as plain text
-    samples: dict[int, int]  # bucket -> packs or pairs, of both splits
+    control_strings: dict[str, int]  # how often each special token's text occurs in content
+    samples: dict[int, int]  # bucket -> packs or pairs of both splits
     fill: float  # share of positions that hold tokens
-    encoders: dict[str, int]  # who encoded text -> parts
-    digest: str  # "" while nothing is published
-    parts_left: int | None  # with --shard: parts that the other shards still have to pack; None: published
+    encoders: dict[str, int]  # encoder -> parts it encoded
+    digest: str  # the dataset's digest; "" if nothing was published
+    parts_left: int | None  # with --shard: parts not packed yet by any shard; None: the dataset was published
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is to be packed, read and checked; nothing is written yet. Reports go to progress, watch and note."""
+    """What is to be packed, after the inputs were read and checked and before anything is written. progress, watch,
+    note: as in `pack`.
+    """
 
     inputs: list[Path]
-    out: Path  # resolved
+    out: Path  # symbolic links are resolved
     options: PackOptions
     tokenizer: Tokenizer
     tokenizer_dir: Path
-    states: list[tuple[int, int]]  # of the inputs: size and time of last change
+    states: list[tuple[int, int]]  # size and modification time (ns) of each input
     parts: list[Part]
     header: DatasetHeader
     progress: Progress | None
@@ -89,7 +90,7 @@ class _Job:
     note: Note
 
     def run(self, *arguments: Any, **more: Any) -> list[Any]:
-        """`workers.run` with the options' engine and number of workers."""
+        """Call `workers.run` with the engine and number of workers from the options."""
         options = self.options
         return workers.run(
             *arguments, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address, **more
@@ -97,7 +98,7 @@ class _Job:
 
 
 class UnfinishedError(DatasetError):
-    """Shards that have not all packed their parts."""
+    """Raised with --finish if shards have not packed all of their parts."""
 
 
 def pack(
@@ -109,15 +110,18 @@ def pack(
     watch: Watch | None = None,
     note: Note | None = None,
 ) -> PackResult:
-    """Pack jsonl files of one row kind into the dataset directory `out`.
+    """Pack jsonl files of one row kind into the dataset directory `out`, and return what was packed.
 
-    `progress` is called with bytes of the inputs done and in all, `watch` before it with rows, tokens and rows left out so
-    far, `note` with sentences about what an unfinished pack left. With `options.shard` i/n only every n-th part is packed
-    and nothing is published; `options.finish` publishes what all shards packed.
+    progress: called with the bytes of input packed so far and the bytes in all. watch: called before `progress` while
+    parts are packed, with the rows, tokens and rows left out so far. note: called with sentences for the user, for
+    example about an unfinished pack that is continued. If `options.shard` is "i/n", only every n-th part is packed and
+    nothing is published; `options.finish` publishes what all shards have packed. If an equal dataset exists already,
+    nothing is done.
 
-    InputError: a missing file, no usable row, or more bad rows than `options.max_bad`. TokenizerError. DatasetError: `out`
-    is no dataset and not empty, or being written. DiskError: full. Whatever ends the pack early leaves `out` as it was;
-    after a kill, Ctrl-C or a full disk the same pack goes on where it was.
+    Raises UsageError for invalid options; InputError for a missing input, inputs of different kinds, no usable row, or
+    more bad rows than `options.max_bad` allows; TokenizerError; DatasetError if `out` is neither empty nor a dataset,
+    or another process is packing to it; DiskError if the disk is full. After any error `out` is unchanged. After a
+    kill, Ctrl-C or a full disk the same call continues with the parts that are not finished.
     """
     start = time.monotonic()
     check(options)
@@ -145,7 +149,10 @@ def pack(
 
 
 def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
-    """Pack every n-th part beside other processes that pack theirs."""
+    """Pack every n-th part, while other processes may pack the other parts, and return the counts of these parts.
+    share: (i, n); parts i - 1, i - 1 + n, … are packed. Nothing is published. Raises DatasetError if the shards packed
+    so far have other arguments.
+    """
     number, count = share
     own = job.parts[number - 1 :: count]
     with _disk_errors(job.out), one_of_several(job.out, f"{number}-of-{count}") as staging:
@@ -167,7 +174,9 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
 
 
 def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mapping[int, PartResult]) -> list[PartResult]:
-    """The results of these parts, in their order; those that are not done are packed."""
+    """Return the results of these parts, in the order of their numbers. done: results of parts that are finished
+    already; the others are packed.
+    """
     todo = [part for part in parts if part.number not in done]
     results = [done[part.number] for part in parts if part.number in done]
     total = sum(part.num_bytes for part in parts)
@@ -193,7 +202,9 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
 
 
 def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Manifest:
-    """Write the tokenizer, stats.json and, last of all, the manifest; then move the dataset to its place."""
+    """Write the tokenizer, stats.json and, last of all, the manifest; then move the dataset to its path. Return the
+    manifest.
+    """
     manifest = manifest_of(job.header, results, [])
     files = [
         FileEntry(path, *write_bytes(staging.dataset / path, content))
@@ -209,6 +220,7 @@ def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Mani
 def _result(
     out: Path, manifest: Manifest, start: float, *, up_to_date: bool = False, parts_left: int | None = None
 ) -> PackResult:
+    """Summarize a manifest as a PackResult. start: time.monotonic() at the start of packing."""
     totals = manifest.totals
     samples = dict.fromkeys(manifest.buckets, 0)
     for shard in manifest.shards:
@@ -239,6 +251,7 @@ def _result(
 
 
 def _check_inputs(inputs: Sequence[Path]) -> None:
+    """Raise UsageError if there are no inputs, and InputError if one is not a file or is empty."""
     if not inputs:
         raise UsageError("no input file", "mm pack FILE.jsonl")
     for path in inputs:
@@ -249,7 +262,9 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
 
 
 def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str, float]) -> PackArguments:
-    """The options that the manifest records."""
+    """Return the options as the manifest records them. max_bad, by_reason: the parsed limits for bad rows. Raises
+    UsageError or InputError for invalid options of deduplication.
+    """
     dedup.check_options(options)
     return PackArguments(
         val_fraction=options.val_fraction,
@@ -276,10 +291,13 @@ def _plan_job(
     watch: Watch | None,
     note: Note,
 ) -> _Job:
+    """Read and hash the inputs once, check tokenizer and row kind, cut the inputs into parts, and return the job.
+    Nothing is written.
+    """
     assert options.tokenizer, "PackOptions.tokenizer is required"
     tokenizer = Tokenizer.load(options.tokenizer)
     if options.encoder != "auto":
-        choose(tokenizer, options.encoder)  # refused here, not in every worker
+        choose(tokenizer, options.encoder)  # raises an error here instead of in every worker
     kind = common_kind(inputs)
     states = _states(inputs)
     records, parts = plan(inputs, options.part_bytes)
@@ -289,7 +307,7 @@ def _plan_job(
 
 
 def common_kind(inputs: Sequence[Path]) -> str:
-    """The row kind that all inputs have; InputError where they differ."""
+    """Return the row kind of the inputs. Raises InputError if they have different kinds."""
     kinds = {path: rows.find_kind(path) for path in inputs}
     first = kinds[inputs[0]]
     for path, other in kinds.items():
@@ -301,9 +319,10 @@ def common_kind(inputs: Sequence[Path]) -> str:
 
 
 def plan(inputs: Sequence[Path], part_bytes: int) -> tuple[list[FileEntry], list[Part]]:
-    """Every input's size and sha256, and the parts: byte ranges of `part_bytes`, moved on to the next line start.
+    """Return the size and sha256 of every input, and the parts that the inputs are cut into. Reads every file once.
 
-    One pass over the files. A compressed file cannot be cut: it is one part.
+    A part ends at the first line start at or after a multiple of `part_bytes`. A compressed file cannot be cut and is
+    one part.
     """
     records: list[FileEntry] = []
     parts: list[Part] = []
@@ -321,7 +340,7 @@ def plan(inputs: Sequence[Path], part_bytes: int) -> tuple[list[FileEntry], list
 
 
 def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]:
-    """sha256, size, and for each part its first byte and the number of its first line."""
+    """Return the sha256 of a file, its size, and for each part (offset of its first byte, number of its first line)."""
     digest = hashlib.sha256()
     cuts = [(0, 1)]
     position, newlines, target = 0, 0, part_bytes
@@ -343,7 +362,9 @@ def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]
 
 
 def _is_dataset(out: Path) -> bool:
-    """Whether a packed dataset is at `out`; DatasetError when something else is, which must not be replaced."""
+    """Return True if there is a packed dataset at `out`, and False if the path does not exist or is an empty directory.
+    Raises DatasetError if there is something else, which must not be replaced.
+    """
     if not out.exists():
         return False
     if not out.is_dir():
@@ -359,7 +380,9 @@ def _is_dataset(out: Path) -> bool:
 
 
 def _same_dataset(out: Path, header: DatasetHeader) -> Manifest | None:
-    """The manifest at `out` when packing again would give the same, and its files are in place."""
+    """Return the manifest of the dataset at `out` if packing would give the same dataset again, otherwise None. Also
+    None if the dataset is damaged, as far as `open_dataset` notices.
+    """
     try:
         manifest = open_dataset(out).manifest
     except DatasetError:
@@ -370,12 +393,14 @@ def _same_dataset(out: Path, header: DatasetHeader) -> Manifest | None:
 
 
 def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
-    """The inputs by their names; their directories may be others."""
+    """Return name, size and sha256 of each input. Directories are left out, since the files may have been moved."""
     return [(remote.file_at(file.path).name, file.bytes, file.sha256) for file in inputs]
 
 
 def _go_on(staging: Staging, job: _Job) -> dict[int, PartResult]:
-    """The parts that an earlier, unfinished pack of the same has done; what another pack left is removed, with a note."""
+    """Return the results of the parts that an earlier, unfinished pack with the same key has finished, by part number.
+    What an unfinished pack with another key left is removed. Either is reported with a note.
+    """
     key, begun = PackKey.of(job.header), staging.begun()
     if begun is not None and (differences := key.differences(begun)):
         job.note(f"an unfinished pack to {job.out} cannot be gone on with ({'; '.join(differences)}): it is begun anew")
@@ -392,7 +417,10 @@ def _go_on(staging: Staging, job: _Job) -> dict[int, PartResult]:
 
 @contextlib.contextmanager
 def _kept_parts(staging: Staging, job: _Job) -> Iterator[None]:
-    """Keep the finished parts when a pack ends early, unless its inputs are unusable as they are or none is finished."""
+    """If the block raises, keep the finished parts for the next call or remove them. They are kept after a kill, Ctrl-C
+    or a full disk; they are removed if none is finished or the error is one that would recur (unusable inputs, options
+    or tokenizer), except UnfinishedError.
+    """
     try:
         yield
     except BaseException as error:
@@ -406,6 +434,7 @@ def _kept_parts(staging: Staging, job: _Job) -> Iterator[None]:
 
 
 def _check_all_done(job: _Job, done: Collection[int]) -> None:
+    """Raise UnfinishedError if a part of the job is not among the finished ones."""
     missing = [part.number for part in job.parts if part.number not in done]
     if missing:
         names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
@@ -419,7 +448,9 @@ def _check_all_done(job: _Job, done: Collection[int]) -> None:
 
 
 def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
-    """DiskError when what is still to be packed will hardly fit."""
+    """Raise DiskError if the estimated size of the parts that are still to be packed exceeds the free space of the disk
+    with `out`.
+    """
     id_bytes = id_dtype(job.header.tokenizer.vocab_size).itemsize
     needed = 2**20
     for part in parts:
@@ -436,7 +467,9 @@ def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(out: Path) -> Iterator[None]:
-    """Raise DiskError for the operating system's errors about the disk."""
+    """Convert the operating system's errors for a full or read-only disk, a quota or missing
+    permissions to DiskError.
+    """
     try:
         yield
     except OSError as error:
@@ -456,7 +489,9 @@ def _disk_errors(out: Path) -> Iterator[None]:
 def _check_kept(
     inputs: Sequence[Path], results: Sequence[PartResult], max_bad: float | None, by_reason: Mapping[str, float]
 ) -> None:
-    """InputError when no row is left, or more rows are left out than the budget allows."""
+    """Raise InputError if no row of any part was packed, or if more rows are left out than the limits for bad rows
+    allow.
+    """
     num_rows = sum(result.rows for result in results)
     left_out = total_of(result.left_out for result in results)
     if not any(result.kept for result in results):
@@ -468,17 +503,21 @@ def _check_kept(
 
 
 def _states(inputs: Sequence[Path]) -> list[tuple[int, int]]:
+    """Return size and modification time (ns) of each input."""
     return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in inputs)]
 
 
 def _check_unchanged(job: _Job) -> None:
+    """Raise InputError if size or modification time of an input has changed since the job was planned."""
     for path, before, after in zip(job.inputs, job.states, _states(job.inputs), strict=True):
         if before != after:
             raise InputError(f"{path} changed while it was packed", "pack again when nothing writes to it any more")
 
 
 def _note_encoders(results: Sequence[PartResult], job: _Job) -> None:
-    """Warn where the fast encoder was given up; recommend it where it is missing and would save much time."""
+    """Pass the warnings of all parts to `note`, each once. Also recommend installing the fast encoder if it is missing
+    and would save much time.
+    """
     for warning in dict.fromkeys(result.warning for result in results if result.warning):
         job.note(f"warning: {warning}")
     is_large = sum(result.characters for result in results) > LARGE_CHARACTERS

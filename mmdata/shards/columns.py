@@ -1,5 +1,5 @@
-"""Converting sequences to the columns of a shard and back. The two directions share no code, so that reading back what
-was written checks both.
+"""Convert sequences to the columns of a shard and back. The two directions share no code, so that reading back what was
+written checks both.
 """
 
 import numpy as np
@@ -11,7 +11,12 @@ from mmdata.io.arrow import ArrowFile, BatchColumns, ragged
 def columns_of(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> BatchColumns:
-    """The columns of a shard. ordinals: sequences of `flat` in the order of the samples; sizes: of each sample."""
+    """Return the columns of a shard, by name, as shards/README.md specifies them.
+
+    flat: the sequences of a part. ordinals: indices in `flat` of the sequences to store, sample after sample. sizes:
+    how many sequences each sample has; not used for pairs, which are one sequence each. id_dtype, position_dtype: for
+    token ids, and for positions and lengths.
+    """
     if flat.is_pairs:
         return _pair_columns(flat, ordinals, id_dtype, position_dtype)
     return _pack_columns(flat, ordinals, sizes, id_dtype, position_dtype)
@@ -20,11 +25,14 @@ def columns_of(
 def _pack_columns(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> BatchColumns:
+    """Return the columns of a shard of packs. The trained spans are moved from positions in their sequence to positions
+    in the pack.
+    """
     lengths, num_marks = flat.lengths[ordinals], flat.num_marks[ordinals]
     ids = take(flat.ids, flat.begins[ordinals], lengths).astype(id_dtype, copy=False)
     spans = take(flat.marks, flat.mark_begins[ordinals], num_marks)
     pack_begins = np.cumsum(sizes) - sizes
-    begins = np.cumsum(lengths) - lengths  # of each sequence: in the shard, then in its pack
+    begins = np.cumsum(lengths) - lengths  # where each sequence begins in the shard; from the next line on, in its pack
     begins -= np.repeat(begins[pack_begins], sizes)
     spans = spans + np.repeat(begins, num_marks)
     return {
@@ -37,7 +45,9 @@ def _pack_columns(
 
 
 def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype) -> BatchColumns:
-    """A reply that is trained as a whole has an empty span list."""
+    """Return the columns of a shard of pairs. A reply whose tokens are all trained is stored with
+    an empty span list.
+    """
     sizes = flat.pair_marks()[ordinals]
     begin, mark = flat.begins[ordinals], flat.mark_begins[ordinals] + PAIR_MARKS
     columns: BatchColumns = {}
@@ -46,7 +56,7 @@ def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, pos
         columns[name] = ragged(take(flat.ids, begin, sizes[:, of]).astype(id_dtype, copy=False), sizes[:, of])
         begin = begin + sizes[:, of]
     for of, name in enumerate(("chosen", "rejected"), 1):
-        num_marks = sizes[:, of + 2]  # never 0: a side without a trained token is no pair
+        num_marks = sizes[:, of + 2]  # never 0: rows with a reply without trained tokens are left out
         spans = take(flat.marks, mark, num_marks)
         first = np.cumsum(num_marks) - num_marks
         is_whole = (num_marks == 2) & (spans[first] == 0) & (spans[first + 1] == sizes[:, of])
@@ -59,25 +69,25 @@ def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, pos
 
 
 def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Sequences]:
-    """The ordinals and sequences that a shard holds, in its order."""
+    """Read the sequences of a shard, in stored order: their ordinals (their numbers in the part) and the sequences
+    themselves. kind: "pair", or another row kind for packs.
+    """
     if kind == "pair":
         return file.column("doc"), _read_pairs(file)
     ids, doc_len, span, doc = (file.column(name) for name in ("ids", "doc_len", "span", "doc"))
     lengths = doc_len.values.astype(np.int64)
     begins = np.cumsum(lengths) - lengths
-    spans = span.values.astype(np.int64) + np.repeat(ids.offsets[:-1], span.lengths())  # in the shard's positions
+    spans = span.values.astype(np.int64) + np.repeat(ids.offsets[:-1], span.lengths())  # in positions of the shard
     of_span = np.searchsorted(begins, spans[0::2], side="right") - 1  # the sequence each span lies in
     num_marks = 2 * np.bincount(of_span, minlength=len(lengths))
     return doc.values, Sequences(ids.values, lengths, spans - np.repeat(begins[of_span], 2), num_marks)
 
 
 def _read_pairs(file: ArrowFile) -> Sequences:
-    """The pairs of a shard; an empty span list stands for a reply that is trained as a whole."""
+    """Read the pairs of a shard, in stored order. An empty span list is read as one span over the whole reply."""
     sides = [file.column(name) for name in ("prompt", "chosen", "rejected")]
     sizes = np.stack([side.lengths() for side in sides], axis=1).astype(np.int64)
-    before = np.cumsum(
-        [0, *(len(side.values) for side in sides[:-1])]
-    )  # of each column in all ids, one after the other
+    before = np.cumsum([0, *(len(side.values) for side in sides[:-1])])  # where each column begins when all are joined
     begins = np.cumsum(sizes, axis=0) - sizes + before
     ids = take(np.concatenate([side.values for side in sides]), begins.reshape(-1), sizes.reshape(-1))
     spans = [file.column(f"{name}_span") for name in ("chosen", "rejected")]
