@@ -69,7 +69,7 @@ class Renderings:
     roles: int8 [total blocks], the role of every block of all texts, as an index of ROLES.
     num_blocks: int64 [texts], the number of blocks of each text.
     first_trained: int64 [texts], the index in its text of the first block that may be trained: 0, but in a chosen text
-    the number of blocks of the shared messages.
+    the number of blocks before the first message that differs.
     is_odd: bool [R], or [P] for pairs. True where the row is not in `texts`, because only jinja2 renders it correctly.
     """
 
@@ -139,12 +139,11 @@ class Blocks:
         return Renderings(texts, roles, num_blocks[is_good], first_trained[is_good], is_odd_row)
 
     def _odd(self, columns: Conversations) -> np.ndarray:
-        """Return bool [M]: True for messages whose conversation must be rendered by jinja2, as far as the columns show
-        it.
+        """Return bool [M]: True for messages because of which their whole conversation must be rendered by jinja2.
 
-        These are late system messages and tool messages that the format does not support, contents with one of the
-        literals, empty answers, and first messages of conversations with tools if the format has none. `_answer`
-        decides on reasoning and tool calls.
+        These are system messages after the first message and tool messages, if the format does not support them;
+        contents with one of the literals; empty answers; and the first message of a conversation with tools, if the
+        format has none. Reasoning and tool calls are not checked here but in `_answer`.
         """
         pc = compute()
         format, roles, contents = self.format, columns.roles, columns.contents
@@ -161,11 +160,12 @@ class Blocks:
         return is_odd
 
     def _edges(self, columns: Conversations, keeps: np.ndarray, changed: Iterable[int]) -> tuple[TextCodes, TextCodes]:
-        """Return the texts that the template writes before and after the content of each message, including default
-        system blocks, tools and empty think blocks.
+        """Return two columns of M texts: those that the template writes before and those that it writes after the
+        content of each message. They include headers, default system blocks, tools, and empty think blocks.
 
-        keeps: bool [R], True for conversations in which answers begin with an empty think block. changed: indices of
-        the messages whose text was made by `render`; a think block is part of that text, so none is added here.
+        keeps: bool [R], True for conversations in which the template begins an answer with an empty think block.
+        changed: indices of the messages whose text `render` has made; it includes their think block, so none is added
+        here.
         """
         format, roles = self.format, columns.roles
         is_next_tool = self._is_next_tool(columns)
@@ -274,10 +274,11 @@ class Blocks:
 
 
 def learn(template: Template) -> Blocks | None:
-    """Return a `Blocks` object that renders as the template does, or None if the template does not write blocks.
+    """Return a `Blocks` object that renders as the template does, or None if the template does not write each message
+    as a block (open token, role, newline, text, close token, newline).
 
-    Support for tools, tool calls, reasoning and late system messages is tested one by one, and included only if the
-    renderings of its probes equal those of jinja2.
+    Support for tools, tool calls, reasoning, and system messages after the first message is tested one by one, with
+    test conversations. It is included only if their renderings equal those of jinja2.
     """
     literals = template.literals
     if literals is None:

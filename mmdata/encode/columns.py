@@ -202,8 +202,8 @@ class Conversations:
 
 
 class TextCodes:
-    """A column of N strings of which only few are different. `table` lists the different strings, and `codes` (int32
-    [N]) has for each element its index in `table`. All elements are table[0] at first.
+    """A column of strings of which only few are different. `table` lists the different strings, and `codes` (int32
+    [size]) has the index in `table` of each element. All elements are table[0] at first.
     """
 
     def __init__(self, table: Sequence[str], size: int):
@@ -258,8 +258,12 @@ def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
 
 
 def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversations]:
-    """Read the plain lines among `raws` (see the module's docstring) into columns. Return their indices in `raws`
-    (int64, ascending) and their columns; all other lines are skipped without an error.
+    """Read those lines that have the usual form of conversations or pairs into columns. Return their indices in `raws`
+    (int64, ascending) and their columns. All other lines are skipped without an error; `rows.parse_row` decides whether
+    they are valid.
+
+    The usual form is described in the module's docstring. It has only the keys of MiniMind's files, string values,
+    roles in order, no blank messages, and no special-token strings in any text.
 
     kind: "conversation" or "pair". Conversations are read from the key `messages` if the first line begins with it,
     else from `conversations`; lines with the other key are skipped.
@@ -281,8 +285,9 @@ def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversati
 
 
 def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
-    """Convert Arrow's lists of messages to columns. Return the columns, and bool [M]: True for messages whose fields
-    have the types and values of plain lines.
+    """Convert Arrow's lists of messages to columns. Return the columns, and bool [M]: False for messages that make
+    their line one which `read_lines` skips, because of a missing or blank content, an unknown role, or invalid tools,
+    tool calls or reasoning.
 
     sides: one Arrow list array of conversations, or two of equal length (chosen, rejected) for pairs.
     """

@@ -193,8 +193,9 @@ class ReferenceEncoder:
         return best
 
     def _pair(self, chosen: _Tokens, rejected: _Tokens) -> EncodedRow:
-        # The prompt is the common beginning of both sides, at most up to the first trained token. If the tokenizer joins
-        # the last newlines of the header with the first characters of one reply only, the prompt ends before them.
+        # The prompt is the common beginning of both sides, at most up to the first trained token. If the tokenizer
+        # joins the last newlines of the header with the first characters of one reply only, the prompt ends before
+        # these newlines.
         """Divide the tokens of both sides into the prompt and two replies. Raises BadRow if the ids of both sides are
         equal or a side is longer than `max_len`.
         """

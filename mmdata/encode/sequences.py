@@ -192,7 +192,9 @@ def reorder(sequences: Sequences, order: np.ndarray) -> Sequences:
 
 
 def is_equal(one: Sequences, other: Sequences) -> bool:
-    """Return whether two objects contain the same sequences in the same order. The integer types of the ids may differ."""
+    """Return whether two objects contain the same sequences in the same order. The integer types of the ids may be
+    different.
+    """
     names = ("lengths", "num_marks", "marks", "ids")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 

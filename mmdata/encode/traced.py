@@ -35,6 +35,9 @@ TOOLS = -2  # the source of text that came from the conversation's tools
 class Traced(str):
     """A string with the origins of those of its parts that came from the conversation, ordered by position. Text
     outside of all origins was written by the template.
+
+    The methods of `str` that are redefined here return the same characters, as `Traced` strings where origins are
+    known.
     """
 
     __slots__ = ("origins",)
@@ -86,7 +89,7 @@ class Traced(str):
         return parts
 
     def replace(self, old: str, new: str, count: int = -1) -> str:
-        """Replace as `str.replace` does. The text around the replacements keeps its origins, except if `old` is empty."""
+        """Replace as `str.replace` does. The text around the replacements keeps its origins, unless `old` is empty."""
         if not old:
             return str.replace(self, old, new, count)
         first, *rest = self.split(old, count)
@@ -174,6 +177,7 @@ class _Generation(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
+        """Return the rendered text inside the tag with the additional origin GENERATION."""
         text = caller()
         origins = text.origins if isinstance(text, Traced) else ()
         return Traced(text, (*origins, Origin(0, len(text), GENERATION)))
