@@ -1,9 +1,12 @@
-"""Checkpoints in RUN/checkpoints/step-N: fp32 weights, optimizer state, step and random state, to resume a run exactly.
+"""Checkpoints in RUN/checkpoints/step-N: fp32 weights, optimizer state, step and random state. A run resumed from a
+checkpoint continues exactly as it would have without the interruption.
 
-A checkpoint is written to a hidden directory, synced, hashed and renamed: it is complete or absent. Reading verifies the
-hashes. It takes 12 bytes per parameter on disk and as many in host memory: `Writer` copies the tensors and writes them while
-training continues. A checkpoint of a run with LoRA holds the adapters only, in PEFT's format; the weights they belong to
-stand once in RUN/base.safetensors, and reading merges both.
+A checkpoint is written to a hidden directory, flushed to disk, hashed and then renamed, so it is either complete or
+absent. Reading it verifies the hashes. With AdamW it takes 12 bytes per parameter on disk, and as many in host memory,
+because `Writer` copies the tensors and writes the copies while training continues.
+
+A checkpoint of a run with LoRA contains only the adapters, in the format of the PEFT library. The frozen weights that
+they are added to are stored once per run, in RUN/base.safetensors; reading adds the adapters to them.
 """
 
 import contextlib
@@ -33,7 +36,7 @@ from mmtrain.model.model import Model
 from mmtrain.records import RUN, BestRecord, CheckpointState, FileRecord, TrainedOn, read_run
 
 FORMAT_VERSION = 1
-DTYPES = {  # safetensors' names of the types in a checkpoint
+DTYPES = {  # torch type -> its name in safetensors files
     torch.float32: "F32",
     torch.float64: "F64",
     torch.bfloat16: "BF16",
@@ -42,31 +45,38 @@ DTYPES = {  # safetensors' names of the types in a checkpoint
     torch.uint8: "U8",
 }
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-ADAPTERS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # the names that peft looks for
-BASE = "base.safetensors"  # beside run.json
-EXTRA = "extra/"  # prefix of the names of further tensors in OPTIMIZER
+ADAPTERS, ADAPTER_CONFIG = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)  # the file names that the PEFT library looks for
+BASE = "base.safetensors"  # in the run directory: the frozen weights of a run with LoRA
+EXTRA = "extra/"  # in the file OPTIMIZER: prefix of the names of tensors passed to `save` as `extra`
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its directory and its state.json."""
+    """A checkpoint whose files have been verified.
+
+    `dir`: the checkpoint directory. `state`: the content of its state.json.
+    """
 
     dir: Path
     state: CheckpointState
 
     @property
     def step(self) -> int:
-        """Number of optimizer steps these weights were trained for."""
+        """Return the number of optimizer steps that these weights were trained for."""
         return self.state.step
 
     @property
     def model_config(self) -> ModelConfig:
-        """The shape of the model."""
+        """Return the shape of the model."""
         return self.state.model
 
     @property
     def weights_sha256(self) -> str:
-        """Hash of the weights file; with adapters, of the hashes of the base weights and the adapters."""
+        """Return a hash that identifies the weights: the sha256 of the weights file. For a checkpoint with adapters it
+        is the sha256 of the concatenated hex hashes of the base weights file and the adapters file."""
         recorded = self.state.files
         if not self.is_adapted:
             return recorded[WEIGHTS].sha256
@@ -75,12 +85,12 @@ class Checkpoint:
 
     @property
     def is_adapted(self) -> bool:
-        """Whether it holds adapters instead of weights."""
+        """Return whether the checkpoint contains LoRA adapters instead of weights."""
         return ADAPTERS in self.state.files
 
     @property
     def run_dir(self) -> Path:
-        """The run it belongs to."""
+        """Return the directory of the run that the checkpoint belongs to."""
         return self.dir.parent.parent
 
 
@@ -88,22 +98,25 @@ class Checkpoint:
 
 
 class Writer:
-    """Saves the checkpoints of a run in a thread, which first copies all tensors and then writes them.
+    """Saves the checkpoints of a run in a background thread, which first copies all tensors and then writes the copies.
 
-    Call `settle` before weights or optimizer state change: it returns once they are copied. They do not change during the
-    forward and backward passes of a step, so it rarely has to wait. The memory of the copies is reused. An error in the
-    thread is raised by the next `save` or `wait`.
+    Call `settle` before changing weights or optimizer state; it waits until the tensors have been copied. They do not
+    change during the forward and backward passes, so `settle` rarely has to wait. The memory of the copies is reused by
+    the next save. An error in the thread is raised by the next call of `save` or `wait`.
+
+    `keep_last`: number of newest checkpoints that are not removed. `is_active`: True on the one rank that writes; it
+    then first cleans up after a killed process with `recover`.
     """
 
     def __init__(self, run_dir: Path, *, keep_last: int, is_active: bool = True):
         self.run_dir, self.keep_last = run_dir, keep_last
-        self.last: Path | None = None  # the newest complete checkpoint of this Writer
-        self.stalled_s = 0.0  # how long the last save has blocked its caller so far
+        self.last: Path | None = None  # the newest complete checkpoint that this Writer wrote
+        self.stalled_s = 0.0  # seconds that the last save has blocked its callers so far
         self._copied = threading.Event()
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if is_active:  # only one rank writes
+        if is_active:
             recover(run_dir)
 
     def save(
@@ -117,11 +130,14 @@ class Writer:
         best: BestRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Start to write RUN/checkpoints/step-N. When it is complete, all but the newest `keep_last` checkpoints and that of
-        the `best` step are removed.
+        """Start to write RUN/checkpoints/step-N with N = `step`, and return while a thread continues. If an earlier
+        save is still running, wait for it first.
 
-        Waits for a save that is still running. No tensor may change before `settle` has returned. `extra` are further
-        tensors by name, which `restore` returns.
+        When the checkpoint is complete, all others are removed except the newest `keep_last` and that of the `best`
+        step. No tensor may be changed until `settle` has returned. `extra`: further tensors by name, which `restore`
+        returns.
+
+        Raises the error of the earlier save, if it failed: CheckpointError if its files could not be written.
         """
         self.wait()
         begun = time.monotonic()
@@ -129,7 +145,9 @@ class Writer:
         weights = dict(adapters or model.state_dict())
         further = {f"{EXTRA}{name}": value for name, value in (extra or {}).items()}
         others = _optimizer_tensors(model, optimizer) | further
-        if any(value.is_cuda for value in weights.values()):  # copied in the order of the device's other work
+        if any(
+            value.is_cuda for value in weights.values()
+        ):  # copied here, on the stream that also runs the training step
             weights, others = self._copy("", weights), self._copy("optimizer/", others)
             torch.cuda.synchronize()
         state = CheckpointState(FORMAT_VERSION, {}, step, model.config, dict(settings), data, best)
@@ -139,14 +157,15 @@ class Writer:
         self.stalled_s = time.monotonic() - begun
 
     def settle(self) -> None:
-        """Return when nothing more is read from the model and its optimizer."""
+        """Wait until the thread has copied all tensors of the model and its optimizer, so that they may change."""
         if self._thread is not None and not self._copied.is_set():
             begun = time.monotonic()
             self._copied.wait()
             self.stalled_s += time.monotonic() - begun
 
     def wait(self) -> None:
-        """Return when nothing is being written; raises an error of the thread."""
+        """Wait until nothing is being written. Raises the error of the thread, if there was one: CheckpointError if
+        files could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -155,7 +174,12 @@ class Writer:
             raise error
 
     def _copy(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Host copies of these tensors, in memory that is kept from save to save."""
+        """Copy tensors to host memory and return the copies by name. The memory of an earlier copy is reused if shape
+        and type are the same.
+
+        `prefix` separates the names of different groups of tensors in the cache of copies. Copies from CUDA are
+        asynchronous; the caller must synchronise. Tensors that are themselves copies made here are not copied again.
+        """
         for name, value in tensors.items():
             held = self._copies.get(prefix + name)
             if value is held:
@@ -166,8 +190,9 @@ class Writer:
         return {name: self._copies[prefix + name] for name in tensors}
 
     def _run(self, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> None:
-        """The thread: copy, write, remove old checkpoints."""
-        with contextlib.suppress(OSError, AttributeError):  # a lower priority than training, on systems that have it
+        """Run in the thread: copy the tensors, write the checkpoint, remove old checkpoints. Errors are stored for
+        `wait`."""
+        with contextlib.suppress(OSError, AttributeError):  # lower the thread's priority where the system can
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             weights, others = self._copy("", weights), self._copy("optimizer/", others)
@@ -200,7 +225,11 @@ def save(
     data: TrainedOn,
     keep_last: int,
 ) -> Path:
-    """Write RUN/checkpoints/step-N and remove all but the newest `keep_last`; returns the new directory."""
+    """Write RUN/checkpoints/step-N with N = `step`, wait until it is complete, and return its directory.
+
+    All other checkpoints of the run except the newest `keep_last` are removed. Raises CheckpointError if files cannot
+    be written.
+    """
     writer = Writer(run_dir, keep_last=keep_last)
     writer.save(model, optimizer, step=step, settings=settings, data=data)
     writer.wait()
@@ -208,7 +237,12 @@ def save(
 
 
 def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> Path:
-    """Write one checkpoint and fill in the files of its state; returns its directory. Nothing is left behind on failure."""
+    """Write the checkpoint of `state.step`, with the tensors `weights` (or LoRA adapters) and `others`; return its
+    directory.
+
+    Fills in `state.files`. An existing checkpoint of this step is replaced. If writing fails, the incomplete directory
+    is removed and the error is raised.
+    """
     is_adapted = all(lora.is_adapter(name.removesuffix(".weight")) for name in weights)
     final = run_dir / "checkpoints" / f"step-{state.step}"
     temporary, aside = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "old"))
@@ -232,8 +266,12 @@ def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor],
 
 
 def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
-    """Keep the weights that a run adapts as RUN/base.safetensors: a hard link to the file of `init` where possible, else the
-    weights of the model, which are those of `init` merged, or new ones."""
+    """Write RUN/base.safetensors, the frozen weights that the LoRA adapters of a run are added to.
+
+    If `init`, the checkpoint that the run starts from, has a weights file and the file system allows it, this is a hard
+    link to that file. Otherwise the weights of `model` are written, which must not have adapters yet. `init` is None
+    for new weights.
+    """
     path = run_dir / BASE
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,12 +284,13 @@ def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
 
 
 def load_base(run_dir: Path, model: Model) -> None:
-    """Copy RUN/base.safetensors into a model without adapters."""
+    """Copy the weights of RUN/base.safetensors into a model without adapters."""
     model.load_state_dict(load_file(run_dir / BASE))
 
 
 def recover(run_dir: Path) -> None:
-    """Clean up after a killed process: restore a checkpoint that was about to be replaced, remove incomplete ones."""
+    """Clean up the checkpoints of a run after a killed process: remove incomplete ones, and restore the old version of
+    one that was being replaced unless the new version is complete."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
         if path.suffix == ".old":
             files.restore_directory(path.with_name(path.name.removeprefix(".").removesuffix(".old")), path)
@@ -260,10 +299,11 @@ def recover(run_dir: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write host tensors as a safetensors file and sync it; returns its size and hash.
+    """Write contiguous CPU tensors as a safetensors file, flush it to disk, and return its size and sha256.
 
-    safetensors' own writer copies every tensor and holds Python's global lock meanwhile; this one streams and hashes them.
-    The format: 8 bytes with the length of the header, a JSON header, then the bytes of each tensor.
+    safetensors' own writer copies every tensor and holds Python's global interpreter lock meanwhile. This function
+    writes and hashes the tensors without copying them. File format: 8 bytes with the length of the header, a JSON
+    header, then the bytes of each tensor.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -284,7 +324,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, such as exp_avg/model.norm.weight, and torch's random state."""
+    """Return the optimizer's state and torch's random state by name.
+
+    Names are STATE/PARAMETER, such as exp_avg/model.norm.weight; rng/cpu; and rng/cuda if CUDA is available.
+    """
     tensors = {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -300,7 +343,12 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Load a checkpoint's weights or adapters, optimizer state and random state; returns the `extra` tensors of `save`."""
+    """Load a checkpoint's weights (or LoRA adapters), optimizer state and random state, in place. Return the tensors
+    that were passed to `Writer.save` as `extra`, by name.
+
+    A model for a checkpoint with adapters must have adapters already. Raises CheckpointError if the weights do not fit
+    the model, and RuntimeError if the adapters do not.
+    """
     if checkpoint.is_adapted:
         lora.load_adapters(model, load_file(checkpoint.dir / ADAPTERS))
     else:
@@ -319,7 +367,7 @@ def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimiz
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A checkpoint's weights by name, fp32, with adapters merged into them."""
+    """Read a checkpoint's weights, by name, on the CPU. LoRA adapters are added to the base weights."""
     if not checkpoint.is_adapted:
         return load_file(checkpoint.dir / WEIGHTS)
     return lora.merge(load_file(checkpoint.run_dir / BASE), load_file(checkpoint.dir / ADAPTERS))
@@ -328,7 +376,11 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def load_weights(
     checkpoint: Checkpoint, model: Model, *, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 ) -> None:
-    """Copy a checkpoint's weights, passed through `change`, into a model. CheckpointError if names or shapes differ."""
+    """Copy a checkpoint's weights into a model. LoRA adapters are added to the base weights first.
+
+    `change`: optional function that maps the weights by name to those to copy, for example to enlarge the embedding.
+    Raises CheckpointError if names or shapes do not fit the model, or if a weights file is unreadable.
+    """
     try:
         weights = read_weights(checkpoint)
         model.load_state_dict(change(weights) if change else weights)
@@ -340,7 +392,8 @@ def load_weights(
 
 
 def weights_digest(model: Model) -> str:
-    """sha256 of the names and fp32 values of a model's weights, to identify weights that are in no file."""
+    """Return the sha256 of the names and fp32 values of a model's weights. It identifies weights that are in no
+    file."""
     sha256 = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         sha256.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -348,7 +401,11 @@ def weights_digest(model: Model) -> str:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, ModelConfig, CheckpointState]:
-    """The model of a run's newest complete checkpoint, or of the checkpoint directory `path`, with its shape and state."""
+    """Load a model without adapters; return it, its shape and the checkpoint's state.json.
+
+    `path`: a checkpoint directory, or a run directory, whose newest complete checkpoint is used. Raises CheckpointError
+    as `find` does.
+    """
     checkpoint = find(path)
     with torch.device(device):
         model = Model(checkpoint.model_config)
@@ -357,7 +414,10 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, M
 
 
 def find(path: Path) -> Checkpoint:
-    """Open the checkpoint directory `path`, or the newest complete checkpoint of the run `path`."""
+    """Open a checkpoint. `path`: a checkpoint directory, or a run directory, whose newest undamaged checkpoint is used.
+
+    Raises CheckpointError if the checkpoint is damaged, or if the run has no undamaged checkpoint.
+    """
     if (path / STATE).exists():
         return open_checkpoint(path)
     for directory in _directories(path):
@@ -370,13 +430,17 @@ def find(path: Path) -> Checkpoint:
 
 
 def newer_than(checkpoint: Checkpoint) -> list[Path]:
-    """Newer checkpoint directories of the same run, which `find` skipped because they are damaged."""
+    """Return the checkpoint directories of the same run that are newer than `checkpoint`, newest first. If `find`
+    returned this checkpoint, these are damaged."""
     newest_first = _directories(checkpoint.run_dir)
     return newest_first[: newest_first.index(checkpoint.dir)] if checkpoint.dir in newest_first else []
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read and verify one checkpoint directory; CheckpointError names the file that is missing or damaged."""
+    """Read a checkpoint directory and verify the size and sha256 of each of its files.
+
+    Raises CheckpointError, which names the file that is missing or damaged, or if the format version is another one.
+    """
     fix = "use an older checkpoint of the run, or train again"
     if not (directory / STATE).exists():
         raise CheckpointError(f"{directory}: no {STATE}; not a complete checkpoint", fix)
@@ -398,7 +462,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def find_run(root: Path, stages: Sequence[str]) -> Path | None:
-    """The newest finished run of one of these stages directly under `root`; None if there is none."""
+    """Return the directory of the run that finished last, among finished runs of one of these stages directly under
+    `root`; None if there is none. Unreadable runs are skipped."""
     finished: list[tuple[float, Path]] = []
     for path in root.glob(f"*/{RUN}"):
         with contextlib.suppress(CheckpointError):
@@ -409,12 +474,13 @@ def find_run(root: Path, stages: Sequence[str]) -> Path | None:
 
 
 def _directories(run_dir: Path) -> list[Path]:
-    """A run's checkpoint directories, newest first."""
+    """Return a run's checkpoint directories, complete or damaged, newest first."""
     steps = [(int(p.name[5:]), p) for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
     return [path for _, path in sorted(steps, reverse=True)]
 
 
 @cache
 def _base_record(path: Path) -> FileRecord:
-    """Size and hash of a run's base weights, computed once: a run never changes them."""
+    """Return the size and sha256 of a run's base weights file. The result is cached, because a run never changes the
+    file."""
     return FileRecord(*files.info_of(path))

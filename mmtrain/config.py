@@ -1,8 +1,9 @@
-"""Training options and model shapes: every option of `mm train` declared once, its defaults by stage, and the presets.
+"""Training options and model shapes: every option of `mm train`, its default for each stage, and the presets.
 
-`TrainSettings` holds what defines a run; its values are recorded in run.json and in checkpoints. `TrainOptions` adds what
-one call of `mm train` needs besides. A setting that was not given is None until `resolve` fills it in, from the flag, the
-checkpoint being resumed, the preset, or the default of the stage, in this order. Imports neither torch nor files.
+`TrainSettings` has the options that define a run; their values are recorded in run.json and in checkpoints.
+`TrainOptions` adds the options that apply to a single call of `mm train`, such as the data and the run directory. A
+setting that the user did not give is None until `resolve` sets it: from the checkpoint being resumed, the preset, or
+the default of the stage, in this order. This module imports no torch and reads no files.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,16 @@ STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of a model. `vocab_size` 0 in MODEL_SHAPES stands for the size of the tokenizer's vocabulary."""
+    """The shape of a model.
+
+    `hidden_size` is the model width C, `ffn_size` the inner width of the feed-forward layer. `num_kv_heads` is the
+    number of key/value heads (grouped-query attention). `rope_theta` is the base of the rotary frequencies, `norm_eps`
+    the epsilon of RMSNorm; with `qk_norm` queries and keys are normalised too. `max_positions` is the largest sequence
+    length in tokens.
+
+    `vocab_size` is the number of rows of the embedding. In MODEL_SHAPES it may be 0, which means the tokenizer's
+    vocabulary size; `shape_from` replaces it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -36,19 +46,20 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        """Width D of one attention head."""
+        """Return the width D of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def num_params(self) -> int:
-        """Number of weights; the tied embedding is counted once."""
+        """Return the number of parameters; the embedding, used for input and output, is counted once."""
         kv_size = self.num_kv_heads * self.head_size
         attention = 2 * self.hidden_size * (self.hidden_size + kv_size) + 2 * self.head_size * self.qk_norm
         block = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
         return self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
 
-# The first three are MiniMind's published shapes (its vocabulary has 6,400 tokens); the last two are for the demo and tests.
+# The first three are the published shapes of the project MiniMind, whose vocabulary has 6,400 tokens. The last two are
+# for the demo and the tests.
 MODEL_SHAPES: dict[str, ModelConfig] = {
     "minimind2": ModelConfig(6400, 768, 16, 8, 2, 2048),
     "minimind2-small": ModelConfig(6400, 512, 8, 8, 2, 1408),
@@ -59,7 +70,11 @@ MODEL_SHAPES: dict[str, ModelConfig] = {
 
 
 def shape_from(name: str, vocab_size: int) -> ModelConfig:
-    """The shape called `name` for a tokenizer of `vocab_size` tokens; UsageError if it is unknown or has fewer rows."""
+    """Return the model shape called `name`, for a tokenizer with `vocab_size` tokens.
+
+    A named shape with a fixed vocabulary keeps its own `vocab_size`, which may be larger than the tokenizer's. Raises
+    UsageError if the name is unknown or the shape's vocabulary is smaller than the tokenizer's.
+    """
     if name not in MODEL_SHAPES:
         raise UsageError(f"--model {name} is unknown", f"use one of {', '.join(MODEL_SHAPES)}")
     shape = MODEL_SHAPES[name]
@@ -75,46 +90,58 @@ def shape_from(name: str, vocab_size: int) -> ModelConfig:
 
 # --- options --------------------------------------------------------------------------------------------------------
 
-# Headings of `mm train --help`.
+# Headings that group the options in `mm train --help`.
 HEADINGS = (
     *("Data", "Model", "Length of the run", "Optimizer", "Preferences"),
     *("Adapters", "Checkpoints", "Logging", "Hardware"),
 )
 DATA, MODEL, LENGTH, OPTIMIZER, PREFERENCES, ADAPTERS, CHECKPOINTS, LOGGING, HARDWARE = HEADINGS
 
-BETA2 = 0.95  # GPT-3's and Llama's for pretraining; a shorter memory than 0.999 copes better with noisy small batches
-# Default beta of each dpo loss. sigmoid's is the paper's, the length-normalised one Tülu 3's, those of simpo and orpo their
-# papers'; ipo's 1.0 asks for a margin of half a nat per token, as 1 / (2 tau) does for tau = 1.
+# Value used for pretraining GPT-3 and Llama. It averages over fewer steps than torch's default 0.999.
+BETA2 = 0.95
+# Default beta of each dpo loss. The values of sigmoid, simpo and orpo are those of their papers; that of sigmoid_norm
+# is Tülu 3's. For ipo, beta is the paper's tau: with 1.0 the loss aims at a margin of 1 / (2 tau) = 0.5 nats per token.
 LOSS_BETAS = {"sigmoid": 0.1, "sigmoid_norm": 5.0, "robust": 0.1, "hinge": 0.1, "ipo": 1.0, "simpo": 2.0, "orpo": 0.1}
-SIMPO_GAMMA = 1.0  # half of simpo's beta, as Table 8 of its paper has it for most models
-CUDA_MICRO_TOKENS = (
-    16_384  # a first guess, then resized to fit; the 104M model needs about 11 GB (derived, not measured)
-)
+SIMPO_GAMMA = 1.0  # half of simpo's beta, the ratio in Table 8 of the SimPO paper for most models
+# First value on CUDA, replaced by what fits in memory. A 104M model needs about 11 GB with it (computed, not measured).
+CUDA_MICRO_TOKENS = 16_384
 
 
 def _setting(default: Any, help: str, group: str, *, free: bool = False, **declaration: Any) -> Any:
-    """A setting; `default` is one value for all stages, or a mapping from each stage to its value. With `free` it may differ
-    when the run is resumed."""
+    """Return a dataclass field for a setting. The field's own default is None, which means that the user did not give
+    it.
+
+    `default`: the default of the setting, either one value for all stages or a mapping from each stage to its value.
+    `group`: heading in --help. `free`: whether a resumed run may use another value than before. `declaration`: further
+    fields of `mmdata.options.Option`, such as `least` or `choices`.
+    """
     by_stage = default if isinstance(default, Mapping) else dict.fromkeys(STAGE_KINDS, default)
     return option(None, help=help, group=group, by_stage=by_stage, may_change_on_resume=free, **declaration)
 
 
 def _dpo_setting(default: Any, unused: Any, help: str, **declaration: Any) -> Any:
-    """A setting that only dpo takes; the other stages record `unused`."""
+    """Return a dataclass field for a setting that only the stage dpo accepts.
+
+    `default`: the default of dpo. `unused`: the value that the other stages record. `help`: help text, shown after
+    "dpo: ". `declaration`: further arguments of `_setting`.
+    """
     by_stage = {"pretrain": unused, "sft": unused, "dpo": default}
     return _setting(by_stage, f"dpo: {help}", PREFERENCES, stages=("dpo",), **declaration)
 
 
-# Learning rates are for models of 26M to 135M parameters. Pretraining's 1e-3 lies between MiniMind's 5e-4 and SmolLM-135M's
-# 3e-3 (larger batches). sft's 3e-4 is a third of it, as in SmolLM2-135M's recipe (1e-3 after 3e-3), which also makes two
-# passes over instructions and one over the rest. dpo's 5e-6 is Zephyr's 5e-7 for 7B raised for the size, as SmolLM2's 1e-6
-# at beta 0.5, and the low end of the flat part of a short sweep (docs/dpo.md); MiniMind's 1e-8 moves nothing. MiniMind's
-# pretraining step holds 131k positions, about half of them padding.
+# Sources of the defaults, for models of 26M to 135M parameters. Pretraining: 1e-3 lies between the learning rates of
+# MiniMind (5e-4) and SmolLM-135M (3e-3, with larger batches). sft: 3e-4 is about a third of that, the ratio in
+# SmolLM2-135M's recipe (3e-3 for pretraining, 1e-3 for sft). That recipe also makes two passes over instruction data
+# and one over other data, as the defaults of --epochs do. dpo: Zephyr used 5e-7 for a 7B model and SmolLM2 1e-6 at beta
+# 0.5; smaller models need more. 5e-6 is the low end of the range with equal results in a short sweep (docs/dpo.md).
+# With MiniMind's 1e-8 the model does not change measurably. Batch size: a pretraining step of MiniMind has 131k
+# positions, of which about half are padding.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """The settings that define a run, recorded in run.json and in every checkpoint.
+    """The settings that define a run. They are recorded in run.json and in every checkpoint.
 
-    Types are those after `resolve`; before it, None stands for a setting that was not given.
+    Each field's type is that of its value after `resolve`. Before `resolve`, None means that the user did not give the
+    setting.
     """
 
     preset: str | None = _setting(
@@ -124,7 +151,7 @@ class TrainSettings:
         choices=("minimind2", "minimind3"),
         default_text="mm's own settings",
     )
-    # None where a checkpoint gives the shape.
+    # None if the model's shape comes from a checkpoint.
     model: str | None = _setting("minimind2-small", f"Shape of a new model: {', '.join(MODEL_SHAPES)}.", MODEL)
     steps: int | None = _setting(
         None, "Number of optimizer steps, instead of --epochs.", LENGTH, least=1, default_text="by --epochs"
@@ -138,7 +165,8 @@ class TrainSettings:
         OPTIMIZER,
         least=1,
     )
-    # On the CPU speed is flat from 1,024 on and memory grows (2.8 GB at 104M); one pair of 1,024 a side takes up to 2,048.
+    # On the CPU more than 1,024 tokens are no faster but take more memory (2.8 GB for a 104M model). A pair with 1,024
+    # tokens on each side has 2,048 tokens.
     micro_tokens: int = _setting(
         {"pretrain": 2048, "sft": 2048, "dpo": 4096},
         "Tokens that one rank runs at once; determines memory and speed, not the gradient.",
@@ -202,7 +230,7 @@ class TrainSettings:
     sft_weight: float = _dpo_setting(
         0.0, 0.0, "weight of the chosen reply's negative log-likelihood in the loss.", least=0
     )
-    # "start": the weights the run starts from; "none"; or a run or checkpoint
+    # "start" (the weights the run starts from), "none" (no reference), or the path of a run or checkpoint
     reference: str = _dpo_setting(
         "start",
         "",
@@ -270,10 +298,13 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions(TrainSettings):
-    """One call of `mm train`: the stage, its data, the run directory, the settings given, and how to run.
+    """All options of one call of `mm train`: the settings, and the stage, data, run directory and options of this call
+    only.
 
-    `weights` are the shares of the tokens that each dataset of `data` gets (None: every dataset once per epoch).
-    `runs_dir` is searched for a run to start from when neither `init` nor `model` is given.
+    `stage`: pretrain, sft or dpo. `data`: dataset directories. `out`: the run directory. `weights`: the share of the
+    training tokens that each dataset of `data` provides; None means that an epoch takes every sample of every dataset
+    once. `runs_dir`: the directory that is searched for a finished run to start from if neither `init` nor `model` is
+    given.
     """
 
     stage: str
@@ -326,16 +357,18 @@ class TrainOptions(TrainSettings):
 
 # --- presets and defaults -------------------------------------------------------------------------------------------
 
-# MiniMind's own defaults, read from its trainers of 2025-04-04 (minimind2) and 2026-08-21 (minimind3), so that a run can be
-# compared with it. Batches are its micro-batch x accumulation x length: as many positions, all of them tokens here and about
-# half of them there. Its weight decay also shrinks norms, which mm never does; the rate of the earlier trainer begins at 1.1
-# times the one given and ends at 0.1, here it begins at 1.0.
+# The defaults of the project MiniMind, from its trainers of 2025-04-04 (minimind2) and 2026-08-21 (minimind3), so that
+# results can be compared with it. `batch_tokens` is MiniMind's micro-batch size x accumulation x sequence length. mm
+# fills nearly all of these positions with tokens, MiniMind about half of them. Two differences remain: MiniMind also
+# applies weight decay to norm weights, and the learning rate of its earlier trainer begins at 1.1 times --lr instead of
+# 1.0 times.
 _TORCH_ADAMW = {"schedule": "cosine", "warmup": 0.0, "weight_decay": 0.01, "beta2": 0.999, "clip": 1.0}
-_PAIR_TOKENS = 880  # mean tokens of a pair of its dpo.jsonl, the prompt counted twice, of those that fit 1,024
+# Mean number of tokens per pair in MiniMind's dpo.jsonl, among pairs that fit in 1,024 tokens; the prompt counts twice.
+_PAIR_TOKENS = 880
 _DPO2 = {"epochs": 2.0, "batch_tokens": 4 * _PAIR_TOKENS, "loss": "sigmoid_norm", "beta": 0.1}
 _DPO3 = {"epochs": 1.0, "batch_tokens": 4 * _PAIR_TOKENS, "loss": "sigmoid", "beta": 0.15}
 
-# preset -> stage, or "lora" for a stage with adapters -> settings
+# preset -> stage -> settings; the stage is "lora" for sft and dpo with --lora
 PRESET_SETTINGS: Mapping[str, Mapping[str, SettingValues]] = {
     "minimind2": {
         "pretrain": {"model": "minimind2", "epochs": 1.0, "batch_tokens": 32 * 8 * 512, "lr": 5e-4},
@@ -350,19 +383,22 @@ PRESET_SETTINGS: Mapping[str, Mapping[str, SettingValues]] = {
         "lora": {"model": "minimind3", "epochs": 10.0, "batch_tokens": 32 * 340, "lr": 1e-4},
     },
 }
-# muon's rate: the flat optimum of a small model (tests/bench/RESULTS.md), not measured at 26M to 104M parameters. The
-# adapters' values were chosen, not measured.
+# Defaults with --optimizer muon and with --lora. muon's learning rate was measured on a small model
+# (tests/bench/RESULTS.md), not at 26M to 104M parameters. The values for LoRA were chosen without measuring.
 MUON_DEFAULTS = {"lr": 4e-3}
 LORA_DEFAULTS = {"lr": 2e-3, "weight_decay": 0.0}
 
 
 def stage_defaults(stage: str) -> SettingValues:
-    """The default of every setting of a stage."""
+    """Return the default of every setting for a stage, by name."""
     return {name: known.by_stage[stage] for name, known in options_of(TrainSettings) if known.by_stage is not None}
 
 
 def preset_settings(options: TrainOptions) -> SettingValues:
-    """The settings of the preset asked for; empty without one."""
+    """Return the settings of the preset `options.preset` for the stage, by name; empty if no preset was given.
+
+    With --lora these are the preset's LoRA settings; for dpo its dpo settings (except the learning rate) override them.
+    """
     if options.preset is None:
         return {}
     stages = PRESET_SETTINGS[options.preset]
@@ -380,11 +416,17 @@ def resolve(
     device: str = "cpu",
     share_prompt: bool = False,
 ) -> tuple[TrainSettings, dict[str, str]]:
-    """Decide every setting: the flag first, then the checkpoint being resumed, then the preset, then the default.
+    """Decide the value of every setting. It is the first of these that exists: the flag, the checkpoint being resumed,
+    the preset, the default of the stage.
 
-    `saved` are the settings of the run being resumed; with `has_init` the shape comes from a checkpoint. `device` and
-    `share_prompt` give the defaults that depend on the machine and on the data. Returns the settings and the origin of
-    each: flag, checkpoint, preset or default. CheckpointError where a flag contradicts the run being resumed.
+    `saved`: recorded settings of the run being resumed, else None. `has_init`: whether the model's shape comes from a
+    checkpoint; then `model` is None unless given by flag. `device` ("cpu" or "cuda") and `share_prompt` (whether
+    computing shared prompts once is faster for this data) determine the defaults that depend on them. If --steps is
+    given, `epochs` is None.
+
+    Returns the settings and, by name, where each value came from: "flag", "checkpoint", "preset" or "default". Raises
+    UsageError as `check_options` does, and CheckpointError if a flag differs from the run being resumed and the setting
+    may not change on resume.
     """
     check_options(options)
     preset, defaults = preset_settings(options), stage_defaults(options.stage)
@@ -418,12 +460,13 @@ def resolve(
         else:
             values[name], origins[name] = defaults[name], "default"
     if options.steps is not None:
-        values["epochs"] = None  # the number of steps alone decides
+        values["epochs"] = None  # --steps replaces --epochs
     return TrainSettings(**values), origins
 
 
 def check_options(options: TrainOptions) -> None:
-    """UsageError for a value out of range, an option that the stage does not take, or options that exclude each other."""
+    """Raise UsageError if a value is out of range, an option does not apply to the stage, or two options exclude each
+    other."""
     check(options)
     for name, known in options_of(options):
         if known.stages and options.stage not in known.stages and getattr(options, name) is not None:

@@ -1,7 +1,9 @@
-"""Ranks of a distributed run: joining it, sums over ranks, and `launch` to start them. Also works with a single process.
+"""The ranks (processes) of a distributed run: join a run, sum tensors over all ranks, and start the ranks of one
+machine with `launch`. Everything here also works in a single process without distributed training.
 
-Gradients and counts are summed by all-reduces of one flat tensor, so a rank with fewer micro-batches, or none, takes part
-like any other. A rank that fails ends the others within a minute; its own error is printed first.
+Gradients and counts are summed by all-reduce of one flat tensor. A rank that has fewer micro-batches than others, or
+none, therefore takes part in the same way. If a rank fails, the others end within a minute, and its own error is
+printed before theirs.
 """
 
 import importlib
@@ -22,12 +24,15 @@ from torch import Tensor
 
 from mmdata.errors import MMError, TrainError, UsageError
 
-GRACE_S = 20  # between the first failure and the end of the ranks that still run
+GRACE_S = 20  # seconds that other ranks have to end by themselves after one has failed; then they are killed
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process in a run: `rank` of `size`, on `device`."""
+    """This process's place among the ranks of a run.
+
+    `rank` counts from 0, `size` is the number of ranks, `device` the torch device that this rank computes on.
+    """
 
     rank: int
     size: int
@@ -35,11 +40,15 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank prints and writes."""
+        """Return whether this is rank 0, the only rank that prints and writes files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place; returns it."""
+        """Sum a tensor over all ranks, in place, and return it. Every rank must call this, with tensors of equal shape
+        and type.
+
+        Raises TrainError if another rank has stopped. With a single rank the tensor is returned unchanged.
+        """
         if self.size > 1:
             try:
                 dist.all_reduce(tensor)
@@ -48,11 +57,15 @@ class World:
         return tensor
 
     def wait(self) -> None:
-        """Return when every rank has called this."""
+        """Wait until every rank has called this (a barrier)."""
         self.sum(torch.zeros(1, device=self.device))
 
     def agree(self, error: MMError | None) -> None:
-        """Raise if any rank has an error: its error on the lowest such rank, SystemExit with its exit code on the others."""
+        """Raise on every rank if any rank passes an error; return if all pass None. Every rank must call this.
+
+        The lowest rank with an error raises it. All other ranks raise SystemExit with that error's exit code, so that
+        the error is printed once.
+        """
         if self.size == 1:
             if error is not None:
                 raise error
@@ -67,7 +80,8 @@ class World:
             raise SystemExit(int(codes[failed[0]].item()))
 
     def agree_on(self, check: Callable[[], object]) -> None:
-        """Call `check` on all ranks; if it raises on any, one of them raises its error and all end."""
+        """Call `check` on every rank, then raise on every rank if it raised an MMError on any, as `agree` does. The
+        return value of `check` is ignored."""
         error = None
         try:
             check()
@@ -77,7 +91,11 @@ class World:
 
 
 def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
-    """The error of a rank whose connection to another was lost; delayed, so that the other's own error is printed first."""
+    """Return the TrainError for this rank after its connection to another rank was lost, with `error` as torch's
+    reason.
+
+    It first sleeps for 2 seconds, so that the error of the other rank is printed before this one.
+    """
     time.sleep(2)
     return TrainError(
         f"rank {rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
@@ -86,7 +104,11 @@ def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`; on CUDA the card of the local rank. UsageError if there is none."""
+    """Return the torch device for `name`: "cpu", "cuda", or "auto" (CUDA if available, else CPU).
+
+    On CUDA it is device number `local_rank`. Raises UsageError if the name is unknown, or if it is "cuda" and torch
+    sees no CUDA device.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {name} is unknown", "use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -97,14 +119,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def join(device_name: str) -> World:
-    """Join the run described by the environment variables of torchrun or `launch`; without them the only rank."""
+    """Join the distributed run that the environment variables of torchrun or `launch` describe, and return this
+    process's World. Without them this process is the only rank.
+
+    `device_name`: "auto", "cpu" or "cuda". The process group uses nccl on CUDA and gloo on the CPU.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        # This module has the default group as the default of arguments. AdamW imports it at its first step, which would keep
-        # the group alive until the interpreter exits, and its threads sometimes abort the process then (torch 2.13).
+        # This module uses the default process group as a default argument. If it is first imported after the group
+        # exists (AdamW imports it in its first step), it keeps the group alive until the interpreter exits, and the
+        # group's threads sometimes abort the process then (torch 2.13). Imported here, before the group, it does not.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -112,24 +139,32 @@ def join(device_name: str) -> World:
 
 
 def leave(*, is_failed: bool = False) -> None:
-    """Destroy the process group, if there is one; the other ranks notice and end too. After a failure nccl's group is left
-    alone, as destroying it would wait for ranks that may be gone."""
+    """Destroy the process group, if there is one. Ranks that still wait for this one get an error and end too.
+
+    `is_failed`: whether this rank ends because of an error. An nccl group is then not destroyed, because that would
+    wait for ranks that may have ended.
+    """
     if dist.is_initialized() and not (is_failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The rank of this process from its environment; 0 for a single process."""
+    """Return the rank of this process from the environment variable RANK; 0 if it is not set."""
     return int(os.environ.get("RANK", "0"))
 
 
 def ranks_here(world: World) -> int:
-    """Number of the run's ranks on this machine: as torchrun sets it; under `launch` all of them."""
+    """Return the number of ranks on this machine: LOCAL_WORLD_SIZE, which torchrun sets, else all ranks of the run,
+    because `launch` starts ranks on one machine only."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
 
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM only sets `is_set`; a second one has its usual effect."""
+    """Context manager that turns the first SIGINT or SIGTERM into `is_set` = True instead of ending the process.
+
+    The next signal of the same kind has its previous effect. On leaving the context the previous handlers are restored.
+    Outside the main thread it does nothing, because Python allows only the main thread to set handlers.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
@@ -139,7 +174,7 @@ class StopSignals:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread, which alone can set handlers
+        except ValueError:  # only the main thread can set handlers
             pass
         return self
 
@@ -148,15 +183,18 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        """Handle the first signal: set `is_set`, and restore the previous handler of this signal."""
         self.is_set = True
         signal.signal(number, self._before[number])
 
 
 def launch(num_processes: int, argv: Sequence[str]) -> int:
-    """Run the command line `argv` as `num_processes` ranks on this machine; returns the exit code of the first that fails.
+    """Run the command line `argv` as `num_processes` ranks on this machine, and wait for them. Return 0, or the exit
+    code of the first rank that was seen to fail; 128 + n if signal n ended it.
 
-    All ranks share this process's stdout and stderr. SIGINT and SIGTERM are forwarded; the ranks then save and end. Each has
-    its own session, or Ctrl-C would reach it twice.
+    All ranks share this process's stdout and stderr. While they run, SIGINT and SIGTERM are forwarded to them; the
+    ranks then save and end. Each rank is started in a session of its own, because otherwise Ctrl-C would reach it
+    twice: from the terminal and forwarded. Ranks that still run when this function ends are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -172,6 +210,7 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
     ]
 
     def pass_on(number: int, _frame: object) -> None:
+        """Forward a signal to every rank that still runs."""
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -188,7 +227,11 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
 
 
 def _watch(processes: Sequence[subprocess.Popen]) -> int:
-    """Wait for all ranks; after a failure the others are killed unless they end within GRACE_S. Returns an exit code."""
+    """Wait until all ranks have ended. Return 0, or the exit code of the first rank that failed (128 + n if signal n
+    ended it).
+
+    Once a rank has failed, the others are killed if they have not ended within GRACE_S seconds.
+    """
     deadline, failure = float("inf"), 0
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]
@@ -200,4 +243,4 @@ def _watch(processes: Sequence[subprocess.Popen]) -> int:
                 process.kill()
         time.sleep(0.1)
     failure = failure or next((process.returncode for process in processes if process.returncode), 0)
-    return failure if failure >= 0 else 128 - failure  # killed by a signal: the shell's convention
+    return failure if failure >= 0 else 128 - failure  # ended by a signal: 128 + its number, the shell's convention

@@ -1,6 +1,8 @@
-"""Records in the JSON files of a run: run.json, and the state.json of its checkpoints. Does not import torch.
+"""The records in the JSON files of a run: run.json, and state.json in each checkpoint. This module does not import
+torch.
 
-Fields that are UNSET are not written. Fields with a default may be missing, so that runs of older versions open.
+A field whose value is UNSET is not written to the file. A field with a default may be missing from a file, so that runs
+written by older versions can still be read.
 """
 
 from pathlib import Path
@@ -16,8 +18,11 @@ RUN = "run.json"
 
 
 class StartRecord(Struct):
-    """The weights a run started from: checkpoint directory (empty for new weights), their hash, and with
-    --resize-embeddings the method and the ids that were added."""
+    """The weights that a run started from.
+
+    `dir`: the checkpoint directory, empty for new weights. `weights_sha256`: hash of the weights. With
+    --resize-embeddings also the method (mean or subtoken), and the added token ids as ranges, such as "300-301".
+    """
 
     dir: str
     weights_sha256: str
@@ -29,7 +34,7 @@ class StartRecord(Struct):
 
 
 class FileRecord(Struct):
-    """Size and sha256 of a file of a checkpoint."""
+    """The size in bytes and the sha256 of a file that belongs to a checkpoint."""
 
     bytes: int
     sha256: str
@@ -43,7 +48,12 @@ class BestRecord(Struct):
 
 
 class TrainedOn(Struct):
-    """The data of a run: digest and directories of its datasets, their weights, their tokenizer; and the run's start."""
+    """What a run was trained on.
+
+    `digest` identifies the datasets together with their weights. `dirs`: dataset directories. `weights`: the share of
+    the tokens that each dataset provides; None if every sample is taken once per epoch. `tokenizer_sha256`: hash of the
+    datasets' tokenizer. `init`: the weights the run started from.
+    """
 
     digest: str = ""
     dirs: list[str] = []
@@ -53,13 +63,17 @@ class TrainedOn(Struct):
 
 
 class CheckpointState(Struct):
-    """state.json: what a checkpoint holds besides tensors. `files` are named relative to its directory."""
+    """state.json of a checkpoint: everything except tensors.
+
+    `files` maps the path of each file of the checkpoint, relative to the checkpoint directory, to its size and hash.
+    `step`: number of optimizer steps done. `best`: the step with the lowest val loss so far; None without a validation.
+    """
 
     format_version: int
     files: dict[str, FileRecord]
     step: int
     model: ModelConfig
-    settings: SettingValues  # TrainSettings by name, and the stage
+    settings: SettingValues  # the fields of TrainSettings by name, and `stage`
     data: TrainedOn
     best: BestRecord | None = None
 
@@ -68,14 +82,19 @@ class CheckpointState(Struct):
 
 
 class SettingRecord(Struct):
-    """The value of a setting and its origin: flag, checkpoint, preset or default."""
+    """The value of a setting and where it came from: "flag", "checkpoint", "preset" or "default". In the file the
+    second field is called "from"."""
 
     value: Any
     origin: str = field(name="from")
 
 
 class DataRecord(Struct, kw_only=True):
-    """A dataset of a run; `share` is its share of the tokens of an epoch."""
+    """A dataset of a run.
+
+    `dir`: its directory. `kind`: document, conversation or pair. `digest` identifies its content. `share`: its share of
+    the tokens of an epoch, 0 to 1.
+    """
 
     dir: str
     kind: str = ""
@@ -84,7 +103,11 @@ class DataRecord(Struct, kw_only=True):
 
 
 class ResumeRecord(Struct):
-    """When, at which step and on what a run was resumed."""
+    """One resumption of a run.
+
+    `step`: optimizer steps done before it. `time`: when, in seconds since the epoch (Unix time). `world_size`: number
+    of ranks. `device`: such as "cpu" or "cuda:0".
+    """
 
     step: int
     time: float
@@ -93,7 +116,11 @@ class ResumeRecord(Struct):
 
 
 class ReferenceRecord(StartRecord, kw_only=True):
-    """The reference of dpo: its weights and shape; the file of its logps, and the precision they were computed in."""
+    """The reference model of a dpo run.
+
+    The inherited fields identify its weights. `shape`: its model shape. `path`: the file with its logps, `precision`:
+    the type that they were computed in, such as "float32".
+    """
 
     shape: ModelConfig
     path: str = ""
@@ -101,7 +128,11 @@ class ReferenceRecord(StartRecord, kw_only=True):
 
 
 class RunRecord(Struct):
-    """run.json: what a run is, what it trains on, where each setting came from, and how it ended."""
+    """run.json: the settings of a run, its data, model and machine, and how it ended.
+
+    `started` and `ended` are in seconds since the epoch (Unix time). `num_steps` is the planned number of optimizer
+    steps; `final_step` the number that was done.
+    """
 
     stage: str = "?"
     status: str = "?"  # running, finished, interrupted or failed
@@ -116,23 +147,24 @@ class RunRecord(Struct):
     tokenizer_sha256: str | UnsetType = UNSET
     device: str | UnsetType = UNSET
     device_name: str | UnsetType = UNSET
-    matmul_flops: float | UnsetType = UNSET  # of one large product, per second
-    fill: float | UnsetType = UNSET  # share of tokens in padded rows, for comparison
+    matmul_flops: float | UnsetType = UNSET  # operations per second, measured on one large matrix product
+    fill: float | UnsetType = UNSET  # share of positions with tokens if samples were padded instead of packed
     precision: str | UnsetType = UNSET
     world_size: int | UnsetType = UNSET
     versions: dict[str, str] | UnsetType = UNSET
-    preflight: dict[str, Any] | UnsetType = UNSET  # preflight.Needs
-    trackers: dict[str, str] | UnsetType = UNSET  # name -> open, or why it failed
+    preflight: dict[str, Any] | UnsetType = UNSET  # memory, time and disk forecast, the fields of preflight.Needs
+    trackers: dict[str, str] | UnsetType = UNSET  # name of the tracker -> "open", or why it failed
     reference: ReferenceRecord | UnsetType = UNSET
     forecast: dict[str, float] | UnsetType = UNSET
-    start_val: dict[str, float] | UnsetType = UNSET  # held-out figures before the first step of dpo
+    start_val: dict[str, float] | UnsetType = UNSET  # metrics of the val split before the first step of dpo
     resumed: list[ResumeRecord] | UnsetType = UNSET
     final_step: int | UnsetType = UNSET
-    result: dict[str, Any] | UnsetType = UNSET  # loop.TrainResult
+    result: dict[str, Any] | UnsetType = UNSET  # the fields of loop.TrainResult
     ended: float | UnsetType | None = UNSET
-    imported: dict[str, str] | UnsetType = UNSET  # source of the weights of `mm import`
+    imported: dict[str, str] | UnsetType = UNSET  # where `mm import` took the weights from
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """A run's run.json; CheckpointError when it is missing or unreadable."""
+    """Read and return run.json of a run. Raises CheckpointError if it is missing, malformed or has fields of wrong
+    types."""
     return read_record(run_dir / RUN, RunRecord, CheckpointError, "give a run directory of `mm train`")

@@ -56,7 +56,7 @@ def adapt(model: nn.Module, rank: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether a parameter of this name as in `named_parameters` is an adapter matrix A or B."""
+    """Return whether `name`, a parameter's name as in `named_parameters`, is that of an adapter matrix A or B."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
