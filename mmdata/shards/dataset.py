@@ -91,15 +91,15 @@ def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num
     """Return a 128-bit digest of a collection of sequences that does not depend on their order: the sum of their hashes
     modulo 2^128.
 
-    ids: the token ids of all sequences one after another; lengths: how many each sequence has. marks: the values beside
-    the ids that must be equal too, such as trained spans, of all sequences one after another; num_marks: how many each
-    sequence has.
+    ids: the token ids of all sequences one after another; lengths: how many each sequence has. marks: the values in
+    addition to the ids that must be equal, such as trained spans, of all sequences one after another; num_marks: how
+    many each sequence has.
     """
     id_bytes, mark_bytes = (np.ascontiguousarray(array, "<u4").data.cast("B") for array in (ids, marks))
     total = id_begin = mark_begin = 0
     id_ends, mark_ends = (4 * np.cumsum(lengths)).tolist(), (4 * np.cumsum(num_marks)).tolist()
     for id_end, mark_end in zip(id_ends, mark_ends, strict=True):
-        salt = (id_end - id_begin).to_bytes(8, "little")  # where ids end and marks begin in the hash
+        salt = (id_end - id_begin).to_bytes(8, "little")  # where ids end and marks begin in the hash in the hash
         digest = hashlib.blake2b(id_bytes[id_begin:id_end], digest_size=16, salt=salt)
         digest.update(mark_bytes[mark_begin:mark_end])
         total += int.from_bytes(digest.digest(), "little")

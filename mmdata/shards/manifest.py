@@ -87,7 +87,7 @@ class EncoderRecord(msgspec.Struct, frozen=True):
     name: str  # and version
     parts: int
     rows_compared: int
-    hostile_compared: int  # artificial texts on which encoders tend to differ, compared
+    hostile_compared: int  # artificial texts compared, made to reveal differences between encoders
     given_up: int  # parts packed with the reference encoder after a difference was found
 
 

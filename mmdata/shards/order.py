@@ -62,8 +62,8 @@ class Mixture:
     them one epoch draws.
 
     A dataset with more draws than cells is gone through several times in an epoch, in another order each time. Of a
-    dataset with fewer draws than cells, an epoch continues where the last one ended. The numbers of times that two
-    cells of a dataset have been drawn therefore never differ by more than one.
+    dataset with fewer draws than cells, an epoch continues where the last one ended. At the end of every epoch, all
+    cells of a dataset have therefore been drawn equally often, give or take once.
     """
 
     cells: tuple[int, ...]
