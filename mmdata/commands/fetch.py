@@ -87,9 +87,8 @@ def fetch(
             *work.clean(options.out), as_json
         )
         return
-    os.environ.setdefault(
-        "HF_HUB_DISABLE_TELEMETRY", "1"
-    )  # otherwise huggingface_hub sends data about its use to the Hub
+    # Otherwise the client of the Hub sends data about its use.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     endpoint = options.endpoint or os.environ.get(ENDPOINT_VARIABLES.get(options.source, "")) or None
     options = replace(options, endpoint=endpoint)
     mute = quiet or as_json

@@ -32,7 +32,7 @@ def stats(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Describe data: counts, lengths, languages, repeats, vocabulary and samples; with --html as a report.
+    """Describe data: counts, lengths, languages, repeats, vocabulary and samples. --html writes them as a page, too.
 
     Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
     """

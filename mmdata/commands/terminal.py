@@ -126,7 +126,7 @@ def print_sections(sections: "Iterable[Section]") -> None:
 def _printed(block: "Block | list[Block]", translation: "Translation") -> "Iterator[str | RichTable]":
     """Yield the lines and tables that show one block of a report, or a list of blocks, in a terminal.
 
-    Yields nothing for a block that a terminal cannot show, such as a curve.
+    Yields nothing for a block that a terminal cannot show, such as a curve. `translation` gives the texts' language.
     """
     from mmdata.stats.report import page
 

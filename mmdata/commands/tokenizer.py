@@ -101,7 +101,7 @@ def eval_(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare tokenizers on the same text: compression, tokens used, exactness, speed, and a model's size and steps.
+    """Compare tokenizers on the same text: compression, tokens used, exact decoding, speed, and model size and steps.
 
     Example: mm tokenizer eval data/tokenizer data/tokenizer-6400 --data data/sft_512.jsonl
     """
@@ -164,7 +164,7 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check what training relies on: ids, special tokens, template, exact decoding. Exit code 1 on an error.
+    """Check what training needs of a tokenizer: ids, special tokens, template, exact decoding. Exit code 1 on an error.
 
     Example: mm tokenizer check data/tokenizer --model minimind3
     """
@@ -195,7 +195,7 @@ def show(
     find: Annotated[str | None, Option("Without TEXT: show only tokens that contain this.", metavar="TEXT")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a text coloured by token, with ids; or the vocabulary, its bytes as characters where they form any.
+    """Show the tokens of a text, in colours and with their ids; without a text, show the vocabulary.
 
     Example: mm tokenizer show data/tokenizer '你好, world'    mm tokenizer show data/tokenizer --from 6000
     """
@@ -231,7 +231,7 @@ def extend(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Add a few tokens after the last id; every id keeps its meaning.
+    """Add a few tokens after the last id, or with --reserved in place of reserved tokens; other ids are unchanged.
 
     Example: mm tokenizer extend data/tokenizer --add '<think>' --add '</think>' --out data/tokenizer-more
     """

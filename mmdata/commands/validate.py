@@ -37,7 +37,7 @@ def validate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Report the kind of rows each file holds and every row that cannot be used, by reason.
+    """Report the kind of rows in each file, and how many rows cannot be used, by reason.
 
     Example: mm validate data/sft_512.jsonl
     """

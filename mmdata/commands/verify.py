@@ -26,7 +26,7 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Hash every shard again and check manifest, counts and token ranges; exit code 1 when something is damaged.
+    """Hash every file of a dataset again, and check manifest, counts and token ranges. Exit code 1 if anything differs.
 
     Example: mm verify shards/sft_512
     """
