@@ -31,7 +31,8 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model for transformers, llama.cpp or MiniMind's scripts, and compare its logits with the run's.
+    """Write a model for transformers, llama.cpp or MiniMind's scripts. If transformers is installed, its
+    logits from an export with --format hf are compared with the run's.
 
     Example: mm export runs/dpo-1 --format gguf --dtype q8_0 --out exports/dpo-1-gguf
     """

@@ -30,7 +30,7 @@ def serve(
     max_body: Annotated[int, Option("Largest request body in bytes.", least=1024)] = 2**20,
     timeout: Annotated[float, Option("Longest time that one request may take, in seconds.", least=1)] = 600,
 ) -> None:
-    """Serve a run to OpenAI clients, with a chat page at /. Needs mm[serve].
+    """Serve a run to OpenAI clients, with a chat page at /. Needs the packages of 'mm-toolkit[serve]'.
 
     Example: mm serve runs/dpo-1 --port 8000    mm serve --host 0.0.0.0 --api-key SECRET
     """
