@@ -1,4 +1,6 @@
-"""Loading tokenizers and turning text into token ids, with the fastest encoder that is exact.
+"""Loading tokenizers and turning text into token ids, with a fast encoder where it gives the same ids as the reference.
 
-`vocabulary.py` says what ids stand for, `text.py` measures the text itself, and `toolkit/` has the commands `mm tokenizer ...`.
+`tokenizer.py` loads and applies a tokenizer and `encoders.py` chooses the encoder. `vocabulary.py` shows what ids stand
+for, `text.py` finds the script and language of texts and similar texts, `hostile.py` makes difficult test strings, and
+`toolkit/` has the commands `mm tokenizer ...`.
 """

@@ -1,8 +1,9 @@
 """The choice between the `tokenizers` library and a faster encoder that gives the same ids.
 
-`tokenizers` is the reference. A faster encoder is used only after it gave the reference's ids on a fixed set of hostile
-strings; packing also compares a sample of the rows of every part. So the ids of a dataset do not depend on which encoder
-is installed, only the time does. fastokens was the fastest of the encoders that agreed everywhere: tests/bench/RESULTS.md.
+`tokenizers` is the reference. The faster encoder, fastokens, is used only after it gave the reference's ids on a fixed
+set of difficult ("hostile") strings; packing also compares a sample of the rows of every part. So the ids of a dataset
+do not depend on which encoder is installed, only the time does. fastokens was the fastest of the encoders that gave the
+same ids everywhere: tests/bench/RESULTS.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +23,16 @@ Encode = Callable[[Sequence[str], bool], tuple[np.ndarray, np.ndarray]]
 REFERENCE = "tokenizers"
 NAMES = ("auto", REFERENCE, "fastokens")  # the choices of --encoder
 NUM_HOSTILE = 1000
-_DISPUTED = "\u180e"  # white space to the regular expressions of one library and not to those of the other
+_DISPUTED = "\u180e"  # white space in the regular expressions of one library and not in those of the other
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """`encode(texts, control)` returns flat uint32 ids and the int64 end of each text, as `Tokenizer.encode_batch` does.
+    """An encoder of one tokenizer.
 
-    `warning` says why a faster encoder was not used; empty if there is nothing to say.
+    `encode(texts, control)` returns the ids of all texts end to end (uint32) and the end of each text's ids (int64
+    [texts]), as `Tokenizer.encode_batch` does. `warning` says why the reference is used in place of a faster encoder;
+    empty if there is nothing to say.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Encoder:
 
     @property
     def is_reference(self) -> bool:
+        """Whether this is the `tokenizers` library."""
         return self.name == REFERENCE
 
 
@@ -46,7 +50,8 @@ class Encoder:
 class EncoderCheck:
     """Result of comparing an encoder with the reference.
 
-    `version`: None if it is not installed; `difference`: a text with other ids, quoted, or why it cannot be used.
+    `version`: None if the encoder is not installed. `num_texts`: how many texts were compared. `difference`: a text
+    with other ids, quoted, or why the encoder cannot be used; None if no difference was found.
     """
 
     name: str
@@ -56,13 +61,16 @@ class EncoderCheck:
 
     @property
     def is_exact(self) -> bool:
+        """Whether the encoder is installed and gave the reference's ids for all texts."""
         return self.version is not None and self.difference is None
 
 
 def choose(tokenizer: Tokenizer, name: str = "auto") -> Encoder:
-    """The encoder of that name; for "auto" the fastest one that is installed and exact.
+    """Return the encoder of that name, one of NAMES.
 
-    Raises UsageError if there is no such encoder or it is not installed, TokenizerError if its ids differ.
+    For "auto" that is fastokens if it is installed and exact, else the reference. If "auto" takes the reference because
+    fastokens is not exact, the result has a warning. Raises UsageError if there is no such encoder or it is not
+    installed, and TokenizerError if its ids differ.
     """
     if name not in NAMES:
         raise UsageError(f"--encoder {name}: no such choice", f"choose one of {', '.join(NAMES)}")
@@ -84,10 +92,11 @@ def choose(tokenizer: Tokenizer, name: str = "auto") -> Encoder:
     return Encoder(REFERENCE, version, reference.encode, warning)
 
 
-_checks: dict[str, EncoderCheck] = {}  # by tokenizer.json and control tokens: a process checks a tokenizer once
+_checks: dict[str, EncoderCheck] = {}  # (hash of tokenizer.json, control tokens) as one string -> result of the check
 
 
 def _checked(tokenizer: Tokenizer) -> EncoderCheck:
+    """Return the result of `check` on hostile strings; a tokenizer is checked once per process."""
     key = f"{tokenizer.sha256} {sorted(tokenizer.control_tokens)}"
     if key not in _checks:
         _checks[key] = check(tokenizer)
@@ -95,7 +104,10 @@ def _checked(tokenizer: Tokenizer) -> EncoderCheck:
 
 
 def check(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> EncoderCheck:
-    """Compare the fast encoder with the reference on hostile strings and `texts`, with and without control tokens."""
+    """Compare fastokens with the reference on hostile strings and on `texts`, with control=True and control=False.
+
+    Problems of fastokens are described in the result and not raised.
+    """
     try:
         version = metadata.version("fastokens")
     except metadata.PackageNotFoundError:
@@ -103,7 +115,7 @@ def check(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> EncoderCheck:
     compared = [*hostile_texts(tokenizer.added_texts), *texts]
     try:
         difference = find_difference(tokenizer, _fastokens(tokenizer), compared)
-    except ImportError as error:  # built for another machine
+    except ImportError as error:  # such as a wheel built for another CPU
         difference = f"it cannot be loaded here ({error})"
     except Exception as error:  # the native library refuses the tokenizer or a text; it raises bare Exception
         difference = f"it refuses this tokenizer ({str(error)[:200]})"
@@ -111,14 +123,21 @@ def check(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> EncoderCheck:
 
 
 def hostile_texts(added: Sequence[str]) -> list[str]:
-    """The fixed set that encoders are compared on: the same texts for the same added tokens, on any machine."""
+    """Return the fixed set of texts that encoders are compared on, the same on every machine.
+
+    added: the tokenizer's added tokens.
+    """
     pieces = (" ", "\n", "a", "ab", "9", "的", "-", *(added or ("<s>",))[:2])
     runs = [piece * count for piece in pieces for count in (200, 2000)]
     return ["", *runs, *hostile_strings(NUM_HOSTILE, seed=20, tokens=added)]
 
 
 def find_difference(tokenizer: Tokenizer, encode: Encode, texts: Sequence[str]) -> str | None:
-    """The shortest text to which `encode` gives other ids than the reference, quoted; None if all are equal."""
+    """Return the shortest text to which `encode` gives other ids than the reference, quoted; None if there is none.
+
+    Texts are encoded as one batch and, if the batch differs, one by one. If they differ in the batch only, that is
+    returned in words.
+    """
     for control in (False, True):
         expected, expected_ends = tokenizer.encode_batch(texts, control=control)
         ids, ends = encode(texts, control)
@@ -135,17 +154,21 @@ def find_difference(tokenizer: Tokenizer, encode: Encode, texts: Sequence[str]) 
 
 @lru_cache(maxsize=1)
 def _native(tokenizer_json: str) -> Any:
-    """Cached: loading takes 0.05 s, and both the check and the work after it need it."""
+    """Return fastokens' tokenizer. Cached: loading takes 0.05 s, and the check and the work after it both need it."""
     import fastokens
 
     return fastokens.Tokenizer.from_json_str(tokenizer_json)
 
 
 def _fastokens(tokenizer: Tokenizer) -> Encode:
-    """fastokens; a batch with the character that it splits differently goes to the reference."""
+    """Return the `Encode` function of fastokens.
+
+    A batch with the character _DISPUTED, which it splits differently, goes to the reference.
+    """
     native = _native(tokenizer.native.to_str())
 
     def encode(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:
+        """See `Encoder`."""
         if any(_DISPUTED in text for text in texts):
             return tokenizer.encode_batch(texts, control=control)
         ids, offsets = native.encode_batch_flat(list(texts), split_special_tokens=not control)

@@ -1,4 +1,4 @@
-"""Random strings that break careless tokenizers: the texts that encoders, round trips and `mm tokenizer check` are tested on."""
+"""Random strings that make careless tokenizers fail. Encoders, decoding and `mm tokenizer check` are tested on them."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,9 @@ _REPEATED = (" ", "a", "0", "\n", "=", "的", "😀")
 def hostile_strings(count: int, *, seed: int = 0, tokens: Sequence[str] = ()) -> Iterator[str]:
     """Yield `count` strings of one to some hundred characters; the same seed and tokens give the same strings.
 
-    They mix scripts, rare code points, all kinds of white space, combining marks, emoji sequences, long runs, and `tokens`
-    (a tokenizer's added tokens): whole, cut anywhere, doubled and in capitals. All of them can be encoded as UTF-8.
+    They mix scripts, rare code points, all kinds of white space, combining marks, emoji sequences, long runs of one
+    character, and `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut at any place, doubled and in capitals.
+    All can be encoded as UTF-8.
     """
     draw = random.Random(seed)
     for _ in range(count):
@@ -35,6 +36,7 @@ def hostile_strings(count: int, *, seed: int = 0, tokens: Sequence[str] = ()) ->
 
 
 def _piece(draw: random.Random, tokens: Sequence[str]) -> str:
+    """Return one random part of a hostile string, of one of seven kinds."""
     kind = draw.randrange(7)
     if kind == 0:
         return draw.choice(_WORDS)

@@ -1,6 +1,8 @@
-"""Scripts, language, shingles and MinHash signatures of texts, a batch at a time, in numpy over code points.
+"""Script counts, language, shingles and MinHash signatures of texts, in numpy, a batch of texts at a time.
 
-The language is found by a heuristic (see docs/reports.md), which is good for shares of a dataset and not for a single row.
+A shingle is a run of GRAM characters; a MinHash signature is a short array from which the similarity of the shingle
+sets of two texts can be estimated. The language is found by a heuristic (see docs/reports.md), which is good enough for
+shares of a dataset but not for a single row.
 """
 
 import re
@@ -37,9 +39,9 @@ _RANGES = (
 _WORDS = re.compile(r"\b(?:the|of|and|to|is|in|are|you|for|what|how|a|an|i|it|this|that|with|on|be)\b", re.IGNORECASE)
 
 GRAM = 8  # characters of a shingle
-NUM_BINS = 16  # of a signature; each entry is the smallest hash (15 bits) of the shingles in that bin
+NUM_BINS = 16  # entries of a signature; each is the smallest hash (15 bits) of the shingles that fall into the bin
 LEAST_GRAMS = 24  # texts with fewer shingles have no signature
-MANY_GRAMS = 256  # of texts with more, the signature uses a quarter of the shingles, selected by hash
+MANY_GRAMS = 256  # for texts with more shingles, the signature uses a quarter of them, selected by hash
 EMPTY = 0xFFFF  # entry of a bin without shingles
 NEAR = 0.8  # near duplicates have at least this share of equal entries
 _BASE = 0x9E3779B97F4A7C15
@@ -47,6 +49,7 @@ _MIX = np.uint64(0xD6E8FEB86659FD93)
 
 
 def _table() -> np.ndarray:
+    """Return the index into SCRIPTS of every Unicode code point: uint8 [0x110000]."""
     table = np.full(0x110000, OTHER, np.uint8)
     table[:0x80] = MARK
     table[0x80:0xC0] = MARK
@@ -65,24 +68,32 @@ _SCRIPT_OF = _table()
 
 
 def code_points(text: str) -> np.ndarray:
-    """The Unicode code points of a text: uint32 [len(text)]."""
+    """Return the Unicode code points of a text: uint32 [len(text)]."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
 def scripts_of(points: np.ndarray) -> np.ndarray:
-    """An index into SCRIPTS for each code point: uint8 [N]."""
+    """Return an index into SCRIPTS for each code point: uint8 [N]. points: uint32 [N]."""
     return _SCRIPT_OF[points]
 
 
 def count_scripts(scripts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Characters of each script in each text: int64 [texts, scripts]. `scripts`: of all texts, laid end to end."""
+    """Return the number of characters of each script in each text: int64 [texts, scripts].
+
+    scripts: index into SCRIPTS of every character of all texts, laid end to end.
+    lengths: number of characters of each text, int64 [texts].
+    """
     key = np.repeat(np.arange(len(lengths), dtype=np.int64) * len(SCRIPTS), lengths)
     key += scripts
     return np.bincount(key, minlength=len(lengths) * len(SCRIPTS)).reshape(len(lengths), len(SCRIPTS))
 
 
 def languages_of(counts: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """An index into LANGUAGES for each text: int64 [texts]. Decided by the scripts, and for Latin letters by common words."""
+    """Return an index into LANGUAGES for each text: int64 [texts]. counts: of `count_scripts` for the same texts.
+
+    Code is recognized by its punctuation or by ``` fences, Chinese by its characters. Mostly Latin letters with few
+    accents are English, but from 40 letters on only if the text has one of some common English words.
+    """
     letters = counts[:, :DIGIT].sum(axis=1)
     written = np.maximum(counts.sum(axis=1) - counts[:, SPACE], 1)
     latin = counts[:, LATIN] + counts[:, ACCENTED]
@@ -100,14 +111,15 @@ def languages_of(counts: np.ndarray, texts: Sequence[str]) -> np.ndarray:
 
 
 def _fenced(text: str) -> int:
-    """Characters between ``` fences; a fence that is not closed reaches to the end."""
+    """Return the number of characters between ``` fences; a fence that is not closed reaches to the end of the text."""
     return sum(len(piece) for piece in text.split("```")[1::2])
 
 
 def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all runs of GRAM characters inside each text (uint64 [M]), and the index of the text of each (int64 [M]).
+    """Return a hash of every shingle of each text (uint64 [M]) and the index of its text (int64 [M]).
 
-    points: code points of all texts laid end to end, uint32 [N]; lengths: of each text, int64 [texts].
+    points: code points of all texts laid end to end, uint32 [N].
+    lengths: number of characters of each text, int64 [texts].
     """
     if len(points) < GRAM:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -130,10 +142,11 @@ def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarray:
-    """MinHash signatures by one-permutation hashing (Li, Owen, Zhang 2012): uint16 [texts, NUM_BINS].
+    """Return the MinHash signature of each text: uint16 [num_texts, NUM_BINS].
 
-    The share of equal entries of two texts estimates the Jaccard similarity of their shingles. Texts with fewer than LEAST_GRAMS
-    shingles have EMPTY entries only.
+    hashes, text: as `shingles` returns them. One-permutation hashing (Li, Owen, Zhang 2012): the share of equal entries
+    of two texts estimates the Jaccard similarity of their sets of shingles. Texts with fewer than LEAST_GRAMS shingles
+    have EMPTY entries only.
     """
     numbers = np.bincount(text, minlength=num_texts)
     keep = (hashes & np.uint64(3) == 0) | (numbers <= MANY_GRAMS)[text]
@@ -153,10 +166,12 @@ def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarr
 
 
 def near_duplicates(signatures: np.ndarray) -> np.ndarray:
-    """Whether the signature of each row is similar to that of an earlier row: bool [rows]. signatures: uint16 [rows, NUM_BINS].
+    """Return whether each text is a near duplicate of an earlier one: bool [rows].
 
-    Candidates share one of the four quarters of the signature; each row is compared with the first and the last candidate
-    before it. Rows without a signature are no duplicates.
+    signatures: uint16 [rows, NUM_BINS], as `signatures` returns them. A signature is split into four quarters, and each
+    text is compared with the first and with the nearest earlier text that has an equal quarter (locality-sensitive
+    hashing); at least the share NEAR of the entries must be equal. So some near duplicates may be missed. Texts without
+    a signature are not duplicates.
     """
     signed = np.flatnonzero((signatures != EMPTY).any(axis=1))
     entries = np.ascontiguousarray(signatures[signed])
@@ -174,13 +189,20 @@ def near_duplicates(signatures: np.ndarray) -> np.ndarray:
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity of the rows of two arrays of signatures: float64 [rows]. Bins empty in both do not count."""
+    """Return the estimated Jaccard similarity of one[i] and other[i], two arrays of signatures: float64 [rows].
+
+    Bins that are EMPTY in both do not count; if all are, the result is 0.
+    """
     is_used = ~((one == EMPTY) & (other == EMPTY))
     return ((one == other) & is_used).sum(axis=1) / np.maximum(is_used.sum(axis=1), 1)
 
 
 def jaccard(hashes: np.ndarray, text: np.ndarray, num_pairs: int) -> np.ndarray:
-    """Jaccard similarity of the shingles of texts 2i and 2i + 1: float64 [pairs]; 1 if neither has any."""
+    """Return the Jaccard similarity of the shingle sets of texts 2i and 2i + 1: float64 [num_pairs].
+
+    It is 1 if neither text has a shingle.
+    hashes, text: as `shingles` returns them for 2 * num_pairs texts.
+    """
     key = (text.astype(np.uint64) << np.uint64(40)) | (hashes >> np.uint64(24))
     key = np.unique(key)
     text = (key >> np.uint64(40)).astype(np.int64)

@@ -1,7 +1,8 @@
-"""Loading tokenizers and turning text into ids and back; and training of small ones.
+"""Loading a tokenizer, turning text into ids and back, and training small BPE tokenizers for the demo and tests.
 
-A special-token string in a text stays plain text unless control tokens are asked for, so what a user writes never becomes
-a control id. One native call encodes a batch; ids come back as one flat array.
+A special-token string in a text (such as "<|im_end|>") is encoded as ordinary text unless control tokens are asked for,
+so what a user writes never becomes a control id. One native call encodes a whole batch; its ids are returned as one
+flat array.
 """
 
 import hashlib
@@ -19,17 +20,24 @@ from mmdata.errors import TokenizerError
 from mmdata.io.records import JsonObject
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_AGAIN = "copy or download it again"
+_AGAIN = "copy or download it again"  # fix of a damaged file
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with its special ids, control tokens, chat template and hashes.
+    """A `tokenizers.Tokenizer` (`native`) with its special ids, control tokens, chat template and hashes.
 
-    `files`: contents of tokenizer.json, and of tokenizer_config.json and chat_template.jinja if there are any. `added`: tokens
-    matched as a whole, by id; `control_tokens`: ids of those that only templates write.
+    `files`: contents by name of tokenizer.json, and of tokenizer_config.json and chat_template.jinja if they exist.
+    `added`: tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
+    -> id, which only templates write. `vocab_size`: the largest id plus 1. `bos_id` and `pad_id` are None if not
+    defined. `chat_template`: None if there is none.
     """
 
     def __init__(self, dir: Path, files: dict[str, bytes]) -> None:
+        """Make a tokenizer of the contents of its files.
+
+        dir: where they come from, for messages. files: see the class. Raises TokenizerError if a file is malformed or
+        no eos token is named.
+        """
         self.dir = dir
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
@@ -67,7 +75,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, dir: Path) -> "Tokenizer":
-        """Read a tokenizer's directory. Raises TokenizerError if it is missing, unreadable or names no eos token."""
+        """Read a tokenizer from a directory.
+
+        Raises TokenizerError if tokenizer.json is missing, or a file cannot be read or used.
+        """
         files = {}
         for name in _FILES:
             try:
@@ -88,14 +99,14 @@ class Tokenizer:
 
     @cached_property
     def decoder(self) -> str:
-        """The type of tokenizer.json's decoder, such as ByteLevel; empty if it has none."""
+        """The type of the decoder in tokenizer.json, such as ByteLevel; empty if it has none."""
         return (json.loads(self.files["tokenizer.json"]).get("decoder") or {}).get("type", "")
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether the stretches between control tokens, encoded one by one, have the ids of the whole text.
+        """Whether encoding the pieces of text between control tokens gives the same ids as encoding all at once.
 
-        True for byte-level tokenizers that neither normalize text nor remove spaces beside added tokens.
+        True for byte-level tokenizers that neither normalize text nor strip spaces next to added tokens.
         """
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
         has_normalizer = json.loads(self.files["tokenizer.json"]).get("normalizer") is not None
@@ -103,13 +114,16 @@ class Tokenizer:
 
     @property
     def added_texts(self) -> list[str]:
-        """Every token that is matched as a whole, in the order of ids: control tokens and others such as <think>."""
+        """The text of every added token in the order of ids: control tokens and others such as <think>."""
         return [token.content for _, token in sorted(self.added.items())]
 
     def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts in one native call. Returns the ids end to end (uint32) and where each text's ids end (int64).
+        """Encode texts in one native call.
 
-        With `control`, special-token strings become control ids; otherwise they stay plain text.
+        Returns the ids of all texts end to end (uint32) and the end of each text's ids (int64).
+
+        control: whether special-token strings in the texts become control ids; otherwise they are encoded as ordinary
+        text.
         """
         self.native.encode_special_tokens = not control
         encodings = self.native.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -119,17 +133,20 @@ class Tokenizer:
         return np.fromiter(chain.from_iterable(lists), dtype=np.uint32, count=total), ends
 
     def encode_with_offsets(self, text: str, *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of one text (uint32 [T]) and the range of characters each stands for (int64 [T, 2], half-open)."""
+        """Return the ids of one text (uint32 [T]) and the characters [begin, end) that each stands for (int64 [T, 2]).
+
+        control: see `encode_batch`.
+        """
         self.native.encode_special_tokens = not control
         encoding = self.native.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
-        """The text of some ids; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of some ids; invalid UTF-8 becomes U+FFFD. skip_control: leave out control tokens."""
         return self.native.decode([int(id) for id in ids], skip_special_tokens=skip_control)
 
     def token_bytes(self) -> np.ndarray:
-        """The number of UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for control tokens and unused ids."""
+        """Return the number of UTF-8 bytes of each id, int32 [vocab_size]; 0 for control tokens and unused ids."""
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, id in self.native.get_vocab(with_added_tokens=True).items():
             if id in self.added:
@@ -143,7 +160,7 @@ class Tokenizer:
         return sizes
 
     def save(self, dir: Path) -> None:
-        """Write the files it was loaded from, byte for byte, into `dir`."""
+        """Write the files that the tokenizer was loaded from, byte for byte, to `dir`. Creates `dir` if missing."""
         dir.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (dir / name).write_bytes(content)
@@ -158,9 +175,11 @@ def train_bpe(
     out_dir: Path,
     split_digits: bool = True,
 ) -> Tokenizer:
-    """Train a byte-level BPE tokenizer and write it to `out_dir`. The same texts give the same files.
+    """Train a byte-level BPE tokenizer, write it to `out_dir` and return it. The same texts give the same files.
 
-    The first three control tokens become pad (also unk), bos and eos, with ids 0, 1 and 2, as in MiniMind's tokenizers.
+    control_tokens: at least three, which get the ids 0, 1, 2 …; the first is pad and unk, the second bos, the third
+    eos.
+    split_digits: whether every digit is a token of its own.
     """
     assert len(control_tokens) >= 3, "pad, bos and eos"
     native = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -198,7 +217,7 @@ def train_bpe(
     return tokenizer
 
 
-# The template of tokenizers that have none: a header before each message, nothing else.
+# The chat template for tokenizers that have none: <|im_start|> and role before each message, <|im_end|> after it.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
@@ -208,6 +227,7 @@ CHATML = (
 
 
 def _read_config(dir: Path, content: bytes) -> JsonObject:
+    """Return the content of tokenizer_config.json. Raises TokenizerError if it is not a JSON object."""
     try:
         config = json.loads(content)
     except ValueError as error:
@@ -218,18 +238,23 @@ def _read_config(dir: Path, content: bytes) -> JsonObject:
 
 
 def _token_text(token: Any) -> str:
-    """The text of a special token, which configurations write as a string or as an object with `content`."""
+    """Return the text of a special token, given as a string or as an object with `content`; empty for anything else."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 
 
 def _extra_tokens(config: JsonObject) -> list[str]:
+    """Return the texts of `additional_special_tokens`, or else `extra_special_tokens`, of tokenizer_config.json."""
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     return [_token_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
 
 
 def _chat_template(config: JsonObject, files: dict[str, bytes]) -> str | None:
-    """The template transformers would use: the jinja file, else the configuration's; of several, the one named default."""
+    """Return the chat template that transformers would use; None if there is none.
+
+    That is chat_template.jinja, else the one in tokenizer_config.json. If the configuration has several templates, the
+    one named "default" is returned.
+    """
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")
     template = config.get("chat_template")

@@ -1,7 +1,7 @@
-"""What the ids of a tokenizer stand for, as bytes and as people can read them; and how two vocabularies relate.
+"""What the ids of a tokenizer stand for, as bytes and in readable form, and how two vocabularies relate.
 
-Byte-level vocabularies look garbled in their files, because each byte is written as a printable character: "你好" is
-"ä½łå¥½" there. This module gives the bytes, and characters where the bytes form any.
+The files of byte-level vocabularies are hard to read, because each byte is written as a printable character: "你好" is
+written "ä½łå¥½" there. This module gives the bytes, and characters where the bytes are whole characters.
 """
 
 import json
@@ -19,14 +19,18 @@ _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 @cache
 def byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table); printable bytes as themselves."""
+    """Return the byte that each character of a byte-level vocabulary stands for: GPT-2's table, character -> byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
-    """UTF-8 bytes of every id, [vocab_size]. Added tokens as they are written; None for an id without a token."""
+    """Return the UTF-8 bytes that each id stands for, a list of vocab_size; None for an id without a token.
+
+    Added tokens give the bytes of their text. A token may be a part of a character, so its bytes need not be valid
+    UTF-8.
+    """
     texts: list[bytes | None] = [None] * tokenizer.vocab_size
     for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items():
         if id in tokenizer.added:
@@ -41,7 +45,11 @@ def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
 
 
 def legible(data: bytes) -> str:
-    """Bytes as characters where they form any, other bytes in hex as ‹e4 bd›; spaces and newlines as ␣ and ⏎."""
+    """Return bytes in readable form: characters as they are, bytes that are not a whole character in hex as ‹e4 bd›.
+
+    Space, newline, tab and carriage return become ␣, ⏎, ⇥ and ␍. Characters that cannot be printed become ‹U+200B› and
+    the like.
+    """
     pieces, begin = [], 0
     for at, char in (*_characters(data), (len(data), "")):
         if begin < at:
@@ -52,7 +60,7 @@ def legible(data: bytes) -> str:
 
 
 def _characters(data: bytes) -> Iterator[tuple[int, str]]:
-    """Every whole character with the offset it begins at; bytes that are no UTF-8 are left out."""
+    """Yield (byte offset, character) of every whole UTF-8 character; bytes that are not valid UTF-8 are skipped."""
     begin = 0
     while begin < len(data):
         first = data[begin]
@@ -69,7 +77,10 @@ def _characters(data: bytes) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """A token as people can read it. `bytes` in hex; `note`: control, added, or which character it is a part of."""
+    """A token in readable form.
+
+    `bytes`: in hex; `note`: control or added, if it is, and the characters that it is a part of.
+    """
 
     id: int
     text: str
@@ -78,9 +89,9 @@ class TokenView:
 
 
 def split_text(tokenizer: Tokenizer, text: str, *, control: bool = False) -> list[TokenView]:
-    """The tokens of a text. The note of a token that is part of a character names the character.
+    """Return the tokens of a text in order. The note of a token that is only a part of a character names the character.
 
-    With `control`, special-token strings in the text become control tokens.
+    control: whether special-token strings in the text become control tokens.
     """
     flat, _ = tokenizer.encode_batch([text], control=control)
     texts = token_texts(tokenizer)
@@ -102,9 +113,9 @@ def split_text(tokenizer: Tokenizer, text: str, *, control: bool = False) -> lis
 
 
 def list_tokens(tokenizer: Tokenizer, begin: int, count: int, find: str | None = None) -> list[TokenView]:
-    """At most `count` tokens from id `begin` on; with `find` only those whose bytes contain that text.
+    """Return at most `count` tokens from id `begin` on. find: only those whose bytes contain this text; None for all.
 
-    Raises UsageError if `begin` is no id.
+    Raises UsageError if `begin` is not an id or `count` is less than 1.
     """
     if not 0 <= begin < tokenizer.vocab_size or count < 1:
         raise UsageError(
@@ -117,6 +128,7 @@ def list_tokens(tokenizer: Tokenizer, begin: int, count: int, find: str | None =
 
 
 def _view(tokenizer: Tokenizer, id: int, data: bytes, note: str = "") -> TokenView:
+    """Return an id in readable form. data: the bytes of the token; note: appended to "control" or "added"."""
     added = tokenizer.added.get(id)
     kind = "" if added is None else "control" if added.special else "added"
     return TokenView(id, legible(data) if data else "(no token)", data.hex(" "), " ".join(filter(None, (kind, note))))
@@ -127,34 +139,37 @@ def _view(tokenizer: Tokenizer, id: int, data: bytes, note: str = "") -> TokenVi
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """How the ids of vocabulary B relate to those of A. An id is the same in both if its token and its kind are."""
+    """How the ids of vocabulary B relate to those of A.
+
+    An id is the same in both if its bytes are, and if it is a control token in both or in neither.
+    """
 
     size_a: int
     size_b: int
-    num_shared: int  # tokens, whatever their ids
-    same_ids: int
-    differing: tuple[int, ...]  # ids below both sizes that are different tokens, except …
+    num_shared: int  # tokens that both have, with the same id or not
+    same_ids: int  # ids that are the same in both
+    differing: tuple[int, ...]  # ids that both have and that are different tokens, except …
     placed: tuple[int, ...]  # … those that are reserved in A, such as <|buffer1|>, and another token in B
-    is_split_alike: bool  # the same normalizer, pre-tokenizer, merges and scores
+    is_split_alike: bool  # whether normalizer, pre-tokenizer, merges and scores are the same
 
     @property
     def b_is_readable(self) -> bool:
-        """Whether every id of B is the same token in A."""
+        """Whether every id of B is the same token in A, so that a model trained with A can read B's ids."""
         return not self.differing and not self.placed and self.size_b <= self.size_a
 
     @property
     def b_extends_a(self) -> bool:
-        """Whether B keeps every id of A, and has further ones or tokens in reserved places."""
+        """Whether B only adds tokens to A: it renames reserved tokens of A, has ids after A's last one, or both."""
         return not self.differing and self.size_b >= self.size_a and not self.b_is_readable
 
     @property
     def new_ids(self) -> tuple[int, ...]:
-        """Ids of B that mean nothing in A: those in reserved places, and those past A's last."""
+        """The ids of B that A has no meaning for: reserved tokens of A that B renamed, then those after A's last id."""
         return (*self.placed, *range(self.size_a, self.size_b))
 
 
 def relate(a: Tokenizer, b: Tokenizer) -> Relation:
-    """Compare two vocabularies id by id."""
+    """Compare two vocabularies id by id and return how B relates to A."""
     tokens_a, tokens_b = (_tokens_and_kinds(each) for each in (a, b))
     pairs = list(zip(tokens_a, tokens_b, strict=False))
     unlike = [id for id, (one, other) in enumerate(pairs) if one != other]
@@ -172,14 +187,15 @@ def relate(a: Tokenizer, b: Tokenizer) -> Relation:
 
 
 def is_reserved(text: bytes | None) -> bool:
-    """Whether a token is kept free for later use, such as MiniMind's <|buffer1|> to <|buffer9|>."""
+    """Return whether a token is kept free for later use, judged by its text, such as <|buffer1|> or <|reserved_2|>."""
     return text is not None and _RESERVED.fullmatch(text) is not None
 
 
 def added_ids(old: Tokenizer, new: Tokenizer) -> tuple[int, ...]:
-    """The ids that have a meaning in `new` and none in `old`: reserved ones, and those past the last of `old`.
+    """Return the ids that have a meaning in `new` but not in `old`.
 
-    Raises TokenizerError if any other id of `old` has another meaning in `new`.
+    These are the reserved tokens of `old` that `new` renamed, then the ids after the last one of `old`. Raises
+    TokenizerError if `new` has fewer ids than `old`, or another token at any other id.
     """
     relation = relate(old, new)
     if relation.differing or relation.size_b < relation.size_a:
@@ -194,13 +210,13 @@ def added_ids(old: Tokenizer, new: Tokenizer) -> tuple[int, ...]:
 
 
 def _tokens_and_kinds(tokenizer: Tokenizer) -> list[tuple[bytes | None, bool]]:
-    """The bytes of every id and whether it is a control token."""
+    """Return, for every id, its bytes (None without a token) and whether it is a control token."""
     control = set(tokenizer.control_tokens.values())
     return [(text, id in control) for id, text in enumerate(token_texts(tokenizer))]
 
 
 def _splitting(tokenizer: Tokenizer) -> list[object]:
-    """Everything in tokenizer.json that decides how plain text is split."""
+    """Return everything in tokenizer.json that decides how ordinary text is split into tokens, for comparison."""
     parts = json.loads(tokenizer.files["tokenizer.json"])
     model = parts["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", ())]
