@@ -1,4 +1,5 @@
-"""The commands `mm tokenizer train`, `eval`, `compare`, `check` and `extend`, a module each (`show` is in ../vocabulary.py).
+"""The commands `mm tokenizer train`, `eval`, `compare`, `check` and `extend`, one module each.
 
-They share `sample.py`, which draws text from jsonl files; `layouts.py` and `unigram.py` belong to training.
+`mm tokenizer show` is in ../vocabulary.py. The modules share `sample.py`, which draws text from jsonl files.
+`layouts.py` and `unigram.py` are used by `train.py`.
 """

@@ -1,7 +1,8 @@
 """Checking everything about a tokenizer that training relies on: `mm tokenizer check`. Takes a second or two.
 
-Each check gives a finding: ok, a note or an error. A note says what will happen, such as rows with tools being left out; an
-error means that training fails or learns the wrong thing.
+Takes a tokenizer's directory and returns a list of findings: ok, note or error. A note says what will happen, such as
+rows with tools being left out. An error means that training fails or learns something wrong. Each function that makes
+findings has the rule that it checks as its docstring.
 """
 
 import itertools
@@ -31,7 +32,10 @@ _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of one check. `level`: ok, note or error; `fix`: what helps, where the level is not ok."""
+    """Result of one check.
+
+    `level`: ok, note or error; `found`: what was seen; `fix`: what helps, empty if nothing has to be done.
+    """
 
     check: str
     level: str
@@ -40,7 +44,11 @@ class Finding:
 
 
 def check(directory: Path, *, vocab_size: int | None = None) -> list[Finding]:
-    """Run all checks. `vocab_size`: that of the model it is meant for. A directory that cannot be read is one error."""
+    """Run all checks on the tokenizer in `directory`.
+
+    vocab_size: that of the model it is meant for; None skips that check. A directory that cannot be loaded gives a
+    single finding, an error.
+    """
     try:
         tokenizer = Tokenizer.load(directory)
     except TokenizerError as error:
@@ -59,7 +67,7 @@ _SIZE_FIX = "train the model with a --model that takes the tokenizer's size, or 
 
 
 def _ids(tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Finding]:
-    """Ids are 0 … n-1, one token each, and below the model's vocabulary size."""
+    """Check that the ids are 0 … n-1, one token each, and below the vocabulary size of the model, if that is given."""
     ids = sorted(tokenizer.native.get_vocab(with_added_tokens=True).values())
     twice = [a for a, b in itertools.pairwise(ids) if a == b]
     gaps = sorted(set(range(ids[-1] + 1)) - set(ids)) if ids else []
@@ -80,7 +88,7 @@ def _ids(tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Finding]:
 
 
 def _added(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """tokenizer_config.json and tokenizer.json give the added tokens the same ids."""
+    """Check that tokenizer_config.json and tokenizer.json give the added tokens the same ids."""
     config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     wrong = []
     for id, token in (config.get("added_tokens_decoder") or {}).items():
@@ -97,7 +105,7 @@ def _added(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _special(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """bos, eos and pad are tokens, and different ones."""
+    """Check that the special tokens that are named have ids, and that bos, eos and pad exist and differ."""
     for name in _NAMES:
         token = tokenizer.special_tokens.get(name)
         if token is not None and tokenizer.native.token_to_id(token) is None:
@@ -120,7 +128,10 @@ def _special(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A conversation that rows may hold. `texts`: what the template must write of it; `is_needed`: training relies on it."""
+    """A conversation to render as a test.
+
+    `texts`: what the rendered text must contain; `is_needed`: failing is an error, not a note.
+    """
 
     name: str
     messages: tuple[Message, ...]
@@ -145,7 +156,7 @@ _TEMPLATE_FIX = 'use another "chat_template"; `mm tokenizer train --template min
 
 
 def _template(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """The template writes every role, uses tokens that exist, and ends answers with eos."""
+    """Check that the chat template can be used, writes the content of every role, and uses control tokens correctly."""
     try:
         template = Template(tokenizer)
     except MMError as error:
@@ -173,7 +184,10 @@ def _template(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Finding]:
-    """Marks that the template writes are control tokens; tags such as <think> are single tokens."""
+    """Check that special-token strings in rendered text are control tokens, and tags such as <think> single tokens.
+
+    rendered: the texts that the template made of the probes.
+    """
     written = sorted({mark for text in rendered for mark in _MARK.findall(text)})
     unknown = [mark for mark in written if mark not in tokenizer.control_tokens]
     if unknown:
@@ -194,7 +208,7 @@ def _marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Finding]:
 
 
 def _end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Finding]:
-    """The trained part of an answer ends with eos; without it a model never learns to stop."""
+    """Check that the trained text of an answer ends with eos; without it a model never learns to stop."""
     trained = [part for part in template.segments(Conversation((_USER, _ASSISTANT))) if part.is_trained]
     after = [part.text for part in trained if "Aa answer" not in part.text]
     if tokenizer.eos_token in after:
@@ -208,7 +222,7 @@ def _end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Finding]:
 
 
 def _plain(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Text that a user writes never becomes a control id."""
+    """Check that a control token's text, written by a user, is never encoded as a control id."""
     ids, _ = tokenizer.encode_batch([f"a{token}b" for token in tokenizer.control_tokens])
     bad = sorted(set(tokenizer.control_tokens.values()) & set(ids.tolist()))
     if bad:
@@ -219,7 +233,7 @@ def _plain(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _decoding(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Ids decode to the text, all at once and token by token."""
+    """Check that ids decode to their text, at once and token by token. Also count tokens that no text is encoded as."""
     strings = list(hostile_strings(NUM_HOSTILE, tokens=list(tokenizer.control_tokens)))
     flat, ends = tokenizer.encode_batch(strings)
     ids = [flat[begin:end].tolist() for begin, end in itertools.pairwise([0, *ends.tolist()])]
@@ -246,7 +260,10 @@ def _decoding(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _is_reachable(tokenizer: Tokenizer, id: int) -> bool:
-    """Whether the characters of a token are merged to this token."""
+    """Return whether some text is encoded as this token: its own characters must be merged to it.
+
+    True for added tokens.
+    """
     token = tokenizer.native.id_to_token(id)
     if id in tokenizer.added or token is None:
         return token is not None
@@ -254,7 +271,10 @@ def _is_reachable(tokenizer: Tokenizer, id: int) -> bool:
 
 
 def _segments(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """The stretches between control tokens, encoded one by one as rows are packed, have the ids of the whole rendering."""
+    """Check that rows encoded in pieces between control tokens, as `mm pack` does, get the ids of the whole text.
+
+    Tokenizers for which this cannot hold (see `Tokenizer.is_exact`) give a note: their rows are encoded more slowly.
+    """
     if not tokenizer.is_exact:
         found = "rewrites text or eats spaces: rows are encoded whole, by offsets, which is slower"
         yield Finding("segments", "note", found)
@@ -278,7 +298,7 @@ def _segments(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _fast(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """The fast encoder gives the ids of the `tokenizers` library; if not, `mm pack` uses the library."""
+    """Check that the fast encoder gives the ids of the `tokenizers` library; if not, `mm pack` uses the library."""
     result = encoders.check(tokenizer)
     if result.version is None:
         yield Finding("fast encoder", "note", f"{result.name} is not installed", "pip install 'mm-toolkit[fast]'")

@@ -1,5 +1,7 @@
-"""How two tokenizers split the same text, and whether a model trained with one may read shards of the other:
-`mm tokenizer compare`."""
+"""How two tokenizers split the same text, and whether a model trained with one can use data packed with the other.
+
+This is `mm tokenizer compare`: takes tokenizers A and B and a sample of text, and returns a `Comparison`.
+"""
 
 import re
 from collections import Counter
@@ -13,14 +15,14 @@ from mmdata.tokenizer.toolkit.sample import TextSample
 from mmdata.tokenizer.vocabulary import Relation, legible, relate, token_texts
 
 NUM_SHOWN = 12
-_MAX_WORDS = 200_000  # different words compared; the most frequent ones
-# Words as both pre-tokenizer patterns cut them, or smaller: differences are counted and shown word by word.
+_MAX_WORDS = 200_000  # only the most frequent words are compared, this many different ones
+# Differences are counted and shown by word. These words are never larger than those that the pre-tokenizers cut.
 _WORD = re.compile(r" ?[A-Za-z]+| ?\d+|[\u3400-\u9fff]{1,8}|\s+| ?[^\sA-Za-z\d\u3400-\u9fff]+")
 
 
 @dataclass(frozen=True, slots=True)
 class IdPair:
-    """An id and the token it is in A and in B, as people can read it."""
+    """An id, and the token that it is in A and in B, in readable form."""
 
     id: int
     a: str
@@ -29,7 +31,7 @@ class IdPair:
 
 @dataclass(frozen=True, slots=True)
 class WordSplit:
-    """A word that A and B split differently: how often the text has it, and its tokens in both."""
+    """A word that A and B split differently: its number of occurrences in the text, and its tokens in A and in B."""
 
     text: str
     count: int
@@ -39,29 +41,33 @@ class WordSplit:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All figures of A and B; the names are the keys of `mm tokenizer compare --json`. Pairs are A's value, then B's."""
+    """All figures of A and B; the field names are the keys of `mm tokenizer compare --json`.
+
+    Tuples and lists of two numbers are A's value, then B's. `may_read` says whether a model trained with A may read
+    shards packed with B, and `answer` why.
+    """
 
     a: str
     b: str
     vocab_size: tuple[int, int]
-    shared_tokens: int  # whatever their ids
-    same_ids: int
+    shared_tokens: int  # tokens that both have, with the same id or not
+    same_ids: int  # ids that are the same token in both
     first_differing_ids: list[IdPair]
     text_bytes: int
     tokens: list[int]
     bytes_per_token: list[float]
-    texts: int
+    texts: int  # number of texts compared
     texts_split_alike: int
-    words_split_differently: float  # share of all words of the text
+    words_split_differently: float  # share of the occurrences of the words compared
     examples: list[WordSplit]
-    control_tokens: dict[str, list[str]]  # only_a, only_b
+    control_tokens: dict[str, list[str]]  # keys "only_a" and "only_b": those that the other does not have
     same_template: bool
     may_read: bool
     answer: str
 
 
 def compare(a: Tokenizer, b: Tokenizer, sample: TextSample) -> Comparison:
-    """Compare two vocabularies id by id, and how both tokenizers split the sample."""
+    """Compare two vocabularies id by id, and how both tokenizers split the texts of the sample."""
     relation = relate(a, b)
     words: Counter[str] = Counter()
     tokens = [0, 0]
@@ -101,7 +107,10 @@ def compare(a: Tokenizer, b: Tokenizer, sample: TextSample) -> Comparison:
 
 
 def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
-    """Whether a model trained with A may read shards of B, and why in one sentence."""
+    """Return whether a model trained with A may read shards packed with B, and one sentence that says why.
+
+    relation: of `relate(a, b)`.
+    """
     names = f"a model trained with {a.dir} may"
     again = f"pack the data again: mm pack FILE --tokenizer {a.dir}"
     if a.sha256 == b.sha256:
@@ -132,14 +141,20 @@ def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
 
 
 def _token_sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The number of bytes of each token of each text. Two texts are split alike if these are equal."""
+    """Return the number of bytes of each token of each text.
+
+    Two tokenizers split a text alike if these lists are equal.
+    """
     flat, ends = tokenizer.encode_batch(texts)
     sizes = tokenizer.token_bytes()[flat]
     return [part.tolist() for part in np.split(sizes, ends[:-1])] if len(ends) else []
 
 
 def _differing_words(a: Tokenizer, b: Tokenizer, words: Counter[str]) -> tuple[int, list[WordSplit]]:
-    """How many occurrences of words are split differently, and the most frequent of these words with both splits."""
+    """Return how many occurrences of words are split differently, and the NUM_SHOWN most frequent of these words.
+
+    words: number of occurrences by word, of which the _MAX_WORDS most frequent are compared.
+    """
     common = words.most_common(_MAX_WORDS)
     splits = [_token_sizes(each, [word for word, _ in common]) for each in (a, b)]
     differing = [
@@ -153,10 +168,11 @@ def _differing_words(a: Tokenizer, b: Tokenizer, words: Counter[str]) -> tuple[i
 
 
 def _cut(word: str, sizes: Sequence[int]) -> list[str]:
-    """The word in pieces of these many bytes, legible."""
+    """Return the word cut into pieces of these numbers of bytes, in readable form."""
     data, ends = word.encode(), np.cumsum(sizes).tolist()
     return [legible(data[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _id_pair(a: Tokenizer, b: Tokenizer, id: int) -> IdPair:
+    """Return the tokens of an id in A and in B, in readable form; empty for an id without a token."""
     return IdPair(id, *(legible(token_texts(each)[id] or b"") for each in (a, b)))

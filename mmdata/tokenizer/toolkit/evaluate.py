@@ -1,8 +1,8 @@
-"""Figures of tokenizers on the same text: `mm tokenizer eval`.
+"""Figures of one or several tokenizers on the same text: `mm tokenizer eval`.
 
-For each tokenizer: compression by language and file, use of the vocabulary, whether text comes back exactly, speed, and
-what the vocabulary's size means for a model. About one second per megabyte of text and tokenizer. Bytes per token of two
-tokenizers can be compared only over the same text.
+For each tokenizer: compression by language and file, use of the vocabulary, whether text comes back unchanged, speed,
+and how large an embedding the vocabulary needs. Takes about one second per megabyte of text and tokenizer. Bytes per
+token of two tokenizers can be compared only on the same text.
 """
 
 import re
@@ -30,16 +30,19 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The part of a model preset that a vocabulary changes. `max_vocab`: the preset's vocabulary size; 0 is no limit."""
+    """What the size of an embedding follows from in a model preset.
 
-    hidden_size: int
+    `max_vocab`: the preset's vocabulary size; 0 means no limit.
+    """
+
+    hidden_size: int  # width C of the embedding
     num_other_params: int  # parameters outside the embedding
     max_vocab: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The size of a text and how well it is compressed."""
+    """The size of a text and how well it is compressed into tokens."""
 
     bytes: int
     tokens: int
@@ -49,7 +52,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class TokenUses:
-    """One token as people can read it, its bytes, and how often the text used it."""
+    """One token in readable form, its number of bytes, and how often it occurs in the text."""
 
     id: int
     text: str
@@ -59,7 +62,10 @@ class TokenUses:
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """How many texts of the sample, and how many hostile strings, change when encoded and decoded; the shortest three."""
+    """How many texts of the sample, and how many hostile strings, change when encoded and decoded.
+
+    `examples` are the three shortest that change, cut to 200 characters.
+    """
 
     texts: int
     texts_changed: int
@@ -70,7 +76,10 @@ class RoundTrip:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingShare:
-    """Parameters of a model's embedding (counted once), their share of the model, and whether the preset has the ids."""
+    """The parameters of a model's embedding, their share of the model, and whether the preset's vocabulary is enough.
+
+    Input and output embedding are counted as one.
+    """
 
     params: int
     share: float
@@ -79,7 +88,7 @@ class EmbeddingShare:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFigures:
-    """All figures of one tokenizer; the names are the keys of `mm tokenizer eval --json`."""
+    """All figures of one tokenizer; the field names are the keys of `mm tokenizer eval --json`."""
 
     name: str
     sha256: str
@@ -90,28 +99,32 @@ class TokenizerFigures:
     characters_per_token: float
     by_language: dict[str, Rates]
     by_file: dict[str, Rates]
-    tokens_per_word: float | None  # Latin letters and the space before them; None where the text has no words
-    tokens_per_chinese_character: float | None
+    tokens_per_word: float | None  # of words of Latin letters with the space before them; None if the text has none
+    tokens_per_chinese_character: float | None  # None if the text has none
     byte_fallback_share: float  # share of the tokens that are a single byte of a longer character
     vocab_used: int
     vocab_used_share: float
-    never_used: int  # ordinary tokens: neither added ones nor unused ids
-    never_used_bytes: int  # of these, single bytes, which must exist for text to come
-    glitch_prone: int  # of these, all others: a model's input may hold them, but their embedding is never trained
-    glitch_prone_tokens: list[TokenUses]
-    rarely_used: int
+    never_used: int  # tokens that do not occur in the text; added tokens and ids without a token are not counted
+    never_used_bytes: int  # of these, single bytes, which are needed to encode any other text
+    glitch_prone: int  # of these, all others: text to come may contain them, but their embedding is never trained
+    glitch_prone_tokens: list[TokenUses]  # the NUM_SHOWN of them with the largest ids
+    rarely_used: int  # tokens that occur 1 to 9 times
     longest_tokens: list[TokenUses]
     round_trip: RoundTrip
-    encode_mb_per_cpu_s: float
+    encode_mb_per_cpu_s: float  # megabytes (10^6 bytes) per second of CPU time, all threads together
     decode_mb_per_cpu_s: float
-    embedding: dict[str, EmbeddingShare]  # by model preset
-    tokens_per_gigabyte: int
-    steps_per_gigabyte: int
+    embedding: dict[str, EmbeddingShare]  # model preset -> its embedding with this vocabulary
+    tokens_per_gigabyte: int  # tokens of 10^9 bytes of such text
+    steps_per_gigabyte: int  # training steps that these tokens make
 
 
 @dataclass(frozen=True, slots=True)
 class TextFigures:
-    """The text that was measured: what was drawn, from how many rows and bytes, and rows left out by file and reason."""
+    """The text that was measured.
+
+    `bytes`, `characters` and `texts` are what was drawn, out of `rows` rows with `found_bytes` bytes of text.
+    `left_out` counts rows that could not be used: file -> reason -> number.
+    """
 
     bytes: int
     characters: int
@@ -123,7 +136,7 @@ class TextFigures:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What `evaluate` returns."""
+    """What `evaluate` returns: figures of the text and each tokenizer. `step_tokens`: tokens of one training step."""
 
     text: TextFigures
     step_tokens: int
@@ -141,8 +154,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure every tokenizer on the whole sample.
 
-    `shapes`: model presets by name; `step_tokens`: tokens of one training step. `progress` counts the bytes of the text
-    once for each tokenizer.
+    shapes: model presets by name. step_tokens: number of tokens in one training step. num_hostile: hostile strings to
+    encode and decode. progress: called with the bytes measured so far and in all, where the text counts once for each
+    tokenizer.
     """
     groups = list(sample.groups())
     total = sample.drawn_bytes * len(tokenizers)
@@ -163,7 +177,7 @@ def evaluate(
 
 
 class _Coder:
-    """Encodes and decodes texts, and keeps count: uses of each id, texts that come back changed, CPU seconds."""
+    """Encodes and decodes texts and counts: uses of each id, texts that are changed by it, CPU seconds."""
 
     def __init__(self, tokenizer: Tokenizer, tick: Callable[[int], None] | None = None) -> None:
         self.tokenizer, self.tick = tokenizer, tick
@@ -173,7 +187,10 @@ class _Coder:
         self.encode_s = self.decode_s = 0.0
 
     def run(self, texts: list[str]) -> np.ndarray:
-        """Bytes, characters and tokens of some texts, int64 [3]. `tick` is called with all bytes so far."""
+        """Encode and decode some texts. Returns their numbers of bytes, characters and tokens, int64 [3].
+
+        `tick`, if given, is called with the number of bytes of all texts so far.
+        """
         before, num_tokens = self.num_bytes, 0
         for begin in range(0, len(texts), _BATCH):
             batch = texts[begin : begin + _BATCH]
@@ -202,6 +219,7 @@ def _figures(
     num_hostile: int,
     tick: Callable[[int], None] | None,
 ) -> TokenizerFigures:
+    """Measure one tokenizer; see `evaluate`. tick: called with the bytes measured so far."""
     coder, hostile = _Coder(tokenizer, tick), _Coder(tokenizer)
     sizes = [coder.run(texts) for _, texts in groups]
     hostile.run(list(hostile_strings(num_hostile, tokens=list(tokenizer.control_tokens))))
@@ -216,6 +234,7 @@ def _figures(
     longest = sorted(np.flatnonzero(is_ordinary).tolist(), key=lambda id: (-lengths[id], id))
 
     def shown(ids: list[int]) -> list[TokenUses]:
+        """Return these ids with their tokens in readable form and their number of uses."""
         return [TokenUses(id, legible(tokens[id] or b""), len(tokens[id] or b""), int(uses[id])) for id in ids]
 
     changed = sorted((*coder.changed, *hostile.changed), key=len)
@@ -254,17 +273,21 @@ def _figures(
 
 
 def _count(pattern: re.Pattern[str], groups: Groups) -> Counter[str]:
-    """How often each match of a pattern occurs in all texts."""
+    """Return how often each match of a pattern occurs in all texts."""
     return Counter(match for _, texts in groups for text in texts for match in pattern.findall(text))
 
 
 def _rates(size: np.ndarray) -> Rates:
+    """Return the rates of a text. size: its numbers of bytes, characters and tokens, int64 [3]."""
     num_bytes, num_characters, num_tokens = size.tolist()
     return Rates(num_bytes, num_tokens, num_bytes / max(num_tokens, 1), num_characters / max(num_tokens, 1))
 
 
 def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Rates]:
-    """Rates of the groups of each name, in the order of the names."""
+    """Return the rates of each name, in order of first occurrence.
+
+    `names[i]` is what `sizes[i]` (see `_rates`) is added to.
+    """
     sums: dict[str, np.ndarray] = {}
     for name, size in zip(names, sizes, strict=True):
         sums[name] = sums.get(name, 0) + size
@@ -272,7 +295,10 @@ def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Ra
 
 
 def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> float | None:
-    """Tokens of all strings, each encoded on its own and taken as often as it was counted, divided by `total`."""
+    """Return the number of tokens of all strings, each encoded alone and weighted by its count, divided by `total`.
+
+    None if `total` is 0.
+    """
     if not total:
         return None
     _, ends = tokenizer.encode_batch(list(counted))
@@ -280,6 +306,7 @@ def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> flo
 
 
 def _embedding(vocab_size: int, shape: Shape) -> EmbeddingShare:
+    """Return the size of the embedding that a vocabulary needs in a model preset."""
     params = vocab_size * shape.hidden_size
     fits = not shape.max_vocab or vocab_size <= shape.max_vocab
     return EmbeddingShare(params, params / (params + shape.num_other_params), fits)

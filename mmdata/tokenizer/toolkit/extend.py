@@ -1,8 +1,9 @@
-"""Adding tokens to a tokenizer so that every id keeps its meaning: `mm tokenizer extend`.
+"""Adding tokens to a tokenizer without changing the meaning of any id: `mm tokenizer extend`.
 
-New tokens follow the last id, and a model can go on with the tokenizer once its embedding has grown (`mm train
---resize-embeddings`). With `reserved`, they take the places of reserved tokens (`<|buffer1|>` …) and the embedding keeps its
-size; the rows of these ids, which were never trained, are initialized anew all the same.
+New tokens get the ids after the last one. A model can continue to be trained with the new tokenizer once its embedding
+has grown (`mm train --resize-embeddings`). With `reserved`, new tokens replace reserved tokens (`<|buffer1|>` …) and
+the embedding keeps its size; the embedding rows of these ids, which were never trained, are initialized again
+nevertheless.
 """
 
 import json
@@ -21,10 +22,12 @@ from mmdata.tokenizer.vocabulary import added_ids, is_reserved
 def extend(
     directory: Path, tokens: Sequence[str], out: Path, *, is_control: bool = False, reserved: bool = False
 ) -> dict[str, int]:
-    """Write the tokenizer with `tokens` added to `out`; returns their ids.
+    """Add tokens to the tokenizer in `directory` and write it to the directory `out`. Returns their ids.
 
-    `is_control`: text never becomes these tokens, only templates write them. Raises UsageError for tokens that are empty,
-    given twice or there already, and for an `out` that is not empty.
+    is_control: text is never encoded as these tokens, only chat templates write them. reserved: replace reserved tokens
+    in place of adding ids. Raises UsageError for tokens that are empty, given twice or in the tokenizer already, if
+    there are not enough reserved tokens, and if `out` is not empty; TokenizerError if the tokenizer cannot be read or
+    its ids have gaps.
     """
     old = Tokenizer.load(directory)
     _check(old, tokens, out)
@@ -56,6 +59,7 @@ def extend(
 
 
 def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
+    """Raise UsageError if the tokens cannot be added, or if `out` is not a new or empty directory."""
     if not tokens:
         raise UsageError("no token to add", f"mm tokenizer extend {old.dir} --add '<think>' --add '</think>' --out DIR")
     for token in tokens:
@@ -69,7 +73,11 @@ def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
 
 
 def _take_reserved(old: Tokenizer, parts: JsonObject, tokens: Sequence[str]) -> list[int]:
-    """Rename reserved tokens of tokenizer.json's vocabulary to `tokens`; returns their ids."""
+    """Rename the first reserved tokens in `parts`, the content of tokenizer.json, to `tokens`, and return their ids.
+
+    Only the model's vocabulary is renamed; the list "added_tokens" is not. Raises UsageError if there are fewer
+    reserved tokens.
+    """
     free = [(id, token.content) for id, token in sorted(old.added.items()) if is_reserved(token.content.encode())]
     if len(free) < len(tokens):
         raise UsageError(

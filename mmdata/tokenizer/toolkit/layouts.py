@@ -1,8 +1,8 @@
-"""Chat templates and added tokens that `mm tokenizer train` can give a new tokenizer.
+"""Chat templates and added tokens that `mm tokenizer train` can give to a new tokenizer.
 
-`minimind2` and `minimind3` (templates/*.jinja) render every role, tool and option exactly as the templates of MiniMind's
-tokenizers of October 2025 and of 2026 do; they are written anew here. `chatml` writes a header before each message and nothing
-else.
+`minimind2` and `minimind3` (templates/*.jinja) render every role, tool and option exactly as the templates of
+MiniMind's tokenizers of October 2025 and of 2026 do; they were written anew for this project. `chatml` writes
+<|im_start|> and the role before each message, and <|im_end|> after it.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A chat template and its added tokens in the order of their ids, from 0 on: control tokens first, then plain ones.
+    """A chat template and its added tokens in the order of their ids, from 0 on: first `control`, then `plain`.
 
-    Only templates write control tokens. Plain ones are single tokens wherever their text occurs.
+    Only chat templates write control tokens; the same text written by a user is encoded as ordinary text. The `plain`
+    tokens are single tokens wherever their text occurs.
     """
 
     name: str
@@ -26,13 +27,14 @@ class Layout:
 
     @property
     def template(self) -> str:
-        """The chat template, as it goes into tokenizer_config.json."""
+        """The chat template as it is written to tokenizer_config.json (Jinja)."""
         if self.name == "chatml":
             return CHATML
         return (Path(__file__).parent / "templates" / f"{self.name}.jinja").read_text(encoding="utf-8")
 
     @property
     def tokens(self) -> tuple[str, ...]:
+        """All added tokens, in the order of their ids."""
         return self.control + self.plain
 
 

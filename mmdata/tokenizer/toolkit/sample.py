@@ -1,9 +1,10 @@
 """Stratified sampling of the text of jsonl files, to train and evaluate tokenizers on.
 
-A stratum is the text of one language in one file. All strata have the same claim on the byte limit; what a small one
-leaves over goes to the others. Within a stratum texts are sampled uniformly: each gets a random key and the smallest keys
-stay, so one pass is enough and memory holds 1.1 times the limit. Where the limit leaves room, texts of the smaller of
-Chinese and English may count several times. The same files, weights, limit and seed give the same sample.
+A stratum is the text of one language in one file. Every stratum gets an equal share of the byte limit; what a small one
+does not need is given to the others. Within a stratum texts are sampled uniformly: each gets a random key, and the
+texts with the smallest keys are retained, so that one pass is enough and memory holds at most about 1.1 times the
+limit. If the limit is not reached, texts of the smaller of Chinese and English may be repeated. The same files,
+weights, limit and seed give the same sample.
 """
 
 import heapq
@@ -22,10 +23,10 @@ from mmdata.io.lines import is_seekable, iter_lines
 from mmdata.tokenizer.text import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
 
 FIELDS = ("text", "system", "user", "assistant", "rejected", "tool", "reasoning", "calls", "tools")
-PIECE = 16_384  # characters; longer texts are cut, so that one text cannot be the whole sample
+PIECE = 16_384  # characters; longer texts are cut into pieces, so that one text cannot fill the whole sample
 _SLACK = 0.1  # the sample may exceed its limit by this share before it is cut down
 _BATCH = 1024  # texts whose language is detected at once
-_LOOK_AT = 2048  # characters used to detect the language
+_LOOK_AT = 2048  # the language is detected from this many characters at the beginning of a text
 _BALANCED = ("Chinese", "English")  # other languages and code are never repeated
 _MAX_TIMES = 3  # how often a text of the smaller language may count
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -33,7 +34,10 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(slots=True)
 class Stratum:
-    """One language of one file: what was found, and what was drawn, where a text that counts twice is added twice."""
+    """The text of one language in one file: bytes and number of texts found, and drawn.
+
+    A repeated text is counted repeatedly as drawn.
+    """
 
     file: str
     language: str
@@ -45,24 +49,28 @@ class Stratum:
 
 @dataclass(slots=True)
 class TextSample:
-    """The texts drawn, by stratum: UTF-8 and how often each counts. `left_out`: unusable rows by file and reason."""
+    """The texts drawn: for each stratum a list of (UTF-8 text, how many times it counts).
+
+    `num_rows`: rows read; `left_out`: file -> reason -> number of rows that could not be used.
+    """
 
     strata: list[Stratum]
-    texts: list[list[tuple[bytes, int]]]  # as long as `strata`
+    texts: list[list[tuple[bytes, int]]]  # texts[i] are those of strata[i]
     num_rows: int = 0
     left_out: dict[str, Counter[str]] = field(default_factory=dict)
 
     @property
     def drawn_bytes(self) -> int:
+        """The bytes of all texts, repetitions included."""
         return sum(stratum.drawn_bytes for stratum in self.strata)
 
     def groups(self) -> Iterator[tuple[Stratum, list[str]]]:
-        """Each stratum and its texts, each as often as it counts."""
+        """Yield each stratum with its texts, repetitions included."""
         for stratum, texts in zip(self.strata, self.texts, strict=True):
             yield stratum, [text.decode() for text, count in texts for _ in range(count)]
 
     def release(self) -> Iterator[str]:
-        """Yield all texts and free each as it is yielded; the sample is empty afterwards."""
+        """Yield all texts, repetitions included, and free each of them. The sample has no texts afterwards."""
         for texts in self.texts:
             while texts:
                 text, count = texts.pop()
@@ -70,7 +78,11 @@ class TextSample:
 
 
 class _Reservoir:
-    """A stratum while texts are added. The heap's first text has the largest key and is the next to be dropped."""
+    """The texts of one stratum while files are read.
+
+    The text with the largest key is first in `heap` and is dropped first. `num_bytes` is the size of the texts in the
+    heap, repetitions included. `weight` scales the stratum's share of the limit.
+    """
 
     __slots__ = ("counted_bytes", "found_bytes", "found_texts", "heap", "num_bytes", "threshold", "weight")
 
@@ -78,11 +90,14 @@ class _Reservoir:
         self.weight = weight
         self.heap: list[tuple[float, int, bytes, int]] = []  # negative key, running number, text, count
         self.num_bytes = self.found_bytes = self.found_texts = 0
-        self.counted_bytes = 0  # found, each text as often as it counts
+        self.counted_bytes = 0  # bytes found, repetitions included
         self.threshold = 1.0  # the smallest key that was dropped
 
     def add(self, key: float, text: bytes, count: int) -> None:
-        """Add a text that counts `count` times, unless a smaller key was dropped before."""
+        """Add a text that counts `count` times, if its key is below all keys that were dropped before.
+
+        In any case it is counted as found.
+        """
         self.found_bytes += len(text)
         self.found_texts += 1
         self.counted_bytes += len(text) * count
@@ -98,7 +113,10 @@ class _Reservoir:
             self.threshold = -key
 
     def repeat(self, times: float) -> None:
-        """Multiply the bytes by `times`: every text counts the whole number of times, those with small keys once more."""
+        """Repeat texts so that the number of bytes is about `times` as large, and at most that.
+
+        Every text is repeated int(times) times, and those with the smallest keys once more as far as they fit.
+        """
         left = times % 1 * self.num_bytes
         repeated = []
         for key, number, text, count in sorted(self.heap, reverse=True):
@@ -109,7 +127,7 @@ class _Reservoir:
         self.num_bytes = sum(len(text) * count for _, _, text, count in repeated)
 
 
-_Reservoirs = dict[tuple[int, str], _Reservoir]  # by index of the file and language
+_Reservoirs = dict[tuple[int, str], _Reservoir]  # (index of the file, language) -> reservoir
 
 
 def draw(
@@ -121,14 +139,18 @@ def draw(
     evened: bool = False,
     progress: Progress | None = None,
 ) -> TextSample:
-    """Read all rows of the files and draw at most `limit_bytes` of their text. Unusable rows are counted and left out.
+    """Read all rows of the files and draw at most `limit_bytes` of their text.
 
-    `weights`: how often a text counts, by FIELD, language or file (its path); 0.5 draws every second text, 0 none. Weights
-    of languages and files also scale their claim on the limit.
-    `evened`: texts of the smaller of Chinese and English count up to 3 times, until both are equally large or the limit is
-    reached; ignored if a language has a weight.
-    `progress` counts the bytes read of seekable files.
-    Raises InputError if no text is found and UsageError for a weight that is out of range or names nothing.
+    Rows that cannot be used are counted and left out.
+
+    weights: how often a text counts, by field (one of FIELDS), language or file path, 0 to 100; they are multiplied.
+    0.5 draws every second text on average, 0 none. Weights of languages and files also scale the share of the limit.
+    seed: of the random keys.
+    evened: repeat texts of the smaller of Chinese and English, up to 3 times, until both are equally large or the limit
+    is reached; ignored if a language has a weight.
+    progress: called with the bytes read so far and in all, which includes only files that can be seeked (not pipes).
+
+    Raises InputError if no text is found, and UsageError for a weight that is out of range or whose name is unknown.
     """
     weights = dict(weights or {})
     _check_weights(weights, files)
@@ -166,7 +188,7 @@ def draw(
 def _collect(
     files: Sequence[Path], reservoirs: _Reservoirs, num_rows: int, left_out: dict[str, Counter[str]]
 ) -> TextSample:
-    """The sample of all reservoirs, which are emptied. Raises InputError if there is no text."""
+    """Return the sample of all reservoirs, which are emptied. Raises InputError if there is no text."""
     sample = TextSample([], [], num_rows, left_out)
     for (index, language), one in sorted(reservoirs.items()):
         texts = [(text, count) for _, _, text, count in sorted(one.heap, key=lambda item: item[1])]
@@ -190,7 +212,13 @@ def _add(
     weights: Mapping[str, float],
     uniform: Callable[[], float],
 ) -> None:
-    """Add texts of a file, each with its field, to the strata of their languages. Long texts are added in pieces."""
+    """Add texts of file number `index`, given as (field, text), to the reservoirs of their languages.
+
+    Long texts are cut into pieces.
+
+    uniform: returns a random number in [0, 1), the key of the next text. A weight that is not a whole number is rounded
+    at random.
+    """
     pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
     for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
         claim = weights.get(str(path), 1.0) * weights.get(language, 1.0)
@@ -206,7 +234,7 @@ def _add(
 
 
 def _languages(texts: Sequence[str]) -> list[str]:
-    """The language of each text, detected from its first characters."""
+    """Return the language of each text, detected from its first _LOOK_AT characters."""
     if not texts:
         return []
     heads = [text[:_LOOK_AT] for text in texts]
@@ -216,10 +244,10 @@ def _languages(texts: Sequence[str]) -> list[str]:
 
 
 def _shrink(reservoirs: Collection[_Reservoir], limit_bytes: int) -> int:
-    """Reduce every stratum to its share of the limit; returns the bytes that stay.
+    """Reduce every stratum to its share of the limit and return the bytes that are left.
 
-    Shares follow from everything found so far and can only become smaller, so the final sample does not depend on when or
-    how often this is called.
+    Shares follow from everything found so far and can only become smaller, so the final sample does not depend on when
+    or how often this is called.
     """
     level = water_level([(one.counted_bytes, one.weight) for one in reservoirs], limit_bytes)
     for one in reservoirs:
@@ -228,7 +256,7 @@ def _shrink(reservoirs: Collection[_Reservoir], limit_bytes: int) -> int:
 
 
 def _balance(reservoirs: _Reservoirs, room: int) -> None:
-    """Let texts of the smaller language count more often, for at most `room` further bytes."""
+    """Repeat texts of the smaller of Chinese and English, for at most `room` further bytes; see `draw`."""
     groups = [[one for (_, language), one in reservoirs.items() if language == name] for name in _BALANCED]
     small, large = sorted(groups, key=lambda group: sum(one.num_bytes for one in group))
     small_bytes, large_bytes = (sum(one.num_bytes for one in group) for group in (small, large))
@@ -239,9 +267,9 @@ def _balance(reservoirs: _Reservoirs, room: int) -> None:
 
 
 def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:
-    """The level at which the sum of min(size, level * weight) is `limit`; infinite if everything fits.
+    """Return the level at which the sum of min(size, level * weight) is `limit`; infinity if all sizes fit.
 
-    sizes: (size, weight) of each stratum.
+    sizes: (size, weight) of each stratum, with weights above 0.
     """
     if sum(size for size, _ in sizes) <= limit:
         return float("inf")
@@ -254,7 +282,11 @@ def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:
 
 
 def fields_of(row: Row) -> Iterator[tuple[str, str]]:
-    """All text of a row with the FIELD it stands in; tools and tool calls as the JSON that templates write."""
+    """Yield (field, text) for all text of a row; the fields are those of FIELDS.
+
+    Tools and tool calls are given as the JSON that chat templates write. Of a pair, the prompt is given once, and
+    answers of the rejected side have the field "rejected".
+    """
     if isinstance(row, Document):
         for text in split_documents(row.text):
             yield "text", text
@@ -276,7 +308,10 @@ def fields_of(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most PIECE characters, cut after a newline or space where the second half has one."""
+    """Yield the text in pieces of at most PIECE characters.
+
+    A piece ends after the last newline or space in its second half, if there is one.
+    """
     begin = 0
     while len(text) - begin > PIECE:
         end = begin + PIECE
@@ -288,6 +323,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _check_weights(weights: Mapping[str, float], files: Sequence[Path]) -> None:
+    """Raise UsageError for a weight not in 0 … 100, or whose name is not a field, a language or one of the files."""
     for name, weight in weights.items():
         if name not in (*FIELDS, *LANGUAGES, *map(str, files)):
             raise UsageError(

@@ -1,9 +1,9 @@
 """Training a tokenizer on the text of jsonl files: `mm tokenizer train`.
 
-The result is a directory that transformers loads as it is. The same files, options and seed give the same bytes on any
-number of cores. Tokenizers are byte-level: every text has ids, and they decode to the same text. Peak memory is about 12
-times the text drawn (`limit_bytes`), most of it in the native trainer, which cannot be interrupted: `train_to` therefore
-trains in a child process.
+The result is a directory that transformers loads without changes. The same files, options and seed give the same bytes
+on any number of cores. Tokenizers are byte-level: every text can be encoded, and its ids decode to the same text. Peak
+memory is about 12 times the text drawn (`limit_bytes`), most of it in the native trainer. That trainer cannot be
+interrupted, so `train_to` runs it in a child process.
 """
 
 import gc
@@ -35,24 +35,29 @@ from mmdata.tokenizer.toolkit.options import TokenizerOptions
 from mmdata.tokenizer.toolkit.sample import Stratum, TextSample, draw
 from mmdata.tokenizer.vocabulary import byte_of
 
-# Where text is cut before training; no token reaches over a cut. `gpt2` is what MiniMind's tokenizers use (built into the
-# native byte-level pre-tokenizer). `digits` cuts the same way, except that every digit and newline stands alone.
+# Regular expressions that cut text into words before training; no token extends over a cut. `gpt2` is what MiniMind's
+# tokenizers use; it is built into the native byte-level pre-tokenizer, so none is given here. `digits` cuts the same
+# way, except that every digit and every newline is a word of its own.
 PATTERNS = {
     "digits": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+",
     "gpt2": "",
 }
-RECORD = "training.json"  # the TrainingRecord beside a trained tokenizer's files
-_MIN_COUNT = 2  # pairs and words seen once are not learned
-_MAX_WORDS = 2_000_000  # different words counted for unigram; beyond that, those seen once so far are dropped
+RECORD = "training.json"  # the TrainingRecord, in the directory of the trained tokenizer
+_MIN_COUNT = 2  # BPE does not merge token pairs that occur less often
+_MAX_WORDS = 2_000_000  # different words counted for unigram; if there are more, those seen once so far are dropped
 _NEVER = -1e6  # a log-probability below that of any sequence of bytes
-_FORMAT = 2
+_FORMAT = 2  # version of training.json
 _POLL_S = 0.2
-Phase = Callable[[str, int, int], None]  # (name of the phase, bytes done, bytes in all or 0 if unknown)
+Phase = Callable[[str, int, int], None]  # progress: (name of the phase, bytes done, bytes in all or 0 if unknown)
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Result of `train_to`. `vocab_size` is smaller than `asked_size` if the text has too few different pairs."""
+    """Result of `train_to`. `vocab_size` is less than `asked_size` if the text has too few different token pairs.
+
+    `strata`, `num_rows` and `left_out` describe the text (see `TextSample`). `up_to_date`: an equal tokenizer was there
+    already; the text was then not read again, and these fields are empty.
+    """
 
     out: Path
     vocab_size: int
@@ -66,7 +71,7 @@ class Trained:
 
 
 class InputFile(msgspec.Struct, frozen=True):
-    """A file that a tokenizer was trained on."""
+    """A file that a tokenizer was trained on: name, size and sha256."""
 
     name: str
     bytes: int
@@ -74,7 +79,10 @@ class InputFile(msgspec.Struct, frozen=True):
 
 
 class TrainingRecord(msgspec.Struct, frozen=True):
-    """training.json: everything a tokenizer follows from, the text that was drawn, and the sha256 of the files written."""
+    """The content of training.json: what determines the tokenizer, the text drawn, and sha256 of the files written.
+
+    `library` is the version of the tokenizers library.
+    """
 
     format_version: int
     made_by: str
@@ -88,8 +96,9 @@ class TrainingRecord(msgspec.Struct, frozen=True):
 def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, phase: Phase | None = None) -> Trained:
     """Train on the text of the files and write the tokenizer to `out`, which appears complete or not at all.
 
-    A tokenizer that was trained from the same bytes with the same options is left as it is. Raises UsageError if `out` holds
-    anything else or an option is wrong, InputError if the files hold no text.
+    A tokenizer in `out` that was trained from the same bytes with the same options is left as it is. phase: called with
+    progress. Raises UsageError if `out` contains anything else or an option is wrong, InputError if the files have no
+    text, and MMError if the training process dies.
     """
     begun = time.monotonic()
     check_options(options)
@@ -116,7 +125,7 @@ def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, pha
 
 
 def check_options(options: TokenizerOptions) -> Layout:
-    """The layout of the tokenizer to train. Raises UsageError if an option is wrong."""
+    """Check the options and return the layout (template and added tokens). Raises UsageError if an option is wrong."""
     check(options)
     base = LAYOUTS[options.template]
     for token in options.special:
@@ -135,7 +144,10 @@ def check_options(options: TokenizerOptions) -> Layout:
 def train(
     files: Sequence[Path], options: TokenizerOptions, *, phase: Phase | None = None
 ) -> tuple[dict[str, bytes], TextSample]:
-    """Train in this process. Returns the tokenizer's files by name, and the sample without its texts."""
+    """Train in this process.
+
+    Returns the contents of the tokenizer's files by name, and the sample, whose texts have been freed.
+    """
     layout = check_options(options)
     sample = draw(
         files,
@@ -151,7 +163,7 @@ def train(
 
 
 def _with_progress(sample: TextSample, phase: Phase) -> Iterator[str]:
-    """All texts of the sample, with a call of `phase` every megabyte."""
+    """Yield all texts of the sample, freeing each, and call `phase` about every megabyte and at the end."""
     done, reported, total = 0, -1, sample.drawn_bytes
     for text in sample.release():
         yield text
@@ -163,8 +175,11 @@ def _with_progress(sample: TextSample, phase: Phase) -> Iterator[str]:
 
 
 def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tokenizers.Tokenizer:
-    """Byte-level BPE by the native trainer. It depends only on the counts of words, and breaks ties by id: neither the order
-    of the texts nor the number of threads changes the result."""
+    """Train byte-level BPE with the native trainer.
+
+    It depends only on the counts of words and breaks ties by id, so that neither the order of the texts nor the number
+    of threads changes the result.
+    """
     native = tokenizers.Tokenizer(models.BPE())
     native.pre_tokenizer = pre_tokenizer(options.pattern)
     native.decoder = decoders.ByteLevel()
@@ -182,9 +197,10 @@ def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tok
 def _unigram(
     texts: Iterable[str], layout: Layout, options: TokenizerOptions, phase: Phase | None
 ) -> tokenizers.Tokenizer:
-    """Unigram over bytes: the native pre-tokenizer cuts words, `unigram` learns the pieces.
+    """Train a unigram model over bytes: the native pre-tokenizer cuts words and `unigram.train` learns the pieces.
 
-    The layout's tokens are pieces too, so that they have the first ids; their score is too low for any text to use them.
+    The layout's tokens are made pieces too, so that they get the first ids; their score is so low that no text is
+    encoded as them.
     """
     native = tokenizers.Tokenizer(models.Unigram())
     cut = pre_tokenizer(options.pattern)
@@ -207,7 +223,7 @@ def _unigram(
 
 
 def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """The native pre-tokenizer of one of the PATTERNS."""
+    """Return the native pre-tokenizer for a key of PATTERNS."""
     if not PATTERNS[pattern]:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     cut = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[pattern]), "isolated")
@@ -215,7 +231,10 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def tokenizer_files(native: tokenizers.Tokenizer, layout: Layout) -> dict[str, bytes]:
-    """Contents of tokenizer.json and tokenizer_config.json. The first ids of `native` must be the layout's tokens."""
+    """Return the contents of tokenizer.json and tokenizer_config.json by name.
+
+    native: the trained tokenizer, whose first ids must be the layout's tokens in their order.
+    """
     assert [native.id_to_token(id) for id in range(len(layout.tokens))] == list(layout.tokens)
     parts = json.loads(native.to_str())
     parts["added_tokens"] = [
@@ -245,13 +264,17 @@ def tokenizer_files(native: tokenizers.Tokenizer, layout: Layout) -> dict[str, b
 
 
 def added_token(id: int, token: str, *, is_control: bool) -> dict[str, int | str | bool]:
-    """An entry of "added_tokens" in tokenizer.json."""
+    """Return an entry of "added_tokens" in tokenizer.json: a token matched exactly, spaces around it untouched."""
     names = ("single_word", "lstrip", "rstrip", "normalized")
     return {"id": id, "content": token, **dict.fromkeys(names, False), "special": is_control}
 
 
 def _existing(out: Path, record: TrainingRecord) -> Trained:
-    """The tokenizer in `out` if it is the one that training would write. Raises UsageError otherwise."""
+    """Return the tokenizer in `out` if it is the one that training would write. Raises UsageError otherwise.
+
+    It is if training.json has the same versions, options and input hashes as `record` and the files have the recorded
+    sha256.
+    """
     try:
         old = read_record(out / RECORD, TrainingRecord, TokenizerError, "")
         is_same = msgspec.structs.replace(old, corpus=[], files={}) == record and all(
@@ -269,7 +292,10 @@ def _existing(out: Path, record: TrainingRecord) -> Trained:
 
 
 def publish(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to `out`, which is missing or an empty directory; it appears with all of them or stays as it was."""
+    """Write files to the directory `out`, which must be missing or empty.
+
+    It appears with all of them or stays as it was.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
     try:
@@ -288,7 +314,11 @@ def publish(out: Path, files: Mapping[str, bytes]) -> None:
 def _in_child(
     files: Sequence[Path], options: TokenizerOptions, phase: Phase | None
 ) -> tuple[dict[str, bytes], TextSample]:
-    """Run `train` in a child process, which is killed if this call is interrupted."""
+    """Run `train` in a child process and return its result. The child is killed if this call is interrupted.
+
+    `phase` is called every _POLL_S seconds at least. Raises the MMError that `train` raises, or one that says so if the
+    child dies.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(sender, files, options), daemon=True)
@@ -318,6 +348,7 @@ def _in_child(
 
 
 def _work(connection: Connection, files: Sequence[Path], options: TokenizerOptions) -> None:
+    """The child process: run `train` and send its progress, result or error through the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     gc.disable()  # the sample has many objects and no reference cycles
     try:

@@ -1,9 +1,9 @@
 """Training of a unigram language model over bytes (Kudo 2018, "Subword Regularization"), in numpy.
 
-Takes words with their counts and returns pieces with log-probabilities, by expectation maximisation over all
-segmentations. The `tokenizers` library's own trainer adds floats in the order of a hash table, so its result differs from run
-to run; here every sum has one order and the same counts give the same pieces. About 5 s and 0.5 GB for 2 MB of different
-words; of more than that the most frequent ones are used.
+Takes words with their counts and returns pieces with log-probabilities, found by expectation maximization (EM) over all
+segmentations of the words into pieces. The trainer of the `tokenizers` library adds floats in the order of a hash
+table, so its result differs from run to run; here every sum has a fixed order and the same counts give the same pieces.
+Takes about 5 s and 0.5 GB for 2 MB of different words. At most MAX_BYTES are used, the most frequent words first.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_BYTES = 1_500_000  # of different words
+MAX_BYTES = 1_500_000  # total length of the different words that are used
 WORD_BYTES = 24  # longer words are cut between characters, so that the probability of a word does not underflow
 _SEEDS_PER_PIECE = 8  # initial candidates for each piece of the result
-_KEPT = 0.75  # share of the candidates kept after each round
-_EM_STEPS = 2  # in each round
+_KEPT = 0.75  # share of the candidates that remain after each round of pruning
+_EM_STEPS = 2  # steps of expectation maximization in each round
 _FLOOR = 1e-9  # least probability of a single byte: any text must have a segmentation
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """W words laid end to end: bytes (uint8 [N]), begins and ends (int64 [W]), counts (float64 [W]), and rolling hashes of
-    all prefixes (uint64 [N + 1]) with the powers of the base."""
+    """W words laid end to end, N bytes in all.
+
+    `data`: their bytes, uint8 [N]. `begins`, `ends`: offsets of each word, int64 [W]. `counts`: float64 [W]. `prefix`:
+    rolling hashes of all prefixes of `data`, uint64 [N + 1]. `powers`: powers of the hash's base, uint64 [WORD_BYTES +
+    1].
+    """
 
     data: np.ndarray
     begins: np.ndarray
@@ -34,20 +38,22 @@ class _Text:
 
     @classmethod
     def of(cls, words: list[bytes], counts: list[float]) -> "_Text":
+        """Return these words, laid end to end, with their counts."""
         data = np.frombuffer(b"".join(words), np.uint8)
         lengths = np.fromiter(map(len, words), np.int64, len(words))
         ends = lengths.cumsum()
         return cls(data, ends - lengths, ends, np.array(counts, np.float64), *_hashes(data))
 
     def keys(self, begins: np.ndarray, length: int) -> np.ndarray:
-        """A 64-bit hash of the `length` bytes that begin at each position."""
+        """Return a 64-bit hash of the `length` bytes from each of the offsets `begins` on."""
         return self.prefix[begins + length] - self.prefix[begins] * self.powers[length]
 
 
 def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all prefixes, h[i + 1] = h[i] * B + byte + 1 modulo 2^64, and the powers of B.
+    """Return the hashes h of all prefixes of `data`, and the powers of the base B from 0 to WORD_BYTES.
 
-    B is odd and has an inverse, so h[i] * B^-i is a cumulative sum and needs no loop.
+    h[i + 1] = h[i] * B + data[i] + 1 modulo 2^64. B is odd and so has an inverse, hence h[i] * B^-i is a cumulative sum
+    and needs no loop.
     """
     inverse = np.uint64(pow(int(_BASE), -1, 1 << 64))
     steps = len(data) + 1
@@ -60,8 +66,12 @@ def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class _Matches:
-    """All occurrences of pieces in words, int64 [M] each. `forward` and `backward` group them for the two passes of
-    expectation: by the end, and by the begin, relative to the word."""
+    """All occurrences of pieces in words. `begin`, `end`: byte offsets; `piece`, `word`: indices; int64 [M] each.
+
+    `forward` and `backward` group the occurrences for the two passes of the forward-backward algorithm: by the distance
+    of their end from the begin of the word, and by the distance of their begin from the end of the word, shortest
+    first. Groups are as `_grouped` returns them.
+    """
 
     begin: np.ndarray
     end: np.ndarray
@@ -71,7 +81,10 @@ class _Matches:
     backward: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
     def only(self, kept: np.ndarray, num_pieces: int) -> "_Matches":
-        """The matches of the pieces `kept`, which are renumbered from 0; nothing is sorted again."""
+        """Return the matches of the pieces with the indices `kept`, which are renumbered from 0.
+
+        Nothing is sorted again.
+        """
         number = np.full(num_pieces, -1)
         number[kept] = np.arange(len(kept))
         piece = number[self.piece]
@@ -85,14 +98,20 @@ class _Matches:
 
 
 def _grouped(matches: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Matches sorted by place, the different places, and where the matches of each place begin."""
+    """Return `matches`, the different places, and where in `matches` those of each place begin.
+
+    matches: indices of matches, sorted by place. places: byte offset of each of them.
+    """
     firsts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(places)) + 1))
     return matches, places[firsts], firsts
 
 
 def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, float]]:
-    """Learn `num_pieces` pieces, the 256 single bytes among them. Returns (piece, log-probability), most probable first;
-    fewer pieces if the words have fewer substrings."""
+    """Learn `num_pieces` pieces, among them the 256 single bytes, from words and their counts.
+
+    Returns (piece, log-probability), most probable first; fewer pieces if too few substrings occur twice. num_pieces:
+    at least 256.
+    """
     assert num_pieces >= 256
     text = _Text.of(*_chosen(counts))
     pieces = _seeds(text, _SEEDS_PER_PIECE * num_pieces)
@@ -112,7 +131,10 @@ def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, flo
 
 
 def _chosen(counts: Mapping[bytes, int]) -> tuple[list[bytes], list[float]]:
-    """The most frequent words, cut to WORD_BYTES, at most MAX_BYTES of them, and their counts."""
+    """Return the most frequent words and their counts.
+
+    Words are cut to WORD_BYTES first, and at most MAX_BYTES are returned.
+    """
     cut: dict[bytes, float] = {}
     for word, count in counts.items():
         for piece in _cut(word):
@@ -127,7 +149,7 @@ def _chosen(counts: Mapping[bytes, int]) -> tuple[list[bytes], list[float]]:
 
 
 def _cut(word: bytes) -> list[bytes]:
-    """The word in pieces of at most WORD_BYTES, cut between characters where possible."""
+    """Return the word in pieces of at most WORD_BYTES, cut between UTF-8 characters if possible."""
     pieces, begin = [], 0
     while len(word) - begin > WORD_BYTES:
         end = begin + WORD_BYTES
@@ -139,8 +161,11 @@ def _cut(word: bytes) -> list[bytes]:
 
 
 def _seeds(text: _Text, most: int) -> list[bytes]:
-    """The initial candidates: all bytes, and the `most` - 256 substrings with the largest count * length. A substring is
-    whole characters, or the first two bytes of one."""
+    """Return the initial candidates: all 256 bytes, and the `most` - 256 substrings with the largest count * length.
+
+    Only substrings that occur at least twice are candidates. A substring consists of whole characters, or is the first
+    two bytes of a character of three or four.
+    """
     weights = np.repeat(text.counts, text.ends - text.begins)
     room = np.repeat(text.ends, text.ends - text.begins) - np.arange(len(text.data))
     starts = (text.data & 0xC0) != 0x80  # of a character
@@ -164,7 +189,7 @@ def _seeds(text: _Text, most: int) -> list[bytes]:
 
 
 def _find(text: _Text, pieces: list[bytes]) -> _Matches:
-    """Every occurrence of every piece inside a word."""
+    """Return every occurrence of every piece inside a word."""
     table = _Text.of(pieces, [1.0] * len(pieces))
     sizes = table.ends - table.begins
     room = np.repeat(text.ends, text.ends - text.begins) - np.arange(len(text.data))
@@ -190,15 +215,21 @@ def _find(text: _Text, pieces: list[bytes]) -> _Matches:
 
 
 def _steps(step: np.ndarray, place: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The matches of each step, in order of steps, as `_grouped` returns them."""
+    """Return the matches grouped by `step`, smallest first; each group as `_grouped` returns it.
+
+    step: distance of each match from the word's begin or end, in bytes. place: byte offset of each match.
+    """
     order = np.lexsort((place, step))
     return [_grouped(one, place[one]) for one in np.split(order, np.flatnonzero(np.diff(step[order])) + 1)]
 
 
 def _expect(text: _Text, matches: _Matches, scores: np.ndarray, num_pieces: int) -> np.ndarray:
-    """Expected uses of each piece over all words and their segmentations (forward-backward), float64 [num_pieces].
+    """Return how often each piece is expected to be used over all segmentations of all words: float64 [num_pieces].
 
-    The end of a word is the begin of the next one, so the two passes have arrays of their own: alpha for ends, beta for begins.
+    Computed by the forward-backward algorithm.
+
+    scores: probability of each piece. The end of a word is the offset where the next one begins, so there is one array
+    per pass, alpha indexed by ends and beta by begins.
     """
     p = scores[matches.piece]
     alpha, beta = np.zeros(len(text.data) + 1), np.zeros(len(text.data) + 1)
@@ -213,15 +244,18 @@ def _expect(text: _Text, matches: _Matches, scores: np.ndarray, num_pieces: int)
 
 
 def _normalised(expected: np.ndarray, pieces: list[bytes]) -> np.ndarray:
-    """Expected uses as probabilities; a single byte has at least _FLOOR."""
+    """Return the probability of each piece: its share of the expected uses, for a single byte at least _FLOOR."""
     scores = expected / expected.sum()
     is_byte = np.fromiter((len(piece) == 1 for piece in pieces), bool, len(pieces))
     return np.where(is_byte, np.maximum(scores, _FLOOR), scores)
 
 
 def _prune(pieces: list[bytes], expected: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:
-    """The `size` pieces whose removal would lower the likelihood most: expected uses times the log-probability gained over
-    the best segmentation into other pieces. Single bytes always stay."""
+    """Return the indices, sorted, of the `size` pieces whose removal would lower the likelihood most.
+
+    Single bytes always stay. The loss of a piece is its expected uses times the difference of its log-probability and
+    that of its best segmentation into other pieces.
+    """
     text = _Text.of(pieces, [1.0] * len(pieces))
     matches = _find(text, pieces)
     logs = np.log(np.maximum(scores, 1e-300))[matches.piece]
