@@ -1,4 +1,4 @@
-"""`mm train`: plan a run, start it, and the training loop.
+"""The code of `mm train`: plan a run, start it, and the training loop.
 
-Begin at `loop.py`; `plan.py` reads and checks everything before the first step.
+Start reading at `loop.py`. `plan.py` opens and checks datasets, checkpoints and options before the first step.
 """

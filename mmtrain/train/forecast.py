@@ -1,7 +1,8 @@
-"""Forecast how far dpo will move the margins, from a few trial steps before the first; and warn of forgetting.
+"""Forecast, from a few trial steps before the first step of dpo, how far the run will move the reward margins; and warn
+during dpo when the model forgets.
 
-The trial takes PROBES steps of the run's optimizer on the first micro-batches and then restores the weights. Meanwhile it
-keeps a copy of them in host memory, and a second optimizer state.
+The trial makes PROBES steps of the run's optimizer, on the first micro-batch of each of the first steps, and then
+restores the weights. Meanwhile it needs a copy of the weights in host memory, and a second optimizer state.
 """
 
 from collections.abc import Mapping
@@ -20,31 +21,40 @@ from mmtrain.train import optim
 from mmtrain.train.plan import TrainPlan
 
 PROBES = 4
-PROBE_LR = (
-    1e-6  # the least: below it a step's effect is lost in float32's rounding; effects are scaled to the run's rate
-)
-NO_EFFECT = 0.02  # a run whose margin cannot reach this changes nothing: its loss stays at ln 2 within 0.01
-# Nats per token that held-out text may get worse by. A guard rose by 0.013 or less in runs that moved held-out pairs the
-# right way, by 0.056 in one that memorised (tests/bench/RESULTS.md); chosen replies get a little worse in good runs too.
+PROBE_LR = 1e-6  # smallest learning rate of the trial steps; below it, fp32 rounding hides the effect of a step
+NO_EFFECT = 0.02  # if the mean margin cannot reach this, the loss stays within 0.01 of ln 2 and the run has no effect
+# Rise of a val loss, in nats per token, from which on `forgetting` warns. guard_loss (the val loss on the dataset of
+# --guard) rose by at most 0.013 in runs that improved on held-out pairs, and by 0.056 in a run that memorised its pairs
+# (tests/bench/RESULTS.md). The threshold of chosen_nll is higher, because it rises a little in good runs too.
 FORGETTING = {"guard_loss": 0.05, "chosen_nll": 0.10}
-WORSE = 0.03  # share by which the held-out loss may rise above that at the start (0.02 of ln 2). Chosen, not measured
+WORSE = 0.03  # relative rise of the val loss above its start value that brings a warning (0.02 at ln 2); not measured
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Margin that a pair gains in a trial step per unit of learning rate, and the sum of the rates of all steps."""
+    """The result of the trial steps.
+
+    `margin_per_lr`: change of the mean reward margin per trial step, divided by the learning rate. `sum_of_rates`: sum
+    of the learning rates of all steps of the run.
+    """
 
     margin_per_lr: float
     sum_of_rates: float
 
     @property
     def reach(self) -> float:
-        """The mean margin if every step moved it as the trial's do: an upper bound, as steps agree most at the start."""
+        """Return how much the mean reward margin would change if every step of the run changed it as much, per unit of
+        learning rate, as the trial steps did. This is an upper bound, because later steps change it less."""
         return self.margin_per_lr * self.sum_of_rates
 
 
 def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, reference: Tensor | None) -> Forecast:
-    """Try PROBES steps on the first micro-batches. Weights, `gradient` and torch's random state are restored."""
+    """Make PROBES trial steps and return the forecast for the run. Every rank must call this.
+
+    Weights are restored and `gradient` is zeroed at the end. `gradient`: the flat gradient of the model's trainable
+    parameters. `reference`: the reference model's logps of the train split, float64 [N, 2] on the CPU, or None for a
+    loss without reference.
+    """
     settings, loader = plan.settings, plan.loader
     assert isinstance(loader, PairLoader)
     weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
@@ -54,6 +64,7 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
     batches = [to_device(micro, world.device, loader.limits) for micro in micros]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss [S] with gradient and the reward margin [S] of a batch of S pairs."""
         ref = None if reference is None else reference[batch.samples].to(world.device)
         with autocast(world.device):
             logps, counts = logps_of(model, batch).view(-1, 2), counts_of(batch).view(-1, 2)
@@ -61,6 +72,7 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
         return loss, figures["reward_margin"]
 
     def mean_margin() -> float:
+        """Return the mean reward margin over the trial batches of all ranks."""
         with torch.no_grad():
             margins = [run(batch)[1].double() for batch in batches]
         num_pairs = torch.tensor(float(sum(map(len, margins))), device=world.device)
@@ -88,7 +100,11 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
 
 
 def lines(forecast: Forecast, lr: float) -> list[str]:
-    """The forecast for the console, with a warning and what helps when the run will change nothing."""
+    """Return the forecast as lines for the console. If the run can hardly have an effect, the second line is a warning
+    with advice.
+
+    `lr`: peak learning rate of the run.
+    """
     reach = forecast.reach
     text = (
         f"forecast: lr x steps can move the mean margin by about {reach:.2g} at most, measured on {PROBES} probe steps"
@@ -102,8 +118,13 @@ def lines(forecast: Forecast, lr: float) -> list[str]:
 
 
 def forgetting(start: Mapping[str, float], now: Mapping[str, float], objective: Objective) -> str | None:
-    """A warning when the held-out figures `now` are worse than at the `start`: the loss of the guard's text or of the chosen
-    replies by more than FORGETTING, or else the held-out loss by the share WORSE. None where they are not, or are missing."""
+    """Return a warning if the val metrics `now` are worse than those at the `start` of dpo; None if they are not.
+
+    The loss on the guard dataset ("guard_loss") and the chosen replies' negative log-likelihood ("chosen_nll") are
+    worse if they rose by more than FORGETTING, in nats per token; the val loss ("loss") if it rose by more than the
+    share WORSE. They are checked in this order, and only the first that is worse is reported. Metrics that either
+    mapping lacks are skipped.
+    """
     for name, text in (("guard_loss", "the guard's held-out text"), ("chosen_nll", "held-out chosen replies")):
         if name in start and name in now and now[name] - start[name] > FORGETTING[name]:
             helps = "a smaller --lr, a larger --beta"

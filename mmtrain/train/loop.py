@@ -1,7 +1,8 @@
-"""The one training loop, for all stages: options in, a run directory out. Stages differ in their rows and their loss only.
+"""The training loop, which all stages share: options in, a run directory out. Stages differ only in the kind of rows
+and in the loss.
 
-Planning opens and checks everything and writes nothing; then the run starts, steps, and ends finished or interrupted, in
-both cases with a checkpoint of its last step.
+First the run is planned, which opens and checks everything and writes nothing. Then it is started, makes its steps, and
+ends as "finished" or "interrupted". In both cases there is a checkpoint of its last step.
 """
 
 import contextlib
@@ -36,11 +37,18 @@ from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, start
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of a run. `seconds` and the token counts are of this session; `val` is empty without a val split."""
+    """The outcome of one call of `train`.
+
+    `first_step`: optimizer steps that were done before this call; `final_step`: after it; `num_steps`: planned for the
+    run. `seconds`, `tokens`, `trained_tokens` and `num_skipped` (steps that did not change the weights because they
+    were not finite) count this call only. `train_loss`: mean loss of the last step; None if no step was made. `val`:
+    metrics of the last validation, empty without one. `best_checkpoint`: that of the lowest val loss; None without a
+    validation.
+    """
 
     run_dir: Path
     checkpoint: Path
-    best_checkpoint: Path | None  # of the lowest val loss
+    best_checkpoint: Path | None  # the one with the lowest val loss
     stage: str
     num_params: int
     first_step: int
@@ -54,14 +62,16 @@ class TrainResult:
     num_skipped: int
     is_interrupted: bool
     early_stop: str  # why --patience ended the run before its last step; empty if it did not
-    peak_bytes: int  # memory at its peak, of this rank
+    peak_bytes: int  # peak memory of this rank
 
 
 def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
-    """Train one stage, from its start or with `resume` from its newest checkpoint.
+    """Train one stage, from its start or, with `options.resume`, from the run's newest checkpoint. Return how the run
+    ended.
 
-    Under torchrun or `distributed.launch` every rank calls this. `log` is called with the console lines of the first rank.
-    SIGINT and SIGTERM end the run after the current step, with a checkpoint. MMError for everything a user can cause.
+    Under torchrun or `distributed.launch` every rank calls this. `log` is called with each console line on the first
+    rank only, and not with `options.quiet`. SIGINT and SIGTERM end the run after the current step, with a checkpoint.
+    Raises an MMError for every problem that a user can cause.
     """
     world = distributed.join(options.device)
     try:
@@ -74,7 +84,11 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_l
 
 
 def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> TrainResult:
-    """Plan, start, step, and record how the run ended."""
+    """Plan and start the run, make its steps, and record in run.json how it ended ("finished", "interrupted" or
+    "failed").
+
+    `say` is called with each console line. Raises the error that ended the run.
+    """
     plans: list[TrainPlan] = []
     world.agree_on(lambda: plans.append(make_plan(options, world)))
     run = start(plans[0], options, world, say if world.is_first and not options.quiet else None)
@@ -86,7 +100,7 @@ def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> T
     except BaseException:
         if run.trackers:
             run.trackers.close(is_failed=True)
-        with contextlib.suppress(MMError):  # the first error matters more
+        with contextlib.suppress(MMError):  # raise the first error, not one of the writer
             run.writer.wait()
         run.write_record("failed")
         raise
@@ -104,13 +118,18 @@ def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> T
 
 
 def _json_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths as strings, and None for floats that are not finite."""
+    """Return the values with paths as strings, and None in place of floats that are not finite, which JSON does not
+    have."""
     texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in texts.items()}
 
 
 def _prepare_pairs(run: ActiveRun) -> None:
-    """Before the first step of dpo: check the pairs, get the reference's logps, forecast, and measure the start weights."""
+    """Prepare the first step of dpo: report statistics of the pairs, get the reference model's logps, forecast how far
+    the run will move the reward margins, and validate the start weights.
+
+    A resumed run only gets the reference model's logps.
+    """
     plan, record, say = run.plan, run.record, run.log.say
     if run.world.is_first and not plan.start.resumed:
         for line in pair_lines(figures_of_pairs(plan.datasets)):
@@ -126,7 +145,7 @@ def _prepare_pairs(run: ActiveRun) -> None:
 
 
 def _forecast(run: ActiveRun) -> None:
-    """Forecast how far the run can move the margins."""
+    """Forecast how far the run can move the reward margins; record the result for run.json and print it."""
     outlook = forecast.forecast(run.plan, run.model, run.gradient, run.world, run.ref.get("train"))
     run.record.forecast = asdict(outlook) | {"reach": outlook.reach}
     for line in forecast.lines(outlook, run.plan.settings.lr):
@@ -137,7 +156,12 @@ def _forecast(run: ActiveRun) -> None:
 
 
 def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
-    """Step until all steps are done or a signal has come; validate and save on the way and at the end."""
+    """Make steps until all are done, a signal or stop request has come, or --patience ends the run. Validate and save
+    at the intervals of --val-every and --save-every, and at the end. A validation with the lowest loss so far is saved
+    too.
+
+    `stop`: tells whether this process has received a signal.
+    """
     plan, settings, num_steps = run.plan, run.plan.settings, run.plan.num_steps
     first_step = step = plan.start.step
     begun = time.monotonic()
@@ -185,8 +209,12 @@ def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
 
 
 def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
-    """One optimizer step: batch, forward, loss, backward, sum over ranks, clip, update. Never waits for the device: the
-    figures are read later."""
+    """Make optimizer step `step`, counted from 0: forward and backward passes, sum over ranks, clip, update.
+
+    It never waits for the device. The loss and the other numbers of the step are returned as an InFlight and read
+    later. A request to stop on any rank (a signal, noted in `stop`, or the file STOP_FILE) is summed with them, so that
+    all ranks stop after the same step.
+    """
     begun = time.monotonic()
     settings = run.plan.settings
     sums = _accumulate(run, step)
@@ -198,7 +226,7 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
     count, scale = figures[1], run.scale.value.double()
-    run.writer.settle()  # a checkpoint may still read what is about to change
+    run.writer.settle()  # the checkpoint thread may still be copying the weights that `update` changes
     norm, is_taken = optim.update(
         run.optimizer,
         run.gradient,
@@ -214,10 +242,13 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
 
 
 def _accumulate(run: ActiveRun, step: int) -> Tensor:
-    """Forward and backward passes of this rank's micro-batches; gradients add up in `run.gradient`.
+    """Run the forward and backward passes of this rank's micro-batches of a step; the gradients are summed in
+    `run.gradient`.
 
-    Returns float64 sums: loss, count, tokens, trained tokens, then the stage's figures. When memory runs out the micro-batches
-    are halved and the step's work is repeated: the gradient is a sum and does not depend on how the batch is divided.
+    Returns float64 sums [4 + number of the stage's figures]: loss, count (trained tokens or pairs), tokens, trained
+    tokens, then the stage's figures. If memory runs out, the largest allowed micro-batch is halved and all
+    micro-batches of the step are run again. The gradient is a sum, so it does not depend on how the samples are divided
+    into micro-batches. Raises TrainError if a single sequence does not fit in memory.
     """
     micros, num_halved = next(run.batches), 0
     while True:
@@ -228,7 +259,7 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        _halve(run, reason)  # outside the handler: the error keeps the tensors of its frames alive
+        _halve(run, reason)  # not in the except block, where the error still keeps tensors in memory
         num_halved += 1
     if num_halved:
         times = f" (halved {num_halved} times)" if num_halved > 1 else ""
@@ -241,7 +272,8 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
 
 
 def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
-    """One attempt at the micro-batches of a step, divided into pieces of a size that fits."""
+    """Run the forward and backward passes of all `micros`, each divided so that no piece exceeds `run.most_tokens`.
+    Returns the sums that `_accumulate` describes. `run.gradient` is zeroed first."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
     limits = run.plan.loader.limits
@@ -262,7 +294,8 @@ def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
 
 
 def _halve(run: ActiveRun, reason: str) -> None:
-    """Halve this rank's micro-batches; TrainError if they are down to a single document."""
+    """Halve the largest number of tokens that this rank runs at once. Raises TrainError if it is already below half of
+    the longest possible sequence, with `reason` (torch's message) in the text."""
     if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
         raise TrainError(
             f"out of memory with one document at a time ({reason})",
@@ -277,7 +310,8 @@ def _halve(run: ActiveRun, reason: str) -> None:
 
 
 def _read(run: ActiveRun, lag: int) -> None:
-    """Read the figures of all steps in flight but the newest `lag`: log them, count skipped steps, see requests to stop."""
+    """Read the numbers of all steps in flight except the newest `lag`: check the first step of dpo, count skipped
+    steps, log the step, and set `run.is_stopping` if any rank was asked to stop."""
     stage = run.plan.stage
     while len(run.in_flight) > lag:
         done = run.in_flight.pop(0)
@@ -311,8 +345,13 @@ def _read(run: ActiveRun, lag: int) -> None:
 
 
 def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: float, *, is_skipped: bool) -> None:
-    """Count and print a step that was skipped because it is not finite; too many in a row end the run. A gradient that was
-    only too large for fp16 at its loss scale is no sign of divergence: the scale is halved, down to 1."""
+    """Count and report a step that was skipped because its loss or gradient was not finite, if `is_skipped`; else
+    restart the count of skipped steps in a row. Raises TrainError on the first rank, SystemExit on the others, after
+    --max-skipped such steps in a row.
+
+    If only the fp16 gradient overflowed (finite `loss`, loss scale `scale` above 1), the step does not count towards
+    that limit, because halving the scale is the remedy. `step`: counted from 0. `loss`: mean. `norm`: gradient norm.
+    """
     if not is_skipped:
         run.num_skipped_in_a_row = 0
         return
@@ -333,7 +372,8 @@ def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: f
 
 
 def _validate(run: ActiveRun, step: int) -> bool:
-    """Measure the val split, log its figures, warn of forgetting; returns whether the val loss is the lowest so far."""
+    """Compute and log the metrics of the val split after `step` steps, and warn if the model forgets. Return whether
+    the val loss is finite and the lowest so far; `run.best` is then updated."""
     run.val = _held_out(run)
     run.last_read = time.monotonic()
     if "loss" in run.val:
@@ -350,7 +390,8 @@ def _validate(run: ActiveRun, step: int) -> bool:
 
 
 def _held_out(run: ActiveRun) -> dict[str, float]:
-    """Figures of the val split, and the loss of dpo's guard; empty without either."""
+    """Return the metrics of the val split, and as "guard_loss" the val loss on the dataset of --guard. Without a val
+    split and without --guard the result is empty. With --ema the averaged weights are used."""
     plan, world, figures = run.plan, run.world, {}
     with autocast(world.device), _final_weights(run):
         if plan.val_loader.num_samples:
@@ -364,8 +405,12 @@ def _held_out(run: ActiveRun) -> dict[str, float]:
 
 
 def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
-    """Within the context the model holds the weights that are validated and saved: with --ema their average, else those in
-    training. Yields the weights in training where they are others."""
+    """Return a context manager inside which the model has the weights that are validated and saved: with --ema the
+    average, otherwise the weights that the optimizer updates.
+
+    With --ema it yields the latter by parameter name, and they are put back on leaving the context. Otherwise it yields
+    an empty dict.
+    """
     if run.average is None:
         return nullcontext({})
     run.writer.settle()
@@ -373,7 +418,8 @@ def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
 
 
 def _early_stop(run: ActiveRun) -> str:
-    """Why --patience ends the run now; empty if it does not."""
+    """Return the reason why --patience ends the run now: the last N val losses were not lower than the best before.
+    Return an empty string if it does not end the run."""
     patience = run.plan.settings.patience
     if not patience or metrics.num_since_best(run.val_losses) < patience:
         return ""
@@ -385,7 +431,7 @@ def _early_stop(run: ActiveRun) -> str:
 
 
 def _save(run: ActiveRun, step: int) -> None:
-    """Start to write the checkpoint of `step`, on the first rank; training continues meanwhile."""
+    """Start to write the checkpoint of `step`, on the first rank only. Training continues while a thread writes it."""
     run.event(step, "save")
     run.last_saved = step
     if not run.world.is_first:
@@ -400,13 +446,17 @@ def _save(run: ActiveRun, step: int) -> None:
             best=run.best,
             extra={**in_training, **run.scale.tensors()},
         )
-        if run.average:  # the average is about to leave the model again
+        if run.average:  # the copies must be complete before the average is swapped out of the model
             run.writer.settle()
     run.last_read = time.monotonic()
 
 
 def _last_checkpoint(run: ActiveRun) -> Path | None:
-    """The newest complete checkpoint of the run; waits until nothing is being written."""
+    """Wait until nothing is being written, and return the newest complete checkpoint of the run.
+
+    On the first rank this may be the checkpoint that the run was resumed from; None if there is no checkpoint. The
+    other ranks return the path of the last checkpoint that was started during this call of `train`, or None.
+    """
     run.writer.wait()
     if run.world.is_first:
         return run.writer.last or (run.plan.start.resumed.dir if run.plan.start.resumed else None)

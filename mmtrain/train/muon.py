@@ -1,8 +1,10 @@
-"""The optimizer Muon: orthogonalises the momentum of each hidden matrix; AdamW updates embedding and norms.
+"""The optimizer Muon: it orthogonalises the momentum of each hidden weight matrix. AdamW updates the embedding and the
+norms.
 
-Matrices of one shape are orthogonalised in one batched product. The state takes 4 bytes per matrix weight instead of AdamW's
-8; a step costs about 15 (C + ffn) multiplications per weight, negligible for large batches only. The same rule as
-torch.optim.Muon with adjust_lr_fn="match_rms_adamw", so that learning rate and weight decay mean what they do for AdamW.
+Matrices of equal shape are orthogonalised together, in one batched product. For a matrix, the state takes 4 bytes per
+weight instead of AdamW's 8. A step costs about 15 (C + ffn_size) multiplications per weight, which is negligible for
+large batches only. The update rule is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", so learning rate
+and weight decay have the same meaning as for AdamW.
 """
 
 import math
@@ -17,14 +19,16 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
-CHUNK_ELEMENTS = 2**25  # of one batched product: 64 MB in bf16 and about four such copies at a time
+CHUNK_ELEMENTS = 2**25  # largest size of a batched product, in elements: 64 MB in bf16, about four copies at a time
 
 
 def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrices of x [n, A, B] with singular values near 1, computed in `dtype`; a zero matrix stays zero.
+    """Return the matrices of x [n, A, B] with their singular values brought near 1, in type `dtype`. A zero matrix
+    stays zero.
 
-    Newton-Schulz iteration X <- a X + (b G + c G^2) X with G = X X^T, of the matrix or its transpose, whichever is wide. On
-    singular values it is s <- a s + b s^3 + c s^5, from s / ||X|| on.
+    Each matrix X (transposed if it is tall) is divided by its Frobenius norm. Then the Newton-Schulz iteration X <- a X
+    + (b G + c G^2) X with G = X X^T is applied ITERATIONS times, which maps each singular value s to a s + b s^3 + c
+    s^5.
     """
     a, b, c = COEFFICIENTS
     is_tall = x.shape[-2] > x.shape[-1]
@@ -38,10 +42,12 @@ def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for `matrices`, fused AdamW for the groups of `others`, with one learning rate for all.
+    """Optimizer that updates `matrices` by Muon and the parameter groups `others` by fused AdamW, with one learning
+    rate.
 
-    Like fused AdamW it uses two tensors that are set before a step: gradients are divided by `grad_scale`, and if `found_inf`
-    is 1 the step changes neither weights nor state, without waiting for the device.
+    `lr` and `weight_decay` apply to `matrices`; `lr`, `betas` and `eps` to `others`, whose groups carry their own
+    weight decay. As with fused AdamW, two tensors may be set before a step: gradients are divided by `grad_scale`, and
+    if `found_inf` is 1, the step changes neither weights nor state. Neither makes the host wait for the device.
     """
 
     grad_scale: Tensor | None = None
@@ -60,11 +66,11 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": list(matrices)}], {"lr": lr, "weight_decay": weight_decay})
         self.adamw = torch.optim.AdamW([dict(group) for group in others], lr=lr, betas=betas, eps=eps, fused=True)
         self.adamw.state = self.state
-        self.param_groups += self.adamw.param_groups  # shared dicts: a rate set here is AdamW's too
+        self.param_groups += self.adamw.param_groups  # the same dicts, so a learning rate set in them reaches AdamW
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the parameters with their gradients."""
+        """Update all parameters with their gradients. `closure` must be None."""
         assert closure is None
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
@@ -73,7 +79,7 @@ class Muon(torch.optim.Optimizer):
             self._step_batch(parameters, group["lr"], group["weight_decay"])
 
     def _step_batch(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """Update matrices of equal shape."""
+        """Update matrices of equal shape, all of which must have gradients."""
         buffers = [self._buffer(parameter) for parameter in parameters]
         gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
         is_taken = torch.ones((), device=gradient.device)
@@ -81,19 +87,20 @@ class Muon(torch.optim.Optimizer):
             gradient /= self.grad_scale
         if self.found_inf is not None:
             is_taken = 1 - self.found_inf
-            gradient = torch.where(is_taken > 0, gradient, 0.0)  # a NaN times 0 would still be one
+            gradient = torch.where(is_taken > 0, gradient, 0.0)  # not a product, because NaN times 0 is NaN
         momentum = torch.stack(buffers).lerp_(gradient, (1 - MOMENTUM) * is_taken)
         for buffer, value in zip(buffers, momentum, strict=True):
             buffer.copy_(value)
         update = orthogonalized(gradient.lerp_(momentum, MOMENTUM), _product_dtype(gradient.device))  # Nesterov's
-        # The spread of an orthogonal A x B matrix is 1 / sqrt(max(A, B)), AdamW's about 0.2: Liu et al. 2025, eq. 4.
+        # The root mean square of an orthogonalised A x B matrix is 1 / sqrt(max(A, B)), that of an AdamW update about
+        # 0.2 (Liu et al. 2025, eq. 4).
         rate = lr * 0.2 * math.sqrt(max(update.shape[-2:]))
         update, decay = update.float() * (rate * is_taken), 1 - lr * weight_decay * is_taken
         for parameter, value in zip(parameters, update, strict=True):
             parameter.mul_(decay).sub_(value)
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
-        """The momentum of a matrix, 0 before its first step."""
+        """Return the momentum of a matrix, which is created as zeros at its first step."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -101,7 +108,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Batches of parameters of equal shape, at most CHUNK_ELEMENTS each unless a single matrix is larger."""
+    """Yield lists of parameters of equal shape, with at most CHUNK_ELEMENTS elements per list. A single parameter that
+    has more forms a list of its own."""
     by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
@@ -112,6 +120,7 @@ def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parame
 
 
 def _product_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on cards that have it (the iteration tolerates its rounding), fp32 elsewhere: CPUs without bf16 are slower in it."""
+    """Return the type to orthogonalise in: bf16 on CUDA devices with native bf16, because the iteration tolerates its
+    rounding; fp32 elsewhere, because CPUs without bf16 instructions are slower in bf16."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32

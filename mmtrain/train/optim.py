@@ -1,4 +1,5 @@
-"""A flat gradient, the optimizer (fused AdamW or Muon) and its update, and the learning rate as a function of the step."""
+"""The flat gradient, the optimizer (fused AdamW or Muon), its update, and the learning rate as a function of
+the step."""
 
 import math
 from typing import Any
@@ -13,8 +14,11 @@ EPS = 1e-8
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
-    """One fp32 vector that holds the gradients of all trainable parameters as views, so that zeroing, summing over ranks and
-    the norm are one call each."""
+    """Return a zeroed fp32 vector with one element per trainable parameter value, and make the parameters' gradients
+    views of it.
+
+    Zeroing the gradients, summing them over ranks and computing their norm are then one call each.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -23,9 +27,11 @@ def flat_gradient(model: nn.Module) -> Tensor:
 
 
 def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: float = BETA2) -> torch.optim.Optimizer:
-    """The optimizer `name`, adamw or muon, for all trainable parameters; only matrices have weight decay, norms have none.
+    """Return the optimizer `name`, "adamw" or "muon", for all trainable parameters.
 
-    Muon updates the hidden matrices, with AdamW for the embedding (which is the output too) and the norms.
+    `weight_decay` applies to matrices only; norm weights have none. With "muon", Muon updates the hidden matrices, and
+    AdamW the embedding (which is also the output embedding) and the norms. `lr` is replaced at every `update`. `beta2`:
+    AdamW's decay rate of the squared gradients.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in trained.items() if p.dim() >= 2 and not (name == "muon" and "embed" in n)]
@@ -41,7 +47,7 @@ def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: 
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Fused AdamW with the default beta2."""
+    """Return fused AdamW for all trainable parameters, with the default beta2."""
     return make(model, "adamw", lr=lr, weight_decay=weight_decay)
 
 
@@ -54,12 +60,15 @@ def update(
     clip: float,
     is_finite: Tensor | bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step with `gradient`, a sum over `count` tokens or pairs, averaged and clipped to norm `clip`.
+    """Make one optimizer step with the mean gradient `gradient` / `count`, clipped to norm `clip`.
 
-    Returns the norm of the averaged gradient before clipping, and 1 if the step was taken, else 0 (float64 scalars). A step
-    is skipped, without changing weights or optimizer state, if the norm is not finite, `is_finite` is false or `count` is 0.
-    Averaging, clipping and skipping use fused AdamW's `grad_scale` and `found_inf`: they take no pass over the gradient and
-    do not wait for the device.
+    `gradient`: the flat gradient, a sum over `count` trained tokens or pairs. `count` may include a loss scale as a
+    factor. The step is skipped, without changing weights or optimizer state, if the norm is not finite, `is_finite` is
+    false or `count` is 0.
+
+    Returns two float64 scalar tensors: the norm of the mean gradient before clipping, and 1 if the step was taken, else
+    0. Averaging, clipping and skipping are done by fused AdamW's `grad_scale` and `found_inf`, so they need no pass
+    over the gradient and the host does not wait for the device.
     """
     count = torch.as_tensor(count, dtype=torch.float64, device=gradient.device)
     norm = gradient.norm().double() / count
@@ -74,9 +83,11 @@ def update(
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, schedule: str, warmup: float) -> float:
-    """Learning rate of 0-based optimizer step `step`: rises linearly over the share `warmup` of the steps, then follows the
-    schedule: cosine falls to a tenth of the peak; wsd stays at the peak and falls linearly to 0 over the last fifth (20 % is
-    enough, Hägele et al. 2024); constant stays at the peak.
+    """Return the learning rate of optimizer step `step`, which counts from 0, of `num_steps`.
+
+    It rises linearly to `peak` over the first `warmup` (a share, 0 to below 1) of the steps. Then `schedule` applies:
+    "cosine" falls to a tenth of the peak; "wsd" stays at the peak and falls linearly to 0 over the last fifth of the
+    steps (which is enough, Hägele et al. 2024); "constant" stays at the peak.
     """
     num_rising = math.ceil(warmup * num_steps)
     if step < num_rising:

@@ -1,7 +1,7 @@
 """Plan a run: open its datasets and checkpoints, decide its settings, build its loaders. Nothing is written.
 
-The plan is built in one direction: data, start (checkpoint or new weights), shape, settings, loaders. Everything that a
-user can get wrong is refused here, before a directory is created.
+The plan is made in this order: data, start (a checkpoint or new weights), settings, shape of the model, loaders. Wrong
+options and unfitting data are refused here, before the run directory is created.
 """
 
 import math
@@ -28,35 +28,43 @@ from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Stage
 from mmtrain.records import RUN, StartRecord, TrainedOn
 
-SHARE_FROM = 0.03  # sharing prompts is faster from this share of saved tokens on (tests/bench/dpo.py)
+# Computing the prompt of a pair once for both sides is faster if it saves at least this share of the tokens
+# (tests/bench/dpo.py).
+SHARE_FROM = 0.03
 
 
 @dataclass(frozen=True)
 class Start:
-    """The weights that a run starts from: its own checkpoint when resumed, else `init`, else new weights.
+    """The weights that a run starts from.
 
-    `record` is what run.json says of it; None while new weights have no hash.
+    `resumed`: the run's own newest checkpoint if the run is resumed, else None. `init`: the checkpoint of another run
+    that a new run starts from, else None. If both are None, the weights are new. `record`: what run.json and
+    checkpoints record of the start weights; None for new weights, whose hash is not known yet.
     """
 
     resumed: Checkpoint | None
     init: Checkpoint | None
-    growth: Growth | None  # of init's embedding, with --resize-embeddings
+    growth: Growth | None  # with --resize-embeddings, how the embedding of `init` is enlarged
     record: StartRecord | None
 
     @property
     def source(self) -> Checkpoint | None:
-        """The checkpoint that gives the shape and the weights."""
+        """Return the checkpoint that the shape and the weights are taken from; None for new weights."""
         return self.resumed or self.init
 
     @property
     def step(self) -> int:
-        """Steps that are done already."""
+        """Return the number of optimizer steps that the run has already made; 0 unless it is resumed."""
         return self.resumed.step if self.resumed else 0
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A run before it starts: everything opened, checked and decided."""
+    """Everything that is known of a run before it starts: opened datasets and checkpoints, and decided settings.
+
+    `out`: the run directory. `shape`: shape of the model. `loader`, `val_loader`: this rank's batches of the train and
+    the val split. `num_steps`: optimizer steps of the whole run.
+    """
 
     out: Path
     stage: Stage
@@ -64,22 +72,22 @@ class TrainPlan:
     start: Start
     shape: ModelConfig
     settings: TrainSettings
-    origins: dict[str, str]  # of each setting: flag, checkpoint, preset or default
-    objective: Objective  # of dpo
-    reference: Checkpoint | None  # another run's weights as dpo's reference
+    origins: dict[str, str]  # setting -> where its value came from: flag, checkpoint, preset or default
+    objective: Objective  # the loss of dpo and its parameters; not used by other stages
+    reference: Checkpoint | None  # the checkpoint named by dpo's --reference; None otherwise, or if resumed
     loader: Loader | PairLoader
     val_loader: Loader | PairLoader
-    guard: Loader | PairLoader | None  # the val split of --guard
+    guard: Loader | PairLoader | None  # the val split of the dataset of --guard
     num_steps: int
 
     @property
     def is_pairs(self) -> bool:
-        """Whether the stage trains on pairs."""
+        """Return whether the stage trains on preference pairs (dpo)."""
         return self.stage.kind == "pair"
 
     @property
     def data(self) -> TrainedOn:
-        """The data and the start of the run, as its checkpoints record them."""
+        """Return the record of the run's data and start weights for its checkpoints."""
         dirs = [str(dataset.dir) for dataset in self.datasets]
         tokenizer_sha256 = self.datasets[0].tokenizer_sha256
         weights = None if self.loader.weights is None else list(self.loader.weights)
@@ -87,7 +95,11 @@ class TrainPlan:
 
 
 def make_plan(options: TrainOptions, world: World) -> TrainPlan:
-    """Open and check datasets and checkpoints and decide the settings. MMError names what does not fit and what helps."""
+    """Open and check datasets and checkpoints, decide the settings, and return the plan of a run.
+
+    `world`: this process's rank, which determines its share of the batches. Raises an MMError that says what does not
+    fit and what helps: UsageError, DatasetError, CheckpointError or TokenizerError.
+    """
     if options.stage not in STAGES:
         raise UsageError(f"stage {options.stage} is unknown", f"use one of {', '.join(STAGES)}")
     stage = STAGES[options.stage]
@@ -106,7 +118,7 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
     reference = None
     if stage.kind == "pair":
         preference.check(objective)
-        if objective.reference not in ("start", "none") and not resumed:  # run.json of a resumed run names it
+        if objective.reference not in ("start", "none") and not resumed:  # for a resumed run, run.json has it
             reference = checkpoint.find(Path(objective.reference))
     for source in (None if start.growth else start.source, reference):
         if source:
@@ -135,7 +147,8 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
 
 
 def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> TrainPlan:
-    """The plan with another size of micro-batches: the same batches, divided differently."""
+    """Return the plan with another number of tokens per micro-batch. The steps have the same samples, divided
+    differently."""
     settings = replace(plan.settings, micro_tokens=micro_tokens)
     loader = _loader(plan.datasets, "train", settings, world, plan.loader.weights)
     val_loader = _loader(plan.datasets, "val", settings, world)
@@ -146,7 +159,12 @@ def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> Train
 
 
 def _open_data(options: TrainOptions, resumed: Checkpoint | None) -> tuple[list[Dataset], Sequence[float] | None]:
-    """The datasets, which must be of the stage's kind, and their weights. A resumed run knows its own."""
+    """Open the datasets; return them and their weights (shares of the tokens; None if every sample is taken once per
+    epoch).
+
+    A resumed run uses the datasets and weights recorded in its checkpoint unless --data is given. Raises UsageError if
+    no dataset is given, and DatasetError if one is unreadable or has rows of another kind than the stage trains on.
+    """
     paths, weights = options.data, options.weights
     if resumed and not paths:
         paths, weights = tuple(map(Path, resumed.state.data.dirs)), resumed.state.data.weights or None
@@ -171,7 +189,11 @@ def _loader(
     world: World,
     weights: Sequence[float] | None = None,
 ) -> Loader | PairLoader:
-    """This rank's batches of a split, on CUDA in page-locked buffers."""
+    """Return the loader of this rank's batches of `split`, "train" or "val". On CUDA its arrays are in page-locked
+    memory.
+
+    `weights`: the share of the tokens that each dataset provides; None takes every sample once per epoch.
+    """
     return make_loader(
         datasets,
         share_prompt=settings.share_prompt,
@@ -187,7 +209,11 @@ def _loader(
 
 
 def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
-    """The val split of --guard, which must have one, hold no pairs, and share the run's tokenizer."""
+    """Return the loader of the val split of the dataset of --guard; None without --guard.
+
+    Raises DatasetError if the dataset has pairs, was packed with another tokenizer than the run's data, or has no val
+    split.
+    """
     if not settings.guard:
         return None
     dataset = open_dataset(Path(settings.guard))
@@ -209,7 +235,12 @@ def _check_loaders(
     loader: Loader | PairLoader,
     val_loader: Loader | PairLoader,
 ) -> None:
-    """There must be something to train on, a val split for --patience, and on resume the data of before."""
+    """Check that the run can train and validate as asked.
+
+    Raises DatasetError if the train split is empty; UsageError if --patience is given but no validation takes place
+    during the run; CheckpointError if a resumed run has other data or dataset weights than before, unless --other-data
+    is given.
+    """
     dirs = [share.dataset.dir for share in loader.shares]
     if not loader.num_samples:
         raise DatasetError(f"{dirs[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
@@ -233,7 +264,12 @@ def _check_loaders(
 
 
 def _find_resumed(options: TrainOptions) -> Checkpoint | None:
-    """The run's own newest checkpoint when resuming; None for a new run, or one that has no checkpoint yet."""
+    """Return the newest undamaged checkpoint of the run directory --out if the run is to be resumed. Return None for a
+    new run (--out does not exist, or is not a run and --resume is not given), and for a run without any checkpoint.
+
+    Raises UsageError if --out is a run and --resume is missing, or --init is given too. Raises CheckpointError if
+    --resume is given and --out exists but is not a run, belongs to another stage, or has only damaged checkpoints.
+    """
     if not (options.out / RUN).exists():
         if options.resume and options.out.exists():
             raise CheckpointError(f"{options.out} is not a run", "leave --resume out to start one in a new --out")
@@ -252,7 +288,12 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
 
 
 def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None, datasets: Sequence[Dataset]) -> Start:
-    """The weights to start from: of --init, else of the newest finished run of a stage before, else new ones."""
+    """Return the weights to start from: the resumed checkpoint if there is one; else the checkpoint of --init; else,
+    unless --model is given, the newest finished run under `runs_dir` of a stage in `stage.starts_from`; else new
+    weights.
+
+    Raises UsageError if both --init and --model are given.
+    """
     init = None
     if options.init is not None:
         if options.model is not None:
@@ -271,7 +312,12 @@ def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None,
 
 
 def _growth(options: TrainOptions, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
-    """How the embedding of `init` has to grow for the datasets' tokenizer; None without --resize-embeddings."""
+    """Return how the embedding of `init` is enlarged for the tokenizer of the datasets; None without
+    --resize-embeddings.
+
+    Raises UsageError if there is no `init`. Raises TokenizerError if the datasets have different tokenizers, or if an
+    id of the old tokenizer means another token in the new one.
+    """
     if options.resize_embeddings is None:
         return None
     if init is None:
@@ -289,7 +335,8 @@ def _growth(options: TrainOptions, init: Checkpoint | None, datasets: Sequence[D
 
 
 def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
-    """The datasets must share the checkpoint's tokenizer, and have no more ids than its embedding has rows."""
+    """Raise CheckpointError if a dataset was packed with another tokenizer than the checkpoint was trained with, or has
+    token ids beyond the checkpoint's embedding."""
     for dataset in datasets:
         pack_again = f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}"
         if dataset.tokenizer_sha256 != source.state.data.tokenizer_sha256:
@@ -306,7 +353,11 @@ def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
 
 
 def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -> ModelConfig:
-    """The shape of the model: the checkpoint's, with its embedding grown, or that of --model."""
+    """Return the shape of the model: that of the checkpoint, with the enlarged vocabulary if the embedding grows, or
+    that of --model for new weights.
+
+    Raises DatasetError if the data has longer sequences than the model takes, and UsageError for an unsuitable --model.
+    """
     if start.source:
         shape = start.source.model_config
     else:

@@ -1,8 +1,8 @@
-"""Forecast what a run will take, before its first step: memory by part, time and disk.
+"""Forecast, before the first step, how much memory, time and disk space a run will need.
 
-A probe runs the model forward and backward on a few hundred of the run's own tokens: the bytes that autograd keeps per token
-are counted and the speed is timed; the rest is arithmetic. It changes no weight, draws no random number, and takes a second
-or a few.
+A probe runs the model forward and backward on a few hundred tokens of the run's own data. It counts the bytes that
+autograd keeps per token and measures the speed; the rest is computed from these. The probe changes no weights, draws no
+random numbers, and takes a few seconds at most.
 """
 
 import os
@@ -29,17 +29,25 @@ from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast
 from mmtrain.train.plan import TrainPlan
 
-PROBE_TOKENS = 512
-SLACK = 0.4  # share of temporary memory that glibc keeps besides: measured 0.34 at 1M, 0.5 at 26M parameters
+PROBE_TOKENS = 512  # approximate size of the probe's batch
+# Memory that glibc's allocator holds without using it, relative to activations and logits. Measured: 0.34 for a model
+# of 1M, 0.5 for one of 26M parameters.
+SLACK = 0.4
 HEADROOM = 0.95  # share of the free memory that a plan may use
-MOST_MICRO_TOKENS = 131_072  # more makes no card faster
-MOST_CHECKPOINTED_TOKENS = 8192  # enough to fill a card with --checkpoint-activations, which is used to save memory
+MOST_MICRO_TOKENS = 131_072  # larger micro-batches are not faster on any GPU
+# The same limit with --checkpoint-activations, which is used to save memory; enough to keep a GPU busy.
+MOST_CHECKPOINTED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one rank will take. `parts` are bytes of memory by name; `largest_micro_tokens` is the largest micro-batch that
-    fits (0: not even one sample); `tokens_per_s` is that of all ranks."""
+    """What a run will need on one rank, and the figures that this follows from.
+
+    `parts`: bytes of memory at the peak by purpose, such as "optimizer". `free_bytes`: memory that this rank may use.
+    `seconds`: duration of the run. `tokens_per_s`: training speed of all ranks together. `disk_bytes`: largest size of
+    all its checkpoints together. `largest_micro_tokens`: the largest micro-batch that fits in memory, in tokens; 0 if
+    not even a single sample does.
+    """
 
     num_params: int
     tokens_per_epoch: int
@@ -56,11 +64,11 @@ class Needs:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory at its peak."""
+        """Return the peak memory in bytes, the sum of `parts`."""
         return sum(self.parts.values())
 
     def line(self) -> str:
-        """The forecast in one line."""
+        """Return memory, disk space and duration as one line for the console."""
         return (
             f"takes: {self.peak_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB memory at {self.micro_tokens:,} tokens "
             f"at once, {self.disk_bytes / 1e9:.2f} of {self.free_disk_bytes / 1e9:.0f} GB disk, about "
@@ -68,17 +76,17 @@ class Needs:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """All figures by name."""
+        """Return all fields and `peak_bytes` by name."""
         return asdict(self) | {"peak_bytes": self.peak_bytes}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of a rank as a function of the tokens run at once.
+    """The memory of one rank as a function of the number of tokens run at once.
 
-    `fixed` are bytes by part that do not depend on them, `kept` the bytes per token that a forward pass keeps,
-    `trained_share` the share of tokens multiplied by the output matrix, `slack` the share of temporary memory that the
-    allocator keeps besides.
+    `fixed`: bytes by purpose that do not depend on this number. `kept`: bytes per token that a forward pass keeps for
+    the backward pass. `trained_share`: share of the tokens that are trained, for which logits are computed. `slack`:
+    memory that the allocator holds without using it, relative to activations and logits.
     """
 
     fixed: Mapping[str, int]
@@ -88,15 +96,18 @@ class Memory:
     slack: float
 
     def parts(self, micro_tokens: int) -> dict[str, int]:
-        """Bytes by part with this many tokens at once."""
+        """Return the bytes by purpose with `micro_tokens` tokens at once."""
         rows = min(CHUNK, micro_tokens * self.trained_share)
         head = 2 * 4 * rows * self.shape.vocab_size + 2 * 4 * self.shape.vocab_size * self.shape.hidden_size
         sizes = {"activations": int(self.kept * micro_tokens), "logits and their gradient": int(head)}
         return {**self.fixed, **sizes, "allocator's slack": int(self.slack * sum(sizes.values()))}
 
     def largest(self, cell_tokens: int, free: int, *, width: float = 1.0) -> int:
-        """The largest `cell_tokens` times a power of two that takes at most `free` bytes, up to MOST_MICRO_TOKENS; 0 if one
-        cell does not fit. `width` is the number of real tokens per token counted."""
+        """Return the largest `cell_tokens` times a power of two, up to MOST_MICRO_TOKENS, whose memory is at most
+        `free` bytes; 0 if `cell_tokens` themselves do not fit.
+
+        `width`: number of tokens actually run per token of this nominal size.
+        """
         largest, tokens = 0, cell_tokens
         while tokens <= MOST_MICRO_TOKENS and sum(self.parts(int(tokens * width)).values()) <= free:
             largest, tokens = tokens, 2 * tokens
@@ -104,19 +115,22 @@ class Memory:
 
 
 def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> Needs:
-    """What a run of `model`, which is on its device, will take. `base_bytes` were in use before it was built; the run's
-    ranks on this machine share its memory."""
+    """Run the probe and return what the run will need.
+
+    `model` must be on its device. `base_bytes`: memory that was in use before the model was built. On the CPU the ranks
+    on this machine share its memory equally.
+    """
     device, settings = world.device, plan.settings
     micro = _probe_batch(plan)
     kept, weights_copy, seconds = _probe(model, micro, plan.is_pairs)
-    if model.checkpoints_blocks:  # the input of every block, and the activations of one block at a time
+    if model.checkpoints_blocks:  # memory: the input of every block, and the activations of one block
         kept = kept / plan.shape.num_layers + 4 * plan.shape.hidden_size * plan.shape.num_layers
     fixed, saved = _fixed_bytes(plan, model, base_bytes, weights_copy)
     is_cuda = device.type == "cuda"
     memory = Memory(fixed, kept, micro.num_loss_tokens / len(micro.ids), plan.shape, 0.0 if is_cuda else SLACK)
     free = int(HEADROOM * free_bytes(device)) // (1 if is_cuda else ranks_here(world))
     cell = plan.loader.cell_tokens if isinstance(plan.loader, Loader) else 2 * plan.datasets[0].max_len
-    width = 1.0 if is_cuda else micro_width(plan)  # on CUDA micro-batches are filled up
+    width = 1.0 if is_cuda else micro_width(plan)  # on CUDA micro-batches are padded to the nominal size
     epoch_tokens = plan.loader.tokens_per_epoch
     run_tokens = plan.num_steps * epoch_tokens / max(1, plan.loader.steps_per_epoch)
     validations = 1 + (plan.num_steps // settings.val_every if settings.val_every else 0)
@@ -133,14 +147,15 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> 
         free_bytes=free,
         seconds=(run_tokens + val_tokens) / tokens_per_s,
         tokens_per_s=tokens_per_s,
-        disk_bytes=saved * (settings.keep_last + 2),  # also the best checkpoint, and the one being written
+        disk_bytes=saved * (settings.keep_last + 2),  # 2 more: the best checkpoint, and the one being written
         free_disk_bytes=shutil.disk_usage(root).free,
         largest_micro_tokens=memory.largest(cell, free, width=width),
     )
 
 
 def check(needs: Needs, device: torch.device) -> None:
-    """Refuse a run that does not fit its memory or its disk; the error names the largest micro-batch that fits."""
+    """Raise TrainError if the run does not fit in memory, and DiskError if its checkpoints do not fit on the disk. The
+    former names the largest micro-batch that fits."""
     if needs.peak_bytes > needs.free_bytes:
         largest = needs.largest_micro_tokens
         raise TrainError(
@@ -159,8 +174,11 @@ def check(needs: Needs, device: torch.device) -> None:
 
 
 def fitting(plan: TrainPlan, needs: Needs, model: Model) -> int:
-    """The micro-batch size for a run without --micro-tokens: on the CPU the default, on CUDA as large as useful; but never
-    more than fits, or than a batch."""
+    """Return the number of tokens per micro-batch for a run without --micro-tokens.
+
+    On the CPU it is the default, on CUDA the largest useful one; in both cases at most what fits in memory, and at most
+    a batch (or the longest sequence, if that is more). If nothing fits, return the present value.
+    """
     on_cuda = MOST_CHECKPOINTED_TOKENS if model.checkpoints_blocks else MOST_MICRO_TOKENS
     most = on_cuda if model.head_weight.is_cuda else needs.micro_tokens
     most = min(most, max(plan.settings.batch_tokens, plan.datasets[0].max_len))
@@ -168,7 +186,12 @@ def fitting(plan: TrainPlan, needs: Needs, model: Model) -> int:
 
 
 def _fixed_bytes(plan: TrainPlan, model: Model, base_bytes: int, weights_copy: int) -> tuple[dict[str, int], int]:
-    """Bytes by part that do not depend on the micro-batch, and bytes of a checkpoint."""
+    """Return the bytes of memory, by purpose, that do not depend on the micro-batch size, and the bytes of one
+    checkpoint on disk.
+
+    `base_bytes`: memory in use before the model was built. `weights_copy`: bytes of half-precision copies of the
+    weights.
+    """
     settings, num_params = plan.settings, plan.shape.num_params
     num_trainable = sum(p.numel() for p in model.parameters())
     if settings.lora:
@@ -192,7 +215,8 @@ def _fixed_bytes(plan: TrainPlan, model: Model, base_bytes: int, weights_copy: i
 
 
 def micro_width(plan: TrainPlan) -> float:
-    """Real tokens per token of --micro-tokens: packs are nearly full; pairs are counted as they are."""
+    """Return the number of tokens in a micro-batch per token of its nominal size: a little below 1 for packs, which are
+    nearly full, and 1 for pairs, whose tokens are counted exactly. The first step's largest micro-batch is measured."""
     if not isinstance(plan.loader, Loader):
         return 1.0
     micros = plan.loader.batch(0)
@@ -205,14 +229,18 @@ def micro_width(plan: TrainPlan) -> float:
 
 
 def _probe_batch(plan: TrainPlan) -> MicroBatch:
-    """About PROBE_TOKENS of the run's first step, in whole documents."""
+    """Return about PROBE_TOKENS tokens of the run's first step, as whole sequences or pairs."""
     micros = plan.loader.batch(0) or [next(plan.loader.micro_batches())]
     return cut(micros[0], PROBE_TOKENS, plan.is_pairs)[0]
 
 
 def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int, float]:
-    """Bytes that autograd keeps per token, bytes that it keeps for any number of tokens (low-precision weights), and seconds
-    of a forward and backward pass. Leaves no gradients."""
+    """Measure forward and backward passes on `micro`. Return the bytes that autograd keeps per token, the bytes that it
+    keeps whatever the number of tokens (half-precision copies of weights), and the seconds of one forward and backward
+    pass.
+
+    The first two follow from a comparison with half of `micro`. No gradients are left in the model.
+    """
     device = model.head_weight.device
     half = cut(micro, max(1, len(micro.ids) // 2), is_pairs)[0]
     few, many = (kept_bytes(model, part) for part in (half, micro))
@@ -232,16 +260,18 @@ def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int,
 
 
 def kept_bytes(model: Model, micro: MicroBatch) -> int:
-    """Bytes of the tensors that a forward pass keeps for its backward pass, without the weights and the output matrix."""
+    """Return the bytes of the tensors that the model's forward pass keeps for its backward pass. The weights themselves
+    and the logits are not counted. Blocks are not checkpointed during the measurement."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     batch = to_device(micro, model.head_weight.device)
 
     def note(tensor: Tensor) -> Tensor:
+        """Count the storage of a saved tensor once, unless it belongs to a weight."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would keep its own graph alive
+        return tensor.detach()  # returning the tensor itself would create a reference cycle with its autograd graph
 
     checkpoints_blocks, model.checkpoints_blocks = model.checkpoints_blocks, False
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(batch.ids.device):
@@ -255,8 +285,11 @@ def kept_bytes(model: Model, micro: MicroBatch) -> int:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations per second of one square product, the best of four, which a run's utilization (MFU) is
-    measured against. Takes about 20 ms on a CPU core. The size keeps the device busy for models of this class."""
+    """Return the floating point operations per second of a square matrix product in `dtype`, the best of four. The
+    report compares the run's own speed with it (model FLOPs utilization, MFU).
+
+    Takes about 20 ms on a CPU core. The size is 4096 on CUDA and 512 on the CPU, large enough to keep the device busy.
+    """
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = 0.0
@@ -270,7 +303,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory in use now: allocated on the CUDA device, else resident in this process."""
+    """Return the memory in use now, in bytes: allocated by torch on a CUDA device, or resident memory of this
+    process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -280,8 +314,11 @@ def used_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may use in all: of the CUDA device, else within the limits of the machine, its container and
-    the process."""
+    """Return the memory that this process may use in total, in bytes, including what it uses already.
+
+    On CUDA that is the free memory and what torch has reserved. On the CPU it is the smallest of the limits set by the
+    machine, its container (cgroup) and the process (rlimits).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -298,6 +335,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _lines(path: str) -> list[str]:
+    """Return the lines of a text file; empty if it cannot be read."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:
@@ -305,5 +343,6 @@ def _lines(path: str) -> list[str]:
 
 
 def _synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work. Does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,10 @@
-"""The reference's summed log-probabilities of every pair: computed once before the first step of dpo, and cached.
+"""The reference model's log-probabilities of every pair, summed over the trained tokens of each side. They are computed
+once, before the first step of dpo, and cached in a file, so that no second model stays in memory during training.
 
-The cache is one Arrow file of two float64 columns, `DATASET.reference/KEY.arrow` (16 bytes per pair; float32 would round the
-sum of a long reply by 1e-4 nats, more than a margin moves at first). Its name and metadata hold everything that the logps
-depend on and their sha256: other weights, data or precision have another file, and a damaged file is not used. No second
-model stays in memory.
+The cache file is an Arrow file with two float64 columns, `DATASET.reference/NAME.arrow`, 16 bytes per pair. (float32
+would round the sum of a long reply by 1e-4 nats, which is more than a reward margin changes in the first steps.) Its
+metadata records everything that the logps depend on, and their sha256; its name is a hash of the former. Other weights,
+data or precision therefore use another file, and a damaged file is not used.
 """
 
 import hashlib
@@ -34,20 +35,26 @@ from mmtrain.train.plan import TrainPlan
 TOKENS = {
     "cpu": 8192,
     "cuda": 131_072,
-}  # run at once: without gradients a token takes a fraction of the memory of training
-PROGRESS_EVERY_S = 10  # between lines about progress
-SPOT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # between cached logps and the same ones computed again
+}  # tokens per micro-batch; more than in training, because without gradients they need less memory
+PROGRESS_EVERY_S = 10  # seconds between console lines about progress
+SPOT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # largest relative difference, see `differs`
 Say = Callable[[str], None]
 
 
 def prepare(
     plan: TrainPlan, model: Model, world: World, saved: ReferenceRecord | None, say: Say
 ) -> tuple[dict[str, Tensor], ReferenceRecord | None]:
-    """The reference's logps by split, each float64 [N, 2] on the CPU, and the record of them for run.json.
+    """Return the reference model's logps by split ("train", "val"), each float64 [N, 2] (chosen, rejected) on the CPU,
+    and the record of the reference for run.json.
 
-    The reference is `model`, the weights the run starts from, or the run of --reference. For a loss without reference only
-    the val split's logps are computed, by the start weights: drift is measured from them. A resumed run passes its `saved`
-    record; logps that are lost are computed again while the weights still exist.
+    They are read from the cache if possible, else computed and saved there. The reference model is `model`, with the
+    weights that the run starts from, or that of --reference. For a loss without reference only the val split's logps
+    are computed, with the start weights; drift is measured from them. If there is nothing to compute, returns ({},
+    saved).
+
+    `saved`: the record from run.json of a resumed run, None for a new run. `say` is called with console lines. Raises
+    CheckpointError if the logps of a resumed run are lost and the reference weights no longer exist, or if cached logps
+    of a --reference run do not match its weights.
     """
     loaders = {"train": plan.loader, "val": plan.val_loader}
     pairs = {split: loader for split, loader in loaders.items() if isinstance(loader, PairLoader)}
@@ -58,7 +65,8 @@ def prepare(
         return {}, saved
     record = saved or _record_of(plan)
     dtype = autocast_dtype(world.device)
-    # The digest is the val loader's: the train loader's depends on the weights of the datasets, the logps do not.
+    # The digest identifies the datasets. That of the train loader also depends on their mixing weights, but the logps
+    # do not, so the val loader's is used.
     key = key_of(record.weights_sha256, asdict(record.shape), plan.val_loader.digest, dtype)
     path, own = cache_path(plan.datasets[0].dir, key, splits), plan.out / "reference.arrow"
     logps = _cached((path, own), key, world, say)
@@ -76,7 +84,8 @@ def prepare(
 
 
 def _record_of(plan: TrainPlan) -> ReferenceRecord:
-    """Checkpoint directory (empty for new weights), hash and shape of the reference of a new run."""
+    """Return the record of the reference model of a new run: its checkpoint directory (empty for new weights), hash and
+    shape."""
     if plan.reference is not None:
         source = plan.reference
         return ReferenceRecord(str(source.dir), source.weights_sha256, shape=source.model_config)
@@ -89,7 +98,8 @@ def _record_of(plan: TrainPlan) -> ReferenceRecord:
 
 
 def _load(record: ReferenceRecord, world: World) -> Model:
-    """The reference's model from its checkpoint; CheckpointError if that is gone or has other weights."""
+    """Load the reference model from its checkpoint. Raises CheckpointError if the checkpoint is gone or has other
+    weights than the record."""
     directory = Path(record.dir)
     fix = "start the run again with another --out"
     if not record.dir or not (directory / checkpoint.STATE).exists():
@@ -102,10 +112,11 @@ def _load(record: ReferenceRecord, world: World) -> Model:
 
 
 def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World, say: Say) -> dict[str, Tensor]:
-    """The logps of every split, with a line of progress every PROGRESS_EVERY_S."""
+    """Compute and return the logps of every split on the CPU, and print progress every PROGRESS_EVERY_S seconds."""
     begun = last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
+        """Print a line if the last one is at least PROGRESS_EVERY_S seconds old."""
         nonlocal last
         if time.monotonic() - last >= PROGRESS_EVERY_S:
             last = time.monotonic()
@@ -120,9 +131,12 @@ def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World,
 def compute(
     model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Summed logps float64 [num_samples, 2], chosen then rejected, of a split; each rank computes its share of them.
+    """Compute the summed logps of all pairs of the loader's split: float64 [num_samples, 2], chosen then rejected, on
+    the device.
 
-    `progress` is called with the number of pairs done so far and of all.
+    Each rank computes its share of the pairs, and the shares are summed, so every rank has all of them. Every rank must
+    call this. `progress(done, total)` is called after each micro-batch with numbers of pairs; `done` is estimated from
+    this rank's share.
     """
     logps = torch.zeros(loader.num_samples, 2, dtype=torch.float64, device=world.device)
     done = 0
@@ -138,7 +152,12 @@ def compute(
 
 
 def differs(model: Model, loader: PairLoader, logps: Tensor, world: World) -> float:
-    """Largest difference between `logps` and those of the first pairs computed now, relative to 1 nat or the logp's size."""
+    """Return the largest difference between given logps and newly computed ones, on this rank's first micro-batch of
+    the split.
+
+    Each difference is divided by the size of the given logp, or by 1 nat if that is larger. Returns 0.0 if this rank
+    has no pairs. `logps`: float64 [num_samples, 2] on the CPU.
+    """
     micro = next(iter(loader.micro_batches()), None)
     if micro is None:
         return 0.0
@@ -156,8 +175,12 @@ def _check_spot(
     tolerance: float,
     path: Path,
 ) -> None:
-    """Compare cached logps of another run with its weights on a few pairs: the check at step 0 cannot, as the policy is not
-    that reference."""
+    """Raise CheckpointError if cached logps of a --reference run differ by more than `tolerance` from those that its
+    weights give, on a few pairs of each split.
+
+    The check at step 0 of dpo cannot find this, because the policy does not start from these weights. `model`: the
+    reference model. `path`: the cache file, for the message. Every rank must call this; if any fails, all end.
+    """
     error = None
     for split, loader in pairs.items():
         gap = differs(model, loader, logps[split], world)
@@ -173,7 +196,8 @@ def _check_spot(
 
 
 def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtype: torch.dtype) -> dict[str, str]:
-    """What the logps depend on: weights and shape of the model, datasets, precision, and how they are summed."""
+    """Return, by name, everything that the logps depend on: hashes of the model's weights and shape, digest of the
+    datasets, precision (`dtype`), and how they are summed."""
     shape_sha256 = hashlib.sha256(json.dumps(dict(shape), sort_keys=True).encode()).hexdigest()
     precision = str(dtype).removeprefix("torch.")
     weights = {"weights": weights_sha256, "shape": shape_sha256}
@@ -181,13 +205,22 @@ def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtyp
 
 
 def cache_path(dataset_dir: Path, key: Mapping[str, str], splits: Mapping[str, int]) -> Path:
-    """The cache file beside the dataset, for the logps of `splits` (name -> number of pairs) under `key`."""
+    """Return the path of the cache file: `DATASET.reference/NAME.arrow`, in the same directory as the dataset. NAME is
+    the first 16 hex digits of a hash of `key` and `splits`.
+
+    `key`: as returned by `key_of`. `splits`: number of pairs of each split.
+    """
     name = hashlib.sha256(json.dumps([dict(key), dict(splits)], sort_keys=True).encode()).hexdigest()[:16]
     return dataset_dir.with_name(f"{dataset_dir.name}.reference") / f"{name}.arrow"
 
 
 def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: Say) -> dict[str, Tensor] | None:
-    """The logps of the first usable file of `paths`, the same one on all ranks; None if there is none."""
+    """Read and return the logps from the first of `paths` that has a usable file with this `key`; None if there is
+    none.
+
+    Also returns None unless all ranks read the same one of the paths. Files that are damaged or have another key are
+    reported and skipped.
+    """
     logps, number = None, -1
     for i, path in enumerate(paths):
         if logps is None and path.exists():
@@ -197,7 +230,7 @@ def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: 
                 say(f"{error.message}: refused, and computed again")
     numbers = torch.zeros(world.size, device=world.device)
     numbers[world.rank] = number + 1
-    if len(set(world.sum(numbers).tolist())) > 1:  # one rank sees a file that another does not: nobody uses one
+    if len(set(world.sum(numbers).tolist())) > 1:  # ranks would use different files, so none is used
         return None
     if logps is not None:
         say(f"reference logps of {sum(map(len, logps.values())):,} pairs taken from {paths[number]}")
@@ -207,7 +240,8 @@ def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: 
 def _save(
     paths: tuple[Path, Path], logps: Mapping[str, Tensor], key: Mapping[str, str], world: World, say: Say
 ) -> Path:
-    """Save the logps beside the dataset, or in the run if that cannot be written; returns the path."""
+    """Save the logps on the first rank in `paths[0]`, or in `paths[1]` if the former cannot be written. Return the path
+    used; other ranks return `paths[0]`."""
     if not world.is_first:
         return paths[0]
     try:
@@ -220,7 +254,8 @@ def _save(
 
 
 def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> None:
-    """Write the logps of every split, atomically. OSError where the file cannot be written."""
+    """Write the logps of every split and their key to an Arrow file, atomically. Raises OSError if it cannot be
+    written."""
     values = np.concatenate([each.cpu().numpy() for each in logps.values()]).astype(np.float64)
     columns = {"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()}
     splits = json.dumps({split: len(each) for split, each in logps.items()})
@@ -228,8 +263,10 @@ def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> Non
 
 
 def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read logps: split -> float64 [N, 2]. CheckpointError if the file is missing, damaged, or was computed under another
-    key."""
+    """Read logps from a cache file: split -> float64 [N, 2] (chosen, rejected).
+
+    Raises CheckpointError if the file is missing or damaged, or if its metadata differ from `key`.
+    """
     fix = f"remove {path}: it is then computed again"
     try:
         file = read_arrow(path)
@@ -248,7 +285,7 @@ def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _digest(columns: Mapping[str, np.ndarray]) -> str:
-    """sha256 of the names and values of the columns."""
+    """Return the sha256 of the names and float64 values of the columns."""
     sha256 = hashlib.sha256()
     for name in sorted(columns):
         sha256.update(name.encode() + columns[name].astype("<f8").tobytes())

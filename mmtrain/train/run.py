@@ -1,4 +1,4 @@
-"""Start a planned run: its directory, model, optimizer, log and run.json, and a few lines on what is about to happen."""
+"""Start a planned run: make its directory, model, optimizer, log and run.json, and print a few lines about the run."""
 
 import hashlib
 import time
@@ -35,15 +35,17 @@ from mmtrain.train import optim, preflight
 from mmtrain.train.ema import Average
 from mmtrain.train.plan import TrainPlan, make_plan, with_micro_tokens
 
-STOP_FILE = "STOP"  # in the run directory: ends the run as SIGTERM does, and is removed when the run starts
-PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # their versions stand in run.json
+STOP_FILE = "STOP"  # a file of this name in the run directory ends the run as SIGTERM does; removed at the start
+PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # packages whose versions are recorded in run.json
 
 
 class InFlight:
-    """A step that the device works on, and its figures on their way to the host.
+    """An optimizer step that the device may still be computing, with its numbers being copied to the host in the
+    background.
 
-    `values` float64: loss, count, tokens, trained tokens, the stage's figures, requests to stop, gradient norm, whether the
-    step was taken, and its loss scale.
+    `step`: counted from 0. `lr`: its learning rate. `begun`: when it began, by time.monotonic(). `values`: float64
+    vector of loss, count (trained tokens or pairs), tokens, trained tokens, the stage's figures, number of ranks asked
+    to stop, gradient norm, 1 if the step was taken (else 0), and loss scale. Loss and figures are sums over all ranks.
     """
 
     def __init__(self, step: int, lr: float, begun: float, values: Tensor):
@@ -55,7 +57,7 @@ class InFlight:
             self._event.record()
 
     def figures(self) -> list[float]:
-        """The values; waits until they have arrived."""
+        """Wait until the values have arrived on the host, and return them."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()
@@ -63,29 +65,36 @@ class InFlight:
 
 @dataclass
 class ActiveRun:
-    """The state of a run in progress."""
+    """The state of a run in progress. Counts are of this call of `train`.
+
+    `val_losses`: all val losses so far, including those before a resumption. `loss`: mean loss of the last step that
+    was read. `val`: metrics of the last validation. `num_tokens`, `num_trained`: tokens and trained tokens of all
+    ranks. `num_skipped`: steps that did not change the weights because they were not finite. `last_read`: the
+    time.monotonic() from which the duration of the next step is measured. `last_saved`: step of the last checkpoint, -1
+    before the first.
+    """
 
     plan: TrainPlan
     world: World
     model: Model
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
-    gradient: Tensor  # flat, see optim.flat_gradient
+    gradient: Tensor  # one vector with the gradients of all trainable parameters
     scale: LossScale
-    average: Average | None  # with --ema
+    average: Average | None  # None without --ema
     log: metrics.MetricsLog
-    trackers: trackers.Trackers | None  # of the first rank, as reporter
-    reporter: Reporter | None
+    trackers: trackers.Trackers | None  # None if no tracker is used, and on all ranks but the first
+    reporter: Reporter | None  # None on all ranks but the first
     writer: checkpoint.Writer
     record: RunRecord
     val_losses: list[float]
     best: BestRecord | None
-    ref: dict[str, Tensor] = field(default_factory=dict)  # the reference's logps by split
-    batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # of the steps to come
-    in_flight: list[InFlight] = field(default_factory=list)
+    ref: dict[str, Tensor] = field(default_factory=dict)  # the reference model's logps by split, float64 [N, 2]
+    batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # this rank's, for each step
+    in_flight: list[InFlight] = field(default_factory=list)  # steps whose numbers have not been read yet
     is_stopping: bool = False
-    most_tokens: int | None = None  # of a micro-batch, once memory has run out
-    largest_micro: int = 0  # tokens
+    most_tokens: int | None = None  # largest micro-batch after memory has run out; None before
+    largest_micro: int = 0  # tokens of the largest micro-batch so far
     loss: float | None = None
     num_tokens: int = 0
     num_trained: int = 0
@@ -97,16 +106,18 @@ class ActiveRun:
 
     @property
     def lag(self) -> int:
-        """Steps whose figures may still be on their way: one on CUDA, so that the device never waits for the host."""
+        """Return the number of newest steps whose numbers need not be read yet: 1 on CUDA, so that the device never
+        waits for the host; 0 on the CPU."""
         return 1 if self.world.device.type == "cuda" else 0
 
     def event(self, step: int, event: str, note: str = "") -> None:
-        """Record an event for the report, on the first rank."""
+        """Record an event of `step`, such as "save", for the report. Does nothing on ranks other than the first."""
         if self.reporter:
             self.reporter.event(step, event, note)
 
     def write_record(self, status: str | None = None) -> None:
-        """Update run.json on the first rank, with a new status where one is given; `ended` is set unless it is running."""
+        """Write run.json on the first rank, with a new `status` if one is given: running, finished, interrupted or
+        failed. The end time is set unless the status is running. Does nothing on the other ranks."""
         if not self.world.is_first:
             return
         self.record.status = status or self.record.status
@@ -118,8 +129,13 @@ class ActiveRun:
 
 
 def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[str], None] | None) -> ActiveRun:
-    """Make the run directory, the model and its optimizer, and print what is about to happen."""
-    torch.set_float32_matmul_precision("high")  # TF32 on cards that have it; the CPU computes in fp32
+    """Make the run directory, model and optimizer of a planned run, restore them if it is resumed, write run.json, and
+    print what is about to happen. Return the state of the run.
+
+    `say` is called with each console line; None prints nothing. Every rank calls this. Raises an MMError if the run
+    cannot fit in memory or on the disk, or a checkpoint does not fit the model.
+    """
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; fp32 on the CPU
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
     plan, model, needs, notes = _build(plan, options, world)
     out, settings, resumed = plan.out, plan.settings, plan.start.resumed
@@ -153,7 +169,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[s
         also=open_trackers.write if open_trackers else None,
     )
     writer = checkpoint.Writer(out, keep_last=settings.keep_last, is_active=world.is_first)
-    world.wait()  # metrics.jsonl now ends at the first step
+    world.wait()  # until the first rank has cut metrics.jsonl at the step that the run starts from
     reporter = None
     if world.is_first:
         reporter = Reporter(out, first_step=plan.start.step, with_report=options.report, with_samples=options.samples)
@@ -181,7 +197,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[s
 
 
 def needs_of(options: TrainOptions) -> preflight.Needs:
-    """What `train(options)` would take; nothing is written. MMError as `train` would raise."""
+    """Return the memory, time and disk space that `train(options)` would need, without writing anything. Raises the
+    MMErrors that `train` would raise before its first step."""
     world = distributed.join(options.device)
     try:
         return _build(make_plan(options, world), options, world)[2]
@@ -193,10 +210,15 @@ def needs_of(options: TrainOptions) -> preflight.Needs:
 
 
 def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainPlan, Model, preflight.Needs, list[str]]:
-    """The model on its device and what the run will take. Micro-batches whose size was not given are sized to fit. MMError,
-    on all ranks, if the run cannot fit. Writes nothing; the notes are to be printed."""
+    """Build the model on its device and forecast what the run will need. Return the plan, the model, the forecast, and
+    lines to print.
+
+    If the number of tokens per micro-batch was not chosen by the user, a preset or a checkpoint, the plan gets one that
+    fits in memory. Writes nothing. Raises TrainError or DiskError, and ends all ranks, if the run cannot fit.
+    """
     device, notes = world.device, []
-    optim.make(torch.nn.Linear(1, 1), "adamw", lr=0.0, weight_decay=0.0)  # loads what torch loads late, 80 MB of it
+    # The first optimizer makes torch load 80 MB of code. It is loaded now, so that `base` includes it.
+    optim.make(torch.nn.Linear(1, 1), "adamw", lr=0.0, weight_decay=0.0)
     base = preflight.used_bytes(device)
     torch.manual_seed(plan.settings.seed)
     model = Model(plan.shape)
@@ -220,7 +242,10 @@ def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainP
 
 
 def compile_blocks(model: Model) -> list[str]:
-    """Compile block by block: all share one graph. If that fails the blocks run uncompiled; returns a line with the reason."""
+    """Compile the transformer blocks of a model on CUDA one by one; as they are alike, all share one compiled graph.
+
+    Returns an empty list, or, if compiling fails, a line with the reason; the blocks then run uncompiled.
+    """
     for block in model.model.layers:
         block.compile()
     ids = torch.zeros(64, dtype=torch.int64, device=model.head_weight.device)
@@ -228,7 +253,7 @@ def compile_blocks(model: Model) -> list[str]:
     try:
         with autocast(ids.device):
             model(ids, torch.arange(64, device=ids.device), ends, 64).sum().backward()
-    except Exception as error:  # whatever keeps the compiler from working: a missing gcc, an old card, its own errors
+    except Exception as error:  # any failure of the compiler, such as a missing gcc, an old GPU or a bug
         for block in model.model.layers:
             block._compiled_call_impl = None
         return [f"not compiled, slower: {str(error).strip().splitlines()[0][:160]} (--no-compile leaves it out)"]
@@ -238,7 +263,11 @@ def compile_blocks(model: Model) -> list[str]:
 
 
 def _with_digest(plan: TrainPlan, model: Model) -> TrainPlan:
-    """The plan with the hash of start weights that are in no file, new or grown ones, which the reference's cache needs."""
+    """Return the plan with the hash of the start weights, which identifies the reference model's logps in their cache.
+
+    Needed for start weights that are in no file: new ones, or loaded ones whose embedding was enlarged. `model` has
+    them.
+    """
     sha256 = checkpoint.weights_digest(model)
     before = plan.start.record
     record = StartRecord("", sha256)
@@ -248,7 +277,8 @@ def _with_digest(plan: TrainPlan, model: Model) -> TrainPlan:
 
 
 def _adapt(plan: TrainPlan, world: World, model: Model) -> None:
-    """Add adapters to the model, and keep the weights that they belong to in the run."""
+    """Add LoRA adapters to the model. A new run first writes the model's weights to its RUN/base.safetensors (first
+    rank only); a resumed run loads them from it."""
     if plan.start.resumed:
         checkpoint.load_base(plan.out, model)
     elif world.is_first:
@@ -261,7 +291,7 @@ def _adapt(plan: TrainPlan, world: World, model: Model) -> None:
 
 
 def _resumed_record(plan: TrainPlan, world: World) -> RunRecord:
-    """run.json of a run that is resumed: as before, and when it was resumed."""
+    """Return run.json of a run that is being resumed, with this resumption added."""
     record = read_run(plan.out)
     again = ResumeRecord(plan.start.step, time.time(), world.size, str(world.device))
     record.resumed = [*(record.resumed or []), again]
@@ -269,7 +299,11 @@ def _resumed_record(plan: TrainPlan, world: World) -> RunRecord:
 
 
 def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -> RunRecord:
-    """run.json of a new run; `with_speed` measures the device, which the report compares the run's speed with."""
+    """Return run.json of a new run.
+
+    `with_speed`: also measure the speed of the device's matrix products on the first rank, which the report compares
+    the run's speed with.
+    """
     record = RunRecord(
         stage=plan.stage.name,
         status="running",
@@ -304,14 +338,15 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
 
 
 def _padded_fill(plan: TrainPlan) -> float:
-    """Share of the positions that would hold tokens if every sample were padded to its bucket."""
+    """Return the share of positions that would hold tokens if every sample of the train split (for pairs, every side)
+    were padded to its bucket, instead of being packed."""
     shards = [shard for dataset in plan.datasets for shard in dataset.manifest.shards if shard.split == "train"]
     positions = sum((2 if plan.is_pairs else 1) * shard.samples * shard.bucket for shard in shards)
     return sum(shard.model_tokens for shard in shards) / max(1, positions)
 
 
 def _version(package: str) -> str:
-    """The installed version of a package."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -321,13 +356,18 @@ def _version(package: str) -> str:
 def _open_trackers(
     plan: TrainPlan, options: TrainOptions, world: World, record: RunRecord, say: Callable[[str], None]
 ) -> trackers.Trackers | None:
-    """Open the trackers asked for, or those that the run had, on the first rank; None if there are none."""
+    """Open the trackers of --log, or those that a resumed run used before, on the first rank. Return None if there are
+    none, and on the other ranks.
+
+    `record`: run.json, in which the trackers are noted. `say` is called with console lines.
+    """
     names = options.trackers or tuple(record.trackers or ())
     record.trackers = dict.fromkeys(names, "open")
     opened: list[trackers.Trackers] = []
 
     def open_all() -> None:
-        trackers.check(names)  # those of a resumed run too
+        """Check the names and open all trackers."""
+        trackers.check(names)  # also if they come from run.json of a resumed run
         identity = hashlib.sha256(f"{record.started} {plan.out.name}".encode()).hexdigest()[:8]
         settings = {"stage": plan.stage.name, "num_params": record.num_params} | asdict(plan.settings)
         tracked = trackers.TrackedRun(plan.out, identity, plan.start.step, settings)
@@ -338,7 +378,8 @@ def _open_trackers(
 
 
 def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
-    """What is about to happen, for the console: start, size, data, and warnings."""
+    """Yield the console lines printed at the start: where the weights come from, sizes of model and data, and
+    warnings."""
     loader, source, growth = plan.loader, plan.start.source, plan.start.growth
     begin = f"from {source.run_dir} (step {source.step})" if source else f"from new weights ({plan.settings.model})"
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
