@@ -39,7 +39,8 @@ class DemoTexts(msgspec.Struct, frozen=True):
     phrases: dict[str, dict[str, list[str]]]
     people: list[tuple[str, str, str, str]]  # the islanders: English name and pronoun, Chinese name and pronoun
     traits: dict[str, list[tuple[str, str]]]  # trait -> its possible values, each in English and Chinese
-    units: list[tuple[str, str, str, str, int]]  # large and small unit in English, in Chinese; small per large unit
+    # Large and small unit in English, large and small unit in Chinese, number of small units in a large one.
+    units: list[tuple[str, str, str, str, int]]
     consonants: str  # letters that the English words to spell are made of
     vowels: str
     hanzi: str  # characters that the Chinese words to spell are made of
@@ -124,8 +125,7 @@ def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
 
 
 def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return two questions for each key (low, high): which of the two numbers is larger, with the numbers named in
-    either order.
+    """Return two questions for each key (low, high): which one is larger, with the numbers named in either order.
 
     Each may be followed by the question which one is smaller.
     """
@@ -153,8 +153,7 @@ def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return an item for each key in which the user tells the colour and name of a boat; its follow-ups ask for one of
-    the two.
+    """Return an item for each key in which the user tells the colour and name of a boat; its follow-ups ask for one.
 
     A key is (index into `DemoTexts.colours`, index into `DemoTexts.birds`); boats are named after birds.
     """
@@ -225,8 +224,7 @@ NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 2
 
 
 def make_splits(seed: int) -> ItemSplits:
-    """Draw the islanders' traits and the words to spell, hold out some keys of each subject, and return the items of
-    both splits.
+    """Draw the islanders' traits and the words to spell, hold out some keys, and return the items of both splits.
 
     The same seed gives the same splits. Of the islanders, 24 combinations of person, trait and wording are held out.
     """
@@ -326,8 +324,9 @@ def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[di
 
 
 def conversations(splits: ItemSplits, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
-    """Yield `count` sft rows, each a conversation made from `fewest` to `most` training items. Whether an answer is
-    bare is random.
+    """Yield `count` sft rows, each a conversation made from `fewest` to `most` training items.
+
+    Each answer is randomly bare or a whole sentence.
     """
     for _ in range(count):
         yield {"conversations": _conversation(splits, rng, rng.randint(fewest, most))}
@@ -357,8 +356,9 @@ def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> lis
 
 
 def pairs(asked: Iterable[Question]) -> Iterator[dict]:
-    """Yield a dpo row for each question: `chosen` ends with the whole sentence and `rejected` with the bare answer;
-    both are correct.
+    """Yield a dpo row for each question: `chosen` ends with the whole sentence, `rejected` with the bare answer.
+
+    Both answers are correct.
     """
     for question in asked:
         sides = {"chosen": question.whole, "rejected": question.bare}
@@ -417,8 +417,7 @@ def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
 
 
 def tokenizer_texts(splits: ItemSplits) -> list[str]:
-    """Return the texts that the demo's tokenizer is trained on: all training items and facts, but without the words to
-    spell.
+    """Return the texts that the demo's tokenizer is trained on: all training items and facts, except words to spell.
 
     If it were trained on these words, BPE would merge their letters, and the model could not see the letters that it
     has to spell. Single letters are repeated LETTERS_REPEATED times, so that each Chinese character, which has three
@@ -487,8 +486,7 @@ def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
 
 
 def showcase(asked: Sequence[Question]) -> list[Question]:
-    """Return five of the questions to print as examples: in both languages, one of them ("recall") within a
-    conversation.
+    """Return five of the questions to print as examples, in both languages; one is within a conversation.
 
     `asked` must have a question of each of these kinds, as the result of `questions` does.
     """
@@ -501,8 +499,7 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class DemoStage:
-    """One training run of the demo: one epoch over `file`.jsonl, which has `rows` rows and is packed to `max_len`
-    tokens.
+    """One training run of the demo: one epoch over the `rows` rows of `file`.jsonl, packed to `max_len` tokens.
 
     `stage` is pretrain, sft or dpo. `batch_tokens` is the size of a batch in tokens, `schedule` the learning rate
     schedule, `warmup` the share of the steps in which the learning rate rises, and `beta` dpo's beta.
@@ -537,19 +534,17 @@ NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language
 
 
 def scaled(minutes: float) -> tuple[DemoStage, ...]:
-    """Return the stages with their numbers of rows scaled so that training takes about `minutes` on the machine of
-    MINUTES.
+    """Return the stages with as many rows as can be trained on in about `minutes`.
 
-    Time is taken as proportional to rows. Every stage has at least 64 rows.
+    The time is taken as proportional to the rows: training on all of them took MINUTES on one machine. Every stage has
+    at least 64 rows.
     """
     return tuple(replace(stage, rows=max(64, round(stage.rows * minutes / MINUTES))) for stage in STAGES)
 
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """The paths of the files that `write_corpus` wrote, the held-out questions, and the texts to train the tokenizer
-    on.
-    """
+    """The files that `write_corpus` wrote, the held-out questions, and the texts to train the tokenizer on."""
 
     files: dict[str, Path]  # file name without .jsonl -> path
     pairs_path: Path  # held-out pairs, in dpo.jsonl's schema

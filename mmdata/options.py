@@ -43,8 +43,7 @@ class Option:
 
 
 def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
-    """Return a dataclass field with this default and an `Option` in its metadata; without `default` the field is
-    required.
+    """Return a dataclass field with an `Option` in its metadata. Without `default` the field is required.
 
     `declaration`: further fields of `Option`, such as `least` or `choices`.
     """
@@ -61,8 +60,9 @@ def redeclared(kind: type, name: str, *, default: Any) -> Any:
 
 
 def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
-    """Yield the name and `Option` of each field made with `option`, in order of declaration. `kind`: an options class
-    or instance.
+    """Yield the name and `Option` of each field made with `option`, in order of declaration.
+
+    kind: an options class or an instance of one.
     """
     for each in fields(kind):
         if "option" in each.metadata:
@@ -70,15 +70,12 @@ def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
 
 
 def flag_of(name: str, declaration: Option) -> str:
-    """Return the flag as typed on the command line: `declaration.flag`, or else the field's name as
-    --name-with-dashes.
-    """
+    """Return the flag as typed on the command line: `declaration.flag`, or else the field's name with dashes."""
     return declaration.flag or f"--{name.replace('_', '-')}"
 
 
 def check(options: Any) -> None:
-    """Raise UsageError for the first option whose number is NaN, infinite or out of range, or whose value is not among
-    its choices.
+    """Raise UsageError for the first option whose value is not finite, out of range or not one of its choices.
 
     `options`: an instance of an options class.
     """
@@ -114,9 +111,7 @@ def bounds(declaration: Option) -> list[tuple[str, float, Callable[[float, float
 
 
 def _problem(value: Any, declaration: Option) -> str:
-    """Return what is wrong with a number, such as "must be at least 1"; empty if nothing is or if the value is not a
-    number.
-    """
+    """Return what is wrong with a number, such as "must be at least 1"; empty if nothing is or it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     if not math.isfinite(value):

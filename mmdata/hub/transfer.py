@@ -71,8 +71,8 @@ class RetryPolicy:
     max_wait_s: float = 30.0
     max_asked_wait_s: float = 300.0  # upper limit of a server's Retry-After
     read_timeout_s: float = 15.0
-    slow_bytes_per_s: int = 1024  # a slower response is given up …
-    slow_window_s: float = 20.0  # … when it has been slower for this long
+    slow_bytes_per_s: int = 1024  # a response slower than this for `slow_window_s` is abandoned
+    slow_window_s: float = 20.0
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
@@ -478,7 +478,7 @@ class _Connections:
                     alive[0].join(0.02)
             except BaseException:
                 self.stop.set()
-                for thread in threads:  # they end with their next bytes; one whose server is silent is left behind
+                for thread in threads:  # each ends when it receives its next bytes; silent ones are not waited for
                     thread.join(0.5)
                 raise
         else:
@@ -551,7 +551,7 @@ class _Connections:
         Raises TryAgain if less than `slow_bytes_per_s` arrive for `slow_window_s`, IntegrityError if the file begins
         wrongly.
         """
-        skip = span[1] - body.start  # bytes that a server without ranges sends again
+        skip = span[1] - body.start  # bytes before the span's position, which a server that ignores ranges sends again
         window_start, window_bytes = self.retry.clock(), 0
         for chunk in body.chunks:
             if self.stop.is_set():  # another connection failed

@@ -38,12 +38,12 @@ _RANGES = (
 )  # fmt: skip
 _WORDS = re.compile(r"\b(?:the|of|and|to|is|in|are|you|for|what|how|a|an|i|it|this|that|with|on|be)\b", re.IGNORECASE)
 
-GRAM = 8  # characters of a shingle
+GRAM = 8  # number of characters of a shingle
 NUM_BINS = 16  # entries of a signature; each is the smallest hash (15 bits) of the shingles that fall into the bin
 LEAST_GRAMS = 24  # texts with fewer shingles have no signature
 MANY_GRAMS = 256  # for texts with more shingles, the signature uses a quarter of them, selected by hash
 EMPTY = 0xFFFF  # entry of a bin without shingles
-NEAR = 0.8  # near duplicates have at least this share of equal entries
+NEAR = 0.8  # two texts are near duplicates if at least this share of their signatures' entries is equal
 _BASE = 0x9E3779B97F4A7C15
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 

@@ -147,9 +147,9 @@ class Relation:
     size_a: int
     size_b: int
     num_shared: int  # tokens that both have, with the same id or not
-    same_ids: int  # ids that are the same in both
-    differing: tuple[int, ...]  # ids that both have and that are different tokens, except …
-    placed: tuple[int, ...]  # … those that are reserved in A, such as <|buffer1|>, and another token in B
+    same_ids: int  # ids that are the same token in both
+    differing: tuple[int, ...]  # ids that are different tokens in A and B, those in `placed` left out
+    placed: tuple[int, ...]  # ids of reserved tokens of A, such as <|buffer1|>, that are other tokens in B
     is_split_alike: bool  # whether normalizer, pre-tokenizer, merges and scores are the same
 
     @property

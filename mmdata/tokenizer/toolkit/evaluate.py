@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the size of an embedding follows from in a model preset.
+    """The figures of a model preset from which the size and share of its embedding are computed.
 
     `max_vocab`: the preset's vocabulary size; 0 means no limit.
     """
@@ -284,9 +284,9 @@ def _rates(size: np.ndarray) -> Rates:
 
 
 def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Rates]:
-    """Return the rates of each name, in order of first occurrence.
+    """Add up the sizes of each name and return its rates, in order of first occurrence.
 
-    `names[i]` is what `sizes[i]` (see `_rates`) is added to.
+    names[i]: the language or file that sizes[i] belongs to. sizes: as in `_rates`.
     """
     sums: dict[str, np.ndarray] = {}
     for name, size in zip(names, sizes, strict=True):
