@@ -72,7 +72,7 @@ MODEL_SHAPES: dict[str, ModelConfig] = {
 def shape_from(name: str, vocab_size: int) -> ModelConfig:
     """Return the model shape called `name`, for a tokenizer with `vocab_size` tokens.
 
-    A named shape with a fixed vocabulary keeps its own `vocab_size`, which may be larger than the tokenizer's. Raises
+    A shape whose own `vocab_size` is 0 gets the tokenizer's. Other shapes keep their own, which may be larger. Raises
     UsageError if the name is unknown or the shape's vocabulary is smaller than the tokenizer's.
     """
     if name not in MODEL_SHAPES:

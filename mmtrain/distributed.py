@@ -80,8 +80,9 @@ class World:
             raise SystemExit(int(codes[failed[0]].item()))
 
     def agree_on(self, check: Callable[[], object]) -> None:
-        """Call `check` on every rank, then raise on every rank if it raised an MMError on any, as `agree` does. The
-        return value of `check` is ignored."""
+        """Call `check` on every rank. If it raised an MMError on any, raise on every rank: the lowest such rank raises
+        its error, the others SystemExit with that error's exit code. Every rank must call this; the return value of
+        `check` is ignored."""
         error = None
         try:
             check()
@@ -171,6 +172,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
+        """Install the handlers of SIGINT and SIGTERM."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -179,6 +181,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Restore the handlers that were installed before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

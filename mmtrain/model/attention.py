@@ -104,6 +104,7 @@ def block_mask(lengths: Tensor) -> Any:
     piece = (place >= lengths[pair, 0]).long() + (place >= lengths[pair, 0] + lengths[pair, 1]).long()
 
     def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return whether the token at position `query` attends to the token at position `key`."""
         crosses = (piece[query] == 2) & (piece[key] == 1)
         return (pair[query] == pair[key]) & (key <= query) & ~crosses
 

@@ -29,8 +29,8 @@ class Batch:
     `ids` and `position_ids` are int64 [T]; `cu_seqlens` is int32 [n + 1], the ends of n sequences beginning with 0.
     These three are longer if the batch is padded (see `filled`). `max_seqlen` is an upper bound of the sequence
     lengths. `trained` is int64 [N], the positions of the trained tokens in `ids`, ascending; `sequence_ids` is int64
-    [N], the number of the sequence that each trained token belongs to. `samples` are the sample numbers within the
-    split. `num_tokens` is T and `num_trained` is N; neither counts padding.
+    [N], the number of the sequence that each trained token belongs to. `samples` is int64, the numbers of the packs or
+    pairs within the split. `num_tokens` is T and `num_trained` is N; neither counts padding.
 
     For pairs, `num_sequences` and `sequence_ids` count the chosen and the rejected side of each pair as one sequence
     each. If `shared` is given, n in `cu_seqlens` is the number of pairs instead (see below).
@@ -154,6 +154,7 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
         shared = None if shared is None else np.concatenate([shared, np.outer(behind, [1, 0, 0])])
 
     def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Copy an array to the device as a tensor of this type."""
         return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
 
     return Batch(

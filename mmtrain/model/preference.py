@@ -115,16 +115,16 @@ LOSSES = {
 # reference has accuracy 0.5.
 TIE = 1e-4
 FIGURES = (
-    "reward_margin",
-    "margin_size",
-    "accuracy",
-    "chosen_logps",
+    "reward_margin",  # see PairLoss
+    "margin_size",  # absolute value of the reward margin
+    "accuracy",  # 1 if the reward margin is positive, 0.5 if it is about 0, else 0
+    "chosen_logps",  # the policy's logp of the chosen reply, summed over its tokens
     "rejected_logps",
-    "chosen_nll",
-    "chosen_drift",
+    "chosen_nll",  # negative log-likelihood of the chosen reply, nats per token
+    "chosen_drift",  # the policy's summed logp of the chosen reply minus the reference's
     "rejected_drift",
-    "flipped_right",
-    "flipped_wrong",
+    "flipped_right",  # 1 if the policy gives chosen a higher summed logp than rejected and the reference does not
+    "flipped_wrong",  # 1 if the reference gives chosen a higher summed logp than rejected and the policy does not
 )
 
 
@@ -175,13 +175,11 @@ def pair_figures(
     """Return the loss of each pair, [S] with gradient, and the metrics named in FIGURES, each [S] without gradient.
 
     `logps`: float64 [S, 2], the policy's summed logps of chosen and rejected. `counts`: [S, 2], their numbers of
-    trained tokens. `reference`: [S, 2], summed logps of the reference model, or None. They are used by losses with a
-    reference, and in the metrics as the values that drift (the change of a summed logp) and flips are measured from.
-    flipped_right is 1 where the policy gives chosen a higher logp than rejected and the reference did not;
-    flipped_wrong is the opposite. With None, drift and flips are NaN, and the loss uses reference logps of 0.
+    trained tokens. `reference`: [S, 2], summed logps of the reference model, or None. A loss without reference uses
+    them only in the metrics, for drift and flips. With None, drift and flips are NaN, and a loss with reference uses
+    reference logps of 0.
 
-    accuracy is 1 where the reward margin is above TIE, 0.5 where it is within TIE of 0, else 0. Losses are not
-    averaged; the term with `sft_weight` is included.
+    The loss includes the `sft_weight` term and is not averaged over pairs.
     """
     chosen, rejected = logps.T
     ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)

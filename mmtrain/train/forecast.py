@@ -23,9 +23,9 @@ from mmtrain.train.plan import TrainPlan
 PROBES = 4
 PROBE_LR = 1e-6  # smallest learning rate of the trial steps; below it, fp32 rounding hides the effect of a step
 NO_EFFECT = 0.02  # if the mean margin cannot reach this, the loss stays within 0.01 of ln 2 and the run has no effect
-# Rise of a val loss, in nats per token, from which on `forgetting` warns. guard_loss (the val loss on the dataset of
-# --guard) rose by at most 0.013 in runs that improved on held-out pairs, and by 0.056 in a run that memorised its pairs
-# (tests/bench/RESULTS.md). The threshold of chosen_nll is higher, because it rises a little in good runs too.
+# `forgetting` warns if a val loss rises by more than this, in nats per token. guard_loss (the val loss on the dataset
+# of --guard) rose by at most 0.013 in runs that improved on held-out pairs, and by 0.056 in a run that memorised its
+# pairs (tests/bench/RESULTS.md). The threshold of chosen_nll is higher, because it rises a little in good runs too.
 FORGETTING = {"guard_loss": 0.05, "chosen_nll": 0.10}
 WORSE = 0.03  # relative rise of the val loss above its start value that brings a warning (0.02 at ln 2); not measured
 

@@ -115,7 +115,7 @@ class Memory:
 
 
 def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> Needs:
-    """Run the probe and return what the run will need.
+    """Run the probe and return what the run of `plan` will need.
 
     `model` must be on its device. `base_bytes`: memory that was in use before the model was built. On the CPU the ranks
     on this machine share its memory equally.
