@@ -168,7 +168,9 @@ class RowEncoder:
         self.encoder = encoder or choose(tokenizer, "tokenizers")
         self._is_reference = is_reference
         self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
-        self._is_control[list(tokenizer.control_tokens.values())] = True
+        control_ids = list(tokenizer.control_tokens.values())
+        self._is_control[control_ids] = True
+        self._first_control, self._last_control = min(control_ids, default=1), max(control_ids, default=0)
 
     def __reduce__(self) -> tuple:
         options = {name: getattr(self, name) for name in ("max_len", "era", "train_on", "seed")}
@@ -338,7 +340,7 @@ class RowEncoder:
         """Encode texts and find their blocks' control tokens. bool [T]: all are there, no others, headers as expected."""
         ids, ends = self.encoder.encode(rendered.texts, True)
         lengths = np.diff(ends, prepend=0)
-        at = np.flatnonzero(self._is_control[ids])
+        at = self._control_places(ids)
         text_of = np.searchsorted(ends, at, side="right")
         is_good = np.bincount(text_of, minlength=len(ends)) == 2 * rendered.num_blocks
         at = at[is_good[text_of]]
@@ -352,6 +354,14 @@ class RowEncoder:
         is_header = (ids[np.minimum(header, len(ids) - 1)] == self._header_ids).all(axis=1)
         is_good[text_of[answers[~is_header]]] = False
         return _TextBlocks(ids, ends - lengths, lengths, rendered.first_trained, opens, closes, roles, text_of), is_good
+
+    def _control_places(self, ids: np.ndarray) -> np.ndarray:
+        """int64: the positions of control tokens. Few other ids are in their range, and comparing is faster than looking up."""
+        if self._first_control > self._last_control:
+            return np.empty(0, np.int64)
+        width = np.uint32(self._last_control - self._first_control)
+        at = np.flatnonzero(ids - np.uint32(self._first_control) <= width)  # smaller ids wrap around
+        return at[self._is_control[ids[at]]]
 
     def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
         """Texts past max_len are cut after their last whole turn that fits; without one they are too long."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mmdata.errors import InputError
 
+BUFFER_BYTES = 2**18  # many lines in one system call
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the bytes that files of these formats start with
 
 
@@ -32,7 +33,7 @@ def open_stream(path: Path) -> io.BufferedIOBase:
     Raises InputError if the file cannot be read, or is zstd and the package zstandard is not installed.
     """
     try:
-        file = sys.stdin.buffer if str(path) == "-" else path.open("rb")
+        file = sys.stdin.buffer if str(path) == "-" else path.open("rb", buffering=BUFFER_BYTES)
         assert isinstance(file, io.BufferedReader)
         magic = file.peek(4)
     except OSError as error:
