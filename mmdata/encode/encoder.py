@@ -271,18 +271,15 @@ class RowEncoder:
                 if self._blocks and in_columns:
                     is_odd = self._encode_columns(at[picks], columns_of(dialogues), keeps, out)
                 odd = np.flatnonzero(is_odd)
-                self._encode_singly(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
+                self._encode_through_jinja(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
 
-    def _encode_singly(
+    def _encode_through_jinja(
         self, at: np.ndarray, rows: Rows[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
     ) -> None:
         """Encode rows through jinja2."""
-        results: dict[int, EncodedRow] = {}
-        for i, row, keep in zip(at.tolist(), rows, keeps.tolist(), strict=True):
-            try:
-                results[i] = self._reference.encode(row, keep)
-            except BadRow as bad:
-                out.bad[i] = bad
+        encoded = self._reference.encode(rows, keeps.tolist())
+        out.bad |= {i: bad for i, bad in zip(at.tolist(), encoded, strict=True) if isinstance(bad, BadRow)}
+        results = {i: row for i, row in zip(at.tolist(), encoded, strict=True) if isinstance(row, EncodedRow)}
         for result in results.values():
             if result.cut:
                 out.add_cut(result.cut)

@@ -1,4 +1,4 @@
-"""Encoding of conversations and pairs one row at a time, from text that jinja2 rendered. It is slow and handles every
+"""Encoding of conversations and pairs from text that jinja2 rendered. It is slow and handles every
 template. Rows that the fast way (`blocks`) cannot render are encoded here, and the ids of the fast way are checked
 against it.
 
@@ -10,6 +10,8 @@ is encoded at once and character offsets are used throughout.
 """
 
 import itertools
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,8 @@ from mmdata.encode.template import Segment, Template, stretches
 from mmdata.tokenizer.encoders import Encoder
 from mmdata.tokenizer.tokenizer import Tokenizer
 
+Groups = list[list[Segment]]  # a rendering: each control token alone, and the text between two of them
+Ids = dict[str, np.ndarray]
 NOT_PLAIN = "this tokenizer cannot keep control strings in content plain text"
 
 
@@ -45,7 +49,7 @@ class _Tokens(NamedTuple):
 
 
 class ReferenceEncoder:
-    """Encodes conversations and pairs with one tokenizer and its chat template, one row per call.
+    """Encodes conversations and pairs with one tokenizer and its chat template.
 
     max_len: the largest number of tokens of a conversation, or of the prompt and one reply of a pair.
     train_on: "assistant" (every answer), "last" (the last answer) or "all" (every token); see `Template.segments`.
@@ -77,56 +81,77 @@ class ReferenceEncoder:
             if isinstance(side, Conversation)
         ]
 
-    def encode(self, row: Conversation | Pair, keep_empty_think: bool) -> EncodedRow:
-        """Render and encode one row. A conversation longer than `max_len` is cut after its last whole turn (a user
-        message and everything up to its final answer) that fits.
+    def encode(self, rows: Rows[Conversation | Pair], keep_empty_thinks: Rows[bool]) -> list[EncodedRow | BadRow]:
+        """Render rows and encode the text of all of them in one native call.
 
-        keep_empty_think: whether to keep the empty think blocks that the template writes. Raises BadRow if the
-        rendering cannot be cut into segments, if no token is trained, if not even the first turn fits, if a side of a
-        pair is too long, or if both sides of a pair are equal.
+        Return the encoding of each row, or a BadRow if the rendering cannot be cut into segments, if no token is
+        trained, if not even the first turn of a conversation fits, if a side of a pair is too long, or if both sides
+        are equal. A conversation longer than `max_len` is cut after its last whole turn that fits. keep_empty_thinks:
+        for each row, whether to keep the empty think blocks that the template writes.
         """
-        sides = self._encode_segments(self.segments(row, keep_empty_think))
-        for side in sides:
+        renderings: list[list[Groups] | BadRow] = []
+        for row, keep in zip(rows, keep_empty_thinks, strict=True):
+            try:
+                renderings.append([stretches(segments) for segments in self.segments(row, keep)])
+            except BadRow as bad:
+                renderings.append(bad)
+        encoded = self._encode_texts(itertools.chain.from_iterable(s for s in renderings if not isinstance(s, BadRow)))
+        results: list[EncodedRow | BadRow] = []
+        for row, keep, sides in zip(rows, keep_empty_thinks, renderings, strict=True):
+            try:
+                results.append(sides if isinstance(sides, BadRow) else self._row(row, keep, sides, encoded))
+            except BadRow as bad:
+                results.append(bad)
+        return results
+
+    def _row(self, row: Conversation | Pair, keep: bool, sides: list[Groups], encoded: Ids) -> EncodedRow:
+        tokens = [self._tokens(groups, encoded) for groups in sides]
+        for side in tokens:
             side.mask[0] = False  # no token before it to predict it from
             if not side.mask.any():
                 raise BadRow("no trained token")
-        if isinstance(row, Conversation):
-            return self._conversation(row, keep_empty_think, sides[0])
-        return self._pair(*sides)
+        return self._conversation(row, keep, tokens[0]) if isinstance(row, Conversation) else self._pair(*tokens)
 
     # ---- segments -> ids and mask
 
-    def _encode_segments(self, renderings: list[list[Segment]]) -> list[_Tokens]:
-        """Return the ids and mask of each rendering. All strings are encoded in one call, equal ones only once."""
-        if not self._tokenizer.is_exact:
-            return [self._encode_jointly(segments) for segments in renderings]
-        grouped = [stretches(segments) for segments in renderings]
+    def _encode_texts(self, renderings: Iterable[Groups]) -> Ids:
+        """Return the ids of every text between control tokens, and of its first segment alone. Equal texts are encoded
+        once. Nothing is encoded for tokenizers that need the whole rendering at once.
+        """
         places: dict[str, int] = {}
-        for group in itertools.chain.from_iterable(grouped):
+        for group in itertools.chain.from_iterable(renderings if self._tokenizer.is_exact else ()):
             if not group[0].is_control:
-                places.setdefault("".join(s.text for s in group), len(places))
+                places.setdefault("".join([s.text for s in group]), len(places))
                 if len(group) > 1:
                     places.setdefault(group[0].text, len(places))
         flat, ends = self._encoder.encode(list(places), False)
-        encoded = dict(zip(places, np.split(flat, ends[:-1]), strict=True)) if places else {}
-        parts = [[self._encode_group(group, encoded) for group in groups] for groups in grouped]
-        return [_Tokens(*(np.concatenate(arrays) for arrays in zip(*groups, strict=True))) for groups in parts]
+        ends = ends.tolist()
+        return {text: flat[begin:end] for text, begin, end in zip(places, [0, *ends], ends, strict=False)}
 
-    def _encode_group(self, group: list[Segment], encoded: dict[str, np.ndarray]) -> _Tokens:
-        """Return the ids and mask of one control token, or of the segments between two control tokens.
-
-        encoded: the ids of every text between control tokens, and of its first segment alone.
-        """
-        first = group[0]
-        if first.is_control:
-            return _Tokens(self._control_ids[first.text], np.array([first.is_trained]))
-        ids, head = encoded["".join(s.text for s in group)], encoded[first.text]
-        if len(group) == 1:
-            return _Tokens(ids, np.full(len(ids), first.is_trained))
-        if len(group) == 2 and np.array_equal(ids[: len(head)], head):
-            lengths = len(head), len(ids) - len(head)
-            return _Tokens(ids, np.repeat([s.is_trained for s in group], lengths))
-        return self._by_offsets(group, control=False)
+    def _tokens(self, groups: Groups, encoded: Ids) -> _Tokens:
+        """Return the ids and mask of a rendering. encoded: see `_encode_texts`."""
+        if not self._tokenizer.is_exact:
+            return self._encode_jointly(list(itertools.chain.from_iterable(groups)))
+        ids: list[np.ndarray] = []
+        runs: list[tuple[bool, int]] = []  # is_trained and number of tokens
+        for group in groups:
+            first = group[0]
+            if first.is_control:
+                ids.append(self._control_ids[first.text])
+                runs.append((first.is_trained, 1))
+                continue
+            ids.append(encoded["".join([s.text for s in group])])
+            head = encoded[first.text]
+            if len(group) == 1:
+                runs.append((first.is_trained, len(head)))
+            elif len(group) == 2 and np.array_equal(ids[-1][: len(head)], head):
+                runs += [(first.is_trained, len(head)), (group[1].is_trained, len(ids[-1]) - len(head))]
+            else:
+                tokens = self._by_offsets(group, control=False)
+                ids[-1] = tokens.ids
+                runs += [(is_trained, 1) for is_trained in tokens.mask.tolist()]
+        is_trained, counts = zip(*runs, strict=True)
+        return _Tokens(np.concatenate(ids), np.repeat(is_trained, counts))
 
     def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Tokens:
         """Encode the joined segments and mark a token as trained if at least one of its characters is in a trained
@@ -184,7 +209,9 @@ class ReferenceEncoder:
         best, low, high = None, 0, len(ends)
         while low < high:
             middle = (low + high) // 2
-            (tokens,) = self._encode_segments(self.segments(Conversation(messages[: ends[middle]], row.tools), keep))
+            (segments,) = self.segments(Conversation(messages[: ends[middle]], row.tools), keep)
+            groups = stretches(segments)
+            tokens = self._tokens(groups, self._encode_texts([groups]))
             if len(tokens.ids) > self._max_len:
                 high = middle
                 continue

@@ -12,7 +12,7 @@ jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templa
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
@@ -32,8 +32,7 @@ _RENDER_ERRORS = (
 _CONTENT, _REASONING, _CALLS = range(3)  # fields of a message; the source of traced text is 3 * message index + field
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a rendered conversation.
 
     text: the characters. If `is_control`, they are exactly one special token that the template wrote.
@@ -81,9 +80,14 @@ class Template:
             )
         longest_first = sorted(tokenizer.control_tokens, key=len, reverse=True)
         self._control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        # The texts that a template writes between messages are few.
+        self._find_control = lru_cache(1024)(lambda text: [match.span() for match in self._control.finditer(text)])
         try:
             environment = template_environment()
             self._compiled = environment.from_string(self.text)
+            self._compiled.globals = dict(
+                self._compiled.globals
+            )  # a ChainMap, which is slow to copy for each rendering
             self._turn = self._learn_turn()
             self.literals = _literals(environment.parse(self.text))
         except (jinja2.TemplateError, BadRow) as error:
@@ -251,21 +255,25 @@ class Template:
         cuts = sorted({0, len(plain), *itertools.chain(*turns, *dropped, *control)})
         control_begins = {begin for begin, _ in control}
         dropped_begins = {begin for begin, _ in dropped}
+        turn_ends = dict(sorted(turns))
+        trained_end = 0
         segments = []
         for begin, end in itertools.pairwise(cuts):
+            trained_end = max(trained_end, turn_ends.get(begin, 0))
             if begin not in dropped_begins:
-                is_trained = any(b <= begin < e for b, e in turns)
-                segments.append(Segment(plain[begin:end], is_trained, begin in control_begins))
+                segments.append(Segment(plain[begin:end], begin < trained_end, begin in control_begins))
         return segments
 
     def _template_control(self, text: str) -> list[tuple[int, int]]:
         """Return the ranges of characters [begin, end) of those control tokens in `text` that the template wrote, not
         the data.
         """
+        plain = str.__getitem__(text, slice(None))
         spans: list[tuple[int, int]] = []
         position = 0
-        for begin, end in [*((origin.begin, origin.end) for origin in origins_of(text)), (len(text), len(text))]:
-            spans.extend(match.span() for match in self._control.finditer(text, position, max(position, begin)))
+        for begin, end, _ in [*origins_of(text), (len(text), len(text), 0)]:
+            if position < begin:
+                spans += [(position + b, position + e) for b, e in self._find_control(plain[position:begin])]
             position = max(position, end)
         return spans
 

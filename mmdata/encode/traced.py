@@ -103,7 +103,7 @@ def concat(parts: Iterable[str]) -> str:
     offset = 0
     for part in parts:
         if isinstance(part, Traced):
-            origins.extend(Origin(o.begin + offset, o.end + offset, o.source) for o in part.origins)
+            origins += [Origin(begin + offset, end + offset, source) for begin, end, source in part.origins]
         offset += len(part)
     text = "".join(parts)
     return Traced(text, origins) if origins else text
@@ -113,7 +113,7 @@ def origins_of(text: str) -> list[Origin]:
     """Return the origins of a string sorted by position, without those of {% generation %} blocks. The list is empty
     for an ordinary string.
     """
-    return sorted(origin for origin in getattr(text, "origins", ()) if origin.source != GENERATION)
+    return sorted([origin for origin in getattr(text, "origins", ()) if origin.source != GENERATION])
 
 
 class _Object(dict):
