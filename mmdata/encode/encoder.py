@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -179,7 +179,7 @@ class RowEncoder:
     @cached_property
     def template(self) -> Template:
         """The tokenizer's chat template, compiled at first use: documents need none."""
-        return Template(self.tokenizer, era=self.era)
+        return _template(self.tokenizer, self.era)
 
     @cached_property
     def _reference(self) -> ReferenceEncoder:
@@ -486,6 +486,12 @@ def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray
     sizes[last[is_single]] += 1
     sizes[last[is_single] - 1] -= 1
     return sizes, np.repeat(np.arange(len(lengths)), counts)
+
+
+@lru_cache(maxsize=2)
+def _template(tokenizer: Tokenizer, era: str) -> Template:
+    """The compiled template, which encoders with the same tokenizer share."""
+    return Template(tokenizer, era=era)
 
 
 def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:

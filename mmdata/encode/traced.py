@@ -59,8 +59,10 @@ class Traced(str):
 
     def cut(self, begin: int, end: int) -> "Traced":
         """Return the characters [begin, end) with their origins."""
-        origins = (Origin(max(o.begin, begin) - begin, min(o.end, end) - begin, o.source) for o in self.origins)
-        return Traced(str.__getitem__(self, slice(begin, end)), (o for o in origins if o.begin < o.end))
+        if begin == 0 and end >= len(self):
+            return self
+        origins = [Origin(max(b, begin) - begin, min(e, end) - begin, source) for b, e, source in self.origins]
+        return Traced(str.__getitem__(self, slice(begin, end)), [o for o in origins if o.begin < o.end])
 
     def __getitem__(self, key: Any) -> str:
         if isinstance(key, slice) and key.step in (None, 1):
