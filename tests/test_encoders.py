@@ -66,6 +66,18 @@ def test_a_character_that_the_libraries_split_differently_gets_the_references_id
     assert check(tokenizer, ["  \u180e", "a \u180e b"]).is_exact
 
 
+def test_hostile_strings_are_compared_although_some_hold_that_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = eras.tokenizer("era3")
+    native = encoders._native(tokenizer.native.to_str())
+
+    class Wrong:
+        def encode_batch_flat(self, texts: list[str], **options: bool) -> Any:
+            return native.encode_batch_flat([text.replace("'ll", "") for text in texts], **options)
+
+    monkeypatch.setattr(encoders, "_native", lambda _: Wrong())
+    assert "'ll" in str(check(tokenizer).difference)
+
+
 def test_an_encoder_with_other_ids_is_not_taken_and_says_on_which_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "_fastokens", lying("'ll"))
     chosen = choose(eras.tokenizer("era3"))
