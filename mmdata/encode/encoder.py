@@ -1,10 +1,13 @@
-"""Rows or lines to token ids and trained spans, a batch at a time: one native call encodes the text of all rows.
+"""Encoding of rows or jsonl lines to token ids and trained ranges, one batch per call. A batch is encoded with one
+native call for the texts of most of its rows.
 
-The columnar way: plain lines are read into columns (`columns`), rendered as blocks (`blocks`), one string a row with the
-template's control tokens written into it, and encoded. That these, and no others, came back as control ids in the expected
-order is checked for every row, and so are the ids of each answer's header; trained spans are counted from them. Rows that
-fail a check, and all rows of templates that are not blocks, go to `reference`. Tokens are never cut, nor rows left out,
-uncounted.
+Most conversations and pairs take a fast way. Lines of the usual form are read into columns (module `columns`) and
+rendered without jinja2 (module `blocks`). The texts, which include the template's control tokens, are then encoded. For
+every row, the control ids must be those that the template wrote, in the same order and no others, and each answer must
+begin with the ids of its header. The trained ranges follow from the positions of the control ids.
+
+Rows that fail such a check, and all rows of templates that `blocks` does not support, are rendered with jinja2, by the
+module `reference`. Every token that is dropped and every row that is left out is counted by reason.
 """
 
 import hashlib
@@ -48,21 +51,30 @@ from mmdata.tokenizer.encoders import Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 CUT_TURNS = "cut after the last whole turn that fits"
-MOST_BYTES = 2**30  # of jsonl in columns: Arrow's string offsets have 31 bits, and renderings are longer than the lines
-# Share of rows that keep empty think blocks, as in MiniMind: a model that never saw one cannot answer after the prompt's.
+# The largest batch of jsonl that is read into columns, in bytes. Arrow's string offsets have 31 bits, and rendered
+# texts are longer than the lines.
+MOST_BYTES = 2**30
+# The share of rows that keep empty think blocks, which is that of MiniMind. A model that was never trained on an empty
+# think block could not answer a prompt that ends with one.
 EMPTY_THINK_KEPT = 0.2
-_BRACKETED = re.compile(r"<[^<>\s]+>")  # no such token can match across the edge of a content and the template's text
+# A token of this form cannot arise where a content and the template's text meet.
+_BRACKETED = re.compile(r"<[^<>\s]+>")
 
 
 class EncodedRows:
-    """The encoding of R rows or lines, which the ways of encoding fill in.
+    """The encoding of a batch of R rows or lines. `RowEncoder` makes it and adds sequences to it.
 
-    num_tokens: of the usable rows, before cutting; cut: reason -> tokens dropped, in `rows_cut` rows; bad: row -> why it
-    cannot be used, in row order. hashes: uint8 [R, 32], the `row_hash` of each, and characters: int64 [R]; both are 0 where
-    a line is no row. controls: row -> special-token strings in its own text (by `encode_lines` alone).
+    num_tokens: the number of tokens of the usable rows, before cutting.
+    rows_cut: the number of rows of which tokens were dropped.
+    cut: reason -> number of tokens dropped.
+    bad: row index -> why the row cannot be used, in order of rows.
+    hashes: uint8 [R, 32], the `row_hash` of each row; 0 for lines that are not valid rows.
+    characters: int64 [R], the `num_characters` of each row; 0 for lines that are not valid rows.
+    controls: row index -> special-token strings in the row's own text. Only `encode_lines` fills it.
     """
 
     def __init__(self, num_rows: int):
+        """Create an encoding without sequences. num_rows: the number R of rows in the batch."""
         self.num_tokens = self.rows_cut = 0
         self.cut: Counter[str] = Counter()
         self.bad: dict[int, BadRow] = {}
@@ -72,40 +84,48 @@ class EncodedRows:
         self._parts: list[tuple[np.ndarray, Sequences]] = []
 
     def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
-        """row_of: int64, the row of each sequence, ascending."""
+        """Add sequences and the number of tokens that their rows had before cutting.
+
+        row_of: int64 [sequences], the index of the row of each sequence, ascending. A row may have several sequences.
+        """
         self.num_tokens += num_tokens
         if len(row_of):
             self._parts.append((row_of, sequences))
 
     def add_cut(self, num_tokens: int) -> None:
-        """Count a row of which so many tokens were dropped."""
+        """Count a conversation that was cut, and the number of tokens that were dropped from it."""
         self.cut[CUT_TURNS] += num_tokens
         self.rows_cut += 1
 
     @cached_property
     def _row_of(self) -> np.ndarray:
-        """int64: the row of each sequence, as they were added."""
+        """int64 [sequences]: the index of the row of each sequence, in the order in which the sequences were added."""
         return np.concatenate([np.empty(0, np.int64), *(row_of for row_of, _ in self._parts)])
 
     @cached_property
     def sequences(self) -> Sequences:
-        """Of all usable rows, in row order."""
+        """The sequences of all usable rows, in the order of rows. Computed at first use; add nothing afterwards."""
         sequences = join([part for _, part in self._parts])
         is_sorted = bool((self._row_of[1:] >= self._row_of[:-1]).all())
         return sequences if is_sorted else reorder(sequences, np.argsort(self._row_of, kind="stable"))
 
     @cached_property
     def num_sequences(self) -> np.ndarray:
-        """int64 [R]: of each row; 0 where it cannot be used."""
+        """int64 [R]: the number of sequences of each row; 0 for rows that cannot be used."""
         return np.bincount(self._row_of, minlength=len(self.characters))
 
 
 @dataclass
 class _TextBlocks:
-    """The ids of T texts and the positions of their B blocks' control tokens in them.
+    """The token ids of T rendered texts, and the positions of the control tokens that begin and end their B blocks
+    (messages as the template writes them).
 
-    Of each text (int64 [T]): where its ids begin, how many they are, the first block that may be trained. Of each block, in
-    the order of the texts: positions of its open and close token, role, and text.
+    ids: uint32 [total ids], the ids of all texts.
+    begins, lengths: int64 [T], the index in `ids` of the first id of each text, and its number of ids.
+    first_trained: int64 [T], the index in its text of the first block that may be trained.
+    opens, closes: int64 [B], the indices in `ids` of the control tokens that begin and end each block, text by text.
+    roles: int8 [B], the role of each block as an index of ROLES.
+    text_of: int64 [B], the index of the text of each block.
     """
 
     ids: np.ndarray
@@ -118,7 +138,9 @@ class _TextBlocks:
     text_of: np.ndarray
 
     def only(self, is_kept: np.ndarray) -> "_TextBlocks":
-        """The texts marked in `is_kept` (bool [T]), numbered anew; `ids` stays whole."""
+        """Return the texts for which `is_kept` (bool [T]) is True, with new text indices. `ids` is not copied and still
+        contains the ids of all texts.
+        """
         if is_kept.all():
             return self
         blocks = is_kept[self.text_of]
@@ -130,16 +152,18 @@ class _TextBlocks:
 
     @cached_property
     def first_blocks(self) -> np.ndarray:
-        """int64 [T]: the number of each text's first block."""
+        """int64 [T]: the index of the first block of each text."""
         return np.searchsorted(self.text_of, np.arange(len(self.begins)))
 
     def text(self, number: int) -> np.ndarray:
-        """The ids of one text."""
+        """Return the ids of the text with index `number`."""
         return self.ids[self.begins[number] : self.begins[number] + self.lengths[number]]
 
 
 class RowEncoder:
-    """Encodes rows with one tokenizer: the same rows give the same ids and spans in any process and any batch."""
+    """Encodes rows with one tokenizer. The ids and trained ranges of a row do not depend on the process or on the other
+    rows of the batch. Instances can be pickled: the tokenizer is then loaded again from its directory.
+    """
 
     def __init__(
         self,
@@ -152,9 +176,15 @@ class RowEncoder:
         encoder: Encoder | None = None,
         is_reference: bool = False,
     ):
-        """era: auto, seed, 2 or 3, as `Template.era`; train_on: assistant (each answer), last or all (see docs/data.md).
+        """Create an encoder. Raises UsageError if `train_on` or `era` is none of the choices.
 
-        encoder: the text encoder, by default `tokenizers`. is_reference: all conversations and pairs go through jinja2.
+        max_len: the largest number of tokens of a sequence, at least 2.
+        era: the required kind of chat template, "seed", "2" or "3"; "auto" accepts every kind. See `Template.era`.
+        train_on: the tokens of conversations and pairs that are trained on: "assistant" (every answer), "last" (the
+        last answer) or "all" (every token but the first; of pairs, both replies from their first answer on).
+        seed: together with a row's hash, decides whether the row keeps the empty think blocks that the template writes.
+        encoder: the text encoder; None uses the `tokenizers` library.
+        is_reference: encode all conversations and pairs with jinja2, for comparison.
         """
         for option, value, choices in (("--train-on", train_on, TRAIN_ON), ("--era", era, ("auto", *ERAS))):
             if value not in choices:
@@ -178,38 +208,53 @@ class RowEncoder:
 
     @cached_property
     def template(self) -> Template:
-        """The tokenizer's chat template, compiled at first use: documents need none."""
+        """The tokenizer's chat template, compiled at first use, because documents need none. Raises TokenizerError if
+        it cannot be used, and UsageError if it is not of the required era.
+        """
         return _template(self.tokenizer, self.era)
 
     @cached_property
     def _reference(self) -> ReferenceEncoder:
+        """The encoder of rows that are rendered with jinja2, made at first use."""
         return ReferenceEncoder(
             self.tokenizer, self.template, self.encoder, max_len=self.max_len, train_on=self.train_on
         )
 
     @cached_property
     def _blocks(self) -> Blocks | None:
-        """None where the columnar way cannot be taken: text beside a control token may not have the ids of the text alone."""
+        """The renderer of the fast way, or None if all rows must go through jinja2.
+
+        It is None if the template does not write messages as blocks, and if the ids of a text may depend on control
+        tokens next to it.
+        """
         is_possible = self.tokenizer.is_exact and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
         return learn(self.template) if is_possible and not self._is_reference else None
 
     @cached_property
     def _header_ids(self) -> np.ndarray:
+        """uint32: the ids of the text between the open token of an answer's block and the part that is trained."""
         return self.tokenizer.encode_batch([HEAD])[0]
 
     @cached_property
     def _num_tail(self) -> int:
+        """The number of ids of the text after the close token of a block (a newline)."""
         return len(self.tokenizer.encode_batch([TAIL])[0])
 
     def encode(self, rows: Rows[Row]) -> EncodedRows:
-        """Encode a batch of rows; pairs and other rows must not be mixed."""
+        """Encode a batch of rows. Rows that cannot be used are in `bad` of the result; no error is raised for them. A
+        batch must be of pairs only, or without pairs.
+        """
         out = EncodedRows(len(rows))
         self._encode_rows(np.arange(len(rows)), rows, out)
         out.bad = dict(sorted(out.bad.items()))
         return out
 
     def encode_lines(self, raws: Rows[bytes], kind: str) -> EncodedRows:
-        """Read lines as rows of this kind and encode them; a line that is no such row is bad."""
+        """Parse jsonl lines and encode them. Lines that are not valid rows of this kind, and rows that cannot be used,
+        are in `bad` of the result; no error is raised for them.
+
+        kind: "document", "conversation" or "pair".
+        """
         out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
         left: Rows[int] = range(len(raws))
@@ -231,12 +276,19 @@ class RowEncoder:
         return out
 
     def segments(self, row: Conversation | Pair) -> list[list[Segment]]:
-        """The segments of jinja2's rendering of a conversation, or of both sides of a pair."""
+        """Render a row with jinja2 and cut the text into segments: one list for a conversation, two (chosen, rejected)
+        for a pair. Raises BadRow if the rendering cannot be cut.
+        """
         hashes = np.frombuffer(row_hash(row), np.uint8).reshape(1, -1)
         return self._reference.segments(row, bool(self._keeps(hashes)[0]))
 
     def _keeps(self, hashes: np.ndarray) -> np.ndarray:
-        """bool [R]: whether rows with these hashes keep the empty think blocks that the template writes, all or none."""
+        """Return bool [R]: True for rows that keep the empty think blocks that the template writes. A row keeps all of
+        them or none.
+
+        hashes: uint8 [R, 32], the hashes of the rows. In templates of era "3", the share EMPTY_THINK_KEPT of the rows
+        keeps them, chosen by hash and seed. In other templates, all rows do.
+        """
         if self.template.era != "3":
             return np.ones(len(hashes), bool)
         return _shares(self.seed, hashes) < EMPTY_THINK_KEPT
@@ -244,7 +296,9 @@ class RowEncoder:
     # ---- the ways of encoding
 
     def _encode_plain(self, raws: Rows[bytes], kind: str, out: EncodedRows) -> Rows[int]:
-        """Encode the plain lines; returns the indices of the others, and of those that must go through jinja2."""
+        """Encode the lines that can be read into columns and rendered without jinja2, and add them to `out`. Return the
+        indices of all other lines, ascending.
+        """
         at, columns = read_lines(raws, kind)
         is_left = np.ones(len(raws), bool)
         if len(at):
@@ -255,7 +309,11 @@ class RowEncoder:
         return np.flatnonzero(is_left).tolist()
 
     def _encode_rows(self, at: np.ndarray, rows: Rows[Row], out: EncodedRows, in_columns: bool = True) -> None:
-        """Encode parsed rows, kind by kind. at: int64, their indices in the batch."""
+        """Encode parsed rows, grouped by kind, and add them to `out`.
+
+        at: int64 [rows], the index of each row in the batch. in_columns: if False, all conversations and pairs go
+        through jinja2.
+        """
         if not rows:
             return
         hashes = np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
@@ -276,7 +334,11 @@ class RowEncoder:
     def _encode_through_jinja(
         self, at: np.ndarray, rows: Rows[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
     ) -> None:
-        """Encode rows through jinja2."""
+        """Render rows with jinja2, encode them, and add them to `out`.
+
+        at: int64 [rows], the index of each row in the batch. keeps: bool [rows], True for rows that keep the empty
+        think blocks that the template writes.
+        """
         encoded = self._reference.encode(rows, keeps.tolist())
         out.bad |= {i: bad for i, bad in zip(at.tolist(), encoded, strict=True) if isinstance(bad, BadRow)}
         results = {i: row for i, row in zip(at.tolist(), encoded, strict=True) if isinstance(row, EncodedRow)}
@@ -289,7 +351,13 @@ class RowEncoder:
         )
 
     def _encode_documents(self, at: np.ndarray, rows: Rows[Document], out: EncodedRows) -> None:
-        """Each document between bos and eos; longer ones go on in further sequences, no token is lost."""
+        """Encode the documents of each row, and add them to `out`. A document is put between the bos token (if the
+        tokenizer has one) and the eos token. One that is longer than `max_len` is divided into several sequences, and
+        no token is dropped. Rows whose documents are all blank, or in which text would become a control id, are
+        recorded in `out.bad`.
+
+        at: int64 [rows], the index of each row in the batch.
+        """
         documents = [split_documents(row.text) for row in rows]
         for i in (i for i, texts in enumerate(documents) if not texts):
             out.bad[int(at[i])] = BadRow("empty content", "nothing stands between its marks")
@@ -319,7 +387,12 @@ class RowEncoder:
     def _encode_columns(
         self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows
     ) -> np.ndarray:
-        """Encode rows in columns. at: int64 [R], their indices in the batch; returns bool [R]: must go through jinja2."""
+        """Encode conversations or pairs in columns, and add them to `out`. Return bool [R], or [P] for pairs: True for
+        rows that were not encoded and must go through jinja2.
+
+        at: int64 [R or P], the index of each row in the batch. keeps: bool [R or P], True for rows that keep the empty
+        think blocks that the template writes.
+        """
         assert self._blocks
         sides = 1 + columns.is_pairs
         rendered = self._blocks.render(columns, np.tile(keeps, sides))
@@ -334,7 +407,12 @@ class RowEncoder:
         return is_odd
 
     def _locate(self, rendered: Renderings, rendering: Blocks) -> tuple[_TextBlocks, np.ndarray]:
-        """Encode texts and find their blocks' control tokens. bool [T]: all are there, no others, headers as expected."""
+        """Encode rendered texts and find the control tokens that begin and end each block. Return the blocks of all
+        texts, and bool [T]: True for texts that have exactly the expected control tokens, and the expected ids in the
+        header of each answer.
+
+        The blocks of texts for which this is False are missing or wrong.
+        """
         ids, ends = self.encoder.encode(rendered.texts, True)
         lengths = np.diff(ends, prepend=0)
         at = self._control_places(ids)
@@ -353,15 +431,24 @@ class RowEncoder:
         return _TextBlocks(ids, ends - lengths, lengths, rendered.first_trained, opens, closes, roles, text_of), is_good
 
     def _control_places(self, ids: np.ndarray) -> np.ndarray:
-        """int64: the positions of control tokens. Few other ids are in their range, and comparing is faster than looking up."""
+        """Return the positions of the control tokens in `ids` (int64, ascending).
+
+        The ids are first compared with the smallest and largest control id, which is faster than looking up every id.
+        Few other ids lie between these two.
+        """
         if self._first_control > self._last_control:
             return np.empty(0, np.int64)
         width = np.uint32(self._last_control - self._first_control)
-        at = np.flatnonzero(ids - np.uint32(self._first_control) <= width)  # smaller ids wrap around
+        at = np.flatnonzero(ids - np.uint32(self._first_control) <= width)  # smaller ids wrap around and get large
         return at[self._is_control[ids[at]]]
 
     def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
-        """Texts past max_len are cut after their last whole turn that fits; without one they are too long."""
+        """Find the trained ranges of rendered conversations and add these to `out`. A text longer than `max_len` is cut
+        after its last whole turn (a user message and everything up to its final answer) that fits. If not even the
+        first turn fits, the row is recorded in `out.bad` as "too long".
+
+        at: int64 [T], the index of each text's row in the batch.
+        """
         whole = blocks.lengths.copy()
         is_kept = np.ones(len(at), bool)
         for text in np.flatnonzero(whole > self.max_len).tolist():
@@ -384,7 +471,12 @@ class RowEncoder:
         out.add(at, Sequences(ids, blocks.lengths, spans.reshape(-1), 2 * num_spans), int(whole.sum()))
 
     def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
-        """Chosen texts are whole; rejected ones begin with the message in which the sides differ first."""
+        """Divide rendered pairs into prompt and replies, find their trained ranges, and add them to `out`. Pairs with a
+        side longer than `max_len`, or with equal sides, are recorded in `out.bad` instead.
+
+        at: int64 [P], the index of each pair in the batch. blocks: the texts of all chosen sides, then those of all
+        rejected sides without the messages that both sides share.
+        """
         half = len(at)
         shared = _prompt_lengths(blocks, half)
         lengths = np.stack([blocks.lengths[:half], blocks.lengths[half:] + shared])
@@ -406,10 +498,10 @@ class RowEncoder:
         spans, num_spans = self._spans(blocks, is_pairs=True)
         first = spans[np.cumsum(num_spans) - num_spans, 0]
         prompts = np.minimum(first[:half], first[half:] + shared)
-        for i in np.flatnonzero(prompts > shared + 1 + len(self._header_ids)).tolist():  # by --train-on last alone
+        for i in np.flatnonzero(prompts > shared + 1 + len(self._header_ids)).tolist():  # only with --train-on last
             same = shared[i] + common_length(blocks.text(i)[shared[i] :], blocks.text(half + i))
             prompts[i] = min(prompts[i], same)
-        skipped = prompts - shared  # of a rejected text
+        skipped = prompts - shared  # number of ids at the beginning of a rejected text that belong to the prompt
         begins = np.stack([blocks.begins[:half], blocks.begins[half:] + skipped], axis=1)
         sizes = np.stack([lengths[0], lengths[1] - prompts], axis=1)
         sequences = pair_sequences(
@@ -421,9 +513,11 @@ class RowEncoder:
         out.add(at, sequences, len(sequences.ids))
 
     def _spans(self, blocks: _TextBlocks, *, is_pairs: bool) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [S, 2]: trained spans in positions of their text, text by text; int64 [T]: how many each text has."""
+        """Return the trained ranges [begin, end) of all texts (int64 [S, 2]), text by text, and the number of ranges of
+        each text (int64 [T]). Positions are counted from the first id of the text.
+        """
         num_texts, header = len(blocks.begins), 1 + len(self._header_ids)
-        if self.train_on == "all":  # a conversation's first token is not trained: no token before it to predict it from
+        if self.train_on == "all":  # but not the first token of a conversation, because no token comes before it
             begins = np.ones_like(blocks.lengths)
             if is_pairs:
                 begins = blocks.opens[blocks.first_blocks + blocks.first_trained] + header - blocks.begins
@@ -442,25 +536,39 @@ class RowEncoder:
 
 
 def _prompt_lengths(blocks: _TextBlocks, half: int) -> np.ndarray:
-    """int64 [P]: tokens of each pair's shared messages: where the first block that may be trained opens in the chosen text."""
+    """Return the number of ids of the messages that both sides of each pair share (int64 [P]), which are the ids of the
+    chosen text before the first block that may be trained.
+
+    half: the number P of pairs; texts 0 to P - 1 are the chosen sides.
+    """
     first = blocks.first_blocks[:half] + blocks.first_trained[:half]
     return blocks.opens[first] - blocks.begins[:half]
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One line as it would be packed: its renderings cut into segments, and its encoding, or the reason it is left out."""
+    """One line as it would be packed.
+
+    encoded: its encoding, a batch of one row.
+    segments: the segments of each of its texts (one conversation, two sides of a pair, or its documents); empty if the
+    row cannot be rendered.
+    """
 
     encoded: EncodedRows
     segments: list[list[Segment]] = field(default_factory=list)
 
     @property
     def bad(self) -> BadRow | None:
+        """Why the row is left out; None if it is used."""
         return self.encoded.bad.get(0)
 
 
 def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
-    """Encode one line for show; a row that is left out has segments where it can be rendered."""
+    """Encode one line and return it with its segments, to be shown to a user. A row that is left out has segments too
+    if it can be rendered.
+
+    kind: "document", "conversation" or "pair".
+    """
     encoded = encoder.encode_lines([raw], kind)
     try:
         row = parse_row(raw, kind)
@@ -474,9 +582,12 @@ def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
 
 
 def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the pieces of at most max_len that texts of these lengths are cut into, and the text of each piece.
+    """Divide texts of these lengths into pieces of at most `max_len` tokens. Return the length of each piece and the
+    index of its text (both int64 [pieces], text by text).
 
-    A last piece is not a single token, which could not be trained on (but for max_len 2).
+    All pieces of a text but the last have `max_len` tokens. If the last one would have a single token, which could not
+    be trained on, the last token of the piece before is moved to it (unless `max_len` is 2). Texts of at most `max_len`
+    tokens are one piece.
     """
     counts = np.maximum(-(-lengths // max_len), 1)
     sizes = np.full(counts.sum(), max_len)
@@ -490,18 +601,29 @@ def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray
 
 @lru_cache(maxsize=2)
 def _template(tokenizer: Tokenizer, era: str) -> Template:
-    """The compiled template, which encoders with the same tokenizer share."""
+    """Return the compiled chat template of a tokenizer. Calls with the same Tokenizer object and era share one
+    `Template`.
+    """
     return Template(tokenizer, era=era)
 
 
 def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:
+    """Create a `RowEncoder` from the values that `RowEncoder.__reduce__` pickled.
+
+    dir: the tokenizer's directory. encoder: the name of the text encoder. options: the other arguments of `RowEncoder`.
+    """
     tokenizer = Tokenizer.load(dir)
     return RowEncoder(tokenizer, encoder=choose(tokenizer, encoder), **options)
 
 
 def _shares(seed: int, hashes: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) that depend on the seed and the row hashes (uint8 [R, 32]) alone."""
+    """Return a pseudo-random number in [0, 1) for each row (float64 [R]). It depends only on the seed and the row's
+    hash.
+
+    hashes: uint8 [R, 32].
+    """
     key = np.frombuffer(hashlib.sha256(str(seed).encode()).digest(), "<u8", 1)
-    mixed = (np.ascontiguousarray(hashes).view("<u8")[:, 1] ^ key) * np.uint64(0xBF58476D1CE4E5B9)  # as splitmix64 does
+    # The two multipliers are those of the hash function splitmix64.
+    mixed = (np.ascontiguousarray(hashes).view("<u8")[:, 1] ^ key) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(0x94D049BB133111EB)
     return (mixed >> np.uint64(11)) / 2.0**53

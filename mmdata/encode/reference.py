@@ -1,6 +1,6 @@
-"""Encoding of conversations and pairs from text that jinja2 rendered. It is slow and handles every
-template. Rows that the fast way (`blocks`) cannot render are encoded here, and the ids of the fast way are checked
-against it.
+"""Encoding of conversations and pairs from text that jinja2 rendered. It is slow and handles every template. Rows that
+the module `blocks` cannot render are encoded here, and the ids of the rows that it renders are checked against this
+module's.
 
 The text between two control tokens is encoded as one string, which gives the same ids as encoding the whole rendering
 at once. Training may begin inside such a string. If the ids of the untrained beginning alone are the first ids of the
@@ -22,8 +22,9 @@ from mmdata.encode.template import Segment, Template, stretches
 from mmdata.tokenizer.encoders import Encoder
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-Groups = list[list[Segment]]  # a rendering: each control token alone, and the text between two of them
-Ids = dict[str, np.ndarray]
+# A rendering, divided by `stretches`: each control token alone, and all segments between two control tokens together.
+Groups = list[list[Segment]]
+Ids = dict[str, np.ndarray]  # text -> its ids, uint32
 NOT_PLAIN = "this tokenizer cannot keep control strings in content plain text"
 
 
@@ -82,12 +83,14 @@ class ReferenceEncoder:
         ]
 
     def encode(self, rows: Rows[Conversation | Pair], keep_empty_thinks: Rows[bool]) -> list[EncodedRow | BadRow]:
-        """Render rows and encode the text of all of them in one native call.
+        """Render rows and encode the texts of all of them in one native call. Return for each row its encoding, or a
+        BadRow with the reason why it cannot be used; it is returned, not raised.
 
-        Return the encoding of each row, or a BadRow if the rendering cannot be cut into segments, if no token is
-        trained, if not even the first turn of a conversation fits, if a side of a pair is too long, or if both sides
-        are equal. A conversation longer than `max_len` is cut after its last whole turn that fits. keep_empty_thinks:
-        for each row, whether to keep the empty think blocks that the template writes.
+        A row cannot be used if its rendering cannot be cut into segments, if no token is trained, if not even the first
+        turn of a conversation fits `max_len`, or if the sides of a pair are too long or equal. A longer conversation is
+        cut after its last whole turn (a user message and everything up to its final answer) that fits.
+
+        keep_empty_thinks: for each row, whether to keep the empty think blocks that the template writes.
         """
         renderings: list[list[Groups] | BadRow] = []
         for row, keep in zip(rows, keep_empty_thinks, strict=True):
@@ -105,6 +108,12 @@ class ReferenceEncoder:
         return results
 
     def _row(self, row: Conversation | Pair, keep: bool, sides: list[Groups], encoded: Ids) -> EncodedRow:
+        """Return the encoding of one row. Raises BadRow if no token is trained, the row is too long, or the sides of a
+        pair are equal.
+
+        sides: the rendering of the conversation, or of both sides of the pair. encoded: the ids that `_encode_texts`
+        returned.
+        """
         tokens = [self._tokens(groups, encoded) for groups in sides]
         for side in tokens:
             side.mask[0] = False  # no token before it to predict it from
@@ -115,8 +124,9 @@ class ReferenceEncoder:
     # ---- segments -> ids and mask
 
     def _encode_texts(self, renderings: Iterable[Groups]) -> Ids:
-        """Return the ids of every text between control tokens, and of its first segment alone. Equal texts are encoded
-        once. Nothing is encoded for tokenizers that need the whole rendering at once.
+        """Encode every text between two control tokens, and the first segment of each of these texts alone. Return the
+        ids by text; equal texts are encoded once. For a tokenizer whose renderings must be encoded as a whole, return
+        an empty dict.
         """
         places: dict[str, int] = {}
         for group in itertools.chain.from_iterable(renderings if self._tokenizer.is_exact else ()):
@@ -129,7 +139,7 @@ class ReferenceEncoder:
         return {text: flat[begin:end] for text, begin, end in zip(places, [0, *ends], ends, strict=False)}
 
     def _tokens(self, groups: Groups, encoded: Ids) -> _Tokens:
-        """Return the ids and mask of a rendering. encoded: see `_encode_texts`."""
+        """Return the ids and mask of a rendering. encoded: the ids that `_encode_texts` returned for its texts."""
         if not self._tokenizer.is_exact:
             return self._encode_jointly(list(itertools.chain.from_iterable(groups)))
         ids: list[np.ndarray] = []

@@ -80,14 +80,13 @@ class Template:
             )
         longest_first = sorted(tokenizer.control_tokens, key=len, reverse=True)
         self._control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        # The texts that a template writes between messages are few.
+        # Cached, because a template writes few different texts between messages.
         self._find_control = lru_cache(1024)(lambda text: [match.span() for match in self._control.finditer(text)])
         try:
             environment = template_environment()
             self._compiled = environment.from_string(self.text)
-            self._compiled.globals = dict(
-                self._compiled.globals
-            )  # a ChainMap, which is slow to copy for each rendering
+            # jinja2 copies these for each rendering, which is slow for the ChainMap that they are.
+            self._compiled.globals = dict(self._compiled.globals)
             self._turn = self._learn_turn()
             self.literals = _literals(environment.parse(self.text))
         except (jinja2.TemplateError, BadRow) as error:
