@@ -469,8 +469,8 @@ def _check_sides(pair: Pair) -> None:
 def _messages(
     value: Any, where: str, extra_keys: Counter[str] | None, *, reply_role: str | None = None
 ) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
-    """Return the messages in a JSON list, and the tools that are defined in them. Raises BadRow if a field has a wrong
-    type.
+    """Return the messages in a JSON list, and the tools that are defined in them. Raises BadRow if the list is empty, a
+    field has a wrong type, or a role is unknown. Blank contents and the order of roles are not checked here.
 
     where: the name of the field, for the detail of errors. reply_role: if given, a single message may take the place of
     the list, as an object or as a string, which becomes the content of a message with this role.
@@ -612,8 +612,8 @@ def _is_blank(message: Message) -> bool:
 
 def _check_turns(messages: Sequence[Message], where: str) -> None:
     """Raise BadRow if the roles are not in the order user, assistant, user, assistant, …, ending with the assistant, or
-    if a user message or answer is blank. Tool messages may follow an answer, and are then followed by another answer.
-    System messages may be anywhere.
+    if a user message or an answer is blank (has no tool calls, and nothing but white space as content and reasoning).
+    Tool messages may follow an answer, and are then followed by another answer. System messages may be anywhere.
 
     where: a text that is put before the detail of errors, such as "chosen: ".
     """
