@@ -37,7 +37,11 @@ TOKENS = {
     "cuda": 131_072,
 }  # tokens per micro-batch; more than in training, because without gradients they need less memory
 PROGRESS_EVERY_S = 10  # seconds between console lines about progress
-SPOT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # largest relative difference, see `differs`
+SPOT_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 2e-2,
+}  # largest relative difference, see `differs`
 Say = Callable[[str], None]
 
 

@@ -41,7 +41,7 @@ root = {root!r}
 def note(frame, event, _):
     if event == "call":
         code = frame.f_code
-        if code.co_filename.startswith(root) and "/.venv/" not in code.co_filename and "/tests/" not in code.co_filename:
+        if code.co_filename.startswith(root) and code.co_filename.endswith(".py") and "/.venv/" not in code.co_filename and "/tests/" not in code.co_filename:
             called.add((code.co_filename, code.co_firstlineno, code.co_name))
 def write():
     sys.setprofile(None)
@@ -61,7 +61,7 @@ def sources(checkout: Path) -> list[Path]:
 
 def sizes(checkout: Path) -> dict[str, object]:
     """Lines, modules, untyped dictionaries, wide and long functions of a checkout."""
-    lines = untyped = 0
+    lines = docstrings = untyped = 0
     functions = []
     modules = [path for path in sources(checkout) if path.name != "__init__.py"]
     for path in sources(checkout):
@@ -69,12 +69,15 @@ def sizes(checkout: Path) -> dict[str, object]:
         lines += text.count("\n")
         untyped += sum("dict[str, Any]" in line or "Mapping[str, Any]" in line for line in text.splitlines())
         for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                docstrings += (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
             if isinstance(node, ast.FunctionDef):
                 functions.append(
                     ((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(checkout)}:{node.name}")
                 )
     return {
         "lines": lines,
+        "of which docstrings": docstrings,
         "modules": len(modules),
         "lines of cli.py": (checkout / "cli.py").read_text(encoding="utf-8").count("\n"),
         "lines with dict/Mapping[str, Any]": untyped,
