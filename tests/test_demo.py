@@ -8,6 +8,7 @@ import pytest
 
 from mmdata import demo
 from mmdata.encode import rows
+from mmdata.io.lines import iter_lines
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 
 
@@ -46,7 +47,7 @@ def test_files_carry_the_datasets_names_and_rows_of_their_kind(corpus: demo.Demo
     assert corpus.files.keys() == kinds.keys()
     for name, path in [*corpus.files.items(), ("dpo", corpus.pairs_path)]:
         assert path.name == (f"{name}.jsonl" if path != corpus.pairs_path else "pairs.jsonl")
-        for line in rows.iter_lines(path):
+        for line in iter_lines(path):
             assert rows.kind_of(rows.parse_row(line.raw)) == kinds[name]
 
 

@@ -18,7 +18,7 @@ from properties import examples
 
 from mmdata.encode.encoder import CUT_TURNS, EncodedRows, RowEncoder, fragments, preview
 from mmdata.encode.rows import BadRow, Conversation, Document, Message, Pair, Row, parse_row
-from mmdata.encode.sequences import PairSequence, Sequence, is_equal
+from mmdata.encode.sequences import PairSequence, TokenSequence, is_equal
 from mmdata.encode.template import EMPTY_THINK
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -47,11 +47,11 @@ def encode(row: Row, name: str = "chatml", max_len: int = 512, **options: Any) -
     return found.bad.get(0) or found
 
 
-def one(row: Conversation, name: str = "chatml", max_len: int = 512, **options: Any) -> Sequence:
+def one(row: Conversation, name: str = "chatml", max_len: int = 512, **options: Any) -> TokenSequence:
     found = encode(row, name, max_len, **options)
     assert isinstance(found, EncodedRows), found
     (sequence,) = found.sequences
-    assert isinstance(sequence, Sequence)
+    assert isinstance(sequence, TokenSequence)
     return sequence
 
 
@@ -115,7 +115,7 @@ def test_a_bad_row_harms_none_beside_it_and_batches_do_not_matter() -> None:
     assert together.num_tokens == sum(one.num_tokens for one in alone) and list(together.bad) == [1]
     sequences = [sequence for one in alone for sequence in one.sequences]
     for a, b in zip(together.sequences, sequences, strict=True):
-        assert isinstance(a, Sequence) and isinstance(b, Sequence)
+        assert isinstance(a, TokenSequence) and isinstance(b, TokenSequence)
         assert np.array_equal(a.ids, b.ids) and np.array_equal(a.spans, b.spans)
 
 
@@ -404,7 +404,7 @@ def test_columns_jinja_and_transformers_give_the_same_ids(
         assert_same(columns.encode([Pair(*sides)]), jinja.encode([Pair(*sides)]))
         encoded, pairs = columns.encode(rows), columns.encode([Pair(*sides)])
     good = [row for i, row in enumerate(rows) if i not in encoded.bad]
-    ids = [s.ids.tolist() for s in encoded.sequences if isinstance(s, Sequence)]
+    ids = [s.ids.tolist() for s in encoded.sequences if isinstance(s, TokenSequence)]
     assert ids == [their_ids(row, name) for row in good]
     assert {bad.reason for bad in encoded.bad.values()} <= {"no place in the template"}
     for parts in pairs.sequences:
@@ -516,7 +516,7 @@ def test_ids_say_the_rendering_and_the_mask_covers_the_assistant(row: Conversati
         assert found.bad[0].reason in ("no place in the template", "template refuses")
         return
     (sequence,) = found.sequences
-    assert isinstance(sequence, Sequence)
+    assert isinstance(sequence, TokenSequence)
     (segments,) = taker.segments(row)
     tokenizer = taker.tokenizer
     assert tokenizer.decode(sequence.ids) == "".join(s.text for s in segments)

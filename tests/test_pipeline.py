@@ -20,9 +20,10 @@ from pack_data import pack_with, write_rows
 from properties import examples
 from waiting import LONG_S, wait_until
 
-from mmdata.encode.rows import iter_lines, parse_row, row_hash
+from mmdata.encode.rows import parse_row, row_hash
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, TokenizerError, UsageError
-from mmdata.io import workers as engine
+from mmdata.io.lines import iter_lines
+from mmdata.io.workers import Tick, run_jobs
 from mmdata.pack import part as parts
 from mmdata.pack import pipeline
 from mmdata.pack.options import PackOptions
@@ -492,8 +493,8 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path, pack_to: Callable[..
 # --- engine
 
 
-def make_squarer() -> Callable[[int, engine.Tick], int]:
-    def square(job: int, tick: engine.Tick) -> int:
+def make_squarer() -> Callable[[int, Tick], int]:
+    def square(job: int, tick: Tick) -> int:
         tick(1)
         if job < 0:
             raise InputError(f"job {job}", "give another")
@@ -508,23 +509,23 @@ def make_squarer() -> Callable[[int, engine.Tick], int]:
 def test_results_stand_in_the_order_of_the_jobs_and_progress_counts_all(workers: int) -> None:
     seen: list[tuple[int, int]] = []
     progress = lambda done, total: seen.append((done, total))  # noqa: E731
-    found = engine.run(make_squarer, range(20), total=20, workers=workers, progress=progress)
+    found = run_jobs(make_squarer, range(20), total=20, workers=workers, progress=progress)
     assert found == [n * n for n in range(20)] and seen[-1] == (20, 20)
 
 
 def test_a_workers_error_comes_through_with_its_fix() -> None:
     with pytest.raises(InputError, match="job -3") as caught:
-        engine.run(make_squarer, [1, 2, -3, 4, -5], total=5, workers=2)
+        run_jobs(make_squarer, [1, 2, -3, 4, -5], total=5, workers=2)
     assert caught.value.fix == "give another"
 
 
 def test_a_worker_that_dies_is_reported() -> None:
     with pytest.raises(MMError, match="died"):
-        engine.run(make_squarer, [1, 99, 2, 3], total=4, workers=2)
+        run_jobs(make_squarer, [1, 99, 2, 3], total=4, workers=2)
 
 
 def run_in_daemon(queue: Any) -> None:
-    queue.put(engine.run(make_squarer, [1, 2, 3], total=3, workers=2))
+    queue.put(run_jobs(make_squarer, [1, 2, 3], total=3, workers=2))
 
 
 def test_a_process_that_may_have_no_children_works_alone() -> None:

@@ -27,8 +27,6 @@ from mmdata.encode.rows import (
     Pair,
     check_budget,
     find_kind,
-    is_seekable,
-    iter_lines,
     kind_of,
     parse_row,
     row_hash,
@@ -36,6 +34,7 @@ from mmdata.encode.rows import (
     texts_of,
 )
 from mmdata.errors import InputError
+from mmdata.io.lines import is_seekable, iter_lines
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = [

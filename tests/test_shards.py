@@ -15,15 +15,14 @@ import tokenizers
 from pack_data import CONTROL, write_rows
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import iter_lines, parse_row
-from mmdata.encode.sequences import PairSequence
-from mmdata.encode.sequences import Sequence as Ids
+from mmdata.encode.rows import parse_row
+from mmdata.encode.sequences import PairSequence, TokenSequence
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import Ragged, ragged, read_arrow, take, write_arrow
+from mmdata.io.lines import iter_lines
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
-from mmdata.shards import dataset as shards
-from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
+from mmdata.shards.dataset import id_dtype, open_dataset, open_sources, position_dtype, sample_rows, source_rows
 from mmdata.shards.verify import verify
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -92,12 +91,12 @@ def test_another_programs_reader_can_read_a_shard(packed: dict[str, PackResult])
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(400, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
 def test_ids_take_two_bytes_while_the_vocabulary_fits(vocab_size: int, dtype: str) -> None:
-    assert shards.id_dtype(vocab_size) == dtype
+    assert id_dtype(vocab_size) == dtype
 
 
 @pytest.mark.parametrize(("bucket", "dtype"), [(2048, "uint16"), (65_535, "uint16"), (65_536, "uint32")])
 def test_positions_take_two_bytes_while_the_bucket_fits(bucket: int, dtype: str) -> None:
-    assert shards.position_dtype(bucket) == dtype
+    assert position_dtype(bucket) == dtype
 
 
 def test_a_vocabulary_beyond_16_bits_is_kept_whole(tmp_path: Path) -> None:
@@ -155,8 +154,8 @@ def test_source_rows_are_what_the_encoder_gave_row_by_row(
                     mask[begin:end] = 1
                 record[f"{side}_mask"] = mask.tolist()
         else:
-            record["input_ids"] = [i for s in of_row if isinstance(s, Ids) for i in s.ids.tolist()]
-            record["loss_mask"] = [m for s in of_row if isinstance(s, Ids) for m in s.loss_mask.tolist()]
+            record["input_ids"] = [i for s in of_row if isinstance(s, TokenSequence) for i in s.ids.tolist()]
+            record["loss_mask"] = [m for s in of_row if isinstance(s, TokenSequence) for m in s.loss_mask.tolist()]
         expected.append(record)
     assert list(source_rows(dataset, "all")) == expected
 
@@ -191,7 +190,7 @@ def test_provenance_finds_the_bytes_of_every_row(packed: dict[str, PackResult]) 
     content = Path(dataset.inputs[0]).read_bytes()
     lines = content.splitlines()
     for part in dataset.manifest.parts:
-        sources = shards.open_sources(dataset, part.part)
+        sources = open_sources(dataset, part.part)
         for i in range(part.kept):
             raw = lines[sources["line"][i] - 1]
             assert content[sources["offset"][i] :].startswith(raw)

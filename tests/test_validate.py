@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mmdata.encode.rows import BadRow, Line
+from mmdata.encode.rows import BadRow
 from mmdata.encode.validate import NUM_PLACES, Place, validate
 from mmdata.errors import InputError
+from mmdata.io.lines import Line
 
 
 def talk(question: str, answer: str, **extra: object) -> str:

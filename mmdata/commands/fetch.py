@@ -79,13 +79,13 @@ def fetch(
 
     Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch --list
     """
-    from mmdata.hub import fetch as work
-    from mmdata.hub import plan as planning
+    from mmdata.hub.fetch import clean as clean_up
+    from mmdata.hub.fetch import fetch as fetch_files
+    from mmdata.hub.fetch import overview
+    from mmdata.hub.plan import plan
 
     if listing or clean:
-        print_overview(work.overview(options.out), as_json) if listing else print_cleaned(
-            *work.clean(options.out), as_json
-        )
+        print_overview(overview(options.out), as_json) if listing else print_cleaned(*clean_up(options.out), as_json)
         return
     # Otherwise the client of the Hub sends data about its use.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -93,7 +93,7 @@ def fetch(
     options = replace(options, endpoint=endpoint)
     mute = quiet or as_json
     with progress("check", quiet=mute) as checking:
-        to_do = planning.plan(
+        to_do = plan(
             tuple(names or ()),
             options=options,
             preset=preset,
@@ -113,7 +113,7 @@ def fetch(
         return
     start = time.monotonic()
     with fetch_progress(quiet=mute) as watch:
-        outcomes = work.fetch(
+        outcomes = fetch_files(
             to_do, watch=watch, on_wait=None if mute else lambda name: say(f"{name}: another process is fetching it")
         )
     seconds = time.monotonic() - start

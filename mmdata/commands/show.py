@@ -99,7 +99,8 @@ def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: b
     `tokenizer` is a directory, `max_len` the longest sequence in tokens. UsageError if the file has fewer rows.
     """
     from mmdata.encode.encoder import RowEncoder, preview
-    from mmdata.encode.rows import REASONS, find_kind, iter_lines
+    from mmdata.encode.rows import REASONS, find_kind
+    from mmdata.io.lines import iter_lines
     from mmdata.tokenizer.tokenizer import Tokenizer
 
     line = next(islice(iter_lines(path), index, None), None)

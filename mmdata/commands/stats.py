@@ -37,9 +37,9 @@ def stats(
     Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
     """
     from mmdata.io.files import write_text
-    from mmdata.stats import stats as figures
     from mmdata.stats.report.compare import compare_page, differences
     from mmdata.stats.report.data import dataset_page
+    from mmdata.stats.stats import contained, measure_dataset, measure_file, read_losses
 
     if compare and len(paths) != 1:
         raise UsageError(
@@ -48,17 +48,17 @@ def stats(
     every = [*paths, *([compare] if compare else [])]
     if exact and not any(path.is_file() for path in every):
         raise UsageError("--exact is for jsonl files; a packed dataset's figures are exact", "leave --exact out")
-    row_losses = figures.read_losses(losses) if losses else None
+    row_losses = read_losses(losses) if losses else None
     directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
     measured = []
     for path in every:
         with progress(f"read {path}", quiet=as_json) as update:
             options = {"workers": workers or os.cpu_count() or 1, "losses": row_losses, "progress": update}
             if path.is_dir():
-                measured.append(figures.measure_dataset(path, **options))
+                measured.append(measure_dataset(path, **options))
             else:
-                measured.append(figures.measure_file(path, directory, is_exact=exact, **options))
-    overlaps = figures.contained(measured)
+                measured.append(measure_file(path, directory, is_exact=exact, **options))
+    overlaps = contained(measured)
     values: dict[str, Any] = {str(one.path): one.figures for one in measured}
     if compare:
         values["differences"] = differences(measured[0].figures, measured[1].figures)

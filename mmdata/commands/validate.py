@@ -12,8 +12,9 @@ from mmdata.options import Option
 from mmdata.pack.options import parse_budget
 
 if TYPE_CHECKING:
-    from mmdata.encode.rows import BadRow, Line
+    from mmdata.encode.rows import BadRow
     from mmdata.encode.validate import Validation
+    from mmdata.io.lines import Line
 
 MOST_NAMES = 10  # keys, and control strings, to print at most
 

@@ -34,8 +34,9 @@ from mmdata.encode.columns import (
     to_json,
     truths,
 )
-from mmdata.encode.rows import BadRow, Conversation, JsonObject, Message
+from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.template import EMPTY_THINK, Template
+from mmdata.io.records import JsonObject
 
 # In the block of an answer: the text between the open token and the trained part, and the text after the close token.
 HEAD, TAIL = "assistant\n", "\n"

@@ -27,7 +27,6 @@ from mmdata.encode.rows import (
     PLACEHOLDER,
     BadRow,
     Conversation,
-    JsonObject,
     Message,
     Pair,
     calls_of,
@@ -37,6 +36,7 @@ from mmdata.encode.rows import (
 )
 from mmdata.encode.sequences import ranges
 from mmdata.encode.validate import CONTROL, may_hold_control
+from mmdata.io.records import JsonObject
 
 ROLES = ("system", "user", "assistant", "tool")
 SYSTEM, USER, ASSISTANT, TOOL = range(len(ROLES))

@@ -13,7 +13,7 @@ module `reference`. Every token that is dropped and every row that is left out i
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -240,7 +240,7 @@ class RowEncoder:
         """The number of ids of the text after the close token of a block (a newline)."""
         return len(self.tokenizer.encode_batch([TAIL])[0])
 
-    def encode(self, rows: Rows[Row]) -> EncodedRows:
+    def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode a batch of rows. Rows that cannot be used are in `bad` of the result; no error is raised for them. A
         batch must be of pairs only, or without pairs.
         """
@@ -249,7 +249,7 @@ class RowEncoder:
         out.bad = dict(sorted(out.bad.items()))
         return out
 
-    def encode_lines(self, raws: Rows[bytes], kind: str) -> EncodedRows:
+    def encode_lines(self, raws: Sequence[bytes], kind: str) -> EncodedRows:
         """Parse jsonl lines and encode them. Lines that are not valid rows of this kind, and rows that cannot be used,
         are in `bad` of the result; no error is raised for them.
 
@@ -257,7 +257,7 @@ class RowEncoder:
         """
         out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
-        left: Rows[int] = range(len(raws))
+        left: Sequence[int] = range(len(raws))
         if kind != "document" and is_small and self._blocks:
             left = self._encode_plain(raws, kind, out)
         at, rows = [], []
@@ -295,7 +295,7 @@ class RowEncoder:
 
     # ---- the ways of encoding
 
-    def _encode_plain(self, raws: Rows[bytes], kind: str, out: EncodedRows) -> Rows[int]:
+    def _encode_plain(self, raws: Sequence[bytes], kind: str, out: EncodedRows) -> Sequence[int]:
         """Encode the lines that can be read into columns and rendered without jinja2, and add them to `out`. Return the
         indices of all other lines, ascending.
         """
@@ -308,7 +308,7 @@ class RowEncoder:
             is_left[at[~is_odd]] = False
         return np.flatnonzero(is_left).tolist()
 
-    def _encode_rows(self, at: np.ndarray, rows: Rows[Row], out: EncodedRows, in_columns: bool = True) -> None:
+    def _encode_rows(self, at: np.ndarray, rows: Sequence[Row], out: EncodedRows, in_columns: bool = True) -> None:
         """Encode parsed rows, grouped by kind, and add them to `out`.
 
         at: int64 [rows], the index of each row in the batch. in_columns: if False, all conversations and pairs go
@@ -332,7 +332,7 @@ class RowEncoder:
                 self._encode_through_jinja(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
 
     def _encode_through_jinja(
-        self, at: np.ndarray, rows: Rows[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
+        self, at: np.ndarray, rows: Sequence[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
     ) -> None:
         """Render rows with jinja2, encode them, and add them to `out`.
 
@@ -350,7 +350,7 @@ class RowEncoder:
             np.array(list(results), np.int64), flatten([result.sequence for result in results.values()]), num_tokens
         )
 
-    def _encode_documents(self, at: np.ndarray, rows: Rows[Document], out: EncodedRows) -> None:
+    def _encode_documents(self, at: np.ndarray, rows: Sequence[Document], out: EncodedRows) -> None:
         """Encode the documents of each row, and add them to `out`. A document is put between the bos token (if the
         tokenizer has one) and the eos token. One that is longer than `max_len` is divided into several sequences, and
         no token is dropped. Rows whose documents are all blank, or in which text would become a control id, are

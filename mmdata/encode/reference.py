@@ -10,14 +10,13 @@ is encoded at once and character offsets are used throughout.
 """
 
 import itertools
-from collections.abc import Iterable
-from collections.abc import Sequence as Rows
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mmdata.encode.rows import BadRow, Conversation, Pair
-from mmdata.encode.sequences import PairSequence, Sequence
+from mmdata.encode.sequences import PairSequence, TokenSequence
 from mmdata.encode.template import Segment, Template, stretches
 from mmdata.tokenizer.encoders import Encoder
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -37,7 +36,7 @@ class EncodedRow(NamedTuple):
     cut: the number of these tokens that were dropped to fit `max_len`.
     """
 
-    sequence: Sequence | PairSequence
+    sequence: TokenSequence | PairSequence
     num_tokens: int
     cut: int = 0
 
@@ -82,7 +81,9 @@ class ReferenceEncoder:
             if isinstance(side, Conversation)
         ]
 
-    def encode(self, rows: Rows[Conversation | Pair], keep_empty_thinks: Rows[bool]) -> list[EncodedRow | BadRow]:
+    def encode(
+        self, rows: Sequence[Conversation | Pair], keep_empty_thinks: Sequence[bool]
+    ) -> list[EncodedRow | BadRow]:
         """Render rows and encode the texts of all of them in one native call. Return for each row its encoding, or a
         BadRow with the reason why it cannot be used; it is returned, not raised.
 
@@ -196,12 +197,12 @@ class ReferenceEncoder:
         writes.
         """
         if len(whole.ids) <= self._max_len:
-            return EncodedRow(Sequence(whole.ids, _spans_of(whole.mask)), len(whole.ids))
+            return EncodedRow(TokenSequence(whole.ids, _spans_of(whole.mask)), len(whole.ids))
         fitting = self._longest_that_fits(row, keep)
         if fitting is None:
             raise BadRow("too long", too_long(len(whole.ids), self._max_len))
         cut = len(whole.ids) - len(fitting.ids)
-        return EncodedRow(Sequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
+        return EncodedRow(TokenSequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
 
     def _longest_that_fits(self, row: Conversation, keep: bool) -> _Tokens | None:
         """Return the tokens of as many whole turns from the beginning as fit `max_len`, where a turn is a user message

@@ -16,7 +16,6 @@ import orjson
 
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
-from mmdata.io.lines import is_seekable as is_seekable
 from mmdata.io.records import JsonObject
 
 KINDS = ("document", "conversation", "pair")

@@ -1,11 +1,10 @@
 """The token ids and trained ranges of many rows as flat numpy arrays, without Python lists of ids. `Sequences` contains
-many sequences end to end; `Sequence` and `PairSequence` are views of one of them.
+many sequences end to end; `TokenSequence` and `PairSequence` are views of one of them.
 
 A trained range ("span") is a half-open range [begin, end) of token positions whose tokens are trained on.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +14,7 @@ PAIR_MARKS = 5  # number of lengths that are stored before the trained ranges of
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class TokenSequence:
     """One document or conversation as tokens.
 
     ids: uint32 [T].
@@ -80,17 +79,17 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Sequence | PairSequence:
+    def __getitem__(self, index: int) -> TokenSequence | PairSequence:
         begin, first = self.begins[index], self.mark_begins[index]
         ids = self.ids[begin : begin + self.lengths[index]]
         marks = self.marks[first : first + self.num_marks[index]].astype(np.int32)
         if not self.is_pairs:
-            return Sequence(ids, marks.reshape(-1, 2))
+            return TokenSequence(ids, marks.reshape(-1, 2))
         sides = np.split(ids, np.cumsum(marks[:2]))
         spans = np.split(marks[PAIR_MARKS:].reshape(-1, 2), [marks[3] // 2])
         return PairSequence(sides[0], sides[1], sides[2], spans[0], spans[1])
 
-    def __iter__(self) -> Iterator[Sequence | PairSequence]:
+    def __iter__(self) -> Iterator[TokenSequence | PairSequence]:
         return (self[index] for index in range(len(self)))
 
     @cached_property
@@ -134,8 +133,8 @@ class Sequences:
         return sums[ends] - sums[ends - self.num_marks]
 
 
-def flatten(sequences: Items[Sequence | PairSequence]) -> Sequences:
-    """Copy the sequences into flat arrays. They must be all `Sequence` or all `PairSequence`. For an empty list, the
+def flatten(sequences: Sequence[TokenSequence | PairSequence]) -> Sequences:
+    """Copy the sequences into flat arrays. They must be all `TokenSequence` or all `PairSequence`. For an empty list, the
     result has `is_pairs` False.
     """
     pairs = [s for s in sequences if isinstance(s, PairSequence)]
@@ -145,8 +144,8 @@ def flatten(sequences: Items[Sequence | PairSequence]) -> Sequences:
         return pair_sequences(
             _joined(ids, np.uint32), _sizes(ids).reshape(-1, 3), _joined(spans, np.int64), _sizes(spans)
         )
-    ids = [s.ids for s in sequences if isinstance(s, Sequence)]
-    spans = [s.spans.reshape(-1) for s in sequences if isinstance(s, Sequence)]
+    ids = [s.ids for s in sequences if isinstance(s, TokenSequence)]
+    spans = [s.spans.reshape(-1) for s in sequences if isinstance(s, TokenSequence)]
     return Sequences(_joined(ids, np.uint32), _sizes(ids), _joined(spans, np.int64), _sizes(spans))
 
 
@@ -170,7 +169,7 @@ def pair_sequences(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_ma
     return Sequences(ids, sizes.sum(axis=1), marks, marks_of_pair, is_pairs=True)
 
 
-def join(parts: Items[Sequences]) -> Sequences:
+def join(parts: Sequence[Sequences]) -> Sequences:
     """Concatenate the sequences of all parts, which must be of one kind (pairs or not)."""
     if len(parts) == 1:
         return parts[0]
@@ -212,13 +211,13 @@ def ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - sizes), sizes)
 
 
-def _joined(arrays: Items[np.ndarray], dtype: np.dtype | type) -> np.ndarray:
+def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype | type) -> np.ndarray:
     """Return the concatenated arrays, cast to `dtype` without a check that the values fit. No arrays give an empty
     array.
     """
     return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
 
 
-def _sizes(arrays: Items[np.ndarray]) -> np.ndarray:
+def _sizes(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Return the number of elements of each array (int64)."""
     return np.array([array.size for array in arrays], np.int64)

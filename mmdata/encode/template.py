@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import nodes
 
-from mmdata.encode.rows import BadRow, Conversation, JsonObject, Message, texts_of
+from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
 from mmdata.encode.traced import GENERATION, TOOLS, Origin, origins_of, template_environment, traced
 from mmdata.errors import TokenizerError, UsageError
+from mmdata.io.records import JsonObject
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
 
 ERAS = ("seed", "2", "3")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from mmdata.encode.rows import LOOK_AT, BadRow, Line, Row, is_seekable, iter_lines, kind_of_lines, parse_row, texts_of
+from mmdata.encode.rows import LOOK_AT, BadRow, Row, kind_of_lines, parse_row, texts_of
+from mmdata.io.lines import Line, is_seekable, iter_lines
 
 NUM_PLACES = 3  # bad rows of each reason whose places are recorded
 _TICK_ROWS = 1024  # rows between two calls of `progress`

@@ -28,7 +28,7 @@ ENGINES = ("local", "ray")
 RAY_RETRIES = 2  # of a job whose machine or process died; an exception of the job itself is not retried
 
 
-def run(
+def run_jobs(
     make: Callable[[], Callable[[Job, Tick], Result]],
     jobs: Sequence[Job],
     *,

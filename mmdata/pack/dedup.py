@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, iter_lines, parse_row, row_hash, texts_of
+from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, parse_row, row_hash, texts_of
 from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io.files import sha256_of, write_bytes, write_json
+from mmdata.io.lines import iter_lines
 from mmdata.io.records import read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.options import PackOptions
@@ -60,7 +61,7 @@ def screen(
     `dedup` nor `exclude` is set.
 
     All `parts` are read, since rows are compared across parts, but those in `own` first: processes that pack different
-    shares of the parts and start together thus divide the work. run: calls `workers.run` with the engine and number of
+    shares of the parts and start together thus divide the work. run: calls `workers.run_jobs` with the engine and number of
     workers. progress: called with the bytes read so far and the bytes in all. Raises InputError if an excluded file is
     missing or has changed.
     """

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from mmdata.encode.encoder import EncodedRows, RowEncoder
-from mmdata.encode.rows import BadRow, Line, is_seekable, iter_lines, parse_row
+from mmdata.encode.rows import BadRow, parse_row
 from mmdata.errors import InputError
+from mmdata.io.lines import Line, is_seekable, iter_lines
 from mmdata.options import check
 from mmdata.pack.options import PART_BYTES, PackOptions
 from mmdata.pack.packing import buckets_for, pack

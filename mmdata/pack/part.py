@@ -16,11 +16,12 @@ import msgspec
 import numpy as np
 
 from mmdata.encode.encoder import EncodedRows, RowEncoder
-from mmdata.encode.rows import REASONS, SCREENED, BadRow, Line, iter_lines
+from mmdata.encode.rows import REASONS, SCREENED, BadRow
 from mmdata.encode.sequences import Sequences, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import write_bytes
+from mmdata.io.lines import Line, iter_lines
 from mmdata.io.records import FileEntry, plain, read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack

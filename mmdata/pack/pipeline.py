@@ -23,6 +23,7 @@ from mmdata.encode import rows
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
 from mmdata.io.files import sha256_of, write_bytes, write_json
+from mmdata.io.lines import is_seekable
 from mmdata.io.records import FileEntry, write_record
 from mmdata.options import check
 from mmdata.pack import dedup
@@ -42,7 +43,7 @@ COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
-Run = Callable[..., list[Any]]  # `workers.run` with engine and number of workers given
+Run = Callable[..., list[Any]]  # `workers.run_jobs` with engine and number of workers given
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,9 @@ class _Job:
     note: Note
 
     def run(self, *arguments: Any, **more: Any) -> list[Any]:
-        """Call `workers.run` with the engine and number of workers from the options."""
+        """Call `workers.run_jobs` with the engine and number of workers from the options."""
         options = self.options
-        return workers.run(
+        return workers.run_jobs(
             *arguments, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address, **more
         )
 
@@ -327,10 +328,9 @@ def plan(inputs: Sequence[Path], part_bytes: int) -> tuple[list[FileEntry], list
     records: list[FileEntry] = []
     parts: list[Part] = []
     for number, path in enumerate(inputs):
-        is_seekable = rows.is_seekable(path)
         sha256, num_bytes, cuts = _scan(path, part_bytes)
         records.append(FileEntry(str(path), num_bytes, sha256))
-        if not is_seekable:
+        if not is_seekable(path):
             parts.append(Part(len(parts), number, path, 0, None, 1, num_bytes))
             continue
         ends = [begin for begin, _ in cuts[1:]] + [num_bytes]

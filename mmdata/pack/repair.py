@@ -16,7 +16,7 @@ from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.io import remote
 from mmdata.io.files import info_of_bytes, move_into_place, write_bytes, write_json
 from mmdata.io.records import FileEntry
-from mmdata.io.workers import run
+from mmdata.io.workers import run_jobs
 from mmdata.pack import dedup
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.pack.pipeline import Progress, plan
@@ -96,7 +96,7 @@ def _rebuild(
     needs_stats = any(file.path == STATS for file in rebuilt)
     inputs, parts = _same_inputs(directory, manifest)
     todo = [part for part in parts if part.number in numbers or needs_stats]
-    run_parts = partial(run, workers=num_workers)
+    run_parts = partial(run_jobs, workers=num_workers)
     dedup.screen(settings, parts, todo, run_parts, progress)
     total = sum(part.num_bytes for part in todo)
     results: list[PartResult] = run_parts(partial(PartPacker, settings), todo, total=total, progress=progress)

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from mmdata.encode.rows import Conversation, Document, Message, Pair, Row, join_documents
-from mmdata.encode.sequences import PairSequence, Sequences, flatten
-from mmdata.encode.sequences import Sequence as Ids
+from mmdata.encode.sequences import PairSequence, Sequences, TokenSequence, flatten
 from mmdata.io.arrow import BatchColumns
 from mmdata.io.records import JsonObject
-from mmdata.shards import dataset as shards
+from mmdata.shards.dataset import Dataset, PairView, open_sources, pair_view
 from mmdata.shards.manifest import PartRecord
 from mmdata.stats.tokens import Vocabulary
 
@@ -33,12 +32,12 @@ class PartRows:
     of the part are memory-mapped, not copied.
     """
 
-    def __init__(self, dataset: shards.Dataset, part: PartRecord):
-        self.sources = shards.open_sources(dataset, part.part)
+    def __init__(self, dataset: Dataset, part: PartRecord):
+        self.sources = open_sources(dataset, part.part)
         # Row i consists of the sequences numbered from _ends[i] to _ends[i + 1] (exclusive).
         self._ends = [*self.sources["first"].tolist(), part.sequences]
         self._is_pair = dataset.kind == "pair"
-        names = shards.PairView._fields if self._is_pair else ("ids", "doc_len", "span", "doc")
+        names = PairView._fields if self._is_pair else ("ids", "doc_len", "span", "doc")
         entries = [entry for entry in dataset.manifest.shards if entry.part == part.part]
         files = [dataset.open_shard(entry) for entry in entries]
         self._columns = [{name: file.column(name) for name in names} for file in files]
@@ -61,12 +60,12 @@ class PartRows:
         ordinals = range(self._ends[row], self._ends[row + 1])
         if self._is_pair:
             at = ordinals.start
-            pair = shards.pair_view(self._columns[self._shard_of[at]], int(self._place[at]))
+            pair = pair_view(self._columns[self._shard_of[at]], int(self._place[at]))
             spans = (span.astype(np.int32).reshape(-1, 2) for span in (pair.chosen_span, pair.rejected_span))
             return flatten([PairSequence(pair.prompt, pair.chosen, pair.rejected, *spans)])
         return flatten([self._sequence(ordinal) for ordinal in ordinals])
 
-    def _sequence(self, ordinal: int) -> Ids:
+    def _sequence(self, ordinal: int) -> TokenSequence:
         """Return the ids and trained spans of a sequence. ordinal: its number among the sequences of the part."""
         shard, at = self._shard_of[ordinal], self._place[ordinal]
         begins, ends, spans = self._flat[shard]
@@ -74,10 +73,10 @@ class PartRows:
         # A sequence's first token is never trained, so no span begins at `begin` or, in the next sequence, at `end`.
         first, last = np.searchsorted(spans, (begin, end), "right")
         trained = (spans[first:last] - begin).astype(np.int32).reshape(-1, 2)
-        return Ids(self._columns[shard]["ids"].values[begin:end], trained)
+        return TokenSequence(self._columns[shard]["ids"].values[begin:end], trained)
 
 
-def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
+def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
     """Return the encoded rows at these places, (path of an input, line number), from the shards of the dataset.
 
     Places that are not in the dataset, such as rows that packing left out, are missing in the result.
@@ -89,7 +88,7 @@ def encoded_at(dataset: shards.Dataset, places: Iterable[tuple[str, int]]) -> di
     for part in dataset.manifest.parts:
         if not part.kept:
             continue
-        sources = shards.open_sources(dataset, part.part)
+        sources = open_sources(dataset, part.part)
         file, lines = dataset.inputs[int(sources["file"][0])], sources["line"]
         asked = np.array(wanted.get(file, []), lines.dtype)
         at = np.searchsorted(lines, asked)
@@ -130,10 +129,12 @@ class RowDecoder:
             prompt, sides = first.prompt.tolist(), (first.chosen, first.rejected)
             return Pair(*(self._conversation(prompt + side.tolist()) for side in sides))
         if self._kind == "document":
-            return Document(join_documents(list(self._documents([one for one in encoded if isinstance(one, Ids)]))))
+            return Document(
+                join_documents(list(self._documents([one for one in encoded if isinstance(one, TokenSequence)])))
+            )
         return self._conversation(first.ids.tolist())
 
-    def _documents(self, sequences: Sequence[Ids]) -> Iterator[str]:
+    def _documents(self, sequences: Sequence[TokenSequence]) -> Iterator[str]:
         """Yield the text of each document of a row.
 
         A document ends with the eos token; if it was cut into several sequences, they are joined.

@@ -19,7 +19,7 @@ from mmdata.stats.report.page import percent
 from mmdata.stats.scan import PartScan
 from mmdata.stats.tally import Figures, Tally, rounded_lengths
 from mmdata.stats.tokens import NUM_SHARES, ROLES, Vocabulary
-from mmdata.tokenizer import text as texts
+from mmdata.tokenizer.text import LANGUAGES, NEAR, NUM_BINS, SCRIPTS, near_duplicates
 
 BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # per step: defaults of pretrain, sft, dpo
 PACKED_FOR_CUTS = 100_000  # sequences, at most, that are packed to estimate the fill of each length limit
@@ -72,10 +72,10 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
             "roles": tally.lengths_by("characters by role"),
             "turns": tally.lengths_by("characters by turn", map(str, range(1, 9))),
         },
-        "languages": dict(zip(texts.LANGUAGES, tally.array("languages", len(texts.LANGUAGES)).tolist(), strict=True)),
+        "languages": dict(zip(LANGUAGES, tally.array("languages", len(LANGUAGES)).tolist(), strict=True)),
         "scripts": {
             name: {"characters": count}
-            for name, count in zip(texts.SCRIPTS, tally.array("scripts", len(texts.SCRIPTS)).tolist(), strict=True)
+            for name, count in zip(SCRIPTS, tally.array("scripts", len(SCRIPTS)).tolist(), strict=True)
             if count
         },
         "turns": {str(turns): count for turns, count in tally.values("turns").items()},
@@ -116,15 +116,15 @@ def duplicate_figures(tally: Tally) -> Figures:
     number of rows with a computed signature.
     """
     is_exact = is_repeat(tally.column("hashes"))
-    signatures = tally.columns["signatures"] or [np.empty((0, texts.NUM_BINS), np.uint16)]
+    signatures = tally.columns["signatures"] or [np.empty((0, NUM_BINS), np.uint16)]
     signed = np.concatenate(signatures)
-    near = texts.near_duplicates(signed[~is_exact[: len(signed)]])
+    near = near_duplicates(signed[~is_exact[: len(signed)]])
     return {
         "rows": len(is_exact),
         "exact": int(is_exact.sum()),
         "near": int(near.sum()),
         "rows_compared": len(signed),
-        "near_from": texts.NEAR,
+        "near_from": NEAR,
     }
 
 
@@ -155,7 +155,7 @@ def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
 
 def _script_figures(tally: Tally) -> dict[str, Figures]:
     """Return, for each script that occurs, its tokens, their share of all, and characters and bytes per token."""
-    scripts = (*texts.SCRIPTS, "control")
+    scripts = (*SCRIPTS, "control")
     counts = tally.arrays.get("token scripts", np.zeros((len(scripts), 3), np.int64)).tolist()
     return {
         name: {

@@ -12,11 +12,22 @@ from itertools import islice
 import numpy as np
 import polars as pl
 
-from mmdata.encode.rows import BadRow, Conversation, Document, Line, Pair, Row, split_documents
+from mmdata.encode.rows import BadRow, Conversation, Document, Pair, Row, split_documents
 from mmdata.encode.validate import control_strings
+from mmdata.io.lines import Line
 from mmdata.io.records import JsonObject
 from mmdata.stats.tally import NUM_EXAMPLES, Tally
-from mmdata.tokenizer import text as texts
+from mmdata.tokenizer.text import (
+    GRAM,
+    LANGUAGES,
+    code_points,
+    count_scripts,
+    jaccard,
+    languages_of,
+    scripts_of,
+    shingles,
+    signatures,
+)
 
 ROWS_FOR_NEAR = 2_000_000  # rows that get a MinHash signature, to find near duplicates: 64 MB
 OPENING = 20  # characters at the beginning of a document or answer that are counted as its opening
@@ -145,13 +156,13 @@ def _count_scripts(tally: Tally, whole: Sequence[str], lengths: np.ndarray, most
     whole: the text of each row; lengths: int64 [rows], its characters. No signatures are computed once the tally has at
     least `most_signed`.
     """
-    points = texts.code_points("".join(whole))
-    counts = texts.count_scripts(texts.scripts_of(points), lengths)
+    points = code_points("".join(whole))
+    counts = count_scripts(scripts_of(points), lengths)
     tally.add("scripts", counts.sum(axis=0))
-    tally.add("languages", np.bincount(texts.languages_of(counts, whole), minlength=len(texts.LANGUAGES)))
+    tally.add("languages", np.bincount(languages_of(counts, whole), minlength=len(LANGUAGES)))
     if tally.sums["signed"] < most_signed:
-        hashes, text = texts.shingles(points, lengths)
-        tally.columns["signatures"].append(texts.signatures(hashes, text, len(whole)))
+        hashes, text = shingles(points, lengths)
+        tally.columns["signatures"].append(signatures(hashes, text, len(whole)))
         tally.sums["signed"] += len(whole)
 
 
@@ -216,8 +227,8 @@ def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
     """
     sides = [_reply(side, pair.num_shared) for pair in pairs for side in (pair.chosen, pair.rejected)]
     lengths = np.fromiter(map(len, sides), np.int64, len(sides))
-    hashes, text = texts.shingles(texts.code_points("".join(sides)), lengths)
-    alike = texts.jaccard(hashes, text, len(pairs))
+    hashes, text = shingles(code_points("".join(sides)), lengths)
+    alike = jaccard(hashes, text, len(pairs))
     tally.add("likeness", np.bincount(np.minimum(alike * 10, 9).astype(np.int64), minlength=10))
     frame = pl.DataFrame({"chosen": lengths[::2], "rejected": lengths[1::2]})
     chosen, rejected = pl.col("chosen"), pl.col("rejected")
@@ -253,8 +264,8 @@ def repeated_phrases(whole: Sequence[str], number: int) -> list[JsonObject]:
         stream += [ids.setdefault(unit, len(ids)) for unit in _UNITS.findall(text)]
         ends.append(len(stream))
     lengths = np.diff(ends, prepend=0).astype(np.int64)
-    hashes, text = texts.shingles(np.array(stream, np.uint64), lengths)
-    shortfall = np.minimum(lengths, texts.GRAM - 1)  # the last units of each text, at which no n-gram begins
+    hashes, text = shingles(np.array(stream, np.uint64), lengths)
+    shortfall = np.minimum(lengths, GRAM - 1)  # the last units of each text, at which no n-gram begins
     at = np.arange(len(text)) + (np.cumsum(shortfall) - shortfall)[text]
     grams = pl.DataFrame({"gram": hashes, "text": text, "at": at}).filter(pl.col("gram").is_duplicated())
     often = grams.group_by("gram").agg(pl.col("at").min(), count=pl.col("text").n_unique()).filter(pl.col("count") >= 2)

@@ -11,8 +11,7 @@ import numpy as np
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow
-from mmdata.encode.sequences import PairSequence, Sequences
-from mmdata.encode.sequences import Sequence as Ids
+from mmdata.encode.sequences import PairSequence, Sequences, TokenSequence
 from mmdata.stats.frames import pieces_of
 from mmdata.stats.scan import SampleRow
 from mmdata.stats.tokens import Vocabulary
@@ -105,7 +104,9 @@ def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[SampleRec
             ("rejected", first.rejected, first.rejected_spans),
         ]
     else:
-        lists = [("", one.ids, one.spans) for one in islice(sequences, MOST_SEQUENCES) if isinstance(one, Ids)]
+        lists = [
+            ("", one.ids, one.spans) for one in islice(sequences, MOST_SEQUENCES) if isinstance(one, TokenSequence)
+        ]
     parts = []
     for name, ids, spans in lists:
         mask = np.zeros(len(ids), bool)

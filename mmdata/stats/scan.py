@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import BadRow, Line, Row, is_seekable, num_characters, parse_row
+from mmdata.encode.rows import BadRow, Row, num_characters, parse_row
 from mmdata.encode.sequences import PairSequence, Sequences
-from mmdata.io import workers as engine
 from mmdata.io.arrow import BatchColumns, Ragged, num_rows
-from mmdata.io.workers import Tick
+from mmdata.io.lines import Line, is_seekable
+from mmdata.io.workers import Tick, run_jobs
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
-from mmdata.shards import dataset as shards
+from mmdata.shards.dataset import Dataset, open_sources, pair_view
 from mmdata.shards.manifest import PartRecord, ShardRecord
 from mmdata.stats.decoded import PartRows, RowDecoder
 from mmdata.stats.frames import ROWS_FOR_NEAR, STRINGS, count_rows, set_aside
@@ -179,7 +179,7 @@ def scan_files(
     share = 1.0 if options.is_exact else min(1.0, SAMPLE_BYTES / max(total, 1))
     options = replace(options, share=share, most_signed=-(-ROWS_FOR_NEAR // max(len(parts), 1)))
     num_bytes = sum(part.num_bytes for part in parts)
-    return engine.run(partial(_FileScanner, options), parts, total=num_bytes, workers=workers, progress=progress)
+    return run_jobs(partial(_FileScanner, options), parts, total=num_bytes, workers=workers, progress=progress)
 
 
 class _FileScanner:
@@ -249,7 +249,7 @@ class _FileScanner:
         return encoded.bad
 
 
-def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: float) -> list[PartScan]:
+def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> list[PartScan]:
     """Count a sample of the rows of a dataset, read from its inputs at their byte offsets. Return one scan per part.
 
     paths: the inputs, None for one that is missing. share: the share of the rows, from 0 to 1. The result is empty if
@@ -259,7 +259,7 @@ def scan_some(paths: Sequence[Path | None], dataset: shards.Dataset, share: floa
     for part in dataset.manifest.parts:
         if not part.kept:
             continue
-        sources = shards.open_sources(dataset, part.part)
+        sources = open_sources(dataset, part.part)
         path = paths[int(sources["file"][0])]
         if path is None or not is_seekable(path):
             return []
@@ -288,7 +288,7 @@ def _rows_at(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarr
 
 
 def scan_decoded(
-    dataset: shards.Dataset,
+    dataset: Dataset,
     vocabulary: Vocabulary,
     *,
     share: float = 1.0,
@@ -309,11 +309,11 @@ def scan_decoded(
     total = sum(len(evenly(part.kept, share)) for part in parts)
     measure = partial(_measure_decoded, dataset, vocabulary, options, share)
     make = partial(partial, measure)  # make() returns a function that is called as measure(part, tick)
-    return engine.run(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
+    return run_jobs(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
 
 
 def _measure_decoded(
-    dataset: shards.Dataset,
+    dataset: Dataset,
     vocabulary: Vocabulary,
     options: ScanOptions,
     share: float,
@@ -339,7 +339,7 @@ def _measure_decoded(
 
 
 def scan_shards(
-    dataset: shards.Dataset,
+    dataset: Dataset,
     vocabulary: Vocabulary,
     *,
     share: float = 1.0,
@@ -355,14 +355,12 @@ def scan_shards(
     count = partial(_count_shard, dataset, vocabulary, share)
     make = partial(partial, count)  # make() returns a function that is called as count(entry, tick)
     tally = Tally()
-    for counted in engine.run(make, entries, total=total, workers=workers):
+    for counted in run_jobs(make, entries, total=total, workers=workers):
         tally.merge(counted)
     return tally
 
 
-def _count_shard(
-    dataset: shards.Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick
-) -> Tally:
+def _count_shard(dataset: Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick) -> Tally:
     """Count the tokens of one shard, or of a share of its samples.
 
     `tick` is called once, with the number of tokens of the shard.
@@ -371,7 +369,7 @@ def _count_shard(
     for batch in dataset.open_shard(entry).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):
             if dataset.kind == "pair":
-                pairs = [shards.pair_view(columns, i) for i in range(len(columns["doc"]))]
+                pairs = [pair_view(columns, i) for i in range(len(columns["doc"]))]
                 spans = [[span.reshape(-1, 2) for span in (p.chosen_span, p.rejected_span)] for p in pairs]
                 sides = [PairSequence(p.prompt, p.chosen, p.rejected, *of) for p, of in zip(pairs, spans, strict=True)]
                 count_tokens(tally, flat_sequences(sides), vocabulary)

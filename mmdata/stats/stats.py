@@ -19,7 +19,7 @@ from mmdata.encode.encoder import RowEncoder
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
 from mmdata.pack.packing import BUCKETS
-from mmdata.shards import dataset as shards
+from mmdata.shards.dataset import Dataset, check_size, open_dataset, open_sources, sources_path
 from mmdata.shards.manifest import PartRecord
 from mmdata.shards.pairs import make_loader
 from mmdata.stats import frames, scan
@@ -68,14 +68,14 @@ class Measured:
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
-def dataset_stats(dataset: shards.Dataset) -> Figures:
+def dataset_stats(dataset: Dataset) -> Figures:
     """Return the figures that `mm pack` wrote to stats.json, and the dataset's "path".
 
     DatasetError if the file is missing or its size differs from the manifest.
     """
     path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest.files if file.path == "stats.json")
-    shards.check_size(path, entry.bytes, dataset.dir)
+    check_size(path, entry.bytes, dataset.dir)
     return {"path": str(dataset.dir), **json.loads(path.read_bytes())}
 
 
@@ -173,7 +173,7 @@ def measure_dataset(
     per token by file and line; the rows of highest loss are shown. `progress` is called with the bytes of the inputs
     read so far and in all, or with rows if they are decoded from shards.
     """
-    dataset = shards.open_dataset(directory)
+    dataset = open_dataset(directory)
     figures = dataset_stats(dataset)
     vocabulary = Vocabulary(Tokenizer.load(dataset.tokenizer_dir))
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
@@ -217,7 +217,7 @@ def measure_dataset(
     return Measured(directory, figures, records(samples, vocabulary), hashes)
 
 
-def _scan_inputs(dataset: shards.Dataset, workers: int, wanted: Losses, progress: Progress | None) -> list[PartScan]:
+def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progress | None) -> list[PartScan]:
     """Count the rows of the inputs, except those that packing left out.
 
     The result is empty if an input is missing or has changed. wanted: rows to show, with their loss.
@@ -235,13 +235,13 @@ def _scan_inputs(dataset: shards.Dataset, workers: int, wanted: Losses, progress
     return scan.scan_files(paths, options, workers=workers, sha256s=sha256s, progress=progress)
 
 
-def _inputs(dataset: shards.Dataset) -> list[Path | None]:
+def _inputs(dataset: Dataset) -> list[Path | None]:
     """Return the path of each input, or None if the file is missing or its size differs from the manifest."""
     sizes = {Path(entry.path): entry.bytes for entry in dataset.manifest.inputs}
     return [path if path.is_file() and path.stat().st_size == size else None for path, size in sizes.items()]
 
 
-def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[Figures]:
+def _rejected_rows(dataset: Dataset, part: PartRecord) -> Iterator[Figures]:
     """Yield the records of the rows of a part that packing left out (from rejected/); none if there is no such file."""
     path = dataset.dir / "rejected" / f"part-{part.part:05d}.jsonl"
     if path.exists():
@@ -249,7 +249,7 @@ def _rejected_rows(dataset: shards.Dataset, part: PartRecord) -> Iterator[Figure
             yield from map(json.loads, file)
 
 
-def _rejected(dataset: shards.Dataset) -> dict[str, list[Figures]]:
+def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
     """Return records of the first NUM_EXAMPLES rows that packing left out for each reason.
 
     A record has file, line, detail (what was found) and raw (the beginning of the line).
@@ -269,19 +269,19 @@ def _rejected(dataset: shards.Dataset) -> dict[str, list[Figures]]:
     return examples
 
 
-def _line_duplicates(dataset: shards.Dataset) -> Figures:
+def _line_duplicates(dataset: Dataset) -> Figures:
     """Return the number of exact duplicates among the rows that were packed, by the hashes of their lines.
 
     Packing recorded these hashes. Near duplicates are not searched for.
     """
     parts = [part.part for part in dataset.manifest.parts if part.kept]
-    sha256s = [np.ascontiguousarray(shards.open_sources(dataset, part)["sha"]) for part in parts]
+    sha256s = [np.ascontiguousarray(open_sources(dataset, part)["sha"]) for part in parts]
     hashes = pl.Series(np.concatenate([each.view(np.uint64).reshape(-1) for each in sha256s]))
     repeats = len(hashes) - hashes.n_unique()
     return {"rows": len(hashes), "exact": repeats, "near": None, "rows_compared": 0, "near_from": None}
 
 
-def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
+def _sequence_lengths(dataset: Dataset) -> dict[int, pl.DataFrame]:
     """Return how often each length of a sequence, in tokens, occurs in each bucket.
 
     The result maps each bucket to a frame with the columns value (the length) and count. The length of a pair is that
@@ -302,7 +302,7 @@ def _sequence_lengths(dataset: shards.Dataset) -> dict[int, pl.DataFrame]:
     return counts
 
 
-def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[Figures]:
+def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
     """Return figures of each input: rows, tokens and bytes and, if its texts were read, languages and exact duplicates.
 
     scans: the scans of all rows, or empty if only a sample of the texts was read.
@@ -310,7 +310,7 @@ def _sources(dataset: shards.Dataset, scans: Sequence[PartScan]) -> list[Figures
     file_of = {}
     for part in dataset.manifest.parts:
         if part.kept:
-            file_of[part.part] = int(read_arrow(dataset.dir / shards.sources_path(part.part)).column("file")[0])
+            file_of[part.part] = int(read_arrow(dataset.dir / sources_path(part.part)).column("file")[0])
     sources = []
     for number, path in enumerate(dataset.inputs):
         source: Figures = {}

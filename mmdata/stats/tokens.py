@@ -15,7 +15,7 @@ import polars as pl
 from mmdata.encode.sequences import PairSequence
 from mmdata.stats.frames import NUM_TURNS
 from mmdata.stats.tally import Tally
-from mmdata.tokenizer import text as texts
+from mmdata.tokenizer.text import HAN, MARK, OTHER, SCRIPTS, SPACE, code_points, count_scripts, scripts_of
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import token_texts
 
@@ -161,13 +161,13 @@ def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
     """
     whole = [piece.decode("utf-8", errors="ignore") for piece in pieces]
     lengths = np.fromiter(map(len, whole), np.int64, len(whole))
-    counts = texts.count_scripts(texts.scripts_of(texts.code_points("".join(whole))), lengths)
-    counts[counts.sum(axis=1) > counts[:, texts.SPACE], texts.SPACE] = 0
+    counts = count_scripts(scripts_of(code_points("".join(whole))), lengths)
+    counts[counts.sum(axis=1) > counts[:, SPACE], SPACE] = 0
     scripts = counts.argmax(axis=1).astype(np.uint8)
     for id in np.flatnonzero(lengths == 0).tolist():
         lead = next((byte for byte in pieces[id] if byte >= 0xC0), 0)
         is_han, is_mark = 0xE3 <= lead <= 0xE9, lead in (0xE2, 0xEF, 0xF0)
-        scripts[id] = texts.HAN if is_han else texts.MARK if is_mark else texts.OTHER if lead else _CONTINUES
+        scripts[id] = HAN if is_han else MARK if is_mark else OTHER if lead else _CONTINUES
     return scripts
 
 
@@ -210,14 +210,14 @@ def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> Non
     The array is int64 [scripts + 1, 3]. Its last row is that of control tokens.
     """
     scripts = vocabulary.scripts[ids]
-    scripts[vocabulary.control[ids]] = len(texts.SCRIPTS)
+    scripts[vocabulary.control[ids]] = len(SCRIPTS)
     begins = np.flatnonzero(scripts != _CONTINUES)
     if len(begins):
         runs = np.diff(begins, append=len(ids))
         runs[0] += begins[0]
         whose = np.repeat(scripts[begins], runs)
         weights = (None, vocabulary.characters[ids], vocabulary.bytes[ids])
-        counts = [np.bincount(whose, weights=each, minlength=len(texts.SCRIPTS) + 1) for each in weights]
+        counts = [np.bincount(whose, weights=each, minlength=len(SCRIPTS) + 1) for each in weights]
         tally.add("token scripts", np.stack(counts, axis=1).astype(np.int64))
 
 

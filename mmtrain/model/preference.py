@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdata.errors import UsageError
-from mmtrain.model import logps as losses
+from mmtrain.model.logps import dpo_hinge, dpo_robust, dpo_sigmoid, ipo, log_odds_ratio, orpo, simpo
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,20 @@ def _margin_of_means(p: PairLogps, o: Objective) -> Tensor:
 
 
 LOSSES = {
-    "sigmoid": PairLoss(lambda p, o: losses.dpo_sigmoid(p.delta, o.beta, o.label_smoothing), _margin_of_sums, True),
-    "sigmoid_norm": PairLoss(
-        lambda p, o: losses.dpo_sigmoid(p.mean_delta, o.beta, o.label_smoothing), _margin_of_means, True
-    ),
-    "robust": PairLoss(lambda p, o: losses.dpo_robust(p.delta, o.beta, o.label_smoothing), _margin_of_sums, True),
-    "hinge": PairLoss(lambda p, o: losses.dpo_hinge(p.delta, o.beta), _margin_of_sums),
-    "ipo": PairLoss(lambda p, o: losses.ipo(p.mean_delta, o.beta), _margin_of_means),
+    "sigmoid": PairLoss(lambda p, o: dpo_sigmoid(p.delta, o.beta, o.label_smoothing), _margin_of_sums, True),
+    "sigmoid_norm": PairLoss(lambda p, o: dpo_sigmoid(p.mean_delta, o.beta, o.label_smoothing), _margin_of_means, True),
+    "robust": PairLoss(lambda p, o: dpo_robust(p.delta, o.beta, o.label_smoothing), _margin_of_sums, True),
+    "hinge": PairLoss(lambda p, o: dpo_hinge(p.delta, o.beta), _margin_of_sums),
+    "ipo": PairLoss(lambda p, o: ipo(p.mean_delta, o.beta), _margin_of_means),
     "simpo": PairLoss(
-        lambda p, o: losses.simpo(p.means[0] - p.means[1], o.beta, o.gamma, o.label_smoothing),
+        lambda p, o: simpo(p.means[0] - p.means[1], o.beta, o.gamma, o.label_smoothing),
         lambda p, o: o.beta * (p.means[0] - p.means[1]),
         True,
         needs_reference=False,
     ),
     "orpo": PairLoss(
-        lambda p, o: losses.orpo(*p.means, o.beta),
-        lambda p, o: o.beta * losses.log_odds_ratio(*p.means),
+        lambda p, o: orpo(*p.means, o.beta),
+        lambda p, o: o.beta * log_odds_ratio(*p.means),
         needs_reference=False,
     ),
 }

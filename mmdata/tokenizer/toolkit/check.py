@@ -15,7 +15,7 @@ from typing import cast
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Conversation, Message
-from mmdata.encode.sequences import Sequence as Ids
+from mmdata.encode.sequences import TokenSequence
 from mmdata.encode.template import Template
 from mmdata.errors import MMError, TokenizerError
 from mmdata.io.records import JsonObject
@@ -286,7 +286,7 @@ def _segments(tokenizer: Tokenizer) -> Iterator[Finding]:
         sequences = iter(encoded.sequences)
         for row in (row for i, row in enumerate(rows) if i not in encoded.bad):
             whole = "".join(part.text for part in encoder.segments(row)[0])
-            ids = cast(Ids, next(sequences)).ids.tolist()
+            ids = cast(TokenSequence, next(sequences)).ids.tolist()
             if ids != tokenizer.encode_batch([whole], control=True)[0].tolist():
                 found = "encoded between control tokens they differ from the whole"
                 yield Finding("segments", "error", found, "report it with the tokenizer")
