@@ -332,9 +332,8 @@ def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
 
 
 def _is_in_order(columns: Conversations) -> np.ndarray:
-    """Return bool [M]: False for messages whose role cannot follow that of the message before, and for a last message
-    that is not the assistant's. A system message is allowed only as the first message.
-    """
+    """Return bool [messages]: False if a message's role may not follow the role before it, or if it is the last message of
+    its conversation and not the assistant's. A system message may only come first."""
     roles = np.maximum(columns.roles, 0)
     before = np.roll(roles, 1)
     before[columns.is_first] = _START

@@ -588,10 +588,8 @@ def _check_first(data: bytes, expected: bytes) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> MMError:
-    """Return the exception to raise for an OSError while writing `path`.
-
-    A DiskError if the disk is full or the path cannot be written, otherwise a FetchError.
-    """
+    """Return the exception for an OSError while writing `path`: DiskError if the disk, a quota or a size limit is exhausted
+    or the path cannot be opened for writing, else FetchError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(
             f"the disk is full: {path.name} is kept as far as it came", "free some space (`df -h .`), then run it again"

@@ -128,14 +128,13 @@ def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray
 
 
 def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Counter[int]]:
-    """Find the fullest pack that contains the longest sequence. Return its bucket, and how many sequences of each
-    length it has.
+    """Find a pack that contains the longest sequence and is as full as possible, trying at most LOOKED_AT others.
 
-    left: the number of sequences of each length, longest first. All subset sums are computed at once: bit t of `sums`
-    is set if the longest sequence and some of those tried so far sum to t. At most LOOKED_AT sequences are tried. The
-    fullest pack is the one with the largest share of filled positions.
+    Return its bucket and the number of sequences of each length in it. left: number of sequences by length, longest
+    first. buckets: ascending; the last must hold the longest sequence. "Full" is the share of the bucket that is filled.
     """
     longest, room = next(iter(left)), buckets[-1] - next(iter(left))
+    # Bit t of `sums` is set if the longest sequence and some of those tried so far have t tokens together.
     sums, exact = 1 << longest, sum(1 << bucket for bucket in buckets)
     steps: list[tuple[int, int]] = []  # each length tried, and the sums before it was added
     fitting = (repeat(fit, min(num - (fit == longest), room // fit)) for fit, num in left.items() if fit <= room)
@@ -145,7 +144,7 @@ def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Co
         steps.append((length, sums))
         sums |= sums << length & (2 << buckets[-1]) - 1
     totals = {bucket: (sums & (2 << bucket) - 1).bit_length() - 1 for bucket in buckets if bucket >= longest}
-    bucket = max(totals, key=lambda bucket: Fraction(totals[bucket], bucket))  # of equal totals the smallest
+    bucket = max(totals, key=lambda bucket: Fraction(totals[bucket], bucket))  # of equal shares the smallest
     total, members = totals[bucket], Counter([longest])
     for length, without in reversed(steps):
         if not without >> total & 1:

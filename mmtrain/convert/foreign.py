@@ -92,11 +92,10 @@ def is_foreign(path: Path) -> bool:
 
 
 def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
-    """Read a `.pth` file or a Hugging Face directory. Raise CheckpointError for a path that cannot be read, or a model
-    that ours cannot represent.
+    """Read the weights of a torch file (suffix in PICKLES) or of a Hugging Face directory.
 
-    `num_heads`: the number of query heads, for models without query norms, whose tensors do not determine it. Default:
-    that of config.json, else 8.
+    Raise CheckpointError if they cannot be read or mm has no such model. num_heads: number of query heads, ignored if there
+    are query norms; by default that of config.json (directories only), else MiniMind's 8.
     """
     if path.is_dir():
         config = _read_config(path)
@@ -254,12 +253,11 @@ def _from_seed(name: str) -> str:
 
 
 def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_heads: int | None) -> ModelConfig:
-    """Return the configuration of a model with these weights, named as ours. Values that neither the tensors nor
-    config.json determine are MiniMind's. Raise CheckpointError when a tensor is missing or the heads do not divide the
-    matrices evenly.
+    """Return the shape of a model from its tensors, under the names of mm, and from config.json, with MiniMind's defaults.
 
-    `num_heads`: number of query heads, which has priority over that of config.json; if there are query norms, these
-    determine it instead.
+    Raise CheckpointError if a required tensor is missing, if the number of query rows is not the hidden size, or if the
+    head size is odd or does not divide the query and key rows. num_heads: number of query heads; it overrides config.json
+    and is ignored if there are query norms, whose length is the head size. path: for error messages.
     """
     first = "model.layers.0."
     needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))

@@ -109,7 +109,7 @@ def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple
 
 
 def _name(name: str) -> str:
-    """Return llama.cpp's name for the name of a tensor in our state dict."""
+    """Return llama.cpp's name of a tensor, given its name in mm's state dict."""
     fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     if name in fixed:
         return fixed[name]

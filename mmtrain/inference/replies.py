@@ -85,8 +85,11 @@ class Splitter:
         return [piece]
 
     def _begin(self) -> list[Piece] | None:
-        """Determine whether the answer begins with a think block, and set the mode accordingly. Return an empty list,
-        or None while there is too little text to decide."""
+        """Set the mode to "reasoning" if the text so far, after any whitespace, begins with the THINK tag, else to "content".
+
+        Return [], or None while more text is needed to decide, which is also the case directly after the tag. In the mode
+        "reasoning" the tag and the whitespace around it (behind it only newlines) are dropped.
+        """
         text = self._held.lstrip()
         if text.startswith(THINK):
             inside = text[len(THINK) :].lstrip("\n")

@@ -308,10 +308,8 @@ def fields_of(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield the text in pieces of at most PIECE characters.
-
-    A piece ends after the last newline or space in its second half, if there is one.
-    """
+    """Yield consecutive pieces of at most PIECE characters. All but the last are cut after the last newline or space in the
+    second half of PIECE characters, or else at PIECE characters."""
     begin = 0
     while len(text) - begin > PIECE:
         end = begin + PIECE
