@@ -278,7 +278,8 @@ def split_documents(text: str) -> list[str]:
     stripped = text.strip()
     for opening, closing, between in _MARKS:
         if stripped.startswith(opening):
-            parts = between.split(stripped.removeprefix(opening))
+            body = stripped.removeprefix(opening)
+            parts = between.split(body) if opening in body else [body]
             if len(parts) > 1 or stripped.endswith(closing):
                 parts[-1] = parts[-1].removesuffix(closing)
                 return [part for part in parts if part and not part.isspace()]

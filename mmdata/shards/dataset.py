@@ -21,6 +21,7 @@ from mmdata.shards.manifest import SPLITS, Manifest, ShardRecord, damaged, read_
 REPORT = "report.html"  # in the dataset's directory, but not listed in the manifest and not part of the dataset
 TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
 SOURCES_PER_BATCH = 2**20
+DIGEST_VALUES = 2**16  # number of values that are converted for a digest at once: they stay in the cache
 PACK_LISTS = ("ids", "doc_len", "span")  # the columns with the tokens of a pack; `doc` only says where they came from
 PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 
@@ -83,7 +84,8 @@ def token_digest(file: ArrowFile, kind: str) -> str:
     for name in PAIR_LISTS if kind == "pair" else PACK_LISTS:
         column = file.column(name)
         for array in (column.lengths(), column.values):
-            digest.update(np.ascontiguousarray(array, "<u4").data)
+            for begin in range(0, len(array), DIGEST_VALUES):
+                digest.update(np.ascontiguousarray(array[begin : begin + DIGEST_VALUES], "<u4").data)
     return digest.hexdigest()
 
 
