@@ -155,14 +155,14 @@ class ReferenceEncoder:
             head = encoded[first.text]
             if len(group) == 1:
                 runs.append((first.is_trained, len(head)))
-            elif len(group) == 2 and np.array_equal(ids[-1][: len(head)], head):
+            elif len(group) == 2 and ids[-1][: len(head)].tobytes() == head.tobytes():
                 runs += [(first.is_trained, len(head)), (group[1].is_trained, len(ids[-1]) - len(head))]
             else:
                 tokens = self._by_offsets(group, control=False)
                 ids[-1] = tokens.ids
                 runs += [(is_trained, 1) for is_trained in tokens.mask.tolist()]
         is_trained, counts = zip(*runs, strict=True)
-        return _Tokens(np.concatenate(ids), np.repeat(is_trained, counts))
+        return _Tokens(np.concatenate(ids), np.array(is_trained).repeat(counts))
 
     def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Tokens:
         """Encode the joined segments and mark a token as trained if at least one of its characters is in a trained
