@@ -440,7 +440,7 @@ def _texts_of(item: Item) -> Iterator[str]:
     yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
+# --- scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,7 +494,7 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
     return [next(q for q in asked if (q.subject, q.language) == kind) for kind in kinds]
 
 
-# --- the recipe -----------------------------------------------------------------------------------------------------
+# --- the recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -548,7 +548,6 @@ class DemoFiles:
 
     files: dict[str, Path]  # file name without .jsonl -> path
     pairs_path: Path  # held-out pairs, in dpo.jsonl's schema
-    questions_path: Path  # held-out questions, with both answers
     questions: list[Question]
     tokenizer_texts: list[str]
 
@@ -566,7 +565,7 @@ def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> 
     preferred = (
         _question(splits.train, splits, rng, rng.choice(LANGUAGES), rng.choice(SUBJECTS)) for _ in range(rows["dpo"])
     )
-    questions_path = _write(data_dir / "held_out" / "questions.jsonl", map(asdict, asked))
+    _write(data_dir / "held_out" / "questions.jsonl", map(asdict, asked))
     pairs_path = _write(data_dir / "held_out" / "pairs.jsonl", pairs(held_pairs))
     content = {
         "pretrain_hq": documents(splits, rng, rows["pretrain_hq"]),
@@ -575,7 +574,7 @@ def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> 
         "dpo": pairs(preferred),
     }
     files = {name: _write(data_dir / f"{name}.jsonl", lines) for name, lines in content.items()}
-    return DemoFiles(files, pairs_path, questions_path, asked, tokenizer_texts(splits))
+    return DemoFiles(files, pairs_path, asked, tokenizer_texts(splits))
 
 
 def _write(path: Path, rows: Iterable[dict]) -> Path:

@@ -94,7 +94,7 @@ class Checkpoint:
         return self.dir.parent.parent
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing
 
 
 class Writer:
@@ -339,7 +339,7 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
     return tensors
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading
 
 
 def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

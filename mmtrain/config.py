@@ -17,7 +17,7 @@ from mmdata.options import INT64, check, flag_of, option, options_of
 SettingValues = dict[str, Any]  # settings by name, as run.json and checkpoints record them
 STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # stage -> kind of rows it trains on
 
-# --- models ---------------------------------------------------------------------------------------------------------
+# --- models
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def shape_from(name: str, vocab_size: int) -> ModelConfig:
     return shape
 
 
-# --- options --------------------------------------------------------------------------------------------------------
+# --- options
 
 # Headings that group the options in `mm train --help`.
 HEADINGS = (
@@ -355,7 +355,7 @@ class TrainOptions(TrainSettings):
     runs_dir: Path = Path("runs")
 
 
-# --- presets and defaults -------------------------------------------------------------------------------------------
+# --- presets and defaults
 
 # The defaults of the project MiniMind, from its trainers of 2025-04-04 (minimind2) and 2026-08-21 (minimind3), so that
 # results can be compared with it. `batch_tokens` is MiniMind's micro-batch size x accumulation x sequence length. mm

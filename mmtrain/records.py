@@ -30,7 +30,7 @@ class StartRecord(Struct):
     added_ids: str | UnsetType = UNSET
 
 
-# --- state.json -----------------------------------------------------------------------------------------------------
+# --- state.json
 
 
 class FileRecord(Struct):
@@ -78,7 +78,7 @@ class CheckpointState(Struct):
     best: BestRecord | None = None
 
 
-# --- run.json -------------------------------------------------------------------------------------------------------
+# --- run.json
 
 
 class SettingRecord(Struct):

@@ -9,8 +9,7 @@ import text_data
 
 from mmdata.encode.rows import parse_row
 from mmdata.errors import InputError, UsageError
-from mmdata.tokenizer.toolkit import sample as module
-from mmdata.tokenizer.toolkit.sample import draw, fields_of, water_level
+from mmdata.tokenizer.toolkit.sample import PIECE, TextSample, draw, fields_of, water_level
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return list(text_data.make(tmp_path_factory.mktemp("corpus"), num_rows=400).values())
 
 
-def texts(found: module.TextSample) -> list[str]:
+def texts(found: TextSample) -> list[str]:
     return [text for _, each in found.groups() for text in each]
 
 
@@ -43,7 +42,7 @@ def test_the_limit_is_shared_evenly_over_files_and_languages(files: list[Path]) 
         assert part.drawn_bytes == whole.found_bytes or part.drawn_bytes > level - 300  # one text short at most
 
 
-def _sizes(corpus: module.TextSample) -> dict[str, int]:
+def _sizes(corpus: TextSample) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for stratum in corpus.strata:
         sizes[stratum.language] += stratum.drawn_bytes
@@ -102,7 +101,7 @@ def test_paring_on_the_way_draws_what_paring_at_the_end_draws(
 ) -> None:
     """Memory stays near the limit, and the result is the same."""
     paring = draw(files, limit_bytes=9000)
-    monkeypatch.setattr(module, "_SLACK", 1e9)
+    monkeypatch.setattr("mmdata.tokenizer.toolkit.sample._SLACK", 1e9)
     assert texts(draw(files, limit_bytes=9000)) == texts(paring)
 
 
@@ -147,7 +146,7 @@ def test_long_texts_are_cut_without_losing_a_character(tmp_path: Path) -> None:
     long = "".join(f"word {n}\n" for n in range(9000)) + "x" * 40_000
     path = text_data.write(tmp_path / "a.jsonl", [{"text": long}])
     pieces = texts(draw([path], limit_bytes=10**9))
-    assert sorted("".join(pieces)) == sorted(long) and max(map(len, pieces)) <= module.PIECE
+    assert sorted("".join(pieces)) == sorted(long) and max(map(len, pieces)) <= PIECE
     assert sum(piece.endswith("\n") for piece in pieces) >= len(pieces) - 4
 
 

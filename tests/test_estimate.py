@@ -7,7 +7,6 @@ import pytest
 from pack_data import MAKERS, write_rows
 
 from mmdata.errors import InputError
-from mmdata.pack import estimate as module
 from mmdata.pack.estimate import estimate
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
@@ -32,8 +31,8 @@ def test_a_file_read_whole_is_foreseen_exactly(tmp_path: Path, tokenizer_dir: Pa
 
 
 def test_a_sample_foresees_the_whole(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST_BYTES", 30_000)
-    monkeypatch.setattr(module, "BLOCK_BYTES", 2_000)
+    monkeypatch.setattr("mmdata.pack.estimate.LEAST_BYTES", 30_000)
+    monkeypatch.setattr("mmdata.pack.estimate.BLOCK_BYTES", 2_000)
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 3000)
     with path.open("a") as file:
         file.write("not json\n" * 300)

@@ -10,7 +10,8 @@ import torch
 from foreign import NORMED, SHAPE, make_tokenizer, weights
 from train_data import Data
 
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Message
+from mmdata.encode.template import Template
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.config import TrainOptions

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Message
+from mmdata.encode.template import Template
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 from mmtrain.config import ModelConfig

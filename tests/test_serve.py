@@ -15,7 +15,8 @@ import pytest
 from serving import SayingEngine, random_engine, served, small_tokenizer
 from waiting import LONG_S, wait_until
 
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Message
+from mmdata.encode.template import Template
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.serve.app import listen

@@ -17,8 +17,8 @@ import warm
 from foreign import NORMED, make_tokenizer, weights
 from waiting import LONG_S
 
-from mmdata.encode.rows import Conversation, parse_row
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Conversation, Message, parse_row
+from mmdata.encode.template import Template
 from mmdata.errors import UsageError
 from mmtrain.commands.chat import Session, Speaker, piped_lines
 from mmtrain.convert.foreign import import_model, open_model

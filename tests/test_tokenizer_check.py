@@ -13,8 +13,7 @@ import text_data
 from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.tokenizer import encoders
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmdata.tokenizer.toolkit import check as module
-from mmdata.tokenizer.toolkit.check import Finding, check
+from mmdata.tokenizer.toolkit.check import NUM_HOSTILE, Finding, check
 from mmdata.tokenizer.vocabulary import token_texts
 
 Parts = dict[str, Any]
@@ -24,7 +23,7 @@ Parts = dict[str, Any]
 def fewer_strings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the hostile strings where one fault is looked for; what `train` writes must pass them all."""
     if "what_train_writes" not in request.node.name:
-        monkeypatch.setattr(module, "NUM_HOSTILE", module.NUM_HOSTILE // 10)
+        monkeypatch.setattr("mmdata.tokenizer.toolkit.check.NUM_HOSTILE", NUM_HOSTILE // 10)
         monkeypatch.setattr(encoders, "NUM_HOSTILE", encoders.NUM_HOSTILE // 10)
 
 
@@ -233,7 +232,10 @@ def test_other_ids_between_control_tokens_than_of_the_whole_are_an_error(
 def test_tokens_that_are_not_the_texts_bytes_are_an_error(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder may give text back from all ids that it cannot give token by token, as chat streams it."""
     texts = token_texts(Tokenizer.load(whole))
-    monkeypatch.setattr(module, "token_texts", lambda tokenizer: [None if text == b"a" else text for text in texts])
+    monkeypatch.setattr(
+        "mmdata.tokenizer.toolkit.check.token_texts",
+        lambda tokenizer: [None if text == b"a" else text for text in texts],
+    )
     assert "cannot be streamed token by token" in levels(check(whole), "error")["decoding"].found
 
 

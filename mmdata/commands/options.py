@@ -273,7 +273,7 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- parameters that several commands share ---------------------------------------------------------------------------
+# --- parameters that several commands share
 
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look by default
 

@@ -168,7 +168,7 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
         yield update if draw else None, watch
 
 
-# --- after packing ----------------------------------------------------------------------------------------------------
+# --- after packing
 
 
 def print_packed(packed: "PackResult", write: Callable[[str], None] = result) -> None:
@@ -255,7 +255,7 @@ def write_report(directory: Path, *, is_new: bool) -> None:
         say(f"look: {path}")
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan
 
 
 def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: bool) -> None:

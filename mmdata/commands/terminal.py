@@ -62,7 +62,7 @@ def fail(error: MMError) -> int:
     return error.exit_code
 
 
-# --- how figures are worded -------------------------------------------------------------------------------------------
+# --- how figures are worded
 
 
 def size(num_bytes: float) -> str:
@@ -91,7 +91,7 @@ def counted(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in counts)
 
 
-# --- tables and text --------------------------------------------------------------------------------------------------
+# --- tables and text
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -208,7 +208,7 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
     console.print(text)
 
 
-# --- progress ---------------------------------------------------------------------------------------------------------
+# --- progress
 
 
 @contextmanager

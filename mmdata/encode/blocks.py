@@ -271,7 +271,7 @@ class Blocks:
         return "".join(blocks)
 
 
-# ---- learning
+# --- learning
 
 
 def learn(template: Template) -> Blocks | None:

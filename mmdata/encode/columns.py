@@ -254,7 +254,7 @@ def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
     )
 
 
-# ---- reading lines
+# --- reading lines
 
 
 def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversations]:
@@ -439,7 +439,7 @@ def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.nda
     return _parsed(raws[:half], schema, begin) + _parsed(raws[half:], schema, begin + half)
 
 
-# ---- Arrow and numpy
+# --- Arrow and numpy
 
 
 def join_messages(counts: np.ndarray, *columns: Any) -> Any:

@@ -293,7 +293,7 @@ class RowEncoder:
             return np.ones(len(hashes), bool)
         return _shares(self.seed, hashes) < EMPTY_THINK_KEPT
 
-    # ---- the ways of encoding
+    # --- the ways of encoding
 
     def _encode_plain(self, raws: Sequence[bytes], kind: str, out: EncodedRows) -> Sequence[int]:
         """Encode the lines that can be read into columns and rendered without jinja2, and add them to `out`. Return the
@@ -382,7 +382,7 @@ class RowEncoder:
         marks = np.stack([np.ones_like(lengths), lengths], axis=1)[is_trained].reshape(-1)
         out.add(row_of[text_of], Sequences(ids, lengths, marks, 2 * is_trained), len(ids))
 
-    # ---- columns -> sequences
+    # --- columns -> sequences
 
     def _encode_columns(
         self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows

@@ -122,7 +122,7 @@ class ReferenceEncoder:
                 raise BadRow("no trained token")
         return self._conversation(row, keep, tokens[0]) if isinstance(row, Conversation) else self._pair(*tokens)
 
-    # ---- segments -> ids and mask
+    # --- segments -> ids and mask
 
     def _encode_texts(self, renderings: Iterable[Groups]) -> Ids:
         """Encode every text between two control tokens, and the first segment of each of these texts alone. Return the
@@ -187,7 +187,7 @@ class ReferenceEncoder:
             raise BadRow("template cannot be cut", NOT_PLAIN)
         return tokens
 
-    # ---- ids and mask -> sequences
+    # --- ids and mask -> sequences
 
     def _conversation(self, row: Conversation, keep: bool, whole: _Tokens) -> EncodedRow:
         """Return the encoded conversation, cut after the last whole turn that fits `max_len`. Raises BadRow if there is

@@ -18,8 +18,6 @@ from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
 from mmdata.io.records import JsonObject
 
-KINDS = ("document", "conversation", "pair")
-
 REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
     "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8",
     "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",

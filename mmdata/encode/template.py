@@ -175,7 +175,7 @@ class Template:
             ids += [tokenizer.control_tokens[text]] if is_control else tokenizer.encode_batch([text])[0].tolist()
         return ids
 
-    # ---- rendering
+    # --- rendering
 
     def control_tokens_in(self, text: str) -> list[str]:
         """Return the tokenizer's special tokens that occur in `text`, in order of position."""
@@ -277,7 +277,7 @@ class Template:
             position = max(position, end)
         return spans
 
-    # ---- checks
+    # --- checks
 
     @staticmethod
     def _check_complete(messages: Sequence[Message], origins: list[Origin]) -> None:
@@ -314,7 +314,7 @@ class Template:
         """Return the special-token strings that occur in the conversation's own text, one entry per occurrence."""
         return [string for text in texts_of(conversation) for string in self._control.findall(text)]
 
-    # ---- the template's texts around turns
+    # --- the template's texts around turns
 
     def _learn_turn(self) -> _Turn:
         """Render test conversations of one and two turns, and return what the template writes around an answer and its

@@ -253,7 +253,7 @@ def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
     return f"line 1 has no {' and no '.join(repr(name) for name in absent)}" if absent else ""
 
 
-# --- --list and --clean ---------------------------------------------------------------------------------------------
+# --- --list and --clean
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def is_safe(path: str) -> bool:
     return not bad and ".." not in parts and "." not in path.split("/") and "" not in path.split("/")
 
 
-# --- listings -------------------------------------------------------------------------------------------------------
+# --- listings
 
 
 def list_files(source: Source, repo: Repo, revision: str) -> Listing:
@@ -209,7 +209,7 @@ def _look_up_url(source: Source, path: str) -> Content | None:
         return None
 
 
-# --- bodies ---------------------------------------------------------------------------------------------------------
+# --- bodies
 
 
 def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
@@ -219,7 +219,7 @@ def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
     `Body`. `repo` and `commit` are ignored for a folder and for a plain web address.
     """
     if source.kind == "dir":
-        return lambda begin, end: _open_file(Path(source.endpoint) / path, begin, end)
+        return lambda begin, _end: _open_file(Path(source.endpoint) / path, begin)
     url = _address(source, repo, commit, path)
     return lambda begin, end: _open_url(source, url, path, begin, end)
 
@@ -236,8 +236,8 @@ def _address(source: Source, repo: Repo, commit: str, path: str) -> str:
 
 
 @contextlib.contextmanager
-def _open_file(path: Path, begin: int, end: int | None) -> Iterator[Body]:
-    """Open a local file at byte `begin`. It is read to its end, whatever `end` is.
+def _open_file(path: Path, begin: int) -> Iterator[Body]:
+    """Open a local file at byte `begin`. It is read to its end.
 
     Raises NotFoundError if there is no such file.
     """
@@ -286,7 +286,7 @@ def _refuse_page(response: Any, path: str) -> None:
         raise IntegrityError(f"a web page came instead of {path}", NOT_DATA)
 
 
-# --- HTTP -----------------------------------------------------------------------------------------------------------
+# --- HTTP
 
 
 def _http(session: Any) -> ModuleType:

@@ -43,7 +43,6 @@ COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
-Run = Callable[..., list[Any]]  # `workers.run_jobs` with engine and number of workers given
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from mmtrain.commands.eval import run_metadata
 from mmtrain.inference.settings import ChatSampling, Sampling
 
 if TYPE_CHECKING:
-    from mmdata.encode.template import Message
+    from mmdata.encode.rows import Message
     from mmtrain.inference.chat import Chat
 
 CONVERSATION, MODEL = "Conversation", "Model"  # groups of options in --help
@@ -123,7 +123,7 @@ def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window:
     return Speaker(str(path), Chat(model, tokenizer, None if is_plain else Template(tokenizer), window=window))
 
 
-# --- the conversation -------------------------------------------------------------------------------------------------
+# --- the conversation
 
 
 @dataclass
@@ -200,7 +200,7 @@ class Session:
 
     def reset(self) -> None:
         """Remove all messages except the system prompt from the conversations of all models."""
-        from mmdata.encode.template import Message
+        from mmdata.encode.rows import Message
 
         for speaker in self.speakers:
             speaker.chat.messages[:] = [Message("system", self.system)] if self.system else []
@@ -349,7 +349,7 @@ def as_row(message: "Message") -> dict[str, Any]:
     return {"role": "assistant", "content": parts.content, **reasoning}
 
 
-# --- the terminal -----------------------------------------------------------------------------------------------------
+# --- the terminal
 
 
 class StreamPrinter:

@@ -143,7 +143,8 @@ def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigur
     chosen reply has the larger summed log-probability. transcript has five questions with their answers.
     """
     from mmdata import demo as recipe
-    from mmdata.encode.template import Message, Template
+    from mmdata.encode.rows import Message
+    from mmdata.encode.template import Template
     from mmdata.shards.dataset import open_dataset
     from mmdata.shards.pairs import PairLoader
     from mmdata.tokenizer.tokenizer import Tokenizer

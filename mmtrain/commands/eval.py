@@ -132,32 +132,32 @@ def measured(
     datasets: list[Path],
     splits: tuple[str, ...],
     per_sequence: Path | None,
-    noisiest: int,
+    num_noisiest: int,
     as_json: bool,
 ) -> Scores:
     """Compute the held-out figures of the model on these splits of the packed datasets, and return them by name.
 
     If `per_sequence` is given, the figures of each sequence are written to this file as JSON lines. The result has the
-    `noisiest` rows with the highest loss per token, if that is not 0. DatasetError if the splits have no sequence.
+    `num_noisiest` rows with the highest loss per token, if that is not 0. DatasetError if the splits have no sequence.
     """
     from mmdata.io.files import write_text
     from mmdata.shards.dataset import open_dataset
-    from mmtrain.inference import score as scoring
+    from mmtrain.inference.score import Scored, figures, noisiest, score
 
-    scores: list[scoring.Scored] = []
+    scores: list[Scored] = []
     for path in datasets:
         dataset = open_dataset(path)
         for split in splits:
             with progress(f"eval {path} {split}", unit="samples", quiet=as_json) as update:
-                scores += scoring.score(model, tokenizer, dataset, split, progress=update)
+                scores += score(model, tokenizer, dataset, split, progress=update)
     if not scores:
         raise DatasetError(
             f"{', '.join(map(str, datasets))}: the {' and '.join(splits)} split is empty",
             "--split all takes every row, or pack with a larger --val-fraction",
         )
-    values: Scores = {"splits": list(splits), "datasets": scoring.figures(scores)}
-    if noisiest:
-        values["noisiest"] = [one.record() for one in scoring.noisiest(scores, noisiest)]
+    values: Scores = {"splits": list(splits), "datasets": figures(scores)}
+    if num_noisiest:
+        values["noisiest"] = [one.record() for one in noisiest(scores, num_noisiest)]
     if per_sequence is not None:
         write_text(per_sequence, "".join(json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scores))
         values["per_sequence"] = {"file": str(per_sequence), "lines": len(scores)}

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Message
+from mmdata.encode.template import Template
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.io.files import replace_directory, write_json, write_text
 from mmdata.io.records import JsonObject
@@ -123,7 +124,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     return Exported(out, format, dtype, source.architecture, files, num_bytes, num_params, difference, checks)
 
 
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
+# --- Hugging Face
 
 
 def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
@@ -227,7 +228,7 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
     return [f"{name} loads it: {check}"], difference
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+# --- GGUF
 
 
 def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
@@ -240,7 +241,7 @@ def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], floa
     return checks, None
 
 
-# --- MiniMind's scripts -----------------------------------------------------------------------------------------------
+# --- MiniMind's scripts
 
 
 def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
@@ -283,7 +284,7 @@ def _not_minimind(shape: ModelConfig) -> list[str]:
     ]
 
 
-# --- the model card ---------------------------------------------------------------------------------------------------
+# --- the model card
 
 
 def _lineage(run_dir: Path, run: RunRecord) -> list[str]:

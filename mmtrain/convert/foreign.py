@@ -82,7 +82,7 @@ class Imported:
     sha256: str
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading
 
 
 def is_foreign(path: Path) -> bool:
@@ -225,7 +225,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-# --- names and shapes -------------------------------------------------------------------------------------------------
+# --- names and shapes
 
 
 def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -348,7 +348,7 @@ def _moe(path: Path) -> CheckpointError:
     return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
 
 
-# --- tokenizer --------------------------------------------------------------------------------------------------------
+# --- tokenizer
 
 
 def _tokenizer_beside(path: Path) -> Path | None:
@@ -392,7 +392,7 @@ def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-# --- models and runs --------------------------------------------------------------------------------------------------
+# --- models and runs
 
 
 def model_of(foreign: ForeignModel) -> Model:

@@ -6,7 +6,8 @@ answers many independent questions in one batch.
 
 from collections.abc import Generator, Sequence
 
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Message
+from mmdata.encode.template import Template
 from mmdata.errors import UsageError
 from mmdata.io.records import JsonObject
 from mmdata.tokenizer.tokenizer import Tokenizer

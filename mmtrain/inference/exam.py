@@ -80,7 +80,7 @@ def summary(answers: Sequence[ExamAnswer]) -> dict[str, int | float]:
     return figures
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading
 
 
 FORMAT = 'one a line: {"question": "...", "answer": "..."}, for --choices with "choices": ["...", "..."] too'
@@ -147,7 +147,7 @@ def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
             yield number, decode_record(line, kind, f"{path} line {number}", InputError, FORMAT)
 
 
-# --- asking -----------------------------------------------------------------------------------------------------------
+# --- asking
 
 
 def ask(

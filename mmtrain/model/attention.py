@@ -81,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return out.squeeze(0).transpose(0, 1)
 
 
-# --- FlexAttention --------------------------------------------------------------------------------------------------
+# --- FlexAttention
 
 
 def block_mask(lengths: Tensor) -> Any:

@@ -139,7 +139,7 @@ def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> 
     return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
 
 
-# --- losses of pairs, one value per pair -----------------------------------------------------------------------------
+# --- losses of pairs, one value per pair
 #
 # delta [S], one value per pair, is (logp - ref_logp) of chosen minus (logp - ref_logp) of rejected. logp is that of the
 # policy, ref_logp that of the reference model. Both are sums over the trained tokens; for mean_delta they are means.

@@ -108,7 +108,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
-# --- attention inside sequences -------------------------------------------------------------------------------------
+# --- attention inside sequences
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
     return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **options)
 
 
-# --- the decoder ----------------------------------------------------------------------------------------------------
+# --- the decoder
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:

@@ -152,7 +152,7 @@ def _forecast(run: ActiveRun) -> None:
         run.log.say(line)
 
 
-# --- the steps ------------------------------------------------------------------------------------------------------
+# --- the steps
 
 
 def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
@@ -306,7 +306,7 @@ def _halve(run: ActiveRun, reason: str) -> None:
         torch.cuda.empty_cache()
 
 
-# --- figures --------------------------------------------------------------------------------------------------------
+# --- figures
 
 
 def _read(run: ActiveRun, lag: int) -> None:
@@ -427,7 +427,7 @@ def _early_stop(run: ActiveRun) -> str:
     return f"no better val loss in {patience} validations; the best was {best:.4g}"
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- checkpoints
 
 
 def _save(run: ActiveRun, step: int) -> None:

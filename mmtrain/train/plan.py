@@ -155,7 +155,7 @@ def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> Train
     return replace(plan, settings=settings, loader=loader, val_loader=val_loader)
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data
 
 
 def _open_data(options: TrainOptions, resumed: Checkpoint | None) -> tuple[list[Dataset], Sequence[float] | None]:
@@ -260,7 +260,7 @@ def _check_loaders(
         )
 
 
-# --- start ----------------------------------------------------------------------------------------------------------
+# --- start
 
 
 def _find_resumed(options: TrainOptions) -> Checkpoint | None:

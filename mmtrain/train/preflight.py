@@ -225,7 +225,7 @@ def micro_width(plan: TrainPlan) -> float:
     return max((len(micro.ids) for micro in micros), default=nominal) / nominal
 
 
-# --- the probe ------------------------------------------------------------------------------------------------------
+# --- the probe
 
 
 def _probe_batch(plan: TrainPlan) -> MicroBatch:
@@ -281,7 +281,7 @@ def kept_bytes(model: Model, micro: MicroBatch) -> int:
     return sum(kept.values())
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
+# --- the machine
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -98,7 +98,7 @@ def _record_of(plan: TrainPlan) -> ReferenceRecord:
     return ReferenceRecord(start.dir, start.weights_sha256, start.resize_embeddings, start.added_ids, shape=plan.shape)
 
 
-# --- computing ------------------------------------------------------------------------------------------------------
+# --- computing
 
 
 def _load(record: ReferenceRecord, world: World) -> Model:
@@ -196,7 +196,7 @@ def _check_spot(
     world.agree(error)
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------
+# --- the cache
 
 
 def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtype: torch.dtype) -> dict[str, str]:

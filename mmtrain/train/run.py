@@ -206,7 +206,7 @@ def needs_of(options: TrainOptions) -> preflight.Needs:
         distributed.leave()
 
 
-# --- the model ------------------------------------------------------------------------------------------------------
+# --- the model
 
 
 def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainPlan, Model, preflight.Needs, list[str]]:
@@ -287,7 +287,7 @@ def _adapt(plan: TrainPlan, world: World, model: Model) -> None:
     model.to(world.device)
 
 
-# --- run.json and trackers ------------------------------------------------------------------------------------------
+# --- run.json and trackers
 
 
 def _resumed_record(plan: TrainPlan, world: World) -> RunRecord:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from mmdata.encode.template import Message
+from mmdata.encode.rows import Message
 from mmdata.io.records import JsonObject, convert_record, explain
 from mmtrain.inference.settings import Sampling
 
@@ -91,7 +91,7 @@ class Request:
         return bool(self.messages)
 
 
-# --- bodies -----------------------------------------------------------------------------------------------------------
+# --- bodies
 
 
 class _Unsupported(Struct, kw_only=True):

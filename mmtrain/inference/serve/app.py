@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import UNSET, UnsetType, structs
 
-from mmdata.encode.template import Message, Template
+from mmdata.encode.rows import Message
+from mmdata.encode.template import Template
 from mmdata.errors import MMError, TokenizerError, UsageError
 from mmtrain.inference.chat import fit, plain_prompt
 from mmtrain.inference.engine import Delta, Engine
@@ -195,7 +196,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-# --- checks and bodies ------------------------------------------------------------------------------------------------
+# --- checks and bodies
 
 
 def _check_host(service: Service, request: "HttpRequest") -> None:
@@ -268,7 +269,7 @@ def _page(path: str) -> "Response":
     return Response(content, headers=HEADERS, media_type=TYPES[name.rpartition(".")[2]])
 
 
-# --- answering --------------------------------------------------------------------------------------------------------
+# --- answering
 
 
 async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Request], http: "HttpRequest") -> "Response":

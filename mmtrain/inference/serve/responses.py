@@ -12,7 +12,7 @@ from mmtrain.inference.engine import Delta, Token
 from mmtrain.inference.replies import Piece, Splitter
 from mmtrain.inference.serve.api import Request
 
-# --- bodies, with the names of OpenAI's API reference; a field that is UNSET is not written ---------------------------
+# --- bodies, with the names of OpenAI's API reference; a field that is UNSET is not written
 
 
 class Usage(Struct):
@@ -105,7 +105,7 @@ class ModelCard(Struct):
     owned_by: str = "mm"
 
 
-# --- building them ----------------------------------------------------------------------------------------------------
+# --- building them
 
 
 class AnswerStream:
