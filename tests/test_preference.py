@@ -11,8 +11,7 @@ import torch
 
 from mmdata.errors import UsageError
 from mmtrain.config import LOSS_BETAS
-from mmtrain.model.logps import log_odds_ratio
-from mmtrain.model.preference import LOSSES, Objective, check, loss_at_reference, pair_figures
+from mmtrain.model.preference import LOSSES, Objective, check, log_odds_ratio, loss_at_reference, pair_figures
 
 COUNTS = torch.tensor([[3.0, 5.0], [40.0, 7.0], [11.0, 90.0], [1.0, 1.0], [25.0, 25.0], [9.0, 300.0]])
 

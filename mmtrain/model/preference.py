@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdata.errors import UsageError
-from mmtrain.model.logps import dpo_hinge, dpo_robust, dpo_sigmoid, ipo, log_odds_ratio, orpo, simpo
 
 
 @dataclass(frozen=True)
@@ -205,3 +205,85 @@ def pair_figures(
         "flipped_wrong": unknown if was_right is None else (~is_right & was_right).float(),
     }
     return loss, figures
+
+
+# --- the loss functions, one value per pair
+#
+# delta [S], one value per pair, is (logp - ref_logp) of chosen minus (logp - ref_logp) of rejected. logp is that of the
+# policy, ref_logp that of the reference model. Both are sums over the trained tokens; for mean_delta they are means.
+# epsilon is the assumed probability that chosen and rejected were swapped by mistake.
+
+
+def dpo_sigmoid(delta: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
+    """Return the DPO loss of each pair, [S]: -log sigmoid(beta delta), Rafailov et al. 2023, eq. 7.
+
+    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from logps summed over the sequence. With means
+    per token it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6. `epsilon`: assumed probability
+    that the two labels are swapped; above 0 it is the conservative DPO loss of Mitchell 2023, eq. 3.
+    """
+    return -(1 - epsilon) * F.logsigmoid(beta * delta) - epsilon * F.logsigmoid(-beta * delta)
+
+
+def dpo_robust(delta: Tensor, beta: float, epsilon: float) -> Tensor:
+    """Return the robust DPO loss of each pair, [S]: an unbiased estimate of the DPO loss when labels are swapped with
+    probability `epsilon`, 0 <= epsilon < 0.5. Chowdhury et al. 2024, eq. 7.
+
+    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from summed logps.
+    """
+    return (-(1 - epsilon) * F.logsigmoid(beta * delta) + epsilon * F.logsigmoid(-beta * delta)) / (1 - 2 * epsilon)
+
+
+def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
+    """Return the hinge loss of each pair, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC) in the form of Liu et
+    al. 2024 (RSO), eq. 9.
+
+    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from summed logps.
+    """
+    return F.relu(1 - beta * delta)
+
+
+def ipo(mean_delta: Tensor, tau: float) -> Tensor:
+    """Return the IPO loss of each pair, [S]: (mean_delta - 1 / (2 tau))^2, Azar et al. 2023, eq. 17.
+
+    `mean_delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from logps averaged over the trained tokens,
+    as in the authors' own implementation. `tau` > 0: the smaller, the larger the margin that is aimed for.
+    """
+    return (mean_delta - 1 / (2 * tau)).square()
+
+
+def simpo(mean_difference: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> Tensor:
+    """Return the SimPO loss of each pair, [S]: -log sigmoid(beta mean_difference - gamma), Meng et al. 2024, eq. 6.
+
+    `mean_difference`: [S], mean logp per token of chosen minus that of rejected, by the policy; no reference model is
+    needed. `gamma`: target margin, >= 0. `epsilon`: assumed probability that the two labels are swapped.
+    """
+    logits = beta * mean_difference - gamma
+    return -(1 - epsilon) * F.logsigmoid(logits) - epsilon * F.logsigmoid(-logits)
+
+
+def log_odds_ratio(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
+    """Return log odds(chosen) - log odds(rejected), [S], with odds(p) = p / (1 - p). Hong et al. 2024 (ORPO), eq. 4.
+
+    `mean_chosen`, `mean_rejected`: [S], log p as the mean logp per token; must be negative.
+    """
+    return (mean_chosen - mean_rejected) - (_log1mexp(mean_chosen) - _log1mexp(mean_rejected))
+
+
+def orpo(mean_chosen: Tensor, mean_rejected: Tensor, weight: float) -> Tensor:
+    """Return the ORPO loss of each pair, [S]: -mean_chosen - weight * log sigmoid(log odds ratio). Hong et al. 2024,
+    eq. 6 and 7.
+
+    `mean_chosen`, `mean_rejected`: [S], mean logp per token by the policy; no reference model is needed. The first term
+    is the cross-entropy of the chosen reply; `weight` is lambda in the paper.
+    """
+    return -mean_chosen - weight * F.logsigmoid(log_odds_ratio(mean_chosen, mean_rejected))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """Return log(1 - exp(x)) for x < 0, without cancellation for x near 0 or far below it (Mächler 2012).
+
+    x above -1e-6 is clamped to -1e-6, because nearer to 0 float32 logps have no precision left.
+    """
+    x = x.clamp(max=-1e-6)
+    small = x > -0.6931
+    return torch.where(small, (-torch.expm1(x.where(small, x.new_tensor(-1.0)))).log(), (-x.exp()).log1p())
