@@ -10,7 +10,7 @@ from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.stats.scan import scan_shards
 from mmdata.stats.tokens import Vocabulary, token_pieces
-from mmdata.tokenizer.text import SCRIPTS
+from mmdata.tokenizer.scripts import SCRIPTS
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 

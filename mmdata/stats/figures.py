@@ -17,9 +17,10 @@ from mmdata.pack.summary import length_figures
 from mmdata.stats.frames import LONGER_BY, OPENING, pieces_of, repeated_phrases
 from mmdata.stats.report.page import percent
 from mmdata.stats.scan import PartScan
+from mmdata.stats.shingles import NEAR, NUM_BINS, near_duplicates
 from mmdata.stats.tally import Figures, Tally, rounded_lengths
 from mmdata.stats.tokens import NUM_SHARES, ROLES, Vocabulary
-from mmdata.tokenizer.text import LANGUAGES, NEAR, NUM_BINS, SCRIPTS, near_duplicates
+from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS
 
 BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # per step: defaults of pretrain, sft, dpo
 PACKED_FOR_CUTS = 100_000  # sequences, at most, that are packed to estimate the fill of each length limit

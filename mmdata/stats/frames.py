@@ -16,18 +16,9 @@ from mmdata.encode.rows import BadRow, Conversation, Document, Pair, Row, split_
 from mmdata.encode.validate import control_strings
 from mmdata.io.lines import Line
 from mmdata.io.records import JsonObject
+from mmdata.stats.shingles import GRAM, jaccard, shingles, signatures
 from mmdata.stats.tally import NUM_EXAMPLES, Tally
-from mmdata.tokenizer.text import (
-    GRAM,
-    LANGUAGES,
-    code_points,
-    count_scripts,
-    jaccard,
-    languages_of,
-    scripts_of,
-    shingles,
-    signatures,
-)
+from mmdata.tokenizer.scripts import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
 
 ROWS_FOR_NEAR = 2_000_000  # rows that get a MinHash signature, to find near duplicates: 64 MB
 OPENING = 20  # characters at the beginning of a document or answer that are counted as its opening

@@ -41,7 +41,7 @@ from mmdata.stats.samples import records
 from mmdata.stats.scan import UNCUT, Losses, PartScan, SampleRow, ScanOptions
 from mmdata.stats.tally import NUM_EXAMPLES, Figures, Tally, length_figures
 from mmdata.stats.tokens import Vocabulary
-from mmdata.tokenizer import text
+from mmdata.tokenizer.scripts import LANGUAGES
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -316,8 +316,8 @@ def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
         source: Figures = {}
         if parts := [part for part in scans if part.input == number]:
             tally = _merged(parts)
-            languages = tally.array("languages", len(text.LANGUAGES)).tolist()
-            source["languages"] = dict(zip(text.LANGUAGES, languages, strict=True))
+            languages = tally.array("languages", len(LANGUAGES)).tolist()
+            source["languages"] = dict(zip(LANGUAGES, languages, strict=True))
             source["exact_duplicates"] = int(is_repeat(tally.column("hashes")).sum())
         entries = [entry for entry in dataset.manifest.shards if file_of[entry.part] == number]
         source |= {"path": path, "bytes": dataset.manifest.inputs[number].bytes}

@@ -15,7 +15,7 @@ import polars as pl
 from mmdata.encode.sequences import PairSequence
 from mmdata.stats.frames import NUM_TURNS
 from mmdata.stats.tally import Tally
-from mmdata.tokenizer.text import HAN, MARK, OTHER, SCRIPTS, SPACE, code_points, count_scripts, scripts_of
+from mmdata.tokenizer.scripts import HAN, MARK, OTHER, SCRIPTS, SPACE, code_points, count_scripts, scripts_of
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import token_texts
 

@@ -10,7 +10,7 @@ from mmdata.stats.report import page
 from mmdata.stats.report.data import CUTS, folded, name_of, overlaid, warned
 from mmdata.stats.report.page import Block, Column, Grid, Phrase, Section, Table, as_name, joined, phrase
 from mmdata.stats.stats import Measured
-from mmdata.tokenizer import text
+from mmdata.tokenizer.scripts import LANGUAGES
 
 Figures = Mapping[str, Any]
 
@@ -161,7 +161,7 @@ def _overlays(one: Figures, other: Figures, names: tuple[Phrase, Phrase]) -> Ite
         if left and right:
             yield overlaid(title, [(names[0], left), (names[1], right)], marks=marks)
     columns = [Column("", "word"), *(column for each in names for column in (Column(each, "share"), Column("", "bar")))]
-    for title, key, order in (("Language", "languages", text.LANGUAGES), ("Turns of a conversation", "turns", None)):
+    for title, key, order in (("Language", "languages", LANGUAGES), ("Turns of a conversation", "turns", None)):
         counts: list[dict[str, int]] = [figures.get(key) or {} for figures in (one, other)]
         if all(counts):
             labels = list(order or sorted({*counts[0], *counts[1]}, key=int))[:12]

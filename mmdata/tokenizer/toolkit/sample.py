@@ -20,7 +20,7 @@ import numpy as np
 from mmdata.encode.rows import BadRow, Conversation, Document, Pair, Row, parse_row, split_documents
 from mmdata.errors import InputError, UsageError
 from mmdata.io.lines import is_seekable, iter_lines
-from mmdata.tokenizer.text import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
+from mmdata.tokenizer.scripts import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
 
 FIELDS = ("text", "system", "user", "assistant", "rejected", "tool", "reasoning", "calls", "tools")
 PIECE = 16_384  # characters; longer texts are cut into pieces, so that one text cannot fill the whole sample
