@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmdata.encode.blocks import HEAD, TAIL, Blocks, Renderings, learn
+from mmdata.encode.blocks import HEAD, TAIL, BlockFormat, Blocks, Renderings, learn
 from mmdata.encode.columns import ASSISTANT, TOOL, Conversations, columns_of, read_lines
 from mmdata.encode.reference import (
     NOT_PLAIN,
@@ -280,9 +280,9 @@ class RowEncoder:
         for a pair. Raises BadRow if the rendering cannot be cut.
         """
         hashes = np.frombuffer(row_hash(row), np.uint8).reshape(1, -1)
-        return self._reference.segments(row, bool(self._keeps(hashes)[0]))
+        return self._reference.segments(row, bool(self._keeps_empty_thinks(hashes)[0]))
 
-    def _keeps(self, hashes: np.ndarray) -> np.ndarray:
+    def _keeps_empty_thinks(self, hashes: np.ndarray) -> np.ndarray:
         """Return bool [R]: True for rows that keep the empty think blocks that the template writes. A row keeps all of
         them or none.
 
@@ -291,7 +291,7 @@ class RowEncoder:
         """
         if self.template.era != "3":
             return np.ones(len(hashes), bool)
-        return _shares(self.seed, hashes) < EMPTY_THINK_KEPT
+        return _uniform_numbers(self.seed, hashes) < EMPTY_THINK_KEPT
 
     # --- the ways of encoding
 
@@ -304,7 +304,7 @@ class RowEncoder:
         if len(at):
             hashes = columns.hashes()
             out.hashes[at], out.characters[at] = hashes, columns.num_characters()
-            is_odd = self._encode_columns(at, columns, self._keeps(hashes), out)
+            is_odd = self._encode_columns(at, columns, self._keeps_empty_thinks(hashes), out)
             is_left[at[~is_odd]] = False
         return np.flatnonzero(is_left).tolist()
 
@@ -323,7 +323,7 @@ class RowEncoder:
             if picks and kind is Document:
                 self._encode_documents(at[picks], [cast(Document, rows[i]) for i in picks], out)
             elif picks:
-                keeps = self._keeps(hashes[picks])
+                keeps = self._keeps_empty_thinks(hashes[picks])
                 dialogues = cast(Any, [rows[i] for i in picks])
                 is_odd = np.ones(len(picks), bool)
                 if self._blocks and in_columns:
@@ -396,7 +396,7 @@ class RowEncoder:
         assert self._blocks
         sides = 1 + columns.is_pairs
         rendered = self._blocks.render(columns, np.tile(keeps, sides))
-        blocks, is_good = self._locate(rendered, self._blocks)
+        blocks, is_good = self._locate(rendered, self._blocks.format)
         if columns.is_pairs:
             is_good = np.tile(is_good.reshape(2, -1).all(axis=0), 2)
         rows = np.flatnonzero(~rendered.is_odd)[is_good[: len(is_good) // sides]]
@@ -406,7 +406,7 @@ class RowEncoder:
         is_odd[rows] = False
         return is_odd
 
-    def _locate(self, rendered: Renderings, rendering: Blocks) -> tuple[_TextBlocks, np.ndarray]:
+    def _locate(self, rendered: Renderings, format: BlockFormat) -> tuple[_TextBlocks, np.ndarray]:
         """Encode rendered texts and find the control tokens that begin and end each block. Return the blocks of all
         texts, and bool [T]: True for texts that have exactly the expected control tokens, and the expected ids in the
         header of each answer.
@@ -422,7 +422,7 @@ class RowEncoder:
         text_of = np.repeat(np.arange(len(ends)), rendered.num_blocks)
         is_here = is_good[text_of]
         roles, text_of, opens, closes = rendered.roles[is_here], text_of[is_here], at[0::2], at[1::2]
-        for places, token in ((opens, rendering.format.open), (closes, rendering.format.close)):
+        for places, token in ((opens, format.open), (closes, format.close)):
             is_good[text_of[ids[places] != self.tokenizer.control_tokens[token]]] = False
         answers = np.flatnonzero((roles == ASSISTANT) & is_good[text_of])
         header = opens[answers, None] + 1 + np.arange(len(self._header_ids))
@@ -616,7 +616,7 @@ def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:
     return RowEncoder(tokenizer, encoder=choose(tokenizer, encoder), **options)
 
 
-def _shares(seed: int, hashes: np.ndarray) -> np.ndarray:
+def _uniform_numbers(seed: int, hashes: np.ndarray) -> np.ndarray:
     """Return a pseudo-random number in [0, 1) for each row (float64 [R]). It depends only on the seed and the row's
     hash.
 

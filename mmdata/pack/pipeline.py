@@ -135,13 +135,13 @@ def pack(
         return _result(out, manifest, start, up_to_date=True)
     if share:
         return _pack_shard(job, share, start)
-    with _disk_errors(out), only_writer(job.out) as staging, _kept_parts(staging, job):
-        done = _go_on(staging, job)
+    with _disk_errors(out), only_writer(job.out) as staging, _keep_or_remove_parts(staging, job):
+        done = _resume(staging, job)
         if options.finish:
             _check_all_done(job, done)
         _check_disk(job, [part for part in job.parts if part.number not in done])
         results = _pack_parts(staging, job, job.parts, done)
-        _check_kept(inputs, results, *budget)
+        _check_left_out(inputs, results, *budget)
         _check_unchanged(job)
         _note_encoders(results, job)
         manifest = _publish(staging, job, results)
@@ -396,7 +396,7 @@ def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
     return [(remote.file_at(file.path).name, file.bytes, file.sha256) for file in inputs]
 
 
-def _go_on(staging: Staging, job: _Job) -> dict[int, PartResult]:
+def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
     """Return the results of the parts that an earlier, unfinished pack with the same key has finished, by part number.
     What an unfinished pack with another key left is removed. Either is reported with a note.
     """
@@ -415,7 +415,7 @@ def _go_on(staging: Staging, job: _Job) -> dict[int, PartResult]:
 
 
 @contextlib.contextmanager
-def _kept_parts(staging: Staging, job: _Job) -> Iterator[None]:
+def _keep_or_remove_parts(staging: Staging, job: _Job) -> Iterator[None]:
     """If the block raises, keep the finished parts for the next call or remove them. They are kept after a kill, Ctrl-C
     or a full disk; they are removed if none is finished or the error is one that would recur (unusable inputs, options
     or tokenizer), except UnfinishedError.
@@ -485,7 +485,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # --- after the parts
 
 
-def _check_kept(
+def _check_left_out(
     inputs: Sequence[Path], results: Sequence[PartResult], max_bad: float | None, by_reason: Mapping[str, float]
 ) -> None:
     """Raise InputError if no row of any part was packed, or if more rows are left out than the limits for bad rows

@@ -99,7 +99,7 @@ def sections_of(measured: Measured) -> Iterator[Section]:
         ("conversations", "Conversations", _conversations),
         ("pairs", "Pairs", _pairs),
         ("sources", "Sources", _sources),
-        ("aside", "Set aside", _aside),
+        ("aside", "Set aside", _set_aside),
     ):
         blocks = list(make(figures))
         if blocks:
@@ -527,7 +527,7 @@ def _sources(figures: Figures) -> Iterator[Block]:
     yield Table(columns, rows)
 
 
-def _aside(figures: Figures) -> Iterator[Block]:
+def _set_aside(figures: Figures) -> Iterator[Block]:
     """Yield the blocks of the section "Set aside": for each reason, examples of the rows left out."""
     for item in figures["set_aside"]:
         rows = []

@@ -54,8 +54,16 @@ def check(directory: Path, *, vocab_size: int | None = None) -> list[Finding]:
     except TokenizerError as error:
         return [Finding("files", "error", error.message, error.fix)]
     findings = [Finding("files", "ok", f"{', '.join(tokenizer.files)}; sha256 {tokenizer.sha256[:12]}")]
-    findings += _ids(tokenizer, vocab_size)
-    for run in (_added, _special, _template, _plain, _decoding, _segments, _fast):
+    findings += _check_ids(tokenizer, vocab_size)
+    for run in (
+        _check_added,
+        _check_special,
+        _check_template,
+        _check_plain,
+        _check_decoding,
+        _check_segments,
+        _check_fast,
+    ):
         findings += run(tokenizer)
     return findings
 
@@ -66,7 +74,7 @@ _IDS_FIX = "renumber the tokens in tokenizer.json; `mm tokenizer train` and `ext
 _SIZE_FIX = "train the model with a --model that takes the tokenizer's size, or `mm train --resize-embeddings mean`"
 
 
-def _ids(tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Finding]:
+def _check_ids(tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Finding]:
     """Check that the ids are 0 … n-1, one token each, and below the vocabulary size of the model, if that is given."""
     ids = sorted(tokenizer.native.get_vocab(with_added_tokens=True).values())
     twice = [a for a, b in itertools.pairwise(ids) if a == b]
@@ -87,7 +95,7 @@ def _ids(tokenizer: Tokenizer, vocab_size: int | None) -> Iterator[Finding]:
         yield Finding("vocabulary size", "ok", f"{size:,} ids, the model has {vocab_size:,}")
 
 
-def _added(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_added(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that tokenizer_config.json and tokenizer.json give the added tokens the same ids."""
     config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
     wrong = []
@@ -104,7 +112,7 @@ def _added(tokenizer: Tokenizer) -> Iterator[Finding]:
         yield Finding("added tokens", "ok", f"{len(tokenizer.control_tokens)} control, {plain} plain")
 
 
-def _special(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_special(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that the special tokens that are named have ids, and that bos, eos and pad exist and differ."""
     for name in _NAMES:
         token = tokenizer.special_tokens.get(name)
@@ -155,7 +163,7 @@ _PROBES = (
 _TEMPLATE_FIX = 'use another "chat_template"; `mm tokenizer train --template minimind3` writes one for all roles'
 
 
-def _template(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_template(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that the chat template can be used, writes the content of every role, and uses control tokens correctly."""
     try:
         template = Template(tokenizer)
@@ -179,11 +187,11 @@ def _template(tokenizer: Tokenizer) -> Iterator[Finding]:
             yield Finding(f"template: {probe.name}", level, problem, _TEMPLATE_FIX)
         else:
             yield Finding(f"template: {probe.name}", "ok", "written whole")
-    yield from _marks(tokenizer, rendered)
-    yield from _end_of_turn(tokenizer, template)
+    yield from _check_marks(tokenizer, rendered)
+    yield from _check_end_of_turn(tokenizer, template)
 
 
-def _marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Finding]:
+def _check_marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Finding]:
     """Check that special-token strings in rendered text are control tokens, and tags such as <think> single tokens.
 
     rendered: the texts that the template made of the probes.
@@ -207,7 +215,7 @@ def _marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Finding]:
         yield Finding("template: tags", "note", found, fix)
 
 
-def _end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Finding]:
+def _check_end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Finding]:
     """Check that the trained text of an answer ends with eos; without it a model never learns to stop."""
     trained = [part for part in template.segments(Conversation((_USER, _ASSISTANT))) if part.is_trained]
     after = [part.text for part in trained if "Aa answer" not in part.text]
@@ -221,7 +229,7 @@ def _end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Finding]:
 # --- text to ids and back
 
 
-def _plain(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_plain(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that a control token's text, written by a user, is never encoded as a control id."""
     ids, _ = tokenizer.encode_batch([f"a{token}b" for token in tokenizer.control_tokens])
     bad = sorted(set(tokenizer.control_tokens.values()) & set(ids.tolist()))
@@ -232,7 +240,7 @@ def _plain(tokenizer: Tokenizer) -> Iterator[Finding]:
         yield Finding("control strings in text", "ok", "stay plain text")
 
 
-def _decoding(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_decoding(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that ids decode to their text, at once and token by token. Also count tokens that no text is encoded as."""
     strings = list(hostile_strings(NUM_HOSTILE, tokens=list(tokenizer.control_tokens)))
     flat, ends = tokenizer.encode_batch(strings)
@@ -270,7 +278,7 @@ def _is_reachable(tokenizer: Tokenizer, id: int) -> bool:
     return any(piece.id == id for piece in tokenizer.native.model.tokenize(token))
 
 
-def _segments(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_segments(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that rows encoded in pieces between control tokens, as `mm pack` does, get the ids of the whole text.
 
     Tokenizers for which this cannot hold (see `Tokenizer.is_exact`) give a note: their rows are encoded more slowly.
@@ -297,7 +305,7 @@ def _segments(tokenizer: Tokenizer) -> Iterator[Finding]:
     yield Finding("segments", "ok", found)
 
 
-def _fast(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _check_fast(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that the fast encoder gives the ids of the `tokenizers` library; if not, `mm pack` uses the library."""
     result = encoders.check(tokenizer)
     if result.version is None:
