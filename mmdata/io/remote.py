@@ -51,14 +51,15 @@ class RemoteFile:
         """The URL without its last component."""
         return self.url.rstrip("/").rpartition("/")[0]
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Open the file for reading and return a seekable binary stream. `mode` must be "rb". Raises InputError if it
-        cannot be opened.
+    def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> io.BufferedReader:
+        """Open the file for reading and return a seekable binary stream. Raise InputError if it cannot be opened.
+
+        mode: must be "rb". buffering: bytes of one request; fewer than READ_BYTES are raised to it.
         """
         assert mode == "rb", mode
         system, path = _system(self.url)
         try:
-            return io.BufferedReader(system.open(path, "rb"), READ_BYTES)
+            return io.BufferedReader(system.open(path, "rb"), max(buffering, READ_BYTES))
         except OSError as error:
             raise _unreadable(self.url, error) from error
 
