@@ -135,10 +135,7 @@ TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories have the templ
 
 
 def find(name: str) -> KnownFile | None:
-    """Return the known file whose key, local name or path in the repository is `name`; None if there is none.
-
-    Keys and local names come first: "dpo.jsonl" is both a local name and the repository path of another file.
-    """
+    """Return the known file whose key, local name or repository path is `name` (tried in this order); None without one."""
     by_name = next((known for known in FILES if name in (known.key, known.name)), None)
     return by_name or next((known for known in FILES if name == known.path), None)
 

@@ -239,7 +239,7 @@ def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) 
 def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
     """Return what is wrong with the first line, which should be a JSON object with the `expected` keys.
 
-    Empty if nothing is wrong, for an empty file and for a first line of FIRST_LINE_BYTES or more, which is not parsed.
+    Empty if nothing is, for an empty file, and for a first line of FIRST_LINE_BYTES or more.
     """
     with open(path, "rb") as file:
         line = file.readline(FIRST_LINE_BYTES)

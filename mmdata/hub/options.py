@@ -14,10 +14,7 @@ SOURCE, LOCAL = "Source", "Files on this machine"  # headings of --help
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """Where `mm fetch` downloads from and to, and how.
-
-    If `endpoint` is None, the web address of `source` itself is used. If `retry` is None, `RetryPolicy()` is used.
-    """
+    """Options of `mm fetch`. `endpoint` None: the usual web address of `source`. `retry` None: `RetryPolicy()`."""
 
     out: Path = option(Path("data"), help="Directory for the files.", group=LOCAL, metavar="DIR")
     source: str = option(

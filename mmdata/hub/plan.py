@@ -111,10 +111,7 @@ def write_entry(out_dir: Path, name: str, entry: LockEntry) -> None:
 
 
 def same_stat(path: Path, entry: LockEntry) -> bool:
-    """Return whether size, mtime and ctime are as recorded, so that the content need not be read.
-
-    False if there is no such file.
-    """
+    """Return whether size, mtime and ctime are as recorded, so that the content need not be read. False if missing."""
     with contextlib.suppress(OSError):
         stat = path.stat()
         return stat.st_size == entry.num_bytes and same_mtime(path, entry) and stat.st_ctime_ns == entry.ctime_ns
@@ -161,10 +158,7 @@ Checking = Callable[[str, int, int], None]  # (file name, bytes hashed so far, s
 
 @dataclass(frozen=True, slots=True)
 class WantedFile:
-    """A requested file.
-
-    `name`: its path relative to the output directory; `path`: in the repository; `known`: catalog entry.
-    """
+    """A requested file. `name`: path in the output directory. `path`: in the repository. `known`: catalog entry."""
 
     name: str
     path: str
@@ -296,10 +290,7 @@ class _Planner:
         return [self._wanted(known.path if known else name, known)]
 
     def _wanted(self, path: str, known: KnownFile | None = None) -> WantedFile:
-        """Return the dataset file at this path of the repository.
-
-        If the catalog does not know it, its local name is the path.
-        """
+        """Return the dataset file at this repository path, which is its local name too without a catalog entry."""
         if known is None:
             return WantedFile(path, path, self.dataset)
         return WantedFile(known.name, path, self.dataset, known.stage, known, known.revisions.get(self.source.kind))

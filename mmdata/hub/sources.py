@@ -35,10 +35,7 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place to download from.
-
-    `kind`: hf, modelscope, dir or url; `endpoint`: a web address without a final slash, or a folder.
-    """
+    """A place to download from. `kind`: hf, modelscope, dir or url. `endpoint`: web address (no final slash) or folder."""
 
     kind: str
     endpoint: str
@@ -80,10 +77,7 @@ def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
 
 
 def _endpoint(text: str) -> str:
-    """Return a web address with https:// in front if no scheme is given, without a final slash.
-
-    Raises UsageError without a host.
-    """
+    """Return a web address without final slash, with https:// if it has no scheme. Raises UsageError without a host."""
     text = (text if re.match(r"https?://", text) else f"https://{text}").rstrip("/")
     if not urlsplit(text).hostname:
         raise UsageError(f"--endpoint {text} names no host", "give it like https://hf-mirror.com")
@@ -402,10 +396,7 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
-    """Raise the exception for an HTTP status of 400 or above.
-
-    TryAgain for one of RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError.
-    """
+    """Raise TryAgain for a status in RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError."""
     from huggingface_hub import errors
 
     status, headers = error.response.status_code, error.response.headers

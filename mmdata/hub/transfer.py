@@ -205,8 +205,8 @@ def kept_bytes(target: Path, content: Content | None = None) -> int:
 def _kept_spans(target: Path, content: Content | None) -> list[Span]:
     """Return the spans that an earlier run left, sorted and disjoint.
 
-    Empty if the partial file or its journal is missing or unreadable, if the file is too long, or if it has other
-    content than `content` or one without an identity.
+    Empty if the partial file or its journal is missing, unreadable or too long, has other content than `content` (None:
+    any), or content without an identity.
     """
     part, path = part_paths(target)
     try:
