@@ -1,11 +1,10 @@
 """The data of `mm demo`: four jsonl files generated from a seed, held-out questions and pairs, and the demo's settings.
 
-Questions belong to subjects such as sums or spelling. Each subject has a set of keys that its questions are made from:
-two numbers, a word, or a person and a trait. Some keys are held out first, and training rows are made from the others,
-so that neither a held-out question nor the fact that it asks about is trained on. There are two exceptions. For the
-islanders (invented people) only a wording of the question is held out: the fact itself is part of the pretraining text.
-And in "recall" questions, the messages between naming a boat and asking about it are made from training keys.
-
+The questions of each subject, such as sums, are made from keys: two numbers, a word, or a person and a trait. Some keys
+are held out, and training rows are made from the others, so that neither a held-out question nor the fact that it asks
+about is trained on. There are two exceptions. For the islanders (invented people) only a wording of the question is
+held out: the fact is part of the pretraining text. And in "recall" questions, the messages between naming a boat and
+asking about it are made from training keys.
 An answer has two forms: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows have both, and dpo
 rows prefer the sentence. An answer counts as exact if it equals one of the two, spaces around it aside.
 """
@@ -28,12 +27,12 @@ SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow
 
 
 class DemoTexts(msgspec.Struct, frozen=True):
-    """The content of demo.json: the phrases, names and words that the demo's data is made from, in English and Chinese.
+    """The content of demo.json: the phrases, names and words of the demo's data, in English and Chinese.
 
     `phrases` maps a language and a phrase name to format strings: the question, the bare answer, the whole sentence,
-    the sentence in other words (may be empty), and for some phrases the question in other words. The phrases "smaller",
-    "more" and "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a boat;
-    "colour" and "name" ask for them.
+    the sentence in other words (may be empty), and for some phrases the question in other words. "smaller", "more" and
+    "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a boat; "colour" and
+    "name" ask for them.
     """
 
     phrases: dict[str, dict[str, list[str]]]
@@ -56,10 +55,9 @@ def demo_texts() -> DemoTexts:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A question with its answers: `bare`, `whole` sentence, and the sentence in other words (`other`, may be empty).
+    """A question (`ask`) with its answers: `bare`, `whole` sentence, and that in other words (`other`, may be empty).
 
-    `ask` is the question's text and `then` the questions that may follow it in a conversation. `language` is "en" or
-    "zh".
+    `then` has the questions that may follow it in a conversation. `language` is "en" or "zh".
     """
 
     subject: str
@@ -98,8 +96,8 @@ def make_item(
 ) -> Item:
     """Return the item made by filling the phrase named `phrase` with `values`.
 
-    subject: the item's subject; empty for the phrase's name. wording: 0 for the usual question, 1 for the question in
-    other words, which only some phrases have (IndexError otherwise). then: items that may follow this one.
+    subject: empty for the phrase's name. wording: 0 for the usual question, 1 for the question in other words, which
+    only some phrases have (IndexError otherwise). then: items that may follow this one.
     """
     ask, bare, whole, other, *reworded = (text.format(**values) for text in demo_texts().phrases[language][phrase])
     return Item(subject or phrase, language, reworded[0] if wording else ask, bare, whole, other, tuple(then))
@@ -108,8 +106,7 @@ def make_item(
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
     """Return a question "What is a + b?" for each key (a, b).
 
-    It may be followed by "And n more?" for each n for which (a + b, n) is among `keys` too, so that no held-out sum is
-    asked for.
+    It may be followed by "And n more?" if (a + b, n) is among `keys` too, so that no held-out sum is asked for.
     """
     items = []
     for a, b in keys:
@@ -120,15 +117,11 @@ def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
-    """Return the item of a phrase about the sum of a and b: "sum" or its follow-up "more"."""
     return make_item(phrase, language, {"a": a, "b": b, "c": a + b}, subject=subject)
 
 
 def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return two questions for each key (low, high): which one is larger, with the numbers named in either order.
-
-    Each may be followed by the question which one is smaller.
-    """
+    """Return two questions for each key (low, high), in either order: which is larger; then which is smaller."""
     items = []
     for low, high in keys:
         for x, y in ((low, high), (high, low)):
@@ -139,10 +132,7 @@ def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return a question for each key: how many small units a number of large units are.
-
-    A key is (index into `DemoTexts.units`, number of large units).
-    """
+    """Return a question for each key (index into `DemoTexts.units`, n): how many small units n large ones are."""
     place = 2 * LANGUAGES.index(language)
     items = []
     for index, n in keys:
@@ -153,7 +143,7 @@ def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return an item for each key in which the user tells the colour and name of a boat; its follow-ups ask for one.
+    """Return an item for each key, in which the user tells colour and name of a boat; follow-ups ask for one of them.
 
     A key is (index into `DemoTexts.colours`, index into `DemoTexts.birds`); boats are named after birds.
     """
@@ -167,10 +157,7 @@ def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
-    """Return the items "spell" and "reverse", by subject: spelling each word, and writing it backwards.
-
-    A spelled word may be followed by the question what it is backwards.
-    """
+    """Return the items "spell", which may be followed by what the word is backwards, and "reverse", by subject."""
     spell, reverse = [], []
     for word in words:
         values = {"word": word, "backwards": word[::-1], "spelled": "-".join(word)}
@@ -189,7 +176,7 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
     place, texts = LANGUAGES.index(language), demo_texts()
 
     def item_of(person: int, trait: str, wording: int, who: str, subject: str, then: Sequence[Item] = ()) -> Item:
-        """Return the item about one trait of one person; `who` is the name or pronoun that the question uses."""
+        """Return the item about one trait of one person. who: the name or pronoun that the question uses."""
         name, value = texts.people[person][2 * place], texts.traits[trait][facts[person, trait]][place]
         values = {"name": name, "who": who, "value": value}
         return make_item(trait, language, values, subject=subject, wording=wording, then=then)
@@ -208,10 +195,7 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
 @dataclass(frozen=True, slots=True)
 class ItemSplits:
-    """The items to train on and the held-out ones, by language and subject.
-
-    `islanders` has every fact about the islanders once, by language, for the pretraining text.
-    """
+    """Items to train on and held-out ones, by language and subject. `islanders`: every fact once, for pretraining."""
 
     train: Items
     held_out: Items
@@ -224,9 +208,9 @@ NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 2
 
 
 def make_splits(seed: int) -> ItemSplits:
-    """Draw the islanders' traits and the words to spell, hold out some keys, and return the items of both splits.
+    """Draw traits and words, hold out some keys, and return the items of both splits; the same for the same seed.
 
-    The same seed gives the same splits. Of the islanders, 24 combinations of person, trait and wording are held out.
+    Of the islanders, 24 combinations of person, trait and wording are held out.
     """
     rng = random.Random(seed)
     texts = demo_texts()
@@ -257,10 +241,9 @@ def make_splits(seed: int) -> ItemSplits:
 
 
 def make_items(keys: dict[str, list], facts: Facts) -> Items:
-    """Return the items of all keys, in both languages, by language and subject.
+    """Return the items of all keys, in both languages, by language and subject. facts: see `islander_items`.
 
-    keys: by subject, except that the words to spell and reverse have the keys "en" and "zh". facts: see
-    `islander_items`.
+    keys: by subject, except that the words to spell and reverse have the keys "en" and "zh".
     """
     items: Items = {}
     for language in LANGUAGES:
@@ -277,10 +260,9 @@ def make_items(keys: dict[str, list], facts: Facts) -> Items:
 
 
 def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
-    """Draw `count` different words and return them sorted.
+    """Draw `count` different words, none with a letter twice, none another word backwards, and return them sorted.
 
-    English words are 4 capital letters, consonant and vowel in turn; Chinese ones are 3 characters. No word has a
-    letter twice, and no word is another word backwards.
+    English words are 4 capital letters, consonant and vowel in turn; Chinese ones are 3 characters.
     """
     words: set[str] = set()
     texts = demo_texts()
@@ -324,10 +306,7 @@ def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[di
 
 
 def conversations(splits: ItemSplits, rng: random.Random, count: int, *, fewest: int, most: int) -> Iterator[dict]:
-    """Yield `count` sft rows, each a conversation made from `fewest` to `most` training items.
-
-    Each answer is randomly bare or a whole sentence.
-    """
+    """Yield `count` sft rows of `fewest` to `most` training items; each answer is randomly bare or a whole sentence."""
     for _ in range(count):
         yield {"conversations": _conversation(splits, rng, rng.randint(fewest, most))}
 
@@ -336,8 +315,7 @@ def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> lis
     """Return the messages of a conversation about `num_items` random training items, in one language.
 
     With probability 1/2 an item is followed by one of its follow-ups. If the user names a boat, the last turn asks
-    about it. At most one boat is named; a draw that would name a second one is skipped, so the conversation then has
-    fewer items.
+    about it. A draw that would name a second boat is skipped, so the conversation then has fewer items.
     """
     language = rng.choice(LANGUAGES)
     messages: list[Message] = []
@@ -356,20 +334,17 @@ def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> lis
 
 
 def pairs(asked: Iterable[Question]) -> Iterator[dict]:
-    """Yield a dpo row for each question: `chosen` ends with the whole sentence, `rejected` with the bare answer.
-
-    Both answers are correct.
-    """
+    """Yield a dpo row for each question. `chosen` ends with the whole sentence, `rejected` with the bare answer, also right."""
     for question in asked:
         sides = {"chosen": question.whole, "rejected": question.bare}
         yield {side: [*question.messages, {"role": "assistant", "content": answer}] for side, answer in sides.items()}
 
 
 def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -> list[Question]:
-    """Return `each` different questions for every language and subject.
+    """Return `each` different questions, made from `items`, for every language and subject.
 
-    What is asked about is drawn from `items`. The unrelated turns before a "recall" question are drawn from
-    `splits.train`. Does not return if `items` has fewer than `each` different questions on a subject.
+    The unrelated turns before a "recall" question are drawn from `splits.train`. Does not return if `items` has fewer
+    than `each` different questions on a subject.
     """
     unique: dict[str, Question] = {}
     for language in LANGUAGES:
@@ -384,8 +359,8 @@ def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -
 def _question(items: Items, splits: ItemSplits, rng: random.Random, language: str, subject: str) -> Question:
     """Return a random question on a subject.
 
-    A "follow-up" comes after the turn it refers to. A "recall" comes after the turn that names the boat and 1 to 4
-    turns on other subjects, which are drawn from `splits.train`.
+    A "follow-up" comes after the turn it refers to, a "recall" after the turn that names the boat and 1 to 4 turns on
+    other subjects from `splits.train`.
     """
     before: list[Message] = []
     if subject == "follow-up":
@@ -406,22 +381,20 @@ def _question(items: Items, splits: ItemSplits, rng: random.Random, language: st
 
 
 def _turn(item: Item, rng: random.Random) -> list[Message]:
-    """Return the question and its answer as two messages; the answer is randomly bare or a whole sentence."""
     answer = rng.choice((item.bare, item.whole))
     return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": answer}]
 
 
 def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
-    """Return a random key of `weights`, with probabilities proportional to the values."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
 def tokenizer_texts(splits: ItemSplits) -> list[str]:
     """Return the texts that the demo's tokenizer is trained on: all training items and facts, except words to spell.
 
-    If it were trained on these words, BPE would merge their letters, and the model could not see the letters that it
-    has to spell. Single letters are repeated LETTERS_REPEATED times, so that each Chinese character, which has three
-    bytes, becomes a token before longer phrases do.
+    BPE would merge the letters of these words, and the model could not see what it has to spell. Single letters are
+    repeated LETTERS_REPEATED times, so that each Chinese character (three bytes) becomes a token before longer phrases
+    do.
     """
     texts = demo_texts()
     lines = ["user\n", "assistant\n"] * LETTERS_REPEATED
@@ -435,7 +408,6 @@ def tokenizer_texts(splits: ItemSplits) -> list[str]:
 
 
 def _texts_of(item: Item) -> Iterator[str]:
-    """Yield the question and answers of an item, and the question and whole sentence of its first follow-up."""
     yield from (item.ask, item.bare, item.whole, item.other)
     yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
@@ -445,11 +417,7 @@ def _texts_of(item: Item) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a list of questions was answered.
-
-    `num_exact` counts answers that equal the bare or the whole form, `num_sentences` answers that end with a full stop,
-    right or wrong.
-    """
+    """How well questions were answered. `num_sentences` counts answers that end with a full stop, right or wrong."""
 
     num_questions: int
     num_exact: int
@@ -486,9 +454,9 @@ def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
 
 
 def showcase(asked: Sequence[Question]) -> list[Question]:
-    """Return five of the questions to print as examples, in both languages; one is within a conversation.
+    """Return five questions to print as examples, in both languages; one is within a conversation.
 
-    `asked` must have a question of each of these kinds, as the result of `questions` does.
+    asked: must have a question of each of these kinds, as the result of `questions` does.
     """
     kinds = (("sum", "en"), ("reverse", "zh"), ("islander", "en"), ("islander", "zh"), ("recall", "en"))
     return [next(q for q in asked if (q.subject, q.language) == kind) for kind in kinds]
@@ -501,8 +469,8 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
 class DemoStage:
     """One training run of the demo: one epoch over the `rows` rows of `file`.jsonl, packed to `max_len` tokens.
 
-    `stage` is pretrain, sft or dpo. `batch_tokens` is the size of a batch in tokens, `schedule` the learning rate
-    schedule, `warmup` the share of the steps in which the learning rate rises, and `beta` dpo's beta.
+    `stage` is pretrain, sft or dpo, `schedule` the learning rate schedule, `warmup` the share of the steps in which the
+    learning rate rises, and `beta` dpo's beta.
     """
 
     file: str
@@ -534,10 +502,9 @@ NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language
 
 
 def scaled(minutes: float) -> tuple[DemoStage, ...]:
-    """Return the stages with as many rows as can be trained on in about `minutes`.
+    """Return the stages with as many rows, at least 64, as can be trained on in about `minutes`.
 
-    The time is taken as proportional to the rows: training on all of them took MINUTES on one machine. Every stage has
-    at least 64 rows.
+    The time is taken as proportional to the rows: training on all of them took MINUTES on one machine.
     """
     return tuple(replace(stage, rows=max(64, round(stage.rows * minutes / MINUTES))) for stage in STAGES)
 
@@ -555,7 +522,7 @@ class DemoFiles:
 def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> DemoFiles:
     """Write the four training files to `data_dir`, and held-out questions and pairs to `data_dir`/held_out.
 
-    `minutes` sets the numbers of rows (see `scaled`). The same seed and `minutes` give the same bytes.
+    minutes: sets the numbers of rows (see `scaled`). The same seed and minutes give the same bytes.
     """
     splits = make_splits(seed)
     rng = random.Random(seed + 1)
@@ -578,7 +545,6 @@ def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> 
 
 
 def _write(path: Path, rows: Iterable[dict]) -> Path:
-    """Write the rows to a jsonl file, atomically, and return its path."""
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return path

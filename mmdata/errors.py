@@ -1,17 +1,15 @@
 """The exceptions for every error that a user can cause or correct, as one class tree.
 
-`cli.main` catches MMError, prints `error: <message>` and `fix: <fix>` to stderr and exits with the class's `exit_code`.
-Code raises the subclass that describes the problem. Any other exception that ends a command is a bug of mm and shows
-its traceback.
+`cli.main` prints `error: <message>` and `fix: <fix>` to stderr and exits with the class's `exit_code`. Any other
+exception that ends a command is a bug of mm and shows its traceback.
 """
 
 
 class MMError(Exception):
     """Base class of all errors that a user can cause and correct.
 
-    message: what is wrong, where (file and line), and what was expected.
-    fix: a command, an option or a step that helps; empty if there is none. `exit_code` is the exit status of the
-    process; subclasses without one of their own inherit it.
+    message: what is wrong, where (file and line), and what was expected. fix: a command, an option or a step that
+    helps; empty if there is none. `exit_code` is inherited by subclasses without one of their own.
     """
 
     exit_code = 1
@@ -37,9 +35,7 @@ class TokenizerError(MMError):
 
 
 class DatasetError(MMError):
-    """A packed dataset is missing, incomplete or damaged, or its rows are of another kind than the training stage
-    needs.
-    """
+    """A packed dataset is missing, incomplete or damaged, or its rows are of another kind than the stage needs."""
 
 
 class CheckpointError(MMError):
@@ -47,9 +43,7 @@ class CheckpointError(MMError):
 
 
 class TrainError(MMError):
-    """Training cannot continue: a loss is not finite, the reference logps come from another model, or a process (rank)
-    died.
-    """
+    """Training cannot continue: a loss is not finite, the reference logps are another model's, or a rank died."""
 
 
 class DiskError(MMError):
@@ -84,9 +78,7 @@ class NetworkError(FetchError):
 
 
 class IntegrityError(FetchError):
-    """The bytes received do not match the published size, checksum or file type, and retrying did not help or is
-    pointless.
-    """
+    """The bytes received do not match the published size, checksum or file type, and a retry does not help."""
 
     exit_code = 6
 
@@ -98,8 +90,6 @@ class ConflictError(FetchError):
 
 
 class InterruptedFetch(FetchError):
-    """The user stopped the download with Ctrl-C; the bytes received so far stay on disk and the next run resumes from
-    them.
-    """
+    """The user stopped the download with Ctrl-C; the next run resumes from the bytes received so far."""
 
     exit_code = 130

@@ -1,9 +1,7 @@
-"""Command-line options declared once, as dataclass fields that carry their help text, range, choices and training
-stages.
+"""Command-line options declared once, as dataclass fields with their help text, range, choices and training stages.
 
-An options class is a frozen dataclass whose fields are made with `option`. `mmdata.commands.options` generates the
-command line from it, `check` raises UsageError for values out of range, and the code that does the work takes an
-instance. This module imports only the standard library and `mmdata.errors`, so that `mm --help` starts quickly.
+An options class is a frozen dataclass whose fields are made with `option`; `mmdata.commands.options` generates the
+command line from it. Imports only the standard library and `mmdata.errors`, so that `mm --help` starts quickly.
 """
 
 import math
@@ -23,8 +21,7 @@ class Option:
 
     `flag` may be a pair of switches such as --share-prompt/--no-share-prompt, or, for a bool that is True by default,
     the single flag that sets it to False. `least` and `most` are inclusive bounds, `above` and `below` exclusive ones.
-    `by_stage` maps a training stage to the option's default there. `stages` names the training stages that accept the
-    option; empty means all.
+    `by_stage` maps a training stage to the default there. `stages` are those that accept the option; empty means all.
     """
 
     help: str
@@ -43,27 +40,20 @@ class Option:
 
 
 def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
-    """Return a dataclass field with an `Option` in its metadata. Without `default` the field is required.
-
-    `declaration`: further fields of `Option`, such as `least` or `choices`.
-    """
+    """Return a dataclass field with an `Option` of these fields in its metadata; required without `default`."""
     return field(default=default, metadata={"option": Option(help, **declaration)})
 
 
 def redeclared(kind: type, name: str, *, default: Any) -> Any:
-    """Return a dataclass field with the same `Option` as field `name` of the options class `kind` but another default.
+    """Return a dataclass field with the `Option` of field `name` of the options class `kind` but another default.
 
-    A subclass uses it to change a default without repeating the help text and range. Raises KeyError if there is no
-    such field.
+    For subclasses that change a default only. Raises KeyError if there is no such field.
     """
     return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
 
 
 def options_of(kind: type | Any) -> Iterator[tuple[str, Option]]:
-    """Yield the name and `Option` of each field made with `option`, in order of declaration.
-
-    kind: an options class or an instance of one.
-    """
+    """Yield name and `Option` of each field of an options class, or of an instance of one, in order of declaration."""
     for each in fields(kind):
         if "option" in each.metadata:
             yield each.name, each.metadata["option"]
@@ -75,10 +65,7 @@ def flag_of(name: str, declaration: Option) -> str:
 
 
 def check(options: Any) -> None:
-    """Raise UsageError for the first option whose value is not finite, out of range or not one of its choices.
-
-    `options`: an instance of an options class.
-    """
+    """Raise UsageError for the first option that is not finite, out of range or not one of its choices."""
     for name, declaration in options_of(options):
         check_value(flag_of(name, declaration), getattr(options, name), declaration)
 
@@ -86,8 +73,8 @@ def check(options: Any) -> None:
 def check_value(flag: str, value: Any, declaration: Option) -> None:
     """Raise UsageError if `value`, or an item of it if it is a list or tuple, is not allowed by its declaration.
 
-    Choices are checked for any value, bounds and finiteness for numbers only. None is always accepted. `flag` is for
-    the message.
+    Choices are checked for any value, bounds and finiteness for numbers only. None is always accepted. flag: for the
+    message.
     """
     for item in value if isinstance(value, tuple | list) else (value,):
         if declaration.choices and item is not None and item not in declaration.choices:
@@ -97,10 +84,7 @@ def check_value(flag: str, value: Any, declaration: Option) -> None:
 
 
 def bounds(declaration: Option) -> list[tuple[str, float, Callable[[float, float], bool]]]:
-    """Return the bounds that an option has, each as (words such as "at least", bound, comparison).
-
-    A value is in range if `comparison(value, bound)` is true for each of them.
-    """
+    """Return the bounds that an option has, as (words, bound, comparison): `comparison(value, bound)` must hold."""
     every = (
         ("at least", declaration.least, operator.ge),
         ("greater than", declaration.above, operator.gt),

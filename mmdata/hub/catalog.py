@@ -41,7 +41,7 @@ class KnownFile:
 
     @property
     def name(self) -> str:
-        """The local file name, made from the key because two different published files are named dpo.jsonl."""
+        """The local file name; it differs from the path, because two different published files are named dpo.jsonl."""
         return f"{self.key}.jsonl"
 
     @property
@@ -135,7 +135,7 @@ TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories have the templ
 
 
 def find(name: str) -> KnownFile | None:
-    """Return the known file whose key, local name or repository path is `name` (tried in this order); None without one."""
+    """Return the known file whose key, local name or repository path is `name` (tried in this order); else None."""
     by_name = next((known for known in FILES if name in (known.key, known.name)), None)
     return by_name or next((known for known in FILES if name == known.path), None)
 
@@ -161,10 +161,10 @@ def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:
 
 
 def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Return whether a size and sha256 that a source lists (None: not listed) can belong to this known file.
+    """Return whether the size and sha256 that a source lists (None: not listed) can belong to this known file.
 
     If both checksums are known, they decide. Otherwise an exact known size must be equal, and a rounded one may differ
-    by a tenth. If there is nothing to compare, the result is True.
+    by a tenth. With nothing to compare, the result is True.
     """
     if known.sha256 and sha256:
         return sha256.startswith(known.sha256)
@@ -176,11 +176,10 @@ def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
 
 
 def is_namesake(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Return whether the file that a source lists at `known.path` is probably another known file with the same path.
+    """Return whether the file that a source lists at `known.path` is probably another known file with that path.
 
-    Several versions of dpo.jsonl were published at one path. The result is True if another known file has this path and
-    the listed size and checksum do not fit `known`, and either they fit that other file or the exact size of `known` is
-    not recorded.
+    Several versions of dpo.jsonl were published at one path. True if another known file has this path, the listed size
+    and checksum do not fit `known`, and they fit that other file or the exact size of `known` is not recorded.
     """
     others = [other for other in FILES if other.path == known.path and other.key != known.key]
     if not others or fits(known, num_bytes, sha256):

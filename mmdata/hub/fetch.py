@@ -43,9 +43,8 @@ class FetchOutcome:
     """What happened to one file.
 
     `status` is kept (it was there and recorded in mm.lock), adopted (it was there and has now been recorded), fetched
-    or failed. `num_bytes`, `num_lines` (newline characters), `sha256`, `revision` and `commit` describe the file.
-    `received_bytes` counts what this run received, repeated bytes included, and `failures` the attempts that failed.
-    `error` is set if the status is failed.
+    or failed (see `error`). `num_lines` counts newline characters, `received_bytes` what this run received, repeated
+    bytes included, and `failures` the attempts that failed.
     """
 
     name: str
@@ -67,12 +66,10 @@ def fetch(
 ) -> list[FetchOutcome]:
     """Download and verify the files of a plan and record them in mm.lock. Return one outcome per file, in order.
 
-    A file that fails is reported in its outcome and does not stop the others. `watch` is called with the progress of
-    the file and of the whole plan, and `on_wait(name)` if another process is downloading that file, which is then
-    waited for.
-
+    A file that fails does not stop the others. watch: called with the progress of the file and of the whole plan.
+    on_wait: called with a file's name if another process is downloading it, which is then waited for.
     Raises DiskError if the disk is too small, full or not writable, InterruptedFetch on Ctrl-C, and UsageError for a
-    source that does not exist. Bytes that have arrived stay on disk in either case, and the next run resumes from them.
+    source that does not exist. Bytes that have arrived stay on disk, and the next run resumes from them.
     """
     check_space(plan)
     options = plan.options
@@ -105,10 +102,9 @@ def check_space(plan: FetchPlan) -> None:
 
 
 class _Report:
-    """Adds up the progress of a whole plan and calls `watch` with it.
+    """Adds up the progress of a whole plan. Its figures never decrease, even when a damaged file is downloaded again.
 
-    The figures never decrease, even when a damaged file is downloaded again. `before` is the size of the files that are
-    finished, `most` the largest progress of the current file and `most_all` that of the plan, all in bytes.
+    `before`: bytes of the finished files. `most`: largest progress of the current file. `most_all`: that of the plan.
     """
 
     def __init__(self, plan: FetchPlan, watch: Watch | None) -> None:
@@ -118,7 +114,6 @@ class _Report:
 
     @staticmethod
     def _size(item: FetchItem) -> int:
-        """Return the size of a file that the plan downloads; 0 for other files."""
         return item.content.num_bytes if item.content and item.action == "get" else 0
 
     def __call__(self, name: str, done: int, total: int) -> None:
@@ -137,10 +132,9 @@ class _Report:
 def _fetch_one(
     options: FetchOptions, source: Source, item: FetchItem, report: _Report, on_wait: Callable[[], None] | None
 ) -> FetchOutcome:
-    """Carry out one item of the plan: keep, adopt or download the file, and record it in mm.lock.
+    """Keep, adopt or download one file, locked against other `mm` processes, and record it in mm.lock.
 
-    Raises the item's error. The file is locked against other `mm` processes meanwhile. If another process has
-    downloaded it in the time between, it is kept.
+    Raises the item's error. A file that another process has downloaded since the plan was made is kept.
     """
     want, path, content = item.want, options.out / item.want.name, item.content
     if item.error:
@@ -189,7 +183,7 @@ def _fetch_one(
 
 
 def _entry(source: Source, item: FetchItem, digest: Digest) -> LockEntry:
-    """Return the mm.lock entry of a file with this digest. Its times are 0, because `write_entry` fills them in."""
+    """Return the mm.lock entry of a file. Its times are 0, because `write_entry` fills them in."""
     assert item.content is not None
     return LockEntry(
         digest.position,
@@ -218,10 +212,10 @@ def _kept(options: FetchOptions, name: str, status: str) -> FetchOutcome:
 
 
 def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) -> list[str]:
-    """Return warnings about a complete file: a wrong number of rows, no newline at its end, a wrong first row.
+    """Return warnings about the complete file `part`: wrong number of rows, no newline at its end, a wrong first row.
 
-    part: the path of the downloaded bytes. Only files of the catalog have an expected number of rows and expected
-    fields. Raises IntegrityError if the first row lacks one of these fields and no checksum was published for the file.
+    Numbers of rows and fields are known for catalog files only. Raises IntegrityError if the first row lacks a field
+    and no checksum was published for the file.
     """
     warnings = []
     num_rows = digest.num_lines + (not digest.ends_with_newline)
@@ -260,9 +254,9 @@ def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
 class FileState:
     """One line of `mm fetch --list`: a known or downloaded file, or a tokenizer.
 
-    Figures that nobody published are None. `state` is have (the size is as expected, or no size is known), part (a part
-    was downloaded), stale (another size than expected) or missing. Contents are not read. `num_bytes` may be rounded,
-    `max_len` is in tokens, and `stage` is empty for files that the catalog does not have.
+    `state` is have (the size is as expected, or no size is known), part (a part was downloaded), stale (another size)
+    or missing; contents are not read. Figures that nobody published are None. `num_bytes` may be rounded, `max_len` is
+    in tokens, and `stage` is empty for files that the catalog does not have.
     """
 
     name: str
@@ -275,7 +269,7 @@ class FileState:
 
 
 def overview(out: Path) -> list[FileState]:
-    """Return the state in directory `out` of all files and tokenizers of the catalog and the other datasets in mm.lock.
+    """Return the state in directory `out` of everything in the catalog and of the other datasets in mm.lock.
 
     A tokenizer whose files differ in state counts as stale. Makes no request.
     """
@@ -314,10 +308,9 @@ _LEFTOVER = re.compile(
 
 
 def clean(out: Path) -> tuple[int, int]:
-    """Remove what unfinished downloads left in directory `out`: partial files, their journals and lock files.
+    """Remove the partial files, journals and lock files that unfinished downloads left in directory `out`.
 
-    Files that another process is downloading are skipped. Returns the number of files removed and their bytes, lock
-    files not counted.
+    Skips files that another process is downloading. Returns the number and bytes of files removed, without lock files.
     """
     leftovers: dict[Path, list[Path]] = {}  # downloaded file -> what its download left
     for path in sorted(out.rglob("*")):

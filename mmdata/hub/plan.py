@@ -1,13 +1,10 @@
 """Deciding what `mm fetch` has to do for each file: the content it should have, where to get it, what is on disk.
 
-Takes the requested names and `FetchOptions`, and returns a `FetchPlan` with one `FetchItem` per file. Each repository
-is listed at most once per revision, and not at all if mm.lock and the files on disk show that everything is there.
-Files recorded in mm.lock keep the commit and content recorded there until `--update`. A file on disk that is neither
-the recorded nor the published one is taken for the user's own and is not overwritten without `--force`.
-
-mm.lock is in the directory of the data and is meant to be put under version control: on another machine, the same names
-then bring the same bytes. A file whose size and times are as recorded counts as complete without being read; any other
-file is hashed (about 0.6 GB/s).
+Each repository is listed at most once per revision, and not at all if mm.lock and the files on disk show that
+everything is there. Files recorded in mm.lock keep the recorded commit and content until `--update`. A file on disk
+that is neither the recorded nor the published one is taken for the user's own and is not overwritten without `--force`.
+mm.lock is meant to be put under version control: on another machine, the same names then bring the same bytes. A file
+whose size and times are as recorded counts as complete without being read; others are hashed (about 0.6 GB/s).
 """
 
 import contextlib
@@ -41,8 +38,7 @@ MTIME_SLACK_NS = 2_000_000  # tools that set times as floats, and some filesyste
 class LockEntry(msgspec.Struct, frozen=True):
     """The record of a downloaded file in mm.lock: its content, where it came from, and its times (ns).
 
-    `revision` is the branch, tag or commit that was requested and `commit` the commit that it meant; both describe the
-    source.
+    `revision` is the branch, tag or commit that was requested, `commit` the commit that it meant at the source.
     """
 
     num_bytes: int
@@ -76,7 +72,7 @@ class Lock(msgspec.Struct, frozen=True):
 def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
     """Return the content of mm.lock in `out_dir`; an empty `Lock` if there is none or it cannot be used.
 
-    If it is damaged or has another format, a message is appended to `warnings`.
+    warnings: gets a message if the file is damaged or has another format.
     """
     path = out_dir / LOCK_NAME
     try:
@@ -119,20 +115,19 @@ def same_stat(path: Path, entry: LockEntry) -> bool:
 
 
 def same_mtime(path: Path, entry: LockEntry) -> bool:
-    """Return whether the mtime is the recorded one, give or take MTIME_SLACK_NS.
+    """Return whether the mtime is the recorded one, give or take MTIME_SLACK_NS. Raises OSError if there is no file.
 
-    Raises OSError if there is no such file. If the bytes differ from the recorded ones but the mtime does not, the file
-    was damaged and not edited.
+    If it is, but the bytes are not the recorded ones, the file was damaged and not edited.
     """
     return abs(path.stat().st_mtime_ns - entry.mtime_ns) <= MTIME_SLACK_NS
 
 
 @contextlib.contextmanager
 def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Context manager that locks `path` against other processes, by a lock file in its directory, until the block ends.
+    """Context manager that locks `path` against other processes, by a lock file in its directory.
 
-    If another process holds the lock, `on_wait` is called once and then the lock is waited for. Raises DiskError if the
-    lock file cannot be created.
+    on_wait: called once if another process holds the lock, which is then waited for. Raises DiskError if the lock file
+    cannot be created.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -173,10 +168,9 @@ class WantedFile:
 class FetchItem:
     """The decision about one file.
 
-    `state` describes what is on disk: have (the right content), part (a partial download), stale (another content) or
-    missing. `action` is keep (nothing to do), adopt (only record the file in mm.lock), get (download) or fail (see
-    `error`). `content` is the content to have. `revision`, `commit` and `path` say where the source has it.
-    `have_bytes` were downloaded by an earlier run.
+    `state` is what is on disk: have (the right content), part (a partial download), stale (another content) or missing.
+    `action` is keep, adopt (only record the file in mm.lock), get (download) or fail (see `error`). `content` is the
+    content to have; `revision`, `commit` and `path` say where. `have_bytes` were downloaded by an earlier run.
     """
 
     want: WantedFile
@@ -220,15 +214,12 @@ def plan(
     tokenizer: str | None = None,
     checking: Checking | None = None,
 ) -> FetchPlan:
-    """Decide what to do so that the requested files are complete in `options.out`.
-
-    Downloads no data, but may list repositories.
+    """Decide what to do so that the requested files are complete in `options.out`. May list repositories.
 
     names: catalog keys, file names or shell patterns. preset: a key of `catalog.PRESETS`; its files and its tokenizer.
     everything: all files of the dataset repository. tokenizer: a name of the catalog. These add up. If none is given,
-    the preset "begin" is taken, or with `options.verify` every file in mm.lock. checking: called while existing files
-    are hashed.
-
+    the preset "begin" is taken, or with `options.verify` every file in mm.lock. checking: called while files are
+    hashed.
     Raises UsageError for an unknown preset or tokenizer, NotFoundError for an unknown name, and AccessError,
     NetworkError or ConflictError where nothing can be planned. Errors of single files are recorded in their items.
     """
@@ -270,9 +261,9 @@ class _Planner:
     def wants(self, name: str) -> list[WantedFile]:
         """Return the files that a name or shell pattern means.
 
-        A pattern is matched with the catalog and, if nothing there matches, with the files of the repository. Raises
-        NotFoundError if a pattern matches nothing, and UsageError for a path that would be outside the output directory
-        or is one of the file names that `mm fetch` itself uses.
+        A pattern is matched with the catalog and, if nothing there matches, with the repository. Raises NotFoundError
+        if it matches nothing, and UsageError for a path outside the output directory or a name that `mm fetch` itself
+        uses.
         """
         if catalog.is_glob(name):
             wants = [self._wanted(known.path, known) for known in catalog.find_glob(name)]
@@ -300,10 +291,9 @@ class _Planner:
         return self.listing(self.dataset, self.options.revision or self._locked_commit() or self.main).files
 
     def everything(self) -> list[WantedFile]:
-        """Return all files of the dataset repository, hidden ones excepted.
+        """Return all files of the dataset repository except hidden ones. Raises UsageError without a repository.
 
-        Raises UsageError if the source is not a repository. Paths that would be outside the output directory, or are
-        names that `mm fetch` itself uses, are left out with a warning.
+        Paths outside the output directory, and names that `mm fetch` itself uses, are left out with a warning.
         """
         if not self._is_repository:
             raise UsageError("--all needs a repository to list", "name the files, or use --source hf or modelscope")
@@ -317,12 +307,11 @@ class _Planner:
         return wants
 
     def tokenizer(self, name: str, *, is_asked: bool) -> list[WantedFile]:
-        """Return the files of a tokenizer of the catalog.
+        """Return the files of a tokenizer of the catalog. Raises UsageError for an unknown name.
 
         is_asked: it was named by the user, and not implied by a preset. If the output directory has a tokenizer of
-        another repository, the result is empty, with a warning, for an implied tokenizer; for a named one ConflictError
-        is raised unless `--update` or `--force` is given. A tokenizer that is in mm.lock already keeps its list of
-        files unless `--update` is given. Raises UsageError for an unknown name.
+        another repository, an implied tokenizer gives a warning and no files; a named one raises ConflictError without
+        `--update` or `--force`. A tokenizer in mm.lock keeps its list of files unless `--update` is given.
         """
         known = catalog.find_tokenizer(name)
         if known is None:
@@ -347,7 +336,7 @@ class _Planner:
         return [replace(base, name=f"{TOKENIZER_DIR}/{path}", path=prefix + path) for path in paths]
 
     def _extras(self, repo: Repo, revision: str | None) -> list[str]:
-        """Return the optional files, such as chat_template.jinja, that the source has; none if it cannot be listed."""
+        """Return the optional files (chat_template.jinja …) that the source has; none if it cannot be listed."""
         if not self._is_repository:
             return [path for path in catalog.TOKENIZER_EXTRAS if look_up(self.source, f"{TOKENIZER_DIR}/{path}")]
         with contextlib.suppress(NotFoundError, AccessError):  # reported when the files themselves are located
@@ -362,9 +351,8 @@ class _Planner:
     def item(self, want: WantedFile) -> FetchItem:
         """Decide what to do about one file.
 
-        ConflictError is recorded in the item, and so is NotFoundError if the catalog knows the file. For an optional
-        file, AccessError and NotFoundError are recorded too, and a conflict only gives a warning. Other errors are
-        raised.
+        Records in the item: ConflictError, and NotFoundError if the catalog knows the file. For an optional file,
+        AccessError and NotFoundError are recorded too, and a conflict only gives a warning. Other errors are raised.
         """
         try:
             return self._item(want)
@@ -383,8 +371,7 @@ class _Planner:
         """Decide what to do about one file; errors are raised.
 
         If mm.lock has the file, and neither `--update` nor another revision is asked for, the recorded content is the
-        one to have, and the source is asked only if the file must be downloaded and its recorded place cannot be used.
-        Otherwise the source is asked.
+        one to have, and the source is asked only if the recorded place cannot be used for a necessary download.
         """
         options, path = self.options, self.options.out / want.name
         entry = self.lock.files.get(want.name)
@@ -403,11 +390,11 @@ class _Planner:
         return self._compare(self._locate(want), path, entry)
 
     def _compare(self, item: FetchItem, path: Path, entry: LockEntry | None) -> FetchItem:
-        """Compare the file on disk with `item.content` and return the item with state and action.
+        """Compare the file on disk, hashed if necessary, with `item.content` and return the item with state and action.
 
-        The file is hashed if necessary. Raises ConflictError for a directory, and, without `--force`, for a file with
-        neither the recorded nor the published content. A file with other bytes but the recorded mtime counts as damaged
-        and is downloaded again, with a warning.
+        Raises ConflictError for a directory, and, without `--force`, for a file with neither the recorded nor the
+        published content. Other bytes with the recorded mtime count as damaged and are downloaded again, with a
+        warning.
         """
         content = item.content
         assert content is not None
@@ -441,10 +428,9 @@ class _Planner:
     def _locate(self, want: WantedFile, locked: Content | None = None) -> FetchItem:
         """Find a file at the source and return an item with content, revision and commit, without state and action.
 
-        locked: the content that it must have; None for any. With `--revision` only that revision is tried. Otherwise
-        these are, in order: the locked commit, the catalog's revision, the main branch (with `--update`: the main
-        branch, the catalog's revision), and then, for datasets on the Hugging Face Hub, the commits of the main branch.
-        Raises NotFoundError if none has the file.
+        locked: the content that it must have; None for any. Only `--revision` is tried, if given; otherwise the locked
+        commit, the catalog's revision, the main branch (with `--update`: the main branch, the catalog's revision), and
+        for datasets on the Hub the commits of the main branch. Raises NotFoundError if none has the file.
         """
         if not self._is_repository:
             return self._locate_plain(want, locked)
@@ -462,10 +448,7 @@ class _Planner:
         raise self._not_found(want, nearby, is_locked=locked is not None)
 
     def _not_found(self, want: WantedFile, nearby: list[str], *, is_locked: bool) -> NotFoundError:
-        """Return the error for a file that no revision has.
-
-        nearby: paths that were listed, from which similar names are proposed.
-        """
+        """Return the error for a file that no revision has. nearby: listed paths; similar ones are proposed."""
         failed = [value for value in self._listings.values() if isinstance(value, NotFoundError)]
         if failed and not nearby:
             return failed[-1]
@@ -481,11 +464,10 @@ class _Planner:
         return NotFoundError(f"{where} has no {want.path}", fix)
 
     def _locate_plain(self, want: WantedFile, locked: Content | None) -> FetchItem:
-        """Find a file in a folder or at a web address, under its path in the repository or else under its local name.
+        """Find a file in a folder or at a web address, under its repository path or else under its local name.
 
-        These sources list no checksums. The checksum is taken from mm.lock, from the catalog, or from the folder's own
-        mm.lock, if the size is the same there; without any, a warning is added. Raises NotFoundError if the file is not
-        there.
+        The checksum is taken from mm.lock, from the catalog, or from the folder's own mm.lock, if the size is the same
+        there; without any, a warning is added. Raises NotFoundError if the file is not there.
         """
         for path in dict.fromkeys((want.path, want.name)):
             content = look_up(self.source, path)
@@ -509,17 +491,14 @@ class _Planner:
         raise NotFoundError(f"{self.source.endpoint} has no {want.path}", "check --source, or leave it out")
 
     def _revisions(self, repo: Repo, pinned: str | None) -> list[str]:
-        """Return the revisions to look for files at, in order. pinned: the revision that the catalog names, if any."""
+        """Return the revisions to look for files at, in order. pinned: the one that the catalog names, if any."""
         if asked := self._asked(repo):
             return [self._full(repo, asked)]
         order = [self.main, pinned] if self.options.update else [self._locked_commit(repo), pinned, self.main]
         return list(dict.fromkeys(self._full(repo, revision) for revision in order if revision))
 
     def _asked(self, repo: Repo) -> str | None:
-        """Return the value of `--revision` if it applies to this repository, else None.
-
-        It applies to the dataset, and to the tokenizer's repository if only a tokenizer is requested.
-        """
+        """Return `--revision` if it applies: to the dataset, or the tokenizer if only that is requested; else None."""
         return self.options.revision if repo.kind == "dataset" or self.only_model else None
 
     def _full(self, repo: Repo, revision: str) -> str:
@@ -545,10 +524,7 @@ class _Planner:
         return ids.most_common(1)[0][0] if ids else None
 
     def listing(self, repo: Repo, revision: str) -> Listing:
-        """Return the files of a repository at a revision; the request is made once.
-
-        Raises NotFoundError, each time it is called.
-        """
+        """Return the files of a repository at a revision, requested once. Raises NotFoundError, each time."""
         key = (repo, revision)
         if key not in self._listings:
             try:
@@ -561,10 +537,7 @@ class _Planner:
         return result
 
     def _try_listing(self, repo: Repo, revision: str) -> Listing | None:
-        """Return the listing, or None if there is no such revision.
-
-        If the user named the revision, NotFoundError is raised instead.
-        """
+        """Return the listing; None, or NotFoundError if the user named the revision, if there is no such revision."""
         try:
             return self.listing(repo, revision)
         except NotFoundError:
@@ -573,11 +546,10 @@ class _Planner:
             return None
 
     def _accept(self, want: WantedFile, listing: Listing, locked: Content | None) -> Content | None:
-        """Return the content of a requested file according to a listing; None if the listing does not have that file.
+        """Return the content that a listing has for a requested file; None if it does not have that file.
 
-        It does not if the path is missing, if `locked` is given and the listed bytes are others, or if, without
-        `--revision`, the listed file is another version that the catalog knows by another key. Adds a warning if size
-        or checksum differ from the catalog's.
+        None also if `locked` is given and the listed bytes are others, or if, without `--revision`, the listed file is
+        another version that the catalog knows by another key. Warns if size or checksum differ from the catalog's.
         """
         content = listing.files.get(want.path)
         if content is None:
@@ -593,7 +565,6 @@ class _Planner:
         return content
 
     def _differs(self, want: WantedFile, content: Content) -> None:
-        """Add a warning that the source lists another size or checksum than the catalog."""
         known = want.known
         assert known is not None
         listed = f"{content.num_bytes:,} bytes, sha256 {(content.sha256 or 'unknown')[:12]}"

@@ -1,9 +1,8 @@
 """Where files come from: the Hugging Face Hub or a mirror of it, ModelScope, a folder, or a plain web address.
 
-Lists a repository at a revision (commit, sizes, checksums) and opens a file at any byte offset. Files are requested at
-the listed commit. Every request starts at the endpoint itself and not at the signed address that an earlier request was
-redirected to, so an expired signature only costs one more redirect. The access token is sent to the endpoint that the
-user chose and nowhere else. The Hub's Xet transfer protocol is never used.
+Every request starts at the endpoint itself and not at the signed address that an earlier request was redirected to, so
+an expired signature only costs one more redirect. The access token is sent to the endpoint that the user chose and
+nowhere else. The Hub's Xet transfer protocol is never used.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place to download from. `kind`: hf, modelscope, dir or url. `endpoint`: web address (no final slash) or folder."""
+    """A place to download from. `kind`: hf, modelscope, dir or url. `endpoint`: address (no final slash) or folder."""
 
     kind: str
     endpoint: str
@@ -77,7 +76,7 @@ def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
 
 
 def _endpoint(text: str) -> str:
-    """Return a web address without final slash, with https:// if it has no scheme. Raises UsageError without a host."""
+    """Return a web address without final slash, https:// in front if it has no scheme. Raises UsageError without a host."""
     text = (text if re.match(r"https?://", text) else f"https://{text}").rstrip("/")
     if not urlsplit(text).hostname:
         raise UsageError(f"--endpoint {text} names no host", "give it like https://hf-mirror.com")
@@ -85,10 +84,9 @@ def _endpoint(text: str) -> str:
 
 
 def is_safe(path: str) -> bool:
-    """Return whether a path from a listing stays inside the directory that it is joined to, on any operating system.
+    """Return whether a listed path stays inside the directory that it is joined to, on any operating system.
 
-    False for an empty or absolute path and for one with ., .., an empty component, a backslash, a colon or a control
-    character.
+    False if it is empty or absolute or has ., .., an empty component, a backslash, a colon or a control character.
     """
     parts = PurePosixPath(path).parts
     bad = not path or path.startswith("/") or "\\" in path or ":" in path or any(ord(c) < 32 for c in path)
@@ -115,10 +113,7 @@ def first_bytes(path: str) -> bytes:
 
 
 def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
-    """Make the request of `list_files` to the Hugging Face Hub.
-
-    Files in Git LFS have a sha256, all others a git object id.
-    """
+    """`list_files` for the Hugging Face Hub: files in Git LFS have a sha256, all others a git object id."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=source.endpoint)
@@ -135,9 +130,9 @@ def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def commits(source: Source, repo: Repo) -> list[str]:
-    """Return the commit ids of the main branch of a repository on the Hub, newest first.
+    """Return the commit ids of the main branch of a repository on the Hub, newest first, to about MAX_COMMITS.
 
-    Stops at the first page that reaches MAX_COMMITS. Raises what `_get_json` raises.
+    Raises what `_get_json` raises.
     """
     url: str | None = f"{source.endpoint}/api/{repo.kind}s/{repo.id}/commits/main"
     ids: list[str] = []
@@ -150,10 +145,7 @@ def commits(source: Source, repo: Repo) -> list[str]:
 
 
 def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
-    """Make the requests of `list_files` to ModelScope, page by page.
-
-    A page after the first that is refused is requested again.
-    """
+    """`list_files` for ModelScope, page by page. A page after the first that is refused is requested again."""
     tail = "repo/tree" if repo.kind == "dataset" else "repo/files"
     files: dict[str, Content] = {}
     commit, number = revision, 1
@@ -178,8 +170,7 @@ def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
 def look_up(source: Source, path: str) -> Content | None:
     """Return size and version (mtime or ETag) of one file of a folder or web address; None if it is not there.
 
-    The result has no checksum. Raises NetworkError if a web server does not send the size, and IntegrityError if it
-    sends a web page.
+    Has no checksum. Raises NetworkError if a web server does not send the size, and IntegrityError for a web page.
     """
     if source.kind == "dir":
         file = Path(source.endpoint) / path
@@ -191,7 +182,6 @@ def look_up(source: Source, path: str) -> Content | None:
 
 
 def _look_up_url(source: Source, path: str) -> Content | None:
-    """Ask a web server for one file and return its size and ETag; None if the server does not have it."""
     try:
         with _stream(source, f"{source.endpoint}/{quote(path)}", {}, path) as response:
             length = response.headers.get("content-length")
@@ -207,10 +197,9 @@ def _look_up_url(source: Source, path: str) -> Content | None:
 
 
 def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
-    """Return a function that opens one file of the source at a byte range.
+    """Return a function that opens one file at a byte range: first byte and end (exclusive; None for the rest).
 
-    Its arguments are the first byte and the end (exclusive; None for the rest), and it returns a context manager for a
-    `Body`. `repo` and `commit` are ignored for a folder and for a plain web address.
+    It returns a context manager for a `Body`. `repo` and `commit` are ignored for a folder and a plain web address.
     """
     if source.kind == "dir":
         return lambda begin, _end: _open_file(Path(source.endpoint) / path, begin)
@@ -219,7 +208,6 @@ def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
 
 
 def _address(source: Source, repo: Repo, commit: str, path: str) -> str:
-    """Return the web address that one file of a source is downloaded from."""
     if source.kind == "hf":
         prefix = "datasets/" if repo.kind == "dataset" else ""
         return f"{source.endpoint}/{prefix}{repo.id}/resolve/{quote(commit, safe='')}/{quote(path)}"
@@ -231,10 +219,7 @@ def _address(source: Source, repo: Repo, commit: str, path: str) -> str:
 
 @contextlib.contextmanager
 def _open_file(path: Path, begin: int) -> Iterator[Body]:
-    """Open a local file at byte `begin`. It is read to its end.
-
-    Raises NotFoundError if there is no such file.
-    """
+    """Open a local file from byte `begin` to its end. Raises NotFoundError if there is no such file."""
     try:
         with open(path, "rb") as file:
             file.seek(begin)
@@ -299,11 +284,10 @@ def _headers(source: Source) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Iterator[Any]:
-    """Context manager that yields the streamed response to a GET request, with a status below 400.
+    """Context manager that yields the streamed response, of status below 400, to a GET request.
 
-    what: what is requested, for messages. Raises TryAgain or an MMError, as described at `_explained`. If an address
-    that the server redirected to refuses the request, TryAgain is raised, since the signature of the address may have
-    expired.
+    what: what is requested, for messages. Raises as `_explained` does, and TryAgain if an address that the server
+    redirected to refuses the request, since its signature may have expired.
     """
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -323,14 +307,13 @@ def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Ite
 
 
 def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) -> tuple[Any, dict]:
-    """Return the decoded JSON response to a GET request and its Link headers. Failures that may pass are retried.
+    """Return the JSON response to a GET request and its Link headers. Failures that may pass are retried.
 
     is_again: an earlier page of the same listing arrived, so that status 403 is taken for temporary.
     """
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     def ask() -> tuple[Any, dict]:
-        """Make the request once."""
         with _explained(source, what):
             session = get_session()
             response = session.get(url, headers=_headers(source), timeout=source.retry.read_timeout_s)
@@ -346,7 +329,7 @@ def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) ->
 def _explained(source: Source, what: str) -> Iterator[None]:
     """Context manager that turns the HTTP client's exceptions into TryAgain (worth another attempt) or an MMError.
 
-    what: what is requested, for messages. Messages name hosts, but never queries, headers or tokens.
+    what: what is requested, for messages, which name hosts, but never queries, headers or tokens.
     """
     from huggingface_hub import errors
     from huggingface_hub.utils import get_session
@@ -396,7 +379,7 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
-    """Raise TryAgain for a status in RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError."""
+    """Raise TryAgain for an HTTP status in RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError."""
     from huggingface_hub import errors
 
     status, headers = error.response.status_code, error.response.headers
@@ -424,10 +407,9 @@ def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
 
 
 def asked_wait(headers: Any, *, is_limit: bool = False) -> float | None:
-    """Return the number of seconds that a server asks to wait, or None if it does not ask.
+    """Return the number of seconds that a server asks to wait, by Retry-After; None if it does not ask.
 
-    Read from Retry-After, in seconds or as a date, or, if `is_limit` (status 429), from the reset time `t` of a
-    RateLimit header.
+    is_limit: the status is 429, so that the reset time `t` of a RateLimit header counts too.
     """
     text = (headers.get("retry-after") or "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):

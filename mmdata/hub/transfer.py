@@ -1,9 +1,8 @@
 """Downloading one file over an unreliable connection: resumed after failures, verified, then renamed.
 
-Takes a function that opens the file at any offset, so that nothing here depends on HTTP. Bytes are written to
-<name>.part. The journal <name>.part.json records which byte ranges (spans) of which content have been written, so that
-a later run, another process or a download from another source can continue. Content is hashed as it arrives. Memory use
-is a few chunks of CHUNK_BYTES.
+Bytes are written to <name>.part. The journal <name>.part.json records which byte ranges (spans) of which content have
+been written, so that a later run, another process or a download from another source can continue. Content is hashed as
+it arrives. Memory use is a few chunks of CHUNK_BYTES. Nothing here depends on HTTP.
 """
 
 import contextlib
@@ -39,8 +38,7 @@ NOT_DATA = (
 class TryAgain(Exception):
     """An attempt failed in a way that may pass.
 
-    wait_s: seconds that the server asked to wait, None if it did not ask; is_timeout: the server sent nothing, or too
-    slowly.
+    wait_s: what the server asked to wait; None if it did not ask. is_timeout: the server sent nothing, or too slowly.
     """
 
     def __init__(self, message: str, *, wait_s: float | None = None, is_timeout: bool = False) -> None:
@@ -59,10 +57,7 @@ class RangeIgnored(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Timeouts and limits of repeated attempts. Only consecutive attempts that make no progress count towards `tries`.
-
-    `sleep` and `clock` can be replaced in tests.
-    """
+    """Timeouts and limits of repeated attempts. Only attempts in a row without any progress count towards `tries`."""
 
     tries: int = 6
     contradictions: int = 3  # answers of another size than the published one before the download fails
@@ -77,11 +72,10 @@ class RetryPolicy:
     clock: Callable[[], float] = time.monotonic
 
     def wait(self, failures: int, asked_s: float | None = None) -> None:
-        """Sleep before the next attempt.
+        """Sleep before the next attempt: `first_wait_s`, doubled with each failure to `max_wait_s`, with 25% jitter.
 
-        failures: attempts that failed in a row, at least 1. asked_s: seconds that the server asked for, used up to
-        `max_asked_wait_s`. Without it the time doubles with each failure, from `first_wait_s` up to `max_wait_s`, with
-        25% of random jitter.
+        failures: attempts that failed in a row, at least 1. asked_s: what the server asked for, used instead, up to
+        `max_asked_wait_s`.
         """
         if asked_s is not None:
             seconds = min(max(asked_s, 0.0), self.max_asked_wait_s)
@@ -91,9 +85,9 @@ class RetryPolicy:
 
 
 def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
-    """Call `call` until it returns, and return its result. Waits between attempts.
+    """Call `call` until it returns, with waits between attempts, and return its result.
 
-    If it raises TryAgain it is called again; a timeout counts as two attempts. Raises NetworkError with `fix` after
+    Only TryAgain leads to another call; a timeout counts as two attempts. Raises NetworkError with `fix` after
     `retry.tries` failed attempts, and any other exception of `call` at once.
     """
     failures = 0
@@ -112,10 +106,7 @@ def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The bytes that a file should have. Checksums are None if they are not published.
-
-    `sha256` and `git_oid` (git's blob hash) are in hex digits, `etag` as the server sends it.
-    """
+    """The bytes that a file should have: `sha256` and `git_oid` (git's blob hash) in hex, None if not published."""
 
     num_bytes: int
     sha256: str | None = None
@@ -125,10 +116,7 @@ class Content:
 
     @property
     def identity(self) -> str | None:
-        """The string by which a later run knows that a partial download has the same content: sha256, git_oid or etag.
-
-        None if nothing is known; the download can then not be resumed.
-        """
+        """What a partial download is recognized by: sha256, git_oid or etag; None means it cannot be resumed."""
         return self.sha256 or self.git_oid or self.etag
 
     @property
@@ -137,10 +125,7 @@ class Content:
         return bool(self.sha256 or self.git_oid)
 
     def mismatch(self, digest: Digest) -> str:
-        """Return how the bytes of `digest` differ from this content in size or checksum; empty if they do not.
-
-        Without a checksum only the size is compared.
-        """
+        """Return how `digest` differs in size or in a checksum, if one is known; empty if it does not."""
         if digest.position != self.num_bytes:
             return f"{digest.position:,} bytes, expected {self.num_bytes:,}"
         if self.sha256 and digest.sha256 != self.sha256:
@@ -154,8 +139,8 @@ class Content:
 class Body:
     """An open response. `chunks` yields the bytes of the file from offset `start` on.
 
-    `start` may be less than the offset asked for, if the server ignores ranges. `total` is the size of the whole file,
-    or None.
+    `start` may be less than the offset asked for, if the server ignores ranges. `total`: size of the whole file or
+    None.
     """
 
     start: int
@@ -243,10 +228,9 @@ def missing(spans: list[Span], num_bytes: int) -> list[Span]:
 
 
 def cut(gaps: list[Span], connections: int) -> list[Span]:
-    """Cut spans into pieces, about four per connection, so that all connections finish at about the same time.
+    """Cut spans into about four pieces per connection, so that all finish at about the same time; for one, nothing.
 
-    Pieces have MIN_PIECE_BYTES to MAX_PIECE_BYTES (the last one of a span may be shorter). For one connection nothing
-    is cut.
+    Pieces have MIN_PIECE_BYTES to MAX_PIECE_BYTES; the last one of a span may be shorter.
     """
     if connections == 1:
         return gaps
@@ -258,8 +242,8 @@ def cut(gaps: list[Span], connections: int) -> list[Span]:
 class PartialFile:
     """The file <name>.part with its journal, open for writing.
 
-    `done` are the spans that are completely written, and `digest` has hashed an unbroken run of bytes from the
-    beginning of the file.
+    `done` are the completely written spans; `digest` has hashed an unbroken run of bytes from the beginning of the
+    file.
     """
 
     def __init__(self, target: Path, content: Content) -> None:
@@ -285,7 +269,6 @@ class PartialFile:
         return [*self.done, *((begin, position) for begin, position in self._active)]
 
     def _save(self) -> None:
-        """Write the journal."""
         self._unsaved = 0
         spans = sorted(self._spans() or [(0, 0)])
         journal = Journal(self.content.num_bytes, self.content.identity, spans)
@@ -310,9 +293,9 @@ class PartialFile:
                 self._save()
 
     def write(self, span: list[int], data: bytes, *, is_only: bool) -> None:
-        """Write data at the position of a span and advance the position.
+        """Write data at the position of a span and advance the position. Raises OSError.
 
-        is_only: no other thread writes; the bytes are then hashed at once if they continue the digest. Raises OSError.
+        is_only: no other thread writes; the bytes are then hashed at once if they continue the digest.
         """
         view, offset = memoryview(data), span[1]
         while view:
@@ -345,10 +328,7 @@ class PartialFile:
         self._save()
 
     def close(self) -> None:
-        """Save the journal and close the file, so that a later run can continue.
-
-        If no bytes were written, both files are removed.
-        """
+        """Save the journal and close the file, for a later run to continue. Without any bytes, both are removed."""
         if self._file < 0:
             return
         os.close(self._file)
@@ -387,10 +367,9 @@ def download(
 ) -> Download:
     """Download one file to `target` and verify it. An existing `target` stays as it is until the new file is complete.
 
-    open_body: opens the file at the source, given first byte and end (exclusive; None for the rest). progress: called
-    with the bytes that are there and the size of the file. check: called with the path and digest of the complete
-    partial file before it is renamed; returns warnings, or raises IntegrityError to refuse the file.
-
+    open_body: see `sources.opener`. progress: called with the bytes that are there and the size of the file. check:
+    called with the path and digest of the complete partial file before it is renamed; returns warnings, or raises
+    IntegrityError to refuse the file.
     A file whose checksum or size is wrong is downloaded once more. Raises NetworkError, IntegrityError, DiskError and
     what `open_body` raises. Partial bytes stay for the next run, unless they are wrong.
     """
@@ -429,10 +408,7 @@ def download(
 
 
 class _Connections:
-    """The connections of one download, as threads: the pieces still to do, and the first error of any of them.
-
-    `done_bytes` counts the bytes that are on disk, and `stop` tells all threads to end.
-    """
+    """The connections of one download, as threads. `done_bytes` are on disk; `stop` tells all threads to end."""
 
     def __init__(
         self, part: PartialFile, open_body: OpenBody, retry: RetryPolicy, result: Download, progress: Progress | None
@@ -448,10 +424,7 @@ class _Connections:
         self._guard = threading.Lock()
 
     def run(self, connections: int) -> None:
-        """Download and hash everything that is missing.
-
-        If the server ignores ranges, one connection is used instead of several.
-        """
+        """Download and hash what is missing, over one connection if the server ignores ranges."""
         self.part.catch_up()
         try:
             self._run(connections)
@@ -487,10 +460,7 @@ class _Connections:
             raise self.error
 
     def _work(self) -> None:
-        """Download pieces until none is left or `stop` is set.
-
-        An exception is stored in `error` and ends all connections.
-        """
+        """Download pieces until none is left or `stop` is set. An exception is stored in `error` and ends all."""
         try:
             while not self.stop.is_set():
                 with self._guard:
@@ -529,10 +499,7 @@ class _Connections:
                     self.retry.wait(failures, problem.wait_s)
 
     def _attempt(self, span: list[int], end: int) -> None:
-        """Open one response at the position of the span and read it up to the byte `end`.
-
-        Raises WrongSize, RangeIgnored, or TryAgain if the response ends early.
-        """
+        """Read one response from the position of the span to `end`. Raises WrongSize, RangeIgnored or TryAgain."""
         position = span[1]
         with self.open_body(position, end if self.is_shared else None) as body:
             if body.total is not None and body.total != self.num_bytes:
@@ -548,8 +515,8 @@ class _Connections:
     def _read(self, body: Body, span: list[int], end: int) -> None:
         """Write the bytes of a response to the span, up to `end`. Bytes before the span's position are skipped.
 
-        Raises TryAgain if less than `slow_bytes_per_s` arrive for `slow_window_s`, IntegrityError if the file begins
-        wrongly.
+        Raises TryAgain if it is slower than `slow_bytes_per_s` over `slow_window_s`, IntegrityError for a wrong
+        beginning.
         """
         skip = span[1] - body.start  # bytes before the span's position, which a server that ignores ranges sends again
         window_start, window_bytes = self.retry.clock(), 0
