@@ -64,12 +64,9 @@ app.add_typer(tokenizers, name="tokenizer")
 
 
 def main() -> None:
-    """Run the command in `sys.argv` and exit the process with its exit code.
-
-    An `MMError`, or an `OSError` that `describe` recognizes, is printed to stderr as an error line and a fix line, and
-    gives its exit code. Ctrl-C and SIGTERM give 130. When the reader of stdout has gone (`mm show DIR | head`), the
-    exit code is 0. Any other exception is raised with its traceback.
-    """
+    """Run the command in `sys.argv` and exit with its code: that of an `MMError`, or of an `OSError` that `describe`
+    recognizes, both printed to stderr as an error and a fix; 130 for Ctrl-C and SIGTERM; 0 when the reader of stdout
+    has gone (`mm show DIR | head`). Any other exception is raised with its traceback."""
     signal.signal(signal.SIGTERM, interrupt)
     try:
         code = app(standalone_mode=True)
@@ -89,16 +86,13 @@ def main() -> None:
 
 
 def interrupt(_number: int, _frame: object) -> None:
-    """Handle SIGTERM as Ctrl-C: raise KeyboardInterrupt, so that the running command cleans up."""
+    """Handle SIGTERM as Ctrl-C, so that the running command cleans up."""
     raise KeyboardInterrupt
 
 
 def describe(error: OSError) -> MMError | None:
-    """Return the error to print for an OSError that the user can mend; None for any other OSError.
-
-    A full disk or an exceeded quota becomes DiskError. A missing file, a missing permission, and a directory where a
-    file is expected or the reverse become InputError.
-    """
+    """Return the error to print for an OSError that the user can mend, else None. A full disk or exceeded quota becomes
+    DiskError; a missing file or permission, and a directory in place of a file or the reverse, InputError."""
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"the disk is full while writing {name}", "free some space (`df -h .`) and run it again")

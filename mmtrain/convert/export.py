@@ -48,9 +48,9 @@ RECORD = "export.json"  # marks a directory as an export, which may be replaced
 
 @dataclass(frozen=True)
 class Exported:
-    """Result of `export`. `files` are paths relative to `out`, and `num_bytes` is their total size. `checks` are
-    sentences for the user about what was compared. `max_logit_difference` is the largest absolute difference from
-    transformers' logits, or None if they were not compared."""
+    """Result of `export`. files: paths relative to `out`. num_bytes: their total size. checks: sentences for the user
+    about what was compared. max_logit_difference: largest absolute difference from transformers' logits; None if they
+    were not compared."""
 
     out: Path
     format: str
@@ -74,7 +74,6 @@ class _Source:
 
     @property
     def shape(self) -> ModelConfig:
-        """The model's configuration."""
         return self.model.config
 
     @property
@@ -83,18 +82,17 @@ class _Source:
         return "Qwen3ForCausalLM" if self.shape.qk_norm else "LlamaForCausalLM"
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the state dict, converted to `dtype`."""
         return {name: value.detach().to(dtype).contiguous() for name, value in self.model.state_dict().items()}
 
 
 def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> Exported:
     """Write the model of a run or of a checkpoint directory, `path`, to the directory `out` in one of the formats of
-    `DTYPES`. `dtype` None is the format's first one.
+    `DTYPES`.
 
-    `out` appears only when the export is complete; an earlier export there is replaced. Raise UsageError for an unknown
-    format or dtype, when `out` has other files, or when the format cannot represent the model; TokenizerError when the
-    tokenizer is not the run's or llama.cpp cannot read it; CheckpointError when there is no complete checkpoint or
-    transformers computes something else from the export.
+    `out` appears only when the export is complete; an earlier export there is replaced. dtype: None for the format's
+    first. Raise UsageError for an unknown format or dtype, other files in `out`, or a model that the format cannot
+    represent; TokenizerError if the tokenizer is not the run's or llama.cpp cannot read it; CheckpointError if there is
+    no complete checkpoint or transformers computes something else from the export.
     """
     dtype = dtype or next(iter(DTYPES.get(format, {"": None})))
     if format not in DTYPES or dtype not in DTYPES[format]:
@@ -128,8 +126,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
 
 
 def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write weights, config.json, generation config, tokenizer with chat template and model card, and compare them with
-    the model. Return the sentences and the difference of `_compare_hf`."""
+    """Write weights, configs, tokenizer with chat template and model card; return the results of `_compare_hf`."""
     weights = source.weights(DTYPES["hf"][dtype])
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", _hf_config(source, dtype), indent=2)
@@ -171,14 +168,12 @@ def _hf_config(source: _Source, dtype: str) -> JsonObject:
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Return the ids of the BOS, EOS and padding tokens under their names in config.json; None for a token that does
-    not exist."""
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """Write the tokenizer's files. The config names a tokenizer class that every version of transformers has, and gets
-    the ChatML template if the tokenizer has no chat template."""
+    """Write the tokenizer's files, with a tokenizer class that every version of transformers has, and with the ChatML
+    template if the tokenizer has no chat template."""
     tokenizer.save(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -191,11 +186,9 @@ def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 @torch.no_grad()
 def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple[list[str], float | None]:
     """Load the export with transformers in fp32, and compare its logits for random ids, and its prompt ids for a
-    message, with ours. `weights` are the exported weights, which our model uses too.
-
-    Return sentences for the user, and the largest difference between logits (None if transformers is not installed).
-    Raise CheckpointError when logits differ by more than TOLERANCE or prompt ids differ.
-    """
+    message, with ours. weights: the exported weights, which our model uses too. Return sentences for the user and the
+    largest difference between logits (None if transformers is not installed). Raise CheckpointError when logits differ
+    by more than TOLERANCE or prompt ids differ."""
     if importlib.util.find_spec("transformers") is None:
         return ["not compared: transformers is not installed (pip install 'mm-toolkit[hf]')"], None
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -232,8 +225,8 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
 
 
 def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write NAME-DTYPE.gguf, where NAME is that of the run directory, and the model card. The file is read again and
-    compared tensor by tensor. Return sentences for the user about this, and None, since no logits are compared."""
+    """Write RUN-DTYPE.gguf, read it again to compare each tensor, and write the model card. Return sentences for the
+    user, and None, since no logits are compared."""
     name = re.sub(r"[^\w.-]+", "-", source.checkpoint.run_dir.resolve().name) or "model"
     path = out / f"{name}-{dtype}.gguf"
     checks = gguf.write(path, source.model.state_dict(), source.shape, source.tokenizer, dtype=dtype, name=name)
@@ -245,9 +238,9 @@ def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], floa
 
 
 def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write STAGE_WIDTH.pth, the file name that MiniMind's scripts use, and the tokenizer in the directory model/.
-    Return a sentence for the user about where the files go, and None, since no logits are compared. Raise UsageError
-    for a shape that MiniMind's code cannot build."""
+    """Write STAGE_WIDTH.pth, the file name that MiniMind's scripts use, and the tokenizer in model/. Return a sentence
+    for the user about where the files go, and None, since no logits are compared. Raise UsageError for a shape that
+    MiniMind's code cannot build."""
     shape = source.shape
     if wrong := _not_minimind(shape):
         problem = f"MiniMind's code makes no model with {', '.join(wrong)}"
@@ -265,8 +258,8 @@ def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], 
 
 
 def _not_minimind(shape: ModelConfig) -> list[str]:
-    """Return descriptions of the values in a model's configuration with which MiniMind's code cannot build it, such as
-    "num_heads 6 (only 8)". MiniMind has fixed rules for all values except width and number of layers."""
+    """Describe the values of a configuration with which MiniMind's code cannot build the model, such as "num_heads 6
+    (only 8)". MiniMind has fixed rules for all values except width and number of layers."""
     width = shape.hidden_size
     ffn_size = 64 * math.ceil((width * math.pi if shape.qk_norm else int(width * 8 / 3)) / 64)
     expected = {
@@ -288,8 +281,8 @@ def _not_minimind(shape: ModelConfig) -> list[str]:
 
 
 def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
-    """Return a Markdown table row for the run and for each run whose weights it started from, newest first. The list
-    ends at a run that no longer exists."""
+    """Return a Markdown table row for the run and each run whose weights it started from, newest first, up to a run
+    that no longer exists."""
     rows: list[str] = []
     visited: set[Path] = set()
     while run_dir.resolve() not in visited:
@@ -307,8 +300,8 @@ def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
 
 
 def model_card(source: _Source, dtype: str, *, gguf_file: str | None = None) -> str:
-    """Return the README.md of an export: the model's shape and hashes, the data it was trained on, and how to use it.
-    `gguf_file`: name of the file, if the format is GGUF."""
+    """Return the README.md of an export: shape, hashes, training data and use. gguf_file: its name if the format is
+    GGUF."""
     text = resources.files("mmtrain.convert").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(text).render(

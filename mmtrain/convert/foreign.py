@@ -58,9 +58,8 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # prefixes that Distributed
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A model read from the file or directory `path` of another program: fp32 weights under our names, its
-    configuration (`shape`), a description of its origin, and the directory of its tokenizer (None if none was found).
-    """
+    """A model read from the file or directory `path` of another program. weights: fp32, under our names. shape: its
+    configuration. tokenizer_dir: None if no tokenizer was found."""
 
     path: Path
     weights: dict[str, Tensor]
@@ -71,8 +70,8 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Imported:
-    """Result of `import_model`. `sha256` is the hash of the weights file; of a model in several files, it is the hash
-    of their concatenated hashes."""
+    """Result of `import_model`. sha256: hash of the weights file; of several files, the hash of their concatenated
+    hashes."""
 
     run_dir: Path
     origin: str
@@ -86,17 +85,16 @@ class Imported:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return whether `path` looks like a model of another program: a name that ends in one of PICKLES, or a directory
-    with a config.json. Other paths are taken for runs or checkpoints."""
+    """Return whether `path` looks like a model of another program: its name ends in one of PICKLES, or it is a
+    directory with a config.json. Other paths are taken for runs or checkpoints."""
     return path.suffix in PICKLES or (path / "config.json").is_file()
 
 
 def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
-    """Read the weights of a torch file (suffix in PICKLES) or of a Hugging Face directory.
-
-    Raise CheckpointError if they cannot be read or mm has no such model. num_heads: number of query heads, ignored if there
-    are query norms; by default that of config.json (directories only), else MiniMind's 8.
-    """
+    """Read the weights of a torch file (suffix in PICKLES) or of a Hugging Face directory. Raise CheckpointError if
+    they cannot be read or mm has no such model.
+    num_heads: number of query heads, ignored if there are query norms; None for that of config.json (directories only),
+    else MiniMind's 8."""
     if path.is_dir():
         config = _read_config(path)
         tensors: dict[str, Tensor] = {}
@@ -130,8 +128,7 @@ class _Rope(Struct):
 
 
 class _Config(Struct):
-    """The fields of config.json, with the names of Hugging Face and those of MiniMind. Fields that are missing get
-    MiniMind's values in `_shape_of`."""
+    """The fields of config.json, under the names of Hugging Face and of MiniMind. `_shape_of` fills in missing ones."""
 
     model_type: str | None = None
     use_moe: bool | None = None
@@ -150,8 +147,7 @@ class _Config(Struct):
 
 
 def _read_config(path: Path) -> _Config:
-    """Read the config.json of a directory. Raise CheckpointError when it is missing, or describes a model that ours
-    cannot represent."""
+    """Read the config.json of a directory. Raise CheckpointError if it is missing or describes a model unlike ours."""
     if not (path / "config.json").is_file():
         fix = "give a run, a .pth file or a Hugging Face directory"
         raise CheckpointError(f"{path} holds neither a run nor a config.json", fix)
@@ -180,8 +176,8 @@ class _Index(Struct):
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """Return the paths of the weight files in a Hugging Face directory; safetensors files are preferred to pickles.
-    Raise CheckpointError if there are none."""
+    """Return the weight files of a Hugging Face directory, safetensors before pickles. Raise CheckpointError if there
+    are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return [path / name]
@@ -200,9 +196,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of a torch file by name. If the file is a training state with the model under "model" or
-    "state_dict" (as MiniMind's *_resume.pth), load those of the model. Raise CheckpointError if the file is damaged or
-    has other values than tensors."""
+    """Load the tensors of a torch file by name; of a training state (such as MiniMind's *_resume.pth), those under
+    "model" or "state_dict". Raise CheckpointError if the file is damaged or has other values than tensors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about pickle protocols
@@ -229,9 +224,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return the tensors under our names, and whether they had the names that MiniMind used until April 2025. Prefixes
-    of wrappers are removed, and buffers that can be computed from the shape are left out. Raise CheckpointError for
-    experts and LoRA adapters."""
+    """Return the tensors under our names, and whether they had the names that MiniMind used until April 2025. Drop
+    prefixes of wrappers, and buffers that can be computed from the shape. Raise CheckpointError for experts and LoRA
+    adapters."""
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
     if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
@@ -243,8 +238,8 @@ def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Ten
 
 
 def _from_seed(name: str) -> str:
-    """Return our name for a tensor name that MiniMind used until April 2025. An unknown name is returned unchanged;
-    `_checked` refuses it later."""
+    """Return our name for a name that MiniMind used until April 2025. An unknown one is unchanged; `_checked` refuses
+    it."""
     match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
     if not match or match[2] not in _SEED_NAMES:
         return name
@@ -253,12 +248,11 @@ def _from_seed(name: str) -> str:
 
 
 def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_heads: int | None) -> ModelConfig:
-    """Return the shape of a model from its tensors, under the names of mm, and from config.json, with MiniMind's defaults.
-
-    Raise CheckpointError if a required tensor is missing, if the number of query rows is not the hidden size, or if the
-    head size is odd or does not divide the query and key rows. num_heads: number of query heads; it overrides config.json
-    and is ignored if there are query norms, whose length is the head size. path: for error messages.
-    """
+    """Return the shape of a model from its tensors, under the names of mm, and from config.json, with MiniMind's
+    defaults. Raise CheckpointError if a required tensor is missing, the number of query rows is not the hidden size, or
+    the head size is odd or does not divide the query and key rows.
+    num_heads: number of query heads; it overrides config.json and is ignored if there are query norms, whose length is
+    the head size. path: for error messages."""
     first = "model.layers.0."
     needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))
     if missing := [name for name in needed if f"{name}.weight" not in weights]:
@@ -291,11 +285,8 @@ def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_he
 
 def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path: Path) -> dict[str, Tensor]:
     """Return the weights in fp32. Raise CheckpointError unless names and shapes are exactly those of a model of this
-    shape and an output projection, if present, equals the embedding.
-
-    `is_seed`: the weights are from MiniMind before April 2025, so rows of queries and keys are reordered by
-    `_half_split`.
-    """
+    shape and an output projection, if present, equals the embedding. is_seed: the weights are from MiniMind before
+    April 2025, so rows of queries and keys are reordered by `_half_split`."""
     output = weights.pop("lm_head.weight", None)
     if output is not None and not torch.equal(output, weights["model.embed_tokens.weight"]):
         raise CheckpointError(
@@ -325,25 +316,20 @@ def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path
 
 
 def _half_split(weight: Tensor, head_size: int) -> Tensor:
-    """Reorder the rows of a query or key matrix [heads * D, C] for another convention of rotary embeddings. Rows 2i and
-    2i + 1 of each head were rotated together; afterwards rows i and i + D/2 are.
-
-    This is exact, because the order of rows within a head only matters for the rotation, and queries and keys are
-    reordered alike.
-    """
+    """Reorder the rows of a query or key matrix [heads * D, C] for another convention of rotary embeddings: rows 2i and
+    2i + 1 of each head were rotated together; afterwards rows i and i + D/2 are. This is exact, because the order of
+    rows within a head only matters for the rotation, and queries and keys are reordered alike."""
     pairs = weight.float().unflatten(0, (-1, head_size // 2, 2))
     return pairs.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def interleaved(weight: Tensor, head_size: int) -> Tensor:
-    """Invert `_half_split`: reorder the rows of a query or key matrix so that rows 2i and 2i + 1 of each head are
-    rotated together, as llama.cpp expects of Llama models."""
+    """Invert `_half_split`: rows 2i and 2i + 1 of each head are rotated together, as llama.cpp expects of Llama models."""
     halves = weight.unflatten(0, (-1, 2, head_size // 2))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def _moe(path: Path) -> CheckpointError:
-    """Return the error for a mixture of experts."""
     problem = f"{path} is a mixture of experts (MoE), which this model is not"
     return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
 
@@ -352,18 +338,17 @@ def _moe(path: Path) -> CheckpointError:
 
 
 def _tokenizer_beside(path: Path) -> Path | None:
-    """Return the directory with the tokenizer that belongs to a weights file, or None. Searched are, in this order,
-    tokenizer/ in the file's directory, that directory itself, and model/ (used by MiniMind) and tokenizer/ in the
-    directory above."""
+    """Return the directory with the tokenizer of a weights file, or None. Searched are tokenizer/ beside the file, the
+    file's directory, and model/ (used by MiniMind) and tokenizer/ in the directory above, in this order."""
     here = path.resolve().parent
     candidates = (here / "tokenizer", here, here.parent / "model", here.parent / "tokenizer")
     return next((directory for directory in candidates if (directory / "tokenizer.json").is_file()), None)
 
 
 def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> Tokenizer:
-    """Return the tokenizer in `tokenizer_dir` or, if that is None, the one found with the model. Raise TokenizerError
-    if there is none, or its vocabulary size is not the model's. A Hugging Face directory's own tokenizer may have fewer
-    ids, since embeddings are often padded."""
+    """Return the tokenizer in `tokenizer_dir`, or the one found with the model if that is None. Raise TokenizerError if
+    there is none or its vocabulary size is not the model's; that of a Hugging Face directory may be smaller, since
+    embeddings are often padded."""
     fix = "name the one it was trained with: --tokenizer DIR"
     directory = tokenizer_dir or foreign.tokenizer_dir
     if directory is None:
@@ -379,8 +364,8 @@ def tokenizer_for(foreign: ForeignModel, tokenizer_dir: Path | None = None) -> T
 
 
 def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a run. Raise TokenizerError when its hash is not the one recorded in run.json, or it has
-    more than `vocab_size` ids, the rows of the model's embedding."""
+    """Return the tokenizer of a run. Raise TokenizerError if its hash is not the one in run.json, or it has more than
+    `vocab_size` ids, the rows of the model's embedding."""
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     expected = read_run(run_dir).tokenizer_sha256 or tokenizer.sha256
     if tokenizer.sha256 != expected or tokenizer.vocab_size > vocab_size:
@@ -404,9 +389,9 @@ def model_of(foreign: ForeignModel) -> Model:
 
 
 def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model, Tokenizer]:
-    """Return the model, in eval mode on the CPU, and the tokenizer of a run, a checkpoint directory, a `.pth` file or a
-    Hugging Face directory. `tokenizer_dir` is only used for models of other programs. Raise CheckpointError or
-    TokenizerError when one of them cannot be used."""
+    """Return the model, in eval mode on the CPU, and the tokenizer of a run, checkpoint, `.pth` file or Hugging Face
+    directory. tokenizer_dir: only for models of other programs. Raise CheckpointError or TokenizerError if one cannot
+    be used."""
     if is_foreign(path):
         foreign = read(path)
         return model_of(foreign).eval(), tokenizer_for(foreign, tokenizer_dir)
@@ -415,13 +400,10 @@ def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model,
 
 
 def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, num_heads: int | None = None) -> Imported:
-    """Read the model at `path`, a `.pth` file or a Hugging Face directory, and write it to `out` as a run that has been
-    trained for 0 steps. `mm chat`, `mm eval`, `mm export` and `--init` accept this run.
-
-    `tokenizer_dir` and `num_heads` replace what is found with the model (see `tokenizer_for` and `read`). Raise
-    UsageError when `out` is not empty, CheckpointError or TokenizerError when the model or its tokenizer cannot be
-    used.
-    """
+    """Write the model at `path`, a `.pth` file or a Hugging Face directory, to `out` as a run trained for 0 steps,
+    which `mm chat`, `mm eval`, `mm export` and `--init` accept. tokenizer_dir, num_heads: replace what is found with
+    the model (see `tokenizer_for` and `read`). Raise UsageError if `out` is not empty, CheckpointError or
+    TokenizerError if the model or its tokenizer cannot be used."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is already there", "choose another --out")
     foreign = read(path, num_heads=num_heads)

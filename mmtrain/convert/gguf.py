@@ -1,9 +1,8 @@
-"""Writes a model and its tokenizer to one GGUF file for llama.cpp, reads the file again and compares the tensors. Needs
-the package `gguf`.
+"""Writes a model and its tokenizer to one GGUF file for llama.cpp, reads it again and compares the tensors. Needs
+`gguf`.
 
 llama.cpp identifies the architecture of a model, and the pre-tokenizer (how a tokenizer splits text before merging), by
-name. Both names are determined from the model and tokenizer.json. A pre-tokenizer for which llama.cpp has no known name
-is refused.
+name. A pre-tokenizer for which llama.cpp has no known name is refused.
 """
 
 import json
@@ -28,7 +27,6 @@ _LLAMA3_REGEX = _QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def _split(regex: str) -> dict[str, object]:
-    """Return the step of a pre-tokenizer in tokenizer.json that splits text by a regular expression."""
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
@@ -57,13 +55,10 @@ _Q8_BLOCK = 32  # q8_0 stores one scale for each 32 consecutive values of a matr
 def write(
     path: Path, weights: Mapping[str, Tensor], shape: ModelConfig, tokenizer: Tokenizer, *, dtype: str, name: str
 ) -> list[str]:
-    """Write a GGUF file and compare its tensors with the weights. Return sentences for the user about the comparison
-    and the precision.
-
-    `weights`: the state dict. `dtype`: "f32", "f16" or "q8_0", for matrices; norms are always f32, and a matrix whose
-    rows q8_0 cannot divide into blocks is f16. `name`: the model's name in the file. Raise UsageError if the package is
-    not installed, TokenizerError if llama.cpp does not know the pre-tokenizer.
-    """
+    """Write a GGUF file and compare its tensors with the weights. Return sentences for the user about this and the
+    precision. Raise UsageError if `gguf` is not installed, TokenizerError if llama.cpp does not know the pre-tokenizer.
+    weights: the state dict. dtype: "f32", "f16" or "q8_0", for matrices; norms are always f32, and a matrix whose rows
+    q8_0 cannot divide into blocks is f16. name: the model's name in the file."""
     try:
         import gguf
     except ImportError as error:
@@ -97,11 +92,8 @@ def write(
 
 
 def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name that llama.cpp has for each tensor, and its values in fp32.
-
-    For a Llama model (without norms on queries and keys) llama.cpp rotates adjacent rows of each head, so the rows of
-    its query and key matrices are reordered.
-    """
+    """Yield each tensor's name in llama.cpp and its values in fp32. For a Llama model (no norms on queries and keys)
+    llama.cpp rotates adjacent rows of each head, so the rows of its query and key matrices are reordered."""
     for name, value in weights.items():
         if not shape.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight")):
             value = interleaved(value, shape.head_size)
@@ -118,7 +110,6 @@ def _name(name: str) -> str:
 
 
 def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
-    """Write the model's configuration as metadata."""
     writer.add_name(name)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_positions)
@@ -135,13 +126,12 @@ def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
 
 
 def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: int, pre_tokenizer: str) -> None:
-    """Write vocabulary, merges, special ids and chat template as metadata. `types` is the enumeration gguf.TokenType.
-    Ids below `vocab_size` (the rows of the embedding) that have no token are marked unused."""
+    """Write vocabulary, merges, special ids and chat template as metadata. Ids below `vocab_size` (the rows of the
+    embedding) that have no token are marked unused. types: the enumeration gguf.TokenType."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]
     by_id = {id: token for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items()}
 
     def type_of(id: int) -> Any:
-        """Return the type of a token: control, user-defined, normal or unused."""
         if added := tokenizer.added.get(id):
             return types.CONTROL if added.special else types.USER_DEFINED
         return types.NORMAL if id in by_id else types.UNUSED
@@ -166,9 +156,8 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
-    """Return llama.cpp's name for the pre-tokenizer of a tokenizer (how it splits text before merging). Raise
-    TokenizerError if it is none of `_PRE_TOKENIZERS`, or the tokenizer is not BPE or has a normalizer other than NFC.
-    """
+    """Return llama.cpp's name for a pre-tokenizer. Raise TokenizerError if it is none of `_PRE_TOKENIZERS`, or the
+    tokenizer is not BPE or has a normalizer other than NFC."""
     parts = json.loads(tokenizer.files["tokenizer.json"])
     root = parts.get("pre_tokenizer") or {}
     steps = root.get("pretokenizers", [root])
@@ -186,8 +175,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
 
 
 def _read_back(path: Path, weights: Mapping[str, Tensor], shape: ModelConfig) -> float:
-    """Read a GGUF file and return the largest difference between its tensors and the weights, relative to the largest
-    absolute value of the tensor."""
+    """Return the largest difference of a GGUF file's tensors from the weights, relative to the tensor's largest
+    absolute value."""
     import gguf
 
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

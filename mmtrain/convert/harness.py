@@ -1,5 +1,5 @@
-"""Evaluates an exported model with EleutherAI's lm-evaluation-harness, which downloads the data of its tasks. Needs the
-extra mm[eval]."""
+"""Evaluates an exported model with EleutherAI's lm-evaluation-harness, which downloads its data. Needs the extra
+mm[eval]."""
 
 from pathlib import Path
 
@@ -9,12 +9,10 @@ from mmdata.errors import UsageError
 
 
 def run(model_dir: Path, tasks: list[str], *, is_chat: bool, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Evaluate the Hugging Face model in `model_dir` and return {task or group of tasks: {metric: value}}.
-
-    `tasks`: names that the harness knows, or paths of task files. `is_chat`: apply the model's chat template to each
-    question. `limit`: the most questions per task; None for all. Raise UsageError if the harness is not installed or a
-    task is unknown.
-    """
+    """Evaluate the Hugging Face model in `model_dir` and return {task or group of tasks: {metric: value}}. Raise
+    UsageError if the harness is not installed or a task is unknown. tasks: names that the harness knows, or paths of
+    task files. is_chat: apply the model's chat template to each question. limit: the most questions per task; None for
+    all."""
     try:
         import lm_eval  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]

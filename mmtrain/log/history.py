@@ -1,5 +1,5 @@
-"""Reads the figures of runs, finished or still training, from their files, for the HTML report, `mm report --json` and
-the terminal. Figures are the numbers and texts that describe a run: metrics, settings, events and samples.
+"""Reads the figures of runs (metrics, settings, events, samples), finished or still training, for the HTML report, `mm
+report --json` and the terminal.
 
 The files are run.json, metrics.jsonl, samples.jsonl and events.jsonl. Does not import torch, so that `mm report` starts
 fast. The curves of a long run are averaged to POINTS points.
@@ -31,8 +31,7 @@ RunFigures = dict[str, Any]  # one run in `mm report --json`; see `run_figures`
 
 
 class Event(msgspec.Struct):
-    """A line of events.jsonl: something other than a training step that happened in a run, such as saving a
-    checkpoint."""
+    """A line of events.jsonl: something other than a training step, such as saving a checkpoint."""
 
     step: int
     event: str
@@ -57,13 +56,13 @@ class _Step(msgspec.Struct):
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """Read the records of type `kind` from a jsonl file; an empty list if the file does not exist. Lines that cannot be
-    read as `kind`, such as a last line that is cut short, are skipped."""
+    """Read the records of type `kind` from a jsonl file; none if the file does not exist. Lines that cannot be read as
+    `kind`, such as a last line that is cut short, are skipped."""
     return _records(path.read_bytes().splitlines(), kind) if path.exists() else []
 
 
 def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
-    """Return the records of type `kind` in lines of JSON. Lines that are not such a record, or have no step, are
+    """Return the records of type `kind` in lines of JSON; lines that are not such a record, or have no step, are
     skipped."""
     records = []
     for line in lines:
@@ -83,8 +82,8 @@ def append(path: Path, records: Iterable[Event | Sample]) -> None:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Remove from a jsonl file the records of steps after `step`, which a resumed run will write again, and lines that
-    cannot be read. No effect if the file does not exist."""
+    """Remove from a jsonl file, if it exists, the records of steps after `step`, which a resumed run will write again,
+    and lines that cannot be read."""
     if path.exists():
         # Bytes are split, because str.splitlines would also split at U+2028, which a text may contain.
         lines = path.read_bytes().splitlines()
@@ -94,8 +93,8 @@ def cut_after(path: Path, step: int) -> None:
 
 @dataclass(slots=True)
 class MetricsReader:
-    """Reads a metrics.jsonl that may still grow. `steps` and `vals` are the records read so far of training steps and
-    of validations; `update` adds those written since."""
+    """Reads a metrics.jsonl that may still grow. steps, vals: the records of training steps and of validations read so
+    far."""
 
     path: Path
     steps: list[Metrics] = field(default_factory=list)
@@ -104,9 +103,8 @@ class MetricsReader:
     _last: bytes = b""  # the line read last
 
     def update(self) -> None:
-        """Read the complete lines that were appended since the last call. If the line read last is no longer at its
-        place, because a resumed run has cut the file, read the whole file again. No effect if the file does not exist.
-        """
+        """Read the complete lines appended since the last call, if the file exists; read it from the beginning if the
+        line read last is no longer at its place, because a resumed run has cut the file."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -130,14 +128,12 @@ class MetricsReader:
 
 
 def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: int | None = None) -> RunFigures:
-    """Return the figures of one run (settings, metrics, curves, validations, events, samples) as a dict that can be
-    written as JSON. Runs that it was started from are not included.
-
-    `until`: only figures up to this step (None: all). `metrics`: a reader of the run's metrics.jsonl that may have read
-    a part of it already. In the result, `curves` has a list of values for each name, among them the axes step, tokens
-    and hours. The records in `vals` and `events` also have the tokens and hours up to their step. Raise CheckpointError
-    if run.json is missing or unreadable.
-    """
+    """Return the figures of one run, without the runs it was started from, as a dict that can be written as JSON. In
+    `curves` each name has a list of values, among them the axes step, tokens and hours; the records in `vals` and
+    `events` also have the tokens and hours up to their step. Raise CheckpointError if run.json is missing or
+    unreadable.
+    until: only figures up to this step; None for all. metrics: a reader of the run's metrics.jsonl that may have read a
+    part of it."""
     run = read_run(run_dir)
     metrics = metrics or MetricsReader(run_dir / METRICS)
     metrics.update()
@@ -184,12 +180,10 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
 
 
 def _step(record: Metrics) -> int:
-    """Return the step of a record; 0 if it is None."""
     return int(record["step"] or 0)
 
 
 def _thinned(vals: list[Metrics]) -> list[Metrics]:
-    """Return at most POINTS validations, evenly spaced, with the first and the last one."""
     if len(vals) <= POINTS:
         return vals
     return [vals[i] for i in np.linspace(0, len(vals) - 1, POINTS).astype(int)]
@@ -201,8 +195,7 @@ def _column(steps: Sequence[Metrics], name: str) -> np.ndarray:
 
 
 def _seconds(steps: Sequence[Metrics]) -> np.ndarray:
-    """Return the duration of each step in seconds: its tokens divided by its tokens per second, or 0 if the rate is
-    unknown."""
+    """Return the seconds that each step took, from its tokens and tokens per second; 0 if the rate is unknown."""
     rate = _column(steps, "tokens_per_s")
     return np.where(rate > 0, _column(steps, "tokens") / np.where(rate > 0, rate, 1), 0.0)
 
@@ -213,10 +206,10 @@ def _running_sums(values: np.ndarray) -> list[float]:
 
 
 def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | None]]:
-    """Return the curves of a run by name, each with at most POINTS points. If there are more steps, these are divided
-    into stretches of nearly equal length. A point is then the mean over a stretch; on the axes step, tokens and hours
-    it is the value at the end of the stretch. loss_low and loss_high, which are only returned in this case, are the
-    lowest and the highest loss in each stretch."""
+    """Return the curves of a run by name, each with at most POINTS points. More steps are divided into stretches of
+    nearly equal length, and a point is the mean over a stretch; on the axes step, tokens and hours it is the value at
+    the end of the stretch. Only then loss_low and loss_high are returned: the lowest and the highest loss in each
+    stretch."""
     tokens, trained, seconds = _column(steps, "tokens"), _column(steps, "trained_tokens"), _seconds(steps)
     columns = {name: _column(steps, name) for name in STEP_FIGURES if any(name in step for step in steps)}
     columns["tokens_per_s"] = _column(steps, "tokens_per_s")
@@ -247,19 +240,16 @@ def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | 
 
 
 def _flops(run: RunRecord, tokens: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Return the number of floating-point operations of each step. For each weight and token these are 6 (2 in the
-    forward pass, 4 in the backward pass); for the output projection only trained tokens count, since this trainer
-    computes it only for these.
-
-    The products inside attention are left out; they are less than a tenth of the total at these sequence lengths.
-    """
+    """Return the floating-point operations of each step: 6 for each weight and token (2 forward, 4 backward); for the
+    output projection only trained tokens count, since this trainer computes it only for these. The products inside
+    attention are left out; they are less than a tenth of the total at these sequence lengths."""
     head = run.model.vocab_size * run.model.hidden_size if run.model else 0
     return 6.0 * (max(run.num_params - head, 0) * tokens + head * trained)
 
 
 def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the mean of the values from each of `edges` to the next, [len(edges) - 1]. NaN values are left out; a mean
-    of no values is NaN."""
+    """Return the mean of the values from each of `edges` to the next, [len(edges) - 1], without NaN values; NaN if none
+    is left."""
     is_number = ~np.isnan(values)
     sums = np.add.reduceat(np.where(is_number, values, 0), edges[:-1])
     counts = np.add.reduceat(is_number.astype(float), edges[:-1])
@@ -267,14 +257,13 @@ def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """Round values to six significant digits; a value that is not finite becomes None."""
     return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
 def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float | None]:
     """Return the newest figures by name: loss (mean over the last tenth of the steps), the PAIR_FIGURES of the last
-    step, all figures of the last validation, and best_val_loss with its step best_val_step. Figures that the run does
-    not have are left out."""
+    step, all figures of the last validation, and best_val_loss with its step best_val_step; without those that the run
+    does not have."""
     last: dict[str, float | None] = {}
     if steps:
         losses = _column(steps[-max(1, len(steps) // 10) :], "loss")
@@ -291,8 +280,7 @@ def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float 
 
 def _events(run_dir: Path, run: RunRecord, steps: Sequence[Metrics], limit: float) -> list[Event]:
     """Return recorded events, resumptions ("resume", from run.json) and skipped updates ("skip", from the count in
-    metrics.jsonl) up to the step `limit`, in the order of their steps. An event that occurs twice at a step is returned
-    once."""
+    metrics.jsonl) up to the step `limit`, in the order of their steps; each event at most once per step."""
     events = read_records(run_dir / EVENTS, Event)
     events += [Event(one.step, "resume", f"{one.device}, world size {one.world_size}") for one in run.resumed or ()]
     before: float = 0
@@ -309,8 +297,7 @@ def _events(run_dir: Path, run: RunRecord, steps: Sequence[Metrics], limit: floa
 
 
 class RunReader:
-    """Returns the figures of runs. They are computed again only when a file of the run has changed, which its
-    modification time and size show."""
+    """Returns the figures of runs, computed again only when the modification time or size of a run's file has changed."""
 
     def __init__(self) -> None:
         self._metrics: dict[Path, MetricsReader] = {}
@@ -327,7 +314,6 @@ class RunReader:
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Return modification time (ns) and size (bytes) of a file, or None if it does not exist."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -336,13 +322,10 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def chain(run_dir: Path, reader: RunReader | None = None) -> list[RunFigures]:
-    """Return the figures of a chain of runs: `run_dir` and the runs whose weights it was started from, oldest first. Of
-    an earlier run only the steps up to the checkpoint that the next run started from are counted (all steps if that
-    number is unknown).
-
+    """Return the figures of `run_dir` and the runs whose weights it was started from, oldest first. Of an earlier run
+    only the steps up to the checkpoint that the next run started from are counted (all if that number is unknown).
     `offset` of each run has the steps, tokens and hours of all runs before it. If an earlier run no longer exists, the
-    chain begins after it, and `missing` of the first run is its path. Raise CheckpointError if `run_dir` itself is not
-    a run.
+    chain begins after it, and `missing` of the first run is its path. Raise CheckpointError if `run_dir` is not a run.
     """
     reader = reader or RunReader()
     run = reader.run(run_dir)
@@ -366,13 +349,9 @@ def chain(run_dir: Path, reader: RunReader | None = None) -> list[RunFigures]:
 
 
 def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None, int | None]:
-    """Return the directory of the run that an init checkpoint belongs to, and the step of the checkpoint. `init` is the
-    record of the run's start in run.json.
-
-    If the recorded directory is not there any more, a directory of the same name next to `run_dir` is taken instead.
-    Return (None, None) for a run that began with new weights; the step is None if the checkpoint's name does not have
-    it.
-    """
+    """Return the directory of the run that an init checkpoint belongs to, and the checkpoint's step (None if its name
+    does not have it); (None, None) for a run that began with new weights. A directory that is not there any more is
+    replaced by one of the same name next to `run_dir`. init: the record of the run's start in run.json."""
     if not init or not init.get("dir"):
         return None, None
     path = Path(init["dir"])
@@ -384,8 +363,8 @@ def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None,
 
 
 def figures(run_dirs: Sequence[Path], reader: RunReader | None = None) -> dict[str, list[list[RunFigures]]]:
-    """Return the chains of several runs as {"chains": [[figures of a run, …], …]}. A run that is part of another run's
-    chain does not get a chain of its own."""
+    """Return the chains of runs as {"chains": [[figures of a run, …], …]}. A run in another run's chain has no chain of
+    its own."""
     reader = reader or RunReader()
     chains: dict[Path, list[RunFigures]] = {}
     for run_dir in run_dirs:

@@ -1,8 +1,5 @@
-"""Metrics of a training run: writes a line per step and per validation to RUN/metrics.jsonl, and prints some of them to
-the console.
-
-Only the first rank writes. Functions that format numbers and durations are also here.
-"""
+"""Metrics of a training run: writes a line per step and validation to RUN/metrics.jsonl, on the first rank only, and
+prints some of them. Functions that format numbers and durations are also here."""
 
 import json
 import math
@@ -26,12 +23,11 @@ def print_line(text: str) -> None:
 
 class MetricsLog:
     """Writes the figures of every step and validation to RUN/metrics.jsonl, and prints every `log_every`-th step and
-    every validation.
+    every validation. Records of steps after `first_step` are removed from the file at the beginning.
 
-    `run_dir` None writes no file, and `say` (a function that prints a line) None prints nothing, as on all ranks but
-    the first. `num_steps` is the length of the run; `first_step` is the number of steps done before this session, 0 for
-    a new run. Records of later steps are removed from the file at the beginning. `also` is called with every record
-    that is written.
+    run_dir: None writes no file. say: prints a line; None prints nothing, as on all ranks but the first. num_steps:
+    length of the run. first_step: steps done before this session, 0 for a new run. also: called with every record that
+    is written.
     """
 
     def __init__(
@@ -63,7 +59,7 @@ class MetricsLog:
             self.say_line(text)
 
     def warn(self, text: str) -> None:
-        """Print a line even if `say` is None, and so on any rank."""
+        """Print a line on any rank, even if `say` is None."""
         (self.say_line or print_line)(text)
 
     def step(self, record: Mapping[str, float]) -> None:
@@ -85,8 +81,7 @@ class MetricsLog:
             self._file.close()
 
     def _write(self, record: Figures) -> None:
-        """Write a record to the file, if there is one, and pass it to `also`. Figures that are not finite become
-        None."""
+        """Write a record to the file, if there is one, and pass it to `also`. Figures that are not finite become None."""
         if self._file is None:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -96,7 +91,6 @@ class MetricsLog:
             self._also(finite)
 
     def _line(self, record: Mapping[str, float]) -> str:
-        """Return the console line of a step."""
         done = record["step"]
         per_step = (time.monotonic() - self._started) / (done - self._first_step)
         parts = [
@@ -115,16 +109,15 @@ class MetricsLog:
 
 
 def val_losses(run_dir: Path) -> list[float]:
-    """Return the validation losses in a run's metrics.jsonl, in order. A loss that was not finite is NaN. The list is
-    empty if there is no file."""
+    """Return the validation losses in a run's metrics.jsonl, if it exists, in order; NaN for one that was not finite."""
     records = history.read_records(run_dir / history.METRICS, history.Metrics)
     losses = [record["val_loss"] for record in records if "val_loss" in record]
     return [math.nan if loss is None else loss for loss in losses]
 
 
 def num_since_best(losses: Sequence[float]) -> int:
-    """Return how many losses come after the smallest one (the first of equal ones). NaN is never the smallest; if all
-    are NaN, all count."""
+    """Return how many losses come after the smallest (the first of equal ones). NaN is never the smallest; if all are
+    NaN, all count."""
     best, best_at = math.inf, -1
     for at, loss in enumerate(losses):
         if loss < best:
@@ -133,8 +126,8 @@ def num_since_best(losses: Sequence[float]) -> int:
 
 
 def val_line(record: Figures) -> str:
-    """Return the figures of a validation as one line of text. For pairs it has a selection of figures; for several
-    datasets it ends with the loss of each. metrics.jsonl has all figures."""
+    """Return the figures of a validation as one line: for pairs a selection, for several datasets with the loss of
+    each."""
     figures = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
     losses = [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in figures.items() if k.startswith("loss/")]
     line = _overall({k: v for k, v in figures.items() if "/" not in k})
@@ -152,9 +145,8 @@ def _overall(figures: Mapping[str, float]) -> str:
 
 
 def _pair_part(record: Mapping[str, float]) -> str:
-    """Return the part of a line about pairs: accuracy and reward margin. If there is a reference, also the drift of the
-    logps from it, the percentage of pairs that the reference ranks wrong and the model right, and the percentage of the
-    reverse."""
+    """Return the part of a line about pairs: accuracy and reward margin; with a reference also the drift of the logps
+    from it, the percentage of pairs that the reference ranks wrong and the model right, and that of the reverse."""
     text = f"acc {record['accuracy']:.2f} margin {record['reward_margin']:+.3f}"
     if not math.isfinite(record["chosen_drift"]):
         return text
@@ -164,8 +156,8 @@ def _pair_part(record: Mapping[str, float]) -> str:
 
 
 def memory_bytes() -> int:
-    """Return the peak memory so far in bytes: that allocated by torch on the CUDA device if there is one, else the
-    resident memory of this process."""
+    """Return the peak memory so far: that allocated by torch on the CUDA device, else the resident memory of this
+    process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

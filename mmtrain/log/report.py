@@ -1,8 +1,7 @@
 """Builds the report on runs from the figures of `mmtrain.log.history`: sections with tables and plots, as an HTML page,
-which can also be served while a run trains.
+which can also be served while a run trains. Reads no files of runs and does not import torch.
 
-Reads no files of runs and does not import torch. A chain is a run with the earlier runs that its weights come from, the
-first one first.
+A chain is a run with the earlier runs that its weights come from, the first one first.
 """
 
 import re
@@ -40,13 +39,10 @@ _TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
 def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]) -> None:
-    """Serve the page that `make()` returns on `port` of 127.0.0.1 until Ctrl-C. Each request calls `make` again, one
-    call at a time. Port 0 takes a free port. `on_start` is called with the server's address.
-
-    Requests for another path or host name are answered with status 404. `make` is called once before the server starts,
-    and an error of it is raised; later errors are answered with status 503. Raise UsageError when the port cannot be
-    used.
-    """
+    """Serve the page that `make()` returns on `port` (0: a free one) of 127.0.0.1 until Ctrl-C. Each request calls
+    `make` again, one call at a time. on_start: called with the server's address. Requests for another path or host name
+    get status 404. An error of the first `make`, before the server starts, is raised; later ones get status 503. Raise
+    UsageError if the port cannot be used."""
     one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -85,9 +81,9 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
 
 
 def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float | None = None) -> str:
-    """Return the HTML page about one chain of runs, or about several, whose curves are drawn in the same plots.
-    `figures` is the result of `history.figures`. `lang`: "en" or "zh". `refresh_s`: seconds after which an open page
-    requests a newer version; None for a page that does not change."""
+    """Return the HTML page about one or several chains of runs, whose curves share the plots. figures: result of
+    `history.figures`. lang: "en" or "zh". refresh_s: seconds after which an open page requests a newer version; None
+    for a page that does not change."""
     last = [runs[-1] for runs in figures["chains"]]
     title = as_name(", ".join(run["name"] for run in last))
     subtitle = joined(
@@ -98,8 +94,8 @@ def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float |
 
 
 def sections_of(chains: Chains) -> Iterator[Section]:
-    """Yield the sections of the report. Those on preference training, samples and events are left out if the runs have
-    no data for them. The terminal prints the tables of these sections."""
+    """Yield the sections of the report, whose tables the terminal prints too. Those on preference training, samples and
+    events are left out if the runs have no data for them."""
     yield Section("glance", "At a glance", list(_glance(chains)))
     plots = _Plotter(chains)
     yield Section("curves", "Curves", [Grid(list(_curves(plots))), *_legend(chains)])
@@ -145,8 +141,8 @@ def glance(run: Run) -> list[tuple[Text, str, Text]]:
 
 
 def _glance(chains: Chains) -> Iterator[Block]:
-    """Yield, for each chain, the most important figures of its last run, a table of all its runs, and the last run's
-    newest figures."""
+    """Yield, for each chain, the main figures of its last run, a table of all its runs, and the last run's newest
+    figures."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("status", "word"), Column("steps", "count")]
     columns += [Column("tokens", "count"), Column("trained tokens", "count"), Column("time", "hours")]
     columns += [Column("loss", "decimal4"), Column("val loss", "decimal4"), Column("share of tokens", "bar")]
@@ -181,13 +177,11 @@ class _Plotter:
         self.marks = sorted(marks, key=lambda mark: mark["x"]["step"])
 
     def runs(self, stages: Sequence[str] | None = None) -> list[Run]:
-        """Return the runs of all chains; with `stages` only those of these stages."""
         return [run for runs in self.chains for run in runs if not stages or run["stage"] in stages]
 
     def _marks(self, number: int, runs: Sequence[Run]) -> Iterator[page.PlotSpec]:
-        """Yield the marks of chain number `number` on the x axis: the beginning of each run, with its stage, if there
-        are several, and the events of the runs. If there are several chains, the marks have the colour of their chain.
-        """
+        """Yield the marks of a chain on the x axis: the beginning of each run, with its stage, if there are several,
+        and the runs' events. If there are several chains, the marks have the colour of their chain."""
         color = {} if len(self.chains) == 1 else {"color": number}
         if len(runs) > 1:
             for run in runs:
@@ -210,11 +204,9 @@ class _Plotter:
         **options: Any,
     ) -> Iterator[Plot]:
         """Yield one plot with a curve for each name in `labels` (name -> label), or nothing if no run has any of them.
-        A name that begins with "val_" is a figure of validations, others are curves of training steps.
-
-        `stages`: draw only runs of these stages. `note`: text below the plot. `options`: further keys of the spec,
-        which describes the plot to the page (see docs/reports.md).
-        """
+        Names that begin with "val_" are figures of validations, others are curves of training steps.
+        stages: draw only runs of these stages. note: text below the plot. options: further keys of the spec (see
+        docs/reports.md)."""
         series = []
         is_several = len(self.chains) > 1
         for number, runs in enumerate(self.chains):
@@ -246,8 +238,8 @@ class _Plotter:
             yield Plot(title, spec, note)
 
     def held_out(self, figure: str, stages: Sequence[str] | None = None) -> dict[str, str]:
-        """Return the names and labels of a figure of validations, for `lines`: over all datasets and, if a run has
-        several, for each of them."""
+        """Return names and labels of a figure of validations, for `lines`: over all datasets and, if a run has several,
+        for each."""
         names = dict.fromkeys(key for run in self.runs(stages) for values in run["vals"] for key in values)
         each = {key: key.partition("/")[2] for key in names if key.startswith(f"val_{figure}/")}
         return {f"val_{figure}": "val", **each}
@@ -261,8 +253,8 @@ class _Plotter:
         }
 
     def _joined(self, runs: Sequence[Run], curve: str) -> page.PlotSpec | None:
-        """Return one curve over consecutive runs of a chain: x values by axis, y values, and the band from the lowest
-        to the highest value if the curve was averaged. Return None if there are no values."""
+        """Return one curve over consecutive runs of a chain, None if it has no values: x values by axis, y values, and
+        the band from the lowest to the highest value if the curve was averaged."""
         is_val = curve.startswith("val_")
         x: dict[str, list[Any]] = {axis: [] for axis in AXES}
         y: list[Any] = []
@@ -284,12 +276,10 @@ class _Plotter:
 
 
 def _rounded(value: float) -> float:
-    """Round a float to six significant digits; an integer is returned as it is."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _curves(plots: _Plotter) -> Iterator[Plot]:
-    """Yield the plots of loss, bits per byte, learning rate and gradient norm."""
     stages = _TEXT if plots.runs(_TEXT) else None
     note = "The line is the mean of a stretch of steps, the band its lowest and highest."
     yield from plots.lines("Loss", {"loss": "train", **plots.held_out("loss")}, stages=stages, note=note, tall=True)
@@ -311,7 +301,6 @@ def _legend(chains: Chains) -> Iterator[Note]:
 
 
 def _preference(plots: _Plotter) -> Iterator[Plot]:
-    """Yield the plots of preference training (dpo)."""
     note = "How far the log-probabilities have moved from the reference: both falling is forgetting."
     accuracy = {"accuracy": "train", **plots.held_out("accuracy", _DPO)}
     margin, drift = (
@@ -325,7 +314,6 @@ def _preference(plots: _Plotter) -> Iterator[Plot]:
 
 
 def _speed(plots: _Plotter) -> Iterator[Block]:
-    """Yield the plots of speed and memory, and a note on how they are computed."""
     rates = {"tokens_per_s": "tokens", "trained_per_s": "trained tokens", "padded_per_s": "positions, padded"}
     yield Grid(
         [
@@ -346,8 +334,7 @@ def _speed(plots: _Plotter) -> Iterator[Block]:
 
 
 def _samples(runs: Sequence[Run]) -> Iterator[Block]:
-    """Yield, for each run, tables of the texts that the model generated for each prompt, the newest last. The tables of
-    runs before the last one are collapsed."""
+    """Yield, for each run, tables of the generated texts by prompt, the newest last, collapsed except for the last run."""
     for run in runs:
         by_prompt: dict[str, list[Mapping[str, Any]]] = {}
         for sample in run["samples"]:
@@ -367,13 +354,12 @@ def _samples(runs: Sequence[Run]) -> Iterator[Block]:
 
 
 def _line(text: str) -> str:
-    """Return a text as one line. A line end is shown as ⏎, several in a row with their number; an empty text as ∅."""
+    """Return a text as one line: a line end is shown as ⏎, several in a row with their number; an empty text as ∅."""
     return re.sub(r"\n+", lambda run: "⏎" if len(run[0]) == 1 else f"⏎×{len(run[0])} ", text).strip() or "∅"
 
 
 def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
-    """Return at most `number` (2 or more) of the samples, with the first and the last, chosen more densely at the
-    beginning."""
+    """Return at most `number` (2 or more) samples, with the first and the last, chosen more densely at the beginning."""
     if len(samples) <= number:
         return list(samples)
     places = {round((len(samples) - 1) * (i / (number - 1)) ** 1.6) for i in range(number)}
@@ -381,8 +367,7 @@ def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
 
 
 def _events(runs: Sequence[Run]) -> Iterator[Block]:
-    """Yield a table of the events other than saves, collapsed if it has more than 12 rows, and a collapsed table of the
-    saves."""
+    """Yield a table of the events other than saves, collapsed above 12 rows, and a collapsed table of the saves."""
     columns = [Column("run", "code"), Column("step", "count"), Column(""), Column("event", "word"), Column("note")]
     events = [(run, event) for run in runs for event in run["events"]]
     for is_save, title in ((False, "{number} events"), (True, "{number} saves")):
@@ -398,8 +383,7 @@ def _events(runs: Sequence[Run]) -> Iterator[Block]:
 
 
 def _settings(runs: Sequence[Run]) -> Table:
-    """Return a table of all settings for which a run has a value: a row for each setting, and a column for each run
-    with the value and its origin."""
+    """Return a table of all settings that a run has a value for, with a column for each run: the value and its origin."""
     settings = ((key, setting) for run in runs for key, setting in run["settings"].items())
     keys = dict.fromkeys(key for key, setting in settings if setting["value"] is not None)
     rows = []
@@ -410,15 +394,14 @@ def _settings(runs: Sequence[Run]) -> Table:
 
 
 def _setting(value: Any) -> str:
-    """Return the value of a setting as text."""
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _lineage(runs: Sequence[Run]) -> Iterator[Block]:
-    """Yield a table of where the weights of each run come from and what data it was trained on, then the model's
-    configuration and the software versions of the last run."""
+    """Yield a table of where each run's weights come from and its data, then the last run's configuration and software
+    versions."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("from", "code"), Column("weights", "code")]
     rows = []
     for run in runs:

@@ -1,10 +1,8 @@
-"""Writes what the first rank of a training run records besides metrics: events, sample answers, and a current
-report.html.
+"""Writes what the first rank records besides metrics: events, sample answers, and a current report.html.
 
 Sample answers (RUN/samples.jsonl) are the texts that the model generates for fixed prompts after validations. Decoding
-is greedy and does not change the state of any random number generator, so a run trains the same with and without
-samples. Samples and reports together take at most a share of SHARE of the run's time, without the samples after the
-last validation.
+is greedy and does not change the state of any random number generator, so a run trains the same without samples.
+Samples and reports take at most a share of SHARE of the run's time, without the samples after the last validation.
 """
 
 import time
@@ -31,8 +29,8 @@ QUESTIONS = ("Who are you?", "What is 3 + 4?", "你好，请介绍一下你自�
 
 
 def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int) -> list[Sample]:
-    """Return the text that the model generates for each of the fixed prompts: the continuation of BEGINNINGS in the
-    stage pretrain, the answer to QUESTIONS in other stages. `step` is recorded with each."""
+    """Return the text that the model generates for each fixed prompt, recorded with `step`: the continuation of
+    BEGINNINGS in the stage pretrain, the answer to QUESTIONS in other stages."""
     is_plain = stage == "pretrain"
     prompts, template = (BEGINNINGS, None) if is_plain else (QUESTIONS, Template(tokenizer))
     prompt_ids = [prompt_of(tokenizer, template, text) for text in prompts]
@@ -41,12 +39,9 @@ def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int) ->
 
 
 class Reporter:
-    """Writes events.jsonl, samples.jsonl and report.html of a run. After a validation, samples and report are skipped
-    if they would take more than SHARE of the time so far.
-
-    `first_step`: number of steps done before this session; records of later steps are removed from the two jsonl files.
-    `with_report` and `with_samples` are whether to write these at all.
-    """
+    """Writes events.jsonl, samples.jsonl and report.html of a run.
+    first_step: steps done before this session; records of later steps are removed from the two jsonl files.
+    with_report, with_samples: whether to write these at all."""
 
     def __init__(self, run_dir: Path, *, first_step: int, with_report: bool, with_samples: bool):
         self._dir = run_dir
@@ -59,17 +54,14 @@ class Reporter:
             history.cut_after(run_dir / name, first_step)
 
     def event(self, step: int, event: str, note: str = "") -> None:
-        """Append an event, such as "save" or "halved", to events.jsonl. `note` is a text that describes it further."""
+        """Append an event, such as "save" or "halved", to events.jsonl. note: a text that describes it further."""
         history.append(self._dir / history.EVENTS, [Event(step, event, note)])
 
     def validated(self, step: int, model: Model, tokenizer: Tokenizer, stage: str, *, is_last: bool) -> None:
         """Generate sample answers and rewrite the report after a validation, unless this would take more than SHARE of
         the time so far. After the last validation of the run (`is_last`) samples are always generated and the report is
-        left to a later `write`.
-
-        If a prompt cannot be answered, for example because the chat template cannot render a user message, an event is
-        recorded and the run continues without samples.
-        """
+        left to a later `write`. If a prompt cannot be answered, for example because the chat template cannot render a
+        user message, an event is recorded and the run continues without samples."""
         begun = time.monotonic()
         if not is_last and self._spent + self._cost > SHARE * (begun - self._begun):
             return

@@ -27,8 +27,8 @@ HELP = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers need of a run: its directory, an id that stays the same when the run is resumed, the number of
-    steps done before this session (`first_step`, 0 for a new run), and its settings."""
+    """What trackers need of a run. id: stays the same when the run is resumed. first_step: steps done before this
+    session."""
 
     dir: Path
     id: str
@@ -42,8 +42,8 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class Sink:
-    """An open tracker. `write(step, figures)` logs figures; `close(is_failed)` ends the run in the tracker, where
-    `is_failed` says whether training failed."""
+    """An open tracker: `write(step, figures)` logs figures; `close(is_failed)` ends the run, and says whether training
+    failed."""
 
     write: Callable[[int, Mapping[str, float]], object]
     close: Callable[[bool], object]
@@ -61,8 +61,8 @@ def check(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The open trackers of a run, on the first rank. `failed` has the reason for each tracker that failed after its
-    start, by name. `say` prints a warning to the user. Raise TrainError if a tracker cannot be started."""
+    """The open trackers of a run, on the first rank. say: prints a warning to the user. failed: the reason for each
+    tracker that failed after its start, by name. Raise TrainError if a tracker cannot be started."""
 
     def __init__(self, names: Sequence[str], run: TrackedRun, say: Callable[[str], None]):
         self._say = say
@@ -89,14 +89,14 @@ class Trackers:
             self._try(name, lambda sink=sink: sink.write(record["step"], figures), f"at step {record['step']}")
 
     def close(self, *, is_failed: bool = False) -> None:
-        """Close all trackers. `is_failed`: whether training failed. A second call has no effect."""
+        """Close all trackers. is_failed: whether training failed. A second call has no effect."""
         for name, sink in list(self._open.items()):
             self._try(name, lambda sink=sink: sink.close(is_failed), "when closing")
         self._open.clear()
 
     def _try(self, name: str, act: Callable[[], object], when: str) -> None:
         """Call `act` for the tracker `name`. If it raises an exception, drop the tracker, record the failure and print
-        a warning. `when` says for the message when this happened, such as "at step 10"."""
+        a warning. when: when this happened, for the message, such as "at step 10"."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 act()
@@ -107,7 +107,6 @@ class Trackers:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -128,8 +127,8 @@ def _tensorboard(run: TrackedRun) -> Sink:
 
 
 def _wandb(run: TrackedRun) -> Sink:
-    """Open a run of wandb. The step is logged as a figure of its own, since wandb's step counter cannot go back to the
-    step of an earlier checkpoint."""
+    """Open a run of wandb. The step is logged as a figure, since wandb's counter cannot go back to an earlier
+    checkpoint's step."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     setup = {"project": wandb.setup().settings.project or PROJECT, "settings": wandb.Settings(console="off")}
