@@ -128,10 +128,8 @@ def fetch(
 
 
 def agrees_to(num_bytes: int) -> bool:
-    """Return whether to download `num_bytes` bytes.
-
-    Ask the user if it is more than 1 GB and both stdin and stderr are terminals; otherwise return True without asking.
-    """
+    """Return whether to download `num_bytes`: the user's answer above 1 GB if stdin and stderr are terminals, else
+    True."""
     if num_bytes <= ASK_ABOVE_BYTES or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     return typer.confirm(f"download {size(num_bytes)}?", default=True, err=True)
@@ -169,10 +167,8 @@ def plan_values(to_do: "FetchPlan") -> dict[str, Any]:
 
 
 def print_plan(to_do: "FetchPlan") -> None:
-    """Print the plan to stderr: one line per file with its state, size and bytes to download, then the warnings.
-
-    If anything has to be downloaded, also print the licence, the bytes to download and the free space, both in total.
-    """
+    """Print the plan to stderr: a line per file with its state, size and bytes to download, then the warnings; if
+    anything has to be downloaded, also the licence, and the bytes to download and the free space, both in total."""
     from mmdata.hub import catalog
 
     for item in to_do.items:
@@ -191,11 +187,8 @@ def print_plan(to_do: "FetchPlan") -> None:
 
 
 def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> None:
-    """Print the outcome of each file in `out`, the bytes received in `seconds` seconds, and the next command.
-
-    Failed files are only counted here; their errors are printed by the caller. The next command is printed only if a
-    jsonl file was fetched or was there already.
-    """
+    """Print the outcome of each file in `out`, the bytes received in this time, and the next command, if a jsonl file
+    was fetched or was there already. Failed files are only counted; their errors are printed by the caller."""
     for outcome in outcomes:
         if not outcome.error:
             again = f", {outcome.failures} interruptions" if outcome.failures else ""
@@ -243,10 +236,8 @@ def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
 
 @contextmanager
 def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None] | None]:
-    """Show the progress of the current file and of all files together, as a context manager.
-
-    Yields `watch(name, done, total, all_done, all_total)`, to be called with the bytes of the file `name` that are
-    done, the bytes it has, and the same two figures for all files. Yields None if `quiet`.
+    """Show the progress of the current file and of all files together, as a context manager. Yields None if `quiet`,
+    else `watch(name, done, total, all_done, all_total)`: bytes done and in all of the file `name`, then of all files.
     """
     rate = Rate()
     with meter(quiet=quiet) as draw:

@@ -47,8 +47,7 @@ class GroupedCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for the arguments and one for each group, in the order of the parameters; options without a
-        group come last, under the heading "Options".
-        """
+        group come last, under the heading "Options"."""
         sections: dict[str, list[tuple[str, str]]] = {}
         ungrouped = []
         for parameter in self.get_params(ctx):
@@ -70,20 +69,15 @@ class GroupedCommand(TyperCommand):
 
 
 class LazyCommand(TyperCommand):
-    """A command whose module is imported when it is called or its own --help is shown.
-
-    Before that only its name and its summary are known, which is what `mm --help` lists.
-    """
+    """A command whose module is imported when it is called or its own --help is shown. Before that only its name and
+    its summary are known, which is what `mm --help` lists."""
 
     module = ""  # set by `add_lazily`
 
     @cached_property
     def loaded(self) -> Any:
-        """The complete command, made from the function of the module that has the command's name (or `name_`, as in
-        `import_`).
-
-        The first access imports the module.
-        """
+        """The complete command, from the function of the module with the command's name (or `name_`, as in `import_`).
+        The first access imports the module."""
         module = import_module(self.module)
         app = typer.Typer(**SETTINGS)
         function = getattr(module, str(self.name), None) or getattr(module, f"{self.name}_")
@@ -106,32 +100,25 @@ class LazyCommand(TyperCommand):
 
 def add_lazily(app: typer.Typer, module: str, name: str, summary: str) -> None:
     """Register the function `name` (or `name_`) of a module as a command of `app`, without importing the module.
-
-    `summary` is the line of the command in `mm --help`. If the module defines HEADINGS, the groups in the command's own
-    help are listed in this order.
-    """
+    summary: the command's line in `mm --help`. The groups in the command's own help are in the order of the module's
+    HEADINGS, if it defines them."""
     command = type("ModuleCommand", (LazyCommand,), {"module": module})
     app.command(name, cls=command, help=summary)(lambda: None)
 
 
 def add(app: typer.Typer, function: Callable[..., None], headings: Sequence[str] = ()) -> None:
-    """Register a function as a command of `app`, under the function's name without a final underscore.
-
-    The help text is the function's docstring; a paragraph that begins with `Example: ` is printed at the end of the
-    help. `headings` is the order of the option groups in the help; without it they come in the order of the parameters.
-    """
+    """Register a function as a command of `app`, under its name without a final underscore. Its docstring is the help
+    text; a paragraph that begins with `Example: ` is printed at the end. headings: order of the option groups in the
+    help; by default that of the parameters."""
     text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample: ")
     name = function.__name__.rstrip("_")
     app.command(name, cls=GroupedCommand, help=text, epilog=f"Example: {example}")(command_line(function, headings))
 
 
 def command_line(function: Callable[..., None], headings: Sequence[str] = ()) -> Callable[..., None]:
-    """Return a function with a signature that typer can read, which checks the values and calls `function`.
-
-    Values of an options dataclass are collected in an instance (or a dictionary, see the module docstring) before the
-    call. The new function raises UsageError for a value outside its declaration. `headings` is the order of the option
-    groups in the help.
-    """
+    """Return a function with a signature that typer can read, which checks the values and calls `function`. It collects
+    the values of an options dataclass in an instance (or a dictionary, see the module docstring), and raises UsageError
+    for a value outside its declaration. headings: order of the option groups in the help."""
     parameters: list[Parameter] = []
     converters: dict[str, Converter] = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -151,9 +138,8 @@ def command_line(function: Callable[..., None], headings: Sequence[str] = ()) ->
 
 
 def _rank(parameter: Parameter, headings: Sequence[str]) -> int:
-    """Return the sort key of a typer parameter: arguments come first, then options by the index of their group in
-    `headings`, then options without a group. ValueError if a group is not in `headings`.
-    """
+    """Return the sort key of a typer parameter: arguments, then options by their group's index in `headings`, then
+    options without a group. Raise ValueError if a group is not in `headings`."""
     info = get_args(parameter.annotation)[1]
     if isinstance(info, type(typer.Argument())):
         return -1
@@ -161,12 +147,9 @@ def _rank(parameter: Parameter, headings: Sequence[str]) -> int:
 
 
 def _converted(parameter: Parameter) -> tuple[list[Parameter], Converter]:
-    """Return the typer parameters that replace one parameter of a command, and a function that computes its value.
-
-    An `Option` in the annotation gives one typer parameter, an options dataclass one for each declared field; any other
-    parameter is returned as it is. The function takes the values of all typer parameters by name, and raises UsageError
-    for a value outside its declaration.
-    """
+    """Return the typer parameters that replace one parameter of a command: one for an `Option` in the annotation, one
+    per declared field for an options dataclass, else the parameter itself. Also return a function that computes its
+    value from the values of all typer parameters by name, and raises UsageError for a value outside its declaration."""
     annotation = parameter.annotation
     for item in (annotation, *get_args(annotation)[1:]):
         if isinstance(item, Option):
@@ -179,23 +162,19 @@ def _converted(parameter: Parameter) -> tuple[list[Parameter], Converter]:
 
 
 def _checked(name: str, declaration: Option, values: Values) -> Any:
-    """Return the value called `name`; UsageError if it is outside its declared range or choices."""
+    """Return the value called `name`. Raise UsageError if it is outside its declared range or choices."""
     check_value(flag_of(name, declaration), values[name], declaration)
     return values[name]
 
 
 def _instance(kind: type, fields_of: Converter, values: Values) -> Any:
-    """Return an instance of the options class `kind` with the fields that `fields_of` computes from the values."""
     return kind(**fields_of(values))
 
 
 def _expanded(kind: type) -> tuple[list[Parameter], Converter]:
-    """Return one typer parameter for each declared field of the options class `kind`, and a function that computes the
-    fields.
-
-    The function takes the values of all typer parameters by name and returns a dictionary of the fields. It checks each
-    value (UsageError), makes lists tuples, and inverts flags like --no-compile, which set their field to False.
-    """
+    """Return one typer parameter for each declared field of the options class `kind`, and a function that makes a
+    dictionary of the fields from the values of all typer parameters by name. It checks each value (UsageError), makes
+    lists tuples, and inverts flags like --no-compile, which set their field to False."""
     types = {field.name: (field.type, field.default) for field in fields(kind)}
     parameters = []
     conversions: dict[str, Callable[[Any], Any]] = {}
@@ -217,11 +196,8 @@ def _expanded(kind: type) -> tuple[list[Parameter], Converter]:
 
 
 def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Option) -> Parameter:
-    """Return the parameter that declares one option to typer: its flag, type, default, help text and group.
-
-    `annotation` is the type of the value. An option of type `bool | None` gets the two flags --NAME and --no-NAME,
-    unless its declaration names both.
-    """
+    """Return the parameter that declares one option to typer. An option of type `bool | None` gets the two flags --NAME
+    and --no-NAME, unless its declaration names both. annotation: type of the value."""
     flag = flag_of(name, declaration)
     if default is None and NoneType not in get_args(annotation):
         annotation = annotation | None
@@ -238,12 +214,9 @@ def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Opti
 
 
 def _help(annotation: Any, default: Any, declaration: Option) -> str:
-    """Return the help text of an option, followed in brackets by its choices, default and range.
-
-    Choices are included if they are not shown already as the name of the value. The default is, if known, the
-    declaration's `default_text`, else its defaults by stage, else `default` unless the option is a flag. Bounds from
-    LARGE_BOUND on are left out.
-    """
+    """Return the help text of an option, followed in brackets by its choices (unless the name of the value shows them),
+    default and range. The default is, if known, the declaration's `default_text`, else its defaults by stage, else
+    `default` unless the option is a flag. Bounds from LARGE_BOUND on are left out."""
     shown = declaration.default_text
     by_stage = {
         stage: _plain(value) for stage, value in (declaration.by_stage or {}).items() if value not in (None, "")
@@ -261,15 +234,12 @@ def _help(annotation: Any, default: Any, declaration: Option) -> str:
 
 
 def _choices(declaration: Option) -> str:
-    """Return the choices as the name of an option's value, train|val|all; empty if there are none or they are too long
-    for that.
-    """
+    """Return the choices as the name of an option's value, train|val|all; empty if there are none or they are too long."""
     choices = "|".join(declaration.choices)
     return choices if len(choices) <= MAX_CHOICES_WIDTH else ""
 
 
 def _plain(value: Any) -> str:
-    """Return a default as text: a float with up to six digits (0.1, 5e-06), anything else as `str` gives it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -287,11 +257,9 @@ Lang = Annotated[str, Option("Language of the HTML report.", choices=("en", "zh"
 
 
 def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[Path]:
-    """Return the input files: `files` if any are given, else data/*.jsonl in alphabetical order.
-
-    InputError if there are none, or one does not exist. The path `-` stands for standard input; it raises UsageError
-    unless `is_read_once`, which says that the command reads every file once only.
-    """
+    """Return the input files: `files` if any are given, else data/*.jsonl in alphabetical order. Raise InputError if
+    there are none, or one does not exist.
+    is_read_once: the command reads every file once only; otherwise the path `-`, standard input, raises UsageError."""
     paths = files or sorted(DATA_DIR.glob("*.jsonl"))
     if not paths:
         raise InputError(f"no FILE given and no {DATA_DIR}/*.jsonl here", "`mm fetch` brings data, or name your files")
@@ -305,10 +273,8 @@ def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[P
 
 
 def tokenizer_dir(path: Path | None) -> Path:
-    """Return the tokenizer directory: `path` if it is given, else data/tokenizer.
-
-    TokenizerError if `path` is None and data/tokenizer does not exist. A given `path` is not checked.
-    """
+    """Return the tokenizer directory: `path`, which is not checked, or data/tokenizer if it is None. Raise
+    TokenizerError if data/tokenizer is needed and does not exist."""
     if path is None and not (DATA_DIR / "tokenizer").is_dir():
         raise TokenizerError(
             f"no tokenizer given and no {DATA_DIR}/tokenizer here",

@@ -114,10 +114,8 @@ def pack(
 
 
 def kept_stdin(out: Path | None) -> Path:
-    """Copy standard input to the file `out`.jsonl in the directory of the dataset `out`, and return its path.
-
-    The copy is needed because a dataset names the input file and line of every row. UsageError if `out` is None.
-    """
+    """Copy standard input to `out`.jsonl beside the dataset `out`, and return its path; a dataset names the input file
+    and line of every row, so there must be a file. Raise UsageError if `out` is None."""
     from mmdata.io.files import atomic_path
 
     if out is None:
@@ -135,19 +133,15 @@ def dataset_name(path: Path) -> str:
 
 
 def stage_of(kind: str) -> str:
-    """Return the training stage (pretrain, sft or dpo) that trains on rows of this kind (document, conversation or
-    pair).
-    """
+    """Return the stage (pretrain, sft or dpo) that trains on rows of this kind (document, conversation or pair)."""
     return next(stage for stage, stage_kind in STAGE_KINDS.items() if stage_kind == kind)
 
 
 @contextmanager
 def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, Callable[[int, int, int], None]]]:
-    """Show the progress of packing, as a context manager.
-
-    Yields `update` and `watch`. `update(done, total)` takes bytes of the inputs; it is None if `quiet`. `watch(rows,
-    tokens, num_left_out)` takes the counts so far, which the next `update` shows.
-    """
+    """Show the progress of packing, as a context manager. Yields `update(done, total)`, which takes bytes of the inputs
+    (None if `quiet`), and `watch(rows, tokens, num_left_out)`, which takes the counts so far for the next `update` to
+    show."""
     by_bytes, by_tokens = Rate(), Rate()
     counts = [0, 0, 0]
 
@@ -172,10 +166,8 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
 
 
 def print_packed(packed: "PackResult", write: Callable[[str], None] = result) -> None:
-    """Print how many rows were packed, left out and cut, and what was written.
-
-    `write` prints one line, by default to stdout. For a pack with `--shard`, the last line says how many parts of other
-    shards are left; a dataset that was up to date gets one line only.
+    """Print how many rows were packed, left out and cut, and what was written; one line for a dataset that was up to
+    date. For a pack with `--shard`, the last line says how many parts of other shards are left. write: prints one line.
     """
     from mmdata.encode.rows import HELP
 
@@ -207,10 +199,8 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
 
 
 def warn_of_contained(datasets: list[Path]) -> None:
-    """Print a warning for each input file of which most rows are in another input file of the datasets, too.
-
-    A model trained on both files would see these rows twice.
-    """
+    """Warn of each input file of which most rows are in another input file of the datasets, too. A model trained on
+    both files would see these rows twice."""
     from mmdata.shards.checks import find_contained
     from mmdata.shards.dataset import open_dataset
 
@@ -222,9 +212,7 @@ def warn_of_contained(datasets: list[Path]) -> None:
 
 def send(directory: Path, url: str, *, quiet: bool) -> None:
     """Copy a packed dataset to a URL, read each file back to verify its hash, and print the command that downloads it.
-
-    DatasetError if a file arrives with other bytes.
-    """
+    Raise DatasetError if a file arrives with other bytes."""
     from mmdata.io import remote
     from mmdata.shards.manifest import every_file
 
@@ -235,11 +223,8 @@ def send(directory: Path, url: str, *, quiet: bool) -> None:
 
 
 def write_report(directory: Path, *, is_new: bool) -> None:
-    """Write report.html into the dataset, from its recorded counts and a sample of its rows.
-
-    A report that exists is replaced only if `is_new`, which says that the dataset was packed just now. A failure is
-    printed as a note and raises nothing.
-    """
+    """Write report.html into the dataset, from its recorded counts and a sample of its rows. A failure is printed as a
+    note and raises nothing. is_new: the dataset was packed just now; only then a report that exists is replaced."""
     from mmdata.io.files import write_text
     from mmdata.stats import stats
     from mmdata.stats.report import data
@@ -259,10 +244,8 @@ def write_report(directory: Path, *, is_new: bool) -> None:
 
 
 def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: bool) -> None:
-    """Estimate what packing would give, and print it; nothing is written.
-
-    `files` are packed into one dataset if `is_one`, else each into its own.
-    """
+    """Print an estimate of what packing would give; nothing is written. is_one: all files go into one dataset, else
+    each into its own."""
     from mmdata.pack.estimate import estimate
     from mmdata.pack.pipeline import common_kind
 

@@ -54,12 +54,10 @@ def show(
 
 
 def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool, as_json: bool) -> None:
-    """Print one sample (a pack or a pair) of a packed dataset, with the file and line of each of its sequences.
-
-    `index` counts from 0; None is 0. The split "all" stands for "train" here. With `as_json` the sample is printed as
-    JSON; with `as_json` and no index, every source row of the split is printed as one JSON line. UsageError if there is
-    no such sample.
-    """
+    """Print one sample (a pack or a pair) of a packed dataset, with the file and line of each of its sequences. Raise
+    UsageError if there is no such sample.
+    index: from 0; None is 0. split: "all" stands for "train" here. as_json: print the sample as JSON; without an index,
+    print every source row of the split as one JSON line."""
     from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -94,10 +92,8 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
 
 
 def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool) -> None:
-    """Print one row of a jsonl file, counted from 0, as it would be packed; or the reason why it would be left out.
-
-    `tokenizer` is a directory, `max_len` the longest sequence in tokens. UsageError if the file has fewer rows.
-    """
+    """Print one row of a jsonl file, counted from 0, as it would be packed, or the reason why it would be left out.
+    Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest sequence in tokens."""
     from mmdata.encode.encoder import RowEncoder, preview
     from mmdata.encode.rows import REASONS, find_kind
     from mmdata.io.lines import iter_lines
@@ -132,11 +128,9 @@ def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: b
 
 
 def encoded_records(sequences: "Sequences") -> list[dict[str, list[int]]]:
-    """Return the ids and loss masks of a row, under the names that `mm show --json` uses.
-
-    A document or conversation gives one record with input_ids and loss_mask for each of its sequences. A pair gives one
-    record with prompt_ids, and for each reply ids and mask, as chosen_ids and chosen_mask.
-    """
+    """Return the ids and loss masks of a row, under the names that `mm show --json` uses: input_ids and loss_mask for
+    each sequence of a document or conversation; one record with prompt_ids, chosen_ids, chosen_mask, rejected_ids and
+    rejected_mask for a pair."""
     from mmdata.encode.sequences import PairSequence
     from mmdata.shards.dataset import loss_mask
 
@@ -162,10 +156,8 @@ def decoded(decode: Callable[[list[int]], str], ids: list[int], mask: list[int])
 
 
 def print_segments(segments: Iterable[tuple[str, bool]], title: str) -> None:
-    """Print segments (text, is trained) after a bold title; trained ones are green, or between ⟦ and ⟧ without colour.
-
-    An empty title is not printed.
-    """
+    """Print segments (text, is trained) after a bold title, unless it is empty; trained ones are green, or between ⟦
+    and ⟧ without colour."""
     pieces = [(f"{title}: ", "bold", f"{title}: ")] if title else []
     for is_trained, run in groupby(segments, key=lambda segment: segment[1]):
         text = "".join(text for text, _ in run)

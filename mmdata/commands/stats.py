@@ -81,10 +81,8 @@ def stats(
 
 
 def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
-    """Print a report on each dataset or file, then the warnings about rows that several of them share.
-
-    If `is_comparison`, `measured` has two entries and their differences follow.
-    """
+    """Print a report on each dataset or file, then the warnings about rows that several of them share. is_comparison:
+    `measured` has two entries, whose differences follow."""
     from mmdata.stats.report.compare import side_by_side
     from mmdata.stats.report.data import sections_of, warned
     from mmdata.stats.report.page import Section

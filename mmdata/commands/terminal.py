@@ -1,7 +1,5 @@
-"""Output to the terminal: lines, tables and progress. Results go to stdout; messages, progress and errors go to stderr.
-
-Only the commands use this module. Rich is imported where it is needed, so that `mm --help` starts fast.
-"""
+"""Output to the terminal: results go to stdout; messages, progress and errors go to stderr. Only the commands use this
+module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
 import json
 import sys
@@ -41,9 +39,7 @@ def next_command(command: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as one indented JSON document to stdout. Dataclasses become objects; paths and other types become
-    strings.
-    """
+    """Print `value` as indented JSON to stdout. Dataclasses become objects; paths and other types become strings."""
     result(json.dumps(value, ensure_ascii=False, indent=2, default=plain))
 
 
@@ -96,10 +92,8 @@ def counted(counts: Iterable[tuple[str, int]]) -> str:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print a table to stdout; print nothing if there are no rows. Integers get thousands separators.
-
-    `columns` are the names of the columns; the header is left out if all are empty. The first column is aligned left,
-    the others right, except for columns after the second whose name is empty (bars and notes), which are aligned left.
-    """
+    columns: their names; the header is left out if all are empty. The first column is aligned left, the others right,
+    except for columns after the second whose name is empty (bars and notes), which are aligned left."""
     names = list(columns)
     left = {index for index, name in enumerate(names) if index == 0 or (index > 1 and not name)}
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
@@ -108,11 +102,8 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def print_sections(sections: "Iterable[Section]") -> None:
-    """Print a report to stdout: for each section its title, then its tables, figures and notes.
-
-    Blocks (tables, plots, notes) that a terminal cannot show, such as curves, are skipped. A section of which nothing
-    can be shown is skipped together with its title.
-    """
+    """Print a report to stdout: for each section its title, then its tables, figures and notes. Blocks that a terminal
+    cannot show, such as curves, are skipped, and sections of such blocks alone with their title."""
     from mmdata.stats.report.page import Translation
 
     translation = Translation("en")
@@ -124,10 +115,8 @@ def print_sections(sections: "Iterable[Section]") -> None:
 
 
 def _printed(block: "Block | list[Block]", translation: "Translation") -> "Iterator[str | RichTable]":
-    """Yield the lines and tables that show one block of a report, or a list of blocks, in a terminal.
-
-    Yields nothing for a block that a terminal cannot show, such as a curve. `translation` gives the texts' language.
-    """
+    """Yield the lines and tables that show a block of a report, or a list of blocks; nothing for a block that a
+    terminal cannot show, such as a curve. translation: gives the texts' language."""
     from mmdata.stats.report import page
 
     if isinstance(block, page.Table) and block.rows:
@@ -158,11 +147,8 @@ def _printed(block: "Block | list[Block]", translation: "Translation") -> "Itera
 
 
 def _grid(title: str, names: Sequence[str], cells: Iterable[Sequence[str]], left: Container[int]) -> "RichTable":
-    """Return a table without ruled lines, for rich to print.
-
-    `names` are the headers, which are shown if any is not empty; `cells` are the rows; `left` holds the indices of the
-    columns that are aligned left.
-    """
+    """Return a table without ruled lines. names: headers, shown if any is not empty. cells: the rows. left: indices of
+    the columns that are aligned left."""
     from rich.table import Table
 
     grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -184,19 +170,14 @@ def _print_grids(items: "Iterable[str | RichTable]") -> None:
 
 
 def _one_line(text: str) -> str:
-    """Return a text as one line of at most CELL_WIDTH characters: whitespace is collapsed, a longer text ends with "…".
-
-    A text of whitespace alone is shown with escapes (\\n).
-    """
+    """Return a text as one line of at most CELL_WIDTH characters: whitespace is collapsed, a longer text ends with "…";
+    a text of whitespace alone is shown with escapes (\\n)."""
     line = " ".join(text.split()) or repr(text)[1:-1]
     return line if len(line) <= CELL_WIDTH else f"{line[: CELL_WIDTH - 1]}…"
 
 
 def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
-    """Print text in colours to stdout, one piece after another.
-
-    Each piece is (text, rich style, replacement); the replacement is printed where stdout shows no colour.
-    """
+    """Print text in colours to stdout. Each piece is (text, rich style, replacement for a stdout without colour)."""
     from rich.console import Console
     from rich.text import Text
 
@@ -215,9 +196,9 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
     """Show progress on stderr: bars on a terminal, elsewhere a line every EVERY_S seconds. A context manager.
 
-    Yields None if `quiet`, else `draw(label, done, total, words, row=0)`. It shows that `done` of `total` units of the
+    Yields None if `quiet`, else `draw(label, done, total, words, row=0)`: `done` of `total` units (0: not known) of the
     work `label` are done; `words` is printed after the bar, or in the line. Row 1 is a second bar below the first,
-    shown on terminals only. A `total` of 0 means that the total is not known.
+    shown on terminals only.
     """
     if quiet:
         yield None
@@ -248,10 +229,8 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
 
 
 class Rate:
-    """The mean rate of a growing count, in units per second since the object was created.
-
-    The first count passed is subtracted, so that what an earlier, interrupted run had done does not raise the rate.
-    """
+    """The mean rate of a growing count, in units per second since the object was created. The first count passed is
+    subtracted, so that what an earlier, interrupted run had done does not raise the rate."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -263,21 +242,16 @@ class Rate:
         return (done - self._first) / max(time.monotonic() - self._start, 1e-3)
 
     def time_left(self, done: float, total: float) -> str:
-        """Return the estimated time until the count `done` reaches `total`, as text to append: ", 40 s left".
-
-        Returns an empty string while the rate is 0, and when everything is done.
-        """
+        """Return the estimated time until the count reaches `total`, as text to append: ", 40 s left". Empty while the
+        rate is 0, and when everything is done."""
         rate = self.per_second(done)
         return f", {in_time((total - done) / rate)} left" if rate > 0 and done < total else ""
 
 
 @contextmanager
 def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Update | None]:
-    """Show the progress of one piece of work called `label`, as a context manager.
-
-    Yields `update(done, total)`, or None if `quiet`. `unit` is what is counted, such as "samples"; counts of bytes are
-    shown with a suitable unit.
-    """
+    """Show the progress of one piece of work, as a context manager. Yields `update(done, total)`, or None if `quiet`.
+    unit: what is counted, such as "samples"; counts of bytes are shown with a suitable unit."""
     rate = Rate()
     with meter(quiet=quiet) as draw:
 

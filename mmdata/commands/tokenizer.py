@@ -246,10 +246,8 @@ def extend(
 
 
 def weights_of(items: list[str] | None) -> dict[str, float]:
-    """Parse `--weight` options such as assistant=2 into weights by name; empty for None.
-
-    UsageError for an item that is not NAME=NUMBER, or whose number is negative, infinite or NaN.
-    """
+    """Parse `--weight` options such as assistant=2 into weights by name; empty for None. Raise UsageError for an item
+    that is not NAME=NUMBER, or whose number is negative, infinite or NaN."""
     weights = {}
     for item in items or ():
         name, equals, amount = item.rpartition("=")
@@ -266,11 +264,8 @@ def weights_of(items: list[str] | None) -> dict[str, float]:
 
 @contextmanager
 def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show the progress of work that consists of several phases, as a context manager.
-
-    Yields `phase(name, done, total)`, to be called with the bytes done in the phase and its bytes in all (0 if not
-    known). Yields None if `quiet`.
-    """
+    """Show the progress of work in several phases, as a context manager. Yields None if `quiet`, else `phase(name,
+    done, total)`, which takes the bytes done in the phase and its bytes in all (0 if not known)."""
     start = time.monotonic()
     with meter(quiet=quiet) as draw:
 
@@ -283,10 +278,8 @@ def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] |
 
 
 def print_trained(trained: "Trained") -> None:
-    """Print how much text was found and drawn in each file and language, the rows left out, and the tokenizer written.
-
-    A tokenizer that was up to date gets one line only.
-    """
+    """Print how much text was found and drawn in each file and language, the rows left out, and the tokenizer written;
+    one line for a tokenizer that was up to date."""
     if trained.up_to_date:
         result(f"{trained.out} is up to date: {trained.vocab_size:,} tokens, sha256 {trained.sha256[:12]}")
         return
@@ -306,10 +299,8 @@ def print_trained(trained: "Trained") -> None:
 
 
 def print_findings(directory: Path, findings: "Sequence[Finding]") -> None:
-    """Print one line for each check (ok, note or error), a fix below each note, then the numbers of errors and notes.
-
-    The fixes of errors are printed by the caller.
-    """
+    """Print a line for each check (ok, note or error), a fix below each note, then the numbers of errors and notes. The
+    fixes of errors are printed by the caller."""
     for finding in findings:
         result(f"{finding.level:<5}  {finding.check}: {finding.found}")
         if finding.fix and finding.level == "note":
@@ -369,9 +360,8 @@ def print_compared(comparison: "Comparison") -> None:
 
 
 def print_split(pieces: "Sequence[TokenView]") -> None:
-    """Print a text with each token on a coloured background, or "|" after each token without colour; then a table of
-    the tokens.
-    """
+    """Print a text with each token on a coloured background, or followed by "|" without colour; then a table of the
+    tokens."""
     styled = []
     for number, piece in enumerate(pieces):
         end = "\n" if "⏎" in piece.text else ""

@@ -69,11 +69,8 @@ def validate(
 
 
 def print_validation(validation: "Validation") -> None:
-    """Print the kind and the counts of a file, a table of reasons with their first lines, and what helps with each
-    reason.
-
-    Also print, if there are any, the keys that were ignored and the control strings in the rows' content.
-    """
+    """Print the kind and counts of a file, a table of reasons with their first lines and what helps, and, if there are
+    any, the keys that were ignored and the control strings in the rows' content."""
     from mmdata.encode.rows import REASONS
 
     num_rows, num_good = validation.num_rows, validation.num_good

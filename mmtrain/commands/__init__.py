@@ -1,4 +1,1 @@
-"""The commands that train and use models, one module each.
-
-Only `cli.py` imports this package.
-"""
+"""The commands that train and use models, one module each. Only `cli.py` imports this package."""

@@ -94,7 +94,7 @@ def chat(
 
 
 def newest_finished_run() -> Path:
-    """Return the run under runs/ that finished last, of any stage or imported. CheckpointError if there is none."""
+    """Return the run under runs/ that finished last, of any stage or imported. Raise CheckpointError if there is none."""
     from mmtrain.checkpoint import find_run
     from mmtrain.config import STAGE_KINDS
 
@@ -108,12 +108,9 @@ def newest_finished_run() -> Path:
 
 def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window: int) -> "Speaker":
     """Load a run, checkpoint, .pth file or Hugging Face directory as a `Speaker`.
-
-    `tokenizer_dir` is the tokenizer of a .pth file; None takes the one in the
-    directory of the file, in tokenizer/ there, or in model/ or tokenizer/ one level above. With `is_plain`, and for runs of
-    the pretrain stage, the model continues text without a chat template. `window` is the largest number of tokens of
-    conversation and answer.
-    """
+    tokenizer_dir: tokenizer of a .pth file; None takes the one in the file's directory, in tokenizer/ there, or in
+    model/ or tokenizer/ one level above. is_plain: continue text without a chat template; runs of the pretrain stage
+    always do. window: largest number of tokens of conversation and answer."""
     from mmdata.encode.template import Template
     from mmtrain.convert.foreign import open_model
     from mmtrain.inference.chat import Chat
@@ -128,9 +125,8 @@ def open_speaker(path: Path, tokenizer_dir: Path | None, is_plain: bool, window:
 
 @dataclass
 class Speaker:
-    """A model that takes part in the conversation. `name`, its path as given, is printed with its answers; `chat` has
-    its messages.
-    """
+    """A model that takes part in the conversation. name: its path as given, printed with its answers. chat: its
+    messages."""
 
     name: str
     chat: "Chat"
@@ -138,13 +134,10 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of one model, and how long it took.
-
-    `text` is the answer without its reasoning and tool calls; `reasoning` is None without a think block. Each of
-    `calls` has a name, and arguments as JSON. `tokens` counts the tokens generated. `seconds` is the time for the whole
-    answer, `seconds_to_first` until its first text, or None if no text was generated. `finish_reason` is "stop",
-    "length" or "cancelled".
-    """
+    """One answer of one model.
+    text: the answer without reasoning and tool calls. reasoning: None without a think block. calls: each with a name,
+    and arguments as JSON. tokens: number generated. seconds: time for the whole answer. seconds_to_first: time until
+    its first text, None if there was none. finish_reason: "stop", "length" or "cancelled"."""
 
     text: str
     reasoning: str | None
@@ -182,11 +175,8 @@ class Answer:
 @dataclass
 class Session:
     """A conversation of the user with one model, or with several that are asked the same questions.
-
-    `options` are the sampling settings and `system` is the system prompt. `think` asks for answers with (True) or
-    without (False) reasoning, and None leaves this to the chat template. With `is_json`, answers are printed as JSON
-    lines.
-    """
+    options: sampling settings. system: system prompt. think: answers with (True) or without (False) reasoning; None
+    leaves this to the chat template. is_json: print answers as JSON lines."""
 
     speakers: Sequence[Speaker]
     options: Sampling
@@ -207,10 +197,7 @@ class Session:
 
     def run(self, lines: Iterator[str], *, is_lenient: bool) -> None:
         """Answer each line until the last one or /quit; a line that begins with "/" is a command, and empty lines are
-        skipped.
-
-        With `is_lenient`, an MMError is printed and the next line follows; otherwise it is raised.
-        """
+        skipped. is_lenient: print an MMError and go on with the next line, instead of raising it."""
         for line in lines:
             if line == "/quit":
                 return
@@ -225,7 +212,8 @@ class Session:
                 say(f"error: {error.message}\nfix: {error.fix}")
 
     def command(self, name: str, argument: str = "") -> None:
-        """Run the command `name`, such as /reset, with its argument. UsageError if there is no command of that name."""
+        """Run the command `name`, such as /reset, with its argument. Raise UsageError if there is no command of that
+        name."""
         if name == "/reset":
             self.reset()
             say("forgotten")
@@ -244,10 +232,8 @@ class Session:
             raise UsageError(f"{name} is no command", "/help shows them")
 
     def ask_again(self) -> None:
-        """Remove the last question and its answers from the conversation, and ask the question again with another seed.
-
-        UsageError if nothing was answered yet.
-        """
+        """Remove the last question and its answers, and ask it again with another seed. Raise UsageError if nothing was
+        answered yet."""
         messages = self.speakers[0].chat.messages
         if not messages or messages[-1].role != "assistant":
             raise UsageError("there is no answer yet", "ask something first")
@@ -258,11 +244,8 @@ class Session:
         self.ask(question)
 
     def save(self, name: str) -> None:
-        """Write the conversation to the jsonl file `name`, one row for each model.
-
-        An empty `name` stands for chat-DATE-TIME.jsonl in the current directory. UsageError if the file exists or
-        cannot be written, or if nothing was answered yet.
-        """
+        """Write the conversation to the jsonl file `name` (empty: chat-DATE-TIME.jsonl in the current directory), one
+        row for each model. Raise UsageError if the file exists or cannot be written, or if nothing was answered yet."""
         from mmdata.io.files import write_text
 
         path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.jsonl")).expanduser()
@@ -278,11 +261,8 @@ class Session:
         say(f"wrote {path}")
 
     def ask(self, question: str) -> None:
-        """Ask all models one question and print their answers.
-
-        The answer of a single model is printed while it is generated. With several models, or as JSON, answers are
-        printed when all are complete.
-        """
+        """Ask all models one question. The answer of a single model is printed while it is generated; those of several
+        models, or as JSON, when all are complete."""
         options = replace(self.options, seed=self.options.seed + self.num_again)
         if len(self.speakers) == 1 and not self.is_json:
             print_speed(self._answer(self.speakers[0], question, options, StreamPrinter()))
@@ -299,10 +279,8 @@ class Session:
     def _answer(
         self, speaker: Speaker, question: str, options: Sampling, printer: "StreamPrinter | None" = None
     ) -> Answer:
-        """Let one model answer, and return the complete answer. A `printer` prints it while it is generated.
-
-        Ctrl-C ends the answer early; what was generated so far stays in the conversation.
-        """
+        """Let one model answer, and return the complete answer, which `printer` prints while it is generated. Ctrl-C
+        ends the answer early; what was generated so far stays in the conversation."""
         from mmtrain.inference.replies import Splitter, split
 
         show = printer.show if printer else lambda pieces: None
@@ -337,9 +315,7 @@ class Session:
 
 def as_row(message: "Message") -> dict[str, Any]:
     """Return a message as in a jsonl row: role and content, and for an answer with a think block its reasoning_content.
-
-    Tool calls stay in the content as text.
-    """
+    Tool calls stay in the content as text."""
     from mmtrain.inference.replies import split
 
     if message.role != "assistant":
@@ -353,10 +329,8 @@ def as_row(message: "Message") -> dict[str, Any]:
 
 
 class StreamPrinter:
-    """Prints one answer while it is generated.
-
-    Content and tool calls, each on its own line, go to stdout. Reasoning goes to stderr, dimmed on a terminal.
-    """
+    """Prints one answer while it is generated: content and tool calls, each on its own line, to stdout; reasoning to
+    stderr, dimmed on a terminal."""
 
     def __init__(self) -> None:
         self._kind = ""
@@ -391,10 +365,7 @@ class StreamPrinter:
 
 
 def print_speed(answer: Answer) -> None:
-    """Print the number of tokens and the speed of an answer to stderr, dimmed.
-
-    Print nothing if stderr is no terminal or no token was generated.
-    """
+    """Print the number of tokens and the speed of an answer to stderr, if it is a terminal and a token was generated."""
     if sys.stderr.isatty() and answer.seconds_to_first is not None:
         cut = {"length": ", cut at its longest", "cancelled": ", cut short"}.get(answer.finish_reason or "", "")
         speed = f"{answer.tokens_per_s:.1f} tokens/s, {answer.seconds_to_first:.2f} s to the first"
@@ -402,10 +373,8 @@ def print_speed(answer: Answer) -> None:
 
 
 def print_side_by_side(answers: dict[str, Answer]) -> None:
-    """Print the answers of several models, given by name, in one column each.
-
-    If stdout is no terminal, or too narrow for columns of MIN_COLUMN characters, print them one below the other.
-    """
+    """Print the answers of several models, given by name, in one column each; one below the other if stdout is no
+    terminal, or too narrow for columns of MIN_COLUMN characters."""
     from rich.console import Console
     from rich.table import Table
 
@@ -445,8 +414,6 @@ def piped_lines() -> Iterator[str]:
 
 
 def without_surrogates(line: str) -> str:
-    """Return a typed line with U+FFFD in place of bytes that are not UTF-8, which tokenizers cannot encode.
-
-    Python's `input` returns such bytes as lone surrogates.
-    """
+    """Return a typed line with U+FFFD in place of bytes that are not UTF-8, which Python's `input` returns as lone
+    surrogates and tokenizers cannot encode."""
     return line.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")

@@ -1,6 +1,5 @@
 """`mm demo`: train a small model on a generated corpus, through all stages, and measure its answers to held-out
-questions.
-"""
+questions."""
 
 import json
 import shutil
@@ -62,10 +61,8 @@ def demo(
 
 
 def clear_demo(out: Path) -> None:
-    """Create an empty directory `out` for a demo; one that holds an earlier demo is emptied.
-
-    UsageError if `out` is a file, or a directory with files but without demo.json.
-    """
+    """Create an empty directory `out`, or empty that of an earlier demo. Raise UsageError if `out` is a file, or a
+    directory with files but without demo.json."""
     if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and no demo of ours", "choose another --out")
     shutil.rmtree(out, ignore_errors=True)
@@ -75,11 +72,9 @@ def clear_demo(out: Path) -> None:
 
 
 def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
-    """Generate the corpus, train its tokenizer, pack it, then train and score each stage in turn. Return all figures.
-
-    Everything is written under `out`. `minutes` is the training time on two present-day CPU cores, from which the
-    number of rows follows. `seed` determines corpus, new weights and the order of the data.
-    """
+    """Generate the corpus, train its tokenizer, pack it, train and score each stage in turn, all under `out`; return
+    all figures. minutes: training time on two present-day CPU cores, which determines the number of rows. seed:
+    determines corpus, new weights and the order of the data."""
     from mmdata import demo as recipe
     from mmdata.pack.options import PackOptions
     from mmdata.pack.pipeline import pack
@@ -173,9 +168,7 @@ def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigur
 
 
 def print_demo(figures: DemoFigures, out: Path) -> None:
-    """Print a table with the scores of each stage, five answers of the last model, and what the directory `out`
-    contains.
-    """
+    """Print the scores of each stage, five answers of the last model, and what the directory `out` contains."""
     columns = ("stage", "val bits/byte", "exact answers", "whole sentences", "pairs ranked right", "minutes")
     rows = (
         (

@@ -1,6 +1,5 @@
-"""`mm eval`: evaluate a model by its held-out loss, its answers to questions, its choices among given answers, and the
-tasks of EleutherAI's lm-evaluation-harness.
-"""
+"""`mm eval`: evaluate a model by its held-out loss, answers to questions, choices among answers, and tasks of
+EleutherAI's lm-evaluation-harness."""
 
 import json
 import tempfile
@@ -115,10 +114,8 @@ def eval_(
 
 
 def run_metadata(path: Path) -> "RunRecord":
-    """Return the record in run.json of a run, for the path of the run or of a checkpoint in it.
-
-    An empty record is returned for the model of another program, which has no run.json.
-    """
+    """Return the record in run.json for the path of a run or of a checkpoint in it; an empty record for the model of
+    another program, which has no run.json."""
     from mmtrain.checkpoint import find
     from mmtrain.convert.foreign import is_foreign
     from mmtrain.records import RunRecord, read_run
@@ -135,11 +132,9 @@ def measured(
     num_noisiest: int,
     as_json: bool,
 ) -> Scores:
-    """Compute the held-out figures of the model on these splits of the packed datasets, and return them by name.
-
-    If `per_sequence` is given, the figures of each sequence are written to this file as JSON lines. The result has the
-    `num_noisiest` rows with the highest loss per token, if that is not 0. DatasetError if the splits have no sequence.
-    """
+    """Return the held-out figures of the model on these splits of the packed datasets, by name. Raise DatasetError if
+    the splits have no sequence. per_sequence: file for the figures of each sequence, as JSON lines. num_noisiest: how
+    many rows with the highest loss per token to include."""
     from mmdata.io.files import write_text
     from mmdata.shards.dataset import open_dataset
     from mmtrain.inference.score import Scored, figures, noisiest, score
@@ -165,11 +160,9 @@ def measured(
 
 
 def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> Scores:
-    """Run tasks of EleutherAI's harness and return their metrics by task and name.
-
-    The harness reads Hugging Face directories, so any other model is exported to a temporary one first. `is_chat`
-    applies the chat template to each question. `limit` is the number of questions per task; None runs all.
-    """
+    """Run tasks of EleutherAI's harness and return their metrics by task and name. The harness reads Hugging Face
+    directories, so any other model is exported to a temporary one first. is_chat: apply the chat template to each
+    question. limit: questions per task; None for all."""
     from mmtrain.convert import harness
     from mmtrain.convert.export import export
     from mmtrain.convert.foreign import is_foreign
@@ -184,8 +177,7 @@ def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | Non
 
 def print_scores(values: Scores) -> None:
     """Print what `mm eval` measured: a table for each dataset, the noisiest rows, the accuracy on questions and the
-    results of tasks.
-    """
+    results of tasks."""
     for dataset, buckets in values.get("datasets", {}).items():
         is_pairs = "accuracy" in buckets["all"]
         columns = ["bucket", "sequences", "tokens", "loss", "bits/byte", "perplexity"]
@@ -210,10 +202,8 @@ def print_scores(values: Scores) -> None:
 
 
 def print_answers(asked: Scores, what: str) -> None:
-    """Print the accuracy on one file of questions to stdout, and the first MOST_MISTAKES wrong answers to stderr.
-
-    `what` says what right answers are, such as "chosen right".
-    """
+    """Print the accuracy on one file of questions to stdout, and the first MOST_MISTAKES wrong answers to stderr. what:
+    what right answers are, such as "chosen right"."""
     per_byte = asked.get("accuracy_per_byte")
     more = f"; by log-probability a byte {percent(per_byte, 1)}" if per_byte is not None else ""
     result(f"{asked['file']}: {percent(asked['accuracy'], 1)} of {asked['asked']:,} questions {what}{more}")

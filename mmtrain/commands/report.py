@@ -1,6 +1,5 @@
-"""`mm report`: report what happened in training runs: on the terminal, as an HTML file, or as a page that is updated
-while they train.
-"""
+"""`mm report`: report on training runs: on the terminal, as an HTML file, or as a page that is updated while they
+train."""
 
 from pathlib import Path
 from typing import Annotated
@@ -59,7 +58,7 @@ def report(
 
 
 def newest_run() -> Path:
-    """Return the run under runs/ whose run.json was written last. CheckpointError if there is none."""
+    """Return the run under runs/ whose run.json was written last. Raise CheckpointError if there is none."""
     runs = [(path.stat().st_mtime_ns, path.parent) for path in RUNS_DIR.glob("*/run.json")]
     if not runs:
         raise CheckpointError(f"no run under {RUNS_DIR}/", "`mm train` makes one, or name it: mm report RUN")

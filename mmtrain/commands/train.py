@@ -88,9 +88,7 @@ def train(
 
 def newest_dataset(stage: str) -> Path:
     """Return the dataset under shards/ that was packed last, of those with the kind of rows that the stage trains on.
-
-    DatasetError if there is none.
-    """
+    Raise DatasetError if there is none."""
     kind = STAGE_KINDS[stage]
     datasets = []
     for manifest in SHARDS_DIR.glob("*/manifest.json"):
@@ -108,9 +106,7 @@ def newest_dataset(stage: str) -> Path:
 
 def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
     """Parse the `--data DIR[:WEIGHT]` options; return the datasets, and their weights or None if none has a weight.
-
-    UsageError if only some have a weight, a weight is not positive and finite, or a dataset is a URL.
-    """
+    Raise UsageError if only some have a weight, a weight is not positive and finite, or a dataset is a URL."""
     from mmdata.io import remote
 
     paths, weights = [], []
@@ -166,10 +162,8 @@ def print_trained(trained: "TrainResult") -> None:
 
 
 def without_option(arguments: list[str], name: str) -> list[str]:
-    """Return command-line arguments without the option `name` and its value.
-
-    Every occurrence is removed, both of `NAME VALUE` (two arguments) and of `NAME=VALUE` (one).
-    """
+    """Return command-line arguments without any `NAME VALUE` (two arguments) and `NAME=VALUE` (one) of the option
+    `name`."""
     kept = []
     words = iter(arguments)
     for word in words:
@@ -182,10 +176,7 @@ def without_option(arguments: list[str], name: str) -> list[str]:
 
 def next_run(stage: str, resume: bool) -> Path:
     """Return the directory runs/STAGE-N for a run: with N one above the highest number there, or with `resume` the
-    highest itself.
-
-    CheckpointError if `resume` and the stage has no run under runs/.
-    """
+    highest. Raise CheckpointError if `resume` and the stage has no run under runs/."""
     numbers = [
         int(path.name.rpartition("-")[2])
         for path in RUNS_DIR.glob(f"{stage}-*")
