@@ -1,13 +1,12 @@
 """Fast rendering of many conversations without jinja2, for chat templates that write each message as a block: an open
 token, the role, a newline, the text, a close token and a newline.
 
-ChatML and the templates of MiniMind's tokenizers are of this kind. `learn` finds out from the renderings of test
-conversations ("probes") whether a template is, and what it writes around tools. It returns a `Blocks` object only if
-this object gives the same text and the same trained ranges as jinja2 for every probe. `Blocks.render` does not render a
-conversation for which the template could do something that the probes did not show, such as one whose text contains a
-string that the template searches for. It marks such a conversation as odd, and the caller renders it with jinja2.
+ChatML and the templates of MiniMind's tokenizers are of this kind. `learn` finds out with test conversations ("probes")
+whether a template is, and what it writes around tools. A conversation for which the template could do something that
+the probes did not show, such as one whose text contains a string that the template searches for, is marked as odd, and
+the caller renders it with jinja2.
 
-Arrow joins the texts of a whole batch, which takes less than 1 microsecond per row; jinja2 takes 100 to 300.
+Arrow joins the texts of a whole batch in less than 1 microsecond per row; jinja2 takes 100 to 300.
 """
 
 import itertools
@@ -46,8 +45,7 @@ HEAD, TAIL = "assistant\n", "\n"
 class BlockFormat:
     """The texts that a chat template writes around messages, and the optional fields that it is known to support.
 
-    The `has_` fields and `tools` are set only after `learn` has compared renderings of such conversations with
-    jinja2's. A conversation that needs a field which is not set is rendered by jinja2 instead.
+    The `has_` fields and `tools` are set only if `learn` found renderings of such conversations equal to jinja2's.
     """
 
     open: str  # the control token that begins a block, such as <|im_start|>
@@ -64,14 +62,13 @@ class BlockFormat:
 class Renderings:
     """The rendered texts of a batch of R conversations, or of the R = 2P sides of P pairs.
 
-    texts: one for each conversation that is not marked in `is_odd`, in order. For pairs, the texts of all chosen sides
-    come first, then those of all rejected sides; a rejected text has only the messages after those that both sides
-    share.
+    texts: those of the rows not marked in `is_odd`, in order. For pairs, the texts of all chosen sides, then those of
+    all rejected sides; a rejected text has only the messages after those that both sides share.
     roles: int8 [total blocks], the role of every block of all texts, as an index of ROLES.
     num_blocks: int64 [texts], the number of blocks of each text.
     first_trained: int64 [texts], the index in its text of the first block that may be trained: 0, but in a chosen text
     the number of blocks before the first message that differs.
-    is_odd: bool [R], or [P] for pairs. True where the row is not in `texts`, because only jinja2 renders it correctly.
+    is_odd: bool [R], or [P] for pairs. True where only jinja2 renders the row correctly.
     """
 
     texts: list[str]
@@ -84,8 +81,7 @@ class Renderings:
 class Blocks:
     """Renders conversations in one `BlockFormat`, many at a time.
 
-    literals: the strings that the template searches messages for (`Template.literals`). A conversation with one of them
-    is not rendered here, but by jinja2.
+    literals: the strings that the template searches messages for (`Template.literals`). A conversation with one is odd.
     """
 
     def __init__(self, format: BlockFormat, literals: Sequence[str]):
@@ -102,11 +98,9 @@ class Blocks:
         self._tails = (self._close, f"\n</tool_response>{self._close}", "\n</tool_response>")
 
     def render(self, columns: Conversations, keeps: np.ndarray) -> Renderings:
-        """Render conversations, or both sides of pairs, and return the texts with their blocks. Rows that must be
-        rendered by jinja2 are marked in `is_odd` of the result and have no text.
+        """Render conversations, or both sides of pairs, except odd ones.
 
-        keeps: bool [R], False for conversations whose rendering leaves out the empty think blocks that the template
-        writes.
+        keeps: bool [R], False for conversations without the empty think blocks that the template writes.
         """
         pc = compute()
         is_odd, contents = self._odd(columns), columns.contents
@@ -140,11 +134,8 @@ class Blocks:
         return Renderings(texts, roles, num_blocks[is_good], first_trained[is_good], is_odd_row)
 
     def _odd(self, columns: Conversations) -> np.ndarray:
-        """Return bool [M]: True for messages because of which their whole conversation must be rendered by jinja2.
-
-        These are system messages after the first message and tool messages, if the format does not support them;
-        contents with one of the literals; empty answers; and the first message of a conversation with tools, if the
-        format has none. Reasoning and tool calls are not checked here but in `_answer`.
+        """Return bool [M]: True for messages because of which their whole conversation must be rendered by jinja2,
+        except for reasoning and tool calls, which `_answer` checks.
         """
         pc = compute()
         format, roles, contents = self.format, columns.roles, columns.contents
@@ -161,12 +152,11 @@ class Blocks:
         return is_odd
 
     def _edges(self, columns: Conversations, keeps: np.ndarray, changed: Iterable[int]) -> tuple[TextCodes, TextCodes]:
-        """Return two columns of M texts: those that the template writes before and those that it writes after the
-        content of each message. They include headers, default system blocks, tools, and empty think blocks.
+        """Return two columns of M texts: those that the template writes before and after the content of each message:
+        headers, default system blocks, tools, and empty think blocks.
 
-        keeps: bool [R], True for conversations in which the template begins an answer with an empty think block.
-        changed: indices of the messages whose text `render` has made; it includes their think block, so none is added
-        here.
+        keeps: bool [R], True for conversations that keep empty think blocks.
+        changed: indices of messages whose text `render` has made, with the think block.
         """
         format, roles = self.format, columns.roles
         is_next_tool = self._is_next_tool(columns)
@@ -194,9 +184,7 @@ class Blocks:
 
     @staticmethod
     def _is_next_tool(columns: Conversations) -> np.ndarray:
-        """Return bool [M]: True for a tool message that directly follows another tool message. Both are written in one
-        block.
-        """
+        """Return bool [M]: True for tool messages directly after another one; both are written in one block."""
         is_tool = columns.roles == TOOL
         return is_tool & np.roll(is_tool, 1) & ~columns.is_first
 
@@ -204,8 +192,7 @@ class Blocks:
         """Return the role of every block that is written (int8), and for each conversation its number of blocks and the
         index of the first block that may be trained (both int64 [R]).
 
-        is_written: bool [M], False for the messages of rows that jinja2 must render, and for a rejected side's copies
-        of the shared messages.
+        is_written: bool [M], False for messages of odd rows and for a rejected side's copies of the shared messages.
         """
         opens = ~self._is_next_tool(columns) & is_written
         # A conversation without a system message may get a block for the default one or for its tools.
@@ -225,11 +212,8 @@ class Blocks:
         return roles, num_blocks, first_trained
 
     def _answer(self, message: Message, keep_empty_think: bool) -> str:
-        """Return the text that the template writes for an answer after its header: think block, content and tool calls.
-        Return "" if the answer must be rendered by jinja2.
-
-        Only answers with reasoning or tool calls, or with newlines that the template strips, are passed to this
-        function.
+        """Return what the template writes for an answer after its header (think block, content and tool calls), or ""
+        if jinja2 must render it. Only for answers with reasoning, tool calls, or newlines that the template strips.
         """
         content, reasoning, format = message.content, message.reasoning_content, self.format
         if reasoning is not None and not format.has_reasoning:
@@ -260,8 +244,7 @@ class Blocks:
         return f"{EMPTY_THINK}{content}{calls}" if keep_empty_think else content + calls
 
     def marked(self, text: str, roles: Sequence[int]) -> str:
-        """Return a rendered text with "[" and "]" around the trained part of each answer, for comparison with jinja2's
-        segments.
+        """Return a rendered text with "[" and "]" around the trained part of each answer.
 
         roles: of the text's blocks, indices of ROLES. The contents of the messages must not contain the open token.
         """
@@ -275,11 +258,10 @@ class Blocks:
 
 
 def learn(template: Template) -> Blocks | None:
-    """Return a `Blocks` object that renders as the template does, or None if the template does not write each message
-    as a block (open token, role, newline, text, close token, newline).
+    """Return a `Blocks` object that renders as the template does, or None if the template does not write blocks.
 
-    Support for tools, tool calls, reasoning, and system messages after the first message is tested one by one, with
-    test conversations. It is included only if their renderings equal those of jinja2.
+    Tools, tool calls, reasoning, and system messages after the first message are tested one by one. Each is supported
+    only if text and trained ranges of its test conversations equal those of jinja2.
     """
     literals = template.literals
     if literals is None:
@@ -309,9 +291,8 @@ def learn(template: Template) -> Blocks | None:
 
 
 def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | None:
-    """Return the texts that the template writes before and after the list of tools, inside the system block of a
-    conversation without a system message. Return None if the template does not write tools as one line of JSON each, in
-    the system block.
+    """Return the texts that the template writes before and after the list of tools in a system block without a message,
+    or None if it does not write tools there as one line of JSON each.
     """
     tool = {"name": "f"}
     try:
@@ -326,9 +307,7 @@ def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | N
 
 
 def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) -> bool:
-    """Return whether `blocks` renders every probe, with and without empty think blocks, with the same text and the same
-    trained ranges as jinja2.
-    """
+    """Return whether text and trained ranges of all probes equal jinja2's, with and without empty think blocks."""
     columns = columns_of(probes)
     renderings = {keep: blocks.render(columns, np.full(len(probes), keep)) for keep in (True, False)}
     if any(rendered.is_odd.any() for rendered in renderings.values()):

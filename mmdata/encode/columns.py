@@ -1,16 +1,13 @@
 """Many conversations as columns: the roles and contents of the messages of all rows end to end, for vectorized work
 with Arrow and numpy.
 
-`read_lines` reads jsonl lines into columns with Arrow's JSON reader; `columns_of` makes columns from parsed rows. A
-pair is stored as two conversations: of 2P conversations, the first P are the chosen sides and the others are the
-rejected sides, in the same order. Tools, tool calls and reasoning are rare and are stored in dictionaries instead of
-columns.
+A pair is stored as two conversations: of 2P conversations, the first P are the chosen sides and the others the rejected
+sides, in the same order. Tools, tool calls and reasoning are rare and are stored in dictionaries.
 
-`read_lines` takes only lines of the usual form, called plain here. A plain line has the keys of MiniMind's files and no
-others, and all their values are strings. Roles alternate in the usual order, with a system message only at the
-beginning. User messages and answers are not blank. No text contains the string of a special token, and no content is
-the placeholder 无. All other lines are left to `rows.parse_row`, which accepts more forms and alone decides what is
-wrong with a row.
+`read_lines` takes only lines of the usual form, called plain here: only the keys of MiniMind's files, with string
+values; roles in the usual order, with a system message only at the beginning; user messages and answers that are not
+blank; no string of a special token in any text; and no content that is the placeholder 无. All other lines are left to
+`rows.parse_row`, which accepts more forms and alone decides what is wrong with a row.
 """
 
 import hashlib
@@ -62,9 +59,7 @@ to_json = json.JSONEncoder(ensure_ascii=False).encode  # the same text as the `t
 
 @dataclass(frozen=True)
 class ToolSpecs:
-    """The definitions of the tools of a conversation, as JSON objects. `read_lines` uses one instance for many lines
-    with the same text, so that the properties are computed once.
-    """
+    """The tools of a conversation, as JSON objects. `read_lines` shares one instance among lines with the same text."""
 
     specs: tuple[JsonObject, ...]
 
@@ -75,7 +70,7 @@ class ToolSpecs:
 
     @cached_property
     def rendered(self) -> str:
-        """The tools as chat templates write them: a newline and one line of JSON for each tool."""
+        """The tools as chat templates write them: a newline and one line of JSON for each."""
         return "".join([f"\n{to_json(tool)}" for tool in self.specs])
 
 
@@ -83,11 +78,10 @@ class ToolSpecs:
 class Conversations:
     """R conversations with M messages in all, as columns.
 
-    counts: int64 [R], the number of messages of each conversation.
-    roles: int8 [M], indices of ROLES.
+    counts: int64 [R], the number of messages of each conversation. roles: int8 [M], indices of ROLES.
     contents: Arrow string array [M] without nulls.
-    extras: the complete messages that have reasoning or tool calls, by message index in [0, M).
-    tools: the tools of conversations that have any, by conversation index in [0, R).
+    extras: the complete messages that have reasoning or tool calls, by message index.
+    tools: the tools of conversations that have any, by conversation index.
     is_pairs: the conversations are the sides of P = R / 2 pairs, the chosen ones first.
     """
 
@@ -120,9 +114,7 @@ class Conversations:
 
     @cached_property
     def num_shared(self) -> np.ndarray:
-        """int64 [P]: for each pair, the number of leading messages that are equal on both sides. Only for columns of
-        pairs.
-        """
+        """int64 [P], only for pairs: the number of leading messages that are equal on both sides."""
         half = len(self) // 2
         sizes = np.minimum(self.counts[:half], self.counts[half:])
         one, other = ranges(self.begins[:half], sizes), ranges(self.begins[half:], sizes)
@@ -139,17 +131,15 @@ class Conversations:
 
     @cached_property
     def is_repeated(self) -> np.ndarray:
-        """bool [M]: True for messages of a rejected side that repeat the leading messages of the chosen side. All False
-        if the conversations are not pairs.
-        """
+        """bool [M]: True for a rejected side's copies of leading messages of the chosen side; all False without pairs."""
         if not self.is_pairs:
             return np.zeros(len(self.roles), bool)
         last = self.begins + np.concatenate([np.zeros_like(self.num_shared), self.num_shared])
         return np.arange(len(self.roles)) < last[self.row_of]
 
     def num_characters(self) -> np.ndarray:
-        """Return the number of characters of each row's contents and reasoning (int64 [R], or [P] for pairs). The
-        leading messages that both sides of a pair share are counted once.
+        """Return the characters of each row's contents and reasoning (int64 [R], or [P] for pairs). The leading
+        messages that both sides of a pair share are counted once.
         """
         sizes = as_numpy(compute().utf8_length(self.contents)).astype(np.int64)
         for at, message in self.extras.items():
@@ -159,9 +149,7 @@ class Conversations:
         return sums.reshape(2, -1).sum(axis=0) if self.is_pairs else sums
 
     def hashes(self) -> np.ndarray:
-        """Return the SHA-256 digest of each row's content, equal to `rows.row_hash` (uint8 [R, 32], or [P, 32] for
-        pairs).
-        """
+        """Return the SHA-256 digest of each row, equal to `rows.row_hash` (uint8 [R, 32], or [P, 32] for pairs)."""
         import pyarrow as pa
 
         pc = compute()
@@ -184,9 +172,7 @@ class Conversations:
         return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
     def only(self, is_kept: np.ndarray) -> "Conversations":
-        """Return the conversations for which `is_kept` (bool [R]) is True. For pairs, both sides must have the same
-        value.
-        """
+        """Return the conversations where `is_kept` (bool [R], equal for both sides of a pair) is True."""
         if is_kept.all():
             return self
         of_message = is_kept[self.row_of]
@@ -202,8 +188,8 @@ class Conversations:
 
 
 class TextCodes:
-    """A column of strings of which only few are different. `table` lists the different strings, and `codes` (int32
-    [size]) has the index in `table` of each element. All elements are table[0] at first.
+    """A column of strings of which few are different: `table` lists these, and `codes` (int32 [size]) has the index in
+    `table` of each element. All elements are table[0] at first.
     """
 
     def __init__(self, table: Sequence[str], size: int):
@@ -220,24 +206,23 @@ class TextCodes:
         self.codes[at] = self._code(text)
 
     def prepend(self, at: np.ndarray, text: str) -> None:
-        """Put `text` before the strings of the elements `at` (integer array of indices)."""
+        """Put `text` before the strings of the elements `at` (indices)."""
         for code in np.unique(self.codes[at]).tolist():
             self.codes[at[self.codes[at] == code]] = self._code(text + self.table[code])
 
     def _code(self, text: str) -> int:
-        """Return the index of `text` in the table, adding it if necessary."""
         code = self._code_of.setdefault(text, len(self.table))
         if code == len(self.table):
             self.table.append(text)
         return code
 
     def array(self) -> Any:
-        """Return the column as an Arrow string array [N]."""
+        """Return the column as an Arrow string array [size]."""
         return strings(self.table).take(as_arrow(self.codes))
 
 
 def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
-    """Convert parsed rows to columns. The rows must be all conversations or all pairs."""
+    """Convert parsed rows, all conversations or all pairs, to columns."""
     is_pairs = bool(rows) and isinstance(rows[0], Pair)
     pairs = [row for row in rows if isinstance(row, Pair)]
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -258,12 +243,8 @@ def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
 
 
 def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversations]:
-    """Read those lines that have the usual form of conversations or pairs into columns. Return their indices in `raws`
-    (int64, ascending) and their columns. All other lines are skipped without an error; `rows.parse_row` decides whether
-    they are valid.
-
-    The usual form is described in the module's docstring. It has only the keys of MiniMind's files, string values,
-    roles in order, no blank messages, and no special-token strings in any text.
+    """Read the plain lines (see the module's docstring) into columns. Return their indices in `raws` (int64, ascending)
+    and the columns. All other lines are skipped without an error.
 
     kind: "conversation" or "pair". Conversations are read from the key `messages` if the first line begins with it,
     else from `conversations`; lines with the other key are skipped.
@@ -285,9 +266,8 @@ def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversati
 
 
 def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
-    """Convert Arrow's lists of messages to columns. Return the columns, and bool [M]: False for messages that make
-    their line one which `read_lines` skips, because of a missing or blank content, an unknown role, or invalid tools,
-    tool calls or reasoning.
+    """Convert Arrow's lists of messages to columns. Return these and bool [M]: False for messages that make their line
+    one to skip: missing or blank content, unknown role, or invalid tools, tool calls or reasoning.
 
     sides: one Arrow list array of conversations, or two of equal length (chosen, rejected) for pairs.
     """
@@ -321,7 +301,7 @@ def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
 
 
 def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
-    """Return bool [M]: True for messages whose content may contain the string of a special token, such as <|im_end|>.
+    """Return bool [M]: True for messages whose content may contain the string of a special token.
 
     may_hold: bool [R], False for lines that cannot contain such a string; their messages are not searched.
     """
@@ -332,8 +312,9 @@ def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
 
 
 def _is_in_order(columns: Conversations) -> np.ndarray:
-    """Return bool [messages]: False if a message's role may not follow the role before it, or if it is the last message of
-    its conversation and not the assistant's. A system message may only come first."""
+    """Return bool [M]: False for a message that may not follow the one before it, for a system message that is not the
+    first, and for the last message of a conversation if it is not the assistant's.
+    """
     roles = np.maximum(columns.roles, 0)
     before = np.roll(roles, 1)
     before[columns.is_first] = _START
@@ -342,9 +323,7 @@ def _is_in_order(columns: Conversations) -> np.ndarray:
 
 
 def _are_sides(columns: Conversations) -> np.ndarray:
-    """Return bool [P]: True for pairs whose sides have the same tools, and whose first different message is the
-    assistant's on both sides.
-    """
+    """Return bool [P]: True if both sides have the same tools and first differ in a message of the assistant."""
     half = len(columns) // 2
     shared = columns.num_shared
     is_pair = shared < np.minimum(columns.counts[:half], columns.counts[half:])
@@ -358,10 +337,8 @@ def _are_sides(columns: Conversations) -> np.ndarray:
 
 
 def _with_extras(role: int, content: str, reasoning: str | None, calls: str | None) -> Message | None:
-    """Return an answer with reasoning, tool calls or both as a message. Return None if the role is not the assistant's,
-    the tool calls are not valid, or the reasoning or calls contain the string of a special token.
-
-    role: an index of ROLES. calls: JSON text of the tool calls.
+    """Return an answer with reasoning, tool calls (JSON text) or both. Return None if the role is not the assistant's,
+    the calls are not valid, or one of them contains the string of a special token.
     """
     if role != ASSISTANT or CONTROL.search(reasoning or ""):
         return None
@@ -371,17 +348,13 @@ def _with_extras(role: int, content: str, reasoning: str | None, calls: str | No
 
 @lru_cache(maxsize=1024)
 def _tools(text: str) -> ToolSpecs | None:
-    """Parse the JSON text of a conversation's tools. Return None if they are not valid or contain the string of a
-    special token.
-    """
+    """Return a conversation's tools, or None if they are not valid or contain the string of a special token."""
     specs = _plain_objects(objects_of, text)
     return None if specs is None else ToolSpecs(specs)
 
 
 def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str) -> tuple[JsonObject, ...] | None:
-    """Parse JSON text to objects with `read`. Return None if `read` raises BadRow, or if the objects contain the string
-    of a special token.
-    """
+    """Parse JSON text with `read`. Return None on BadRow or if it contains the string of a special token."""
     try:
         objects = read(text, "")
     except BadRow:
@@ -391,9 +364,8 @@ def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str
 
 
 def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list[Any]]:
-    """Parse lines with Arrow's JSON reader. Take those that are an object with a non-empty list of messages for every
-    key in `names` and no other key. Return their indices (int64, ascending), and for each key an Arrow array of these
-    lists.
+    """Parse the lines that are an object with a non-empty list of messages for every key in `names` and no other key.
+    Return their indices (int64, ascending), and for each key an Arrow array of these lists.
     """
     import pyarrow as pa
 
@@ -412,11 +384,9 @@ def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list
 
 
 def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.ndarray, Any]]:
-    """Parse lines with Arrow's JSON reader by an explicit schema. Return tables, each with the indices of its lines
-    (int64), counted from `begin`.
+    """Parse lines with Arrow's JSON reader. Return tables, each with the indices of its lines (int64, from `begin`).
 
-    If Arrow refuses the lines, each half of them is tried on its own. At most FEW lines are not divided further: all of
-    them are left out of the result.
+    If Arrow refuses the lines, each half of them is tried on its own, and if they are at most FEW, all are left out.
     """
     import pyarrow as pa
     import pyarrow.json
@@ -443,11 +413,10 @@ def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.nda
 
 
 def join_messages(counts: np.ndarray, *columns: Any) -> Any:
-    """Return an Arrow string array [R] with the text of each row. The text of a message is the concatenation of its
-    strings in all columns, and the text of a row is that of its messages.
+    """Return an Arrow string array [R]: for each row, the texts of its messages joined. The text of a message is the
+    concatenation of its strings in all columns.
 
-    counts: int64 [R], the number of messages of each row. columns: Arrow string arrays [M], or a single string for all
-    messages.
+    counts: int64 [R], the messages of each row. columns: Arrow string arrays [M], or one string for all messages.
     """
     import pyarrow as pa
 
@@ -459,7 +428,7 @@ def join_messages(counts: np.ndarray, *columns: Any) -> Any:
 
 
 def _bytes_of(texts: Any) -> Iterator[memoryview]:
-    """Return an iterator over the UTF-8 bytes of each string of an Arrow string array, without copying them."""
+    """Iterate over the UTF-8 bytes of each string of an Arrow string array, without copying them."""
     _, offsets, values = texts.buffers()
     ends = np.frombuffer(offsets, np.int32, len(texts) + 1, 4 * texts.offset).tolist()
     view = memoryview(values) if values else memoryview(b"")
@@ -467,7 +436,7 @@ def _bytes_of(texts: Any) -> Iterator[memoryview]:
 
 
 def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:
-    """Return the SHA-256 digest of a pair from the hashed forms of its sides, equal to `rows.row_hash`."""
+    """Return the digest of a pair from the hashed forms of its sides, equal to `rows.row_hash`."""
     digest = hashlib.sha256(b"pair %d:" % len(chosen))
     digest.update(chosen)
     digest.update(rejected)
@@ -475,9 +444,7 @@ def _pair_digest(chosen: memoryview, rejected: memoryview) -> bytes:
 
 
 def strings(texts: Sequence[str]) -> Any:
-    """Return an Arrow string array of these texts, built from buffers because pa.array and pa.scalar would import
-    pandas.
-    """
+    """Return an Arrow string array, built from buffers because pa.array and pa.scalar would import pandas."""
     import pyarrow as pa
 
     encoded = [text.encode() for text in texts]
@@ -496,9 +463,7 @@ def truths(values: np.ndarray) -> Any:
 
 
 def compute() -> Any:
-    """Return the module `pyarrow.compute`, imported at first use. The type is Any because its functions are made at run
-    time.
-    """
+    """Return `pyarrow.compute`, imported at first use; as Any, because its functions are made at run time."""
     import pyarrow.compute
 
     return pyarrow.compute

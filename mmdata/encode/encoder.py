@@ -1,10 +1,9 @@
-"""Encoding of rows or jsonl lines to token ids and trained ranges, one batch per call. A batch is encoded with one
-native call for the texts of most of its rows.
+"""Encoding of rows or jsonl lines to token ids and trained ranges, one batch per call.
 
-Most conversations and pairs take a fast way. Lines of the usual form are read into columns (module `columns`) and
-rendered without jinja2 (module `blocks`). The texts, which include the template's control tokens, are then encoded. For
-every row, the control ids must be those that the template wrote, in the same order and no others, and each answer must
-begin with the ids of its header. The trained ranges follow from the positions of the control ids.
+Most conversations and pairs take a fast way: lines of the usual form are read into columns (module `columns`), rendered
+without jinja2 (module `blocks`), and encoded with the template's control tokens, all texts in one native call. The
+control ids of every row must be exactly those that the template wrote, in the same order, and each answer must begin
+with the ids of its header. The trained ranges follow from the positions of the control ids.
 
 Rows that fail such a check, and all rows of templates that `blocks` does not support, are rendered with jinja2, by the
 module `reference`. Every token that is dropped and every row that is left out is counted by reason.
@@ -65,16 +64,14 @@ class EncodedRows:
     """The encoding of a batch of R rows or lines. `RowEncoder` makes it and adds sequences to it.
 
     num_tokens: the number of tokens of the usable rows, before cutting.
-    rows_cut: the number of rows of which tokens were dropped.
-    cut: reason -> number of tokens dropped.
+    rows_cut: the number of rows of which tokens were dropped. cut: reason -> number of tokens dropped.
     bad: row index -> why the row cannot be used, in order of rows.
-    hashes: uint8 [R, 32], the `row_hash` of each row; 0 for lines that are not valid rows.
-    characters: int64 [R], the `num_characters` of each row; 0 for lines that are not valid rows.
+    hashes, characters: uint8 [R, 32] and int64 [R], the `row_hash` and `num_characters` of each row; 0 for lines that
+    are not valid rows.
     controls: row index -> special-token strings in the row's own text. Only `encode_lines` fills it.
     """
 
     def __init__(self, num_rows: int):
-        """Create an encoding without sequences. num_rows: the number R of rows in the batch."""
         self.num_tokens = self.rows_cut = 0
         self.cut: Counter[str] = Counter()
         self.bad: dict[int, BadRow] = {}
@@ -86,7 +83,7 @@ class EncodedRows:
     def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
         """Add sequences and the number of tokens that their rows had before cutting.
 
-        row_of: int64 [sequences], the index of the row of each sequence, ascending. A row may have several sequences.
+        row_of: int64 [sequences], the row of each sequence, ascending. A row may have several sequences.
         """
         self.num_tokens += num_tokens
         if len(row_of):
@@ -99,7 +96,7 @@ class EncodedRows:
 
     @cached_property
     def _row_of(self) -> np.ndarray:
-        """int64 [sequences]: the index of the row of each sequence, in the order in which the sequences were added."""
+        """The row of each sequence (int64), in the order in which they were added."""
         return np.concatenate([np.empty(0, np.int64), *(row_of for row_of, _ in self._parts)])
 
     @cached_property
@@ -117,15 +114,13 @@ class EncodedRows:
 
 @dataclass
 class _TextBlocks:
-    """The token ids of T rendered texts, and the positions of the control tokens that begin and end their B blocks
-    (messages as the template writes them).
+    """The token ids of T rendered texts, and the control tokens that begin and end their B blocks.
 
     ids: uint32 [total ids], the ids of all texts.
     begins, lengths: int64 [T], the index in `ids` of the first id of each text, and its number of ids.
     first_trained: int64 [T], the index in its text of the first block that may be trained.
-    opens, closes: int64 [B], the indices in `ids` of the control tokens that begin and end each block, text by text.
-    roles: int8 [B], the role of each block as an index of ROLES.
-    text_of: int64 [B], the index of the text of each block.
+    opens, closes: int64 [B], the indices in `ids` of the control tokens of each block, text by text.
+    roles: int8 [B], indices of ROLES. text_of: int64 [B], the index of the text of each block.
     """
 
     ids: np.ndarray
@@ -138,9 +133,7 @@ class _TextBlocks:
     text_of: np.ndarray
 
     def only(self, is_kept: np.ndarray) -> "_TextBlocks":
-        """Return the texts for which `is_kept` (bool [T]) is True, with new text indices. `ids` is not copied and still
-        contains the ids of all texts.
-        """
+        """Return the texts where `is_kept` (bool [T]) is True, with new indices. `ids` remains that of all texts."""
         if is_kept.all():
             return self
         blocks = is_kept[self.text_of]
@@ -156,13 +149,12 @@ class _TextBlocks:
         return np.searchsorted(self.text_of, np.arange(len(self.begins)))
 
     def text(self, number: int) -> np.ndarray:
-        """Return the ids of the text with index `number`."""
         return self.ids[self.begins[number] : self.begins[number] + self.lengths[number]]
 
 
 class RowEncoder:
     """Encodes rows with one tokenizer. The ids and trained ranges of a row do not depend on the process or on the other
-    rows of the batch. Instances can be pickled: the tokenizer is then loaded again from its directory.
+    rows of the batch. A pickled instance loads its tokenizer again from the tokenizer's directory.
     """
 
     def __init__(
@@ -215,17 +207,14 @@ class RowEncoder:
 
     @cached_property
     def _reference(self) -> ReferenceEncoder:
-        """The encoder of rows that are rendered with jinja2, made at first use."""
         return ReferenceEncoder(
             self.tokenizer, self.template, self.encoder, max_len=self.max_len, train_on=self.train_on
         )
 
     @cached_property
     def _blocks(self) -> Blocks | None:
-        """The renderer of the fast way, or None if all rows must go through jinja2.
-
-        It is None if the template does not write messages as blocks, and if the ids of a text may depend on control
-        tokens next to it.
+        """The renderer of the fast way. None, and jinja2 for all rows, if the template does not write messages as
+        blocks, or if the ids of a text may depend on control tokens next to it.
         """
         is_possible = self.tokenizer.is_exact and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
         return learn(self.template) if is_possible and not self._is_reference else None
@@ -241,8 +230,8 @@ class RowEncoder:
         return len(self.tokenizer.encode_batch([TAIL])[0])
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
-        """Encode a batch of rows. Rows that cannot be used are in `bad` of the result; no error is raised for them. A
-        batch must be of pairs only, or without pairs.
+        """Encode a batch with only pairs or without pairs. Rows that cannot be used are in `bad` of the result; they
+        raise no error.
         """
         out = EncodedRows(len(rows))
         self._encode_rows(np.arange(len(rows)), rows, out)
@@ -250,10 +239,8 @@ class RowEncoder:
         return out
 
     def encode_lines(self, raws: Sequence[bytes], kind: str) -> EncodedRows:
-        """Parse jsonl lines and encode them. Lines that are not valid rows of this kind, and rows that cannot be used,
-        are in `bad` of the result; no error is raised for them.
-
-        kind: "document", "conversation" or "pair".
+        """Parse jsonl lines and encode them. Lines that are not valid rows of this kind ("document", "conversation" or
+        "pair"), and rows that cannot be used, are in `bad` of the result; they raise no error.
         """
         out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
@@ -283,11 +270,8 @@ class RowEncoder:
         return self._reference.segments(row, bool(self._keeps_empty_thinks(hashes)[0]))
 
     def _keeps_empty_thinks(self, hashes: np.ndarray) -> np.ndarray:
-        """Return bool [R]: True for rows that keep the empty think blocks that the template writes. A row keeps all of
-        them or none.
-
-        hashes: uint8 [R, 32], the hashes of the rows. In templates of era "3", the share EMPTY_THINK_KEPT of the rows
-        keeps them, chosen by hash and seed. In other templates, all rows do.
+        """Return bool [R]: True for rows that keep the empty think blocks that the template writes. With templates of
+        era "3", the share EMPTY_THINK_KEPT of the rows does, by seed and hash (uint8 [R, 32]); with others, all do.
         """
         if self.template.era != "3":
             return np.ones(len(hashes), bool)
@@ -295,10 +279,11 @@ class RowEncoder:
 
     # --- the ways of encoding
 
+    # The methods below add rows to `out`. at: int64 [rows], the index of each row in the batch. keeps: bool [rows], True
+    # for rows that keep the empty think blocks that the template writes.
+
     def _encode_plain(self, raws: Sequence[bytes], kind: str, out: EncodedRows) -> Sequence[int]:
-        """Encode the lines that can be read into columns and rendered without jinja2, and add them to `out`. Return the
-        indices of all other lines, ascending.
-        """
+        """Encode the lines that can be rendered without jinja2. Return the indices of all others, ascending."""
         at, columns = read_lines(raws, kind)
         is_left = np.ones(len(raws), bool)
         if len(at):
@@ -309,11 +294,7 @@ class RowEncoder:
         return np.flatnonzero(is_left).tolist()
 
     def _encode_rows(self, at: np.ndarray, rows: Sequence[Row], out: EncodedRows, in_columns: bool = True) -> None:
-        """Encode parsed rows, grouped by kind, and add them to `out`.
-
-        at: int64 [rows], the index of each row in the batch. in_columns: if False, all conversations and pairs go
-        through jinja2.
-        """
+        """Encode parsed rows, kind by kind; conversations and pairs all with jinja2 if `in_columns` is False."""
         if not rows:
             return
         hashes = np.frombuffer(b"".join(map(row_hash, rows)), np.uint8).reshape(-1, 32)
@@ -334,11 +315,6 @@ class RowEncoder:
     def _encode_through_jinja(
         self, at: np.ndarray, rows: Sequence[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
     ) -> None:
-        """Render rows with jinja2, encode them, and add them to `out`.
-
-        at: int64 [rows], the index of each row in the batch. keeps: bool [rows], True for rows that keep the empty
-        think blocks that the template writes.
-        """
         encoded = self._reference.encode(rows, keeps.tolist())
         out.bad |= {i: bad for i, bad in zip(at.tolist(), encoded, strict=True) if isinstance(bad, BadRow)}
         results = {i: row for i, row in zip(at.tolist(), encoded, strict=True) if isinstance(row, EncodedRow)}
@@ -351,12 +327,9 @@ class RowEncoder:
         )
 
     def _encode_documents(self, at: np.ndarray, rows: Sequence[Document], out: EncodedRows) -> None:
-        """Encode the documents of each row, and add them to `out`. A document is put between the bos token (if the
-        tokenizer has one) and the eos token. One that is longer than `max_len` is divided into several sequences, and
-        no token is dropped. Rows whose documents are all blank, or in which text would become a control id, are
-        recorded in `out.bad`.
-
-        at: int64 [rows], the index of each row in the batch.
+        """Encode documents, each between the bos token (if any) and the eos token. One longer than `max_len` is divided
+        into several sequences; no token is dropped. Rows whose documents are all blank, or in which text would become a
+        control id, are recorded in `out.bad`.
         """
         documents = [split_documents(row.text) for row in rows]
         for i in (i for i, texts in enumerate(documents) if not texts):
@@ -387,11 +360,8 @@ class RowEncoder:
     def _encode_columns(
         self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows
     ) -> np.ndarray:
-        """Encode conversations or pairs in columns, and add them to `out`. Return bool [R], or [P] for pairs: True for
-        rows that were not encoded and must go through jinja2.
-
-        at: int64 [R or P], the index of each row in the batch. keeps: bool [R or P], True for rows that keep the empty
-        think blocks that the template writes.
+        """Encode conversations or pairs in columns. Return bool [R], or [P] for pairs: True for rows that were not
+        encoded and must go through jinja2.
         """
         assert self._blocks
         sides = 1 + columns.is_pairs
@@ -407,11 +377,9 @@ class RowEncoder:
         return is_odd
 
     def _locate(self, rendered: Renderings, format: BlockFormat) -> tuple[_TextBlocks, np.ndarray]:
-        """Encode rendered texts and find the control tokens that begin and end each block. Return the blocks of all
-        texts, and bool [T]: True for texts that have exactly the expected control tokens, and the expected ids in the
-        header of each answer.
-
-        The blocks of texts for which this is False are missing or wrong.
+        """Encode rendered texts and find the control tokens of each block. Return the blocks of all texts, and bool
+        [T]: False for texts whose control tokens or answer headers are not as expected; their blocks are missing or
+        wrong.
         """
         ids, ends = self.encoder.encode(rendered.texts, True)
         lengths = np.diff(ends, prepend=0)
@@ -431,11 +399,8 @@ class RowEncoder:
         return _TextBlocks(ids, ends - lengths, lengths, rendered.first_trained, opens, closes, roles, text_of), is_good
 
     def _control_places(self, ids: np.ndarray) -> np.ndarray:
-        """Return the positions of the control tokens in `ids` (int64, ascending).
-
-        The ids are first compared with the smallest and largest control id, which is faster than looking up every id.
-        Few other ids lie between these two.
-        """
+        """Return the positions of the control tokens in `ids` (int64, ascending)."""
+        # Comparing with the smallest and largest control id first is faster than looking up every id.
         if self._first_control > self._last_control:
             return np.empty(0, np.int64)
         width = np.uint32(self._last_control - self._first_control)
@@ -443,11 +408,8 @@ class RowEncoder:
         return at[self._is_control[ids[at]]]
 
     def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
-        """Find the trained ranges of rendered conversations and add these to `out`. A text longer than `max_len` is cut
-        after its last whole turn (a user message and everything up to its final answer) that fits. If not even the
-        first turn fits, the row is recorded in `out.bad` as "too long".
-
-        at: int64 [T], the index of each text's row in the batch.
+        """Add conversations with their trained ranges. A text longer than `max_len` is cut after its last whole turn (a
+        user message and everything up to its final answer) that fits; if not even the first fits, the row is bad.
         """
         whole = blocks.lengths.copy()
         is_kept = np.ones(len(at), bool)
@@ -471,11 +433,10 @@ class RowEncoder:
         out.add(at, Sequences(ids, blocks.lengths, spans.reshape(-1), 2 * num_spans), int(whole.sum()))
 
     def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
-        """Divide rendered pairs into prompt and replies, find their trained ranges, and add them to `out`. Pairs with a
-        side longer than `max_len`, or with equal sides, are recorded in `out.bad` instead.
+        """Add pairs, divided into prompt and replies, with their trained ranges. Pairs with a side longer than
+        `max_len`, or with equal sides, are bad.
 
-        at: int64 [P], the index of each pair in the batch. blocks: the texts of all chosen sides, then those of all
-        rejected sides without the messages that both sides share.
+        blocks: the texts of all chosen sides, then those of all rejected sides without the messages that both share.
         """
         half = len(at)
         shared = _prompt_lengths(blocks, half)
@@ -513,8 +474,8 @@ class RowEncoder:
         out.add(at, sequences, len(sequences.ids))
 
     def _spans(self, blocks: _TextBlocks, *, is_pairs: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the trained ranges [begin, end) of all texts (int64 [S, 2]), text by text, and the number of ranges of
-        each text (int64 [T]). Positions are counted from the first id of the text.
+        """Return the trained ranges [begin, end) of all texts (int64 [S, 2]), text by text, counted from the first id
+        of the text, and the number of ranges of each text (int64 [T]).
         """
         num_texts, header = len(blocks.begins), 1 + len(self._header_ids)
         if self.train_on == "all":  # but not the first token of a conversation, because no token comes before it
@@ -536,11 +497,7 @@ class RowEncoder:
 
 
 def _prompt_lengths(blocks: _TextBlocks, half: int) -> np.ndarray:
-    """Return the number of ids of the messages that both sides of each pair share (int64 [P]), which are the ids of the
-    chosen text before the first block that may be trained.
-
-    half: the number P of pairs; texts 0 to P - 1 are the chosen sides.
-    """
+    """Return int64 [P]: the number of ids of the messages that both sides of each pair share. half: P."""
     first = blocks.first_blocks[:half] + blocks.first_trained[:half]
     return blocks.opens[first] - blocks.begins[:half]
 
@@ -549,9 +506,8 @@ def _prompt_lengths(blocks: _TextBlocks, half: int) -> np.ndarray:
 class Preview:
     """One line as it would be packed.
 
-    encoded: its encoding, a batch of one row.
-    segments: the segments of each of its texts (one conversation, two sides of a pair, or its documents); empty if the
-    row cannot be rendered.
+    encoded: a batch of one row. segments: those of each of its texts (one conversation, two sides of a pair, or its
+    documents); empty if the row cannot be rendered.
     """
 
     encoded: EncodedRows
@@ -564,8 +520,7 @@ class Preview:
 
 
 def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
-    """Encode one line and return it with its segments, to be shown to a user. A row that is left out has segments too
-    if it can be rendered.
+    """Encode one line and return it with its segments, also those of a row that is left out, if it can be rendered.
 
     kind: "document", "conversation" or "pair".
     """
@@ -582,12 +537,10 @@ def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
 
 
 def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide texts of these lengths into pieces of at most `max_len` tokens. Return the length of each piece and the
-    index of its text (both int64 [pieces], text by text).
+    """Divide texts of these lengths into pieces of `max_len` tokens; the last piece of a text may be shorter. Return
+    the length of each piece and the index of its text (both int64 [pieces], text by text).
 
-    All pieces of a text but the last have `max_len` tokens. If the last one would have a single token, which could not
-    be trained on, the last token of the piece before is moved to it (unless `max_len` is 2). Texts of at most `max_len`
-    tokens are one piece.
+    A last piece of one token, which could not be trained on, gets a token of the piece before (unless `max_len` is 2).
     """
     counts = np.maximum(-(-lengths // max_len), 1)
     sizes = np.full(counts.sum(), max_len)
@@ -601,26 +554,19 @@ def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray
 
 @lru_cache(maxsize=2)
 def _template(tokenizer: Tokenizer, era: str) -> Template:
-    """Return the compiled chat template of a tokenizer. Calls with the same Tokenizer object and era share one
-    `Template`.
-    """
+    """Return the compiled chat template. Calls with the same Tokenizer object and era share it."""
     return Template(tokenizer, era=era)
 
 
 def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:
-    """Create a `RowEncoder` from the values that `RowEncoder.__reduce__` pickled.
-
-    dir: the tokenizer's directory. encoder: the name of the text encoder. options: the other arguments of `RowEncoder`.
-    """
+    """Create a `RowEncoder` from the values that `RowEncoder.__reduce__` pickled. dir: the tokenizer's directory."""
     tokenizer = Tokenizer.load(dir)
     return RowEncoder(tokenizer, encoder=choose(tokenizer, encoder), **options)
 
 
 def _uniform_numbers(seed: int, hashes: np.ndarray) -> np.ndarray:
-    """Return a pseudo-random number in [0, 1) for each row (float64 [R]). It depends only on the seed and the row's
-    hash.
-
-    hashes: uint8 [R, 32].
+    """Return a pseudo-random number in [0, 1) for each row (float64 [R]), from the seed and the row's hash (uint8 [R,
+    32]).
     """
     key = np.frombuffer(hashlib.sha256(str(seed).encode()).digest(), "<u8", 1)
     # The two multipliers are those of the hash function splitmix64.

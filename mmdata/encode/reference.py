@@ -1,12 +1,11 @@
 """Encoding of conversations and pairs from text that jinja2 rendered. It is slow and handles every template. Rows that
-the module `blocks` cannot render are encoded here, and the ids of the rows that it renders are checked against this
-module's.
+the module `blocks` cannot render are encoded here, and the ids of the others are checked against this module's.
 
 The text between two control tokens is encoded as one string, which gives the same ids as encoding the whole rendering
 at once. Training may begin inside such a string. If the ids of the untrained beginning alone are the first ids of the
-whole string, the tokens after them are trained. Otherwise, the tokenizer's character offsets decide which tokens are
-trained. For a tokenizer that normalizes text, or that joins text with neighbouring control tokens, the whole rendering
-is encoded at once and character offsets are used throughout.
+whole string, the tokens after them are trained. Otherwise, the tokenizer's character offsets decide. For a tokenizer
+that normalizes text, or that joins text with neighbouring control tokens, the whole rendering is encoded at once and
+character offsets are used throughout.
 """
 
 import itertools
@@ -28,11 +27,9 @@ NOT_PLAIN = "this tokenizer cannot keep control strings in content plain text"
 
 
 class EncodedRow(NamedTuple):
-    """The result of encoding one row.
+    """The ids and trained ranges of one row.
 
-    sequence: the ids and trained ranges of a conversation or a pair.
-    num_tokens: the number of tokens before cutting to `max_len`; for a pair, of the prompt (counted once) and both
-    replies.
+    num_tokens: before cutting to `max_len`; for a pair, of the prompt (counted once) and both replies.
     cut: the number of these tokens that were dropped to fit `max_len`.
     """
 
@@ -64,11 +61,10 @@ class ReferenceEncoder:
         self._control_ids = {text: np.array([id], np.uint32) for text, id in tokenizer.control_tokens.items()}
 
     def segments(self, row: Conversation | Pair, keep_empty_think: bool) -> list[list[Segment]]:
-        """Render a row and cut the text into segments. Return a list of segments for a conversation, or two lists for
-        the chosen and rejected side of a pair, in which only messages after the shared ones are trained.
+        """Render a row and cut the text into segments: one list for a conversation, two (chosen, rejected) for a pair,
+        in which only messages after the shared ones are trained. Raises BadRow if the rendering cannot be cut.
 
-        keep_empty_think: whether to keep the empty think blocks that the template writes. Raises BadRow if the
-        rendering cannot be cut.
+        keep_empty_think: whether to keep the empty think blocks that the template writes.
         """
         sides, first_trained = [row], 0
         if isinstance(row, Pair):
@@ -84,12 +80,10 @@ class ReferenceEncoder:
     def encode(
         self, rows: Sequence[Conversation | Pair], keep_empty_thinks: Sequence[bool]
     ) -> list[EncodedRow | BadRow]:
-        """Render rows and encode the texts of all of them in one native call. Return for each row its encoding, or a
-        BadRow with the reason why it cannot be used; it is returned, not raised.
-
-        A row cannot be used if its rendering cannot be cut into segments, if no token is trained, if not even the first
-        turn of a conversation fits `max_len`, or if the sides of a pair are too long or equal. A longer conversation is
-        cut after its last whole turn (a user message and everything up to its final answer) that fits.
+        """Render rows and encode all their texts in one native call. Return for each row its encoding, or a BadRow (not
+        raised) if its rendering cannot be cut into segments, if no token is trained, if not even the first turn of a
+        conversation fits `max_len`, or if the sides of a pair are too long or equal. A longer conversation is cut after
+        its last whole turn (a user message and everything up to its final answer) that fits.
 
         keep_empty_thinks: for each row, whether to keep the empty think blocks that the template writes.
         """
@@ -109,11 +103,10 @@ class ReferenceEncoder:
         return results
 
     def _row(self, row: Conversation | Pair, keep: bool, sides: list[Groups], encoded: Ids) -> EncodedRow:
-        """Return the encoding of one row. Raises BadRow if no token is trained, the row is too long, or the sides of a
-        pair are equal.
+        """Return the encoding of one row. Raises BadRow if no token is trained, the row is too long, or sides are
+        equal.
 
-        sides: the rendering of the conversation, or of both sides of the pair. encoded: the ids that `_encode_texts`
-        returned.
+        sides: the rendering of the conversation, or of both sides of the pair. encoded: from `_encode_texts`.
         """
         tokens = [self._tokens(groups, encoded) for groups in sides]
         for side in tokens:
@@ -126,8 +119,7 @@ class ReferenceEncoder:
 
     def _encode_texts(self, renderings: Iterable[Groups]) -> Ids:
         """Encode every text between two control tokens, and the first segment of each of these texts alone. Return the
-        ids by text; equal texts are encoded once. For a tokenizer whose renderings must be encoded as a whole, return
-        an empty dict.
+        ids by text: none for a tokenizer whose renderings must be encoded as a whole.
         """
         places: dict[str, int] = {}
         for group in itertools.chain.from_iterable(renderings if self._tokenizer.is_exact else ()):
@@ -140,7 +132,7 @@ class ReferenceEncoder:
         return {text: flat[begin:end] for text, begin, end in zip(places, [0, *ends], ends, strict=False)}
 
     def _tokens(self, groups: Groups, encoded: Ids) -> _Tokens:
-        """Return the ids and mask of a rendering. encoded: the ids that `_encode_texts` returned for its texts."""
+        """Return the tokens of a rendering. encoded: the ids that `_encode_texts` returned for its texts."""
         if not self._tokenizer.is_exact:
             return self._encode_jointly(list(itertools.chain.from_iterable(groups)))
         ids: list[np.ndarray] = []
@@ -165,8 +157,7 @@ class ReferenceEncoder:
         return _Tokens(np.concatenate(ids), np.array(is_trained).repeat(counts))
 
     def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Tokens:
-        """Encode the joined segments and mark a token as trained if at least one of its characters is in a trained
-        segment.
+        """Encode the joined segments. A token is trained if at least one of its characters is in a trained segment.
 
         control: whether special-token strings in the text become control ids.
         """
@@ -177,9 +168,8 @@ class ReferenceEncoder:
         return _Tokens(ids, before[end] > before[begin])
 
     def _encode_jointly(self, segments: list[Segment]) -> _Tokens:
-        """Encode a whole rendering at once, with character offsets. Raises BadRow if the number of control ids differs
-        from that of the control tokens that the template wrote, which happens when a content contains the string of
-        one.
+        """Encode a whole rendering at once, with character offsets. Raises BadRow if it has another number of control
+        ids than the template wrote, which happens when a content contains the string of a control token.
         """
         tokens = self._by_offsets(segments, control=True)
         num_control = np.isin(tokens.ids, list(self._tokenizer.control_tokens.values())).sum()
@@ -190,11 +180,9 @@ class ReferenceEncoder:
     # --- ids and mask -> sequences
 
     def _conversation(self, row: Conversation, keep: bool, whole: _Tokens) -> EncodedRow:
-        """Return the encoded conversation, cut after the last whole turn that fits `max_len`. Raises BadRow if there is
-        none.
+        """Return the encoded conversation, cut after the last whole turn that fits. Raises BadRow if there is none.
 
-        whole: the tokens of the uncut conversation. keep: whether to keep the empty think blocks that the template
-        writes.
+        keep: whether to keep empty think blocks. whole: the tokens of the uncut conversation.
         """
         if len(whole.ids) <= self._max_len:
             return EncodedRow(TokenSequence(whole.ids, _spans_of(whole.mask)), len(whole.ids))
@@ -205,11 +193,8 @@ class ReferenceEncoder:
         return EncodedRow(TokenSequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
 
     def _longest_that_fits(self, row: Conversation, keep: bool) -> _Tokens | None:
-        """Return the tokens of as many whole turns from the beginning as fit `max_len`, where a turn is a user message
-        and everything up to its final answer. Return None if not even the first turn fits, or if none of its tokens is
-        trained.
-
-        The number of turns is found by bisection; each number tried is rendered again.
+        """Return the tokens of as many whole turns from the beginning as fit `max_len`, found by bisection. Return None
+        if not even the first turn fits, or if none of its tokens is trained.
         """
         messages = row.messages
         ends = [
@@ -234,9 +219,7 @@ class ReferenceEncoder:
         # The prompt is the common beginning of both sides, at most up to the first trained token. If the tokenizer
         # joins the last newlines of the header with the first characters of one reply only, the prompt ends before
         # these newlines.
-        """Divide the tokens of both sides into the prompt and two replies. Raises BadRow if the ids of both sides are
-        equal or a side is longer than `max_len`.
-        """
+        """Divide both sides into the prompt and two replies. Raises BadRow if their ids are equal or one is too long."""
         shared = common_length(chosen.ids, rejected.ids)
         begin = min(int(chosen.mask.argmax()), int(rejected.mask.argmax()), shared)
         if np.array_equal(chosen.ids, rejected.ids):
@@ -253,14 +236,12 @@ SAME_RENDERING = "once written by the template"
 
 
 def too_long(length: int, max_len: int) -> str:
-    """Return the detail of the BadRow for a conversation of `length` tokens whose first turn alone is longer than
-    `max_len`.
-    """
+    """Return the detail of the BadRow for a conversation of `length` tokens whose first turn alone is too long."""
     return f"{length:,} tokens, and its first turn alone is longer than {max_len:,}"
 
 
 def too_long_pair(length: int, max_len: int) -> str:
-    """Return the detail of the BadRow for a pair whose longer side has `length` tokens, more than `max_len`."""
+    """Return the detail of the BadRow for a pair whose longer side has `length` tokens."""
     return f"{length:,} tokens, expected at most {max_len:,}"
 
 
@@ -272,7 +253,7 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _spans_of(mask: np.ndarray) -> np.ndarray:
-    """Return the half-open range [begin, end) of each run of True in the mask (int32 [n, 2])."""
+    """Return the range [begin, end) of each run of True in the mask (int32 [n, 2])."""
     padded = np.zeros(len(mask) + 2, dtype=bool)
     padded[1:-1] = mask
     edges = np.flatnonzero(padded[1:] != padded[:-1])

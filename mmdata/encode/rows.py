@@ -1,5 +1,5 @@
-"""Parsing of jsonl lines. One line becomes a `Document`, a `Conversation` or a `Pair`, or raises `BadRow` with the
-reason why it cannot be used. Each line is parsed independently of all others.
+"""Parsing of jsonl lines. One line becomes a `Document`, a `Conversation` or a `Pair`, or raises `BadRow`. Each line is
+parsed independently of all others.
 """
 
 import hashlib
@@ -86,9 +86,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text for pretraining. It may contain several documents between marks such as <s> and </s>; see
-    `split_documents`.
-    """
+    """A text for pretraining, which may contain several documents between marks; see `split_documents`."""
 
     text: str
 
@@ -97,7 +95,7 @@ class Message(NamedTuple):
     """One message of a conversation.
 
     role: "system", "user", "assistant" or "tool".
-    content: the text; may be empty in an answer with tool calls or reasoning, and in system and tool messages.
+    content: may be empty in an answer with tool calls or reasoning, and in system and tool messages.
     reasoning_content: the thoughts before an answer; None if the row has none.
     tool_calls: the functions that an answer calls, as JSON objects.
     """
@@ -112,8 +110,7 @@ class Message(NamedTuple):
 class Conversation:
     """A conversation whose messages are in a valid order and end with an answer.
 
-    messages: at least a user message and an answer.
-    tools: definitions of the functions that the assistant may call, as JSON objects.
+    messages: at least a user message and an answer. tools: definitions of functions, as JSON objects.
     """
 
     messages: tuple[Message, ...]
@@ -145,8 +142,7 @@ Row = Document | Conversation | Pair
 class BadRow(ValueError):
     """Raised for a row that cannot be used.
 
-    reason: a key of HELP, by which bad rows are counted.
-    detail: what was found, and where in the row; may be empty.
+    reason: a key of HELP, by which bad rows are counted. detail: what was found, and where in the row; may be empty.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -160,11 +156,10 @@ class BadRow(ValueError):
 
 
 def parse_row(raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None) -> Row:
-    """Parse one line (without its newline) and return the row. Raises BadRow with the reason if it is not a valid row,
-    or if `kind` is given and the row is of another kind.
+    """Parse one line (without its newline). Raises BadRow if it is not a valid row, or not of the given kind.
 
-    kind: "document", "conversation", "pair" or None (any). Unknown keys are ignored; if `extra_keys` is given, they are
-    counted in it. If a key occurs twice in an object, the last value is used.
+    kind: "document", "conversation", "pair" or None (any). extra_keys: counts unknown keys, which are ignored. If a key
+    occurs twice in an object, the last value is used.
     """
     fields = _load(raw)
     if type(fields) is not dict:
@@ -191,9 +186,9 @@ def find_kind(path: Path) -> str:
 
 def kind_of_lines(lines: Iterable[Line], path: Path) -> str:
     """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines.
-    Invalid rows do not count.
+    Raises InputError if there are no lines or no valid rows, or if no kind has 90%.
 
-    path: the file, for error messages. Raises InputError if there are no lines or no valid rows, or if no kind has 90%.
+    path: the file, for error messages.
     """
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -226,8 +221,8 @@ def kind_of(row: Row) -> str:
 
 
 def row_hash(row: Row) -> bytes:
-    """Return the SHA-256 digest (32 bytes) of the row's content. It is the same for rows with equal content, whatever
-    the order of their keys, their white space, or the names of their keys and roles in the file.
+    """Return the SHA-256 digest (32 bytes) of a row's content. It does not depend on white space, on the order of keys,
+    or on which names for keys and roles the file uses.
     """
     return hashlib.sha256(_canonical(row)).digest()
 
@@ -240,8 +235,7 @@ def check_budget(
 ) -> None:
     """Raise InputError if too many rows of a file or dataset are bad.
 
-    counts: the number of bad rows by reason.
-    num_rows: the number of all rows.
+    counts: the number of bad rows by reason. num_rows: the number of all rows.
     max_bad: the largest allowed share of bad rows, in [0, 1]. Reasons in OF_THE_RUN are not counted. None allows
     DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more.
     per_reason: reason -> the largest allowed share of rows with this reason, in addition to `max_bad`.
@@ -265,13 +259,12 @@ def check_budget(
 
 
 def split_documents(text: str) -> list[str]:
-    """Split a pretraining text into its documents at the marks <s>…</s> or <|im_start|>…<|im_end|>, and return their
-    texts without the marks. Blank documents are left out, so the list may be empty.
+    """Split a pretraining text at the marks <s>…</s> or <|im_start|>…<|im_end|>, and return its documents without the
+    marks. Blank documents are left out, so the list may be empty.
 
-    A text without such marks around its documents is returned unchanged as the only document. The marks count only if
-    the text begins with an opening mark, and a closing mark is at its end or before another opening mark, with only
-    white space between them. (A text that was truncated has no closing mark at its end.) A mark elsewhere is part of
-    the text.
+    The marks count only if the text begins with an opening mark, and a closing mark is at its end or before another
+    opening mark, with only white space between them. (A text that was truncated has no closing mark at its end.) A mark
+    elsewhere is part of the text, and a text without such marks is the only document, unchanged.
     """
     stripped = text.strip()
     for opening, closing, between in _MARKS:
@@ -324,14 +317,11 @@ def num_characters(row: Row) -> int:
 
 
 def _num_characters(conversation: Conversation, begin: int) -> int:
-    """Return the number of characters of contents and reasoning, from the message with index `begin` on."""
     return sum(len(m.content) + len(m.reasoning_content or "") for m in conversation.messages[begin:])
 
 
 def _load(raw: bytes) -> Any:
-    """Return the JSON value of one line, the same as `_load_strictly` and with the same errors. orjson is used where it
-    gives the same value, because it is faster.
-    """
+    """Return the same value or error as `_load_strictly`, but use orjson where possible, because it is faster."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -340,8 +330,8 @@ def _load(raw: bytes) -> Any:
 
 
 def _is_exact(value: Any, levels: int = _MAX_DEPTH) -> bool:
-    """Return whether a value that orjson parsed is certain to be what Python's json gives. It is not if it contains a
-    float, because orjson turns large integers into floats, or if it is nested deeper than `levels`.
+    """Return whether a value from orjson is certain to be what Python's json gives. It is not if it contains a float,
+    because orjson turns large integers into floats, or if it is nested deeper than `levels`.
     """
     kind = type(value)
     if kind is str:
@@ -357,10 +347,8 @@ def _is_exact(value: Any, levels: int = _MAX_DEPTH) -> bool:
 
 
 def _load_strictly(raw: bytes) -> Any:
-    """Return the JSON value of one line, parsed by Python's json.
-
-    Raises BadRow if the line is not UTF-8 or not JSON, contains NaN, Infinity or half of a surrogate pair, or exceeds
-    Python's limits on nesting and on the digits of an integer.
+    """Return the JSON value of one line, parsed by Python's json. Raises BadRow if the line is not UTF-8 or not JSON,
+    contains NaN, Infinity or half of a surrogate pair, or exceeds Python's limits on nesting and on digits.
     """
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
@@ -402,7 +390,7 @@ def _kind_of(fields: JsonObject) -> str:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return `value` if it is a string that is not blank, else raise BadRow. where: the field's name for the detail."""
+    """Return `value` if it is a string that is not blank, else raise BadRow with the field's name, `where`."""
     if type(value) is not str:
         raise BadRow("wrong types", f"{where}: found {_json_type(value)}, expected a string")
     if not value or value.isspace():
@@ -411,9 +399,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _conversation(fields: JsonObject, extra_keys: Counter[str] | None) -> Conversation:
-    """Return the conversation in a row's fields. Raises BadRow if it is not valid, or has a placeholder as its last
-    answer.
-    """
+    """Return a row's conversation. Raises BadRow if it is not valid, or has a placeholder as its last answer."""
     raw_messages = fields["conversations"] if "conversations" in fields else fields["messages"]
     messages, tools = _messages(raw_messages, "conversation", extra_keys)
     if len(fields) > 1:
@@ -451,9 +437,7 @@ def _pair(fields: JsonObject, extra_keys: Counter[str] | None) -> Pair:
 
 
 def _check_sides(pair: Pair) -> None:
-    """Raise BadRow if both sides are equal or have different tools, or if the first message that differs is not the
-    assistant's on both sides.
-    """
+    """Raise BadRow if both sides are equal, have different tools, or first differ in a message not the assistant's."""
     chosen, rejected = pair.chosen.messages, pair.rejected.messages
     if pair.chosen == pair.rejected:
         raise BadRow("chosen equal to rejected")
@@ -470,8 +454,8 @@ def _messages(
     """Return the messages in a JSON list, and the tools that are defined in them. Raises BadRow if the list is empty, a
     field has a wrong type, or a role is unknown. Blank contents and the order of roles are not checked here.
 
-    where: the name of the field, for the detail of errors. reply_role: if given, a single message may take the place of
-    the list, as an object or as a string, which becomes the content of a message with this role.
+    where: the name of the field, for errors. reply_role: if given, a single message may take the place of the list, as
+    an object or as a string, which becomes the content of a message with this role.
     """
     if reply_role and type(value) is str:
         value = [{"role": reply_role, "content": value}]
@@ -500,10 +484,8 @@ def _messages(
 
 
 def _message(item: JsonObject, number: int) -> Message:
-    """Return one message from its JSON object, with `role` and `content` or ShareGPT's `from` and `value`. Raises
-    BadRow if a field has a wrong type or the role is unknown.
-
-    number: the 1-based number of the message, for the detail of errors.
+    """Return a message from an object with `role` and `content` or ShareGPT's `from` and `value`. Raises BadRow if a
+    field has a wrong type or the role is unknown. number: the 1-based number of the message, for errors.
     """
     name = item["role"] if "role" in item else item.get("from")
     if type(name) is not str:
@@ -539,11 +521,10 @@ def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
 
 
 def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tools or tool calls as a tuple of JSON objects. The value may be a list of objects or one object, or a
-    string that contains the JSON of either. Raises BadRow if it is none of these, or nested deeper than _MAX_DEPTH
-    levels.
+    """Return tools or tool calls as a tuple of JSON objects, from a list of objects, one object, or a string with the
+    JSON of either. Raises BadRow for anything else, or if it is nested deeper than _MAX_DEPTH levels.
 
-    where: the name of the field, for the detail of errors.
+    where: the name of the field, for errors.
     """
     if type(value) is str:
         try:
@@ -560,8 +541,8 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tool calls as a tuple of JSON objects, from the forms that `objects_of` accepts. Raises BadRow if a call
-    has no name, either in the call itself or in its `function` object.
+    """Return tool calls as `objects_of` does. Raises BadRow also if neither a call nor its `function` object has a
+    name.
     """
     calls = objects_of(value, where)
     for call in calls:
@@ -588,9 +569,8 @@ def _is_deep(value: Any, levels: int) -> bool:
 def _with_row_fields(
     fields: JsonObject, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]
 ) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
-    """Return messages and tools, completed from a row's keys `system` and `tools` or `functions`. The system message is
-    added if the first message is not one, and the tools if there are none yet. Raises BadRow if a field has a wrong
-    type.
+    """Add a row's `system` to the messages if the first is not a system message, and its `tools` or `functions` if
+    there are no tools yet. Raises BadRow if a field has a wrong type.
     """
     system = fields.get("system")
     if system is not None and type(system) is not str:
@@ -604,14 +584,13 @@ def _with_row_fields(
 
 
 def _is_blank(message: Message) -> bool:
-    """Return whether a message has no tool calls, and no content and reasoning but white space."""
     return not message.tool_calls and not message.content.strip() and not (message.reasoning_content or "").strip()
 
 
 def _check_turns(messages: Sequence[Message], where: str) -> None:
     """Raise BadRow if the roles are not in the order user, assistant, user, assistant, …, ending with the assistant, or
-    if a user message or an answer is blank (has no tool calls, and nothing but white space as content and reasoning).
-    Tool messages may follow an answer, and are then followed by another answer. System messages may be anywhere.
+    if a user message or an answer is blank (no tool calls, and only white space as content and reasoning). Tool
+    messages may follow an answer, and are then followed by another answer. System messages may be anywhere.
 
     where: a text that is put before the detail of errors, such as "chosen: ".
     """
@@ -637,9 +616,7 @@ _MAY_FOLLOW = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool":
 
 def _canonical(row: Row) -> bytes:
     """Return the bytes of which `row_hash` is the digest. Each string is preceded by its length, so that different rows
-    never give the same bytes.
-
-    `columns.Conversations.hashes` makes the same bytes for many rows.
+    never give the same bytes. `columns.Conversations.hashes` makes the same bytes for many rows.
     """
     if isinstance(row, Document):
         return b"document " + row.text.encode()
@@ -656,16 +633,14 @@ def counted(text: str) -> str:
 
 
 def canonical_calls(message: Message) -> str:
-    """Return the reasoning and tool calls of a message in the form that is hashed; "" if it has neither."""
+    """Return a message's reasoning and tool calls in the form that is hashed; "" if it has neither."""
     thought = message.reasoning_content
     reasoning = "" if thought is None else f" reasoning {counted(thought)}"
     return reasoning + (f" calls {counted(_SORTED.encode(message.tool_calls))}" if message.tool_calls else "")
 
 
 def canonical_tools(tools: tuple[JsonObject, ...]) -> str:
-    """Return the tools of a conversation in the form that is hashed: JSON with sorted keys, preceded by its length.
-    Without tools, return an empty string.
-    """
+    """Return tools in the form that is hashed: JSON with sorted keys, preceded by its length; "" without tools."""
     return f" tools {counted(_SORTED.encode(tools))}" if tools else ""
 
 

@@ -15,11 +15,7 @@ PAIR_MARKS = 5  # number of lengths that are stored before the trained ranges of
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One document or conversation as tokens.
-
-    ids: uint32 [T].
-    spans: int32 [n, 2], the ranges [begin, end) of trained tokens, ascending and disjoint.
-    """
+    """One document or conversation as tokens: ids, uint32 [T], and spans, int32 [n, 2], ascending and disjoint."""
 
     ids: np.ndarray
     spans: np.ndarray
@@ -40,12 +36,10 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class PairSequence:
-    """One preference pair as tokens: a prompt, and two replies to it.
+    """One preference pair as tokens: the ids of a prompt and of two replies to it, uint32.
 
-    prompt, chosen, rejected: uint32 ids. The prompt ends at or before the first trained token, so all trained tokens
-    are in the replies.
-    chosen_spans, rejected_spans: int32 [n, 2], the ranges [begin, end) of trained tokens, counted from the first token
-    of the reply.
+    prompt: ends at or before the first trained token, so all trained tokens are in the replies.
+    chosen_spans, rejected_spans: int32 [n, 2], counted from the first token of the reply.
     """
 
     prompt: np.ndarray
@@ -59,15 +53,13 @@ class PairSequence:
 class Sequences:
     """N sequences, end to end in flat arrays.
 
-    ids: [total tokens] of an integer type, usually uint32: the ids of all sequences.
-    lengths: int64 [N], the number of ids of each sequence.
+    ids: [total tokens] of an integer type, usually uint32. lengths: int64 [N], the number of ids of each sequence.
     marks: int64 [total marks], the trained ranges of all sequences: begin, end, begin, end, …, where positions are
-    counted from the sequence's first token.
-    num_marks: int64 [N], the number of values in `marks` of each sequence.
-    is_pairs: the sequences are pairs. The ids of a pair are those of prompt, chosen and rejected reply, end to end. Its
-    marks begin with PAIR_MARKS lengths: of the prompt, of the chosen and of the rejected reply, and the number of
-    values in the ranges of the chosen and of the rejected reply. These ranges follow, counted from the first token of
-    the reply.
+    counted from the sequence's first token. num_marks: int64 [N], the number of values in `marks` of each sequence.
+    is_pairs: the sequences are pairs, each the ids of prompt, chosen and rejected reply, end to end. The marks of a
+    pair begin with PAIR_MARKS lengths: of the prompt, of the chosen and of the rejected reply, and the number of values
+    in the ranges of the chosen and of the rejected reply. These ranges follow, counted from the first token of the
+    reply.
     """
 
     ids: np.ndarray
@@ -107,18 +99,14 @@ class Sequences:
         return self.marks[self.mark_begins[:, None] + np.arange(PAIR_MARKS)]
 
     def widths(self) -> np.ndarray:
-        """Return the number of tokens of each sequence that a bucket must have room for (int64 [N]). For a pair, that
-        is the prompt and the longer reply.
-        """
+        """Return the tokens that a bucket must have room for (int64 [N]): for a pair, the prompt and the longer reply."""
         if not self.is_pairs:
             return self.lengths
         sides = self.pair_marks()
         return sides[:, 0] + sides[:, 1:3].max(axis=1, initial=0)
 
     def model_lengths(self) -> np.ndarray:
-        """Return the number of tokens that a model processes for each sequence (int64 [N]). The prompt of a pair counts
-        twice, because it is processed with each reply.
-        """
+        """Return the tokens that a model processes (int64 [N]): for a pair, the prompt with each reply."""
         return self.lengths + self.pair_marks()[:, 0] if self.is_pairs else self.lengths
 
     @cached_property
@@ -134,9 +122,7 @@ class Sequences:
 
 
 def flatten(sequences: Sequence[TokenSequence | PairSequence]) -> Sequences:
-    """Copy the sequences into flat arrays. They must be all `TokenSequence` or all `PairSequence`. For an empty list, the
-    result has `is_pairs` False.
-    """
+    """Copy sequences, all of one class, into flat arrays. Without sequences, `is_pairs` of the result is False."""
     pairs = [s for s in sequences if isinstance(s, PairSequence)]
     if pairs:
         ids = [side for s in pairs for side in (s.prompt, s.chosen, s.rejected)]
@@ -154,10 +140,8 @@ def pair_sequences(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_ma
 
     ids: of prompt, chosen and rejected reply of the first pair, then of the second, and so on.
     sizes: int64 [P, 3], the number of ids of prompt, chosen and rejected reply.
-    spans: the trained ranges of all chosen replies, then those of all rejected replies, as [n, 2] or flat. Positions
-    are counted from the first token of the reply.
-    num_marks: int64 [2P], the number of values in `spans` of each reply, chosen replies first. That is twice the number
-    of ranges.
+    spans: the trained ranges of all chosen replies, then those of all rejected replies, as [n, 2] or flat, counted from
+    the first token of the reply. num_marks: int64 [2P], twice the number of ranges of each reply, in the same order.
     """
     chosen, rejected = num_marks.reshape(2, -1)
     marks_of_pair = PAIR_MARKS + chosen + rejected
@@ -183,7 +167,7 @@ def join(parts: Sequence[Sequences]) -> Sequences:
 
 
 def reorder(sequences: Sequences, order: np.ndarray) -> Sequences:
-    """Return the sequences with the indices `order` (integer array), in that order."""
+    """Return the sequences with the indices `order`, in that order."""
     lengths, num_marks = sequences.lengths[order], sequences.num_marks[order]
     ids = take(sequences.ids, sequences.begins[order], lengths)
     marks = take(sequences.marks, sequences.mark_begins[order], num_marks)
@@ -191,9 +175,7 @@ def reorder(sequences: Sequences, order: np.ndarray) -> Sequences:
 
 
 def is_equal(one: Sequences, other: Sequences) -> bool:
-    """Return whether two objects contain the same sequences in the same order. The integer types of the ids may be
-    different.
-    """
+    """Return whether two objects contain the same sequences in the same order. The integer types of ids may differ."""
     names = ("lengths", "num_marks", "marks", "ids")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
@@ -212,12 +194,9 @@ def ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: np.dtype | type) -> np.ndarray:
-    """Return the concatenated arrays, cast to `dtype` without a check that the values fit. No arrays give an empty
-    array.
-    """
+    """Concatenate arrays, or none, and cast them to `dtype` without a check that the values fit."""
     return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
 
 
 def _sizes(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the number of elements of each array (int64)."""
     return np.array([array.size for array in arrays], np.int64)

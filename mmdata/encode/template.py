@@ -1,10 +1,9 @@
-"""Rendering of conversations by the tokenizer's chat template with jinja2. The text is cut into segments: each is
-trained on or not, and is a control token or ordinary text.
+"""Rendering of conversations by the tokenizer's chat template with jinja2, and cutting of the text into segments.
 
 The text is the same, character for character, as that of transformers' `apply_chat_template`. Which part of it came
 from which message is known from strings that record their origin (module `traced`), not from searching for the
-messages' text. What the template writes before and after an answer is found by rendering a short test conversation. A
-row whose rendering cannot be cut by these rules raises `BadRow`.
+messages' text. What the template writes around an answer is found by rendering a short test conversation. A row whose
+rendering cannot be cut by these rules raises `BadRow`.
 
 jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templates without it.
 """
@@ -34,12 +33,10 @@ _CONTENT, _REASONING, _CALLS = range(3)  # fields of a message; the source of tr
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation.
+    """A piece of a rendered conversation, which is trained on or not.
 
-    text: the characters. If `is_control`, they are exactly one special token that the template wrote.
-    is_trained: the text is trained on.
-    is_control: the text must be encoded as one control id. Otherwise it is encoded as ordinary text, also if it
-    contains the string of a special token.
+    text: if `is_control`, exactly one special token that the template wrote, to be encoded as one control id. Otherwise
+    it is encoded as ordinary text, also if it contains the string of a special token.
     """
 
     text: str
@@ -50,9 +47,8 @@ class Segment(NamedTuple):
 class _Turn(NamedTuple):
     r"""What a template writes around an answer.
 
-    header: the text before the trained part of an answer, such as "<|im_start|>assistant\n".
-    end: the text after the content of an answer up to the next message, such as "<|im_end|>\n".
-    era: see `Template.era`.
+    header: the text before the trained part, such as "<|im_start|>assistant\n".
+    end: the text after the content up to the next message, such as "<|im_end|>\n". era: see `Template.era`.
     """
 
     header: str
@@ -64,11 +60,8 @@ class Template:
     """The compiled chat template of a tokenizer. If the tokenizer has none, the built-in ChatML template is used."""
 
     def __init__(self, tokenizer: Tokenizer, *, era: str = "auto"):
-        """Compile the template and find out what it writes around answers.
-
-        era: "auto" accepts every template; "seed", "2" or "3" require that the template is of this kind (see the
-        property `era`). Raises TokenizerError if the template cannot be used, and UsageError if it is not of the
-        required era.
+        """Compile the template and find out what it writes around answers. Raises TokenizerError if it cannot be used,
+        and UsageError if it is not of the required era ("auto": any; see the property `era`).
         """
         self.text = tokenizer.chat_template or CHATML
         self.name = str(tokenizer.dir)
@@ -101,8 +94,7 @@ class Template:
 
     @property
     def era(self) -> str:
-        """The kind of the template, by how it begins an answer. The names come from generations of MiniMind's
-        tokenizers.
+        """The kind of the template, by how it begins an answer, named after generations of MiniMind's tokenizers.
 
         "seed": the assistant's header directly follows each user message, even if no generation prompt is requested.
         "3": every answer begins with a think block, which is empty if the message has no reasoning.
@@ -119,16 +111,14 @@ class Template:
         keep_empty_think: bool = True,
     ) -> list[Segment]:
         """Render a conversation with jinja2 and cut the text into segments. Joined, they are the rendering, unless
-        empty think blocks are left out. Neighbouring segments of ordinary text differ in `is_trained`.
+        empty think blocks are left out. Neighbouring segments of ordinary text differ in `is_trained`. Raises BadRow if
+        the template refuses the messages, leaves out a part of them, or writes a text that cannot be cut.
 
         train_on: "assistant" trains every answer: reasoning, content, tool calls, the end-of-turn token and the newline
         after it. "last" trains only the last answer. "all" trains everything.
         first_trained: the index of the first message that may be trained; in pairs, the number of shared messages. With
         "all", everything from the beginning of the first answer at or after it is trained.
         keep_empty_think: if False, leave out empty think blocks that the template wrote by itself.
-
-        Raises BadRow if the template refuses the messages, leaves out a part of them, or writes a text that cannot be
-        cut.
         """
         assert train_on in TRAIN_ON
         messages = conversation.messages
@@ -158,11 +148,10 @@ class Template:
         think: bool | None = None,
     ) -> list[int]:
         """Return the token ids of a generation prompt: the messages, then the header of the next answer. Special-token
-        strings in contents are encoded as ordinary text.
+        strings in contents are encoded as ordinary text. Raises TokenizerError if the template refuses the messages.
 
-        tools: definitions of functions for the template, as JSON objects. think: request an answer with (True) or
-        without (False) thinking from templates that have this choice; None uses the template's default. Raises
-        TokenizerError if the template refuses the messages.
+        tools: definitions of functions, as JSON objects. think: request an answer with or without thinking from
+        templates that have this choice; None uses the template's default.
         """
         try:
             segments = self._assemble(self.render(messages, tools, is_prompt=True, think=think), [], [])
@@ -192,8 +181,8 @@ class Template:
         """Render messages with jinja2 and return the text, which records the origins of its characters (module
         `traced`). Raises BadRow if the template raises an error.
 
-        is_prompt: render a generation prompt, which ends with the header of the next answer. think: value of the
-        template variables that switch thinking on or off; with None they are not passed.
+        is_prompt: end with the header of the next answer. think: value of the template variables that switch thinking
+        on or off; None does not pass them.
         """
         # The first variable is that of MiniMind-3's template, the second that of Qwen3's.
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
@@ -210,11 +199,11 @@ class Template:
             raise BadRow("template refuses", str(error)[:200]) from None
 
     def _turns(self, text: str, origins: list[Origin], answers: list[int]) -> list[tuple[int, int]]:
-        """Return the range of characters [begin, end) of `text` that belongs to each answer and may be trained on.
+        """Return the range of characters [begin, end) of each answer that may be trained on: from after the header to
+        after the end of turn, or its {% generation %} block if the template has these. Raises BadRow if one is not
+        found.
 
-        An answer begins after the header and ends after the end of turn; if the template has {% generation %} blocks,
-        the block around the answer is its range. answers: indices of the assistant's messages. Raises BadRow if an
-        answer has no such header, end or block.
+        answers: indices of the assistant's messages.
         """
         marked = [origin for origin in getattr(text, "origins", ()) if origin.source == GENERATION]
         turns = []
@@ -240,15 +229,13 @@ class Template:
 
     @staticmethod
     def _empty_thinks(text: str, origins: list[Origin], turns: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return the ranges of characters [begin, end) of empty think blocks with which turns begin, if the template
-        wrote them and not the data.
-        """
+        """Return the ranges of empty think blocks with which turns begin, if the template wrote them and not the data."""
         blocks = [(begin, begin + len(EMPTY_THINK)) for begin, _ in turns if text.startswith(EMPTY_THINK, begin)]
         return [(b, e) for b, e in blocks if not any(origin.begin < e and origin.end > b for origin in origins)]
 
     def _assemble(self, text: str, turns: list[tuple[int, int]], dropped: list[tuple[int, int]]) -> list[Segment]:
-        """Cut `text` into segments at the beginnings and ends of the trained ranges `turns`, of the ranges `dropped`,
-        and of the control tokens that the template wrote. The ranges in `dropped` are left out.
+        """Cut `text` into segments at both ends of the trained ranges `turns`, of the ranges `dropped`, which are left
+        out, and of the control tokens that the template wrote.
         """
         plain = str.__getitem__(text, slice(None))
         control = self._template_control(text)
@@ -265,9 +252,7 @@ class Template:
         return segments
 
     def _template_control(self, text: str) -> list[tuple[int, int]]:
-        """Return the ranges of characters [begin, end) of those control tokens in `text` that the template wrote, not
-        the data.
-        """
+        """Return the ranges [begin, end) of those control tokens in `text` that the template wrote, not the data."""
         plain = str.__getitem__(text, slice(None))
         spans: list[tuple[int, int]] = []
         position = 0
@@ -281,10 +266,8 @@ class Template:
 
     @staticmethod
     def _check_complete(messages: Sequence[Message], origins: list[Origin]) -> None:
-        """Raise BadRow if the rendering does not show a message's content (unless it is blank), its tool calls, or
-        anything of an answer.
-
-        origins: the origins of the characters of the rendering.
+        """Raise BadRow if the rendering with these origins does not show a message's content (unless it is blank), its
+        tool calls, or anything of an answer.
         """
         shown = {origin.source for origin in origins}
         for i, message in enumerate(messages):
@@ -297,10 +280,8 @@ class Template:
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
-        conversation's own text.
-
-        This happens if the template changes text by an operation that loses the origins. To find it, the conversation
-        is rendered again with these strings replaced by "x", and the numbers of the template's control tokens are
+        conversation's own text, because the template changes text by an operation that loses the origins. To find this,
+        the conversation is rendered again with these strings replaced by "x", and the numbers of control tokens are
         compared.
         """
         if not self.control_strings(conversation):
@@ -337,9 +318,8 @@ class Template:
         return _Turn(header, end, era)
 
     def _gaps(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[str]:
-        """Render the messages and return the texts that the template writes before the first content, between contents,
-        and after the last (one more than messages). Raises BadRow if the rendering does not show every content once and
-        in order.
+        """Return the texts that the template writes before, between and after the contents (one more than messages).
+        Raises BadRow if the rendering does not show every content once and in order.
         """
         text = self.render(messages, is_prompt=is_prompt)
         origins = origins_of(text)
@@ -363,9 +343,7 @@ def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def merged(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbouring segments of ordinary text if both or none of them are trained on. Control tokens stay segments
-    of their own.
-    """
+    """Join neighbouring segments of ordinary text of which both or none are trained on. Control tokens stay alone."""
     merged: list[Segment] = []
     for segment in segments:
         last = merged[-1] if merged else None
@@ -377,16 +355,13 @@ def merged(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _common_prefix(one: str, other: str) -> str:
-    """Return the longest common beginning of two strings."""
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return one[:same]
 
 
 def _as_dict(message: Message, index: int) -> JsonObject:
-    """Return the message as a dict for the template, with strings that record their origin: 3 * index + 0, 1 or 2 for
-    content, reasoning and tool calls.
-
-    index: the index of the message in its conversation.
+    """Return the message with this index as a dict for the template, with strings that record their origin: 3 * index +
+    0, 1 or 2 for content, reasoning and tool calls.
     """
     fields: JsonObject = {"role": message.role, "content": traced(message.content, 3 * index + _CONTENT)}
     if message.reasoning_content is not None:
@@ -422,8 +397,8 @@ _TYPE_TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", 
 
 def _literals(tree: nodes.Template) -> list[str] | None:
     """Return the string constants that a template searches or compares messages with by a method call, `in` or `not
-    in`, sorted. Return None if the template uses an operation on text other than stripping and searching, because then
-    its rendering could depend on more than these constants.
+    in`, sorted. Return None if it uses an operation on text other than stripping and searching, because then its
+    rendering could depend on more than these constants.
     """
     for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getitem, nodes.Call)):
         match node:

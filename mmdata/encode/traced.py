@@ -1,10 +1,9 @@
 """Strings that remember where their characters came from. When a chat template is rendered with such strings, the
 result shows which part of the text came from which message.
 
-A `Traced` string equals the ordinary string with the same characters in every test and operation of a template, so the
-rendering does not change. Concatenating, slicing, stripping, splitting and replacing keep the origins. Any other
-operation returns an ordinary string without origins. Its text then counts as the template's own, and the caller can
-notice that a part of a message is missing.
+A `Traced` string equals the ordinary string in every test and operation of a template, so the rendering does not
+change. Concatenating, slicing, stripping, splitting and replacing keep the origins. Any other operation returns an
+ordinary string. Its text counts as the template's own, and the caller can notice that a part of a message is missing.
 """
 
 import json
@@ -33,11 +32,8 @@ TOOLS = -2  # the source of text that came from the conversation's tools
 
 
 class Traced(str):
-    """A string with the origins of those of its parts that came from the conversation, ordered by position. Text
-    outside of all origins was written by the template.
-
-    The methods of `str` that are redefined here return the same characters, as `Traced` strings where origins are
-    known.
+    """A string with the origins, ordered by position, of its parts that came from the conversation. The template wrote
+    the rest. The redefined methods of `str` return the same characters, with their origins where these are known.
     """
 
     __slots__ = ("origins",)
@@ -112,9 +108,7 @@ def concat(parts: Iterable[str]) -> str:
 
 
 def origins_of(text: str) -> list[Origin]:
-    """Return the origins of a string sorted by position, without those of {% generation %} blocks. The list is empty
-    for an ordinary string.
-    """
+    """Return the origins of any string sorted by position, without those of {% generation %} blocks."""
     return sorted([origin for origin in getattr(text, "origins", ()) if origin.source != GENERATION])
 
 
@@ -126,9 +120,7 @@ class _Object(dict):
 
 
 def traced(value: Any, source: int) -> Any:
-    """Return a copy of JSON data in which every string and object (but no key) has `source` as its origin. Tuples
-    become lists.
-    """
+    """Copy JSON data, with the origin `source` for every string and object (but no key). Tuples become lists."""
     if isinstance(value, str):
         return Traced(value, [Origin(0, len(value), source)] if value else [])
     if isinstance(value, dict):
@@ -139,9 +131,7 @@ def traced(value: Any, source: int) -> Any:
 
 
 def _source_of(value: Any) -> int | None:
-    """Return the source of traced JSON data, found at the first string or object that has one. Return None if there is
-    none.
-    """
+    """Return the source of traced JSON data, that of the first string or object with one, or None."""
     if isinstance(value, _Object):
         return value.source
     if isinstance(value, Traced):
@@ -167,9 +157,7 @@ def _tojson(
 
 
 class _Generation(jinja2.ext.Extension):
-    """The template tag {% generation %} … {% endgeneration %}: gives the text inside the origin GENERATION, in addition
-    to its other origins.
-    """
+    """The tag {% generation %} … {% endgeneration %}: gives its text the origin GENERATION besides its other origins."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -179,7 +167,6 @@ class _Generation(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
-        """Return the rendered text inside the tag with the additional origin GENERATION."""
         text = caller()
         origins = text.origins if isinstance(text, Traced) else ()
         return Traced(text, (*origins, Origin(0, len(text), GENERATION)))
@@ -198,24 +185,20 @@ class _CodeGenerator(CodeGenerator):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandboxed jinja2 environment that joins the pieces of a rendering with `concat`, so that they keep their
-    origins.
-    """
+    """A sandboxed jinja2 environment that joins the pieces of a rendering with `concat`, which keeps origins."""
 
     code_generator_class = _CodeGenerator
     concat = staticmethod(concat)  # type: ignore[assignment]
 
 
 def _raise_exception(message: str) -> None:
-    """The function `raise_exception` of chat templates: raise jinja2.TemplateError with this message."""
+    """The function `raise_exception` of chat templates."""
     raise jinja2.TemplateError(message)
 
 
 def template_environment() -> jinja2.Environment:
-    """Return a sandboxed jinja2 environment with the settings that transformers uses for chat templates, which keeps
-    the origins of `Traced` strings.
-
-    The function `strftime_now` is left out on purpose, because the same row must give the same ids on any day.
+    """Return a sandboxed jinja2 environment with the settings of transformers, which keeps the origins of strings. The
+    function `strftime_now` is left out on purpose, because the same row must give the same ids on any day.
     """
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]

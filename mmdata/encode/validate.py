@@ -1,6 +1,4 @@
-"""Validation of a jsonl file, for `mm validate`: count bad rows by reason, and record the first places of each. The
-file is read once, with one line in memory at a time.
-"""
+"""Validation of a jsonl file, for `mm validate`. The file is read once, with one line in memory at a time."""
 
 import re
 from collections import Counter
@@ -19,11 +17,9 @@ CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens of all of Min
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The position of a bad row in its file.
+    """The position of a bad row in its file, and what is wrong with it.
 
-    line: the 1-based line number.
-    offset: the byte offset of the line, in the decompressed file.
-    detail: what is wrong with the row.
+    line: the 1-based line number. offset: the byte offset of the line, in the decompressed file.
     """
 
     line: int
@@ -33,13 +29,10 @@ class Place:
 
 @dataclass(slots=True)
 class Validation:
-    """The result of validating a file.
+    """The result of validating a file of one kind ("document", "conversation" or "pair").
 
-    kind: "document", "conversation" or "pair".
-    num_rows: the number of rows; equal to num_good plus the sum of `reasons`.
-    num_bytes: the number of bytes read, decompressed.
-    reasons: reason -> number of bad rows.
-    places: reason -> the first NUM_PLACES bad rows.
+    num_rows: equal to num_good plus the sum of `reasons`. num_bytes: the number of bytes read, decompressed.
+    reasons: reason -> number of bad rows. places: reason -> the first NUM_PLACES bad rows.
     extra_keys: unknown key -> how often it occurs.
     control_strings: special-token string -> how often it occurs in the texts of good rows.
     num_rows_with_control: the number of good rows with such strings.
@@ -64,15 +57,13 @@ def validate(
     on_bad: Callable[[Line, BadRow], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Validation:
-    """Read every row of a file (`-`: standard input) and count the bad rows by reason.
+    """Read every row of a file (`-`: standard input) and count the bad rows by reason. Raises InputError if the file is
+    missing or damaged. Without `kind`, also if it is empty, or if its first rows are all invalid or of mixed kinds.
 
-    kind: "document", "conversation" or "pair". With None, the kind is determined from the first rows.
+    kind: "document", "conversation" or "pair". With None, it is determined from the first rows.
     on_bad: called with every bad line and its error; may raise an exception to stop.
     progress: called every _TICK_ROWS rows and at the end, with the number of bytes read and the size of the file (0 if
     that is unknown because the file is compressed or is standard input).
-
-    Raises InputError if the file is missing or damaged. Without `kind`, also if it is empty, or if its first rows are
-    all invalid or of mixed kinds.
     """
     lines = iter_lines(path)
     if kind is None:
