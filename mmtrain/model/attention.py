@@ -1,9 +1,9 @@
 """Attention for preference pairs that share one copy of their prompt: each pair is laid out as prompt + chosen reply +
 rejected reply, and the rejected reply does not attend to the chosen one.
 
-On the CPU there are two attention calls per pair: one for prompt and chosen reply, one for the rejected reply, which
-reuses the keys and values of the prompt. On CUDA one FlexAttention call computes the whole micro-batch; its speed has
-not been measured. The result is the same as with two separate sequences, each with its own copy of the prompt.
+The result is the same as with two separate sequences, each with its own copy of the prompt. On the CPU there are two
+attention calls per pair; on CUDA one FlexAttention call computes the whole micro-batch (its speed has not been
+measured).
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,12 @@ BLOCK = 128  # number of queries, and of keys, in one block of FlexAttention's b
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The lengths and masks that attention needs for a micro-batch of pairs, each laid out as prompt + chosen reply +
-    rejected reply.
+    """The lengths and masks that attention needs for a micro-batch of pairs.
 
-    On the CPU `sides` has one tuple per pair: the number of tokens of prompt, chosen reply and rejected reply, and a
-    bool mask [rejected, prompt + rejected], True where a token of the rejected reply attends to a token of the prompt
-    or of the rejected reply itself. On CUDA `sides` is empty and `block_mask` is FlexAttention's mask.
-
-    `order` and `restore` are always None, because pairs are not permuted. They exist so that `Model.forward` can treat
-    this class like `AttentionLayout`.
+    sides: on the CPU one tuple per pair, the number of tokens of prompt, chosen and rejected reply, and a bool mask
+    [rejected, prompt + rejected], True where a token of the rejected reply attends; empty on CUDA. block_mask:
+    FlexAttention's mask on CUDA, else None. order, restore: always None, so that `Model.forward` can treat this class
+    like `AttentionLayout`.
     """
 
     sides: list[tuple[int, int, int, Tensor]]
@@ -37,11 +34,8 @@ class PairLayout:
 
 
 def make_pair_layout(lengths: Tensor, device: torch.device) -> PairLayout:
-    """Return the layout of pairs, each laid out as prompt + chosen reply + rejected reply.
-
-    `lengths`: int64 [S, 3] on the CPU, the number of tokens of prompt, chosen reply and rejected reply of each of the S
-    pairs. `device`: the device that attention runs on; the masks are made there.
-    """
+    """Return the layout of S pairs. lengths: int64 [S, 3] on the CPU, the number of tokens of prompt, chosen reply and
+    rejected reply. device: where attention runs; the masks are made there."""
     if device.type == "cuda":
         return PairLayout([], block_mask(lengths.to(device)))
     sides = []
@@ -52,12 +46,9 @@ def make_pair_layout(lengths: Tensor, device: torch.device) -> PairLayout:
 
 
 def attend_pairs(q: Tensor, k: Tensor, v: Tensor, layout: PairLayout) -> Tensor:
-    """Compute causal attention inside each pair; the rejected reply attends to the prompt and to itself, not to the
-    chosen reply.
-
-    q [T, H, D], k and v [T, KV, D] with KV key/value heads -> [T, H, D]. T is the number of tokens of all pairs, laid
-    end to end as in `layout`.
-    """
+    """Compute causal attention inside each pair; the rejected reply does not attend to the chosen one. q [T, H, D], k
+    and v [T, KV, D] with KV key/value heads -> [T, H, D], for the T tokens of all pairs, laid end to end as in
+    `layout`."""
     if layout.block_mask is not None:
         return _attend_flex(q, k, v, layout.block_mask)
     sizes = [size for prompt, chosen, rejected, _ in layout.sides for size in (prompt + chosen, rejected)]
@@ -71,11 +62,8 @@ def attend_pairs(q: Tensor, k: Tensor, v: Tensor, layout: PairLayout) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute scaled dot-product attention of queries q [Tq, H, D] over keys and values k, v [Tk, KV, D]; return [Tq,
-    H, D].
-
-    `mask`: bool [Tq, Tk], True where a query attends to a key. None means causal attention, with Tq = Tk.
-    """
+    """Attention of q [Tq, H, D] over k, v [Tk, KV, D] -> [Tq, H, D]. mask: bool [Tq, Tk], True where a query attends to
+    a key; None means causal, with Tq = Tk."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
@@ -85,14 +73,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def block_mask(lengths: Tensor) -> Any:
-    """Return FlexAttention's BlockMask for pairs laid end to end as prompt + chosen reply + rejected reply.
+    """Return FlexAttention's BlockMask, on the device of `lengths`, for pairs laid end to end as prompt + chosen reply
+    + rejected reply. lengths: int64 [S, 3], the number of tokens of the three.
 
-    `lengths`: int64 [S, 3], the number of tokens of the three; the mask is made on its device. A token attends to
-    itself and to earlier tokens of its own pair, except that tokens of a rejected reply do not attend to the chosen
-    reply.
-
-    For each block of queries, only the blocks of keys from the beginning of its first token's pair up to the query
-    block are computed. If all pairs have about the same size, the cost is therefore linear in the number of tokens.
+    For a block of queries, only the blocks of keys from the beginning of its first token's pair up to the block itself
+    are computed. If all pairs have about the same size, the cost is therefore linear in the number of tokens.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -104,7 +89,6 @@ def block_mask(lengths: Tensor) -> Any:
     piece = (place >= lengths[pair, 0]).long() + (place >= lengths[pair, 0] + lengths[pair, 1]).long()
 
     def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Return whether the token at position `query` attends to the token at position `key`."""
         crosses = (piece[query] == 2) & (piece[key] == 1)
         return (pair[query] == pair[key]) & (key <= query) & ~crosses
 
@@ -132,10 +116,7 @@ def _flex() -> Any:
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """Compute attention with FlexAttention under the BlockMask `mask`: compiled on CUDA, uncompiled elsewhere.
-
-    q [T, H, D], k and v [T, KV, D] -> [T, H, D]. k and v are converted to the type of q.
-    """
+    """FlexAttention under the BlockMask `mask`, compiled on CUDA only: q [T, H, D], k and v [T, KV, D] -> [T, H, D]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     flex = _flex() if q.is_cuda else _eager_flex
     out = flex(q, k.to(q.dtype), v.to(q.dtype), block_mask=mask, enable_gqa=True)

@@ -1,8 +1,7 @@
-"""Copy the numpy arrays of a micro-batch to the device as tensors, and compute the log-probabilities of its trained
-tokens.
+"""Copy the numpy arrays of a micro-batch to the device, and compute the log-probabilities of its trained tokens.
 
-A batch has no labels with -100. Instead it has the positions of the trained tokens, because selecting tokens by a mask
-on the device would make the host wait until the device has counted them.
+A batch has the positions of the trained tokens instead of labels with -100, because selecting tokens by a mask on the
+device would make the host wait until the device has counted them.
 """
 
 from dataclasses import dataclass
@@ -26,14 +25,12 @@ FILL_TOKENS = 128
 class Batch:
     """One micro-batch as tensors on its device: T tokens, N of them trained, in `num_sequences` sequences.
 
-    `ids` and `position_ids` are int64 [T]; `cu_seqlens` is int32 [n + 1], the ends of n sequences beginning with 0.
-    These three are longer if the batch is padded (see `filled`). `max_seqlen` is an upper bound of the sequence
-    lengths. `trained` is int64 [N], the positions of the trained tokens in `ids`, ascending; `sequence_ids` is int64
-    [N], the number of the sequence that each trained token belongs to. `samples` is int64, the numbers of the packs or
-    pairs within the split. `num_tokens` is T and `num_trained` is N; neither counts padding.
-
-    For pairs, `num_sequences` and `sequence_ids` count the chosen and the rejected side of each pair as one sequence
-    each. If `shared` is given, n in `cu_seqlens` is the number of pairs instead (see below).
+    ids, position_ids: int64 [T]. cu_seqlens: int32 [n + 1], the ends of n sequences beginning with 0. These three are
+    longer if the batch is padded (see `filled`). max_seqlen: upper bound of the sequence lengths. trained: int64 [N],
+    positions of the trained tokens in `ids`, ascending. sequence_ids: int64 [N], the number of each trained token's
+    sequence. samples: int64, numbers of the packs or pairs within the split. num_tokens, num_trained: T and N; padding
+    is not counted. For pairs, `num_sequences` and `sequence_ids` count each side as one sequence; with `shared`, n in
+    `cu_seqlens` is the number of pairs instead.
     """
 
     ids: Tensor
@@ -53,20 +50,14 @@ class Batch:
 
 
 def pinned(count: int, dtype: Any) -> np.ndarray:
-    """Return an uninitialised array of `count` elements in page-locked memory, from which a CUDA device can copy while
-    it computes. The speed-up has not been measured.
-
-    `dtype`: a numpy type. Requires CUDA.
-    """
+    """Return an uninitialised array of `count` elements of a numpy type in page-locked memory, from which a CUDA device
+    can copy while it computes (the speed-up has not been measured). Requires CUDA."""
     return torch.from_numpy(np.empty(0, dtype)).new_empty(count, pin_memory=True).numpy()
 
 
 def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> list[MicroBatch]:
-    """Divide a micro-batch into consecutive micro-batches of at most `most_tokens` tokens, without splitting a sequence
-    or a pair.
-
-    A single sequence (or pair) that is longer than `most_tokens` becomes a micro-batch of its own. If `most_tokens` is
-    None, or the micro-batch is small enough, return it alone in a list. `is_pairs`: whether the micro-batch has pairs.
+    """Divide a micro-batch into consecutive ones of at most `most_tokens` tokens (None: no limit), without splitting a
+    sequence or a pair; one that is longer becomes a micro-batch of its own. is_pairs: whether `micro` has pairs.
 
     Summed losses and gradients of the results add up to those of `micro`. For pairs, `samples` is divided as well; for
     packs, every result has all `samples` of `micro`.
@@ -91,14 +82,12 @@ def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> l
 
 
 def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
-    """Return the lengths (int64) of the padding sequences that bring a micro-batch to one of few shapes, so that
-    compiled code is not compiled again for every micro-batch.
+    """Return the lengths (int64) of the padding sequences that bring a micro-batch of `num_tokens` tokens in
+    `num_documents` sequences to one of few shapes, so that compiled code is not compiled again for every micro-batch.
 
     The padded number of tokens is the smallest of `limits.tokens` times a power of two (..., 1/4, 1/2, 1, 2, ...) that
     is at least `num_tokens`. The padded number of sequences is a power of two, and at least one per FILL_TOKENS padded
     tokens. No padding sequence is longer than `limits.sequence`, and most are empty.
-
-    `num_tokens`, `num_documents`: tokens and sequences of the micro-batch without padding.
     """
     width = limits.tokens
     while width // 2 >= max(num_tokens, 1):
@@ -113,22 +102,18 @@ def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
 
 
 def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = None) -> Batch:
-    """Copy a micro-batch to the device. On CUDA with `limits` it is padded as described in `filled`; on the CPU it
-    never is.
-
-    `limits`: the loader's limits on tokens per micro-batch and per sequence. Asserts that no sequence has its first
-    token marked trained, because no hidden state predicts it.
-    """
+    """Copy a micro-batch to the device, on CUDA padded to `limits` as described in `filled`; never padded on the CPU.
+    Asserts that no sequence has its first token marked trained, because no hidden state predicts it. limits: the
+    loader's."""
     return filled(micro, device, limits if device.type == "cuda" else None)
 
 
 def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Batch:
-    """Copy a micro-batch to `device`; if `limits` is given, first append padding sequences without trained tokens, of
-    the lengths that `filling` returns.
+    """Copy a micro-batch to `device`; if `limits` is given, append padding sequences (see `filling`) without trained
+    tokens, also on the CPU, which the tests use.
 
-    With `limits`, `max_seqlen` of the result is `limits.sequence` instead of the longest sequence, so that it does not
-    change from batch to batch. Unlike `to_device`, it also pads on the CPU, which the tests use. Asserts that no
-    sequence (or reply without a prompt) has its first token marked trained.
+    With `limits`, `max_seqlen` of the result is `limits.sequence`, so that it does not change from batch to batch.
+    Asserts that no sequence (or reply without a prompt) has its first token marked trained.
     """
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
     lengths = np.diff(cu_seqlens)
@@ -154,7 +139,6 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
         shared = None if shared is None else np.concatenate([shared, np.outer(behind, [1, 0, 0])])
 
     def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Copy an array to the device as a tensor of this type."""
         return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
 
     return Batch(
@@ -174,12 +158,9 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
 
 def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the length of each side, int64 [2 S], and the position id of every token, int64 [T], for pairs laid out as
-    prompt + chosen + rejected.
-
-    `shared`: int64 [S, 3], the number of tokens of the three. The sides alternate: prompt + chosen (the prompt is
-    counted here), then rejected alone. The position ids of a rejected reply continue from the end of its prompt, as if
-    the chosen reply were not there.
-    """
+    prompt + chosen + rejected. shared: int64 [S, 3], their numbers of tokens. The sides alternate: prompt + chosen,
+    then rejected alone. Position ids of a rejected reply continue from the end of its prompt, as if the chosen reply
+    were not there."""
     prompt, chosen, rejected = shared.T
     sides = np.stack([prompt + chosen, rejected], 1).ravel()
     before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()
@@ -188,11 +169,8 @@ def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logps_of(model: Model, batch: Batch) -> Tensor:
-    """Return the log-probabilities of a batch's trained tokens, fp32 [N].
-
-    The forward pass runs under the autocast context of the caller. The product with the output embedding uses the same
-    type, with fp32 results.
-    """
+    """Return the log-probabilities of a batch's trained tokens, fp32 [N]. The forward pass and the product with the
+    output embedding run in the type of the caller's autocast context."""
     hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared)
     device = batch.ids.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32

@@ -1,9 +1,8 @@
 """Enlarge the embedding matrix of a model for a tokenizer with added tokens; all other weights stay unchanged.
 
-The embedding vector of an added token is a mean of existing vectors: of all old tokens, or of the old tokens that spell
-the new one. The embedding is tied, so this also initialises the token's output weights. With the mean, the
-probabilities of the old tokens change only by a bounded amount (Hewitt 2021, "Initializing New Word Embeddings for
-Pretrained Language Models"). Neither method uses random numbers.
+The vector of an added token is the mean of all old vectors, or of those of the old tokens that spell it. The embedding
+is tied, so this also initialises the token's output weights. With the mean, the probabilities of the old tokens change
+only by a bounded amount (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """A plan for enlarging an embedding matrix.
-
-    `method` is "mean" or "subtoken". `old_size` is the number of ids of the old tokenizer, `vocab_size` the number of
-    rows of the new matrix. `rows` maps each added id to the ids of the old tokens whose vectors are averaged for it.
-    """
+    """A plan for enlarging an embedding matrix. method: "mean" or "subtoken". old_size: number of ids of the old
+    tokenizer. vocab_size: rows of the new matrix. rows: for each added id, the ids of the old tokens whose vectors are
+    averaged."""
 
     method: str  # mean or subtoken
     old_size: int
@@ -33,23 +30,20 @@ class Growth:
 
     @property
     def added_ids(self) -> str:
-        """Return the added ids as up to two ranges, such as "300-301, 6400-6410", or "none".
-
-        The first range covers the ids below `old_size`, which the old tokenizer reserved but did not use; the second
-        covers the ids from `old_size` on. Each range is written as smallest-largest, even if ids in between are not
-        added.
-        """
+        """Return the added ids as up to two ranges, such as "300-301, 6400-6410", or "none": those below `old_size`,
+        which the old tokenizer reserved but did not use, and those from `old_size` on. A range is written as
+        smallest-largest, even if ids in between are not added."""
         ids = sorted(self.rows)
         spans = [[id for id in ids if id < self.old_size], [id for id in ids if id >= self.old_size]]
         return ", ".join(f"{span[0]}-{span[-1]}" for span in spans if span) or "none"
 
 
 def plan_growth(method: str, old: Tokenizer, new: Tokenizer, num_rows: int) -> Growth:
-    """Plan how to enlarge an embedding that was trained with tokenizer `old` for tokenizer `new`.
+    """Plan how to enlarge an embedding that was trained with tokenizer `old` for tokenizer `new`. Raises TokenizerError
+    if an id of `old` means another token in `new`.
 
-    `method`: "mean" averages all old tokens for every added token; "subtoken" averages the old tokens that spell the
-    added token, or all old tokens if its text is not valid UTF-8. `num_rows`: the number of rows of the present matrix,
-    which is never reduced. Raises TokenizerError if an id of `old` means another token in `new`.
+    method: "mean" averages all old tokens for every added token; "subtoken" those that spell it, or all if its text is
+    not valid UTF-8. num_rows: number of rows of the present matrix, which is never reduced.
     """
     added = added_ids(old, new)
     all_ids = [id for id in range(old.vocab_size) if id not in added]
@@ -59,8 +53,8 @@ def plan_growth(method: str, old: Tokenizer, new: Tokenizer, num_rows: int) -> G
 
 
 def _subtokens(old: Tokenizer, content: bytes | None) -> list[int]:
-    """Return the ids of the old tokens that spell the bytes `content` of a new token. Return an empty list if `content`
-    is None or not valid UTF-8, such as a fragment of a multi-byte character."""
+    """Return the ids of the old tokens that spell a new one; empty if `content` is None or not valid UTF-8, such as a
+    fragment of a multi-byte character."""
     try:
         text = (content or b"").decode("utf-8")
     except UnicodeDecodeError:
@@ -69,8 +63,7 @@ def _subtokens(old: Tokenizer, content: bytes | None) -> list[int]:
 
 
 def grow(weights: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
-    """Return the weights with an embedding of `growth.vocab_size` rows, [growth.vocab_size, C]; the other tensors are
-    the same objects.
+    """Return the weights with an embedding [growth.vocab_size, C]; the other tensors are the same objects.
 
     Old rows are copied bit for bit, except rows of added ids, which become the mean of the rows that `growth.rows`
     lists. Appended rows that no added token uses become the mean of the whole old matrix.

@@ -1,12 +1,5 @@
-"""Log-probabilities of trained tokens.
-
-Log-probabilities are fp32 whatever the precision of the model, and their sums are float64. At most CHUNK rows of logits
-exist at a time, so that memory does not grow with the number of tokens.
-
-The shift between input and target by one token is made in `predecessors` and nowhere else: the hidden state at position
-i - 1 predicts the token at position i. The exception is the first token of a rejected reply that shares one copy of the
-prompt with the chosen reply: the hidden state of the prompt's last token predicts it.
-"""
+"""Log-probabilities of trained tokens: fp32 whatever the precision of the model, their sums float64. At most CHUNK rows
+of logits exist at a time, so that memory does not grow with the number of tokens."""
 
 from typing import Any
 
@@ -17,16 +10,11 @@ CHUNK = 2048  # rows of logits in memory at a time: 52 MB in fp32 for a vocabula
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Autograd function that returns log softmax(hidden weight^T)[target] for each row, computed in chunks of rows.
-
-    The backward pass computes the logits of each chunk again, unless there is only one chunk, whose logits are saved.
-    For the backward pass it saves the inputs (converted to `dtype`), one fp32 number per row (logsumexp), and at most
-    one chunk of logits. Gradients are summed in fp32.
-    """
+    """log softmax(hidden weight^T)[target] of each row, computed in chunks of rows. The backward pass computes the
+    logits of each chunk again, unless there is only one, whose logits are saved. Gradients are summed in fp32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-        """Compute the log-probability of each target, fp32 [N]; the arguments are those of `token_logps`."""
         low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
         lse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         logps = torch.empty_like(lse)
@@ -43,8 +31,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """Return the gradients of hidden and weight; None for weight if it is frozen. Uses d logp / d logits =
-        onehot(target) - p with p = softmax(logits)."""
+        """Gradients of hidden and weight (None if it is frozen): d logp / d logits = onehot(target) - softmax(logits)."""
         hidden, weight, targets, lse = ctx.saved_tensors
         (grad,) = grads
         grad_hidden = torch.empty(hidden.shape, dtype=ctx.dtypes[0], device=hidden.device)
@@ -64,10 +51,8 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return the matrix product a b in fp32, with sums in fp32.
-
-    For half-precision inputs CUDA has a kernel with fp32 output; elsewhere the inputs are converted to fp32 first.
-    """
+    """Return a b in fp32, with sums in fp32. CUDA has a kernel with fp32 output for half-precision inputs; elsewhere
+    the inputs are converted first."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -78,25 +63,22 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Compute the log-probability of each target token, fp32 [N]. Gradients flow to `hidden` and `weight`.
+    """Compute the log-probability of each target token, fp32 [N], with gradients to `hidden` and `weight`.
 
-    `hidden`: [N, C], for each target the hidden state that predicts it. `weight`: output embedding [V, C]. `targets`:
-    int64 [N], token ids. `chunk`: rows of logits computed at a time. `dtype`: type that the matrices are multiplied in;
-    sums are fp32 in any case.
+    hidden: [N, C], for each target the hidden state that predicts it. weight: output embedding [V, C]. targets: int64
+    [N], token ids. chunk: rows of logits computed at a time. dtype: matrices are multiplied in it; sums are fp32 in any
+    case.
     """
     return _TokenLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[return-value]
 
 
 def predecessors(trained: Tensor, shared: Tensor | None = None) -> Tensor:
-    """Return the position of the hidden state that predicts each trained token, int64 [N]: the position before it, in
-    general.
+    """Return the position of the hidden state that predicts each trained token, int64 [N]: in general the position
+    before it. This is the only place where inputs and targets are shifted by one.
 
-    `trained`: int64 [N], positions of the trained tokens, ascending. `shared`: int64 [S, 3] if the tokens are pairs
-    laid end to end as prompt + chosen + rejected, the number of tokens of the three. With `shared`, the first token of
-    a rejected reply is predicted from the last token of its prompt, not from the last token of the chosen reply before
-    it.
-
-    This is the only place where inputs and targets are shifted by one.
+    trained: int64 [N], positions of the trained tokens, ascending. shared: int64 [S, 3] if the tokens are pairs laid
+    end to end as prompt + chosen + rejected, the number of tokens of the three. Then the first token of a rejected
+    reply is predicted from the last token of its prompt, not from the last token of the chosen reply before it.
     """
     before = trained - 1
     if shared is None:
@@ -120,19 +102,14 @@ def trained_logps(
 ) -> Tensor:
     """Return the log-probabilities of the trained tokens, fp32 [N].
 
-    `hidden`: hidden states [T, C] of all positions. `weight`: output embedding [V, C]. `ids`: int64 [T]. `trained`:
-    int64 [N], positions of the trained tokens, ascending. `shared`: int64 [S, 3], the number of tokens of prompt,
-    chosen and rejected if pairs share one copy of the prompt, else None. `dtype`: type that the matrices are multiplied
-    in.
+    hidden: [T, C], of all positions. weight: output embedding [V, C]. ids: int64 [T]. trained, shared: see
+    `predecessors`. dtype: matrices are multiplied in it.
     """
     return token_logps(hidden.index_select(0, predecessors(trained, shared)), weight, ids[trained], dtype=dtype)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum per-token values by sequence; return float64 [num_sequences], 0 for a sequence without trained tokens.
-
-    `logps`: values [N] of the trained tokens. `sequence_ids`: int64 [N], the sequence of each. The sum is float64
-    because a float32 sum of thousands of nats has a rounding error of 1e-4, as large as a small change of a reward
-    margin.
-    """
+    """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], 0 for a sequence without trained
+    tokens. sequence_ids: int64 [N]. A float32 sum of thousands of nats has a rounding error of 1e-4, as large as a
+    small change of a reward margin."""
     return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())

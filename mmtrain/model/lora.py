@@ -1,9 +1,9 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): y = x W^T + SCALE (x A^T) B^T with W frozen, for every linear layer of the
 transformer blocks.
 
-A run with --lora RANK trains only A and B. Its checkpoints contain only these, in the format of the PEFT library, a few
-MB; RUN/base.safetensors contains the frozen weights W. Commands that load such a checkpoint (chat, eval, export, train
---init) add SCALE B A to W and get a model without adapters.
+A run with --lora RANK trains only A and B. Its checkpoints contain only these, in the format of the PEFT library;
+RUN/base.safetensors contains W. Commands that load such a checkpoint add SCALE B A to W and get a model without
+adapters.
 """
 
 import math
@@ -20,10 +20,8 @@ PEFT_PREFIX = "base_model.model."  # of parameter names in the PEFT library's fi
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer without bias, with adapters A [rank, in_features] and B [out_features, rank].
-
-    It shares the weight of `layer` instead of copying it. B starts at 0, so the output is at first that of `layer`.
-    """
+    """A linear layer without bias, with adapters A [rank, in_features] and B [out_features, rank]. It shares the weight
+    of `layer` instead of copying it; B starts at 0, so the output is at first that of `layer`."""
 
     def __init__(self, layer: nn.Linear, rank: int):
         assert layer.bias is None
@@ -42,11 +40,8 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt(model: nn.Module, rank: int) -> None:
-    """Freeze all parameters of a model and replace each of its linear layers by an `AdaptedLinear` of this rank, in
-    place.
-
-    The matrices A are drawn from torch's global random state, so seed it before if the result has to be reproducible.
-    """
+    """Freeze all parameters of a model and replace each of its linear layers by an `AdaptedLinear`, in place. The
+    matrices A are drawn from torch's global random state."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in list(model.modules()):
@@ -56,23 +51,18 @@ def adapt(model: nn.Module, rank: int) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether `name`, a parameter's name as in `named_parameters`, is that of an adapter matrix A or B."""
+    """Return whether a parameter's name, as in `named_parameters`, is that of an adapter matrix A or B."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
 def adapters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's adapter matrices by the names that the PEFT library uses; empty for a model without adapters.
-
-    The tensors are those of the model, not copies.
-    """
+    """Return a model's own adapter matrices (no copies) by PEFT's names; empty for a model without adapters."""
     return {f"{PEFT_PREFIX}{name}.weight": value for name, value in model.state_dict().items() if is_adapter(name)}
 
 
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy adapter matrices, under the names that the PEFT library uses, into a model that has adapters.
-
-    Raises RuntimeError if the names or shapes are not those of the model's own adapters.
-    """
+    """Copy adapter matrices, by PEFT's names, into a model that has adapters. Raises RuntimeError if names or shapes
+    are not those of the model's adapters."""
     adapters = adapters_of(model)
     if {name: value.shape for name, value in adapters.items()} != {
         name: value.shape for name, value in tensors.items()
@@ -83,11 +73,7 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with adapters added: W + SCALE B A in fp32 for every matrix with adapters; other tensors
-    unchanged.
-
-    `weights`: frozen weights by name. `adapters`: adapter matrices under the names that the PEFT library uses.
-    """
+    """Return the weights with adapters (by PEFT's names) added: W + SCALE B A in fp32 for every matrix with adapters."""
     merged = dict(weights)
     for name, a, b in _pairs(adapters):
         merged[name] = weights[name].float() + SCALE * (b.float() @ a.float())
@@ -95,8 +81,7 @@ def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict
 
 
 def peft_config(adapters: Mapping[str, Tensor]) -> JsonObject:
-    """Return the content of adapter_config.json, which the PEFT library reads, for these adapters. `adapters` must not
-    be empty; all must have one rank."""
+    """Return PEFT's adapter_config.json for these adapters, which must not be empty and must all have one rank."""
     pairs = list(_pairs(adapters))
     rank = pairs[0][1].shape[0]
     return {

@@ -1,9 +1,8 @@
-"""The transformer, a Llama-like decoder. It takes flat token ids and the ends of the sequences in them, and returns one
-hidden state per token.
+"""The transformer, a Llama-like decoder: from flat token ids and the ends of the sequences in them to one hidden state
+per token. Logits are computed in `logps.py`.
 
-Sequences are laid end to end without padding between them; attention never crosses the end of a sequence. Parameters
-have the names of Llama checkpoints, so that exporting needs no renaming. The output embedding is the input embedding
-(tied weights), available as `Model.head_weight`; logits are computed in `logps.py`.
+Sequences are laid end to end without padding; attention never crosses the end of a sequence. Parameters have the names
+of Llama checkpoints, so that exporting needs no renaming. Input and output embedding are tied.
 """
 
 import inspect
@@ -21,24 +20,18 @@ from mmtrain.model.attention import PairLayout, attend_pairs, make_pair_layout
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm as an autograd function for the CPU, where torch's own version reads and writes memory many times.
-
-    Forward and backward together take about half the time of F.rms_norm (measured at 2,048 x 256 with two threads).
-    """
+    """RMSNorm for the CPU, where torch's own version reads and writes memory many times. Forward and backward together
+    take about half the time of F.rms_norm (measured at 2,048 x 256 with two threads)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Return x / sqrt(mean(x^2) + eps) * weight, with the mean over the last dimension of x. `weight`: [C]."""
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return the gradients of x and weight, and None for eps.
-
-        With n = x * scale and g the incoming gradient: dx = scale * (g w - n mean(g w n)), dw = sum over rows of g n.
-        """
+        """With n = x * scale and incoming gradient g: dx = scale * (g w - n mean(g w n)), dw = sum over rows of g n."""
         (grad,) = grads
         x, weight, scale = ctx.saved_tensors
         n = x * scale
@@ -56,17 +49,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised x, of the same shape: by torch's kernel on CUDA, by `_RMSNorm` elsewhere."""
+        """Return the normalised x: by torch's kernel on CUDA, by `_RMSNorm` elsewhere."""
         if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps))
 
 
 def rotary_table(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of the rotary angles of positions [...], each fp32 [..., 1, D].
+    """Return cosine and sine of the rotary angles of positions [...], each fp32 [..., 1, D] with D = `head_size`.
 
-    D is `head_size`, `theta` the base of the frequencies. The second half of the last dimension repeats the first, for
-    rotary embeddings in the half-split form of Llama checkpoints (dimension i is rotated together with i + D / 2).
+    theta: base of the frequencies. The second half of the last dimension repeats the first, for the half-split form of
+    Llama checkpoints (dimension i is rotated together with i + D / 2).
     """
     frequencies = theta ** -(torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size)
     angles = position_ids[..., None].float() * frequencies
@@ -74,22 +67,16 @@ def rotary_table(position_ids: Tensor, head_size: int, theta: float) -> tuple[Te
 
 
 class Rotary:
-    """Tables of the cosines and sines of rotary position embeddings, one pair of tables per device.
-
-    A table is computed at first use. When positions beyond its end are needed, it is computed again with at least twice
-    the length. The tables are not part of state_dict. They take 25 MB for 32,768 positions with head width 96.
-    """
+    """Tables of the cosines and sines of rotary position embeddings per device, computed at first use and again with at
+    least twice the length when needed. Not part of state_dict; 25 MB for 32,768 positions with head width 96."""
 
     def __init__(self, config: ModelConfig):
         self._head_size, self._theta = config.head_size, config.rope_theta
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position_ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of these positions, each fp32 [..., 1, D] for `position_ids` [...].
-
-        `end`: a number greater than every position. It is an argument because finding the largest position on the
-        device would make the host wait for the device.
-        """
+        """Return cosine and sine, each fp32 [..., 1, D], for `position_ids` [...]. end: a number greater than every
+        position; finding the largest on the device would make the host wait."""
         device = position_ids.device
         cos, sin = self._tables.get(device) or (torch.empty(0), torch.empty(0))
         if len(cos) < end:
@@ -100,10 +87,8 @@ class Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings to heads x [..., H, D]: return x cos + rotate_half(x) sin, in the type of x.
-
-    `cos`, `sin`: [..., 1, D], as returned by `rotary_table`.
-    """
+    """Apply rotary position embeddings to x [..., H, D]: x cos + rotate_half(x) sin, in the type of x. cos, sin: [...,
+    1, D]."""
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
@@ -116,10 +101,10 @@ class AttentionLayout:
     """How attention finds the sequences among the flat tokens, and the order of the tokens inside the transformer
     blocks.
 
-    `order` is int64 [T]: the tokens are permuted to x[order] before the first block, and `restore` is the inverse
-    permutation; both are None if the tokens keep their order. `groups` lists (number of sequences, length) for each run
-    of neighbouring sequences of equal length, in the permuted order. `groups` is empty if attention uses the CUDA
-    kernel for sequences of varying length instead, which reads `cu_seqlens` (int32 [n + 1]) and `max_seqlen`.
+    order: int64 [T], the tokens are permuted to x[order] before the first block; None keeps their order. restore: the
+    inverse permutation, or None. groups: (number of sequences, length) for each run of neighbouring sequences of equal
+    length, in the permuted order; empty if attention uses the CUDA kernel for sequences of varying length instead,
+    which reads `cu_seqlens` (int32 [n + 1]) and `max_seqlen`.
     """
 
     order: Tensor | None
@@ -130,13 +115,12 @@ class AttentionLayout:
 
 
 def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> AttentionLayout:
-    """Return the attention layout for n sequences that end at `cu_seqlens` (int32 [n + 1], beginning with 0).
+    """Return the attention layout for n sequences. cu_seqlens: int32 [n + 1], their ends, beginning with 0. max_seqlen:
+    an upper bound of their lengths. device: that of the tokens.
 
     On CUDA under autocast, torch's kernel for sequences of varying length is used, if this torch version has it. (It
     supports half precision only; its speed has not been measured.) Otherwise sequences are sorted by length, once for
-    all blocks, so that sequences of equal length are neighbours and share one attention call without copies or padding.
-
-    `max_seqlen`: an upper bound of the sequence lengths. `device`: the device of the tokens.
+    all blocks, so that sequences of equal length share one attention call without copies or padding.
     """
     if device.type == "cuda" and torch.is_autocast_enabled("cuda") and _varlen() is not None:
         return AttentionLayout(None, None, [], cu_seqlens.to(device), max_seqlen)
@@ -156,8 +140,8 @@ def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> At
 
 @cache
 def _varlen() -> tuple | None:
-    """Return torch's attention function for sequences of varying length and its parameters by name; None if this torch
-    version does not have the function."""
+    """Return torch's attention function for sequences of varying length and its parameters by name; None if torch lacks
+    it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -166,11 +150,8 @@ def _varlen() -> tuple | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
-    """Compute causal attention inside each sequence. q [T, H, D], k and v [T, KV, D] -> [T, H, D].
-
-    T is the number of tokens, KV the number of key/value heads. With a `PairLayout`, each sequence is a pair, and the
-    rejected reply does not attend to the chosen reply.
-    """
+    """Compute causal attention inside each sequence: q [T, H, D], k and v [T, KV, D] -> [T, H, D] with KV key/value
+    heads. With a `PairLayout`, each sequence is a pair, and the rejected reply does not attend to the chosen reply."""
     if isinstance(layout, PairLayout):
         return attend_pairs(q, k, v, layout)
     if not layout.groups:
@@ -184,18 +165,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | PairLayout
 
 
 def _attend_equal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention for n sequences of length L: q [n, L, H, D], k and v [n, L, KV, D] -> [n L, H, D]."""
+    """Causal attention for n sequences of length L: q [n, L, H, D], k and v [n, L, KV, D] -> [n L, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """Compute causal attention by torch's CUDA kernel for sequences of varying length. q [T, H, D], k and v [T, KV, D]
-    -> [T, H, D].
-
-    In the kernel's terms, `window_size` (-1, 0) means causal. Requires half precision and a layout without `groups`.
-    """
+    """Causal attention by torch's CUDA kernel, half precision only: q [T, H, D], k and v [T, KV, D] -> [T, H, D]. In
+    the kernel's terms, `window_size` (-1, 0) means causal."""
     kernel = _varlen()
     assert kernel is not None
     varlen_attn, accepted = kernel
@@ -212,12 +190,11 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs of several linear layers without bias for one input x [..., C], one tensor per layer.
+    """Return the outputs of several linear layers without bias for one input x [..., C].
 
-    In training they are computed as one product with the concatenated weights: x is read once, and its gradient is one
-    product (3 % less time on the CPU, five kernels fewer per block on CUDA). Without gradients the layers are computed
-    one by one, because for the one or two tokens of a decoding step concatenating costs more than it saves. Layers with
-    LoRA adapters are computed one by one too.
+    In training they are one product with the concatenated weights: 3 % less time on the CPU, five kernels fewer per
+    block on CUDA. Without gradients the layers are computed one by one, because for the one or two tokens of a decoding
+    step concatenating costs more than it saves. Layers with LoRA adapters are computed one by one too.
     """
     weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
     if not torch.is_grad_enabled() or len(weights) < len(layers):
@@ -226,17 +203,14 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def spares(x: Tensor) -> bool:
-    """Return whether blocks save memory in training by computing some activations again in the backward pass, for input
-    x.
-
-    True on CUDA, where memory limits the micro-batch. False on the CPU, where it would cost more than 2 % of a step.
-    """
+    """Return whether blocks compute some activations again in the backward pass to save memory, for input x: True on
+    CUDA, where memory limits the micro-batch; on the CPU it would cost more than 2 % of a step."""
     return x.is_cuda
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary position embeddings. With `config.qk_norm`, each head's q and k are
-    normalised (RMSNorm) before the rotation."""
+    """Grouped-query attention with rotary position embeddings; with `config.qk_norm`, q and k heads are RMS-normalised
+    first."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -250,10 +224,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [..., H, D], k [..., KV, D] and v [..., KV, D] for x [..., C], with q and k rotated.
-
-        `cos`, `sin`: rotary tables [..., 1, D] of the positions of x.
-        """
+        """Return q [..., H, D], k and v [..., KV, D] for x [..., C], with q and k rotated. cos, sin: [..., 1, D], of
+        x's positions."""
         parts = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
         if spares(x):
@@ -263,17 +235,14 @@ class Attention(nn.Module):
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
-        """Return the attention output [T, C] for x [T, C], after the output projection. `cos`, `sin`: [T, 1, D]."""
+        """Return the attention output [T, C], after the output projection, for x [T, C]. cos, sin: [T, 1, D]."""
         q, k, v = self.heads(x, cos, sin)
         return self.o_proj(attend(q, k, v, layout).flatten(-2))
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward layer: down(silu(gate(x)) * up(x)).
-
-    In training on CUDA only gate(x) and up(x) are kept for the backward pass, which computes silu(gate(x)) * up(x)
-    again. This halves the memory of the layer for two more passes over these tensors.
-    """
+    """SwiGLU feed-forward layer: down(silu(gate(x)) * up(x)). In training on CUDA only gate(x) and up(x) are kept and
+    their product is computed again, which halves the memory of the layer for two more passes over these tensors."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -282,14 +251,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x)), [..., C], for x [..., C]."""
+        """Return the layer's output [..., C] for x [..., C]."""
         gate, up = project(x, self.gate_proj, self.up_proj)
         if spares(x) and torch.is_grad_enabled():
             return cast(Tensor, recompute(self._down, gate, up, use_reentrant=False, preserve_rng_state=False))
         return self._down(gate, up)
 
     def _down(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return the layer's output from the outputs of its gate and up projections, [..., ffn_size] each."""
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -304,16 +272,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
-        """Return the block's output [T, C] for x [T, C]. `cos`, `sin`: rotary tables [T, 1, D] of these positions."""
+        """Return the block's output [T, C] for x [T, C]. cos, sin: [T, 1, D], of these positions."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """The embedding, the blocks and the final norm of `Model`.
-
-    It is a module of its own only so that parameter names begin with `model.`, as in Llama checkpoints.
-    """
+    """Embedding, blocks and final norm; a module of its own only so that parameter names begin with `model.`, as in
+    Llama."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -326,8 +292,8 @@ class Model(nn.Module):
     """The language model up to the final hidden states. It computes no logits: the loss multiplies only the hidden
     states that it needs by `head_weight`.
 
-    If `checkpoints_blocks` is set, training keeps only the input of each block and recomputes its activations in the
-    backward pass. The results are the same, for a third more time and about a tenth of the memory of activations.
+    checkpoints_blocks: training keeps only the input of each block and recomputes its activations in the backward pass.
+    The results are the same, for a third more time and about a tenth of the memory of activations.
     """
 
     def __init__(self, config: ModelConfig):
@@ -341,11 +307,10 @@ class Model(nn.Module):
 
     def init_weights(self) -> None:
         """Draw every matrix from N(0, 1 / (3 C)), where C is `hidden_size`; norm weights stay as they are (1 in a new
-        model).
+        model). Logits start near 0 and the loss near ln V.
 
         This is the variance of torch's default for a linear layer with C inputs; the standard deviation is 0.021 at C =
-        768. A fixed standard deviation of 0.02 is too small for narrow models: the demo model, with C = 128, learned
-        more slowly with it. Logits start near 0 and the loss near ln V.
+        768. A fixed 0.02 is too small for narrow models: the demo model, with C = 128, learned more slowly with it.
         """
         for parameter in self.parameters():
             if parameter.dim() == 2:
@@ -361,12 +326,10 @@ class Model(nn.Module):
     ) -> Tensor:
         """Return the hidden states [T, C], after the final norm, of flat token ids [T].
 
-        `cu_seqlens`: int32 [n + 1], the ends of the n sequences, beginning with 0. `position_ids`: int64 [T]; they
-        restart at 0 in each sequence and are below `max_seqlen`.
-
-        `shared`: int64 [n, 3] on the CPU if each sequence is a pair laid out as prompt + chosen + rejected, the number
-        of tokens of the three; else None. In a pair the position ids of rejected continue from the end of the prompt,
-        and rejected does not attend to chosen.
+        cu_seqlens: int32 [n + 1], the ends of the n sequences, beginning with 0. position_ids: int64 [T], restarting at
+        0 in each sequence, below `max_seqlen`. shared: int64 [n, 3] on the CPU if each sequence is a pair laid out as
+        prompt + chosen + rejected, the number of tokens of the three; else None. In a pair the position ids of rejected
+        continue from the end of the prompt, and rejected does not attend to chosen.
         """
         if shared is None:
             layout = make_layout(cu_seqlens, max_seqlen, ids.device)

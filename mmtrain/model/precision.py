@@ -1,7 +1,5 @@
-"""Mixed precision: the type that a device multiplies matrices in, and a loss scale for fp16.
-
-Weights, gradients and sums are fp32 in any case.
-"""
+"""Mixed precision: the type in which a device multiplies matrices, and a loss scale for fp16. Weights, gradients and
+sums are fp32 in any case."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -24,27 +22,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """Return a context manager for forward passes: torch.autocast to the type of `autocast_dtype`. It has no effect for
-    fp32."""
+    """Return torch.autocast to the type of `autocast_dtype`, for forward passes; it has no effect for fp32."""
     dtype = autocast_dtype(device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the device or the machine is out of memory.
-
-    The CPU allocator of torch has no error type of its own, so its message is compared.
-    """
+    """Return whether device or machine is out of memory. torch's CPU allocator has no error type of its own, only a
+    message."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't" in str(error)
 
 
 class LossScale:
-    """The factor that the loss is multiplied by before the backward pass, so that fp16 gradients neither underflow nor
-    overflow. It is always 1 for other types.
+    """The factor of the loss before the backward pass, so that fp16 gradients neither underflow nor overflow; always 1
+    for other types.
 
-    `value` is an fp32 scalar tensor on the device. It is a power of two, so scaling does not round. A step with
-    overflow halves it (not below 1), and GROW_AFTER steps in a row without overflow double it; then counting restarts.
-    All of this happens on the device, so the host never waits for it.
+    value: fp32 scalar tensor on the device, a power of two, so scaling does not round. A step with overflow halves it
+    (not below 1), and GROW_AFTER steps in a row without overflow double it. The host never waits for the device.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
@@ -53,10 +47,8 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, is_taken: Tensor) -> None:
-        """Adjust the scale after an optimizer step; do nothing unless the type is fp16.
-
-        `is_taken`: scalar tensor on the device, 1 if the step's gradient was finite, else 0.
-        """
+        """Adjust the scale after an optimizer step (fp16 only). is_taken: scalar tensor, 1 if the gradient was finite,
+        else 0."""
         if not self.is_on:
             return
         self.good_steps.add_(1).mul_(is_taken)

@@ -18,9 +18,8 @@ from mmdata.errors import UsageError
 class PairLogps:
     """Log-probabilities and token counts of S pairs; every field is a tensor [S].
 
-    `chosen`, `rejected`: the policy's logps of the two sides, summed over the trained tokens. `ref_chosen`,
-    `ref_rejected`: those of the reference model, 0 if there is none. `num_chosen`, `num_rejected`: the numbers of
-    trained tokens, at least 1.
+    chosen, rejected: the policy's logps, summed over the trained tokens. ref_chosen, ref_rejected: those of the
+    reference model, 0 if there is none. num_chosen, num_rejected: numbers of trained tokens, at least 1.
     """
 
     chosen: Tensor
@@ -37,8 +36,7 @@ class PairLogps:
 
     @property
     def mean_delta(self) -> Tensor:
-        """Return (logp - ref_logp) of chosen minus (logp - ref_logp) of rejected, [S], each averaged over its trained
-        tokens."""
+        """Return `delta` with the logps of each side averaged over its trained tokens, [S]."""
         chosen, rejected = self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
         return chosen / self.num_chosen - rejected / self.num_rejected
 
@@ -50,12 +48,9 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class Objective:
-    """The name of a loss of `LOSSES` and its parameters.
-
-    `label_smoothing`: assumed share of pairs whose labels are swapped. `sft_weight`: weight of the chosen reply's
-    negative log-likelihood per token, which is added to the loss. `reference`: the reference model: "start" for the
-    weights the run starts from, "none" for no reference, or the path of a run or checkpoint.
-    """
+    """The name of a loss of `LOSSES` and its parameters. label_smoothing: assumed share of pairs whose labels are
+    swapped. sft_weight: weight of the chosen reply's negative log-likelihood per token, added to the loss. reference:
+    "start" for the weights the run starts from, "none", or the path of a run or checkpoint."""
 
     loss: str = "sigmoid"
     beta: float = 0.1
@@ -67,13 +62,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class PairLoss:
-    """One entry of `LOSSES`.
-
-    `loss` and `margin` map (PairLogps, Objective) to a tensor [S]: the loss of each pair, and its reward margin, which
-    is positive if the policy prefers chosen (for losses with a reference: more than the reference does).
-    `takes_smoothing`: whether the loss accepts label smoothing. `needs_reference`: whether it is defined with logps of
-    a reference model.
-    """
+    """One entry of `LOSSES`. loss, margin: from (PairLogps, Objective) to [S], the loss of each pair and its reward
+    margin, which is positive if the policy prefers chosen (for losses with a reference: more than the reference does).
+    takes_smoothing: whether the loss accepts label smoothing. needs_reference: whether it is defined with reference
+    logps."""
 
     loss: Callable[[PairLogps, Objective], Tensor]
     margin: Callable[[PairLogps, Objective], Tensor]
@@ -82,12 +74,10 @@ class PairLoss:
 
 
 def _margin_of_sums(p: PairLogps, o: Objective) -> Tensor:
-    """Return beta times the difference of log ratios of summed logps, [S]."""
     return o.beta * p.delta
 
 
 def _margin_of_means(p: PairLogps, o: Objective) -> Tensor:
-    """Return beta times the difference of log ratios of mean logps per token, [S]."""
     return o.beta * p.mean_delta
 
 
@@ -127,8 +117,7 @@ FIGURES = (
 
 
 def check(objective: Objective) -> None:
-    """Raise UsageError if the loss is unknown, a parameter is out of range, or the loss does not define one of the
-    given options."""
+    """Raise UsageError if the loss is unknown, a parameter out of range, or an option not defined for the loss."""
     if objective.loss not in LOSSES:
         raise UsageError(f"--loss {objective.loss} is unknown", f"use one of {', '.join(LOSSES)}")
     loss, name = LOSSES[objective.loss], objective.loss
@@ -155,14 +144,13 @@ def check(objective: Objective) -> None:
 
 
 def uses_reference(objective: Objective) -> bool:
-    """Return whether the loss uses the logps of a reference model: the loss needs one and `objective.reference` is not
-    "none"."""
+    """Return whether the loss needs the logps of a reference model and `objective.reference` is not "none"."""
     return LOSSES[objective.loss].needs_reference and objective.reference != "none"
 
 
 def loss_at_reference(objective: Objective) -> float:
-    """Return the loss of a pair if the policy equals its reference, without the `sft_weight` term. For the sigmoid
-    losses it is ln 2."""
+    """Return the loss of a pair (without the `sft_weight` term) if the policy equals its reference; ln 2 for sigmoid
+    losses."""
     zero, one = torch.zeros(1), torch.ones(1)
     return LOSSES[objective.loss].loss(PairLogps(zero, zero, zero, zero, one, one), objective).item()
 
@@ -170,14 +158,13 @@ def loss_at_reference(objective: Objective) -> float:
 def pair_figures(
     objective: Objective, logps: Tensor, counts: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of each pair, [S] with gradient, and the metrics named in FIGURES, each [S] without gradient.
+    """Return the loss of each pair, [S] with gradient, and the metrics named in FIGURES, each [S] without gradient. The
+    loss includes the `sft_weight` term.
 
-    `logps`: float64 [S, 2], the policy's summed logps of chosen and rejected. `counts`: [S, 2], their numbers of
-    trained tokens. `reference`: [S, 2], summed logps of the reference model, or None. A loss without reference uses
-    them only in the metrics, for drift and flips. With None, drift and flips are NaN, and a loss with reference uses
-    reference logps of 0.
-
-    The loss includes the `sft_weight` term and is not averaged over pairs.
+    logps: float64 [S, 2], the policy's summed logps of chosen and rejected. counts: [S, 2], their numbers of trained
+    tokens. reference: [S, 2], the reference model's summed logps; a loss without reference uses them only in the
+    metrics, for drift and flips. With None, drift and flips are NaN, and a loss with reference uses reference logps of
+    0.
     """
     chosen, rejected = logps.T
     ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)
@@ -217,45 +204,35 @@ def pair_figures(
 def dpo_sigmoid(delta: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
     """Return the DPO loss of each pair, [S]: -log sigmoid(beta delta), Rafailov et al. 2023, eq. 7.
 
-    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from logps summed over the sequence. With means
-    per token it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6. `epsilon`: assumed probability
-    that the two labels are swapped; above 0 it is the conservative DPO loss of Mitchell 2023, eq. 3.
+    With a delta of means per token it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6; with
+    epsilon above 0 it is the conservative DPO loss of Mitchell 2023, eq. 3.
     """
     return -(1 - epsilon) * F.logsigmoid(beta * delta) - epsilon * F.logsigmoid(-beta * delta)
 
 
 def dpo_robust(delta: Tensor, beta: float, epsilon: float) -> Tensor:
     """Return the robust DPO loss of each pair, [S]: an unbiased estimate of the DPO loss when labels are swapped with
-    probability `epsilon`, 0 <= epsilon < 0.5. Chowdhury et al. 2024, eq. 7.
-
-    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from summed logps.
-    """
+    probability `epsilon`, 0 <= epsilon < 0.5. Chowdhury et al. 2024, eq. 7."""
     return (-(1 - epsilon) * F.logsigmoid(beta * delta) + epsilon * F.logsigmoid(-beta * delta)) / (1 - 2 * epsilon)
 
 
 def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
-    """Return the hinge loss of each pair, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC) in the form of Liu et
-    al. 2024 (RSO), eq. 9.
-
-    `delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from summed logps.
-    """
+    """Return the hinge loss of each pair, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC) as in Liu et al. 2024
+    (RSO), eq. 9."""
     return F.relu(1 - beta * delta)
 
 
 def ipo(mean_delta: Tensor, tau: float) -> Tensor:
-    """Return the IPO loss of each pair, [S]: (mean_delta - 1 / (2 tau))^2, Azar et al. 2023, eq. 17.
-
-    `mean_delta`: [S], (logp - ref_logp) of chosen minus that of rejected, from logps averaged over the trained tokens,
-    as in the authors' own implementation. `tau` > 0: the smaller, the larger the margin that is aimed for.
-    """
+    """Return the IPO loss of each pair, [S]: (mean_delta - 1 / (2 tau))^2, Azar et al. 2023, eq. 17; mean_delta uses
+    means over the trained tokens, as in the authors' own implementation. The smaller tau > 0, the larger the margin
+    aimed for."""
     return (mean_delta - 1 / (2 * tau)).square()
 
 
 def simpo(mean_difference: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> Tensor:
     """Return the SimPO loss of each pair, [S]: -log sigmoid(beta mean_difference - gamma), Meng et al. 2024, eq. 6.
 
-    `mean_difference`: [S], mean logp per token of chosen minus that of rejected, by the policy; no reference model is
-    needed. `gamma`: target margin, >= 0. `epsilon`: assumed probability that the two labels are swapped.
+    mean_difference: [S], the policy's mean logp per token of chosen minus that of rejected. gamma: target margin, >= 0.
     """
     logits = beta * mean_difference - gamma
     return -(1 - epsilon) * F.logsigmoid(logits) - epsilon * F.logsigmoid(-logits)
@@ -263,27 +240,19 @@ def simpo(mean_difference: Tensor, beta: float, gamma: float, epsilon: float = 0
 
 def log_odds_ratio(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
     """Return log odds(chosen) - log odds(rejected), [S], with odds(p) = p / (1 - p). Hong et al. 2024 (ORPO), eq. 4.
-
-    `mean_chosen`, `mean_rejected`: [S], log p as the mean logp per token; must be negative.
-    """
+    mean_chosen, mean_rejected: [S], log p as the mean logp per token; must be negative."""
     return (mean_chosen - mean_rejected) - (_log1mexp(mean_chosen) - _log1mexp(mean_rejected))
 
 
 def orpo(mean_chosen: Tensor, mean_rejected: Tensor, weight: float) -> Tensor:
     """Return the ORPO loss of each pair, [S]: -mean_chosen - weight * log sigmoid(log odds ratio). Hong et al. 2024,
-    eq. 6 and 7.
-
-    `mean_chosen`, `mean_rejected`: [S], mean logp per token by the policy; no reference model is needed. The first term
-    is the cross-entropy of the chosen reply; `weight` is lambda in the paper.
-    """
+    eq. 6 and 7; the first term is the cross-entropy of the chosen reply, weight is lambda in the paper."""
     return -mean_chosen - weight * F.logsigmoid(log_odds_ratio(mean_chosen, mean_rejected))
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 - exp(x)) for x < 0, without cancellation for x near 0 or far below it (Mächler 2012).
-
-    x above -1e-6 is clamped to -1e-6, because nearer to 0 float32 logps have no precision left.
-    """
+    """Return log(1 - exp(x)) for x < 0, without cancellation (Mächler 2012). x is clamped to at most -1e-6, because
+    nearer to 0 float32 logps have no precision left."""
     x = x.clamp(max=-1e-6)
     small = x > -0.6931
     return torch.where(small, (-torch.expm1(x.where(small, x.new_tensor(-1.0)))).log(), (-x.exp()).log1p())

@@ -1,4 +1,4 @@
-"""The training stages pretrain, sft and dpo: what weights each starts from, its loss, and the check of dpo's first
+"""The training stages pretrain, sft and dpo: which weights each starts from, its loss, and the check of dpo's first
 step."""
 
 from collections.abc import Callable, Mapping
@@ -16,11 +16,8 @@ from mmtrain.model.preference import FIGURES, Objective, loss_at_reference, pair
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of the loss of a micro-batch.
-
-    `loss`: scalar, summed over `count` trained tokens (dpo: pairs), with gradient. `figures`: further sums over the
-    same tokens or pairs, by name.
-    """
+    """The loss of a micro-batch: a scalar with gradient, summed over `count` trained tokens (dpo: pairs). figures:
+    further sums over the same tokens or pairs, by name."""
 
     loss: Tensor
     count: int
@@ -31,12 +28,11 @@ class Outcome:
 class Stage:
     """What differs between training stages.
 
-    `starts_from`: names of the stages whose newest finished run gives the initial weights, unless the user chooses
-    them; if it is empty, the weights are new. `loss(model, batch, ref, objective)` computes the loss. `figures`: names
-    of the other sums that `loss` returns. `check(means, tolerance, objective)` raises TrainError if the mean loss and
-    metrics of the very first step are not as expected; None for no check.
-
-    `ref` (float64 [S, 2], the reference model's logps of the micro-batch's pairs) and `objective` are used by dpo only.
+    starts_from: stages whose newest finished run gives the initial weights, unless the user chooses them; empty for new
+    weights. loss: called with (model, batch, ref, objective); dpo only uses ref, the reference model's logps of the
+    pairs, float64 [S, 2], and objective. figures: names of the other sums that `loss` returns. check: called with
+    (means, tolerance, objective), raises TrainError if the very first step's mean loss and metrics are not as expected;
+    None for no check.
     """
 
     name: str
@@ -52,15 +48,13 @@ class Stage:
 
 
 def next_token(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
-    """Return the cross-entropy in nats, summed over the trained tokens. `ref` and `objective` are not used."""
+    """Return the cross-entropy in nats, summed over the trained tokens. ref, objective: not used."""
     return Outcome(-token_logps_of(model, batch).sum(), batch.num_trained, {})
 
 
 def preference(model: Model, batch: Batch, ref: Tensor | None, objective: Objective) -> Outcome:
-    """Return the objective's loss and the metrics of `FIGURES`, summed over the pairs of a batch.
-
-    The batch's sequences alternate chosen, rejected. `ref`: float64 [S, 2], the reference model's summed logps of
-    chosen and rejected, or None.
+    """Return the objective's loss and the metrics of `FIGURES`, summed over the pairs of a batch, whose sequences
+    alternate chosen, rejected. ref: float64 [S, 2], the reference model's summed logps of chosen and rejected, or None.
     """
     logps = logps_of(model, batch).view(-1, 2)
     loss, figures = pair_figures(objective, logps, counts_of(batch).view(-1, 2), ref)
@@ -68,14 +62,9 @@ def preference(model: Model, batch: Batch, ref: Tensor | None, objective: Object
 
 
 def _check_reference(means: Mapping[str, float], tolerance: float, objective: Objective) -> None:
-    """Raise TrainError unless the policy equals its reference at step 0: the reward margins must be 0, and the loss
-    (without the `sft_weight` term) that of a policy equal to its reference, which is ln 2 for the sigmoid losses.
-
-    Otherwise the cached reference logps do not belong to the weights that the run starts from. Nothing is checked if
-    the loss uses no reference, or if the reference is another run; `train.reference` checks the logps of the latter.
-
-    `means`: mean loss and metrics of step 0 by name. `tolerance`: largest allowed deviation.
-    """
+    """Raise TrainError unless the policy equals its reference at step 0: reward margins 0, and the loss (without the
+    `sft_weight` term) that of `loss_at_reference`. Otherwise the cached reference logps do not belong to the weights
+    that the run starts from. If the reference is another run, `train.reference` checks its logps instead."""
     if objective.reference != "start" or not uses_reference(objective):
         return
     expected = loss_at_reference(objective)
@@ -90,8 +79,8 @@ def _check_reference(means: Mapping[str, float], tolerance: float, objective: Ob
 
 
 def step_zero_tolerance(dtype: torch.dtype) -> float:
-    """Return the tolerance of the check at step 0 for a model that multiplies matrices in `dtype`: 1e-3 for fp32, 2e-2
-    for half precision, whose products round differently when tokens are batched differently."""
+    """Return the tolerance of the check at step 0: 1e-3 for fp32, 2e-2 for half precision, whose products round
+    differently when tokens are batched differently."""
     return 1e-3 if dtype == torch.float32 else 2e-2
 
 
