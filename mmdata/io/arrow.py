@@ -1,8 +1,7 @@
 """Write numpy arrays as the columns of an Arrow file, and read them back as views of a memory map without copying.
 
-Columns are numbers, lists of numbers, or byte strings of a fixed width. They are not compressed and have no nulls. The
-same arrays always give the same bytes. Arrow files have no checksum; readers can compare a file with the sha256 that
-writing returned.
+Columns are numbers, lists of numbers, or byte strings of a fixed width; not compressed, without nulls. Equal arrays
+give equal bytes. Arrow files have no checksum; readers can compare a file with the sha256 that writing returned.
 """
 
 import mmap
@@ -21,8 +20,7 @@ MAGIC = b"ARROW1"
 class Ragged(NamedTuple):
     """A column of lists: the list of row i is `values[offsets[i]:offsets[i + 1]]`.
 
-    values: 1-D array with the entries of all rows one after another. offsets: integers [rows + 1], ascending; the first
-    is 0.
+    values: 1-D, the entries of all rows one after another. offsets: integers [rows + 1], ascending from 0.
     """
 
     values: np.ndarray
@@ -48,9 +46,8 @@ BatchColumns = dict[str, Any]  # the columns of a record batch as read: an array
 def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> FileInfo:
     """Write columns of equal row count to an uncompressed Arrow file, atomically, and return its size and sha256.
 
-    columns: by name; a 1-D array of numbers, a 2-D uint8 array [rows, width] (byte strings of a fixed width) or a
-    `Ragged` (lists of numbers). metadata: stored in the schema with "mm." in front of each key. rows_per_batch: the
-    most rows in an Arrow record batch. Equal arguments give equal bytes.
+    columns: by name; a 1-D array of numbers, a uint8 array [rows, width] (byte strings of a fixed width) or a `Ragged`.
+    metadata: stored in the schema with "mm." in front of each key. rows_per_batch: the most rows in a record batch.
     """
     import pyarrow as pa
 
@@ -69,7 +66,6 @@ def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_
 
 
 def _arrow_type(column: np.ndarray | Ragged) -> Any:
-    """Return the Arrow data type in which a column is stored."""
     import pyarrow as pa
 
     values = column.values if isinstance(column, Ragged) else column
@@ -80,9 +76,7 @@ def _arrow_type(column: np.ndarray | Ragged) -> Any:
 
 
 def _arrow_array(column: np.ndarray | Ragged, begin: int, end: int) -> Any:
-    """Return rows begin to end - 1 of a column as an Arrow array over the same memory. (pa.array
-    would import pandas.)
-    """
+    """Return rows begin to end - 1 of a column as an Arrow array over the same memory. (pa.array would import pandas.)"""
     import pyarrow as pa
 
     kind = _arrow_type(column)
@@ -98,7 +92,7 @@ def _arrow_array(column: np.ndarray | Ragged, begin: int, end: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ArrowFile:
-    """A memory-mapped Arrow file: the metadata of its schema (keys with their "mm." prefix), and for each record batch
+    """A memory-mapped Arrow file. metadata: of its schema, keys with their "mm." prefix. batches: for each record batch
     its columns by name, as views of the map (arrays or `Ragged`).
     """
 
@@ -111,9 +105,7 @@ class ArrowFile:
         return sum(num_rows(batch) for batch in self.batches)
 
     def column(self, name: str) -> Any:
-        """Return the whole column `name` as an array or a `Ragged`: a view if the file has one record batch, otherwise
-        a copy that joins the batches.
-        """
+        """Return a column as an array or a `Ragged`: a view if there is one record batch, otherwise a joined copy."""
         parts = [batch[name] for batch in self.batches]
         if len(parts) == 1:
             return parts[0]
@@ -130,9 +122,7 @@ def num_rows(columns: Columns) -> int:
 
 
 def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
-    """Create a list column. values: the entries of all rows one after another; lengths: the number of entries of each
-    row, which must sum to len(values).
-    """
+    """Create a list column. values: entries of all rows in turn. lengths: one a row; they must sum to len(values)."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     assert offsets[-1] == len(values), "lengths do not sum to the values"
@@ -140,10 +130,10 @@ def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
 
 
 def bounds(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the selected rows of each list column begin and end in its `values`: begins and ends, each int64
-    [number of selected rows].
+    """Return where the selected rows begin and where they end in the `values` of their columns: each int64 [selected
+    rows].
 
-    rows: for each column an array of row indices. The results of the columns are joined in the order of `columns`.
+    rows: for each column an array of row indices; the results are joined in the order of the columns.
     """
     begins = [column.offsets[own] for column, own in zip(columns, rows, strict=True)]
     ends = [column.offsets[own + 1] for column, own in zip(columns, rows, strict=True)]
@@ -151,10 +141,9 @@ def bounds(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> tuple[np.nd
 
 
 def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
-    """Copy the selected rows of several list columns into one new list column.
+    """Copy the selected rows of several list columns into one new list column, in the order of the columns and indices.
 
-    rows: for each column an array of row indices, with at least one entry. The result has the rows of the first column
-    in the order of their indices, then those of the second, and so on.
+    rows: for each column an array of row indices, with at least one entry.
     """
     begins, ends = bounds(columns, rows)
     taken = np.cumsum(ends - begins)
@@ -165,9 +154,7 @@ def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
 
 
 def read_arrow(path: Path) -> ArrowFile:
-    """Memory-map an Arrow file that `write_arrow` wrote and return its columns as views. Raises ValueError if the file
-    is empty, is not an Arrow file, or has nulls. The values themselves are not checked.
-    """
+    """Map a file of `write_arrow` to memory, without checking values. ValueError if not an Arrow file or with nulls."""
     import pyarrow as pa
 
     with open(path, "rb") as file:
@@ -182,9 +169,7 @@ def read_arrow(path: Path) -> ArrowFile:
 
 
 def _view(array: Any) -> np.ndarray | Ragged:
-    """Return a numpy view of an Arrow array: an array, or a `Ragged` for a list column. Raises ValueError if it has
-    nulls. (Array.to_numpy would import pandas and takes ten times as long.)
-    """
+    """Return numpy views of an Arrow array; ValueError if it has nulls. (to_numpy imports pandas and is slower.)"""
     import pyarrow as pa
 
     kind, buffers, n, at = array.type, array.buffers(), len(array), array.offset

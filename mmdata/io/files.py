@@ -32,10 +32,9 @@ class FileInfo(NamedTuple):
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a hidden path in the directory of `path` to write a file to. When the block ends, that file is synced and
-    renamed to `path`, replacing a file there.
-
-    Missing parent directories are created. If the block raises, the hidden file is removed and `path` is unchanged.
+    """Yield a hidden path next to `path` to write to. When the block ends, that file is synced and renamed to `path`,
+    replacing a file there. If the block raises, the hidden file is removed and `path` is unchanged. Missing parent
+    directories are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
@@ -48,33 +47,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes | memoryview | Any) -> FileInfo:
-    """Write `content` to a file atomically and return the file's size and sha256. content: bytes or any object with the
-    buffer protocol.
-    """
+    """Write bytes, or any object with the buffer protocol, to a file atomically and return its size and sha256."""
     with atomic_path(path) as partial:
         partial.write_bytes(content)
     return info_of_bytes(content)
 
 
 def write_text(path: Path, text: str) -> FileInfo:
-    """Write `text` to a file as UTF-8, atomically, without converting newlines, and return the
-    file's size and sha256.
-    """
+    """Write a UTF-8 file atomically, without converting newlines, and return its size and sha256."""
     return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> FileInfo:
-    """Write a value as JSON with a final newline, atomically, and return the file's size and sha256. indent: as in
-    json.dumps.
-    """
+    """Write a JSON file with a final newline, atomically; return its size and sha256. indent: as in json.dumps."""
     return write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
 def write_unsynced(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically but without fsync. Readers never see a part of it, but after a power loss it may be
-    empty.
-
-    Meant for files that are rewritten often and whose loss only costs repeated work.
+    """Write a UTF-8 file atomically but without fsync: it may be empty after a power loss. Meant for files that are
+    rewritten often and whose loss only costs repeated work.
     """
     partial = partial_path(path)
     partial.write_text(text, encoding="utf-8")
@@ -82,9 +73,7 @@ def write_unsynced(path: Path, text: str) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """Return the hidden path in the directory of `path` that this process writes to before renaming:
-    `.NAME.HOST-PID.partial`.
-    """
+    """Return the hidden path `.NAME.HOST-PID.partial` next to `path`, which this process writes to before renaming."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
@@ -96,12 +85,12 @@ def move_into_place(source: Path, target: Path) -> None:
 
 
 def replace_directory(source: Path, target: Path, aside: Path) -> None:
-    """Sync the directory entries of the tree `source` and rename it to `target`.
+    """Sync the directory entries of the tree `source` and rename it to `target`. The content of its files must be
+    synced already (`write_bytes` does this).
 
-    A directory that exists at `target` is first renamed to `aside` and is removed at the end. The content of the files
-    in `source` must be synced already (`write_bytes` does this). If the process is killed between the two renames, the
-    old directory exists only at `aside`; `restore_directory` renames it back. If the second rename fails, the old
-    directory is renamed back at once and the error is raised.
+    A directory at `target` is first renamed to `aside`, and removed at the end. If the second rename fails, it is
+    renamed back and the error is raised. After a kill between the renames it exists only at `aside`; see
+    `restore_directory`.
     """
     for directory, _, _ in os.walk(source, topdown=False):
         sync(Path(directory))
@@ -119,9 +108,7 @@ def replace_directory(source: Path, target: Path, aside: Path) -> None:
 
 
 def restore_directory(target: Path, aside: Path) -> None:
-    """Clean up after a `replace_directory` that was killed. If `aside` exists, rename it to `target`, or remove it if
-    `target` exists. Does nothing if `aside` does not exist.
-    """
+    """After a killed `replace_directory`: if `aside` exists, rename it to `target`, or remove it if `target` exists."""
     if aside.exists():
         shutil.rmtree(aside) if target.exists() else aside.rename(target)
 
@@ -170,9 +157,7 @@ class Digest:
 
     @property
     def git_oid(self) -> str:
-        """Git's id, as a blob, of the bytes passed so far: SHA-1 in hex digits, valid once `num_bytes` bytes were
-        passed. An empty string without `with_git`.
-        """
+        """Git's blob id (SHA-1 in hex digits), valid once `num_bytes` bytes were passed; empty without `with_git`."""
         return self._git.hexdigest() if self._git is not None else ""
 
     @property
@@ -182,9 +167,7 @@ class Digest:
 
 
 def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None = None) -> Digest:
-    """Return the `Digest` of a whole file (about 0.6 GB/s). progress: called with the bytes read so far and the bytes
-    in all. with_git: also compute git's blob id.
-    """
+    """Return the `Digest` of a whole file (about 0.6 GB/s). with_git: also compute git's blob id."""
     with open(path, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         digest = Digest(num_bytes, with_git=with_git)
@@ -196,9 +179,7 @@ def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None
 
 
 def sha256_of(path: Path | Any) -> str:
-    """Return the sha256 of a file's content in hex digits (about 1 GB/s a thread). path: a Path, or any object with
-    `open("rb")`.
-    """
+    """Return the sha256 of a file in hex digits (1 GB/s a thread). path: a Path or any object with `open("rb")`."""
     with path.open("rb") as file:
         return sha256_of_stream(file)
 
@@ -214,9 +195,7 @@ def info_of(path: Path) -> FileInfo:
 
 
 def info_of_bytes(content: bytes | memoryview | Any) -> FileInfo:
-    """Return the size and sha256 that a file with this content would have. content: bytes or any object with the buffer
-    protocol.
-    """
+    """Return the size and sha256 of a file with this content (bytes or any object with the buffer protocol)."""
     return FileInfo(memoryview(content).nbytes, hashlib.sha256(content).hexdigest())
 
 
@@ -231,10 +210,10 @@ class AlreadyLockedError(Exception):
 def locked(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` while the block runs. The file is created if it is missing.
 
-    The lock excludes other processes and other threads. The operating system releases it when the process dies. If
-    another holder has the lock: with `wait`, `on_wait` is called once and this waits until the lock is free; without
-    it, AlreadyLockedError is raised. The lock file is not removed afterwards, but the holder may remove it. Raises
-    OSError if the file cannot be created, as on a read-only disk.
+    The lock excludes other processes and threads; the operating system releases it when the process dies. If it is
+    held: with `wait`, `on_wait` is called once and this waits until the lock is free; without, AlreadyLockedError is
+    raised. The lock file is not removed afterwards, but the holder may remove it. Raises OSError if the file cannot be
+    created.
     """
     lock = FileLock(path)
     try:

@@ -1,6 +1,4 @@
-"""Read the lines of a plain or compressed file with their line numbers and byte offsets, one line
-in memory at a time.
-"""
+"""Read the lines of a plain or compressed file with their numbers and byte offsets, one line in memory at a time."""
 
 import gzip
 import io
@@ -17,9 +15,7 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the bytes that files of these
 
 
 class Line(NamedTuple):
-    """One line of a file: its 1-based `number`, the byte `offset` of its start in the (decompressed) file, and its
-    bytes without the line end.
-    """
+    """One line of a file. number: 1-based. offset: of its first byte (decompressed). raw: without the line end."""
 
     number: int
     offset: int
@@ -27,10 +23,9 @@ class Line(NamedTuple):
 
 
 def open_stream(path: Path) -> io.BufferedIOBase:
-    """Open a plain, gzip or zstd file for reading decompressed bytes; the path "-" means standard input.
-
-    The format is recognized by the first bytes of the content, not by the file name. `path` may also be a RemoteFile.
-    Raises InputError if the file cannot be read, or is zstd and the package zstandard is not installed.
+    """Open a plain, gzip or zstd file (recognized by its first bytes) for reading decompressed bytes. path: "-" means
+    standard input; may be a RemoteFile. Raises InputError if it cannot be read, or is zstd and zstandard is not
+    installed.
     """
     try:
         file = sys.stdin.buffer if str(path) == "-" else path.open("rb", buffering=BUFFER_BYTES)
@@ -49,8 +44,8 @@ def open_stream(path: Path) -> io.BufferedIOBase:
 
 
 class _ZstdStream(io.RawIOBase):
-    """A stream of the decompressed bytes of one or more zstd frames. Unlike the zstandard package's own reader, it
-    raises EOFError if the file ends inside a frame, and OSError if the data is damaged.
+    """The decompressed bytes of one or more zstd frames. Unlike zstandard's own reader, raises EOFError if the file
+    ends inside a frame, and OSError if the data is damaged.
     """
 
     def __init__(self, file: io.BufferedReader, path: Path):
@@ -92,9 +87,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def is_seekable(path: Path) -> bool:
-    """Return True if byte ranges of the file can be read independently: it is neither compressed (gzip, zstd) nor
-    standard input ("-"). Raises InputError if it cannot be read.
-    """
+    """Return False for a compressed file (gzip, zstd) and standard input ("-"). Raises InputError if it cannot be read."""
     if str(path) == "-":
         return False
     try:
@@ -105,17 +98,15 @@ def is_seekable(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    """Create the InputError for a file that cannot be opened."""
     return InputError(f"{path}: {error.strerror}", "check the path; `mm fetch` downloads the known files")
 
 
 def iter_lines(path: Path, begin: int = 0, end: int | None = None, *, first_number: int = 1) -> Iterator[Line]:
     """Yield the lines of `path` whose first byte is in [begin, end), in order; blank lines are counted but not yielded.
 
-    begin, end: byte offsets of line starts; None means the end of the file. A `begin` other than 0 needs an
-    uncompressed file. first_number: the line number of the first line read. A byte order mark at the start of the file
-    and the line end (`\\n`, `\\r\\n`) are removed. Raises InputError if the file cannot be read, is damaged or is cut
-    off.
+    begin, end: byte offsets of line starts; None means the end of the file. A begin other than 0 needs an uncompressed
+    file. first_number: the number of the first line read. A byte order mark at the start of the file and the line ends
+    (`\\n`, `\\r\\n`) are removed. Raises InputError if the file cannot be read, is damaged or is cut off.
     """
     stream = open_stream(path)
     try:

@@ -1,8 +1,7 @@
 """Read and write JSON files as typed records (msgspec structs) instead of dictionaries.
 
-Keys that a struct does not declare are ignored, and declared fields with a default may be missing. Files of older and
-newer versions can therefore be read. Reading accepts everything that Python's json module writes, including NaN and
-Infinity.
+Undeclared keys are ignored, and fields with a default may be missing, so that files of older and newer versions can be
+read. Everything that Python's json module writes is accepted, including NaN and Infinity.
 """
 
 import json
@@ -21,9 +20,7 @@ Record = TypeVar("Record")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """A record of one file in a directory: its path relative to that directory, its size in bytes, and the sha256 of
-    its content in hex digits.
-    """
+    """A file in a directory: its path relative to the directory, size in bytes, and sha256 in hex digits."""
 
     path: str
     bytes: int
@@ -31,10 +28,8 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 def read_record(path: Path, kind: type[Record], error: type[MMError], fix: str) -> Record:
-    """Read a JSON file and convert its value to the type `kind`, such as a msgspec.Struct or `dict[str, int]`.
-
-    Raises `error(message, fix)` if the file cannot be read, is not valid JSON, or has a value that does not match
-    `kind`. fix: what the user can do about it; the second line of the error that is shown.
+    """Read a JSON file and convert it to the type `kind`, such as a msgspec.Struct or `dict[str, int]`. Raises
+    `error(message, fix)` if it cannot be read, is not JSON, or does not match. fix: what the user can do about it.
     """
     try:
         content = path.read_bytes()
@@ -44,10 +39,8 @@ def read_record(path: Path, kind: type[Record], error: type[MMError], fix: str) 
 
 
 def decode_record(content: bytes | str, kind: type[Record], place: str, error: type[MMError], fix: str) -> Record:
-    """Decode JSON text and convert its value to the type `kind`.
-
-    place: where the text comes from, such as a file or a file and line; the error message begins with it. Raises
-    `error(message, fix)` if the text is not valid JSON or its value does not match `kind`.
+    """Decode JSON text and convert it to the type `kind`. Raises `error(message, fix)` if it is not JSON or does not
+    match. place: where the text comes from, such as a file and line; the error message begins with it.
     """
     try:
         return convert_record(json.loads(content), kind)
@@ -58,18 +51,14 @@ def decode_record(content: bytes | str, kind: type[Record], place: str, error: t
 
 
 def convert_record(value: Any, kind: type[Record]) -> Record:
-    """Convert a value as json.loads returns it (dictionaries, lists, strings, numbers, None) to the type `kind`.
-
-    Types are checked strictly: a string is not accepted for a number. Raises msgspec.ValidationError if the value does
-    not match.
+    """Convert a value of json.loads to the type `kind`. Types are strict: a string is not accepted for a number. Raises
+    msgspec.ValidationError if it does not match.
     """
     return msgspec.convert(value, kind, strict=True, str_keys=True, dec_hook=_counter)
 
 
 def _counter(kind: Any, value: Any) -> Any:
-    """Convert a dictionary to a `Counter[Key]`, a type that msgspec does not support. msgspec calls this for every type
-    it does not know; any type but a Counter fails an assertion.
-    """
+    """Convert a dictionary to a `Counter[Key]`. msgspec calls this for types it does not know; others are refused."""
     assert get_origin(kind) is Counter, kind
     return Counter(convert_record(value, dict[get_args(kind)[0], int]))
 
@@ -84,9 +73,7 @@ def explain(cause: msgspec.ValidationError) -> str:
 
 
 def plain(record: Any) -> Any:
-    """Convert a record to dictionaries, lists, strings and numbers that json.dumps accepts. Keys are in the order of
-    the record's fields.
-    """
+    """Convert a record to dictionaries, lists, strings and numbers for json.dumps, keys in the order of the fields."""
     return msgspec.to_builtins(record, str_keys=True)
 
 

@@ -1,8 +1,7 @@
 """Access files at URLs (s3://, gs://, hf://, file://, …) through fsspec: read inputs, and send whole datasets.
 
-Inputs are streamed by byte range and not stored locally. A dataset is packed locally and then sent; each sent file is
-read back and hashed. Training memory-maps local files, so a dataset at a URL has to be copied to this machine first;
-`bring_command` gives the command.
+Inputs are streamed by byte range and not stored locally. Training memory-maps local files, so a dataset at a URL has to
+be copied to this machine first; `bring_command` gives the command.
 """
 
 import hashlib
@@ -22,10 +21,8 @@ _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf downlo
 
 
 class Stat(NamedTuple):
-    """The state of a remote file, with the field names of os.stat_result.
-
-    st_size: size in bytes. st_mtime_ns: not a time but a number derived from the file's etag or modification time, for
-    noticing that the file was written again.
+    """The state of a remote file, with the names of os.stat_result. st_size: bytes. st_mtime_ns: not a time but a
+    number derived from the etag or modification time, for noticing that the file was written again.
     """
 
     st_size: int
@@ -52,9 +49,8 @@ class RemoteFile:
         return self.url.rstrip("/").rpartition("/")[0]
 
     def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> io.BufferedReader:
-        """Open the file for reading and return a seekable binary stream. Raise InputError if it cannot be opened.
-
-        mode: must be "rb". buffering: bytes of one request; fewer than READ_BYTES are raised to it.
+        """Open the file as a seekable binary stream. mode: must be "rb". buffering: bytes of one request; fewer than
+        READ_BYTES are raised to it. Raises InputError if it cannot be opened.
         """
         assert mode == "rb", mode
         system, path = _system(self.url)
@@ -72,10 +68,8 @@ class RemoteFile:
             raise _unreadable(self.url, error) from error
 
     def stat(self) -> Stat:
-        """Return the size of the file and a number that changes when it is written again, as a `Stat`.
-
-        The number is a hash of the first of these that the storage gives: ETag, etag, mtime, LastModified, created. It
-        is always the same if the storage gives none.
+        """Return the size and a number that changes when the file is written again: a hash of the first of ETag, etag,
+        mtime, LastModified and created that the storage gives. It is always the same if the storage gives none.
         """
         system, path = _system(self.url)
         facts = system.info(path)
@@ -94,12 +88,11 @@ def file_at(text: object) -> Any:
 
 
 def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress | None = None) -> int:
-    """Copy the files of a local directory to a URL, in the given order, and return the number of bytes sent.
+    """Copy files of a local directory to a URL, in the given order, and return the number of bytes sent.
 
-    files: paths relative to `directory`, with size and sha256. Put the file that makes the directory complete, such as
-    a manifest, last. A file that is already at the URL with the same size and sha256 is not sent. Each sent file is
-    read back; DatasetError is raised if its content differs. progress: called with the bytes done so far (sent or
-    already there) and the bytes in all.
+    files: paths relative to the directory. Put the file that makes it complete, such as a manifest, last. A file that
+    is at the URL already with the same size and sha256 is not sent. Each sent file is read back; DatasetError is raised
+    if its content differs. progress: called with the bytes done so far (sent or already there) and the bytes in all.
     """
     system, root = _system(url)
     total, done, sent = sum(file.bytes for file in files), 0, 0
@@ -124,9 +117,7 @@ def bring_command(url: str, directory: Path) -> str:
 
 
 def _is_there(system: Any, path: str, file: FileEntry) -> bool:
-    """Return True if the file at `path` in `system` exists and has the size and sha256 of `file`. The content is read
-    only if the size matches.
-    """
+    """Return True if a file with the size and sha256 of `file` exists; the content is read only if the size matches."""
     if not system.exists(path) or system.info(path)["size"] != file.bytes:
         return False
     with system.open(path, "rb") as stream:
@@ -134,8 +125,8 @@ def _is_there(system: Any, path: str, file: FileEntry) -> bool:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem for a URL, and the path of the URL in that filesystem. Raises UsageError if a package
-    that the scheme needs is not installed, or the scheme is unknown.
+    """Return fsspec's filesystem for a URL and the path in it. Raises UsageError if the scheme is unknown or needs a
+    package that is not installed.
     """
     try:
         from fsspec.core import url_to_fs
@@ -150,5 +141,4 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 def _unreadable(url: str, error: OSError) -> InputError:
-    """Create the InputError for a URL that cannot be read."""
     return InputError(f"{url}: {error}", "check the URL and what you may read there")

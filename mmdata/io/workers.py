@@ -1,9 +1,8 @@
 """Apply a function to many jobs in this process, in a pool of local processes, or on a ray cluster.
 
-Results are returned in the order of the jobs and do not depend on the engine or the number of workers. Worker processes
-are spawned, not forked. The exception of a job ends the run and is raised again here: with local processes that of the
-earliest failed job, on ray that of the first one noticed. After an error or Ctrl-C, a local worker process stops the
-next time its job reports progress (calls `tick`).
+Results do not depend on the engine or the number of workers. Worker processes are spawned, not forked. The exception of
+a job ends the run and is raised again here: with local processes that of the earliest failed job, on ray that of the
+first one noticed. After an error or Ctrl-C, a local worker process stops the next time its job calls `tick`.
 """
 
 import contextlib
@@ -42,14 +41,12 @@ def run_jobs(
     """Call `work(job, tick)` for every job, where `work = make()` is created once in each process, and return the
     results in the order of the jobs.
 
-    make: creates the function that does the work; must be picklable. `work` reports progress by calling `tick(units,
-    *counts)` with what was done since its last call: work units, such as bytes, and up to three other counts. total:
-    work units of all jobs together. progress: called with the units done so far and `total`; if `with_counts` is True
-    also with the sums of the other counts.
-
-    engine: "local" runs at most `workers` processes on this machine. Everything runs in this process if there is only
-    one job or one worker, or if this is a daemon process, which may not start processes. "ray" runs on the ray cluster
-    at `ray_address`, or on one started on this machine with `workers` CPUs if it is None.
+    make: must be picklable. work: reports what it did since its last call as `tick(units, *counts)`: work units, such
+    as bytes, and up to three other counts. total: units of all jobs together. progress: called with the units done so
+    far and `total`; if `with_counts` is True also with the sums of the other counts. engine: "local" runs at most
+    `workers` processes; everything runs in this process if there is one job or worker, or if this is a daemon process,
+    which may not start processes. "ray" runs on the cluster at `ray_address`, or if it is None on one started here with
+    `workers` CPUs.
 
     Raises UsageError for an unknown engine or for a `ray_address` without the engine "ray", MMError if a worker process
     dies or ray cannot be reached, and what `work` raises.
@@ -72,7 +69,6 @@ def run_jobs(
 def _run_here(
     work: Callable[[Job, Tick], Result], jobs: Sequence[Job], total: int, progress: Progress | None
 ) -> list[Result]:
-    """Run all jobs one after another in this process and return their results."""
     done = [0] * COUNTS
 
     def tick(*counts: int) -> None:
@@ -90,8 +86,8 @@ def _run_in_pool(
     workers: int,
     progress: Progress | None,
 ) -> list[Result]:
-    """Run the jobs in `workers` spawned processes and return their results in the order of the jobs. On an exception,
-    cancel the jobs not yet started, wait until the running ones stop at their next `tick`, and raise it again.
+    """Run the jobs in spawned processes. On an exception, cancel the jobs not yet started, wait until the running ones
+    stop at their next `tick`, and raise it again.
     """
     context = multiprocessing.get_context("spawn")
     # Raw shared memory without locks: a process that dies while it holds a lock would leave the others waiting
@@ -111,9 +107,7 @@ def _run_in_pool(
 
 @contextlib.contextmanager
 def _children_without_ctrl_c() -> Iterator[None]:
-    """Block SIGINT in this thread while worker processes are started, so that they inherit the blocked signal and never
-    receive Ctrl-C. Does nothing on Windows.
-    """
+    """Block SIGINT while worker processes start: they inherit this and never get Ctrl-C. Does nothing on Windows."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -125,9 +119,7 @@ def _children_without_ctrl_c() -> Iterator[None]:
 
 
 def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Progress | None) -> None:
-    """Wait until all futures are done or one of them has failed. Call `progress` about every POLL_S seconds meanwhile.
-    counts: shared array with COUNTS numbers for each job.
-    """
+    """Wait until all futures are done or one has failed, calling `progress` every POLL_S seconds. counts: COUNTS a job."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
@@ -139,9 +131,7 @@ def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Pro
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """Return the results of all futures, in order, or raise the exception of the first one that failed. Jobs in front
-    of a failed one are waited for. Raises MMError if a worker process died.
-    """
+    """Return the results in order, or raise the first failed job's exception. MMError if a worker process died."""
     from concurrent.futures.process import BrokenProcessPool
 
     try:
@@ -160,9 +150,7 @@ class _Stopped(Exception):
 
 
 def _start_worker(make: Callable[[], Any], counts: Any, stop: Any, workers: int) -> None:
-    """Prepare a worker process: ignore Ctrl-C, exit if the parent process ends, limit native threads, and create the
-    work function with `make()`.
-    """
+    """Prepare a worker process: ignore Ctrl-C, exit with the parent, limit native threads, create the work function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all processes of the group; the parent handles it
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _share_cores(workers)
@@ -176,9 +164,7 @@ def _add(totals: Any, begin: int, counts: Sequence[int]) -> None:
 
 
 def _share_cores(workers: int) -> None:
-    """Limit the threads that native libraries use in this process to its share of the CPU cores: cores // workers, at
-    least 1. workers: number of worker processes on this machine.
-    """
+    """Limit the threads of native libraries to this process's share of the cores: cores // workers, at least 1."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     os.putenv("RAYON_NUM_THREADS", str(threads))  # only the native libraries read these, when they are first used
     os.putenv("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
@@ -193,9 +179,7 @@ def _die_with_parent() -> None:
 
 
 def _work_on(number: int, job: Any) -> Any:
-    """Run one job in a worker process and return its result. number: the job's index, which selects its shared counts.
-    Raises _Stopped at the first `tick` after the parent has set the stop flag.
-    """
+    """Run job `number` in a worker process. Raises _Stopped at the first `tick` after the stop flag was set."""
 
     def tick(*counts: int) -> None:
         if _state["stop"].value:
@@ -218,10 +202,9 @@ def _run_on_ray(
 ) -> list[Result]:
     """Run each job as a ray task on one core and return the results in the order of the jobs.
 
-    A task whose machine or process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable.
-    The jobs' files must have the same paths on all machines. Connects to the cluster at `address`, or starts one on
-    this machine with `workers` CPUs if it is None, unless ray is already initialized in this process. Raises MMError if
-    it cannot connect.
+    A task whose machine or process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable,
+    and their files must have the same paths on all machines. Connects to the cluster at `address`, or if it is None
+    starts one here with `workers` CPUs, unless ray is already initialized. Raises MMError if it cannot connect.
     """
     ray = _import_ray()
     is_ours = not ray.is_initialized()
@@ -241,9 +224,8 @@ def _run_on_ray(
 
 
 def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | None) -> list[Any]:
-    """Return the results of all ray tasks, in order, calling `progress` meanwhile. The first error noticed is raised
-    and the other tasks are not waited for: an MMError of the job as it is, other exceptions as ray's RayTaskError, and
-    MMError if a ray worker died.
+    """Return the results of all ray tasks in order. The first error noticed is raised and the other tasks are not
+    waited for: an MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker died.
     """
     pending, done = list(tasks), [0] * COUNTS
     results: dict[Any, Any] = {}
@@ -263,7 +245,6 @@ def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | Non
 
 
 def _import_ray() -> Any:
-    """Return the ray module. Raises UsageError if ray is not installed."""
     try:
         import ray
         import ray.exceptions
@@ -273,8 +254,8 @@ def _import_ray() -> Any:
 
 
 def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:
-    """Run one job in a ray worker process and return its result and its COUNTS summed progress counts. The work
-    function is created once in a process and used again for later tasks with an equal `make`.
+    """Run one job in a ray worker process; return its result and its COUNTS summed progress counts. The work function
+    is created once in a process and used again for later tasks with an equal `make`.
     """
     key = pickle.dumps(make)
     if _state.get("key") != key:
