@@ -1,8 +1,4 @@
-"""Chat with a model: messages become prompt ids that fit the context window, and generated text becomes a message.
-
-`Chat` is one conversation with history. `fit` drops the oldest turns of a conversation that is too long. `answer_batch`
-answers many independent questions in one batch.
-"""
+"""Chat with a model: messages become prompt ids that fit the context window, and generated text becomes a message."""
 
 from collections.abc import Generator, Sequence
 
@@ -20,13 +16,12 @@ THINKING = "<think>\n"  # the end of a prompt whose chat template writes the beg
 
 
 class Chat:
-    """A conversation with one model. It stores the messages, and reuses the KV cache of the previous answer for the
-    next prompt.
+    """A conversation with one model. It reuses the KV cache of the previous answer for the next prompt.
 
-    `window` is the largest number of tokens of a prompt and its answer together; it is lowered to the model's
-    `max_positions` if that is less. When a conversation gets longer, its oldest turns (a user message and its answer)
-    are left out of the prompt, but they remain in `messages`. `template` is None for a model that was only pretrained:
-    it continues the text of the newest message and does not see earlier ones.
+    window: the most tokens of a prompt and its answer together; at most the model's `max_positions`. When a
+    conversation gets longer, its oldest turns (a user message and its answer) are left out of the prompt, but stay in
+    `messages`. template: None for a model that was only pretrained, which continues the newest message's text and does
+    not see earlier ones.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, template: Template | None, *, window: int = WINDOW):
@@ -38,12 +33,11 @@ class Chat:
 
     def ask(self, text: str, options: Sampling, *, think: bool | None = None) -> Generator[str, None, None]:
         """Yield the answer to `text` in pieces while it is generated, and append question and answer to `messages` at
-        the end.
+        the end. If the caller stops early or generation fails, the stored answer is the text yielded so far.
 
-        If the caller stops early or generation fails, the stored answer is the text yielded so far. An error before
-        generation starts leaves `messages` unchanged: UsageError if the question does not fit the window,
-        TokenizerError if the chat template refuses the messages. `think`: request an answer with (True) or without
-        (False) a think block, from chat templates that have this choice; None uses the template's default.
+        think: request an answer with (True) or without (False) a think block; None uses the chat template's default. An
+        error before generation leaves `messages` unchanged: UsageError if the question does not fit the window,
+        TokenizerError if the chat template refuses the messages.
         """
         messages = [*self.messages, Message("user", text)]
         stream = self.reply(messages, options, think=think)
@@ -59,12 +53,9 @@ class Chat:
     def reply(
         self, messages: Sequence[Message], options: Sampling, *, think: bool | None = None
     ) -> Generator[str, None, None]:
-        """Return a generator of the answer to `messages`, in pieces of text. The conversation's own `messages` are not
-        changed.
-
-        `messages` must end with the user's message. `think` and the errors are those of `ask`; the errors are raised by
-        this call, before the generator is used.
-        """
+        """Return a generator of the answer to `messages`, which must end with the user's, in pieces of text. The
+        conversation's own `messages` are not changed. think: see `ask`, whose errors this call raises before the
+        generator is used."""
         tokenizer, room = self.engine.tokenizer, self.engine.window - options.max_new_tokens
         if self.template is None:
             prompt = plain_prompt(tokenizer, messages[-1].content)
@@ -75,8 +66,7 @@ class Chat:
         return self._stream(self.row)
 
     def _stream(self, row: Row) -> Generator[str, None, None]:
-        """Run the engine until `row` has ended and yield each new piece of its text. Cancel the row if the caller stops
-        early."""
+        """Yield the text of `row` until it has ended. Cancel the row if the caller stops early."""
         try:
             while row.finish_reason is None:
                 yield from (delta.text for delta in self.engine.step() if delta.text)
@@ -93,12 +83,12 @@ def fit(
     tools: Sequence[JsonObject] = (),
     think: bool | None = None,
 ) -> list[int]:
-    """Return the prompt ids of a conversation. While these are more than `room` tokens, drop the oldest turn.
+    """Return the prompt ids of a conversation, without its oldest turns while there are more than `room` tokens. A turn
+    is a user message and all messages up to the next user message.
 
-    A turn is a user message and all messages up to the next user message. Messages before the first user message (such
-    as the system message) and the last turn are never dropped; UsageError is raised when these alone have more than
-    `room` tokens. `tools`: function definitions for the chat template, as JSON objects. `think`: request an answer with
-    (True) or without (False) thinking; None uses the template's default.
+    Messages before the first user message (such as the system message) and the last turn are never dropped; UsageError
+    is raised when these alone are too long. tools: function definitions for the chat template. think: request an answer
+    with (True) or without (False) thinking; None uses the template's default.
     """
     kept = list(messages)
     while True:
@@ -115,26 +105,23 @@ def fit(
 
 
 def prompt_of(tokenizer: Tokenizer, template: Template | None, question: str) -> list[int]:
-    """Return the prompt ids of a conversation that consists of one user message, `question`.
-
-    Without a template (a model that was only pretrained) return the BOS token, if the tokenizer has one, and the ids of
-    `question`, which the model then continues.
-    """
+    """Return the prompt ids of a conversation of one user message; without a template (a model that was only
+    pretrained) those of `plain_prompt`."""
     if template is None:
         return plain_prompt(tokenizer, question)
     return template.prompt_ids(tokenizer, [Message("user", question)])
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the prompt ids of a text for the model to continue: the BOS token, if the tokenizer has one, and the ids
-    of `text`. No chat template is applied."""
+    """Return the prompt ids of a text for the model to continue: the BOS token, if the tokenizer has one, and the
+    text's ids."""
     begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     return begin + tokenizer.encode_batch([text])[0].tolist()
 
 
 def opening_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> str:
     """Return the beginning of the answer that the prompt already contains: `THINKING` if the chat template ended the
-    prompt with it, else an empty string. The model does not generate this text, but it is part of the answer."""
+    prompt with it, else "". The model does not generate this text, but it is part of the answer."""
     return THINKING if tokenizer.decode(list(prompt_ids)[-8:]).endswith(THINKING) else ""
 
 
@@ -146,12 +133,8 @@ def answer_batch(
     *,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Answer independent questions in one batch by greedy decoding, and return the answers in the order of the
-    questions.
-
-    A question is a text (one user message) or a sequence of messages that ends with the user's. `max_new_tokens` limits
-    each answer. Raise UsageError when a prompt and its answer may exceed the model's `max_positions`.
-    """
+    """Answer independent questions in one batch by greedy decoding. A question is a text (one user message) or messages
+    that end with the user's. Raise UsageError when a prompt and its answer may exceed the model's `max_positions`."""
     conversations = [[Message("user", question)] if isinstance(question, str) else question for question in questions]
     prompts = [template.prompt_ids(tokenizer, messages) for messages in conversations]
     rows = Engine(model, tokenizer).answer(prompts, Sampling(max_new_tokens=max_new_tokens))

@@ -1,5 +1,5 @@
-"""Batched forward passes for generation. Input: the new token ids of several rows (a row is one answer being
-generated). Output: the logits for the next token of each row.
+"""Batched forward passes for generation: from the new token ids of several rows (a row is one answer being generated)
+to the logits for the next token of each row.
 
 Each row has its own KV cache. Rows share only the matrix products, so a row may join or leave the batch at any step,
 and its logits do not depend on the other rows. On a CPU with oneDNN they are the same bit for bit: weights are
@@ -27,11 +27,9 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def _linear(weight: Tensor) -> Linear:
-    """Return a function that computes x @ weight.T, for a weight [out, in].
-
-    On the CPU in fp32, with oneDNN, the function uses a packed copy of the weight. For the matrices of a model of 104M
-    parameters on one thread this takes 0.75 of the time of F.linear for one row of x, and half of it for four rows.
-    """
+    """Return a function that computes x @ weight.T. On the CPU in fp32, with oneDNN, it uses a packed copy of the
+    weight: for a model of 104M parameters on one thread 0.75 of the time of F.linear for one row of x, half of it for
+    four rows."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_packed_linear():
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -40,16 +38,15 @@ def _linear(weight: Tensor) -> Linear:
 
 
 def _has_packed_linear() -> bool:
-    """Return whether this build of torch has oneDNN and its product with packed weights, which is not part of torch's
-    public API."""
+    """Return whether torch has oneDNN's product with packed weights, which is not part of torch's public API."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one transformer block. The projections are functions that multiply by a weight matrix (see `_linear`):
-    q, k and v are joined into one matrix, and the MLP's gate and up projections into another."""
+    """Weights of one transformer block; the projections of q, k and v, and of gate and up, are joined into one matrix
+    each."""
 
     input_norm: Tensor
     qkv: Linear
@@ -63,8 +60,8 @@ class _Layer:
 
 
 class KVCache:
-    """The attention keys and values of one row. `keys` and `values` are [layers, KV heads, capacity, D] each; only the
-    first `length` tokens of the third dimension are filled."""
+    """The attention keys and values of one row, each [layers, KV heads, capacity, D]; only the first `length` tokens of
+    the third dimension are filled."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, config.num_kv_heads, 0, config.head_size)
@@ -78,14 +75,13 @@ class KVCache:
         return self.keys.shape[2]
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for at least `num_tokens` tokens in total. If the capacity is too small, reallocate with the next
-        multiple of `KV_STEP`; the content stays."""
+        """Make room for at least `num_tokens` tokens in total, in multiples of `KV_STEP`; the content stays."""
         if num_tokens > self.capacity:
             grown = -(-num_tokens // KV_STEP) * KV_STEP
             self.keys, self.values = (self._grown(x, grown) for x in (self.keys, self.values))
 
     def copy_from(self, other: "KVCache", num_tokens: int) -> None:
-        """Replace the content by a copy of the first `num_tokens` tokens of another row's cache, and set `length`."""
+        """Replace the content by a copy of the first `num_tokens` tokens of another row's cache."""
         self.length = 0
         self.reserve(num_tokens)
         self.keys[:, :, :num_tokens] = other.keys[:, :, :num_tokens]
@@ -93,16 +89,14 @@ class KVCache:
         self.length = num_tokens
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        """Return a larger copy of the tensor `old`, for `capacity` tokens. Tokens from `length` on are uninitialized
-        memory."""
+        """Return a copy for `capacity` tokens; from `length` on it is uninitialised memory."""
         new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
 
 class Decoder:
-    """A model's transformer with its weights prepared for generation. It has no state of its own between calls: that of
-    a row is in its `KVCache`."""
+    """A model's transformer prepared for generation. It has no state between calls: that of a row is in its `KVCache`."""
 
     def __init__(self, model: Model):
         self.config = model.config
@@ -128,7 +122,6 @@ class Decoder:
         config = self.config
 
         def joined(*names: str) -> Linear:
-            """Return the product with the named projections' weights, concatenated along their output dimension."""
             return _linear(torch.cat([weights[f"{prefix}{name}_proj.weight"] for name in names]))
 
         head_norm = None
@@ -148,11 +141,8 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[tuple[KVCache, Sequence[int]]]) -> Tensor:
-        """Append new token ids to the cache of each row, and return the logits [rows, V] for the token after the last
-        new one.
-
-        `rows`: for each row its cache, which is extended in place, and its new ids (at least one).
-        """
+        """Return the logits [rows, V] for the token after the last new one of each row. rows: for each row its cache,
+        which is extended in place, and its new ids (at least one)."""
         counts = [len(ids) for _, ids in rows]
         starts = [cache.length for cache, _ in rows]
         positions = [start + i for start, count in zip(starts, counts, strict=True) for i in range(count)]
@@ -173,7 +163,6 @@ class Decoder:
         return self.head(self._normed(x[last], self.norm))[: len(rows)]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) * weight."""
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         return (x * scale.add_(self.config.norm_eps).rsqrt_()).mul_(weight)
 
@@ -185,12 +174,10 @@ class Decoder:
         table: tuple[Tensor, Tensor],
         rows: Sequence[tuple[KVCache, Sequence[int]]],
     ) -> Tensor:
-        """Compute causal attention of all new tokens in layer number `index`, each token within its own row, and write
-        their keys and values to the caches.
-
-        `x` [T, C] has the hidden states of the new tokens, row after row, then padding. `table` has the rotary cosines
-        and sines for their positions. Return [T, H * D], before the output projection; zero for padding.
-        """
+        """Compute causal attention of all new tokens, each within its own row, and write their keys and values to the
+        caches. index: number of the layer. x: [T, C], the hidden states of the new tokens, row after row, then padding.
+        table: rotary cosines and sines for their positions. Return [T, H * D], before the output projection; zero for
+        padding."""
         config = self.config
         num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(self._normed(x, layer.input_norm)).unflatten(-1, (-1, config.head_size))
@@ -211,12 +198,9 @@ class Decoder:
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention of one row: the queries `q` [t, H, D] of its last t tokens, with keys `k` and values `v`
-    [KV heads, T, D] of all its T tokens. Return [t, H, D].
-
-    A single new token attends to all tokens and needs no mask. Its query heads are then grouped by key head, so that
-    each key and value is read only once.
-    """
+    """Causal attention of one row: queries q [t, H, D] of its last t tokens over k and v [KV heads, T, D] of all its T
+    tokens -> [t, H, D]. For a single new token, query heads are grouped by key head, so that keys and values are read
+    only once."""
     num_new, num_heads, size = q.shape
     if num_new == 1:
         grouped = q.view(1, len(k), num_heads // len(k), size)

@@ -43,8 +43,8 @@ PREFILL_TOKENS = 512  # the most prompt tokens in one step: limits how long a ro
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token. `logp` is its log-probability, and `top` has the most likely ids with their log-probabilities,
-    descending. Without `Sampling.logprobs` they are None and empty."""
+    """A generated token, its log-probability and the most likely ids with theirs, descending; None and empty without
+    `Sampling.logprobs`."""
 
     id: int
     logp: float | None = None
@@ -52,8 +52,8 @@ class Token:
 
 
 class Row:
-    """One answer being generated. `ids` and `text` are the answer so far. `finish_reason` is None until the answer has
-    ended, then "stop" (EOS token or stop string), "length" (`max_new_tokens`) or "cancelled"."""
+    """One answer being generated. ids, text: the answer so far. finish_reason: None until the answer has ended, then
+    "stop" (EOS token or stop string), "length" (`max_new_tokens`) or "cancelled"."""
 
     def __init__(self, prompt_ids: Sequence[int], options: Sampling, tokenizer: Tokenizer, cache: KVCache):
         self.options = options
@@ -69,8 +69,8 @@ class Row:
 
     @property
     def _new_ids(self) -> list[int]:
-        """The ids to give to the next forward pass: the prompt ids that have not been read, up to the next multiple of
-        PREFILL_TOKENS; once the prompt has been read, the newest token of the answer."""
+        """The ids for the next forward pass: prompt ids that have not been read, up to the next multiple of
+        PREFILL_TOKENS; after that the newest token of the answer."""
         done = self._cache.length
         if done >= self.num_prompt:
             return self.ids[-1:]
@@ -79,8 +79,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to a row: `text`, `tokens`, and the `finish_reason` if the row has ended ("stop" or
-    "length")."""
+    """What one step added to a row, and the finish reason if the row has ended ("stop" or "length")."""
 
     row: Row
     text: str
@@ -91,9 +90,9 @@ class Delta:
 class Engine:
     """Generates many answers with shared forward passes; the module docstring shows its use.
 
-    `max_rows`: the most rows in the batch, others wait. `window`: the most tokens of a prompt and its answer together;
-    default and upper limit are the model's `max_positions`. `remember`: number of ended rows whose KV caches are stored
-    for reuse by prompts with the same beginning.
+    max_rows: the most rows in the batch, others wait. window: the most tokens of a prompt and its answer together;
+    default and upper limit are the model's `max_positions`. remember: number of ended rows whose KV caches are stored
+    for reuse.
     """
 
     def __init__(
@@ -130,8 +129,8 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, prompt_ids: Sequence[int], options: Sampling) -> Row:
-        """Queue a new row and return it; it joins the batch when there is a free place. Raise UsageError when the
-        prompt is empty, or when prompt and `max_new_tokens` together exceed the window."""
+        """Queue a new row; it joins the batch when there is a free place. Raise UsageError when the prompt is empty, or
+        when prompt and `max_new_tokens` together exceed the window."""
         if not prompt_ids:
             raise UsageError("the prompt is empty", "ask something")
         if len(prompt_ids) + options.max_new_tokens > self.window:
@@ -145,7 +144,7 @@ class Engine:
         return row
 
     def cancel(self, row: Row) -> None:
-        """Remove a row from the batch or the queue, with finish reason "cancelled". Its `ids` and `text` stay readable.
+        """Remove a row from the batch or the queue, with finish reason "cancelled"; its `ids` and `text` stay readable.
         No effect on a row that has ended."""
         if row.finish_reason is None:
             row.finish_reason = "cancelled"
@@ -160,12 +159,8 @@ class Engine:
         *,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Row]:
-        """Generate an answer to each prompt, with the same settings, and return the finished rows in the order of the
-        prompts.
-
-        `progress(number of finished answers, number of prompts)` is called after each step. Raise UsageError as
-        `submit` does.
-        """
+        """Generate an answer to each prompt, with the same settings. progress: called with (finished answers, prompts)
+        after each step. Raise UsageError as `submit` does."""
         rows = [self.submit(prompt_ids, options) for prompt_ids in prompts]
         num_finished = 0
         while not self.is_idle:
@@ -196,8 +191,8 @@ class Engine:
             self._running.append(row)
 
     def _next_batch(self) -> list[Row]:
-        """Return the rows of the next forward pass: all rows whose prompt has been read, and those that still read it,
-        in the order of their arrival, as long as they add at most PREFILL_TOKENS prompt tokens."""
+        """Return the rows of the next forward pass: all whose prompt has been read, and those that still read it, in
+        the order of their arrival, as long as they add at most PREFILL_TOKENS prompt tokens."""
         batch, num_left = [], PREFILL_TOKENS
         for row in self._running:
             is_joining = row._cache.length < row.num_prompt
@@ -229,8 +224,8 @@ class Engine:
         return Delta(row, text, (token,))
 
     def _end(self, row: Row, reason: str, text: str = "", tokens: tuple[Token, ...] = ()) -> Delta:
-        """End a row: release the text that its stream held back, set the finish reason, and return the last delta.
-        `text` and `tokens` are what this step has already added to the row."""
+        """End a row, with the text that its stream held back. text, tokens: what this step has already added to the
+        row."""
         rest = row._stream.close()
         row.text += rest
         row.finish_reason = reason
@@ -238,9 +233,8 @@ class Engine:
         return Delta(row, text + rest, tokens, reason)
 
     def _keep_cache(self, row: Row) -> None:
-        """Take the cache of an ended row away from it and, if `remember` is above 0 and the cache is not empty, store
-        it with its ids for later prompts. Stored caches whose ids are a prefix of these are dropped, and so are the
-        oldest beyond `remember`."""
+        """Take the cache from an ended row and store it with its ids for later prompts, if `remember` is above 0.
+        Stored caches whose ids are a prefix of these are dropped, and so are the oldest beyond `remember`."""
         ids = (row._prompt + row.ids)[: row._cache.length]
         if self._remember and ids:
             others = [(old, cache) for old, cache in self._remembered if old != ids[: len(old)]]
@@ -248,8 +242,8 @@ class Engine:
         del row._cache
 
     def _reuse_cache(self, row: Row) -> None:
-        """Copy the longest prefix that this row's prompt shares with a remembered row into its cache, and set
-        `num_reused`. The last prompt token is never copied, since the forward pass needs at least one."""
+        """Copy the longest prefix that this row's prompt shares with a remembered row into its cache. The last prompt
+        token is never copied, since the forward pass needs at least one."""
         same = [_common(ids, row._prompt[:-1]) for ids, _ in self._remembered]
         row.num_reused = max(same, default=0)
         if row.num_reused:
@@ -257,14 +251,14 @@ class Engine:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common prefix of two lists."""
+    """Return the length of the common prefix."""
     length = min(len(one), len(other))
     return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 class TextStream:
     """Decodes token ids to text as they arrive. It returns whole characters only, and holds back text that may still
-    become part of one of the stop strings `stop`. `is_stopped` is set at the first stop string."""
+    become part of a stop string. is_stopped: set at the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer = tokenizer
@@ -275,8 +269,7 @@ class TextStream:
         self.is_stopped = False
 
     def feed(self, id: int) -> str:
-        """Add a token id and return the text that can be shown now, which may be empty. Text ends before a stop
-        string."""
+        """Add a token id and return the text that can be shown now, which may be empty. Text ends before a stop string."""
         self._ids.append(id)
         text = self._tokenizer.decode(self._ids[self._begin :])
         if text.endswith("\ufffd"):  # a later token may complete the character
@@ -290,19 +283,16 @@ class TextStream:
         return self._release(self._advance(self._tokenizer.decode(self._ids[self._begin :])), is_last=True)
 
     def _advance(self, text: str) -> str:
-        """Return the end of `text` that has not been returned yet, and move the positions. `text` is decoded from the
-        ids from `_begin` on.
-
-        Some decoders write a token differently at the beginning of a text. Therefore the ids returned last are decoded
-        again as context, and their text is cut off.
-        """
+        """Return the end of `text`, decoded from the ids from `_begin` on, that has not been returned yet. Some
+        decoders write a token differently at the beginning of a text, so the ids returned last are decoded again and
+        their text is cut off."""
         context = self._tokenizer.decode(self._ids[self._begin : self._read])
         self._begin, self._read = self._read, len(self._ids)
         return text[len(context) :]
 
     def _release(self, text: str, *, is_last: bool) -> str:
-        """Append `text` to the text held back, and return the part that can be shown: all before the first stop string
-        or, without one, all but the longest end that may become a stop string. With `is_last` nothing is held back."""
+        """Append `text` to the text held back, and return all before the first stop string or, without one, all but the
+        longest end that may become a stop string. is_last: hold nothing back."""
         text = self._held + text
         stops = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if stops:

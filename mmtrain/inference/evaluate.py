@@ -1,5 +1,4 @@
-"""Metrics of a model on held-out data (the val split) during training. Each rank evaluates its share of the split, and
-the sums are added over the ranks."""
+"""Metrics of a model on held-out data (the val split) during training, added over the ranks' shares of the split."""
 
 import math
 from collections.abc import Sequence
@@ -31,18 +30,16 @@ def evaluate(
     reference: Tensor | None = None,
     objective: Objective | None = None,
 ) -> dict[str, float]:
-    """Compute metrics of the model on the loader's split. Return them by name, or an empty dict if the split has no
-    trained tokens.
+    """Compute metrics of the model on the loader's split, by name; empty if the split has no trained tokens.
 
-    The metrics are loss (nats per trained token), bits_per_byte (over trained tokens that decode to at least one byte)
-    and tokens (the number of trained tokens). For pairs, loss is the mean of `objective` over the pairs, bits_per_byte
-    and tokens count the chosen replies only, and the means of `preference.FIGURES` are added except those that are not
-    finite.
+    They are loss (nats per trained token), bits_per_byte (over trained tokens that decode to at least one byte) and
+    tokens (trained tokens). For pairs, loss is the mean of `objective`, bits_per_byte and tokens count the chosen
+    replies only, and the finite means of `preference.FIGURES` are added. If the loader has several datasets, the
+    metrics of `PER_DATASET` are also returned for each as `loss/NAME`, with NAME of `names_of`.
 
-    `reference`: the reference model's logps, float64 [num_samples, 2] (chosen, rejected); with None the objective uses
-    logps of 0, and the metrics that compare with a reference are left out. `world`: the ranks; by default this process
-    alone. If the loader has several datasets, the metrics of `PER_DATASET` are also returned for each as `loss/NAME`,
-    with NAME of `names_of`.
+    world: the ranks; by default this process alone. reference: the reference model's logps, float64 [num_samples, 2]
+    (chosen, rejected); with None the objective uses logps of 0, and the metrics that compare with a reference are left
+    out.
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
@@ -77,8 +74,7 @@ def names_of(dirs: Sequence[Path]) -> list[str]:
 
 
 def _figures(sums: Sequence[float]) -> dict[str, float]:
-    """Compute the metrics from summed values: the 4 of `_text_sums` and, for pairs, those of `_pair_sums`. Return an
-    empty dict if there are no trained tokens."""
+    """Compute the metrics from the sums of `_text_sums` and, for pairs, of `_pair_sums`; empty without trained tokens."""
     nats, trained, nats_of_bytes, num_bytes, *of_pairs = sums
     if not trained:
         return {}
@@ -92,12 +88,9 @@ def _figures(sums: Sequence[float]) -> dict[str, float]:
 
 
 def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only: bool) -> Tensor:
-    """Return four sums over the trained tokens of a batch, float64 [4]: negative log-likelihood in nats, number of
-    tokens, nats of the tokens that decode to at least one byte, and number of bytes.
-
-    `logps` [number of trained tokens] are the tokens' log-probabilities. `token_bytes` [V] has the number of bytes each
-    id decodes to. `chosen_only`: the batch has pairs, and only their chosen replies count.
-    """
+    """Return four sums over the trained tokens, float64 [4]: negative log-likelihood in nats, tokens, nats of the
+    tokens that decode to at least one byte, and bytes. logps: one per trained token. token_bytes: [V], bytes that each
+    id decodes to. chosen_only: the batch has pairs, and only their chosen replies count."""
     num_bytes = token_bytes[batch.ids[batch.trained]]
     is_counted = batch.sequence_ids % 2 == 0 if chosen_only else torch.ones_like(batch.sequence_ids, dtype=torch.bool)
     nats = -logps.double() * is_counted
@@ -105,12 +98,8 @@ def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only:
 
 
 def _pair_sums(batch: Batch, logps: Tensor, ref: Tensor | None, objective: Objective) -> Tensor:
-    """Return sums over the pairs of a batch, float64 [2 + len(FIGURES)]: the objective's loss, each of FIGURES, and the
-    number of pairs.
-
-    `logps` are the log-probabilities of the batch's trained tokens; `ref` [pairs, 2] are the reference's logps of the
-    chosen and the rejected replies, or None.
-    """
+    """Return sums over the pairs, float64 [2 + len(FIGURES)]: the objective's loss, each of FIGURES, and the number of
+    pairs. logps: one per trained token. ref: [pairs, 2], the reference's logps of the two replies, or None."""
     sums = sum_by_sequence(logps, batch.sequence_ids, batch.num_sequences).view(-1, 2)
     loss, figures = pair_figures(objective, sums, counts_of(batch).view(-1, 2), ref)
     columns = (loss, *(figures[name] for name in FIGURES), torch.ones_like(loss))

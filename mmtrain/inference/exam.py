@@ -1,9 +1,8 @@
-"""Accuracy on questions with known answers. Either the text of a generated answer is compared, or the most likely of
-several choices is taken as the answer.
+"""Accuracy on questions with known answers: the text of a generated answer is compared, or the most likely of several
+choices is taken as the answer.
 
 Questions are read from jsonl, one a line: `{"question", "answer"}`, or `{"question", "choices": [...], "answer"}`,
-where the answer is a choice's number counted from 0, its letter from A, or its text. Nothing is downloaded, and nothing
-is random.
+where the answer is a choice's number counted from 0, its letter from A, or its text. Nothing is random.
 """
 
 import unicodedata
@@ -30,8 +29,8 @@ from mmtrain.model.model import Model
 
 @dataclass(frozen=True)
 class ExamQuestion:
-    """A question from `line` of its file, counted from 1. `answer` is the right answer's text or, with `choices`, the
-    index of the right choice."""
+    """A question from `line` of its file, counted from 1. answer: the right text or, with choices, the right choice's
+    index."""
 
     line: int
     question: str
@@ -41,8 +40,7 @@ class ExamQuestion:
 
 @dataclass(frozen=True)
 class ExamAnswer:
-    """The model's answer to one question (`said`), the right answer (`expected`), and whether they are the same
-    (`is_right`)."""
+    """The model's answer to one question (`said`), the right answer (`expected`), and whether they are the same."""
 
     line: int
     question: str
@@ -55,22 +53,21 @@ class ExamAnswer:
 
 def normalized(text: str) -> str:
     """Return a text in the form in which answers are compared: Unicode NFKC (which makes full-width characters narrow),
-    case folded, each run of whitespace replaced by one space, and without punctuation and spaces at both ends. From a
-    text that has only punctuation, none is removed."""
+    case folded, whitespace runs as one space, without punctuation and spaces at both ends (unless it has nothing else).
+    """
     kept = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     words = [i for i, character in enumerate(kept) if not _is_edge(character)]
     return kept[words[0] : words[-1] + 1] if words else kept
 
 
 def _is_edge(character: str) -> bool:
-    """Return whether `normalized` removes this character at the ends of a text: whitespace and punctuation."""
     return character.isspace() or unicodedata.category(character).startswith("P")
 
 
 def summary(answers: Sequence[ExamAnswer]) -> dict[str, int | float]:
-    """Return the number of questions (`asked`) and the share answered right (`accuracy`, from 0 to 1). For questions
-    with choices also `accuracy_per_byte`, where the choice with the highest log-probability per byte is the answer.
-    `answers` must not be empty."""
+    """Return the number of questions (asked) and the share answered right (accuracy, from 0 to 1). For questions with
+    choices also accuracy_per_byte, where the choice with the highest log-probability per byte is the answer. `answers`
+    must not be empty."""
     figures: dict[str, int | float] = {
         "asked": len(answers),
         "accuracy": sum(a.is_right for a in answers) / len(answers),
@@ -102,8 +99,7 @@ class _ChoicesLine(msgspec.Struct):
     answer: str | int
 
     def index(self) -> int | None:
-        """Return the index of the choice that `answer` names by text, letter or number, tried in this order; None if it
-        names none."""
+        """Return the index of the choice that `answer` names by text, letter or number, tried in this order, or None."""
         answer = self.answer
         if isinstance(answer, str) and answer in self.choices:
             return self.choices.index(answer)
@@ -119,8 +115,8 @@ def read_questions(path: Path) -> list[ExamQuestion]:
 
 
 def read_choices(path: Path) -> list[ExamQuestion]:
-    """Read questions with choices. Raise InputError for a file that is missing, not UTF-8 or without questions, and for
-    a line that does not have the expected fields or whose answer is none of its choices."""
+    """Read questions with choices. Raise InputError as `read_questions` does, and for an answer that is none of its
+    choices."""
     questions = []
     for number, line in _lines(path, _ChoicesLine):
         index = line.index()
@@ -132,8 +128,8 @@ def read_choices(path: Path) -> list[ExamQuestion]:
 
 
 def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
-    """Yield the line number, counted from 1, and the record of type `kind` of each line of a jsonl file; blank lines
-    are skipped. Raise InputError for a file or line that cannot be read."""
+    """Yield number, counted from 1, and record of each line that is not blank. Raise InputError for what cannot be
+    read."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
@@ -159,11 +155,10 @@ def ask(
     max_new_tokens: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExamAnswer]:
-    """Generate a greedy answer of at most `max_new_tokens` tokens to each question. An answer is right if it equals the
-    expected one, both `normalized`.
+    """Generate a greedy answer to each question; it is right if it equals the expected one, both `normalized`.
 
-    Without a template (a model that was only pretrained) the model continues the question as a text. `progress(finished
-    answers, all answers)` is called after each step of generation.
+    template: None for a model that was only pretrained, which continues the question as a text. progress: called with
+    (finished answers, all answers) after each step of generation.
     """
     prompts = [prompt_of(tokenizer, template, one.question) for one in questions]
     rows = Engine(model, tokenizer).answer(prompts, Sampling(max_new_tokens=max_new_tokens), progress=progress)
@@ -184,12 +179,11 @@ def choose(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExamAnswer]:
-    """Compute the log-probability of each choice as the answer to its question, and take the choice with the highest
-    sum over its tokens as the model's answer. `is_right_per_byte` says whether the choice with the highest
-    log-probability per UTF-8 byte is right.
+    """Take the choice with the highest log-probability, summed over its tokens, as the answer to its question.
+    `is_right_per_byte` says whether the choice with the highest log-probability per UTF-8 byte is right.
 
-    Without a template (a model that was only pretrained) the choice follows the question after a space.
-    `progress(scored choices, all choices)` is called after each forward pass.
+    template: None for a model that was only pretrained; the choice then follows the question after a space. progress:
+    called with (scored choices, all choices) after each forward pass.
     """
     sequences = [
         _sequence(prompt_of(tokenizer, template, one.question), _answer_ids(tokenizer, template, choice))
@@ -213,12 +207,10 @@ def choose(
 
 
 def _answer_ids(tokenizer: Tokenizer, template: Template | None, choice: str) -> list[int]:
-    """Return the ids of a choice as an answer. Without a template it begins with the space that separates it from the
-    question."""
+    """Return the ids of a choice; without a template it begins with the space that separates it from the question."""
     return tokenizer.encode_batch([choice if template is not None else f" {choice}"])[0].tolist()
 
 
 def _sequence(prompt: list[int], answer: list[int]) -> LaidOut:
-    """Join prompt ids and answer ids to one sequence whose loss mask is 1 on the answer."""
     mask = np.array([0] * len(prompt) + [1] * len(answer), dtype=np.uint8)
     return LaidOut(np.array(prompt + answer), mask, [len(mask)])

@@ -1,9 +1,8 @@
-"""Splits the text of a model's answer into reasoning (its think block), content and tool calls, while the text is
-generated.
+"""Splits the text of a model's answer into reasoning (its think block), content and tool calls, while it is generated.
 
 The text may arrive in pieces cut at any place. At most the length of a tag, and newlines that may precede a tag, are
-held back, and the text of a tool call until it is complete. A tool call that is not valid JSON, or whose closing tag is
-missing, is returned as content, so that it is not lost.
+held back, and a tool call until it is complete. A tool call that is not valid JSON, or whose closing tag is missing, is
+returned as content, so that it is not lost.
 """
 
 import json
@@ -14,8 +13,8 @@ THINK, THINK_END, CALL, CALL_END = "<think>", "</think>", "<tool_call>", "</tool
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A consecutive stretch of an answer. `kind` is "reasoning", "content" or "call". `call` has the "name" of the
-    called function and its "arguments" as JSON text; it is None for other kinds."""
+    """A consecutive stretch of an answer. kind: "reasoning", "content" or "call". call: the "name" of the called
+    function and its "arguments" as JSON text; None for other kinds."""
 
     kind: str
     text: str
@@ -24,8 +23,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer. `reasoning` is None if the answer has no think block, or an empty one. Each of `calls` has the
-    "name" of the called function and its "arguments" as JSON text."""
+    """A complete answer. reasoning: None without a think block, or with an empty one. calls: see `Piece`."""
 
     reasoning: str | None
     content: str
@@ -34,8 +32,7 @@ class Reply:
 
 class Splitter:
     """Splits the text of one answer as it arrives. `<think>` is a tag only at the beginning of the answer (after
-    whitespace), and `<tool_call>` only after the think block. With `with_calls` False, tool calls stay part of the
-    content."""
+    whitespace), and `<tool_call>` only after the think block. with_calls: False leaves tool calls in the content."""
 
     def __init__(self, *, with_calls: bool = True):
         self._with_calls = with_calls
@@ -44,8 +41,7 @@ class Splitter:
         self._held = ""  # text that was received and not yet returned
 
     def feed(self, text: str) -> list[Piece]:
-        """Add text and return the pieces that are known by now. Text that may turn out to be part of a tag is returned
-        by a later call."""
+        """Add text and return the pieces that are known by now, without text that may turn out to be part of a tag."""
         self._held += text
         pieces: list[Piece] = []
         while (more := self._next()) is not None:
@@ -53,7 +49,7 @@ class Splitter:
         return [piece for piece in pieces if piece.text]
 
     def close(self) -> list[Piece]:
-        """Return the text still held back, once the answer has ended. A tool call without its closing tag becomes
+        """Return the text still held back, once the answer has ended; a tool call without its closing tag becomes
         content."""
         held, self._held = self._held, ""
         if self._mode == "call":
@@ -85,11 +81,9 @@ class Splitter:
         return [piece]
 
     def _begin(self) -> list[Piece] | None:
-        """Set the mode to "reasoning" if the text so far, after any whitespace, begins with the THINK tag, else to "content".
-
-        Return [], or None while more text is needed to decide, which is also the case directly after the tag. In the mode
-        "reasoning" the tag and the whitespace around it (behind it only newlines) are dropped.
-        """
+        """Set the mode to "reasoning" if the text so far, after any whitespace, begins with the THINK tag, else to
+        "content". Return [], or None while more text is needed to decide or directly after the tag. In the mode
+        "reasoning" the tag and the whitespace around it (behind it only newlines) are dropped."""
         text = self._held.lstrip()
         if text.startswith(THINK):
             inside = text[len(THINK) :].lstrip("\n")
@@ -114,15 +108,13 @@ class Splitter:
 
 
 def tail_of_prefix(text: str, word: str) -> int:
-    """Return the length of the longest suffix of `text` that is a prefix of `word`, shorter than `word` itself; 0 if
-    there is none."""
+    """Return the length of the longest end of `text` that is the beginning of `word`, shorter than `word`; 0 for none."""
     longest = min(len(word) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 
 
 def _call(text: str) -> Piece:
-    """Return the tool call written in `text` (JSON between the tags). If it is not a valid one, return text and tags as
-    content."""
+    """Return the tool call in `text` (JSON between the tags) or, if it is not a valid one, text and tags as content."""
     try:
         values = json.loads(text)
         name, arguments = values["name"], values.get("arguments", {})
@@ -135,8 +127,7 @@ def _call(text: str) -> Piece:
 
 
 def split(text: str, *, with_calls: bool = True) -> Reply:
-    """Split a complete answer into reasoning, content and tool calls. With `with_calls` False, tool calls stay part of
-    the content."""
+    """Split a complete answer. with_calls: False leaves tool calls in the content."""
     splitter = Splitter(with_calls=with_calls)
     pieces = splitter.feed(text) + splitter.close()
     reasoning, content = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("reasoning", "content"))

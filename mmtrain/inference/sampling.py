@@ -1,9 +1,6 @@
-"""Choosing the next token from logits.
-
-The settings are applied in the order of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
-min-p. Drawing a token takes one uniform random number from the generator of its row, so the same seed gives the same
-answer.
-"""
+"""Choosing the next token from logits, with the settings in the order of transformers' logits processors: repetition
+penalty, temperature, top-k, top-p, min-p. Drawing a token takes one uniform random number from its row's generator, so
+the same seed gives the same answer."""
 
 from collections.abc import Sequence
 
@@ -15,10 +12,7 @@ from mmtrain.inference.settings import Sampling
 
 def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor:
     """Return logits [V] with the repetition penalty applied to `token_ids`: a positive logit is divided by `penalty`,
-    any other multiplied by it. Penalty 1 changes nothing.
-
-    Source: CTRL, Keskar et al. 2019, section 4.1, as implemented in transformers.
-    """
+    any other multiplied by it. CTRL, Keskar et al. 2019, section 4.1, as implemented in transformers."""
     if penalty == 1 or not token_ids:
         return logits
     ids = torch.tensor(sorted(set(token_ids)), device=logits.device)
@@ -27,11 +21,8 @@ def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor
 
 
 def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
-    """Return the probabilities (fp64, descending, summing to 1) and the ids of the tokens that may be drawn for logits
-    [V], after temperature, top-k, top-p and min-p. The temperature must be above 0.
-
-    There is always at least one token. Tokens of equal probability are in the order of their ids.
-    """
+    """Return the probabilities (fp64, descending, summing to 1) and the ids of the tokens, at least one, that may be
+    drawn for logits [V] at a temperature above 0. Tokens of equal probability are in the order of their ids."""
     values, ids = (logits.float() / options.temperature).sort(descending=True, stable=True)
     if options.top_k:
         values, ids = values[: options.top_k], ids[: options.top_k]
@@ -44,10 +35,7 @@ def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
 
 def pick(logits: Tensor, options: Sampling, generator: torch.Generator, token_ids: Sequence[int] = ()) -> int:
     """Choose the next token id for logits [V] on the CPU: the most likely token at temperature 0, else a random one,
-    for which `generator` provides one number.
-
-    `token_ids`: the ids of prompt and answer so far, to which the repetition penalty applies.
-    """
+    for which `generator` gives one number. token_ids: of prompt and answer so far, for the repetition penalty."""
     logits = penalize(logits, token_ids, options.repetition_penalty)
     if options.temperature == 0:
         return int(logits.argmax())
@@ -58,8 +46,8 @@ def pick(logits: Tensor, options: Sampling, generator: torch.Generator, token_id
 
 
 def top_logps(logits: Tensor, id: int, num_top: int) -> tuple[float, list[tuple[int, float]]]:
-    """Return the log-probability of token `id` under logits [V], and the `num_top` most likely ids with their
-    log-probabilities, descending."""
+    """Return the log-probability of token `id` under logits [V], and the `num_top` most likely ids with theirs,
+    descending."""
     logps = logits.double().log_softmax(-1)
     values, ids = logps.topk(min(num_top, len(logps)))
     return float(logps[id]), list(zip(ids.tolist(), values.tolist(), strict=True))

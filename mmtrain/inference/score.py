@@ -1,10 +1,6 @@
-"""Loss and related metrics of a model on a dataset, by dataset and bucket (`mm eval`). They are computed from one
-record per sequence.
-
-A record (`Scored`, also a line written by `mm eval --per-sequence`) has the file and line that the sequence comes from,
-how many of its tokens are trained on, and their negative log-likelihood. The records with the most nats per token show
-the noisiest rows of the data.
-"""
+"""Loss and related metrics of a model on a dataset, by dataset and bucket (`mm eval`), from one record per sequence
+(`Scored`, also a line written by `mm eval --per-sequence`). The records with the most nats per token show the noisiest
+rows of the data."""
 
 import math
 from collections import defaultdict
@@ -32,10 +28,9 @@ MIN_TOKENS = 8  # sequences with fewer trained tokens are not called noisy: too 
 class Scored:
     """The score of one sequence of a dataset. A document that was cut into several sequences has a record for each.
 
-    `file` and `line` name the input row, counted from 1. `tokens` is the number of trained tokens and `nll` their
-    summed negative log-likelihood in nats. `bytes` is the number of bytes they decode to, and `byte_nll` sums the nats
-    of those tokens that decode to at least one byte. `side` is "chosen" or "rejected" for the two replies of a pair,
-    else None.
+    file, line: the input row, lines counted from 1. tokens: number of trained tokens. nll: their summed negative
+    log-likelihood in nats. bytes: number of bytes they decode to. byte_nll: nats of those that decode to at least one
+    byte. side: "chosen" or "rejected" for the two replies of a pair, else None.
     """
 
     dataset: str
@@ -55,7 +50,7 @@ class Scored:
         return self.nll / max(self.tokens, 1)
 
     def record(self) -> dict[str, str | int | float | None]:
-        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and `loss`, which is None without trained
+        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and loss, which is None without trained
         tokens."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "byte_nll"}
         return {**values, "loss": self.loss if self.tokens else None}
@@ -70,11 +65,10 @@ def score(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Scored]:
-    """Yield the score of every sequence of a split, in the order of its samples. For a pair, the chosen reply comes
-    first, then the rejected one.
+    """Yield the score of every sequence of a split in the order of its samples; of a pair, chosen then rejected.
 
-    `split`: "train" or "val". `progress(samples scored, all samples)` is called after each forward pass. Raise
-    TokenizerError when the dataset was packed with a tokenizer other than `tokenizer`.
+    split: "train" or "val". progress: called with (samples scored, all samples) after each forward pass. Raise
+    TokenizerError when the dataset was packed with another tokenizer.
     """
     if dataset.tokenizer_sha256 != tokenizer.sha256:
         raise TokenizerError(
@@ -102,8 +96,7 @@ def score(
 
 
 class LaidOut(NamedTuple):
-    """One sample as sequences laid end to end: their ids and loss mask, both [T], and the length of each sequence in
-    tokens."""
+    """One sample as sequences laid end to end: ids and loss mask, both [T], and the length of each sequence in tokens."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -112,7 +105,7 @@ class LaidOut(NamedTuple):
 
 def micro_batches(samples: Iterable[LaidOut]) -> Iterator[MicroBatch]:
     """Join consecutive samples to micro-batches of at most MICRO_TOKENS tokens; a longer sample is a micro-batch of its
-    own. `MicroBatch.samples` numbers the samples from 0 in the order of `samples`."""
+    own. `MicroBatch.samples` numbers the samples from 0."""
     group: list[LaidOut] = []
     begin = size = 0
     for number, sample in enumerate(samples):
@@ -126,7 +119,7 @@ def micro_batches(samples: Iterable[LaidOut]) -> Iterator[MicroBatch]:
 
 
 def _micro_batch(group: list[LaidOut], begin: int) -> MicroBatch:
-    """Concatenate samples to one micro-batch. `begin` is the number of the first sample."""
+    """Concatenate samples to one micro-batch. begin: number of the first sample."""
     mask = np.concatenate([sample.loss_mask for sample in group])
     lengths = [length for sample in group for length in sample.lengths]
     return MicroBatch(
@@ -140,8 +133,8 @@ def _micro_batch(group: list[LaidOut], begin: int) -> MicroBatch:
 
 
 def _laid_out(view: PackView | PairView) -> LaidOut:
-    """Return a sample as sequences laid end to end: the sequences of a pack or, for a pair, the prompt with the chosen
-    reply and the prompt with the rejected reply. The prompts have loss mask 0."""
+    """Return a pack's sequences or, for a pair, prompt + chosen reply and prompt + rejected reply; prompts have loss
+    mask 0."""
     if isinstance(view, PackView):
         return LaidOut(view.ids, loss_mask(view.span, len(view.ids)), view.doc_len.tolist())
     replies = ((view.chosen, view.chosen_span), (view.rejected, view.rejected_span))
@@ -154,8 +147,8 @@ def _laid_out(view: PackView | PairView) -> LaidOut:
 def _places(
     dataset: Dataset, split: str, number: int, sources: Callable[[int], dict]
 ) -> list[tuple[int, str, int, str | None]]:
-    """Return bucket, input file, line and side (see `Scored`) of each sequence of sample `number` of a split. `sources`
-    returns the columns of `open_sources` for a part, a fixed byte range of an input file that was packed as a unit."""
+    """Return bucket, input file, line and side (see `Scored`) of each sequence of a sample. sources: returns the
+    columns of `open_sources` for a part, a fixed byte range of an input file that was packed as a unit."""
     samples = dataset.split(split)
     bucket, i = samples.locate(number)
     columns, view = sources(samples.part_of(bucket, i)), samples.sample(bucket, i)
@@ -168,10 +161,9 @@ def _places(
 
 
 def figures(scored: Iterable[Scored]) -> dict[str, dict[int | str, dict[str, float]]]:
-    """Compute the metrics of each dataset, as {dataset: {bucket: {metric: value}}}. The bucket "all" has those over all
-    buckets.
+    """Compute {dataset: {bucket: {metric: value}}}; the bucket "all" has the metrics over all buckets.
 
-    The metrics are sequences and tokens (numbers of sequences and trained tokens), loss (nats per trained token),
+    They are sequences and tokens (numbers of sequences and trained tokens), loss (nats per trained token),
     bits_per_byte and perplexity. For pairs these are of the chosen replies, and three are added: accuracy (share of
     pairs whose chosen reply has the higher summed log-probability), accuracy_per_token (the same with the mean per
     token) and margin (mean over pairs of the chosen reply's summed log-probability minus the rejected one's, in nats).
@@ -188,8 +180,7 @@ def figures(scored: Iterable[Scored]) -> dict[str, dict[int | str, dict[str, flo
 
 
 def _figures(scored: list[Scored]) -> dict[str, float]:
-    """Compute the metrics that `figures` describes from the sequences of one bucket. Those of pairs must alternate
-    between chosen and rejected."""
+    """Compute the metrics of one bucket (see `figures`). Those of pairs must alternate between chosen and rejected."""
     counted = [one for one in scored if one.side != "rejected"]
     tokens, nll = sum(one.tokens for one in counted), math.fsum(one.nll for one in counted)
     num_bytes, byte_nll = sum(one.bytes for one in counted), math.fsum(one.byte_nll for one in counted)
@@ -210,8 +201,7 @@ def _figures(scored: list[Scored]) -> dict[str, float]:
 
 
 def noisiest(scored: Iterable[Scored], count: int) -> list[Scored]:
-    """Return the `count` sequences with the most nats per trained token, the highest first. Sequences with fewer than
-    MIN_TOKENS trained tokens come after all others. Rejected replies are left out, because they are meant to be
-    unlikely."""
+    """Return the `count` sequences with the most nats per trained token, the highest first; those with fewer than
+    MIN_TOKENS trained tokens come last. Rejected replies are left out, because they are meant to be unlikely."""
     counted = [one for one in scored if one.side != "rejected"]
     return sorted(counted, key=lambda one: (one.tokens >= MIN_TOKENS, one.loss), reverse=True)[:count]

@@ -10,11 +10,11 @@ GROUP = "Sampling"  # heading in --help
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling settings and stopping conditions of one answer. The default is greedy decoding. Raise UsageError for a
-    value out of range or an empty stop string.
+    """Sampling settings and stopping conditions of one answer; by default greedy decoding. Raise UsageError for a value
+    out of range or an empty stop string.
 
-    `logprobs`: None reports no log-probabilities. A number n reports the log-probability of each generated token and
-    the n most likely tokens with theirs, all from the model's logits before any other setting is applied.
+    logprobs: n reports the log-probability of each generated token and the n most likely tokens with theirs, from the
+    model's logits before any other setting is applied; None reports none.
     """
 
     temperature: float = option(
@@ -53,7 +53,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ChatSampling(Sampling):
-    """The same settings as `Sampling`, with the defaults of `mm chat`: temperature 0.7 and top_p 0.9."""
+    """`Sampling` with the defaults of `mm chat`: temperature 0.7 and top_p 0.9."""
 
     temperature: float = redeclared(Sampling, "temperature", default=0.7)
     top_p: float = redeclared(Sampling, "top_p", default=0.9)

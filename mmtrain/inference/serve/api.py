@@ -1,9 +1,8 @@
 """Reads and checks the request bodies of OpenAI's HTTP API. Uses neither the server nor the model.
 
-Every field either takes effect or is refused with an error that names it. The only fields without effect are those that
-label a request (`LABELS`: `user`, `metadata`, …). Fields that OpenAI's API does not have are `top_k`, `min_p`,
-`repetition_penalty`, `truncation` and `chat_template_kwargs`, named as in other local servers. A field whose value is
-null gets its default.
+Every field either takes effect or is refused with an error that names it, except those that label a request (`LABELS`).
+Fields that OpenAI's API does not have are top_k, min_p, repetition_penalty, truncation and chat_template_kwargs, named
+as in other local servers. A field whose value is null gets its default.
 """
 
 import json
@@ -52,8 +51,8 @@ _TYPES = {  # msgspec's names of types, in words
 
 
 class RequestError(Exception):
-    """A request that cannot be served. `message` is for the client; `param` is the name of the field at fault, `status`
-    the HTTP status, and `code` the error code of OpenAI's API (None if there is none)."""
+    """A request that cannot be served. message: for the client. param: name of the field at fault. status: HTTP status.
+    code: error code of OpenAI's API, None if there is none."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -68,10 +67,7 @@ class RequestError(Exception):
 @dataclass(frozen=True, slots=True)
 class Request:
     """What to generate: `n` answers to the conversation `messages` (a chat), or `n` continuations of each text in
-    `prompts` (a completion).
-
-    The seed and `max_new_tokens` of `sampling` are not set; the fields `seed` and `max_tokens` have them instead.
-    """
+    `prompts` (a completion). Seed and length limit are in `seed` and `max_tokens`, not in `sampling`."""
 
     sampling: Sampling
     max_tokens: int | None  # the most tokens of an answer; None: as many as the window and the server allow
@@ -114,7 +110,7 @@ class _Unsupported(Struct, kw_only=True):
 
 
 class _StreamOptions(Struct, forbid_unknown_fields=True):
-    """The field stream_options. `include_obfuscation` is accepted and has no effect."""
+    """The field stream_options; include_obfuscation has no effect."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -137,12 +133,9 @@ class _Body(_Unsupported, kw_only=True):
     stream_options: _StreamOptions | None = None
 
     def request(self, *, logprobs: float | None, max_tokens: float | None) -> Request:
-        """Return the request with all fields but those that only a chat or only a completion has. `logprobs`: number of
-        most likely tokens to report with each token; None reports no log-probabilities. `max_tokens`: the most tokens
-        of an answer, or None.
-
-        Raise RequestError for `echo`, and for `stream_options` without `stream`.
-        """
+        """Return the request with the fields that chats and completions share. Raise RequestError for `echo`, and for
+        `stream_options` without `stream`. logprobs: number of most likely tokens to report with each token; None
+        reports no log-probabilities. max_tokens: the most tokens of an answer, or None."""
         if self.echo:
             raise RequestError("echo is not supported here: leave it out", param="echo")
         if self.stream_options and not self.stream:
@@ -196,10 +189,10 @@ class _Message(Struct):
     tool_calls: list[_ToolCall] | None = None
 
     def message(self, place: str) -> Message:
-        """Return the message in the form that the chat template takes. The role "developer" becomes "system";
-        `reasoning_content` is ignored unless the role is "assistant".
+        """Return the message for the chat template. The role "developer" becomes "system"; `reasoning_content` is
+        ignored unless the role is "assistant".
 
-        `place` names the message in errors, such as "messages[0]". Raise RequestError when it has neither content nor
+        place: names the message in errors, such as "messages[0]". Raise RequestError when it has neither content nor
         tool calls, content that is not text, tool calls of another role than the assistant, or arguments that are not
         JSON.
         """
@@ -211,8 +204,8 @@ class _Message(Struct):
         return Message(role, "" if self.content is None and calls else self._text(f"{place}.content"), reasoning, calls)
 
     def _text(self, place: str) -> str:
-        """Return the content as one text, the elements of a list concatenated. Raise RequestError, naming `place`, for
-        content that is missing or not text."""
+        """Return the content as one text, the elements of a list concatenated. Raise RequestError if it is missing or
+        not text."""
         parts = self.content if isinstance(self.content, list) else [_Part("text", self.content)]
         for part in parts:
             if part.type not in (None, "text", "refusal"):
@@ -223,8 +216,8 @@ class _Message(Struct):
 
     @staticmethod
     def _call(function: _CalledFunction, place: str) -> JsonObject:
-        """Return the name and the arguments of a called function, with arguments given as text decoded from JSON. Raise
-        RequestError, naming `place`, when they are not JSON."""
+        """Return name and arguments of a called function, decoded if given as JSON text. Raise RequestError if they are
+        not JSON."""
         arguments = function.arguments
         if isinstance(arguments, str):
             try:
@@ -281,12 +274,8 @@ class _CompletionBody(_Body, kw_only=True):
 
 
 def chat_request(body: Any, models: Sequence[str]) -> Request:
-    """Read the body of /v1/chat/completions, given as decoded from JSON. `models` are the names allowed in the field
-    `model`.
-
-    Raise RequestError, naming the field, for a value that cannot be used, an unknown field or an unknown model (status
-    404).
-    """
+    """Read the body of /v1/chat/completions, decoded from JSON. models: the names allowed in the field model. Raise
+    RequestError, naming the field, for an unusable value, an unknown field or an unknown model (status 404)."""
     chat = _read(body, _ChatBody, models)
     if not any(message.role in ("user", "tool") for message in chat.messages):
         problem = "there is no user message to answer" if chat.messages else "expected at least one message"
@@ -305,12 +294,7 @@ def chat_request(body: Any, models: Sequence[str]) -> Request:
 
 
 def completion_request(body: Any, models: Sequence[str]) -> Request:
-    """Read the body of /v1/completions, given as decoded from JSON. `models` are the names allowed in the field
-    `model`.
-
-    Raise RequestError, naming the field, for a value that cannot be used, an unknown field or an unknown model (status
-    404).
-    """
+    """Read the body of /v1/completions; arguments and errors are those of `chat_request`."""
     completion = _read(body, _CompletionBody, models)
     prompts = (completion.prompt,) if isinstance(completion.prompt, str) else tuple(completion.prompt)
     max_tokens = completion.max_tokens or 16  # OpenAI's default for completions
@@ -322,9 +306,9 @@ Converted = TypeVar("Converted")
 
 
 def _read(body: Any, kind: type[BodyT], models: Sequence[str]) -> BodyT:
-    """Convert a body to the record type `kind`. Fields that are null get their default, and the fields in `LABELS` are
-    dropped. Raise RequestError for a body that is no JSON object, an unknown field, a value that does not fit, or a
-    model that is not in `models`."""
+    """Convert a body to the type `kind`, without fields that are null (they get their default) or in `LABELS`. Raise
+    RequestError for a body that is no JSON object, an unknown field, a value that does not fit, or a model that is not
+    in `models`."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     for name in body:
@@ -339,9 +323,8 @@ def _read(body: Any, kind: type[BodyT], models: Sequence[str]) -> BodyT:
 
 
 def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
-    """Convert a value decoded from JSON to the type `kind`. If it does not fit, raise a RequestError that names the
-    field at fault and says what was expected. `place` is the name of the field that the value is from; empty for the
-    whole body."""
+    """Convert a value decoded from JSON. If it does not fit, raise a RequestError that names the field at fault and
+    says what was expected. place: the field that the value is from; empty for the whole body."""
     try:
         return convert_record(value, kind)
     except msgspec.ValidationError as error:
@@ -360,7 +343,6 @@ def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
 
 
 def _in_words(types: str) -> str:
-    """Return the names of types that msgspec joins, such as "float | null", in words ("a number"). "null" is left out
-    if there are other types."""
+    """Return the types that msgspec joins, such as "float | null", in words ("a number"), without "null" beside others."""
     names = types.split(" | ")
     return " or ".join(_TYPES.get(name, name) for name in names if name != "null" or len(names) == 1)

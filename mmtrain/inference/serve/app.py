@@ -1,8 +1,8 @@
 """The web server of `mm serve`: OpenAI's HTTP API for one model, and a chat page. Needs the extra mm[serve].
 
-Requests are batched: a new answer joins those in generation at the next step. A request that is too large or too long,
-takes too long, or comes while too many answers are waiting, gets a 4xx or 5xx status and an error in JSON. When a
-client disconnects, its answers are cancelled. Neither the page nor the API sends anything to other machines.
+A new answer joins those in generation at the next step. A request that is too large or too long, takes too long, or
+comes while too many answers are waiting, gets a 4xx or 5xx status and an error in JSON. When a client disconnects, its
+answers are cancelled. Neither the page nor the API sends anything to other machines.
 """
 
 import asyncio
@@ -105,8 +105,8 @@ def make_app(service: Service) -> "Starlette":
         await asyncio.to_thread(service.worker.stop)
 
     def guarded(handle: Callable) -> Callable:
-        """Return a handler that first checks the Host header and, for paths below /v1/, the API key, and then calls
-        `handle`. A RequestError becomes a response in JSON."""
+        """Check the Host header and, for paths below /v1/, the API key before `handle`. A RequestError becomes a JSON
+        response."""
 
         async def answer(request: "HttpRequest") -> "Response":
             try:
@@ -156,9 +156,9 @@ def make_app(service: Service) -> "Starlette":
 
 def serve(service: Service, port: int, *, ready: Callable[[str], None]) -> None:
     """Serve on `port` of the service's host until SIGINT or SIGTERM; answers in generation then have 5 seconds to end.
-    Port 0 takes a free port. `ready(address)` is called once the server is listening.
-
     Raise UsageError when the port is taken or not from 0 to 65535, or the host is not an address of this machine.
+
+    port: 0 takes a free port. ready: called with the address once the server is listening.
     """
     app = make_app(service)
     import uvicorn
@@ -201,11 +201,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _check_host(service: Service, request: "HttpRequest") -> None:
     """Raise RequestError (status 403) when the server listens on a loopback address and the Host header has another
-    name.
-
-    Otherwise a web page of another site could reach the server through a domain that resolves to this machine (DNS
-    rebinding).
-    """
+    name. Otherwise a web page of another site could reach it through a domain that resolves to this machine (DNS
+    rebinding)."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if service.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):
@@ -213,8 +210,7 @@ def _check_host(service: Service, request: "HttpRequest") -> None:
 
 
 def _check_key(service: Service, request: "HttpRequest") -> None:
-    """Raise RequestError (status 401) when the service has an API key and the Authorization header does not carry
-    it."""
+    """Raise RequestError (status 401) when the service has an API key that the Authorization header does not carry."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     if service.api_key is None:
         return
@@ -224,8 +220,8 @@ def _check_key(service: Service, request: "HttpRequest") -> None:
 
 
 async def _body(service: Service, request: "HttpRequest") -> Any:
-    """Read the body of a request and decode it from JSON. Raise RequestError when its type is not JSON, it is larger
-    than `max_body_bytes`, takes longer than READ_S seconds to arrive, or cannot be decoded."""
+    """Read a request's JSON body. Raise RequestError when its type is not JSON, it is larger than `max_body_bytes`,
+    takes longer than READ_S seconds to arrive, or cannot be decoded."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("Content-Type must be application/json", status=415)
     too_large = RequestError(f"the body is larger than {service.max_body_bytes:,} bytes", status=413)
@@ -256,7 +252,6 @@ def _json(body: Any, status: int = 200) -> "Response":
 
 
 def _event(body: Any) -> bytes:
-    """Return a server-sent event whose data is `body` as JSON."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
@@ -273,8 +268,8 @@ def _page(path: str) -> "Response":
 
 
 async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Request], http: "HttpRequest") -> "Response":
-    """Answer a request for a chat or a completion, streamed if the request says so. `read` checks the body and returns
-    the request: `chat_request` or `completion_request`. Raise RequestError for a request that cannot be served."""
+    """Answer a request for a chat or a completion, streamed if it says so. read: `chat_request` or
+    `completion_request`. Raise RequestError for a request that cannot be served."""
     from starlette.responses import StreamingResponse
 
     request = read(await _body(service, http), [service.name])
@@ -307,9 +302,8 @@ class _Generation:
         self._answers = [AnswerStream(request, i, ask.prompt_ids, tokenizer) for i, ask in enumerate(self._asks)]
 
     def _prompts(self) -> list[list[int]]:
-        """Return the ids of each prompt: one for a chat, one per text for a completion. If the request has `truncate`,
-        the oldest turns of a chat are dropped until there is room for an answer. Raise RequestError when that is not
-        enough or the chat template refuses the messages."""
+        """Return the ids of each prompt: one for a chat, one per text for a completion. With `truncate`, the oldest
+        turns of a chat are dropped until there is room for an answer. Raises the errors of `_Generation`."""
         request, template = self._request, self._service.template
         tokenizer, window = self._service.engine.tokenizer, self._service.engine.window
         messages, tools, think = request.messages, request.tools, request.think
@@ -326,9 +320,9 @@ class _Generation:
             raise RequestError(error.message, param="messages", code="context_length_exceeded") from None
 
     def _max_new_tokens(self, num_prompt: int) -> int:
-        """Return the most tokens that an answer to a prompt of `num_prompt` tokens may have, by the window, the request
-        and the server. Raise RequestError when the window has too little room for the `max_tokens` of the request (with
-        `truncate`: for one token)."""
+        """Return the most tokens of an answer to a prompt of `num_prompt` tokens, by the window, the request and the
+        server. Raise RequestError when the window has no room for the request's `max_tokens` (with `truncate`: for one
+        token)."""
         request, window = self._request, self._service.engine.window
         room, needed = window - num_prompt, 1 if request.truncate else request.max_tokens or 1
         if room < needed:
@@ -341,9 +335,8 @@ class _Generation:
         return min(room, request.max_tokens or room, self._service.max_tokens or room)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield (index of the answer, delta) as the worker generates them. Its errors are raised as RequestErrors: 503
-        when too many answers are waiting or generation stopped, 504 after the service's timeout, 400 for other errors.
-        """
+        """Yield (index of the answer, delta) as the worker generates them. Raise RequestError: 503 when too many
+        answers are waiting or generation stopped, 504 after the service's timeout, 400 for other errors."""
         worker, timeout_s = self._service.worker, self._service.timeout_s
         try:
             async with contextlib.aclosing(worker.answer(self._asks, timeout_s=timeout_s)) as deltas:
@@ -381,8 +374,7 @@ class _Generation:
         self, first: tuple[int, Delta], deltas: AsyncGenerator[tuple[int, Delta], None]
     ) -> AsyncIterator[bytes]:
         """Yield the server-sent events of a streamed response: the chunks of all answers, the token counts if they were
-        requested, and `[DONE]`. A RequestError is sent as the last event instead. `first` is the first element of
-        `deltas`, which the caller has already taken from it."""
+        requested, and `[DONE]`; a RequestError becomes the last event instead. first: already taken from `deltas`."""
         empty = self._body([], None if self._request.include_usage else UNSET)
 
         def event(choice: Choice) -> bytes:
@@ -405,7 +397,7 @@ class _Generation:
         yield b"data: [DONE]\n\n"
 
     def _body(self, choices: list[Choice], usage: Usage | UnsetType | None) -> Completion:
-        """Return a response body with a new id. `usage` UNSET leaves the field out, None writes null."""
+        """Return a response body with a new id. usage: UNSET leaves the field out, None writes null."""
         prefix, kind = ("chatcmpl", "chat.completion") if self._request.is_chat else ("cmpl", "text_completion")
         if self._request.stream and self._request.is_chat:
             kind = "chat.completion.chunk"

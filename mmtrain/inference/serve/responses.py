@@ -1,5 +1,4 @@
-"""Response bodies of OpenAI's HTTP API, and their construction from an answer while it is generated. Does not use the
-server."""
+"""Response bodies of OpenAI's HTTP API, built from an answer while it is generated. Does not use the server."""
 
 import uuid
 from collections.abc import Sequence
@@ -72,7 +71,7 @@ class CompletionLogprobs(Struct):
 
 
 class Choice(Struct):
-    """One answer or, in a streamed response, what one chunk adds to it. The text is in `message` (chat), `delta` (chunk
+    """One answer or, in a streamed response, what one chunk adds to it. Its text is in `message` (chat), `delta` (chunk
     of a chat) or `text` (completion); the other two are UNSET."""
 
     index: int
@@ -95,7 +94,7 @@ class Completion(Struct):
 
 
 class ModelCard(Struct):
-    """The description of the model in /v1/models. `context_length` is the window in tokens."""
+    """The description of the model in /v1/models. context_length: the window in tokens."""
 
     id: str
     created: int
@@ -109,12 +108,8 @@ class ModelCard(Struct):
 
 
 class AnswerStream:
-    """Builds the response for one answer while it is generated. The text of a chat is split into reasoning, content and
-    tool calls.
-
-    `index` is the position of the answer in the response. `num_prompt` and `num_new` are the numbers of prompt and
-    generated tokens.
-    """
+    """Builds the response for one answer while it is generated. index: position of the answer in the response.
+    num_prompt, num_new: numbers of prompt and generated tokens."""
 
     def __init__(self, request: Request, index: int, prompt_ids: Sequence[int], tokenizer: Tokenizer):
         self.index, self.num_prompt, self.num_new = index, len(prompt_ids), 0
@@ -129,8 +124,8 @@ class AnswerStream:
             self._splitter.feed(opening_of(tokenizer, prompt_ids))
 
     def add(self, delta: Delta) -> list[Choice]:
-        """Add what one step generated. Return the choices that a streamed response sends for it, one per chunk; the
-        first carries the log-probabilities, and the last of an answer carries only the finish reason."""
+        """Add what one step generated. Return the choices to stream for it, one per chunk; the first carries the
+        log-probabilities, and the last of an answer carries only the finish reason."""
         self.num_new += len(delta.tokens)
         tokens = delta.tokens if self._has_logprobs else ()
         self._tokens += tokens
@@ -165,8 +160,7 @@ class AnswerStream:
         )
 
     def _part(self, piece: Piece) -> ChatMessage:
-        """Return a piece of a chat's answer as a message of a chunk. A tool call gets a new id and its number in the
-        answer."""
+        """Return a piece of a chat as a chunk's message; a tool call gets a new id and its number in the answer."""
         if piece.call:
             call = ToolCall(f"call_{uuid.uuid4().hex[:24]}", FunctionCall(**piece.call), index=len(self._calls))
             self._calls.append(call)
@@ -183,7 +177,6 @@ class AnswerStream:
         return structs.replace(choice, delta=part)
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | CompletionLogprobs:
-        """Return the log-probabilities of tokens in the form that the API has for a chat or a completion."""
         if self._splitter is None:
             top = [{self._text(id): logp for id, logp in token.top} for token in tokens]
             return CompletionLogprobs([self._text(t.id) for t in tokens], [t.logp for t in tokens], top)
@@ -195,11 +188,9 @@ class AnswerStream:
         )
 
     def _logprob(self, id: int, logp: float | None) -> TokenLogprob:
-        """Return a token's text, log-probability and bytes; bytes are None if the token does not decode to whole
-        characters."""
+        """Bytes are None if the token does not decode to whole characters."""
         text = self._text(id)
         return TokenLogprob(text, logp, None if "\ufffd" in text else list(text.encode()))
 
     def _text(self, id: int) -> str:
-        """Return the text of a single token."""
         return self._tokenizer.decode([id])

@@ -1,9 +1,6 @@
-"""A thread that runs the generation engine on behalf of any number of asyncio tasks.
-
-The answers of all tasks are generated in one batch, which they join and leave between steps. When a step fails, all
-submitted answers end with the error and the thread continues. The worker stores nothing of an answer after the task
-that reads it has ended.
-"""
+"""A thread that runs the generation engine on behalf of any number of asyncio tasks. Their answers are generated in one
+batch, which they join and leave between steps. When a step fails, all submitted answers end with the error and the
+thread continues."""
 
 import asyncio
 import queue
@@ -35,8 +32,7 @@ class Ask:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The answers of one request, and the queue through which the asyncio task that waits for them gets deltas or an
-    error."""
+    """The answers of one request, and the queue of deltas or an error for the asyncio task that waits for them."""
 
     asks: Sequence[Ask]
     loop: asyncio.AbstractEventLoop
@@ -51,8 +47,8 @@ class _Job:
 
 
 class Worker:
-    """Runs an engine in a thread of its own. `max_waiting` is the number of answers that may wait for a place in the
-    engine's batch."""
+    """Runs an engine in a thread of its own. max_waiting: the most answers that may wait for a place in the engine's
+    batch."""
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
         self.engine = engine
@@ -86,8 +82,7 @@ class Worker:
         return self.engine.num_waiting + self._num_unseen
 
     async def answer(self, asks: Sequence[Ask], *, timeout_s: float) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Generate answers. Yield (index in `asks`, delta) until all of them have ended; closing the generator cancels
-        the rest.
+        """Yield (index in `asks`, delta) until all answers have ended; closing the generator cancels the rest.
 
         Raise BusyError when more than `max_waiting` answers would be waiting, UsageError when a prompt and its answer
         do not fit the window, StoppedError when generation fails or the server is stopping, and TimeoutError when not
@@ -120,7 +115,6 @@ class Worker:
     # --- the thread
 
     def _run(self) -> None:
-        """The thread: process the inbox and run steps of the engine until the worker is stopped."""
         while not self._is_stopping:
             self._take(wait=self.engine.is_idle)
             try:
@@ -132,7 +126,7 @@ class Worker:
         self._fail(StoppedError("the server is stopping"))
 
     def _take(self, *, wait: bool) -> None:
-        """Call the functions in the inbox. If `wait` is True, first block until there is one."""
+        """Call the functions in the inbox. wait: first block until there is one."""
         while wait or not self._inbox.empty():
             self._inbox.get()()
             wait = False
@@ -153,20 +147,18 @@ class Worker:
             job.put(error)
 
     def _drop(self, job: _Job) -> None:
-        """Cancel the rows of a job (its answers in the engine). Rows that have ended are unaffected."""
+        """Cancel the rows of a job; rows that have ended are unaffected."""
         for row in job.rows:
             self.engine.cancel(row)
             self._jobs.pop(row, None)
 
     def _send(self, delta: Delta) -> None:
-        """Send a delta to the task that waits for this answer."""
         job, index = self._jobs[delta.row]
         if delta.finish_reason is not None:
             del self._jobs[delta.row]
         job.put((index, delta))
 
     def _fail(self, error: Exception) -> None:
-        """End all submitted jobs: send each of them `error`, and cancel its rows."""
         for job in {job for job, _ in self._jobs.values()}:
             job.put(error)
             self._drop(job)
