@@ -2,11 +2,10 @@
 checkpoint continues exactly as it would have without the interruption.
 
 A checkpoint is written to a hidden directory, flushed to disk, hashed and then renamed, so it is either complete or
-absent. Reading it verifies the hashes. With AdamW it takes 12 bytes per parameter on disk, and as many in host memory,
-because `Writer` copies the tensors and writes the copies while training continues.
+absent; reading verifies the hashes. With AdamW it takes 12 bytes per parameter on disk, and as many in host memory.
 
-A checkpoint of a run with LoRA contains only the adapters, in the format of the PEFT library. The frozen weights that
-they are added to are stored once per run, in RUN/base.safetensors; reading adds the adapters to them.
+A run with LoRA has only the adapters in its checkpoints, in the format of the PEFT library. The frozen weights that
+they are added to are stored once, in RUN/base.safetensors.
 """
 
 import contextlib
@@ -55,10 +54,7 @@ EXTRA = "extra/"  # in the file OPTIMIZER: prefix of the names of tensors passed
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been verified.
-
-    `dir`: the checkpoint directory. `state`: the content of its state.json.
-    """
+    """A checkpoint whose files have been verified. dir: its directory. state: the content of its state.json."""
 
     dir: Path
     state: CheckpointState
@@ -75,8 +71,8 @@ class Checkpoint:
 
     @property
     def weights_sha256(self) -> str:
-        """Return a hash that identifies the weights: the sha256 of the weights file. For a checkpoint with adapters it
-        is the sha256 of the concatenated hex hashes of the base weights file and the adapters file."""
+        """Return a hash that identifies the weights: the sha256 of the weights file, or, with adapters, of the
+        concatenated hex hashes of the base weights file and the adapters file."""
         recorded = self.state.files
         if not self.is_adapted:
             return recorded[WEIGHTS].sha256
@@ -100,12 +96,11 @@ class Checkpoint:
 class Writer:
     """Saves the checkpoints of a run in a background thread, which first copies all tensors and then writes the copies.
 
-    Call `settle` before changing weights or optimizer state; it waits until the tensors have been copied. They do not
-    change during the forward and backward passes, so `settle` rarely has to wait. The memory of the copies is reused by
-    the next save. An error in the thread is raised by the next call of `save` or `wait`.
+    Call `settle` before changing weights or optimizer state; it rarely has to wait, because the forward and backward
+    passes do not change them. An error in the thread is raised by the next `save` or `wait`.
 
-    `keep_last`: number of newest checkpoints that are not removed. `is_active`: True on the one rank that writes; it
-    then first cleans up after a killed process with `recover`.
+    keep_last: number of newest checkpoints that are not removed. is_active: True on the one rank that writes; it first
+    cleans up after a killed process with `recover`.
     """
 
     def __init__(self, run_dir: Path, *, keep_last: int, is_active: bool = True):
@@ -130,14 +125,12 @@ class Writer:
         best: BestRecord | None = None,
         extra: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Start to write RUN/checkpoints/step-N with N = `step`, and return while a thread continues. If an earlier
-        save is still running, wait for it first.
+        """Start to write RUN/checkpoints/step-N with N = `step`, and return while a thread continues. Waits for an
+        earlier save first, and raises its error if it failed: CheckpointError if its files could not be written.
 
         When the checkpoint is complete, all others are removed except the newest `keep_last` and that of the `best`
-        step. No tensor may be changed until `settle` has returned. `extra`: further tensors by name, which `restore`
-        returns.
-
-        Raises the error of the earlier save, if it failed: CheckpointError if its files could not be written.
+        step. No tensor may be changed until `settle` has returned. extra: further tensors by name, returned by
+        `restore`.
         """
         self.wait()
         begun = time.monotonic()
@@ -164,8 +157,7 @@ class Writer:
             self.stalled_s += time.monotonic() - begun
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises the error of the thread, if there was one: CheckpointError if
-        files could not be written."""
+        """Wait until nothing is being written. Raises the thread's error: CheckpointError if writing files failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -174,12 +166,9 @@ class Writer:
             raise error
 
     def _copy(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to host memory and return the copies by name. The memory of an earlier copy is reused if shape
-        and type are the same.
-
-        `prefix` separates the names of different groups of tensors in the cache of copies. Copies from CUDA are
-        asynchronous; the caller must synchronise. Tensors that are themselves copies made here are not copied again.
-        """
+        """Copy tensors to host memory, reusing that of an earlier copy of equal shape and type; return the copies by
+        name. Copies from CUDA are asynchronous: the caller must synchronise. Tensors that are copies made here are not
+        copied again. prefix: separates groups of tensors in the cache of copies."""
         for name, value in tensors.items():
             held = self._copies.get(prefix + name)
             if value is held:
@@ -190,8 +179,7 @@ class Writer:
         return {name: self._copies[prefix + name] for name in tensors}
 
     def _run(self, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> None:
-        """Run in the thread: copy the tensors, write the checkpoint, remove old checkpoints. Errors are stored for
-        `wait`."""
+        """In the thread: copy the tensors, write the checkpoint, remove old ones. Errors are stored for `wait`."""
         with contextlib.suppress(OSError, AttributeError):  # lower the thread's priority where the system can
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
@@ -225,11 +213,8 @@ def save(
     data: TrainedOn,
     keep_last: int,
 ) -> Path:
-    """Write RUN/checkpoints/step-N with N = `step`, wait until it is complete, and return its directory.
-
-    All other checkpoints of the run except the newest `keep_last` are removed. Raises CheckpointError if files cannot
-    be written.
-    """
+    """Write RUN/checkpoints/step-N with N = `step`, wait until it is complete, and return its directory. All others of
+    the run except the newest `keep_last` are removed. Raises CheckpointError if files cannot be written."""
     writer = Writer(run_dir, keep_last=keep_last)
     writer.save(model, optimizer, step=step, settings=settings, data=data)
     writer.wait()
@@ -238,11 +223,8 @@ def save(
 
 def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> Path:
     """Write the checkpoint of `state.step`, with the tensors `weights` (or LoRA adapters) and `others`; return its
-    directory.
-
-    Fills in `state.files`. An existing checkpoint of this step is replaced. If writing fails, the incomplete directory
-    is removed and the error is raised.
-    """
+    directory. Fills in `state.files`. Replaces a checkpoint of the same step. On an error the incomplete directory is
+    removed."""
     is_adapted = all(lora.is_adapter(name.removesuffix(".weight")) for name in weights)
     final = run_dir / "checkpoints" / f"step-{state.step}"
     temporary, aside = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "old"))
@@ -266,11 +248,10 @@ def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor],
 
 
 def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
-    """Write RUN/base.safetensors, the frozen weights that the LoRA adapters of a run are added to.
+    """Write RUN/base.safetensors, the frozen weights that a run's LoRA adapters are added to.
 
-    If `init`, the checkpoint that the run starts from, has a weights file and the file system allows it, this is a hard
-    link to that file. Otherwise the weights of `model` are written, which must not have adapters yet. `init` is None
-    for new weights.
+    It is a hard link to the weights file of `init`, the checkpoint that the run starts from (None for new weights), if
+    there is one and the file system allows it. Otherwise the weights of `model`, without adapters yet, are written.
     """
     path = run_dir / BASE
     path.unlink(missing_ok=True)
@@ -289,8 +270,8 @@ def load_base(run_dir: Path, model: Model) -> None:
 
 
 def recover(run_dir: Path) -> None:
-    """Clean up the checkpoints of a run after a killed process: remove incomplete ones, and restore the old version of
-    one that was being replaced unless the new version is complete."""
+    """Clean up after a killed process: remove incomplete checkpoints, and restore the old version of one that was being
+    replaced unless the new version is complete."""
     for path in (run_dir / "checkpoints").glob(".step-*"):
         if path.suffix == ".old":
             files.restore_directory(path.with_name(path.name.removeprefix(".").removesuffix(".old")), path)
@@ -299,11 +280,10 @@ def recover(run_dir: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write contiguous CPU tensors as a safetensors file, flush it to disk, and return its size and sha256.
+    """Write contiguous CPU tensors as a safetensors file, flush it to disk, and return its size and sha256. Unlike
+    safetensors' own writer, this neither copies every tensor nor holds Python's global interpreter lock meanwhile.
 
-    safetensors' own writer copies every tensor and holds Python's global interpreter lock meanwhile. This function
-    writes and hashes the tensors without copying them. File format: 8 bytes with the length of the header, a JSON
-    header, then the bytes of each tensor.
+    File format: 8 bytes with the length of the header, a JSON header, then the bytes of each tensor.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -324,10 +304,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state and torch's random state by name.
-
-    Names are STATE/PARAMETER, such as exp_avg/model.norm.weight; rng/cpu; and rng/cuda if CUDA is available.
-    """
+    """Return the optimizer's state as STATE/PARAMETER, such as exp_avg/model.norm.weight, and torch's random state as
+    rng/cpu and, if CUDA is available, rng/cuda."""
     tensors = {
         f"{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -343,8 +321,8 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Load a checkpoint's weights (or LoRA adapters), optimizer state and random state, in place. Return the tensors
-    that were passed to `Writer.save` as `extra`, by name.
+    """Load a checkpoint's weights (or LoRA adapters), optimizer state and random state, in place. Return the `extra`
+    tensors that were passed to `Writer.save`, by name.
 
     A model for a checkpoint with adapters must have adapters already. Raises CheckpointError if the weights do not fit
     the model, and RuntimeError if the adapters do not.
@@ -376,11 +354,9 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def load_weights(
     checkpoint: Checkpoint, model: Model, *, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 ) -> None:
-    """Copy a checkpoint's weights into a model. LoRA adapters are added to the base weights first.
-
-    `change`: optional function that maps the weights by name to those to copy, for example to enlarge the embedding.
-    Raises CheckpointError if names or shapes do not fit the model, or if a weights file is unreadable.
-    """
+    """Copy a checkpoint's weights into a model; LoRA adapters are added to the base weights first. change: maps the
+    weights by name to those to copy, for example to enlarge the embedding. Raises CheckpointError if names or shapes do
+    not fit the model, or if a weights file is unreadable."""
     try:
         weights = read_weights(checkpoint)
         model.load_state_dict(change(weights) if change else weights)
@@ -392,8 +368,7 @@ def load_weights(
 
 
 def weights_digest(model: Model) -> str:
-    """Return the sha256 of the names and fp32 values of a model's weights. It identifies weights that are in no
-    file."""
+    """Return the sha256 of names and fp32 values of a model's weights, to identify weights that are in no file."""
     sha256 = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         sha256.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -401,11 +376,8 @@ def weights_digest(model: Model) -> str:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, ModelConfig, CheckpointState]:
-    """Load a model without adapters; return it, its shape and the checkpoint's state.json.
-
-    `path`: a checkpoint directory, or a run directory, whose newest complete checkpoint is used. Raises CheckpointError
-    as `find` does.
-    """
+    """Load a model without adapters; return it, its shape and the checkpoint's state.json. path: a checkpoint
+    directory, or a run directory, whose newest undamaged checkpoint is used. Raises CheckpointError as `find` does."""
     checkpoint = find(path)
     with torch.device(device):
         model = Model(checkpoint.model_config)
@@ -414,10 +386,8 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Model, M
 
 
 def find(path: Path) -> Checkpoint:
-    """Open a checkpoint. `path`: a checkpoint directory, or a run directory, whose newest undamaged checkpoint is used.
-
-    Raises CheckpointError if the checkpoint is damaged, or if the run has no undamaged checkpoint.
-    """
+    """Open a checkpoint. path: a checkpoint directory, or a run directory, whose newest undamaged checkpoint is used.
+    Raises CheckpointError if the checkpoint is damaged, or if the run has no undamaged one."""
     if (path / STATE).exists():
         return open_checkpoint(path)
     for directory in _directories(path):
@@ -437,10 +407,8 @@ def newer_than(checkpoint: Checkpoint) -> list[Path]:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint directory and verify the size and sha256 of each of its files.
-
-    Raises CheckpointError, which names the file that is missing or damaged, or if the format version is another one.
-    """
+    """Read a checkpoint directory and verify the size and sha256 of each of its files. Raises CheckpointError, which
+    names a missing or damaged file, also for another format version."""
     fix = "use an older checkpoint of the run, or train again"
     if not (directory / STATE).exists():
         raise CheckpointError(f"{directory}: no {STATE}; not a complete checkpoint", fix)
@@ -462,8 +430,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def find_run(root: Path, stages: Sequence[str]) -> Path | None:
-    """Return the directory of the run that finished last, among finished runs of one of these stages directly under
-    `root`; None if there is none. Unreadable runs are skipped."""
+    """Return the directory of the run that finished last, among finished runs of these stages directly under `root`;
+    None if there is none. Unreadable runs are skipped."""
     finished: list[tuple[float, Path]] = []
     for path in root.glob(f"*/{RUN}"):
         with contextlib.suppress(CheckpointError):
@@ -481,6 +449,5 @@ def _directories(run_dir: Path) -> list[Path]:
 
 @cache
 def _base_record(path: Path) -> FileRecord:
-    """Return the size and sha256 of a run's base weights file. The result is cached, because a run never changes the
-    file."""
+    """Return size and sha256 of a run's base weights, cached because a run never changes the file."""
     return FileRecord(*files.info_of(path))

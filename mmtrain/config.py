@@ -1,9 +1,8 @@
 """Training options and model shapes: every option of `mm train`, its default for each stage, and the presets.
 
-`TrainSettings` has the options that define a run; their values are recorded in run.json and in checkpoints.
-`TrainOptions` adds the options that apply to a single call of `mm train`, such as the data and the run directory. A
-setting that the user did not give is None until `resolve` sets it: from the checkpoint being resumed, the preset, or
-the default of the stage, in this order. This module imports no torch and reads no files.
+`TrainSettings` has the options that define a run and are recorded with it; `TrainOptions` adds those of a single call,
+such as the data and the run directory. A setting that the user did not give is None until `resolve` sets it. This
+module imports no torch and reads no files.
 """
 
 from collections.abc import Mapping
@@ -24,13 +23,10 @@ STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # 
 class ModelConfig:
     """The shape of a model.
 
-    `hidden_size` is the model width C, `ffn_size` the inner width of the feed-forward layer. `num_kv_heads` is the
-    number of key/value heads (grouped-query attention). `rope_theta` is the base of the rotary frequencies, `norm_eps`
-    the epsilon of RMSNorm; with `qk_norm` queries and keys are normalised too. `max_positions` is the largest sequence
-    length in tokens.
-
-    `vocab_size` is the number of rows of the embedding. In MODEL_SHAPES it may be 0, which means the tokenizer's
-    vocabulary size; `shape_from` replaces it.
+    vocab_size: rows of the embedding; in MODEL_SHAPES 0 means the tokenizer's vocabulary size, which `shape_from` fills
+    in. hidden_size: model width C. ffn_size: inner width of the feed-forward layer. num_kv_heads: key/value heads
+    (grouped-query attention). rope_theta: base of the rotary frequencies. norm_eps: epsilon of RMSNorm. qk_norm:
+    whether queries and keys are normalised too. max_positions: largest sequence length in tokens.
     """
 
     vocab_size: int
@@ -70,11 +66,9 @@ MODEL_SHAPES: dict[str, ModelConfig] = {
 
 
 def shape_from(name: str, vocab_size: int) -> ModelConfig:
-    """Return the model shape called `name`, for a tokenizer with `vocab_size` tokens.
-
-    A shape whose own `vocab_size` is 0 gets the tokenizer's. Other shapes keep their own, which may be larger. Raises
-    UsageError if the name is unknown or the shape's vocabulary is smaller than the tokenizer's.
-    """
+    """Return the model shape called `name`, for a tokenizer with `vocab_size` tokens. A shape whose own `vocab_size` is
+    0 gets the tokenizer's; others keep theirs, which may be larger. Raises UsageError if the name is unknown or the
+    shape's vocabulary is smaller than the tokenizer's."""
     if name not in MODEL_SHAPES:
         raise UsageError(f"--model {name} is unknown", f"use one of {', '.join(MODEL_SHAPES)}")
     shape = MODEL_SHAPES[name]
@@ -108,23 +102,18 @@ CUDA_MICRO_TOKENS = 16_384
 
 
 def _setting(default: Any, help: str, group: str, *, free: bool = False, **declaration: Any) -> Any:
-    """Return a dataclass field for a setting. The field's own default is None, which means that the user did not give
-    it.
+    """Return a dataclass field for a setting. Its own default is None, which means that the user did not give it.
 
-    `default`: the default of the setting, either one value for all stages or a mapping from each stage to its value.
-    `group`: heading in --help. `free`: whether a resumed run may use another value than before. `declaration`: further
-    fields of `mmdata.options.Option`, such as `least` or `choices`.
+    default: one value for all stages or a mapping from each stage to its value. group: heading in --help. free: whether
+    a resumed run may use another value. declaration: further fields of `mmdata.options.Option`, such as `least`.
     """
     by_stage = default if isinstance(default, Mapping) else dict.fromkeys(STAGE_KINDS, default)
     return option(None, help=help, group=group, by_stage=by_stage, may_change_on_resume=free, **declaration)
 
 
 def _dpo_setting(default: Any, unused: Any, help: str, **declaration: Any) -> Any:
-    """Return a dataclass field for a setting that only the stage dpo accepts.
-
-    `default`: the default of dpo. `unused`: the value that the other stages record. `help`: help text, shown after
-    "dpo: ". `declaration`: further arguments of `_setting`.
-    """
+    """Return a dataclass field for a setting that only the stage dpo accepts. default: of dpo. unused: the value that
+    the other stages record. help: shown after "dpo: ". declaration: further arguments of `_setting`."""
     by_stage = {"pretrain": unused, "sft": unused, "dpo": default}
     return _setting(by_stage, f"dpo: {help}", PREFERENCES, stages=("dpo",), **declaration)
 
@@ -138,11 +127,8 @@ def _dpo_setting(default: Any, unused: Any, help: str, **declaration: Any) -> An
 # positions, of which about half are padding.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """The settings that define a run. They are recorded in run.json and in every checkpoint.
-
-    Each field's type is that of its value after `resolve`. Before `resolve`, None means that the user did not give the
-    setting.
-    """
+    """The settings that define a run, recorded in run.json and in every checkpoint. Each field's type is that of its
+    value after `resolve`; before, None means that the user did not give the setting."""
 
     preset: str | None = _setting(
         None,
@@ -298,13 +284,11 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions(TrainSettings):
-    """All options of one call of `mm train`: the settings, and the stage, data, run directory and options of this call
-    only.
+    """All options of one call of `mm train`: the settings, and the options of this call only.
 
-    `stage`: pretrain, sft or dpo. `data`: dataset directories. `out`: the run directory. `weights`: the share of the
-    training tokens that each dataset of `data` provides; None means that an epoch takes every sample of every dataset
-    once. `runs_dir`: the directory that is searched for a finished run to start from if neither `init` nor `model` is
-    given.
+    stage: pretrain, sft or dpo. data: dataset directories. out: the run directory. weights: the share of the training
+    tokens that each dataset provides; None means that an epoch takes every sample of every dataset once. runs_dir:
+    searched for a finished run to start from if neither `init` nor `model` is given.
     """
 
     stage: str
@@ -395,10 +379,8 @@ def stage_defaults(stage: str) -> SettingValues:
 
 
 def preset_settings(options: TrainOptions) -> SettingValues:
-    """Return the settings of the preset `options.preset` for the stage, by name; empty if no preset was given.
-
-    With --lora these are the preset's LoRA settings; for dpo its dpo settings (except the learning rate) override them.
-    """
+    """Return the settings of the preset `options.preset` for the stage, by name; empty without a preset. With --lora
+    these are its LoRA settings; for dpo its dpo settings (except the learning rate) override them."""
     if options.preset is None:
         return {}
     stages = PRESET_SETTINGS[options.preset]
@@ -416,17 +398,15 @@ def resolve(
     device: str = "cpu",
     share_prompt: bool = False,
 ) -> tuple[TrainSettings, dict[str, str]]:
-    """Decide the value of every setting. It is the first of these that exists: the flag, the checkpoint being resumed,
-    the preset, the default of the stage.
+    """Decide every setting: the first that exists of the flag, the checkpoint being resumed, the preset, and the
+    default of the stage. Return the settings and, by name, where each came from: "flag", "checkpoint", "preset" or
+    "default".
 
-    `saved`: recorded settings of the run being resumed, else None. `has_init`: whether the model's shape comes from a
-    checkpoint; then `model` is None unless given by flag. `device` ("cpu" or "cuda") and `share_prompt` (whether
-    computing shared prompts once is faster for this data) determine the defaults that depend on them. If --steps is
-    given, `epochs` is None.
-
-    Returns the settings and, by name, where each value came from: "flag", "checkpoint", "preset" or "default". Raises
-    UsageError as `check_options` does, and CheckpointError if a flag differs from the run being resumed and the setting
-    may not change on resume.
+    saved: recorded settings of the run being resumed, else None. has_init: whether the model's shape comes from a
+    checkpoint; `model` is then None unless given by flag. device ("cpu" or "cuda"), share_prompt (whether computing
+    shared prompts once is faster for this data): for the defaults that depend on them. With --steps, `epochs` is None.
+    Raises UsageError as `check_options` does, and CheckpointError if a flag differs from the run being resumed and may
+    not.
     """
     check_options(options)
     preset, defaults = preset_settings(options), stage_defaults(options.stage)
@@ -465,8 +445,7 @@ def resolve(
 
 
 def check_options(options: TrainOptions) -> None:
-    """Raise UsageError if a value is out of range, an option does not apply to the stage, or two options exclude each
-    other."""
+    """Raise UsageError if a value is out of range, does not apply to the stage, or two options exclude each other."""
     check(options)
     for name, known in options_of(options):
         if known.stages and options.stage not in known.stages and getattr(options, name) is not None:

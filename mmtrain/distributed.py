@@ -1,9 +1,8 @@
 """The ranks (processes) of a distributed run: join a run, sum tensors over all ranks, and start the ranks of one
 machine with `launch`. Everything here also works in a single process without distributed training.
 
-Gradients and counts are summed by all-reduce of one flat tensor. A rank that has fewer micro-batches than others, or
-none, therefore takes part in the same way. If a rank fails, the others end within a minute, and its own error is
-printed before theirs.
+Gradients and counts are summed by all-reduce of one flat tensor, so a rank with fewer micro-batches than others, or
+none, takes part in the same way. If a rank fails, the others end within a minute, after its own error is printed.
 """
 
 import importlib
@@ -29,10 +28,8 @@ GRACE_S = 20  # seconds that other ranks have to end by themselves after one has
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks of a run.
-
-    `rank` counts from 0, `size` is the number of ranks, `device` the torch device that this rank computes on.
-    """
+    """This process's place among the ranks of a run. rank: counts from 0. size: number of ranks. device: of this
+    rank."""
 
     rank: int
     size: int
@@ -44,11 +41,8 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place, and return it. Every rank must call this, with tensors of equal shape
-        and type.
-
-        Raises TrainError if another rank has stopped. With a single rank the tensor is returned unchanged.
-        """
+        """Sum a tensor over all ranks, in place, and return it. Every rank must call this, with equal shape and type.
+        Raises TrainError if another rank has stopped."""
         if self.size > 1:
             try:
                 dist.all_reduce(tensor)
@@ -61,11 +55,9 @@ class World:
         self.sum(torch.zeros(1, device=self.device))
 
     def agree(self, error: MMError | None) -> None:
-        """Raise on every rank if any rank passes an error; return if all pass None. Every rank must call this.
-
-        The lowest rank with an error raises it. All other ranks raise SystemExit with that error's exit code, so that
-        the error is printed once.
-        """
+        """Raise on every rank if any rank passes an error; return if all pass None. Every rank must call this. The
+        lowest rank with an error raises it, all others SystemExit with that error's exit code, so that it is printed
+        once."""
         if self.size == 1:
             if error is not None:
                 raise error
@@ -80,9 +72,7 @@ class World:
             raise SystemExit(int(codes[failed[0]].item()))
 
     def agree_on(self, check: Callable[[], object]) -> None:
-        """Call `check` on every rank. If it raised an MMError on any, raise on every rank: the lowest such rank raises
-        its error, the others SystemExit with that error's exit code. Every rank must call this; the return value of
-        `check` is ignored."""
+        """Call `check` on every rank, and raise its MMError, if any, as `agree` does. Every rank must call this."""
         error = None
         try:
             check()
@@ -92,11 +82,8 @@ class World:
 
 
 def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
-    """Return the TrainError for this rank after its connection to another rank was lost, with `error` as torch's
-    reason.
-
-    It first sleeps for 2 seconds, so that the error of the other rank is printed before this one.
-    """
+    """Return the TrainError for a lost connection to another rank, with torch's reason `error`. First sleeps for 2
+    seconds, so that the error of the other rank is printed before this one."""
     time.sleep(2)
     return TrainError(
         f"rank {rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
@@ -105,11 +92,8 @@ def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for `name`: "cpu", "cuda", or "auto" (CUDA if available, else CPU).
-
-    On CUDA it is device number `local_rank`. Raises UsageError if the name is unknown, or if it is "cuda" and torch
-    sees no CUDA device.
-    """
+    """Return the torch device for `name`: "cpu", "cuda" (device number `local_rank`), or "auto" (CUDA if available,
+    else CPU). Raises UsageError if the name is unknown, or if it is "cuda" and torch sees no CUDA device."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {name} is unknown", "use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -120,11 +104,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def join(device_name: str) -> World:
-    """Join the distributed run that the environment variables of torchrun or `launch` describe, and return this
-    process's World. Without them this process is the only rank.
-
-    `device_name`: "auto", "cpu" or "cuda". The process group uses nccl on CUDA and gloo on the CPU.
-    """
+    """Join the distributed run that the environment variables of torchrun or `launch` describe (nccl on CUDA, gloo on
+    the CPU), and return this process's World; without them it is the only rank. device_name: "auto", "cpu" or
+    "cuda"."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
@@ -141,16 +123,14 @@ def join(device_name: str) -> World:
 
 def leave(*, is_failed: bool = False) -> None:
     """Destroy the process group, if there is one. Ranks that still wait for this one get an error and end too.
-
-    `is_failed`: whether this rank ends because of an error. An nccl group is then not destroyed, because that would
-    wait for ranks that may have ended.
-    """
+    is_failed: this rank ends because of an error. An nccl group is then not destroyed, as that would wait for ranks
+    that may have ended."""
     if dist.is_initialized() and not (is_failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Return the rank of this process from the environment variable RANK; 0 if it is not set."""
+    """Return this process's rank from the environment variable RANK; 0 if it is not set."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -163,8 +143,8 @@ def ranks_here(world: World) -> int:
 class StopSignals:
     """Context manager that turns the first SIGINT or SIGTERM into `is_set` = True instead of ending the process.
 
-    The next signal of the same kind has its previous effect. On leaving the context the previous handlers are restored.
-    Outside the main thread it does nothing, because Python allows only the main thread to set handlers.
+    The next signal of the same kind has its previous effect; leaving the context restores the previous handlers. It
+    does nothing outside the main thread, because Python allows only that one to set handlers.
     """
 
     def __init__(self) -> None:
@@ -172,7 +152,6 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        """Install the handlers of SIGINT and SIGTERM."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -181,12 +160,10 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers that were installed before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        """Handle the first signal: set `is_set`, and restore the previous handler of this signal."""
         self.is_set = True
         signal.signal(number, self._before[number])
 
@@ -195,9 +172,9 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
     """Run the command line `argv` as `num_processes` ranks on this machine, and wait for them. Return 0, or the exit
     code of the first rank that was seen to fail; 128 + n if signal n ended it.
 
-    All ranks share this process's stdout and stderr. While they run, SIGINT and SIGTERM are forwarded to them; the
-    ranks then save and end. Each rank is started in a session of its own, because otherwise Ctrl-C would reach it
-    twice: from the terminal and forwarded. Ranks that still run when this function ends are killed.
+    The ranks share this process's stdout and stderr. SIGINT and SIGTERM are forwarded to them; they then save and end.
+    Each rank has a session of its own, as otherwise Ctrl-C would reach it twice: from the terminal and forwarded. Ranks
+    that still run when this function ends are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -213,7 +190,6 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
     ]
 
     def pass_on(number: int, _frame: object) -> None:
-        """Forward a signal to every rank that still runs."""
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -230,11 +206,8 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
 
 
 def _watch(processes: Sequence[subprocess.Popen]) -> int:
-    """Wait until all ranks have ended. Return 0, or the exit code of the first rank that failed (128 + n if signal n
-    ended it).
-
-    Once a rank has failed, the others are killed if they have not ended within GRACE_S seconds.
-    """
+    """Wait until all ranks have ended, killing those that still run GRACE_S seconds after one failed. Return 0, or the
+    exit code of the first that failed (128 + n if signal n ended it)."""
     deadline, failure = float("inf"), 0
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]

@@ -1,8 +1,7 @@
-"""The records in the JSON files of a run: run.json, and state.json in each checkpoint. This module does not import
-torch.
+"""The records in the JSON files of a run: run.json, and state.json in each checkpoint. This module imports no torch.
 
-A field whose value is UNSET is not written to the file. A field with a default may be missing from a file, so that runs
-written by older versions can still be read.
+A field that is UNSET is not written. A field with a default may be missing, so that files of older versions can be
+read.
 """
 
 from pathlib import Path
@@ -18,11 +17,9 @@ RUN = "run.json"
 
 
 class StartRecord(Struct):
-    """The weights that a run started from.
-
-    `dir`: the checkpoint directory, empty for new weights. `weights_sha256`: hash of the weights. With
-    --resize-embeddings also the method (mean or subtoken), and the added token ids as ranges, such as "300-301".
-    """
+    """The weights that a run started from. dir: the checkpoint directory, empty for new weights. weights_sha256: their
+    hash. With --resize-embeddings also the method (mean or subtoken), and the added token ids as ranges, such as
+    "300-301"."""
 
     dir: str
     weights_sha256: str
@@ -48,12 +45,9 @@ class BestRecord(Struct):
 
 
 class TrainedOn(Struct):
-    """What a run was trained on.
-
-    `digest` identifies the datasets together with their weights. `dirs`: dataset directories. `weights`: the share of
-    the tokens that each dataset provides; None if every sample is taken once per epoch. `tokenizer_sha256`: hash of the
-    datasets' tokenizer. `init`: the weights the run started from.
-    """
+    """What a run was trained on. digest: identifies the datasets with their weights. dirs: dataset directories.
+    weights: the share of the tokens that each dataset provides; None if every sample is taken once per epoch.
+    tokenizer_sha256: of the datasets' tokenizer. init: the weights the run started from."""
 
     digest: str = ""
     dirs: list[str] = []
@@ -63,11 +57,8 @@ class TrainedOn(Struct):
 
 
 class CheckpointState(Struct):
-    """state.json of a checkpoint: everything except tensors.
-
-    `files` maps the path of each file of the checkpoint, relative to the checkpoint directory, to its size and hash.
-    `step`: number of optimizer steps done. `best`: the step with the lowest val loss so far; None without a validation.
-    """
+    """state.json of a checkpoint: everything except tensors. files: size and hash of each file, by its path relative to
+    the checkpoint directory. step: optimizer steps done. best: None without a validation."""
 
     format_version: int
     files: dict[str, FileRecord]
@@ -82,19 +73,15 @@ class CheckpointState(Struct):
 
 
 class SettingRecord(Struct):
-    """The value of a setting and where it came from: "flag", "checkpoint", "preset" or "default". In the file the
-    second field is called "from"."""
+    """The value of a setting and where it came from ("from" in the file): flag, checkpoint, preset or default."""
 
     value: Any
     origin: str = field(name="from")
 
 
 class DataRecord(Struct, kw_only=True):
-    """A dataset of a run.
-
-    `dir`: its directory. `kind`: document, conversation or pair. `digest` identifies its content. `share`: its share of
-    the tokens of an epoch, 0 to 1.
-    """
+    """A dataset of a run. dir: its directory. kind: document, conversation or pair. digest: identifies its content.
+    share: its share of the tokens of an epoch, 0 to 1."""
 
     dir: str
     kind: str = ""
@@ -103,11 +90,8 @@ class DataRecord(Struct, kw_only=True):
 
 
 class ResumeRecord(Struct):
-    """One resumption of a run.
-
-    `step`: optimizer steps done before it. `time`: when, in seconds since the epoch (Unix time). `world_size`: number
-    of ranks. `device`: such as "cpu" or "cuda:0".
-    """
+    """One resumption of a run. step: optimizer steps done before it. time: when, in Unix time. world_size: number of
+    ranks. device: such as "cpu" or "cuda:0"."""
 
     step: int
     time: float
@@ -116,11 +100,8 @@ class ResumeRecord(Struct):
 
 
 class ReferenceRecord(StartRecord, kw_only=True):
-    """The reference model of a dpo run.
-
-    The inherited fields identify its weights. `shape`: its model shape. `path`: the file with its logps, `precision`:
-    the type that they were computed in, such as "float32".
-    """
+    """The reference model of a dpo run; the inherited fields identify its weights. shape: its model shape. path: the
+    file with its logps. precision: the type that they were computed in, such as "float32"."""
 
     shape: ModelConfig
     path: str = ""
@@ -128,11 +109,8 @@ class ReferenceRecord(StartRecord, kw_only=True):
 
 
 class RunRecord(Struct):
-    """run.json: the settings of a run, its data, model and machine, and how it ended.
-
-    `started` and `ended` are in seconds since the epoch (Unix time). `num_steps` is the planned number of optimizer
-    steps; `final_step` the number that was done.
-    """
+    """run.json: the settings of a run, its data, model and machine, and how it ended. started, ended: Unix time in
+    seconds. num_steps: planned optimizer steps. final_step: those that were done."""
 
     stage: str = "?"
     status: str = "?"  # running, finished, interrupted or failed
@@ -165,6 +143,5 @@ class RunRecord(Struct):
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read and return run.json of a run. Raises CheckpointError if it is missing, malformed or has fields of wrong
-    types."""
+    """Read run.json of a run. Raises CheckpointError if it is missing, malformed or has fields of wrong types."""
     return read_record(run_dir / RUN, RunRecord, CheckpointError, "give a run directory of `mm train`")

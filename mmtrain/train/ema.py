@@ -1,8 +1,7 @@
 """Exponential moving average (EMA) of the trained weights: a second fp32 copy, updated after every step.
 
 With --ema, validation uses the average, and checkpoints save it as the model's weights, which chat, export and later
-runs load. The weights that the optimizer updates are saved in the checkpoint too, so that a resumed run can continue
-from them.
+runs load. For resuming, the checkpoint also has the weights that the optimizer updates.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 
 
 class Average:
-    """The moving average of all trainable parameters of a model: after each step average += (1 - decay) (weights -
-    average).
+    """The moving average of a model's trainable parameters: after each step average += (1 - decay) (weights - average).
 
-    In the first steps (1 + step) / (10 + step) is used as decay if it is smaller, as in TensorFlow's moving average.
-    Otherwise the initial weights would dominate the average for about 1 / (1 - decay) steps. The average starts as a
-    copy of the parameters. `decay`: 0 to below 1, such as 0.999.
+    It starts as a copy of the parameters. In the first steps the decay is (1 + step) / (10 + step) if that is smaller,
+    as in TensorFlow; otherwise the initial weights would dominate for about 1 / (1 - decay) steps. decay: 0 to below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -28,18 +25,15 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the weights after optimizer step `step`, which counts from 0."""
+        """Update the average with the weights after optimizer step `step`, counted from 0."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self._trained.items():
             self._average[name].lerp_(parameter.detach(), share)
 
     @contextmanager
     def in_place(self) -> Iterator[dict[str, Tensor]]:
-        """Context manager inside which the model's parameters have the values of the average.
-
-        Yields the values that the optimizer updates, by parameter name. They are put back into the model on leaving the
-        context, also after an exception.
-        """
+        """Context manager inside which the model's parameters have the values of the average. Yields the values that
+        the optimizer updates, by parameter name; they are put back on leaving, also after an exception."""
         self._swap()
         try:
             yield self._average
@@ -48,12 +42,8 @@ class Average:
 
     @torch.no_grad()
     def resume(self, weights: Mapping[str, Tensor]) -> None:
-        """Continue from a checkpoint whose weights (the average) the model has just loaded: copy the model's parameters
-        to the average, then copy `weights` to the parameters.
-
-        `weights`: the values that the optimizer updates, by parameter name; asserts that the names are those of the
-        trainable parameters.
-        """
+        """Continue from a checkpoint whose weights (the average) the model has just loaded: copy them to the average,
+        then copy `weights` to the parameters. weights: the values that the optimizer updates, by parameter name."""
         assert set(weights) == set(self._trained), set(weights) ^ set(self._trained)
         for name, parameter in self._trained.items():
             self._average[name].copy_(parameter)
@@ -61,8 +51,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange the values of the model's parameters and of the average. The parameters' memory addresses do not
-        change."""
+        """Exchange the values of the parameters and of the average; the parameters' memory addresses do not change."""
         for name, parameter in self._trained.items():
             held = parameter.clone()
             parameter.copy_(self._average[name])

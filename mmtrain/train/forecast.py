@@ -1,8 +1,7 @@
-"""Forecast, from a few trial steps before the first step of dpo, how far the run will move the reward margins; and warn
-during dpo when the model forgets.
+"""Forecast, before the first step of dpo, how far the run will move the reward margins; warn when the model forgets.
 
-The trial makes PROBES steps of the run's optimizer, on the first micro-batch of each of the first steps, and then
-restores the weights. Meanwhile it needs a copy of the weights in host memory, and a second optimizer state.
+The forecast makes PROBES trial steps with the run's optimizer, on the first micro-batch of each of the first steps, and
+then restores the weights. Meanwhile it needs a copy of the weights in host memory, and a second optimizer state.
 """
 
 from collections.abc import Mapping
@@ -32,28 +31,24 @@ WORSE = 0.03  # relative rise of the val loss above its start value that brings 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The result of the trial steps.
-
-    `margin_per_lr`: change of the mean reward margin per trial step, divided by the learning rate. `sum_of_rates`: sum
-    of the learning rates of all steps of the run.
-    """
+    """The result of the trial steps. margin_per_lr: change of the mean reward margin per trial step, divided by the
+    learning rate. sum_of_rates: sum of the learning rates of all steps of the run."""
 
     margin_per_lr: float
     sum_of_rates: float
 
     @property
     def reach(self) -> float:
-        """Return how much the mean reward margin would change if every step of the run changed it as much, per unit of
-        learning rate, as the trial steps did. This is an upper bound, because later steps change it less."""
+        """Return the change of the mean reward margin if every step changed it as much, per unit of learning rate, as
+        the trial steps did. This is an upper bound, because later steps change it less."""
         return self.margin_per_lr * self.sum_of_rates
 
 
 def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, reference: Tensor | None) -> Forecast:
-    """Make PROBES trial steps and return the forecast for the run. Every rank must call this.
+    """Make PROBES trial steps, restore the weights and return the forecast. Every rank must call this.
 
-    Weights are restored and `gradient` is zeroed at the end. `gradient`: the flat gradient of the model's trainable
-    parameters. `reference`: the reference model's logps of the train split, float64 [N, 2] on the CPU, or None for a
-    loss without reference.
+    gradient: the flat gradient of the trainable parameters, zeroed at the end. reference: the reference model's logps
+    of the train split, float64 [N, 2] on the CPU; None for a loss without reference.
     """
     settings, loader = plan.settings, plan.loader
     assert isinstance(loader, PairLoader)
@@ -64,7 +59,7 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
     batches = [to_device(micro, world.device, loader.limits) for micro in micros]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss [S] with gradient and the reward margin [S] of a batch of S pairs."""
+        """Return the loss [S] with gradient and the reward margin [S] of S pairs."""
         ref = None if reference is None else reference[batch.samples].to(world.device)
         with autocast(world.device):
             logps, counts = logps_of(model, batch).view(-1, 2), counts_of(batch).view(-1, 2)
@@ -100,11 +95,8 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
 
 
 def lines(forecast: Forecast, lr: float) -> list[str]:
-    """Return the forecast as lines for the console. If the run can hardly have an effect, the second line is a warning
-    with advice.
-
-    `lr`: peak learning rate of the run.
-    """
+    """Return the forecast as console lines; the second, if any, warns that the run can hardly have an effect, with
+    advice. lr: peak learning rate of the run."""
     reach = forecast.reach
     text = (
         f"forecast: lr x steps can move the mean margin by about {reach:.2g} at most, measured on {PROBES} probe steps"
@@ -120,10 +112,9 @@ def lines(forecast: Forecast, lr: float) -> list[str]:
 def forgetting(start: Mapping[str, float], now: Mapping[str, float], objective: Objective) -> str | None:
     """Return a warning if the val metrics `now` are worse than those at the `start` of dpo; None if they are not.
 
-    The loss on the guard dataset ("guard_loss") and the chosen replies' negative log-likelihood ("chosen_nll") are
-    worse if they rose by more than FORGETTING, in nats per token; the val loss ("loss") if it rose by more than the
-    share WORSE. They are checked in this order, and only the first that is worse is reported. Metrics that either
-    mapping lacks are skipped.
+    Worse are "guard_loss" (loss on the guard dataset) and "chosen_nll" (negative log-likelihood of the chosen replies)
+    if they rose by more than FORGETTING nats per token, and "loss" (val loss) if it rose by more than the share WORSE.
+    Only the first of these is reported; metrics that either mapping lacks are skipped.
     """
     for name, text in (("guard_loss", "the guard's held-out text"), ("chosen_nll", "held-out chosen replies")):
         if name in start and name in now and now[name] - start[name] > FORGETTING[name]:

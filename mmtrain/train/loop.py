@@ -1,8 +1,7 @@
-"""The training loop, which all stages share: options in, a run directory out. Stages differ only in the kind of rows
-and in the loss.
+"""The training loop of all stages: options in, a run directory out. Only the kind of rows and the loss differ by stage.
 
-First the run is planned, which opens and checks everything and writes nothing. Then it is started, makes its steps, and
-ends as "finished" or "interrupted". In both cases there is a checkpoint of its last step.
+The run is planned first, which opens and checks everything and writes nothing; then it is started, makes its steps, and
+ends as "finished" or "interrupted", in both cases with a checkpoint of its last step.
 """
 
 import contextlib
@@ -39,11 +38,10 @@ from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, start
 class TrainResult:
     """The outcome of one call of `train`.
 
-    `first_step`: optimizer steps that were done before this call; `final_step`: after it; `num_steps`: planned for the
-    run. `seconds`, `tokens`, `trained_tokens` and `num_skipped` (steps that did not change the weights because they
-    were not finite) count this call only. `train_loss`: mean loss of the last step; None if no step was made. `val`:
-    metrics of the last validation, empty without one. `best_checkpoint`: that of the lowest val loss; None without a
-    validation.
+    first_step: optimizer steps done before this call. final_step: after it. num_steps: planned for the run. seconds,
+    tokens, trained_tokens, num_skipped (steps skipped as not finite): of this call only. train_loss: mean of the last
+    step; None without a step. val: metrics of the last validation, empty without one. best_checkpoint: that of the
+    lowest val loss; None without a validation.
     """
 
     run_dir: Path
@@ -66,12 +64,11 @@ class TrainResult:
 
 
 def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
-    """Train one stage, from its start or, with `options.resume`, from the run's newest checkpoint. Return how the run
-    ended.
+    """Train one stage, from its start or, with `options.resume`, from the run's newest checkpoint; return how it ended.
 
-    Under torchrun or `distributed.launch` every rank calls this. `log` is called with each console line on the first
-    rank only, and not with `options.quiet`. SIGINT and SIGTERM end the run after the current step, with a checkpoint.
-    Raises an MMError for every problem that a user can cause.
+    Under torchrun or `distributed.launch` every rank calls this. log: called with each console line, on the first rank
+    only, and not with `options.quiet`. SIGINT and SIGTERM end the run after the current step, with a checkpoint. Raises
+    an MMError for every problem that a user can cause.
     """
     world = distributed.join(options.device)
     try:
@@ -85,10 +82,7 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_l
 
 def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> TrainResult:
     """Plan and start the run, make its steps, and record in run.json how it ended ("finished", "interrupted" or
-    "failed").
-
-    `say` is called with each console line. Raises the error that ended the run.
-    """
+    "failed"). say: called with each console line. Raises the error that ended the run."""
     plans: list[TrainPlan] = []
     world.agree_on(lambda: plans.append(make_plan(options, world)))
     run = start(plans[0], options, world, say if world.is_first and not options.quiet else None)
@@ -118,18 +112,14 @@ def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> T
 
 
 def _json_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with paths as strings, and None in place of floats that are not finite, which JSON does not
-    have."""
+    """Return the values with paths as strings, and None for floats that are not finite, which JSON does not have."""
     texts = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in texts.items()}
 
 
 def _prepare_pairs(run: ActiveRun) -> None:
-    """Prepare the first step of dpo: report statistics of the pairs, get the reference model's logps, forecast how far
-    the run will move the reward margins, and validate the start weights.
-
-    A resumed run only gets the reference model's logps.
-    """
+    """Before the first step of dpo: report statistics of the pairs, get the reference model's logps, forecast the
+    reward margins, and validate the start weights. A resumed run only gets the logps."""
     plan, record, say = run.plan, run.record, run.log.say
     if run.world.is_first and not plan.start.resumed:
         for line in pair_lines(figures_of_pairs(plan.datasets)):
@@ -145,7 +135,6 @@ def _prepare_pairs(run: ActiveRun) -> None:
 
 
 def _forecast(run: ActiveRun) -> None:
-    """Forecast how far the run can move the reward margins; record the result for run.json and print it."""
     outlook = forecast.forecast(run.plan, run.model, run.gradient, run.world, run.ref.get("train"))
     run.record.forecast = asdict(outlook) | {"reach": outlook.reach}
     for line in forecast.lines(outlook, run.plan.settings.lr):
@@ -157,11 +146,7 @@ def _forecast(run: ActiveRun) -> None:
 
 def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
     """Make steps until all are done, a signal or stop request has come, or --patience ends the run. Validate and save
-    at the intervals of --val-every and --save-every, and at the end. A validation with the lowest loss so far is saved
-    too.
-
-    `stop`: tells whether this process has received a signal.
-    """
+    every --val-every and --save-every steps and at the end; save also after the lowest val loss so far."""
     plan, settings, num_steps = run.plan, run.plan.settings, run.plan.num_steps
     first_step = step = plan.start.step
     begun = time.monotonic()
@@ -211,9 +196,8 @@ def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
 def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
     """Make optimizer step `step`, counted from 0: forward and backward passes, sum over ranks, clip, update.
 
-    It never waits for the device. The loss and the other numbers of the step are returned as an InFlight and read
-    later. A request to stop on any rank (a signal, noted in `stop`, or the file STOP_FILE) is summed with them, so that
-    all ranks stop after the same step.
+    It never waits for the device; the numbers of the step are read later from the InFlight returned. A request to stop
+    on any rank (a signal, or the file STOP_FILE) is summed with them, so that all ranks stop after the same step.
     """
     begun = time.monotonic()
     settings = run.plan.settings
@@ -242,13 +226,11 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
 
 
 def _accumulate(run: ActiveRun, step: int) -> Tensor:
-    """Run the forward and backward passes of this rank's micro-batches of a step; the gradients are summed in
-    `run.gradient`.
+    """Run the forward and backward passes of this rank's micro-batches of a step; `run.gradient` gets the sum.
 
     Returns float64 sums [4 + number of the stage's figures]: loss, count (trained tokens or pairs), tokens, trained
-    tokens, then the stage's figures. If memory runs out, the largest allowed micro-batch is halved and all
-    micro-batches of the step are run again. The gradient is a sum, so it does not depend on how the samples are divided
-    into micro-batches. Raises TrainError if a single sequence does not fit in memory.
+    tokens, then the figures. If memory runs out, the largest allowed micro-batch is halved and the step run again, with
+    the same gradient, as it is a sum. Raises TrainError if a single sequence does not fit in memory.
     """
     micros, num_halved = next(run.batches), 0
     while True:
@@ -272,8 +254,8 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
 
 
 def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
-    """Run the forward and backward passes of all `micros`, each divided so that no piece exceeds `run.most_tokens`.
-    Returns the sums that `_accumulate` describes. `run.gradient` is zeroed first."""
+    """Zero `run.gradient`, run the passes of `micros` in pieces of at most `run.most_tokens`. Returns as `_accumulate`
+    does."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
     limits = run.plan.loader.limits
@@ -294,8 +276,8 @@ def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
 
 
 def _halve(run: ActiveRun, reason: str) -> None:
-    """Halve the largest number of tokens that this rank runs at once. Raises TrainError if it is already below half of
-    the longest possible sequence, with `reason` (torch's message) in the text."""
+    """Halve the largest number of tokens that this rank runs at once. Raises TrainError, with torch's message `reason`,
+    if it is already below half of the longest possible sequence."""
     if run.most_tokens is not None and run.most_tokens < run.plan.datasets[0].max_len // 2:
         raise TrainError(
             f"out of memory with one document at a time ({reason})",
@@ -345,12 +327,11 @@ def _read(run: ActiveRun, lag: int) -> None:
 
 
 def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: float, *, is_skipped: bool) -> None:
-    """Count and report a step that was skipped because its loss or gradient was not finite, if `is_skipped`; else
-    restart the count of skipped steps in a row. Raises TrainError on the first rank, SystemExit on the others, after
-    --max-skipped such steps in a row.
+    """Report and count a step skipped because its loss or gradient was not finite; without `is_skipped` restart the
+    count. Raises TrainError on the first rank, SystemExit on the others, after --max-skipped skipped steps in a row.
 
-    If only the fp16 gradient overflowed (finite `loss`, loss scale `scale` above 1), the step does not count towards
-    that limit, because halving the scale is the remedy. `step`: counted from 0. `loss`: mean. `norm`: gradient norm.
+    If only the fp16 gradient overflowed (finite loss, loss scale above 1), the step does not count towards that limit,
+    because halving the scale is the remedy. step: counted from 0. loss: mean. norm: of the gradient. scale: loss scale.
     """
     if not is_skipped:
         run.num_skipped_in_a_row = 0
@@ -372,8 +353,8 @@ def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: f
 
 
 def _validate(run: ActiveRun, step: int) -> bool:
-    """Compute and log the metrics of the val split after `step` steps, and warn if the model forgets. Return whether
-    the val loss is finite and the lowest so far; `run.best` is then updated."""
+    """Log the metrics of the val split after `step` steps, and warn if the model forgets. Return whether the val loss
+    is finite and the lowest so far; `run.best` is then updated."""
     run.val = _held_out(run)
     run.last_read = time.monotonic()
     if "loss" in run.val:
@@ -390,8 +371,8 @@ def _validate(run: ActiveRun, step: int) -> bool:
 
 
 def _held_out(run: ActiveRun) -> dict[str, float]:
-    """Return the metrics of the val split, and as "guard_loss" the val loss on the dataset of --guard. Without a val
-    split and without --guard the result is empty. With --ema the averaged weights are used."""
+    """Return the metrics of the val split, and as "guard_loss" the val loss on the dataset of --guard; empty with
+    neither of the two. With --ema the averaged weights are used."""
     plan, world, figures = run.plan, run.world, {}
     with autocast(world.device), _final_weights(run):
         if plan.val_loader.num_samples:
@@ -405,12 +386,8 @@ def _held_out(run: ActiveRun) -> dict[str, float]:
 
 
 def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
-    """Return a context manager inside which the model has the weights that are validated and saved: with --ema the
-    average, otherwise the weights that the optimizer updates.
-
-    With --ema it yields the latter by parameter name, and they are put back on leaving the context. Otherwise it yields
-    an empty dict.
-    """
+    """Context manager inside which the model has the weights that are validated and saved: the average with --ema. It
+    then yields the weights that the optimizer updates, by name, and puts them back on leaving; else it yields {}."""
     if run.average is None:
         return nullcontext({})
     run.writer.settle()
@@ -418,8 +395,8 @@ def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
 
 
 def _early_stop(run: ActiveRun) -> str:
-    """Return the reason why --patience ends the run now: the last N val losses were not lower than the best before.
-    Return an empty string if it does not end the run."""
+    """Return why --patience ends the run: the last N val losses were not lower than the best before; empty if it does
+    not end it."""
     patience = run.plan.settings.patience
     if not patience or metrics.num_since_best(run.val_losses) < patience:
         return ""
@@ -452,11 +429,8 @@ def _save(run: ActiveRun, step: int) -> None:
 
 
 def _last_checkpoint(run: ActiveRun) -> Path | None:
-    """Wait until nothing is being written, and return the newest complete checkpoint of the run.
-
-    On the first rank this may be the checkpoint that the run was resumed from; None if there is no checkpoint. The
-    other ranks return the path of the last checkpoint that was started during this call of `train`, or None.
-    """
+    """Wait until nothing is being written, and return the run's newest complete checkpoint, on the first rank possibly
+    the one resumed from. Other ranks return that of the last save during this call of `train`. None without one."""
     run.writer.wait()
     if run.world.is_first:
         return run.writer.last or (run.plan.start.resumed.dir if run.plan.start.resumed else None)

@@ -1,10 +1,8 @@
-"""The optimizer Muon: it orthogonalises the momentum of each hidden weight matrix. AdamW updates the embedding and the
-norms.
+"""The optimizer Muon: it orthogonalises the momentum of each hidden weight matrix; AdamW updates embedding and norms.
 
-Matrices of equal shape are orthogonalised together, in one batched product. For a matrix, the state takes 4 bytes per
-weight instead of AdamW's 8. A step costs about 15 (C + ffn_size) multiplications per weight, which is negligible for
-large batches only. The update rule is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", so learning rate
-and weight decay have the same meaning as for AdamW.
+The update rule is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", so learning rate and weight decay mean
+the same as for AdamW. The state of a matrix takes 4 bytes per weight (AdamW: 8). A step costs about 15 (C + ffn_size)
+multiplications per weight, which is negligible for large batches only.
 """
 
 import math
@@ -23,12 +21,10 @@ CHUNK_ELEMENTS = 2**25  # largest size of a batched product, in elements: 64 MB 
 
 
 def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the matrices of x [n, A, B] with their singular values brought near 1, in type `dtype`. A zero matrix
-    stays zero.
+    """Return the matrices of x [n, A, B] with singular values near 1, in type `dtype`. A zero matrix stays zero.
 
-    Each matrix X (transposed if it is tall) is divided by its Frobenius norm. Then the Newton-Schulz iteration X <- a X
-    + (b G + c G^2) X with G = X X^T is applied ITERATIONS times, which maps each singular value s to a s + b s^3 + c
-    s^5.
+    Each matrix X (transposed if tall) is divided by its Frobenius norm. The Newton-Schulz iteration X <- a X + (b G + c
+    G^2) X with G = X X^T, applied ITERATIONS times, maps each singular value s to a s + b s^3 + c s^5.
     """
     a, b, c = COEFFICIENTS
     is_tall = x.shape[-2] > x.shape[-1]
@@ -42,12 +38,11 @@ def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimizer that updates `matrices` by Muon and the parameter groups `others` by fused AdamW, with one learning
-    rate.
+    """Optimizer that updates `matrices` by Muon and the parameter groups `others` by fused AdamW, at one learning rate.
 
-    `lr` and `weight_decay` apply to `matrices`; `lr`, `betas` and `eps` to `others`, whose groups carry their own
-    weight decay. As with fused AdamW, two tensors may be set before a step: gradients are divided by `grad_scale`, and
-    if `found_inf` is 1, the step changes neither weights nor state. Neither makes the host wait for the device.
+    weight_decay: of `matrices`; the groups of `others` carry their own. betas, eps: of `others`. As with fused AdamW,
+    two tensors may be set before a step: gradients are divided by `grad_scale`, and if `found_inf` is 1, the step
+    changes neither weights nor state. Neither makes the host wait for the device.
     """
 
     grad_scale: Tensor | None = None
@@ -100,7 +95,6 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(decay).sub_(value)
 
     def _buffer(self, parameter: nn.Parameter) -> Tensor:
-        """Return the momentum of a matrix, which is created as zeros at its first step."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -108,8 +102,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield lists of parameters of equal shape, with at most CHUNK_ELEMENTS elements per list. A single parameter that
-    has more forms a list of its own."""
+    """Yield lists of parameters of equal shape, of at most CHUNK_ELEMENTS elements or a single larger parameter."""
     by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
@@ -121,6 +114,6 @@ def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parame
 
 def _product_dtype(device: torch.device) -> torch.dtype:
     """Return the type to orthogonalise in: bf16 on CUDA devices with native bf16, because the iteration tolerates its
-    rounding; fp32 elsewhere, because CPUs without bf16 instructions are slower in bf16."""
+    rounding; else fp32, because CPUs without bf16 instructions are slower in bf16."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32

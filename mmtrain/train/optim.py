@@ -1,5 +1,4 @@
-"""The flat gradient, the optimizer (fused AdamW or Muon), its update, and the learning rate as a function of
-the step."""
+"""The flat gradient, the optimizer (fused AdamW or Muon), its update, and the learning rate of each step."""
 
 import math
 from typing import Any
@@ -14,11 +13,8 @@ EPS = 1e-8
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
-    """Return a zeroed fp32 vector with one element per trainable parameter value, and make the parameters' gradients
-    views of it.
-
-    Zeroing the gradients, summing them over ranks and computing their norm are then one call each.
-    """
+    """Return a zeroed fp32 vector with one element per trainable parameter value, of which the parameters' gradients
+    become views. Zeroing the gradients, summing them over ranks and computing their norm are then one call each."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -29,9 +25,9 @@ def flat_gradient(model: nn.Module) -> Tensor:
 def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: float = BETA2) -> torch.optim.Optimizer:
     """Return the optimizer `name`, "adamw" or "muon", for all trainable parameters.
 
-    `weight_decay` applies to matrices only; norm weights have none. With "muon", Muon updates the hidden matrices, and
-    AdamW the embedding (which is also the output embedding) and the norms. `lr` is replaced at every `update`. `beta2`:
-    AdamW's decay rate of the squared gradients.
+    weight_decay: applies to matrices only, not to norms. With "muon", Muon updates the hidden matrices, AdamW the
+    embedding (also the output embedding) and the norms. lr: replaced at every `update`. beta2: decay of AdamW's squared
+    gradients.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     hidden = [p for n, p in trained.items() if p.dim() >= 2 and not (name == "muon" and "embed" in n)]
@@ -60,15 +56,12 @@ def update(
     clip: float,
     is_finite: Tensor | bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Make one optimizer step with the mean gradient `gradient` / `count`, clipped to norm `clip`.
+    """Make one optimizer step with the mean gradient `gradient` / `count`, clipped to norm `clip`. Return two float64
+    scalars: the norm of the mean gradient before clipping, and 1 if the step was taken, else 0.
 
-    `gradient`: the flat gradient, a sum over `count` trained tokens or pairs. `count` may include a loss scale as a
+    gradient: the flat gradient, a sum over `count` trained tokens or pairs. count: may include a loss scale as a
     factor. The step is skipped, without changing weights or optimizer state, if the norm is not finite, `is_finite` is
-    false or `count` is 0.
-
-    Returns two float64 scalar tensors: the norm of the mean gradient before clipping, and 1 if the step was taken, else
-    0. Averaging, clipping and skipping are done by fused AdamW's `grad_scale` and `found_inf`, so they need no pass
-    over the gradient and the host does not wait for the device.
+    false or `count` is 0. The host does not wait for the device.
     """
     count = torch.as_tensor(count, dtype=torch.float64, device=gradient.device)
     norm = gradient.norm().double() / count
@@ -83,12 +76,10 @@ def update(
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, schedule: str, warmup: float) -> float:
-    """Return the learning rate of optimizer step `step`, which counts from 0, of `num_steps`.
-
-    It rises linearly to `peak` over the first `warmup` (a share, 0 to below 1) of the steps. Then `schedule` applies:
-    "cosine" falls to a tenth of the peak; "wsd" stays at the peak and falls linearly to 0 over the last fifth of the
-    steps (which is enough, Hägele et al. 2024); "constant" stays at the peak.
-    """
+    """Return the learning rate of optimizer step `step`, counted from 0. It rises linearly to `peak` over the first
+    `warmup` (a share, 0 to below 1) of the steps, then follows `schedule`: "cosine" falls to a tenth of the peak; "wsd"
+    stays at it and falls linearly to 0 over the last fifth of the steps (enough, Hägele et al. 2024); "constant" stays
+    at it."""
     num_rising = math.ceil(warmup * num_steps)
     if step < num_rising:
         return peak * (step + 1) / num_rising

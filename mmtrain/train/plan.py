@@ -1,7 +1,6 @@
-"""Plan a run: open its datasets and checkpoints, decide its settings, build its loaders. Nothing is written.
+"""Plan a run: data, start (a checkpoint or new weights), settings, model shape and loaders, in this order.
 
-The plan is made in this order: data, start (a checkpoint or new weights), settings, shape of the model, loaders. Wrong
-options and unfitting data are refused here, before the run directory is created.
+Nothing is written: wrong options and unfitting data are refused before the run directory is created.
 """
 
 import math
@@ -35,11 +34,10 @@ SHARE_FROM = 0.03
 
 @dataclass(frozen=True)
 class Start:
-    """The weights that a run starts from.
+    """The weights that a run starts from; new ones if both `resumed` and `init` are None.
 
-    `resumed`: the run's own newest checkpoint if the run is resumed, else None. `init`: the checkpoint of another run
-    that a new run starts from, else None. If both are None, the weights are new. `record`: what run.json and
-    checkpoints record of the start weights; None for new weights, whose hash is not known yet.
+    resumed: the run's own newest checkpoint; None if it is not resumed. init: the checkpoint of another run that a new
+    run starts from. record: for run.json and checkpoints; None for new weights, whose hash is not known yet.
     """
 
     resumed: Checkpoint | None
@@ -49,22 +47,19 @@ class Start:
 
     @property
     def source(self) -> Checkpoint | None:
-        """Return the checkpoint that the shape and the weights are taken from; None for new weights."""
+        """Return the checkpoint that shape and weights are taken from; None for new weights."""
         return self.resumed or self.init
 
     @property
     def step(self) -> int:
-        """Return the number of optimizer steps that the run has already made; 0 unless it is resumed."""
+        """Return the number of optimizer steps already made; 0 unless resumed."""
         return self.resumed.step if self.resumed else 0
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Everything that is known of a run before it starts: opened datasets and checkpoints, and decided settings.
-
-    `out`: the run directory. `shape`: shape of the model. `loader`, `val_loader`: this rank's batches of the train and
-    the val split. `num_steps`: optimizer steps of the whole run.
-    """
+    """Everything that is known of a run before it starts. out: the run directory. shape: of the model. loader,
+    val_loader: this rank's batches of the train and the val split. num_steps: optimizer steps of the whole run."""
 
     out: Path
     stage: Stage
@@ -95,11 +90,8 @@ class TrainPlan:
 
 
 def make_plan(options: TrainOptions, world: World) -> TrainPlan:
-    """Open and check datasets and checkpoints, decide the settings, and return the plan of a run.
-
-    `world`: this process's rank, which determines its share of the batches. Raises an MMError that says what does not
-    fit and what helps: UsageError, DatasetError, CheckpointError or TokenizerError.
-    """
+    """Open and check datasets and checkpoints, decide the settings, and return the plan. world: determines this rank's
+    share of the batches. Raises UsageError, DatasetError, CheckpointError or TokenizerError, with what helps."""
     if options.stage not in STAGES:
         raise UsageError(f"stage {options.stage} is unknown", f"use one of {', '.join(STAGES)}")
     stage = STAGES[options.stage]
@@ -147,8 +139,7 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
 
 
 def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> TrainPlan:
-    """Return the plan with another number of tokens per micro-batch. The steps have the same samples, divided
-    differently."""
+    """Return the plan with another number of tokens per micro-batch. The samples of each step stay the same."""
     settings = replace(plan.settings, micro_tokens=micro_tokens)
     loader = _loader(plan.datasets, "train", settings, world, plan.loader.weights)
     val_loader = _loader(plan.datasets, "val", settings, world)
@@ -159,11 +150,10 @@ def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> Train
 
 
 def _open_data(options: TrainOptions, resumed: Checkpoint | None) -> tuple[list[Dataset], Sequence[float] | None]:
-    """Open the datasets; return them and their weights (shares of the tokens; None if every sample is taken once per
-    epoch).
+    """Open the datasets; return them and their weights (shares of the tokens; None: every sample once per epoch).
 
-    A resumed run uses the datasets and weights recorded in its checkpoint unless --data is given. Raises UsageError if
-    no dataset is given, and DatasetError if one is unreadable or has rows of another kind than the stage trains on.
+    A resumed run uses those of its checkpoint unless --data is given. Raises UsageError if no dataset is given,
+    DatasetError if one is unreadable or has rows of another kind than the stage trains on.
     """
     paths, weights = options.data, options.weights
     if resumed and not paths:
@@ -189,11 +179,8 @@ def _loader(
     world: World,
     weights: Sequence[float] | None = None,
 ) -> Loader | PairLoader:
-    """Return the loader of this rank's batches of `split`, "train" or "val". On CUDA its arrays are in page-locked
-    memory.
-
-    `weights`: the share of the tokens that each dataset provides; None takes every sample once per epoch.
-    """
+    """Return the loader of this rank's batches of `split`, "train" or "val"; on CUDA its arrays are in page-locked
+    memory. weights: the share of the tokens that each dataset provides; None takes every sample once per epoch."""
     return make_loader(
         datasets,
         share_prompt=settings.share_prompt,
@@ -209,11 +196,8 @@ def _loader(
 
 
 def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
-    """Return the loader of the val split of the dataset of --guard; None without --guard.
-
-    Raises DatasetError if the dataset has pairs, was packed with another tokenizer than the run's data, or has no val
-    split.
-    """
+    """Return the loader of the val split of the dataset of --guard; None without --guard. Raises DatasetError if the
+    dataset has pairs, another tokenizer than the run's data, or no val split."""
     if not settings.guard:
         return None
     dataset = open_dataset(Path(settings.guard))
@@ -235,12 +219,8 @@ def _check_loaders(
     loader: Loader | PairLoader,
     val_loader: Loader | PairLoader,
 ) -> None:
-    """Check that the run can train and validate as asked.
-
-    Raises DatasetError if the train split is empty; UsageError if --patience is given but no validation takes place
-    during the run; CheckpointError if a resumed run has other data or dataset weights than before, unless --other-data
-    is given.
-    """
+    """Raise DatasetError if the train split is empty; UsageError if --patience is given but no validation takes place;
+    CheckpointError if a resumed run has other data or dataset weights than before, unless --other-data is given."""
     dirs = [share.dataset.dir for share in loader.shares]
     if not loader.num_samples:
         raise DatasetError(f"{dirs[0]}: the train split is empty", "pack more rows, or a smaller --val-fraction")
@@ -267,8 +247,8 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
     """Return the newest undamaged checkpoint of the run directory --out if the run is to be resumed. Return None for a
     new run (--out does not exist, or is not a run and --resume is not given), and for a run without any checkpoint.
 
-    Raises UsageError if --out is a run and --resume is missing, or --init is given too. Raises CheckpointError if
-    --resume is given and --out exists but is not a run, belongs to another stage, or has only damaged checkpoints.
+    Raises UsageError if --out is a run and --resume is missing, or --init is given too; CheckpointError if --resume is
+    given and --out exists but is not a run, belongs to another stage, or has only damaged checkpoints.
     """
     if not (options.out / RUN).exists():
         if options.resume and options.out.exists():
@@ -288,12 +268,9 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
 
 
 def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None, datasets: Sequence[Dataset]) -> Start:
-    """Return the weights to start from: the resumed checkpoint if there is one; else the checkpoint of --init; else,
-    unless --model is given, the newest finished run under `runs_dir` of a stage in `stage.starts_from`; else new
-    weights.
-
-    Raises UsageError if both --init and --model are given.
-    """
+    """Return the weights to start from: the resumed checkpoint; else that of --init; else, unless --model is given, the
+    newest finished run under `runs_dir` of a stage in `stage.starts_from`; else new weights. Raises UsageError if both
+    --init and --model are given."""
     init = None
     if options.init is not None:
         if options.model is not None:
@@ -312,12 +289,9 @@ def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None,
 
 
 def _growth(options: TrainOptions, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
-    """Return how the embedding of `init` is enlarged for the tokenizer of the datasets; None without
-    --resize-embeddings.
-
-    Raises UsageError if there is no `init`. Raises TokenizerError if the datasets have different tokenizers, or if an
-    id of the old tokenizer means another token in the new one.
-    """
+    """Return how the embedding of `init` is enlarged for the datasets' tokenizer; None without --resize-embeddings.
+    Raises UsageError without `init`, TokenizerError if the datasets have different tokenizers, or if an id of the old
+    tokenizer means another token in the new one."""
     if options.resize_embeddings is None:
         return None
     if init is None:
@@ -335,8 +309,7 @@ def _growth(options: TrainOptions, init: Checkpoint | None, datasets: Sequence[D
 
 
 def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
-    """Raise CheckpointError if a dataset was packed with another tokenizer than the checkpoint was trained with, or has
-    token ids beyond the checkpoint's embedding."""
+    """Raise CheckpointError if a dataset has another tokenizer than `source`, or token ids beyond its embedding."""
     for dataset in datasets:
         pack_again = f"mm pack FILE --tokenizer {source.run_dir / 'tokenizer'} --out {dataset.dir}"
         if dataset.tokenizer_sha256 != source.state.data.tokenizer_sha256:
@@ -353,11 +326,9 @@ def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
 
 
 def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -> ModelConfig:
-    """Return the shape of the model: that of the checkpoint, with the enlarged vocabulary if the embedding grows, or
-    that of --model for new weights.
-
-    Raises DatasetError if the data has longer sequences than the model takes, and UsageError for an unsuitable --model.
-    """
+    """Return the model's shape: the checkpoint's, with the enlarged vocabulary if the embedding grows; for new weights
+    that of --model. Raises DatasetError if sequences are too long for the model, UsageError for an unsuitable
+    --model."""
     if start.source:
         shape = start.source.model_config
     else:

@@ -1,8 +1,7 @@
 """Forecast, before the first step, how much memory, time and disk space a run will need.
 
-A probe runs the model forward and backward on a few hundred tokens of the run's own data. It counts the bytes that
-autograd keeps per token and measures the speed; the rest is computed from these. The probe changes no weights, draws no
-random numbers, and takes a few seconds at most.
+A probe runs the model forward and backward on a few hundred tokens of the run's data, counts the bytes that autograd
+keeps per token and measures the speed. It changes no weights, draws no random numbers, and takes seconds at most.
 """
 
 import os
@@ -41,12 +40,11 @@ MOST_CHECKPOINTED_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run will need on one rank, and the figures that this follows from.
+    """What a run will need on one rank.
 
-    `parts`: bytes of memory at the peak by purpose, such as "optimizer". `free_bytes`: memory that this rank may use.
-    `seconds`: duration of the run. `tokens_per_s`: training speed of all ranks together. `disk_bytes`: largest size of
-    all its checkpoints together. `largest_micro_tokens`: the largest micro-batch that fits in memory, in tokens; 0 if
-    not even a single sample does.
+    parts: bytes of memory at the peak by purpose, such as "optimizer". free_bytes: memory that this rank may use.
+    seconds: duration of the run. tokens_per_s: training speed of all ranks together. disk_bytes: largest size of all
+    its checkpoints together. largest_micro_tokens: the largest micro-batch that fits; 0 if not even one sample does.
     """
 
     num_params: int
@@ -64,7 +62,7 @@ class Needs:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the peak memory in bytes, the sum of `parts`."""
+        """Return the peak memory in bytes."""
         return sum(self.parts.values())
 
     def line(self) -> str:
@@ -84,9 +82,9 @@ class Needs:
 class Memory:
     """The memory of one rank as a function of the number of tokens run at once.
 
-    `fixed`: bytes by purpose that do not depend on this number. `kept`: bytes per token that a forward pass keeps for
-    the backward pass. `trained_share`: share of the tokens that are trained, for which logits are computed. `slack`:
-    memory that the allocator holds without using it, relative to activations and logits.
+    fixed: bytes by purpose that do not depend on it. kept: bytes per token that a forward pass keeps for the backward
+    pass. trained_share: share of the tokens for which logits are computed. slack: memory that the allocator holds
+    without using it, relative to activations and logits.
     """
 
     fixed: Mapping[str, int]
@@ -103,11 +101,8 @@ class Memory:
         return {**self.fixed, **sizes, "allocator's slack": int(self.slack * sum(sizes.values()))}
 
     def largest(self, cell_tokens: int, free: int, *, width: float = 1.0) -> int:
-        """Return the largest `cell_tokens` times a power of two, up to MOST_MICRO_TOKENS, whose memory is at most
-        `free` bytes; 0 if `cell_tokens` themselves do not fit.
-
-        `width`: number of tokens actually run per token of this nominal size.
-        """
+        """Return the largest `cell_tokens` times a power of two, up to MOST_MICRO_TOKENS, that needs at most `free`
+        bytes; 0 if `cell_tokens` themselves do not fit. width: tokens actually run per token of this nominal size."""
         largest, tokens = 0, cell_tokens
         while tokens <= MOST_MICRO_TOKENS and sum(self.parts(int(tokens * width)).values()) <= free:
             largest, tokens = tokens, 2 * tokens
@@ -115,11 +110,8 @@ class Memory:
 
 
 def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> Needs:
-    """Run the probe and return what the run of `plan` will need.
-
-    `model` must be on its device. `base_bytes`: memory that was in use before the model was built. On the CPU the ranks
-    on this machine share its memory equally.
-    """
+    """Run the probe and return what the run will need. model: must be on its device. base_bytes: memory in use before
+    the model was built. On the CPU the ranks on this machine share its memory equally."""
     device, settings = world.device, plan.settings
     micro = _probe_batch(plan)
     kept, weights_copy, seconds = _probe(model, micro, plan.is_pairs)
@@ -154,8 +146,8 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> 
 
 
 def check(needs: Needs, device: torch.device) -> None:
-    """Raise TrainError if the run does not fit in memory, and DiskError if its checkpoints do not fit on the disk. The
-    former names the largest micro-batch that fits."""
+    """Raise TrainError, which names the largest micro-batch that fits, if the run does not fit in memory, and DiskError
+    if its checkpoints do not fit on the disk."""
     if needs.peak_bytes > needs.free_bytes:
         largest = needs.largest_micro_tokens
         raise TrainError(
@@ -174,11 +166,9 @@ def check(needs: Needs, device: torch.device) -> None:
 
 
 def fitting(plan: TrainPlan, needs: Needs, model: Model) -> int:
-    """Return the number of tokens per micro-batch for a run without --micro-tokens.
-
-    On the CPU it is the default, on CUDA the largest useful one; in both cases at most what fits in memory, and at most
-    a batch (or the longest sequence, if that is more). If nothing fits, return the present value.
-    """
+    """Return the number of tokens per micro-batch for a run without --micro-tokens: on the CPU the default, on CUDA the
+    largest useful one, but at most what fits in memory, and at most a batch (or the longest sequence, if that is more).
+    If nothing fits, it is the present value."""
     on_cuda = MOST_CHECKPOINTED_TOKENS if model.checkpoints_blocks else MOST_MICRO_TOKENS
     most = on_cuda if model.head_weight.is_cuda else needs.micro_tokens
     most = min(most, max(plan.settings.batch_tokens, plan.datasets[0].max_len))
@@ -186,12 +176,8 @@ def fitting(plan: TrainPlan, needs: Needs, model: Model) -> int:
 
 
 def _fixed_bytes(plan: TrainPlan, model: Model, base_bytes: int, weights_copy: int) -> tuple[dict[str, int], int]:
-    """Return the bytes of memory, by purpose, that do not depend on the micro-batch size, and the bytes of one
-    checkpoint on disk.
-
-    `base_bytes`: memory in use before the model was built. `weights_copy`: bytes of half-precision copies of the
-    weights.
-    """
+    """Return the bytes of memory, by purpose, that do not depend on the micro-batch, and the bytes of one checkpoint on
+    disk. base_bytes: in use before the model was built. weights_copy: bytes of half-precision copies of the weights."""
     settings, num_params = plan.settings, plan.shape.num_params
     num_trainable = sum(p.numel() for p in model.parameters())
     if settings.lora:
@@ -215,8 +201,8 @@ def _fixed_bytes(plan: TrainPlan, model: Model, base_bytes: int, weights_copy: i
 
 
 def micro_width(plan: TrainPlan) -> float:
-    """Return the number of tokens in a micro-batch per token of its nominal size: a little below 1 for packs, which are
-    nearly full, and 1 for pairs, whose tokens are counted exactly. The first step's largest micro-batch is measured."""
+    """Return the tokens in a micro-batch per token of its nominal size, measured on the first step's largest one: a
+    little below 1 for packs, which are nearly full, and 1 for pairs, whose tokens are counted exactly."""
     if not isinstance(plan.loader, Loader):
         return 1.0
     micros = plan.loader.batch(0)
@@ -235,12 +221,9 @@ def _probe_batch(plan: TrainPlan) -> MicroBatch:
 
 
 def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int, float]:
-    """Measure forward and backward passes on `micro`. Return the bytes that autograd keeps per token, the bytes that it
-    keeps whatever the number of tokens (half-precision copies of weights), and the seconds of one forward and backward
-    pass.
-
-    The first two follow from a comparison with half of `micro`. No gradients are left in the model.
-    """
+    """Measure forward and backward passes on `micro`. Return the bytes that autograd keeps per token and those that it
+    keeps in any case (half-precision copies of weights), both from a comparison with half of `micro`, and the seconds
+    of one forward and backward pass. No gradients are left in the model."""
     device = model.head_weight.device
     half = cut(micro, max(1, len(micro.ids) // 2), is_pairs)[0]
     few, many = (kept_bytes(model, part) for part in (half, micro))
@@ -260,8 +243,8 @@ def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int,
 
 
 def kept_bytes(model: Model, micro: MicroBatch) -> int:
-    """Return the bytes of the tensors that the model's forward pass keeps for its backward pass. The weights themselves
-    and the logits are not counted. Blocks are not checkpointed during the measurement."""
+    """Return the bytes that the model's forward pass keeps for its backward pass, without the weights themselves and
+    the logits. Blocks are not checkpointed during the measurement."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     batch = to_device(micro, model.head_weight.device)
@@ -285,11 +268,8 @@ def kept_bytes(model: Model, micro: MicroBatch) -> int:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating point operations per second of a square matrix product in `dtype`, the best of four. The
-    report compares the run's own speed with it (model FLOPs utilization, MFU).
-
-    Takes about 20 ms on a CPU core. The size is 4096 on CUDA and 512 on the CPU, large enough to keep the device busy.
-    """
+    """Return the floating point operations per second of a square matrix product in `dtype`, the best of four, for the
+    report's model FLOPs utilization (MFU). Takes about 20 ms on a CPU core."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = 0.0
@@ -303,8 +283,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Return the memory in use now, in bytes: allocated by torch on a CUDA device, or resident memory of this
-    process."""
+    """Return the bytes of memory in use now: allocated by torch on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -314,11 +293,8 @@ def used_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that this process may use in total, in bytes, including what it uses already.
-
-    On CUDA that is the free memory and what torch has reserved. On the CPU it is the smallest of the limits set by the
-    machine, its container (cgroup) and the process (rlimits).
-    """
+    """Return the bytes of memory that this process may use, including those it uses already: on CUDA the free ones and
+    those torch has reserved, else the smallest limit of machine, container (cgroup) and process (rlimits)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -343,6 +319,5 @@ def _lines(path: str) -> list[str]:
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work. Does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,10 +1,10 @@
 """The reference model's log-probabilities of every pair, summed over the trained tokens of each side. They are computed
 once, before the first step of dpo, and cached in a file, so that no second model stays in memory during training.
 
-The cache file is an Arrow file with two float64 columns, `DATASET.reference/NAME.arrow`, 16 bytes per pair. (float32
-would round the sum of a long reply by 1e-4 nats, which is more than a reward margin changes in the first steps.) Its
-metadata records everything that the logps depend on, and their sha256; its name is a hash of the former. Other weights,
-data or precision therefore use another file, and a damaged file is not used.
+The cache `DATASET.reference/NAME.arrow` is an Arrow file with two float64 columns (float32 would round the sum of a
+long reply by 1e-4 nats, more than a reward margin changes in the first steps). Its metadata has everything that the
+logps depend on, hashed in NAME, and their sha256: other weights, data or precision use another file, a damaged file is
+not used.
 """
 
 import hashlib
@@ -49,14 +49,13 @@ def prepare(
     plan: TrainPlan, model: Model, world: World, saved: ReferenceRecord | None, say: Say
 ) -> tuple[dict[str, Tensor], ReferenceRecord | None]:
     """Return the reference model's logps by split ("train", "val"), each float64 [N, 2] (chosen, rejected) on the CPU,
-    and the record of the reference for run.json.
+    and its record for run.json. They are read from the cache if possible, else computed and saved there.
 
-    They are read from the cache if possible, else computed and saved there. The reference model is `model`, with the
-    weights that the run starts from, or that of --reference. For a loss without reference only the val split's logps
-    are computed, with the start weights; drift is measured from them. If there is nothing to compute, returns ({},
-    saved).
+    The reference is `model` with its start weights, or the model of --reference. For a loss without reference only the
+    val split's logps are computed, with the start weights, to measure drift. Returns ({}, saved) if nothing is to be
+    computed.
 
-    `saved`: the record from run.json of a resumed run, None for a new run. `say` is called with console lines. Raises
+    saved: the record from run.json of a resumed run, None for a new run. say: called with console lines. Raises
     CheckpointError if the logps of a resumed run are lost and the reference weights no longer exist, or if cached logps
     of a --reference run do not match its weights.
     """
@@ -88,8 +87,7 @@ def prepare(
 
 
 def _record_of(plan: TrainPlan) -> ReferenceRecord:
-    """Return the record of the reference model of a new run: its checkpoint directory (empty for new weights), hash and
-    shape."""
+    """Return the record of a new run's reference model: checkpoint directory (empty for new weights), hash, shape."""
     if plan.reference is not None:
         source = plan.reference
         return ReferenceRecord(str(source.dir), source.weights_sha256, shape=source.model_config)
@@ -102,8 +100,7 @@ def _record_of(plan: TrainPlan) -> ReferenceRecord:
 
 
 def _load(record: ReferenceRecord, world: World) -> Model:
-    """Load the reference model from its checkpoint. Raises CheckpointError if the checkpoint is gone or has other
-    weights than the record."""
+    """Load the reference model. Raises CheckpointError if the checkpoint is gone or has other weights than `record`."""
     directory = Path(record.dir)
     fix = "start the run again with another --out"
     if not record.dir or not (directory / checkpoint.STATE).exists():
@@ -116,11 +113,10 @@ def _load(record: ReferenceRecord, world: World) -> Model:
 
 
 def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World, say: Say) -> dict[str, Tensor]:
-    """Compute and return the logps of every split on the CPU, and print progress every PROGRESS_EVERY_S seconds."""
+    """Compute the logps of every split, on the CPU, and print progress every PROGRESS_EVERY_S seconds."""
     begun = last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        """Print a line if the last one is at least PROGRESS_EVERY_S seconds old."""
         nonlocal last
         if time.monotonic() - last >= PROGRESS_EVERY_S:
             last = time.monotonic()
@@ -135,12 +131,10 @@ def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World,
 def compute(
     model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Compute the summed logps of all pairs of the loader's split: float64 [num_samples, 2], chosen then rejected, on
-    the device.
+    """Return the summed logps of all pairs of the loader's split on the device: float64 [num_samples, 2], chosen first.
 
-    Each rank computes its share of the pairs, and the shares are summed, so every rank has all of them. Every rank must
-    call this. `progress(done, total)` is called after each micro-batch with numbers of pairs; `done` is estimated from
-    this rank's share.
+    Every rank must call this; each computes its share of the pairs and gets all logps. progress: called as
+    `progress(done, total)` after each micro-batch, with numbers of pairs; done is estimated from this rank's share.
     """
     logps = torch.zeros(loader.num_samples, 2, dtype=torch.float64, device=world.device)
     done = 0
@@ -156,12 +150,9 @@ def compute(
 
 
 def differs(model: Model, loader: PairLoader, logps: Tensor, world: World) -> float:
-    """Return the largest difference between given logps and newly computed ones, on this rank's first micro-batch of
-    the split.
-
-    Each difference is divided by the size of the given logp, or by 1 nat if that is larger. Returns 0.0 if this rank
-    has no pairs. `logps`: float64 [num_samples, 2] on the CPU.
-    """
+    """Return the largest difference between given and new logps, on this rank's first micro-batch of the split, divided
+    by the size of the given logp or by 1 nat if that is larger; 0.0 without pairs. logps: float64 [num_samples, 2] on
+    the CPU."""
     micro = next(iter(loader.micro_batches()), None)
     if micro is None:
         return 0.0
@@ -180,11 +171,8 @@ def _check_spot(
     path: Path,
 ) -> None:
     """Raise CheckpointError if cached logps of a --reference run differ by more than `tolerance` from those that its
-    weights give, on a few pairs of each split.
-
-    The check at step 0 of dpo cannot find this, because the policy does not start from these weights. `model`: the
-    reference model. `path`: the cache file, for the message. Every rank must call this; if any fails, all end.
-    """
+    weights give, on a few pairs of each split. The check at step 0 of dpo cannot find this, because the policy starts
+    from other weights. Every rank must call this; if any fails, all end. model: the reference. path: the cache file."""
     error = None
     for split, loader in pairs.items():
         gap = differs(model, loader, logps[split], world)
@@ -200,8 +188,7 @@ def _check_spot(
 
 
 def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtype: torch.dtype) -> dict[str, str]:
-    """Return, by name, everything that the logps depend on: hashes of the model's weights and shape, digest of the
-    datasets, precision (`dtype`), and how they are summed."""
+    """Return by name all that the logps depend on: hashes of weights, shape and datasets, precision, way of summing."""
     shape_sha256 = hashlib.sha256(json.dumps(dict(shape), sort_keys=True).encode()).hexdigest()
     precision = str(dtype).removeprefix("torch.")
     weights = {"weights": weights_sha256, "shape": shape_sha256}
@@ -209,22 +196,15 @@ def key_of(weights_sha256: str, shape: Mapping[str, Any], data_digest: str, dtyp
 
 
 def cache_path(dataset_dir: Path, key: Mapping[str, str], splits: Mapping[str, int]) -> Path:
-    """Return the path of the cache file: `DATASET.reference/NAME.arrow`, in the same directory as the dataset. NAME is
-    the first 16 hex digits of a hash of `key` and `splits`.
-
-    `key`: as returned by `key_of`. `splits`: number of pairs of each split.
-    """
+    """Return the path of the cache file, `DATASET.reference/NAME.arrow` beside the dataset. NAME is the first 16 hex
+    digits of a hash of `key` and `splits`. key: from `key_of`. splits: number of pairs of each split."""
     name = hashlib.sha256(json.dumps([dict(key), dict(splits)], sort_keys=True).encode()).hexdigest()[:16]
     return dataset_dir.with_name(f"{dataset_dir.name}.reference") / f"{name}.arrow"
 
 
 def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: Say) -> dict[str, Tensor] | None:
-    """Read and return the logps from the first of `paths` that has a usable file with this `key`; None if there is
-    none.
-
-    Also returns None unless all ranks read the same one of the paths. Files that are damaged or have another key are
-    reported and skipped.
-    """
+    """Return the logps from the first of `paths` that has a usable file with this key; None unless all ranks read the
+    same one. Files that are damaged or have another key are reported and skipped."""
     logps, number = None, -1
     for i, path in enumerate(paths):
         if logps is None and path.exists():
@@ -244,8 +224,8 @@ def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: 
 def _save(
     paths: tuple[Path, Path], logps: Mapping[str, Tensor], key: Mapping[str, str], world: World, say: Say
 ) -> Path:
-    """Save the logps on the first rank in `paths[0]`, or in `paths[1]` if the former cannot be written. Return the path
-    used; other ranks return `paths[0]`."""
+    """Save the logps on the first rank in `paths[0]`, or in `paths[1]` if that cannot be written; return the path used.
+    Other ranks return `paths[0]`."""
     if not world.is_first:
         return paths[0]
     try:
@@ -258,8 +238,7 @@ def _save(
 
 
 def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> None:
-    """Write the logps of every split and their key to an Arrow file, atomically. Raises OSError if it cannot be
-    written."""
+    """Write the logps of every split and their key to an Arrow file, atomically. Raises OSError if that fails."""
     values = np.concatenate([each.cpu().numpy() for each in logps.values()]).astype(np.float64)
     columns = {"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()}
     splits = json.dumps({split: len(each) for split, each in logps.items()})
@@ -267,10 +246,8 @@ def save(path: Path, logps: Mapping[str, Tensor], key: Mapping[str, str]) -> Non
 
 
 def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
-    """Read logps from a cache file: split -> float64 [N, 2] (chosen, rejected).
-
-    Raises CheckpointError if the file is missing or damaged, or if its metadata differ from `key`.
-    """
+    """Read logps from a cache file, by split: float64 [N, 2] (chosen, rejected). Raises CheckpointError if the file is
+    missing or damaged, or if its metadata differ from `key`."""
     fix = f"remove {path}: it is then computed again"
     try:
         file = read_arrow(path)
@@ -289,7 +266,6 @@ def load(path: Path, key: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _digest(columns: Mapping[str, np.ndarray]) -> str:
-    """Return the sha256 of the names and float64 values of the columns."""
     sha256 = hashlib.sha256()
     for name in sorted(columns):
         sha256.update(name.encode() + columns[name].astype("<f8").tobytes())

@@ -40,12 +40,11 @@ PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # packages
 
 
 class InFlight:
-    """An optimizer step that the device may still be computing, with its numbers being copied to the host in the
-    background.
+    """An optimizer step that the device may still be computing; its numbers are copied to the host in the background.
 
-    `step`: counted from 0. `lr`: its learning rate. `begun`: when it began, by time.monotonic(). `values`: float64
-    vector of loss, count (trained tokens or pairs), tokens, trained tokens, the stage's figures, number of ranks asked
-    to stop, gradient norm, 1 if the step was taken (else 0), and loss scale. Loss and figures are sums over all ranks.
+    step: counted from 0. lr: its learning rate. begun: by time.monotonic(). values: float64 vector of loss, count
+    (trained tokens or pairs), tokens, trained tokens, the stage's figures, number of ranks asked to stop, gradient
+    norm, 1 if the step was taken (else 0), and loss scale. Loss and figures are sums over all ranks.
     """
 
     def __init__(self, step: int, lr: float, begun: float, values: Tensor):
@@ -67,11 +66,10 @@ class InFlight:
 class ActiveRun:
     """The state of a run in progress. Counts are of this call of `train`.
 
-    `val_losses`: all val losses so far, including those before a resumption. `loss`: mean loss of the last step that
-    was read. `val`: metrics of the last validation. `num_tokens`, `num_trained`: tokens and trained tokens of all
-    ranks. `num_skipped`: steps that did not change the weights because they were not finite. `last_read`: the
-    time.monotonic() from which the duration of the next step is measured. `last_saved`: step of the last checkpoint, -1
-    before the first.
+    val_losses: all so far, including those before a resumption. loss: mean loss of the last step that was read. val:
+    metrics of the last validation. num_tokens, num_trained: tokens and trained tokens of all ranks. num_skipped: steps
+    skipped as not finite. last_read: the time.monotonic() from which the duration of the next step is measured.
+    last_saved: step of the last checkpoint, -1 before the first.
     """
 
     plan: TrainPlan
@@ -106,18 +104,18 @@ class ActiveRun:
 
     @property
     def lag(self) -> int:
-        """Return the number of newest steps whose numbers need not be read yet: 1 on CUDA, so that the device never
-        waits for the host; 0 on the CPU."""
+        """Return how many of the newest steps are not read yet: 1 on CUDA, so that the device never waits; 0 on the
+        CPU."""
         return 1 if self.world.device.type == "cuda" else 0
 
     def event(self, step: int, event: str, note: str = "") -> None:
-        """Record an event of `step`, such as "save", for the report. Does nothing on ranks other than the first."""
+        """Record an event of `step`, such as "save", for the report, on the first rank only."""
         if self.reporter:
             self.reporter.event(step, event, note)
 
     def write_record(self, status: str | None = None) -> None:
-        """Write run.json on the first rank, with a new `status` if one is given: running, finished, interrupted or
-        failed. The end time is set unless the status is running. Does nothing on the other ranks."""
+        """Write run.json on the first rank, with a new `status` if given: running, finished, interrupted or failed. The
+        end time is set unless it is running."""
         if not self.world.is_first:
             return
         self.record.status = status or self.record.status
@@ -130,10 +128,10 @@ class ActiveRun:
 
 def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[str], None] | None) -> ActiveRun:
     """Make the run directory, model and optimizer of a planned run, restore them if it is resumed, write run.json, and
-    print what is about to happen. Return the state of the run.
+    print what is about to happen. Return the state of the run. Every rank calls this.
 
-    `say` is called with each console line; None prints nothing. Every rank calls this. Raises an MMError if the run
-    cannot fit in memory or on the disk, or a checkpoint does not fit the model.
+    say: called with each console line; None prints nothing. Raises an MMError if the run cannot fit in memory or on the
+    disk, or a checkpoint does not fit the model.
     """
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; fp32 on the CPU
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
@@ -210,11 +208,10 @@ def needs_of(options: TrainOptions) -> preflight.Needs:
 
 
 def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainPlan, Model, preflight.Needs, list[str]]:
-    """Build the model on its device and forecast what the run will need. Return the plan, the model, the forecast, and
-    lines to print.
+    """Build the model on its device and forecast what the run will need. Return plan, model, forecast, console lines.
 
-    If the number of tokens per micro-batch was not chosen by the user, a preset or a checkpoint, the plan gets one that
-    fits in memory. Writes nothing. Raises TrainError or DiskError, and ends all ranks, if the run cannot fit.
+    Unless the user, a preset or a checkpoint chose the tokens per micro-batch, the plan gets a number that fits in
+    memory. Writes nothing. Raises TrainError or DiskError, and ends all ranks, if the run cannot fit.
     """
     device, notes = world.device, []
     # The first optimizer makes torch load 80 MB of code. It is loaded now, so that `base` includes it.
@@ -242,10 +239,8 @@ def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainP
 
 
 def compile_blocks(model: Model) -> list[str]:
-    """Compile the transformer blocks of a model on CUDA one by one; as they are alike, all share one compiled graph.
-
-    Returns an empty list, or, if compiling fails, a line with the reason; the blocks then run uncompiled.
-    """
+    """Compile the transformer blocks on CUDA one by one; being alike, they share one compiled graph. Returns an empty
+    list, or a line with the reason if compiling fails; the blocks then run uncompiled."""
     for block in model.model.layers:
         block.compile()
     ids = torch.zeros(64, dtype=torch.int64, device=model.head_weight.device)
@@ -263,11 +258,8 @@ def compile_blocks(model: Model) -> list[str]:
 
 
 def _with_digest(plan: TrainPlan, model: Model) -> TrainPlan:
-    """Return the plan with the hash of the start weights, which identifies the reference model's logps in their cache.
-
-    Needed for start weights that are in no file: new ones, or loaded ones whose embedding was enlarged. `model` has
-    them.
-    """
+    """Return the plan with the hash of `model`'s start weights, which identifies the reference logps in their cache.
+    Needed for weights that are in no file: new ones, or loaded ones whose embedding was enlarged."""
     sha256 = checkpoint.weights_digest(model)
     before = plan.start.record
     record = StartRecord("", sha256)
@@ -277,8 +269,8 @@ def _with_digest(plan: TrainPlan, model: Model) -> TrainPlan:
 
 
 def _adapt(plan: TrainPlan, world: World, model: Model) -> None:
-    """Add LoRA adapters to the model. A new run first writes the model's weights to its RUN/base.safetensors (first
-    rank only); a resumed run loads them from it."""
+    """Add LoRA adapters to the model. A new run first writes the model's weights to RUN/base.safetensors, on the first
+    rank; a resumed run loads them from it."""
     if plan.start.resumed:
         checkpoint.load_base(plan.out, model)
     elif world.is_first:
@@ -299,11 +291,8 @@ def _resumed_record(plan: TrainPlan, world: World) -> RunRecord:
 
 
 def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -> RunRecord:
-    """Return run.json of a new run.
-
-    `with_speed`: also measure the speed of the device's matrix products on the first rank, which the report compares
-    the run's speed with.
-    """
+    """Return run.json of a new run. with_speed: also measure, on the first rank, the speed of the device's matrix
+    products, which the report compares the run's speed with."""
     record = RunRecord(
         stage=plan.stage.name,
         status="running",
@@ -339,14 +328,13 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
 
 def _padded_fill(plan: TrainPlan) -> float:
     """Return the share of positions that would hold tokens if every sample of the train split (for pairs, every side)
-    were padded to its bucket, instead of being packed."""
+    were padded to its bucket instead of packed."""
     shards = [shard for dataset in plan.datasets for shard in dataset.manifest.shards if shard.split == "train"]
     positions = sum((2 if plan.is_pairs else 1) * shard.samples * shard.bucket for shard in shards)
     return sum(shard.model_tokens for shard in shards) / max(1, positions)
 
 
 def _version(package: str) -> str:
-    """Return the installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -356,17 +344,13 @@ def _version(package: str) -> str:
 def _open_trackers(
     plan: TrainPlan, options: TrainOptions, world: World, record: RunRecord, say: Callable[[str], None]
 ) -> trackers.Trackers | None:
-    """Open the trackers of --log, or those that a resumed run used before, on the first rank. Return None if there are
-    none, and on the other ranks.
-
-    `record`: run.json, in which the trackers are noted. `say` is called with console lines.
-    """
+    """Open the trackers of --log, or those that a resumed run used before, and note them in run.json (`record`), on the
+    first rank. Return None without trackers and on the other ranks. say: called with console lines."""
     names = options.trackers or tuple(record.trackers or ())
     record.trackers = dict.fromkeys(names, "open")
     opened: list[trackers.Trackers] = []
 
     def open_all() -> None:
-        """Check the names and open all trackers."""
         trackers.check(names)  # also if they come from run.json of a resumed run
         identity = hashlib.sha256(f"{record.started} {plan.out.name}".encode()).hexdigest()[:8]
         settings = {"stage": plan.stage.name, "num_params": record.num_params} | asdict(plan.settings)
@@ -378,8 +362,7 @@ def _open_trackers(
 
 
 def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
-    """Yield the console lines printed at the start: where the weights come from, sizes of model and data, and
-    warnings."""
+    """Yield the console lines at the start: where the weights come from, sizes of model and data, and warnings."""
     loader, source, growth = plan.loader, plan.start.source, plan.start.growth
     begin = f"from {source.run_dir} (step {source.step})" if source else f"from new weights ({plan.settings.model})"
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
