@@ -154,7 +154,7 @@ def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
 
 
 def read_arrow(path: Path) -> ArrowFile:
-    """Map a file of `write_arrow` to memory, without checking values. ValueError if not an Arrow file or with nulls."""
+    """Map an Arrow file to memory; values are not checked. Raises ValueError for another file, an empty one or nulls."""
     import pyarrow as pa
 
     with open(path, "rb") as file:

@@ -44,9 +44,7 @@ Verdicts = dict[int, tuple[str, str]]  # lines to leave out: line number -> (rea
 
 
 def check_options(options: PackOptions) -> None:
-    """Raise UsageError if near duplicates are to be searched and the package rensa is not installed, and InputError if
-    an excluded file does not exist.
-    """
+    """Raise UsageError if `dedup` is "near" and rensa is not installed, InputError if an excluded file is missing."""
     if options.dedup == "near":
         _rensa()
     for path in options.exclude:
@@ -57,13 +55,11 @@ def check_options(options: PackOptions) -> None:
 def screen(
     settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
 ) -> None:
-    """Write, for every part, a file with the lines to leave out as duplicates or overlaps. Does nothing if neither
-    `dedup` nor `exclude` is set.
+    """Write, for every part, a file with the lines to leave out. Does nothing if neither `dedup` nor `exclude` is set.
 
     All `parts` are read, since rows are compared across parts, but those in `own` first: processes that pack different
-    shares of the parts and start together thus divide the work. run: calls `workers.run_jobs` with the engine and number of
-    workers. progress: called with the bytes read so far and the bytes in all. Raises InputError if an excluded file is
-    missing or has changed.
+    shares and start together thus divide the work. run: calls `workers.run_jobs`. progress: called with the bytes read
+    so far and the bytes in all. Raises InputError if an excluded file is missing or has changed.
     """
     arguments, directory = settings.header.arguments, settings.screen_dir
     if not arguments.dedup and not arguments.exclude:
@@ -95,9 +91,7 @@ def screen(
 
 
 class _Marker:
-    """Writes the keys of a part's rows (line numbers, hashes, bands) and the lines that overlap with excluded files. A
-    part for which these files exist already is skipped.
-    """
+    """Writes the keys of a part's rows and the lines that overlap with excluded files, unless these files exist."""
 
     def __init__(self, settings: PartSettings):
         self._kind, self._dedup = settings.header.kind, settings.header.arguments.dedup
@@ -132,9 +126,7 @@ class _Marker:
         write_json(_file(self._directory, part, "found.json"), overlapping, indent=None)
 
     def _parse(self, batch: Sequence[Any]) -> tuple[list[int], list[Any]]:
-        """Return the line numbers and the parsed rows of a batch of lines. Lines that are not valid rows are skipped
-        here; they are left out, with their reason, when the part is packed.
-        """
+        """Return line numbers and parsed rows. Invalid rows are skipped; packing leaves them out with their reason."""
         numbers, rows = [], []
         for line in batch:
             try:
@@ -145,21 +137,18 @@ class _Marker:
         return numbers, rows
 
     def _save(self, part: Part, name: str, array: np.ndarray) -> None:
-        """Write an array as a .npy file of the part, atomically."""
         buffer = io.BytesIO()
         np.save(buffer, array)
         write_bytes(_file(self._directory, part, name), buffer.getvalue())
 
 
 def _file(directory: Path, part: Part, name: str) -> Path:
-    """Return the path of the file `name` of a part."""
     return directory / f"{part.number:05d}.{name}"
 
 
 def band_hashes(texts: Sequence[str]) -> np.ndarray:
-    """Return a hash of each band of each text's MinHash: uint64 [texts, BANDS]. Texts with an equal entry in the same
-    column are near duplicates. A text without a word or sign gets small numbers (below SLICE_ROWS) that no other text
-    of the call has.
+    """Return a hash of each band of each text's MinHash: uint64 [texts, BANDS]. Near duplicates have an equal entry in
+    the same column. A text without a unit gets small numbers (below SLICE_ROWS) that no other text of the call has.
     """
     grams, ends = gram_hashes(texts, SHINGLE)
     matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(
@@ -175,7 +164,6 @@ def band_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def _rensa() -> Any:
-    """Return the module rensa, which computes MinHashes. Raises UsageError if it is not installed."""
     try:
         import rensa
     except ImportError:
@@ -187,9 +175,8 @@ def _rensa() -> Any:
 
 
 class _Keys:
-    """The keys of the rows of all parts. Rows are numbered from 0 through all parts, in the order of parts and lines.
-    lines: uint32, the line number of each row; begins: int64 [parts + 1], the number of each part's first row, then the
-    number of rows.
+    """The keys of the rows of all parts. Rows are numbered from 0 in the order of parts and lines. lines: uint32, the
+    line of each row. begins: int64 [parts + 1], the number of each part's first row, then the number of rows.
     """
 
     def __init__(self, directory: Path, parts: Sequence[Part]):
@@ -206,20 +193,15 @@ class _Keys:
         return f"{part.path} line {self.lines[row]}"
 
     def first_of_equal(self) -> np.ndarray:
-        """Return, for each row, the number of the first row with the same content (its own number if it is the first):
-        int64 [rows].
-        """
+        """Return the number of the first row with the same content as each row (possibly its own): int64 [rows]."""
         first = np.arange(self.num_rows)
         for rows, keys in self._slices("keys.npy", lambda stored: (stored[:, 0], stored[:, 1])):
             _note_first(first, rows, keys)
         return first
 
     def first_of_near(self, first: np.ndarray) -> np.ndarray:
-        """Return, for each row, the smallest number of a row that it shares a band with, or its own number if that is
-        the smallest: int64 [rows].
-
-        first: the result of `first_of_equal`. Rows that are duplicates of an earlier row are not compared and get their
-        own number; so do rows without text.
+        """Return the smallest number of each row and the rows that share a band with it: int64 [rows]. Duplicates of an
+        earlier row (by `first`, from `first_of_equal`) and rows without text keep their own number.
         """
         near = np.arange(self.num_rows)
         for band in range(BANDS):
@@ -231,10 +213,8 @@ class _Keys:
     def _slices(
         self, name: str, columns: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Yield the keys of all rows in slices of about SLICE_ROWS rows: row numbers (ascending) and key columns. Rows
-        with equal keys are always in the same slice.
-
-        name: the file that has the keys of a part; columns: selects the key columns from its array.
+        """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; rows with equal keys are in
+        the same slice. name: the file that has the keys of a part. columns: selects the key columns from its array.
         """
         for number in range(self._num_slices):
             rows, chosen = [], []
@@ -247,8 +227,8 @@ class _Keys:
 
 
 def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray]) -> None:
-    """Lower `first`, in place, for all rows with equal keys to the smallest row number among them. rows: ascending row
-    numbers; keys: columns with an entry for each of these rows; two rows are equal if all columns are.
+    """Lower `first`, in place, for rows whose `keys` are equal in all columns to the smallest of their numbers. rows:
+    ascending numbers. keys: columns with an entry for each of them.
     """
     if not len(rows):
         return
@@ -263,10 +243,10 @@ def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray])
 
 
 class Excluded:
-    """The n-grams of texts that rows must not overlap with, such as a benchmark's.
+    """The n-grams of texts that rows must not overlap with, such as a benchmark's; its length is the number of texts.
 
     paths: files in which each line is a text, or JSON in which every string is a text. Texts with fewer than EXCLUDE_N
-    units are ignored and counted in `num_short`. The length of the object is the number of texts that are searched for.
+    units are ignored and counted in `num_short`.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -291,11 +271,8 @@ class Excluded:
         return len(self._places)
 
     def overlaps(self, texts: Sequence[str]) -> dict[int, str]:
-        """Return the texts that overlap with an excluded text: index -> a description with the share and the place of
-        the excluded text.
-
-        A text overlaps if it has at least the share EXCLUDE_SHARE of an excluded text's distinct n-grams. If it
-        overlaps with several, the one with the largest share is described.
+        """Return index -> description (share, place) for each text that has at least the share EXCLUDE_SHARE of an
+        excluded text's distinct n-grams; of several, the one with the largest share is described.
         """
         if not len(self):
             return {}
@@ -323,9 +300,7 @@ class Excluded:
 
 
 def _texts_in(raw: bytes) -> Iterator[str]:
-    """Yield the texts of a line of an excluded file: every string in its JSON value, or the line itself if it is not
-    JSON or a single number, true, false or null.
-    """
+    """Yield every string in a line's JSON value, or the line if it is not JSON, or a number, true, false or null."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -347,9 +322,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the hashes of the n-grams of all texts one after another, uint64 [G], and where those of each text begin,
-    int64 [texts + 1] (the last entry is G).
-
-    A text with fewer than n units has one n-gram, of all its units; a text without a unit has none.
+    int64 [texts + 1]. A text with fewer than n units has one n-gram, of all its units; a text without a unit has none.
     """
     joined = "\0".join(_normal(text) for text in texts)
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -369,9 +342,7 @@ def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def num_units(text: str) -> int:
-    """Return the number of units of a text: words, characters of scripts without spaces, and single punctuation marks
-    and symbols.
-    """
+    """Return the number of units of a text, as the module's docstring defines them."""
     return len(_units(np.frombuffer(_normal(text).encode("utf-32-le", "surrogatepass"), "<u4"))[0])
 
 
@@ -382,9 +353,7 @@ def _normal(text: str) -> str:
 
 
 def _units(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a hash for each unit of all texts, uint64 [U], and the index of the text it is in, int64 [U]. points: the
-    code points of the texts, joined by 0.
-    """
+    """Return each unit's hash, uint64 [U], and the index of its text, int64 [U]. points: code points, 0 between texts."""
     kind = _table()[np.minimum(points, 0x110000 - 1)]
     is_word = kind == _WORD
     is_start = kind == _ALONE
@@ -407,9 +376,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @cache
 def _table() -> np.ndarray:
-    """Return the class of every code point, uint8 [0x110000]: space, part of a word, or a unit by itself. All code
-    points above 0xFFFF are units by themselves.
-    """
+    """Return the class of every code point, uint8 [0x110000]; those above 0xFFFF are units by themselves."""
     table = np.full(0x110000, _ALONE, np.uint8)
     for point in range(0x10000):
         character = chr(point)

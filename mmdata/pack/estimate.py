@@ -1,11 +1,9 @@
-"""`mm pack --plan`: estimate time, disk space, tokens, padding and rows cut for several length limits. Nothing is
-written.
+"""`mm pack --plan`: estimate time, disk space, tokens, padding and rows cut for several length limits; writes nothing.
 
 About one row in a hundred is read, in blocks spread evenly over each file, and encoded as packing would. Counts are
 multiplied by the ratio of all bytes to the bytes read. Padding is estimated by packing the lengths of the sampled rows,
-repeated up to the size of a part. The time is estimated from that of encoding the sample. A compressed file cannot be
-read from its middle: its beginning is read, and its decompressed size is taken to be `COMPRESSION` times its size on
-disk.
+repeated up to the size of a part; the time from that of encoding the sample. Of a compressed file only the beginning is
+read, and its decompressed size is taken to be `COMPRESSION` times its size on disk.
 """
 
 import math
@@ -42,8 +40,8 @@ SOURCE_BYTES = 26  # bytes a row in the sources file
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """Estimates for packing with one --max-len. padding: share of positions without a token, 0 to 1. samples: packs or
-    pairs. steps_per_epoch: None if the tokens of a step were not given.
+    """Estimates for one --max-len. padding: share of positions without a token, 0 to 1. samples: packs or pairs.
+    steps_per_epoch: None if the tokens of a step were not given.
     """
 
     max_len: int
@@ -61,9 +59,7 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The estimates for packing some inputs. `bytes`: their total size (decompressed), of which `read_bytes` were read.
-    rows, rows_left_out: estimated, too.
-    """
+    """Estimates for packing some inputs. bytes: their decompressed size. rows, rows_left_out: estimated, too."""
 
     inputs: list[str]
     kind: str
@@ -89,7 +85,6 @@ class _Sample:
 
     @property
     def factor(self) -> float:
-        """The size of the whole input divided by the bytes read."""
         return self.total_bytes / max(1, self.read_bytes)
 
 
@@ -103,9 +98,8 @@ def estimate(
     """Estimate, from about 1 % of the inputs, what `pack` would give for each of `max_lens`. Rows that `dedup` and
     `exclude` would leave out are counted as packed.
 
-    batch_tokens: tokens of a training step over all ranks, for estimating the steps of an epoch; None: not estimated.
-    Raises InputError if a file does not exist or no sampled row can be used, and the same errors as `pipeline.pack` for
-    invalid options or tokenizers.
+    batch_tokens: tokens of a training step over all ranks; None: steps of an epoch are not estimated. Raises InputError
+    if a file does not exist or no sampled row can be used, and the errors of `pack` for invalid options or tokenizers.
     """
     check(options)
     assert options.tokenizer, "PackOptions.tokenizer is required"
@@ -156,8 +150,8 @@ def _read(path: Path, kind: str) -> _Sample:
 
 
 def _lines_of(path: Path) -> tuple[list[Line], int, int]:
-    """Return lines from all parts of a file, the number of bytes read, and the (decompressed) size of the whole file in
-    bytes. A small file is read whole; of a compressed file only the beginning is read, and its size is estimated.
+    """Return lines from all over a file, the bytes read, and the decompressed size of the file. A small file is read
+    whole; of a compressed file only the beginning is read, and its size is estimated.
     """
     size = path.stat().st_size
     wanted = min(max(LEAST_BYTES, int(SHARE * size)), MOST_BYTES)
@@ -190,7 +184,6 @@ def _take(lines: Iterable[Line], num_bytes: int) -> list[Line]:
 
 
 def _bytes_of(lines: Sequence[Line]) -> int:
-    """Return the bytes of these lines, with their newlines."""
     return sum(len(line.raw) + 1 for line in lines)
 
 
@@ -205,9 +198,7 @@ def _outlook(
     val_fraction: float,
     batch_tokens: int | None,
 ) -> Outlook:
-    """Encode the sampled rows with `encoder`, which has a length limit, and return the estimates
-    for the whole inputs.
-    """
+    """Encode the sampled rows with `encoder`, which has a length limit, and return the estimates for the whole inputs."""
     max_len, tokenizer = encoder.max_len, encoder.tokenizer
     sums: dict[str, float] = defaultdict(float)
     widths: list[np.ndarray] = []
@@ -248,15 +239,12 @@ def _outlook(
 
 
 def _scaled(count: int, sample: _Sample, samples: Sequence[_Sample]) -> int:
-    """Return how many lengths to pack for `count` sampled sequences of an input, so that the lengths of all inputs
-    together amount to one part, with each input in its proportion.
-    """
+    """Return how many lengths to pack for `count` sampled sequences, so that all inputs in proportion make up one part."""
     total = sum(other.total_bytes for other in samples)
     return round(count * sample.factor * min(1.0, PART_BYTES / total))
 
 
 def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
-    """Count rows, sequences, tokens and trained tokens of a batch of encoded rows, by name."""
     flat = batch.sequences
     row_of = np.repeat(np.arange(len(batch.num_sequences)), batch.num_sequences)
     is_split = (flat.lengths == max_len) & (batch.num_sequences[row_of] > 1)
@@ -276,8 +264,8 @@ def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
 
 
 def _positions(lengths: np.ndarray, buckets: tuple[int, ...], is_pairs: bool) -> tuple[int, int]:
-    """Return the number of positions (with padding) that sequences of these lengths take up when packed, and the number
-    of samples. is_pairs: each length is that of a pair's longer side, and a pair takes up a bucket for each side.
+    """Return the positions (with padding) that sequences of these lengths take up when packed, and the number of
+    samples. is_pairs: each length is that of a pair's longer side, and a pair takes up a bucket for each side.
     """
     if is_pairs:
         found = np.array(buckets)[np.searchsorted(buckets, lengths)]
@@ -287,9 +275,7 @@ def _positions(lengths: np.ndarray, buckets: tuple[int, ...], is_pairs: bool) ->
 
 
 def _disk(sums: Mapping[str, float], num_samples: float, tokenizer: Tokenizer, max_len: int) -> float:
-    """Estimate the bytes of shards and sources files from the widths of their columns (shards/README.md). sums: the
-    estimated counts by name, as `_counts` names them.
-    """
+    """Estimate the bytes of shards and sources from the widths of their columns (shards/README.md). sums: as `_counts`."""
     id_bytes = dataset.id_dtype(tokenizer.vocab_size).itemsize
     position = dataset.position_dtype(max_len).itemsize
     lists = 4 * 5 * num_samples  # offsets of up to five list columns

@@ -1,6 +1,4 @@
-"""The options of `mm pack`, declared once with types, defaults, ranges and help texts. Imports nothing that is slow to
-load.
-"""
+"""The options of `mm pack` with types, defaults, ranges and help texts. Imports nothing that is slow to load."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,8 @@ OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """The options of `mm pack`: the content of the dataset, and how the work is done.
-
-    `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence the bytes of the dataset.
-    `max_bad` only decides whether it is published.
+    """The options of `mm pack`. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence
+    the bytes of the dataset; `max_bad` only decides whether it is published.
     """
 
     tokenizer: Path | None = option(
@@ -120,9 +116,7 @@ class PackOptions:
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """`shard` "i/n" as two numbers with 1 <= i <= n, or None if it is not set. Raises UsageError if it is malformed
-        or combined with `finish`.
-        """
+        """`shard` "i/n" as (i, n), 1 <= i <= n, or None. Raises UsageError if malformed or combined with `finish`."""
         if self.shard is None:
             return None
         if self.finish:
@@ -134,9 +128,8 @@ class PackOptions:
 
 
 def parse_budget(text: str | None) -> tuple[float | None, dict[str, float]]:
-    """Parse the limits for bad rows, such as "5%" or "0.05,too long=1%". Return the limit for all reasons together
-    (None if not given, so that the default applies) and a dictionary of limits by reason; both are shares of all rows,
-    0 to 1. Raises UsageError if an item is not a share or names an unknown reason.
+    """Parse limits for bad rows, such as "5%" or "0.05,too long=1%", to shares of all rows, 0 to 1: for all reasons
+    together (None: the default applies), and by reason. Raises UsageError for a bad share or an unknown reason.
     """
     from mmdata.encode.rows import HELP
 

@@ -2,12 +2,10 @@
 40 MB per million sequences.
 
 Sequences are placed from the longest to the shortest, each into the open pack with the least room (free positions) that
-is enough for it. A sequence that fits into no open pack opens a pack in the smallest bucket that is long enough. All
-sequences of one length are placed together, which gives the same packs as placing them one by one. Packs with free
-positions remain when there are no short sequences left. The sequences of all packs with free positions are therefore
-packed a second time, one whole pack at a time: the longest sequence, and those of the others whose lengths come closest
-to filling a bucket (subset-sum search). Whichever of the two packings has fewer positions is used. The order of packs
-is not that of the source.
+is enough for it. A sequence that fits into no open pack opens a pack in the smallest bucket that is long enough. The
+sequences of all packs that are not full at the end are packed a second time, one whole pack at a time: the longest
+sequence, and those of the others whose lengths come closest to filling a bucket (subset-sum search). Whichever of the
+two packings has fewer positions is used. The order of packs is not that of the source.
 """
 
 from bisect import bisect_left, insort
@@ -24,9 +22,7 @@ LOOKED_AT = 256  # sequences tried, at most, to fill a pack; real data needs abo
 
 
 def buckets_for(max_len: int) -> tuple[int, ...]:
-    """Return the buckets of a dataset, ascending: 512, 1024, 2048, 4096, … as far as they are below `max_len`, then
-    `max_len` itself.
-    """
+    """Return the buckets of a dataset: 512, 1024, 2048, 4096, … as far as they are below `max_len`, then `max_len`."""
     assert max_len > 0, max_len
     standard: list[int] = list(BUCKETS)
     while standard[-1] < max_len:
@@ -36,9 +32,7 @@ def buckets_for(max_len: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The result of packing: packs in the order of their first member. Iterating yields (bucket, indices of the
-    members) of each pack; the indices are ascending. The length is the number of packs.
-    """
+    """Packs in the order of their first member; iterating yields (bucket, ascending indices of the members) of each."""
 
     buckets: np.ndarray  # int64 [packs]
     members: np.ndarray  # int64 [sequences], indices into the lengths that were packed, pack after pack
@@ -62,7 +56,7 @@ class _OpenPacks:
         self._packs: dict[int, deque[np.ndarray]] = {}
 
     def put(self, room: int, packs: np.ndarray) -> None:
-        """Add packs, given by their numbers, that have `room` free positions. Packs with room 0 are not added."""
+        """Add packs, by number, that have `room` free positions. Packs with room 0 are not added."""
         if room == 0 or len(packs) == 0:
             return
         if room not in self._packs:
@@ -71,9 +65,7 @@ class _OpenPacks:
         self._packs[room].append(packs)
 
     def take(self, length: int) -> tuple[int, np.ndarray] | None:
-        """Remove the packs with the smallest room of at least `length` and return (room, pack numbers in the order they
-        were added). Returns None if no pack has enough room.
-        """
+        """Remove the packs with the smallest room of at least `length`; return (room, pack numbers as added) or None."""
         at = bisect_left(self._rooms, length)
         if at == len(self._rooms):
             return None
@@ -83,9 +75,7 @@ class _OpenPacks:
 
 
 def _runs_of_equal_length(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the indices of the sequences from the longest to the shortest (in source order among equal lengths), and
-    where each run of equal lengths begins and ends in that order.
-    """
+    """Return the stable order from longest to shortest, and where each run of equal lengths begins and ends in it."""
     shortness = lengths.max() - lengths
     order = np.argsort(shortness.astype(np.min_scalar_type(shortness.max())), kind="stable")  # 16 bits: a radix sort
     is_new = np.flatnonzero(np.diff(lengths[order]))
@@ -94,8 +84,8 @@ def _runs_of_equal_length(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pack sequences with best-fit decreasing (see the module's docstring). Return the pack number of each sequence
-    (int64 [n]) and the bucket of each pack (int64 [packs]); packs are numbered in the order in which they were opened.
+    """Pack with best-fit decreasing (see the module). Return the pack number of each sequence (int64 [n]) and the
+    bucket of each pack (int64 [packs]); packs are numbered in the order in which they were opened.
     """
     order, begins, ends = _runs_of_equal_length(lengths)
     pack_of = np.empty(len(lengths), np.int64)
@@ -128,10 +118,9 @@ def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray
 
 
 def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Counter[int]]:
-    """Find a pack that contains the longest sequence and is as full as possible, trying at most LOOKED_AT others.
-
-    Return its bucket and the number of sequences of each length in it. left: number of sequences by length, longest
-    first. buckets: ascending; the last must hold the longest sequence. "Full" is the share of the bucket that is filled.
+    """Find a pack with the longest sequence that fills the largest share of its bucket, trying at most LOOKED_AT
+    others. Return its bucket and the number of sequences of each length in it. left: number of sequences by length,
+    longest first. buckets: ascending; the last must hold the longest sequence.
     """
     longest, room = next(iter(left)), buckets[-1] - next(iter(left))
     # Bit t of `sums` is set if the longest sequence and some of those tried so far have t tokens together.
@@ -154,10 +143,8 @@ def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Co
 
 
 def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pack sequences greedily: repeatedly find the fullest pack with the longest remaining sequence, and use that
-    combination of lengths as many times as the remaining counts allow.
-
-    Return the pack number of each sequence (int64 [n]) and the bucket of each pack (int64 [packs]).
+    """Pack greedily: repeatedly find the fullest pack with the longest remaining sequence, and use that combination of
+    lengths as often as the remaining counts allow. Returns the same as `_best_fit`.
     """
     found, counts = np.unique(lengths, return_counts=True)
     left = dict(zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True))
@@ -183,11 +170,8 @@ def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.nda
 def _refilled(
     lengths: np.ndarray, buckets: tuple[int, ...], pack_of: np.ndarray, bucket_of_pack: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack the sequences of all packs with free positions again, with `_closest_sums`. pack_of, bucket_of_pack: a
-    packing of `lengths`, as `_best_fit` returns it.
-
-    Return the new packing in the same form, full packs first, or the given one if the new one does not have fewer
-    positions.
+    """Pack the sequences of all packs with free positions again, with `_closest_sums`; full packs come first. Takes a
+    packing as `_best_fit` returns it, and returns it unchanged if the new one has no fewer positions.
     """
     room = bucket_of_pack.copy()
     np.subtract.at(room, pack_of, lengths)
@@ -202,10 +186,8 @@ def _refilled(
 
 
 def pack(lengths: np.ndarray, buckets: tuple[int, ...]) -> Packing:
-    """Pack sequences of these lengths. lengths: integers [N], each in 1..buckets[-1]; buckets: ascending.
-
-    Every index is in exactly one pack. The lengths in a pack sum to at most its bucket, and to more than the next
-    smaller bucket.
+    """Pack sequences of these lengths. lengths: integers [N], each in 1..buckets[-1]. buckets: ascending. Every index
+    is in one pack. The lengths in a pack sum to at most its bucket, and to more than the next smaller bucket.
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) == 0:

@@ -1,7 +1,6 @@
 """Pack one part of an input: write its shards, its sources and the rows left out, and check that nothing was lost.
 
-The files depend only on the part's bytes and the settings, so every process writes the same ones. Memory is bounded by
-the size of the part.
+The files depend only on the part's bytes and the settings. Memory is bounded by the size of the part.
 """
 
 import base64
@@ -39,11 +38,9 @@ TOO_LONG = "too long"  # the reason why a valid row is left out that is longer t
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A byte range of one input file that is packed on its own.
-
-    number: counts through all inputs. input: index of the input file, `path` its path. begin, end: byte offsets of line
-    starts; end is None for a compressed file, which is always one part. first_line: line number of the first line.
-    num_bytes: size in bytes (of a compressed file on disk).
+    """A byte range of one input file that is packed on its own. number: counts through all inputs. input: index of the
+    file. begin, end: byte offsets of line starts; end is None for a compressed file, which is always one part.
+    first_line: number of the first line. num_bytes: size of the range, or of a compressed file on disk.
     """
 
     number: int
@@ -57,9 +54,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PartSettings:
-    """Everything besides a part's bytes that its shards depend on, and `encoder`, the --encoder option, which does not
-    influence the bytes.
-    """
+    """Everything besides a part's bytes that its shards depend on, and `encoder` (--encoder), on which no byte depends."""
 
     dir: Path  # the dataset being written
     tokenizer_dir: Path
@@ -68,17 +63,15 @@ class PartSettings:
 
     @property
     def screen_dir(self) -> Path:
-        """The directory to which `dedup.screen` writes the lines to leave out as duplicates or overlaps."""
+        """The directory to which `dedup.screen` writes the lines to leave out."""
         return self.dir.with_name("screen")
 
 
 class PartResult(msgspec.Struct):
-    """The files and counts of a packed part: rows = kept + left out, and tokens in = tokens + cut; `left_out` and `cut`
-    are by reason.
-
-    kept: rows that were packed. characters: of their content. control_strings: how often the text of each special token
-    occurs in content, where it is encoded as ordinary text. lengths: number of sequences of each length; of a pair,
-    prompt and longer reply count. digest: the `sequence_digest` of the part.
+    """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut; what was lost is by
+    reason. characters: of kept rows. control_strings: how often each special token's text occurs in content, where it
+    is encoded as ordinary text. lengths: number of sequences of each length; of a pair, prompt and longer reply count.
+    digest: the `sequence_digest` of the part.
     """
 
     number: int
@@ -101,8 +94,8 @@ class PartResult(msgspec.Struct):
 
 
 class RejectedRow(msgspec.Struct, omit_defaults=True):
-    """A row that was left out, as it is written as a line of rejected/part-N.jsonl. line, offset: its line number and
-    byte offset in the input. raw: the line as text. raw_base64: its bytes, if they are not valid UTF-8.
+    """A line of rejected/part-N.jsonl: a row that was left out. line, offset: its line number and byte offset in the
+    input. raw: the line as text. raw_base64: its bytes, if they are not valid UTF-8.
     """
 
     file: str
@@ -116,8 +109,8 @@ class RejectedRow(msgspec.Struct, omit_defaults=True):
 
 @dataclass(slots=True)
 class _Collected:
-    """The encoded rows of a part before packing, in source order. flats, num_sequences and is_val have an item for each
-    batch of lines; lines, offsets and shas have one for each row that was not left out; rejected has the rows left out.
+    """The encoded rows of a part before packing, in source order. flats, num_sequences, is_val: an item for each batch
+    of lines. lines, offsets, shas: one for each row that was not left out.
     """
 
     flats: list[Sequences] = field(default_factory=list)  # the encoded sequences
@@ -129,7 +122,6 @@ class _Collected:
     rejected: list[RejectedRow] = field(default_factory=list)
 
     def rows(self) -> "_Rows":
-        """Join the batches."""
         counts = np.concatenate([np.empty(0, np.int64), *self.num_sequences])
         is_val = np.concatenate([np.empty(0, bool), *self.is_val])
         first = np.cumsum(counts) - counts
@@ -140,8 +132,8 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The sequences of a part, one after another in source order. is_val, is_first: bool, for each sequence whether its
-    row belongs to val, and whether it is the first sequence of its row.
+    """The sequences of a part in source order. is_val, is_first: bool [sequences], whether the row of a sequence
+    belongs to val, and whether it is the first sequence of its row.
     """
 
     flat: Sequences
@@ -155,9 +147,7 @@ class _DiffersError(Exception):
 
 
 def _no_tick(*counts: int) -> None:
-    """Progress function for a part that is packed a second time; it does nothing, since the progress was reported the
-    first time.
-    """
+    """Does nothing: the progress of a part that is packed a second time was reported the first time."""
 
 
 class PartPacker:
@@ -172,9 +162,7 @@ class PartPacker:
         self._reference = self._row_encoder(choose(self._tokenizer, REFERENCE), is_reference=True)
 
     def _row_encoder(self, encoder: Encoder, *, is_reference: bool = False) -> RowEncoder:
-        """Return a RowEncoder with the settings of this dataset that encodes text with `encoder`. is_reference: use the
-        slow, straightforward way for everything else, too.
-        """
+        """Return a RowEncoder with this dataset's settings. is_reference: use the slow way for everything else, too."""
         return RowEncoder(
             self._tokenizer,
             max_len=self._header.max_len,
@@ -189,8 +177,7 @@ class PartPacker:
         """Read, encode, pack and write a part, check the written files, and return its files and counts.
 
         tick: called with what was done since its last call: bytes read, rows, tokens, rows left out. Raises InputError
-        for a bad row if `on_bad` is "fail" or if the input cannot be read, and DatasetError if the check fails. The
-        garbage collector's threshold is raised meanwhile.
+        for a bad row if `on_bad` is "fail" or if the input cannot be read, and DatasetError if the check fails.
         """
         before = gc.get_threshold()
         gc.set_threshold(GC_OBJECTS, *before[1:])
@@ -200,9 +187,7 @@ class PartPacker:
             gc.set_threshold(*before)
 
     def _pack(self, part: Part, tick: Tick) -> PartResult:
-        """Pack a part as `__call__` does. If the fast encoder gives other tokens than the reference for a compared row,
-        the part is encoded again with the reference, and the result has a warning.
-        """
+        """Pack a part; with the reference encoder and a warning if the fast one differs for a compared row."""
         try:
             result = PartResult(part.number, warning=self._warning)
             collected = self._collect(part, result, tick, self._fast)
@@ -223,9 +208,7 @@ class PartPacker:
     # --- rows -> sequences
 
     def _collect(self, part: Part, result: PartResult, tick: Tick, encoder: RowEncoder) -> _Collected:
-        """Read and encode the rows of a part with `encoder`, and add their counts to `result`. Raises _DiffersError if
-        the encoder gives other tokens than the reference for a compared row.
-        """
+        """Encode the rows of a part and count them in `result`. Raises _DiffersError if a compared row differs."""
         collected, screened = _Collected(), _screened(self._settings, part)
         result.encoder = f"{encoder.encoder.name} {encoder.encoder.version}"
         reported = 0  # bytes reported to `tick`
@@ -251,8 +234,8 @@ class PartPacker:
         return collected
 
     def _compare(self, lines: Sequence[Line], encoded: EncodedRows, result: PartResult) -> None:
-        """Encode some rows of a batch again with the reference encoder and raise _DiffersError if tokens, reasons or
-        hashes differ. COMPARED_FIRST rows are compared in the first batch of a part, COMPARED in the others.
+        """Raise _DiffersError if the reference encoder gives other tokens, reasons or hashes for some rows of a batch:
+        COMPARED_FIRST rows of the first batch of a part, COMPARED of the others.
         """
         count = COMPARED_FIRST if not result.compared else COMPARED
         picks = sorted({i * len(lines) // count for i in range(count)} if len(lines) > count else range(len(lines)))
@@ -274,9 +257,7 @@ class PartPacker:
         result.compared += len(picks)
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, collected: _Collected, result: PartResult) -> None:
-        """Count a row as left out and store its record for the file of rejected rows. Raises InputError if `on_bad` is
-        "fail", unless the row is too long, a duplicate or an overlap.
-        """
+        """Count and record a row. With `on_bad` "fail", raise InputError unless it is too long or found by `dedup`."""
         if self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *SCREENED):
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",
@@ -311,9 +292,7 @@ class PartPacker:
     # --- sequences -> files
 
     def _write_split(self, part: Part, result: PartResult, rows: _Rows, split: str, ordinals: np.ndarray) -> None:
-        """Pack some of the sequences, given by their indices `ordinals`, and write a shard of this split for each
-        bucket that has samples.
-        """
+        """Pack the sequences with the indices `ordinals` and write a shard of this split for each bucket in use."""
         buckets = self._header.buckets
         widths = rows.flat.widths()[ordinals]
         if self._header.kind == "pair":
@@ -330,9 +309,7 @@ class PartPacker:
     def _write_shard(
         self, part: Part, rows: _Rows, split: str, bucket: int, ordinals: np.ndarray, sizes: np.ndarray
     ) -> ShardRecord:
-        """Write a shard and return its record. ordinals: indices of its sequences, sample after sample; sizes: how many
-        sequences each sample has.
-        """
+        """Write a shard. ordinals: indices of its sequences, sample after sample. sizes: sequences of each sample."""
         flat, header = rows.flat, self._header
         id_dtype = dataset.id_dtype(header.tokenizer.vocab_size)
         columns = columns_of(flat, ordinals, sizes, id_dtype, dataset.position_dtype(bucket))
@@ -356,9 +333,7 @@ class PartPacker:
         )
 
     def _write_sources(self, part: Part, result: PartResult, collected: _Collected, first: np.ndarray) -> None:
-        """Write the file that records where each packed row came from, and the file of rejected rows. A file that would
-        be empty is not written. first: int64 [rows], index of each row's first sequence.
-        """
+        """Write where each packed row came from, and the rejected rows. first: each row's first sequence, int64 [rows]."""
         directory = self._settings.dir
         if collected.lines:
             columns = {
@@ -384,16 +359,12 @@ def _json_line(row: RejectedRow) -> bytes:
 
 
 def screened_path(directory: Path, part: int) -> Path:
-    """Return the path of the file with the lines of a part that are left out as duplicates or overlaps, each with
-    reason and detail.
-    """
+    """Return the path of the file with the lines of a part that are left out as duplicates or overlaps."""
     return directory / f"{part:05d}.left_out.json"
 
 
 def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
-    """Return the lines of a part that are left out as duplicates or overlaps: line number -> (reason, detail). Empty if
-    neither `dedup` nor `exclude` is set. Raises DatasetError if the file cannot be read.
-    """
+    """Return the lines left out as duplicates or overlaps, by number; DatasetError if their file cannot be read."""
     if not settings.header.arguments.dedup and not settings.header.arguments.exclude:
         return {}
     path = screened_path(settings.screen_dir, part.number)
@@ -401,10 +372,8 @@ def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
 
 
 def is_for_val(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which rows belong to the val split: bool [R]. hashes: uint8 [R, 32], the hash of each row's content;
-    fraction: the share of val, 0 to 1.
-
-    The split depends only on the content, so equal rows are never in both splits.
+    """Return which rows belong to val: bool [R]. hashes: uint8 [R, 32], of each row's content. fraction: share of val,
+    0 to 1. The split depends only on the content, so equal rows are never in both splits.
     """
     return np.ascontiguousarray(hashes).view("<u8")[:, 0] < np.uint64(fraction * 2**64)
 
@@ -427,11 +396,8 @@ def batches(part: Part) -> Iterator[list[Line]]:
 
 
 def _prove(settings: PartSettings, result: PartResult, before: Sequences) -> None:
-    """Raise DatasetError unless the counts of rows and tokens add up and the shards have every sequence exactly once,
-    with its length, ids and spans.
-
-    The shards are read back and compared, token by token, with the sequences that were packed (`before`). The digest of
-    the part is computed from what was read back and stored in `result`.
+    """Raise DatasetError unless the counts of rows and tokens add up and the shards, read back, have every sequence of
+    `before` exactly once, with its length, ids and spans. Stores the digest of what was read back in `result`.
     """
     _require(result.rows == result.kept + result.left_out.total(), "rows in are not rows kept plus rows left out")
     _require(result.tokens_in == result.tokens + result.cut.total(), "tokens in are not tokens packed plus tokens cut")
@@ -450,6 +416,6 @@ def _prove(settings: PartSettings, result: PartResult, before: Sequences) -> Non
 
 
 def _require(holds: bool, message: str) -> None:
-    """Raise DatasetError unless `holds` is True. Not an assert statement, since it must also run under `python -O`."""
+    """Raise DatasetError unless `holds`. Not an assert statement, since it must also run under `python -O`."""
     if not holds:
         raise DatasetError(f"the proof of packing failed: {message}", "nothing was published; please report this")

@@ -1,8 +1,8 @@
 """`mm pack`: convert jsonl files to a packed dataset.
 
 The same inputs, tokenizer and options give the same bytes for any number of workers and any engine, and however often
-packing was interrupted. Parts are packed independently and in any order; each worker needs memory for one part. The
-dataset appears at its path only after all of it is written, checked and synced.
+packing was interrupted. Each worker needs memory for one part. The dataset appears at its path only after all of it is
+written, checked and synced.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What `pack` did with the inputs, or, with --shard, with the parts of one shard. rows = kept + left out, and
-    tokens in = tokens + cut; `left_out` and `cut` are by reason. kept: rows that were packed.
+    """What `pack` did with the inputs, or, with --shard, with the parts of one shard: rows = kept + left out, and
+    tokens in = tokens + cut; left_out and cut are by reason. kept: rows that were packed.
     """
 
     out: Path
@@ -73,9 +73,7 @@ class PackResult:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is to be packed, after the inputs were read and checked and before anything is written. progress, watch,
-    note: as in `pack`.
-    """
+    """What is to be packed, when nothing is written yet. progress, watch, note: as in `pack`."""
 
     inputs: list[Path]
     out: Path  # symbolic links are resolved
@@ -90,7 +88,6 @@ class _Job:
     note: Note
 
     def run(self, *arguments: Any, **more: Any) -> list[Any]:
-        """Call `workers.run_jobs` with the engine and number of workers from the options."""
         options = self.options
         return workers.run_jobs(
             *arguments, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address, **more
@@ -110,13 +107,11 @@ def pack(
     watch: Watch | None = None,
     note: Note | None = None,
 ) -> PackResult:
-    """Pack jsonl files of one row kind into the dataset directory `out`, and return what was packed.
+    """Pack jsonl files of one row kind into the dataset directory `out`; do nothing if it is an equal dataset already.
 
-    progress: called with the bytes of input packed so far and the bytes in all. watch: called before `progress` while
-    parts are packed, with the rows, tokens and rows left out so far. note: called with sentences for the user, for
-    example about an unfinished pack that is continued. If `options.shard` is "i/n", only every n-th part is packed and
-    nothing is published; `options.finish` publishes what all shards have packed. If an equal dataset exists already,
-    nothing is done.
+    progress: called with the bytes of input packed so far and the bytes in all. watch: called before it with the rows,
+    tokens and rows left out so far. note: called with sentences for the user. If `options.shard` is "i/n", only every
+    n-th part is packed and nothing is published; `options.finish` publishes what all shards have packed.
 
     Raises UsageError for invalid options; InputError for a missing input, inputs of different kinds, no usable row, or
     more bad rows than `options.max_bad` allows; TokenizerError; DatasetError if `out` is neither empty nor a dataset,
@@ -149,9 +144,8 @@ def pack(
 
 
 def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
-    """Pack every n-th part, while other processes may pack the other parts, and return the counts of these parts.
-    share: (i, n); parts i - 1, i - 1 + n, … are packed. Nothing is published. Raises DatasetError if the shards packed
-    so far have other arguments.
+    """Pack the parts i - 1, i - 1 + n, … of the share (i, n), while other processes may pack the others; publish
+    nothing. Raises DatasetError if the shards packed so far have other arguments.
     """
     number, count = share
     own = job.parts[number - 1 :: count]
@@ -174,9 +168,7 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
 
 
 def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mapping[int, PartResult]) -> list[PartResult]:
-    """Return the results of these parts, in the order of their numbers. done: results of parts that are finished
-    already; the others are packed.
-    """
+    """Return the results of these parts, in order; parts without a result in `done` are packed."""
     todo = [part for part in parts if part.number not in done]
     results = [done[part.number] for part in parts if part.number in done]
     total = sum(part.num_bytes for part in parts)
@@ -202,9 +194,7 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
 
 
 def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Manifest:
-    """Write the tokenizer, stats.json and, last of all, the manifest; then move the dataset to its path. Return the
-    manifest.
-    """
+    """Write the tokenizer, stats.json and, last of all, the manifest; then move the dataset to its path."""
     manifest = manifest_of(job.header, results, [])
     files = [
         FileEntry(path, *write_bytes(staging.dataset / path, content))
@@ -220,7 +210,7 @@ def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Mani
 def _result(
     out: Path, manifest: Manifest, start: float, *, up_to_date: bool = False, parts_left: int | None = None
 ) -> PackResult:
-    """Summarize a manifest as a PackResult. start: time.monotonic() at the start of packing."""
+    """Summarize a manifest. start: time.monotonic() at the start of packing."""
     totals = manifest.totals
     samples = dict.fromkeys(manifest.buckets, 0)
     for shard in manifest.shards:
@@ -262,8 +252,8 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
 
 
 def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str, float]) -> PackArguments:
-    """Return the options as the manifest records them. max_bad, by_reason: the parsed limits for bad rows. Raises
-    UsageError or InputError for invalid options of deduplication.
+    """Return the options as the manifest records them, after checking those of deduplication. max_bad, by_reason:
+    parsed.
     """
     dedup.check_options(options)
     return PackArguments(
@@ -291,9 +281,7 @@ def _plan_job(
     watch: Watch | None,
     note: Note,
 ) -> _Job:
-    """Read and hash the inputs once, check tokenizer and row kind, cut the inputs into parts, and return the job.
-    Nothing is written.
-    """
+    """Read and hash the inputs once, check tokenizer and row kind, and cut the inputs into parts; write nothing."""
     assert options.tokenizer, "PackOptions.tokenizer is required"
     tokenizer = Tokenizer.load(options.tokenizer)
     if options.encoder != "auto":
@@ -319,10 +307,8 @@ def common_kind(inputs: Sequence[Path]) -> str:
 
 
 def plan(inputs: Sequence[Path], part_bytes: int) -> tuple[list[FileEntry], list[Part]]:
-    """Return the size and sha256 of every input, and the parts that the inputs are cut into. Reads every file once.
-
-    A part ends at the first line start at or after a multiple of `part_bytes`. A compressed file cannot be cut and is
-    one part.
+    """Return the size and sha256 of every input, and the parts; reads every file once. A part ends at the first line
+    start at or after a multiple of `part_bytes`. A compressed file is one part.
     """
     records: list[FileEntry] = []
     parts: list[Part] = []
@@ -361,9 +347,7 @@ def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]
 
 
 def _is_dataset(out: Path) -> bool:
-    """Return True if there is a packed dataset at `out`, and False if the path does not exist or is an empty directory.
-    Raises DatasetError if there is something else, which must not be replaced.
-    """
+    """Return True for a dataset, False for a missing path or empty directory; raise DatasetError for anything else."""
     if not out.exists():
         return False
     if not out.is_dir():
@@ -379,9 +363,7 @@ def _is_dataset(out: Path) -> bool:
 
 
 def _same_dataset(out: Path, header: DatasetHeader) -> Manifest | None:
-    """Return the manifest of the dataset at `out` if packing would give the same dataset again, otherwise None. Also
-    None if the dataset is damaged, as far as `open_dataset` notices.
-    """
+    """Return the manifest of the dataset at `out` if packing would give it again; None if not, or if it is damaged."""
     try:
         manifest = open_dataset(out).manifest
     except DatasetError:
@@ -397,9 +379,7 @@ def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
 
 
 def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
-    """Return the results of the parts that an earlier, unfinished pack with the same key has finished, by part number.
-    What an unfinished pack with another key left is removed. Either is reported with a note.
-    """
+    """Return the finished parts of an unfinished pack with the same key; remove those of another key. Adds a note."""
     key, begun = PackKey.of(job.header), staging.begun()
     if begun is not None and (differences := key.differences(begun)):
         job.note(f"an unfinished pack to {job.out} cannot be gone on with ({'; '.join(differences)}): it is begun anew")
@@ -416,9 +396,8 @@ def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
 
 @contextlib.contextmanager
 def _keep_or_remove_parts(staging: Staging, job: _Job) -> Iterator[None]:
-    """If the block raises, keep the finished parts for the next call or remove them. They are kept after a kill, Ctrl-C
-    or a full disk; they are removed if none is finished or the error is one that would recur (unusable inputs, options
-    or tokenizer), except UnfinishedError.
+    """If the block raises, keep the finished parts for the next call, as after a kill, Ctrl-C or a full disk. Remove
+    them if none is finished or the error would recur (unusable inputs, options or tokenizer), except UnfinishedError.
     """
     try:
         yield
@@ -433,7 +412,6 @@ def _keep_or_remove_parts(staging: Staging, job: _Job) -> Iterator[None]:
 
 
 def _check_all_done(job: _Job, done: Collection[int]) -> None:
-    """Raise UnfinishedError if a part of the job is not among the finished ones."""
     missing = [part.number for part in job.parts if part.number not in done]
     if missing:
         names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
@@ -447,9 +425,7 @@ def _check_all_done(job: _Job, done: Collection[int]) -> None:
 
 
 def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
-    """Raise DiskError if the estimated size of the parts that are still to be packed exceeds the free space of the disk
-    with `out`.
-    """
+    """Raise DiskError if the estimated size of the parts to be packed exceeds the free space of the disk of `out`."""
     id_bytes = id_dtype(job.header.tokenizer.vocab_size).itemsize
     needed = 2**20
     for part in parts:
@@ -466,9 +442,7 @@ def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(out: Path) -> Iterator[None]:
-    """Convert the operating system's errors for a full or read-only disk, a quota or missing
-    permissions to DiskError.
-    """
+    """Convert the errors of a full or read-only disk, a quota or missing permissions to DiskError."""
     try:
         yield
     except OSError as error:
@@ -488,9 +462,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
 def _check_left_out(
     inputs: Sequence[Path], results: Sequence[PartResult], max_bad: float | None, by_reason: Mapping[str, float]
 ) -> None:
-    """Raise InputError if no row of any part was packed, or if more rows are left out than the limits for bad rows
-    allow.
-    """
+    """Raise InputError if no row was packed, or if more rows are left out than the limits for bad rows allow."""
     num_rows = sum(result.rows for result in results)
     left_out = total_of(result.left_out for result in results)
     if not any(result.kept for result in results):
@@ -502,21 +474,17 @@ def _check_left_out(
 
 
 def _states(inputs: Sequence[Path]) -> list[tuple[int, int]]:
-    """Return size and modification time (ns) of each input."""
     return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in inputs)]
 
 
 def _check_unchanged(job: _Job) -> None:
-    """Raise InputError if size or modification time of an input has changed since the job was planned."""
     for path, before, after in zip(job.inputs, job.states, _states(job.inputs), strict=True):
         if before != after:
             raise InputError(f"{path} changed while it was packed", "pack again when nothing writes to it any more")
 
 
 def _note_encoders(results: Sequence[PartResult], job: _Job) -> None:
-    """Pass the warnings of all parts to `note`, each once. Also recommend installing the fast encoder if it is missing
-    and would save much time.
-    """
+    """Pass on each warning once; recommend the fast encoder if it is missing and would save much time."""
     for warning in dict.fromkeys(result.warning for result in results if result.warning):
         job.note(f"warning: {warning}")
     is_large = sum(result.characters for result in results) > LARGE_CHARACTERS

@@ -1,8 +1,7 @@
 """`mm verify --repair`: rebuild damaged files of a dataset, byte for byte, from the inputs that its manifest names.
 
-Only the parts that have damaged files are packed again, in a separate directory. A rebuilt file replaces the damaged
-one only if its sha256 is the one in the manifest. If an input has changed since packing, an error names it and the
-dataset's shards are not changed.
+Only the parts with damaged files are packed again, in a separate directory. A rebuilt file replaces the damaged one
+only if its sha256 is the recorded one. If an input has changed, an error names it and the shards are not changed.
 """
 
 import os
@@ -32,13 +31,12 @@ STATS = "stats.json"  # needs the results of all parts
 def repair(
     directory: Path, *, tokenizer_dir: Path | None = None, workers: int = 1, progress: Progress | None = None
 ) -> list[str]:
-    """Rebuild the missing or damaged files of a dataset and return their paths, relative to its directory; an empty
-    list if there are none.
+    """Rebuild the missing or damaged files of a dataset and return their paths, relative to its directory.
 
     tokenizer_dir: the tokenizer to copy from if the dataset's own copy is damaged. progress: called with the bytes of
-    input packed so far and the bytes in all. Raises TokenizerError if such a tokenizer is needed and not given or
-    another one, InputError if an input is missing or has changed, and DatasetError if there is no manifest, another
-    process is packing to this directory, or the inputs now give other bytes.
+    input packed so far and the bytes in all. Raises TokenizerError if such a tokenizer is needed and missing or another
+    one, InputError if an input is missing or has changed, and DatasetError if there is no manifest, another process is
+    packing to this directory, or the inputs now give other bytes.
     """
     manifest = read_manifest(directory)
     with only_writer(Path(os.path.realpath(directory))) as staging:
@@ -57,7 +55,7 @@ def repair(
 
 
 def _restore_tokenizer(directory: Path, damaged: Sequence[FileEntry], source: Path | None) -> Path:
-    """Return the dataset's tokenizer directory, after replacing its damaged files with copies from `source`. Raises
+    """Return the dataset's tokenizer directory, after replacing damaged files with copies from `source`. Raises
     TokenizerError if there are damaged files and `source` is None or a different tokenizer.
     """
     lost = [file for file in damaged if file.path.startswith("tokenizer/")]
@@ -86,8 +84,8 @@ def _rebuild(
     num_workers: int,
     progress: Progress | None,
 ) -> None:
-    """Pack the parts of the damaged files again and move the rebuilt files into the dataset. Tokenizer files are
-    skipped. Raises DatasetError, and moves nothing, if a rebuilt file is not equal to the recorded one.
+    """Pack the parts of the damaged files again and move the rebuilt files into the dataset; skip tokenizer files.
+    Raises DatasetError, and moves nothing, if a rebuilt file is not equal to the recorded one.
     """
     rebuilt = [file for file in damaged if not file.path.startswith("tokenizer/")]
     if not rebuilt:
@@ -115,9 +113,7 @@ def _rebuild(
 
 
 def _same_inputs(directory: Path, manifest: Manifest) -> tuple[list[Path], list[Part]]:
-    """Return the inputs and their parts. Raises InputError, which names the inputs concerned, if some are missing or
-    have changed since packing.
-    """
+    """Return the inputs and their parts. Raises InputError, naming them, if some are missing or have changed."""
     inputs = [remote.file_at(file.path) for file in manifest.inputs]
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise InputError(

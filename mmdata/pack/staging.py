@@ -4,9 +4,8 @@
     .NAME.packing/done/00007.json  the result of a finished part, written after the part's files
     .NAME.packing/dataset/         the files; renamed to NAME when all of them are written
 
-If a pack ends early (a kill, Ctrl-C, a full disk), its finished parts stay here, and the same command continues with
-the remaining parts. `.NAME.lock` names the process and host that are packing; a lock whose process has died is taken
-over.
+If a pack ends early (a kill, Ctrl-C, a full disk), its finished parts stay here, and the same command continues. The
+file `.NAME.lock` names the process and host that are packing; a lock whose process has died is taken over.
 """
 
 import contextlib
@@ -36,8 +35,8 @@ PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions m
 
 
 class PackKey(msgspec.Struct, kw_only=True):
-    """The content of begun.json. Two packs with equal keys write the same bytes: the key has a dataset's header,
-    without the arguments that no byte depends on, and the versions of the packages that the bytes may depend on.
+    """The content of begun.json; packs with equal keys write the same bytes. It has the dataset's header, without
+    arguments that no byte depends on, and the versions of the packages that the bytes may depend on.
     """
 
     format: str
@@ -60,9 +59,7 @@ class PackKey(msgspec.Struct, kw_only=True):
         return cls(**{**values, "arguments": arguments, "versions": versions})
 
     def differences(self, before: "PackKey") -> list[str]:
-        """Return, in words, how this key differs from `before`, the key of an unfinished pack. The list is empty if the
-        unfinished pack can be continued.
-        """
+        """Return, in words, how this key differs from that of an unfinished pack; empty if that can be continued."""
         words = [
             f"{name.replace('_', '-')} was {getattr(before, name)}, now {getattr(self, name)}"
             for name in ("kind", "max_len")
@@ -132,10 +129,9 @@ class Staging:
         return sorted(int(path.stem) for path in (self.dir / "done").glob("*.json") if path.stem.isdigit())
 
     def finished(self, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
-        """Return the results of the recorded parts, by part number, after checking that their files have the recorded
-        size and sha256 (about 1 GB/s a thread). numbers: only check these parts; None means all.
-
-        Records that cannot be read, or whose files are missing or damaged, are removed.
+        """Return the results of recorded parts, by number, after checking size and sha256 of their files (about 1 GB/s
+        a thread). numbers: the parts to check; None means all. Records that cannot be read or whose files are bad are
+        removed.
         """
         results = {}
         for number in self.recorded():
@@ -150,25 +146,21 @@ class Staging:
         return results
 
     def _is_intact(self, result: PartResult) -> bool:
-        """Return True if all files of a part have the recorded size and sha256."""
         files = [*(shard.file for shard in result.shards), *result.files]
         with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
             return not any(pool.map(lambda file: checksums.difference(self.dataset, file), files))
 
     def _record_path(self, part: int) -> Path:
-        """Return the path of the record of a part."""
         return self.dir / "done" / f"{part:05d}.json"
 
     def clear(self) -> None:
-        """Remove the hidden directory. The records are removed first, so that a part whose files are partly removed is
-        not taken for a finished one.
-        """
+        """Remove the hidden directory, records first: a part whose files are partly removed must not pass for finished."""
         shutil.rmtree(self.dir / "done", ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def publish(self, files: Collection[str]) -> None:
-        """Move the dataset to `out`, replacing a dataset there, and remove the hidden directory. files: the paths,
-        relative to the dataset directory, that belong to the dataset; other files are removed before.
+        """Move the dataset to `out`, replacing a dataset there, and remove the hidden directory. files: paths, relative
+        to the dataset directory, that belong to the dataset; other files are removed before.
         """
         for path in self.dataset.rglob("*"):
             if path.is_file() and str(path.relative_to(self.dataset)) not in files:
@@ -178,16 +170,13 @@ class Staging:
 
 
 class RecordingPacker:
-    """A PartPacker that records each part as finished when its files are on disk. out: the path that the finished
-    dataset will have.
-    """
+    """A PartPacker that records a part as finished when its files are on disk. out: path of the finished dataset."""
 
     def __init__(self, settings: PartSettings, out: Path):
         self._pack = PartPacker(settings)
         self._staging = Staging(out)
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
-        """Pack and record a part; takes and returns the same as `PartPacker.__call__`."""
         result = self._pack(part, tick)
         self._staging.record(result)
         return result
@@ -195,10 +184,8 @@ class RecordingPacker:
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[Staging]:
-    """Hold the lock for packing all of `out` while the block runs, and yield its Staging. Raises DatasetError, naming
-    host and process, if another pack to `out` is running.
-
-    Also restores the dataset at `out` if an earlier pack was killed between the two renames of publishing.
+    """Hold the lock for packing all of `out`; raises DatasetError, naming host and process, if another pack to it is
+    running. Also restores the dataset if an earlier pack was killed between the renames of publishing.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, "lock"), out):
@@ -210,9 +197,8 @@ def only_writer(out: Path) -> Iterator[Staging]:
 
 @contextlib.contextmanager
 def one_of_several(out: Path, shard: str) -> Iterator[Staging]:
-    """Hold the lock for packing the share `shard` (such as "1-of-4") of `out` while the block runs, and yield its
-    Staging. Other processes may pack other shares meanwhile. Raises DatasetError if another process packs the same
-    share or all of `out`.
+    """Hold the lock for packing the share `shard` (such as "1-of-4") of `out` while the block runs. Other processes may
+    pack other shares. Raises DatasetError if another process packs the same share or all of `out`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, f"lock.{shard}"), out, may_move=True):
@@ -233,11 +219,8 @@ class LockOwner(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def _hold(path: Path, out: Path, *, may_move: bool = False) -> Iterator[None]:
     """Hold the lock file `path` while the block runs, and write this process's host and id to it. Raises DatasetError
-    if another process holds it.
-
-    A lock file that no process seems to hold but that names another host also raises DatasetError, since file systems
-    shared between hosts do not always pass locks on. may_move: take it over in this case, where the other process could
-    do no harm.
+    if another process holds it, or if no process seems to hold it but it names another host: shared file systems do not
+    always pass locks on. may_move: take it over in this case, where the other process could do no harm.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -256,9 +239,7 @@ def _hold(path: Path, out: Path, *, may_move: bool = False) -> Iterator[None]:
 
 
 def _check_free(path: Path, out: Path) -> None:
-    """Raise DatasetError if another process holds the lock file `path`. Nothing is raised if the
-    file does not exist.
-    """
+    """Raise DatasetError if another process holds the lock file `path`, which need not exist."""
     if path.exists():
         try:
             with locked(path, wait=False):
@@ -268,14 +249,12 @@ def _check_free(path: Path, out: Path) -> None:
 
 
 def _owner(path: Path) -> LockOwner | None:
-    """Return the content of a lock file, or None if it cannot be read."""
     with contextlib.suppress(DatasetError):
         return read_record(path, LockOwner, DatasetError, "")
     return None
 
 
 def _busy(out: Path, owner: LockOwner | None) -> DatasetError:
-    """Create the DatasetError for a dataset that another process is writing. owner: None if it is unknown."""
     host, pid = (owner.host, owner.pid) if owner else ("?", 0)
     return DatasetError(
         f"another mm pack is writing {out} (process {pid} on {host})",
@@ -284,5 +263,4 @@ def _busy(out: Path, owner: LockOwner | None) -> DatasetError:
 
 
 def _sibling(out: Path, role: str) -> Path:
-    """Return the hidden path `.NAME.ROLE` in the directory of `out`, where NAME is the name of `out`."""
     return out.parent / f".{out.name}.{role}"

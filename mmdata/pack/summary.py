@@ -31,9 +31,7 @@ Key = TypeVar("Key")
 def header_of(
     kind: str, max_len: int, tokenizer: Tokenizer, inputs: list[FileEntry], arguments: PackArguments
 ) -> DatasetHeader:
-    """Return the header of a manifest: everything that the bytes of the dataset depend on. inputs: with size and
-    sha256.
-    """
+    """Return the header of a manifest: everything that the bytes of the dataset depend on."""
     identity = TokenizerRecord(
         tokenizer.sha256,
         tokenizer.template_sha256,
@@ -53,9 +51,7 @@ def header_of(
 
 
 def manifest_of(header: DatasetHeader, results: Sequence[PartResult], files: Sequence[FileEntry]) -> Manifest:
-    """Return the manifest of a dataset that consists of these parts. results: of the parts; files: files that belong to
-    no part, such as the tokenizer's.
-    """
+    """Return the manifest of a dataset of these parts. files: those of no part, such as the tokenizer's."""
     shards = sorted((s for result in results for s in result.shards), key=lambda s: (s.split, s.bucket, s.part))
     every = [*files, *(file for result in results for file in result.files)]
     return Manifest(
@@ -95,7 +91,6 @@ def _encoders(results: Sequence[PartResult]) -> list[EncoderRecord]:
 
 
 def _part_record(result: PartResult) -> PartRecord:
-    """Convert the result of a part to its record in the manifest."""
     return PartRecord(
         part=result.number,
         rows=result.rows,
@@ -110,7 +105,6 @@ def _part_record(result: PartResult) -> PartRecord:
 
 
 def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> DatasetTotals:
-    """Return the sums over all parts and shards."""
     by_reason = {
         name: dict(sorted(total_of(getattr(result, name) for result in results).items()))
         for name in ("left_out", "cut", "control_strings")
@@ -132,7 +126,7 @@ def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> Dat
 
 
 def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any]:
-    """Return the content of stats.json. manifest: must have its totals and shards; results: those of all its parts."""
+    """Return the content of stats.json. manifest: must have its totals and shards. results: those of all its parts."""
     kind, totals, shards = manifest.kind, manifest.totals, manifest.shards
     characters = sum(result.characters for result in results)
     counts = np.zeros(manifest.max_len + 1, np.int64)
@@ -158,7 +152,6 @@ def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any
 
 
 def _figures(kind: str, shards: Sequence[ShardRecord]) -> dict[str, float]:
-    """Return the sums over these shards (samples, sequences, rows, tokens, trained tokens) and their fill."""
     names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
     return {**{name: sum(getattr(shard, name) for shard in shards) for name in names}, "fill": fill_of(kind, shards)}
 
@@ -172,9 +165,8 @@ def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
 
 
 def length_figures(counts: np.ndarray) -> dict[str, Any]:
-    """Return figures of a length distribution: number of sequences, tokens, mean, shortest, longest, quantiles (p50,
-    p90, p99) and a histogram with boundaries at powers of two. counts: int64 [longest + 1], the number of sequences of
-    each length.
+    """Return number of sequences, tokens, mean, shortest, longest, quantiles (p50, p90, p99) and a histogram with
+    boundaries at powers of two. counts: int64 [longest + 1], the number of sequences of each length.
     """
     total = int(counts.sum())
     tokens = counts * np.arange(len(counts))
