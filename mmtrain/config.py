@@ -398,15 +398,15 @@ def resolve(
     device: str = "cpu",
     share_prompt: bool = False,
 ) -> tuple[TrainSettings, dict[str, str]]:
-    """Decide every setting: the first that exists of the flag, the checkpoint being resumed, the preset, and the
-    default of the stage. Return the settings and, by name, where each came from: "flag", "checkpoint", "preset" or
-    "default".
+    """Decide every setting: the first that exists of flag, checkpoint being resumed, preset, and default of the stage.
+    Return the settings and, by name, where each came from: "flag", "checkpoint", "preset" or "default".
 
     saved: recorded settings of the run being resumed, else None. has_init: whether the model's shape comes from a
     checkpoint; `model` is then None unless given by flag. device ("cpu" or "cuda"), share_prompt (whether computing
     shared prompts once is faster for this data): for the defaults that depend on them. With --steps, `epochs` is None.
-    Raises UsageError as `check_options` does, and CheckpointError if a flag differs from the run being resumed and may
-    not.
+
+    Raises UsageError as `check_options` does, and CheckpointError if a flag differs from the run being resumed and the
+    setting may not change on resume.
     """
     check_options(options)
     preset, defaults = preset_settings(options), stage_defaults(options.stage)

@@ -28,8 +28,7 @@ GRACE_S = 20  # seconds that other ranks have to end by themselves after one has
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks of a run. rank: counts from 0. size: number of ranks. device: of this
-    rank."""
+    """This process's place among the ranks of a run. rank: counts from 0. size: number of ranks. device: its own."""
 
     rank: int
     size: int

@@ -254,7 +254,7 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
 
 
 def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
-    """Zero `run.gradient`, run the passes of `micros` in pieces of at most `run.most_tokens`. Returns as `_accumulate`
+    """Zero the gradient, run the passes of `micros`, `run.most_tokens` at most at once; returns as `_accumulate`
     does."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
@@ -395,8 +395,8 @@ def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
 
 
 def _early_stop(run: ActiveRun) -> str:
-    """Return why --patience ends the run: the last N val losses were not lower than the best before; empty if it does
-    not end it."""
+    """Return why --patience ends the run (the last N val losses were not lower than the best before), or an empty
+    text."""
     patience = run.plan.settings.patience
     if not patience or metrics.num_since_best(run.val_losses) < patience:
         return ""

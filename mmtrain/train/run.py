@@ -104,8 +104,7 @@ class ActiveRun:
 
     @property
     def lag(self) -> int:
-        """Return how many of the newest steps are not read yet: 1 on CUDA, so that the device never waits; 0 on the
-        CPU."""
+        """Return how many newest steps are not read yet: 1 on CUDA, so that the device never waits; 0 on the CPU."""
         return 1 if self.world.device.type == "cuda" else 0
 
     def event(self, step: int, event: str, note: str = "") -> None:
