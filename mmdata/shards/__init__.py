@@ -1,4 +1,3 @@
-"""Packed datasets on disk: the manifest, memory-mapped reading, verification, and the loaders that training reads from.
-
-Start reading at `dataset.py` and `loader.py`. shards/README.md specifies the format.
+"""Packed datasets on disk: manifest, memory-mapped reading (dataset.py), verification, and the loaders for training
+(loader.py). shards/README.md specifies the format.
 """

@@ -1,6 +1,5 @@
-"""Warnings about packed datasets before training: input files that repeat each other, and flaws of pairs.
-
-Reads sources or pairs once, without torch.
+"""Warnings about packed datasets before training: input files that repeat each other, and flaws of pairs. Without
+torch.
 """
 
 from collections import Counter
@@ -21,9 +20,7 @@ DUPLICATES = 0.10
 
 @dataclass(frozen=True, slots=True)
 class Contained:
-    """An input file whose lines are largely in another one: `rows` of the `of` distinct lines of the file `inner` are
-    also in the file `outer`, byte for byte.
-    """
+    """`rows` of the `of` distinct lines of the input file `inner` are also in the input file `outer`, byte for byte."""
 
     inner: str
     outer: str
@@ -33,11 +30,9 @@ class Contained:
 
 def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
     """Return the input files of which at least the share CONTAINED of the distinct packed lines is also in another
-    input file of the same row kind.
-
-    Lines are compared by the hashes in the datasets' sources (8 bytes a line in memory); the input files are not read.
-    Files with fewer than FEW_ROWS lines are not considered. Of two files with equally many lines, the one given later
-    is `inner`.
+    input file of the same row kind. Lines are compared by the hashes in the datasets' sources (8 bytes a line in
+    memory). Files with fewer than FEW_ROWS lines are not considered. Of two files with equally many lines, the one
+    given later is `inner`.
     """
     lines: dict[tuple[str, str], np.ndarray] = {}
     for dataset in datasets:
@@ -57,9 +52,7 @@ def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
 
 
 def _lines_by_file(dataset: Dataset) -> dict[str, np.ndarray]:
-    """Return, for each input file, the sorted hashes (uint64) of its distinct packed lines. Files without a packed line
-    are absent.
-    """
+    """Return the sorted hashes (uint64) of the distinct packed lines of each input file that has any."""
     by_file: dict[str, list[np.ndarray]] = {path: [] for path in dataset.inputs}
     for part in dataset.manifest.parts:
         if part.kept:
@@ -71,12 +64,10 @@ def _lines_by_file(dataset: Dataset) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class PairFigures:
-    """Figures of pairs. Replies, prompts and lengths are those of the train splits; `rows` and `left_out` (by reason)
-    are of whole datasets.
-
+    """Figures of pairs: of the train splits, except `rows` and `left_out` (by reason), which are of whole datasets.
     longer: share of pairs whose chosen reply has more trained tokens than the rejected one; a tie counts as a half, and
-    it is 0.5 if there are no pairs. mean_chosen, mean_rejected: mean number of trained tokens. duplicate_prompts: pairs
-    with the prompt of an earlier pair. equal_replies: pairs whose chosen and rejected replies are equal.
+    it is 0.5 without pairs. mean_chosen, mean_rejected: mean number of trained tokens. duplicate_prompts: pairs with
+    the prompt of an earlier pair. equal_replies: pairs whose two replies are equal.
     """
 
     num_pairs: int
@@ -91,9 +82,7 @@ class PairFigures:
 
 
 def figures_of_pairs(datasets: Sequence[Dataset]) -> PairFigures:
-    """Compute the figures of datasets of pairs. Every pair is read once, about 10 µs each; 8 bytes a prompt are held in
-    memory.
-    """
+    """Compute the figures of datasets of pairs: one pass, about 10 µs a pair, 8 bytes of memory a prompt."""
     counts: list[tuple[int, int]] = []
     prompts: set[int] = set()
     duplicates = equal = 0

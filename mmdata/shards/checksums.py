@@ -1,9 +1,8 @@
-"""Check that the files of a dataset have the content that the manifest records, without hashing an unchanged file
-twice.
+"""Check that the files of a dataset have the content that the manifest records, hashing an unchanged file only once.
 
-`check` stores what it has verified in the dataset's directory, in `.verified.json`: inode, modification time, size and
-sha256 of each file. Files that were copied or touched since are hashed again (about 1 GB/s a thread). If the dataset's
-directory is read-only, all files are hashed every time. This finds damage; it does not detect deliberate forgery.
+What has been verified is stored in the dataset's directory, in `.verified.json`. Files copied or touched since are
+hashed again (about 1 GB/s a thread), and all files every time if the directory is read-only. This finds damage; it does
+not detect deliberate forgery.
 """
 
 import contextlib
@@ -25,9 +24,7 @@ Progress = Callable[[int, int], None]
 
 
 class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
-    """The state of a file when it was last hashed (inode, modification time in ns, size in bytes), and the sha256 it
-    had.
-    """
+    """A file when it was last hashed: inode, modification time in ns, size in bytes, and the sha256 it had."""
 
     inode: int
     mtime_ns: int
@@ -36,13 +33,11 @@ class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
 
 
 def check(directory: Path, files: Sequence[FileEntry], progress: Progress | None = None) -> Iterator[tuple[str, str]]:
-    """Hash files and yield (path, actual sha256) of each file whose content differs from its record. Nothing is done
-    before the first item is requested; all files are hashed then.
-
-    files: the records, with paths relative to `directory`. A file is read only if its inode, modification time, size or
-    recorded sha256 has changed since it was last verified. A second process that checks the same dataset waits for the
-    first. progress: called with the bytes hashed so far and the bytes to hash in all. A missing file raises
-    FileNotFoundError.
+    """Hash files and yield (path, actual sha256) of each file whose content differs from its record; all are hashed
+    when the first item is requested. A file is read only if its inode, modification time, size or recorded sha256 has
+    changed since it was last verified. A second process that checks the same dataset waits for the first. files: the
+    records, with paths relative to `directory`. progress: called with the bytes hashed so far and in all. A missing
+    file raises FileNotFoundError.
     """
     wrong: list[tuple[str, str]] = []
     with _exclusive(directory):
@@ -66,16 +61,12 @@ def check(directory: Path, files: Sequence[FileEntry], progress: Progress | None
 
 
 def mark_verified(directory: Path, files: Sequence[FileEntry]) -> None:
-    """Record that the current content of all of these files was found to be as their records say. The records of other
-    files are removed.
-    """
+    """Record that all of these files were found to be as their records say. The records of other files are removed."""
     _write(directory, {file.path: _state(directory, file) for file in files})
 
 
 def difference(directory: Path, file: FileEntry) -> str:
-    """Return how a file differs from its record, in words, or an empty string if it does not. It is read only if its
-    size is right.
-    """
+    """Return in words how a file differs from its record, "" if it does not. It is read only if its size is right."""
     path = directory / file.path
     if not path.is_file():
         return "is missing"
@@ -86,31 +77,25 @@ def difference(directory: Path, file: FileEntry) -> str:
 
 
 def _state(directory: Path, file: FileEntry) -> VerifiedFile:
-    """Return the current state of a file with the sha256 of its record. Raises FileNotFoundError if the file is
-    missing.
-    """
     stat = (directory / file.path).stat()
     return VerifiedFile(stat.st_ino, stat.st_mtime_ns, stat.st_size, file.sha256)
 
 
 def _read(directory: Path) -> dict[str, VerifiedFile]:
-    """Return the verified files by path; an empty dictionary if `.verified.json` is missing or unreadable."""
+    """Return the verified files by path; none if `.verified.json` is missing or unreadable."""
     with contextlib.suppress(DatasetError):
         return read_record(directory / VERIFIED_NAME, dict[str, VerifiedFile], DatasetError, "")
     return {}
 
 
 def _write(directory: Path, verified: Mapping[str, VerifiedFile]) -> None:
-    """Write `.verified.json`. Nothing is written if the dataset's directory is read-only."""
     with contextlib.suppress(OSError):  # a read-only dataset is hashed each time instead
         write_json(directory / VERIFIED_NAME, plain(verified), indent=0)
 
 
 @contextlib.contextmanager
 def _exclusive(directory: Path) -> Iterator[None]:
-    """Let one process at a time run the block. Without effect on a read-only dataset, where no lock file can be created
-    and nothing is written.
-    """
+    """Let one process at a time run the block. Without effect on a read-only dataset, where no lock can be created."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.enter_context(locked(directory / LOCK_NAME))

@@ -1,6 +1,4 @@
-"""Convert sequences to the columns of a shard and back. The two directions share no code, so that reading back what was
-written checks both.
-"""
+"""Convert sequences to the columns of a shard and back. The two share no code, so that reading back checks both."""
 
 import numpy as np
 
@@ -11,11 +9,9 @@ from mmdata.io.arrow import ArrowFile, BatchColumns, ragged
 def columns_of(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> BatchColumns:
-    """Return the columns of a shard, by name, as shards/README.md specifies them.
-
-    flat: the sequences of a part. ordinals: indices in `flat` of the sequences to store, sample after sample. sizes:
-    how many sequences each sample has; not used for pairs, which are one sequence each. id_dtype, position_dtype: for
-    token ids, and for positions and lengths.
+    """Return the columns of a shard, by name, as shards/README.md specifies them. ordinals: indices in `flat` of the
+    sequences to store, sample after sample. sizes: how many sequences each sample has; not used for pairs, which are
+    one each. id_dtype: for token ids. position_dtype: for positions and lengths.
     """
     if flat.is_pairs:
         return _pair_columns(flat, ordinals, id_dtype, position_dtype)
@@ -25,9 +21,7 @@ def columns_of(
 def _pack_columns(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> BatchColumns:
-    """Return the columns of a shard of packs. The trained spans are moved from positions in their sequence to positions
-    in the pack.
-    """
+    """Columns of packs. The trained spans are moved from positions in their sequence to positions in the pack."""
     lengths, num_marks = flat.lengths[ordinals], flat.num_marks[ordinals]
     ids = take(flat.ids, flat.begins[ordinals], lengths).astype(id_dtype, copy=False)
     spans = take(flat.marks, flat.mark_begins[ordinals], num_marks)
@@ -45,9 +39,7 @@ def _pack_columns(
 
 
 def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype) -> BatchColumns:
-    """Return the columns of a shard of pairs. A reply whose tokens are all trained is stored with
-    an empty span list.
-    """
+    """Columns of pairs. A reply whose tokens are all trained is stored with an empty span list."""
     sizes = flat.pair_marks()[ordinals]
     begin, mark = flat.begins[ordinals], flat.mark_begins[ordinals] + PAIR_MARKS
     columns: BatchColumns = {}
@@ -69,8 +61,8 @@ def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, pos
 
 
 def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Sequences]:
-    """Read the sequences of a shard, in stored order: their ordinals (their numbers in the part) and the sequences
-    themselves. kind: "pair", or another row kind for packs.
+    """Read the ordinals (numbers in the part) and the sequences of a shard, in stored order. kind: "pair", or another
+    row kind for packs.
     """
     if kind == "pair":
         return file.column("doc"), _read_pairs(file)

@@ -1,8 +1,8 @@
-"""Read packed datasets as views of memory-mapped shards. Nothing is copied: a sample is a few slices of a mapped file.
+"""Read packed datasets as views of memory-mapped shards; nothing is copied. shards/README.md specifies the format.
 
 Opening a dataset compares file sizes, Arrow's magic bytes, schema metadata and tokenizer with the manifest, about 0.1
 ms a shard. `Dataset.check_bytes` also hashes the shards that have changed since they were last hashed, and `verify`
-(verify.py) hashes every file. shards/README.md specifies the format.
+(verify.py) hashes every file.
 """
 
 import hashlib
@@ -27,11 +27,10 @@ PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 
 
 class PackView(NamedTuple):
-    """One pack, as views of its shard.
-
-    ids: all tokens, sequences one after another. doc_len: the length of each sequence. span: the trained tokens as
-    begin, end, begin, end, … (end exclusive), in positions of the pack. n_loss: number of trained tokens. doc: for each
-    sequence its ordinal, which is its number among all sequences of its part (from 0, in the order of the rows).
+    """One pack, as views of its shard. ids: all tokens, sequences one after another. doc_len: the length of each
+    sequence. span: the trained tokens as begin, end, begin, end, … (end exclusive), in positions of the pack. n_loss:
+    number of trained tokens. doc: the ordinal of each sequence, its number among all of its part, from 0, in the order
+    of the rows.
     """
 
     ids: np.ndarray
@@ -42,11 +41,10 @@ class PackView(NamedTuple):
 
 
 class PairView(NamedTuple):
-    """One pair, as views of its shard.
-
-    prompt, chosen, rejected: token ids; the replies are without the prompt. chosen_span, rejected_span: the trained
-    tokens as begin, end, begin, end, … (end exclusive), counted from the reply's own first token. n_chosen, n_rejected:
-    number of trained tokens of each reply. doc: the pair's number among all pairs of its part, from 0.
+    """One pair, as views of its shard. prompt, chosen, rejected: token ids; the replies are without the prompt.
+    chosen_span, rejected_span: the trained tokens as begin, end, begin, end, … (end exclusive), counted from the
+    reply's own first token. n_chosen, n_rejected: number of trained tokens. doc: the pair's number among all pairs of
+    its part, from 0.
     """
 
     prompt: np.ndarray
@@ -60,25 +58,20 @@ class PairView(NamedTuple):
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype in which token ids are stored: uint16 if the vocabulary has at most 65,536 entries, otherwise
-    uint32.
-    """
+    """Return the dtype of stored token ids: uint16 for at most 65,536 entries, otherwise uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def position_dtype(bucket: int) -> np.dtype:
-    """Return the dtype in which positions and lengths inside a sample are stored: uint16 for buckets below 65,536,
-    otherwise uint32. The value `bucket` itself must also fit, since it is the largest possible length.
+    """Return the dtype of positions and lengths inside a sample; it must hold `bucket` itself, the largest possible
+    length.
     """
     return np.dtype(np.uint16 if bucket < 2**16 else np.uint32)
 
 
 def token_digest(file: ArrowFile, kind: str) -> str:
-    """Return the sha256, in hex digits, of the tokens and trained spans of a shard. kind: "pair", or another row kind
-    for packs.
-
-    Lengths and values of the list columns are hashed as 32-bit integers, so the digest does not depend on the Arrow
-    version or on the width of the stored ids.
+    """Return the sha256, in hex digits, of the tokens and trained spans of a shard, as 32-bit integers: it depends
+    neither on the Arrow version nor on the width of the stored ids. kind: "pair", or another row kind for packs.
     """
     digest = hashlib.sha256()
     for name in PAIR_LISTS if kind == "pair" else PACK_LISTS:
@@ -90,12 +83,9 @@ def token_digest(file: ArrowFile, kind: str) -> str:
 
 
 def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num_marks: np.ndarray) -> int:
-    """Return a 128-bit digest of a collection of sequences that does not depend on their order: the sum of their hashes
-    modulo 2^128.
-
-    ids: the token ids of all sequences one after another; lengths: how many each sequence has. marks: the values in
-    addition to the ids that must be equal, such as trained spans, of all sequences one after another; num_marks: how
-    many each sequence has.
+    """Return a 128-bit digest of sequences that does not depend on their order: the sum of their hashes modulo 2^128.
+    ids: the token ids of all sequences one after another. lengths: how many each has. marks: the other values that must
+    be equal, such as trained spans, of all sequences one after another. num_marks: how many each has.
     """
     id_bytes, mark_bytes = (np.ascontiguousarray(array, "<u4").data.cast("B") for array in (ids, marks))
     total = id_begin = mark_begin = 0
@@ -110,7 +100,7 @@ def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num
 
 
 class SplitTotals(NamedTuple):
-    """Sums over one split: source rows, stored tokens, tokens that a model computes (a pair's prompt counts twice),
+    """Sums over a split: source rows, stored tokens, tokens that a model computes (a pair's prompt counts twice),
     trained tokens.
     """
 
@@ -121,10 +111,9 @@ class SplitTotals(NamedTuple):
 
 
 class Split:
-    """The samples (packs or pairs) of one split, "train" or "val".
-
-    A sample is addressed by its bucket and its index in that bucket, or by its sample number. Sample numbers count from
-    0 through all buckets, ascending; within a bucket shards are ordered by part.
+    """The samples (packs or pairs) of one split, "train" or "val", addressed by bucket and index in that bucket, or by
+    sample number. Sample numbers count from 0 through all buckets, ascending; within a bucket shards are ordered by
+    part.
     """
 
     def __init__(self, dataset: "Dataset", name: str):
@@ -156,19 +145,17 @@ class Split:
         raise IndexError(f"{self.name} has {self.num_samples()} samples")
 
     def part_of(self, bucket: int, i: int) -> int:
-        """Return the number of the part that sample i of a bucket was packed from. The ordinals in the sample's `doc`
-        count within that part.
+        """Return the part that sample i of a bucket was packed from; the ordinals in the sample's `doc` count within
+        it.
         """
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
     def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
-        """Return the Arrow record batches of a bucket: for each the index, in the bucket, of its first sample, and its
-        columns by name.
-        """
+        """Return (index in the bucket of the first sample, columns by name) of each Arrow record batch of a bucket."""
         return list(zip(self._begins[bucket], self._batches[bucket], strict=False))
 
     def list_lengths(self, name: str) -> np.ndarray:
-        """Return the number of entries that the list column `name` has in every sample: int64 [num_samples], by sample
+        """Return the number of entries of the list column `name` in every sample: int64 [num_samples], by sample
         number.
         """
         lengths = [batch[name].lengths() for bucket in self.buckets for batch in self._batches[bucket]]
@@ -196,8 +183,8 @@ class Split:
 
 
 def pair_view(columns: BatchColumns, i: int) -> PairView:
-    """Return row i of a shard of pairs as a PairView. An empty stored span list means that the whole reply is trained;
-    it is returned as one span from 0 to the reply's length.
+    """Return row i of a shard of pairs. An empty stored span list, which means that the whole reply is trained, is
+    returned as one span from 0 to the reply's length.
     """
     chosen, rejected = columns["chosen"].row(i), columns["rejected"].row(i)
     chosen_span, rejected_span = columns["chosen_span"].row(i), columns["rejected_span"].row(i)
@@ -214,8 +201,8 @@ def pair_view(columns: BatchColumns, i: int) -> PairView:
 
 
 class Dataset:
-    """An opened packed dataset: its manifest and its memory-mapped splits. Create it with `open_dataset`. Pickling
-    stores only the directory, so unpickling opens the dataset again.
+    """An opened packed dataset; create it with `open_dataset`. Pickling stores only the directory; unpickling opens it
+    again.
     """
 
     def __init__(self, directory: Path, manifest: Manifest):
@@ -257,8 +244,7 @@ class Dataset:
 
     def check_bytes(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Raise DatasetError if the content of a shard has changed since it was packed. Only files that have changed
-        since they were last hashed are read. progress: called with the bytes hashed so far and the bytes to hash in
-        all.
+        since they were last hashed are read. progress: called with the bytes hashed so far and in all.
         """
         files = [shard.file for shard in self.manifest.shards]
         for path, digest in checksums.check(self.dir, files, progress):
@@ -266,9 +252,7 @@ class Dataset:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files (often 1,024) to what `count` shards need, as far as the system allows.
-    Every mapped shard keeps a file open.
-    """
+    """Raise the limit of open files (often 1,024) to what `count` mapped shards need, as far as the system allows."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -286,8 +270,8 @@ def check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord, dire
 
 
 def check_size(path: Path, num_bytes: int, directory: Path) -> None:
-    """Raise DatasetError if the file is missing or does not have `num_bytes` bytes. (Reading past the end of a
-    memory-mapped file that is too short would crash the process.)
+    """Raise DatasetError if the file is missing or has not `num_bytes` bytes: reading past the end of a mapped file
+    that is too short would crash the process.
     """
     try:
         actual = path.stat().st_size
@@ -313,11 +297,9 @@ def open_dataset(directory: Path) -> Dataset:
 
 
 class _PartSequences:
-    """Look-up of the sequences of one part by ordinal (the sequence's number in the part). Only the sequences in the
-    given splits are found.
-
-    The table has, for each ordinal, the columns of a record batch, the index of a sample in it, and the token positions
-    in the sample where the sequence begins and ends (unused for pairs).
+    """Look-up, by ordinal, of those sequences of one part that are in the given splits. Its table has for each ordinal
+    the columns of a record batch, the index of a sample in it, and the token positions in the sample where the sequence
+    begins and ends (unused for pairs).
     """
 
     def __init__(self, dataset: Dataset, part: int, splits: Sequence[str]):
@@ -329,7 +311,6 @@ class _PartSequences:
                     self._add(columns)
 
     def _add(self, columns: BatchColumns) -> None:
-        """Enter all sequences of a record batch."""
         if self._kind == "pair":
             self._at |= {ordinal: (columns, i, 0, 0) for i, ordinal in enumerate(columns["doc"].tolist())}
             return
@@ -346,7 +327,6 @@ class _PartSequences:
     def record(self, ordinals: range) -> dict[str, Any]:
         """Return the sequences of one source row, joined in order, as `mm show --json` prints them: "input_ids" and
         "loss_mask", or for a pair "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask" and "rejected_mask".
-        ordinals: the sequences of the row.
         """
         if self._kind == "pair":
             columns, i, _, _ = self._at[ordinals.start]
@@ -363,7 +343,7 @@ class _PartSequences:
 
 def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
     """Return the loss mask uint8 [length]: 1 at trained positions. spans: begin, end, begin, end, … (end exclusive),
-    ascending. The time does not depend on the number of spans, except for one pass over them.
+    ascending.
     """
     edges = np.empty(len(spans) + 2, np.int64)
     edges[0], edges[1:-1], edges[-1] = 0, spans, length
@@ -384,9 +364,7 @@ def _pair_record(pair: PairView) -> dict[str, Any]:
 
 
 def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
-    """Read where the packed rows of part `part` came from. Every array has one entry for each row that was not left
-    out.
-
+    """Read where the packed rows of part `part` came from: arrays with one entry for each row that was not left out.
     file: index in `dataset.inputs`. line: 1-based line number. offset: byte offset of the line. sha: uint8 [n, 8], the
     first bytes of the line's sha256. first: the number, in the part, of the row's first sequence.
     """
@@ -395,18 +373,17 @@ def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
 
 
 def sources_path(part: int) -> str:
-    """Return the path, relative to the dataset directory, of the Arrow file that records the source file and line of
-    every packed row of part `part`.
+    """Return the path, relative to the dataset directory, of the file that records where the packed rows of a part came
+    from.
     """
     return f"sources/part-{part:05d}.arrow"
 
 
 def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]]:
     """Yield one record for each packed source row, in source order: "file", "line", then token ids and loss mask
-    ("input_ids" and "loss_mask"; for a pair those of prompt and replies, under names such as "chosen_ids").
-
-    split: "train", "val", or "all" for both; rows of another split are not yielded. If a row was packed as several
-    sequences, they are joined. The records of one part are in memory at a time.
+    ("input_ids" and "loss_mask"; for a pair those of prompt and replies, under names such as "chosen_ids"). A row
+    packed as several sequences is joined. The records of one part are in memory at a time. split: "train", "val", or
+    "all" for both.
     """
     splits = SPLITS if split == "all" else (split,)
     for part in dataset.manifest.parts:
@@ -422,9 +399,8 @@ def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]
 
 
 def sample_rows(dataset: Dataset, split: str, number: int) -> list[dict[str, Any]]:
-    """Return one record for each sequence of a sample: "file" and "line" of its source row, token ids and loss mask,
-    under the same names as in `source_rows`. split: "train" or "val". number: the sample number. Raises IndexError if
-    there is no such sample.
+    """Return one record for each sequence of a sample, under the names of `source_rows`. split: "train" or "val".
+    number: the sample number. Raises IndexError if there is no such sample.
     """
     bucket, i = dataset.split(split).locate(number)
     view = dataset.split(split).sample(bucket, i)

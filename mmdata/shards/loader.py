@@ -1,12 +1,11 @@
 """Read micro-batches of numpy arrays from shards. The batch of a step is a function of (digest, seed, step); a loader
 has no other state that would have to be saved.
 
-Samples are grouped into cells of equal width, so that every batch costs about the same whatever the buckets. A cell is
-one sample of the largest bucket, or as many samples of a smaller bucket as fit in its length. The order is a keyed
-permutation of the cells that is computed on demand: nothing is stored, and any step can be computed directly.
-Assembling a batch is one copy from the mapped shards, without worker processes; `ahead` does it in a thread while the
-last batch is in use. Order, lengths and spans are computed for a block of thousands of cells at once: the first batch
-of a block takes milliseconds, the others a hundredth of that.
+Samples are grouped into cells of equal width, so that every batch costs about the same whatever the buckets: a cell is
+one sample of the largest bucket, or as many of a smaller bucket as fit in its length. The order is a keyed permutation
+of the cells, computed on demand. Assembling a batch is one copy from the mapped shards; `ahead` does it in a thread
+while the last batch is in use. Order, lengths and spans are computed for a block of thousands of cells at once: the
+first batch of a block takes milliseconds, the others a hundredth of that.
 """
 
 import hashlib
@@ -37,8 +36,7 @@ class MicroBatch:
     """The sequences of a micro-batch one after another, without padding. T: tokens, S: samples, n: sequences.
 
     For pairs the sequences are chosen_0, rejected_0, chosen_1, …, each with its prompt in front: n = 2 S. If `shared`
-    is given, they are prompt + chosen + rejected of each pair instead: n = S, and tokens of rejected must not attend to
-    those of chosen.
+    is given, they are prompt + chosen + rejected of each pair: n = S, and rejected must not attend to chosen.
     """
 
     ids: np.ndarray  # int32 [T]
@@ -52,8 +50,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Upper limits of a loader's micro-batches. tokens: the most tokens in a micro-batch (a single larger sample may
-    exceed it); sequence: the most tokens in one of its sequences.
+    """Upper limits of micro-batches. tokens: the most tokens in one (a single larger sample may exceed it). sequence:
+    the most tokens in one of its sequences.
     """
 
     tokens: int
@@ -62,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a dataset contributes to an epoch. tokens: its share of the epoch's tokens, 0 to 1; passes: how often the
+    """What a dataset contributes to an epoch. tokens: its share of the epoch's tokens, 0 to 1. passes: how often the
     epoch has each of its samples, on average.
     """
 
@@ -73,8 +71,8 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The samples of one bucket of one dataset. first_sample, first_cell: the number of its first sample and of its
-    first cell, counted over all datasets and buckets.
+    """The samples of one bucket of one dataset. first_sample, first_cell: numbers counted over all datasets and
+    buckets.
     """
 
     split: Split
@@ -103,9 +101,7 @@ class _Samples:
     cell_ends: np.ndarray  # int64 [cells + 1]: 0, then the number of samples up to the end of each cell
 
     def assemble(self, cells: range, allocate: Callable[[int, Any], np.ndarray]) -> MicroBatch:
-        """Return the samples of some of the cells as a micro-batch. cells: indices of cells in this object; allocate:
-        as in `Loader`.
-        """
+        """Return the samples of some cells, given by their indices in this object, as a micro-batch."""
         begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
         pieces = [self.ids[batch][a:b] for batch, a, b in self.places[begin:end].tolist()]
         spans = self.span.rows(begin, end) - self.begins[begin]
@@ -116,18 +112,16 @@ class Loader:
     """The batches of one split of one or more datasets of packs. `batch(step)` returns this rank's micro-batches of an
     optimizer step.
 
-    batch_tokens: tokens of a step over all ranks; micro_tokens: tokens of a micro-batch, DEFAULT_MICRO_TOKENS if None.
+    batch_tokens: tokens of a step over all ranks. micro_tokens: tokens of a micro-batch, DEFAULT_MICRO_TOKENS if None.
     Both count every sample with the length of its bucket, although padding is not stored, and are rounded down to whole
     cells, at least one. seed: determines the order. shuffle: False reads the samples in stored order. allocate: called
-    as allocate(count, dtype) for the buffers of ids and loss mask, for example in pinned memory.
+    as allocate(count, dtype) for the buffers of ids and loss mask, for example in pinned memory. weights: the datasets'
+    shares of an epoch's tokens, of which it has as many as all datasets together; None: an epoch has every sample once.
+    Raises DatasetError if the datasets differ in row kind or tokenizer, or if weights are given and a split is empty.
 
-    All ranks together get the same samples in a step whatever `world_size` and `micro_tokens` are. Without `weights`
-    the steps of an epoch have every sample once. With them an epoch has as many tokens as the datasets together, and
-    each dataset the share of them that its weight says. With `shuffle`, a step's cells are ordered by bucket, the
-    largest first, and dealt to the ranks in turn, so that all ranks compute the same bucket at the same time, except
-    for at most one cell where a bucket ends.
-
-    Raises DatasetError if the datasets differ in row kind or tokenizer, or if `weights` are given and a split is empty.
+    All ranks together get the same samples in a step whatever world_size and micro_tokens are. With shuffle, a step's
+    cells are ordered by bucket, the largest first, and dealt to the ranks in turn, so that all ranks compute the same
+    bucket at the same time, except for at most one cell where a bucket ends.
     """
 
     def __init__(
@@ -193,8 +187,8 @@ class Loader:
     def _make_mixture(
         self, datasets: Sequence[Dataset], splits: Sequence[Split], weights: Sequence[float] | None
     ) -> Mixture:
-        """Return how many cells of each dataset an epoch draws. Raises DatasetError if `weights` are given and a split
-        is empty.
+        """Return how many cells of each dataset an epoch draws. Raises DatasetError if weights are given and a split is
+        empty.
         """
         cells = [sum(group.num_cells for group in self._groups if group.split is split) for split in splits]
         if weights is None:
@@ -206,10 +200,8 @@ class Loader:
         return Mixture(tuple(cells), tuple(draws_per_epoch(tokens, cells, weights)))
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs.
-
-        The list is empty if the last, partial step of an epoch has no cell for this rank. Raises DatasetError if the
-        split is empty.
+        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the last,
+        partial step of an epoch has no cell for this rank. Raises DatasetError if the split is empty.
         """
         if not self._num_cells:
             raise DatasetError(
@@ -224,8 +216,8 @@ class Loader:
         return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the whole split once, in the order of the shards and without shuffling. A
-        micro-batch has samples of one dataset only.
+        """Yield this rank's share of the whole split once, in stored order. A micro-batch has samples of one dataset
+        only.
         """
         own = np.arange(self._num_cells)[self._rank :: self._world_size]
         ends = np.cumsum(self._mixture.cells)[:-1]
@@ -241,19 +233,15 @@ class Loader:
         return int(np.searchsorted(self._dataset_ends, micro.samples[0], side="right"))
 
     def _num_own(self, num_cells: int) -> int:
-        """Return how many of a step's `num_cells` cells belong to this rank; cells are dealt to the ranks in turn."""
+        """Return how many of a step's `num_cells` cells, dealt to the ranks in turn, belong to this rank."""
         return len(range(self._rank, num_cells, self._world_size))
 
     def _micro(self, cells: range) -> list[range]:
-        """Cut a range of cells into micro-batches."""
         return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]
 
     def _ordered(self, epoch: int, number: int) -> _Samples:
-        """Return this rank's samples of a block of consecutive steps, in the order of the steps. number: the index of
-        the block in the epoch.
-
-        With shuffling, the cells within a step are ordered by bucket, the largest first; otherwise they are in stored
-        order. The last block is cached.
+        """Return this rank's samples of block `number` of the epoch, in the order of the steps; the last block is
+        cached. Within a step, cells are ordered by bucket, the largest first, with shuffling; otherwise as stored.
         """
         if self._block and self._block[0] == (epoch, number):
             return self._block[1]
@@ -271,11 +259,9 @@ class Loader:
         return samples
 
     def _samples(self, cells: np.ndarray, passes: np.ndarray | None) -> _Samples:
-        """Return the samples of these cells, ordered by cell.
-
-        cells: int64 [n], numbers over all datasets. passes: int64 [n], how often the cell's dataset has been gone
-        through before. With shuffling, samples are dealt anew to the cells of their bucket in each pass. None: not
-        shuffled.
+        """Return the samples of these cells (int64 [n], numbers over all datasets), ordered by cell. passes: int64 [n],
+        how often the cell's dataset has been gone through before: in each pass samples are dealt anew to the cells of
+        their bucket. None: not shuffled.
         """
         of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
         per_cell = np.array([group.samples_per_cell for group in self._groups])[of_cell]
@@ -289,11 +275,10 @@ class Loader:
         return self._tables.samples(self._first_samples[group[is_there]] + index[is_there], ends)
 
     def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
-        """Permute sample indices in place, within each group and pass by a permutation of its own.
-
-        group, index, passes: for each slot of a cell the group, the index of the sample in the group, and the pass.
-        is_there: False for the empty slots of a group's last cell. Groups with one sample in a cell are skipped, since
-        their samples are shuffled with the cells.
+        """Permute sample indices in place, within each group and pass by a permutation of its own. group, index,
+        passes: for each slot of a cell the group, the index of the sample in the group, and the pass. is_there: False
+        for the empty slots of a group's last cell. Groups with one sample in a cell are skipped: their samples are
+        shuffled with the cells.
         """
         for g, shuffled in enumerate(self._groups):
             if shuffled.samples_per_cell == 1:
@@ -312,12 +297,9 @@ def assemble(
     allocate: Callable[[int, Any], np.ndarray],
     shared: np.ndarray | None = None,
 ) -> MicroBatch:
-    """Copy samples into a micro-batch.
-
-    pieces: arrays of ids, all of one dtype, which follow one another in the micro-batch. lengths: the length of each
+    """Copy samples into a micro-batch. pieces: arrays of ids, all of one dtype, in order. lengths: the length of each
     sequence. spans: the trained tokens as begin, end, begin, end, … (end exclusive), ascending, in positions of the
-    micro-batch. numbers: the sample numbers. allocate: called as allocate(count, dtype) for the buffers of ids and loss
-    mask. shared: as in `MicroBatch`.
+    micro-batch. numbers: the sample numbers. allocate: as in `Loader`. shared: as in `MicroBatch`.
     """
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     lengths.cumsum(out=cu_seqlens[1:])
@@ -345,10 +327,8 @@ class _Tables:
         return len(self._values)
 
     def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
-        """Return the samples with these numbers (int64 [N], over all datasets), in this order.
-
-        cell_ends: int64 [cells + 1], as in `_Samples`. Everything that Python would do for each sample is done once for
-        each record batch.
+        """Return the samples with these numbers (int64 [N], over all datasets), in this order. cell_ends: int64 [cells
+        + 1], as in `_Samples`.
         """
         at = np.searchsorted(self._first_samples, numbers, side="right") - 1
         order = np.argsort(at, kind="stable")
@@ -365,7 +345,7 @@ class _Tables:
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
     """Return a digest that identifies the training data: the dataset's own digest if there is one dataset and no
-    weights, otherwise a sha256 over the datasets' digests and weights, which depends on their order.
+    weights, otherwise a sha256 over the datasets' digests and weights, in their order.
     """
     digests = [dataset.digest for dataset in datasets]
     if len(digests) == 1 and weights is None:
@@ -375,10 +355,8 @@ def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> s
 
 
 def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Generator[Made, None, None]:
-    """Yield `make(step)` for each step in order; a thread computes up to `depth` results before they are requested.
-
-    An exception that `make` raises is raised when the result of its step is requested. Closing the iterator stops the
-    thread.
+    """Yield `make(step)` for each step in order; a thread computes up to `depth` results before they are requested. An
+    exception in `make` is raised when its step is requested. Closing the iterator stops the thread.
     """
     made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     is_over = threading.Event()

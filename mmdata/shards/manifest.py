@@ -1,6 +1,4 @@
-"""manifest.json of a packed dataset: typed records, reading, and the dataset's digest. shards/README.md explains the
-keys.
-"""
+"""manifest.json of a packed dataset: records, reading, and the dataset's digest. shards/README.md explains the keys."""
 
 import hashlib
 import json
@@ -58,7 +56,7 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a manifest that are known before packing. The bytes of the shards are determined by them."""
+    """The fields of a manifest that are known before packing. They determine the bytes of the shards."""
 
     format: str = "mm"
     format_version: int = FORMAT_VERSION
@@ -131,11 +129,9 @@ class ShardRecord(msgspec.Struct, frozen=True):
 
 
 class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """The counts of a whole dataset: rows = kept + left out, and tokens in = tokens + cut; `left_out` and `cut` are by
-    reason.
-
-    control_strings: how often the text of each special token occurs in the content of rows, where it is encoded as
-    ordinary text.
+    """Counts of a whole dataset: rows = kept + left out, and tokens in = tokens + cut; `left_out` and `cut` are by
+    reason. control_strings: how often the text of each special token occurs in rows, where it is encoded as ordinary
+    text.
     """
 
     rows: int
@@ -169,16 +165,14 @@ class Manifest(DatasetHeader, frozen=True, kw_only=True):
 
 def dataset_digest(kind: str, max_len: int, shards: Sequence[ShardRecord]) -> str:
     """Return the sha256 over the row kind, the length limit, and the split, bucket, part, number of samples and token
-    digest of all shards. The order of `shards` does not matter.
+    digest of all shards, whose order does not matter.
     """
     lines = sorted((s.split, s.bucket, s.part, s.samples, s.token_digest) for s in shards)
     return hashlib.sha256(json.dumps([kind, max_len, lines]).encode()).hexdigest()
 
 
 def damaged(directory: Path, message: str) -> DatasetError:
-    """Create the DatasetError for a dataset whose files are not those that were packed; it suggests `mm verify
-    --repair`.
-    """
+    """Create the DatasetError for files that are not those that were packed; it suggests `mm verify --repair`."""
     return DatasetError(message, f"mm verify {directory} --repair")
 
 
@@ -204,5 +198,5 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def every_file(directory: Path) -> list[FileEntry]:
-    """Return the records of all files of a dataset, its manifest last. This is the order in which to copy them."""
+    """Return the records of all files of a dataset in the order in which to copy them: the manifest last."""
     return [*read_manifest(directory).all_files, FileEntry(MANIFEST, *info_of(directory / MANIFEST))]

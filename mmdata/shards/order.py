@@ -1,7 +1,7 @@
 """The order of an epoch: which cell is drawn at each place, computed from a key without storing a permutation.
 
-A cell is the unit that is shuffled; for packs it is a group of samples, for pairs a single pair (see loader.py and
-pairs.py). Only integer arithmetic is used, so the order is the same on every machine and with every version of numpy.
+A cell is the unit that is shuffled: a group of samples for packs (loader.py), a single pair for pairs (pairs.py). Only
+integer arithmetic is used, so the order is the same on every machine and with every version of numpy.
 """
 
 import hashlib
@@ -16,10 +16,9 @@ FEISTEL_ROUNDS = 6
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Return the image of each index under a pseudo-random permutation of 0..size-1 that is determined by `key`.
-
-    index: integers [N] in 0..size-1; returns int64 [N]. Time and memory are O(N), whatever the size. The method is a
-    Feistel network on (index // low, index % low), applied again while the result is outside the range (cycle walking).
+    """Return the image of each index (integers [N] in 0..size-1) under a pseudo-random permutation of 0..size-1 that is
+    determined by `key`: int64 [N]. Time and memory are O(N), whatever the size. A Feistel network on (index // low,
+    index % low), applied again while the result is outside the range (cycle walking).
     """
     high = math.isqrt(size - 1) + 1  # size <= high * low < size + high
     low = np.uint64(-(-size // high))
@@ -45,10 +44,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Return how many cells of each dataset an epoch draws, so that the datasets' shares of its tokens are in
-    proportion to `weights`.
-
-    tokens, cells: how many each dataset has. An epoch has as many tokens as all datasets together, up to rounding to
-    whole cells, and draws at least one cell of each. Weights are used as the exact decimal numbers they are written as.
+    proportion to `weights`, which are used as the exact decimal numbers they are written as. tokens, cells: how many
+    each dataset has. An epoch has as many tokens as all datasets together, up to rounding to whole cells, at least one
+    of each.
     """
     shares = [Fraction(str(weight)) for weight in weights]
     total = sum(tokens)
@@ -58,12 +56,10 @@ def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequen
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Several datasets of which an epoch draws cells. cells: the number of cells of each dataset; draws: how many of
-    them one epoch draws.
-
-    A dataset with more draws than cells is gone through several times in an epoch, in another order each time. Of a
-    dataset with fewer draws than cells, an epoch continues where the last one ended. At the end of every epoch, all
-    cells of a dataset have therefore been drawn equally often, give or take once.
+    """Several datasets of which an epoch draws cells. cells: how many each dataset has. draws: how many of them one
+    epoch draws. A dataset with more draws than cells is gone through several times, in another order each time; of one
+    with fewer, an epoch continues where the last one ended. So at the end of every epoch all cells of a dataset have
+    been drawn equally often, give or take once.
     """
 
     cells: tuple[int, ...]
@@ -75,12 +71,10 @@ class Mixture:
         return sum(self.draws)
 
     def draw(self, places: np.ndarray, epoch: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return which cells are drawn at these places of an epoch, and in which pass over their dataset: int64 [N]
-        each.
-
-        places: integers [N] in 0..size-1. Cells are numbered from 0 over all datasets. The pass counts, over all
-        epochs, how often the dataset has been gone through before. key: determines the order; with an empty key cells
-        are drawn in ascending order.
+        """Return which cells are drawn at these places (integers [N] in 0..size-1) of an epoch, and in which pass over
+        their dataset: int64 [N] each. Cells are numbered from 0 over all datasets. The pass counts, over all epochs,
+        how often the dataset has been gone through before. key: determines the order; with "" cells are drawn in
+        ascending order.
         """
         drawn = permute(places, self.size, f"{key}:{epoch}:cells") if key else places
         of = np.searchsorted(np.cumsum(self.draws), drawn, side="right")
@@ -96,9 +90,7 @@ class Mixture:
         return cell, passes
 
     def _in_own_order(self, cells: np.ndarray, passes: np.ndarray, size: int, key: str) -> np.ndarray:
-        """Permute the cells (numbered within a dataset of `size` cells) with a permutation of their
-        own for each pass.
-        """
+        """Permute cells, numbered within a dataset of `size` cells, with a permutation of its own for each pass."""
         ordered = cells.copy()
         for number in np.unique(passes).tolist():
             at = passes == number

@@ -2,8 +2,7 @@
 
 Nothing is padded, and both replies of a pair are always in one micro-batch. With `share_prompt` a pair is one sequence,
 prompt + chosen + rejected; otherwise two, each with the prompt in front. Which pairs a step has is a function of
-(digest, seed, step) and does not depend on the ranks, on micro-batches or on `share_prompt`. Takes 24 bytes of memory a
-pair.
+(digest, seed, step), whatever the ranks, micro-batches and `share_prompt`. Takes 24 bytes of memory a pair.
 """
 
 import heapq
@@ -32,13 +31,9 @@ class PairLoader:
     """The batches of one split of one or more datasets of pairs; it has the same methods as `Loader`.
 
     batch_tokens: about how many tokens a step has over all ranks, with a prompt counted once for each reply.
-    micro_tokens: the most tokens in a micro-batch as it is computed (a prompt counts once with `share_prompt`); a
-    single longer pair may exceed it. DEFAULT_MICRO_TOKENS if None. seed: determines the order. shuffle: False reads
-    pairs in stored order. allocate: called as allocate(count, dtype) for the buffers of ids and loss mask.
-
-    weights: the datasets' shares of an epoch's tokens; None: an epoch has every pair once, and every step has at least
-    one pair. Raises DatasetError if the datasets differ in row kind or tokenizer, or if `weights` are given and a split
-    is empty.
+    micro_tokens: the most tokens in a micro-batch as it is computed (a prompt counts once with share_prompt); a single
+    longer pair may exceed it. DEFAULT_MICRO_TOKENS if None. weights: the datasets' shares of an epoch's tokens; None:
+    an epoch has every pair once, and every step at least one. Other arguments and errors as in `Loader`.
     """
 
     def __init__(
@@ -85,8 +80,8 @@ class PairLoader:
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs. The list is empty
-        if the step has too few pairs for all ranks. Raises DatasetError if the split is empty.
+        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the step
+        has too few pairs for all ranks. Raises DatasetError if the split is empty.
         """
         if not self.num_samples:
             raise DatasetError(
@@ -99,9 +94,8 @@ class PairLoader:
         return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
 
     def micro_batches(self, micro_tokens: int | None = None) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the whole split once, in the order of the shards and without shuffling.
-        micro_tokens: the most tokens in a micro-batch, the loader's own limit if None. A micro-batch has pairs of one
-        dataset only.
+        """Yield this rank's share of the whole split once, in stored order. A micro-batch has pairs of one dataset
+        only. micro_tokens: the most tokens in a micro-batch, the loader's own limit if None.
         """
         budget = micro_tokens or self.limits.tokens
         begins = set(self._first_samples.tolist())
@@ -123,10 +117,8 @@ class PairLoader:
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the sample numbers of an epoch in the order of training (int64), and where in that order each step
-        begins (int64 [steps + 1]).
-
-        The epoch's tokens are divided into equal shares, one for each step. A step has the pairs whose middle token
-        lies in its share.
+        begins (int64 [steps + 1]). A step has the pairs whose middle token lies in its equal share of the epoch's
+        tokens.
         """
         order, _ = self._mixture.draw(np.arange(self._mixture.size), epoch, self._key)
         sizes = self._sizes[order]
@@ -135,7 +127,6 @@ class PairLoader:
         return order, np.searchsorted(steps, np.arange(self.steps_per_epoch + 1))
 
     def _assemble(self, numbers: np.ndarray) -> MicroBatch:
-        """Return the pairs with these sample numbers as one micro-batch."""
         of_split = np.searchsorted(self._first_samples, numbers, side="right") - 1
         views = []
         for s, number in zip(of_split.tolist(), numbers.tolist(), strict=True):
@@ -148,9 +139,9 @@ class PairLoader:
 def _mixture(
     datasets: Sequence[Dataset], counts: Sequence[int], tokens: Sequence[int], weights: Sequence[float] | None
 ) -> Mixture:
-    """Return how many pairs of each dataset an epoch draws: all of them once, or, with `weights`, as many as give each
-    dataset its share of tokens. counts, tokens: pairs and tokens of each dataset. Raises DatasetError if `weights` are
-    given and a split is empty.
+    """Return how many pairs of each dataset an epoch draws: all of them once or, with weights, as many as give each
+    dataset its share of tokens. counts, tokens: of each dataset. Raises DatasetError if weights are given and a split
+    is empty.
     """
     if weights is None:
         return Mixture(tuple(counts), tuple(counts))
@@ -161,8 +152,8 @@ def _mixture(
 
 
 def make_loader(datasets: Sequence[Dataset], *, share_prompt: bool = False, **options: object) -> Loader | PairLoader:
-    """Create the loader for datasets of one row kind: a PairLoader for pairs, otherwise a Loader. options: keyword
-    arguments of `Loader`. share_prompt: compute a pair's prompt once for both replies; ignored for packs.
+    """Create the loader for datasets of one row kind: a PairLoader for pairs, otherwise a Loader. share_prompt: compute
+    a pair's prompt once for both replies; ignored for packs. options: keyword arguments of `Loader`.
     """
     if datasets[0].kind == "pair":
         return PairLoader(datasets, share_prompt=share_prompt, **options)  # type: ignore[arg-type]
@@ -170,16 +161,14 @@ def make_loader(datasets: Sequence[Dataset], *, share_prompt: bool = False, **op
 
 
 def pair_lengths(split: Split) -> np.ndarray:
-    """Return the number of tokens of prompt, chosen and rejected of every pair of a split: int64 [N, 3], by sample
-    number.
-    """
+    """Return the tokens of prompt, chosen and rejected of every pair of a split: int64 [N, 3], by sample number."""
     columns = [split.list_lengths(name) for name in ("prompt", "chosen", "rejected")]
     return np.stack(columns, 1)
 
 
 def saved_share(datasets: Sequence[Dataset]) -> float:
-    """Return the share of the tokens of the train splits, 0 to 1, that is not computed if a prompt is computed once for
-    both replies.
+    """Return the share (0 to 1) of the train splits' tokens that is not computed if a prompt is computed once for both
+    replies.
     """
     lengths = np.concatenate([pair_lengths(dataset.split("train")) for dataset in datasets])
     return float(lengths[:, 0].sum() / max(1, (lengths @ np.array([2, 1, 1])).sum()))
@@ -187,10 +176,8 @@ def saved_share(datasets: Sequence[Dataset]) -> float:
 
 def _num_steps(num_tokens: int, sizes: np.ndarray, batch_tokens: int) -> int:
     """Return the number of steps of an epoch: num_tokens / batch_tokens rounded up, but few enough that every step has
-    a pair; 0 without pairs. sizes: tokens of each pair.
-
-    A step gets the pairs whose middle token lies in its equal share of the tokens (`PairLoader._plan_epoch`). The
-    middles of neighbouring pairs are at most the largest pair's size apart, so a share of that size always has one.
+    a pair; 0 without pairs. sizes: tokens of each pair. The middles of neighbouring pairs are at most the largest size
+    apart, so a step whose share of the tokens (`PairLoader._plan_epoch`) is that large always has a pair.
     """
     if not len(sizes):
         return 0
@@ -198,11 +185,9 @@ def _num_steps(num_tokens: int, sizes: np.ndarray, batch_tokens: int) -> int:
 
 
 def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
-    """Distribute items over bins so that the sums of their costs are about equal, and return the indices of the items
-    in each bin.
-
-    costs: int64 [N], N > 0. No bin's sum exceeds `budget`, or the largest single cost if that is more. The number of
-    bins is a multiple of `multiple`; some may be empty. Items are placed from the largest to the smallest, each into
+    """Distribute items over bins so that the sums of their costs are about equal; return the indices of the items in
+    each bin. costs: int64 [N], N > 0. No sum exceeds `budget`, or the largest single cost if that is more. The number
+    of bins is a multiple of `multiple`; some may be empty. Items are placed from the largest to the smallest, each into
     the bin with the smallest sum (Graham 1969).
     """
     order = np.argsort(-costs, kind="stable").tolist()

@@ -1,7 +1,6 @@
 """`mm verify`: find everything in which a dataset differs from its manifest. Every byte is read (about 1 GB/s).
 
-Hashes find damage on disk. The checks of counts and value ranges also find errors that were made when the dataset was
-written.
+Hashes find damage on disk. The checks of counts and value ranges also find errors made when the dataset was written.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One difference between a dataset and its manifest. shard: the path, relative to the dataset directory, of the
-    file (of any kind) that it concerns; what: the difference in words, with the actual and the expected value.
+    """One difference. shard: the file (of any kind) that it concerns, relative to the dataset directory. what: the
+    difference in words, with the actual and the expected value.
     """
 
     shard: str
@@ -32,12 +31,10 @@ class Problem:
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
-    """Compare a dataset with its manifest and return all differences, an empty list if there are none. progress: called
-    with the bytes checked so far and the bytes in all.
-
-    Compares size and sha256 of every file, the counts and value ranges in shards, and the manifest's sums, and lists
-    files that the manifest does not list. That every sequence is stored exactly once is checked only if nothing else
-    differs. Raises DatasetError if the manifest is missing or unreadable.
+    """Return all differences between a dataset and its manifest: in size and sha256 of every file, in counts and value
+    ranges of shards, in the manifest's sums, and files it does not list. That every sequence is stored exactly once is
+    checked only if nothing else differs. progress: called with the bytes checked so far and in all. Raises DatasetError
+    if the manifest is missing or unreadable.
     """
     manifest = read_manifest(directory)
     files, shards = manifest.all_files, {shard.path: shard for shard in manifest.shards}
@@ -62,8 +59,8 @@ def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
 
 
 def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
-    """Yield the differences between sums that must be equal within the manifest: totals, sums over parts, sums over
-    shards, digest.
+    """Yield the differences between sums that must be equal within the manifest: totals, over parts, over shards,
+    digest.
     """
     totals, parts, shards = manifest.totals, manifest.parts, manifest.shards
     sums = {
@@ -87,8 +84,8 @@ def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[str]:
-    """Yield, in words, the differences between the content of a shard and its record in the manifest. The file's size
-    and sha256 must have been compared before.
+    """Yield in words how the content of a shard differs from its record; size and sha256 must have been compared
+    before.
     """
     try:
         file = read_arrow(directory / shard.path)
@@ -105,7 +102,6 @@ def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Ite
 
 
 def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
-    """Yield a description for each id column that has a token id outside the vocabulary."""
     vocab_size = manifest.tokenizer.vocab_size
     for name in ("prompt", "chosen", "rejected") if manifest.kind == "pair" else ("ids",):
         values = file.column(name).values
@@ -114,7 +110,6 @@ def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
-    """Yield the differences found in a shard of packs: lengths, buckets, spans and counts."""
     ids, doc_len, doc, span = (file.column(name) for name in ("ids", "doc_len", "doc", "span"))
     num_loss = file.column("n_loss").astype(np.int64)
     lengths = ids.lengths()
@@ -130,7 +125,6 @@ def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
 
 
 def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
-    """Yield the differences found in a shard of pairs: lengths, buckets, spans and counts."""
     prompt = file.column("prompt").lengths()
     tokens, loss = int(prompt.sum()), 0
     for side in ("chosen", "rejected"):
@@ -146,21 +140,19 @@ def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
 
 
 def _check_counts(shard: ShardRecord, tokens: int, loss_tokens: int, sequences: int) -> Iterator[str]:
-    """Yield a description for each of these counts that differs from the shard's record."""
     for name, actual in (("tokens", tokens), ("loss_tokens", loss_tokens), ("sequences", sequences)):
         if actual != (expected := getattr(shard, name)):
             yield f"holds {actual:,} {name}, expected {expected:,}"
 
 
 def _row_sums(column: Ragged) -> np.ndarray:
-    """Return the sum of every row of a list column: int64 [rows]."""
     sums = np.concatenate([[0], np.cumsum(column.values, dtype=np.int64)])
     return sums[column.offsets[1:]] - sums[column.offsets[:-1]]
 
 
 def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
-    """Return the number of trained tokens of every row, int64 [rows], or -1 for a row whose spans are invalid: an odd
-    number of values, not ascending, or outside 0..length. span: begin, end, … of each row; lengths: tokens of each row.
+    """Return the number of trained tokens of every row, int64 [rows], or -1 if its spans (begin, end, …) are invalid:
+    an odd number of values, not ascending, or outside 0..length. lengths: tokens of each row.
     """
     values = span.values.astype(np.int64)
     is_end = np.arange(len(values)) % 2 == 1
