@@ -1,3 +1,1 @@
-"""Packed datasets on disk: manifest, memory-mapped reading (dataset.py), verification, and the loaders for training
-(loader.py). shards/README.md specifies the format.
-"""
+"""Packed datasets on disk: memory-mapped reading (dataset.py) and the loaders for training (loader.py), see README.md."""

@@ -1,6 +1,4 @@
-"""Warnings about packed datasets before training: input files that repeat each other, and flaws of pairs. Without
-torch.
-"""
+"""Warnings about packed datasets before training: input files that repeat each other, and flaws of pairs."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -29,8 +29,8 @@ PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 class PackView(NamedTuple):
     """One pack, as views of its shard. ids: all tokens, sequences one after another. doc_len: the length of each
     sequence. span: the trained tokens as begin, end, begin, end, … (end exclusive), in positions of the pack. n_loss:
-    number of trained tokens. doc: the ordinal of each sequence, its number among all of its part, from 0, in the order
-    of the rows.
+    number of trained tokens. doc: the ordinal of each sequence: its number in its part, from 0, in the order of the
+    rows.
     """
 
     ids: np.ndarray
@@ -43,8 +43,7 @@ class PackView(NamedTuple):
 class PairView(NamedTuple):
     """One pair, as views of its shard. prompt, chosen, rejected: token ids; the replies are without the prompt.
     chosen_span, rejected_span: the trained tokens as begin, end, begin, end, … (end exclusive), counted from the
-    reply's own first token. n_chosen, n_rejected: number of trained tokens. doc: the pair's number among all pairs of
-    its part, from 0.
+    reply's own first token. n_chosen, n_rejected: number of trained tokens. doc: the pair's number in its part, from 0.
     """
 
     prompt: np.ndarray
@@ -63,9 +62,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 def position_dtype(bucket: int) -> np.dtype:
-    """Return the dtype of positions and lengths inside a sample; it must hold `bucket` itself, the largest possible
-    length.
-    """
+    """Return the dtype of positions and lengths inside a sample. `bucket` itself must fit: it is the largest length."""
     return np.dtype(np.uint16 if bucket < 2**16 else np.uint32)
 
 
@@ -100,9 +97,7 @@ def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num
 
 
 class SplitTotals(NamedTuple):
-    """Sums over a split: source rows, stored tokens, tokens that a model computes (a pair's prompt counts twice),
-    trained tokens.
-    """
+    """Sums over a split: source rows, stored tokens, computed tokens (a pair's prompt counts twice), trained tokens."""
 
     rows: int
     tokens: int
@@ -111,9 +106,8 @@ class SplitTotals(NamedTuple):
 
 
 class Split:
-    """The samples (packs or pairs) of one split, "train" or "val", addressed by bucket and index in that bucket, or by
-    sample number. Sample numbers count from 0 through all buckets, ascending; within a bucket shards are ordered by
-    part.
+    """The samples (packs or pairs) of one split, "train" or "val", addressed by bucket and index in it, or by sample
+    number. Sample numbers count from 0 through all buckets, ascending; within a bucket shards are ordered by part.
     """
 
     def __init__(self, dataset: "Dataset", name: str):
@@ -145,9 +139,7 @@ class Split:
         raise IndexError(f"{self.name} has {self.num_samples()} samples")
 
     def part_of(self, bucket: int, i: int) -> int:
-        """Return the part that sample i of a bucket was packed from; the ordinals in the sample's `doc` count within
-        it.
-        """
+        """Return the part that sample i of a bucket was packed from; its `doc` counts within that part."""
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
     def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
@@ -155,9 +147,7 @@ class Split:
         return list(zip(self._begins[bucket], self._batches[bucket], strict=False))
 
     def list_lengths(self, name: str) -> np.ndarray:
-        """Return the number of entries of the list column `name` in every sample: int64 [num_samples], by sample
-        number.
-        """
+        """Return the lengths of the list column `name`: int64 [num_samples], by sample number."""
         lengths = [batch[name].lengths() for bucket in self.buckets for batch in self._batches[bucket]]
         return np.concatenate(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
 
@@ -183,9 +173,7 @@ class Split:
 
 
 def pair_view(columns: BatchColumns, i: int) -> PairView:
-    """Return row i of a shard of pairs. An empty stored span list, which means that the whole reply is trained, is
-    returned as one span from 0 to the reply's length.
-    """
+    """Return row i of a shard of pairs. An empty stored span list is returned as one span over the whole reply."""
     chosen, rejected = columns["chosen"].row(i), columns["rejected"].row(i)
     chosen_span, rejected_span = columns["chosen_span"].row(i), columns["rejected_span"].row(i)
     return PairView(
@@ -201,9 +189,7 @@ def pair_view(columns: BatchColumns, i: int) -> PairView:
 
 
 class Dataset:
-    """An opened packed dataset; create it with `open_dataset`. Pickling stores only the directory; unpickling opens it
-    again.
-    """
+    """An opened packed dataset; create it with `open_dataset`. Pickling stores only the directory."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self.dir = directory
@@ -342,9 +328,7 @@ class _PartSequences:
 
 
 def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
-    """Return the loss mask uint8 [length]: 1 at trained positions. spans: begin, end, begin, end, … (end exclusive),
-    ascending.
-    """
+    """Return the loss mask uint8 [length], 1 at trained positions. spans: ascending begin, end, … (end exclusive)."""
     edges = np.empty(len(spans) + 2, np.int64)
     edges[0], edges[1:-1], edges[-1] = 0, spans, length
     ones = np.zeros(len(edges) - 1, np.uint8)
@@ -373,17 +357,14 @@ def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
 
 
 def sources_path(part: int) -> str:
-    """Return the path, relative to the dataset directory, of the file that records where the packed rows of a part came
-    from.
-    """
+    """Return the path, relative to the dataset, of the file that records where the packed rows of a part came from."""
     return f"sources/part-{part:05d}.arrow"
 
 
 def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]]:
     """Yield one record for each packed source row, in source order: "file", "line", then token ids and loss mask
     ("input_ids" and "loss_mask"; for a pair those of prompt and replies, under names such as "chosen_ids"). A row
-    packed as several sequences is joined. The records of one part are in memory at a time. split: "train", "val", or
-    "all" for both.
+    packed as several sequences is joined. One part is in memory at a time. split: "train", "val" or "all".
     """
     splits = SPLITS if split == "all" else (split,)
     for part in dataset.manifest.parts:

@@ -71,9 +71,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The samples of one bucket of one dataset. first_sample, first_cell: numbers counted over all datasets and
-    buckets.
-    """
+    """The samples of one bucket of one dataset. first_sample, first_cell: counted over all datasets and buckets."""
 
     split: Split
     bucket: int
@@ -187,8 +185,8 @@ class Loader:
     def _make_mixture(
         self, datasets: Sequence[Dataset], splits: Sequence[Split], weights: Sequence[float] | None
     ) -> Mixture:
-        """Return how many cells of each dataset an epoch draws. Raises DatasetError if weights are given and a split is
-        empty.
+        """Return how many cells of each dataset an epoch draws. Raises DatasetError if weights are given for an empty
+        split.
         """
         cells = [sum(group.num_cells for group in self._groups if group.split is split) for split in splits]
         if weights is None:
@@ -216,9 +214,7 @@ class Loader:
         return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the whole split once, in stored order. A micro-batch has samples of one dataset
-        only.
-        """
+        """Yield this rank's share of the whole split once, in stored order; each micro-batch is of one dataset."""
         own = np.arange(self._num_cells)[self._rank :: self._world_size]
         ends = np.cumsum(self._mixture.cells)[:-1]
         size = max(1, BLOCK_CELLS // self._cells_per_micro) * self._cells_per_micro
@@ -327,8 +323,8 @@ class _Tables:
         return len(self._values)
 
     def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
-        """Return the samples with these numbers (int64 [N], over all datasets), in this order. cell_ends: int64 [cells
-        + 1], as in `_Samples`.
+        """Return the samples with these numbers (int64 [N], over all datasets), in this order. cell_ends: as in
+        `_Samples`.
         """
         at = np.searchsorted(self._first_samples, numbers, side="right") - 1
         order = np.argsort(at, kind="stable")

@@ -104,8 +104,8 @@ class PartRecord(msgspec.Struct, frozen=True):
 
 
 class ShardRecord(msgspec.Struct, frozen=True):
-    """One shard: what it contains, and size and sha256 of its file. model_tokens: tokens that a model computes; a
-    pair's prompt counts twice. loss_tokens: trained tokens.
+    """One shard and its file. model_tokens: tokens that a model computes; a pair's prompt counts twice. loss_tokens:
+    trained.
     """
 
     path: str
@@ -129,9 +129,8 @@ class ShardRecord(msgspec.Struct, frozen=True):
 
 
 class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of a whole dataset: rows = kept + left out, and tokens in = tokens + cut; `left_out` and `cut` are by
-    reason. control_strings: how often the text of each special token occurs in rows, where it is encoded as ordinary
-    text.
+    """Counts of a whole dataset: rows = kept + left out, tokens in = tokens + cut; `left_out` and `cut` are by reason.
+    control_strings: how often the text of each special token occurs in rows, where it is encoded as ordinary text.
     """
 
     rows: int

@@ -44,9 +44,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Return how many cells of each dataset an epoch draws, so that the datasets' shares of its tokens are in
-    proportion to `weights`, which are used as the exact decimal numbers they are written as. tokens, cells: how many
-    each dataset has. An epoch has as many tokens as all datasets together, up to rounding to whole cells, at least one
-    of each.
+    proportion to `weights`, taken as the exact decimal numbers they are written as. tokens, cells: how many each
+    dataset has. An epoch has as many tokens as all datasets together, up to rounding to whole cells, at least one of
+    each.
     """
     shares = [Fraction(str(weight)) for weight in weights]
     total = sum(tokens)

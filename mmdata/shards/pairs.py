@@ -116,9 +116,8 @@ class PairLoader:
         return int(np.searchsorted(self._first_samples, micro.samples[0], side="right")) - 1
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sample numbers of an epoch in the order of training (int64), and where in that order each step
-        begins (int64 [steps + 1]). A step has the pairs whose middle token lies in its equal share of the epoch's
-        tokens.
+        """Return the sample numbers of an epoch in the order of training (int64), and where in it each step begins
+        (int64 [steps + 1]). A step has the pairs whose middle token lies in its equal share of the epoch's tokens.
         """
         order, _ = self._mixture.draw(np.arange(self._mixture.size), epoch, self._key)
         sizes = self._sizes[order]
@@ -139,9 +138,8 @@ class PairLoader:
 def _mixture(
     datasets: Sequence[Dataset], counts: Sequence[int], tokens: Sequence[int], weights: Sequence[float] | None
 ) -> Mixture:
-    """Return how many pairs of each dataset an epoch draws: all of them once or, with weights, as many as give each
-    dataset its share of tokens. counts, tokens: of each dataset. Raises DatasetError if weights are given and a split
-    is empty.
+    """Return how many pairs of each dataset an epoch draws: all of them or, with weights, as many as give each dataset
+    its share of tokens. counts, tokens: of each dataset. Raises DatasetError if weights are given for an empty split.
     """
     if weights is None:
         return Mixture(tuple(counts), tuple(counts))
@@ -167,9 +165,7 @@ def pair_lengths(split: Split) -> np.ndarray:
 
 
 def saved_share(datasets: Sequence[Dataset]) -> float:
-    """Return the share (0 to 1) of the train splits' tokens that is not computed if a prompt is computed once for both
-    replies.
-    """
+    """Return the share (0 to 1) of the train splits' tokens that `share_prompt` does not compute."""
     lengths = np.concatenate([pair_lengths(dataset.split("train")) for dataset in datasets])
     return float(lengths[:, 0].sum() / max(1, (lengths @ np.array([2, 1, 1])).sum()))
 

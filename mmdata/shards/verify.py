@@ -19,9 +19,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One difference. shard: the file (of any kind) that it concerns, relative to the dataset directory. what: the
-    difference in words, with the actual and the expected value.
-    """
+    """One difference: the file it concerns (of any kind, relative to the dataset), and what is found and expected."""
 
     shard: str
     what: str
@@ -59,9 +57,7 @@ def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
 
 
 def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
-    """Yield the differences between sums that must be equal within the manifest: totals, over parts, over shards,
-    digest.
-    """
+    """Yield the differences between sums that must be equal within the manifest."""
     totals, parts, shards = manifest.totals, manifest.parts, manifest.shards
     sums = {
         "rows": totals.kept + sum(totals.left_out.values()),
@@ -84,9 +80,7 @@ def _check_manifest(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Iterator[str]:
-    """Yield in words how the content of a shard differs from its record; size and sha256 must have been compared
-    before.
-    """
+    """Yield how the content of a shard differs from its record; size and sha256 must have been compared before."""
     try:
         file = read_arrow(directory / shard.path)
         dataset.check_metadata(file, manifest, shard, directory)

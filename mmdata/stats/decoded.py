@@ -26,10 +26,8 @@ _TOOLS = re.compile(r"(?:\A|\n\n)# Tools\n.*?<tools>\n(.*?)\n</tools>\n.*\Z", re
 
 
 class PartRows:
-    """The encoded rows of one part of a dataset, in the order of the input.
-
-    `sources` has the provenance of the rows: arrays with one entry per row that was packed, such as `line`. The shards
-    of the part are memory-mapped, not copied.
+    """The encoded rows of one part of a dataset, in the order of the input; its shards are memory-mapped. `sources` has
+    their provenance: arrays with one entry per packed row, such as `line`.
     """
 
     def __init__(self, dataset: Dataset, part: PartRecord):
@@ -49,14 +47,10 @@ class PartRows:
         self._flat = [] if self._is_pair else [_flat(columns) for columns in self._columns]
 
     def __len__(self) -> int:
-        """Return the number of rows of the part that were packed."""
         return len(self._ends) - 1
 
     def encoded(self, row: int) -> Sequences:
-        """Return the encoded sequences of row number `row` of the part.
-
-        They are one pair, one conversation, or the documents (or fragments of documents) of a text.
-        """
+        """Return a row of the part: one pair, one conversation, or the documents (or fragments of documents) of a text."""
         ordinals = range(self._ends[row], self._ends[row + 1])
         if self._is_pair:
             at = ordinals.start
@@ -77,9 +71,8 @@ class PartRows:
 
 
 def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
-    """Return the encoded rows at these places, (path of an input, line number), from the shards of the dataset.
-
-    Places that are not in the dataset, such as rows that packing left out, are missing in the result.
+    """Return the encoded rows at these places, (path of an input, line number). Places that are not in the dataset,
+    such as rows that packing left out, are missing in the result.
     """
     encoded: dict[tuple[str, int], Sequences] = {}
     wanted: dict[str, list[int]] = {}
@@ -100,10 +93,8 @@ def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tupl
 
 
 def _flat(columns: BatchColumns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the begin (int64 [N]) and end (int64 [N]) of each of the N sequences of a shard, and the trained spans.
-
-    columns: the columns of the shard. All three are positions in the concatenated ids of the shard. The spans are flat:
-    begin, end, begin, end, ….
+    """Return the begin and end (int64 [N] each) of the N sequences of a shard, and their trained spans: begin, end,
+    begin, end, …. All three are positions in the concatenated ids of the shard.
     """
     ends = np.cumsum(columns["doc_len"].values, dtype=np.int64)
     begins = ends - columns["doc_len"].values
@@ -135,10 +126,7 @@ class RowDecoder:
         return self._conversation(first.ids.tolist())
 
     def _documents(self, sequences: Sequence[TokenSequence]) -> Iterator[str]:
-        """Yield the text of each document of a row.
-
-        A document ends with the eos token; if it was cut into several sequences, they are joined.
-        """
+        """Yield the text of each document of a row. It ends with the eos token, in this sequence or in a later one."""
         ids: list[int] = []
         for one in sequences:
             ids += one.ids.tolist()
@@ -149,10 +137,7 @@ class RowDecoder:
             yield self._text(ids)
 
     def _conversation(self, ids: list[int]) -> Conversation:
-        """Split ids into messages and decode them to a `Conversation`.
-
-        If no message is recognized, the whole text becomes one message of the assistant.
-        """
+        """Split ids into messages and decode them. If none is recognized, the whole text becomes one of the assistant."""
         marks = [at for at, id in enumerate(ids) if id in self._control]
         opens = [at for at in marks if self._vocabulary.header(ids, at)]
         messages: list[Message] = []
@@ -172,10 +157,9 @@ class RowDecoder:
 
 
 def _messages(role: str, content: str) -> list[Message]:
-    """Return the messages that a chat template rendered as one message with this role and content.
-
-    Several tool results are rendered as one user message; they become one message each. Reasoning and tool calls are
-    parsed from the content of an assistant message. An empty system message gives no message.
+    """Return the messages that a chat template rendered as one with this role and content. Several tool results are
+    rendered as one user message; they become one message each. Reasoning and tool calls are parsed from the content of
+    an assistant message. An empty system message gives no message.
     """
     if role == "user" and content.startswith("<tool_response>"):
         return [Message("tool", answer) for answer in _ANSWER.findall(content)]

@@ -29,10 +29,8 @@ NUM_TOP = 20  # entries of each list of the most frequent strings or tokens
 
 def token_figures(tally: Tally) -> Figures:
     """Return the figures of the tokens of a file: totals, share of trained tokens, characters per token, buckets and
-    lengths.
-
-    If only a sample of the rows was tokenized, "tokens" and "loss_tokens" are extrapolated to all rows by the number of
-    characters, "buckets" and "lengths" describe the sample, and "sample" has its number of rows and that of all rows.
+    lengths. If only a sample of the rows was tokenized, "tokens" and "loss_tokens" are extrapolated to all rows by the
+    number of characters, "buckets" and "lengths" describe the sample, and "sample" has both numbers of rows.
     """
     sums = tally.sums
     is_sample = sums["sampled_rows"] < sums["kept"]
@@ -58,10 +56,8 @@ def token_figures(tally: Tally) -> Figures:
 
 def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = True) -> Figures:
     """Return the figures of texts: lengths, languages, scripts, turns, openings, repeated phrases, system prompts,
-    tools, pairs.
-
-    scans: the scans whose tallies were merged into `tally`; repeated phrases are searched for in their "random" rows.
-    With `is_whole`, which says that `tally` covers all rows, duplicates are included.
+    tools, pairs. scans: the scans merged into `tally`; repeated phrases are searched for in their "random" rows.
+    is_whole: whether `tally` covers all rows; only then duplicates are included.
     """
     sample = [
         "\n".join(text for _, text in pieces_of(row.parsed())) for scan in scans for row in scan.shown.get("random", ())
@@ -136,10 +132,8 @@ def is_repeat(hashes: np.ndarray) -> np.ndarray:
 
 def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
     """Return the figures of tokens by role, turn and script, of shares of trained tokens, and of the use of the
-    vocabulary.
-
-    tally: the counts of `count_tokens`. kind: the kind of the rows; for "pair" the lengths of prompts and replies are
-    included.
+    vocabulary. tally: the counts of `count_tokens`. kind: the kind of the rows; "pair" adds lengths of prompts and
+    replies.
     """
     return {
         "tokens_by": {
@@ -171,11 +165,9 @@ def _script_figures(tally: Tally) -> dict[str, Figures]:
 
 
 def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> Figures:
-    """Return how the vocabulary is used: which ids occur, which never do, and how often.
-
-    Among the entries: "never", the number of ids other than control tokens that do not occur, and "never_ids", the
-    first 60 of them; "cover", how many of the most frequent ids make up at least 50, 90 and 99 % of all tokens;
-    "by_rank", the count of the id at each of the "ranks" (1 is the most frequent id).
+    """Return how the vocabulary is used. "never": the number of ids other than control tokens that do not occur.
+    "never_ids": the first 60 of them. "cover": how many of the most frequent ids make up at least 50, 90 and 99 % of
+    all tokens. "by_rank": the count of the id at each of the "ranks" (1 is the most frequent id).
     """
     counts = tally.array("vocabulary", vocabulary.size)
     order = np.argsort(-counts, kind="stable")
@@ -200,18 +192,17 @@ def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> Figures:
 
 
 def _ranks(size: int) -> list[int]:
-    """Return ascending ranks from 0 to size - 1 that are spaced evenly on a logarithmic axis, four per power of two."""
+    """Return ascending ranks from 0 to size - 1, evenly spaced on a logarithmic axis, four per power of two."""
     return sorted({min(size, round(2 ** (k / 4))) - 1 for k in range(4 * (size.bit_length() + 1))}) if size else []
 
 
 def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS) -> list[Figures]:
-    """Return, for each length limit, what it would cut and how much padding it would need: one dictionary per limit.
+    """Return what each length limit (in tokens) would cut and how much padding it would need: one dictionary per limit,
+    none without lengths. lengths: a frame with the columns value (length of a sequence in tokens) and count.
 
-    lengths: a frame with the columns value (length of a sequence in tokens) and count. limits: the limits, in tokens.
-    "tokens_beyond" counts the tokens after the limit, "tokens_in_longer_share" is the share of all tokens that are in
-    sequences longer than the limit. "padding_share" is the share of padding if each cut sequence is padded to the
-    limit. "packed_fill" is the fill that packing reaches, measured on at most `tried` of the cut sequences, and None
-    for pairs, which are not packed. The result is empty if there are no lengths.
+    "tokens_beyond" counts the tokens after the limit; "tokens_in_longer_share" is the share of all tokens that are in
+    sequences longer than the limit. "padding_share": if each cut sequence is padded to the limit. "packed_fill": the
+    fill that packing reaches, measured on at most `tried` of the cut sequences; None for pairs.
     """
     values, counts = rounded_lengths(lengths)
     if not len(values):
@@ -239,10 +230,9 @@ def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: in
 
 
 def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int) -> float:
-    """Pack at most `tried` sequences and return the fill: the share of the positions of all packs that hold tokens.
-
-    The sequences are spread evenly over the distribution of lengths. lengths: int64, ascending, at most `limit`;
-    counts: how often each occurs. Lengths of 0 are ignored. limit: the largest bucket.
+    """Pack at most `tried` sequences, spread evenly over the distribution of lengths, and return the fill: the share of
+    the positions of all packs that hold tokens. lengths: int64, ascending, at most `limit`, the largest bucket; lengths
+    of 0 are ignored. counts: how often each occurs.
     """
     lengths, counts = lengths[lengths > 0], counts[lengths > 0]
     total = int(counts.sum())
@@ -255,7 +245,6 @@ def left_out_figures(
     left_out: Mapping[str, int], examples: Mapping[str, list[Figures]], num_rows: int
 ) -> list[Figures]:
     """Return the rows left out, by reason, the most frequent first: number, share of `num_rows`, help and examples.
-
     left_out: the number of rows by reason. examples: records of some of these rows by reason.
     """
     return [
@@ -292,23 +281,19 @@ WARNINGS = {
 
 
 def warnings(figures: Mapping[str, Any]) -> list[Figures]:
-    """Return the warnings that apply, as [{"code", "values", "text"}], in the order of WARNINGS.
-
-    figures: the figures of a file or dataset, without warnings. Figures that were not measured give no warning.
+    """Return the warnings that apply, as [{"code", "values", "text"}], in the order of WARNINGS. figures: those of a
+    file or dataset; figures that were not measured give no warning.
     """
     return [warning(code, **values) for code, values in _warnings_on(figures)]
 
 
 def warning(code: str, **values: Any) -> Figures:
-    """Return a warning as {"code", "values", "text"}: text is WARNINGS[code] with the values filled in, in English.
-
-    KeyError if the code is unknown or a value is missing.
-    """
+    """Return {"code", "values", "text"}: text is WARNINGS[code] with the values filled in. KeyError if one is missing."""
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
 
 
 def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
-    """Yield (code, values) of each warning that applies. Figures that were not measured give no warning."""
+    """Yield (code, values) of each warning that applies."""
     num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
     left_out = figures["left_out"]
     if sum(left_out.values()) > 0.001 * num_rows:
@@ -343,10 +328,7 @@ def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
 
 
 def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, Figures]]:
-    """Yield (code, values) of the warnings on pairs that apply: on length, and on replies that are nearly equal.
-
-    pairs: the figures of pairs; without them nothing is yielded.
-    """
+    """Yield (code, values) of the warnings on pairs that apply; none without figures of pairs."""
     if not pairs or not pairs["pairs"]:
         return
     number, longer = pairs["pairs"], Counter(pairs["longer"])

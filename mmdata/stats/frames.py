@@ -35,10 +35,8 @@ _ANSWERS = ("document", "assistant", "chosen", "rejected")
 
 
 def text_frame(texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> pl.DataFrame:
-    """Return a frame with one row per text of `texts_of_rows`, and the columns row, role, text and characters.
-
-    texts_of_rows: for each row its (role, text) pairs, as `pieces_of` yields them. `row` is the index into
-    `texts_of_rows`, `characters` the length of the text.
+    """Return a frame with one row per text: row (index into `texts_of_rows`), role, text and characters (its length).
+    texts_of_rows: for each row its (role, text) pairs, as `pieces_of` yields them.
     """
     pieces = [piece for texts_of_row in texts_of_rows for piece in texts_of_row]
     columns = {
@@ -50,10 +48,8 @@ def text_frame(texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> pl.DataFra
 
 
 def message_frame(conversations: Sequence[Conversation]) -> pl.DataFrame:
-    """Return a frame with one row per message, and the columns row, role, content, calls and has_reasoning.
-
-    `row` is the index of the conversation, `calls` the number of tool calls, `has_reasoning` whether the message has
-    reasoning.
+    """Return a frame with one row per message: row (index of the conversation), role, content, calls (number),
+    has_reasoning.
     """
     messages = [message for conversation in conversations for message in conversation.messages]
     columns = {
@@ -67,11 +63,10 @@ def message_frame(conversations: Sequence[Conversation]) -> pl.DataFrame:
 
 
 def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a row in order, as (role, text).
-
-    The text of a document row is split at the marks between documents, and the role is "document". A message's text is
-    its reasoning followed by its content; messages without either are omitted. Of a pair, the messages of the shared
-    prompt come once, then each reply as one text, with the roles "chosen" and "rejected".
+    """Yield the texts of a row in order, as (role, text). The text of a document row is split at the marks between
+    documents, with the role "document". A message's text is its reasoning followed by its content; messages without
+    either are omitted. Of a pair, the messages of the shared prompt come once, then each reply as one text, with the
+    roles "chosen" and "rejected".
     """
     if isinstance(row, Document):
         yield from (("document", text) for text in split_documents(row.text))
@@ -91,7 +86,7 @@ def _texts(conversation: Conversation, begin: int, end: int) -> Iterator[tuple[s
 
 
 def _reply(side: Conversation, begin: int) -> str:
-    """Return the texts of the messages from number `begin` on, joined by newlines: the reply of one side of a pair."""
+    """Return the reply of one side of a pair: the texts from message number `begin` on, joined by newlines."""
     return "\n".join(text for _, text in _texts(side, begin, len(side.messages)))
 
 
@@ -99,9 +94,8 @@ def _reply(side: Conversation, begin: int) -> str:
 
 
 def set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
-    """Count a row that is left out, by reason; the first NUM_EXAMPLES of each reason are added to the tally's examples.
-
-    file: the path of the input, for the example.
+    """Count a row that is left out, by reason; the first NUM_EXAMPLES of each reason become examples, with the path
+    `file`.
     """
     tally.sums["rows"] += 1
     tally.counters["left_out"][bad.reason] += 1
@@ -115,9 +109,8 @@ def count_rows(
     tally: Tally, rows: Sequence[Row], raws: Sequence[bytes], *, most_signed: int = ROWS_FOR_NEAR
 ) -> np.ndarray:
     """Count the texts of a batch of valid rows in `tally`. Return the number of characters of each row, int64 [rows].
-
     raws: the jsonl line of each row, to count bytes and control strings; empty if the rows were not read from a file.
-    most_signed: MinHash signatures, by which near duplicates are found, are computed until the tally has this many.
+    most_signed: MinHash signatures, which find near duplicates, are computed until the tally has this many.
     """
     tally.sums.update({"rows": len(rows), "kept": len(rows), "bytes": sum(map(len, raws))})
     for row, raw in zip(rows, raws, strict=False):
@@ -142,10 +135,8 @@ def count_rows(
 
 
 def _count_scripts(tally: Tally, whole: Sequence[str], lengths: np.ndarray, most_signed: int) -> None:
-    """Count characters by script and rows by language, and append the MinHash signatures of the rows.
-
-    whole: the text of each row; lengths: int64 [rows], its characters. No signatures are computed once the tally has at
-    least `most_signed`.
+    """Count characters by script and rows by language, and append the MinHash signatures of the rows, unless the tally
+    has at least `most_signed`. whole: the text of each row. lengths: int64 [rows], its characters.
     """
     points = code_points("".join(whole))
     counts = count_scripts(scripts_of(points), lengths)
@@ -158,10 +149,8 @@ def _count_scripts(tally: Tally, whole: Sequence[str], lengths: np.ndarray, most
 
 
 def _count_pieces(tally: Tally, pieces: pl.DataFrame, texts_of_rows: Sequence[Sequence[tuple[str, str]]]) -> None:
-    """Count characters by role and by turn, count openings, and append a hash of each row's roles and texts.
-
-    pieces: the frame of `texts_of_rows` (`text_frame`). An opening is the first OPENING characters of a document or
-    answer. Rows of equal roles and texts have equal hashes, by which exact duplicates are found.
+    """Count characters by role and by turn, count openings (the first OPENING characters of a document or answer), and
+    append a hash of each row's roles and texts, which finds exact duplicates. pieces: `text_frame(texts_of_rows)`.
     """
     tally.count("characters by role", pieces, key=pl.col("role"), value=pl.col("characters"))
     number = pl.int_range(1, pl.len() + 1).over("row").clip(upper_bound=NUM_TURNS)
@@ -179,9 +168,8 @@ def _count_pieces(tally: Tally, pieces: pl.DataFrame, texts_of_rows: Sequence[Se
 
 
 def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) -> None:
-    """Count turns, system prompts, tools, tool calls and messages with reasoning.
-
-    conversations: one per row; for a pair its chosen side.
+    """Count turns, system prompts, tools, tool calls and reasoning. conversations: one per row, of pairs the chosen
+    side.
     """
     messages = message_frame(conversations)
     users = (pl.col("role") == "user").sum()
@@ -202,19 +190,15 @@ def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) ->
 
 
 def _tool_name(tool: JsonObject) -> str:
-    """Return the name in a tool's definition, cut to 80 characters; "None" if it has none.
-
-    The definition is nested, {"function": {"name": …}}, or flat, {"name": …}.
-    """
+    """Return a tool's name, from {"function": {"name": …}} or {"name": …}, cut to 80 characters; "None" if it has none."""
     function = tool.get("function")
     return str(function.get("name") if isinstance(function, dict) else tool.get("name"))[:80]
 
 
 def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
-    """Count how the lengths (in characters) of the two replies of each pair differ, and how similar they are.
-
-    The similarity is the Jaccard index of the runs of 8 characters of both replies, counted in 10 bins. The ratio
-    chosen / rejected is counted as 2 log2(ratio), rounded, from -8 (1/16) to 8 (16).
+    """Count how the lengths (in characters) of the two replies of each pair differ, and how similar they are. The
+    similarity is the Jaccard index of the runs of 8 characters of both replies, counted in 10 bins. The ratio chosen /
+    rejected is counted as 2 log2(ratio), rounded, from -8 (1/16) to 8 (16).
     """
     sides = [_reply(side, pair.num_shared) for pair in pairs for side in (pair.chosen, pair.rejected)]
     lengths = np.fromiter(map(len, sides), np.int64, len(sides))
@@ -244,9 +228,9 @@ def _count_pairs(tally: Tally, pairs: Sequence[Pair]) -> None:
 def repeated_phrases(whole: Sequence[str], number: int) -> list[JsonObject]:
     """Return at most `number` phrases that occur in several texts, the commonest first: [{"text", "count"}].
 
-    A unit is a word, a number, or any other single character (such as a Chinese one). All n-grams of GRAM_UNITS units
-    that occur in at least two texts are candidates. Overlapping n-grams of nearly equal counts are joined to one longer
-    phrase. `count` is the number of texts that contain the n-gram. whole: the texts. Memory: about 16 bytes per unit.
+    A unit is a word, a number, or any other single character (such as a Chinese one). Candidates are all n-grams of
+    GRAM_UNITS units that occur in at least two texts; `count` is the number of these texts. Overlapping n-grams of
+    nearly equal counts are joined to one longer phrase. Memory: about 16 bytes per unit.
     """
     ids: dict[str, int] = {}
     stream: list[int] = []
@@ -266,11 +250,10 @@ def repeated_phrases(whole: Sequence[str], number: int) -> list[JsonObject]:
 
 
 def _join_grams(grams: Sequence[tuple[int, int]], stream: Sequence[int], number: int) -> list[list[int]]:
-    """Join n-grams to at most `number` phrases [begin, end, count], where begin and end (exclusive) index `stream`.
-
-    grams: (position in `stream`, count) of each n-gram, by descending count. stream: the ids of the units of all texts.
-    An n-gram is joined to a phrase if their counts differ by at most 5 % and it lies inside the phrase or exceeds it by
+    """Join n-grams to at most `number` phrases [begin, end, count], where begin and end (exclusive) index `stream`. An
+    n-gram is joined to a phrase if their counts differ by at most 5 % and it lies inside the phrase or exceeds it by
     one unit at one end. An n-gram that shares a run of more than half its units with an earlier phrase is omitted.
+    grams: (position in `stream`, count), by descending count. stream: the ids of the units of all texts.
     """
     phrases: list[list[int]] = []
     for at, count in grams:
@@ -286,16 +269,14 @@ def _join_grams(grams: Sequence[tuple[int, int]], stream: Sequence[int], number:
 
 
 def _overlap(units: Sequence[int], window: Sequence[int], least: int = GRAM_UNITS // 2 + 1) -> bool:
-    """Return whether a run of `least` consecutive units occurs in both `units` and `window`."""
+    """Return whether a run of `least` consecutive units occurs in both."""
     runs = {tuple(window[i : i + least]) for i in range(len(window) - least + 1)}
     return any(tuple(units[i : i + least]) in runs for i in range(len(units) - least + 1))
 
 
 def _original(whole: Sequence[str], ends: Sequence[int], begin: int, end: int) -> str:
-    """Return the original text of the units from `begin` to `end` (exclusive), cut to 300 characters.
-
-    whole: the texts that were split into units; ends: the position in the stream of units at which each of them ends.
-    The units must belong to one text.
+    """Return the original text of the units of one text from `begin` to `end` (exclusive), cut to 300 characters.
+    whole: the texts that were split into units. ends: the position in the stream of units at which each of them ends.
     """
     number = bisect_right(ends, begin)
     first = ends[number - 1] if number else 0

@@ -76,10 +76,8 @@ def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder
 
 
 def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[SampleRecord]:
-    """Return the sections of a row without tokens, with at most MOST_CHARACTERS characters in all.
-
-    pieces: the (role, text) of each text, from `pieces_of`. The prompt of a pair and each of its replies are one
-    section each.
+    """Return the sections of a row without tokens, at most MOST_CHARACTERS characters in all: one each for the prompt
+    and the replies of a pair. pieces: the (role, text) of each text, from `pieces_of`.
     """
     parts: dict[str, list[SampleRecord]] = {}
     left = MOST_CHARACTERS
@@ -129,11 +127,9 @@ _SIDES = ("chosen", "rejected")
 
 
 def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, first_role: str) -> list[SampleRecord]:
-    """Split ids into messages at the control tokens with which messages begin, and return their records.
-
-    These control tokens and the role names after them are not part of the text. mask: bool, whether each token is
-    trained. first_role: the role of the tokens before the first such control token. Messages without visible text are
-    omitted.
+    """Split ids at the control tokens with which messages begin, and return the messages' records. These tokens and the
+    role names after them are not part of the text; messages without visible text are omitted. mask: bool, whether each
+    token is trained. first_role: the role of the tokens before the first such control token.
     """
     messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
     at = 0
@@ -148,9 +144,8 @@ def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, firs
 
 
 def _add_piece(message: SampleRecord, ids: Sequence[int], at: int, mask: np.ndarray, vocabulary: Vocabulary) -> int:
-    """Append the token at position `at` to a message as a piece, and return the position of the next piece.
-
-    If the token ends inside a character, the piece includes up to three more tokens, until the character is complete.
+    """Append the token at position `at` to a message as a piece, and return the position of the next piece. If the
+    token ends inside a character, the piece includes up to three more tokens, until the character is complete.
     """
     if vocabulary.control[ids[at]]:
         text, end = vocabulary.tokenizer.native.id_to_token(ids[at]) or "", at + 1

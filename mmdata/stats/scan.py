@@ -2,8 +2,7 @@
 
 Rows are read from files or, if the inputs of a dataset are missing, decoded from its shards. The text of all rows is
 measured. The tokens of a jsonl file are counted in a sample of its rows, selected by line number, unless all are
-requested, because tokenizing takes ten times as long as everything else. The results do not depend on the number of
-processes.
+requested: tokenizing takes ten times as long as everything else. The number of processes does not change the results.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,15 +44,11 @@ Losses = Mapping[str, Mapping[int, float]]  # mean loss of a row in nats per tok
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of an input, which may be shown in the report.
-
-    - file, line: path of the input and line number, from 1.
-    - raw: the bytes of the line; empty if the row was decoded from shards.
-    - row: the parsed row; None if it is to be parsed from `raw`.
-    - encoded: the token sequences of the row, if it was decoded from shards.
-    - why: the reason for showing the row: "random", "longest", "shortest" or "loss"; "" if it is not shown.
-    - characters: the length of its text.
-    - nll: its mean loss in nats per token, if `why` is "loss".
+    """One row of an input, which may be shown in the report. file, line: path of the input and line number, from 1.
+    raw: the bytes of the line; empty if the row was decoded from shards. row: the parsed row; None if it is to be
+    parsed from `raw`. encoded: the token sequences of a row decoded from shards. why: the reason for showing the row:
+    "random", "longest", "shortest" or "loss"; "" if it is not shown. characters: the length of its text. nll: its mean
+    loss in nats per token, if `why` is "loss".
     """
 
     file: str
@@ -77,15 +72,11 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class ScanOptions:
-    """How the rows of files are read and counted.
-
-    - kind: the kind of the rows; rows of another kind are left out.
-    - tokenizer_dir: the tokenizer to count tokens with; None to count no tokens.
-    - is_exact: tokenize all rows instead of a sample.
-    - wanted: rows to show, with their loss, by file and line number.
-    - left_out: line numbers to skip, by file.
-    - share: the share of the rows that belongs to the sample, from 0 to 1. `scan_files` sets it.
-    - most_signed: the number of rows of a part for which MinHash signatures are computed. `scan_files` sets it.
+    """How the rows of files are read and counted. kind: rows of another kind are left out. tokenizer_dir: the tokenizer
+    to count tokens with; None to count no tokens. is_exact: tokenize all rows instead of a sample. wanted: rows to
+    show, with their loss, by file and line number. left_out: line numbers to skip, by file. Set by `scan_files`: share:
+    the share of the rows that belongs to the sample, 0 to 1. most_signed: for how many rows of a part MinHash
+    signatures are computed.
     """
 
     kind: str
@@ -99,11 +90,9 @@ class ScanOptions:
 
 @dataclass(slots=True)
 class PartScan:
-    """The counts of one part (a byte range of an input), and the rows of this part that the report may show.
-
-    - input: the number of the input, from 0.
-    - tally: the counts.
-    - shown: rows by reason: "random" (a sample), "longest", "shortest", and "loss" (the rows in `ScanOptions.wanted`).
+    """The counts of one part (a byte range of an input), and the rows of it that the report may show. input: the number
+    of the input, from 0. shown: rows by reason: "random" (a sample), "longest", "shortest", and "loss"
+    (`ScanOptions.wanted`).
     """
 
     input: int
@@ -137,9 +126,8 @@ class PartScan:
 
 
 def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
-    """Return whether each line belongs to the sample: bool [N]. It depends on the file and line number alone.
-
-    numbers: uint64 [N], line numbers. file: the number of the input. share: the share of lines to select, from 0 to 1.
+    """Return whether each line belongs to the sample: bool [N]. It depends on the file and line number alone. numbers:
+    uint64 [N], line numbers. file: the number of the input. share: the share of lines to select, 0 to 1.
     """
     if share >= 1:
         return np.ones(len(numbers), bool)
@@ -149,10 +137,7 @@ def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
 
 
 def evenly(number: int, share: float) -> np.ndarray:
-    """Return about a share of the integers 0 … number - 1, evenly spaced and ascending, as int64.
-
-    At least one integer is returned if `number` is not 0. share: from 0 to 1.
-    """
+    """Return about a share (0 to 1) of the integers 0 … number - 1, at least one, evenly spaced and ascending: int64."""
     return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
 
 
@@ -167,10 +152,9 @@ def scan_files(
     sha256s: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[PartScan]:
-    """Count the rows of files of one kind, and their tokens if the options name a tokenizer. Return one scan per part.
-
-    `progress` is called with the bytes read and the bytes of all files. sha256s: the expected hash of each file; if one
-    differs, nothing is counted and the result is empty. The result does not depend on the number of workers.
+    """Count the rows of files of one kind, and their tokens if the options name a tokenizer. Return one scan per part,
+    whatever `workers` is. sha256s: the expected hash of each file; if one differs, nothing is counted and the result is
+    empty. progress: called with the bytes read and the bytes of all files.
     """
     total = sum(path.stat().st_size for path in paths)
     entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS))
@@ -208,9 +192,8 @@ class _FileScanner:
 
     def _measure(self, part: Part, lines: Sequence[Line], scanned: PartScan) -> None:
         """Parse a batch of lines and count the rows in `scanned`, with their tokens if they belong to the sample.
-
-        Lines that are not valid rows are counted as left out. Rows that cannot be encoded are also left out, but only
-        if all rows are encoded: otherwise the number of rows left out would depend on the sample.
+        Invalid rows are counted as left out. So are rows that cannot be encoded, but only if all rows are encoded:
+        otherwise the number of rows left out would depend on the sample.
         """
         file, options = str(part.path), self._options
         left_out = options.left_out.get(file, frozenset())
@@ -250,10 +233,8 @@ class _FileScanner:
 
 
 def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> list[PartScan]:
-    """Count a sample of the rows of a dataset, read from its inputs at their byte offsets. Return one scan per part.
-
-    paths: the inputs, None for one that is missing. share: the share of the rows, from 0 to 1. The result is empty if
-    an input is missing or compressed.
+    """Count a sample of the rows of a dataset, read from its inputs at their byte offsets. Return one scan per part;
+    none if an input is missing or compressed. paths: the inputs, None if missing. share: of the rows, 0 to 1.
     """
     scanned = []
     for part in dataset.manifest.parts:
@@ -271,7 +252,6 @@ def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> l
 
 def _rows_at(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> Iterator[SampleRow]:
     """Yield rows of a file, read at the byte offsets that packing recorded; lines that are no valid rows are omitted.
-
     sources: the provenance columns of a part. chosen: indices into these columns.
     """
     with path.open("rb") as file:
@@ -296,10 +276,9 @@ def scan_decoded(
     wanted: Losses | None = None,
     progress: Progress | None = None,
 ) -> list[PartScan]:
-    """Count the rows of a dataset, or a share of them, decoded from its shards. Return one scan per part.
-
-    `progress` is called with the rows decoded and the rows to decode. wanted: rows to show, with their loss. A share
-    below 1 is read in this process, whatever `workers` is.
+    """Count the rows of a dataset, or a share of them, decoded from its shards. Return one scan per part. A share below
+    1 is read in this process, whatever `workers` is. wanted: rows to show, with their loss. progress: called with the
+    rows decoded and the rows to decode.
     """
     parts = [part for part in dataset.manifest.parts if part.kept]
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
@@ -345,9 +324,8 @@ def scan_shards(
     share: float = 1.0,
     workers: int = 1,
 ) -> Tally:
-    """Count the tokens of a dataset, or of about a share of its samples, from its shards.
-
-    A share below 1, or a dataset of at most 2^25 tokens, is read in this process, whatever `workers` is.
+    """Count the tokens of a dataset, or of about a share of its samples, from its shards. A share below 1, or a dataset
+    of at most 2^25 tokens, is read in this process, whatever `workers` is.
     """
     entries = dataset.manifest.shards
     total = sum(entry.tokens for entry in entries)
@@ -361,10 +339,7 @@ def scan_shards(
 
 
 def _count_shard(dataset: Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick) -> Tally:
-    """Count the tokens of one shard, or of a share of its samples.
-
-    `tick` is called once, with the number of tokens of the shard.
-    """
+    """Count the tokens of a shard, or of a share of its samples. Calls `tick` once, with the shard's number of tokens."""
     tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
     for batch in dataset.open_shard(entry).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):
@@ -380,10 +355,8 @@ def _count_shard(dataset: Dataset, vocabulary: Vocabulary, share: float, entry: 
 
 
 def _slices(batch: BatchColumns, bucket: int, share: float, stretches: int) -> Iterator[BatchColumns]:
-    """Yield a record batch in slices of at most SLICE_TOKENS positions, which are views of its columns.
-
-    With a share below 1, the batch is divided into `stretches` ranges of samples, and the slices are the first samples
-    of each, at least one. bucket: the padded length of a sample.
+    """Yield views of a record batch of at most SLICE_TOKENS positions. With a share below 1, the batch is divided into
+    `stretches` ranges, and the slices are the first samples of each, at least one. bucket: padded length of a sample.
     """
     number = num_rows(batch)
     step = max(1, SLICE_TOKENS // bucket) if share >= 1 else max(1, -(-number // stretches))

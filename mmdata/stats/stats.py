@@ -54,12 +54,9 @@ QUICK_PARTS = 3  # about as many parts have their rows shown then
 
 @dataclass(slots=True)
 class Measured:
-    """The result of measuring a file or dataset.
-
-    - path: the file, or the directory of the dataset.
-    - figures: the numbers and warnings of the report.
-    - samples: records of the rows that the report shows (`samples.records`).
-    - hashes: uint64 [rows], the hash of each row's roles and texts; empty if not all texts were read.
+    """The result of measuring a file or dataset. path: the file, or the directory of the dataset. figures: the numbers
+    and warnings of the report. samples: records of the rows that the report shows (`samples.records`). hashes: uint64
+    [rows], the hash of each row's roles and texts; empty if not all texts were read.
     """
 
     path: Path
@@ -69,9 +66,8 @@ class Measured:
 
 
 def dataset_stats(dataset: Dataset) -> Figures:
-    """Return the figures that `mm pack` wrote to stats.json, and the dataset's "path".
-
-    DatasetError if the file is missing or its size differs from the manifest.
+    """Return the figures that `mm pack` wrote to stats.json, and the dataset's "path". DatasetError if the file is
+    missing or its size differs from the manifest.
     """
     path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest.files if file.path == "stats.json")
@@ -80,10 +76,9 @@ def dataset_stats(dataset: Dataset) -> Figures:
 
 
 def read_losses(path: Path) -> dict[str, dict[int, float]]:
-    """Return the mean loss in nats per token by file and line number, from the output of `mm eval --per-sequence`.
-
-    The file has JSON lines with the keys file, line, tokens and nll (the summed loss of the tokens). Lines whose tokens
-    are 0 are ignored. InputError if the file cannot be read, or a line is not such a record.
+    """Return the mean loss in nats per token by file and line number, from the output of `mm eval --per-sequence`: JSON
+    lines with the keys file, line, tokens and nll (the summed loss of the tokens). Lines whose tokens are 0 are
+    ignored. InputError if the file cannot be read, or a line is not such a record.
     """
     losses: dict[str, dict[int, float]] = {}
     number = 0
@@ -118,10 +113,10 @@ def measure_file(
 ) -> Measured:
     """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row.
 
-    Without `tokenizer_dir` no tokens are counted. Unless `is_exact`, the tokens of a large file are those of a sample
-    of its rows, extrapolated to all rows by the number of characters; `figures["sample"]` then has the size of the
-    sample. losses: mean loss in nats per token by file and line; the rows of highest loss are shown. `progress` is
-    called with the bytes read and the size of the file.
+    tokenizer_dir: None to count no tokens. is_exact: False counts the tokens of a large file in a sample of its rows,
+    extrapolated to all rows by the number of characters; `figures["sample"]` then has the size of the sample. losses:
+    mean loss in nats per token by file and line; the rows of highest loss are shown. progress: called with the bytes
+    read and the size of the file.
     """
     kind = rows.find_kind(path)
     options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses))
@@ -167,11 +162,10 @@ def measure_dataset(
 ) -> Measured:
     """Measure a packed dataset: everything that its report shows. DatasetError if the dataset is missing or damaged.
 
-    With `is_quick`, the counts are those that `mm pack` stored, and texts and tokens are measured in a sample of the
-    rows. `figures["texts_from"]` is "inputs" if texts were read from the inputs, and "shards" if they were decoded from
-    the shards because an input is missing or has changed or, with `is_quick`, is compressed. losses: mean loss in nats
-    per token by file and line; the rows of highest loss are shown. `progress` is called with the bytes of the inputs
-    read so far and in all, or with rows if they are decoded from shards.
+    is_quick: take the counts that `mm pack` stored, and measure texts and tokens in a sample of the rows. losses: as in
+    `measure_file`. progress: called with the bytes of the inputs read so far and in all, or with rows if they are
+    decoded from shards. `figures["texts_from"]` is "inputs" if texts were read from the inputs, and "shards" if they
+    were decoded because an input is missing or has changed or, with is_quick, is compressed.
     """
     dataset = open_dataset(directory)
     figures = dataset_stats(dataset)
@@ -218,10 +212,7 @@ def measure_dataset(
 
 
 def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progress | None) -> list[PartScan]:
-    """Count the rows of the inputs, except those that packing left out.
-
-    The result is empty if an input is missing or has changed. wanted: rows to show, with their loss.
-    """
+    """Count the rows of the inputs, except those that packing left out; empty if an input is missing or has changed."""
     paths = [path for path in _inputs(dataset) if path]
     if len(paths) < len(dataset.inputs):
         return []
@@ -250,9 +241,8 @@ def _rejected_rows(dataset: Dataset, part: PartRecord) -> Iterator[Figures]:
 
 
 def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
-    """Return records of the first NUM_EXAMPLES rows that packing left out for each reason.
-
-    A record has file, line, detail (what was found) and raw (the beginning of the line).
+    """Return records of the first NUM_EXAMPLES rows that packing left out for each reason: file, line, detail (what was
+    found) and raw (the beginning of the line).
     """
     examples: dict[str, list[Figures]] = {}
     missing = {reason for part in dataset.manifest.parts for reason in part.left_out}
@@ -270,10 +260,7 @@ def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
 
 
 def _line_duplicates(dataset: Dataset) -> Figures:
-    """Return the number of exact duplicates among the rows that were packed, by the hashes of their lines.
-
-    Packing recorded these hashes. Near duplicates are not searched for.
-    """
+    """Return the number of exact duplicates among the packed rows, by the hashes of their lines that packing recorded."""
     parts = [part.part for part in dataset.manifest.parts if part.kept]
     sha256s = [np.ascontiguousarray(open_sources(dataset, part)["sha"]) for part in parts]
     hashes = pl.Series(np.concatenate([each.view(np.uint64).reshape(-1) for each in sha256s]))
@@ -282,10 +269,8 @@ def _line_duplicates(dataset: Dataset) -> Figures:
 
 
 def _sequence_lengths(dataset: Dataset) -> dict[int, pl.DataFrame]:
-    """Return how often each length of a sequence, in tokens, occurs in each bucket.
-
-    The result maps each bucket to a frame with the columns value (the length) and count. The length of a pair is that
-    of its longer side, prompt included.
+    """Return a frame for each bucket: value (the length of a sequence, in tokens) and count (how often it occurs). The
+    length of a pair is that of its longer side, prompt included.
     """
     lengths: dict[int, list[np.ndarray]] = {}
     for entry in dataset.manifest.shards:
@@ -303,8 +288,7 @@ def _sequence_lengths(dataset: Dataset) -> dict[int, pl.DataFrame]:
 
 
 def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
-    """Return figures of each input: rows, tokens and bytes and, if its texts were read, languages and exact duplicates.
-
+    """Return figures of each input: rows, tokens, bytes and, if its texts were read, languages and exact duplicates.
     scans: the scans of all rows, or empty if only a sample of the texts was read.
     """
     file_of = {}
@@ -331,7 +315,6 @@ def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
 
 
 def _merged(scans: Sequence[PartScan]) -> Tally:
-    """Return the sum of the tallies of these scans, in their order."""
     tally = Tally()
     for part in scans:
         tally.merge(part.tally)
@@ -348,10 +331,8 @@ def _highest(losses: Losses | None) -> Losses:
 
 
 def _chosen(scans: Sequence[PartScan]) -> list[SampleRow]:
-    """Return the rows to show: random ones, then the longest, the shortest, and those of highest loss.
-
-    The random ones are at most NUM_RANDOM, spread evenly over the rows of the sample; a row may be chosen for several
-    reasons.
+    """Return the rows to show: random ones (at most NUM_RANDOM, spread evenly over the sample), then the longest, the
+    shortest, and those of highest loss. A row may be chosen for several reasons.
     """
     random, longest, shortest, highest = (
         [row for part in scans for row in part.shown.get(why, ())] for why in ("random", "longest", "shortest", "loss")
@@ -366,10 +347,8 @@ def _chosen(scans: Sequence[PartScan]) -> list[SampleRow]:
 
 
 def contained(measured: Sequence[Measured]) -> list[Figures]:
-    """Return a warning for each path that has at least 1 % of its rows in common with another path.
-
-    Rows are equal if their roles and texts are. Paths whose rows have no hashes are not compared. Each warning also has
-    the key "exact", the share of the path's rows as a number.
+    """Return a warning for each path that has at least 1 % of its rows (equal roles and texts) in common with another
+    path; "exact" is the share of the path's rows. Paths whose rows have no hashes are not compared.
     """
     shared = []
     for one, other in itertools.permutations(measured, 2):

@@ -24,17 +24,13 @@ _EMPTY = pl.DataFrame(schema={"figure": pl.String, "key": pl.String, "value": pl
 
 
 class Tally:
-    """Counts of a set of rows, such as one part of a file. Two tallies are merged by adding them.
+    """Counts of a set of rows, such as one part of a file. `count` adds values and strings; `of`, `values`, `top` and
+    `lengths` read them.
 
-    - sums: totals by name, such as the number of rows.
-    - counters: small counters by name, such as the number of rows left out, by reason.
-    - arrays: int64 arrays by name, to which `add` adds element by element.
-    - columns: by name, a list of arrays with one entry per row, in the order of the rows.
-    - examples: by reason, records of the first NUM_EXAMPLES rows that were left out.
-    - missed: for each figure of strings, an upper bound of how much too small the count of a string may be because of
-      `trim`.
-
-    The counts of values and strings are added by `count` and read by `of`, `values`, `top` and `lengths`.
+    sums: totals by name, such as the number of rows. counters: small counters by name, such as the number of rows left
+    out, by reason. arrays: int64 arrays by name, to which `add` adds. columns: by name, a list of arrays with one entry
+    per row, in order. examples: by reason, records of the first NUM_EXAMPLES rows that were left out. missed: for each
+    figure of strings, an upper bound of how much too small the count of a string may be because of `trim`.
     """
 
     def __init__(self) -> None:
@@ -49,10 +45,8 @@ class Tally:
     def count(
         self, figure: str, frame: pl.DataFrame, *, key: pl.Expr | None = None, value: pl.Expr | None = None
     ) -> None:
-        """Count every row of `frame` under the name `figure`: by the string `key`, by the integer `value`, or by both.
-
-        `key` and `value` are polars expressions over the columns of `frame`. Without `key` the key is "", without
-        `value` the value is 0. An empty frame changes nothing.
+        """Count every row of `frame` under the name `figure`: by a string, an integer, or both. key, value: polars
+        expressions over the columns of `frame`; without them the key is "" and the value 0.
         """
         if frame.is_empty():
             return
@@ -62,10 +56,7 @@ class Tally:
         self._append(groups.agg(pl.len().cast(pl.Int64).alias("count")).collect())
 
     def _append(self, counts: pl.DataFrame) -> None:
-        """Append a frame with the columns figure, key, value and count.
-
-        Equal entries are summed each time MOST_PENDING rows have been appended.
-        """
+        """Append a frame (figure, key, value, count); equal entries are summed after every MOST_PENDING rows."""
         self._counts.append(counts)
         self._pending += len(counts)
         if self._pending > MOST_PENDING:
@@ -97,10 +88,8 @@ class Tally:
         self._append(other._merge_counts())
 
     def trim(self, *figures: str) -> None:
-        """Drop all but the NUM_STRINGS most frequent strings counted under each of these names.
-
-        This bounds the size of a tally that is sent to another process. The count of the most frequent string dropped
-        is added to `missed[figure]`.
+        """Drop all but the NUM_STRINGS most frequent strings of each of these figures, to bound what is sent to another
+        process. The count of the most frequent string dropped is added to `missed[figure]`.
         """
         counts = self._merge_counts()
         for figure in figures:
@@ -113,27 +102,19 @@ class Tally:
     # --- what was counted
 
     def of(self, figure: str, key: str | None = None) -> pl.DataFrame:
-        """Return the counts stored under the name `figure`, or those of them with this key, as a frame.
-
-        Its columns are figure, key, value and count.
-        """
+        """Return the counts of a figure, or those with this key, as a frame: figure, key, value, count."""
         counts = self._merge_counts().filter(pl.col("figure") == figure)
         return counts if key is None else counts.filter(pl.col("key") == key)
 
     def keys(self, figure: str, order: Iterable[str] = ()) -> list[str]:
-        """Return the different keys counted under the name `figure`: first those in `order`, then the others as they
-        first occurred.
-
-        Keys in `order` that were never counted are omitted.
+        """Return the different keys of a figure: first those in `order`, if counted at all, then the others as first
+        counted.
         """
         keys = self.of(figure)["key"].unique(maintain_order=True).to_list()
         return [key for key in dict.fromkeys([*order, *keys]) if key in keys]
 
     def values(self, figure: str) -> dict[int, int]:
-        """Return how often each integer was counted under the name `figure`, as {value: count} with ascending values.
-
-        The counts must have been made without keys.
-        """
+        """Return how often each integer of a figure without keys was counted, as {value: count}, ascending."""
         counts = self.of(figure).sort("value")
         return dict(zip(counts["value"].to_list(), counts["count"].to_list(), strict=True))
 
@@ -146,41 +127,30 @@ class Tally:
         return np.concatenate(self.columns[name]) if self.columns[name] else np.empty(0, np.uint64)
 
     def top(self, figure: str, number: int, least: int = 2) -> list[Figures]:
-        """Return the most frequent strings counted under the name `figure`, at most `number`, as [{"text", "count"}].
-
-        Strings that occur fewer than `least` times are omitted. Strings of equal count are sorted alphabetically.
+        """Return at most `number` strings with counts of at least `least`: [{"text", "count"}], by count, then
+        alphabetically.
         """
         strings = _by_frequency(self.of(figure)).head(number).filter(pl.col("count") >= least)
         return strings.select(text="key", count="count").to_dicts()
 
     def lengths(self, figure: str, key: str | None = None) -> Figures | None:
-        """Return the statistics (`length_figures`) of the lengths counted under the name `figure`, or those with this
-        key.
-
-        None is returned if nothing was counted.
-        """
+        """Return the `length_figures` of a figure, or of those with this key; None if nothing was counted."""
         return length_figures(self.of(figure, key))
 
     def lengths_by(self, figure: str, order: Iterable[str] = ()) -> Figures:
-        """Return the statistics (`length_figures`) of the lengths counted under the name `figure`, separately for each
-        key.
-
-        The keys come in the order of `order`, then as they were first counted.
-        """
+        """Return the `length_figures` of a figure for each key, in the order of `keys`."""
         return {key: self.lengths(figure, key) for key in self.keys(figure, order)}
 
 
 def _by_frequency(strings: pl.DataFrame) -> pl.DataFrame:
-    """Sort a frame of counted strings by descending count, and strings of equal count alphabetically by key."""
+    """Sort counted strings by descending count, and strings of equal count alphabetically."""
     return strings.sort("count", "key", descending=[True, False])
 
 
 def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lengths in `counts` (int64, ascending) and how often each occurs (int64).
-
-    `counts` has the columns value (a length) and count. Lengths below EXACT_BELOW are exact. Longer ones are rounded
-    down to a multiple of a power of two that is less than 1/512 of the length, and the counts of lengths that become
-    equal are summed.
+    """Return the lengths in `counts` (int64, ascending) and how often each occurs (int64). Lengths below EXACT_BELOW
+    are exact. Longer ones are rounded down to a multiple of a power of two that is less than 1/512 of the length.
+    counts: a frame with the columns value (a length) and count.
     """
     octaves = (pl.col("value").clip(1) / EXACT_BELOW).log(2).ceil().cast(pl.Int64)
     step = pl.lit(2, pl.Int64).pow((octaves + 6).clip(0))
@@ -190,12 +160,13 @@ def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def length_figures(counts: pl.DataFrame) -> Figures | None:
-    """Compute the statistics and the histogram of a distribution of lengths. Return None if `counts` is empty.
+    """Compute the statistics and the histogram of a distribution of lengths; None if `counts` is empty. counts: a frame
+    with the columns value (a length) and count.
 
-    `counts` has the columns value (a length) and count. The result has the keys count (of all items), total (sum of the
-    lengths), mean, shortest, p50, p90, p99, longest, edges and counts. Percentile pq is the smallest length such that
-    at least q % of the items are not longer. counts[i] is the number of lengths with edges[i] <= length < edges[i + 1].
-    Percentiles and histogram are computed from `rounded_lengths`, the others exactly.
+    The result has the keys count (of all items), total (sum of the lengths), mean, shortest, p50, p90, p99, longest,
+    edges and counts. Percentile pq is the smallest length such that at least q % of the items are not longer. counts[i]
+    is the number of lengths with edges[i] <= length < edges[i + 1]. Percentiles and histogram are computed from
+    `rounded_lengths`, the others exactly.
     """
     if counts.is_empty():
         return None

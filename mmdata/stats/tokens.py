@@ -1,8 +1,8 @@
 """Statistics of tokens: lengths, trained tokens, use of the vocabulary, scripts, and message lengths by role.
 
-Sequences of token ids with their trained spans are concatenated to a `FlatSequences` and counted in a `Tally`, about 20
-million tokens per second on one core. The script of a token is computed from its bytes. A token in which no character
-begins (its bytes continue a character) is counted in the script of the token before it.
+Sequences are concatenated to a `FlatSequences` and counted in a `Tally`, about 20 million tokens per second on one
+core. The script of a token is computed from its bytes. A token in which no character begins (its bytes continue a
+character) is counted in the script of the token before it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,14 +25,10 @@ _CONTINUES = 255  # in place of a script: no character begins in the token
 
 
 class FlatSequences(NamedTuple):
-    """N sequences of token ids, concatenated.
-
-    - ids: integers [T], the tokens of all sequences.
-    - lengths: int64 [N], the number of tokens of each sequence.
-    - spans: integers [2 M], the begin and end (exclusive) of each of M trained ranges, as positions in `ids`,
-      ascending.
-    - prompts: None, or for pairs int64 [N / 2], the number of tokens of each prompt. Sequences 2i and 2i + 1 are then
-      the two sides of pair i: prompt and chosen reply, prompt and rejected reply.
+    """N sequences of token ids, concatenated. ids: integers [T], the tokens of all sequences. lengths: int64 [N], the
+    number of tokens of each. spans: integers [2 M], the begin and end (exclusive) of each of M trained ranges, as
+    positions in `ids`, ascending. prompts: None, or for pairs int64 [N / 2], the number of tokens of each prompt;
+    sequences 2i and 2i + 1 are then the two sides of pair i: prompt and chosen reply, prompt and rejected reply.
     """
 
     ids: np.ndarray
@@ -42,10 +38,7 @@ class FlatSequences(NamedTuple):
 
 
 def flat_sequences(sequences: Iterable[Any]) -> FlatSequences:
-    """Concatenate encoded sequences (`encode.sequences.Sequence`) or pairs (`PairSequence`) to a `FlatSequences`.
-
-    `sequences` must not be empty, and all its items must be of the same type.
-    """
+    """Concatenate `encode.sequences.Sequence` objects or `PairSequence` objects: at least one, all of one type."""
     ids, spans, lengths, prompts = [], [], [], []
     at = 0
     for one in sequences:
@@ -63,13 +56,11 @@ def flat_sequences(sequences: Iterable[Any]) -> FlatSequences:
 
 
 class Vocabulary:
-    """A tokenizer with properties of each of its V ids, as arrays and lists that are indexed by id.
-
-    - size: V.
-    - control: bool [V], whether the id is a control token (a special token that only chat templates write).
-    - pieces: for each id the bytes of its text, empty for control tokens and unused ids.
-    - bytes, characters: int64 [V], the number of bytes, and of characters whose first byte is in the token.
-    - scripts: uint8 [V], an index into `text.SCRIPTS`, or 255 if no character begins in the token.
+    """A tokenizer with properties of each of its V ids, as arrays and lists indexed by id. size: V. control: bool [V],
+    whether the id is a control token (a special token that only chat templates write). pieces: for each id the bytes of
+    its text, empty for control tokens and unused ids. bytes, characters: int64 [V], the number of bytes, and of
+    characters whose first byte is in the token. scripts: uint8 [V], an index into `text.SCRIPTS`, or 255 if no
+    character begins in the token.
 
     It is pickled as the tokenizer's directory and loaded again in the other process.
     """
@@ -95,25 +86,21 @@ class Vocabulary:
 
     def _names_of(self, role: str) -> list[tuple[list[int], bool]]:
         """Return the ids that can follow a message's first control token to name `role`, as (ids, needs_end).
-
-        `needs_end` says whether the token after `ids` must begin with a newline. It is False for the sequence, if the
-        tokenizer has one, in which the newline is merged into the tokens of the name.
+        needs_end: whether the token after `ids` must begin with a newline; False for the sequence, if the tokenizer has
+        one, in which the newline is merged into the tokens of the name.
         """
         alone, line = (self.tokenizer.encode_batch([text])[0].tolist() for text in (role, f"{role}\n"))
         return [(alone, True)] + ([(line, False)] if line[: len(alone)] != alone else [])
 
     def text(self, id: int) -> str:
-        """Return the text of an id for display; "" for an unused id.
-
-        Bytes that are no complete character become U+FFFD. The text of a control token is its name.
+        """Return the text of an id for display: a control token's name; "" if unused; U+FFFD for bytes of incomplete
+        characters.
         """
         return self.pieces[id].decode("utf-8", errors="replace") or self.tokenizer.native.id_to_token(id) or ""
 
     def roles(self, ids: np.ndarray, opens: np.ndarray) -> np.ndarray:
-        """Return, for each control token, the role of the message that it begins: int64 [N], indices into ROLES.
-
-        opens: the positions of N control tokens in `ids`. The entry is -1 where no role name follows the control token,
-        for example at the end of a message.
+        """Return the role of the message that each of N control tokens begins: int64 [N], indices into ROLES; -1 where
+        no role name follows, for example at the end of a message. opens: the positions of the control tokens in `ids`.
         """
         roles = np.full(len(opens), -1)
         for number, names in enumerate(self._names):
@@ -127,9 +114,8 @@ class Vocabulary:
         return roles
 
     def header(self, ids: Sequence[int], at: int) -> tuple[str, int] | None:
-        """Return the role of the message that begins at position `at`, and the position of the first token of its text.
-
-        Return None if `ids[at]` is not a control token or no role name follows it.
+        """Return the role of the message that begins at position `at`, and the position of the first token of its text;
+        None if `ids[at]` is not a control token or no role name follows it.
         """
         if not self.control[ids[at]]:
             return None
@@ -142,7 +128,7 @@ class Vocabulary:
 
 
 def _load_vocabulary(directory: Path) -> Vocabulary:
-    """Load the tokenizer in `directory` and return its `Vocabulary`; called when a `Vocabulary` is unpickled."""
+    """Called when a `Vocabulary` is unpickled."""
     return Vocabulary(Tokenizer.load(directory))
 
 
@@ -153,11 +139,9 @@ def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
-    """Return the script of each token, uint8 [V]: an index into `text.SCRIPTS`.
-
-    It is the script of most of the token's characters, where spaces count only if there is nothing else. For a token
-    without a complete character it is guessed from the first byte that begins a character, and is _CONTINUES if there
-    is no such byte.
+    """Return the script of each token, uint8 [V]: an index into `text.SCRIPTS`. It is the script of most of the token's
+    characters, where spaces count only if there is nothing else. For a token without a complete character it is guessed
+    from the first byte that begins a character, and is _CONTINUES if there is no such byte.
     """
     whole = [piece.decode("utf-8", errors="ignore") for piece in pieces]
     lengths = np.fromiter(map(len, whole), np.int64, len(whole))
@@ -175,10 +159,8 @@ def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
 
 
 def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> None:
-    """Count the tokens of sequences or pairs in `tally`.
-
-    Counted are the lengths, the share of trained tokens of each sequence, how often each id occurs, tokens by script,
-    and, for sequences other than pairs, tokens of messages by role and turn. The length of a pair is that of its longer
+    """Count the tokens of sequences or pairs in `tally`: lengths, the share of trained tokens of each sequence, ids,
+    scripts, and, except for pairs, tokens of messages by role and turn. The length of a pair is that of its longer
     side, prompt included. The shares of trained tokens are those of both sides, each with its prompt. In the total of
     tokens and in the counts by id and script, the prompt of a pair is counted once.
     """
@@ -205,9 +187,8 @@ def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> N
 
 
 def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Add the number of tokens, characters and bytes of each script to the array "token scripts".
-
-    The array is int64 [scripts + 1, 3]. Its last row is that of control tokens.
+    """Add the tokens, characters and bytes of each script to the array "token scripts", int64 [scripts + 1, 3], whose
+    last row is that of control tokens.
     """
     scripts = vocabulary.scripts[ids]
     scripts[vocabulary.control[ids]] = len(SCRIPTS)
@@ -222,12 +203,9 @@ def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> Non
 
 
 def _count_messages(tally: Tally, flat: FlatSequences, ends: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Count the tokens of each message by role and, for answers, by turn.
-
-    A message extends from the control token that begins it to the next one that begins a message, or to the end of the
-    sequence, and so includes tokens that the chat template adds. The turn of an answer is its number among the
-    assistant's messages of the sequence, from 1, at most NUM_TURNS. ends: the position in `flat.ids` at which each
-    sequence ends.
+    """Count the tokens of each message by role and, for answers, by turn: the answer's number in the sequence, from 1,
+    at most NUM_TURNS. A message extends from the control token that begins it to the next such one, or to the end of
+    the sequence, and so includes tokens that the chat template adds. ends: where in `flat.ids` each sequence ends.
     """
     opens = np.flatnonzero(vocabulary.control[flat.ids])
     roles = vocabulary.roles(flat.ids, opens)
