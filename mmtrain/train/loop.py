@@ -254,8 +254,8 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
 
 
 def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
-    """Zero the gradient, run the passes of `micros`, `run.most_tokens` at most at once; returns as `_accumulate`
-    does."""
+    """Run the passes of all `micros`, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
+    sums that `_accumulate` describes."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
     limits = run.plan.loader.limits
@@ -395,8 +395,8 @@ def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
 
 
 def _early_stop(run: ActiveRun) -> str:
-    """Return why --patience ends the run (the last N val losses were not lower than the best before), or an empty
-    text."""
+    """Return why --patience ends the run, or an empty string. It does if the last N val losses were not lower than the
+    best before."""
     patience = run.plan.settings.patience
     if not patience or metrics.num_since_best(run.val_losses) < patience:
         return ""
