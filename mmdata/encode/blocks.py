@@ -79,10 +79,7 @@ class Renderings:
 
 
 class Blocks:
-    """Renders conversations in one `BlockFormat`, many at a time.
-
-    literals: the strings that the template searches messages for (`Template.literals`). A conversation with one is odd.
-    """
+    """Renders conversations in one `BlockFormat`, many at a time, except those with one of the template's `literals`."""
 
     def __init__(self, format: BlockFormat, literals: Sequence[str]):
         self.format = format
@@ -134,9 +131,7 @@ class Blocks:
         return Renderings(texts, roles, num_blocks[is_good], first_trained[is_good], is_odd_row)
 
     def _odd(self, columns: Conversations) -> np.ndarray:
-        """Return bool [M]: True for messages because of which their whole conversation must be rendered by jinja2,
-        except for reasoning and tool calls, which `_answer` checks.
-        """
+        """Return bool [M]: True for messages that jinja2 must render. Reasoning and calls are left to `_answer`."""
         pc = compute()
         format, roles, contents = self.format, columns.roles, columns.contents
         is_odd = np.zeros(len(roles), bool) if format.has_late_system else (roles == SYSTEM) & ~columns.is_first
@@ -152,11 +147,9 @@ class Blocks:
         return is_odd
 
     def _edges(self, columns: Conversations, keeps: np.ndarray, changed: Iterable[int]) -> tuple[TextCodes, TextCodes]:
-        """Return two columns of M texts: those that the template writes before and after the content of each message:
-        headers, default system blocks, tools, and empty think blocks.
+        """Return two columns of M texts: those that the template writes before and after the content of each message.
 
-        keeps: bool [R], True for conversations that keep empty think blocks.
-        changed: indices of messages whose text `render` has made, with the think block.
+        keeps: see `render`. changed: indices of messages whose text `render` has made, with the think block.
         """
         format, roles = self.format, columns.roles
         is_next_tool = self._is_next_tool(columns)
@@ -291,8 +284,8 @@ def learn(template: Template) -> Blocks | None:
 
 
 def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | None:
-    """Return the texts that the template writes before and after the list of tools in a system block without a message,
-    or None if it does not write tools there as one line of JSON each.
+    """Return the texts that a template writes before and after the list of tools in the system block of a conversation
+    without a system message. Return None if it does not write each tool as one line of JSON there.
     """
     tool = {"name": "f"}
     try:

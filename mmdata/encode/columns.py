@@ -138,9 +138,7 @@ class Conversations:
         return np.arange(len(self.roles)) < last[self.row_of]
 
     def num_characters(self) -> np.ndarray:
-        """Return the characters of each row's contents and reasoning (int64 [R], or [P] for pairs). The leading
-        messages that both sides of a pair share are counted once.
-        """
+        """Return the `rows.num_characters` of each row (int64 [R], or [P] for pairs)."""
         sizes = as_numpy(compute().utf8_length(self.contents)).astype(np.int64)
         for at, message in self.extras.items():
             sizes[at] += len(message.reasoning_content or "")
@@ -301,10 +299,7 @@ def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
 
 
 def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
-    """Return bool [M]: True for messages whose content may contain the string of a special token.
-
-    may_hold: bool [R], False for lines that cannot contain such a string; their messages are not searched.
-    """
+    """Return bool [M]: True for messages of the lines `may_hold` (bool [R]) that may have a special-token string."""
     is_held = may_hold[columns.row_of]
     contents = columns.contents.filter(truths(is_held))
     is_held[is_held] = as_numpy(compute().match_substring_regex(contents, _MAY_BE_CONTROL))
@@ -312,9 +307,7 @@ def _holds_control(columns: Conversations, may_hold: np.ndarray) -> np.ndarray:
 
 
 def _is_in_order(columns: Conversations) -> np.ndarray:
-    """Return bool [M]: False for a message that may not follow the one before it, for a system message that is not the
-    first, and for the last message of a conversation if it is not the assistant's.
-    """
+    """Return bool [M]: False if the role may not follow the one before it, or may not end the conversation."""
     roles = np.maximum(columns.roles, 0)
     before = np.roll(roles, 1)
     before[columns.is_first] = _START
@@ -337,9 +330,7 @@ def _are_sides(columns: Conversations) -> np.ndarray:
 
 
 def _with_extras(role: int, content: str, reasoning: str | None, calls: str | None) -> Message | None:
-    """Return an answer with reasoning, tool calls (JSON text) or both. Return None if the role is not the assistant's,
-    the calls are not valid, or one of them contains the string of a special token.
-    """
+    """Return an answer with reasoning, calls (JSON) or both; None if it is not valid or has a special-token string."""
     if role != ASSISTANT or CONTROL.search(reasoning or ""):
         return None
     tool_calls = _plain_objects(calls_of, calls) if calls else ()

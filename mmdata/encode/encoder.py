@@ -230,9 +230,7 @@ class RowEncoder:
         return len(self.tokenizer.encode_batch([TAIL])[0])
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
-        """Encode a batch with only pairs or without pairs. Rows that cannot be used are in `bad` of the result; they
-        raise no error.
-        """
+        """Encode a batch with only pairs or none. Unusable rows raise no error; they are in `bad` of the result."""
         out = EncodedRows(len(rows))
         self._encode_rows(np.arange(len(rows)), rows, out)
         out.bad = dict(sorted(out.bad.items()))
@@ -360,9 +358,7 @@ class RowEncoder:
     def _encode_columns(
         self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows
     ) -> np.ndarray:
-        """Encode conversations or pairs in columns. Return bool [R], or [P] for pairs: True for rows that were not
-        encoded and must go through jinja2.
-        """
+        """Encode rows in columns. Return bool [R], or [P] for pairs: True for rows that must go through jinja2."""
         assert self._blocks
         sides = 1 + columns.is_pairs
         rendered = self._blocks.render(columns, np.tile(keeps, sides))
@@ -377,9 +373,8 @@ class RowEncoder:
         return is_odd
 
     def _locate(self, rendered: Renderings, format: BlockFormat) -> tuple[_TextBlocks, np.ndarray]:
-        """Encode rendered texts and find the control tokens of each block. Return the blocks of all texts, and bool
-        [T]: False for texts whose control tokens or answer headers are not as expected; their blocks are missing or
-        wrong.
+        """Encode texts and find their blocks. Return these and bool [T], False for texts with other control tokens or
+        answer headers than expected, whose blocks are missing or wrong.
         """
         ids, ends = self.encoder.encode(rendered.texts, True)
         lengths = np.diff(ends, prepend=0)
@@ -474,9 +469,7 @@ class RowEncoder:
         out.add(at, sequences, len(sequences.ids))
 
     def _spans(self, blocks: _TextBlocks, *, is_pairs: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the trained ranges [begin, end) of all texts (int64 [S, 2]), text by text, counted from the first id
-        of the text, and the number of ranges of each text (int64 [T]).
-        """
+        """Return each text's trained ranges (int64 [S, 2], from its first id) and their number (int64 [T])."""
         num_texts, header = len(blocks.begins), 1 + len(self._header_ids)
         if self.train_on == "all":  # but not the first token of a conversation, because no token comes before it
             begins = np.ones_like(blocks.lengths)
@@ -565,9 +558,7 @@ def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:
 
 
 def _uniform_numbers(seed: int, hashes: np.ndarray) -> np.ndarray:
-    """Return a pseudo-random number in [0, 1) for each row (float64 [R]), from the seed and the row's hash (uint8 [R,
-    32]).
-    """
+    """Return a pseudo-random number in [0, 1) for each row, from the seed and its hash (uint8 [R, 32])."""
     key = np.frombuffer(hashlib.sha256(str(seed).encode()).digest(), "<u8", 1)
     # The two multipliers are those of the hash function splitmix64.
     mixed = (np.ascontiguousarray(hashes).view("<u8")[:, 1] ^ key) * np.uint64(0xBF58476D1CE4E5B9)

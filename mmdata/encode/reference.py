@@ -105,8 +105,6 @@ class ReferenceEncoder:
     def _row(self, row: Conversation | Pair, keep: bool, sides: list[Groups], encoded: Ids) -> EncodedRow:
         """Return the encoding of one row. Raises BadRow if no token is trained, the row is too long, or sides are
         equal.
-
-        sides: the rendering of the conversation, or of both sides of the pair. encoded: from `_encode_texts`.
         """
         tokens = [self._tokens(groups, encoded) for groups in sides]
         for side in tokens:

@@ -119,8 +119,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A preference pair: a preferred (chosen) and a rejected conversation. They have the same tools, and the first
-    message in which they differ is the assistant's in both.
+    """A chosen (preferred) and a rejected conversation with equal tools, which first differ in the assistant's
+    messages.
     """
 
     chosen: Conversation
@@ -278,9 +278,7 @@ def split_documents(text: str) -> list[str]:
 
 
 def join_documents(documents: Sequence[str]) -> str:
-    """Return one pretraining text of several documents, with <s> and </s> around each: the inverse of
-    `split_documents`. A single document is returned without marks.
-    """
+    """Put <s> and </s> around each document, but not around one alone: the inverse of `split_documents`."""
     opening, closing, _ = _MARKS[0]
     return documents[0] if len(documents) == 1 else "".join(f"{opening}{one}{closing}" for one in documents)
 
@@ -508,9 +506,7 @@ def _message(item: JsonObject, number: int) -> Message:
 
 
 def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
-    """Return a content that is not a string as one: a list of text parts is joined, and null becomes "" if
-    `may_be_none`. Raises BadRow for anything else.
-    """
+    """Join a list of text parts; null becomes "" if `may_be_none`. Raises BadRow for anything else."""
     if content is None and may_be_none:
         return ""
     if type(content) is list and all(
@@ -541,9 +537,7 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tool calls as `objects_of` does. Raises BadRow also if neither a call nor its `function` object has a
-    name.
-    """
+    """Return tool calls as `objects_of` does. Raises BadRow also for a call without a name."""
     calls = objects_of(value, where)
     for call in calls:
         function = call.get("function") or call

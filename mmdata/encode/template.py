@@ -199,11 +199,8 @@ class Template:
             raise BadRow("template refuses", str(error)[:200]) from None
 
     def _turns(self, text: str, origins: list[Origin], answers: list[int]) -> list[tuple[int, int]]:
-        """Return the range of characters [begin, end) of each answer that may be trained on: from after the header to
-        after the end of turn, or its {% generation %} block if the template has these. Raises BadRow if one is not
-        found.
-
-        answers: indices of the assistant's messages.
+        """Return the range [begin, end) of each answer that may be trained on: from after the header to after the end
+        of turn, or its {% generation %} block if the template has these. Raises BadRow if one is not found.
         """
         marked = [origin for origin in getattr(text, "origins", ()) if origin.source == GENERATION]
         turns = []
@@ -234,9 +231,7 @@ class Template:
         return [(b, e) for b, e in blocks if not any(origin.begin < e and origin.end > b for origin in origins)]
 
     def _assemble(self, text: str, turns: list[tuple[int, int]], dropped: list[tuple[int, int]]) -> list[Segment]:
-        """Cut `text` into segments at both ends of the trained ranges `turns`, of the ranges `dropped`, which are left
-        out, and of the control tokens that the template wrote.
-        """
+        """Cut `text` at the ends of `turns` (trained), of `dropped` (left out) and of the template's control tokens."""
         plain = str.__getitem__(text, slice(None))
         control = self._template_control(text)
         cuts = sorted({0, len(plain), *itertools.chain(*turns, *dropped, *control)})
@@ -266,9 +261,7 @@ class Template:
 
     @staticmethod
     def _check_complete(messages: Sequence[Message], origins: list[Origin]) -> None:
-        """Raise BadRow if the rendering with these origins does not show a message's content (unless it is blank), its
-        tool calls, or anything of an answer.
-        """
+        """Raise BadRow if a message's content (unless it is blank), tool calls or whole answer is not shown."""
         shown = {origin.source for origin in origins}
         for i, message in enumerate(messages):
             if message.content.strip() and 3 * i + _CONTENT not in shown:
@@ -280,9 +273,7 @@ class Template:
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
-        conversation's own text, because the template changes text by an operation that loses the origins. To find this,
-        the conversation is rendered again with these strings replaced by "x", and the numbers of control tokens are
-        compared.
+        conversation's own text, because the template changes text by an operation that loses the origins.
         """
         if not self.control_strings(conversation):
             return
@@ -298,9 +289,7 @@ class Template:
     # --- the template's texts around turns
 
     def _learn_turn(self) -> _Turn:
-        """Render test conversations of one and two turns, and return what the template writes around an answer and its
-        era. Raises BadRow if it does not show every message once and in order.
-        """
+        """Return what the template writes around an answer. Raises BadRow if messages are missing or out of order."""
         two = [Message("user", "Ask"), Message("assistant", "Tell")] * 2
         gaps = self._gaps(two)
         after_user = self._gaps(two[:1])[-1]
@@ -332,9 +321,7 @@ class Template:
 
 
 def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Group segments into units that are encoded as one string: each control token alone, and all segments of ordinary
-    text between two control tokens together.
-    """
+    """Group segments that are encoded as one string: each control token alone, and all text between two of them."""
     return [
         group
         for is_control, run in itertools.groupby(segments, key=lambda segment: segment.is_control)
@@ -360,9 +347,7 @@ def _common_prefix(one: str, other: str) -> str:
 
 
 def _as_dict(message: Message, index: int) -> JsonObject:
-    """Return the message with this index as a dict for the template, with strings that record their origin: 3 * index +
-    0, 1 or 2 for content, reasoning and tool calls.
-    """
+    """Return the message for the template. Sources: 3 * index for content, + 1 for reasoning, + 2 for tool calls."""
     fields: JsonObject = {"role": message.role, "content": traced(message.content, 3 * index + _CONTENT)}
     if message.reasoning_content is not None:
         fields["reasoning_content"] = traced(message.reasoning_content, 3 * index + _REASONING)
@@ -372,9 +357,7 @@ def _as_dict(message: Message, index: int) -> JsonObject:
 
 
 def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
-    """Return a copy of the conversation with `change` applied to every string except roles: contents, reasoning, and
-    all strings and keys in tools and tool calls.
-    """
+    """Return a copy with `change` applied to every string except roles, and to the keys in tools and tool calls."""
 
     def of(value: Any) -> Any:
         if isinstance(value, str):

@@ -148,9 +148,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return `value` as JSON text: the `tojson` filter as transformers defines it for chat templates, without HTML
-    escapes. The whole text has one origin, that of the first traced string or object in `value`.
-    """
+    """The filter `tojson` of transformers, without HTML escapes. The text has the origin that `_source_of` finds."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     source = _source_of(value)
     return text if source is None else Traced(text, [Origin(0, len(text), source)])
