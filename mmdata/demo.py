@@ -334,7 +334,7 @@ def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> lis
 
 
 def pairs(asked: Iterable[Question]) -> Iterator[dict]:
-    """Yield a dpo row for each question. `chosen` ends with the whole sentence, `rejected` with the bare answer, also right."""
+    """Yield a dpo row for each question. `chosen` ends with the whole sentence, `rejected` with the bare answer."""
     for question in asked:
         sides = {"chosen": question.whole, "rejected": question.bare}
         yield {side: [*question.messages, {"role": "assistant", "content": answer}] for side, answer in sides.items()}

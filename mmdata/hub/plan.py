@@ -565,6 +565,7 @@ class _Planner:
         return content
 
     def _differs(self, want: WantedFile, content: Content) -> None:
+        """Add a warning that the source lists another size or checksum than the catalog."""
         known = want.known
         assert known is not None
         listed = f"{content.num_bytes:,} bytes, sha256 {(content.sha256 or 'unknown')[:12]}"

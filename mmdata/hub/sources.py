@@ -76,7 +76,7 @@ def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
 
 
 def _endpoint(text: str) -> str:
-    """Return a web address without final slash, https:// in front if it has no scheme. Raises UsageError without a host."""
+    """Return a web address without final slash, with https:// if it has no scheme. Raises UsageError without a host."""
     text = (text if re.match(r"https?://", text) else f"https://{text}").rstrip("/")
     if not urlsplit(text).hostname:
         raise UsageError(f"--endpoint {text} names no host", "give it like https://hf-mirror.com")
@@ -379,7 +379,7 @@ def _is_tls(error: BaseException | None) -> bool:
 
 
 def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
-    """Raise TryAgain for an HTTP status in RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError."""
+    """Raise TryAgain for a status in RETRIED, WrongSize for 416, else AccessError, NotFoundError or NetworkError."""
     from huggingface_hub import errors
 
     status, headers = error.response.status_code, error.response.headers

@@ -2,8 +2,7 @@
 
 `tokenizers` is the reference. The faster encoder, fastokens, is used only after it gave the reference's ids on a fixed
 set of difficult ("hostile") strings; packing also compares a sample of the rows of every part. So the ids of a dataset
-do not depend on which encoder is installed, only the time does. fastokens was the fastest of the encoders that gave the
-same ids everywhere: tests/bench/RESULTS.md.
+do not depend on which encoder is installed, only the time does. Other encoders: tests/bench/RESULTS.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +29,8 @@ _DISPUTED = "\u180e"  # white space in the regular expressions of one library an
 class Encoder:
     """An encoder of one tokenizer.
 
-    `encode(texts, control)` returns the ids of all texts end to end (uint32) and the end of each text's ids (int64
-    [texts]), as `Tokenizer.encode_batch` does. `warning` says why the reference is used in place of a faster encoder;
-    empty if there is nothing to say.
+    `encode(texts, control)` returns what `Tokenizer.encode_batch` does. `warning` says why the reference is used in
+    place of a faster encoder; empty if there is nothing to say.
     """
 
     name: str
@@ -48,10 +46,9 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class EncoderCheck:
-    """Result of comparing an encoder with the reference.
+    """Result of comparing an encoder with the reference on `num_texts` texts. `version`: None if it is not installed.
 
-    `version`: None if the encoder is not installed. `num_texts`: how many texts were compared. `difference`: a text
-    with other ids, quoted, or why the encoder cannot be used; None if no difference was found.
+    `difference`: a text with other ids, quoted, or why the encoder cannot be used; None if no difference was found.
     """
 
     name: str
@@ -66,11 +63,10 @@ class EncoderCheck:
 
 
 def choose(tokenizer: Tokenizer, name: str = "auto") -> Encoder:
-    """Return the encoder of that name, one of NAMES.
+    """Return the encoder of that name, one of NAMES. "auto" is fastokens if installed and exact, or else the reference.
 
-    For "auto" that is fastokens if it is installed and exact, else the reference. If "auto" takes the reference because
-    fastokens is not exact, the result has a warning. Raises UsageError if there is no such encoder or it is not
-    installed, and TokenizerError if its ids differ.
+    If "auto" takes the reference because fastokens is not exact, the result has a warning. Raises UsageError if there
+    is no such encoder or it is not installed, and TokenizerError if its ids differ.
     """
     if name not in NAMES:
         raise UsageError(f"--encoder {name}: no such choice", f"choose one of {', '.join(NAMES)}")
@@ -123,10 +119,7 @@ def check(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> EncoderCheck:
 
 
 def hostile_texts(added: Sequence[str]) -> list[str]:
-    """Return the fixed set of texts that encoders are compared on, the same on every machine.
-
-    added: the tokenizer's added tokens.
-    """
+    """Return the fixed texts that encoders are compared on, the same everywhere. added: a tokenizer's added tokens."""
     pieces = (" ", "\n", "a", "ab", "9", "的", "-", *(added or ("<s>",))[:2])
     runs = [piece * count for piece in pieces for count in (200, 2000)]
     return ["", *runs, *hostile_strings(NUM_HOSTILE, seed=20, tokens=added)]
@@ -135,8 +128,7 @@ def hostile_texts(added: Sequence[str]) -> list[str]:
 def find_difference(tokenizer: Tokenizer, encode: Encode, texts: Sequence[str]) -> str | None:
     """Return the shortest text to which `encode` gives other ids than the reference, quoted; None if there is none.
 
-    Texts are encoded as one batch and, if the batch differs, one by one. If they differ in the batch only, that is
-    returned in words.
+    Texts that differ when encoded as one batch, but not one by one, are described in words.
     """
     for control in (False, True):
         expected, expected_ends = tokenizer.encode_batch(texts, control=control)
@@ -167,12 +159,10 @@ def _fastokens(tokenizer: Tokenizer) -> Encode:
     native = _native(tokenizer.native.to_str())
 
     def fast(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:
-        """See `Encoder`."""
         ids, offsets = native.encode_batch_flat(list(texts), split_special_tokens=not control)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64)
 
     def encode(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:
-        """See `Encoder`."""
         disputed = [i for i, text in enumerate(texts) if _DISPUTED in text]
         if not disputed:
             return fast(texts, control)

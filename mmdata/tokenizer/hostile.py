@@ -26,9 +26,9 @@ _REPEATED = (" ", "a", "0", "\n", "=", "的", "😀")
 def hostile_strings(count: int, *, seed: int = 0, tokens: Sequence[str] = ()) -> Iterator[str]:
     """Yield `count` strings of one to some hundred characters; the same seed and tokens give the same strings.
 
-    They mix scripts, rare code points, all kinds of white space, combining marks, emoji sequences, long runs of one
-    character, and `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut at any place, doubled and in capitals.
-    All can be encoded as UTF-8.
+    They mix scripts, rare code points, white space, combining marks, emoji sequences, long runs of one character, and
+    `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut, doubled and in capitals. All can be encoded as
+    UTF-8.
     """
     draw = random.Random(seed)
     for _ in range(count):

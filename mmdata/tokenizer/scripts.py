@@ -1,7 +1,6 @@
 """Script counts and language of texts, in numpy, a batch of texts at a time.
 
-The language is found by a heuristic (see docs/reports.md), which is good enough for shares of a dataset but not for a
-single row.
+The language is a heuristic (docs/reports.md), good enough for shares of a dataset but not for a single row.
 """
 
 import re
@@ -70,8 +69,7 @@ def scripts_of(points: np.ndarray) -> np.ndarray:
 def count_scripts(scripts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return the number of characters of each script in each text: int64 [texts, scripts].
 
-    scripts: index into SCRIPTS of every character of all texts, laid end to end.
-    lengths: number of characters of each text, int64 [texts].
+    scripts: index into SCRIPTS of every character of all texts, end to end. lengths: characters of each text, [texts].
     """
     key = np.repeat(np.arange(len(lengths), dtype=np.int64) * len(SCRIPTS), lengths)
     key += scripts

@@ -1,8 +1,7 @@
 """Loading a tokenizer, turning text into ids and back, and training small BPE tokenizers for the demo and tests.
 
 A special-token string in a text (such as "<|im_end|>") is encoded as ordinary text unless control tokens are asked for,
-so what a user writes never becomes a control id. One native call encodes a whole batch; its ids are returned as one
-flat array.
+so what a user writes never becomes a control id.
 """
 
 import hashlib
@@ -28,15 +27,13 @@ class Tokenizer:
 
     `files`: contents by name of tokenizer.json, and of tokenizer_config.json and chat_template.jinja if they exist.
     `added`: tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
-    -> id, which only templates write. `vocab_size`: the largest id plus 1. `bos_id` and `pad_id` are None if not
-    defined. `chat_template`: None if there is none.
+    -> id, which only templates write. `vocab_size`: the largest id plus 1. None: no such token or template.
     """
 
     def __init__(self, dir: Path, files: dict[str, bytes]) -> None:
-        """Make a tokenizer of the contents of its files.
+        """Make a tokenizer of the contents of `files`. dir: where they come from, for messages.
 
-        dir: where they come from, for messages. files: see the class. Raises TokenizerError if a file is malformed or
-        no eos token is named.
+        Raises TokenizerError if a file is malformed or no eos token is named.
         """
         self.dir = dir
         self.files = files
@@ -75,10 +72,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, dir: Path) -> "Tokenizer":
-        """Read a tokenizer from a directory.
-
-        Raises TokenizerError if tokenizer.json is missing, or a file cannot be read or used.
-        """
+        """Read a tokenizer from a directory. Raises TokenizerError for a missing, unreadable or unusable file."""
         files = {}
         for name in _FILES:
             try:
@@ -104,7 +98,7 @@ class Tokenizer:
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether encoding the pieces of text between control tokens gives the same ids as encoding all at once.
+        """Whether the pieces of text between control tokens, encoded alone, get the same ids as all at once.
 
         True for byte-level tokenizers that neither normalize text nor strip spaces next to added tokens.
         """
@@ -118,12 +112,9 @@ class Tokenizer:
         return [token.content for _, token in sorted(self.added.items())]
 
     def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts in one native call.
+        """Return the ids of all texts end to end (uint32) and the end of each text's ids (int64), in one native call.
 
-        Returns the ids of all texts end to end (uint32) and the end of each text's ids (int64).
-
-        control: whether special-token strings in the texts become control ids; otherwise they are encoded as ordinary
-        text.
+        control: whether special-token strings become control ids; otherwise they are encoded as ordinary text.
         """
         self.native.encode_special_tokens = not control
         encodings = self.native.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -133,7 +124,7 @@ class Tokenizer:
         return np.fromiter(chain.from_iterable(lists), dtype=np.uint32, count=total), ends
 
     def encode_with_offsets(self, text: str, *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of one text (uint32 [T]) and the characters [begin, end) that each stands for (int64 [T, 2]).
+        """Return one text's ids (uint32 [T]) and the characters [begin, end) that each stands for (int64 [T, 2]).
 
         control: see `encode_batch`.
         """
@@ -177,8 +168,7 @@ def train_bpe(
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer, write it to `out_dir` and return it. The same texts give the same files.
 
-    control_tokens: at least three, which get the ids 0, 1, 2 …; the first is pad and unk, the second bos, the third
-    eos.
+    control_tokens: at least three, with the ids 0, 1, 2 …; the first is pad and unk, the second bos, the third eos.
     split_digits: whether every digit is a token of its own.
     """
     assert len(control_tokens) >= 3, "pad, bos and eos"
@@ -252,8 +242,7 @@ def _extra_tokens(config: JsonObject) -> list[str]:
 def _chat_template(config: JsonObject, files: dict[str, bytes]) -> str | None:
     """Return the chat template that transformers would use; None if there is none.
 
-    That is chat_template.jinja, else the one in tokenizer_config.json. If the configuration has several templates, the
-    one named "default" is returned.
+    That is chat_template.jinja, else the one in tokenizer_config.json; of several there, the one named "default".
     """
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")

@@ -1,7 +1,6 @@
 """What the ids of a tokenizer stand for, as bytes and in readable form, and how two vocabularies relate.
 
-The files of byte-level vocabularies are hard to read, because each byte is written as a printable character: "你好" is
-written "ä½łå¥½" there. This module gives the bytes, and characters where the bytes are whole characters.
+Files of byte-level vocabularies are hard to read: each byte is written as a printable character, "你好" as "ä½łå¥½".
 """
 
 import json
@@ -28,8 +27,7 @@ def byte_of() -> dict[str, int]:
 def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
     """Return the UTF-8 bytes that each id stands for, a list of vocab_size; None for an id without a token.
 
-    Added tokens give the bytes of their text. A token may be a part of a character, so its bytes need not be valid
-    UTF-8.
+    Added tokens give the bytes of their text. Bytes need not be valid UTF-8: a token may be a part of a character.
     """
     texts: list[bytes | None] = [None] * tokenizer.vocab_size
     for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items():
@@ -47,8 +45,7 @@ def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
 def legible(data: bytes) -> str:
     """Return bytes in readable form: characters as they are, bytes that are not a whole character in hex as ‹e4 bd›.
 
-    Space, newline, tab and carriage return become ␣, ⏎, ⇥ and ␍. Characters that cannot be printed become ‹U+200B› and
-    the like.
+    Space, newline, tab and carriage return become ␣, ⏎, ⇥ and ␍, unprintable characters ‹U+200B› and the like.
     """
     pieces, begin = [], 0
     for at, char in (*_characters(data), (len(data), "")):
@@ -77,10 +74,7 @@ def _characters(data: bytes) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """A token in readable form.
-
-    `bytes`: in hex; `note`: control or added, if it is, and the characters that it is a part of.
-    """
+    """A token in readable form. `bytes`: in hex. `note`: control or added, and the characters that it is a part of."""
 
     id: int
     text: str
@@ -192,10 +186,9 @@ def is_reserved(text: bytes | None) -> bool:
 
 
 def added_ids(old: Tokenizer, new: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that have a meaning in `new` but not in `old`.
+    """Return the ids that have a meaning in `new` but not in `old`: renamed reserved tokens, then those after the last.
 
-    These are the reserved tokens of `old` that `new` renamed, then the ids after the last one of `old`. Raises
-    TokenizerError if `new` has fewer ids than `old`, or another token at any other id.
+    Raises TokenizerError if `new` has fewer ids than `old`, or another token at any other id.
     """
     relation = relate(old, new)
     if relation.differing or relation.size_b < relation.size_a:

@@ -1,8 +1,7 @@
 """Checking everything about a tokenizer that training relies on: `mm tokenizer check`. Takes a second or two.
 
-Takes a tokenizer's directory and returns a list of findings: ok, note or error. A note says what will happen, such as
-rows with tools being left out. An error means that training fails or learns something wrong. Each function that makes
-findings has the rule that it checks as its docstring.
+A finding is ok, note (says what will happen, such as rows with tools being left out) or error (training fails or learns
+something wrong). Each function that makes findings has the rule that it checks as its docstring.
 """
 
 import itertools
@@ -32,10 +31,7 @@ _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of one check.
-
-    `level`: ok, note or error; `found`: what was seen; `fix`: what helps, empty if nothing has to be done.
-    """
+    """Result of one check. `level`: ok, note or error. `found`: what was seen. `fix`: what helps; may be empty."""
 
     check: str
     level: str
@@ -44,10 +40,9 @@ class Finding:
 
 
 def check(directory: Path, *, vocab_size: int | None = None) -> list[Finding]:
-    """Run all checks on the tokenizer in `directory`.
+    """Run all checks on the tokenizer in `directory`. One that cannot be loaded gives a single finding, an error.
 
-    vocab_size: that of the model it is meant for; None skips that check. A directory that cannot be loaded gives a
-    single finding, an error.
+    vocab_size: that of the model it is meant for; None skips that check.
     """
     try:
         tokenizer = Tokenizer.load(directory)
@@ -136,10 +131,7 @@ def _check_special(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A conversation to render as a test.
-
-    `texts`: what the rendered text must contain; `is_needed`: failing is an error, not a note.
-    """
+    """A test conversation. `texts`: what its rendering must contain. `is_needed`: failing is an error, not a note."""
 
     name: str
     messages: tuple[Message, ...]
@@ -192,10 +184,7 @@ def _check_template(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _check_marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Finding]:
-    """Check that special-token strings in rendered text are control tokens, and tags such as <think> single tokens.
-
-    rendered: the texts that the template made of the probes.
-    """
+    """Check that special-token strings in rendered probes are control tokens, and tags such as <think> one token."""
     written = sorted({mark for text in rendered for mark in _MARK.findall(text)})
     unknown = [mark for mark in written if mark not in tokenizer.control_tokens]
     if unknown:
@@ -268,10 +257,7 @@ def _check_decoding(tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _is_reachable(tokenizer: Tokenizer, id: int) -> bool:
-    """Return whether some text is encoded as this token: its own characters must be merged to it.
-
-    True for added tokens.
-    """
+    """Return whether some text is encoded as this token: its own characters must be merged to it. True if added."""
     token = tokenizer.native.id_to_token(id)
     if id in tokenizer.added or token is None:
         return token is not None
@@ -281,7 +267,7 @@ def _is_reachable(tokenizer: Tokenizer, id: int) -> bool:
 def _check_segments(tokenizer: Tokenizer) -> Iterator[Finding]:
     """Check that rows encoded in pieces between control tokens, as `mm pack` does, get the ids of the whole text.
 
-    Tokenizers for which this cannot hold (see `Tokenizer.is_exact`) give a note: their rows are encoded more slowly.
+    A note if this cannot hold (see `Tokenizer.is_exact`): rows are then encoded more slowly.
     """
     if not tokenizer.is_exact:
         found = "rewrites text or eats spaces: rows are encoded whole, by offsets, which is slower"

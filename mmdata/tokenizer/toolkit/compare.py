@@ -1,7 +1,4 @@
-"""How two tokenizers split the same text, and whether a model trained with one can use data packed with the other.
-
-This is `mm tokenizer compare`: takes tokenizers A and B and a sample of text, and returns a `Comparison`.
-"""
+"""How two tokenizers, A and B, split the same text, and whether a model of one can use data packed with the other."""
 
 import re
 from collections import Counter
@@ -43,8 +40,7 @@ class WordSplit:
 class Comparison:
     """All figures of A and B; the field names are the keys of `mm tokenizer compare --json`.
 
-    Tuples and lists of two numbers are A's value, then B's. `may_read` says whether a model trained with A may read
-    shards packed with B, and `answer` why.
+    Pairs are A's value, then B's. `may_read`: a model trained with A may read shards packed with B; `answer`: why.
     """
 
     a: str
@@ -107,10 +103,7 @@ def compare(a: Tokenizer, b: Tokenizer, sample: TextSample) -> Comparison:
 
 
 def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
-    """Return whether a model trained with A may read shards packed with B, and one sentence that says why.
-
-    relation: of `relate(a, b)`.
-    """
+    """Return whether a model trained with A may read shards packed with B, and why. relation: of `relate(a, b)`."""
     names = f"a model trained with {a.dir} may"
     again = f"pack the data again: mm pack FILE --tokenizer {a.dir}"
     if a.sha256 == b.sha256:
@@ -141,10 +134,7 @@ def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
 
 
 def _token_sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Return the number of bytes of each token of each text.
-
-    Two tokenizers split a text alike if these lists are equal.
-    """
+    """Return the bytes of each token of each text; tokenizers split a text alike if these lists are equal."""
     flat, ends = tokenizer.encode_batch(texts)
     sizes = tokenizer.token_bytes()[flat]
     return [part.tolist() for part in np.split(sizes, ends[:-1])] if len(ends) else []
@@ -174,5 +164,4 @@ def _cut(word: str, sizes: Sequence[int]) -> list[str]:
 
 
 def _id_pair(a: Tokenizer, b: Tokenizer, id: int) -> IdPair:
-    """Return the tokens of an id in A and in B, in readable form; empty for an id without a token."""
     return IdPair(id, *(legible(token_texts(each)[id] or b"") for each in (a, b)))

@@ -1,8 +1,6 @@
 """Figures of one or several tokenizers on the same text: `mm tokenizer eval`.
 
-For each tokenizer: compression by language and file, use of the vocabulary, whether text comes back unchanged, speed,
-and how large an embedding the vocabulary needs. Takes about one second per megabyte of text and tokenizer. Bytes per
-token of two tokenizers can be compared only on the same text.
+Takes about one second per megabyte of text and tokenizer. Bytes per token can be compared only on the same text.
 """
 
 import re
@@ -30,10 +28,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The figures of a model preset from which the size and share of its embedding are computed.
-
-    `max_vocab`: the preset's vocabulary size; 0 means no limit.
-    """
+    """The figures of a model preset that decide size and share of its embedding. `max_vocab`: 0 means no limit."""
 
     hidden_size: int  # width C of the embedding
     num_other_params: int  # parameters outside the embedding
@@ -76,10 +71,7 @@ class RoundTrip:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingShare:
-    """The parameters of a model's embedding, their share of the model, and whether the preset's vocabulary is enough.
-
-    Input and output embedding are counted as one.
-    """
+    """Parameters of an embedding (input and output as one), share of the model, and whether `max_vocab` allows it."""
 
     params: int
     share: float
@@ -120,9 +112,8 @@ class TokenizerFigures:
 
 @dataclass(frozen=True, slots=True)
 class TextFigures:
-    """The text that was measured.
+    """The text that was drawn, out of `rows` rows with `found_bytes` bytes of text.
 
-    `bytes`, `characters` and `texts` are what was drawn, out of `rows` rows with `found_bytes` bytes of text.
     `left_out` counts rows that could not be used: file -> reason -> number.
     """
 
@@ -154,9 +145,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure every tokenizer on the whole sample.
 
-    shapes: model presets by name. step_tokens: number of tokens in one training step. num_hostile: hostile strings to
-    encode and decode. progress: called with the bytes measured so far and in all, where the text counts once for each
-    tokenizer.
+    shapes: model presets by name. step_tokens: tokens in one training step. num_hostile: hostile strings to encode and
+    decode. progress: called with the bytes measured so far and in all; the text counts once for each tokenizer.
     """
     groups = list(sample.groups())
     total = sample.drawn_bytes * len(tokenizers)
@@ -187,7 +177,7 @@ class _Coder:
         self.encode_s = self.decode_s = 0.0
 
     def run(self, texts: list[str]) -> np.ndarray:
-        """Encode and decode some texts. Returns their numbers of bytes, characters and tokens, int64 [3].
+        """Encode and decode texts. Returns their numbers of bytes, characters and tokens, int64 [3].
 
         `tick`, if given, is called with the number of bytes of all texts so far.
         """
@@ -234,7 +224,6 @@ def _figures(
     longest = sorted(np.flatnonzero(is_ordinary).tolist(), key=lambda id: (-lengths[id], id))
 
     def shown(ids: list[int]) -> list[TokenUses]:
-        """Return these ids with their tokens in readable form and their number of uses."""
         return [TokenUses(id, legible(tokens[id] or b""), len(tokens[id] or b""), int(uses[id])) for id in ids]
 
     changed = sorted((*coder.changed, *hostile.changed), key=len)
@@ -273,7 +262,6 @@ def _figures(
 
 
 def _count(pattern: re.Pattern[str], groups: Groups) -> Counter[str]:
-    """Return how often each match of a pattern occurs in all texts."""
     return Counter(match for _, texts in groups for text in texts for match in pattern.findall(text))
 
 
@@ -284,10 +272,7 @@ def _rates(size: np.ndarray) -> Rates:
 
 
 def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Rates]:
-    """Add up the sizes of each name and return its rates, in order of first occurrence.
-
-    names[i]: the language or file that sizes[i] belongs to. sizes: as in `_rates`.
-    """
+    """Add up the sizes (see `_rates`) of each language or file in `names`, in order of first occurrence."""
     sums: dict[str, np.ndarray] = {}
     for name, size in zip(names, sizes, strict=True):
         sums[name] = sums.get(name, 0) + size
@@ -295,10 +280,7 @@ def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Ra
 
 
 def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> float | None:
-    """Return the number of tokens of all strings, each encoded alone and weighted by its count, divided by `total`.
-
-    None if `total` is 0.
-    """
+    """Return the mean tokens of strings encoded alone: their sum, weighted by count, over `total`; None if it is 0."""
     if not total:
         return None
     _, ends = tokenizer.encode_batch(list(counted))
@@ -306,7 +288,6 @@ def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> flo
 
 
 def _embedding(vocab_size: int, shape: Shape) -> EmbeddingShare:
-    """Return the size of the embedding that a vocabulary needs in a model preset."""
     params = vocab_size * shape.hidden_size
     fits = not shape.max_vocab or vocab_size <= shape.max_vocab
     return EmbeddingShare(params, params / (params + shape.num_other_params), fits)

@@ -1,9 +1,8 @@
 """Adding tokens to a tokenizer without changing the meaning of any id: `mm tokenizer extend`.
 
 New tokens get the ids after the last one. A model can continue to be trained with the new tokenizer once its embedding
-has grown (`mm train --resize-embeddings`). With `reserved`, new tokens replace reserved tokens (`<|buffer1|>` …) and
-the embedding keeps its size; the embedding rows of these ids, which were never trained, are initialized again
-nevertheless.
+has grown (`mm train --resize-embeddings`). With `reserved`, they replace reserved tokens (`<|buffer1|>` …) and the
+embedding keeps its size; the rows of these ids, which were never trained, are initialized again nevertheless.
 """
 
 import json
@@ -24,10 +23,10 @@ def extend(
 ) -> dict[str, int]:
     """Add tokens to the tokenizer in `directory` and write it to the directory `out`. Returns their ids.
 
-    is_control: text is never encoded as these tokens, only chat templates write them. reserved: replace reserved tokens
-    in place of adding ids. Raises UsageError for tokens that are empty, given twice or in the tokenizer already, if
-    there are not enough reserved tokens, and if `out` is not empty; TokenizerError if the tokenizer cannot be read or
-    its ids have gaps.
+    is_control: only chat templates write these tokens, text is never encoded as them. reserved: replace reserved tokens
+    in place of adding ids. Raises UsageError for tokens that are empty, given twice or in the tokenizer already, too
+    few reserved tokens, or an `out` that is not empty; TokenizerError if the tokenizer cannot be read or its ids have
+    gaps.
     """
     old = Tokenizer.load(directory)
     _check(old, tokens, out)
@@ -75,8 +74,7 @@ def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
 def _take_reserved(old: Tokenizer, parts: JsonObject, tokens: Sequence[str]) -> list[int]:
     """Rename the first reserved tokens in `parts`, the content of tokenizer.json, to `tokens`, and return their ids.
 
-    Only the model's vocabulary is renamed; the list "added_tokens" is not. Raises UsageError if there are fewer
-    reserved tokens.
+    The list "added_tokens" is left as it is. Raises UsageError if there are fewer reserved tokens.
     """
     free = [(id, token.content) for id, token in sorted(old.added.items()) if is_reserved(token.content.encode())]
     if len(free) < len(tokens):

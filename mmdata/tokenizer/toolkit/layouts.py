@@ -17,8 +17,7 @@ PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 class Layout:
     """A chat template and its added tokens in the order of their ids, from 0 on: first `control`, then `plain`.
 
-    Only chat templates write control tokens; the same text written by a user is encoded as ordinary text. The `plain`
-    tokens are single tokens wherever their text occurs.
+    Text of a user never becomes `control` tokens; `plain` tokens are single tokens wherever their text occurs.
     """
 
     name: str

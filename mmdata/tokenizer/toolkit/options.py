@@ -1,7 +1,4 @@
-"""The options of `mm tokenizer train`: types, defaults, ranges and help texts.
-
-Imports nothing heavy, so `mm --help` is fast.
-"""
+"""The options of `mm tokenizer train`. Imports nothing heavy, so `mm --help` is fast."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,11 +12,7 @@ PATTERNS = ("digits", "gpt2")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerOptions:
-    """How to train a tokenizer.
-
-    `special`: control tokens that follow the template's own. `weights`: how often texts count, by field, language or
-    file, as in `sample.draw`.
-    """
+    """How to train a tokenizer. `special`: control tokens after the template's own. `weights`: as in `sample.draw`."""
 
     vocab_size: int = option(6400, help="Number of tokens, control and reserved ones included.", least=1)
     algorithm: str = option("bpe", help="Training algorithm; both give byte-level tokenizers.", choices=ALGORITHMS)

@@ -1,10 +1,9 @@
 """Stratified sampling of the text of jsonl files, to train and evaluate tokenizers on.
 
 A stratum is the text of one language in one file. Every stratum gets an equal share of the byte limit; what a small one
-does not need is given to the others. Within a stratum texts are sampled uniformly: each gets a random key, and the
-texts with the smallest keys are retained, so that one pass is enough and memory holds at most about 1.1 times the
-limit. If the limit is not reached, texts of the smaller of Chinese and English may be repeated. The same files,
-weights, limit and seed give the same sample.
+does not need is given to the others. Within a stratum each text gets a random key, and those with the smallest keys are
+retained, so that one pass is enough and memory holds at most about 1.1 times the limit. The same files, weights, limit
+and seed give the same sample.
 """
 
 import heapq
@@ -34,10 +33,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(slots=True)
 class Stratum:
-    """The text of one language in one file: bytes and number of texts found, and drawn.
-
-    A repeated text is counted repeatedly as drawn.
-    """
+    """The text of one language in one file: bytes and texts found, and drawn (a repeated text counts repeatedly)."""
 
     file: str
     language: str
@@ -51,7 +47,7 @@ class Stratum:
 class TextSample:
     """The texts drawn: for each stratum a list of (UTF-8 text, how many times it counts).
 
-    `num_rows`: rows read; `left_out`: file -> reason -> number of rows that could not be used.
+    `num_rows`: rows read. `left_out`: file -> reason -> number of rows that could not be used.
     """
 
     strata: list[Stratum]
@@ -78,10 +74,10 @@ class TextSample:
 
 
 class _Reservoir:
-    """The texts of one stratum while files are read.
+    """The texts of one stratum while files are read. `num_bytes` includes repetitions.
 
-    The text with the largest key is first in `heap` and is dropped first. `num_bytes` is the size of the texts in the
-    heap, repetitions included. `weight` scales the stratum's share of the limit.
+    The text with the largest key is first in `heap` and dropped first. `weight` scales the stratum's share of the
+    limit.
     """
 
     __slots__ = ("counted_bytes", "found_bytes", "found_texts", "heap", "num_bytes", "threshold", "weight")
@@ -94,10 +90,7 @@ class _Reservoir:
         self.threshold = 1.0  # the smallest key that was dropped
 
     def add(self, key: float, text: bytes, count: int) -> None:
-        """Add a text that counts `count` times, if its key is below all keys that were dropped before.
-
-        In any case it is counted as found.
-        """
+        """Count a text as found, and add it `count` times if its key is below all that were dropped before."""
         self.found_bytes += len(text)
         self.found_texts += 1
         self.counted_bytes += len(text) * count
@@ -139,17 +132,13 @@ def draw(
     evened: bool = False,
     progress: Progress | None = None,
 ) -> TextSample:
-    """Read all rows of the files and draw at most `limit_bytes` of their text.
-
-    Rows that cannot be used are counted and left out.
+    """Read all rows of the files and draw at most `limit_bytes` of their text. Unusable rows are counted and left out.
 
     weights: how often a text counts, by field (one of FIELDS), language or file path, 0 to 100; they are multiplied.
     0.5 draws every second text on average, 0 none. Weights of languages and files also scale the share of the limit.
-    seed: of the random keys.
     evened: repeat texts of the smaller of Chinese and English, up to 3 times, until both are equally large or the limit
-    is reached; ignored if a language has a weight.
-    progress: called with the bytes read so far and in all, which includes only files that can be seeked (not pipes).
-
+    is reached; ignored if a language has a weight. progress: called with the bytes read so far and in all, which
+    includes only files that can be seeked (not pipes).
     Raises InputError if no text is found, and UsageError for a weight that is out of range or whose name is unknown.
     """
     weights = dict(weights or {})
@@ -212,12 +201,9 @@ def _add(
     weights: Mapping[str, float],
     uniform: Callable[[], float],
 ) -> None:
-    """Add texts of file number `index`, given as (field, text), to the reservoirs of their languages.
+    """Add texts of file number `index`, as (field, text), to the reservoirs of their languages; long ones in pieces.
 
-    Long texts are cut into pieces.
-
-    uniform: returns a random number in [0, 1), the key of the next text. A weight that is not a whole number is rounded
-    at random.
+    uniform: returns a random number in [0, 1), the key of the next text. Fractional weights are rounded at random.
     """
     pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
     for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
@@ -246,8 +232,7 @@ def _languages(texts: Sequence[str]) -> list[str]:
 def _shrink(reservoirs: Collection[_Reservoir], limit_bytes: int) -> int:
     """Reduce every stratum to its share of the limit and return the bytes that are left.
 
-    Shares follow from everything found so far and can only become smaller, so the final sample does not depend on when
-    or how often this is called.
+    Shares can only become smaller, so the final sample does not depend on when or how often this is called.
     """
     level = water_level([(one.counted_bytes, one.weight) for one in reservoirs], limit_bytes)
     for one in reservoirs:
@@ -308,8 +293,7 @@ def fields_of(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield consecutive pieces of at most PIECE characters. All but the last are cut after the last newline or space in the
-    second half of PIECE characters, or else at PIECE characters."""
+    """Yield pieces of at most PIECE characters, cut after the last newline or space in their second half, if any."""
     begin = 0
     while len(text) - begin > PIECE:
         end = begin + PIECE

@@ -1,9 +1,9 @@
 """Training a tokenizer on the text of jsonl files: `mm tokenizer train`.
 
 The result is a directory that transformers loads without changes. The same files, options and seed give the same bytes
-on any number of cores. Tokenizers are byte-level: every text can be encoded, and its ids decode to the same text. Peak
-memory is about 12 times the text drawn (`limit_bytes`), most of it in the native trainer. That trainer cannot be
-interrupted, so `train_to` runs it in a child process.
+on any number of cores. Tokenizers are byte-level: every text can be encoded and decodes to itself. Peak memory is about
+12 times the text drawn (`limit_bytes`), most of it in the native trainer, which cannot be interrupted and so runs in a
+child process.
 """
 
 import gc
@@ -55,8 +55,8 @@ Phase = Callable[[str, int, int], None]  # progress: (name of the phase, bytes d
 class Trained:
     """Result of `train_to`. `vocab_size` is less than `asked_size` if the text has too few different token pairs.
 
-    `strata`, `num_rows` and `left_out` describe the text (see `TextSample`). `up_to_date`: an equal tokenizer was there
-    already; the text was then not read again, and these fields are empty.
+    `strata`, `num_rows` and `left_out` describe the text (see `TextSample`). They are empty if `up_to_date`: an equal
+    tokenizer was there already, and the text was not read again.
     """
 
     out: Path
@@ -79,10 +79,7 @@ class InputFile(msgspec.Struct, frozen=True):
 
 
 class TrainingRecord(msgspec.Struct, frozen=True):
-    """The content of training.json: what determines the tokenizer, the text drawn, and sha256 of the files written.
-
-    `library` is the version of the tokenizers library.
-    """
+    """The content of training.json: what determines the tokenizer, the text drawn, and sha256 of the files written."""
 
     format_version: int
     made_by: str
@@ -96,9 +93,9 @@ class TrainingRecord(msgspec.Struct, frozen=True):
 def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, phase: Phase | None = None) -> Trained:
     """Train on the text of the files and write the tokenizer to `out`, which appears complete or not at all.
 
-    A tokenizer in `out` that was trained from the same bytes with the same options is left as it is. phase: called with
-    progress. Raises UsageError if `out` contains anything else or an option is wrong, InputError if the files have no
-    text, and MMError if the training process dies.
+    An `out` that was trained from the same bytes with the same options is left as it is. phase: called with progress.
+    Raises UsageError if `out` contains anything else or an option is wrong, InputError if the files have no text, and
+    MMError if the training process dies.
     """
     begun = time.monotonic()
     check_options(options)
@@ -144,10 +141,7 @@ def check_options(options: TokenizerOptions) -> Layout:
 def train(
     files: Sequence[Path], options: TokenizerOptions, *, phase: Phase | None = None
 ) -> tuple[dict[str, bytes], TextSample]:
-    """Train in this process.
-
-    Returns the contents of the tokenizer's files by name, and the sample, whose texts have been freed.
-    """
+    """Train in this process. Returns the tokenizer's files by name, and the sample, whose texts have been freed."""
     layout = check_options(options)
     sample = draw(
         files,
@@ -177,8 +171,7 @@ def _with_progress(sample: TextSample, phase: Phase) -> Iterator[str]:
 def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tokenizers.Tokenizer:
     """Train byte-level BPE with the native trainer.
 
-    It depends only on the counts of words and breaks ties by id, so that neither the order of the texts nor the number
-    of threads changes the result.
+    Ties are broken by id, so neither the order of the texts nor the number of threads changes the result.
     """
     native = tokenizers.Tokenizer(models.BPE())
     native.pre_tokenizer = pre_tokenizer(options.pattern)
@@ -199,8 +192,7 @@ def _unigram(
 ) -> tokenizers.Tokenizer:
     """Train a unigram model over bytes: the native pre-tokenizer cuts words and `unigram.train` learns the pieces.
 
-    The layout's tokens are made pieces too, so that they get the first ids; their score is so low that no text is
-    encoded as them.
+    The layout's tokens are the first pieces; their score is so low that no text is encoded as them.
     """
     native = tokenizers.Tokenizer(models.Unigram())
     cut = pre_tokenizer(options.pattern)
@@ -272,8 +264,7 @@ def added_token(id: int, token: str, *, is_control: bool) -> dict[str, int | str
 def _existing(out: Path, record: TrainingRecord) -> Trained:
     """Return the tokenizer in `out` if it is the one that training would write. Raises UsageError otherwise.
 
-    It is if training.json has the same versions, options and input hashes as `record` and the files have the recorded
-    sha256.
+    It is if training.json has the versions, options and input hashes of `record`, and the files their recorded sha256.
     """
     try:
         old = read_record(out / RECORD, TrainingRecord, TokenizerError, "")
@@ -292,10 +283,7 @@ def _existing(out: Path, record: TrainingRecord) -> Trained:
 
 
 def publish(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to the directory `out`, which must be missing or empty.
-
-    It appears with all of them or stays as it was.
-    """
+    """Write files to the directory `out`, missing or empty before, which then has all of them or stays as it was."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
     try:
@@ -316,8 +304,7 @@ def _in_child(
 ) -> tuple[dict[str, bytes], TextSample]:
     """Run `train` in a child process and return its result. The child is killed if this call is interrupted.
 
-    `phase` is called every _POLL_S seconds at least. Raises the MMError that `train` raises, or one that says so if the
-    child dies.
+    `phase` is called every _POLL_S seconds at least. Raises the MMError of `train`, or one if the child dies.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,9 +1,9 @@
 """Training of a unigram language model over bytes (Kudo 2018, "Subword Regularization"), in numpy.
 
-Takes words with their counts and returns pieces with log-probabilities, found by expectation maximization (EM) over all
-segmentations of the words into pieces. The trainer of the `tokenizers` library adds floats in the order of a hash
-table, so its result differs from run to run; here every sum has a fixed order and the same counts give the same pieces.
-Takes about 5 s and 0.5 GB for 2 MB of different words. At most MAX_BYTES are used, the most frequent words first.
+Pieces and their log-probabilities are found by expectation maximization (EM) over all segmentations of the words. The
+trainer of the `tokenizers` library adds floats in the order of a hash table, so its result differs from run to run;
+here the same counts give the same pieces. Takes about 5 s and 0.5 GB for 2 MB of different words. At most MAX_BYTES are
+used, the most frequent words first.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,8 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 class _Text:
     """W words laid end to end, N bytes in all.
 
-    `data`: their bytes, uint8 [N]. `begins`, `ends`: offsets of each word, int64 [W]. `counts`: float64 [W]. `prefix`:
-    rolling hashes of all prefixes of `data`, uint64 [N + 1]. `powers`: powers of the hash's base, uint64 [WORD_BYTES +
-    1].
+    `data`: uint8 [N]. `begins`, `ends`: offsets of each word, int64 [W]. `counts`: float64 [W]. `prefix`: rolling
+    hashes of all prefixes of `data`, uint64 [N + 1]. `powers`: powers of the hash's base, uint64 [WORD_BYTES + 1].
     """
 
     data: np.ndarray
@@ -52,8 +51,8 @@ class _Text:
 def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the hashes h of all prefixes of `data`, and the powers of the base B from 0 to WORD_BYTES.
 
-    h[i + 1] = h[i] * B + data[i] + 1 modulo 2^64. B is odd and so has an inverse, hence h[i] * B^-i is a cumulative sum
-    and needs no loop.
+    h[i + 1] = h[i] * B + data[i] + 1 modulo 2^64. B is odd and has an inverse, so h[i] * B^-i is a cumulative sum: no
+    loop.
     """
     inverse = np.uint64(pow(int(_BASE), -1, 1 << 64))
     steps = len(data) + 1
@@ -68,9 +67,8 @@ def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Matches:
     """All occurrences of pieces in words. `begin`, `end`: byte offsets; `piece`, `word`: indices; int64 [M] each.
 
-    `forward` and `backward` group the occurrences for the two passes of the forward-backward algorithm: by the distance
-    of their end from the begin of the word, and by the distance of their begin from the end of the word, shortest
-    first. Groups are as `_grouped` returns them.
+    `forward` and `backward` group them (see `_grouped`) for the forward-backward algorithm: by the distance of their
+    end from the begin of the word, and of their begin from the end of the word, shortest first.
     """
 
     begin: np.ndarray
@@ -81,10 +79,7 @@ class _Matches:
     backward: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
     def only(self, kept: np.ndarray, num_pieces: int) -> "_Matches":
-        """Return the matches of the pieces with the indices `kept`, which are renumbered from 0.
-
-        Nothing is sorted again.
-        """
+        """Return the matches of the pieces `kept` (indices), renumbered from 0, without sorting again."""
         number = np.full(num_pieces, -1)
         number[kept] = np.arange(len(kept))
         piece = number[self.piece]
@@ -107,10 +102,9 @@ def _grouped(matches: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, float]]:
-    """Learn `num_pieces` pieces, among them the 256 single bytes, from words and their counts.
+    """Learn `num_pieces` (at least 256) pieces, among them all single bytes, from words and their counts.
 
-    Returns (piece, log-probability), most probable first; fewer pieces if too few substrings occur twice. num_pieces:
-    at least 256.
+    Returns (piece, log-probability), most probable first; fewer pieces if too few substrings occur twice.
     """
     assert num_pieces >= 256
     text = _Text.of(*_chosen(counts))
@@ -131,10 +125,7 @@ def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, flo
 
 
 def _chosen(counts: Mapping[bytes, int]) -> tuple[list[bytes], list[float]]:
-    """Return the most frequent words and their counts.
-
-    Words are cut to WORD_BYTES first, and at most MAX_BYTES are returned.
-    """
+    """Return the most frequent words, cut to WORD_BYTES, and their counts; at most MAX_BYTES."""
     cut: dict[bytes, float] = {}
     for word, count in counts.items():
         for piece in _cut(word):
@@ -163,8 +154,7 @@ def _cut(word: bytes) -> list[bytes]:
 def _seeds(text: _Text, most: int) -> list[bytes]:
     """Return the initial candidates: all 256 bytes, and the `most` - 256 substrings with the largest count * length.
 
-    Only substrings that occur at least twice are candidates. A substring consists of whole characters, or is the first
-    two bytes of a character of three or four.
+    Substrings must occur twice and consist of whole characters, or be the first two bytes of one of three or four.
     """
     weights = np.repeat(text.counts, text.ends - text.begins)
     room = np.repeat(text.ends, text.ends - text.begins) - np.arange(len(text.data))
@@ -226,10 +216,8 @@ def _steps(step: np.ndarray, place: np.ndarray) -> list[tuple[np.ndarray, np.nda
 def _expect(text: _Text, matches: _Matches, scores: np.ndarray, num_pieces: int) -> np.ndarray:
     """Return how often each piece is expected to be used over all segmentations of all words: float64 [num_pieces].
 
-    Computed by the forward-backward algorithm.
-
-    scores: probability of each piece. The end of a word is the offset where the next one begins, so there is one array
-    per pass, alpha indexed by ends and beta by begins.
+    Forward-backward algorithm. scores: probability of each piece. The end of a word is the offset where the next one
+    begins, so there is one array per pass, alpha indexed by ends and beta by begins.
     """
     p = scores[matches.piece]
     alpha, beta = np.zeros(len(text.data) + 1), np.zeros(len(text.data) + 1)
@@ -251,10 +239,10 @@ def _normalised(expected: np.ndarray, pieces: list[bytes]) -> np.ndarray:
 
 
 def _prune(pieces: list[bytes], expected: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:
-    """Return the indices, sorted, of the `size` pieces whose removal would lower the likelihood most.
+    """Return the sorted indices of all bytes and of the pieces whose removal would lower the likelihood most: `size`.
 
-    Single bytes always stay. The loss of a piece is its expected uses times the difference of its log-probability and
-    that of its best segmentation into other pieces.
+    The loss of a piece is its expected uses times the difference of its log-probability and that of its best
+    segmentation into other pieces.
     """
     text = _Text.of(pieces, [1.0] * len(pieces))
     matches = _find(text, pieces)
