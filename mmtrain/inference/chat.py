@@ -18,10 +18,10 @@ THINKING = "<think>\n"  # the end of a prompt whose chat template writes the beg
 class Chat:
     """A conversation with one model. It reuses the KV cache of the previous answer for the next prompt.
 
-    window: the most tokens of a prompt and its answer together; at most the model's `max_positions`. When a
-    conversation gets longer, its oldest turns (a user message and its answer) are left out of the prompt, but stay in
-    `messages`. template: None for a model that was only pretrained, which continues the newest message's text and does
-    not see earlier ones.
+    window: the most tokens of a prompt and its answer together; at most the model's `max_positions`. The oldest turns
+    (a user message and its answer) of a longer conversation are left out of the prompt, but stay in `messages`.
+    template: None for a model that was only pretrained, which continues the newest message's text and sees no earlier
+    ones.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, template: Template | None, *, window: int = WINDOW):
@@ -53,9 +53,8 @@ class Chat:
     def reply(
         self, messages: Sequence[Message], options: Sampling, *, think: bool | None = None
     ) -> Generator[str, None, None]:
-        """Return a generator of the answer to `messages`, which must end with the user's, in pieces of text. The
-        conversation's own `messages` are not changed. think: see `ask`, whose errors this call raises before the
-        generator is used."""
+        """Return a generator of the answer to `messages`, which must end with the user's, in pieces of text.
+        `self.messages` stays as it is. think: see `ask`, whose errors this call raises before the generator is used."""
         tokenizer, room = self.engine.tokenizer, self.engine.window - options.max_new_tokens
         if self.template is None:
             prompt = plain_prompt(tokenizer, messages[-1].content)
@@ -83,8 +82,8 @@ def fit(
     tools: Sequence[JsonObject] = (),
     think: bool | None = None,
 ) -> list[int]:
-    """Return the prompt ids of a conversation, without its oldest turns while there are more than `room` tokens. A turn
-    is a user message and all messages up to the next user message.
+    """Return the prompt ids of a conversation; its oldest turns are dropped until there are at most `room` tokens. A
+    turn is a user message and all messages up to the next user message.
 
     Messages before the first user message (such as the system message) and the last turn are never dropped; UsageError
     is raised when these alone are too long. tools: function definitions for the chat template. think: request an answer
@@ -105,16 +104,14 @@ def fit(
 
 
 def prompt_of(tokenizer: Tokenizer, template: Template | None, question: str) -> list[int]:
-    """Return the prompt ids of a conversation of one user message; without a template (a model that was only
-    pretrained) those of `plain_prompt`."""
+    """Return the prompt ids of a conversation of one user message; without a template, those of `plain_prompt`."""
     if template is None:
         return plain_prompt(tokenizer, question)
     return template.prompt_ids(tokenizer, [Message("user", question)])
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the prompt ids of a text for the model to continue: the BOS token, if the tokenizer has one, and the
-    text's ids."""
+    """Return the prompt ids of a text for the model to continue: the BOS token, if there is one, and the text's ids."""
     begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     return begin + tokenizer.encode_batch([text])[0].tolist()
 

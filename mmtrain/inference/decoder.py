@@ -28,8 +28,8 @@ Linear = Callable[[Tensor], Tensor]
 
 def _linear(weight: Tensor) -> Linear:
     """Return a function that computes x @ weight.T. On the CPU in fp32, with oneDNN, it uses a packed copy of the
-    weight: for a model of 104M parameters on one thread 0.75 of the time of F.linear for one row of x, half of it for
-    four rows."""
+    weight: 0.75 of the time of F.linear for one row of x, half of it for four (model of 104M parameters, one thread).
+    """
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_packed_linear():
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -45,8 +45,7 @@ def _has_packed_linear() -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one transformer block; the projections of q, k and v, and of gate and up, are joined into one matrix
-    each."""
+    """Weights of one transformer block; the projections of q, k and v are joined into one matrix, and gate and up too."""
 
     input_norm: Tensor
     qkv: Linear
@@ -60,8 +59,7 @@ class _Layer:
 
 
 class KVCache:
-    """The attention keys and values of one row, each [layers, KV heads, capacity, D]; only the first `length` tokens of
-    the third dimension are filled."""
+    """The attention keys and values of one row, [layers, KV heads, capacity, D] each; only `length` tokens are filled."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, config.num_kv_heads, 0, config.head_size)
@@ -117,8 +115,7 @@ class Decoder:
         return KVCache(self.config, self.device, self.embedding.dtype)
 
     def _layer(self, weights: dict[str, Tensor], prefix: str) -> _Layer:
-        """Collect the weights of the block whose names in the state dict begin with `prefix`, such as
-        "model.layers.0."."""
+        """Collect the weights of one block. prefix: of their names in the state dict, such as "model.layers.0."."""
         config = self.config
 
         def joined(*names: str) -> Linear:
@@ -175,9 +172,8 @@ class Decoder:
         rows: Sequence[tuple[KVCache, Sequence[int]]],
     ) -> Tensor:
         """Compute causal attention of all new tokens, each within its own row, and write their keys and values to the
-        caches. index: number of the layer. x: [T, C], the hidden states of the new tokens, row after row, then padding.
-        table: rotary cosines and sines for their positions. Return [T, H * D], before the output projection; zero for
-        padding."""
+        caches. index: number of the layer. x: [T, C], hidden states of the new tokens, row after row, then padding.
+        table: rotary cosines and sines. Return [T, H * D], before the output projection; zero for padding."""
         config = self.config
         num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(self._normed(x, layer.input_norm)).unflatten(-1, (-1, config.head_size))
@@ -199,8 +195,8 @@ class Decoder:
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of one row: queries q [t, H, D] of its last t tokens over k and v [KV heads, T, D] of all its T
-    tokens -> [t, H, D]. For a single new token, query heads are grouped by key head, so that keys and values are read
-    only once."""
+    tokens -> [t, H, D]. For a single new token, query heads are grouped by key head: keys and values are read only
+    once."""
     num_new, num_heads, size = q.shape
     if num_new == 1:
         grouped = q.view(1, len(k), num_heads // len(k), size)

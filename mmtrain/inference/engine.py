@@ -91,8 +91,7 @@ class Engine:
     """Generates many answers with shared forward passes; the module docstring shows its use.
 
     max_rows: the most rows in the batch, others wait. window: the most tokens of a prompt and its answer together;
-    default and upper limit are the model's `max_positions`. remember: number of ended rows whose KV caches are stored
-    for reuse.
+    default and upper limit are the model's `max_positions`. remember: number of ended rows whose KV caches are kept.
     """
 
     def __init__(
@@ -144,8 +143,7 @@ class Engine:
         return row
 
     def cancel(self, row: Row) -> None:
-        """Remove a row from the batch or the queue, with finish reason "cancelled"; its `ids` and `text` stay readable.
-        No effect on a row that has ended."""
+        """End a row with finish reason "cancelled"; `ids` and `text` stay readable. No effect on a row that has ended."""
         if row.finish_reason is None:
             row.finish_reason = "cancelled"
             self._running = [other for other in self._running if other is not row]
@@ -224,8 +222,8 @@ class Engine:
         return Delta(row, text, (token,))
 
     def _end(self, row: Row, reason: str, text: str = "", tokens: tuple[Token, ...] = ()) -> Delta:
-        """End a row, with the text that its stream held back. text, tokens: what this step has already added to the
-        row."""
+        """End a row and release the text that its stream held back. text, tokens: what this step has already added to
+        it."""
         rest = row._stream.close()
         row.text += rest
         row.finish_reason = reason
@@ -284,8 +282,8 @@ class TextStream:
 
     def _advance(self, text: str) -> str:
         """Return the end of `text`, decoded from the ids from `_begin` on, that has not been returned yet. Some
-        decoders write a token differently at the beginning of a text, so the ids returned last are decoded again and
-        their text is cut off."""
+        decoders write a token differently at the beginning of a text: ids returned last are decoded again and their
+        text cut off."""
         context = self._tokenizer.decode(self._ids[self._begin : self._read])
         self._begin, self._read = self._read, len(self._ids)
         return text[len(context) :]

@@ -38,8 +38,7 @@ def evaluate(
     metrics of `PER_DATASET` are also returned for each as `loss/NAME`, with NAME of `names_of`.
 
     world: the ranks; by default this process alone. reference: the reference model's logps, float64 [num_samples, 2]
-    (chosen, rejected); with None the objective uses logps of 0, and the metrics that compare with a reference are left
-    out.
+    (chosen, rejected); with None the objective uses 0, and the metrics that compare with a reference are left out.
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)

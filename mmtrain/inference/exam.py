@@ -29,7 +29,7 @@ from mmtrain.model.model import Model
 
 @dataclass(frozen=True)
 class ExamQuestion:
-    """A question from `line` of its file, counted from 1. answer: the right text or, with choices, the right choice's
+    """A question from `line` of its file, counted from 1. answer: the right text or, with choices, the right one's
     index."""
 
     line: int
@@ -65,9 +65,8 @@ def _is_edge(character: str) -> bool:
 
 
 def summary(answers: Sequence[ExamAnswer]) -> dict[str, int | float]:
-    """Return the number of questions (asked) and the share answered right (accuracy, from 0 to 1). For questions with
-    choices also accuracy_per_byte, where the choice with the highest log-probability per byte is the answer. `answers`
-    must not be empty."""
+    """Return the number of questions (asked) and the share answered right (accuracy, from 0 to 1); for questions with
+    choices also accuracy_per_byte (see `choose`). `answers` must not be empty."""
     figures: dict[str, int | float] = {
         "asked": len(answers),
         "accuracy": sum(a.is_right for a in answers) / len(answers),
@@ -115,8 +114,7 @@ def read_questions(path: Path) -> list[ExamQuestion]:
 
 
 def read_choices(path: Path) -> list[ExamQuestion]:
-    """Read questions with choices. Raise InputError as `read_questions` does, and for an answer that is none of its
-    choices."""
+    """Read questions with choices. Raise InputError as `read_questions` does, and for an answer that is no choice."""
     questions = []
     for number, line in _lines(path, _ChoicesLine):
         index = line.index()
@@ -128,8 +126,7 @@ def read_choices(path: Path) -> list[ExamQuestion]:
 
 
 def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
-    """Yield number, counted from 1, and record of each line that is not blank. Raise InputError for what cannot be
-    read."""
+    """Yield the number, counted from 1, and the record of each line that is not blank. Raise InputError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:

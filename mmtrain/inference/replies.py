@@ -49,8 +49,7 @@ class Splitter:
         return [piece for piece in pieces if piece.text]
 
     def close(self) -> list[Piece]:
-        """Return the text still held back, once the answer has ended; a tool call without its closing tag becomes
-        content."""
+        """Return the text held back, once the answer has ended; a tool call without its closing tag becomes content."""
         held, self._held = self._held, ""
         if self._mode == "call":
             return [Piece("content", CALL + held)]
@@ -59,7 +58,7 @@ class Splitter:
         return [Piece("reasoning" if self._mode == "reasoning" else "content", held)] if held else []
 
     def _next(self) -> list[Piece] | None:
-        """Process the text held back up to the next tag or its end. Return the pieces found, or None when more text is
+        """Process the text held back up to the next tag or its end. Return the pieces, or None when more text is
         needed."""
         if self._mode == "start":
             return self._begin()

@@ -1,6 +1,5 @@
 """Loss and related metrics of a model on a dataset, by dataset and bucket (`mm eval`), from one record per sequence
-(`Scored`, also a line written by `mm eval --per-sequence`). The records with the most nats per token show the noisiest
-rows of the data."""
+(`Scored`, also a line of `mm eval --per-sequence`). The most nats per token show the noisiest rows of the data."""
 
 import math
 from collections import defaultdict
@@ -50,8 +49,7 @@ class Scored:
         return self.nll / max(self.tokens, 1)
 
     def record(self) -> dict[str, str | int | float | None]:
-        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and loss, which is None without trained
-        tokens."""
+        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and loss (None without trained tokens)."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "byte_nll"}
         return {**values, "loss": self.loss if self.tokens else None}
 
@@ -133,8 +131,7 @@ def _micro_batch(group: list[LaidOut], begin: int) -> MicroBatch:
 
 
 def _laid_out(view: PackView | PairView) -> LaidOut:
-    """Return a pack's sequences or, for a pair, prompt + chosen reply and prompt + rejected reply; prompts have loss
-    mask 0."""
+    """Return a pack's sequences or, for a pair, prompt + chosen and prompt + rejected reply; prompts have loss mask 0."""
     if isinstance(view, PackView):
         return LaidOut(view.ids, loss_mask(view.span, len(view.ids)), view.doc_len.tolist())
     replies = ((view.chosen, view.chosen_span), (view.rejected, view.rejected_span))

@@ -10,8 +10,7 @@ GROUP = "Sampling"  # heading in --help
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling settings and stopping conditions of one answer; by default greedy decoding. Raise UsageError for a value
-    out of range or an empty stop string.
+    """Settings of one answer, greedy by default. Raise UsageError for a value out of range or an empty stop string.
 
     logprobs: n reports the log-probability of each generated token and the n most likely tokens with theirs, from the
     model's logits before any other setting is applied; None reports none.

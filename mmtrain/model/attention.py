@@ -2,8 +2,7 @@
 rejected reply, and the rejected reply does not attend to the chosen one.
 
 The result is the same as with two separate sequences, each with its own copy of the prompt. On the CPU there are two
-attention calls per pair; on CUDA one FlexAttention call computes the whole micro-batch (its speed has not been
-measured).
+attention calls per pair; on CUDA one FlexAttention call computes the whole micro-batch (speed not measured).
 """
 
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ class PairLayout:
     """The lengths and masks that attention needs for a micro-batch of pairs.
 
     sides: on the CPU one tuple per pair, the number of tokens of prompt, chosen and rejected reply, and a bool mask
-    [rejected, prompt + rejected], True where a token of the rejected reply attends; empty on CUDA. block_mask:
-    FlexAttention's mask on CUDA, else None. order, restore: always None, so that `Model.forward` can treat this class
-    like `AttentionLayout`.
+    [rejected, prompt + rejected], True where a rejected token attends; empty on CUDA. block_mask: FlexAttention's mask
+    on CUDA, else None. order, restore: always None; `Model.forward` can treat this class like `AttentionLayout`.
     """
 
     sides: list[tuple[int, int, int, Tensor]]
@@ -47,8 +45,7 @@ def make_pair_layout(lengths: Tensor, device: torch.device) -> PairLayout:
 
 def attend_pairs(q: Tensor, k: Tensor, v: Tensor, layout: PairLayout) -> Tensor:
     """Compute causal attention inside each pair; the rejected reply does not attend to the chosen one. q [T, H, D], k
-    and v [T, KV, D] with KV key/value heads -> [T, H, D], for the T tokens of all pairs, laid end to end as in
-    `layout`."""
+    and v [T, KV, D] with KV key/value heads -> [T, H, D], for the T tokens of all pairs, laid end to end."""
     if layout.block_mask is not None:
         return _attend_flex(q, k, v, layout.block_mask)
     sizes = [size for prompt, chosen, rejected, _ in layout.sides for size in (prompt + chosen, rejected)]

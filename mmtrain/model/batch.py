@@ -102,9 +102,8 @@ def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
 
 
 def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = None) -> Batch:
-    """Copy a micro-batch to the device, on CUDA padded to `limits` as described in `filled`; never padded on the CPU.
-    Asserts that no sequence has its first token marked trained, because no hidden state predicts it. limits: the
-    loader's."""
+    """Copy a micro-batch to the device, on CUDA padded to the loader's `limits` (see `filled`), on the CPU never.
+    Asserts that no sequence has its first token marked trained, because no hidden state predicts it."""
     return filled(micro, device, limits if device.type == "cuda" else None)
 
 
@@ -159,8 +158,7 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
 def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the length of each side, int64 [2 S], and the position id of every token, int64 [T], for pairs laid out as
     prompt + chosen + rejected. shared: int64 [S, 3], their numbers of tokens. The sides alternate: prompt + chosen,
-    then rejected alone. Position ids of a rejected reply continue from the end of its prompt, as if the chosen reply
-    were not there."""
+    then rejected alone. Position ids of rejected continue from the end of its prompt, as if chosen were not there."""
     prompt, chosen, rejected = shared.T
     sides = np.stack([prompt + chosen, rejected], 1).ravel()
     before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()

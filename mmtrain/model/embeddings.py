@@ -19,9 +19,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """A plan for enlarging an embedding matrix. method: "mean" or "subtoken". old_size: number of ids of the old
-    tokenizer. vocab_size: rows of the new matrix. rows: for each added id, the ids of the old tokens whose vectors are
-    averaged."""
+    """A plan for enlarging an embedding matrix. method: "mean" or "subtoken". old_size: ids of the old tokenizer.
+    vocab_size: rows of the new matrix. rows: for each added id, the ids of the old tokens whose vectors are averaged.
+    """
 
     method: str  # mean or subtoken
     old_size: int

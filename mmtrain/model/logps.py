@@ -66,8 +66,7 @@ def token_logps(
     """Compute the log-probability of each target token, fp32 [N], with gradients to `hidden` and `weight`.
 
     hidden: [N, C], for each target the hidden state that predicts it. weight: output embedding [V, C]. targets: int64
-    [N], token ids. chunk: rows of logits computed at a time. dtype: matrices are multiplied in it; sums are fp32 in any
-    case.
+    [N], token ids. chunk: rows of logits computed at a time. dtype: matrices are multiplied in it; sums are fp32.
     """
     return _TokenLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[return-value]
 
@@ -109,7 +108,6 @@ def trained_logps(
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], 0 for a sequence without trained
-    tokens. sequence_ids: int64 [N]. A float32 sum of thousands of nats has a rounding error of 1e-4, as large as a
-    small change of a reward margin."""
+    """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], 0 for one without trained tokens.
+    sequence_ids: int64 [N]. A float32 sum of thousands of nats is off by 1e-4, a small change of a reward margin."""
     return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())

@@ -1,9 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): y = x W^T + SCALE (x A^T) B^T with W frozen, for every linear layer of the
-transformer blocks.
+"""Low-rank adapters (LoRA, Hu et al. 2021): y = x W^T + SCALE (x A^T) B^T, W frozen, for the linear layers of all
+blocks.
 
 A run with --lora RANK trains only A and B. Its checkpoints contain only these, in the format of the PEFT library;
-RUN/base.safetensors contains W. Commands that load such a checkpoint add SCALE B A to W and get a model without
-adapters.
+RUN/base.safetensors contains W. Commands that load such a checkpoint add SCALE B A to W.
 """
 
 import math

@@ -87,8 +87,7 @@ class Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings to x [..., H, D]: x cos + rotate_half(x) sin, in the type of x. cos, sin: [...,
-    1, D]."""
+    """Apply rotary embeddings to x [..., H, D]: x cos + rotate_half(x) sin, in the type of x. cos, sin: [..., 1, D]."""
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
@@ -98,8 +97,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """How attention finds the sequences among the flat tokens, and the order of the tokens inside the transformer
-    blocks.
+    """Where attention finds the sequences among the flat tokens, and the order of the tokens inside the blocks.
 
     order: int64 [T], the tokens are permuted to x[order] before the first block; None keeps their order. restore: the
     inverse permutation, or None. groups: (number of sequences, length) for each run of neighbouring sequences of equal
@@ -140,8 +138,8 @@ def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> At
 
 @cache
 def _varlen() -> tuple | None:
-    """Return torch's attention function for sequences of varying length and its parameters by name; None if torch lacks
-    it."""
+    """Return torch's attention function for sequences of varying length and its parameters by name; None if it has
+    none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -209,8 +207,8 @@ def spares(x: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary position embeddings; with `config.qk_norm`, q and k heads are RMS-normalised
-    first."""
+    """Grouped-query attention with rotary position embeddings; with `config.qk_norm`, q and k are RMS-normalised
+    before."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -224,8 +222,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [..., H, D], k and v [..., KV, D] for x [..., C], with q and k rotated. cos, sin: [..., 1, D], of
-        x's positions."""
+        """Return q [..., H, D], k and v [..., KV, D] for x [..., C], with q and k rotated. cos, sin: [..., 1, D]."""
         parts = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
         if spares(x):
@@ -278,8 +275,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks and final norm; a module of its own only so that parameter names begin with `model.`, as in
-    Llama."""
+    """Embedding, blocks and final norm; a module of its own only so that parameter names begin with `model.`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

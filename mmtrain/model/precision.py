@@ -1,5 +1,4 @@
-"""Mixed precision: the type in which a device multiplies matrices, and a loss scale for fp16. Weights, gradients and
-sums are fp32 in any case."""
+"""Mixed precision: the type in which a device multiplies matrices, and a loss scale for fp16. All else is fp32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,14 +27,13 @@ def autocast(device: torch.device) -> AbstractContextManager:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether device or machine is out of memory. torch's CPU allocator has no error type of its own, only a
-    message."""
+    """Return whether device or machine is out of memory; torch's CPU allocator has no error type of its own."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't" in str(error)
 
 
 class LossScale:
-    """The factor of the loss before the backward pass, so that fp16 gradients neither underflow nor overflow; always 1
-    for other types.
+    """Factor of the loss before the backward pass, so that fp16 gradients neither under- nor overflow; 1 for other
+    types.
 
     value: fp32 scalar tensor on the device, a power of two, so scaling does not round. A step with overflow halves it
     (not below 1), and GROW_AFTER steps in a row without overflow double it. The host never waits for the device.
@@ -61,8 +59,7 @@ class LossScale:
         return {"scale/value": self.value, "scale/good_steps": self.good_steps} if self.is_on else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Copy the state from a checkpoint's tensors, in place. Names that `tensors` does not have keep their present
-        value."""
+        """Copy the state from a checkpoint's tensors, in place; values without a tensor there stay."""
         for name, value in self.tensors().items():
             if name in tensors:
                 value.copy_(tensors[name])

@@ -64,8 +64,7 @@ class Objective:
 class PairLoss:
     """One entry of `LOSSES`. loss, margin: from (PairLogps, Objective) to [S], the loss of each pair and its reward
     margin, which is positive if the policy prefers chosen (for losses with a reference: more than the reference does).
-    takes_smoothing: whether the loss accepts label smoothing. needs_reference: whether it is defined with reference
-    logps."""
+    takes_smoothing: accepts label smoothing. needs_reference: is defined with reference logps."""
 
     loss: Callable[[PairLogps, Objective], Tensor]
     margin: Callable[[PairLogps, Objective], Tensor]
@@ -149,8 +148,7 @@ def uses_reference(objective: Objective) -> bool:
 
 
 def loss_at_reference(objective: Objective) -> float:
-    """Return the loss of a pair (without the `sft_weight` term) if the policy equals its reference; ln 2 for sigmoid
-    losses."""
+    """Return the loss of a pair, without the SFT term, if the policy equals its reference; ln 2 for sigmoid losses."""
     zero, one = torch.zeros(1), torch.ones(1)
     return LOSSES[objective.loss].loss(PairLogps(zero, zero, zero, zero, one, one), objective).item()
 
@@ -158,13 +156,12 @@ def loss_at_reference(objective: Objective) -> float:
 def pair_figures(
     objective: Objective, logps: Tensor, counts: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of each pair, [S] with gradient, and the metrics named in FIGURES, each [S] without gradient. The
-    loss includes the `sft_weight` term.
+    """Return the loss of each pair, [S] with gradient, including the `sft_weight` term, and the metrics named in
+    FIGURES, each [S] without gradient.
 
     logps: float64 [S, 2], the policy's summed logps of chosen and rejected. counts: [S, 2], their numbers of trained
     tokens. reference: [S, 2], the reference model's summed logps; a loss without reference uses them only in the
-    metrics, for drift and flips. With None, drift and flips are NaN, and a loss with reference uses reference logps of
-    0.
+    metrics, for drift and flips. With None, drift and flips are NaN, and a loss with reference uses 0.
     """
     chosen, rejected = logps.T
     ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)
@@ -217,15 +214,13 @@ def dpo_robust(delta: Tensor, beta: float, epsilon: float) -> Tensor:
 
 
 def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
-    """Return the hinge loss of each pair, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC) as in Liu et al. 2024
-    (RSO), eq. 9."""
+    """Return max(0, 1 - beta delta), the hinge loss, [S]. Zhao et al. 2023 (SLiC) as in Liu et al. 2024 (RSO), eq. 9."""
     return F.relu(1 - beta * delta)
 
 
 def ipo(mean_delta: Tensor, tau: float) -> Tensor:
-    """Return the IPO loss of each pair, [S]: (mean_delta - 1 / (2 tau))^2, Azar et al. 2023, eq. 17; mean_delta uses
-    means over the trained tokens, as in the authors' own implementation. The smaller tau > 0, the larger the margin
-    aimed for."""
+    """Return the IPO loss of each pair, [S]: (mean_delta - 1 / (2 tau))^2, Azar et al. 2023, eq. 17, on means over the
+    trained tokens, as in the authors' own implementation. The smaller tau > 0, the larger the margin aimed for."""
     return (mean_delta - 1 / (2 * tau)).square()
 
 

@@ -1,5 +1,4 @@
-"""The training stages pretrain, sft and dpo: which weights each starts from, its loss, and the check of dpo's first
-step."""
+"""The training stages pretrain, sft and dpo: the weights each starts from, its loss, and the check of dpo's first step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,10 +28,9 @@ class Stage:
     """What differs between training stages.
 
     starts_from: stages whose newest finished run gives the initial weights, unless the user chooses them; empty for new
-    weights. loss: called with (model, batch, ref, objective); dpo only uses ref, the reference model's logps of the
+    weights. loss: called with (model, batch, ref, objective); only dpo uses ref, the reference model's logps of the
     pairs, float64 [S, 2], and objective. figures: names of the other sums that `loss` returns. check: called with
-    (means, tolerance, objective), raises TrainError if the very first step's mean loss and metrics are not as expected;
-    None for no check.
+    (means, tolerance, objective), raises TrainError if the first step's means are not as expected; None for no check.
     """
 
     name: str

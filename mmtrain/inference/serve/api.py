@@ -190,12 +190,9 @@ class _Message(Struct):
 
     def message(self, place: str) -> Message:
         """Return the message for the chat template. The role "developer" becomes "system"; `reasoning_content` is
-        ignored unless the role is "assistant".
-
-        place: names the message in errors, such as "messages[0]". Raise RequestError when it has neither content nor
-        tool calls, content that is not text, tool calls of another role than the assistant, or arguments that are not
-        JSON.
-        """
+        ignored unless the role is "assistant". place: names the message in errors, such as "messages[0]". Raise
+        RequestError when it has neither content nor tool calls, content that is not text, tool calls of another role
+        than the assistant, or arguments that are not JSON."""
         calls = tuple(self._call(call.function, f"{place}.tool_calls") for call in self.tool_calls or ())
         if calls and self.role != "assistant":
             raise RequestError(f"{place}: only the assistant calls tools", param=f"{place}.tool_calls")
@@ -204,8 +201,7 @@ class _Message(Struct):
         return Message(role, "" if self.content is None and calls else self._text(f"{place}.content"), reasoning, calls)
 
     def _text(self, place: str) -> str:
-        """Return the content as one text, the elements of a list concatenated. Raise RequestError if it is missing or
-        not text."""
+        """Return the content as one text; the elements of a list are concatenated. Raise RequestError if it is no text."""
         parts = self.content if isinstance(self.content, list) else [_Part("text", self.content)]
         for part in parts:
             if part.type not in (None, "text", "refusal"):
@@ -216,8 +212,8 @@ class _Message(Struct):
 
     @staticmethod
     def _call(function: _CalledFunction, place: str) -> JsonObject:
-        """Return name and arguments of a called function, decoded if given as JSON text. Raise RequestError if they are
-        not JSON."""
+        """Return name and arguments of a called function, decoded if given as text. Raise RequestError if that is not
+        JSON."""
         arguments = function.arguments
         if isinstance(arguments, str):
             try:
@@ -307,8 +303,7 @@ Converted = TypeVar("Converted")
 
 def _read(body: Any, kind: type[BodyT], models: Sequence[str]) -> BodyT:
     """Convert a body to the type `kind`, without fields that are null (they get their default) or in `LABELS`. Raise
-    RequestError for a body that is no JSON object, an unknown field, a value that does not fit, or a model that is not
-    in `models`."""
+    RequestError for a body that is no JSON object, an unknown field, an unfit value, or a model not in `models`."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     for name in body:

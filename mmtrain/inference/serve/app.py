@@ -105,8 +105,7 @@ def make_app(service: Service) -> "Starlette":
         await asyncio.to_thread(service.worker.stop)
 
     def guarded(handle: Callable) -> Callable:
-        """Check the Host header and, for paths below /v1/, the API key before `handle`. A RequestError becomes a JSON
-        response."""
+        """Check the Host header and, below /v1/, the API key before `handle`. A RequestError becomes a JSON response."""
 
         async def answer(request: "HttpRequest") -> "Response":
             try:
@@ -201,8 +200,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _check_host(service: Service, request: "HttpRequest") -> None:
     """Raise RequestError (status 403) when the server listens on a loopback address and the Host header has another
-    name. Otherwise a web page of another site could reach it through a domain that resolves to this machine (DNS
-    rebinding)."""
+    name: a web page of another site could reach it through a domain that resolves to this machine (DNS rebinding)."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if service.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):
@@ -320,9 +318,8 @@ class _Generation:
             raise RequestError(error.message, param="messages", code="context_length_exceeded") from None
 
     def _max_new_tokens(self, num_prompt: int) -> int:
-        """Return the most tokens of an answer to a prompt of `num_prompt` tokens, by the window, the request and the
-        server. Raise RequestError when the window has no room for the request's `max_tokens` (with `truncate`: for one
-        token)."""
+        """Return the most tokens of an answer to a prompt of `num_prompt` tokens, by window, request and server. Raise
+        RequestError if the window has no room for the request's `max_tokens` (with `truncate`: for one token)."""
         request, window = self._request, self._service.engine.window
         room, needed = window - num_prompt, 1 if request.truncate else request.max_tokens or 1
         if room < needed:

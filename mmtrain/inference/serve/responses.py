@@ -188,7 +188,6 @@ class AnswerStream:
         )
 
     def _logprob(self, id: int, logp: float | None) -> TokenLogprob:
-        """Bytes are None if the token does not decode to whole characters."""
         text = self._text(id)
         return TokenLogprob(text, logp, None if "\ufffd" in text else list(text.encode()))
 

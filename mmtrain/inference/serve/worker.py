@@ -1,6 +1,6 @@
-"""A thread that runs the generation engine on behalf of any number of asyncio tasks. Their answers are generated in one
-batch, which they join and leave between steps. When a step fails, all submitted answers end with the error and the
-thread continues."""
+"""A thread that runs the generation engine for any number of asyncio tasks. Their answers are generated in one batch,
+which they join and leave between steps. When a step fails, all submitted answers end with the error; the thread goes
+on."""
 
 import asyncio
 import queue
@@ -47,8 +47,7 @@ class _Job:
 
 
 class Worker:
-    """Runs an engine in a thread of its own. max_waiting: the most answers that may wait for a place in the engine's
-    batch."""
+    """Runs an engine in a thread of its own. max_waiting: the most answers that may wait for a place in the batch."""
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
         self.engine = engine
