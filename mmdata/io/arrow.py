@@ -154,7 +154,7 @@ def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
 
 
 def read_arrow(path: Path) -> ArrowFile:
-    """Map an Arrow file to memory; values are not checked. Raises ValueError for another file, an empty one or nulls."""
+    """Map an Arrow file to memory; values are not checked. Raises ValueError if it is empty, not Arrow or has nulls."""
     import pyarrow as pa
 
     with open(path, "rb") as file:

@@ -89,8 +89,7 @@ def replace_directory(source: Path, target: Path, aside: Path) -> None:
     synced already (`write_bytes` does this).
 
     A directory at `target` is first renamed to `aside`, and removed at the end. If the second rename fails, it is
-    renamed back and the error is raised. After a kill between the renames it exists only at `aside`; see
-    `restore_directory`.
+    renamed back and the error is raised. After a kill in between it exists only at `aside`; see `restore_directory`.
     """
     for directory, _, _ in os.walk(source, topdown=False):
         sync(Path(directory))
@@ -210,10 +209,9 @@ class AlreadyLockedError(Exception):
 def locked(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold an exclusive lock on the file `path` while the block runs. The file is created if it is missing.
 
-    The lock excludes other processes and threads; the operating system releases it when the process dies. If it is
-    held: with `wait`, `on_wait` is called once and this waits until the lock is free; without, AlreadyLockedError is
-    raised. The lock file is not removed afterwards, but the holder may remove it. Raises OSError if the file cannot be
-    created.
+    The lock excludes other processes and threads; the system releases it when the process dies. If it is held: with
+    `wait`, `on_wait` is called once and this waits until the lock is free; without, AlreadyLockedError is raised. The
+    lock file is not removed afterwards, but the holder may remove it. Raises OSError if it cannot be created.
     """
     lock = FileLock(path)
     try:

@@ -43,10 +43,10 @@ def run_jobs(
 
     make: must be picklable. work: reports what it did since its last call as `tick(units, *counts)`: work units, such
     as bytes, and up to three other counts. total: units of all jobs together. progress: called with the units done so
-    far and `total`; if `with_counts` is True also with the sums of the other counts. engine: "local" runs at most
-    `workers` processes; everything runs in this process if there is one job or worker, or if this is a daemon process,
-    which may not start processes. "ray" runs on the cluster at `ray_address`, or if it is None on one started here with
-    `workers` CPUs.
+    far and `total`; with `with_counts` also with the sums of the other counts. engine: "local" runs at most `workers`
+    processes, or everything in this process if there is one job or worker, or if this is a daemon process, which may
+    not start any. "ray" runs on the cluster at `ray_address`, or if that is None on one started here with `workers`
+    CPUs.
 
     Raises UsageError for an unknown engine or for a `ray_address` without the engine "ray", MMError if a worker process
     dies or ray cannot be reached, and what `work` raises.
@@ -119,7 +119,7 @@ def _children_without_ctrl_c() -> Iterator[None]:
 
 
 def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Progress | None) -> None:
-    """Wait until all futures are done or one has failed, calling `progress` every POLL_S seconds. counts: COUNTS a job."""
+    """Wait until all are done or one has failed, calling `progress` every POLL_S seconds. counts: COUNTS for each job."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)

@@ -68,10 +68,10 @@ class PartSettings:
 
 
 class PartResult(msgspec.Struct):
-    """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut; what was lost is by
-    reason. characters: of kept rows. control_strings: how often each special token's text occurs in content, where it
-    is encoded as ordinary text. lengths: number of sequences of each length; of a pair, prompt and longer reply count.
-    digest: the `sequence_digest` of the part.
+    """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut. left_out, cut: by
+    reason. kept: rows packed. characters: of their content. control_strings: how often each special token's text occurs
+    in content, where it is encoded as ordinary text. lengths: number of sequences of each length; of a pair, prompt and
+    longer reply count. digest: the `sequence_digest` of the part.
     """
 
     number: int
@@ -187,7 +187,7 @@ class PartPacker:
             gc.set_threshold(*before)
 
     def _pack(self, part: Part, tick: Tick) -> PartResult:
-        """Pack a part; with the reference encoder and a warning if the fast one differs for a compared row."""
+        """Pack a part, with the reference encoder and a warning if the fast one differs from it for a compared row."""
         try:
             result = PartResult(part.number, warning=self._warning)
             collected = self._collect(part, result, tick, self._fast)
@@ -257,7 +257,7 @@ class PartPacker:
         result.compared += len(picks)
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, collected: _Collected, result: PartResult) -> None:
-        """Count and record a row. With `on_bad` "fail", raise InputError unless it is too long or found by `dedup`."""
+        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG or SCREENED reasons."""
         if self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *SCREENED):
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",

@@ -107,7 +107,8 @@ def pack(
     watch: Watch | None = None,
     note: Note | None = None,
 ) -> PackResult:
-    """Pack jsonl files of one row kind into the dataset directory `out`; do nothing if it is an equal dataset already.
+    """Pack jsonl files of one row kind into the dataset directory `out`; do nothing if an equal dataset is there
+    already.
 
     progress: called with the bytes of input packed so far and the bytes in all. watch: called before it with the rows,
     tokens and rows left out so far. note: called with sentences for the user. If `options.shard` is "i/n", only every
@@ -252,9 +253,7 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
 
 
 def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str, float]) -> PackArguments:
-    """Return the options as the manifest records them, after checking those of deduplication. max_bad, by_reason:
-    parsed.
-    """
+    """Return the options as the manifest records them, with the parsed limits. Raises as `dedup.check_options` does."""
     dedup.check_options(options)
     return PackArguments(
         val_fraction=options.val_fraction,
@@ -379,7 +378,9 @@ def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
 
 
 def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
-    """Return the finished parts of an unfinished pack with the same key; remove those of another key. Adds a note."""
+    """Return the results of the parts finished by an earlier, unfinished pack with the same key, by part number; remove
+    what one with another key left. Either is reported with a note.
+    """
     key, begun = PackKey.of(job.header), staging.begun()
     if begun is not None and (differences := key.differences(begun)):
         job.note(f"an unfinished pack to {job.out} cannot be gone on with ({'; '.join(differences)}): it is begun anew")

@@ -129,8 +129,8 @@ class Staging:
         return sorted(int(path.stem) for path in (self.dir / "done").glob("*.json") if path.stem.isdigit())
 
     def finished(self, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
-        """Return the results of recorded parts, by number, after checking size and sha256 of their files (about 1 GB/s
-        a thread). numbers: the parts to check; None means all. Records that cannot be read or whose files are bad are
+        """Return the results of recorded parts, by number, after checking size and sha256 of their files (1 GB/s a
+        thread). numbers: the parts to check; None means all. Records that are unreadable or whose files are bad are
         removed.
         """
         results = {}
