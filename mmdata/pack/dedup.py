@@ -200,8 +200,8 @@ class _Keys:
         return first
 
     def first_of_near(self, first: np.ndarray) -> np.ndarray:
-        """Return the smallest number of each row and the rows that share a band with it: int64 [rows]. Duplicates of an
-        earlier row (by `first`, from `first_of_equal`) and rows without text keep their own number.
+        """Return the smallest number of each row and the rows that share a band with it: int64 [rows]. first: the
+        result of `first_of_equal`. Duplicates of an earlier row and rows without text are not compared and keep theirs.
         """
         near = np.arange(self.num_rows)
         for band in range(BANDS):
@@ -227,8 +227,8 @@ class _Keys:
 
 
 def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray]) -> None:
-    """Lower `first`, in place, for rows whose `keys` are equal in all columns to the smallest of their numbers. rows:
-    ascending numbers. keys: columns with an entry for each of them.
+    """Lower `first`, in place, for all rows with equal keys to the smallest row number among them. rows: ascending
+    numbers. keys: columns with an entry for each of these rows; two rows are equal if all columns are.
     """
     if not len(rows):
         return

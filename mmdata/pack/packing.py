@@ -65,7 +65,7 @@ class _OpenPacks:
         self._packs[room].append(packs)
 
     def take(self, length: int) -> tuple[int, np.ndarray] | None:
-        """Remove the packs with the smallest room of at least `length`; return (room, pack numbers as added) or None."""
+        """Remove the packs with the smallest room >= `length`; return (room, pack numbers as they were added) or None."""
         at = bisect_left(self._rooms, length)
         if at == len(self._rooms):
             return None
@@ -144,7 +144,7 @@ def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Co
 
 def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Pack greedily: repeatedly find the fullest pack with the longest remaining sequence, and use that combination of
-    lengths as often as the remaining counts allow. Returns the same as `_best_fit`.
+    lengths as often as the remaining counts allow. Returns the same form as `_best_fit`.
     """
     found, counts = np.unique(lengths, return_counts=True)
     left = dict(zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True))

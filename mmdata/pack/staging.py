@@ -184,8 +184,8 @@ class RecordingPacker:
 
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[Staging]:
-    """Hold the lock for packing all of `out`; raises DatasetError, naming host and process, if another pack to it is
-    running. Also restores the dataset if an earlier pack was killed between the renames of publishing.
+    """Hold the lock for packing all of `out` while the block runs; first restore a dataset whose publishing was killed
+    between its two renames. Raises DatasetError, naming host and process, if another pack to `out` is running.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, "lock"), out):
