@@ -45,7 +45,7 @@ def _has_packed_linear() -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one transformer block; the projections of q, k and v are joined into one matrix, and gate and up too."""
+    """Weights of one transformer block; q, k and v are joined into one projection, and so are gate and up."""
 
     input_norm: Tensor
     qkv: Linear
@@ -59,7 +59,7 @@ class _Layer:
 
 
 class KVCache:
-    """The attention keys and values of one row, [layers, KV heads, capacity, D] each; only `length` tokens are filled."""
+    """The keys and values of one row, [layers, KV heads, capacity, D] each; the first `length` tokens are filled."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
         shape = (config.num_layers, config.num_kv_heads, 0, config.head_size)
@@ -94,7 +94,7 @@ class KVCache:
 
 
 class Decoder:
-    """A model's transformer prepared for generation. It has no state between calls: that of a row is in its `KVCache`."""
+    """A model's transformer prepared for generation. It has no state between calls: a `KVCache` has that of a row."""
 
     def __init__(self, model: Model):
         self.config = model.config

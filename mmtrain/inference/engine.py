@@ -143,7 +143,7 @@ class Engine:
         return row
 
     def cancel(self, row: Row) -> None:
-        """End a row with finish reason "cancelled"; `ids` and `text` stay readable. No effect on a row that has ended."""
+        """End a row with finish reason "cancelled"; `ids` and `text` stay readable. No effect on an ended row."""
         if row.finish_reason is None:
             row.finish_reason = "cancelled"
             self._running = [other for other in self._running if other is not row]
@@ -267,7 +267,7 @@ class TextStream:
         self.is_stopped = False
 
     def feed(self, id: int) -> str:
-        """Add a token id and return the text that can be shown now, which may be empty. Text ends before a stop string."""
+        """Add a token id and return the text that can be shown now, maybe none. It ends before a stop string."""
         self._ids.append(id)
         text = self._tokenizer.decode(self._ids[self._begin :])
         if text.endswith("\ufffd"):  # a later token may complete the character

@@ -73,7 +73,7 @@ def names_of(dirs: Sequence[Path]) -> list[str]:
 
 
 def _figures(sums: Sequence[float]) -> dict[str, float]:
-    """Compute the metrics from the sums of `_text_sums` and, for pairs, of `_pair_sums`; empty without trained tokens."""
+    """Compute the metrics from the sums of `_text_sums` and, for pairs, `_pair_sums`; empty without trained tokens."""
     nats, trained, nats_of_bytes, num_bytes, *of_pairs = sums
     if not trained:
         return {}

@@ -126,7 +126,8 @@ def read_choices(path: Path) -> list[ExamQuestion]:
 
 
 def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
-    """Yield the number, counted from 1, and the record of each line that is not blank. Raise InputError."""
+    """Yield number, counted from 1, and record of each line that is not blank. Raise InputError for a file or line that
+    cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:

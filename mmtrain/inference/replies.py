@@ -107,7 +107,7 @@ class Splitter:
 
 
 def tail_of_prefix(text: str, word: str) -> int:
-    """Return the length of the longest end of `text` that is the beginning of `word`, shorter than `word`; 0 for none."""
+    """Return the length of the longest end of `text` that is the beginning of `word`, but not all of it; 0 for none."""
     longest = min(len(word) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 

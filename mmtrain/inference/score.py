@@ -49,7 +49,7 @@ class Scored:
         return self.nll / max(self.tokens, 1)
 
     def record(self) -> dict[str, str | int | float | None]:
-        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and loss (None without trained tokens)."""
+        """Return the fields that `--per-sequence` writes: all but `byte_nll`, and loss (None if nothing is trained)."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "byte_nll"}
         return {**values, "loss": self.loss if self.tokens else None}
 
@@ -94,7 +94,7 @@ def score(
 
 
 class LaidOut(NamedTuple):
-    """One sample as sequences laid end to end: ids and loss mask, both [T], and the length of each sequence in tokens."""
+    """One sample as sequences laid end to end: ids and loss mask, both [T], and each sequence's length in tokens."""
 
     ids: np.ndarray
     loss_mask: np.ndarray
@@ -131,7 +131,7 @@ def _micro_batch(group: list[LaidOut], begin: int) -> MicroBatch:
 
 
 def _laid_out(view: PackView | PairView) -> LaidOut:
-    """Return a pack's sequences or, for a pair, prompt + chosen and prompt + rejected reply; prompts have loss mask 0."""
+    """Return a pack's sequences or, for a pair, prompt + chosen and prompt + rejected; prompts have loss mask 0."""
     if isinstance(view, PackView):
         return LaidOut(view.ids, loss_mask(view.span, len(view.ids)), view.doc_len.tolist())
     replies = ((view.chosen, view.chosen_span), (view.rejected, view.rejected_span))

@@ -31,7 +31,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """Gradients of hidden and weight (None if it is frozen): d logp / d logits = onehot(target) - softmax(logits)."""
+        """Gradients of hidden and weight (None if frozen): d logp / d logits = onehot(target) - softmax(logits)."""
         hidden, weight, targets, lse = ctx.saved_tensors
         (grad,) = grads
         grad_hidden = torch.empty(hidden.shape, dtype=ctx.dtypes[0], device=hidden.device)
@@ -109,5 +109,6 @@ def trained_logps(
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], 0 for one without trained tokens.
-    sequence_ids: int64 [N]. A float32 sum of thousands of nats is off by 1e-4, a small change of a reward margin."""
+    sequence_ids: int64 [N]. A float32 sum of thousands of nats has a rounding error of 1e-4, as large as a small change
+    of a reward margin."""
     return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())

@@ -72,7 +72,7 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def merge(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with adapters (by PEFT's names) added: W + SCALE B A in fp32 for every matrix with adapters."""
+    """Return the weights with adapters (by PEFT's names) added: W + SCALE B A in fp32 for a matrix with adapters."""
     merged = dict(weights)
     for name, a, b in _pairs(adapters):
         merged[name] = weights[name].float() + SCALE * (b.float() @ a.float())

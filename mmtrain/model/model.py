@@ -207,8 +207,7 @@ def spares(x: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary position embeddings; with `config.qk_norm`, q and k are RMS-normalised
-    before."""
+    """Grouped-query attention with rotary embeddings; with `config.qk_norm`, q and k are RMS-normalised before these."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mixed precision: the type in which a device multiplies matrices, and a loss scale for fp16. All else is fp32."""
+"""The type that a device multiplies matrices in, and a loss scale for fp16. Weights, gradients and sums are fp32."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,4 +1,4 @@
-"""The training stages pretrain, sft and dpo: the weights each starts from, its loss, and the check of dpo's first step."""
+"""The training stages pretrain, sft and dpo: the weights each starts from, its loss, and the check of dpo's step 0."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -201,7 +201,7 @@ class _Message(Struct):
         return Message(role, "" if self.content is None and calls else self._text(f"{place}.content"), reasoning, calls)
 
     def _text(self, place: str) -> str:
-        """Return the content as one text; the elements of a list are concatenated. Raise RequestError if it is no text."""
+        """Return the content as one text; the elements of a list are joined. Raise RequestError if it is no text."""
         parts = self.content if isinstance(self.content, list) else [_Part("text", self.content)]
         for part in parts:
             if part.type not in (None, "text", "refusal"):
@@ -338,6 +338,6 @@ def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
 
 
 def _in_words(types: str) -> str:
-    """Return the types that msgspec joins, such as "float | null", in words ("a number"), without "null" beside others."""
+    """Return the types that msgspec joins, such as "float | null", in words ("a number"); null only if it is alone."""
     names = types.split(" | ")
     return " or ".join(_TYPES.get(name, name) for name in names if name != "null" or len(names) == 1)

@@ -105,7 +105,7 @@ def make_app(service: Service) -> "Starlette":
         await asyncio.to_thread(service.worker.stop)
 
     def guarded(handle: Callable) -> Callable:
-        """Check the Host header and, below /v1/, the API key before `handle`. A RequestError becomes a JSON response."""
+        """Check the Host header and, below /v1/, the API key before `handle`. Answer a RequestError with JSON."""
 
         async def answer(request: "HttpRequest") -> "Response":
             try:
