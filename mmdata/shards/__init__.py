@@ -1,1 +1,1 @@
-"""Packed datasets on disk: memory-mapped reading (dataset.py) and the loaders for training (loader.py), see README.md."""
+"""Packed datasets on disk. Start at dataset.py (memory-mapped reading) and loader.py (training). Format: README.md."""

@@ -61,7 +61,7 @@ def _pair_columns(flat: Sequences, ordinals: np.ndarray, id_dtype: np.dtype, pos
 
 
 def read_back(file: ArrowFile, kind: str) -> tuple[np.ndarray, Sequences]:
-    """Read the ordinals (numbers in the part) and sequences of a shard as stored. kind: "pair", or another for packs."""
+    """Read the ordinals (numbers in the part) and sequences of a shard, in stored order. kind: the row kind."""
     if kind == "pair":
         return file.column("doc"), _read_pairs(file)
     ids, doc_len, span, doc = (file.column(name) for name in ("ids", "doc_len", "span", "doc"))

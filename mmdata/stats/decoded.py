@@ -50,7 +50,7 @@ class PartRows:
         return len(self._ends) - 1
 
     def encoded(self, row: int) -> Sequences:
-        """Return a row of the part: one pair, one conversation, or the documents (or fragments of documents) of a text."""
+        """Return a row of the part: one pair, one conversation, or the documents (or parts of documents) of a text."""
         ordinals = range(self._ends[row], self._ends[row + 1])
         if self._is_pair:
             at = ordinals.start
@@ -126,7 +126,7 @@ class RowDecoder:
         return self._conversation(first.ids.tolist())
 
     def _documents(self, sequences: Sequence[TokenSequence]) -> Iterator[str]:
-        """Yield the text of each document of a row. It ends with the eos token, in this sequence or in a later one."""
+        """Yield the text of each document of a row. A document ends with the eos token, maybe in a later sequence."""
         ids: list[int] = []
         for one in sequences:
             ids += one.ids.tolist()
@@ -137,7 +137,7 @@ class RowDecoder:
             yield self._text(ids)
 
     def _conversation(self, ids: list[int]) -> Conversation:
-        """Split ids into messages and decode them. If none is recognized, the whole text becomes one of the assistant."""
+        """Split ids into messages and decode them. If none is recognized, the assistant gets the whole text."""
         marks = [at for at, id in enumerate(ids) if id in self._control]
         opens = [at for at in marks if self._vocabulary.header(ids, at)]
         messages: list[Message] = []

@@ -288,7 +288,7 @@ def warnings(figures: Mapping[str, Any]) -> list[Figures]:
 
 
 def warning(code: str, **values: Any) -> Figures:
-    """Return {"code", "values", "text"}: text is WARNINGS[code] with the values filled in. KeyError if one is missing."""
+    """Return {"code", "values", "text"}, where text is WARNINGS[code] with the values. KeyError if one is missing."""
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
 
 

@@ -190,7 +190,7 @@ def _count_conversations(tally: Tally, conversations: Sequence[Conversation]) ->
 
 
 def _tool_name(tool: JsonObject) -> str:
-    """Return a tool's name, from {"function": {"name": …}} or {"name": …}, cut to 80 characters; "None" if it has none."""
+    """Return the name, up to 80 characters, in {"function": {"name": …}} or {"name": …}; "None" if there is none."""
     function = tool.get("function")
     return str(function.get("name") if isinstance(function, dict) else tool.get("name"))[:80]
 

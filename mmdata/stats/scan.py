@@ -137,7 +137,7 @@ def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
 
 
 def evenly(number: int, share: float) -> np.ndarray:
-    """Return about a share (0 to 1) of the integers 0 … number - 1, at least one, evenly spaced and ascending: int64."""
+    """Return about a share (0 to 1) of the integers 0 … number - 1, at least one, evenly spaced, ascending: int64."""
     return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
 
 
@@ -339,7 +339,7 @@ def scan_shards(
 
 
 def _count_shard(dataset: Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick) -> Tally:
-    """Count the tokens of a shard, or of a share of its samples. Calls `tick` once, with the shard's number of tokens."""
+    """Count the tokens of a shard, or of a share of its samples. `tick` is called once, with all the shard's tokens."""
     tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
     for batch in dataset.open_shard(entry).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):

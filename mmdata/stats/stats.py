@@ -260,7 +260,7 @@ def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
 
 
 def _line_duplicates(dataset: Dataset) -> Figures:
-    """Return the number of exact duplicates among the packed rows, by the hashes of their lines that packing recorded."""
+    """Return the number of exact duplicates among the packed rows, by the hashes of lines that packing recorded."""
     parts = [part.part for part in dataset.manifest.parts if part.kept]
     sha256s = [np.ascontiguousarray(open_sources(dataset, part)["sha"]) for part in parts]
     hashes = pl.Series(np.concatenate([each.view(np.uint64).reshape(-1) for each in sha256s]))

@@ -1,7 +1,4 @@
-"""The report that compares two datasets or files: their figures side by side, on one page, with differences marked.
-
-It is built from figures that were measured before; this module reads no data.
-"""
+"""The report that compares two datasets or files side by side, from figures that were measured before."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,10 +13,7 @@ Figures = Mapping[str, Any]
 
 
 def compare_page(one: Measured, other: Measured, *, lang: str = "en", others: Sequence[Any] = ()) -> str:
-    """Return the HTML page that compares two datasets or files.
-
-    lang: "en" or "zh". others: warnings on both together (`stats.contained`).
-    """
+    """Return the HTML page. lang: "en" or "zh". others: warnings on both together (`stats.contained`)."""
     names = _two_names(one, other)
     sections = [
         Section("compare", "Side by side", [warned(others), side_by_side(one, other)]),
@@ -41,9 +35,8 @@ def _two_names(one: Measured, other: Measured) -> tuple[Phrase, Phrase]:
 
 
 def comparable(figures: Figures) -> dict[str, float]:
-    """Return the figures of a dataset that can be compared with those of another, by English phrase.
-
-    Counts are integers; shares (from 0 to 1) and means are floats. Figures that were not measured are missing.
+    """Return the figures of a dataset that can be compared with those of another, by English phrase: counts are
+    integers; shares (0 to 1) and means are floats. Figures that were not measured are missing.
     """
     values: dict[str, float] = {"rows": figures["kept"], "left out": sum(figures["left_out"].values())}
     if "tokens" in figures:
@@ -81,10 +74,9 @@ def comparable(figures: Figures) -> dict[str, float]:
 
 
 def differences(one: Figures, other: Figures) -> list[dict[str, Any]]:
-    """Compare two datasets. Return [{"figure", "one", "other", "change", "differs"}] for all figures of either.
-
-    "change" is the relative change, other / one - 1. It is None if a value is missing or the first is 0. "differs" is
-    True if the values differ by more than 10 % of the larger one (shares: by more than 0.02), or if one is missing.
+    """Return [{"figure", "one", "other", "change", "differs"}] for all figures of either dataset. "change" is other /
+    one - 1, or None if a value is missing or the first is 0. "differs" is True if the values differ by more than 10 %
+    of the larger one (shares: by more than 0.02), or if one is missing.
     """
     left, right = comparable(one), comparable(other)
     compared = []
@@ -111,12 +103,10 @@ def side_by_side(one: Measured, other: Measured) -> Table:
 
 
 def _is_share(figure: str) -> bool:
-    """Return whether a figure of `comparable` is a share from 0 to 1, by its name."""
     return "share" in figure or figure == "fill"
 
 
 def _value(figure: str, value: float | None) -> str | None:
-    """Format the value of a figure. None, for a figure that was not measured, stays None."""
     if value is None:
         return None
     if _is_share(figure):
@@ -125,9 +115,8 @@ def _value(figure: str, value: float | None) -> str | None:
 
 
 def _change(compared: Figures) -> Phrase:
-    """Format a difference: in percentage points for shares, in percent otherwise.
-
-    Equal values give "=", and "new" means that the first value is 0. If a value is missing, the text is empty.
+    """Format a difference: in percentage points for shares, otherwise in percent; "=" for equal values, "new" if the
+    first is 0, and empty if a value is missing.
     """
     one, other = compared["one"], compared["other"]
     if one is None or other is None:
@@ -144,10 +133,7 @@ def _change(compared: Figures) -> Phrase:
 
 
 def _overlays(one: Figures, other: Figures, names: tuple[Phrase, Phrase]) -> Iterator[Block]:
-    """Yield plots that overlay the histograms of both datasets, and tables of their languages and turns.
-
-    A plot or table is omitted if one of the datasets lacks the figures.
-    """
+    """Yield plots that overlay the histograms, and tables of languages and turns, of figures that both datasets have."""
     tokens, characters = (
         [figures.get(key) or {} for figures in (one, other)] for key in ("tokens_by", "characters_by")
     )

@@ -1,7 +1,4 @@
-"""The report on data: shows the figures that `mmdata.stats.stats` measures as sections of tables and plots.
-
-This module reads no data.
-"""
+"""The report on data: shows the figures that `mmdata.stats.stats` measures as sections of tables and plots."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -44,9 +41,8 @@ Figures = Mapping[str, Any]
 
 
 def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = ()) -> str:
-    """Return the HTML page on one dataset or file, or on several.
-
-    lang: "en" or "zh". others: warnings on all of them together (`stats.contained`); used if there are several.
+    """Return the HTML page on one or several datasets or files. lang: "en" or "zh". others: warnings on all of them
+    together (`stats.contained`); used if there are several.
     """
     if len(measured) == 1:
         one = measured[0]
@@ -59,15 +55,13 @@ def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequ
 
 
 def _subtitle(figures: Figures) -> Phrase:
-    """Return the path, the kind of the rows and, for a packed dataset, the length limit."""
     limit = [phrase("packed up to {max_len} tokens", max_len=f"{figures['max_len']:,}")] if "max_len" in figures else []
     return joined([as_name(figures["path"]), f"{figures['kind']} rows", *limit])
 
 
 def folded(number: int, measured: Measured) -> Section:
-    """Return one section that contains all sections on a path, each of which is hidden until the reader opens it.
-
-    number: makes the section's id unique on the page.
+    """Return one section with all sections on a path, each hidden until opened. number: makes its id unique on the
+    page.
     """
     blocks = [Fold(section.title, section.blocks) for section in sections_of(measured)]
     return Section(f"data-{number}", name_of(measured), [Note(_subtitle(measured.figures)), *blocks])
@@ -107,10 +101,9 @@ def sections_of(measured: Measured) -> Iterator[Section]:
 
 
 def shares(title: str, counts: Mapping[str, int], *, unit: str = "rows", total: int = 0, caption: str = "") -> Table:
-    """Return a table of counts with their shares, as numbers and as bars.
-
-    title: the heading of the column of keys. unit: what is counted, the heading of the counts. total: the shares are
-    shares of this number, by default of the sum of the counts. caption: the title of the table.
+    """Return a table of counts with their shares, as numbers and as bars. title: the heading of the column of keys.
+    unit: the heading of the counts. total: what the shares are of; 0: the sum of the counts. caption: the table's
+    title.
     """
     total = max(1, total or sum(counts.values()))
     columns = [Column(title, "word"), Column(unit, "count"), Column("share", "share"), Column("", "bar")]
@@ -118,10 +111,8 @@ def shares(title: str, counts: Mapping[str, int], *, unit: str = "rows", total: 
 
 
 def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = "", *, bar: bool = False) -> Table:
-    """Return a table of frequent strings and how often they occur.
-
-    items: [{"text", "count"}], not empty, the most frequent first. unit: the heading of the counts. first: the heading
-    of the strings. bar: whether to draw the counts as bars, too.
+    """Return a table of [{"text", "count"}], not empty, the most frequent first. unit: the heading of the counts.
+    first: the heading of the strings. bar: whether to draw the counts as bars, too.
     """
     columns = [Column(first, "code"), Column(unit, "count"), *([Column("", "bar")] if bar else [])]
     rows = [(item["text"], item["count"], item["count"] / items[0]["count"])[: len(columns)] for item in items]
@@ -132,7 +123,7 @@ def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = 
 
 
 def _glance(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "At a glance": main figures, warnings, rows left out, tokens cut."""
+    """Yield the blocks of "At a glance": main figures, warnings, rows left out, tokens cut."""
     yield Cards(list(_first_figures(figures)))
     yield warned(figures["warnings"])
     if "sample" in figures:
@@ -197,7 +188,7 @@ def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
 
 
 def _lengths(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Lengths": histograms of tokens and characters, and their statistics."""
+    """Yield the blocks of "Lengths": histograms of tokens and characters, and their statistics."""
     by_tokens, by_characters = figures.get("tokens_by") or {}, figures.get("characters_by") or {}
     plots: list[Block] = []
     if by_tokens.get("sequence"):
@@ -248,10 +239,8 @@ def _named_lengths(groups: Figures) -> Iterator[tuple[page.Text, Figures]]:
 
 
 def _length_table(lengths: Figures) -> Table:
-    """Return the histogram of sequence lengths from `mm pack` as a table, with the share of all tokens in each bin.
-
-    lengths: the figures of `mmdata.pack.summary.length_figures`. Each bin contains the lengths up to and including its
-    "up_to".
+    """Return the histogram of sequence lengths from `mm pack` (`mmdata.pack.summary.length_figures`) as a table, with
+    the share of all tokens in each bin. Each bin contains the lengths up to and including its "up_to".
     """
     bins = lengths["histogram"]
     most, low, rows = max([1, *(each["sequences"] for each in bins)]), 1, []
@@ -264,21 +253,15 @@ def _length_table(lengths: Figures) -> Table:
 
 
 def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
-    """Return a plot of one histogram.
-
-    lengths: statistics with edges and counts (`tally.length_figures`). unit: what is counted. marks: lengths at which
-    vertical lines are drawn.
-    """
+    """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths at which to draw vertical lines."""
     return Plot(title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit))
 
 
 def overlaid(
     title: str, series: Mapping[str, Figures] | Sequence[tuple[page.Text, Figures]], *, marks: Sequence[float] = ()
 ) -> Plot:
-    """Return a plot of several histograms, each normalized to shares of its own count.
-
-    series: statistics with edges and counts (`tally.length_figures`) by name; empty ones are omitted. All use the union
-    of the edges. marks: lengths at which vertical lines are drawn.
+    """Return a plot of several histograms (`tally.length_figures` by name; empty ones are omitted) over the union of
+    their edges, each normalized to shares of its own count. marks: lengths at which vertical lines are drawn.
     """
     pairs = [(as_name(key), each) for key, each in series.items()] if isinstance(series, Mapping) else list(series)
     pairs = [(label, each) for label, each in pairs if each]
@@ -294,7 +277,6 @@ def overlaid(
 
 def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int) -> Plot:
     """Return a histogram of shares. counts: how many items fall into each of len(counts) equal bins from 0 to 100 %.
-
     unit: what is counted. num_ticks: the number of equal steps between the labels of the x axis.
     """
     edges = [i / len(counts) for i in range(len(counts) + 1)]
@@ -306,7 +288,7 @@ def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int)
 
 
 def _cut_table(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Where to cut": what each length limit would cut and pad."""
+    """Yield the blocks of "Where to cut": what each length limit would cut and pad."""
     columns = {
         "max_len": Column("length limit", "count"),
         "longer_share": Column("longer", "share"),
@@ -327,10 +309,7 @@ def _cut_table(figures: Figures) -> Iterator[Block]:
 
 
 def _packing(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Packing": counts and fill by bucket and by split.
-
-    Nothing is yielded for a file that is not packed.
-    """
+    """Yield the blocks of "Packing": counts and fill by bucket and by split. Nothing for a file that is not packed."""
     if "splits" not in figures:
         return
     is_pair = figures["kind"] == "pair"  # pairs are not packed: a batch is as many pairs as fit a number of tokens
@@ -350,7 +329,6 @@ def _packing(figures: Figures) -> Iterator[Block]:
 
 
 def _language(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Languages and scripts"."""
     tables: list[Block] = [shares("language", figures["languages"])] if figures.get("languages") else []
     if figures.get("scripts"):
         ordered = sorted(figures["scripts"].items(), key=lambda item: -item[1]["characters"])
@@ -369,7 +347,7 @@ def _language(figures: Figures) -> Iterator[Block]:
 
 
 def _repetition(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Repetition": duplicates, and the most repeated openings and phrases."""
+    """Yield the blocks of "Repetition": duplicates, and the most repeated openings and phrases."""
     if repeats := figures.get("duplicates"):
         number = max(1, repeats["rows"])
         cards: list[tuple[str, str, page.Text]] = [
@@ -398,10 +376,7 @@ def _repetition(figures: Figures) -> Iterator[Block]:
 
 
 def _vocabulary(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Vocabulary": which tokens occur, and how often.
-
-    Nothing is yielded if no tokens were counted.
-    """
+    """Yield the blocks of "Vocabulary": which tokens occur, and how often. Nothing if no tokens were counted."""
     used = figures.get("vocabulary")
     if not used or not used["counted"]:
         return
@@ -428,7 +403,6 @@ def _vocabulary(figures: Figures) -> Iterator[Block]:
 
 
 def _visible(text: str) -> str:
-    """Return the text of a token with whitespace replaced by visible symbols."""
     return text.translate({ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord("\r"): "␍"})
 
 
@@ -436,10 +410,7 @@ def _visible(text: str) -> str:
 
 
 def _conversations(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Conversations": turns, system prompts and tools.
-
-    Nothing is yielded if the rows are documents.
-    """
+    """Yield the blocks of "Conversations": turns, system prompts and tools. Nothing if the rows are documents."""
     if not figures.get("turns"):
         return
     turns = dict(list(figures["turns"].items())[:12])
@@ -461,7 +432,7 @@ def _conversations(figures: Figures) -> Iterator[Block]:
 
 
 def _pairs(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Pairs": how the two replies differ. Nothing for rows of another kind."""
+    """Yield the blocks of "Pairs": how the two replies differ. Nothing for rows of another kind."""
     pairs, by_tokens = figures.get("pairs"), (figures.get("tokens_by") or {}).get("pair")
     plots: list[Block] = []
     if pairs:
@@ -500,10 +471,7 @@ _RATIOS = {-8: "1/16", -4: "1/4", -2: "1/2", 0: "1", 2: "2", 4: "4", 8: "16"}
 
 
 def _sources(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Sources": a table with one row per input.
-
-    Nothing is yielded for a file that is not packed.
-    """
+    """Yield the blocks of "Sources": a table with one row per input. Nothing for a file that is not packed."""
     sources = figures.get("sources") or []
     if not sources:
         return
@@ -528,7 +496,7 @@ def _sources(figures: Figures) -> Iterator[Block]:
 
 
 def _set_aside(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of the section "Set aside": for each reason, examples of the rows left out."""
+    """Yield the blocks of "Set aside": for each reason, examples of the rows left out."""
     for item in figures["set_aside"]:
         rows = []
         for example in item["examples"]:

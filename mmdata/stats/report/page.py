@@ -1,11 +1,10 @@
-"""Building blocks of a report, and the HTML page that shows them.
+"""Building blocks of a report, and the HTML page that shows them. This module imports nothing else of the project.
 
 A report is a list of sections, and a section is a list of blocks: tables with typed columns, cards, plots, notes.
 Blocks contain figures and English phrases. `render` writes them as one HTML file, translated, with jinja2 (autoescape
 on). Style sheet, script and plotting library (uPlot, MIT license, in assets/) are part of the file, and its content
 security policy forbids network requests, except to its own server for a page that refreshes itself.
-`mmdata.commands.terminal.print_sections` prints the same blocks in the terminal. This module imports nothing else of
-the project.
+`mmdata.commands.terminal.print_sections` prints the same blocks in the terminal.
 """
 
 import itertools
@@ -29,14 +28,11 @@ _FOR_SCRIPT = (  # phrases that page.js uses; the page contains their translatio
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """An English phrase with placeholders, which is translated when the page is written.
-
-    - text: the phrase, with placeholders such as {rows}.
-    - values: the value of each placeholder. Phrases among them are translated, and so are strings that are in the table
-      of translations.
-    - is_name: whether the text may come from the data. Such a text is shown as it is if it has no translation; any
-      other phrase must have one.
-    - key: the key of a name in the table of translations, if it is not the text itself.
+    """An English phrase with placeholders, such as {rows}, which is translated when the page is written. values: the
+    value of each placeholder. Phrases among them are translated, and so are strings that are in the table of
+    translations. is_name: whether the text may come from the data. Such a text is shown as it is if it has no
+    translation; any other phrase must have one. key: the key of a name in the table of translations, if it is not the
+    text itself.
     """
 
     text: str
@@ -54,10 +50,8 @@ def phrase(text: str, /, **values: Any) -> Phrase:
 
 
 def as_name(text: object, key: str = "") -> Phrase:
-    """Return text from the data, such as a path or a role, as a `Phrase` that needs no translation.
-
-    It is translated if the table of translations has it, for example a role or a language. key: the key to look up
-    instead of the text.
+    """Return text from the data, such as a path or a role, as a `Phrase` that is translated only if the table of
+    translations has it, for example a language. key: the key to look up instead of the text.
     """
     return Phrase(str(text), is_name=True, key=key)
 
@@ -69,10 +63,7 @@ def joined(pieces: Sequence[Text], separator: str = " · ") -> Phrase:
 
 
 class Translation:
-    """Translates phrases to the language of a page: "en" or "zh".
-
-    English phrases are shown as they are. The Chinese ones are in the table assets/zh.json, by their English text.
-    """
+    """Translates phrases to the language of a page: "en" (unchanged) or "zh" (assets/zh.json, by English text)."""
 
     def __init__(self, lang: str):
         assert lang in LANGS, lang
@@ -80,9 +71,8 @@ class Translation:
         self._table: dict[str, str] = {} if lang == "en" else json.loads(asset(f"{lang}.json"))
 
     def __call__(self, text: Text) -> str:
-        """Return the translation of a text with its placeholders filled in.
-
-        A string is looked up as an English phrase. KeyError if a phrase that is not a name has no translation.
+        """Return the translation of a text, or of a string as an English phrase, with its placeholders filled in.
+        KeyError if a phrase that is not a name has no translation.
         """
         if isinstance(text, str):
             text = Phrase(text)
@@ -94,7 +84,6 @@ class Translation:
         return template.format(**values) if values else template
 
     def _value(self, value: Any) -> Any:
-        """Translate the value of a placeholder if it is a phrase or is in the table; return any other value as it is."""
         return self(value) if isinstance(value, Phrase) else self._table.get(value, value)
 
 
@@ -128,10 +117,7 @@ def duration(hours: float) -> str:
 
 
 def short(number: float) -> str:
-    """Format a number for the label of an axis: "512", "2k", "1.5M".
-
-    Multiples of 1024 are divided by 1024, other numbers by 1000, so that 2048 is "2k".
-    """
+    """Format a number for an axis: "512", "1.5M", "2k". Multiples of 1024 are divided by 1024: 2048 is "2k"."""
     for unit in ("", "k", "M", "G"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"
@@ -181,7 +167,7 @@ class Column(NamedTuple):
 
     @property
     def is_number(self) -> bool:
-        """Return whether the values are numbers, which are aligned to the right."""
+        """Whether the values are numbers, which are aligned to the right."""
         return self.kind in NUMBERS
 
 
@@ -190,10 +176,8 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table. Each row has one value per column.
-
-    - wrap: whether lines of the first column may be broken inside words.
-    - marked: indices of the rows to highlight.
+    """A table; a row has one value per column. wrap: whether lines of the first column may be broken inside words.
+    marked: indices of the rows to highlight.
     """
 
     columns: Sequence[Column]
@@ -248,10 +232,8 @@ class Strings:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot with a title and a note below it.
-
-    - spec: what to plot, as a JSON object for page.js, see docs/reports.md. Phrases in it are translated.
-    - in_terminal: whether the terminal prints it as a table of bars; this requires a histogram of one series.
+    """A plot with a title and a note below it. spec: a JSON object for page.js, see docs/reports.md; phrases in it are
+    translated. in_terminal: whether the terminal prints it as a table of bars; only for a histogram of one series.
     """
 
     title: Text
@@ -260,9 +242,8 @@ class Plot:
     in_terminal: bool = False
 
     def as_table(self) -> Table:
-        """Return a histogram as a table with one row and bar per bin; empty bins are omitted.
-
-        ValueError if the plot has not exactly one series.
+        """Return a histogram as a table: a row and a bar per non-empty bin. ValueError if it has not exactly one
+        series.
         """
         (series,), edges = self.spec["series"], self.spec["edges"]
         is_share = isinstance(edges[1], float)
@@ -275,20 +256,14 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Browser:
-    """Samples that the reader pages through, drawn as chats.
-
-    samples: records as `mmdata.stats.samples.records` returns them.
-    """
+    """Samples (`mmdata.stats.samples.records`) that the reader pages through, drawn as chats."""
 
     samples: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Blocks that the page hides until the reader clicks on the title.
-
-    in_terminal: whether the terminal prints them.
-    """
+    """Blocks that the page hides until the reader clicks the title. in_terminal: whether the terminal prints them."""
 
     title: Text
     blocks: "Sequence[Block]"
@@ -297,10 +272,7 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Blocks that are shown next to each other if the window is wide enough.
-
-    A list among them is one cell, and its blocks are shown one below the other.
-    """
+    """Blocks next to each other in a wide window; of a list among them, the blocks are one below the other."""
 
     blocks: "Sequence[Block | list[Block]]"
 
@@ -327,15 +299,11 @@ def bars(
     is_share: bool = False,
     names: Sequence[str] | None = None,
 ) -> PlotSpec:
-    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide.
-
-    - edges: N + 1 ascending bin edges.
-    - series: (name, values) of each; values are N numbers, and number i belongs to the bin between edges i and i + 1.
-    - ticks: (edge, label) on the x axis, by default at powers of two.
-    - marks: positions of vertical lines; those outside the edges are omitted.
-    - unit: what the values count.
-    - is_share: whether the values are shares from 0 to 1, not counts.
-    - names: the names of the bins, if the edges do not describe them.
+    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide. edges: N + 1 ascending bin edges.
+    series: (name, values) of each; number i of the N values belongs to the bin between edges i and i + 1. ticks: (edge,
+    label) on the x axis, by default at powers of two. marks: positions of vertical lines; those outside the edges are
+    omitted. unit: what the values count. is_share: whether the values are shares from 0 to 1, not counts. names: the
+    names of the bins, if the edges do not describe them.
     """
     return {
         "kind": "bars",
@@ -350,7 +318,7 @@ def bars(
 
 
 def _in_spec(text: Text) -> Any:
-    """Turn a string in a spec into a phrase, because only phrases are translated when a spec is written as JSON."""
+    """Turn a string in a spec into a phrase: only phrases are translated when a spec is written as JSON."""
     return phrase(text) if isinstance(text, str) and text else text
 
 
@@ -371,10 +339,9 @@ def asset(file: str) -> str:
 
 
 def script_json(value: Any, translation: Translation | None = None) -> str:
-    """Return a value as JSON for a `<script>` element, with <, >, & and line separators escaped.
-
-    So no string in it can end the element or begin a comment. translation: translates the phrases in the value; without
-    it they raise TypeError. ValueError for NaN and infinity.
+    """Return a value as JSON for a `<script>` element, with <, >, & and line separators escaped, so that no string in
+    it can end the element or begin a comment. translation: for the phrases in the value; without it they raise
+    TypeError. ValueError for NaN and infinity.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=translation)
     for character in "<>&\u2028\u2029":
@@ -384,9 +351,8 @@ def script_json(value: Any, translation: Translation | None = None) -> str:
 
 @cache
 def _template(file: str) -> Any:
-    """Load and compile a jinja2 template from templates/.
-
-    All values are escaped, except those that the template marks as safe: assets and the output of `script_json`.
+    """Load a jinja2 template from templates/. All values are escaped, except those that the template marks as safe:
+    assets and the output of `script_json`.
     """
     import jinja2
 
@@ -414,15 +380,9 @@ def render(
     refresh_s: float | None = None,
     axes: Mapping[str, Text] | None = None,
 ) -> str:
-    """Return the report as the text of one HTML file.
-
-    - lang: "en" or "zh".
-    - refresh_s: if given, the page requests a newer version of itself from its server every `refresh_s` seconds, and
-      shows it.
-    - axes: the x axes among which the reader can choose for line plots: the key of each in the plots' specs, and its
-      label.
-
-    KeyError if a phrase has no translation.
+    """Return the report as the text of one HTML file. KeyError if a phrase has no translation. lang: "en" or "zh".
+    refresh_s: the page requests a newer version of itself from its server every so many seconds; None: never. axes: the
+    x axes among which the reader can choose for line plots: the key of each in the plots' specs, and its label.
     """
     translation = Translation(lang)
     return _template("page.html").render(

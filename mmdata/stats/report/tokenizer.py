@@ -9,9 +9,8 @@ from mmdata.tokenizer.toolkit.evaluate import Evaluation, TokenizerFigures
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Return the ends of these paths, as short as possible but long enough that different paths have different ends.
-
-    names: paths with "/" between their parts. All ends have the same number of parts, or fewer if the path has fewer.
+    """Return the ends of these paths ("/" between parts), as short as possible but long enough that different paths
+    have different ends. All have the same number of parts, or fewer if the path has fewer.
     """
     parts = [name.rstrip("/").split("/") for name in names]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -22,10 +21,8 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def tables(figures: Evaluation) -> list[Table]:
-    """Return the five tables of the report.
-
-    They are bytes per token by language, bytes per token by file, characters per token by language, use of the
-    vocabulary with round trips and speed, and what each tokenizer means for a model.
+    """Return the five tables of the report: bytes per token by language and by file, characters per token by language,
+    use of the vocabulary with round trips and speed, and what each tokenizer means for a model.
     """
     each = figures.tokenizers
     rows_by_title = {
@@ -43,9 +40,8 @@ def tables(figures: Evaluation) -> list[Table]:
 
 
 def _rate_rows(each: Sequence[TokenizerFigures], group: str, rate: str) -> list[list[Any]]:
-    """Return one row per language or file, with the rate of each tokenizer, and a last row for all text.
-
-    group: "by_language" or "by_file". rate: a field of `Rates`, such as "bytes_per_token".
+    """Return one row per language or file, with the rate of each tokenizer, and a last row for all text. group:
+    "by_language" or "by_file". rate: a field of `Rates`, such as "bytes_per_token".
     """
     groups = [getattr(one, group) for one in each]
     kinds = list(groups[0])
@@ -58,7 +54,6 @@ def _rate_rows(each: Sequence[TokenizerFigures], group: str, rate: str) -> list[
 
 
 def _number(value: float | None) -> str:
-    """Format a number with three decimals; None becomes "-"."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -79,11 +74,9 @@ _USE: dict[str, Callable[[TokenizerFigures], str]] = {
 
 
 def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[list[Any]]:
-    """Yield table rows on what each tokenizer means for a model that is trained with it.
-
-    They are tokens and optimizer steps per gigabyte of text, compute relative to the tokenizer with the fewest tokens,
-    and, for each model preset, the embedding's share of the parameters. "!" marks a vocabulary that is larger than the
-    preset's. step_tokens: tokens per optimizer step.
+    """Yield table rows: tokens and optimizer steps (of `step_tokens` tokens) per gigabyte of text, compute relative to
+    the tokenizer with the fewest tokens, and, for each model preset, the embedding's share of the parameters. "!" marks
+    a vocabulary that is larger than the preset's.
     """
     least = min(one.tokens_per_gigabyte for one in each)
     yield ["tokens of a GB of text", *(f"{one.tokens_per_gigabyte / 1e6:,.0f} M" for one in each)]
@@ -125,10 +118,8 @@ def sections(figures: Evaluation) -> Iterator[Section]:
 
 
 def _lists(label: Text, one: TokenizerFigures) -> Iterator[Block]:
-    """Yield tables of a tokenizer's longest tokens, tokens that never occur in the text, and texts changed by a round
-    trip.
-
-    label: the name of the tokenizer. A round trip is encoding a text and decoding its ids. Empty tables are omitted.
+    """Yield tables of a tokenizer's longest tokens, tokens that never occur in the text, and texts changed by encoding
+    and decoding (a round trip); empty tables are omitted. label: the name of the tokenizer.
     """
     token = Column("token", "code")
     columns = [token, Column("id", "count"), Column("bytes", "count"), Column("times", "count")]
