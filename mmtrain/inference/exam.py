@@ -98,7 +98,7 @@ class _ChoicesLine(msgspec.Struct):
     answer: str | int
 
     def index(self) -> int | None:
-        """Return the index of the choice that `answer` names by text, letter or number, tried in this order, or None."""
+        """Return the index of the choice that `answer` names by text, letter or number, in this order, or None."""
         answer = self.answer
         if isinstance(answer, str) and answer in self.choices:
             return self.choices.index(answer)

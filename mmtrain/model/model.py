@@ -207,7 +207,7 @@ def spares(x: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary embeddings; with `config.qk_norm`, q and k are RMS-normalised before these."""
+    """Grouped-query attention; with `config.qk_norm`, q and k are RMS-normalised before the rotary embeddings."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

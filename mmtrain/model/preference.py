@@ -214,7 +214,7 @@ def dpo_robust(delta: Tensor, beta: float, epsilon: float) -> Tensor:
 
 
 def dpo_hinge(delta: Tensor, beta: float) -> Tensor:
-    """Return the hinge loss, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC) as in Liu et al. 2024 (RSO), eq. 9."""
+    """Return the hinge loss, [S]: max(0, 1 - beta delta). Zhao et al. 2023 (SLiC), Liu et al. 2024 (RSO), eq. 9."""
     return F.relu(1 - beta * delta)
 
 
