@@ -121,7 +121,7 @@ def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
 
 
 def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return two questions for each key (low, high), in either order: which is larger; then which is smaller."""
+    """Return two questions for each key (low, high): which is larger, in either order. Follow-up: which is smaller."""
     items = []
     for low, high in keys:
         for x, y in ((low, high), (high, low)):
@@ -132,7 +132,7 @@ def compare_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def convert_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return a question for each key (index into `DemoTexts.units`, n): how many small units n large ones are."""
+    """Return a question for each key (index into `DemoTexts.units`, n): how many small units n large units are."""
     place = 2 * LANGUAGES.index(language)
     items = []
     for index, n in keys:
@@ -157,7 +157,7 @@ def boat_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 
 def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
-    """Return the items "spell", which may be followed by what the word is backwards, and "reverse", by subject."""
+    """Return the items "spell" and "reverse" of each word, by subject. Follow-up of "spell": what it is backwards."""
     spell, reverse = [], []
     for word in words:
         values = {"word": word, "backwards": word[::-1], "spelled": "-".join(word)}
@@ -195,7 +195,7 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
 @dataclass(frozen=True, slots=True)
 class ItemSplits:
-    """Items to train on and held-out ones, by language and subject. `islanders`: every fact once, for pretraining."""
+    """Items to train on and held-out ones, by language and subject. `islanders`: every fact once, by language."""
 
     train: Items
     held_out: Items

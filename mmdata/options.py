@@ -45,10 +45,7 @@ def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
 
 
 def redeclared(kind: type, name: str, *, default: Any) -> Any:
-    """Return a dataclass field with the `Option` of field `name` of the options class `kind` but another default.
-
-    For subclasses that change a default only. Raises KeyError if there is no such field.
-    """
+    """Return a field with the `Option` of field `name` of `kind` but another default. KeyError if there is no such field."""
     return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
 
 

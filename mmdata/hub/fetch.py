@@ -102,10 +102,7 @@ def check_space(plan: FetchPlan) -> None:
 
 
 class _Report:
-    """Adds up the progress of a whole plan. Its figures never decrease, even when a damaged file is downloaded again.
-
-    `before`: bytes of the finished files. `most`: largest progress of the current file. `most_all`: that of the plan.
-    """
+    """Adds up the bytes of a whole plan. They never decrease, even if a damaged file is downloaded again."""
 
     def __init__(self, plan: FetchPlan, watch: Watch | None) -> None:
         self.watch = watch

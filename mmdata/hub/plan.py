@@ -537,7 +537,7 @@ class _Planner:
         return result
 
     def _try_listing(self, repo: Repo, revision: str) -> Listing | None:
-        """Return the listing; None, or NotFoundError if the user named the revision, if there is no such revision."""
+        """Return the listing. If there is no such revision: None, or NotFoundError if the user named it."""
         try:
             return self.listing(repo, revision)
         except NotFoundError:
@@ -575,7 +575,7 @@ class _Planner:
         )
 
     def _search_history(self, want: WantedFile, locked: Content | None) -> FetchItem | None:
-        """Return the item of the newest commit of the main branch that has the file, with a warning; None if none has."""
+        """Return the item of the newest commit of the main branch that has the file, with a warning; None without."""
         for commit in self._history(want.repo):
             listing = self._try_listing(want.repo, commit)
             if listing and (content := self._accept(want, listing, locked)):

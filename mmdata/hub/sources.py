@@ -97,10 +97,7 @@ def is_safe(path: str) -> bool:
 
 
 def list_files(source: Source, repo: Repo, revision: str) -> Listing:
-    """Return the files of a repository of hf or modelscope at a revision (branch, tag or commit).
-
-    One request, on ModelScope one per PAGE files. Raises NotFoundError, AccessError or NetworkError.
-    """
+    """Return a repository's files at a branch, tag or commit. Raises NotFoundError, AccessError or NetworkError."""
     if source.kind == "hf":
         return with_retries(lambda: _list_hf(source, repo, revision), source.retry, fix=REACH)
     assert source.kind == "modelscope", source.kind
@@ -130,10 +127,7 @@ def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def commits(source: Source, repo: Repo) -> list[str]:
-    """Return the commit ids of the main branch of a repository on the Hub, newest first, to about MAX_COMMITS.
-
-    Raises what `_get_json` raises.
-    """
+    """Return the commit ids of a Hub repository's main branch, newest first, to the page that reaches MAX_COMMITS."""
     url: str | None = f"{source.endpoint}/api/{repo.kind}s/{repo.id}/commits/main"
     ids: list[str] = []
     while url and len(ids) < MAX_COMMITS:
@@ -307,10 +301,7 @@ def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Ite
 
 
 def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) -> tuple[Any, dict]:
-    """Return the JSON response to a GET request and its Link headers. Failures that may pass are retried.
-
-    is_again: an earlier page of the same listing arrived, so that status 403 is taken for temporary.
-    """
+    """Return the JSON response and its Link headers. Retries, with `is_again` (not the first page) also for 403."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     def ask() -> tuple[Any, dict]:

@@ -72,7 +72,7 @@ class RetryPolicy:
     clock: Callable[[], float] = time.monotonic
 
     def wait(self, failures: int, asked_s: float | None = None) -> None:
-        """Sleep before the next attempt: `first_wait_s`, doubled with each failure to `max_wait_s`, with 25% jitter.
+        """Sleep before the next attempt: `first_wait_s`, doubled with each failure up to `max_wait_s`, with 25% jitter.
 
         failures: attempts that failed in a row, at least 1. asked_s: what the server asked for, used instead, up to
         `max_asked_wait_s`.

@@ -31,10 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, dir: Path, files: dict[str, bytes]) -> None:
-        """Make a tokenizer of the contents of `files`. dir: where they come from, for messages.
-
-        Raises TokenizerError if a file is malformed or no eos token is named.
-        """
+        """dir: of the files, for messages. Raises TokenizerError if one is malformed or no eos token is named."""
         self.dir = dir
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
@@ -124,10 +121,7 @@ class Tokenizer:
         return np.fromiter(chain.from_iterable(lists), dtype=np.uint32, count=total), ends
 
     def encode_with_offsets(self, text: str, *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Return one text's ids (uint32 [T]) and the characters [begin, end) that each stands for (int64 [T, 2]).
-
-        control: see `encode_batch`.
-        """
+        """Return the ids (uint32 [T]) and the characters [begin, end) of each (int64 [T, 2]); see `encode_batch`."""
         self.native.encode_special_tokens = not control
         encoding = self.native.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -240,10 +234,7 @@ def _extra_tokens(config: JsonObject) -> list[str]:
 
 
 def _chat_template(config: JsonObject, files: dict[str, bytes]) -> str | None:
-    """Return the chat template that transformers would use; None if there is none.
-
-    That is chat_template.jinja, else the one in tokenizer_config.json; of several there, the one named "default".
-    """
+    """Return chat_template.jinja, else the template of tokenizer_config.json, of several the "default"; or None."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")
     template = config.get("chat_template")

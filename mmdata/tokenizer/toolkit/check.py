@@ -40,10 +40,7 @@ class Finding:
 
 
 def check(directory: Path, *, vocab_size: int | None = None) -> list[Finding]:
-    """Run all checks on the tokenizer in `directory`. One that cannot be loaded gives a single finding, an error.
-
-    vocab_size: that of the model it is meant for; None skips that check.
-    """
+    """Run all checks on a tokenizer; one error if it cannot be loaded. vocab_size: the model's; None: no such check."""
     try:
         tokenizer = Tokenizer.load(directory)
     except TokenizerError as error:

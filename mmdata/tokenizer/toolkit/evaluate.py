@@ -57,10 +57,7 @@ class TokenUses:
 
 @dataclass(frozen=True, slots=True)
 class RoundTrip:
-    """How many texts of the sample, and how many hostile strings, change when encoded and decoded.
-
-    `examples` are the three shortest that change, cut to 200 characters.
-    """
+    """How many texts and hostile strings change when encoded and decoded. `examples`: the three shortest, cut."""
 
     texts: int
     texts_changed: int
@@ -112,10 +109,7 @@ class TokenizerFigures:
 
 @dataclass(frozen=True, slots=True)
 class TextFigures:
-    """The text that was drawn, out of `rows` rows with `found_bytes` bytes of text.
-
-    `left_out` counts rows that could not be used: file -> reason -> number.
-    """
+    """The text drawn, out of `rows` rows with `found_bytes` bytes. `left_out`: file -> reason -> number of rows."""
 
     bytes: int
     characters: int
@@ -272,7 +266,7 @@ def _rates(size: np.ndarray) -> Rates:
 
 
 def _rates_by(names: Sequence[str], sizes: Sequence[np.ndarray]) -> dict[str, Rates]:
-    """Add up the sizes (see `_rates`) of each language or file in `names`, in order of first occurrence."""
+    """Return the rates of each language or file in `names`, in order of first occurrence, from its added-up sizes."""
     sums: dict[str, np.ndarray] = {}
     for name, size in zip(names, sizes, strict=True):
         sums[name] = sums.get(name, 0) + size

@@ -72,10 +72,7 @@ def _check(old: Tokenizer, tokens: Sequence[str], out: Path) -> None:
 
 
 def _take_reserved(old: Tokenizer, parts: JsonObject, tokens: Sequence[str]) -> list[int]:
-    """Rename the first reserved tokens in `parts`, the content of tokenizer.json, to `tokens`, and return their ids.
-
-    The list "added_tokens" is left as it is. Raises UsageError if there are fewer reserved tokens.
-    """
+    """Rename the first reserved tokens in tokenizer.json's vocabulary. Returns their ids; UsageError if too few."""
     free = [(id, token.content) for id, token in sorted(old.added.items()) if is_reserved(token.content.encode())]
     if len(free) < len(tokens):
         raise UsageError(

@@ -169,10 +169,7 @@ def _with_progress(sample: TextSample, phase: Phase) -> Iterator[str]:
 
 
 def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tokenizers.Tokenizer:
-    """Train byte-level BPE with the native trainer.
-
-    Ties are broken by id, so neither the order of the texts nor the number of threads changes the result.
-    """
+    """Train byte-level BPE, natively; the order of the texts and the number of threads do not change the result."""
     native = tokenizers.Tokenizer(models.BPE())
     native.pre_tokenizer = pre_tokenizer(options.pattern)
     native.decoder = decoders.ByteLevel()
@@ -223,10 +220,7 @@ def pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def tokenizer_files(native: tokenizers.Tokenizer, layout: Layout) -> dict[str, bytes]:
-    """Return the contents of tokenizer.json and tokenizer_config.json by name.
-
-    native: the trained tokenizer, whose first ids must be the layout's tokens in their order.
-    """
+    """Return the tokenizer's files by name. native: its first ids must be the layout's tokens in their order."""
     assert [native.id_to_token(id) for id in range(len(layout.tokens))] == list(layout.tokens)
     parts = json.loads(native.to_str())
     parts["added_tokens"] = [
@@ -302,10 +296,7 @@ def publish(out: Path, files: Mapping[str, bytes]) -> None:
 def _in_child(
     files: Sequence[Path], options: TokenizerOptions, phase: Phase | None
 ) -> tuple[dict[str, bytes], TextSample]:
-    """Run `train` in a child process and return its result. The child is killed if this call is interrupted.
-
-    `phase` is called every _POLL_S seconds at least. Raises the MMError of `train`, or one if the child dies.
-    """
+    """Run `train` in a child process, killed if this call is interrupted. Raises its MMError, or one if it dies."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(sender, files, options), daemon=True)

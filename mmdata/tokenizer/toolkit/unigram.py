@@ -239,10 +239,10 @@ def _normalised(expected: np.ndarray, pieces: list[bytes]) -> np.ndarray:
 
 
 def _prune(pieces: list[bytes], expected: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:
-    """Return the sorted indices of all bytes and of the pieces whose removal would lower the likelihood most: `size`.
+    """Return the indices, sorted, of the `size` pieces whose removal would lower the likelihood most.
 
-    The loss of a piece is its expected uses times the difference of its log-probability and that of its best
-    segmentation into other pieces.
+    Single bytes always stay. The loss of a piece is its expected uses times the difference of its log-probability and
+    that of its best segmentation into other pieces.
     """
     text = _Text.of(pieces, [1.0] * len(pieces))
     matches = _find(text, pieces)
