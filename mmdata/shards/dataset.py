@@ -139,7 +139,9 @@ class Split:
         raise IndexError(f"{self.name} has {self.num_samples()} samples")
 
     def part_of(self, bucket: int, i: int) -> int:
-        """Return the part that sample i of a bucket was packed from; its `doc` counts within that part."""
+        """Return the part that sample i of a bucket was packed from. The ordinals in the sample's `doc` count within
+        it.
+        """
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
     def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
@@ -256,7 +258,7 @@ def check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord, dire
 
 
 def check_size(path: Path, num_bytes: int, directory: Path) -> None:
-    """Raise DatasetError if the file is missing or has not `num_bytes` bytes: reading past the end of a mapped file
+    """Raise DatasetError if the file is missing or its size is not `num_bytes`: reading past the end of a mapped file
     that is too short would crash the process.
     """
     try:

@@ -137,7 +137,7 @@ def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
 
 
 def evenly(number: int, share: float) -> np.ndarray:
-    """Return about a share (0 to 1) of the integers 0 … number - 1, at least one, evenly spaced, ascending: int64."""
+    """Return about a share (0 to 1) of the integers 0 … number - 1, at least one if any, evenly spaced: int64."""
     return np.linspace(0, number - 1, min(number, max(1, round(number * share)))).astype(np.int64)
 
 

@@ -133,7 +133,7 @@ def _change(compared: Figures) -> Phrase:
 
 
 def _overlays(one: Figures, other: Figures, names: tuple[Phrase, Phrase]) -> Iterator[Block]:
-    """Yield plots that overlay the histograms, and tables of languages and turns, of figures that both datasets have."""
+    """Yield plots that overlay the histograms, and tables of languages and turns, of what was measured for both."""
     tokens, characters = (
         [figures.get(key) or {} for figures in (one, other)] for key in ("tokens_by", "characters_by")
     )

@@ -253,7 +253,7 @@ def _length_table(lengths: Figures) -> Table:
 
 
 def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
-    """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths at which to draw vertical lines."""
+    """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths at which to draw vertical rules."""
     return Plot(title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit))
 
 
