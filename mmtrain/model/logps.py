@@ -31,7 +31,8 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        """Gradients of hidden and weight (None if frozen): d logp / d logits = onehot(target) - softmax(logits)."""
+        """Return the gradients of hidden and weight (None if frozen), by d logp / d logits = onehot(target) -
+        softmax(logits)."""
         hidden, weight, targets, lse = ctx.saved_tensors
         (grad,) = grads
         grad_hidden = torch.empty(hidden.shape, dtype=ctx.dtypes[0], device=hidden.device)

@@ -105,7 +105,7 @@ def make_app(service: Service) -> "Starlette":
         await asyncio.to_thread(service.worker.stop)
 
     def guarded(handle: Callable) -> Callable:
-        """Check the Host header and, below /v1/, the API key before `handle`. Answer a RequestError with JSON."""
+        """Return `handle` behind a check of the Host header and, below /v1/, the API key. A RequestError becomes JSON."""
 
         async def answer(request: "HttpRequest") -> "Response":
             try:
@@ -200,7 +200,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _check_host(service: Service, request: "HttpRequest") -> None:
     """Raise RequestError (status 403) when the server listens on a loopback address and the Host header has another
-    name: a web page of another site could reach it through a domain that resolves to this machine (DNS rebinding)."""
+    name, because otherwise a web page of another site could reach the server through a domain that resolves to this
+    machine (DNS rebinding)."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if service.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):

@@ -1,6 +1,6 @@
 """A thread that runs the generation engine for any number of asyncio tasks. Their answers are generated in one batch,
-which they join and leave between steps. When a step fails, all submitted answers end with the error; the thread goes
-on."""
+which they join and leave between steps. When a step fails, all submitted answers end with the error and the thread
+continues. Nothing is stored of an answer after the task that reads it has ended."""
 
 import asyncio
 import queue
