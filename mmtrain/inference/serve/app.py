@@ -105,7 +105,7 @@ def make_app(service: Service) -> "Starlette":
         await asyncio.to_thread(service.worker.stop)
 
     def guarded(handle: Callable) -> Callable:
-        """Return `handle` behind a check of the Host header and, below /v1/, the API key. A RequestError becomes JSON."""
+        """Return `handle` behind a check of the Host header and, below /v1/, the API key; RequestErrors become JSON."""
 
         async def answer(request: "HttpRequest") -> "Response":
             try:
