@@ -195,7 +195,7 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
 @dataclass(frozen=True, slots=True)
 class ItemSplits:
-    """Items to train on and held-out ones, by language and subject. `islanders`: every fact once, by language."""
+    """Items to train on and held-out ones, by language and subject. `islanders`: every fact about them once."""
 
     train: Items
     held_out: Items
@@ -393,8 +393,7 @@ def tokenizer_texts(splits: ItemSplits) -> list[str]:
     """Return the texts that the demo's tokenizer is trained on: all training items and facts, except words to spell.
 
     BPE would merge the letters of these words, and the model could not see what it has to spell. Single letters are
-    repeated LETTERS_REPEATED times, so that each Chinese character (three bytes) becomes a token before longer phrases
-    do.
+    repeated LETTERS_REPEATED times, so that each Chinese character (three bytes) becomes a token before phrases do.
     """
     texts = demo_texts()
     lines = ["user\n", "assistant\n"] * LETTERS_REPEATED

@@ -45,7 +45,7 @@ def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
 
 
 def redeclared(kind: type, name: str, *, default: Any) -> Any:
-    """Return a field with the `Option` of field `name` of `kind` but another default. KeyError if there is no such field."""
+    """Return a field with the `Option` of field `name` of `kind` but another default. KeyError if there is none."""
     return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
 
 
@@ -70,8 +70,7 @@ def check(options: Any) -> None:
 def check_value(flag: str, value: Any, declaration: Option) -> None:
     """Raise UsageError if `value`, or an item of it if it is a list or tuple, is not allowed by its declaration.
 
-    Choices are checked for any value, bounds and finiteness for numbers only. None is always accepted. flag: for the
-    message.
+    Choices are checked for any value, bounds and finiteness for numbers only. None is accepted. flag: for the message.
     """
     for item in value if isinstance(value, tuple | list) else (value,):
         if declaration.choices and item is not None and item not in declaration.choices:

@@ -117,7 +117,7 @@ def same_stat(path: Path, entry: LockEntry) -> bool:
 def same_mtime(path: Path, entry: LockEntry) -> bool:
     """Return whether the mtime is the recorded one, give or take MTIME_SLACK_NS. Raises OSError if there is no file.
 
-    If it is, but the bytes are not the recorded ones, the file was damaged and not edited.
+    Other bytes with the recorded mtime mean that the file was damaged and not edited.
     """
     return abs(path.stat().st_mtime_ns - entry.mtime_ns) <= MTIME_SLACK_NS
 
@@ -126,8 +126,7 @@ def same_mtime(path: Path, entry: LockEntry) -> bool:
 def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Context manager that locks `path` against other processes, by a lock file in its directory.
 
-    on_wait: called once if another process holds the lock, which is then waited for. Raises DiskError if the lock file
-    cannot be created.
+    on_wait: called once if another process holds the lock, then waited for. Raises DiskError without a lock file.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -218,8 +217,7 @@ def plan(
 
     names: catalog keys, file names or shell patterns. preset: a key of `catalog.PRESETS`; its files and its tokenizer.
     everything: all files of the dataset repository. tokenizer: a name of the catalog. These add up. If none is given,
-    the preset "begin" is taken, or with `options.verify` every file in mm.lock. checking: called while files are
-    hashed.
+    the preset "begin" is taken, or with `options.verify` every file in mm.lock. checking: called during hashing.
     Raises UsageError for an unknown preset or tokenizer, NotFoundError for an unknown name, and AccessError,
     NetworkError or ConflictError where nothing can be planned. Errors of single files are recorded in their items.
     """
@@ -262,8 +260,7 @@ class _Planner:
         """Return the files that a name or shell pattern means.
 
         A pattern is matched with the catalog and, if nothing there matches, with the repository. Raises NotFoundError
-        if it matches nothing, and UsageError for a path outside the output directory or a name that `mm fetch` itself
-        uses.
+        if it matches nothing, and UsageError for a path outside the output directory or a name that `mm fetch` uses.
         """
         if catalog.is_glob(name):
             wants = [self._wanted(known.path, known) for known in catalog.find_glob(name)]
@@ -393,8 +390,7 @@ class _Planner:
         """Compare the file on disk, hashed if necessary, with `item.content` and return the item with state and action.
 
         Raises ConflictError for a directory, and, without `--force`, for a file with neither the recorded nor the
-        published content. Other bytes with the recorded mtime count as damaged and are downloaded again, with a
-        warning.
+        published content. Other bytes with the recorded mtime are damage: downloaded again, with a warning.
         """
         content = item.content
         assert content is not None

@@ -74,8 +74,7 @@ class RetryPolicy:
     def wait(self, failures: int, asked_s: float | None = None) -> None:
         """Sleep before the next attempt: `first_wait_s`, doubled with each failure up to `max_wait_s`, with 25% jitter.
 
-        failures: attempts that failed in a row, at least 1. asked_s: what the server asked for, used instead, up to
-        `max_asked_wait_s`.
+        failures: attempts that failed in a row, at least 1. asked_s: by the server, up to `max_asked_wait_s`.
         """
         if asked_s is not None:
             seconds = min(max(asked_s, 0.0), self.max_asked_wait_s)
@@ -139,8 +138,7 @@ class Content:
 class Body:
     """An open response. `chunks` yields the bytes of the file from offset `start` on.
 
-    `start` may be less than the offset asked for, if the server ignores ranges. `total`: size of the whole file or
-    None.
+    `start` may be less than the offset asked for, if the server ignores ranges. `total`: size of the file or None.
     """
 
     start: int
@@ -242,8 +240,7 @@ def cut(gaps: list[Span], connections: int) -> list[Span]:
 class PartialFile:
     """The file <name>.part with its journal, open for writing.
 
-    `done` are the completely written spans; `digest` has hashed an unbroken run of bytes from the beginning of the
-    file.
+    `done` are the completely written spans; `digest` has hashed an unbroken run of bytes from the beginning.
     """
 
     def __init__(self, target: Path, content: Content) -> None:
@@ -515,8 +512,7 @@ class _Connections:
     def _read(self, body: Body, span: list[int], end: int) -> None:
         """Write the bytes of a response to the span, up to `end`. Bytes before the span's position are skipped.
 
-        Raises TryAgain if it is slower than `slow_bytes_per_s` over `slow_window_s`, IntegrityError for a wrong
-        beginning.
+        Raises TryAgain if it is slower than `slow_bytes_per_s` over `slow_window_s`, IntegrityError for a wrong start.
         """
         skip = span[1] - body.start  # bytes before the span's position, which a server that ignores ranges sends again
         window_start, window_bytes = self.retry.clock(), 0

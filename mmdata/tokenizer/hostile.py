@@ -27,8 +27,7 @@ def hostile_strings(count: int, *, seed: int = 0, tokens: Sequence[str] = ()) ->
     """Yield `count` strings of one to some hundred characters; the same seed and tokens give the same strings.
 
     They mix scripts, rare code points, white space, combining marks, emoji sequences, long runs of one character, and
-    `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut, doubled and in capitals. All can be encoded as
-    UTF-8.
+    `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut, doubled and in capitals. All are valid UTF-8.
     """
     draw = random.Random(seed)
     for _ in range(count):

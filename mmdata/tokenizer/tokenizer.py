@@ -31,7 +31,10 @@ class Tokenizer:
     """
 
     def __init__(self, dir: Path, files: dict[str, bytes]) -> None:
-        """dir: of the files, for messages. Raises TokenizerError if one is malformed or no eos token is named."""
+        """Make a tokenizer of the contents of `files`. dir: where they come from, for messages.
+
+        Raises TokenizerError if a file is malformed or no eos token is named.
+        """
         self.dir = dir
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()

@@ -25,8 +25,7 @@ def extend(
 
     is_control: only chat templates write these tokens, text is never encoded as them. reserved: replace reserved tokens
     in place of adding ids. Raises UsageError for tokens that are empty, given twice or in the tokenizer already, too
-    few reserved tokens, or an `out` that is not empty; TokenizerError if the tokenizer cannot be read or its ids have
-    gaps.
+    few reserved tokens, or an `out` that is not empty; TokenizerError if it cannot be read or its ids have gaps.
     """
     old = Tokenizer.load(directory)
     _check(old, tokens, out)

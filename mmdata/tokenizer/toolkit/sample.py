@@ -76,8 +76,7 @@ class TextSample:
 class _Reservoir:
     """The texts of one stratum while files are read. `num_bytes` includes repetitions.
 
-    The text with the largest key is first in `heap` and dropped first. `weight` scales the stratum's share of the
-    limit.
+    The text with the largest key is first in `heap` and dropped first. `weight` scales its share of the limit.
     """
 
     __slots__ = ("counted_bytes", "found_bytes", "found_texts", "heap", "num_bytes", "threshold", "weight")

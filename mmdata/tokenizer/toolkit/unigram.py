@@ -51,8 +51,7 @@ class _Text:
 def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the hashes h of all prefixes of `data`, and the powers of the base B from 0 to WORD_BYTES.
 
-    h[i + 1] = h[i] * B + data[i] + 1 modulo 2^64. B is odd and has an inverse, so h[i] * B^-i is a cumulative sum: no
-    loop.
+    h[i + 1] = h[i] * B + data[i] + 1 modulo 2^64. B is odd and has an inverse, so h[i] * B^-i is a cumulative sum.
     """
     inverse = np.uint64(pow(int(_BASE), -1, 1 << 64))
     steps = len(data) + 1
