@@ -299,6 +299,7 @@ class _PartSequences:
                     self._add(columns)
 
     def _add(self, columns: BatchColumns) -> None:
+        """Enter all sequences of a record batch."""
         if self._kind == "pair":
             self._at |= {ordinal: (columns, i, 0, 0) for i, ordinal in enumerate(columns["doc"].tolist())}
             return

@@ -96,6 +96,7 @@ def _check_shard(directory: Path, manifest: Manifest, shard: ShardRecord) -> Ite
 
 
 def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
+    """Yield a description for each id column that has a token id outside the vocabulary."""
     vocab_size = manifest.tokenizer.vocab_size
     for name in ("prompt", "chosen", "rejected") if manifest.kind == "pair" else ("ids",):
         values = file.column(name).values
@@ -104,6 +105,7 @@ def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
+    """Yield the differences found in a shard of packs: lengths, buckets, spans and counts."""
     ids, doc_len, doc, span = (file.column(name) for name in ("ids", "doc_len", "doc", "span"))
     num_loss = file.column("n_loss").astype(np.int64)
     lengths = ids.lengths()
@@ -119,6 +121,7 @@ def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
 
 
 def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
+    """Yield the differences found in a shard of pairs: lengths, buckets, spans and counts."""
     prompt = file.column("prompt").lengths()
     tokens, loss = int(prompt.sum()), 0
     for side in ("chosen", "rejected"):

@@ -44,11 +44,12 @@ Losses = Mapping[str, Mapping[int, float]]  # mean loss of a row in nats per tok
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of an input, which may be shown in the report. file, line: path of the input and line number, from 1.
-    raw: the bytes of the line; empty if the row was decoded from shards. row: the parsed row; None if it is to be
-    parsed from `raw`. encoded: the token sequences of a row decoded from shards. why: the reason for showing the row:
-    "random", "longest", "shortest" or "loss"; "" if it is not shown. characters: the length of its text. nll: its mean
-    loss in nats per token, if `why` is "loss".
+    """One row of an input, which may be shown in the report.
+
+    file, line: path of the input and line number, from 1. raw: the bytes of the line; empty if the row was decoded from
+    shards. row: the parsed row; None if it is to be parsed from `raw`. encoded: the token sequences of a row decoded
+    from shards. why: the reason for showing the row: "random", "longest", "shortest" or "loss"; "" if it is not shown.
+    characters: the length of its text. nll: its mean loss in nats per token, if `why` is "loss".
     """
 
     file: str
@@ -72,11 +73,12 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class ScanOptions:
-    """How the rows of files are read and counted. kind: rows of another kind are left out. tokenizer_dir: the tokenizer
-    to count tokens with; None to count no tokens. is_exact: tokenize all rows instead of a sample. wanted: rows to
-    show, with their loss, by file and line number. left_out: line numbers to skip, by file. Set by `scan_files`: share:
-    the share of the rows that belongs to the sample, 0 to 1. most_signed: for how many rows of a part MinHash
-    signatures are computed.
+    """How the rows of files are read and counted. `scan_files` sets `share` and `most_signed`.
+
+    kind: rows of another kind are left out. tokenizer_dir: the tokenizer to count tokens with; None to count no tokens.
+    is_exact: tokenize all rows instead of a sample. wanted: rows to show, with their loss, by file and line number.
+    left_out: line numbers to skip, by file. share: the share of the rows that belongs to the sample, 0 to 1.
+    most_signed: for how many rows of a part MinHash signatures are computed.
     """
 
     kind: str

@@ -25,10 +25,12 @@ _CONTINUES = 255  # in place of a script: no character begins in the token
 
 
 class FlatSequences(NamedTuple):
-    """N sequences of token ids, concatenated. ids: integers [T], the tokens of all sequences. lengths: int64 [N], the
-    number of tokens of each. spans: integers [2 M], the begin and end (exclusive) of each of M trained ranges, as
-    positions in `ids`, ascending. prompts: None, or for pairs int64 [N / 2], the number of tokens of each prompt;
-    sequences 2i and 2i + 1 are then the two sides of pair i: prompt and chosen reply, prompt and rejected reply.
+    """N sequences of token ids, concatenated.
+
+    ids: integers [T], the tokens of all sequences. lengths: int64 [N], the number of tokens of each. spans: integers [2
+    M], the begin and end (exclusive) of each of M trained ranges, as positions in `ids`, ascending. prompts: None, or
+    for pairs int64 [N / 2], the number of tokens of each prompt; sequences 2i and 2i + 1 are then the two sides of pair
+    i: prompt and chosen reply, prompt and rejected reply.
     """
 
     ids: np.ndarray

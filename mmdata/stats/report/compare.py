@@ -107,6 +107,7 @@ def _is_share(figure: str) -> bool:
 
 
 def _value(figure: str, value: float | None) -> str | None:
+    """Format the value of a figure. None, for a figure that was not measured, stays None."""
     if value is None:
         return None
     if _is_share(figure):

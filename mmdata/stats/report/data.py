@@ -253,7 +253,7 @@ def _length_table(lengths: Figures) -> Table:
 
 
 def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
-    """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths at which to draw vertical rules."""
+    """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths with a vertical line."""
     return Plot(title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit))
 
 
@@ -329,6 +329,7 @@ def _packing(figures: Figures) -> Iterator[Block]:
 
 
 def _language(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of "Languages and scripts"."""
     tables: list[Block] = [shares("language", figures["languages"])] if figures.get("languages") else []
     if figures.get("scripts"):
         ordered = sorted(figures["scripts"].items(), key=lambda item: -item[1]["characters"])

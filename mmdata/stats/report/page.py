@@ -28,11 +28,12 @@ _FOR_SCRIPT = (  # phrases that page.js uses; the page contains their translatio
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """An English phrase with placeholders, such as {rows}, which is translated when the page is written. values: the
-    value of each placeholder. Phrases among them are translated, and so are strings that are in the table of
-    translations. is_name: whether the text may come from the data. Such a text is shown as it is if it has no
-    translation; any other phrase must have one. key: the key of a name in the table of translations, if it is not the
-    text itself.
+    """An English phrase with placeholders, such as {rows}, which is translated when the page is written.
+
+    values: the value of each placeholder. Phrases among them are translated, and so are strings that are in the table
+    of translations. is_name: whether the text may come from the data. Such a text is shown as it is if it has no
+    translation; any other phrase must have one. key: the key of a name in the table of translations, if not the text
+    itself.
     """
 
     text: str
@@ -299,11 +300,12 @@ def bars(
     is_share: bool = False,
     names: Sequence[str] | None = None,
 ) -> PlotSpec:
-    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide. edges: N + 1 ascending bin edges.
-    series: (name, values) of each; number i of the N values belongs to the bin between edges i and i + 1. ticks: (edge,
-    label) on the x axis, by default at powers of two. marks: positions of vertical lines; those outside the edges are
-    omitted. unit: what the values count. is_share: whether the values are shares from 0 to 1, not counts. names: the
-    names of the bins, if the edges do not describe them.
+    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide.
+
+    edges: N + 1 ascending bin edges. series: (name, values) of each; number i of the N values belongs to the bin
+    between edges i and i + 1. ticks: (edge, label) on the x axis, by default at powers of two. marks: positions of
+    vertical lines; those outside the edges are omitted. unit: what the values count. is_share: whether the values are
+    shares from 0 to 1, not counts. names: the names of the bins, if the edges do not describe them.
     """
     return {
         "kind": "bars",
