@@ -212,7 +212,7 @@ def measure_dataset(
 
 
 def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progress | None) -> list[PartScan]:
-    """Count the rows of the inputs, except those left out. Nothing is returned if an input is missing or has changed."""
+    """Count the rows of the inputs, except those left out. Return none if an input is missing or has changed."""
     paths = [path for path in _inputs(dataset) if path]
     if len(paths) < len(dataset.inputs):
         return []
