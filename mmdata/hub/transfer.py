@@ -74,7 +74,7 @@ class RetryPolicy:
     def wait(self, failures: int, asked_s: float | None = None) -> None:
         """Sleep before the next attempt: `first_wait_s`, doubled with each failure up to `max_wait_s`, with 25% jitter.
 
-        failures: attempts that failed in a row, at least 1. asked_s: by the server, up to `max_asked_wait_s`.
+        failures: attempts that failed in a row, at least 1. asked_s: used instead if given, up to `max_asked_wait_s`.
         """
         if asked_s is not None:
             seconds = min(max(asked_s, 0.0), self.max_asked_wait_s)
@@ -551,8 +551,10 @@ def _check_first(data: bytes, expected: bytes) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> MMError:
-    """Return the exception for an OSError while writing `path`: DiskError if the disk, a quota or a size limit is exhausted
-    or the path cannot be opened for writing, else FetchError."""
+    """Return the exception for an OSError while writing `path`.
+
+    DiskError for an exhausted disk, quota or size limit, or a path that cannot be opened for writing, else FetchError.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(
             f"the disk is full: {path.name} is kept as far as it came", "free some space (`df -h .`), then run it again"
