@@ -133,6 +133,28 @@ def test_tools_and_their_calls_may_be_strings_or_lists(key: str, as_string: bool
     assert found.messages[2].tool_calls == (CALL,)
 
 
+def test_a_message_keeps_its_name_ids_and_weight() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        {**ASK, "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        {**ANSWER, "weight": 1.0, "train": True, "loss": None},
+    ]
+    found = parse({"messages": turns}).messages
+    assert found[0] == Message("user", "hi", name="Ann")
+    decoded = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
+    assert found[1] == Message("assistant", "", tool_calls=(decoded,), weight=0)
+    assert found[2] == Message("tool", "2", name="add", tool_call_id="c1")
+    assert found[3] == Message("assistant", "hello")
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', '{ "a":1 }', {"a": 1}])
+def test_arguments_are_the_same_as_text_and_as_an_object(arguments: Any) -> None:
+    turns = [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": arguments}]}]
+    assert parse({"messages": turns}).messages[1].tool_calls == (CALL,)
+
+
 def test_a_sharegpt_function_call_is_a_tool_call() -> None:
     turns = [("human", "hi"), ("function_call", json.dumps(CALL)), ("observation", "2"), ("gpt", "hello")]
     found = parse({"system": "be kind", "conversations": [{"from": who, "value": said} for who, said in turns]})
@@ -150,7 +172,7 @@ def test_extra_keys_are_ignored_and_counted() -> None:
     parse_row(
         json.dumps({"id": 1, "conversations": [{**ASK, "id": 2, "name": "x"}, ANSWER]}).encode(), extra_keys=extra
     )
-    assert extra == {"id": 2, "name": 1}
+    assert extra == {"id": 2}
 
 
 def test_of_a_key_given_twice_the_last_stands() -> None:
@@ -164,6 +186,10 @@ def test_the_hash_tells_rows_apart_by_what_they_say() -> None:
         Conversation(TALK.messages, (TOOL,)),
         Conversation((Message("system", ""), *TALK.messages)),
         Conversation((TALK.messages[0], Message("assistant", "hello", ""))),
+        *(
+            Conversation((TALK.messages[0], TALK.messages[1]._replace(**said)))
+            for said in ({"name": "x"}, {"tool_call_id": "x"}, {"weight": 0})
+        ),
         parse(SAME_PAIR[0]),
     ]
     assert len({row_hash(row) for row in rows}) == len(rows)

@@ -80,7 +80,7 @@ class Conversations:
 
     counts: int64 [R], the number of messages of each conversation. roles: int8 [M], indices of ROLES.
     contents: Arrow string array [M] without nulls.
-    extras: the complete messages that have reasoning or tool calls, by message index.
+    extras: the complete messages that have more than role and content, by message index.
     tools: the tools of conversations that have any, by conversation index.
     is_pairs: the conversations are the sides of P = R / 2 pairs, the chosen ones first.
     """
@@ -226,7 +226,7 @@ def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     sides += [row for row in rows if isinstance(row, Conversation)]
     messages = [message for side in sides for message in side.messages]
-    has_extra = (i for i, m in enumerate(messages) if m.tool_calls or m.reasoning_content is not None)
+    has_extra = (i for i, message in enumerate(messages) if message.has_extras)
     return Conversations(
         np.fromiter((len(side.messages) for side in sides), np.int64, len(sides)),
         np.fromiter((_CODES[message.role] for message in messages), np.int8, len(messages)),

@@ -27,6 +27,7 @@ REASONS = {  # reason why a row is left out -> explanation and remedy, shown to 
     "another kind": "the file's other rows are of another kind; keep each kind in its own file",
     "prompt only": "the row has a prompt without an answer (data for reinforcement learning); mm packs answered rows",
     "wrong types": "a field is not of the type its schema names",
+    "unusable weight": "`weight`, `train` or `loss` of a message is 1 or true (trained), or 0 or false (not trained)",
     "no messages": "the list of messages is empty",
     "empty content": "a message or text holds nothing but whitespace",
     "unknown role": "roles are system, user, assistant and tool (ShareGPT: human, gpt, observation, function_call)",
@@ -65,7 +66,8 @@ _ROLES = {
 }  # fmt: skip
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {
-    "role", "content", "from", "value", "reasoning_content", "tool_calls", "tools", "functions",
+    "role", "content", "from", "value", "reasoning_content", "tool_calls", "tools", "functions", "name", "tool_call_id",
+    "weight", "train", "loss",
 }  # fmt: skip
 _ROW_KEYS = {
     "document": {"text"},
@@ -97,13 +99,26 @@ class Message(NamedTuple):
     role: "system", "user", "assistant" or "tool".
     content: may be empty in an answer with tool calls or reasoning, and in system and tool messages.
     reasoning_content: the thoughts before an answer; None if the row has none.
-    tool_calls: the functions that an answer calls, as JSON objects.
+    tool_calls: the functions that an answer calls, as JSON objects. Arguments given as JSON text are decoded.
+    name: the name of the speaker or of the tool. tool_call_id: the call that a tool message answers; None without.
+    weight: 0 if the row says that the message is not to be trained on; 1 otherwise.
     """
 
     role: str
     content: str
     reasoning_content: str | None = None
     tool_calls: tuple[JsonObject, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    weight: int = 1
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the message says more than a role and a content."""
+        return self[2:] != _NO_EXTRAS
+
+
+_NO_EXTRAS = (None, (), None, None, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +299,8 @@ def join_documents(documents: Sequence[str]) -> str:
 
 
 def texts_of(row: Row) -> Iterator[str]:
-    """Yield all texts of a row: the documents, or for each message its content, reasoning and tool calls (as JSON),
-    then the tools (as JSON). For a pair, the messages that both sides share and the tools are yielded once.
+    """Yield all texts of a row: the documents, or for each message its content, reasoning, tool calls (as JSON), name and
+    tool call id, then the tools (as JSON). For a pair, the messages that both sides share and the tools are yielded once.
     """
     if isinstance(row, Document):
         yield from split_documents(row.text)
@@ -299,6 +314,7 @@ def texts_of(row: Row) -> Iterator[str]:
                 yield message.reasoning_content
             if message.tool_calls:
                 yield json.dumps(message.tool_calls, ensure_ascii=False)
+            yield from filter(None, (message.name, message.tool_call_id))
         if row.tools:
             yield json.dumps(row.tools, ensure_ascii=False)
 
@@ -493,16 +509,29 @@ def _message(item: JsonObject, number: int) -> Message:
     content = item["content"] if "content" in item else item.get("value")
     if type(content) is not str:
         content = _content_of_parts(content, number, may_be_none="tool_calls" in item)
-    reasoning, calls = None, ()
+    calls, texts, weight = (), {}, 1
     if len(item) > 2:
-        reasoning = item.get("reasoning_content")
-        if reasoning is not None and type(reasoning) is not str:
-            raise BadRow("wrong types", f"message {number}: reasoning_content: found {_json_type(reasoning)}")
+        texts = {key: item.get(key) for key in ("reasoning_content", "name", "tool_call_id")}
+        for key, text in texts.items():
+            if text is not None and type(text) is not str:
+                raise BadRow("wrong types", f"message {number}: {key}: found {_json_type(text)}, expected a string")
         if item.get("tool_calls"):
             calls = calls_of(item["tool_calls"], f"message {number}: tool_calls")
+        weight = _weight(item, number)
     if name == "function_call":
         content, calls = "", calls_of(content, f"message {number}: function_call")
-    return Message(_ROLES[name], content, reasoning, calls)
+    return Message(_ROLES[name], content, tool_calls=calls, weight=weight, **texts)
+
+
+def _weight(item: JsonObject, number: int) -> int:
+    """Return whether a message may be trained on, as 0 or 1; 1 if it does not say. Raises BadRow for other values."""
+    given = {key: item[key] for key in ("weight", "train", "loss") if item.get(key) is not None}
+    for key, value in given.items():
+        if type(value) not in (bool, int, float) or value not in (0, 1):
+            raise BadRow("unusable weight", f"message {number}: {key}: found {json.dumps(value)[:50]}, expected 0 or 1")
+    if len(set(given.values())) > 1:
+        raise BadRow("unusable weight", f"message {number}: {' and '.join(given)} differ")
+    return int(next(iter(given.values()), 1))
 
 
 def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
@@ -523,10 +552,7 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
     where: the name of the field, for errors.
     """
     if type(value) is str:
-        try:
-            value = _load(value.encode("utf-8"))
-        except BadRow as bad:
-            raise BadRow("wrong types", f"{where}: a string that is {bad.reason}") from None
+        value = _from_text(value, where)
     if type(value) is dict:
         value = [value]
     if type(value) is not list or not all(type(item) is dict for item in value):
@@ -537,13 +563,27 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tool calls as `objects_of` does. Raises BadRow also for a call without a name."""
-    calls = objects_of(value, where)
-    for call in calls:
+    """Return tool calls as `objects_of` does, with arguments that are JSON text decoded. Raises BadRow also for a call
+    without a name, and for arguments that are a string but not JSON.
+    """
+    calls = []
+    for call in objects_of(value, where):
         function = call.get("function") or call
         if type(function) is not dict or type(function.get("name")) is not str:
             raise BadRow("wrong types", f"{where}: a call without a name")
-    return calls
+        if type(text := function.get("arguments")) is str:
+            decoded = {**function, "arguments": _from_text(text or "{}", f"{where}: arguments")}
+            call = decoded if function is call else {**call, "function": decoded}
+        calls.append(call)
+    return tuple(calls)
+
+
+def _from_text(text: str, where: str) -> Any:
+    """Return the value of a JSON text. Raises BadRow if it is none."""
+    try:
+        return _load(text.encode("utf-8"))
+    except BadRow as bad:
+        raise BadRow("wrong types", f"{where}: a string that is {bad.reason}") from None
 
 
 def _is_deep(value: Any, levels: int) -> bool:
@@ -627,10 +667,15 @@ def counted(text: str) -> str:
 
 
 def canonical_calls(message: Message) -> str:
-    """Return a message's reasoning and tool calls in the form that is hashed; "" if it has neither."""
-    thought = message.reasoning_content
-    reasoning = "" if thought is None else f" reasoning {counted(thought)}"
-    return reasoning + (f" calls {counted(_SORTED.encode(message.tool_calls))}" if message.tool_calls else "")
+    """Return what a message says besides role and content in the form that is hashed; "" if that is nothing."""
+    if not message.has_extras:
+        return ""
+    named = zip(
+        ("reasoning", "name", "id"), (message.reasoning_content, message.name, message.tool_call_id), strict=True
+    )
+    reasoning, *others = ["" if text is None else f" {key} {counted(text)}" for key, text in named]
+    calls = f" calls {counted(_SORTED.encode(message.tool_calls))}" if message.tool_calls else ""
+    return "".join((reasoning, calls, *others, "" if message.weight else " weight 0"))
 
 
 def canonical_tools(tools: tuple[JsonObject, ...]) -> str:
