@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A trained model learns who it is, then some medicine, by adapters of a few MB each: a laptop is enough.
-# Begins from the newest sft run under runs/; another one: --init RUN.
+# Run it where another recipe ran: it begins from the newest sft run under runs/ (another one: --init RUN) and packs with
+# its tokenizer, data/tokenizer.
 set -euo pipefail
 
 mm fetch lora_identity lora_medical --yes

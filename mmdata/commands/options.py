@@ -12,6 +12,7 @@ every declared value is checked; one outside its range or choices raises UsageEr
 function is its help text; a last paragraph `Example: mm ...` is printed at the end of the help.
 """
 
+import difflib
 import inspect
 import operator
 from collections.abc import Callable, Sequence
@@ -268,7 +269,11 @@ def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[P
             if not is_read_once:
                 raise UsageError("standard input can be read only once", "write it to a file first")
         elif not path.is_file():
-            raise InputError(f"{path}: no such file", f"`ls {path.parent}` shows what is there")
+            there = [file.name for file in path.parent.glob("*.jsonl*")]
+            near = ", ".join(
+                str(path.with_name(name)) for name in difflib.get_close_matches(path.name, there, cutoff=0.7)
+            )
+            raise InputError(f"{path}: no such file", f"there is {near}" if near else f"see `ls {path.parent}`")
     return paths
 
 
