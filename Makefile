@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests start many processes, which start faster from compiled modules.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test
 demo: .venv/installed
