@@ -1,13 +1,15 @@
-"""`mm pack --plan`: what it foresees against what packing then gives."""
+"""`mm pack --plan` and the options chosen from the data: what they foresee against what packing then gives."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from command_line import Run, fine
 from pack_data import MAKERS, write_rows
 
 from mmdata.errors import InputError
-from mmdata.pack.estimate import estimate
+from mmdata.pack.estimate import Survey, estimate, max_len_for, survey, val_fraction_for
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 
@@ -68,3 +70,44 @@ def test_the_command_says_it_and_writes_nothing(
     cli.app(["pack", str(path), "--plan", "--dedup", "exact", "--tokenizer", str(tokenizer_dir)], standalone_mode=False)
     assert "note: rows that --dedup" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_the_survey_counts_what_packing_keeps_whole(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", kind, 300)
+    found = survey([path], PackOptions(tokenizer=tokenizer_dir))
+    assert found.rows == 300 and len(found.lengths) >= 300
+    whole = pack([path], tmp_path / "whole", PackOptions(tokenizer=tokenizer_dir, max_len=4096, val_fraction=0))
+    if kind != "pair":  # of a pair only the longer side counts
+        assert int(found.lengths.sum()) == whole.tokens
+    enough = found.quantile(0.9)
+    assert (found.lengths <= enough).mean() >= 0.9 and (found.lengths <= enough - 64).mean() < 0.9
+    assert found.kept(4096) == 1 and found.kept(1) == 0 < found.kept(enough)
+
+
+def test_max_len_and_val_fraction_follow_from_the_data() -> None:
+    def of(*lengths: int) -> Survey:
+        return Survey(len(lengths), np.sort(np.array(lengths)), np.ones(len(lengths)))
+
+    assert max_len_for(of(*[100] * 1000, 512)) == 512
+    assert max_len_for(of(*[100] * 1100, 513)) == 512  # 0.5 % of the tokens may be cut
+    assert max_len_for(of(*[100] * 1000, 600)) == 1024
+    assert max_len_for(of(*[100] * 10, 9000)) == max_len_for(of(*[1500] * 9)) == 2048
+    assert max_len_for(of()) == 512
+    counts = (0, 10, 150, 1000, 3000, 4999, 5000, 10**7)
+    assert [val_fraction_for(count) for count in counts] == [0.2, 0.2, 0.2, 0.05, 0.02, 0.02, 0.01, 0.01]
+
+
+def test_pack_says_what_it_chose_and_what_was_too_long(home: Path, mm: Run) -> None:
+    path = home / "data/sft_512.jsonl"
+    turn = {"role": "assistant", "content": "one and two " * 700}
+    row = json.dumps({"conversations": [{"role": "user", "content": "Count."}, turn]})
+    path.write_text(path.read_text() + f"{row}\n" * 60)
+    packed = fine(mm("pack data/sft_512.jsonl"))
+    assert "--max-len 2048 keeps " in packed.err and "--val-fraction 0.167 of about 300 rows" in packed.err
+    packed = fine(mm("pack data/sft_512.jsonl --max-len 1024 --val-fraction 0.01"))
+    (line,) = (line for line in packed.err.splitlines() if "too long" in line)
+    assert "20.0% of the rows do not fit --max-len 1024; --max-len " in line and line.endswith("would keep 99%")
+    enough = line.split()[-4]
+    packed = fine(mm(f"pack data/sft_512.jsonl --max-len {enough}"))
+    assert "kept 300 of 300 rows" in packed.out and "too long" not in packed.err

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +29,7 @@ from mmdata.commands.terminal import (
     table,
 )
 from mmdata.errors import MMError, UsageError
-from mmdata.options import Option
+from mmdata.options import Option, redeclared
 from mmdata.pack.options import OUTPUT, PackOptions
 from mmtrain.config import STAGE_KINDS, stage_defaults
 
@@ -38,6 +38,14 @@ if TYPE_CHECKING:
     from mmdata.pack.pipeline import PackResult
 
 MOST_NAMES = 10  # control strings to print at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackFlags(PackOptions):
+    """The options as given; None for those that `settled` chooses from the data."""
+
+    max_len: int | None = redeclared(PackOptions, "max_len", default=None)  # pyright: ignore[reportIncompatibleVariableOverride]
+    val_fraction: float | None = redeclared(PackOptions, "val_fraction", default=None)  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def pack(
@@ -49,7 +57,7 @@ def pack(
         ),
     ] = None,
     *,
-    options: PackOptions,
+    options: PackFlags,
     out: Annotated[
         str | None,
         Option(
@@ -88,8 +96,9 @@ def pack(
     results, failures = [], []
     for inputs, place in jobs:
         try:
+            chosen = settled(inputs, place, options)
             with pack_progress(f"pack {place}", quiet=as_json) as (update, watch):
-                packed = pipeline.pack(inputs, place, options, progress=update, watch=watch, note=say)
+                packed = pipeline.pack(inputs, place, chosen, progress=update, watch=watch, note=say)
         except MMError as error:
             if len(jobs) == 1:
                 raise
@@ -98,6 +107,7 @@ def pack(
             results.append(packed)
             if not as_json:
                 print_packed(packed)
+                advise_max_len(inputs, chosen, packed)
             if not no_report and packed.parts_left is None:
                 write_report(packed.out, is_new=not packed.up_to_date)
     if out and remote.is_url(out) and results[0].parts_left is None:
@@ -111,6 +121,33 @@ def pack(
         next_command("the other shards, then the same command with --finish in place of --shard")
     if failures:
         raise typer.Exit(failures[0])
+
+
+def settled(inputs: list[Path], place: Path, options: PackFlags) -> PackOptions:
+    """Return the options with a --max-len and a --val-fraction that fit the inputs, unless they are given; print what
+    was chosen. place: the dataset."""
+    from mmdata.pack import estimate
+
+    if options.max_len is not None and options.val_fraction is not None:
+        return options
+    found = estimate.survey(inputs, options)
+    max_len = options.max_len or estimate.max_len_for(found)
+    fraction = options.val_fraction if options.val_fraction is not None else estimate.val_fraction_for(found.rows)
+    if options.max_len is None:
+        say(f"{place}: --max-len {max_len} keeps {percent(found.kept(max_len), 1)} of the tokens uncut")
+    if options.val_fraction is None and fraction != estimate.VAL_FRACTION:
+        say(f"{place}: --val-fraction {fraction:g} of about {found.rows:,} rows")
+    return replace(options, max_len=max_len, val_fraction=fraction)
+
+
+def advise_max_len(inputs: list[Path], options: PackOptions, packed: "PackResult") -> None:
+    """Print how many rows were left out as too long, if any, and the --max-len that would keep 99 % of the rows."""
+    from mmdata.pack import estimate
+
+    if (num := packed.left_out.get("too long", 0)) and not packed.up_to_date:
+        enough = estimate.survey(inputs, options).quantile(0.99)
+        larger = f"; --max-len {enough} would keep 99%" if enough > options.max_len else ""
+        say(f"too long: {percent(num, packed.rows)} of the rows do not fit --max-len {options.max_len}{larger}")
 
 
 def kept_stdin(out: Path | None) -> Path:
@@ -195,7 +232,8 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
         f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
     )
     for reason in packed.left_out:
-        say(f"{reason}: {HELP[reason]}")
+        if reason != "too long":  # see `advise_max_len`
+            say(f"{reason}: {HELP[reason]}")
 
 
 def warn_of_contained(datasets: list[Path]) -> None:
@@ -243,7 +281,7 @@ def write_report(directory: Path, *, is_new: bool) -> None:
 # --- the plan
 
 
-def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: bool) -> None:
+def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: bool) -> None:
     """Print an estimate of what packing would give; nothing is written. is_one: all files go into one dataset, else
     each into its own."""
     from mmdata.pack.estimate import estimate
@@ -252,7 +290,8 @@ def print_plan(files: list[Path], is_one: bool, options: PackOptions, as_json: b
     estimates = []
     for inputs in [files] if is_one else [[path] for path in files]:
         batch_tokens = stage_defaults(stage_of(common_kind(inputs)))["batch_tokens"]
-        estimates.append(estimate(inputs, options, batch_tokens=batch_tokens))
+        chosen = settled(inputs, inputs[0], options)
+        estimates.append(estimate(inputs, chosen, batch_tokens=batch_tokens))
         if not as_json:
             print_estimate(estimates[-1])
     if as_json:

@@ -1,4 +1,7 @@
-"""`mm pack --plan`: estimate time, disk space, tokens, padding and rows cut for several length limits; writes nothing.
+"""Estimates from a sample of the rows, before packing: `mm pack --plan`, and the options that follow from the data.
+
+`estimate` foresees time, disk space, tokens, padding and rows cut for several length limits; `survey` the number of
+rows and their lengths, from which `max_len_for` and `val_fraction_for` choose. Nothing is written.
 
 About one row in a hundred is read, in blocks spread evenly over each file, and encoded as packing would. Counts are
 multiplied by the ratio of all bytes to the bytes read. Padding is estimated by packing the lengths of the sampled rows,
@@ -32,6 +35,10 @@ MAX_LENS = (512, 1024, 2048)
 SHARE = 0.01  # share of an input's bytes to read
 LEAST_BYTES, BLOCK_BYTES = 4 * 2**20, 128 * 2**10  # read at least LEAST_BYTES, in blocks of BLOCK_BYTES
 MOST_BYTES = 64 * 2**20
+UNCUT = 2**20  # a length limit in tokens that cuts no row
+KEPT_SHARE = 0.995  # of the tokens, which a chosen --max-len keeps uncut
+VAL_FRACTION, SMALL_VAL_FRACTION, MOST_VAL_FRACTION = 0.01, 0.02, 0.2  # chosen for large and small data; the largest
+LEAST_VAL_ROWS = 50  # small data has fewer rows than give this many with VAL_FRACTION
 PROVE_SHARE = 0.25  # time of hashing, writing and reading back, as a share of the encoding time (measured)
 START_S = 1.5  # start of worker processes: imports, loading and checking the encoder (measured)
 SCAN_RATE = 0.9e9  # bytes a second at which an input is hashed (measured)
@@ -88,6 +95,61 @@ class _Sample:
         return self.total_bytes / max(1, self.read_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The sizes of some inputs, from at most LEAST_BYTES of each. rows: their estimated number. lengths: int64 [N],
+    tokens of each document, conversation or longer side of a pair in the sample, uncut, ascending. weights: float64
+    [N], how many such rows of the inputs each stands for.
+    """
+
+    rows: int
+    lengths: np.ndarray
+    weights: np.ndarray
+
+    def kept(self, max_len: int) -> float:
+        """Return the share of the tokens, 0 to 1, in rows of at most `max_len` tokens; 1 without rows."""
+        tokens = self.lengths * self.weights
+        return float(tokens[self.lengths <= max_len].sum() / tokens.sum()) if len(tokens) else 1.0
+
+    def quantile(self, share: float) -> int:
+        """Return a length, a multiple of 64, that at least the given share of the rows do not exceed."""
+        reached = np.cumsum(self.weights) / self.weights.sum()
+        return -(-int(self.lengths[np.searchsorted(reached, share - 1e-9)]) // 64) * 64
+
+
+def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
+    """Return the sizes of the inputs. Raises the errors of `estimate`, but none if no row can be used."""
+    assert options.tokenizer, "PackOptions.tokenizer is required"
+    kind, tokenizer = common_kind(inputs), Tokenizer.load(options.tokenizer)
+    takes = RowEncoder(
+        tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed,
+        encoder=choose(tokenizer, options.encoder),
+    )  # fmt: skip
+    samples = [_read(path, kind, LEAST_BYTES) for path in inputs]
+    lengths, weights = [np.empty(0, np.int64)], [np.empty(0)]
+    for sample in samples:
+        for i in range(0, len(sample.raws), ROWS_PER_CALL):
+            lengths.append(takes.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind).sequences.widths())
+            weights.append(np.full(len(lengths[-1]), sample.factor))
+    every = np.concatenate(lengths)
+    order = np.argsort(every, kind="stable")
+    rows = round(sum((len(sample.raws) - sample.num_bad) * sample.factor for sample in samples))
+    return Survey(rows, every[order], np.concatenate(weights)[order])
+
+
+def max_len_for(found: Survey) -> int:
+    """Return the smallest of MAX_LENS that keeps KEPT_SHARE of the tokens in uncut rows, or the largest of them."""
+    return next((max_len for max_len in MAX_LENS if found.kept(max_len) >= KEPT_SHARE), MAX_LENS[-1])
+
+
+def val_fraction_for(num_rows: int) -> float:
+    """Return the share of rows to hold out: VAL_FRACTION; of small data LEAST_VAL_ROWS or SMALL_VAL_FRACTION, whichever
+    is more, but at most MOST_VAL_FRACTION."""
+    if num_rows * VAL_FRACTION >= LEAST_VAL_ROWS:
+        return VAL_FRACTION
+    return round(min(max(LEAST_VAL_ROWS / max(1, num_rows), SMALL_VAL_FRACTION), MOST_VAL_FRACTION), 3)
+
+
 def estimate(
     inputs: Sequence[Path],
     options: PackOptions,
@@ -134,10 +196,10 @@ def estimate(
 # --- reading
 
 
-def _read(path: Path, kind: str) -> _Sample:
-    """Read a sample of an input's lines and count those that are not valid rows of this kind."""
+def _read(path: Path, kind: str, most_bytes: int = MOST_BYTES) -> _Sample:
+    """Read a sample of an input's lines, about `most_bytes` at most, and count those that are no rows of this kind."""
     start = time.process_time()
-    lines, read, total = _lines_of(path)
+    lines, read, total = _lines_of(path, most_bytes)
     raws = [line.raw for line in lines]
     spent = time.process_time() - start
     num_bad = 0
@@ -149,12 +211,12 @@ def _read(path: Path, kind: str) -> _Sample:
     return _Sample(raws, num_bad, read, total, spent)
 
 
-def _lines_of(path: Path) -> tuple[list[Line], int, int]:
+def _lines_of(path: Path, most_bytes: int) -> tuple[list[Line], int, int]:
     """Return lines from all over a file, the bytes read, and the decompressed size of the file. A small file is read
     whole; of a compressed file only the beginning is read, and its size is estimated.
     """
     size = path.stat().st_size
-    wanted = min(max(LEAST_BYTES, int(SHARE * size)), MOST_BYTES)
+    wanted = min(max(LEAST_BYTES, int(SHARE * size)), most_bytes)
     if not is_seekable(path):
         lines = _take(iter_lines(path), wanted)
         return lines, _bytes_of(lines), size * COMPRESSION

@@ -19,7 +19,8 @@ OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions:
-    """The options of `mm pack`. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence
+    """The options of `mm pack`, which chooses `max_len` and `val_fraction` from the data if they are not given; see
+    `mmdata.pack.estimate.survey`. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence
     the bytes of the dataset; `max_bad` only decides whether it is published.
     """
 
@@ -34,6 +35,7 @@ class PackOptions:
         1024,
         help="Longest sequence in tokens; bucket lengths are 512, 1024, 2048 … below it, and the limit itself.",
         group=OUTPUT,
+        default_text="the smallest of 512, 1024 and 2048 that keeps 99.5% of the tokens",
         least=8,
         below=2**31,
     )
@@ -41,6 +43,7 @@ class PackOptions:
         0.01,
         help="Share of rows held out for validation; rows are chosen by a hash of their content.",
         group=ROWS,
+        default_text="0.01; of less than 5,000 rows 50 rows or 0.02, at most 0.2",
         least=0,
         below=1,
     )
