@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from mmdata.encode import rows
 from mmdata.encode.rows import (
     HELP,
     OF_THE_RUN,
@@ -33,6 +32,8 @@ from mmdata.encode.rows import (
     split_documents,
     texts_of,
 )
+from mmdata.encode.rows.load import load as load_fast
+from mmdata.encode.rows.load import load_strictly
 from mmdata.errors import InputError
 from mmdata.io.lines import is_seekable, iter_lines
 
@@ -383,7 +384,7 @@ JSON = st.recursive(
 
 def both(raw: bytes) -> list[Any]:
     found = []
-    for load in (rows._load, rows._load_strictly):
+    for load in (load_fast, load_strictly):
         try:
             found.append(load(raw))
         except BadRow as bad:

@@ -1,0 +1,80 @@
+"""Parsing of jsonl lines. One line becomes a `Document`, a `Conversation` or a `Pair`, or raises `BadRow`. Each line is
+parsed independently of all others.
+
+Modules: `row` (the rows), `reasons` (why a row is left out), `load` (strict JSON), `parse` (a line to a row, and the
+kind of a file).
+"""
+
+from mmdata.encode.rows.parse import (
+    LOOK_AT,
+    PLACEHOLDER,
+    calls_of,
+    find_kind,
+    kind_of,
+    kind_of_lines,
+    objects_of,
+    parse_row,
+)
+from mmdata.encode.rows.reasons import (
+    DEFAULT_MAX_BAD,
+    DUPLICATE,
+    FEW_BAD_ROWS,
+    HELP,
+    NEAR_DUPLICATE,
+    OF_THE_RUN,
+    OVERLAP,
+    REASONS,
+    SCREENED,
+    BadRow,
+    check_budget,
+)
+from mmdata.encode.rows.row import (
+    Conversation,
+    Document,
+    Message,
+    Pair,
+    Row,
+    canonical_calls,
+    canonical_tools,
+    counted,
+    join_documents,
+    num_characters,
+    row_hash,
+    split_documents,
+    texts_of,
+)
+
+__all__ = [
+    "DEFAULT_MAX_BAD",
+    "DUPLICATE",
+    "FEW_BAD_ROWS",
+    "HELP",
+    "LOOK_AT",
+    "NEAR_DUPLICATE",
+    "OF_THE_RUN",
+    "OVERLAP",
+    "PLACEHOLDER",
+    "REASONS",
+    "SCREENED",
+    "BadRow",
+    "Conversation",
+    "Document",
+    "Message",
+    "Pair",
+    "Row",
+    "calls_of",
+    "canonical_calls",
+    "canonical_tools",
+    "check_budget",
+    "counted",
+    "find_kind",
+    "join_documents",
+    "kind_of",
+    "kind_of_lines",
+    "num_characters",
+    "objects_of",
+    "parse_row",
+    "row_hash",
+    "split_documents",
+    "texts_of",
+]

@@ -1,0 +1,93 @@
+"""Why a row is left out: the reasons, with explanation and remedy, and how many such rows are too many."""
+
+from collections.abc import Mapping
+
+from mmdata.errors import InputError
+
+REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
+    "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8",
+    "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
+    "not an object": 'a row is a JSON object such as {"text": "…"}',
+    "lone surrogate": r"half of an escape pair such as \ud83d\ude00 stands alone; fix the program that wrote the file",
+    "unknown fields": "a row has `text`, `conversations` or `messages`, or `chosen` and `rejected`",
+    "another kind": "the file's other rows are of another kind; keep each kind in its own file",
+    "prompt only": "the row has a prompt without an answer (data for reinforcement learning); mm packs answered rows",
+    "wrong types": "a field is not of the type its schema names",
+    "unusable weight": "`weight`, `train` or `loss` of a message is 1 or true (trained), or 0 or false (not trained)",
+    "no messages": "the list of messages is empty",
+    "empty content": "a message or text holds nothing but whitespace",
+    "unknown role": "roles are system, user, assistant and tool (ShareGPT: human, gpt, observation, function_call)",
+    "roles out of order": "user and assistant take turns, beginning with the user; tool answers follow the assistant",
+    "no assistant": "no message is the assistant's, so there is nothing to train on",
+    "last turn not the assistant's": "the conversation ends without an answer",
+    "chosen equal to rejected": "the two sides are equal, so there is no preference to learn",
+    "different prompts": "the two sides differ before the first reply",
+    "no place in the template": "the tokenizer's chat template leaves out a message or tool call; use a template with tools",
+    "template refuses": "the tokenizer's chat template raised an error on the row",
+    "template cannot be cut": "with this template and tokenizer the assistant's tokens cannot be told exactly from the others",
+    "no trained token": "no token of the row would be trained on",
+    "too long": "the row does not fit --max-len; take a larger one",
+}
+
+# Reasons why options such as --dedup leave out a row that is valid in itself.
+DUPLICATE, NEAR_DUPLICATE, OVERLAP = "duplicate", "near duplicate", "overlaps an excluded text"
+SCREENED = {
+    DUPLICATE: "an earlier row has the same content",
+    NEAR_DUPLICATE: "an earlier row has nearly the same content",
+    OVERLAP: "the row's text also stands in a file given with --exclude",
+}
+HELP = REASONS | SCREENED
+
+# Reasons that depend on the tokenizer or the options. Rows left out for them do not count as bad in `check_budget`.
+OF_THE_RUN = frozenset(
+    {"too long", "no place in the template", "template refuses", "template cannot be cut", *SCREENED}
+)
+DEFAULT_MAX_BAD = 0.05  # without --max-bad, a larger share of bad rows is an error
+FEW_BAD_ROWS = 100  # without --max-bad, this number of bad rows is never an error, however small the file
+
+
+class BadRow(ValueError):
+    """Raised for a row that cannot be used.
+
+    reason: a key of HELP, by which bad rows are counted. detail: what was found, and where in the row; may be empty.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        assert reason in HELP, reason
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def check_budget(
+    counts: Mapping[str, int],
+    num_rows: int,
+    max_bad: float | None = None,
+    per_reason: Mapping[str, float] | None = None,
+) -> None:
+    """Raise InputError if too many rows of a file or dataset are bad.
+
+    counts: the number of bad rows by reason. num_rows: the number of all rows.
+    max_bad: the largest allowed share of bad rows, in [0, 1]. Reasons in OF_THE_RUN are not counted. None allows
+    DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more.
+    per_reason: reason -> the largest allowed share of rows with this reason, in addition to `max_bad`.
+    """
+    bad = {reason: count for reason, count in counts.items() if reason not in OF_THE_RUN and count}
+    num_bad = sum(bad.values())
+    allowed = max(DEFAULT_MAX_BAD * num_rows, FEW_BAD_ROWS) if max_bad is None else max_bad * num_rows
+    if num_bad > allowed:
+        max_bad = DEFAULT_MAX_BAD if max_bad is None else max_bad
+        reason = max(bad, key=lambda r: bad[r])
+        raise InputError(
+            f"{num_bad:,} of {num_rows:,} rows cannot be used (allowed: {max_bad:.2%}); most: {counts[reason]:,} {reason}",
+            f"{REASONS[reason]}; or raise --max-bad",
+        )
+    for reason, share in (per_reason or {}).items():
+        if counts.get(reason, 0) > share * num_rows:
+            raise InputError(
+                f"{counts[reason]:,} of {num_rows:,} rows: {reason} (allowed: {share:.2%})",
+                f"{HELP[reason]}; or raise --max-bad for this reason",
+            )
