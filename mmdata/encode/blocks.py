@@ -285,8 +285,11 @@ def learn(template: Template) -> Blocks | None:
 
 def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | None:
     """Return the texts that a template writes before and after the list of tools in the system block of a conversation
-    without a system message. Return None if it does not write each tool as one line of JSON there.
+    without a system message. Return None if it does not write each tool as one line of JSON there, or if conversations
+    with tools have a template of their own.
     """
+    if template.for_tools:
+        return None
     tool = {"name": "f"}
     try:
         text = template.render([_USER, _ANSWER], [tool])

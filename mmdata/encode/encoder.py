@@ -46,6 +46,7 @@ from mmdata.encode.sequences import Sequences, flatten, join, pair_sequences, re
 from mmdata.encode.template import ERAS, TRAIN_ON, Segment, Template
 from mmdata.encode.validate import control_strings
 from mmdata.errors import UsageError
+from mmdata.tokenizer.chat_template import DATE
 from mmdata.tokenizer.encoders import Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -154,7 +155,7 @@ class _TextBlocks:
 
 class RowEncoder:
     """Encodes rows with one tokenizer. The ids and trained ranges of a row do not depend on the process or on the other
-    rows of the batch. A pickled instance loads its tokenizer again from the tokenizer's directory.
+    rows of the batch. A pickled instance has its tokenizer's files.
     """
 
     def __init__(
@@ -196,7 +197,8 @@ class RowEncoder:
 
     def __reduce__(self) -> tuple:
         options = {name: getattr(self, name) for name in ("max_len", "era", "train_on", "seed")}
-        return _rebuild, (self.tokenizer.dir, self.encoder.name, options | {"is_reference": self._is_reference})
+        tokenizer = self.tokenizer.dir, self.tokenizer.files
+        return _rebuild, (tokenizer, self.encoder.name, options | {"is_reference": self._is_reference})
 
     @cached_property
     def template(self) -> Template:
@@ -547,13 +549,15 @@ def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray
 
 @lru_cache(maxsize=2)
 def _template(tokenizer: Tokenizer, era: str) -> Template:
-    """Return the compiled chat template. Calls with the same Tokenizer object and era share it."""
-    return Template(tokenizer, era=era)
+    """Return the compiled chat template, which writes the date DATE if it has no other fixed one. Calls with the same
+    Tokenizer object and era share it.
+    """
+    return Template(tokenizer.amended(date=DATE), era=era)
 
 
-def _rebuild(dir: Path, encoder: str, options: dict[str, Any]) -> RowEncoder:
-    """Create a `RowEncoder` from the values that `RowEncoder.__reduce__` pickled. dir: the tokenizer's directory."""
-    tokenizer = Tokenizer.load(dir)
+def _rebuild(parts: tuple[Path, dict[str, bytes]], encoder: str, options: dict[str, Any]) -> RowEncoder:
+    """Create a `RowEncoder` from the values that `RowEncoder.__reduce__` pickled. parts: those of a `Tokenizer`."""
+    tokenizer = Tokenizer(*parts)
     return RowEncoder(tokenizer, encoder=choose(tokenizer, encoder), **options)
 
 

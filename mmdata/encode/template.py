@@ -8,6 +8,7 @@ rendering cannot be cut by these rules raises `BadRow`.
 jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templates without it.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
 from mmdata.encode.traced import GENERATION, TOOLS, Origin, origins_of, template_environment, traced
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.io.records import JsonObject
-from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
+from mmdata.tokenizer.chat_template import CHATML, DEFAULT, TOOL_USE
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 ERAS = ("seed", "2", "3")
 TRAIN_ON = ("all", "assistant", "last")
@@ -29,6 +31,7 @@ EMPTY_THINK = "<think>\n\n</think>\n\n"
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
+_TURN = [Message("user", "Ask"), Message("assistant", "Tell")]
 _CONTENT, _REASONING, _CALLS = range(3)  # fields of a message; the source of traced text is 3 * message index + field
 
 
@@ -48,26 +51,49 @@ class _Turn(NamedTuple):
     r"""What a template writes around an answer.
 
     header: the text before the trained part, such as "<|im_start|>assistant\n".
-    end: the text after the content up to the next message, such as "<|im_end|>\n". era: see `Template.era`.
+    end: the text after the content up to the next message, such as "<|im_end|>\n"; last_end: the same after the last
+    message of a conversation. era: see `Template.era`.
     """
 
     header: str
     end: str
+    last_end: str
     era: str
 
 
-class Template:
-    """The compiled chat template of a tokenizer. If the tokenizer has none, the built-in ChatML template is used."""
+class Ending(NamedTuple):
+    """What ends a generated answer: one of these token ids, or one of these texts, which are no single token. None of
+    them is part of the answer.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, *, era: str = "auto"):
+    ids: tuple[int, ...]
+    texts: tuple[str, ...] = ()
+
+
+class Template:
+    """The compiled chat template of a tokenizer. If the tokenizer has none, the built-in ChatML template is used.
+
+    ends: what the template writes after an answer, control tokens or other texts; empty if it writes nothing there.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, era: str = "auto", name: str = DEFAULT):
         """Compile the template and find out what it writes around answers. Raises TokenizerError if it cannot be used,
         and UsageError if it is not of the required era ("auto": any; see the property `era`).
+
+        name: that of several templates. As in transformers, conversations with tools take the one of name TOOL_USE, if
+        the tokenizer has it, and all others the one of name DEFAULT.
         """
-        self.text = tokenizer.chat_template or CHATML
+        self.text = tokenizer.chat_templates.get(name) or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
         self._last: tuple[Conversation, str] | None = None  # newest rendering; probes are cut several times
-        if tokenizer.chat_template is None and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys():
+        self.for_tools: Template | None = None
+        if tokenizer.chat_templates and DEFAULT not in tokenizer.chat_templates:
+            names = ", ".join(tokenizer.chat_templates)
+            raise TokenizerError(
+                f"{self.name} has the chat templates {names}, none is named {DEFAULT}", f"name one of them {DEFAULT}"
+            )
+        if not tokenizer.chat_templates and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys():
             raise TokenizerError(
                 f"{self.name} has no chat template, and no <|im_start|> and <|im_end|> for the built-in one",
                 'add a "chat_template" to tokenizer_config.json',
@@ -82,6 +108,7 @@ class Template:
             # jinja2 copies these for each rendering, which is slow for the ChainMap that they are.
             self._compiled.globals = dict(self._compiled.globals)
             self._turn = self._learn_turn()
+            self.ends = self._learn_ends()
             self.literals = _literals(environment.parse(self.text))
         except (jinja2.TemplateError, BadRow) as error:
             raise TokenizerError(
@@ -91,6 +118,9 @@ class Template:
             raise UsageError(
                 f"--era {era}, but the template of {self.name} is of era {self._turn.era}", "leave --era at auto"
             )
+        if name == DEFAULT and TOOL_USE in tokenizer.chat_templates:
+            self.for_tools = Template(tokenizer, name=TOOL_USE)
+            self.ends = tuple(dict.fromkeys([*self.ends, *self.for_tools.ends]))
 
     @property
     def era(self) -> str:
@@ -121,6 +151,10 @@ class Template:
         keep_empty_think: if False, leave out empty think blocks that the template wrote by itself.
         """
         assert train_on in TRAIN_ON
+        if self.for_tools and conversation.tools:
+            return self.for_tools.segments(
+                conversation, train_on=train_on, first_trained=first_trained, keep_empty_think=keep_empty_think
+            )
         messages = conversation.messages
         last = self._last
         if last is None or last[0] is not conversation:
@@ -184,6 +218,8 @@ class Template:
         is_prompt: end with the header of the next answer. think: value of the template variables that switch thinking
         on or off; None does not pass them.
         """
+        if self.for_tools and tools:
+            return self.for_tools.render(messages, tools, is_prompt=is_prompt, think=think)
         # The first variable is that of MiniMind-3's template, the second that of Qwen3's.
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
         try:
@@ -217,11 +253,12 @@ class Template:
             before = origins[first - 1].end if first else 0
             after = origins[last + 1].begin if last + 1 < len(origins) else len(text)
             header = text.rfind(self._turn.header, before, begin)
-            close = text.find(self._turn.end, end, after)
+            own_end = self._turn.last_end if after == len(text) else self._turn.end
+            close = text.find(own_end, end, after)
             if header < 0 or close < 0:
                 detail = f"message {i + 1} has not the assistant's header and end of turn"
                 raise BadRow("template cannot be cut", detail)
-            turns.append((header + len(self._turn.header), close + len(self._turn.end)))
+            turns.append((header + len(self._turn.header), close + len(own_end)))
         return turns
 
     @staticmethod
@@ -290,21 +327,62 @@ class Template:
 
     def _learn_turn(self) -> _Turn:
         """Return what the template writes around an answer. Raises BadRow if messages are missing or out of order."""
-        two = [Message("user", "Ask"), Message("assistant", "Tell")] * 2
+        two = _TURN * 2
         gaps = self._gaps(two)
         after_user = self._gaps(two[:1])[-1]
         prompt = self._gaps(two[:1], is_prompt=True)[-1]
-        end = _common_prefix(self._gaps(two[:2])[-1], gaps[2])
         # The header is the end of a prompt. The text before an answer can be longer if the model must write its last
         # part.
         header = prompt if gaps[1].startswith(prompt) and prompt != after_user else gaps[1]
         header = header.partition("<think>")[0]
         era = "seed" if prompt == after_user == gaps[1] else "2"
         if era != "seed":
-            header = header.removeprefix(after_user)
+            header = header.removeprefix(_common_prefix(self._pieces(header), self._pieces(after_user)))
         if gaps[1].endswith(EMPTY_THINK) and gaps[3].endswith(EMPTY_THINK):
             era = "3"
-        return _Turn(header, end, era)
+        last_end = self._gaps(two[:2])[-1]
+        end = _common_prefix(self._pieces(last_end), self._pieces(gaps[2]))
+        if end.strip():
+            last_end = end
+        else:  # nothing in common: an earlier answer ends before the header of the next message
+            end = self._end_before_prompt(header)
+            if not end or not gaps[2].startswith(end):
+                first, later = (self._pieces(gap)[::-1] for gap in (gaps[0], gaps[2]))
+                end = gaps[2][: len(gaps[2]) - len(_common_prefix(first, later))]
+        return _Turn(header, end, last_end, era)
+
+    def _end_before_prompt(self, header: str) -> str:
+        """Return what the template writes between an answer and `header`, a generation prompt; "" if that is unknown."""
+        with contextlib.suppress(BadRow):
+            end = self._gaps(_TURN, is_prompt=True)[-1]
+            return end.removesuffix(header) if header and end.endswith(header) else ""
+        return ""
+
+    def _learn_ends(self) -> tuple[str, ...]:
+        """Return the texts that end an answer: the first control token after it or, where there is none, the text that
+        the template writes there. Those of the last answer and of earlier ones may differ.
+
+        A token that also ends the reasoning of an answer, as <|end|> in the format of gpt-oss, is not one of them.
+        """
+        ends: list[str] = []
+        for messages in (_TURN, _TURN * 2):
+            text = self.render(messages)
+            origins = origins_of(text)
+            ((_, turn_end), *_) = self._turns(text, origins, [1])
+            after = str.__getitem__(text, slice(origins[1].end, turn_end))
+            ends += self.control_tokens_in(after)[:1] or [after.rstrip()] * bool(after.strip())
+        inner: list[str] = []
+        with contextlib.suppress(BadRow):
+            text = self.render([_TURN[0], Message("assistant", "Tell", "Why")])
+            for origin, following in itertools.pairwise(origins_of(text)):
+                if origin.source == 3 + _REASONING:
+                    inner = self.control_tokens_in(str.__getitem__(text, slice(origin.end, following.begin)))
+        return tuple(dict.fromkeys([end for end in ends if end not in inner] or ends))
+
+    def _pieces(self, text: str) -> list[str]:
+        """Divide a text into control tokens and the characters between them."""
+        pieces = self._control.split(text)  # control tokens have odd indices
+        return [part for i, piece in enumerate(pieces) for part in ([piece] if i % 2 else piece)]
 
     def _gaps(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[str]:
         """Return the texts that the template writes before, between and after the contents (one more than messages).
@@ -318,6 +396,19 @@ class Template:
             )
         edges = [0, *(edge for origin in origins for edge in origin[:2]), len(text)]
         return [str.__getitem__(text, slice(*edges[n : n + 2])) for n in range(0, len(edges), 2)]
+
+
+@lru_cache(maxsize=8)
+def ending_of(tokenizer: Tokenizer) -> Ending:
+    """Return what ends an answer of a model with this tokenizer: what its chat template writes after answers, if it has
+    a template that can be used, and its eos tokens.
+    """
+    ends: tuple[str, ...] = ()
+    with contextlib.suppress(TokenizerError):
+        ends = Template(tokenizer).ends
+    ids = [tokenizer.control_tokens[end] for end in ends if end in tokenizer.control_tokens]
+    texts = tuple(end for end in ends if end not in tokenizer.control_tokens)
+    return Ending(tuple(dict.fromkeys([*ids, *tokenizer.eos_ids])), texts)
 
 
 def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -341,9 +432,10 @@ def merged(segments: Sequence[Segment]) -> list[Segment]:
     return merged
 
 
-def _common_prefix(one: str, other: str) -> str:
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-    return one[:same]
+def _common_prefix(one: Sequence[str], other: Sequence[str]) -> str:
+    """Return the pieces with which both lists begin, joined."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(piece for piece, _ in same)
 
 
 def _as_dict(message: Message, index: int) -> JsonObject:

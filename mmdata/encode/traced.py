@@ -8,6 +8,7 @@ ordinary string. Its text counts as the template's own, and the caller can notic
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import jinja2
@@ -195,12 +196,13 @@ def _raise_exception(message: str) -> None:
 
 
 def template_environment() -> jinja2.Environment:
-    """Return a sandboxed jinja2 environment with the settings of transformers, which keeps the origins of strings. The
-    function `strftime_now` is left out on purpose, because the same row must give the same ids on any day.
+    """Return a sandboxed jinja2 environment with the settings of transformers, which keeps the origins of strings.
+    `mm pack` fixes the date that `strftime_now` writes (`Tokenizer.amended`), so that a row has the same ids on any day.
     """
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment

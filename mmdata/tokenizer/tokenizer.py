@@ -17,16 +17,19 @@ import tokenizers
 
 from mmdata.errors import TokenizerError
 from mmdata.io.records import JsonObject
+from mmdata.tokenizer import chat_template as templates
+from mmdata.tokenizer.chat_template import CHATML, DEFAULT, FOLDER
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_FILES = ("tokenizer.json", "tokenizer_config.json", templates.FILE, "generation_config.json")
 _AGAIN = "copy or download it again"  # fix of a damaged file
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` (`native`) with its special ids, control tokens, chat template and hashes.
+    """A `tokenizers.Tokenizer` (`native`) with its special ids, control tokens, chat templates and hashes.
 
-    `files`: contents by name of tokenizer.json, and of tokenizer_config.json and chat_template.jinja if they exist.
-    `added`: tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
+    `files`: contents by path of tokenizer.json and, if they exist, tokenizer_config.json, generation_config.json,
+    chat_template.jinja and the templates in additional_chat_templates/. `chat_templates`: by name; `chat_template`: the
+    one for conversations without tools. `eos_ids`: the eos token's id, then those in generation_config.json. `added`: tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
     -> id, which only templates write. `vocab_size`: the largest id plus 1. None: no such token or template.
     """
 
@@ -38,7 +41,7 @@ class Tokenizer:
         self.dir = dir
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-        config = _read_config(dir, files.get("tokenizer_config.json", b"{}"))
+        self._config = config = _read_json(dir, files, "tokenizer_config.json")
         try:
             self.native = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         except Exception as error:  # the native library raises bare Exception
@@ -67,14 +70,19 @@ class Tokenizer:
             raise TokenizerError(
                 f"tokenizer {dir}: {problem}", 'name one of its tokens as "eos_token" in tokenizer_config.json'
             )
-        self.chat_template = _chat_template(config, files)
-        self.template_sha256 = hashlib.sha256((self.chat_template or CHATML).encode()).hexdigest()
+        more = _read_json(dir, files, "generation_config.json").get("eos_token_id")
+        more = [id for id in (more if isinstance(more, list) else [more]) if type(id) is int]
+        self.eos_ids = [*dict.fromkeys(id for id in [self.eos_id, *more] if 0 <= id < self.vocab_size)]
+        self.chat_templates = templates.templates_in(config, files)
+        self.chat_template = self.chat_templates.get(DEFAULT)
+        named = json.dumps(self.chat_templates) if self.chat_templates.keys() - {DEFAULT} else self.chat_template
+        self.template_sha256 = hashlib.sha256((named or CHATML).encode()).hexdigest()
 
     @classmethod
     def load(cls, dir: Path) -> "Tokenizer":
         """Read a tokenizer from a directory. Raises TokenizerError for a missing, unreadable or unusable file."""
         files = {}
-        for name in _FILES:
+        for name in (*_FILES, *(f"{FOLDER}/{path.name}" for path in sorted((Path(dir) / FOLDER).glob("*.jinja")))):
             try:
                 files[name] = (Path(dir) / name).read_bytes()
             except FileNotFoundError:
@@ -90,6 +98,24 @@ class Tokenizer:
                 "give a directory with tokenizer.json and tokenizer_config.json as --tokenizer",
             )
         return cls(Path(dir), files)
+
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether a chat template writes the current date."""
+        return any(map(templates.asks_for_date, self.chat_templates.values()))
+
+    def amended(self, *, end_of_turn: str | None = None, date: str | None = None) -> "Tokenizer":
+        """Return this tokenizer with chat templates that write the token `end_of_turn` after each answer, and `date`
+        (YYYY-MM-DD) instead of the current date. Templates that do so already are not changed. Raises UsageError if
+        `date` is not a date, TokenizerError if a template cannot be changed.
+        """
+        files = self.files
+        if end_of_turn:
+            files = templates.changed(self._config, files, lambda text: templates.with_end_of_turn(text, end_of_turn))
+        if date and self.asks_for_date:
+            config = _read_json(self.dir, files, "tokenizer_config.json")
+            files = templates.changed(config, files, lambda text: templates.with_date(text, date))
+        return self if files is self.files else Tokenizer(self.dir, files)
 
     @cached_property
     def decoder(self) -> str:
@@ -149,8 +175,8 @@ class Tokenizer:
 
     def save(self, dir: Path) -> None:
         """Write the files that the tokenizer was loaded from, byte for byte, to `dir`. Creates `dir` if missing."""
-        dir.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
+            (dir / name).parent.mkdir(parents=True, exist_ok=True)
             (dir / name).write_bytes(content)
 
 
@@ -204,23 +230,14 @@ def train_bpe(
     return tokenizer
 
 
-# The chat template for tokenizers that have none: <|im_start|> and role before each message, <|im_end|> after it.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def _read_config(dir: Path, content: bytes) -> JsonObject:
-    """Return the content of tokenizer_config.json. Raises TokenizerError if it is not a JSON object."""
+def _read_json(dir: Path, files: dict[str, bytes], name: str) -> JsonObject:
+    """Return the content of a JSON file, empty for a missing one. Raises TokenizerError if it is not a JSON object."""
     try:
-        config = json.loads(content)
+        config = json.loads(files.get(name, b"{}"))
     except ValueError as error:
-        raise TokenizerError(f"{dir / 'tokenizer_config.json'} is not JSON: {error}", _AGAIN) from error
+        raise TokenizerError(f"{dir / name} is not JSON: {error}", _AGAIN) from error
     if not isinstance(config, dict):
-        raise TokenizerError(f"{dir / 'tokenizer_config.json'} is not a JSON object", _AGAIN)
+        raise TokenizerError(f"{dir / name} is not a JSON object", _AGAIN)
     return config
 
 
@@ -234,14 +251,3 @@ def _extra_tokens(config: JsonObject) -> list[str]:
     """Return the texts of `additional_special_tokens`, or else `extra_special_tokens`, of tokenizer_config.json."""
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     return [_token_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
-
-
-def _chat_template(config: JsonObject, files: dict[str, bytes]) -> str | None:
-    """Return chat_template.jinja, else the template of tokenizer_config.json, of several the "default"; or None."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8", errors="replace")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return template or None

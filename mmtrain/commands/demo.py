@@ -78,7 +78,8 @@ def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
     from mmdata import demo as recipe
     from mmdata.pack.options import PackOptions
     from mmdata.pack.pipeline import pack
-    from mmdata.tokenizer.tokenizer import CHATML, train_bpe
+    from mmdata.tokenizer.chat_template import CHATML
+    from mmdata.tokenizer.tokenizer import train_bpe
     from mmtrain.config import TrainOptions
     from mmtrain.train.loop import train
 

@@ -27,7 +27,8 @@ from mmdata.encode.template import Template
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.io.files import replace_directory, write_json, write_text
 from mmdata.io.records import JsonObject
-from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
+from mmdata.tokenizer.chat_template import CHATML
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import ModelConfig

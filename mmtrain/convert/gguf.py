@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from mmdata.errors import TokenizerError, UsageError
-from mmdata.tokenizer.tokenizer import CHATML, Tokenizer
+from mmdata.tokenizer.chat_template import CHATML
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.config import ModelConfig
 from mmtrain.convert.foreign import interleaved
 

@@ -8,7 +8,7 @@ MiniMind's tokenizers of October 2025 and of 2026 do; they were written anew for
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmdata.tokenizer.tokenizer import CHATML
+from mmdata.tokenizer.chat_template import CHATML
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

@@ -1,0 +1,98 @@
+"""The chat templates in the files of a tokenizer, and the two changes that `mm pack` can make to them: a token after each
+answer, and a fixed date. A changed template stands in the dataset's tokenizer, and so in runs and exports too.
+
+Each change is a first line in front of the template. It ends with a newline, which jinja2 drops after a tag, so the rest
+of the template is read as before.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Mapping
+
+from mmdata.errors import TokenizerError, UsageError
+from mmdata.io.records import JsonObject
+
+FILE, FOLDER = "chat_template.jinja", "additional_chat_templates"  # where transformers stores templates
+DEFAULT, TOOL_USE = "default", "tool_use"  # the names that transformers chooses from; the second for rows with tools
+DATE = "2024-07-26"  # default of --date, and the date that Llama 3.1's template writes where there is no clock
+
+# The chat template for tokenizers that have none: <|im_start|> and role before each message, <|im_end|> after it.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_END_OF_TURN = (
+    "{%%- set mm = namespace(messages=[]) -%%}{%%- for m in messages -%%}"
+    "{%%- if m.role == 'assistant' and m.content is string and not m.tool_calls -%%}"
+    "{%%- set mm.messages = mm.messages + [dict(m, content=m.content + %s)] -%%}"
+    "{%%- else -%%}{%%- set mm.messages = mm.messages + [m] -%%}{%%- endif -%%}{%%- endfor -%%}"
+    "{%%- set messages = mm.messages %%}\n"
+)
+_DATE = "{%%- macro strftime_now(format) -%%}{{ %s[format] }}{%%- endmacro %%}\n"
+_DEFINITION = "macro strftime_now"
+_CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:\"([^\"]*)\"|'([^']*)')?")
+
+
+def templates_in(config: JsonObject, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the chat templates by name, empty for none. A tokenizer with one template has it as DEFAULT.
+
+    As in transformers, chat_template.jinja and the files of FOLDER take the place of those in tokenizer_config.json.
+    config: the content of tokenizer_config.json. files: contents by path in the tokenizer's directory.
+    """
+    if FILE in files:
+        names = {name.removeprefix(f"{FOLDER}/"): name for name in files if name.startswith(f"{FOLDER}/")}
+        found = {DEFAULT: FILE} | {name.removesuffix(".jinja"): path for name, path in sorted(names.items())}
+        return {name: files[path].decode("utf-8", errors="replace") for name, path in found.items()}
+    template = config.get("chat_template") or {}
+    if isinstance(template, list):
+        pairs = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
+        return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+    return {DEFAULT: template} if isinstance(template, str) else {}
+
+
+def changed(config: JsonObject, files: Mapping[str, bytes], change: Callable[[str], str]) -> dict[str, bytes]:
+    """Return a copy of a tokenizer's files with `change` applied to every chat template; see `templates_in`."""
+    copy = {
+        name: change(content.decode("utf-8", errors="replace")).encode() if name.endswith(".jinja") else content
+        for name, content in files.items()
+    }
+    if FILE not in files and (texts := templates_in(config, files)):
+        new = {name: change(text) for name, text in texts.items()}
+        is_list = isinstance(config.get("chat_template"), list)
+        template = [{"name": name, "template": text} for name, text in new.items()] if is_list else new[DEFAULT]
+        config = {**config, "chat_template": template}
+        copy["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
+    return copy
+
+
+def with_end_of_turn(template: str, token: str) -> str:
+    """Return a template that writes `token` after the content of each answer without tool calls."""
+    line = _END_OF_TURN % json.dumps(token, ensure_ascii=False)
+    return template if line in template else line + template
+
+
+def asks_for_date(template: str) -> bool:
+    """Return whether a template uses `strftime_now`, the function of chat templates that formats the current time."""
+    return "strftime_now" in template and _DEFINITION not in template
+
+
+def with_date(template: str, date: str) -> str:
+    """Return a template in which `strftime_now` formats the beginning of the day `date` (YYYY-MM-DD). Raises
+    TokenizerError if a format is not a constant string, and UsageError if `date` is not a date.
+    """
+    if not asks_for_date(template):
+        return template
+    try:
+        day = datetime.datetime.strptime(date, "%Y-%m-%d")
+    except ValueError:
+        raise UsageError(f"--date {date} is no date", "--date YYYY-MM-DD") from None
+    formats = {match[1] or match[2] for match in _CALL.finditer(template)}
+    if None in formats:
+        raise TokenizerError(
+            "the chat template computes the format of the date, so that it cannot be fixed",
+            "write the formats of strftime_now in the template as constant strings",
+        )
+    return _DATE % json.dumps({format: day.strftime(format) for format in sorted(map(str, formats))}) + template

@@ -1,0 +1,262 @@
+"""What ends an answer is found from the template, and everything that packs, generates and exports keeps to it."""
+
+import json
+import pickle
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import endings
+import pytest
+
+from mmdata.encode.encoder import RowEncoder
+from mmdata.encode.rows import Conversation, Message
+from mmdata.encode.template import Template, ending_of
+from mmdata.errors import TokenizerError, UsageError
+from mmdata.tokenizer.chat_template import DATE
+from mmdata.tokenizer.tokenizer import Tokenizer
+
+TWO_TURNS = Conversation(
+    tuple(Message(role, text) for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True))
+)
+
+
+@cache
+def theirs(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def as_dicts(row: Conversation) -> list[dict[str, Any]]:
+    return [{"role": m.role, "content": m.content} for m in row.messages]
+
+
+def trained(template: Template, row: Conversation = TWO_TURNS) -> str:
+    """The rendering, with what is trained in brackets."""
+    text = "".join(f"[{part.text}]" if part.is_trained else part.text for part in template.segments(row))
+    return text.replace("][", "")
+
+
+# --- found from the template
+
+
+@pytest.mark.parametrize("name", endings.KINDS)
+def test_what_the_template_writes_after_an_answer_ends_it(name: str) -> None:
+    kind, tokenizer = endings.KINDS[name], endings.tokenizer(name)
+    assert Template(tokenizer).ends == kind.ends
+    ending = ending_of(tokenizer)
+    tokens = [end for end in kind.ends if end in tokenizer.control_tokens]
+    assert [tokenizer.native.id_to_token(id) for id in ending.ids] == list(dict.fromkeys([*tokens, kind.eos]))
+    assert ending.texts == tuple(end for end in kind.ends if end not in tokens)
+
+
+@pytest.mark.parametrize("name", endings.KINDS)
+def test_ids_are_those_of_transformers_and_ends_are_trained(name: str) -> None:
+    tokenizer = endings.tokenizer(name).amended(date=DATE)
+    encoder = RowEncoder(tokenizer, max_len=512)
+    encoded = encoder.encode([TWO_TURNS])
+    assert not encoded.bad
+    sequence: Any = encoded.sequences[0]
+    rendered = theirs(tokenizer.dir).apply_chat_template(as_dicts(TWO_TURNS), tokenize=False)
+    if name != "dated":
+        ids = theirs(tokenizer.dir)(rendered, add_special_tokens=False)["input_ids"]
+        assert sequence.ids.tolist() == ids
+    text = tokenizer.decode(sequence.ids[sequence.loss_mask == 1])
+    for end in endings.KINDS[name].ends[:1]:
+        assert text.count(end) >= 1
+
+
+READS = {
+    "glm4": "[gMASK]<sop><|user|>\na<|assistant|>\n[b]<|user|>\nc<|assistant|>\n[d]",
+    "phi3": "<|user|>\na<|end|>\n<|assistant|>\n[b<|end|>\n]<|user|>\nc<|end|>\n<|assistant|>\n[d<|end|>\n]<|endoftext|>",
+    "eos_at_the_very_end": "<|user|>\na<|assistant|>\n[b]<|user|>\nc<|assistant|>\n[d<|endoftext|>]",
+    "another_end_for_the_last": "<|start|>user<|message|>a<|end|><|start|>assistant<|message|>[b<|end|>]"
+    "<|start|>user<|message|>c<|end|><|start|>assistant<|message|>[d<|return|>]",
+    "channels": "<|start|>user<|message|>a<|end|><|start|>assistant[<|channel|>final<|message|>b<|end|>]"
+    "<|start|>user<|message|>c<|end|><|start|>assistant[<|channel|>final<|message|>d<|return|>]",
+    "ends_with_text": "### user:\na\n### end\n\n### assistant:\n[b\n### end\n\n]"
+    "### user:\nc\n### end\n\n### assistant:\n[d\n### end\n\n]",
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_end_is_trained_with_its_answer(name: str) -> None:
+    assert trained(Template(endings.tokenizer(name))) == READS[name]
+
+
+def test_a_phi3_conversation_may_begin_with_the_assistant_or_stop_before_its_answer() -> None:
+    template = Template(endings.tokenizer("phi3"))
+    row = Conversation(
+        (Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"), Message("user", "e"))
+    )
+    assert trained(template, row) == (
+        "<|assistant|>\n[b<|end|>\n]<|user|>\nc<|end|>\n<|assistant|>\n[d<|end|>\n]<|user|>\ne<|end|>\n<|endoftext|>"
+    )
+
+
+def test_without_a_usable_template_the_eos_token_ends_an_answer(tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("qwen_base"), tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ broken")
+    assert ending_of(Tokenizer.load(tmp_path / "t")).ids == (0,)
+
+
+def test_eos_tokens_of_generation_config_end_an_answer_too(tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("glm4"), tmp_path / "t")
+    ids = endings.tokenizer("glm4").control_tokens
+    more = [ids["<|endoftext|>"], ids["<|user|>"], 10**9, "x", None, True]
+    (tmp_path / "t" / "generation_config.json").write_text(json.dumps({"eos_token_id": more}))
+    tokenizer = Tokenizer.load(tmp_path / "t")
+    assert ending_of(tokenizer).ids == (ids["<|endoftext|>"], ids["<|user|>"])
+    tokenizer.save(tmp_path / "again")
+    assert (tmp_path / "again" / "generation_config.json").is_file()
+    for wrong in ("[1]", "{"):
+        (tmp_path / "t" / "generation_config.json").write_text(wrong)
+        with pytest.raises(TokenizerError, match=r"generation_config\.json"):
+            Tokenizer.load(tmp_path / "t")
+
+
+# --- a token after each answer
+
+
+@pytest.mark.parametrize("name", ["glm4", "only_a_newline"])
+def test_a_token_can_be_added_after_each_answer(name: str, tmp_path: Path) -> None:
+    tokenizer = endings.tokenizer(name).amended(end_of_turn="<|endoftext|>")
+    template = Template(tokenizer)
+    assert template.ends == ("<|endoftext|>",) and ending_of(tokenizer).ids == (0,)
+    between = "" if name == "glm4" else "\n"
+    assert f"b<|endoftext|>{between}" in trained(template) and f"d<|endoftext|>{between}]" in trained(template)
+    assert trained(template).replace("<|endoftext|>", "") == trained(Template(endings.tokenizer(name)))
+    tokenizer.save(tmp_path)
+    rendered = theirs(tmp_path).apply_chat_template(as_dicts(TWO_TURNS), tokenize=False)
+    assert rendered == "".join(part.text for part in template.segments(TWO_TURNS))
+    again = Tokenizer.load(tmp_path)
+    assert again.amended(end_of_turn="<|endoftext|>").files == again.files == tokenizer.files
+    assert pickle.loads(pickle.dumps(RowEncoder(tokenizer, max_len=99))).tokenizer.files == tokenizer.files
+
+
+def test_an_added_token_stands_in_prompts_after_earlier_answers_only() -> None:
+    tokenizer = endings.tokenizer("glm4").amended(end_of_turn="<|endoftext|>")
+    ids = Template(tokenizer).prompt_ids(tokenizer, TWO_TURNS.messages[:3])
+    assert tokenizer.decode(ids) == "[gMASK]<sop><|user|>\na<|assistant|>\nb<|endoftext|><|user|>\nc<|assistant|>\n"
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}x{% endif %}", " \n {#- a -#}  ", "-", "{{ '' }}\n"])
+def test_a_changed_template_reads_the_rest_as_before(start: str, tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("glm4"), tmp_path / "t")
+    text = start + endings.KINDS["glm4"].template + "{{ strftime_now('') }}"
+    (tmp_path / "t" / "chat_template.jinja").write_text(text.replace("('')", "('%Y')"))
+    tokenizer = Tokenizer.load(tmp_path / "t")
+    changed = tokenizer.amended(end_of_turn='"\\é', date="2001-02-03")
+    before = Template(tokenizer).render(TWO_TURNS.messages, is_prompt=True)
+    after = Template(changed).render(TWO_TURNS.messages, is_prompt=True)
+    assert after.replace('"\\é', "").removesuffix("2001") == before[:-4] and after.count('"\\é') == 2
+
+
+# --- a fixed date
+
+
+def test_the_date_is_fixed_for_rows_and_todays_for_others(tmp_path: Path) -> None:
+    tokenizer = endings.tokenizer("dated")
+    text = "".join(part.text for part in RowEncoder(tokenizer, max_len=99).segments(TWO_TURNS)[0])
+    assert "Today is 26 Jul 2024.<|eot_id|>" in text
+    prompt = tokenizer.decode(Template(tokenizer).prompt_ids(tokenizer, TWO_TURNS.messages[:1]))
+    assert prompt == theirs(tokenizer.dir).apply_chat_template(
+        as_dicts(TWO_TURNS)[:1], tokenize=False, add_generation_prompt=True
+    )
+    fixed = tokenizer.amended(date="2031-12-01")
+    assert fixed.asks_for_date is False and fixed.amended(date="1999-01-01") is fixed
+    prompt = fixed.decode(Template(fixed).prompt_ids(fixed, TWO_TURNS.messages[:1]))
+    assert "Today is 01 Dec 2031." in prompt
+    fixed.save(tmp_path)
+    assert prompt == theirs(tmp_path).apply_chat_template(
+        as_dicts(TWO_TURNS)[:1], tokenize=False, add_generation_prompt=True
+    )
+
+
+@pytest.mark.parametrize("date", ["2024-13-01", "26 Jul 2024", "2024-07-26T00:00", "today"])
+def test_what_is_no_date_is_refused(date: str) -> None:
+    with pytest.raises(UsageError, match=f"--date {date} is no date"):
+        endings.tokenizer("dated").amended(date=date)
+    assert endings.tokenizer("phi3").amended(date=date) is endings.tokenizer("phi3")
+
+
+def test_a_guarded_date_and_several_formats_are_fixed_and_a_computed_format_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("dated"), tmp_path / "t")
+    guarded = (
+        '{% if strftime_now is defined %}{% set date = strftime_now( "%Y-%m-%d" ) %}{% endif %}{{ date }}'
+        "{% macro inner() %}{{ strftime_now('%A %-d') }}{% endmacro %}{{ inner() }}"
+    )
+    for text, expected in ((guarded, "2024-07-26Friday 26"), ("{{ strftime_now(format) }}", None)):
+        (tmp_path / "t" / "chat_template.jinja").write_text(text + endings.LLAMA)
+        tokenizer = Tokenizer.load(tmp_path / "t")
+        if expected:
+            assert Template(tokenizer.amended(date=DATE)).render(TWO_TURNS.messages).startswith(expected + "<|start")
+        else:
+            with pytest.raises(TokenizerError, match="computes the format of the date"):
+                tokenizer.amended(date=DATE)
+
+
+# --- several templates
+
+TOOLS = ({"name": "add", "parameters": {}},)
+
+
+def in_config(directory: Path) -> None:
+    """Leave the templates where they are."""
+
+
+def in_files(directory: Path) -> None:
+    """Move the templates to chat_template.jinja and additional_chat_templates/."""
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "additional_chat_templates").mkdir()
+    for template in config.pop("chat_template"):
+        is_default = template["name"] == "default"
+        path = "chat_template.jinja" if is_default else f"additional_chat_templates/{template['name']}.jinja"
+        (directory / path).write_text(template["template"])
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "not this one"}))
+
+
+@pytest.mark.parametrize("move", [in_config, in_files])
+def test_conversations_with_tools_take_the_template_of_that_name(move: Any, tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("named"), tmp_path / "t")
+    move(tmp_path / "t")
+    tokenizer = Tokenizer.load(tmp_path / "t")
+    assert tokenizer.template_sha256 == endings.tokenizer("named").template_sha256
+    assert tokenizer.template_sha256 != endings.tokenizer("qwen_base").template_sha256
+    called = (Message("user", "a"), Message("assistant", "", None, ({"name": "add", "arguments": {"x": 1}},)))
+    encoder = RowEncoder(tokenizer, max_len=512)
+    for row in (
+        TWO_TURNS,
+        Conversation(TWO_TURNS.messages, TOOLS),
+        Conversation((*called, *TWO_TURNS.messages), TOOLS),
+    ):
+        dicts = [{**d, "tool_calls": list(m.tool_calls)} for d, m in zip(as_dicts(row), row.messages, strict=True)]
+        tools = list(row.tools) or None
+        expected = theirs(tokenizer.dir).apply_chat_template(dicts, tools=tools, tokenize=False)
+        encoded = encoder.encode([row])
+        assert not encoded.bad
+        assert tokenizer.decode(encoded.sequences[0].ids) == expected  # type: ignore[union-attr]
+        prompt = tokenizer.decode(Template(tokenizer).prompt_ids(tokenizer, row.messages[:1], row.tools))
+        assert prompt == theirs(tokenizer.dir).apply_chat_template(
+            dicts[:1], tools=tools, tokenize=False, add_generation_prompt=True
+        )
+    tokenizer.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").chat_templates == tokenizer.chat_templates
+    changed = tokenizer.amended(end_of_turn="<s>")
+    assert all(text.startswith("{%- set mm") for text in changed.chat_templates.values())
+
+
+def test_several_templates_of_which_none_is_the_default_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("named"), tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "rag", "template": "x"},
+        {"name": "tool_use", "template": "y"},
+        "z",
+        {"name": 1},
+    ]
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match="templates rag, tool_use, none is named default"):
+        Template(Tokenizer.load(tmp_path / "t"))
