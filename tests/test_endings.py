@@ -9,11 +9,17 @@ from typing import Any
 
 import endings
 import pytest
+from msgspec import UNSET
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import Conversation, Message
 from mmdata.encode.template import Template, ending_of
 from mmdata.errors import TokenizerError, UsageError
+from mmdata.pack.options import PackOptions
+from mmdata.pack.pipeline import pack
+from mmdata.pack.repair import repair
+from mmdata.shards.dataset import open_dataset, sample_rows
+from mmdata.shards.manifest import read_manifest
 from mmdata.tokenizer.chat_template import DATE
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -260,3 +266,99 @@ def test_several_templates_of_which_none_is_the_default_are_refused(tmp_path: Pa
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(TokenizerError, match="templates rag, tool_use, none is named default"):
         Template(Tokenizer.load(tmp_path / "t"))
+
+
+# --- mm pack
+
+ROW = {"conversations": [{"role": m.role, "content": m.content} for m in TWO_TURNS.messages]}
+PAIR = {
+    "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}],
+}
+
+
+def packed(root: Path, name: str, *rows: dict[str, Any], **options: Any) -> tuple[Path, list[str]]:
+    """Pack rows with the tokenizer of that name; return the dataset and what was said."""
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said: list[str] = []
+    chosen = PackOptions(tokenizer=endings.directory(name), max_len=64, val_fraction=0, workers=1, **options)
+    pack([root / "rows.jsonl"], root / "out", chosen, note=said.append)
+    return root / "out", said
+
+
+@pytest.mark.parametrize("row", [ROW, PAIR])
+@pytest.mark.parametrize("name", ["glm4", "only_a_newline"])
+def test_a_template_that_ends_no_answer_is_refused(row: dict[str, Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="writes nothing after an answer") as caught:
+        packed(tmp_path, name, row)
+    assert "--end-of-turn '<|endoftext|>'" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+    packed(tmp_path, name, {"text": "documents need no template"})
+
+
+def test_the_appended_token_is_trained_recorded_and_repaired(tmp_path: Path) -> None:
+    out, said = packed(tmp_path, "glm4", ROW, end_of_turn="<|endoftext|>")
+    manifest = read_manifest(out)
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    assert (manifest.arguments.end_of_turn, manifest.arguments.date) == ("<|endoftext|>", UNSET) and not said
+    assert manifest.tokenizer.template_sha256 == tokenizer.template_sha256 != endings.tokenizer("glm4").template_sha256
+    (record,) = sample_rows(open_dataset(out), "train", 0)
+    trained = [id for id, is_trained in zip(record["input_ids"], record["loss_mask"], strict=True) if is_trained]
+    assert tokenizer.decode(trained) == "b<|endoftext|>d<|endoftext|>"
+    for path in ("train/b0064/part-00000.arrow", "tokenizer/tokenizer_config.json"):
+        (out / path).write_bytes(b"")
+    assert len(repair(out, tokenizer_dir=endings.directory("glm4"))) == 2
+    again = PackOptions(tokenizer=out / "tokenizer", max_len=64, val_fraction=0, workers=1, end_of_turn="<|endoftext|>")
+    assert pack([tmp_path / "rows.jsonl"], tmp_path / "again", again).digest == manifest.dataset_digest
+
+
+def test_an_eos_token_that_ends_no_answer_is_said_once(tmp_path: Path) -> None:
+    _, said = packed(tmp_path, "qwen_base", ROW)
+    assert said == ["answers end with '<|im_end|>', documents with the eos token '<|endoftext|>': both stop generation"]
+    assert packed(tmp_path, "qwen_base", {"text": "a document"})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("glm4", {"end_of_turn": "<|stop|>"}, r"--end-of-turn <\|stop\|> is no special token"),
+        ("phi3", {"end_of_turn": "<|endoftext|>"}, r"template writes '<\|end\|>' after answers"),
+        ("phi3", {"date": "2024-01-01"}, "writes no date"),
+        ("dated", {"date": "yesterday"}, "--date yesterday is no date"),
+    ],
+)
+def test_options_that_do_not_fit_the_template_are_refused(name: str, options: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        packed(tmp_path, name, ROW, **options)
+
+
+@pytest.mark.parametrize(("date", "day"), [(None, "26 Jul 2024"), ("2019-02-03", "03 Feb 2019")])
+def test_the_date_is_recorded_and_stands_in_the_datasets_template(date: str | None, day: str, tmp_path: Path) -> None:
+    out, _ = packed(tmp_path, "dated", ROW, date=date)
+    assert read_manifest(out).arguments.date == (date or DATE)
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    (record,) = sample_rows(open_dataset(out), "train", 0)
+    rendered = theirs(out / "tokenizer").apply_chat_template(ROW["conversations"], tokenize=False)
+    assert tokenizer.decode(record["input_ids"]) == rendered and f"Today is {day}." in rendered
+
+
+def test_ordinary_manifests_have_no_new_fields(tmp_path: Path) -> None:
+    out, said = packed(tmp_path, "mistral", ROW)
+    assert (
+        not {"end_of_turn", "date"} & json.loads((out / "manifest.json").read_text())["arguments"].keys() and not said
+    )
+
+
+@pytest.mark.parametrize("move", [in_config, in_files])
+def test_a_dataset_holds_all_templates(move: Any, tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("named"), tmp_path / "t")
+    move(tmp_path / "t")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"messages": ROW["conversations"], "tools": list(TOOLS)}) + "\n" + json.dumps(ROW) + "\n"
+    )
+    options = PackOptions(tokenizer=tmp_path / "t", max_len=256, val_fraction=0, workers=1)
+    assert pack([tmp_path / "rows.jsonl"], tmp_path / "out", options).kept == 2
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer")
+    assert tokenizer.chat_templates == endings.tokenizer("named").chat_templates
+    texts = [tokenizer.decode(r["input_ids"]) for r in sample_rows(open_dataset(tmp_path / "out"), "train", 0)]
+    assert sorted('Tools:{"name": "add", "parameters": {}}' in text for text in texts) == [False, True]

@@ -23,7 +23,7 @@ from mmdata.encode.rows import BadRow, parse_row
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, is_seekable, iter_lines
 from mmdata.options import check
-from mmdata.pack.options import PART_BYTES, PackOptions
+from mmdata.pack.options import PART_BYTES, PackOptions, packing_tokenizer
 from mmdata.pack.packing import buckets_for, pack
 from mmdata.pack.pipeline import COMPRESSION, common_kind
 from mmdata.shards import dataset
@@ -119,8 +119,8 @@ class Survey:
 
 def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
     """Return the sizes of the inputs. Raises the errors of `estimate`, but none if no row can be used."""
-    assert options.tokenizer, "PackOptions.tokenizer is required"
-    kind, tokenizer = common_kind(inputs), Tokenizer.load(options.tokenizer)
+    kind = common_kind(inputs)
+    tokenizer, _ = packing_tokenizer(options, kind)
     takes = RowEncoder(
         tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed,
         encoder=choose(tokenizer, options.encoder),
@@ -164,9 +164,8 @@ def estimate(
     if a file does not exist or no sampled row can be used, and the errors of `pack` for invalid options or tokenizers.
     """
     check(options)
-    assert options.tokenizer, "PackOptions.tokenizer is required"
     kind, workers = common_kind(inputs), options.workers or 1
-    tokenizer = Tokenizer.load(options.tokenizer)
+    tokenizer, _ = packing_tokenizer(options, kind)
     chosen = choose(tokenizer, options.encoder)
     samples = [_read(path, kind) for path in inputs]
     found = []

@@ -1,10 +1,15 @@
 """The options of `mm pack` with types, defaults, ranges and help texts. Imports nothing that is slow to load."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmdata.errors import UsageError
+from mmdata.errors import TokenizerError, UsageError
 from mmdata.options import INT64, option
+
+if TYPE_CHECKING:
+    from mmdata.tokenizer.tokenizer import Tokenizer
 
 PART_BYTES = 32 * 2**20
 DEDUP = ("exact", "near")
@@ -74,6 +79,19 @@ class PackOptions:
     seed: int = option(
         0, help="Seed of the only random choice: which rows keep their empty think blocks.", group=TEMPLATE, **INT64
     )
+    end_of_turn: str | None = option(
+        None,
+        help="Append this special token to each answer, for a chat template that writes nothing after answers.",
+        group=TEMPLATE,
+        metavar="TOKEN",
+    )
+    date: str | None = option(
+        None,
+        help="Today's date for a chat template that writes it, YYYY-MM-DD.",
+        group=TEMPLATE,
+        metavar="DATE",
+        default_text="2024-07-26",
+    )
     dedup: str | None = option(
         None,
         help="Leave out repeated rows except the first: exact, or near (pip install 'mm-toolkit[dedup]').",
@@ -128,6 +146,50 @@ class PackOptions:
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise UsageError(f"--shard {self.shard} is not I/N with I from 1 to N", "--shard 1/4, …, --shard 4/4")
         return int(number), int(count)
+
+
+def packing_tokenizer(
+    options: PackOptions, kind: str, note: Callable[[str], None] = lambda _: None
+) -> "tuple[Tokenizer, str | None]":
+    """Return the tokenizer for packing rows of this kind, with the chat template that `end_of_turn` and `date` ask for,
+    and the date that this template writes, or None.
+
+    Raises TokenizerError if the tokenizer cannot be used, also because its chat template writes nothing after answers,
+    and UsageError if one of the two options does not fit the template. note: called if the eos token ends no answer.
+    """
+    from mmdata.encode.template import Template
+    from mmdata.tokenizer.chat_template import DATE
+    from mmdata.tokenizer.tokenizer import Tokenizer
+
+    assert options.tokenizer, "PackOptions.tokenizer is required"
+    tokenizer, token = Tokenizer.load(options.tokenizer), options.end_of_turn
+    if options.date and not tokenizer.asks_for_date:
+        raise UsageError(f"--date: the chat template of {tokenizer.dir} writes no date, or a fixed one", "leave it out")
+    date = options.date or (DATE if kind != "document" and tokenizer.asks_for_date else None)
+    tokenizer = tokenizer.amended(date=date)
+    ends = Template(tokenizer).ends if token or kind != "document" else ()
+    if token and token not in tokenizer.control_tokens:
+        some = ", ".join(list(tokenizer.control_tokens)[:8])
+        raise UsageError(f"--end-of-turn {token} is no special token of {tokenizer.dir}", f"it has {some}")
+    if token and ends and token not in ends:
+        raise UsageError(
+            f"--end-of-turn {token}, but the chat template writes {', '.join(map(repr, ends))} after answers",
+            "leave it out",
+        )
+    if token and not ends:
+        tokenizer = tokenizer.amended(end_of_turn=token)
+        ends = Template(tokenizer).ends
+    if not ends and kind != "document":
+        raise TokenizerError(
+            f"{tokenizer.dir}: its chat template writes nothing after an answer, so a model would never stop",
+            f"--end-of-turn '{tokenizer.eos_token}' appends this token to each answer; it is trained, and stands in exports",
+        )
+    if ends and tokenizer.eos_token not in ends:
+        wording = (
+            f"answers end with {' or '.join(map(repr, ends))}, documents with the eos token {tokenizer.eos_token!r}"
+        )
+        note(f"{wording}: both stop generation")
+    return tokenizer, date
 
 
 def parse_budget(text: str | None) -> tuple[float | None, dict[str, float]]:

@@ -155,7 +155,7 @@ class PartPacker:
 
     def __init__(self, settings: PartSettings):
         self._settings, self._header, self._arguments = settings, settings.header, settings.header.arguments
-        self._tokenizer = Tokenizer.load(settings.tokenizer_dir)
+        self._tokenizer = self._arguments.amend(Tokenizer.load(settings.tokenizer_dir))
         encoder = choose(self._tokenizer, settings.encoder)
         self._warning = encoder.warning
         self._fast = self._row_encoder(encoder)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from mmdata.encode import rows
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
@@ -27,7 +28,7 @@ from mmdata.io.lines import is_seekable
 from mmdata.io.records import FileEntry, write_record
 from mmdata.options import check
 from mmdata.pack import dedup
-from mmdata.pack.options import PackOptions, parse_budget
+from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
 from mmdata.pack.part import Part, PartResult, PartSettings
 from mmdata.pack.staging import PackKey, RecordingPacker, Staging, one_of_several, only_writer
 from mmdata.pack.summary import fill_of, header_of, manifest_of, stats_of, total_of
@@ -79,7 +80,6 @@ class _Job:
     out: Path  # symbolic links are resolved
     options: PackOptions
     tokenizer: Tokenizer
-    tokenizer_dir: Path
     states: list[tuple[int, int]]  # size and modification time (ns) of each input
     parts: list[Part]
     header: DatasetHeader
@@ -187,7 +187,7 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
             job.progress(bytes_before + done_bytes, total)
 
     if todo:
-        settings = PartSettings(staging.dataset, job.tokenizer_dir, job.header, job.options.encoder)
+        settings = PartSettings(staging.dataset, job.tokenizer.dir, job.header, job.options.encoder)
         dedup.screen(settings, job.parts, parts, job.run, job.progress)
         make = partial(RecordingPacker, settings, job.out)
         results += job.run(make, todo, total=total - bytes_before, progress=report, with_counts=True)
@@ -281,16 +281,16 @@ def _plan_job(
     note: Note,
 ) -> _Job:
     """Read and hash the inputs once, check tokenizer and row kind, and cut the inputs into parts; write nothing."""
-    assert options.tokenizer, "PackOptions.tokenizer is required"
-    tokenizer = Tokenizer.load(options.tokenizer)
+    kind = common_kind(inputs)
+    tokenizer, date = packing_tokenizer(options, kind, note)
+    arguments = msgspec.structs.replace(arguments, end_of_turn=options.end_of_turn or UNSET, date=date or UNSET)
     if options.encoder != "auto":
         choose(tokenizer, options.encoder)  # raises an error here instead of in every worker
-    kind = common_kind(inputs)
     states = _states(inputs)
     records, parts = plan(inputs, options.part_bytes)
     header = header_of(kind, options.max_len, tokenizer, records, arguments)
     place = Path(os.path.realpath(out))
-    return _Job(inputs, place, options, tokenizer, options.tokenizer, states, parts, header, progress, watch, note)
+    return _Job(inputs, place, options, tokenizer, states, parts, header, progress, watch, note)
 
 
 def common_kind(inputs: Sequence[Path]) -> str:

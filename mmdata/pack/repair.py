@@ -46,7 +46,7 @@ def repair(
         scratch = staging.out.parent / f".{staging.out.name}.repair"
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            tokenizer = _restore_tokenizer(directory, damaged, tokenizer_dir)
+            tokenizer = _restore_tokenizer(directory, manifest, damaged, tokenizer_dir)
             settings = PartSettings(scratch / "dataset", tokenizer, manifest)
             _rebuild(directory, manifest, damaged, settings, workers, progress)
         finally:
@@ -54,7 +54,7 @@ def repair(
     return [file.path for file in damaged]
 
 
-def _restore_tokenizer(directory: Path, damaged: Sequence[FileEntry], source: Path | None) -> Path:
+def _restore_tokenizer(directory: Path, manifest: Manifest, damaged: Sequence[FileEntry], source: Path | None) -> Path:
     """Return the dataset's tokenizer directory, after replacing damaged files with copies from `source`. Raises
     TokenizerError if there are damaged files and `source` is None or a different tokenizer.
     """
@@ -64,7 +64,7 @@ def _restore_tokenizer(directory: Path, damaged: Sequence[FileEntry], source: Pa
     fix = f"mm verify {directory} --repair --tokenizer DIR (the one it was packed with)"
     if source is None:
         raise TokenizerError(f"{directory / lost[0].path} is damaged, and no tokenizer to copy it from is named", fix)
-    files = Tokenizer.load(source).files
+    files = manifest.arguments.amend(Tokenizer.load(source)).files
     contents = [files.get(file.path.removeprefix("tokenizer/"), b"") for file in lost]
     for file, content in zip(lost, contents, strict=True):
         if info_of_bytes(content).sha256 != file.sha256:

@@ -10,6 +10,7 @@ import msgspec
 from mmdata.errors import DatasetError
 from mmdata.io.files import info_of
 from mmdata.io.records import FileEntry, convert_record, decode_record, explain
+from mmdata.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -53,6 +54,12 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     part_bytes: int
     dedup: str | None = None
     exclude: list[ExcludedFile] = []
+    end_of_turn: str | msgspec.UnsetType = msgspec.UNSET
+    date: str | msgspec.UnsetType = msgspec.UNSET  # also the default, if the chat template writes a date
+
+    def amend(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Return the tokenizer with the chat template that the rows were rendered with."""
+        return tokenizer.amended(end_of_turn=self.end_of_turn or None, date=self.date or None)
 
 
 class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
