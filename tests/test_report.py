@@ -22,7 +22,7 @@ from mmdata.stats import stats
 from mmdata.stats.figures import BATCH_TOKENS, cut_lines
 from mmdata.stats.report import compare, data
 from mmdata.stats.report.page import Translation, as_name
-from mmdata.stats.tally import NUM_STRINGS, Tally
+from mmdata.stats.tally import NUM_STRINGS, Tally, counts_of, length_figures, lengths_by
 from mmdata.tokenizer.tokenizer import train_bpe
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
@@ -223,6 +223,22 @@ def tool_rows() -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "tools"])
+def test_figures_of_texts_are_those_of_the_first_version(tmp_path: Path, kind: str) -> None:
+    """golden/stats.json has the figures of these rows from the version that counted each figure on its own (5761d24)."""
+    path = write_rows(tmp_path / "rows.jsonl", "conversation" if kind == "tools" else kind, 150)
+    if kind == "tools":
+        path.write_text("".join(json.dumps(row) + "\n" for row in tool_rows()))
+    with path.open("a") as file:
+        file.write("not json\n" + path.read_text().splitlines()[3] + "\n")
+    found = stats.measure_file(path).figures
+    del found["path"]
+    for item in found["set_aside"]:
+        del item["examples"]
+    golden = json.loads((Path(__file__).parent / "golden/stats.json").read_text(encoding="utf-8"))
+    assert found == golden[kind]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tools"])
 def test_shards_tell_of_texts_what_the_inputs_told(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation" if kind == "tools" else kind, 150)
     if kind == "tools":
@@ -306,41 +322,55 @@ def test_rows_of_a_template_without_roles_are_shown_whole(tmp_path: Path, tokeni
     assert data.dataset_page([found])
 
 
-def test_counts_are_the_same_however_they_were_gathered() -> None:
+def test_lengths_and_strings_are_the_same_however_they_were_gathered() -> None:
     draw = random.Random(1)
     lengths = [draw.choice((draw.randint(0, 3000), draw.randint(60_000, 10**7))) for _ in range(3000)]
     strings = [f"string {draw.randint(0, 400)}" for _ in range(3000)]
-    frame = pl.DataFrame({"length": lengths, "string": strings})
+    frame = pl.DataFrame({"role": ["user", "tool"] * 1500, "length": lengths})
     tallies = []
-    for pieces in ([frame], [frame[i : i + 700] for i in range(0, 3000, 700)]):
+    for step in (3000, 7):
         tally = Tally()
-        for piece in pieces:
+        for begin in range(0, 3000, step):
             part = Tally()
-            part.count("lengths", piece, value=pl.col("length"))
-            part.count("strings", piece, key=pl.col("string"))
+            part.frames["texts"].append(frame[begin : begin + step])
+            part.count("strings", strings[begin : begin + step])
             tally.merge(part)
         tallies.append(tally)
     one, other = tallies
-    assert one.lengths("lengths") == other.lengths("lengths") and one.top("strings", 500, 1) == other.top(
+    assert one.frame("texts").equals(other.frame("texts")) and one.top("strings", 500, 1) == other.top(
         "strings", 500, 1
     )
-    figures = one.lengths("lengths")
+    figures = length_figures(counts_of(frame["length"]))
     assert figures and (figures["count"], figures["total"]) == (3000, sum(lengths))
     assert (figures["shortest"], figures["longest"], sum(figures["counts"])) == (min(lengths), max(lengths), 3000)
     exact = sorted(lengths)
     for name, at in (("p50", 1499), ("p90", 2699), ("p99", 2969)):
         assert exact[at] * 0.998 <= figures[name] <= exact[at]  # long ones are rounded to a thousandth
-    counted = Counter(strings)
-    assert {item["text"]: item["count"] for item in one.top("strings", 500, 1)} == counted
+    assert {item["text"]: item["count"] for item in one.top("strings", 500, 1)} == Counter(strings)
+    by_role = lengths_by(frame, "role", "length", ["tool", "system"])
+    assert list(by_role) == ["tool", "user"] and by_role["user"]["total"] == sum(lengths[::2])
 
 
 def test_of_many_strings_the_frequent_ones_are_kept_with_a_bound_on_what_is_missed() -> None:
     tally = Tally()
-    strings = [f"{i:06}" for i in range(NUM_STRINGS + 100) for _ in range(1 + (i < 50))]
-    tally.count("strings", pl.DataFrame({"string": strings}), key=pl.col("string"))
-    tally.trim("strings")
-    assert len(tally.of("strings")) == NUM_STRINGS and tally.missed["strings"] == 1
+    tally.count("strings", [f"{i:06}" for i in range(NUM_STRINGS + 100) for _ in range(1 + (i < 50))])
+    tally.trim()
+    assert len(tally.counted("strings")) == NUM_STRINGS and tally.missed["strings"] == 1
     assert tally.top("strings", 50) == [{"text": f"{i:06}", "count": 2} for i in range(50)]
+
+
+def test_near_duplicates_do_not_count_exact_ones_where_only_some_rows_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(2)
+    texts = [" ".join(words(draw, 3) for _ in range(20)) for _ in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts + texts[:20] + texts[:20]))
+    monkeypatch.setattr("mmdata.stats.scan.PART_BYTES", path.stat().st_size // 4)
+    monkeypatch.setattr("mmdata.pack.part.BATCH_BYTES", 500)
+    monkeypatch.setattr("mmdata.stats.scan.ROWS_FOR_NEAR", 40)
+    found = stats.measure_file(path).figures["duplicates"]
+    assert (found["rows"], found["exact"], found["near"]) == (80, 40, 0) and found["rows_compared"] < 80
 
 
 def test_cut_lines_say_what_a_limit_costs() -> None:

@@ -47,10 +47,11 @@ def test_messages_are_measured_by_role_and_turn(packed: dict[str, PackResult]) -
             if role == "assistant":
                 turn += 1
                 by_turn.setdefault(turn, Counter())[end - start] += 1
-    for figure, counts in (("tokens by role", by_role), ("tokens by turn", {str(n): of for n, of in by_turn.items()})):
-        assert set(tally.keys(figure)) == set(counts)
-        for key, lengths in counts.items():
-            assert dict(tally.of(figure, key).select("value", "count").rows()) == lengths
+    messages = tally.frame("messages")
+    for key, counts in (("role", by_role), ("turn", by_turn)):
+        assert set(messages[key].drop_nulls()) == set(counts)
+        for value, lengths in counts.items():
+            assert Counter(messages.filter(messages[key] == value)["tokens"].to_list()) == lengths
 
 
 def test_characters_and_bytes_of_scripts_are_those_of_the_text(packed: dict[str, PackResult]) -> None:

@@ -12,18 +12,21 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode import rows
+from mmdata.pack import summary
+from mmdata.pack.filter.features import pieces_of
+from mmdata.pack.filter.shingles import NEAR, near_duplicates
 from mmdata.pack.packing import BUCKETS, buckets_for, pack
-from mmdata.pack.summary import length_figures
-from mmdata.stats.frames import LONGER_BY, OPENING, pieces_of, repeated_phrases
+from mmdata.stats.phrases import repeated_phrases
 from mmdata.stats.report.page import percent
-from mmdata.stats.scan import PartScan
-from mmdata.stats.shingles import NEAR, NUM_BINS, near_duplicates
-from mmdata.stats.tally import Figures, Tally, rounded_lengths
-from mmdata.stats.tokens import NUM_SHARES, ROLES, Vocabulary
+from mmdata.stats.scan import OPENING, PartScan
+from mmdata.stats.tally import Figures, Tally, counts_of, length_figures, lengths_by, rounded_lengths
+from mmdata.stats.tokens import MESSAGE_ROLES, NUM_SHARES, NUM_TURNS, Vocabulary
 from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS
 
 BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # per step: defaults of pretrain, sft, dpo
 PACKED_FOR_CUTS = 100_000  # sequences, at most, that are packed to estimate the fill of each length limit
+LONGER_BY = 3  # pairs are counted whose one reply is more than this many times as long as the other
+REPLIES = ("prompt", "chosen", "rejected")  # the parts of a pair
 NUM_TOP = 20  # entries of each list of the most frequent strings or tokens
 
 
@@ -35,7 +38,7 @@ def token_figures(tally: Tally) -> Figures:
     sums = tally.sums
     is_sample = sums["sampled_rows"] < sums["kept"]
     share = sums["sampled_characters"] / max(sums["characters"], 1) if is_sample else 1.0
-    values, counts = rounded_lengths(tally.of("tokens"))
+    values, counts = rounded_lengths(counts_of(tally.frame("sequences", "tokens")["tokens"]))
     by_length = np.zeros(int(values[-1]) + 1 if len(values) else 1, np.int64)
     by_length[values] = counts
     edges = [0, *BUCKETS, max(len(by_length), BUCKETS[-1] + 1)]
@@ -49,7 +52,7 @@ def token_figures(tally: Tally) -> Figures:
             name: {"sequences": int(by_length[low + 1 : high + 1].sum())}
             for name, (low, high) in zip(names, itertools.pairwise(edges), strict=True)
         },
-        "lengths": length_figures(by_length),
+        "lengths": summary.length_figures(by_length),
     }
     return figures | ({"sample": {"rows": sums["sampled_rows"], "of": sums["kept"]}} if is_sample else {})
 
@@ -62,47 +65,71 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
     sample = [
         "\n".join(text for _, text in pieces_of(row.parsed())) for scan in scans for row in scan.shown.get("random", ())
     ]
-    sums = tally.sums
+    rows, texts, sums = tally.frame("rows"), tally.frame("texts"), tally.sums
+    languages, turns = (dict(rows[name].value_counts().rows()) for name in ("language", "turns"))
+    has_conversations = bool(turns.keys() - {0})
     figures: Figures = {
         "characters_by": {
-            "row": tally.lengths("characters"),
-            "roles": tally.lengths_by("characters by role"),
-            "turns": tally.lengths_by("characters by turn", map(str, range(1, 9))),
+            "row": length_figures(counts_of(rows["length"])),
+            "roles": lengths_by(texts, "role", "characters"),
+            "turns": lengths_by(texts, "turn", "characters", range(1, NUM_TURNS + 1)),
         },
-        "languages": dict(zip(LANGUAGES, tally.array("languages", len(LANGUAGES)).tolist(), strict=True)),
+        "languages": {name: languages.get(name, 0) for name in LANGUAGES},
         "scripts": {
             name: {"characters": count}
             for name, count in zip(SCRIPTS, tally.array("scripts", len(SCRIPTS)).tolist(), strict=True)
             if count
         },
-        "turns": {str(turns): count for turns, count in tally.values("turns").items()},
+        "turns": {str(number): turns[number] for number in sorted(turns)} if has_conversations else {},
         "openings": tally.top("opening", NUM_TOP),
         "openings_missed": tally.missed["opening"],
         "ngrams": repeated_phrases(sample, NUM_TOP),
         "ngram_rows": len(sample),
         "systems": {
-            "rows": sums["rows_with_system"],
-            "different": len(tally.of("system")),
+            "rows": int(rows["has_system"].sum()),
+            "different": len(tally.counted("system")),
             "top": tally.top("system", NUM_TOP, 1),
         },
-        "tools": {"rows": sums["rows_with_tools"], "calls": sums["calls"], "top": tally.top("tool", NUM_TOP, 1)},
-        "reasoning": sums["reasoning"],
+        "tools": {
+            "rows": int(rows["has_tools"].sum()),
+            "calls": int(rows["tool_calls"].sum()),
+            "top": tally.top("tool", NUM_TOP, 1),
+        },
+        "reasoning": int(rows["reasoning_messages"].sum()),
         "rows_with_control": sums["rows_with_control"],
         "extra_keys": dict(tally.counters["extra_keys"].most_common(NUM_TOP)),
         "text_rows": sums["kept"],
     }
-    if tally.counters["longer"]:
-        ratios = tally.values("ratio")
-        figures["pairs"] = {
-            "pairs": sums["kept"],
-            "longer": dict(tally.counters["longer"]),
-            "margins": tally.lengths("margin"),
-            "ratios": {str(k): ratios.get(k, 0) for k in range(-8, 9)},
-            "similarity": tally.array("likeness", 10).tolist(),
-        }
+    if "similarity" in rows.columns:
+        figures["pairs"] = _pair_figures(rows)
     if is_whole:
         figures["duplicates"] = duplicate_figures(tally)
     return figures
+
+
+def _pair_figures(rows: pl.DataFrame) -> Figures:
+    """Return how the lengths (in characters) of the two replies of the pairs differ, and how similar they are, in 10
+    bins of the Jaccard index. The ratio chosen / rejected is counted as 2 log2(ratio), rounded, from -8 (1/16) to 8.
+    """
+    chosen, rejected = (pl.col(f"{side}_characters").cast(pl.Int64) for side in ("chosen", "rejected"))
+    longer = {
+        "chosen": chosen > rejected,
+        "rejected": chosen < rejected,
+        "equal": chosen == rejected,
+        "chosen by 3": chosen > LONGER_BY * rejected,
+        "rejected by 3": rejected > LONGER_BY * chosen,
+    }
+    half_octaves = (2 * (chosen.clip(1) / rejected.clip(1)).log(2)).round().clip(-8, 8).cast(pl.Int64)
+    found = rows.select(margin=(chosen - rejected).abs(), ratio=half_octaves)
+    ratios = dict(counts_of(found["ratio"]).rows())
+    bins = np.minimum(rows["similarity"].to_numpy() * 10, 9).astype(np.int64)
+    return {
+        "pairs": len(rows),
+        "longer": rows.select(**{key: is_so.sum() for key, is_so in longer.items()}).row(0, named=True),
+        "margins": length_figures(counts_of(found["margin"])),
+        "ratios": {str(k): ratios.get(k, 0) for k in range(-8, 9)},
+        "similarity": np.bincount(bins, minlength=10).tolist(),
+    }
 
 
 def duplicate_figures(tally: Tally) -> Figures:
@@ -112,22 +139,22 @@ def duplicate_figures(tally: Tally) -> Figures:
     equal entries of its MinHash signature and that of an earlier row is at least "near_from". "rows_compared" is the
     number of rows with a computed signature.
     """
-    is_exact = is_repeat(tally.column("hashes"))
-    signatures = tally.columns["signatures"] or [np.empty((0, NUM_BINS), np.uint16)]
-    signed = np.concatenate(signatures)
-    near = near_duplicates(signed[~is_exact[: len(signed)]])
+    rows = tally.frame("rows").with_columns(is_exact=is_repeat(tally))
+    signed = rows.filter("is_signed")
+    entries = tally.frame("signatures")["entries"].to_numpy()
+    near = near_duplicates(entries[~signed["is_exact"].to_numpy()])
     return {
-        "rows": len(is_exact),
-        "exact": int(is_exact.sum()),
+        "rows": len(rows),
+        "exact": int(rows["is_exact"].sum()),
         "near": int(near.sum()),
         "rows_compared": len(signed),
         "near_from": NEAR,
     }
 
 
-def is_repeat(hashes: np.ndarray) -> np.ndarray:
-    """Return bool [rows]: True where an earlier row has the same hash."""
-    return ~pl.Series(hashes).is_first_distinct().to_numpy()
+def is_repeat(tally: Tally) -> pl.Series:
+    """Return for each row whether an earlier row has the same roles and texts."""
+    return ~tally.frame("rows", "hash")["hash"].is_first_distinct()
 
 
 def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
@@ -135,12 +162,20 @@ def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
     vocabulary. tally: the counts of `count_tokens`. kind: the kind of the rows; "pair" adds lengths of prompts and
     replies.
     """
+    sequences, messages = (
+        tally.frame("sequences", "tokens", *REPLIES),
+        tally.frame("messages", "role", "turn", "tokens"),
+    )
     return {
         "tokens_by": {
-            "sequence": tally.lengths("tokens"),
-            "roles": tally.lengths_by("tokens by role", ROLES),
-            "turns": tally.lengths_by("tokens by turn", map(str, range(1, 9))),
-            **({"pair": tally.lengths_by("tokens by part")} if kind == "pair" else {}),
+            "sequence": length_figures(counts_of(sequences["tokens"])),
+            "roles": lengths_by(messages, "role", "tokens", MESSAGE_ROLES),
+            "turns": lengths_by(messages, "turn", "tokens", range(1, NUM_TURNS + 1)),
+            **(
+                {"pair": {name: length_figures(counts_of(sequences[name])) for name in REPLIES}}
+                if kind == "pair"
+                else {}
+            ),
         },
         "trained_shares": tally.array("trained shares", NUM_SHARES).tolist(),
         "token_scripts": _script_figures(tally),

@@ -12,7 +12,7 @@ import numpy as np
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow
 from mmdata.encode.sequences import PairSequence, Sequences, TokenSequence
-from mmdata.stats.frames import pieces_of
+from mmdata.pack.filter.features import pieces_of
 from mmdata.stats.scan import SampleRow
 from mmdata.stats.tokens import Vocabulary
 

@@ -1,4 +1,4 @@
-"""Read jsonl files or the shards of a dataset once, in one or several processes, and count their rows and tokens.
+"""Read jsonl files or the shards of a dataset once, in one or several processes, and measure their rows and tokens.
 
 Rows are read from files or, if the inputs of a dataset are missing, decoded from its shards. The text of all rows is
 measured. The tokens of a jsonl file are counted in a sample of its rows, selected by line number, unless all are
@@ -12,32 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Row, num_characters, parse_row
 from mmdata.encode.sequences import PairSequence, Sequences
+from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import BatchColumns, Ragged, num_rows
 from mmdata.io.lines import Line, is_seekable
 from mmdata.io.workers import Tick, run_jobs
+from mmdata.pack.filter.features import ANSWERS, RowBatch, conversation_of, tool_name
+from mmdata.pack.filter.shingles import shingles, signatures
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
 from mmdata.shards.dataset import Dataset, open_sources, pair_view
 from mmdata.shards.manifest import PartRecord, ShardRecord
 from mmdata.stats.decoded import PartRows, RowDecoder
-from mmdata.stats.frames import ROWS_FOR_NEAR, STRINGS, count_rows, set_aside
-from mmdata.stats.tally import Tally
-from mmdata.stats.tokens import FlatSequences, Vocabulary, count_tokens, flat_sequences
+from mmdata.stats.tally import NUM_EXAMPLES, Tally
+from mmdata.stats.tokens import ROLES, FlatSequences, Vocabulary, count_tokens, flat_sequences, with_turns
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 UNCUT = 2**24  # length limit, in tokens, that no row reaches: the rows of a file are measured without cutting them
 PART_BYTES = 16 * 2**20  # size of the parts into which files are split, or more if there would be too many parts
 MOST_PARTS = 256  # parts of all files together, about
 SAMPLE_BYTES = 12_000_000  # size of the sample of rows that is tokenized and searched for repeated phrases
+ROWS_FOR_NEAR = 2_000_000  # rows that get a MinHash signature, to find near duplicates: 64 MB
 NUM_EXTREMES = 6  # rows that are shown as the longest, as the shortest, and as those of highest loss
 RAW_KEPT = 2**17  # bytes; a row with a longer line is never shown
+RAW_SHOWN = 600  # bytes of a left-out row that the report shows
+OPENING = 20  # characters at the beginning of a document or answer that are counted as its opening
 SLICE_TOKENS = 2**21  # tokens (with padding) of a shard that are counted at once
 STRETCHES = 32  # ranges of samples, over all shards, at whose beginnings a sample of the tokens is read
 DECODED_ROWS = 2**11  # decoded rows that are counted at once
+# The columns of rows that figures are computed from; pairs have those of PAIR_COLUMNS, too.
+COLUMNS = ("language", "turns", "has_system", "has_tools", "tool_calls", "reasoning_messages")
+PAIR_COLUMNS = ("chosen_characters", "rejected_characters", "similarity")
 Progress = Callable[[int, int], None]
 Losses = Mapping[str, Mapping[int, float]]  # mean loss of a row in nats per token, by file and line number
 
@@ -92,8 +101,8 @@ class ScanOptions:
 
 @dataclass(slots=True)
 class PartScan:
-    """The counts of one part (a byte range of an input), and the rows of it that the report may show. input: the number
-    of the input, from 0. shown: rows by reason: "random" (a sample), "longest", "shortest", and "loss"
+    """What was measured of one part (a byte range of an input), and the rows of it that the report may show. input: the
+    number of the input, from 0. shown: rows by reason: "random" (a sample), "longest", "shortest", and "loss"
     (`ScanOptions.wanted`).
     """
 
@@ -102,11 +111,10 @@ class PartScan:
     shown: dict[str, list[SampleRow]] = field(default_factory=dict)
 
     def add(self, rows: Sequence[SampleRow], options: ScanOptions) -> None:
-        """Count a batch of valid rows, all of one file, and store those of them that the report may show."""
-        parsed = [row.parsed() for row in rows]
-        raws = [row.raw for row in rows if row.raw]
-        lengths = count_rows(self.tally, parsed, raws, most_signed=options.most_signed)
-        self.tally.sums["characters"] += sum(map(num_characters, parsed))
+        """Measure a batch of valid rows, all of one file, and store those of them that the report may show."""
+        batch = RowBatch([row.parsed() for row in rows], [row.raw for row in rows if row.raw])
+        _measure_rows(self.tally, batch, options)
+        lengths = batch.lengths
         wanted = options.wanted.get(rows[0].file, {})
         drawn = drawn_lines(np.array([row.line for row in rows], np.uint64), self.input, options.share)
         fits = np.array([row.can_be_shown for row in rows])
@@ -125,6 +133,43 @@ class PartScan:
             if why in ("shortest", "longest"):
                 shown.sort(key=lambda row: row.characters, reverse=why == "longest")
                 del shown[NUM_EXTREMES:]
+
+
+def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions) -> None:
+    """Add the columns of a batch's rows to the frame "rows" and those of its texts to "texts", count strings and
+    scripts, and append the MinHash signatures of the rows, unless the tally has enough of them.
+    """
+    num = len(batch.rows)
+    tally.sums.update({"rows": num, "kept": num, "bytes": sum(map(len, batch.raws))})
+    tally.sums["characters"] += sum(map(num_characters, batch.rows))
+    for row, raw in zip(batch.rows, batch.raws, strict=False):
+        if strings := control_strings(raw, row):
+            tally.counters["control_strings"].update(strings)
+            tally.sums["rows_with_control"] += 1
+    is_signed = tally.sums["signed"] < options.most_signed
+    rows = batch.columns([*COLUMNS, *(PAIR_COLUMNS if options.kind == "pair" else ())])
+    more = {
+        "length": pl.Series(batch.lengths, dtype=pl.UInt32),
+        "hash": pl.Series(batch.hashes()),
+        "is_signed": pl.lit(is_signed),
+    }
+    tally.frames["rows"].append(rows.with_columns(**more))
+    texts = with_turns(batch.pieces.select("row", "characters", pl.col("role").cast(ROLES)), "row")
+    tally.frames["texts"].append(texts.select("role", "turn", "characters"))
+    opens = (text[: 2 * OPENING] for of_row in batch.texts for role, text in of_row if role in ANSWERS)
+    tally.count("opening", (" ".join(text.split())[:OPENING] for text in opens))
+    tally.add("scripts", batch.script_counts.sum(axis=0))
+    if is_signed:
+        entries = signatures(*shingles(batch.points, batch.lengths), num)
+        tally.frames["signatures"].append(pl.DataFrame({"entries": entries}))
+        tally.sums["signed"] += num
+    if options.kind != "document":
+        conversations = list(map(conversation_of, batch.rows))
+        systems = (
+            m.content for each in conversations for m in each.messages if m.role == "system" and m.content.strip()
+        )
+        tally.count("system", (content[:200] for content in systems))
+        tally.count("tool", (tool_name(tool) for each in conversations for tool in each.tools))
 
 
 def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
@@ -189,7 +234,7 @@ class _FileScanner:
                 tick(done - reported)
                 reported = done
         tick(part.begin + part.num_bytes - reported)
-        scanned.tally.trim(*STRINGS)
+        scanned.tally.trim()
         return scanned
 
     def _measure(self, part: Part, lines: Sequence[Line], scanned: PartScan) -> None:
@@ -207,7 +252,7 @@ class _FileScanner:
             try:
                 row = parse_row(line.raw, options.kind, extra_keys=extra_keys)
             except BadRow as bad:
-                set_aside(scanned.tally, line, bad, file)
+                _set_aside(scanned.tally, line, bad, file)
             else:
                 rows.append(SampleRow(file, line.number, line.raw, row))
         if self._encoder and rows:
@@ -217,7 +262,7 @@ class _FileScanner:
             if options.share >= 1:  # all rows were encoded: those that cannot be are set aside
                 raws = {line.number: line for line in lines}
                 for i, reason in bad.items():
-                    set_aside(scanned.tally, raws[rows[i].line], reason, file)
+                    _set_aside(scanned.tally, raws[rows[i].line], reason, file)
                 rows = [row for i, row in enumerate(rows) if i not in bad]
         if rows:
             scanned.add(rows, options)
@@ -232,6 +277,16 @@ class _FileScanner:
         if len(encoded.sequences):
             count_tokens(tally, flat_sequences(encoded.sequences), self._vocabulary)
         return encoded.bad
+
+
+def _set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
+    """Count a row that is left out, by reason; the first NUM_EXAMPLES of each reason become examples."""
+    tally.sums["rows"] += 1
+    tally.counters["left_out"][bad.reason] += 1
+    examples = tally.examples.setdefault(bad.reason, [])
+    if len(examples) < NUM_EXAMPLES:
+        raw = line.raw[:RAW_SHOWN].decode("utf-8", errors="replace")
+        examples.append({"file": file, "line": line.number, "detail": bad.detail, "raw": raw})
 
 
 def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> list[PartScan]:
@@ -312,7 +367,7 @@ def _measure_decoded(
         decoded = [SampleRow(file, line, b"", decoder.row(one), one) for line, one in zip(lines, encoded, strict=True)]
         scanned.add(decoded, options)
         tick(len(some))
-    scanned.tally.trim(*STRINGS)
+    scanned.tally.trim()
     return scanned
 
 

@@ -22,7 +22,7 @@ from mmdata.pack.packing import BUCKETS
 from mmdata.shards.dataset import Dataset, check_size, open_dataset, open_sources, sources_path
 from mmdata.shards.manifest import PartRecord
 from mmdata.shards.pairs import make_loader
-from mmdata.stats import frames, scan
+from mmdata.stats import scan
 from mmdata.stats.decoded import encoded_at
 from mmdata.stats.figures import (
     BATCH_TOKENS,
@@ -39,7 +39,7 @@ from mmdata.stats.figures import (
 from mmdata.stats.report.page import percent
 from mmdata.stats.samples import records
 from mmdata.stats.scan import UNCUT, Losses, PartScan, SampleRow, ScanOptions
-from mmdata.stats.tally import NUM_EXAMPLES, Figures, Tally, length_figures
+from mmdata.stats.tally import NUM_EXAMPLES, Figures, Tally, counts_of, length_figures
 from mmdata.stats.tokens import Vocabulary
 from mmdata.tokenizer.scripts import LANGUAGES
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -140,13 +140,13 @@ def measure_file(
     figures |= text_figures(tally, scans)
     if vocabulary:
         figures |= count_figures(tally, vocabulary, kind)
-        figures["cuts"] = cut_lines(tally.of("tokens"), kind, [*BUCKETS])
+        figures["cuts"] = cut_lines(counts_of(tally.frame("sequences", "tokens")["tokens"]), kind, [*BUCKETS])
         batch_tokens = BATCH_TOKENS[kind]
         figures["epoch"] = {"batch_tokens": batch_tokens, "steps": -(-figures["tokens"] // batch_tokens)}
     figures["set_aside"] = left_out_figures(left_out, tally.examples, figures["rows"])
     figures["warnings"] = warnings(figures)
     encoder = RowEncoder(vocabulary.tokenizer, max_len=UNCUT) if vocabulary else None
-    return Measured(path, figures, records(_chosen(scans), vocabulary, encoder), tally.column("hashes"))
+    return Measured(path, figures, records(_chosen(scans), vocabulary, encoder), hashes_of(tally))
 
 
 # --- a packed dataset
@@ -204,7 +204,7 @@ def measure_dataset(
     figures["epoch"] = {"batch_tokens": batch_tokens, "steps": steps}
     figures["set_aside"] = left_out_figures(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)
-    hashes = np.empty(0, np.uint64) if is_quick else tally.column("hashes")
+    hashes = np.empty(0, np.uint64) if is_quick else hashes_of(tally)
     chosen = _chosen(scans[:: -(-len(scans) // QUICK_PARTS)] if is_quick else scans)
     ids = encoded_at(dataset, [(row.file, row.line) for row in chosen if not row.encoded])
     samples = [row if row.encoded else replace(row, encoded=ids.get((row.file, row.line))) for row in chosen]
@@ -251,7 +251,7 @@ def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
             of_reason = examples.setdefault(record["reason"], [])
             if len(of_reason) < NUM_EXAMPLES:
                 fields = {name: record[name] for name in ("file", "line", "detail")}
-                of_reason.append({**fields, "raw": record["raw"][: frames.RAW_SHOWN]})
+                of_reason.append({**fields, "raw": record["raw"][: scan.RAW_SHOWN]})
             if len(of_reason) == NUM_EXAMPLES:
                 missing.discard(record["reason"])
             if not missing:
@@ -282,8 +282,7 @@ def _sequence_lengths(dataset: Dataset) -> dict[int, pl.DataFrame]:
             lengths.setdefault(entry.bucket, []).append(values.astype(np.int64))
     counts = {}
     for bucket, arrays in sorted(lengths.items()):
-        values = pl.Series("value", np.concatenate(arrays)).value_counts()
-        counts[bucket] = values.with_columns(pl.col("count").cast(pl.Int64))
+        counts[bucket] = counts_of(pl.Series(np.concatenate(arrays)))
     return counts
 
 
@@ -300,9 +299,9 @@ def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
         source: Figures = {}
         if parts := [part for part in scans if part.input == number]:
             tally = _merged(parts)
-            languages = tally.array("languages", len(LANGUAGES)).tolist()
-            source["languages"] = dict(zip(LANGUAGES, languages, strict=True))
-            source["exact_duplicates"] = int(is_repeat(tally.column("hashes")).sum())
+            languages = dict(tally.frame("rows", "language")["language"].value_counts().rows())
+            source["languages"] = {name: languages.get(name, 0) for name in LANGUAGES}
+            source["exact_duplicates"] = int(is_repeat(tally).sum())
         entries = [entry for entry in dataset.manifest.shards if file_of[entry.part] == number]
         source |= {"path": path, "bytes": dataset.manifest.inputs[number].bytes}
         for name, key in (("kept", "rows"), ("tokens", "tokens"), ("loss_tokens", "loss_tokens")):
@@ -319,6 +318,11 @@ def _merged(scans: Sequence[PartScan]) -> Tally:
     for part in scans:
         tally.merge(part.tally)
     return tally
+
+
+def hashes_of(tally: Tally) -> np.ndarray:
+    """Return the hash of each row's roles and texts: uint64 [rows]."""
+    return tally.frame("rows", "hash")["hash"].to_numpy()
 
 
 def _highest(losses: Losses | None) -> Losses:

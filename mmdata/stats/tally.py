@@ -1,8 +1,7 @@
-"""Counts over rows and tokens that can be gathered batch by batch, in any number of processes, and then merged.
+"""What was measured of a set of rows, as polars frames that parts of a file give and that are joined.
 
-A count belongs to a figure, which is named by a string such as "characters by role". All counts of a `Tally` are in one
-polars frame: how often each integer (column `value`, such as a length) and each string (column `key`) occurs. Of
-figures that count arbitrary strings, `Tally.trim` drops the rare ones. This module imports nothing else of the project.
+`Tally.frames` has the numbers of each row, text, sequence and message, a few bytes each; strings are counted, and the
+rare ones dropped. This module imports nothing else of the project.
 """
 
 from collections import Counter, defaultdict
@@ -19,132 +18,94 @@ EXACT_BELOW = 2**16  # longer lengths are rounded down, by less than 1/512 of th
 EDGES = np.array(sorted({round(2 ** (k / 4)) for k in range(4 * 31)}))
 NUM_STRINGS = 4096  # different strings of one figure that remain in a tally after `trim`
 NUM_EXAMPLES = 3  # rows shown for each reason for which rows are left out
-MOST_PENDING = 2**18  # rows of frames of counts that may wait before equal (figure, key, value) are summed
-_EMPTY = pl.DataFrame(schema={"figure": pl.String, "key": pl.String, "value": pl.Int64, "count": pl.Int64})
+MOST_PENDING = 64  # frames of counted strings that may wait before equal strings are summed
 
 
 class Tally:
-    """Counts of a set of rows, such as one part of a file. `count` adds values and strings; `of`, `values`, `top` and
-    `lengths` read them.
+    """What was measured of a set of rows, such as one part of a file.
 
     sums: totals by name, such as the number of rows. counters: small counters by name, such as the number of rows left
-    out, by reason. arrays: int64 arrays by name, to which `add` adds. columns: by name, a list of arrays with one entry
-    per row, in order. examples: by reason, records of the first NUM_EXAMPLES rows that were left out. missed: for each
-    figure of strings, an upper bound of how much too small the count of a string may be because of `trim`.
+    out, by reason. arrays: int64 arrays by name, to which `add` adds. frames: by name, frames of equal columns in the
+    order of the rows. strings: by figure, frames of strings and their counts. examples: by reason, records of the first
+    NUM_EXAMPLES rows that were left out. missed: for each figure of strings, an upper bound of how much too small the
+    count of a string may be because of `trim`.
     """
 
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
         self.counters: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.arrays: dict[str, np.ndarray] = {}
-        self.columns: defaultdict[str, list[np.ndarray]] = defaultdict(list)
+        self.frames: defaultdict[str, list[pl.DataFrame]] = defaultdict(list)
+        self.strings: defaultdict[str, list[pl.DataFrame]] = defaultdict(list)
         self.examples: dict[str, list[Figures]] = {}
         self.missed: Counter[str] = Counter()
-        self._counts, self._pending = [_EMPTY], 0
-
-    def count(
-        self, figure: str, frame: pl.DataFrame, *, key: pl.Expr | None = None, value: pl.Expr | None = None
-    ) -> None:
-        """Count every row of `frame` under the name `figure`: by a string, an integer, or both. key, value: polars
-        expressions over the columns of `frame`; without them the key is "" and the value 0.
-        """
-        if frame.is_empty():
-            return
-        key, value = pl.lit("") if key is None else key, pl.lit(0) if value is None else value
-        columns = {"figure": pl.lit(figure), "key": key.cast(pl.String), "value": value.cast(pl.Int64)}
-        groups = frame.lazy().select(**columns).group_by("figure", "key", "value", maintain_order=True)
-        self._append(groups.agg(pl.len().cast(pl.Int64).alias("count")).collect())
-
-    def _append(self, counts: pl.DataFrame) -> None:
-        """Append a frame (figure, key, value, count); equal entries are summed after every MOST_PENDING rows."""
-        self._counts.append(counts)
-        self._pending += len(counts)
-        if self._pending > MOST_PENDING:
-            self._merge_counts()
-
-    def _merge_counts(self) -> pl.DataFrame:
-        """Concatenate all appended frames, sum the counts of equal (figure, key, value), and return the result."""
-        if len(self._counts) > 1:
-            groups = pl.concat(self._counts).group_by("figure", "key", "value", maintain_order=True)
-            self._counts, self._pending = [groups.agg(pl.col("count").sum())], 0
-        return self._counts[0]
 
     def add(self, name: str, values: np.ndarray) -> None:
         """Add `values` to the array called `name`, element by element; the first call stores `values` itself."""
         self.arrays[name] = self.arrays[name] + values if name in self.arrays else values
 
+    def count(self, figure: str, strings: Iterable[str | None]) -> None:
+        """Count these strings under the name `figure`."""
+        counts = pl.Series("text", strings, pl.String).value_counts().cast({"count": pl.Int64})
+        self.strings[figure].append(counts)
+        if len(self.strings[figure]) > MOST_PENDING:
+            self.strings[figure] = [self.counted(figure)]
+
     def merge(self, other: "Tally") -> None:
-        """Add the counts of `other`. Its rows come after the rows of this tally in `columns` and `examples`."""
+        """Add what was measured of the rows of `other`, which come after the rows of this tally."""
         self.sums.update(other.sums)
         self.missed.update(other.missed)
         for name, counter in other.counters.items():
             self.counters[name].update(counter)
         for name, array in other.arrays.items():
             self.add(name, array)
-        for name, arrays in other.columns.items():
-            self.columns[name] += arrays
+        for mine, theirs in ((self.frames, other.frames), (self.strings, other.strings)):
+            for name, frames in theirs.items():
+                mine[name] += frames
         for reason, examples in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + examples)[:NUM_EXAMPLES]
-        self._append(other._merge_counts())
 
-    def trim(self, *figures: str) -> None:
-        """Drop all but the NUM_STRINGS most frequent strings of each of these figures, to bound what is sent to another
-        process. The count of the most frequent string dropped is added to `missed[figure]`.
+    def trim(self) -> None:
+        """Join the frames, and drop all but the NUM_STRINGS most frequent strings of each figure, to bound what is sent
+        to another process. The count of the most frequent string dropped is added to `missed[figure]`.
         """
-        counts = self._merge_counts()
-        for figure in figures:
-            strings = _by_frequency(counts.filter(pl.col("figure") == figure))
-            if len(strings) > NUM_STRINGS:
-                self.missed[figure] += strings["count"][NUM_STRINGS]
-                counts = pl.concat([counts.filter(pl.col("figure") != figure), strings.head(NUM_STRINGS)])
-        self._counts = [counts]
+        for figure in self.strings:
+            counts = self.counted(figure)
+            if len(counts) > NUM_STRINGS:
+                self.missed[figure] += counts["count"][NUM_STRINGS]
+            self.strings[figure] = [counts.head(NUM_STRINGS)]
+        for name, frames in self.frames.items():
+            self.frames[name] = [pl.concat(frames)]
 
-    # --- what was counted
+    # --- what was measured
 
-    def of(self, figure: str, key: str | None = None) -> pl.DataFrame:
-        """Return the counts of a figure, or those with this key, as a frame: figure, key, value, count."""
-        counts = self._merge_counts().filter(pl.col("figure") == figure)
-        return counts if key is None else counts.filter(pl.col("key") == key)
+    def frame(self, name: str, *columns: str) -> pl.DataFrame:
+        """Return the frames called `name` as one; an empty frame with these columns if there is none."""
+        return (
+            pl.concat(self.frames[name]) if self.frames[name] else pl.DataFrame(schema=dict.fromkeys(columns, pl.Int64))
+        )
 
-    def keys(self, figure: str, order: Iterable[str] = ()) -> list[str]:
-        """Return the different keys of a figure: first those in `order`, if counted at all, then the others as first
-        counted.
-        """
-        keys = self.of(figure)["key"].unique(maintain_order=True).to_list()
-        return [key for key in dict.fromkeys([*order, *keys]) if key in keys]
+    def counted(self, figure: str) -> pl.DataFrame:
+        """Return the counted strings of a figure, text and count, the most frequent first, then alphabetically."""
+        empty = pl.DataFrame(schema={"text": pl.String, "count": pl.Int64})
+        counts = pl.concat([empty, *self.strings[figure]]).group_by("text").agg(pl.col("count").sum())
+        return counts.sort("count", "text", descending=[True, False])
 
-    def values(self, figure: str) -> dict[int, int]:
-        """Return how often each integer of a figure without keys was counted, as {value: count}, ascending."""
-        counts = self.of(figure).sort("value")
-        return dict(zip(counts["value"].to_list(), counts["count"].to_list(), strict=True))
+    def top(self, figure: str, number: int, least: int = 2) -> list[Figures]:
+        """Return at most `number` strings with counts of at least `least`: [{"text", "count"}]."""
+        return self.counted(figure).head(number).filter(pl.col("count") >= least).to_dicts()
 
     def array(self, name: str, size: int) -> np.ndarray:
         """Return the array called `name`, or int64 zeros [size] if nothing was added under this name."""
         return self.arrays.get(name, np.zeros(size, np.int64))
 
-    def column(self, name: str) -> np.ndarray:
-        """Return the column called `name`, one entry per row; an empty uint64 array if the column does not exist."""
-        return np.concatenate(self.columns[name]) if self.columns[name] else np.empty(0, np.uint64)
 
-    def top(self, figure: str, number: int, least: int = 2) -> list[Figures]:
-        """Return at most `number` strings with counts of at least `least`: [{"text", "count"}], by count, then
-        alphabetically.
-        """
-        strings = _by_frequency(self.of(figure)).head(number).filter(pl.col("count") >= least)
-        return strings.select(text="key", count="count").to_dicts()
-
-    def lengths(self, figure: str, key: str | None = None) -> Figures | None:
-        """Return the `length_figures` of a figure, or of those with this key; None if nothing was counted."""
-        return length_figures(self.of(figure, key))
-
-    def lengths_by(self, figure: str, order: Iterable[str] = ()) -> Figures:
-        """Return the `length_figures` of a figure for each key, in the order of `keys`."""
-        return {key: self.lengths(figure, key) for key in self.keys(figure, order)}
+# --- lengths
 
 
-def _by_frequency(strings: pl.DataFrame) -> pl.DataFrame:
-    """Sort counted strings by descending count, and strings of equal count alphabetically."""
-    return strings.sort("count", "key", descending=[True, False])
+def counts_of(values: pl.Series) -> pl.DataFrame:
+    """Return how often each integer occurs: a frame with the columns value and count (int64)."""
+    return values.alias("value").value_counts().cast(pl.Int64)
 
 
 def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +118,15 @@ def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     rounded = pl.when(pl.col("value") < EXACT_BELOW).then("value").otherwise(pl.col("value") // step * step)
     merged = counts.group_by(rounded.cast(pl.Int64).alias("value")).agg(pl.col("count").sum()).sort("value")
     return merged["value"].to_numpy(), merged["count"].to_numpy()
+
+
+def lengths_by(frame: pl.DataFrame, key: str, value: str, order: Iterable[Any] = ()) -> Figures:
+    """Return the `length_figures` of the column `value` for each `key` other than null: first the keys in `order`, then
+    the others as they first occur.
+    """
+    groups = frame.select(key, value).drop_nulls().partition_by(key, as_dict=True, maintain_order=True)
+    found = {of[0]: group[value] for of, group in groups.items()}
+    return {str(key): length_figures(counts_of(found[key])) for key in dict.fromkeys([*order, *found]) if key in found}
 
 
 def length_figures(counts: pl.DataFrame) -> Figures | None:

@@ -13,14 +13,15 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode.sequences import PairSequence
-from mmdata.stats.frames import NUM_TURNS
 from mmdata.stats.tally import Tally
 from mmdata.tokenizer.scripts import HAN, MARK, OTHER, SCRIPTS, SPACE, code_points, count_scripts, scripts_of
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import token_texts
 
 NUM_SHARES = 20  # equal bins, from 0 to 1, of the share of a sequence's tokens that is trained
-ROLES = ("system", "user", "assistant", "tool")
+NUM_TURNS = 8  # answers of later turns are counted as answers of this turn
+MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+ROLES = pl.Enum((*MESSAGE_ROLES, "document", "chosen", "rejected"))  # of texts
 _CONTINUES = 255  # in place of a script: no character begins in the token
 
 
@@ -81,7 +82,7 @@ class Vocabulary:
         # A chat template begins a message with a control token, the name of the role and a newline. The newline may be
         # merged into one token with the name, or with the first characters of the message.
         self._is_end = np.array([piece.startswith(b"\n") for piece in pieces], bool)
-        self._names = [self._names_of(role) for role in ROLES]
+        self._names = [self._names_of(role) for role in MESSAGE_ROLES]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _load_vocabulary, (self.tokenizer.dir,)
@@ -101,7 +102,7 @@ class Vocabulary:
         return self.pieces[id].decode("utf-8", errors="replace") or self.tokenizer.native.id_to_token(id) or ""
 
     def roles(self, ids: np.ndarray, opens: np.ndarray) -> np.ndarray:
-        """Return the role of the message that each of N control tokens begins: int64 [N], indices into ROLES; -1 where
+        """Return the role of the message that each of N control tokens begins: int64 [N], indices into MESSAGE_ROLES; -1 where
         no role name follows, for example at the end of a message. opens: the positions of the control tokens in `ids`.
         """
         roles = np.full(len(opens), -1)
@@ -121,7 +122,7 @@ class Vocabulary:
         """
         if not self.control[ids[at]]:
             return None
-        for role, names in zip(ROLES, self._names, strict=True):
+        for role, names in zip(MESSAGE_ROLES, self._names, strict=True):
             for name, needs_end in names:
                 end = at + 1 + len(name)
                 if list(ids[at + 1 : end]) == name and (not needs_end or (end < len(ids) and self._is_end[ids[end]])):
@@ -161,9 +162,9 @@ def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
 
 
 def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> None:
-    """Count the tokens of sequences or pairs in `tally`: lengths, the share of trained tokens of each sequence, ids,
-    scripts, and, except for pairs, tokens of messages by role and turn. The length of a pair is that of its longer
-    side, prompt included. The shares of trained tokens are those of both sides, each with its prompt. In the total of
+    """Count the tokens of sequences or pairs in `tally`: the frame "sequences" (tokens; of pairs also prompt, chosen and
+    rejected), the share of trained tokens of each sequence, ids, scripts, and, except for pairs, the frame "messages"
+    (role, turn, tokens). The length of a pair is that of its longer side, prompt included. The shares of trained tokens are those of both sides, each with its prompt. In the total of
     tokens and in the counts by id and script, the prompt of a pair is counted once.
     """
     lengths, ends = flat.lengths, np.cumsum(flat.lengths)
@@ -171,6 +172,7 @@ def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> N
     trained = np.bincount(of, weights=flat.spans[1::2] - flat.spans[::2], minlength=len(ends)).astype(np.int64)
     bins = np.minimum(trained / np.maximum(lengths, 1) * NUM_SHARES, NUM_SHARES - 1).astype(np.int64)
     tally.add("trained shares", np.bincount(bins, minlength=NUM_SHARES))
+    parts: dict[str, np.ndarray] = {}
     if flat.prompts is None:
         ids, longest = flat.ids, lengths
         _count_messages(tally, flat, ends, vocabulary)
@@ -180,9 +182,8 @@ def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> N
         # The ids of chosen side and rejected reply, without the copy of the prompt on the rejected side.
         ids = flat.ids[np.repeat(np.tile([True, False, True], len(flat.prompts)), runs)]
         longest = np.maximum(lengths[::2], lengths[1::2])
-        for name, values in (("prompt", flat.prompts), ("chosen", chosen), ("rejected", rejected)):
-            tally.count("tokens by part", pl.DataFrame({"n": values}), key=pl.lit(name), value=pl.col("n"))
-    tally.count("tokens", pl.DataFrame({"n": longest}), value=pl.col("n"))
+        parts = {"prompt": flat.prompts, "chosen": chosen, "rejected": rejected}
+    tally.frames["sequences"].append(pl.DataFrame({"tokens": longest, **parts}).cast(pl.UInt32))
     tally.sums.update({"sequences": len(longest), "tokens": len(ids), "loss_tokens": int(trained.sum())})
     tally.add("vocabulary", np.bincount(ids, minlength=vocabulary.size))
     _count_scripts(tally, ids, vocabulary)
@@ -205,9 +206,9 @@ def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> Non
 
 
 def _count_messages(tally: Tally, flat: FlatSequences, ends: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Count the tokens of each message by role and, for answers, by turn: the answer's number in the sequence, from 1,
-    at most NUM_TURNS. A message extends from the control token that begins it to the next such one, or to the end of
-    the sequence, and so includes tokens that the chat template adds. ends: where in `flat.ids` each sequence ends.
+    """Count the tokens of each message. A message extends from the control token that begins it to the next such one,
+    or to the end of the sequence, and so includes tokens that the chat template adds. ends: where in `flat.ids` each
+    sequence ends.
     """
     opens = np.flatnonzero(vocabulary.control[flat.ids])
     roles = vocabulary.roles(flat.ids, opens)
@@ -216,8 +217,15 @@ def _count_messages(tally: Tally, flat: FlatSequences, ends: np.ndarray, vocabul
         return
     sequence = np.searchsorted(ends, opens, "right")
     length = np.minimum(np.append(opens[1:], ends[-1]), ends[sequence]) - opens
-    messages = pl.DataFrame({"sequence": sequence, "role": np.array(ROLES)[roles], "tokens": length})
-    tally.count("tokens by role", messages, key=pl.col("role"), value=pl.col("tokens"))
-    number = pl.int_range(1, pl.len() + 1).over("sequence").clip(upper_bound=NUM_TURNS)
-    answers = messages.filter(pl.col("role") == "assistant").with_columns(turn=number)
-    tally.count("tokens by turn", answers, key=pl.col("turn"), value=pl.col("tokens"))
+    messages = pl.DataFrame({"sequence": sequence, "role": pl.Series(np.array(MESSAGE_ROLES)[roles], dtype=ROLES)})
+    messages = with_turns(messages.with_columns(tokens=pl.Series(length, dtype=pl.UInt32)), "sequence")
+    tally.frames["messages"].append(messages.select("role", "turn", "tokens"))
+
+
+def with_turns(texts: pl.DataFrame, row: str) -> pl.DataFrame:
+    """Add the column turn: the number of an answer (role "assistant") in its row, from 1, at most NUM_TURNS; null for
+    other roles. row: the column that numbers the rows.
+    """
+    is_answer = pl.col("role") == "assistant"
+    turn = is_answer.cast(pl.UInt32).cum_sum().over(row).clip(upper_bound=NUM_TURNS)
+    return texts.with_columns(turn=pl.when(is_answer).then(turn).cast(pl.UInt8))

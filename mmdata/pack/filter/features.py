@@ -1,0 +1,264 @@
+"""The columns of rows: what is known of each row of a file, computed in batches of about a million characters.
+
+`COLUMNS` declares all of them. A column is computed only if it is asked for, together with those that share its work.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from mmdata.encode.rows import Conversation, Document, Pair, Row, kind_of, split_documents
+from mmdata.io.records import JsonObject
+from mmdata.pack.filter.ngrams import gram_hashes
+from mmdata.pack.filter.shingles import jaccard, shingles
+from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS, code_points, count_scripts, languages_of, scripts_of
+
+KINDS = ("document", "conversation", "pair")
+GRAM_UNITS = 5  # n of the n-grams of the column `repeated`
+ANSWERS = ("document", "assistant", "chosen", "rejected")  # roles whose texts are trained on
+_SHARE_OF = {"digit": "digits", "mark": "punctuation"}  # names of columns that differ from the scripts'
+
+
+class ColumnInfo(NamedTuple):
+    """A column of rows: its polars type and what it says. maker: the method of `RowBatch` that computes it; empty for
+    columns that are known only with a tokenizer or after all rows are read.
+    """
+
+    dtype: pl.DataType | type[pl.DataType]
+    help: str
+    maker: str = ""
+
+
+def _declared() -> dict[str, ColumnInfo]:
+    """Return `COLUMNS`."""
+    count, share, flag = pl.UInt32, pl.Float32, pl.Boolean
+    shares = {_SHARE_OF.get(script, script): f"share of {script} characters" for script in SCRIPTS}
+    groups = {
+        "": {
+            "file": (pl.String, "path of the input"),
+            "line": (count, "line number, from 1"),
+            "tokens": (count, "tokens of the row's sequences (of a pair, the prompt and both replies)"),
+            "trained_tokens": (count, "tokens that are trained on"),
+            "characters_per_token": (share, "characters a token"),
+            "duplicate": (flag, "whether an earlier row has the same content"),
+            "duplicate_group": (count, "number of the first row with the same content, from 0"),
+            "near_duplicate": (flag, "whether an earlier row has the same or nearly the same content"),
+            "near_group": (count, "number of the first row of the same or nearly the same content"),
+            "loss": (pl.Float64, "mean loss in nats a trained token, from --losses"),
+        },
+        "_sizes": {
+            "kind": (pl.Enum(KINDS), "document, conversation or pair"),
+            "bytes": (count, "bytes of the line"),
+            "characters": (count, "characters of the texts and reasoning"),
+        },
+        "_languages": {
+            "language": (pl.Enum(LANGUAGES), "Chinese, English, code or other"),
+            **{name: (share, help) for name, help in shares.items()},
+        },
+        "_structure": {
+            "messages": (count, "messages, of a pair those of the chosen side"),
+            "turns": (count, "messages of the user"),
+            "has_system": (flag, "whether there is a system prompt"),
+            "has_reasoning": (flag, "whether an answer has reasoning"),
+            "reasoning_messages": (count, "messages with reasoning"),
+            "has_tools": (flag, "whether tools are defined"),
+            "tool_calls": (count, "tool calls"),
+        },
+        "_answers": {
+            "trained_characters": (count, "characters of documents and answers"),
+            "prompt_characters": (count, "characters before the last answer, of a pair before the replies"),
+            "answer_characters": (count, "characters of the last answer, of a pair of the chosen reply"),
+            "chosen_characters": (count, "characters of a pair's chosen reply"),
+            "rejected_characters": (count, "characters of a pair's rejected reply"),
+            "difference": (pl.Int32, "characters of the chosen reply minus those of the rejected one"),
+        },
+        "_lines": {
+            "lines": (count, "lines of text that are not blank"),
+            "longest_line": (count, "characters of the longest line"),
+        },
+        "_repeated": {"repeated": (share, f"share of the {GRAM_UNITS}-grams that repeat an earlier one of the row")},
+        "_similarity": {"similarity": (pl.Float64, "Jaccard index of the 8-character pieces of a pair's replies")},
+    }
+    return {
+        name: ColumnInfo(dtype, help, maker) for maker, group in groups.items() for name, (dtype, help) in group.items()
+    }
+
+
+COLUMNS = _declared()
+
+
+def schema(names: Collection[str]) -> pl.Schema:
+    """Return the polars types of these columns."""
+    return pl.Schema({name: COLUMNS[name].dtype for name in names})
+
+
+# --- texts
+
+
+def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a row in order, as (role, text). The text of a document row is split at the marks between
+    documents, with the role "document". A message's text is its reasoning followed by its content; messages without
+    either are omitted. Of a pair, the messages of the shared prompt come once, then each reply as one text, with the
+    roles "chosen" and "rejected".
+    """
+    if isinstance(row, Document):
+        yield from (("document", text) for text in split_documents(row.text))
+    elif isinstance(row, Conversation):
+        yield from _texts(row, 0, len(row.messages))
+    else:
+        yield from _texts(row.chosen, 0, row.num_shared)
+        yield "chosen", _reply(row.chosen, row.num_shared)
+        yield "rejected", _reply(row.rejected, row.num_shared)
+
+
+def _texts(conversation: Conversation, begin: int, end: int) -> Iterator[tuple[str, str]]:
+    """Yield (role, text) of the messages from `begin` to `end` (exclusive), omitting messages without text."""
+    for message in conversation.messages[begin:end]:
+        if message.content or message.reasoning_content:
+            yield message.role, (message.reasoning_content or "") + message.content
+
+
+def _reply(side: Conversation, begin: int) -> str:
+    """Return the reply of one side of a pair: the texts from message number `begin` on, joined by newlines."""
+    return "\n".join(text for _, text in _texts(side, begin, len(side.messages)))
+
+
+def conversation_of(row: Row) -> Conversation:
+    """Return a conversation, the chosen side of a pair, or a conversation without messages for a document."""
+    return row if isinstance(row, Conversation) else row.chosen if isinstance(row, Pair) else Conversation(())
+
+
+def tool_name(tool: JsonObject) -> str:
+    """Return the name, up to 80 characters, in {"function": {"name": …}} or {"name": …}; "None" if there is none."""
+    function = tool.get("function")
+    return str(function.get("name") if isinstance(function, dict) else tool.get("name"))[:80]
+
+
+# --- a batch of rows
+
+
+class RowBatch:
+    """A batch of rows and the columns computed of them. raws: the line of each row; empty if they were not read from a
+    file. texts: the (role, text) pairs of each row, from `pieces_of`.
+    """
+
+    def __init__(self, rows: Sequence[Row], raws: Sequence[bytes] = ()):
+        self.rows, self.raws = rows, raws
+        self.texts = [list(pieces_of(row)) for row in rows]
+
+    def columns(self, names: Collection[str]) -> pl.DataFrame:
+        """Return a frame with these columns of `COLUMNS`, one row per row of the batch. KeyError if one has no maker."""
+        makers: list[Callable[[RowBatch], pl.DataFrame]] = [
+            getattr(RowBatch, maker) for maker in dict.fromkeys(COLUMNS[name].maker for name in names)
+        ]
+        frames = [make(self) for make in makers]
+        return pl.concat(frames, how="horizontal").select(names).cast(dict(schema(names)))  # type: ignore[arg-type]
+
+    @cached_property
+    def whole(self) -> list[str]:
+        """The text of each row: all of its texts joined."""
+        return ["".join([text for _, text in of_row]) for of_row in self.texts]
+
+    @cached_property
+    def pieces(self) -> pl.DataFrame:
+        """A frame with one row per text: row (its index in the batch), role, text, characters."""
+        pieces = [piece for of_row in self.texts for piece in of_row]
+        columns = {
+            "row": np.repeat(np.arange(len(self.texts), dtype=np.uint32), [len(of_row) for of_row in self.texts]),
+            "role": pl.Series([role for role, _ in pieces], dtype=pl.String),
+            "text": pl.Series([text for _, text in pieces], dtype=pl.String),
+        }
+        return pl.DataFrame(columns).with_columns(characters=pl.col("text").str.len_chars())
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The number of characters of each row's texts: int64 [rows]."""
+        return np.fromiter(map(len, self.whole), np.int64, len(self.whole))
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """The code points of all texts end to end: uint32 [characters]."""
+        return code_points("".join(self.whole))
+
+    @cached_property
+    def script_counts(self) -> np.ndarray:
+        """The number of characters of each script in each row: int64 [rows, scripts]."""
+        return count_scripts(scripts_of(self.points), self.lengths)
+
+    def hashes(self) -> np.ndarray:
+        """Return a hash of each row's roles and texts, equal for equal rows: uint64 [rows]."""
+        joined = ["\0".join([word for piece in of_row for word in piece]) for of_row in self.texts]
+        return pl.Series(joined, dtype=pl.String).hash().to_numpy()
+
+    def _sizes(self) -> pl.DataFrame:
+        num_bytes = [len(raw) for raw in self.raws] or [0] * len(self.rows)
+        return pl.DataFrame({"kind": list(map(kind_of, self.rows)), "bytes": num_bytes, "characters": self.lengths})
+
+    def _languages(self) -> pl.DataFrame:
+        languages = np.array(LANGUAGES)[languages_of(self.script_counts, self.whole)]
+        shares = self.script_counts / np.maximum(self.lengths, 1)[:, None]
+        names = [_SHARE_OF.get(script, script) for script in SCRIPTS]
+        return pl.DataFrame({"language": languages, **dict(zip(names, shares.T, strict=True))})
+
+    def _structure(self) -> pl.DataFrame:
+        conversations = list(map(conversation_of, self.rows))
+        messages = [conversation.messages for conversation in conversations]
+        return pl.DataFrame(
+            {
+                "messages": list(map(len, messages)),
+                "turns": [sum(message.role == "user" for message in each) for each in messages],
+                "has_system": [any(m.role == "system" and m.content.strip() for m in each) for each in messages],
+                "reasoning_messages": [sum(bool(m.reasoning_content) for m in each) for each in messages],
+                "has_tools": [bool(conversation.tools) for conversation in conversations],
+                "tool_calls": [sum(len(message.tool_calls) for message in each) for each in messages],
+            }
+        ).with_columns(has_reasoning=pl.col("reasoning_messages") > 0)
+
+    def _answers(self) -> pl.DataFrame:
+        role, length = pl.col("role"), pl.col("characters")
+        chosen, rejected = (length.filter(role == side).last() for side in ("chosen", "rejected"))
+        answer = length.filter(role.is_in(["document", "assistant", "chosen"])).last()
+        of_reply = role.is_in(["chosen", "rejected"])
+        of_row = (
+            pl.when(role.is_in(["chosen"]).any())
+            .then(length.filter(~of_reply).sum())
+            .otherwise(length.sum() - length.filter(role == "document").sum() - answer.fill_null(0))
+        )
+        found = self.pieces.group_by("row").agg(
+            trained_characters=length.filter(role.is_in(ANSWERS)).sum(),
+            prompt_characters=pl.when((role == "document").any()).then(0).otherwise(of_row),
+            answer_characters=pl.when((role == "document").any()).then(length.sum()).otherwise(answer),
+            chosen_characters=chosen,
+            rejected_characters=rejected,
+            difference=chosen.cast(pl.Int64) - rejected.cast(pl.Int64),
+        )
+        return self._of_rows(found)
+
+    def _lines(self) -> pl.DataFrame:
+        lines = self.pieces.select("row", line=pl.col("text").str.split("\n")).explode("line")
+        is_text = pl.col("line").str.strip_chars() != ""
+        length = pl.col("line").str.strip_chars_end("\r").str.len_chars()
+        return self._of_rows(lines.group_by("row").agg(lines=is_text.sum(), longest_line=length.max()))
+
+    def _of_rows(self, found: pl.DataFrame) -> pl.DataFrame:
+        """Return a frame of columns by `row` in the order of the rows; rows without a text have nulls."""
+        every = pl.DataFrame({"row": np.arange(len(self.rows), dtype=np.uint32)})
+        return every.join(found, on="row", how="left", maintain_order="left").drop("row")
+
+    def _repeated(self) -> pl.DataFrame:
+        hashes, ends = gram_hashes([" ".join(text for _, text in of_row) for of_row in self.texts], GRAM_UNITS)
+        grams = pl.DataFrame(
+            {"row": np.repeat(np.arange(len(self.rows), dtype=np.uint32), np.diff(ends)), "gram": hashes}
+        )
+        share = 1 - pl.col("gram").n_unique() / pl.len()
+        return self._of_rows(grams.group_by("row").agg(repeated=share)).fill_null(0)
+
+    def _similarity(self) -> pl.DataFrame:
+        places = [i for i, row in enumerate(self.rows) if isinstance(row, Pair)]
+        sides = [text for i in places for _, text in self.texts[i][-2:]]  # the chosen and the rejected reply
+        lengths = np.fromiter(map(len, sides), np.int64, len(sides))
+        found = jaccard(*shingles(code_points("".join(sides)), lengths), len(places))
+        return self._of_rows(pl.DataFrame({"row": np.array(places, np.uint32), "similarity": found}))
