@@ -54,12 +54,13 @@ class ModelConfig:
         return self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
 
 
-# The first three are the published shapes of the project MiniMind, whose vocabulary has 6,400 tokens. The last two are
-# for the demo and the tests.
+# The first three are the published shapes of the project MiniMind, whose vocabulary has 6,400 tokens. The others are for
+# small data, the demo and the tests.
 MODEL_SHAPES: dict[str, ModelConfig] = {
     "minimind2": ModelConfig(6400, 768, 16, 8, 2, 2048),
     "minimind2-small": ModelConfig(6400, 512, 8, 8, 2, 1408),
     "minimind3": ModelConfig(6400, 768, 8, 8, 4, 2432, norm_eps=1e-6, qk_norm=True),
+    "mini": ModelConfig(0, 256, 4, 4, 2, 704, rope_theta=1e4, qk_norm=True),
     "demo": ModelConfig(0, 128, 2, 4, 2, 352, rope_theta=1e4, qk_norm=True),
     "tiny": ModelConfig(0, 64, 2, 4, 2, 176, rope_theta=1e4),
 }

@@ -73,7 +73,8 @@ class CheckpointState(Struct):
 
 
 class SettingRecord(Struct):
-    """The value of a setting and where it came from ("from" in the file): flag, checkpoint, preset or default."""
+    """The value of a setting and where it came from ("from" in the file): flag, checkpoint, preset, default, or
+    "data: RULE" for a default that follows from the size of the data (see mmtrain.sizing)."""
 
     value: Any
     origin: str = field(name="from")

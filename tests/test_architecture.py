@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.commands": ["mmdata", "mmtrain.config"],
 }
 SHARED = [*(f"mmdata.{room}" for room in DATA), "mmdata.stats.report.page"]  # what mmtrain may take from mmdata
-_ORDER = ["config", "records", "distributed", "model", "checkpoint", "inference", "log", "train", "convert", "commands"]
+_ORDER = ["config", "records", "sizing", "distributed", "model", "checkpoint"]
+_ORDER += ["inference", "log", "train", "convert", "commands"]
 MAY_IMPORT |= {
     f"mmtrain.{room}": [*SHARED, *(f"mmtrain.{before}" for before in _ORDER[:index])]
     for index, room in enumerate(_ORDER)

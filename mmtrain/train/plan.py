@@ -26,6 +26,7 @@ from mmtrain.model.embeddings import Growth, plan_growth
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Stage
 from mmtrain.records import RUN, StartRecord, TrainedOn
+from mmtrain.sizing import fit_to_data
 
 # Computing the prompt of a pair once for both sides is faster if it saves at least this share of the tokens
 # (tests/bench/dpo.py).
@@ -67,7 +68,7 @@ class TrainPlan:
     start: Start
     shape: ModelConfig
     settings: TrainSettings
-    origins: dict[str, str]  # setting -> where its value came from: flag, checkpoint, preset or default
+    origins: dict[str, str]  # setting -> where its value came from: flag, checkpoint, preset, default or data
     objective: Objective  # the loss of dpo and its parameters; not used by other stages
     reference: Checkpoint | None  # the checkpoint named by dpo's --reference; None otherwise, or if resumed
     loader: Loader | PairLoader
@@ -106,6 +107,15 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
         device=world.device.type,
         share_prompt=stage.kind == "pair" and saved_share(datasets) >= SHARE_FROM,
     )
+    if not resumed:
+        settings, origins = fit_to_data(
+            settings,
+            origins,
+            stage=options.stage,
+            tokens_per_epoch=sum(dataset.split("train").totals.model_tokens for dataset in datasets),
+            vocab_size=datasets[0].vocab_size,
+            least_batch_tokens=world.size * (2 if stage.kind == "pair" else 1) * datasets[0].max_len,
+        )
     objective = Objective(**{field.name: getattr(settings, field.name) for field in fields(Objective)})
     reference = None
     if stage.kind == "pair":

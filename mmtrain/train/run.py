@@ -13,7 +13,7 @@ from torch import Tensor
 from mmdata.io.records import write_record
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain import checkpoint, distributed
+from mmtrain import checkpoint, distributed, sizing
 from mmtrain.config import TrainOptions
 from mmtrain.distributed import World
 from mmtrain.log import metrics, trackers
@@ -382,6 +382,13 @@ def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
             f"warning: {plan.stage.name} teaches a model that can already write; new weights are good for a trial only. "
             f"Train `mm train pretrain`{', then `mm train sft`' if plan.is_pairs else ''} first, or name a run with --init"
         )
+    yield from sizing.lines(
+        plan.settings,
+        plan.origins,
+        tokens_per_epoch=loader.tokens_per_epoch,
+        num_steps=plan.num_steps,
+        new=plan.shape if source is None and plan.stage.name == "pretrain" else None,
+    )
     if plan.settings.lora:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         yield f"adapters of rank {plan.settings.lora}: {trained:,} parameters are trained, the others stay"

@@ -1,0 +1,91 @@
+"""Defaults that follow from the size of the data, where the stage's own would give a run of a few steps.
+
+A setting is only changed if it has its stage's default, and none is changed for data that gives LEAST_STEPS steps with
+these defaults and a token for every parameter, except that a run of fewer than 2,000 steps is validated more often.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainSettings
+
+# New weights need more steps: after 130 steps on a million tokens of text a model of 0.5M parameters is still at 7 nats.
+LEAST_STEPS = {"pretrain": 300, "sft": 100, "dpo": 100}
+SHORT_STEPS = 50  # a run of fewer steps gets a warning
+LEAST_BATCH_TOKENS = {"pretrain": 4096, "sft": 2048, "dpo": 4096}
+MOST_EPOCHS = {"pretrain": 10.0, "sft": 20.0, "dpo": 3.0}
+VALIDATIONS = 10  # of a run of fewer than VALIDATIONS times the default --val-every steps
+MODELS = ("minimind2-small", "mini", "demo", "tiny")  # from the largest to the smallest
+# More than about four passes over the same text teach little more (Muennighoff et al. 2023).
+USEFUL_PASSES = 4
+
+
+def fit_to_data(
+    settings: TrainSettings,
+    origins: Mapping[str, str],
+    *,
+    stage: str,
+    tokens_per_epoch: int,
+    vocab_size: int,
+    least_batch_tokens: int = 0,
+) -> tuple[TrainSettings, dict[str, str]]:
+    """Return the settings with batch, epochs, validations and, for pretraining, a model that fit the data; and where
+    each setting came from, for those changed here as "data: RULE".
+
+    tokens_per_epoch: tokens of the train splits. vocab_size: of their tokenizer. least_batch_tokens: the smallest batch
+    that gives every rank a sequence.
+    """
+    origins = dict(origins)
+    passes, batch, least_steps = settings.epochs or 1.0, settings.batch_tokens, LEAST_STEPS[stage]
+
+    def steps() -> int:
+        return settings.steps or math.ceil(passes * tokens_per_epoch / batch)
+
+    if settings.steps is None and origins["batch_tokens"] == "default":
+        least = max(LEAST_BATCH_TOKENS[stage], least_batch_tokens)
+        while steps() < least_steps and batch // 2 >= least:
+            batch //= 2
+            origins["batch_tokens"] = f"data: about {least_steps} steps"
+    if steps() < least_steps and origins["epochs"] == "default" and settings.steps is None:
+        needed = math.ceil(least_steps * batch / max(1, tokens_per_epoch))
+        passes = max(passes, min(MOST_EPOCHS[stage], needed))
+        origins["epochs"] = f"data: about {least_steps} steps, at most {MOST_EPOCHS[stage]:g} epochs"
+    settings = replace(settings, batch_tokens=batch, epochs=None if settings.steps else passes)
+    if origins["val_every"] == "default" and 2 * VALIDATIONS <= steps() < VALIDATIONS * settings.val_every:
+        settings = replace(settings, val_every=steps() // VALIDATIONS)
+        origins["val_every"] = f"data: {VALIDATIONS} validations"
+    if stage == "pretrain" and origins["model"] == "default":
+        shapes = {name: MODEL_SHAPES[name] for name in MODELS}
+        sized = {name: replace(shape, vocab_size=max(shape.vocab_size, vocab_size)) for name, shape in shapes.items()}
+        model = next((name for name in MODELS if sized[name].num_params <= tokens_per_epoch), MODELS[-1])
+        if model != settings.model:
+            settings, origins["model"] = replace(settings, model=model), "data: no more parameters than tokens"
+    return settings, origins
+
+
+def lines(
+    settings: TrainSettings,
+    origins: Mapping[str, str],
+    *,
+    tokens_per_epoch: int,
+    num_steps: int,
+    new: ModelConfig | None,
+) -> Iterator[str]:
+    """Yield console lines: the settings that follow from the data, and warnings of a run that is too short or a model
+    that is too large for it. new: the shape of a model that is trained from scratch, else None."""
+    values = {
+        "batch_tokens": f"batches of {settings.batch_tokens:,} tokens",
+        "epochs": f"{settings.epochs or 0:g} epochs",
+        "val_every": f"a validation every {settings.val_every:,} steps",
+        "model": f"--model {settings.model}",
+    }
+    if chosen := [text for name, text in values.items() if origins[name].startswith("data")]:
+        yield f"for {tokens_per_epoch:,} tokens: {', '.join(chosen)}"
+    if settings.steps is None and num_steps < SHORT_STEPS:
+        yield f"warning: {num_steps:,} steps teach a model little: train on more rows, or with more --epochs"
+    if new and new.num_params > USEFUL_PASSES * tokens_per_epoch:
+        yield (
+            f"warning: {new.num_params:,} parameters are many for {tokens_per_epoch:,} tokens, which the model will only "
+            "memorise: train on more rows, or a smaller --model"
+        )
