@@ -1,20 +1,12 @@
 """Parsing of jsonl lines. One line becomes a `Document`, a `Conversation` or a `Pair`, or raises `BadRow`. Each line is
 parsed independently of all others.
 
-Modules: `row` (the rows), `reasons` (why a row is left out), `load` (strict JSON), `parse` (a line to a row, and the
-kind of a file).
+Modules: `row` (the rows), `reasons` (why a row is left out), `load` (strict JSON), `schemas` (tables of columns and
+schemas), `messages` (messages, tools and calls), `parse` (a line to a row, and the kind of a file).
 """
 
-from mmdata.encode.rows.parse import (
-    LOOK_AT,
-    PLACEHOLDER,
-    calls_of,
-    find_kind,
-    kind_of,
-    kind_of_lines,
-    objects_of,
-    parse_row,
-)
+from mmdata.encode.rows.messages import calls_of, objects_of
+from mmdata.encode.rows.parse import LOOK_AT, PLACEHOLDER, explain, find_kind, kind_of, kind_of_lines, parse_row
 from mmdata.encode.rows.reasons import (
     DEFAULT_MAX_BAD,
     DUPLICATE,
@@ -43,12 +35,15 @@ from mmdata.encode.rows.row import (
     split_documents,
     texts_of,
 )
+from mmdata.encode.rows.schemas import COLUMNS, KINDS, Columns, split_keys
 
 __all__ = [
+    "COLUMNS",
     "DEFAULT_MAX_BAD",
     "DUPLICATE",
     "FEW_BAD_ROWS",
     "HELP",
+    "KINDS",
     "LOOK_AT",
     "NEAR_DUPLICATE",
     "OF_THE_RUN",
@@ -57,6 +52,7 @@ __all__ = [
     "REASONS",
     "SCREENED",
     "BadRow",
+    "Columns",
     "Conversation",
     "Document",
     "Message",
@@ -67,6 +63,7 @@ __all__ = [
     "canonical_tools",
     "check_budget",
     "counted",
+    "explain",
     "find_kind",
     "join_documents",
     "kind_of",
@@ -76,5 +73,6 @@ __all__ = [
     "parse_row",
     "row_hash",
     "split_documents",
+    "split_keys",
     "texts_of",
 ]

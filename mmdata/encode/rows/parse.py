@@ -1,68 +1,89 @@
 """Parsing of lines to rows, and the kind of a file."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmdata.encode.rows.load import MAX_DEPTH, json_type, load
+from mmdata.encode.rows.load import json_type, load
+from mmdata.encode.rows.messages import MessageReader, Messages, is_transcript, objects_of
 from mmdata.encode.rows.reasons import REASONS, BadRow
-from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row
+from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
+from mmdata.encode.rows.schemas import COLUMNS, MEDIA, Columns, describe
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
 from mmdata.io.records import JsonObject
 
-_ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
-    "developer": "system", "human": "user", "gpt": "assistant", "observation": "tool", "function": "tool",
-    "function_call": "assistant",
-}  # fmt: skip
-_PLAIN_ROLES = ("system", "user", "assistant", "tool")
-_MESSAGE_KEYS = {
-    "role", "content", "from", "value", "reasoning_content", "tool_calls", "tools", "functions", "name", "tool_call_id",
-    "weight", "train", "loss",
-}  # fmt: skip
-_ROW_KEYS = {
-    "document": {"text"},
-    "conversation": {"conversations", "messages", "system", "tools", "functions"},
-    "pair": {"chosen", "rejected", "prompt", "conversations", "messages", "system", "tools", "functions"},
-}
 PLACEHOLDER = "无"  # the last answer in MiniMind's rlaif files (prompts for reinforcement learning)
 LOOK_AT = 100  # number of lines at the beginning of a file from which its kind is determined
 
 
-def parse_row(raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None) -> Row:
-    """Parse one line (without its newline). Raises BadRow if it is not a valid row, or not of the given kind.
+def parse_row(
+    raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None, columns: Columns = COLUMNS
+) -> Row:
+    """Parse one line (without its newline). Raises BadRow if it is not a valid row, or cannot be read as the given kind.
 
-    kind: "document", "conversation", "pair" or None (any). extra_keys: counts unknown keys, which are ignored. If a key
-    occurs twice in an object, the last value is used.
+    kind: "document", "conversation", "pair" or None (any). extra_keys: counts the keys of valid rows that say something
+    and are ignored, metadata included. columns: the columns that hold the fields. If a key occurs twice in an object,
+    the last value is used.
     """
-    fields = load(raw)
-    if type(fields) is not dict:
-        raise BadRow("not an object", f"found {json_type(fields)}")
-    own_kind = _kind_of(fields)
-    if kind is not None and own_kind != kind:
-        raise BadRow("another kind", f"found a {own_kind}, expected a {kind}")
-    extra = fields.keys() - _ROW_KEYS[own_kind]
-    if "gt" in extra and own_kind == "conversation":
-        raise BadRow("prompt only", "found `gt`, the answer a reward is computed from")
-    if extra_keys is not None:
-        extra_keys.update(extra)
-    if own_kind == "document":
-        return Document(_text(fields["text"], "text"))
-    return (_conversation if own_kind == "conversation" else _pair)(fields, extra_keys)
+    values = load(raw)
+    if type(values) is dict and len(values) == 1 and columns is COLUMNS and (row := _plain(values, kind)):
+        return row
+    if type(values) is list and _is_message_list(values, columns):
+        values = {columns.mapping.get("messages", "messages"): values}
+    if type(values) is not dict:
+        raise BadRow("not an object", f"found {json_type(values)}")
+    found, others, schema = columns.of_row(values, kind)
+    if schema.kind == "document":
+        text = values[found["text"]]
+        if kind == "document" or type(text) is not str or not is_transcript(text):
+            row = Document(_text(text, found["text"]))
+            if kind == "conversation":
+                raise BadRow("another kind", "found a document, expected a conversation")
+            if extra_keys is not None and len(found) + len(others) > 1:
+                left = [column for field, column in found.items() if field != "text"]
+                extra_keys.update(_ignored(values, others + left, columns, row))
+            return row
+        found = {"messages" if field == "text" else field: column for field, column in found.items()}
+    if others:
+        _check_others(values, others, schema.kind)
+    dialogue = _Dialogue(values, found, columns)
+    row = dialogue.pair() if schema.kind == "pair" else dialogue.conversation(is_prompted="prompt" in schema.required)
+    if extra_keys is not None and (others or dialogue.keys or len(found) > len(dialogue.used)):
+        left = [column for field, column in found.items() if field not in dialogue.used]
+        extra_keys.update(dialogue.keys)
+        extra_keys.update(_ignored(values, others + left, columns, row))
+    return row
 
 
-def find_kind(path: Path) -> str:
+def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | None:
+    """Return the row of an object with one key, as in most files of MiniMind; None if it needs a closer look. Only for
+    speed: `parse_row` gives the same without it.
+    """
+    ((column, value),) = values.items()
+    if column == "text" and kind != "conversation" and kind != "pair" and type(value) is str:
+        is_whole = value and not value.isspace() and (kind == "document" or not is_transcript(value))
+        return Document(value) if is_whole else None
+    if column == "conversations" and kind != "document" and kind != "pair" and type(value) is list:
+        reader = MessageReader(COLUMNS)
+        messages, tools = reader.read(value, column)
+        if reader.keys or messages[-1].content == PLACEHOLDER:
+            return None
+        _check_turns(messages, "")
+        return Conversation(messages, tools)
+    return None
+
+
+def find_kind(path: Path, columns: Columns = COLUMNS) -> str:
     """Return the kind of rows in a file, from its first LOOK_AT lines. Raises InputError if the file cannot be read or
     is empty, if none of these lines is a valid row, or if kinds are mixed.
     """
-    return kind_of_lines(islice(iter_lines(path), LOOK_AT), path)
+    return kind_of_lines(islice(iter_lines(path), LOOK_AT), path, columns)
 
 
-def kind_of_lines(lines: Iterable[Line], path: Path) -> str:
+def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = COLUMNS) -> str:
     """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines.
     Raises InputError if there are no lines or no valid rows, or if no kind has 90%.
 
@@ -72,25 +93,36 @@ def kind_of_lines(lines: Iterable[Line], path: Path) -> str:
     reasons: Counter[str] = Counter()
     first = None
     for line in lines:
-        first = first or line
         try:
-            kinds[kind_of(parse_row(line.raw))] += 1
+            kinds[kind_of(parse_row(line.raw, columns=columns))] += 1
         except BadRow as bad:
+            first = first or (line, bad)
             reasons[bad.reason] += 1
-    if first is None:
+    if not kinds and not first:
         raise InputError(
             f"{path} is empty", "give a file with one JSON object a line; `mm fetch` downloads the known ones"
         )
-    if not kinds:
-        reason = reasons.most_common(1)[0][0]
-        raise InputError(f"{path}: none of its first {reasons.total()} rows can be used ({reason})", REASONS[reason])
+    if first and not kinds:
+        line, bad = first
+        message = f"{path}: none of its first {reasons.total()} rows can be used; line {line.number}"
+        raise InputError(f"{message} {explain(line.raw, bad, columns)}", REASONS[bad.reason])
     kind, count = kinds.most_common(1)[0]
     if count < 0.9 * kinds.total():
         counts = ", ".join(f"{n} {k}" for k, n in kinds.most_common())
         raise InputError(
-            f"{path} mixes kinds of rows: {counts} in its first rows", "put each kind in a file of its own"
+            f"{path} mixes kinds of rows: {counts} in its first rows",
+            f"--kind {kind} takes these and sets the others aside; or put each kind in a file of its own",
         )
     return kind
+
+
+def explain(raw: bytes, bad: BadRow, columns: Columns = COLUMNS) -> str:
+    """Return why a line cannot be used, the fields that it has, and, if no schema fits, the nearest and what it lacks."""
+    try:
+        values = load(raw)
+    except BadRow:
+        return f"is left out: {bad}"
+    return f"is left out: {bad}; it {describe(values, columns)}" if type(values) is dict else f"is left out: {bad}"
 
 
 def kind_of(row: Row) -> str:
@@ -98,17 +130,10 @@ def kind_of(row: Row) -> str:
     return {Document: "document", Conversation: "conversation", Pair: "pair"}[type(row)]
 
 
-def _kind_of(fields: JsonObject) -> str:
-    """Return the kind of a row by its keys. Raises BadRow if no key tells it."""
-    if "chosen" in fields or "rejected" in fields:
-        return "pair"
-    if "conversations" in fields or "messages" in fields:
-        return "conversation"
-    if "text" in fields:
-        return "document"
-    if "prompt" in fields:
-        raise BadRow("prompt only", "found `prompt` without `chosen` and `rejected`")
-    raise BadRow("unknown fields", "found " + (", ".join(f"`{key}`" for key in list(fields)[:5])[:200] or "no key"))
+def _is_message_list(value: Any, columns: Columns) -> bool:
+    """Return whether a JSON value is a list of messages with roles, which may stand in place of a row."""
+    first = value[0] if type(value) is list and value else None
+    return type(first) is dict and "role" in columns.of_message(first)[0]
 
 
 def _text(value: Any, where: str) -> str:
@@ -120,42 +145,147 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _conversation(fields: JsonObject, extra_keys: Counter[str] | None) -> Conversation:
-    """Return a row's conversation. Raises BadRow if it is not valid, or has a placeholder as its last answer."""
-    raw_messages = fields["conversations"] if "conversations" in fields else fields["messages"]
-    messages, tools = _messages(raw_messages, "conversation", extra_keys)
-    if len(fields) > 1:
-        messages, tools = _with_row_fields(fields, messages, tools)
-    if messages[-1].content == PLACEHOLDER and messages[-1].role == "assistant":
-        raise BadRow("prompt only", f"the last answer is the placeholder {PLACEHOLDER}")
-    _check_turns(messages, "")
-    return Conversation(messages, tools)
+def _check_others(values: JsonObject, others: Iterable[str], kind: str) -> None:
+    """Raise BadRow if a row with messages has keys without which the messages are not complete."""
+    if "gt" in others and kind == "conversation":
+        raise BadRow("prompt only", "found `gt`, the answer a reward is computed from")
+    if media := [column for column in others if column in MEDIA and values[column]]:
+        raise BadRow("content is not text", f"`{media[0]}`")
 
 
-def _pair(fields: JsonObject, extra_keys: Counter[str] | None) -> Pair:
-    """Return the pair in a row's fields. Raises BadRow if it is not valid.
-
-    A side is a list of all its messages, or it is a reply: a list without a user message, a single message, or a
-    string. The messages under `conversations`, `messages` or `prompt` are put before a reply.
+def _ignored(values: JsonObject, keys: Iterable[str], columns: Columns, row: Row) -> Iterator[str]:
+    """Yield those keys that say something else than the row. A column that could hold a field is not ignored if all its
+    strings are in the row's texts, as `prompt` is that repeats the first message.
     """
-    shared: tuple[Message, ...] = ()
-    tools: tuple[JsonObject, ...] = ()
-    key = next((key for key in ("conversations", "messages", "prompt") if key in fields), None)
-    if key:
-        shared, tools = _messages(fields[key], key, extra_keys, reply_role="user")
-    sides = []
-    for name in ("chosen", "rejected"):
-        if name not in fields:
-            raise BadRow("wrong types", f"`{name}` is missing")
-        messages, side_tools = _messages(fields[name], name, extra_keys, reply_role="assistant")
-        if not any(message.role == "user" for message in messages):
-            messages = shared + messages
-        messages, side_tools = _with_row_fields(fields, messages, side_tools or tools)
-        _check_turns(messages, f"{name}: ")
-        sides.append(Conversation(messages, side_tools))
-    pair = Pair(*sides)
-    _check_sides(pair)
-    return pair
+    texts = None
+    for key in keys:
+        value = values[key]
+        if columns.known(key) and not isinstance(value, int | float):
+            texts = texts or list(texts_of(row))
+            if all(any(said in text for text in texts) for said in _strings(value)):
+                continue
+        yield key
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a JSON value that are not blank, without white space around them, and without roles."""
+    if type(value) is str:
+        if said := value.strip():
+            yield said
+    elif type(value) is list:
+        for item in value:
+            yield from _strings(item)
+    elif type(value) is dict:
+        for key, item in value.items():
+            if key not in ("role", "from"):
+                yield from _strings(item)
+
+
+class _Dialogue(MessageReader):
+    """Makes a conversation or pair of a row's fields. used: the fields that became part of it."""
+
+    def __init__(self, values: JsonObject, found: Mapping[str, str], columns: Columns):
+        super().__init__(columns)
+        self._values, self._found = values, found
+        self.used: set[str] = set()
+
+    def conversation(self, *, is_prompted: bool) -> Conversation:
+        """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is not valid,
+        or has a placeholder as its last answer.
+        """
+        if is_prompted:
+            messages, tools = self._context()
+            reply, reply_tools = self._field("completion", "assistant")
+            messages, tools = messages + reply, reply_tools or tools
+        else:
+            messages, tools = self._field("messages")
+            if messages[-1].content == PLACEHOLDER and messages[-1].role == "assistant":
+                raise BadRow("prompt only", f"the last answer is the placeholder {PLACEHOLDER}")
+            messages = self._with_history(messages)
+        messages, tools = self._with_row_fields(messages, tools)
+        _check_turns(messages, "")
+        return Conversation(messages, tools)
+
+    def pair(self) -> Pair:
+        """Return the pair. Raises BadRow if it is not valid.
+
+        A side is a list of all its messages, a transcript, or a reply: a list without a user message, a single message,
+        or a string. The messages of the history, and of the prompt or the messages, are put before a reply.
+        """
+        context = None
+        sides = []
+        for field in ("chosen", "rejected"):
+            messages, tools = self._field(field, "assistant")
+            if not any(message.role == "user" for message in messages):
+                context = context or self._context()
+                messages, tools = context[0] + messages, tools or context[1]
+            messages, tools = self._with_row_fields(messages, tools)
+            _check_turns(messages, f"{self._found[field]}: ")
+            sides.append(Conversation(messages, tools))
+        pair = Pair(*sides)
+        _check_sides(pair)
+        return pair
+
+    def _field(self, field: str, reply_role: str | None = None) -> Messages:
+        """Return the messages in the column of a field, and the tools that are defined in them."""
+        self.used.add(field)
+        column = self._found[field]
+        value = self._values[column]
+        if field == "completion" and type(value) is str:
+            return (Message("assistant", value),), ()  # also if it looks like a transcript
+        return self.read(value, column, reply_role)
+
+    def _context(self) -> Messages:
+        """Return the messages before a reply, and the tools defined in them: the history, then the prompt with its
+        input. A pair may have messages that end with the user in place of a prompt, or besides it.
+        """
+        messages, tools = (), ()
+        if "messages" in self._found:
+            messages, tools = self._field("messages", "user")
+            if messages[-1].role == "assistant" and "prompt" in self._found:
+                self.used.remove("messages")
+                messages = ()
+        if not messages:
+            if "prompt" not in self._found:
+                raise BadRow("missing field", "a reply without `prompt` or another column that holds the question")
+            messages, tools = self._prompt()
+        return self._with_history(messages), tools
+
+    def _prompt(self) -> Messages:
+        """Return the messages of the prompt. An `input` that is text is put on a line after the prompt's text."""
+        prompt = self._values[self._found["prompt"]]
+        addition = self._values[self._found["input"]] if "input" in self._found else None
+        if type(prompt) is not str or type(addition) is not str or not addition.strip():
+            return self._field("prompt", "user")
+        self.used |= {"prompt", "input"}
+        return self.read(f"{prompt}\n{addition}" if prompt.strip() else addition, self._found["prompt"], "user")
+
+    def _with_history(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Put the messages of the history before the others, but after a system message."""
+        if "history" not in self._found or not self._values[self._found["history"]]:
+            return messages
+        history, _ = self._field("history")
+        begin = int(messages[0].role == "system" and history[0].role != "system")
+        return messages[:begin] + history + messages[begin:]
+
+    def _with_row_fields(self, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]) -> Messages:
+        """Add a row's `system` to the messages if the first is not a system message, and its `tools` if there are no
+        tools yet. Raises BadRow if a field has a wrong type.
+        """
+        values, found = self._values, self._found
+        if column := found.get("system"):
+            system = values[column]
+            if type(system) is not str:
+                raise BadRow("wrong types", f"{column}: found {json_type(system)}, expected a string")
+            if system and messages[0].role != "system":
+                messages = (Message("system", system), *messages)
+                self.used.add("system")
+        if (column := found.get("tools")) and values[column]:
+            objects = objects_of(values[column], column)
+            if not tools or tools == objects:
+                tools = objects
+                self.used.add("tools")
+        return messages, tools
 
 
 def _check_sides(pair: Pair) -> None:
@@ -168,161 +298,6 @@ def _check_sides(pair: Pair) -> None:
         raise BadRow("different prompts", "the tools differ")
     if first == min(len(chosen), len(rejected)) or not chosen[first].role == rejected[first].role == "assistant":
         raise BadRow("different prompts", f"message {first + 1} differs, and is not the assistant's on both sides")
-
-
-def _messages(
-    value: Any, where: str, extra_keys: Counter[str] | None, *, reply_role: str | None = None
-) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
-    """Return the messages in a JSON list, and the tools that are defined in them. Raises BadRow if the list is empty, a
-    field has a wrong type, or a role is unknown. Blank contents and the order of roles are not checked here.
-
-    where: the name of the field, for errors. reply_role: if given, a single message may take the place of the list, as
-    an object or as a string, which becomes the content of a message with this role.
-    """
-    if reply_role and type(value) is str:
-        value = [{"role": reply_role, "content": value}]
-    elif reply_role and type(value) is dict:
-        value = [value]
-    if type(value) is not list:
-        raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a list of messages")
-    if not value:
-        raise BadRow("no messages", where)
-    messages = []
-    tools: tuple[JsonObject, ...] = ()
-    for number, item in enumerate(value, 1):
-        if type(item) is not dict:
-            raise BadRow("wrong types", f"message {number}: found {json_type(item)}, expected an object")
-        content = item.get("content")
-        if len(item) == 2 and type(content) is str and item.get("role") in _PLAIN_ROLES:
-            messages.append(Message(item["role"], content))  # a faster path for most messages
-            continue
-        messages.append(_message(item, number))
-        if len(item) > 2:
-            if item_tools := item.get("tools") or item.get("functions"):
-                tools += objects_of(item_tools, f"message {number}: tools")
-            if extra_keys is not None:
-                extra_keys.update(item.keys() - _MESSAGE_KEYS)
-    return tuple(messages), tools
-
-
-def _message(item: JsonObject, number: int) -> Message:
-    """Return a message from an object with `role` and `content` or ShareGPT's `from` and `value`. Raises BadRow if a
-    field has a wrong type or the role is unknown. number: the 1-based number of the message, for errors.
-    """
-    name = item["role"] if "role" in item else item.get("from")
-    if type(name) is not str:
-        raise BadRow("wrong types", f"message {number}: role: found {json_type(name)}, expected a string")
-    if name not in _ROLES:
-        raise BadRow("unknown role", f'message {number}: found "{name[:50]}"')
-    content = item["content"] if "content" in item else item.get("value")
-    if type(content) is not str:
-        content = _content_of_parts(content, number, may_be_none="tool_calls" in item)
-    calls, texts, weight = (), {}, 1
-    if len(item) > 2:
-        texts = {key: item.get(key) for key in ("reasoning_content", "name", "tool_call_id")}
-        for key, text in texts.items():
-            if text is not None and type(text) is not str:
-                raise BadRow("wrong types", f"message {number}: {key}: found {json_type(text)}, expected a string")
-        if item.get("tool_calls"):
-            calls = calls_of(item["tool_calls"], f"message {number}: tool_calls")
-        weight = _weight(item, number)
-    if name == "function_call":
-        content, calls = "", calls_of(content, f"message {number}: function_call")
-    return Message(_ROLES[name], content, tool_calls=calls, weight=weight, **texts)
-
-
-def _weight(item: JsonObject, number: int) -> int:
-    """Return whether a message may be trained on, as 0 or 1; 1 if it does not say. Raises BadRow for other values."""
-    given = {key: item[key] for key in ("weight", "train", "loss") if item.get(key) is not None}
-    for key, value in given.items():
-        if type(value) not in (bool, int, float) or value not in (0, 1):
-            raise BadRow("unusable weight", f"message {number}: {key}: found {json.dumps(value)[:50]}, expected 0 or 1")
-    if len(set(given.values())) > 1:
-        raise BadRow("unusable weight", f"message {number}: {' and '.join(given)} differ")
-    return int(next(iter(given.values()), 1))
-
-
-def _content_of_parts(content: Any, number: int, *, may_be_none: bool) -> str:
-    """Join a list of text parts; null becomes "" if `may_be_none`. Raises BadRow for anything else."""
-    if content is None and may_be_none:
-        return ""
-    if type(content) is list and all(
-        type(p) is dict and p.get("type") == "text" and type(p.get("text")) is str for p in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise BadRow("wrong types", f"message {number}: content: found {json_type(content)}, expected a string")
-
-
-def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tools or tool calls as a tuple of JSON objects, from a list of objects, one object, or a string with the
-    JSON of either. Raises BadRow for anything else, or if it is nested deeper than MAX_DEPTH levels.
-
-    where: the name of the field, for errors.
-    """
-    if type(value) is str:
-        value = _from_text(value, where)
-    if type(value) is dict:
-        value = [value]
-    if type(value) is not list or not all(type(item) is dict for item in value):
-        raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a list of objects")
-    if _is_deep(value, MAX_DEPTH):
-        raise BadRow("wrong types", f"{where}: nested deeper than {MAX_DEPTH} levels")
-    return tuple(value)
-
-
-def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tool calls as `objects_of` does, with arguments that are JSON text decoded. Raises BadRow also for a call
-    without a name, and for arguments that are a string but not JSON.
-    """
-    calls = []
-    for call in objects_of(value, where):
-        function = call.get("function") or call
-        if type(function) is not dict or type(function.get("name")) is not str:
-            raise BadRow("wrong types", f"{where}: a call without a name")
-        if type(text := function.get("arguments")) is str:
-            decoded = {**function, "arguments": _from_text(text or "{}", f"{where}: arguments")}
-            call = decoded if function is call else {**call, "function": decoded}
-        calls.append(call)
-    return tuple(calls)
-
-
-def _from_text(text: str, where: str) -> Any:
-    """Return the value of a JSON text. Raises BadRow if it is none."""
-    try:
-        return load(text.encode("utf-8"))
-    except BadRow as bad:
-        raise BadRow("wrong types", f"{where}: a string that is {bad.reason}") from None
-
-
-def _is_deep(value: Any, levels: int) -> bool:
-    """Return whether a JSON value has more than `levels` levels of nested lists and objects."""
-    if type(value) is dict:
-        value = value.values()
-    elif type(value) is not list:
-        return False
-    if not levels:
-        return True
-    for item in value:  # noqa: SIM110 - half the time of any()
-        if type(item) is not str and _is_deep(item, levels - 1):
-            return True
-    return False
-
-
-def _with_row_fields(
-    fields: JsonObject, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]
-) -> tuple[tuple[Message, ...], tuple[JsonObject, ...]]:
-    """Add a row's `system` to the messages if the first is not a system message, and its `tools` or `functions` if
-    there are no tools yet. Raises BadRow if a field has a wrong type.
-    """
-    system = fields.get("system")
-    if system is not None and type(system) is not str:
-        raise BadRow("wrong types", f"system: found {json_type(system)}, expected a string")
-    if system and messages[0].role != "system":
-        messages = (Message("system", system), *messages)
-    row_tools = fields.get("tools") or fields.get("functions")
-    if row_tools and not tools:
-        tools = objects_of(row_tools, "tools")
-    return messages, tools
 
 
 def _is_blank(message: Message) -> bool:

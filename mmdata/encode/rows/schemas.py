@@ -1,0 +1,257 @@
+"""The schemas of rows as tables: which columns hold a field, and which fields make a document, conversation or pair.
+
+A row's columns are first assigned to fields (`Columns.of_row`); the first schema whose required fields are all there tells what
+the row is. A column that is null is absent.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from mmdata.encode.rows.load import json_type
+from mmdata.encode.rows.reasons import BadRow
+from mmdata.errors import UsageError
+from mmdata.io.records import JsonObject
+
+KINDS = ("document", "conversation", "pair")
+# field -> the columns that hold it; if a row has several of them, the first one is taken
+ROW_FIELDS = {
+    "messages": ("conversations", "messages", "conversation", "dialogue"),
+    "prompt": ("prompt", "instruction", "question", "query", "problem"),
+    "input": ("input", "context"),
+    "completion": ("completion", "output", "response", "answer", "target", "solution"),
+    "chosen": ("chosen", "chosen_response", "preferred_output"),
+    "rejected": ("rejected", "rejected_response", "non_preferred_output"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+    "text": ("text",),
+}
+MESSAGE_FIELDS = {  # the same for the keys of a message
+    "role": ("role", "from"),
+    "content": ("content", "value"),
+    "reasoning_content": ("reasoning_content", "reasoning", "thinking"),
+    "tool_calls": ("tool_calls", "function_call"),
+    "tool_call_id": ("tool_call_id",),
+    "name": ("name",),
+    "weight": ("weight",),
+    "train": ("train",),
+    "loss": ("loss",),
+    "masked": ("masked",),
+    "tools": ("tools", "functions"),
+}
+TURN_FIELDS = {  # the same for the keys of an object that holds a question and its answer, in a list of messages
+    "prompt": ("user", "human", "input", *ROW_FIELDS["prompt"]),
+    "completion": ("assistant", "gpt", "bot", *ROW_FIELDS["completion"]),
+}
+
+
+class Schema(NamedTuple):
+    """A form of rows: the fields that a row of this kind must have, and those that it may have."""
+
+    name: str
+    kind: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+class Assignment(NamedTuple):
+    """What the columns of a row are. found: field -> its column. others: the columns that hold no field."""
+
+    found: dict[str, str]
+    others: list[str]
+    schema: Schema
+
+
+_CONTEXT = ("history", "system", "tools")
+SCHEMAS = (  # a row is of the first one that fits
+    Schema("chosen and rejected", "pair", ("chosen", "rejected"), ("prompt", "input", "messages", *_CONTEXT)),
+    Schema("messages", "conversation", ("messages",), _CONTEXT),
+    Schema("prompt and completion", "conversation", ("prompt", "completion"), ("input", *_CONTEXT)),
+    Schema("text", "document", ("text",)),
+)
+MOST_KNOWN = 1000  # different lists of keys whose assignment is stored
+MEDIA = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+_METADATA = re.compile(  # names of keys that describe a row and are no part of it
+    r"(\w+[_-])?(id|ids|idx|index|uid|uuid|guid|hash|sha\d*|source|sources|origin|url|link|path|file|filename|title|dataset|datasets|"
+    r"subset|split|license|lang|language|locale|date|time|timestamp|created|created_at|updated_at|author|model|models|"
+    r"generator|category|categories|topic|topics|domain|subject|tag|tags|type|kind|task|difficulty|level|score|scores|"
+    r"rating|ratings|rank|quality|reward|length|len|size|tokens|token_count|count|turns|turn|round|version|meta|metadata|"
+    r"extra|info|margin)|(score|rating|num|n|len|meta|is|has)_\w+|__\w+__"
+)
+
+
+def is_metadata(key: str) -> bool:
+    """Return whether a key is known to describe a row, such as `id`, `source`, `prompt_id` and `score_chosen`."""
+    return bool(_METADATA.fullmatch(key.lower()))
+
+
+def split_keys(counts: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """Divide counted keys into those that no schema knows and metadata, each with the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    unknown = {key: count for key, count in ordered if not is_metadata(key)}
+    return unknown, {key: count for key, count in ordered if is_metadata(key)}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of rows, and keys of messages, hold which field.
+
+    mapping: field -> the only column that holds it. Fields that are not in it are read from the columns of the tables.
+    """
+
+    mapping: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, items: Iterable[str]) -> "Columns":
+        """Return the columns that `--map FIELD=COLUMN` options name. Raises UsageError for anything else."""
+        mapping: dict[str, str] = {}
+        names = dict.fromkeys((*ROW_FIELDS, *MESSAGE_FIELDS))
+        for item in items:
+            name, _, column = item.partition("=")
+            if name not in names or not column or name in mapping:
+                problem = "is given twice" if name in mapping else "is not FIELD=COLUMN"
+                raise UsageError(f"--map {item} {problem}", f"FIELD is one of {', '.join(names)}")
+            mapping[name] = column
+        return cls(mapping)
+
+    def of_row(self, values: JsonObject, kind: str | None) -> "Assignment":
+        """Return the fields of a row's columns that are not null, and its schema. Raises BadRow if no schema fits, or
+        none of the given kind.
+
+        An `input` without a prompt is the prompt; a string that is the only one, apart from metadata, is the text.
+        """
+        key = (kind, *values)
+        if (known := self._rows.get(key)) and None not in values.values():
+            return known
+        found, others = _assigned(values, self._row_table)
+        if "input" in found and "prompt" not in found:
+            found["prompt"] = found.pop("input")
+        is_known = bool(found)
+        if not found and "text" not in self.mapping:
+            texts = [column for column in others if type(values[column]) is str and not is_metadata(column)]
+            if len(texts) == 1:
+                found["text"] = texts[0]
+                others.remove(texts[0])
+        assignment = Assignment(found, others, self._schema(found, others, kind))
+        if is_known and len(found) + len(others) == len(values) and len(self._rows) < MOST_KNOWN:
+            self._rows[key] = assignment
+        return assignment
+
+    def of_message(self, values: JsonObject) -> tuple[dict[str, str], list[str]]:
+        """Return field -> key for the keys of a message that are not null, and all other such keys."""
+        key = (*values,)
+        if (known := self._messages.get(key)) and None not in values.values():
+            return known
+        assigned = _assigned(values, self._message_table)
+        if len(assigned[0]) + len(assigned[1]) == len(values) and len(self._messages) < MOST_KNOWN:
+            self._messages[key] = assigned
+        return assigned
+
+    def of_turn(self, values: JsonObject) -> tuple[dict[str, str], list[str]]:
+        """Return field -> key for an object that holds a question and its answer, and all other keys."""
+        return _assigned(values, _TURN_TABLE)
+
+    def known(self, column: str) -> bool:
+        """Return whether a field of rows is read from a column of this name."""
+        return column in self._row_table
+
+    def _schema(self, found: Mapping[str, str], others: Iterable[str], kind: str | None) -> Schema:
+        """Return the schema of a row with these fields. Raises BadRow if there is none, or none of the given kind."""
+        fitting = [schema for schema in self._schemas if all(name in found for name in schema.required)]
+        for schema in fitting:
+            if kind in (None, schema.kind) or (
+                kind == "conversation" and schema.name == "text"
+            ):  # perhaps a transcript
+                return schema
+        if fitting:
+            raise BadRow("another kind", f"found a {fitting[0].kind}, expected a {kind}")
+        if "prompt" in found and not found.keys() - {"prompt", "input", *_CONTEXT}:
+            raise BadRow("prompt only", f"found {_listed(found.values())} without an answer")
+        part = next((schema for schema in SCHEMAS if found.keys() & set(schema.required)), None)
+        if not part:
+            raise BadRow("unknown fields", f"found {_listed((*found.values(), *others))}")
+        lacks = [name for name in part.required if name not in found]
+        raise BadRow("missing field", f"found {_listed(found.values())} without {_listed(lacks)}")
+
+    def nearest(self, values: JsonObject) -> tuple[Schema, list[str]]:
+        """Return the schema of which a row has the largest share, and the required fields that the row lacks."""
+        found, _ = _assigned(values, self._row_table)
+        lacks = [(schema, [name for name in schema.required if name not in found]) for schema in self._schemas]
+        return min(lacks, key=lambda item: len(item[1]) / len(item[0].required))
+
+    @cached_property
+    def _schemas(self) -> tuple[Schema, ...]:
+        """SCHEMAS, but those that need mapped fields first: who maps a field wants it to be read."""
+        return tuple(sorted(SCHEMAS, key=lambda schema: -sum(name in self.mapping for name in schema.required)))
+
+    # The assignments of rows and messages without null, by kind and keys: most rows of a file have the same keys.
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str | None, ...], Assignment]:
+        return {}
+
+    @cached_property
+    def _messages(self) -> dict[tuple[str, ...], tuple[dict[str, str], list[str]]]:
+        return {}
+
+    @cached_property
+    def _row_table(self) -> dict[str, tuple[str, int]]:
+        return _table(ROW_FIELDS, self.mapping)
+
+    @cached_property
+    def _message_table(self) -> dict[str, tuple[str, int]]:
+        return _table(MESSAGE_FIELDS, self.mapping)
+
+
+def _table(fields: Mapping[str, tuple[str, ...]], mapping: Mapping[str, str]) -> dict[str, tuple[str, int]]:
+    """Return column -> (field, rank among the columns of that field)."""
+    names = {name: (mapping[name],) if name in mapping else columns for name, columns in fields.items()}
+    table: dict[str, tuple[str, int]] = {}
+    for name in sorted(names, key=lambda name: name not in mapping):  # a mapped column holds no other field
+        for rank, column in enumerate(names[name]):
+            table.setdefault(column, (name, rank))
+    return table
+
+
+def _assigned(values: JsonObject, table: Mapping[str, tuple[str, int]]) -> tuple[dict[str, str], list[str]]:
+    found: dict[str, str] = {}
+    others = []
+    for column, value in values.items():
+        if value is None:
+            continue
+        place = table.get(column)
+        if place is None:
+            others.append(column)
+            continue
+        before = found.setdefault(place[0], column)
+        if before is not column:
+            if place[1] < table[before][1]:
+                found[place[0]], column = column, before
+            others.append(column)
+    return found, others
+
+
+_TURN_TABLE = _table(TURN_FIELDS, {})
+COLUMNS = Columns()  # without a mapping
+
+
+def describe(values: JsonObject, columns: Columns = COLUMNS) -> str:
+    """Return, for an error message, the fields of a row that cannot be used, and the nearest schema if none fits."""
+    types = [f"`{key}` ({'null' if value is None else json_type(value)})" for key, value in list(values.items())[:12]]
+    more = f" and {len(values) - 12} others" if len(values) > 12 else ""
+    text = f"has {', '.join(types)}{more}" if types else "is an empty object"
+    try:
+        columns.of_row(values, None)
+        return text
+    except BadRow:
+        schema, lacks = columns.nearest(values)
+    options = " ".join(f"--map {name}=COLUMN" for name in lacks)
+    return f"{text}; the nearest schema is {schema.name} and lacks {_listed(lacks)} ({options})"
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Return names for an error message, the first five of them."""
+    return ", ".join(f"`{name}`" for name in list(names)[:5])[:200] or "no key"
