@@ -7,11 +7,11 @@ from mmdata.errors import InputError
 REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
     "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8",
     "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
-    "not an object": 'a row is a JSON object such as {"text": "…"}',
+    "not an object": 'a row is a JSON object such as {"text": "…"}, or a list of messages',
     "lone surrogate": r"half of an escape pair such as \ud83d\ude00 stands alone; fix the program that wrote the file",
     "unknown fields": "no schema has these fields: name the columns, as in --map prompt=question --map completion=reply",
     "missing field": "a field of the schema is missing: name the column that holds it, as in --map rejected=worse",
-    "another kind": "the file's other rows are of another kind; keep each kind in its own file",
+    "another kind": "the file's other rows are of another kind; keep each kind in its own file, or take one with --kind",
     "prompt only": "the row has a prompt without an answer (data for reinforcement learning); mm packs answered rows",
     "wrong types": "a field is not of the type its schema names",
     "content is not text": "mm trains on text only, not on images, audio or video",
