@@ -29,10 +29,11 @@ from torch import Tensor
 from mmdata.errors import CheckpointError
 from mmdata.io import files
 from mmdata.io.records import read_record, write_record
-from mmtrain.config import ModelConfig, SettingValues
+from mmtrain.config import SettingValues
 from mmtrain.model import lora
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, BestRecord, CheckpointState, FileRecord, TrainedOn, read_run
+from mmtrain.shapes import ModelConfig
 
 FORMAT_VERSION = 1
 DTYPES = {  # torch type -> its name in safetensors files

@@ -1,4 +1,4 @@
-"""Training options and model shapes: every option of `mm train`, its default for each stage, and the presets.
+"""Training options: every option of `mm train`, its default for each stage, and the presets.
 
 `TrainSettings` has the options that define a run and are recorded with it; `TrainOptions` adds those of a single call,
 such as the data and the run directory. A setting that the user did not give is None until `resolve` sets it. This
@@ -12,76 +12,10 @@ from typing import Any
 
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.options import INT64, check, flag_of, option, options_of
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig, check_heads, ffn_for, shape_of, shape_of_depth
 
 SettingValues = dict[str, Any]  # settings by name, as run.json and checkpoints record them
 STAGE_KINDS = {"pretrain": "document", "sft": "conversation", "dpo": "pair"}  # stage -> kind of rows it trains on
-
-# --- models
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The shape of a model.
-
-    vocab_size: rows of the embedding; in MODEL_SHAPES 0 means the tokenizer's vocabulary size, which `shape_from` fills
-    in. hidden_size: model width C. ffn_size: inner width of the feed-forward layer. num_kv_heads: key/value heads
-    (grouped-query attention). rope_theta: base of the rotary frequencies. norm_eps: epsilon of RMSNorm. qk_norm:
-    whether queries and keys are normalised too. max_positions: largest sequence length in tokens.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_size: int
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-5
-    qk_norm: bool = False
-    max_positions: int = 32768
-
-    @property
-    def head_size(self) -> int:
-        """Return the width D of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def num_params(self) -> int:
-        """Return the number of parameters; the embedding, used for input and output, is counted once."""
-        kv_size = self.num_kv_heads * self.head_size
-        attention = 2 * self.hidden_size * (self.hidden_size + kv_size) + 2 * self.head_size * self.qk_norm
-        block = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
-        return self.vocab_size * self.hidden_size + self.num_layers * block + self.hidden_size
-
-
-# The first three are the published shapes of the project MiniMind, whose vocabulary has 6,400 tokens. The others are for
-# small data, the demo and the tests.
-MODEL_SHAPES: dict[str, ModelConfig] = {
-    "minimind2": ModelConfig(6400, 768, 16, 8, 2, 2048),
-    "minimind2-small": ModelConfig(6400, 512, 8, 8, 2, 1408),
-    "minimind3": ModelConfig(6400, 768, 8, 8, 4, 2432, norm_eps=1e-6, qk_norm=True),
-    "mini": ModelConfig(0, 256, 4, 4, 2, 704, rope_theta=1e4, qk_norm=True),
-    "demo": ModelConfig(0, 128, 2, 4, 2, 352, rope_theta=1e4, qk_norm=True),
-    "tiny": ModelConfig(0, 64, 2, 4, 2, 176, rope_theta=1e4),
-}
-
-
-def shape_from(name: str, vocab_size: int) -> ModelConfig:
-    """Return the model shape called `name`, for a tokenizer with `vocab_size` tokens. A shape whose own `vocab_size` is
-    0 gets the tokenizer's; others keep theirs, which may be larger. Raises UsageError if the name is unknown or the
-    shape's vocabulary is smaller than the tokenizer's."""
-    if name not in MODEL_SHAPES:
-        raise UsageError(f"--model {name} is unknown", f"use one of {', '.join(MODEL_SHAPES)}")
-    shape = MODEL_SHAPES[name]
-    if shape.vocab_size == 0:
-        return replace(shape, vocab_size=vocab_size)
-    if vocab_size > shape.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {vocab_size:,} ids, model {name} only {shape.vocab_size:,}",
-            "pack with a smaller tokenizer, or use --model demo, which takes the tokenizer's size",
-        )
-    return shape
-
 
 # --- options
 
@@ -112,6 +46,11 @@ def _setting(default: Any, help: str, group: str, *, free: bool = False, **decla
     return option(None, help=help, group=group, by_stage=by_stage, may_change_on_resume=free, **declaration)
 
 
+def _shape_setting(help: str, **declaration: Any) -> Any:
+    """Return a dataclass field for a setting that changes the shape of a new model; None leaves the shape as it is."""
+    return _setting(None, help, MODEL, **{"metavar": "N", **declaration})
+
+
 def _dpo_setting(default: Any, unused: Any, help: str, **declaration: Any) -> Any:
     """Return a dataclass field for a setting that only the stage dpo accepts. default: of dpo. unused: the value that
     the other stages record. help: shown after "dpo: ". declaration: further arguments of `_setting`."""
@@ -138,8 +77,27 @@ class TrainSettings:
         choices=("minimind2", "minimind3"),
         default_text="mm's own settings",
     )
-    # None if the model's shape comes from a checkpoint.
+    # None if the model's shape comes from a checkpoint, or by --depth.
     model: str | None = _setting("minimind2-small", f"Shape of a new model: {', '.join(MODEL_SHAPES)}.", MODEL)
+    depth: int | None = _shape_setting(
+        "Make a new model of N layers, 64 N wide, with N heads (nanochat's rule), instead of --model.", least=1
+    )
+    layers: int | None = _shape_setting("Layers, instead of those of --model.", least=1)
+    width: int | None = _shape_setting("Width of the model.", least=2)
+    heads: int | None = _shape_setting("Query heads.", least=1)
+    kv_heads: int | None = _shape_setting("Key and value heads.", least=1)
+    head_size: int | None = _shape_setting("Width of a head.", least=2, default_text="width / heads")
+    ffn: int | None = _shape_setting(
+        "Inner width of the feed-forward layer.", least=1, default_text="with --width 8/3 of it, to a multiple of 64"
+    )
+    rope_theta: float | None = _shape_setting("Base of the rotary frequencies.", least=1)
+    norm_eps: float | None = _shape_setting("Epsilon of RMSNorm.", above=0, below=1)
+    qk_norm: bool | None = _shape_setting("Normalise queries and keys.", metavar=None)
+    untie: bool | None = _shape_setting("Give the output a matrix of its own, not the embedding.", metavar=None)
+    max_positions: int | None = _shape_setting("Largest sequence length in tokens.", least=1)
+    pad_vocab: int | None = _shape_setting(
+        "Round the rows of the embedding up to a multiple of N, such as 64, for speed on a GPU.", least=1
+    )
     steps: int | None = _setting(
         None, "Number of optimizer steps, instead of --epochs.", LENGTH, least=1, default_text="by --epochs"
     )
@@ -318,7 +276,7 @@ class TrainOptions(TrainSettings):
         choices=("tensorboard", "wandb", "swanlab", "trackio"),
         group=LOGGING,
     )
-    device: str = option("auto", help="Device to train on.", choices=("auto", "cpu", "cuda"), group=HARDWARE)
+    device: str = option("auto", help="Device to train on.", choices=("auto", "cpu", "cuda", "mps"), group=HARDWARE)
     compile: bool = option(
         True,
         help="Do not compile the model's blocks with torch.compile, which happens on CUDA only.",
@@ -338,6 +296,56 @@ class TrainOptions(TrainSettings):
         True, help="Do not let the model answer fixed prompts at validations.", flag="--no-samples", group=LOGGING
     )
     runs_dir: Path = Path("runs")
+
+    @property
+    def new_model_flags(self) -> list[str]:
+        """Return the flags given that describe a new model, such as --model and --layers."""
+        names = ("model", "depth", *SHAPE_SETTINGS, "untie", "pad_vocab")
+        return [
+            flag_of(name, known)
+            for name, known in options_of(self)
+            if name in names and getattr(self, name) is not None
+        ]
+
+
+# --- the shape of a new model
+
+# Setting -> the field of a shape that it replaces. --untie and --pad-vocab are treated by `shape_from`.
+SHAPE_SETTINGS = {
+    "layers": "num_layers",
+    "width": "hidden_size",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_size": "own_head_size",
+    "ffn": "ffn_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "norm_eps",
+    "qk_norm": "qk_norm",
+    "max_positions": "max_positions",
+}
+
+
+def shape_from(settings: TrainSettings, vocab_size: int) -> ModelConfig:
+    """Return the shape of a new model, for a tokenizer with `vocab_size` tokens.
+
+    It is the shape called `settings.model`, or that of `settings.depth`, with the fields that SHAPE_SETTINGS names
+    replaced by those given. With a new width the feed-forward width follows `ffn_for` unless given too. Raises
+    UsageError, which says what fits, if the numbers fit no model.
+    """
+    name, depth = str(settings.model), settings.depth
+    shape = shape_of(name, vocab_size) if depth is None else shape_of_depth(depth, vocab_size)
+    given = {field: getattr(settings, name) for name, field in SHAPE_SETTINGS.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    if "hidden_size" in given:
+        given = {"ffn_size": ffn_for(given["hidden_size"]), **given}
+    if settings.untie is not None:
+        given["tied"] = not settings.untie
+    if settings.pad_vocab:
+        given["num_padding"] = -vocab_size % settings.pad_vocab
+        given["vocab_size"] = vocab_size + given["num_padding"]
+    shape = replace(shape, **given)
+    check_heads(shape)
+    return shape
 
 
 # --- presets and defaults
@@ -436,10 +444,14 @@ def resolve(
             values[name], origins[name] = saved[name], "checkpoint"
         elif name == "model" and has_init:
             values[name], origins[name] = None, "checkpoint"
+        elif name == "model" and options.depth:
+            values[name], origins[name] = None, "default"
         elif name in preset:
             values[name], origins[name] = preset[name], "preset"
         else:
             values[name], origins[name] = defaults[name], "default"
+    if origins["model"] == "default" and any(getattr(options, name) is not None for name in ("depth", *SHAPE_SETTINGS)):
+        origins["model"] = "flag"  # these describe the model; another one would give them another meaning
     if options.steps is not None:
         values["epochs"] = None  # --steps replaces --epochs
     return TrainSettings(**values), origins
@@ -456,6 +468,8 @@ def check_options(options: TrainOptions) -> None:
             )
     if options.steps is not None and options.epochs is not None:
         raise UsageError("--steps and --epochs contradict each other", "give one of them")
+    if options.depth and (other := next((n for n in ("model", "layers", "width") if getattr(options, n)), None)):
+        raise UsageError(f"--depth and --{other} both say how large the model is", "give one of them")
     if options.optimizer == "muon" and (options.stage != "pretrain" or options.lora):
         raise UsageError(
             "--optimizer muon is for pretraining: weights trained by AdamW, and adapters, are better trained by AdamW",

@@ -11,7 +11,8 @@ from msgspec import UNSET, Struct, UnsetType, field
 
 from mmdata.errors import CheckpointError
 from mmdata.io.records import read_record
-from mmtrain.config import ModelConfig, SettingValues
+from mmtrain.config import SettingValues
+from mmtrain.shapes import ModelConfig
 
 RUN = "run.json"
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainSettings
+from mmtrain.config import TrainSettings
+from mmtrain.shapes import ModelConfig, shape_of
 
 # New weights need more steps: after 130 steps on a million tokens of text a model of 0.5M parameters is still at 7 nats.
 LEAST_STEPS = {"pretrain": 300, "sft": 100, "dpo": 100}
@@ -56,9 +57,8 @@ def fit_to_data(
         settings = replace(settings, val_every=steps() // VALIDATIONS)
         origins["val_every"] = f"data: {VALIDATIONS} validations"
     if stage == "pretrain" and origins["model"] == "default":
-        shapes = {name: MODEL_SHAPES[name] for name in MODELS}
-        sized = {name: replace(shape, vocab_size=max(shape.vocab_size, vocab_size)) for name, shape in shapes.items()}
-        model = next((name for name in MODELS if sized[name].num_params <= tokens_per_epoch), MODELS[-1])
+        fitting = (name for name in MODELS if shape_of(name, vocab_size).num_params <= tokens_per_epoch)
+        model = next(fitting, MODELS[-1])
         if model != settings.model:
             settings, origins["model"] = replace(settings, model=model), "data: no more parameters than tokens"
     return settings, origins

@@ -4,13 +4,14 @@ The seed's forward is written here anew, with rotary positions turning neighbour
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
-from mmtrain.config import ModelConfig
+from mmtrain.shapes import ModelConfig
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SHAPE = ModelConfig(300, 64, 2, 8, 2, 96)
@@ -112,3 +113,42 @@ def seed_logits(tensors: dict[str, Tensor], shape: ModelConfig, ids: Tensor) -> 
         w1, w2, w3 = (tensors[f"layers.{i}.feed_forward.w{n}.weight"] for n in (1, 2, 3))
         x = x + (F.silu(h @ w1.T) * (h @ w3.T)) @ w2.T
     return normed(x, "norm") @ tensors["output.weight"].T
+
+
+def transformers_model(
+    model_type: str,
+    out: Path,
+    tokenizer: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shards: bool = False,
+    **config: Any,
+) -> Any:
+    """A small random model of transformers, saved to `out` with a tokenizer of 300 ids: every weight is drawn, norms and
+    biases too. config: overrides of its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes | config)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
+            parameter.normal_(std=scale, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.add_(1)
+    model.to(dtype).save_pretrained(out, max_shard_size="50KB" if shards else "1GB")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (out / file).write_bytes((tokenizer / file).read_bytes())
+    return model

@@ -12,12 +12,12 @@ import uvicorn
 
 from mmdata.encode.template import Template
 from mmdata.tokenizer.tokenizer import Tokenizer, train_bpe
-from mmtrain.config import ModelConfig
 from mmtrain.inference.engine import Delta, Engine, Token
 from mmtrain.inference.serve.app import Service, listen, make_app
 from mmtrain.inference.serve.worker import Worker
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
+from mmtrain.shapes import ModelConfig
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (

@@ -31,10 +31,10 @@ MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.shards": ["mmdata.errors", "mmdata.io", "mmdata.tokenizer", "mmdata.encode"],
     "mmdata.pack": [f"mmdata.{room}" for room in DATA],
     "mmdata.stats": [*(f"mmdata.{room}" for room in DATA), "mmdata.tokenizer.toolkit", "mmdata.pack"],
-    "mmdata.commands": ["mmdata", "mmtrain.config"],
+    "mmdata.commands": ["mmdata", "mmtrain.config", "mmtrain.shapes"],
 }
 SHARED = [*(f"mmdata.{room}" for room in DATA), "mmdata.stats.report.page"]  # what mmtrain may take from mmdata
-_ORDER = ["config", "records", "sizing", "distributed", "model", "checkpoint"]
+_ORDER = ["shapes", "config", "records", "sizing", "distributed", "model", "checkpoint"]
 _ORDER += ["inference", "log", "train", "convert", "commands"]
 MAY_IMPORT |= {
     f"mmtrain.{room}": [*SHARED, *(f"mmtrain.{before}" for before in _ORDER[:index])]
@@ -61,6 +61,7 @@ OPTIONS = (
     "mmdata.tokenizer.toolkit.options",
     "mmtrain.config",
     "mmtrain.inference.settings",
+    "mmtrain.shapes",
 )  # what the command line is generated from
 PRINT = (*COMMANDS, "mmtrain.log.metrics")
 READ_ENVIRONMENT = (*COMMANDS, "mmtrain.distributed", "mmdata.io.workers")

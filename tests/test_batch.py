@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from properties import examples
 
 from mmdata.shards.loader import Limits, MicroBatch
-from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.batch import FILL_TOKENS, counts_of, cut, filled, filling, logps_of, to_device, token_logps_of
 from mmtrain.model.model import AttentionLayout, Model, RMSNorm, attend, make_layout
 from mmtrain.model.preference import Objective, pair_figures
+from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train.optim import flat_gradient
 
 CPU = torch.device("cpu")

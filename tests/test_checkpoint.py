@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from mmdata.errors import CheckpointError
 from mmtrain import checkpoint
-from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.model import Model
 from mmtrain.records import TrainedOn
+from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train.optim import adamw, flat_gradient, update
 
 

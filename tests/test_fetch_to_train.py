@@ -12,7 +12,7 @@ from train_data import Data
 
 import cli
 from mmdata.hub import catalog
-from mmtrain.config import MODEL_SHAPES
+from mmtrain.shapes import MODEL_SHAPES
 
 DATASET = catalog.DATASET_REPO["hf"]
 

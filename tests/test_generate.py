@@ -10,7 +10,6 @@ from mmdata.encode.rows import Message
 from mmdata.encode.template import Template
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
-from mmtrain.config import ModelConfig
 from mmtrain.inference import decoder as decoder_module
 from mmtrain.inference import engine as engine_module
 from mmtrain.inference.chat import Chat, answer_batch, fit
@@ -18,6 +17,7 @@ from mmtrain.inference.decoder import KV_STEP, Decoder
 from mmtrain.inference.engine import Engine, Row, TextStream, Token
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
+from mmtrain.shapes import ModelConfig
 
 TEXTS = ["user\n", "assistant\n", "Where does Pim live?", "皮姆住在哪里？"] * 4
 QUESTIONS = ["Hi", "Where does Pim live?", "皮姆住在哪里？", "What is 17 + 5? And then?", "🦉"]

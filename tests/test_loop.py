@@ -375,14 +375,6 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(data: Data, runs: Pat
     refused_run(DatasetError, "another tokenizer", "mm pack", replace(scratch, data=(data.sft, data.other)))
 
 
-def test_a_vocabulary_larger_than_the_models_is_refused(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(config.MODEL_SHAPES, "small", replace(config.MODEL_SHAPES["tiny"], vocab_size=200))
-    run = config_of("pretrain", data, tmp_path / "run", model="small")
-    refused_run(UsageError, "the tokenizer has 300 ids", "--model demo", run)
-
-
 def test_a_run_is_not_overwritten(data: Data, runs: Path) -> None:
     refused_run(UsageError, "already holds a run", "--resume", config_of("sft", data, runs / "sft"))
 

@@ -20,11 +20,12 @@ from mmdata.shards.pairs import PairLoader
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import BASE, OPTIMIZER, WEIGHTS
-from mmtrain.config import ModelConfig, TrainOptions
+from mmtrain.config import TrainOptions
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.model.batch import logps_of, to_device, token_logps_of
 from mmtrain.model.lora import SCALE, adapt, adapters_of, is_adapter, load_adapters, merge, peft_config
 from mmtrain.model.model import Model
+from mmtrain.shapes import ModelConfig
 from mmtrain.train.loop import train
 
 SHAPE = ModelConfig(300, 32, 2, 4, 2, 48, rope_theta=1e4, qk_norm=True)

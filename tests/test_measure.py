@@ -12,10 +12,10 @@ from mmdata.errors import TokenizerError
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.loader import Loader
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.config import shape_from
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.inference.score import Scored, figures, noisiest, score
 from mmtrain.model.model import Model
+from mmtrain.shapes import shape_of
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def tokenizer(data: Data) -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Model:
     torch.manual_seed(1)
-    return Model(shape_from("tiny", tokenizer.vocab_size)).eval()
+    return Model(shape_of("tiny", tokenizer.vocab_size)).eval()
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft"])
@@ -118,7 +118,7 @@ def test_noise_comes_out_first(tmp_path: Path, data: Data, tokenizer: Tokenizer)
     counts = torch.ones(tokenizer.vocab_size)
     for row in source_rows(dataset):
         counts += torch.bincount(torch.tensor(row["input_ids"]), minlength=tokenizer.vocab_size)
-    model = Model(shape_from("tiny", tokenizer.vocab_size)).eval()
+    model = Model(shape_of("tiny", tokenizer.vocab_size)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -1,13 +1,14 @@
 """The transformer: published sizes, documents that do not see each other, and decoding that equals the flat forward."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtrain.config import MODEL_SHAPES, ModelConfig
 from mmtrain.model.model import Model, RMSNorm, Rotary, make_layout, rotary_table, rotate
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 
 LENGTHS = [7, 1, 12, 7, 3, 12, 1, 20]
 
@@ -78,9 +79,9 @@ def test_rotary_tables_are_made_once_grow_and_have_the_very_bits(monkeypatch: py
     config = MODEL_SHAPES["minimind2"]
     made: list[int] = []
 
-    def counted(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(position_ids: torch.Tensor, *frequencies: Any) -> tuple[torch.Tensor, torch.Tensor]:
         made.append(len(position_ids))
-        return rotary_table(position_ids, head_size, theta)
+        return rotary_table(position_ids, *frequencies)
 
     monkeypatch.setattr("mmtrain.model.model.rotary_table", counted)
     rotary = Rotary(config)

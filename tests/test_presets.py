@@ -12,7 +12,6 @@ from mmdata.errors import CheckpointError, UsageError
 from mmdata.options import options_of
 from mmtrain.config import (
     LOSS_BETAS,
-    MODEL_SHAPES,
     PRESET_SETTINGS,
     STAGE_KINDS,
     TrainOptions,
@@ -22,6 +21,7 @@ from mmtrain.config import (
     stage_defaults,
 )
 from mmtrain.model.preference import LOSSES
+from mmtrain.shapes import MODEL_SHAPES
 
 
 def decide(stage: str, saved: dict[str, Any] | None = None, **given: Any) -> tuple[TrainSettings, dict[str, str]]:

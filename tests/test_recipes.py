@@ -13,7 +13,7 @@ from train_data import Data
 
 import cli
 from mmdata.hub import catalog
-from mmtrain.config import MODEL_SHAPES
+from mmtrain.shapes import MODEL_SHAPES
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DATASET = catalog.DATASET_REPO["hf"]

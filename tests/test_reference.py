@@ -10,10 +10,10 @@ from train_data import Data
 from mmdata.errors import CheckpointError
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import PairLoader
-from mmtrain.config import MODEL_SHAPES
 from mmtrain.distributed import World
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
+from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train import reference
 
 KEY = {"weights": "w", "shape": "s", "data": "d", "precision": "float32", "reduction": "sum"}

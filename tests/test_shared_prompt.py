@@ -8,10 +8,10 @@ import torch
 
 from mmdata.shards.dataset import loss_mask
 from mmdata.shards.loader import Limits, MicroBatch
-from mmtrain.config import ModelConfig
 from mmtrain.model.attention import BLOCK, attend_pairs, block_mask, make_pair_layout
 from mmtrain.model.batch import filled, logps_of, to_device
 from mmtrain.model.model import Model
+from mmtrain.shapes import ModelConfig
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(97, 32, 3, 4, 2, 64, qk_norm=True, max_positions=512)

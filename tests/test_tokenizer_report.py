@@ -16,7 +16,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     root = tmp_path_factory.mktemp("report")
     both = [text_data.trained(root), text_data.trained(root, vocab_size=500)]
     corpus = draw(list(text_data.make(root / "text").values()), limit_bytes=10**9)
-    found = evaluate(both, corpus, shapes={"small": Shape(64, 10_000, 450)}, step_tokens=100, num_hostile=50)
+    found = evaluate(both, corpus, shapes={"small": Shape(64, 10_000)}, step_tokens=100, num_hostile=50)
     found.tokenizers[0].round_trip.examples.append("</script><b>")
     return found
 
@@ -38,7 +38,7 @@ def test_a_row_has_a_value_for_each_tokenizer(figures: Evaluation) -> None:
     assert len(titles) == len(set(titles)) == 5
     assert all(len(row) == 3 for found in tables(figures) for row in found.rows)
     model = dict(zip(titles, tables(figures), strict=True))["a model with it"]
-    assert [value.endswith("!") for value in model.rows[-1][1:]] == [False, True]  # 500 ids do not fit 450
+    assert model.rows[-1][1:] == ["0.0 M, 72.9%", "0.0 M, 76.2%"]  # 420 and 500 rows of 64 beside 10,000 parameters
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:

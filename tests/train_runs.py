@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from train_data import Data
 
-from mmtrain.config import ModelConfig, TrainOptions
+from mmtrain.config import TrainOptions
+from mmtrain.shapes import ModelConfig
 
 
 def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:

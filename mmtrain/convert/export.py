@@ -1,8 +1,7 @@
 """Exports the model of a run for other programs: as a Hugging Face directory (`hf`), as a GGUF file for llama.cpp
 (`gguf`), or as a `.pth` file for MiniMind's scripts (`minimind`).
 
-The format `hf` is a standard LlamaForCausalLM, or Qwen3ForCausalLM if queries and keys have norms, without custom code.
-If transformers is installed, it loads this export, and its logits and prompt ids are compared with ours; an export that
+The format `hf` is a standard model of transformers (see `architecture_of`), without custom code. If transformers is installed, it loads this export, and its logits and prompt ids are compared with ours; an export that
 differs is deleted. LoRA adapters are merged into the weights.
 """
 
@@ -12,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +30,13 @@ from mmdata.tokenizer.chat_template import CHATML
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import ModelConfig
 from mmtrain.convert import gguf
-from mmtrain.convert.foreign import run_tokenizer
+from mmtrain.convert.architectures import architecture_of, config_of
+from mmtrain.convert.foreign import model_with, run_tokenizer
+from mmtrain.model.embeddings import EMBEDDING, HEAD
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, RunRecord, read_run
+from mmtrain.shapes import ModelConfig
 
 # By format: name of the dtype in the file -> dtype to which the weights are converted. The first one is the default.
 DTYPES = {
@@ -43,7 +44,7 @@ DTYPES = {
     "gguf": {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32},
     "minimind": {"f32": torch.float32, "f16": torch.float16},
 }
-TOLERANCE = 1e-4  # the largest allowed difference between logits, in fp32
+TOLERANCE = 1e-4  # the largest allowed difference between logits in fp32, or share of the largest logit if that is more
 RECORD = "export.json"  # marks a directory as an export, which may be replaced
 
 
@@ -80,7 +81,7 @@ class _Source:
     @property
     def architecture(self) -> str:
         """The class of transformers that has this architecture."""
-        return "Qwen3ForCausalLM" if self.shape.qk_norm else "LlamaForCausalLM"
+        return architecture_of(self.shape)[1]
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: value.detach().to(dtype).contiguous() for name, value in self.model.state_dict().items()}
@@ -102,7 +103,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and no export of mm", "choose another --out")
     weights = checkpoint.find(path)
-    model = checkpoint.load_model(weights.dir)[0].eval()
+    model = _without_padding(checkpoint.load_model(weights.dir)[0].eval())
     tokenizer = run_tokenizer(weights.run_dir, model.config.vocab_size)
     source = _Source(weights, read_run(weights.run_dir), model, tokenizer)
     writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]
@@ -123,6 +124,16 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     return Exported(out, format, dtype, source.architecture, files, num_bytes, num_params, difference, checks)
 
 
+def _without_padding(model: Model) -> Model:
+    """Return a model without the rows of the embedding that --pad-vocab added; the same model if it has none."""
+    shape = model.config
+    if not shape.num_padding:
+        return model
+    rows = shape.vocab_size - shape.num_padding
+    weights = {name: value[:rows] if name in (EMBEDDING, HEAD) else value for name, value in model.state_dict().items()}
+    return model_with(replace(shape, vocab_size=rows, num_padding=0), weights)
+
+
 # --- Hugging Face
 
 
@@ -141,31 +152,8 @@ def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float 
 
 
 def _hf_config(source: _Source, dtype: str) -> JsonObject:
-    """Return the content of config.json, with keys that both version 4 and version 5 of transformers read."""
-    shape = source.shape
-    return {
-        "architectures": [source.architecture],
-        "model_type": "qwen3" if shape.qk_norm else "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "initializer_range": (3 * shape.hidden_size) ** -0.5,
-        "use_cache": True,
-        "torch_dtype": str(DTYPES["hf"][dtype]).removeprefix("torch."),
-        **_special_ids(source.tokenizer),
-        **({} if shape.qk_norm else {"mlp_bias": False}),
-    }
+    torch_dtype = str(DTYPES["hf"][dtype]).removeprefix("torch.")
+    return {**config_of(source.shape), "torch_dtype": torch_dtype, **_special_ids(source.tokenizer)}
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -189,7 +177,7 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
     """Load the export with transformers in fp32, and compare its logits for random ids, and its prompt ids for a
     message, with ours. weights: the exported weights, which our model uses too. Return sentences for the user and the
     largest difference between logits (None if transformers is not installed). Raise CheckpointError when logits differ
-    by more than TOLERANCE or prompt ids differ."""
+    by more than TOLERANCE allows or prompt ids differ."""
     if importlib.util.find_spec("transformers") is None:
         return ["not compared: transformers is not installed (pip install 'mm-toolkit[hf]')"], None
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -197,18 +185,18 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
 
     logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
-    with torch.device("meta"):
-        ours = Model(source.shape)
-    ours.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    ours = model_with(source.shape, {name: value.float() for name, value in weights.items()})
     generator = torch.Generator().manual_seed(0)
     num_tokens = min(128, source.shape.max_positions)
     ids = torch.randint(source.shape.vocab_size, (num_tokens,), generator=generator)
     hidden = ours(ids, torch.arange(num_tokens), torch.tensor([0, num_tokens], dtype=torch.int32), num_tokens)
-    difference = float((hidden @ ours.head_weight.T - theirs(ids[None]).logits[0]).abs().max())
+    expected = theirs(ids[None]).logits[0]
+    difference = float((hidden @ ours.head_weight.T - expected).abs().max())
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
     name = f"transformers {version('transformers')}"
-    if not difference <= TOLERANCE:
+    if not difference <= allowed:
         raise CheckpointError(
-            f"{name} reads the export differently: logits differ by {difference:.2g}, allowed are {TOLERANCE:g}",
+            f"{name} reads the export differently: logits differ by {difference:.2g}, allowed are {allowed:.2g}",
             "nothing was written; please report this with the model's shape",
         )
     text = "1 + 2 = ?  你好，世界\n"
@@ -270,12 +258,21 @@ def _not_minimind(shape: ModelConfig) -> list[str]:
         "ffn_size": ffn_size,
         "rope_theta": 1e6,
         "norm_eps": 1e-6 if shape.qk_norm else 1e-5,
+        "own_head_size": None,
+        "tied": True,
+        "qkv_bias": False,
+        "rope_scaling": None,
+        "layers_without_rope": (),
     }
     return [
-        f"{name} {getattr(shape, name):g} (only {value:g})"
+        f"{name} {_plain(getattr(shape, name))} (only {_plain(value)})"
         for name, value in expected.items()
         if getattr(shape, name) != value
     ]
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- the model card

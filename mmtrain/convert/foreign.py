@@ -1,9 +1,9 @@
-"""Reads models of other programs: MiniMind's `.pth` files of any version, and Hugging Face directories of Llama, Qwen3
-and MiniMind models. `import_model` converts such a model to a run; `open_model` opens any model that a command accepts.
+"""Reads models of other programs: MiniMind's `.pth` files of any version, and Hugging Face directories of the model
+types in `DEFAULTS`. `import_model` converts such a model to a run; `open_model` opens any model that a command accepts.
 
-Reading is strict. A missing or additional tensor is an error, and so is a feature that our model does not have:
-experts, biases, or an output projection that is not tied to the embedding. From pickle files only tensors are read; a
-file that would run code is refused. Values are not changed, only converted to fp32.
+Reading is strict. A missing or additional tensor is an error, and so is a feature that our model does not have, such as
+experts or sliding windows. From pickle files only tensors are read; a file that would run code is refused. Values are
+not changed, only converted to fp32.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from mmdata.io import files
 from mmdata.io.records import read_record, write_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
-from mmtrain.config import ModelConfig
+from mmtrain.convert.architectures import DEFAULTS, HFConfig, is_moe, read_config, shape_of_weights
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, RunRecord, TrainedOn, read_run
+from mmtrain.shapes import ModelConfig
 
 STAGE = "imported"  # the stage in the run.json that `mm import` writes
-NUM_HEADS = 8  # of every MiniMind model; without query norms the tensors' shapes do not determine it
 PICKLES = (".pth", ".pt", ".bin")
 SEED_ORIGIN = "MiniMind before April 2025, rotary interleaved"
 
@@ -96,7 +96,7 @@ def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
     num_heads: number of query heads, ignored if there are query norms; None for that of config.json (directories only),
     else MiniMind's 8."""
     if path.is_dir():
-        config = _read_config(path)
+        config = read_config(path)
         tensors: dict[str, Tensor] = {}
         for file in _weight_files(path):
             tensors |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file)
@@ -109,64 +109,14 @@ def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
             "of a safetensors file, give the directory that holds its config.json",
         )
     else:
-        config, tensors, tokenizer_dir = _Config("minimind"), _load_pickle(path), _tokenizer_beside(path)
+        config, tensors, tokenizer_dir = HFConfig("minimind"), _load_pickle(path), _tokenizer_beside(path)
     weights, is_seed = _our_names(tensors, path)
-    shape = _shape_of(weights, path, config, num_heads)
+    shape = shape_of_weights(weights, path, config, num_heads)
     if config.model_type != "minimind":
         origin = f"Hugging Face {config.model_type}"
     else:
         origin = SEED_ORIGIN if is_seed else "MiniMind, named as in Hugging Face"
     return ForeignModel(path, _checked(weights, shape, is_seed, path), shape, origin, tokenizer_dir)
-
-
-class _Rope(Struct):
-    """The settings of rotary embeddings in config.json: kind of scaling (under either name) and base."""
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: float | None = None
-
-
-class _Config(Struct):
-    """The fields of config.json, under the names of Hugging Face and of MiniMind. `_shape_of` fills in missing ones."""
-
-    model_type: str | None = None
-    use_moe: bool | None = None
-    num_local_experts: int | None = None
-    num_attention_heads: int | None = None
-    n_heads: int | None = None
-    rope_parameters: _Rope | None = None
-    rope_scaling: _Rope | None = None
-    rope_theta: float | None = None
-    rms_norm_eps: float | None = None
-    norm_eps: float | None = None
-    max_position_embeddings: int | None = None
-    max_seq_len: int | None = None
-    hidden_act: str = "silu"
-    use_sliding_window: bool | None = None
-
-
-def _read_config(path: Path) -> _Config:
-    """Read the config.json of a directory. Raise CheckpointError if it is missing or describes a model unlike ours."""
-    if not (path / "config.json").is_file():
-        fix = "give a run, a .pth file or a Hugging Face directory"
-        raise CheckpointError(f"{path} holds neither a run nor a config.json", fix)
-    config = read_record(path / "config.json", _Config, CheckpointError, "copy or download it again")
-    if config.use_moe or "moe" in str(config.model_type) or config.num_local_experts:
-        raise _moe(path)
-    if config.model_type not in ("llama", "qwen3", "minimind"):
-        problem = f"{path}: model_type {config.model_type!r} is not supported"
-        raise CheckpointError(problem, "import a llama, qwen3 or minimind model")
-    rope = config.rope_parameters or config.rope_scaling or _Rope()
-    scaling = rope.rope_type or rope.type or "default"
-    for is_right, feature in (
-        (scaling == "default", f"rotary scaling {scaling!r}"),
-        (config.hidden_act == "silu", f"activation {config.hidden_act!r}"),
-        (not config.use_sliding_window, "sliding window attention"),
-    ):
-        if not is_right:
-            raise CheckpointError(f"{path}: {feature} is not supported by this model", "import a model without it")
-    return config
 
 
 class _Index(Struct):
@@ -230,7 +180,7 @@ def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Ten
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
     if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
-        raise _moe(path)
+        raise is_moe(path)
     if any(".lora" in name for name in named):
         raise CheckpointError(f"{path} holds LoRA adapters, not a model", "merge them into their model first")
     is_seed = "tok_embeddings.weight" in named
@@ -247,51 +197,15 @@ def _from_seed(name: str) -> str:
     return f"{prefix}{_SEED_NAMES[match[2]]}.weight"
 
 
-def _shape_of(weights: Mapping[str, Tensor], path: Path, config: _Config, num_heads: int | None) -> ModelConfig:
-    """Return the shape of a model from its tensors, under the names of mm, and from config.json, with MiniMind's
-    defaults. Raise CheckpointError if a required tensor is missing, the number of query rows is not the hidden size, or
-    the head size is odd or does not divide the query and key rows.
-    num_heads: number of query heads; it overrides config.json and is ignored if there are query norms, whose length is
-    the head size. path: for error messages."""
-    first = "model.layers.0."
-    needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))
-    if missing := [name for name in needed if f"{name}.weight" not in weights]:
-        raise CheckpointError(f"{path}: no {missing[0]}.weight: not a model of this kind", "import a Llama-like model")
-    embedding, q, k, gate = (weights[f"{name}.weight"] for name in needed)
-    q_norm = weights.get(f"{first}self_attn.q_norm.weight")
-    num_heads = num_heads or config.num_attention_heads or config.n_heads or NUM_HEADS
-    head_size = len(q) // num_heads if q_norm is None else len(q_norm)
-    width = embedding.shape[1]
-    if not head_size or len(q) != width or len(q) % head_size or len(k) % head_size or head_size % 2:
-        raise CheckpointError(
-            f"{path}: {len(q)} rows of queries and {len(k)} of keys at width {width} make no whole heads of {head_size}",
-            "give the right --num-heads; heads wider than width / heads are not supported",
-        )
-    rope = config.rope_parameters or _Rope()
-    layers = [int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))]
-    return ModelConfig(
-        vocab_size=len(embedding),
-        hidden_size=width,
-        num_layers=1 + max(layers),
-        num_heads=len(q) // head_size,
-        num_kv_heads=len(k) // head_size,
-        ffn_size=len(gate),
-        rope_theta=config.rope_theta or rope.rope_theta or 1e6,
-        norm_eps=config.rms_norm_eps or config.norm_eps or (1e-5 if q_norm is None else 1e-6),
-        qk_norm=q_norm is not None,
-        max_positions=config.max_position_embeddings or config.max_seq_len or 32768,
-    )
-
-
 def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path: Path) -> dict[str, Tensor]:
     """Return the weights in fp32. Raise CheckpointError unless names and shapes are exactly those of a model of this
-    shape and an output projection, if present, equals the embedding. is_seed: the weights are from MiniMind before
+    shape and a tied output projection, if present, equals the embedding. is_seed: the weights are from MiniMind before
     April 2025, so rows of queries and keys are reordered by `_half_split`."""
-    output = weights.pop("lm_head.weight", None)
+    output = weights.pop("lm_head.weight", None) if shape.tied else None
     if output is not None and not torch.equal(output, weights["model.embed_tokens.weight"]):
         raise CheckpointError(
-            f"{path}: its output matrix is not its embedding; this model has one for both",
-            "import a model with tied embeddings",
+            f"{path}: its output matrix is not its embedding, although its configuration ties them",
+            'if they are meant to differ, set "tie_word_embeddings": false in a config.json beside the weights',
         )
     with torch.device("meta"):
         expected = Model(shape).state_dict()
@@ -303,12 +217,12 @@ def _checked(weights: dict[str, Tensor], shape: ModelConfig, is_seed: bool, path
         rest = len(missing[3:]) + len(unexpected[3:])
         more = f" and {rest} more" if rest else ""
         message = f"{path}: {' and '.join(problems)}{more}: not a model of this kind"
-        raise CheckpointError(message, "import a Llama-like model")
+        raise CheckpointError(message, f"import a model of type {', '.join(DEFAULTS)}")
     for name, value in weights.items():
         if value.shape != expected[name].shape or not value.is_floating_point():
             raise CheckpointError(
                 f"{path}: {name} is {value.dtype} {list(value.shape)}, expected {list(expected[name].shape)}",
-                "give the right --num-heads, or import a Llama-like model",
+                f"give the right --num-heads, or import a model of type {', '.join(DEFAULTS)}",
             )
         is_rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
         weights[name] = _half_split(value, shape.head_size) if is_seed and is_rotated else value.float().contiguous()
@@ -327,11 +241,6 @@ def interleaved(weight: Tensor, head_size: int) -> Tensor:
     """Invert `_half_split`: rows 2i and 2i + 1 of each head are rotated together, as llama.cpp expects of Llama models."""
     halves = weight.unflatten(0, (-1, 2, head_size // 2))
     return halves.transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def _moe(path: Path) -> CheckpointError:
-    problem = f"{path} is a mixture of experts (MoE), which this model is not"
-    return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
 
 
 # --- tokenizer
@@ -380,11 +289,11 @@ def run_tokenizer(run_dir: Path, vocab_size: int) -> Tokenizer:
 # --- models and runs
 
 
-def model_of(foreign: ForeignModel) -> Model:
-    """Return a model with the weights of `foreign`, which are not copied."""
+def model_with(shape: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
+    """Return a model with these weights, which are not copied."""
     with torch.device("meta"):
-        model = Model(foreign.shape)
-    model.load_state_dict(foreign.weights, assign=True)
+        model = Model(shape)
+    model.load_state_dict(weights, assign=True)
     return model
 
 
@@ -394,7 +303,7 @@ def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model,
     be used."""
     if is_foreign(path):
         foreign = read(path)
-        return model_of(foreign).eval(), tokenizer_for(foreign, tokenizer_dir)
+        return model_with(foreign.shape, foreign.weights).eval(), tokenizer_for(foreign, tokenizer_dir)
     model = checkpoint.load_model(path)[0].eval()
     return model, run_tokenizer(checkpoint.find(path).run_dir, model.config.vocab_size)
 
@@ -410,7 +319,7 @@ def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, nu
     tokenizer = tokenizer_for(foreign, tokenizer_dir)
     hashes = [files.sha256_of(file) for file in (_weight_files(path) if path.is_dir() else [path])]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    model = model_of(foreign)
+    model = model_with(foreign.shape, foreign.weights)
     tokenizer.save(out / "tokenizer")
     checkpoint.save(
         out,

@@ -16,8 +16,10 @@ from torch import Tensor
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.chat_template import CHATML
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.config import ModelConfig
+from mmtrain.convert.architectures import architecture_of
 from mmtrain.convert.foreign import interleaved
+from mmtrain.model.model import rope_divisors, rope_frequencies
+from mmtrain.shapes import ModelConfig
 
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -57,7 +59,8 @@ def write(
     path: Path, weights: Mapping[str, Tensor], shape: ModelConfig, tokenizer: Tokenizer, *, dtype: str, name: str
 ) -> list[str]:
     """Write a GGUF file and compare its tensors with the weights. Return sentences for the user about this and the
-    precision. Raise UsageError if `gguf` is not installed, TokenizerError if llama.cpp does not know the pre-tokenizer.
+    precision. Raise UsageError if `gguf` is not installed or llama.cpp has no such model, TokenizerError if it does not
+    know the pre-tokenizer.
     weights: the state dict. dtype: "f32", "f16" or "q8_0", for matrices; norms are always f32, and a matrix whose rows
     q8_0 cannot divide into blocks is f16. name: the model's name in the file."""
     try:
@@ -66,7 +69,7 @@ def write(
         raise UsageError("writing GGUF needs the gguf package", "pip install 'mm-toolkit[gguf]'") from error
 
     pre_tokenizer = pre_tokenizer_name(tokenizer)
-    writer = gguf.GGUFWriter(path, "qwen3" if shape.qk_norm else "llama")
+    writer = gguf.GGUFWriter(path, _architecture(shape))
     _add_shape(writer, shape, name)
     file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
@@ -93,21 +96,44 @@ def write(
 
 
 def tensors(weights: Mapping[str, Tensor], shape: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each tensor's name in llama.cpp and its values in fp32. For a Llama model (no norms on queries and keys)
-    llama.cpp rotates adjacent rows of each head, so the rows of its query and key matrices are reordered."""
+    """Yield each tensor's name in llama.cpp and its values in fp32. For Llama and SmolLM3 llama.cpp rotates adjacent
+    rows of each head, so the rows of their query and key matrices are reordered. Llama 3's scaling of the rotary
+    frequencies is a tensor too: the number that divides each of them."""
+    rotates_adjacent = _architecture(shape) in ("llama", "smollm3")
+    if shape.rope_scaling:
+        frequencies = rope_frequencies(shape.head_size, shape.rope_theta)
+        yield "rope_freqs.weight", rope_divisors(frequencies, shape.rope_scaling).numpy()
     for name, value in weights.items():
-        if not shape.qk_norm and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if rotates_adjacent and name.endswith(("q_proj.weight", "k_proj.weight")):
             value = interleaved(value, shape.head_size)
         yield _name(name), value.detach().float().contiguous().numpy()
 
 
 def _name(name: str) -> str:
     """Return llama.cpp's name of a tensor, given its name in mm's state dict."""
-    fixed = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if name in fixed:
         return fixed[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_NAMES[rest.removesuffix('.weight')]}.weight"
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{_NAMES[module]}.{kind}"
+
+
+def _architecture(shape: ModelConfig) -> str:
+    """Return llama.cpp's name of the architecture, which is transformers' model type. Raise UsageError for a SmolLM3
+    whose layers without rotary positions are not every fourth one, which llama.cpp takes for granted."""
+    name = architecture_of(shape)[0]
+    if name == "smollm3" and shape.layers_without_rope != tuple(range(3, shape.num_layers, 4)):
+        layers = ", ".join(map(str, shape.layers_without_rope))
+        raise UsageError(
+            f"llama.cpp's smollm3 has no rotary positions in every fourth layer; this model in layers {layers}",
+            "--format hf keeps any",
+        )
+    return name
 
 
 def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:

@@ -176,6 +176,7 @@ class Engine:
         if not batch:
             return []
         logits = self.decoder.forward([(row._cache, row._new_ids) for row in batch]).float().cpu()
+        logits = logits[:, : self.tokenizer.vocab_size]  # rows of the embedding beyond the tokenizer's ids mean nothing
         ready = [(i, row) for i, row in enumerate(batch) if row._cache.length >= row.num_prompt]
         deltas = [self._extend(row, logits[i]) for i, row in ready]
         self._running = [row for row in self._running if row.finish_reason is None]

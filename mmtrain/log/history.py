@@ -244,7 +244,8 @@ def _flops(run: RunRecord, tokens: np.ndarray, trained: np.ndarray) -> np.ndarra
     output projection only trained tokens count, since this trainer computes it only for these. The products inside
     attention are left out; they are less than a tenth of the total at these sequence lengths."""
     head = run.model.vocab_size * run.model.hidden_size if run.model else 0
-    return 6.0 * (max(run.num_params - head, 0) * tokens + head * trained)
+    lookup = 0 if run.model is None or run.model.tied else head  # an embedding of its own is read, not multiplied
+    return 6.0 * (max(run.num_params - head - lookup, 0) * tokens + head * trained)
 
 
 def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Enlarge the embedding matrix of a model for a tokenizer with added tokens; all other weights stay unchanged.
 
-The vector of an added token is the mean of all old vectors, or of those of the old tokens that spell it. The embedding
-is tied, so this also initialises the token's output weights. With the mean, the probabilities of the old tokens change
-only by a bounded amount (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+The vector of an added token is the mean of all old vectors, or of those of the old tokens that spell it. An output
+projection that is not tied to the embedding grows alike. With the mean, the probabilities of the old tokens change only
+by a bounded amount (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import added_ids, token_texts
 
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"  # the output projection; absent if it is tied to the embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,18 @@ def _subtokens(old: Tokenizer, content: bytes | None) -> list[int]:
 
 
 def grow(weights: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
-    """Return the weights with an embedding [growth.vocab_size, C]; the other tensors are the same objects.
+    """Return the weights with EMBEDDING and HEAD of [growth.vocab_size, C]; the other tensors are the same objects.
 
     Old rows are copied bit for bit, except rows of added ids, which become the mean of the rows that `growth.rows`
     lists. Appended rows that no added token uses become the mean of the whole old matrix.
     """
-    old = weights[EMBEDDING]
+    return {**weights, **{name: _grown(weights[name], growth) for name in (EMBEDDING, HEAD) if name in weights}}
+
+
+def _grown(old: Tensor, growth: Growth) -> Tensor:
     new = torch.empty(growth.vocab_size, old.shape[1], dtype=old.dtype)
     new[: len(old)] = old
     new[len(old) :] = old.mean(0)  # appended rows that no token uses
     for id, sources in growth.rows.items():
         new[id] = old[list(sources)].mean(0)
-    return {**weights, EMBEDDING: new}
+    return new

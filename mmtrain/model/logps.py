@@ -1,12 +1,18 @@
-"""Log-probabilities of trained tokens: fp32 whatever the precision of the model, their sums float64. At most CHUNK rows
-of logits exist at a time, so that memory does not grow with the number of tokens."""
+"""Log-probabilities of trained tokens: fp32 whatever the precision of the model, their sums float64. Few rows
+of logits exist at a time (see `chunk_rows`), so that memory does not grow with the number of tokens."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 2048  # rows of logits in memory at a time: 52 MB in fp32 for a vocabulary of 6,400 tokens
+CHUNK = 2048  # most rows of logits in memory at a time: 52 MB in fp32 for a vocabulary of 6,400 tokens
+MOST_LOGITS = 2**26  # most logits in memory at a time, 268 MB in fp32: fewer rows from a vocabulary of 32,768 on
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Return how many rows of logits are computed at a time."""
+    return max(1, min(CHUNK, MOST_LOGITS // vocab_size))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -62,14 +68,14 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK, dtype: torch.dtype = torch.float32
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Compute the log-probability of each target token, fp32 [N], with gradients to `hidden` and `weight`.
 
     hidden: [N, C], for each target the hidden state that predicts it. weight: output embedding [V, C]. targets: int64
-    [N], token ids. chunk: rows of logits computed at a time. dtype: matrices are multiplied in it; sums are fp32.
+    [N], token ids. chunk: rows of logits computed at a time; None for `chunk_rows`. dtype: matrices are multiplied in it; sums are fp32.
     """
-    return _TokenLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[return-value]
+    return _TokenLogps.apply(hidden, weight, targets, chunk or chunk_rows(len(weight)), dtype)  # type: ignore[return-value]
 
 
 def predecessors(trained: Tensor, shared: Tensor | None = None) -> Tensor:

@@ -19,14 +19,13 @@ PEFT_PREFIX = "base_model.model."  # of parameter names in the PEFT library's fi
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer without bias, with adapters A [rank, in_features] and B [out_features, rank]. It shares the weight
+    """A linear layer with adapters A [rank, in_features] and B [out_features, rank]. It shares weight and bias
     of `layer` instead of copying it; B starts at 0, so the output is at first that of `layer`."""
 
     def __init__(self, layer: nn.Linear, rank: int):
-        assert layer.bias is None
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, None
+        self.weight, self.bias = layer.weight, layer.bias
         self.lora_A = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
         self.lora_B = nn.Parameter(
             layer.weight.new_zeros(layer.out_features, rank)
@@ -34,18 +33,18 @@ class AdaptedLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the initialisation that PEFT and nn.Linear use
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return x W^T + SCALE (x A^T) B^T, [..., out_features], for x = `input` [..., in_features]."""
-        return F.linear(input, self.weight) + F.linear(F.linear(input, self.lora_A), SCALE * self.lora_B)
+        """Return x W^T + b + SCALE (x A^T) B^T, [..., out_features], for x = `input` [..., in_features]."""
+        return F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.lora_A), SCALE * self.lora_B)
 
 
 def adapt(model: nn.Module, rank: int) -> None:
-    """Freeze all parameters of a model and replace each of its linear layers by an `AdaptedLinear`, in place. The
-    matrices A are drawn from torch's global random state."""
+    """Freeze all parameters of a model and replace each linear layer of its blocks by an `AdaptedLinear`, in
+    place. The matrices A are drawn from torch's global random state."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and name != "lm_head":
                 setattr(module, name, AdaptedLinear(child, rank))
 
 

@@ -2,10 +2,11 @@
 per token. Logits are computed in `logps.py`.
 
 Sequences are laid end to end without padding; attention never crosses the end of a sequence. Parameters have the names
-of Llama checkpoints, so that exporting needs no renaming. Input and output embedding are tied.
+of Llama checkpoints, so that exporting needs no renaming. What differs between architectures is in `ModelConfig`.
 """
 
 import inspect
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from mmtrain.config import ModelConfig
 from mmtrain.model.attention import PairLayout, attend_pairs, make_pair_layout
+from mmtrain.shapes import ModelConfig, RopeScaling
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -55,15 +56,32 @@ class RMSNorm(nn.Module):
         return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps))
 
 
-def rotary_table(position_ids: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_divisors(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return the numbers, from 1 to `scaling.factor`, that Llama 3's scaling divides the rotary frequencies by."""
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - kept) / scaling.factor + kept)
+
+
+def rotary_table(
+    position_ids: Tensor, head_size: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary angles of positions [...], each fp32 [..., 1, D] with D = `head_size`.
 
     theta: base of the frequencies. The second half of the last dimension repeats the first, for the half-split form of
     Llama checkpoints (dimension i is rotated together with i + D / 2).
     """
-    frequencies = theta ** -(torch.arange(0, head_size, 2, device=position_ids.device, dtype=torch.float32) / head_size)
+    frequencies = rope_frequencies(head_size, theta, position_ids.device)
+    if scaling:
+        frequencies = frequencies / rope_divisors(frequencies, scaling)
     angles = position_ids[..., None].float() * frequencies
     return torch.cat((angles, angles), -1).cos().unsqueeze(-2), torch.cat((angles, angles), -1).sin().unsqueeze(-2)
+
+
+def rope_frequencies(head_size: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Return the rotary frequencies of a head, fp32 [D / 2], in radians per position."""
+    return theta ** -(torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
 
 
 class Rotary:
@@ -71,7 +89,7 @@ class Rotary:
     least twice the length when needed. Not part of state_dict; 25 MB for 32,768 positions with head width 96."""
 
     def __init__(self, config: ModelConfig):
-        self._head_size, self._theta = config.head_size, config.rope_theta
+        self._frequencies = config.head_size, config.rope_theta, config.rope_scaling
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, position_ids: Tensor, end: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +100,7 @@ class Rotary:
         if len(cos) < end:
             with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
                 positions = torch.arange(max(end, 2 * len(cos)), device=device)
-                cos, sin = self._tables[device] = rotary_table(positions, self._head_size, self._theta)
+                cos, sin = self._tables[device] = rotary_table(positions, *self._frequencies)
         return cos[position_ids], sin[position_ids]
 
 
@@ -188,7 +206,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs of several linear layers without bias for one input x [..., C].
+    """Return the outputs of several linear layers, all with or all without bias, for one input x [..., C].
 
     In training they are one product with the concatenated weights: 3 % less time on the CPU, five kernels fewer per
     block on CUDA. Without gradients the layers are computed one by one, because for the one or two tokens of a decoding
@@ -197,7 +215,9 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
     if not torch.is_grad_enabled() or len(weights) < len(layers):
         return [layer(x) for layer in layers]
-    return list(F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1))
+    biases = [layer.bias for layer in layers if isinstance(layer.bias, Tensor)]
+    bias = torch.cat(biases) if biases else None
+    return list(F.linear(x, torch.cat(weights), bias).split([len(weight) for weight in weights], -1))
 
 
 def spares(x: Tensor) -> bool:
@@ -207,28 +227,32 @@ def spares(x: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; with `config.qk_norm`, q and k are RMS-normalised before the rotary embeddings."""
+    """Grouped-query attention; with `config.qk_norm`, q and k are RMS-normalised before the rotary embeddings, which
+    the layers in `config.layers_without_rope` do not have. layer: number of the layer, from 0."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.head_size = config.head_size
-        kv_size = config.num_kv_heads * config.head_size
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.rotates = layer not in config.layers_without_rope
+        q_size, kv_size = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [..., H, D], k and v [..., KV, D] for x [..., C], with q and k rotated. cos, sin: [..., 1, D]."""
+        """Return q [..., H, D], k and v [..., KV, D] for x [..., C], with q and k rotated, if this layer
+        rotates. cos, sin: [..., 1, D]."""
         parts = project(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)
         if spares(x):
             v = (
                 v.contiguous()
             )  # as a view it would keep the product of all three layers in memory until the backward pass
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (rotate(q, cos, sin), rotate(k, cos, sin), v) if self.rotates else (q, k, v)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
         """Return the attention output [T, C], after the output projection, for x [T, C]. cos, sin: [T, 1, D]."""
@@ -260,10 +284,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block with pre-normalisation: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
@@ -279,7 +303,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
@@ -296,25 +320,28 @@ class Model(nn.Module):
         assert config.vocab_size > 0 and config.head_size % 2 == 0, config
         self.config = config
         self.model = Transformer(config)
+        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpoints_blocks = False
         self.rotary = Rotary(config)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw every matrix from N(0, 1 / (3 C)), where C is `hidden_size`; norm weights stay as they are (1 in a new
-        model). Logits start near 0 and the loss near ln V.
+        """Draw every matrix from N(0, 1 / (3 C)), where C is `hidden_size`, and set biases to 0; norm weights stay as
+        they are (1 in a new model). Logits start near 0 and the loss near ln V.
 
         This is the variance of torch's default for a linear layer with C inputs; the standard deviation is 0.021 at C =
         768. A fixed 0.02 is too small for narrow models: the demo model, with C = 128, learned more slowly with it.
         """
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=(3 * self.config.hidden_size) ** -0.5)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     @property
     def head_weight(self) -> Tensor:
-        """Return the output embedding [V, C], which is the input embedding (tied weights)."""
-        return self.model.embed_tokens.weight
+        """Return the output projection [V, C]; if it is tied, this is the embedding."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
         self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, shared: Tensor | None = None

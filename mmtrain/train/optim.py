@@ -26,12 +26,13 @@ def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: 
     """Return the optimizer `name`, "adamw" or "muon", for all trainable parameters.
 
     weight_decay: applies to matrices only, not to norms. With "muon", Muon updates the hidden matrices, AdamW the
-    embedding (also the output embedding) and the norms. lr: replaced at every `update`. beta2: decay of AdamW's squared
+    embedding, the output projection, biases and norms. lr: replaced at every `update`. beta2: decay of AdamW's squared
     gradients.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in trained.items() if p.dim() >= 2 and not (name == "muon" and "embed" in n)]
-    embedding = [p for n, p in trained.items() if p.dim() >= 2 and name == "muon" and "embed" in n]
+    is_embedding = {n: name == "muon" and ("embed" in n or "lm_head" in n) for n in trained}
+    hidden = [p for n, p in trained.items() if p.dim() >= 2 and not is_embedding[n]]
+    embedding = [p for n, p in trained.items() if p.dim() >= 2 and is_embedding[n]]
     vectors = [p for p in trained.values() if p.dim() < 2]
     options: dict[str, Any] = {"lr": lr, "betas": (0.9, beta2), "eps": EPS}
     if name == "muon":

@@ -17,7 +17,7 @@ from mmdata.shards.pairs import PairLoader, make_loader, saved_share
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import STAGE_KINDS, ModelConfig, TrainOptions, TrainSettings, resolve, shape_from
+from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, resolve, shape_from
 from mmtrain.distributed import World
 from mmtrain.log import trackers
 from mmtrain.model import preference
@@ -26,6 +26,7 @@ from mmtrain.model.embeddings import Growth, plan_growth
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Stage
 from mmtrain.records import RUN, StartRecord, TrainedOn
+from mmtrain.shapes import ModelConfig
 from mmtrain.sizing import fit_to_data
 
 # Computing the prompt of a pair once for both sides is faster if it saves at least this share of the tokens
@@ -278,15 +279,17 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
 
 
 def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None, datasets: Sequence[Dataset]) -> Start:
-    """Return the weights to start from: the resumed checkpoint; else that of --init; else, unless --model is given, the
+    """Return the weights to start from: the resumed checkpoint; else that of --init; else, unless --model or another
+    option for a new model is given, the
     newest finished run under `runs_dir` of a stage in `stage.starts_from`; else new weights. Raises UsageError if both
     --init and --model are given."""
     init = None
     if options.init is not None:
-        if options.model is not None:
-            raise UsageError("--model is for new weights; with --init the checkpoint gives the shape", "leave one out")
+        if flags := options.new_model_flags:
+            problem = f"{flags[0]} is for new weights; with --init the checkpoint gives the shape"
+            raise UsageError(problem, f"leave --init or {', '.join(flags)} out")
         init = checkpoint.find(options.init)
-    elif options.model is None and not resumed:
+    elif not options.new_model_flags and not resumed:
         run = checkpoint.find_run(options.runs_dir, stage.starts_from)
         init = checkpoint.find(run) if run else None
     growth = _growth(options, init, datasets)
@@ -342,12 +345,13 @@ def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -
     if start.source:
         shape = start.source.model_config
     else:
-        shape = shape_from(str(settings.model), datasets[0].vocab_size)
+        shape = shape_from(settings, datasets[0].vocab_size)
     if start.growth:
-        shape = replace(shape, vocab_size=start.growth.vocab_size)
+        num_padding = max(0, start.growth.vocab_size - datasets[0].vocab_size) if shape.num_padding else 0
+        shape = replace(shape, vocab_size=start.growth.vocab_size, num_padding=num_padding)
     if datasets[0].max_len > shape.max_positions:
         raise DatasetError(
             f"{datasets[0].dir} holds sequences of {datasets[0].max_len} tokens, the model takes {shape.max_positions}",
-            f"pack with --max-len {shape.max_positions}",
+            f"pack with --max-len {shape.max_positions}, or train a new model with --max-positions {datasets[0].max_len}",
         )
     return shape

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from mmdata.errors import DiskError, TrainError
 from mmdata.shards.loader import Loader, MicroBatch
-from mmtrain.config import ModelConfig
 from mmtrain.distributed import World, ranks_here
 from mmtrain.log.metrics import duration
 from mmtrain.model.batch import cut, to_device, token_logps_of
-from mmtrain.model.logps import CHUNK
+from mmtrain.model.logps import chunk_rows
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast
+from mmtrain.shapes import ModelConfig
 from mmtrain.train.plan import TrainPlan
 
 PROBE_TOKENS = 512  # approximate size of the probe's batch
@@ -95,7 +95,7 @@ class Memory:
 
     def parts(self, micro_tokens: int) -> dict[str, int]:
         """Return the bytes by purpose with `micro_tokens` tokens at once."""
-        rows = min(CHUNK, micro_tokens * self.trained_share)
+        rows = min(chunk_rows(self.shape.vocab_size), micro_tokens * self.trained_share)
         head = 2 * 4 * rows * self.shape.vocab_size + 2 * 4 * self.shape.vocab_size * self.shape.hidden_size
         sizes = {"activations": int(self.kept * micro_tokens), "logits and their gradient": int(head)}
         return {**self.fixed, **sizes, "allocator's slack": int(self.slack * sum(sizes.values()))}
@@ -181,11 +181,11 @@ def _fixed_bytes(plan: TrainPlan, model: Model, base_bytes: int, weights_copy: i
     settings, num_params = plan.settings, plan.shape.num_params
     num_trainable = sum(p.numel() for p in model.parameters())
     if settings.lora:
-        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+        linear = [layer for layer in model.model.modules() if isinstance(layer, torch.nn.Linear)]
         num_trainable = sum(settings.lora * (layer.in_features + layer.out_features) for layer in linear)
     optimizer = 8 * num_trainable
     if settings.optimizer == "muon":
-        optimizer = 4 * (num_trainable + model.head_weight.numel())
+        optimizer = 4 * (num_trainable + (2 - plan.shape.tied) * model.head_weight.numel())
     average = 4 * num_trainable if settings.ema else 0
     saved = 4 * (num_trainable if settings.lora else num_params) + optimizer + average
     fixed = {

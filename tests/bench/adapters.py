@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from mmdata.shards.loader import MicroBatch
-from mmtrain.config import MODEL_SHAPES, ModelConfig
 from mmtrain.model import lora
 from mmtrain.model.batch import Batch, to_device, token_logps_of
 from mmtrain.model.model import Model
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 from mmtrain.train.optim import flat_gradient, make, update
 
 

@@ -33,11 +33,11 @@ from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import Dataset, open_dataset, open_sources
 from mmdata.shards.pairs import PairLoader
 from mmtrain.checkpoint import load_model
-from mmtrain.config import MODEL_SHAPES, ModelConfig
 from mmtrain.distributed import World
 from mmtrain.model.batch import Batch, counts_of, logps_of, to_device
 from mmtrain.model.model import Model
 from mmtrain.model.preference import Objective, pair_figures
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 from mmtrain.train import preflight, reference
 from mmtrain.train.optim import adamw, flat_gradient, update
 

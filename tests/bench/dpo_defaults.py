@@ -28,8 +28,9 @@ from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import PairLoader
 from mmtrain.checkpoint import load_model
-from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainOptions
+from mmtrain.config import TrainOptions
 from mmtrain.distributed import World
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 from mmtrain.train import reference
 from mmtrain.train.loop import train
 

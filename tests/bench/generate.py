@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
-from mmtrain.config import MODEL_SHAPES
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
+from mmtrain.shapes import MODEL_SHAPES
 
 NUM_PROMPT = 64
 

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from mmdata.shards.loader import Limits, MicroBatch
-from mmtrain.config import MODEL_SHAPES
 from mmtrain.log.metrics import memory_bytes
 from mmtrain.model.batch import Batch, logps_of, to_device, token_logps_of
 from mmtrain.model.logps import CHUNK
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast, autocast_dtype
+from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train.optim import adamw, flat_gradient, update
 from mmtrain.train.preflight import kept_bytes
 from mmtrain.train.run import compile_blocks

@@ -32,9 +32,10 @@ from mmdata.pack.pipeline import pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainOptions
+from mmtrain.config import TrainOptions
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.model.model import Model
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 from mmtrain.train.loop import train
 
 SMALL = (128, 2)  # width and layers of the models whose quality is compared

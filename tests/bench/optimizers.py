@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from mmtrain.config import MODEL_SHAPES, ModelConfig, TrainOptions
+from mmtrain.config import TrainOptions
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 from mmtrain.train.loop import train
 
 

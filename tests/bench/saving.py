@@ -25,8 +25,9 @@ import torch
 
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Writer
-from mmtrain.config import MODEL_SHAPES, TrainOptions
+from mmtrain.config import TrainOptions
 from mmtrain.model.model import Model
+from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train.loop import train
 from mmtrain.train.optim import adamw
 

@@ -17,9 +17,9 @@ import torch
 
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import Loader, MicroBatch
-from mmtrain.config import MODEL_SHAPES
 from mmtrain.model.batch import Batch, to_device, token_logps_of
 from mmtrain.model.model import Model
+from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train.optim import adamw, flat_gradient, update
 
 CPU = torch.device("cpu")

@@ -75,8 +75,7 @@ _USE: dict[str, Callable[[TokenizerFigures], str]] = {
 
 def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[list[Any]]:
     """Yield table rows: tokens and optimizer steps (of `step_tokens` tokens) per gigabyte of text, compute relative to
-    the tokenizer with the fewest tokens, and, for each model preset, the embedding's share of the parameters. "!" marks
-    a vocabulary that is larger than the preset's.
+    the tokenizer with the fewest tokens, and, for each model preset, its parameters and the embedding's share of them.
     """
     least = min(one.tokens_per_gigabyte for one in each)
     yield ["tokens of a GB of text", *(f"{one.tokens_per_gigabyte / 1e6:,.0f} M" for one in each)]
@@ -85,8 +84,8 @@ def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[
     yield ["compute for the same text", *(f"{one.tokens_per_gigabyte / least:.3f}x" for one in each)]
     for model in each[0].embedding:
         shares = [one.embedding[model] for one in each]
-        label = phrase("embedding's share of {model}", model=as_name(model))
-        yield [label, *(f"{100 * one.share:.1f}%" + ("" if one.fits else " !") for one in shares)]
+        label = phrase("{model}: parameters, of them embedding", model=as_name(model))
+        yield [label, *(f"{one.model_params / 1e6:,.1f} M, {100 * one.share:.1f}%" for one in shares)]
 
 
 def eval_page(figures: Evaluation, *, lang: str = "en") -> str:

@@ -28,11 +28,10 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The figures of a model preset that decide size and share of its embedding. `max_vocab`: 0 means no limit."""
+    """The figures of a model preset that decide size and share of its embedding."""
 
     hidden_size: int  # width C of the embedding
     num_other_params: int  # parameters outside the embedding
-    max_vocab: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +67,11 @@ class RoundTrip:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingShare:
-    """Parameters of an embedding (input and output as one), share of the model, and whether `max_vocab` allows it."""
+    """Parameters of an embedding (input and output as one), its share of the model, and the model's parameters."""
 
     params: int
     share: float
-    fits: bool
+    model_params: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,5 +282,5 @@ def _mean_tokens(tokenizer: Tokenizer, counted: Counter[str], total: int) -> flo
 
 def _embedding(vocab_size: int, shape: Shape) -> EmbeddingShare:
     params = vocab_size * shape.hidden_size
-    fits = not shape.max_vocab or vocab_size <= shape.max_vocab
-    return EmbeddingShare(params, params / (params + shape.num_other_params), fits)
+    model_params = params + shape.num_other_params
+    return EmbeddingShare(params, params / model_params, model_params)

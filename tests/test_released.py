@@ -1,0 +1,219 @@
+"""Released architectures: what mm computes, trains and exports is what transformers does, on small random models."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import make_tokenizer, transformers_model
+
+from mmdata.errors import CheckpointError, UsageError
+from mmtrain.convert.architectures import DEFAULTS
+from mmtrain.convert.export import export
+from mmtrain.convert.foreign import import_model, open_model, read
+from mmtrain.inference.engine import Engine
+from mmtrain.inference.settings import Sampling
+from mmtrain.shapes import RopeScaling
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Released:
+    """A published model: its type, what its configuration says besides sizes, and what our shape then is."""
+
+    model_type: str
+    config: dict[str, Any]
+    shape: dict[str, Any]
+
+
+RELEASED = {
+    "llama-2": Released("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, {"tied": False, "norm_eps": 1e-5}),
+    "tinyllama": Released("llama", {"num_key_value_heads": 1, "max_position_embeddings": 2048}, {"num_kv_heads": 1}),
+    "llama-3.2": Released(
+        "llama",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 16},
+        {"tied": True, "rope_theta": 5e5, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 64)},
+    ),
+    "smollm2": Released(
+        "llama",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
+        {"tied": True, "rope_theta": 1e5},
+    ),
+    "smollm3": Released("smollm3", {"num_hidden_layers": 5}, {"layers_without_rope": (3,), "tied": True}),
+    "qwen2.5": Released("qwen2", {"tie_word_embeddings": True}, {"qkv_bias": True, "tied": True}),
+    "qwen2.5-7b": Released("qwen2", {"tie_word_embeddings": False}, {"qkv_bias": True, "tied": False}),
+    "qwen3": Released("qwen3", {"head_dim": 24, "tie_word_embeddings": True}, {"own_head_size": 24, "qk_norm": True}),
+    "mistral": Released("mistral", {"sliding_window": None, "head_dim": 12}, {"own_head_size": 12, "tied": False}),
+}
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    ends = torch.tensor([0, len(ids)], dtype=torch.int32)
+    with torch.no_grad():
+        return model(ids, torch.arange(len(ids)), ends, len(ids)) @ model.head_weight.T
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(path)
+    return path
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_logits_answers_and_exports_are_those_of_transformers(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    known = RELEASED[name]
+    theirs = transformers_model(known.model_type, tmp_path / "hf", tokenizer, **known.config)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    model, tok = open_model(tmp_path / "run")
+    assert {field: getattr(model.config, field) for field in known.shape} == known.shape
+    assert sum(p.numel() for p in model.parameters()) == model.config.num_params == theirs.num_parameters()
+    ids = torch.randint(300, (120,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+    assert (logits(model, ids) - expected).abs().max() < 1e-4
+
+    row = Engine(model, tok).answer([ids[:70].tolist()], Sampling(max_new_tokens=8, temperature=0))[0]
+    said = theirs.generate(ids[None, :70], do_sample=False, max_new_tokens=8, eos_token_id=tok.eos_id, pad_token_id=0)
+    assert said[0, 70:].tolist() == row.ids + [tok.eos_id] * (row.finish_reason == "stop")
+
+    made = export(tmp_path / "run", tmp_path / "out", format="hf")
+    assert made.max_logit_difference is not None and made.max_logit_difference < 1e-4
+    again = read(tmp_path / "out")
+    assert again.shape == model.config
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.weights.items())
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", "llama-2", "smollm3", "qwen2.5", "qwen3"])
+def test_gguf_files_name_the_architecture_and_hold_every_tensor(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    import gguf
+
+    known = RELEASED[name]
+    transformers_model(known.model_type, tmp_path / "hf", tokenizer, **known.config)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    made = export(tmp_path / "run", tmp_path / "out", format="gguf")
+    assert made.checks[0].startswith("read back: every tensor is the checkpoint's, bit for bit")
+    reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
+    assert reader.fields["general.architecture"].contents() == known.model_type
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    assert ("output.weight" in names) == (not known.shape.get("tied", True))
+    assert ("blk.1.attn_q.bias" in names) == (name == "qwen2.5")
+    if name == "llama-3.2":  # the reference is transformers' own rope initialisation
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        config = LlamaConfig.from_pretrained(tmp_path / "hf")
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = 5e5 ** -(torch.arange(0, 16, 2) / 16)
+        stored = torch.from_numpy(names["rope_freqs.weight"].data.copy())
+        torch.testing.assert_close(plain / stored, scaled, rtol=1e-5, atol=0)
+        assert stored.min() == 1 and stored.max() > 31
+
+
+def test_a_smollm3_with_other_layers_than_llama_cpps_is_refused_as_gguf(tokenizer: Path, tmp_path: Path) -> None:
+    transformers_model("smollm3", tmp_path / "hf", tokenizer, num_hidden_layers=3, no_rope_layers=[0, 1, 1])
+    import_model(tmp_path / "hf", tmp_path / "run")
+    with pytest.raises(UsageError, match=r"every fourth layer; this model in layers 0"):
+        export(tmp_path / "run", tmp_path / "out", format="gguf")
+
+
+# What a configuration must say at least; transformers has a default for everything else.
+SIZES = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+
+
+@pytest.mark.parametrize("model_type", [name for name in DEFAULTS if name != "minimind"])
+def test_missing_keys_take_transformers_defaults(model_type: str, tokenizer: Path, tmp_path: Path) -> None:
+    window = {"sliding_window": None} if model_type == "mistral" else {}
+    sizes = {"num_key_value_heads": 4, **({"head_dim": 128} if model_type == "qwen3" else {}), **window}
+    theirs = transformers_model(model_type, tmp_path / "hf", tokenizer, **sizes)
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key in {*SIZES, *window}}))
+    model = open_model(tmp_path / "hf")[0]
+    ids = torch.arange(40) * 7 % 300
+    with torch.no_grad():
+        assert (logits(model, ids) - theirs(ids[None]).logits[0]).abs().max() < 1e-4
+    default, known = type(theirs.config)(), DEFAULTS[model_type]
+    assert model.config.max_positions == known.max_positions == default.max_position_embeddings
+    assert (known.num_heads, known.tied) == (default.num_attention_heads, default.tie_word_embeddings)
+    assert (known.norm_eps, known.rope_theta) == (default.rms_norm_eps, default.default_theta)
+    assert known.sliding_window == (default.sliding_window if model_type == "mistral" else None)
+
+
+def test_a_file_without_an_output_matrix_is_tied_unless_its_configuration_says_no(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    transformers_model("llama", tmp_path / "hf", tokenizer, tie_word_embeddings=True)
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    del config["tie_word_embeddings"]
+    path.write_text(json.dumps(config))
+    assert read(tmp_path / "hf").shape.tied
+    path.write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight"):
+        read(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("safe", [True, False])
+def test_halves_and_shards_are_read_value_for_value(
+    dtype: torch.dtype, safe: bool, tokenizer: Path, tmp_path: Path
+) -> None:
+    theirs = transformers_model("qwen2", tmp_path / "hf", tokenizer, dtype=dtype, shards=safe)
+    if not safe:  # as torch.save wrote it before safetensors
+        for file in (tmp_path / "hf").glob("*.safetensors*"):
+            file.unlink()
+        torch.save(theirs.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+    found = read(tmp_path / "hf").weights
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1 or not safe
+    assert all(torch.equal(value, theirs.state_dict()[name].float()) for name, value in found.items())
+
+
+REFUSED = {
+    "gemma3": ({"model_type": "gemma3_text"}, "model_type 'gemma3_text' is not supported"),
+    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling 'yarn'"),
+    "half-known llama3": ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'llama3' without all its factors"),
+    "biases": ({"attention_bias": True}, "attention_bias"),
+    "mlp biases": ({"mlp_bias": True}, "mlp_bias"),
+    "partial": ({"partial_rotary_factor": 0.5}, r"rotating a part \(0.5\)"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
+    "window": (
+        {"model_type": "mistral", "sliding_window": 128, "max_position_embeddings": 512},
+        "window 128, below max_position_embeddings 512",
+    ),
+    "window by default": ({"model_type": "mistral"}, "window 4096, below max_position_embeddings 131072"),
+    "qwen window": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_position_embeddings": 512},
+        "window 64, below",
+    ),
+    "layers with windows": (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+        "sliding window attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mm_has_not_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    config, reason = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4, **config}))
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read(tmp_path)
+    assert caught.value.fix
+
+
+def test_a_window_as_long_as_the_model_is_none(tokenizer: Path, tmp_path: Path) -> None:
+    theirs = transformers_model("mistral", tmp_path / "hf", tokenizer, sliding_window=512)
+    ids = torch.arange(100) * 7 % 300
+    with torch.no_grad():
+        assert (logits(open_model(tmp_path / "hf")[0], ids) - theirs(ids[None]).logits[0]).abs().max() < 1e-4
