@@ -56,6 +56,7 @@ EXTRAS = {  # imported only inside the function that needs them
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
 OPTIONS = (
     "mmdata.hub.options",
+    "mmdata.io.options",
     "mmdata.options",
     "mmdata.pack.options",
     "mmdata.tokenizer.toolkit.options",

@@ -35,7 +35,7 @@ from mmdata.encode.rows import (
 from mmdata.encode.rows.load import load as load_fast
 from mmdata.encode.rows.load import load_strictly
 from mmdata.errors import InputError
-from mmdata.io.lines import is_seekable, iter_lines
+from mmdata.io.lines import format_of, iter_lines
 
 HERE = Path(__file__).resolve().parent
 LEFT_OUT = [
@@ -240,13 +240,13 @@ def test_lines_are_the_same_however_the_file_is_written(tmp_path: Path, how: str
     path = tmp_path / "rows.jsonl"
     path.write_bytes(compressed(how))
     assert [(line.number, line.offset, line.raw) for line in iter_lines(path)] == LINES
-    assert is_seekable(path) == (how == "plain")
+    assert format_of(path).is_lines == (how == "plain")
 
 
 def test_standard_input_is_read_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(compressed("gzip")))))
     assert [(line.number, line.offset, line.raw) for line in iter_lines(Path("-"))] == LINES
-    assert not is_seekable(Path("-"))
+    assert not format_of(Path("-")).is_lines
 
 
 def test_byte_ranges_together_give_every_line_once(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_file_without_a_kind_is_an_error_that_says_why(tmp_path: Path, content
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    for read in (find_kind, is_seekable):
+    for read in (find_kind, format_of):
         with pytest.raises(InputError, match="No such file"):
             read(tmp_path / "none.jsonl")
 

@@ -248,6 +248,9 @@ def _plain(value: Any) -> str:
 
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look by default
 
+FILES_HELP = (
+    "jsonl, JSON arrays, parquet, Arrow or csv, also compressed; - reads standard input. [default: data/*.jsonl]"
+)
 Json = Annotated[bool, Option("Print the figures as JSON, for programs.", flag="--json")]
 TokenizerDir = Annotated[
     Path | None, Option("Tokenizer directory.", flag="--tokenizer", metavar="DIR", default_text="data/tokenizer")

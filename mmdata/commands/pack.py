@@ -1,6 +1,7 @@
 """`mm pack`: validate jsonl files and pack them into tokenized shards; `--plan` estimates the result first."""
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import SHARDS_DIR, Json, data_files, tokenizer_dir
+from mmdata.commands.options import FILES_HELP, SHARDS_DIR, Json, data_files, tokenizer_dir
 from mmdata.commands.terminal import (
     Rate,
     Update,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
 
+STEM = re.compile(
+    r"(.+?)(?:\.(?:jsonl?|ndjson|parquet|arrow|feather|[ct]sv|tab|txt|text|md|gz|zst|xz|bz2|zip)(?:\..*)?)?"
+)  # file name without the suffixes of format and compression
 MOST_NAMES = 10  # control strings to print at most
 
 
@@ -53,7 +57,7 @@ def pack(
         list[str] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="jsonl files (also .gz, .zst); - reads standard input. [default: data/*.jsonl]",
+            help=FILES_HELP,
         ),
     ] = None,
     *,
@@ -91,8 +95,9 @@ def pack(
             say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
         print_plan(paths, bool(out), options, as_json)
         return
-    paths = [kept_stdin(directory) if str(path) == "-" else path for path in paths]
-    jobs = [(paths, directory)] if directory else [([path], SHARDS_DIR / dataset_name(path)) for path in paths]
+    paths = [kept_stdin(directory, options.text) if str(path) == "-" else path for path in paths]
+    names = [] if directory else dataset_names(paths)
+    jobs = [(paths, directory)] if directory else [([path], SHARDS_DIR / names[i]) for i, path in enumerate(paths)]
     results, failures = [], []
     for inputs, place in jobs:
         try:
@@ -150,23 +155,46 @@ def advise_max_len(inputs: list[Path], options: PackOptions, packed: "PackResult
         say(f"too long: {percent(num, packed.rows)} of the rows do not fit --max-len {options.max_len}{larger}")
 
 
-def kept_stdin(out: Path | None) -> Path:
-    """Copy standard input to `out`.jsonl beside the dataset `out`, and return its path; a dataset names the input file
-    and line of every row, so there must be a file. Raise UsageError if `out` is None."""
+def kept_stdin(out: Path | None, text: str | None) -> Path:
+    """Copy standard input to `out`.jsonl (plain text, which `text` allows: .txt) beside the dataset `out`, and return
+    its path; a dataset names the input file and line of every row, so there must be a file. Raise UsageError if `out`
+    is None."""
     from mmdata.io.files import atomic_path
 
     if out is None:
         raise UsageError("packing standard input needs a name for the dataset", "mm pack - --out shards/NAME")
-    path = out.with_name(f"{out.name}.jsonl")
+    path = out.with_name(f"{out.name}.{'txt' if text else 'jsonl'}")
     with atomic_path(path) as partial, partial.open("wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file)
     say(f"standard input is kept as {path}: the dataset's rows refer to it")
     return path
 
 
-def dataset_name(path: Path) -> str:
-    """Return the name of the dataset made from one file: the file's name up to .jsonl or .json."""
-    return path.name.split(".jsonl")[0].split(".json")[0]
+def dataset_names(paths: list[Path]) -> list[str]:
+    """Return the name of the dataset that is made from each file: the file's name without the suffixes of format and
+    compression. Files of which these are equal get those of their parent directories before it (a-train, b-train), or
+    the suffix after it (train-json) if they are in one directory, and that is printed. Raise UsageError if two names
+    are equal even so."""
+    stems = [match[1] for path in paths if (match := STEM.fullmatch(path.name))]
+    names = list(stems)
+    for stem in dict.fromkeys(stem.casefold() for stem in stems):
+        group = [i for i, other in enumerate(stems) if other.casefold() == stem]
+        if len(group) == 1:
+            continue
+        places = [str(paths[i]) if "://" in str(paths[i]) else os.path.abspath(paths[i]) for i in group]
+        folders = [tuple(re.split(r"[/\\:]+", place)[:-1]) for place in places]
+        depth = 0
+        while len({folder[len(folder) - depth :] for folder in folders}) < len(set(folders)):
+            depth += 1
+        for i, folder in zip(group, folders, strict=True):
+            suffixes = paths[i].name[len(stems[i]) :].split(".")[1:] if folders.count(folder) > 1 else []
+            names[i] = "-".join([*folder[len(folder) - depth :], stems[i], *suffixes])
+        say(f"{len(group)} files are named {stems[group[0]]}: their datasets are {', '.join(names[i] for i in group)}")
+    if twice := [name for name in names if sum(name.casefold() == other.casefold() for other in names) > 1]:
+        raise UsageError(
+            f"two files would both be packed to {SHARDS_DIR / twice[0]}", "--out DIR: all into one dataset"
+        )
+    return names
 
 
 def stage_of(kind: str) -> str:
@@ -289,7 +317,7 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
 
     estimates = []
     for inputs in [files] if is_one else [[path] for path in files]:
-        batch_tokens = stage_defaults(stage_of(common_kind(inputs)))["batch_tokens"]
+        batch_tokens = stage_defaults(stage_of(common_kind(inputs, options.reading)))["batch_tokens"]
         chosen = settled(inputs, inputs[0], options)
         estimates.append(estimate(inputs, chosen, batch_tokens=batch_tokens))
         if not as_json:

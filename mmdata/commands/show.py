@@ -1,4 +1,4 @@
-"""`mm show`: print samples of a packed dataset or rows of a jsonl file as the model sees them; marks trained tokens."""
+"""`mm show`: print samples of a packed dataset or rows of a file as the model sees them; marks trained tokens."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ import typer
 from mmdata.commands.options import TokenizerDir, tokenizer_dir
 from mmdata.commands.terminal import next_command, print_json, print_styled, result, say
 from mmdata.errors import UsageError
+from mmdata.io.options import ReadOptions
 from mmdata.options import Option
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ SEQUENCES = (  # keys of the ids and of the loss mask in a sample's record (no m
 
 def show(
     path: Annotated[
-        Path, typer.Argument(metavar="DIR|FILE", help="Packed dataset, or a jsonl file to see as it would be packed.")
+        Path, typer.Argument(metavar="DIR|FILE", help="Packed dataset, or a file of rows to see as it would be packed.")
     ],
     index: Annotated[
         int | None,
@@ -38,6 +39,8 @@ def show(
     ids: Annotated[bool, Option("Show the token ids too.")] = False,
     tokenizer: TokenizerDir = None,
     max_len: Annotated[int, Option("For a file: longest sequence in tokens.", least=8, most=2**31 - 1)] = 1024,
+    *,
+    read: ReadOptions,
     as_json: Annotated[
         bool,
         Option("Print one JSON line per source row, in source order, with ids and loss mask.", flag="--json"),
@@ -50,7 +53,7 @@ def show(
     if path.is_dir():
         show_dataset(path, index, split, ids, as_json)
     else:
-        show_file(path, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)
+        show_file(path, read, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)
 
 
 def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool, as_json: bool) -> None:
@@ -91,18 +94,20 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
     next_command(f"mm show {directory} --split {name} --index {number + 1}")
 
 
-def show_file(path: Path, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool) -> None:
-    """Print one row of a jsonl file, counted from 0, as it would be packed, or the reason why it would be left out.
+def show_file(
+    path: Path, read: ReadOptions, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool
+) -> None:
+    """Print one row of a file, counted from 0, as it would be packed, or the reason why it would be left out.
     Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest sequence in tokens."""
     from mmdata.encode.encoder import RowEncoder, preview
     from mmdata.encode.rows import REASONS, find_kind
     from mmdata.io.lines import iter_lines
     from mmdata.tokenizer.tokenizer import Tokenizer
 
-    line = next(islice(iter_lines(path), index, None), None)
+    line = next(islice(iter_lines(path, options=read), index, None), None)
     if line is None:
         raise UsageError(f"{path}: --index {index}, but it has fewer rows", "count from 0")
-    kind = find_kind(path)
+    kind = find_kind(path, read=read)
     row = preview(line.raw, RowEncoder(Tokenizer.load(tokenizer), max_len=max_len), kind=kind)
     place: dict[str, Any] = {"file": str(path), "line": line.number}
     if row.bad:

@@ -10,6 +10,7 @@ import typer
 from mmdata.commands.options import DATA_DIR, Html, Json, Lang, TokenizerDir, Workers
 from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, say, size
 from mmdata.errors import UsageError
+from mmdata.io.options import ReadOptions
 from mmdata.options import Option
 
 if TYPE_CHECKING:
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 
 
 def stats(
-    paths: Annotated[list[Path], typer.Argument(metavar="DIR|FILE...", help="Packed datasets or jsonl files.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="DIR|FILE...", help="Packed datasets or files of rows.")],
     tokenizer: TokenizerDir = None,
     html: Html = None,
+    *,
+    read: ReadOptions,
     compare: Annotated[
         Path | None, Option("Another dataset or file, to compare with the one named.", metavar="DIR|FILE")
     ] = None,
-    exact: Annotated[bool, Option("Tokenize every row of a jsonl file instead of a sample of a large one.")] = False,
+    exact: Annotated[bool, Option("Tokenize every row of a file instead of a sample of a large one.")] = False,
     losses: Annotated[
         Path | None,
         Option("File written by `mm eval --per-sequence`; also show the rows of highest loss.", metavar="FILE"),
@@ -47,7 +50,7 @@ def stats(
         )
     every = [*paths, *([compare] if compare else [])]
     if exact and not any(path.is_file() for path in every):
-        raise UsageError("--exact is for jsonl files; a packed dataset's figures are exact", "leave --exact out")
+        raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
     row_losses = read_losses(losses) if losses else None
     directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
     measured = []
@@ -57,7 +60,7 @@ def stats(
             if path.is_dir():
                 measured.append(measure_dataset(path, **options))
             else:
-                measured.append(measure_file(path, directory, is_exact=exact, **options))
+                measured.append(measure_file(path, directory, is_exact=exact, read=read, **options))
     overlaps = contained(measured)
     values: dict[str, Any] = {str(one.path): one.figures for one in measured}
     if compare:

@@ -25,8 +25,9 @@ from mmdata.commands.terminal import (
     table,
 )
 from mmdata.errors import UsageError
+from mmdata.io.options import ReadOptions
 from mmdata.options import INT64, Option
-from mmdata.tokenizer.toolkit.options import TokenizerOptions
+from mmdata.tokenizer.toolkit.options import TEXTS, TOKENIZER, TokenizerOptions
 from mmtrain.shapes import MODEL_SHAPES
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ TOKEN_STYLES = ("black on cyan", "black on green", "black on yellow", "white on 
 TextFiles = Annotated[
     list[Path] | None,
     Option(
-        "jsonl file whose text is measured; may be repeated.",
+        "File of rows whose text is measured; may be repeated.",
         flag="--data",
         metavar="FILE",
         default_text="data/*.jsonl",
@@ -55,17 +56,19 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Tokenizer direct
 def train(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="jsonl files of any row kind. [default: data/*.jsonl]"),
+        typer.Argument(metavar="[FILE]...", help="Files of rows of any kind. [default: data/*.jsonl]"),
     ] = None,
     *,
     options: Annotated[dict[str, Any], TokenizerOptions],
     out: Annotated[
-        Path | None, Option("Directory of the new tokenizer.", metavar="DIR", default_text="data/tokenizer-VOCAB_SIZE")
+        Path | None,
+        Option("Directory of the new tokenizer.", TOKENIZER, metavar="DIR", default_text="data/tokenizer-VOCAB_SIZE"),
     ] = None,
     weight: Annotated[
         list[str] | None,
         Option(
             "Count the texts of a FILE, field (user, assistant …) or language (Chinese, English …) W times; may be repeated.",
+            TEXTS,
             metavar="NAME=W",
         ),
     ] = None,
@@ -92,6 +95,8 @@ def train(
 def eval_(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Tokenizer directories.")],
     data: TextFiles = None,
+    *,
+    read: ReadOptions,
     limit_bytes: LimitBytes = 10_000_000,
     batch_tokens: Annotated[
         int, Option("Tokens of one training step, to compute the steps of an epoch.", least=1)
@@ -118,7 +123,8 @@ def eval_(
         if shape.vocab_size
     }
     with progress("read", quiet=as_json) as update:
-        sample = draw(data_files(data, is_read_once=False), limit_bytes=limit_bytes, seed=seed, progress=update)
+        paths = data_files(data, is_read_once=False)
+        sample = draw(paths, limit_bytes=limit_bytes, seed=seed, read=read, progress=update)
     with progress("encode", quiet=as_json) as update:
         figures = evaluate(tokenizers, sample, shapes=shapes, step_tokens=batch_tokens, progress=update)
     if html:
@@ -135,6 +141,8 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="Tokenizer that a model was trained with.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Tokenizer that data was packed with.")],
     data: TextFiles = None,
+    *,
+    read: ReadOptions,
     limit_bytes: LimitBytes = 2_000_000,
     seed: Seed = 0,
     as_json: Json = False,
@@ -149,7 +157,8 @@ def compare(
 
     tokenizers = Tokenizer.load(a), Tokenizer.load(b)
     with progress("read", quiet=as_json) as update:
-        sample = draw(data_files(data, is_read_once=False), limit_bytes=limit_bytes, seed=seed, progress=update)
+        paths = data_files(data, is_read_once=False)
+        sample = draw(paths, limit_bytes=limit_bytes, seed=seed, read=read, progress=update)
     comparison = compare_tokenizers(*tokenizers, sample)
     if as_json:
         print_json(comparison)

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import Json, data_files
+from mmdata.commands.options import FILES_HELP, Json, data_files
 from mmdata.commands.terminal import counted, fail, next_command, percent, print_json, progress, result, table
 from mmdata.errors import InputError, MMError
+from mmdata.io.options import ReadOptions
 from mmdata.options import Option
 from mmdata.pack.options import parse_budget
 
@@ -22,7 +23,7 @@ MOST_NAMES = 10  # keys, and control strings, to print at most
 def validate(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="jsonl files; - reads standard input. [default: data/*.jsonl]"),
+        typer.Argument(metavar="[FILE]...", help=FILES_HELP),
     ] = None,
     on_bad: Annotated[
         str,
@@ -36,6 +37,8 @@ def validate(
             default_text="5%",
         ),
     ] = None,
+    *,
+    read: ReadOptions,
     as_json: Json = False,
 ) -> None:
     """Report the kind of rows in each file, and how many rows cannot be used, by reason.
@@ -54,7 +57,7 @@ def validate(
 
         try:
             with progress(f"validate {path}", quiet=as_json) as update:
-                validation = validate_file(path, on_bad=stop if on_bad == "fail" else None, progress=update)
+                validation = validate_file(path, read=read, on_bad=stop if on_bad == "fail" else None, progress=update)
             validations.append(validation)
             if not as_json:
                 print_validation(validation)

@@ -8,7 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from mmdata.encode.rows import LOOK_AT, BadRow, Row, kind_of_lines, parse_row, texts_of
-from mmdata.io.lines import Line, is_seekable, iter_lines
+from mmdata.io.lines import Line, format_of, iter_lines
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 
 NUM_PLACES = 3  # bad rows of each reason whose places are recorded
 _TICK_ROWS = 1024  # rows between two calls of `progress`
@@ -54,6 +55,7 @@ def validate(
     path: Path,
     *,
     kind: str | None = None,
+    read: ReadOptions = DEFAULT_READING,
     on_bad: Callable[[Line, BadRow], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Validation:
@@ -65,16 +67,16 @@ def validate(
     progress: called every _TICK_ROWS rows and at the end, with the number of bytes read and the size of the file (0 if
     that is unknown because the file is compressed or is standard input).
     """
-    lines = iter_lines(path)
+    lines = iter_lines(path, options=read)
     if kind is None:
         head = list(islice(lines, LOOK_AT))
         kind = kind_of_lines(head, path)
         lines = chain(head, lines)
     counts = Validation(path, kind)
-    total = path.stat().st_size if is_seekable(path) else 0
+    total = path.stat().st_size if format_of(path, read).has_offsets else 0
     for line in lines:
         counts.num_rows += 1
-        counts.num_bytes = line.offset + len(line.raw)
+        counts.num_bytes = max(line.offset, counts.num_bytes) + len(line.raw)
         try:
             row = parse_row(line.raw, kind, extra_keys=counts.extra_keys)
         except BadRow as bad:

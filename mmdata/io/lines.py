@@ -1,129 +1,242 @@
-"""Read the lines of a plain or compressed file with their numbers and byte offsets, one line in memory at a time."""
+"""Read the rows of a file in any supported format, each as one line of JSON with its number, one at a time.
 
-import gzip
-import io
-import sys
-import zlib
+Formats: jsonl, a JSON array, csv and tsv, plain text (all also compressed, and in any encoding, see `streams`), parquet
+and Arrow (see `tables`). The format is recognized by the content; csv and plain text by the file's name, too.
+"""
+
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmdata.errors import InputError
+import orjson
 
-BUFFER_BYTES = 2**18  # many lines in one system call
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # the bytes that files of these formats start with
+from mmdata.errors import InputError
+from mmdata.io.options import DEFAULT_READING, ReadOptions
+from mmdata.io.streams import BUFFER_BYTES, DAMAGED, Stream, damaged, open_stream
+from mmdata.io.tables import csv_rows, table_rows
+
+JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT, TABLE = "jsonl", "array", "csv", "text", "whole text", "table"
+_SEPARATORS = {
+    "csv": ",;\t|",
+    "tsv": "\t",
+    "tab": "\t",
+}  # of csv by suffix; of several, the most frequent one in the header
+_JSON_SUFFIXES, _TEXT_SUFFIXES = ("jsonl", "json", "ndjson"), ("txt", "text", "md")
+MOST_BYTES = 2**30  # of an element of a JSON array
+_BOM, _SPACE = b"\xef\xbb\xbf", b" \t\r\n"
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_OUTSIDE = re.compile(rb'(?:[^\[\]{}",]++|%b)*+([\[\]{},])' % _STRING, re.DOTALL)  # up to a bracket or comma
+_INSIDE = re.compile(rb'(?:[^\[\]{}"]++|%b)*+([\[\]{}])' % _STRING, re.DOTALL)  # up to a bracket
+_CONTENT = re.compile(rb"\S")
+_BREAK = re.compile(rb"(%b)|\s*[\r\n]\s*" % _STRING, re.DOTALL)
 
 
 class Line(NamedTuple):
-    """One line of a file. number: 1-based. offset: of its first byte (decompressed). raw: without the line end."""
+    """One row of a file, as JSON.
+
+    number: from 1; of a line in jsonl and text, where blank lines count, and of a row in other formats. offset: of the
+    row's first byte in the decompressed UTF-8 text; 0 in tables. raw: the JSON, without a line end.
+    """
 
     number: int
     offset: int
     raw: bytes
 
 
-def open_stream(path: Path) -> io.BufferedIOBase:
-    """Open a plain, gzip or zstd file (recognized by its first bytes) for reading decompressed bytes. path: "-" means
-    standard input; may be a RemoteFile. Raises InputError if it cannot be read, or is zstd and zstandard is not
-    installed.
-    """
-    try:
-        file = sys.stdin.buffer if str(path) == "-" else path.open("rb", buffering=BUFFER_BYTES)
-        assert isinstance(file, io.BufferedReader)
-        magic = file.peek(4)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if magic.startswith(_GZIP):
-        if not isinstance(path, Path) or str(path) == "-":
-            return gzip.GzipFile(fileobj=file)
-        file.close()
-        return gzip.GzipFile(path)
-    if magic.startswith(_ZSTD):
-        return io.BufferedReader(_ZstdStream(file, path), 1 << 20)
-    return file
-
-
-class _ZstdStream(io.RawIOBase):
-    """The decompressed bytes of one or more zstd frames. Unlike zstandard's own reader, raises EOFError if the file
-    ends inside a frame, and OSError if the data is damaged.
+class FileFormat(NamedTuple):
+    """The format of a file: JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT or TABLE. is_plain: neither compressed nor decoded from
+    another encoding, and no pipe, so that it can be read from any row on.
     """
 
-    def __init__(self, file: io.BufferedReader, path: Path):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise InputError(f"{path} is zstd-compressed", "pip install 'mm-toolkit[zstd]'") from error
-        self._file = file
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._errors = zstandard.ZstdError
-        self._frame = self._decompressor.decompressobj()
-        self._ready = memoryview(b"")
+    kind: str
+    is_plain: bool
 
-    def readable(self) -> bool:
-        return True
+    @property
+    def is_lines(self) -> bool:
+        """True if rows may be read from any line start on, for JSONL and TEXT."""
+        return self.is_plain and self.kind in (JSONL, TEXT)
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            begun = self._frame.unused_data if self._frame.eof else b""
-            data = begun or self._file.read(1 << 16)
-            if not data:
-                if self._frame.eof:
-                    return 0
-                raise EOFError("the file ends inside a zstd frame")
-            if self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._errors as error:
-                raise OSError(str(error)) from error
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    @property
+    def has_offsets(self) -> bool:
+        """True if the offsets of rows are offsets on disk."""
+        return self.is_plain and self.kind != TABLE
 
 
-def is_seekable(path: Path) -> bool:
-    """Return False for a compressed file (gzip, zstd) and standard input ("-"). Raises InputError if it cannot be read."""
+def format_of(path: Path, options: ReadOptions = DEFAULT_READING) -> FileFormat:
+    """Return the format of a file; JSONL for standard input ("-"), which is not read. Raises InputError if it cannot be
+    read or has no supported format.
+    """
     if str(path) == "-":
-        return False
-    try:
-        with path.open("rb") as file:
-            return not file.read(4).startswith((_GZIP, _ZSTD))
-    except OSError as error:
-        raise _unreadable(path, error) from error
+        return FileFormat(JSONL, False)
+    stream = open_stream(path, options.encoding)
+    stream.file.close()
+    return FileFormat(_kind_of(path, stream, options), stream.is_plain or stream.is_table)
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: {error.strerror}", "check the path; `mm fetch` downloads the known files")
+def iter_lines(
+    path: Path,
+    begin: int = 0,
+    end: int | None = None,
+    *,
+    first_number: int = 1,
+    options: ReadOptions = DEFAULT_READING,
+) -> Iterator[Line]:
+    """Yield the rows of `path` that begin in [begin, end), in order. Blank lines are counted but not yielded; a byte
+    order mark and the line ends (`\\n`, `\\r\\n`) are removed.
 
-
-def iter_lines(path: Path, begin: int = 0, end: int | None = None, *, first_number: int = 1) -> Iterator[Line]:
-    """Yield the lines of `path` whose first byte is in [begin, end), in order; blank lines are counted but not yielded.
-
-    begin, end: byte offsets of line starts; None means the end of the file. A begin other than 0 needs an uncompressed
-    file. first_number: the number of the first line read. A byte order mark at the start of the file and the line ends
-    (`\\n`, `\\r\\n`) are removed. Raises InputError if the file cannot be read, is damaged or is cut off.
+    begin, end: byte offsets of rows; in a table, numbers of rows from 0. None means the end of the file. A begin other
+    than 0 needs a plain file. first_number: the number of the first row read. Raises InputError if the file cannot be
+    read, is damaged, cut off or of no supported format.
     """
-    stream = open_stream(path)
+    stream = open_stream(path, options.encoding)
     try:
-        if begin:
-            stream.seek(begin)
-        offset = begin
-        for number, raw in enumerate(stream, first_number):
-            if end is not None and offset >= end:
-                return
-            start, offset = offset, offset + len(raw)
-            if start == 0:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            raw = raw.rstrip(b"\r\n")
-            if raw and not raw.isspace():
-                yield Line(number, start, raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: damaged or cut off: {error}", "download the file again") from error
+        yield from _lines(path, stream, begin, end, first_number, options)
+    except DAMAGED as error:
+        raise damaged(path, error) from error
     finally:
         if str(path) != "-":
-            stream.close()
+            stream.file.close()
+
+
+def _lines(
+    path: Path, stream: Stream, begin: int, end: int | None, first_number: int, options: ReadOptions
+) -> Iterator[Line]:
+    kind, file = _kind_of(path, stream, options), stream.file
+    if kind == TABLE:
+        yield from (Line(number, 0, raw) for number, raw in enumerate(table_rows(path, begin, end), first_number))
+        return
+    if kind == WHOLE_TEXT:
+        text = file.read().removeprefix(_BOM)
+        if text.strip():
+            yield Line(1, 0, _document(text.replace(b"\r\n", b"\n")))
+        return
+    if kind in (ARRAY, CSV):
+        rows = _array_rows(path, file, begin) if kind == ARRAY else csv_rows(path, file, _separator(stream), begin)
+        for number, (offset, raw) in enumerate(rows, first_number):
+            if end is not None and offset >= end:
+                return
+            yield Line(number, offset, raw)
+        return
+    if begin:
+        file.seek(begin)
+    offset = begin
+    for number, raw in enumerate(file, first_number):
+        if end is not None and offset >= end:
+            return
+        start, offset = offset, offset + len(raw)
+        if start == 0:
+            raw = raw.removeprefix(_BOM)
+        raw = raw.rstrip(b"\r\n")
+        if raw and not raw.isspace():
+            yield Line(number, start, _document(raw) if kind == TEXT else raw)
+
+
+def _document(text: bytes) -> bytes:
+    """Return the row of a plain text; unchanged if it is not UTF-8, so that it is left out for this reason."""
+    try:
+        return orjson.dumps({"text": text.decode()})
+    except UnicodeDecodeError:
+        return text
+
+
+# --- formats
+
+
+def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
+    """Return the format of an opened file. Raises InputError for plain text without `options.text`, and for JSON whose
+    first row is spread over several lines.
+    """
+    if stream.is_table:
+        return TABLE
+    suffix = _suffix(stream)
+    head = stream.head.removeprefix(_BOM).lstrip(_SPACE)
+    if re.match(rb'\{\s*["}]', head):
+        is_spread = head.partition(b"\n")[0].rstrip() == b"{"
+    elif re.match(rb"\[\s*[\[{]", head) or head.rstrip() == b"[":
+        if not _is_message_list(head):
+            return ARRAY
+        is_spread = head.partition(b"\n")[0].rstrip() == b"["
+    elif suffix in _SEPARATORS:
+        return CSV
+    elif suffix in _JSON_SUFFIXES or not (options.text or suffix in _TEXT_SUFFIXES):
+        return JSONL
+    elif options.text:
+        return TEXT if options.text == "line" else WHOLE_TEXT
+    else:
+        raise InputError(f"{path} is plain text, not JSON", "--text line: a document a line; --text file: one document")
+    if is_spread:
+        raise InputError(f"{path}: its first row is spread over several lines", f"jq -c . {path} > NEW.jsonl")
+    return JSONL
+
+
+def _suffix(stream: Stream) -> str:
+    return stream.name.lower().rpartition(".")[2] if "." in stream.name else ""
+
+
+def _separator(stream: Stream) -> str:
+    header = stream.head.partition(b"\n")[0].decode(errors="replace")
+    return max(_SEPARATORS[_suffix(stream)], key=header.count)
+
+
+def _is_message_list(head: bytes) -> bool:
+    """Return whether the first element of a JSON array is a message. The array is then not a file's list of rows, but
+    the first row of jsonl whose rows are lists of messages. An element longer than `head` is taken for a row.
+    """
+    text = head.decode(errors="replace")
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text, re.compile(r"\[\s*").match(text).end())  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and any({role, content} <= first.keys() for role, content in _MESSAGE_KEYS)
+
+
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"), ("role", "tool_calls"))
+
+
+def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and JSON (without line breaks outside strings) of each element of a JSON array, or of several arrays
+    one after another. begin: 0, or the offset of an element. Memory: twice the longest element, and BUFFER_BYTES.
+    """
+    if begin:
+        file.seek(begin)
+    base, buffer = begin, b""  # the buffer's offset in the file
+    start = at = 0  # in the buffer: the beginning of an element, and where to look for its next bracket or comma
+    is_open, depth, number = begin > 0, 0, 0  # inside an array; brackets that are open in the element
+    while True:
+        if not is_open and (found := _CONTENT.search(buffer, start)):
+            if found[0] != b"[":
+                where = f"byte {base + found.start():,}"
+                raise InputError(f"{path}: {where}: text after the end of the JSON array", "use one array, or jsonl")
+            is_open, start = True, found.end()
+            at = start
+        match = (_INSIDE if depth else _OUTSIDE).match(buffer, at) if is_open else None
+        if match:
+            mark, at = match[1], match.end()
+            if mark in b"[{":
+                depth += 1
+            elif depth:
+                depth -= 1
+            else:
+                raw = buffer[start : at - 1]
+                if element := raw.strip(_SPACE) or (b"" if mark == b"]" else b" "):
+                    number += 1
+                    yield base + start + len(raw) - len(raw.lstrip(_SPACE)), _on_one_line(element)
+                is_open, start = mark == b",", at
+            continue
+        more = file.read(max(BUFFER_BYTES, len(buffer) - start))
+        if not more:
+            break
+        if base == 0 and not buffer:
+            more = more.replace(_BOM, b"   ", 1) if more.startswith(_BOM) else more
+        base, at, buffer, start = base + start, at - start, buffer[start:] + more, 0
+        if len(buffer) > MOST_BYTES:
+            raise InputError(f"{path}: row {number + 1:,} is longer than {MOST_BYTES:,} bytes: a quote is missing", "")
+    if is_open:
+        raise damaged(path, f"the JSON array does not end after {number:,} rows")
+
+
+def _on_one_line(element: bytes) -> bytes:
+    """Return JSON with a space for each line break outside strings and the white space around it."""
+    return _BREAK.sub(lambda match: match[1] or b" ", element) if b"\n" in element else element

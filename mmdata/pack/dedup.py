@@ -24,6 +24,7 @@ from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, parse
 from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io.files import sha256_of, write_bytes, write_json
 from mmdata.io.lines import iter_lines
+from mmdata.io.options import ReadOptions
 from mmdata.io.records import read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.filter.ngrams import gram_hashes, num_units
@@ -239,7 +240,7 @@ def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray])
 class Excluded:
     """The n-grams of texts that rows must not overlap with, such as a benchmark's; its length is the number of texts.
 
-    paths: files in which each line is a text, or JSON in which every string is a text. Texts with fewer than EXCLUDE_N
+    paths: plain texts, of which each line is one, or files of any other format, in which every string of a row is one. Texts with fewer than EXCLUDE_N
     units are ignored and counted in `num_short`.
     """
 
@@ -248,7 +249,7 @@ class Excluded:
         texts: list[str] = []
         self.num_short = 0
         for path in paths:
-            for line in iter_lines(path):
+            for line in iter_lines(path, options=ReadOptions(text="line")):
                 for text in _texts_in(line.raw):
                     if num_units(text) < EXCLUDE_N:
                         self.num_short += 1

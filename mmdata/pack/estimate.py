@@ -21,7 +21,9 @@ import numpy as np
 from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.encode.rows import BadRow, parse_row
 from mmdata.errors import InputError
-from mmdata.io.lines import Line, is_seekable, iter_lines
+from mmdata.io.lines import JSONL, TABLE, Line, format_of, iter_lines
+from mmdata.io.options import ReadOptions
+from mmdata.io.tables import num_rows
 from mmdata.options import check
 from mmdata.pack.options import PART_BYTES, PackOptions, packing_tokenizer
 from mmdata.pack.packing import buckets_for, pack
@@ -119,13 +121,13 @@ class Survey:
 
 def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
     """Return the sizes of the inputs. Raises the errors of `estimate`, but none if no row can be used."""
-    kind = common_kind(inputs)
+    kind = common_kind(inputs, options.reading)
     tokenizer, _ = packing_tokenizer(options, kind)
     takes = RowEncoder(
         tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed,
         encoder=choose(tokenizer, options.encoder),
     )  # fmt: skip
-    samples = [_read(path, kind, LEAST_BYTES) for path in inputs]
+    samples = [_read(path, kind, options.reading, LEAST_BYTES) for path in inputs]
     lengths, weights = [np.empty(0, np.int64)], [np.empty(0)]
     for sample in samples:
         for i in range(0, len(sample.raws), ROWS_PER_CALL):
@@ -164,10 +166,10 @@ def estimate(
     if a file does not exist or no sampled row can be used, and the errors of `pack` for invalid options or tokenizers.
     """
     check(options)
-    kind, workers = common_kind(inputs), options.workers or 1
+    kind, workers = common_kind(inputs, options.reading), options.workers or 1
     tokenizer, _ = packing_tokenizer(options, kind)
     chosen = choose(tokenizer, options.encoder)
-    samples = [_read(path, kind) for path in inputs]
+    samples = [_read(path, kind, options.reading) for path in inputs]
     found = []
     for max_len in max_lens:
         takes = RowEncoder(
@@ -195,10 +197,10 @@ def estimate(
 # --- reading
 
 
-def _read(path: Path, kind: str, most_bytes: int = MOST_BYTES) -> _Sample:
+def _read(path: Path, kind: str, read: ReadOptions, most_bytes: int = MOST_BYTES) -> _Sample:
     """Read a sample of an input's lines, about `most_bytes` at most, and count those that are no rows of this kind."""
     start = time.process_time()
-    lines, read, total = _lines_of(path, most_bytes)
+    lines, num_read, total = _lines_of(path, read, most_bytes)
     raws = [line.raw for line in lines]
     spent = time.process_time() - start
     num_bad = 0
@@ -207,18 +209,23 @@ def _read(path: Path, kind: str, most_bytes: int = MOST_BYTES) -> _Sample:
             parse_row(raw, kind)
         except BadRow:
             num_bad += 1
-    return _Sample(raws, num_bad, read, total, spent)
+    return _Sample(raws, num_bad, num_read, total, spent)
 
 
-def _lines_of(path: Path, most_bytes: int) -> tuple[list[Line], int, int]:
-    """Return lines from all over a file, the bytes read, and the decompressed size of the file. A small file is read
-    whole; of a compressed file only the beginning is read, and its size is estimated.
+def _lines_of(path: Path, read: ReadOptions, most_bytes: int) -> tuple[list[Line], int, int]:
+    """Return lines from all over a jsonl file, the bytes read, and the decompressed size of the file. A small file is
+    read whole; of other formats and of compressed files only the beginning is read, and the size is estimated.
     """
-    size = path.stat().st_size
+    size, form = path.stat().st_size, format_of(path, read)
     wanted = min(max(LEAST_BYTES, int(SHARE * size)), most_bytes)
-    if not is_seekable(path):
-        lines = _take(iter_lines(path), wanted)
-        return lines, _bytes_of(lines), size * COMPRESSION
+    if form.kind != JSONL or not form.is_plain:
+        lines = _take(iter_lines(path, options=read), wanted)
+        num_read = _bytes_of(lines)
+        if num_read < wanted:  # read to the end
+            return lines, num_read, num_read
+        if form.kind == TABLE:
+            return lines, num_read, num_read * num_rows(path) // max(len(lines), 1)
+        return lines, num_read, size if form.is_plain else size * COMPRESSION
     if wanted >= size:
         return list(iter_lines(path)), size, size
     num_blocks = -(-wanted // BLOCK_BYTES)

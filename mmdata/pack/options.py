@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdata.errors import TokenizerError, UsageError
+from mmdata.io.options import ReadOptions
 from mmdata.options import INT64, option
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackOptions:
+class PackOptions(ReadOptions):
     """The options of `mm pack`, which chooses `max_len` and `val_fraction` from the data if they are not given; see
     `mmdata.pack.estimate.survey`. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence
     the bytes of the dataset; `max_bad` only decides whether it is published.

@@ -21,6 +21,7 @@ from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import write_bytes
 from mmdata.io.lines import Line, iter_lines
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import FileEntry, plain, read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
@@ -38,9 +39,10 @@ TOO_LONG = "too long"  # the reason why a valid row is left out that is longer t
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A byte range of one input file that is packed on its own. number: counts through all inputs. input: index of the
-    file. begin, end: byte offsets of line starts; end is None for a compressed file, which is always one part.
-    first_line: number of the first line. num_bytes: size of the range, or of a compressed file on disk.
+    """A range of one input file that is packed on its own. number: counts through all inputs. input: index of the file.
+    begin, end: byte offsets of rows, or in a table numbers of rows from 0; end is None for a file that can only be read
+    from the beginning, such as a compressed one, which is always one part. first_line: number of the first row.
+    num_bytes: size of the range, or of a compressed file on disk. read: how the file is read.
     """
 
     number: int
@@ -50,6 +52,16 @@ class Part:
     end: int | None
     first_line: int
     num_bytes: int
+    read: ReadOptions = DEFAULT_READING
+    is_table: bool = False
+
+    def bytes_done(self, line: Line) -> int:
+        """Return how many of `num_bytes` are done when `line` is the last one that was read; 0 if `end` is None."""
+        if self.end is None:
+            return 0
+        if self.is_table:
+            return self.num_bytes * (line.number - self.first_line + 1) // (self.end - self.begin)
+        return min(line.offset + len(line.raw) - self.begin, self.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +225,7 @@ class PartPacker:
         result.encoder = f"{encoder.encoder.name} {encoder.encoder.version}"
         reported = 0  # bytes reported to `tick`
         for lines in batches(part):
-            consumed = lines[-1].offset + len(lines[-1].raw) - part.begin if part.end is not None else 0
+            consumed = part.bytes_done(lines[-1])
             num_lines, num_left_out = len(lines), result.left_out.total()
             result.rows += num_lines
             if screened:
@@ -382,7 +394,7 @@ def batches(part: Part) -> Iterator[list[Line]]:
     """Yield the lines of a part in lists of about BATCH_BYTES bytes each."""
     batch: list[Line] = []
     num_bytes = 0
-    for line in iter_lines(part.path, part.begin, part.end, first_number=part.first_line):
+    for line in iter_lines(part.path, part.begin, part.end, first_number=part.first_line, options=part.read):
         batch.append(line)
         num_bytes += len(line.raw)
         if num_bytes >= BATCH_BYTES:

@@ -24,8 +24,10 @@ from mmdata.encode import rows
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
 from mmdata.io.files import sha256_of, write_bytes, write_json
-from mmdata.io.lines import is_seekable
+from mmdata.io.lines import TABLE, format_of, iter_lines
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import FileEntry, write_record
+from mmdata.io.tables import row_ranges
 from mmdata.options import check
 from mmdata.pack import dedup
 from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
@@ -264,6 +266,8 @@ def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str,
         era=options.era,
         train_on=options.train_on,
         part_bytes=options.part_bytes,
+        encoding=options.encoding or UNSET,
+        text=options.text or UNSET,
         dedup=options.dedup,
         exclude=[
             ExcludedFile(str(path), sha256_of(path), dedup.EXCLUDE_N, dedup.EXCLUDE_SHARE) for path in options.exclude
@@ -281,21 +285,21 @@ def _plan_job(
     note: Note,
 ) -> _Job:
     """Read and hash the inputs once, check tokenizer and row kind, and cut the inputs into parts; write nothing."""
-    kind = common_kind(inputs)
+    kind = common_kind(inputs, options.reading)
     tokenizer, date = packing_tokenizer(options, kind, note)
     arguments = msgspec.structs.replace(arguments, end_of_turn=options.end_of_turn or UNSET, date=date or UNSET)
     if options.encoder != "auto":
         choose(tokenizer, options.encoder)  # raises an error here instead of in every worker
     states = _states(inputs)
-    records, parts = plan(inputs, options.part_bytes)
+    records, parts = plan(inputs, options.part_bytes, options.reading)
     header = header_of(kind, options.max_len, tokenizer, records, arguments)
     place = Path(os.path.realpath(out))
     return _Job(inputs, place, options, tokenizer, states, parts, header, progress, watch, note)
 
 
-def common_kind(inputs: Sequence[Path]) -> str:
+def common_kind(inputs: Sequence[Path], read: ReadOptions = DEFAULT_READING) -> str:
     """Return the row kind of the inputs. Raises InputError if they have different kinds."""
-    kinds = {path: rows.find_kind(path) for path in inputs}
+    kinds = {path: rows.find_kind(path, read=read) for path in inputs}
     first = kinds[inputs[0]]
     for path, other in kinds.items():
         if other != first:
@@ -305,22 +309,41 @@ def common_kind(inputs: Sequence[Path]) -> str:
     return first
 
 
-def plan(inputs: Sequence[Path], part_bytes: int) -> tuple[list[FileEntry], list[Part]]:
-    """Return the size and sha256 of every input, and the parts; reads every file once. A part ends at the first line
-    start at or after a multiple of `part_bytes`. A compressed file is one part.
+def plan(
+    inputs: Sequence[Path], part_bytes: int, read: ReadOptions = DEFAULT_READING
+) -> tuple[list[FileEntry], list[Part]]:
+    """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
+    the first row at or after a multiple of `part_bytes`, one of a table after whole row groups of up to `part_bytes`. A
+    file that can only be read from the beginning, such as a compressed one, is one part.
     """
     records: list[FileEntry] = []
     parts: list[Part] = []
     for number, path in enumerate(inputs):
+        form = format_of(path, read)
         sha256, num_bytes, cuts = _scan(path, part_bytes)
         records.append(FileEntry(str(path), num_bytes, sha256))
-        if not is_seekable(path):
-            parts.append(Part(len(parts), number, path, 0, None, 1, num_bytes))
-            continue
-        ends = [begin for begin, _ in cuts[1:]] + [num_bytes]
-        for (begin, line), end in zip(cuts, ends, strict=True):
-            parts.append(Part(len(parts), number, path, begin, end, line, end - begin))
+        if form.has_offsets and not form.is_lines:
+            cuts = _row_starts(path, part_bytes, read)
+        if form.has_offsets:
+            ends = [begin for begin, _ in cuts[1:]] + [num_bytes]
+            ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(cuts, ends, strict=True)]
+        elif form.is_plain:
+            ranges = [(begin, end, begin + 1, size) for begin, end, size in row_ranges(path, part_bytes)]
+        else:
+            ranges = [(0, None, 1, num_bytes)]
+        for each in ranges:
+            parts.append(Part(len(parts), number, path, *each, read, form.kind == TABLE))
     return records, parts
+
+
+def _row_starts(path: Path, part_bytes: int, read: ReadOptions) -> list[tuple[int, int]]:
+    """Return the same as `_scan` for a file whose rows are not lines: (offset, number of the row) for each part."""
+    cuts, target = [(0, 1)], part_bytes
+    for line in iter_lines(path, options=read):
+        if line.offset >= target and line.number > 1:
+            cuts.append((line.offset, line.number))
+            target = (line.offset // part_bytes + 1) * part_bytes
+    return cuts
 
 
 def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]:

@@ -120,7 +120,7 @@ def _same_inputs(directory: Path, manifest: Manifest) -> tuple[list[Path], list[
             f"{', '.join(missing)}: not here, and {directory} was packed from it",
             "bring it back (`mm fetch` downloads the known files), and run this where it was packed: paths are relative",
         )
-    records, parts = plan(inputs, manifest.arguments.part_bytes)
+    records, parts = plan(inputs, manifest.arguments.part_bytes, manifest.arguments.reading)
     if changed := [now.path for now, then in zip(records, manifest.inputs, strict=True) if now != then]:
         raise InputError(
             f"{', '.join(changed)}: has changed since {directory} was packed from it",

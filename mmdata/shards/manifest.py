@@ -9,6 +9,7 @@ import msgspec
 
 from mmdata.errors import DatasetError
 from mmdata.io.files import info_of
+from mmdata.io.options import ReadOptions
 from mmdata.io.records import FileEntry, convert_record, decode_record, explain
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -56,10 +57,17 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     exclude: list[ExcludedFile] = []
     end_of_turn: str | msgspec.UnsetType = msgspec.UNSET
     date: str | msgspec.UnsetType = msgspec.UNSET  # also the default, if the chat template writes a date
+    encoding: str | msgspec.UnsetType = msgspec.UNSET
+    text: str | msgspec.UnsetType = msgspec.UNSET
 
     def amend(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer with the chat template that the rows were rendered with."""
         return tokenizer.amended(end_of_turn=self.end_of_turn or None, date=self.date or None)
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How the inputs are read."""
+        return ReadOptions(encoding=self.encoding or None, text=self.text or None)
 
 
 class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):

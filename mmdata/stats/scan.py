@@ -19,7 +19,8 @@ from mmdata.encode.rows import BadRow, Row, num_characters, parse_row
 from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import BatchColumns, Ragged, num_rows
-from mmdata.io.lines import Line, is_seekable
+from mmdata.io.lines import JSONL, FileFormat, Line, format_of
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.workers import Tick, run_jobs
 from mmdata.pack.filter.features import ANSWERS, RowBatch, conversation_of, tool_name
 from mmdata.pack.filter.shingles import shingles, signatures
@@ -87,7 +88,7 @@ class ScanOptions:
     kind: rows of another kind are left out. tokenizer_dir: the tokenizer to count tokens with; None to count no tokens.
     is_exact: tokenize all rows instead of a sample. wanted: rows to show, with their loss, by file and line number.
     left_out: line numbers to skip, by file. share: the share of the rows that belongs to the sample, 0 to 1.
-    most_signed: for how many rows of a part MinHash signatures are computed.
+    most_signed: for how many rows of a part MinHash signatures are computed. read: how the files are read.
     """
 
     kind: str
@@ -97,6 +98,7 @@ class ScanOptions:
     left_out: Mapping[str, frozenset[int]] = field(default_factory=dict)
     share: float = 1.0
     most_signed: int = ROWS_FOR_NEAR
+    read: ReadOptions = DEFAULT_READING
 
 
 @dataclass(slots=True)
@@ -204,7 +206,7 @@ def scan_files(
     empty. progress: called with the bytes read and the bytes of all files.
     """
     total = sum(path.stat().st_size for path in paths)
-    entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS))
+    entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS), options.read)
     if sha256s is not None and [entry.sha256 for entry in entries] != list(sha256s):
         return []
     share = 1.0 if options.is_exact else min(1.0, SAMPLE_BYTES / max(total, 1))
@@ -226,14 +228,13 @@ class _FileScanner:
     def __call__(self, part: Part, tick: Tick) -> PartScan:
         """Count the rows of one part. `tick(n)` is called when n more bytes have been read."""
         scanned = PartScan(part.input)
-        reported = part.begin
+        reported = 0
         for lines in batches(part):
             self._measure(part, lines, scanned)
-            done = min(lines[-1].offset + len(lines[-1].raw) + 1, part.begin + part.num_bytes)
-            if done > reported:
-                tick(done - reported)
-                reported = done
-        tick(part.begin + part.num_bytes - reported)
+            done = part.bytes_done(lines[-1])
+            tick(done - reported)
+            reported = done
+        tick(part.num_bytes - reported)
         scanned.tally.trim()
         return scanned
 
@@ -291,7 +292,7 @@ def _set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
 
 def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> list[PartScan]:
     """Count a sample of the rows of a dataset, read from its inputs at their byte offsets. Return one scan per part;
-    none if an input is missing or compressed. paths: the inputs, None if missing. share: of the rows, 0 to 1.
+    none if an input is missing, compressed or not jsonl. paths: the inputs, None if missing. share: of the rows, 0 to 1.
     """
     scanned = []
     for part in dataset.manifest.parts:
@@ -299,7 +300,7 @@ def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> l
             continue
         sources = open_sources(dataset, part.part)
         path = paths[int(sources["file"][0])]
-        if path is None or not is_seekable(path):
+        if path is None or format_of(path, dataset.manifest.arguments.reading) != FileFormat(JSONL, True):
             return []
         scanned.append(PartScan(int(sources["file"][0])))
         if rows := list(_rows_at(path, dataset.kind, sources, evenly(part.kept, share))):

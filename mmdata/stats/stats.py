@@ -18,6 +18,7 @@ from mmdata.encode import rows
 from mmdata.encode.encoder import RowEncoder
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.pack.packing import BUCKETS
 from mmdata.shards.dataset import Dataset, check_size, open_dataset, open_sources, sources_path
 from mmdata.shards.manifest import PartRecord
@@ -109,6 +110,7 @@ def measure_file(
     is_exact: bool = False,
     workers: int = 1,
     losses: Losses | None = None,
+    read: ReadOptions = DEFAULT_READING,
     progress: Progress | None = None,
 ) -> Measured:
     """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row.
@@ -118,8 +120,8 @@ def measure_file(
     mean loss in nats per token by file and line; the rows of highest loss are shown. progress: called with the bytes
     read and the size of the file.
     """
-    kind = rows.find_kind(path)
-    options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses))
+    kind = rows.find_kind(path, read=read)
+    options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses), read=read)
     scans = scan.scan_files([path], options, workers=workers, progress=progress)
     tally = _merged(scans)
     if not tally.sums["kept"]:
@@ -222,7 +224,8 @@ def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progr
             left_out.setdefault(record["file"], set()).add(record["line"])
     lines = {file: frozenset(numbers) for file, numbers in left_out.items()}
     sha256s = [entry.sha256 for entry in dataset.manifest.inputs]
-    options = ScanOptions(dataset.kind, wanted=wanted, left_out=lines)
+    reading = dataset.manifest.arguments.reading
+    options = ScanOptions(dataset.kind, wanted=wanted, left_out=lines, read=reading)
     return scan.scan_files(paths, options, workers=workers, sha256s=sha256s, progress=progress)
 
 

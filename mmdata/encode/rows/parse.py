@@ -13,6 +13,7 @@ from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, t
 from mmdata.encode.rows.schemas import COLUMNS, MEDIA, Columns, describe
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import JsonObject
 
 PLACEHOLDER = "无"  # the last answer in MiniMind's rlaif files (prompts for reinforcement learning)
@@ -76,11 +77,11 @@ def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | No
     return None
 
 
-def find_kind(path: Path, columns: Columns = COLUMNS) -> str:
+def find_kind(path: Path, columns: Columns = COLUMNS, read: ReadOptions = DEFAULT_READING) -> str:
     """Return the kind of rows in a file, from its first LOOK_AT lines. Raises InputError if the file cannot be read or
     is empty, if none of these lines is a valid row, or if kinds are mixed.
     """
-    return kind_of_lines(islice(iter_lines(path), LOOK_AT), path, columns)
+    return kind_of_lines(islice(iter_lines(path, options=read), LOOK_AT), path, columns)
 
 
 def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = COLUMNS) -> str:

@@ -3,32 +3,45 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mmdata.io.options import ReadOptions
 from mmdata.options import INT64, option
 
 ALGORITHMS = ("bpe", "unigram")
 TEMPLATES = ("chatml", "minimind2", "minimind3")
 PATTERNS = ("digits", "gpt2")
+TOKENIZER, TEXTS = "Tokenizer", "Choice of texts"
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerOptions:
+class TokenizerOptions(ReadOptions):
     """How to train a tokenizer. `special`: control tokens after the template's own. `weights`: as in `sample.draw`."""
 
-    vocab_size: int = option(6400, help="Number of tokens, control and reserved ones included.", least=1)
-    algorithm: str = option("bpe", help="Training algorithm; both give byte-level tokenizers.", choices=ALGORITHMS)
-    template: str = option(
-        "minimind3", help="Chat template of the tokenizer; its control tokens are added.", choices=TEMPLATES
+    vocab_size: int = option(
+        6400, help="Number of tokens, control and reserved ones included.", group=TOKENIZER, least=1
     )
-    special: tuple[str, ...] = option((), help="Add a further control token; may be repeated.", metavar="TOKEN")
+    algorithm: str = option(
+        "bpe", help="Training algorithm; both give byte-level tokenizers.", group=TOKENIZER, choices=ALGORITHMS
+    )
+    template: str = option(
+        "minimind3",
+        help="Chat template of the tokenizer; its control tokens are added.",
+        group=TOKENIZER,
+        choices=TEMPLATES,
+    )
+    special: tuple[str, ...] = option(
+        (), help="Add a further control token; may be repeated.", group=TOKENIZER, metavar="TOKEN"
+    )
     pattern: str = option(
         "digits",
         help="How text is split before training; digits: each digit and newline alone; gpt2: as in MiniMind.",
+        group=TOKENIZER,
         choices=PATTERNS,
     )
     limit_bytes: int = option(
         100_000_000,
         help="Largest amount of text in bytes, drawn evenly over files and languages; takes 12 times as much memory.",
+        group=TEXTS,
         least=1,
     )
     weights: Mapping[str, float] = field(default_factory=dict)
-    seed: int = option(0, help="Seed of the random choice of texts, where not all are taken.", **INT64)
+    seed: int = option(0, help="Seed of the random choice of texts, where not all are taken.", group=TEXTS, **INT64)

@@ -18,7 +18,8 @@ import numpy as np
 
 from mmdata.encode.rows import BadRow, Conversation, Document, Pair, Row, parse_row, split_documents
 from mmdata.errors import InputError, UsageError
-from mmdata.io.lines import is_seekable, iter_lines
+from mmdata.io.lines import format_of, iter_lines
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.tokenizer.scripts import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
 
 FIELDS = ("text", "system", "user", "assistant", "rejected", "tool", "reasoning", "calls", "tools")
@@ -129,6 +130,7 @@ def draw(
     weights: Mapping[str, float] | None = None,
     seed: int = 0,
     evened: bool = False,
+    read: ReadOptions = DEFAULT_READING,
     progress: Progress | None = None,
 ) -> TextSample:
     """Read all rows of the files and draw at most `limit_bytes` of their text. Unusable rows are counted and left out.
@@ -137,12 +139,13 @@ def draw(
     0.5 draws every second text on average, 0 none. Weights of languages and files also scale the share of the limit.
     evened: repeat texts of the smaller of Chinese and English, up to 3 times, until both are equally large or the limit
     is reached; ignored if a language has a weight. progress: called with the bytes read so far and in all, which
-    includes only files that can be seeked (not pipes).
+    includes neither compressed files nor tables. read: how the files are read.
     Raises InputError if no text is found, and UsageError for a weight that is out of range or whose name is unknown.
     """
     weights = dict(weights or {})
     _check_weights(weights, files)
-    total = sum(path.stat().st_size for path in files if is_seekable(path))
+    sizes = [path.stat().st_size if format_of(path, read).has_offsets else 0 for path in files]
+    total = sum(sizes)
     reservoirs: _Reservoirs = {}
     left_out: dict[str, Counter[str]] = {}
     num_rows = done = 0
@@ -150,7 +153,7 @@ def draw(
         uniform = random.Random(f"{seed}:{index}").random
         reasons = left_out.setdefault(str(path), Counter())
         waiting: list[tuple[str, str]] = []
-        for line in iter_lines(path):
+        for line in iter_lines(path, options=read):
             num_rows += 1
             try:
                 waiting += fields_of(parse_row(line.raw))
@@ -164,7 +167,7 @@ def draw(
                 if progress:
                     progress(done + line.offset, total)
         _add(reservoirs, index, path, waiting, weights, uniform)
-        done += path.stat().st_size if is_seekable(path) else 0
+        done += sizes[index]
     if progress:
         progress(total, total)
     room = limit_bytes - _shrink(reservoirs.values(), limit_bytes)

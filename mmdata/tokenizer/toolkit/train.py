@@ -149,6 +149,7 @@ def train(
         weights=options.weights,
         seed=options.seed,
         evened=True,
+        read=options.reading,
         progress=(lambda done, total: phase("reading", done, total)) if phase else None,
     )
     texts = _with_progress(sample, phase) if phase else sample.release()

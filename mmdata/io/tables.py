@@ -1,0 +1,248 @@
+"""Read the rows of tables as JSON objects, one line of bytes each: parquet, Arrow files and streams, and csv. Nulls are
+left out of objects, since a table has a value, or null, for every key of every row.
+
+Parquet and Arrow are read one record batch at a time and converted by polars, so that memory is bounded by the size of
+a batch, not by that of a row group or file.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmdata.errors import InputError
+
+BATCH_ROWS, BATCH_BYTES = 4096, 2**21  # most rows, and about the most bytes, that are read and converted at once
+_BOM = b"\xef\xbb\xbf"
+_NULL = b'":null'
+
+
+class RowRange(NamedTuple):
+    """Rows [begin, end) of a table, numbered from 0, with their size in bytes (uncompressed, about)."""
+
+    begin: int
+    end: int
+    num_bytes: int
+
+
+def table_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield the rows [begin, end) of a parquet or Arrow file; end None is the end of the file. path: may be a
+    RemoteFile. Raises InputError if the file is damaged or two columns have the same name.
+    """
+    with _opened(path) as table:
+        names = table.schema_arrow.names if _is_parquet(table) else table.schema.names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InputError(f"{path}: {len(names)} columns, but {', '.join(sorted(twice))} twice", "rename one")
+        for first, batch in _batches(table, begin, end):
+            low, high = max(begin - first, 0), batch.num_rows if end is None else min(end - first, batch.num_rows)
+            step = max(1, batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1))
+            for at in range(low, high, step):
+                yield from _json_rows(batch.slice(at, min(step, high - at)))
+
+
+def row_ranges(path: Path, most_bytes: int) -> list[RowRange]:
+    """Divide a table into ranges of whole row groups (parquet) or record batches (Arrow) of up to about `most_bytes`
+    bytes; a larger group is divided into ranges of equally many rows. Raises InputError if the file is damaged.
+    """
+    ranges: list[RowRange] = []
+    at = begin = size = 0
+    with _opened(path) as table:
+        for rows, num_bytes in _groups(table):
+            if size and size + num_bytes > most_bytes:
+                ranges.append(RowRange(begin, at, size))
+                begin, size = at, 0
+            pieces = max(1, min(-(-num_bytes // most_bytes), rows))
+            for piece in range(1, pieces):
+                cut = at + rows * piece // pieces
+                ranges.append(RowRange(begin, cut, num_bytes // pieces))
+                begin = cut
+            at += rows
+            size += num_bytes - num_bytes // pieces * (pieces - 1)
+    return [*ranges, RowRange(begin, at, size)] if at > begin else ranges
+
+
+def num_rows(path: Path) -> int:
+    """Return the number of rows of a parquet or Arrow file. Raises InputError if it is damaged."""
+    with _opened(path) as table:
+        return sum(rows for rows, _ in _groups(table))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a table: as a ParquetFile, or a reader of an Arrow file or stream. Errors of pyarrow become InputError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open())
+    try:
+        magic = file.read(6)
+        file.seek(0)
+        if magic.startswith(b"PAR1"):
+            yield pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+        else:
+            yield pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged or cut off: {error}", "download the file again") from error
+    finally:
+        file.close()
+
+
+def _is_parquet(table: Any) -> bool:
+    return hasattr(table, "iter_batches")
+
+
+def _groups(table: Any) -> Iterator[tuple[int, int]]:
+    """Yield the number of rows and bytes of each row group or record batch."""
+    if _is_parquet(table):
+        groups = map(table.metadata.row_group, range(table.num_row_groups))
+        yield from ((group.num_rows, group.total_byte_size) for group in groups)
+    else:
+        yield from ((batch.num_rows, batch.nbytes) for _, batch in _batches(table, 0, None))
+
+
+def _batches(table: Any, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
+    """Yield the record batches with rows in [begin, end), each with the number of its first row."""
+    first = 0
+    if not _is_parquet(table):
+        is_file = hasattr(table, "get_batch")
+        batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
+        for batch in batches:
+            if end is not None and first >= end:
+                return
+            if first + batch.num_rows > begin:
+                yield first, batch
+            first += batch.num_rows
+        return
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        if end is not None and first >= end:
+            return
+        if first + group.num_rows <= begin:
+            first += group.num_rows
+            continue
+        size = max(1, min(BATCH_ROWS, group.num_rows * BATCH_BYTES // max(group.total_byte_size, 1)))
+        for batch in table.iter_batches(size, row_groups=[number], use_threads=False):
+            if first + batch.num_rows > begin and (end is None or first < end):
+                yield first, batch
+            first += batch.num_rows
+
+
+# --- rows as JSON
+
+
+def _json_rows(batch: Any) -> list[bytes]:
+    """Convert the rows of a record batch."""
+    if not batch.num_columns or not all(map(_is_simple, batch.schema.types)):
+        return [_json(_plain(row)) for row in batch.to_pylist()] if batch.num_columns else [b"{}"] * batch.num_rows
+    import polars as pl
+
+    lines = io.BytesIO()
+    frame = pl.from_arrow(batch)
+    assert isinstance(frame, pl.DataFrame)
+    frame.write_ndjson(lines)
+    rows = _without_nulls(lines.getvalue()).split(b"\n")[:-1]
+    assert len(rows) == batch.num_rows
+    return rows
+
+
+def _is_simple(kind: Any) -> bool:
+    """Return whether polars writes values of an Arrow type as JSON: not binary ones, maps and those of extensions."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return kind.num_fields > 0 and all(_is_simple(kind.field(i).type) for i in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_simple(kind.value_type)
+    return (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_boolean(kind)
+        or types.is_integer(kind)
+        or types.is_float32(kind)
+        or types.is_float64(kind)
+    )
+
+
+def _without_nulls(text: bytes) -> bytes:
+    """Remove the keys whose value is null from compact JSON. (In a string, a backslash stands before each quote.)"""
+    kept = bytearray()
+    done, at = 0, text.find(_NULL)
+    while at >= 0:
+        begin, end = text.rfind(b'"', done, at), at + len(_NULL)
+        if text[at - 1 : at] != b"\\" and text[begin - 1 : begin] in (b"{", b","):
+            kept += text[done:begin]
+            if text[end : end + 1] == b",":
+                end += 1
+            elif kept.endswith(b","):
+                kept.pop()
+            done = end
+        at = text.find(_NULL, end)
+    return bytes(kept + text[done:]) if done else text
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that pyarrow gives in a form that JSON has, without nulls in objects. A map becomes an object,
+    bytes text, infinity and NaN null, and other values, such as times, their text.
+    """
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        value = {str(key): item for key, item in value}
+    if isinstance(value, dict):
+        plain = ((key, _plain(item)) for key, item in value.items())
+        return {key: item for key, item in plain if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+def _json(value: Any) -> bytes:
+    """Return a value as JSON. Bytes that are not UTF-8 stay what they are, so that the row is left out for them."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+# --- csv
+
+
+def csv_rows(path: Path, file: Any, separator: str, begin: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the offset and the cells of each record of a csv file, all as strings and without the empty ones.
+
+    file: UTF-8 bytes. begin: 0, or the offset of a record. Raises InputError if the header names a column twice, quotes
+    do not match, or a record has more or fewer cells than the header.
+    """
+    csv.field_size_limit(2**31 - 1)
+    offset = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal offset
+        for raw in file:
+            is_first, offset = offset == 0, offset + len(raw)
+            yield (raw.removeprefix(_BOM) if is_first else raw).decode("utf-8", "surrogateescape")
+
+    records = csv.reader(lines(), delimiter=separator, strict=True)
+    quotes = "put cells that hold quotes, separators or line breaks in quotes, and double the quotes in them"
+    header: list[str] = []
+    try:
+        header = next(records, [])
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise InputError(f"{path}: its header names {', '.join(sorted(twice))} twice", "rename one")
+        if begin:
+            file.seek(begin)
+            offset, records = begin, csv.reader(lines(), delimiter=separator, strict=True)
+        while True:
+            start, record = offset, next(records, None)
+            if record is None:
+                return
+            if record and len(record) != len(header):
+                cells = f"{len(record)} cells, its header names {len(header)}"
+                raise InputError(f"{path} line {records.line_num}: {cells}", quotes)
+            if record:
+                yield start, _json({name: cell for name, cell in zip(header, record, strict=True) if cell})
+    except csv.Error as error:
+        raise InputError(f"{path} line {records.line_num}: {error}", quotes) from None
