@@ -14,6 +14,7 @@ from typing import Any
 import eras
 
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmtrain.convert.gguf import _LLAMA3_REGEX
 
 ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASSISTANT
@@ -110,6 +111,13 @@ KINDS = {
         ("<|im_end|>",),
     ),
 }  # fmt: skip
+PRE_TOKENIZER = {  # that of Llama 3: "\n\n" is encoded alike whatever follows it
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA3_REGEX}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 SPECIAL = re.compile(r"<\|[\w]+\|>|\[gMASK\]|<sop>|</s>")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
@@ -134,6 +142,7 @@ def directory(name: str) -> Path:
     out = Path(_scratch().name) / name
     out.mkdir()
     parts = json.loads((eras.HERE / "golden" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    parts["pre_tokenizer"] = PRE_TOKENIZER
     known = {token["content"] for token in parts["added_tokens"]}
     marks = [*SPECIAL.findall(json.dumps(kind.template)), kind.eos, *(ROLES if "<|{{" in str(kind.template) else ())]
     for mark in dict.fromkeys(marks):

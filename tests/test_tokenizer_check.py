@@ -93,6 +93,10 @@ def _merged_to_control(parts: Parts, config: Parts) -> None:
     config["added_tokens_decoder"][str(added[-1]["id"])] = {key: added[-1][key] for key in added[-1] if key != "id"}
 
 
+def _no_end(parts: Parts, config: Parts) -> None:
+    config["chat_template"] = "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.content }}{% endfor %}"
+
+
 def _other_eos(parts: Parts, config: Parts) -> None:
     config["eos_token"] = "<|endoftext|>"
 
@@ -143,7 +147,7 @@ def _no_byte(parts: Parts, config: Parts) -> None:
         (_no_unk, "unk_token", "'<nope>' has no id"),
         (_no_bos_token, "bos_token", "'<nope>' has no id"),
         (_merged_to_control, "control strings in text", "become control id"),
-        (_other_eos, "template: end of turn", "without the eos token <|endoftext|>"),
+        (_no_end, "template: end of turn", "writes nothing"),
         (_syntax, "template", "its chat template cannot be used"),
         (_no_system, "template: system", "message 1 (system)"),
         (_unknown_mark, "template: marks", "<|turn|>, which is no token"),
@@ -159,6 +163,11 @@ def test_each_check_fails_on_what_it_is_for(
     errors = levels(findings, "error")
     assert name in errors, findings
     assert words in errors[name].found and errors[name].fix
+
+
+def test_an_eos_token_that_ends_no_answer_is_a_note(whole: Path, tmp_path: Path) -> None:
+    found = levels(check(edited(whole, tmp_path / "edited", _other_eos)), "note")["template: end of turn"].found
+    assert found.startswith("answers end with '<|im_end|>', trained, and documents with the eos token '<|endoftext|>'")
 
 
 def test_ids_past_the_models_vocabulary_are_named(whole: Path) -> None:

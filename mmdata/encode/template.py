@@ -50,7 +50,8 @@ class Segment(NamedTuple):
 class _Turn(NamedTuple):
     r"""What a template writes around an answer.
 
-    header: the text before the trained part, such as "<|im_start|>assistant\n".
+    header: the text before the trained part, such as "<|im_start|>assistant\n". is_header_trained: the trained part
+    begins with it, because prompts do not have it, as the space before Mistral's answers.
     end: the text after the content up to the next message, such as "<|im_end|>\n"; last_end: the same after the last
     message of a conversation. era: see `Template.era`.
     """
@@ -59,6 +60,7 @@ class _Turn(NamedTuple):
     end: str
     last_end: str
     era: str
+    is_header_trained: bool = False
 
 
 class Ending(NamedTuple):
@@ -258,7 +260,8 @@ class Template:
             if header < 0 or close < 0:
                 detail = f"message {i + 1} has not the assistant's header and end of turn"
                 raise BadRow("template cannot be cut", detail)
-            turns.append((header + len(self._turn.header), close + len(own_end)))
+            header += 0 if self._turn.is_header_trained else len(self._turn.header)
+            turns.append((header, close + len(own_end)))
         return turns
 
     @staticmethod
@@ -349,7 +352,8 @@ class Template:
             if not end or not gaps[2].startswith(end):
                 first, later = (self._pieces(gap)[::-1] for gap in (gaps[0], gaps[2]))
                 end = gaps[2][: len(gaps[2]) - len(_common_prefix(first, later))]
-        return _Turn(header, end, last_end, era)
+        is_header_trained = not header.strip() and prompt == after_user and era != "seed"
+        return _Turn(header, end, last_end, era, is_header_trained)
 
     def _end_before_prompt(self, header: str) -> str:
         """Return what the template writes between an answer and `header`, a generation prompt; "" if that is unknown."""

@@ -29,7 +29,8 @@ class Tokenizer:
 
     `files`: contents by path of tokenizer.json and, if they exist, tokenizer_config.json, generation_config.json,
     chat_template.jinja and the templates in additional_chat_templates/. `chat_templates`: by name; `chat_template`: the
-    one for conversations without tools. `eos_ids`: the eos token's id, then those in generation_config.json. `added`: tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
+    one for conversations without tools. `eos_ids`: the eos token's id, then those in generation_config.json. `added`:
+    tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
     -> id, which only templates write. `vocab_size`: the largest id plus 1. None: no such token or template.
     """
 

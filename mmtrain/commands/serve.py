@@ -13,7 +13,11 @@ from mmdata.options import Option
 
 def serve(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Run or checkpoint. [default: the newest finished run]")
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="Run, checkpoint, .pth or Hugging Face directory. [default: the newest finished run]",
+        ),
     ] = None,
     host: Annotated[str, Option("Address to listen on; 0.0.0.0: every address of this machine.")] = "127.0.0.1",
     port: Annotated[int, Option("Port to listen on; 0: a free one.", least=0, most=65535)] = 8000,
@@ -35,9 +39,9 @@ def serve(
     Example: mm serve runs/dpo-1 --port 8000    mm serve --host 0.0.0.0 --api-key SECRET
     """
     from mmdata.encode.template import Template
-    from mmdata.tokenizer.tokenizer import Tokenizer
-    from mmtrain.checkpoint import find, find_run, load_model
+    from mmtrain.checkpoint import find_run
     from mmtrain.config import STAGE_KINDS
+    from mmtrain.convert.foreign import open_model
     from mmtrain.inference.engine import Engine
     from mmtrain.inference.serve.app import LOOPBACK, Service, check_installed
     from mmtrain.inference.serve.app import serve as serve_forever
@@ -49,8 +53,7 @@ def serve(
         raise CheckpointError(
             f"no finished run under {RUNS_DIR}/", "`mm demo` trains one in minutes, or name one: mm serve RUN"
         )
-    model = load_model(run)[0].eval()
-    tokenizer = Tokenizer.load(find(run).run_dir / "tokenizer")
+    model, tokenizer = open_model(run)
     if api_key == "":
         raise UsageError("the API key is empty", "--api-key SECRET, or leave it out")
     if host not in LOOPBACK and api_key is None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdata.encode.rows import Message
-from mmdata.encode.template import Template
+from mmdata.encode.template import Template, ending_of
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.io.files import replace_directory, write_json, write_text
 from mmdata.io.records import JsonObject
@@ -113,6 +113,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     partial.mkdir(parents=True)
     try:
         checks, difference = writer(source, partial, dtype)
+        checks += _ending_notes(tokenizer, format)
         record = {"format": format, "dtype": dtype, "weights_sha256": weights.weights_sha256, "step": weights.step}
         write_json(partial / RECORD, record, indent=2)
         replace_directory(partial, out, out.with_name(f".{out.name}.replaced"))
@@ -134,6 +135,16 @@ def _without_padding(model: Model) -> Model:
     return model_with(replace(shape, vocab_size=rows, num_padding=0), weights)
 
 
+def _ending_notes(tokenizer: Tokenizer, format: str) -> list[str]:
+    """Return sentences about what ends an answer that the format cannot hold."""
+    ids, texts = ending_of(tokenizer)
+    notes = [f"answers end with the text {text!r}: give it to what generates as a stop string" for text in texts]
+    if format == "minimind" and ids[0] != tokenizer.eos_id:
+        end = tokenizer.native.id_to_token(ids[0])
+        notes.append(f"answers end with {end!r}, MiniMind's scripts stop at the eos token {tokenizer.eos_token!r} only")
+    return notes
+
+
 # --- Hugging Face
 
 
@@ -144,9 +155,11 @@ def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float 
     write_json(out / "config.json", _hf_config(source, dtype), indent=2)
     # safetensors creates files that only their owner can read.
     (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
-    ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
-    write_json(out / "generation_config.json", {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, indent=2)
     _write_tokenizer(source.tokenizer, out)
+    ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    imported = json.loads(source.tokenizer.files.get("generation_config.json", json.dumps(sampling)))
+    write_json(out / "generation_config.json", {**imported, **ids}, indent=2)
     write_text(out / "README.md", model_card(source, dtype))
     return _compare_hf(source, weights, out)
 
@@ -156,8 +169,11 @@ def _hf_config(source: _Source, dtype: str) -> JsonObject:
     return {**config_of(source.shape), "torch_dtype": torch_dtype, **_special_ids(source.tokenizer)}
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """Return the ids as config.json and generation_config.json name them; all that end an answer, in a list, as eos."""
+    ends = list(ending_of(tokenizer).ids)
+    eos = ends if len(ends) > 1 else ends[0]
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_id}
 
 
 def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
@@ -302,8 +318,10 @@ def model_card(source: _Source, dtype: str, *, gguf_file: str | None = None) -> 
     GGUF."""
     text = resources.files("mmtrain.convert").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    ids, texts = ending_of(source.tokenizer)
     return environment.from_string(text).render(
         source=source,
+        ends=" or ".join(f"`{end}`" for end in [*map(source.tokenizer.native.id_to_token, ids), *map(repr, texts)]),
         shape=source.shape,
         name=source.checkpoint.run_dir.resolve().name,
         rows=_lineage(source.checkpoint.run_dir, source.run),

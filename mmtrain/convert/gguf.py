@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mmdata.encode.template import ending_of
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.chat_template import CHATML
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -171,7 +172,7 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
     for id, add in (
         (tokenizer.bos_id, writer.add_bos_token_id),
         (tokenizer.eos_id, writer.add_eos_token_id),
-        (tokenizer.eos_id, writer.add_eot_token_id),
+        (ending_of(tokenizer).ids[0], writer.add_eot_token_id),  # llama.cpp stops at eos and at eot
         (tokenizer.pad_id, writer.add_pad_token_id),
     ):
         if id is not None:

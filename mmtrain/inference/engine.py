@@ -19,8 +19,8 @@ An answer depends only on its prompt, settings and seed, not on other rows (the 
 one of them reuses that part of the cache, and its logits may then differ in the last bits. Memory: at most `max_rows +
 remember` caches, each of at most `window` tokens.
 
-An answer ends at the tokenizer's EOS token (which is not part of the answer), at a stop string, or after
-`max_new_tokens`.
+An answer ends at the tokenizer's EOS token, at what its chat template writes after answers (`template.ending_of`), at a
+stop string, none of which is part of the answer, or after `max_new_tokens`.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmdata.encode.template import ending_of
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.decoder import Decoder, KVCache
@@ -53,9 +54,9 @@ class Token:
 
 class Row:
     """One answer being generated. ids, text: the answer so far. finish_reason: None until the answer has ended, then
-    "stop" (EOS token or stop string), "length" (`max_new_tokens`) or "cancelled"."""
+    "stop" (EOS token, end of turn or stop string), "length" (`max_new_tokens`) or "cancelled"."""
 
-    def __init__(self, prompt_ids: Sequence[int], options: Sampling, tokenizer: Tokenizer, cache: KVCache):
+    def __init__(self, prompt_ids: Sequence[int], options: Sampling, stream: "TextStream", cache: KVCache):
         self.options = options
         self.ids: list[int] = []
         self.text = ""
@@ -65,7 +66,7 @@ class Row:
         self._prompt = list(prompt_ids)
         self._cache = cache
         self._generator = torch.Generator().manual_seed(options.seed)
-        self._stream = TextStream(tokenizer, options.stop)
+        self._stream = stream
 
     @property
     def _new_ids(self) -> list[int]:
@@ -92,6 +93,7 @@ class Engine:
 
     max_rows: the most rows in the batch, others wait. window: the most tokens of a prompt and its answer together;
     default and upper limit are the model's `max_positions`. remember: number of ended rows whose KV caches are kept.
+    ending: what ends an answer.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Engine:
     ):
         self.decoder = Decoder(model)
         self.tokenizer = tokenizer
+        self.ending = ending_of(tokenizer)
         self.window = min(window or model.config.max_positions, model.config.max_positions)
         self._max_rows = max_rows
         self._remember = remember
@@ -138,7 +141,8 @@ class Engine:
                 f"that exceeds the window of {self.window:,}",
                 "ask a shorter question, or allow fewer new tokens",
             )
-        row = Row(prompt_ids, options, self.tokenizer, self.decoder.new_cache())
+        stream = TextStream(self.tokenizer, (*options.stop, *self.ending.texts))
+        row = Row(prompt_ids, options, stream, self.decoder.new_cache())
         self._waiting.append(row)
         return row
 
@@ -207,7 +211,7 @@ class Engine:
         """Choose the next token of a row from its logits [V], and end the row if this token ends the answer."""
         options = row.options
         id = pick(logits, options, row._generator, row._prompt + row.ids)
-        if id == self.tokenizer.eos_id:
+        if id in self.ending.ids:
             return self._end(row, "stop")
         token = Token(id)
         if options.logprobs is not None:

@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from mmdata.encode.template import Ending
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.settings import Sampling
@@ -87,8 +88,9 @@ def make(name: str) -> tuple[Engine, LlamaForCausalLM]:
         tokenizer = train_bpe(
             ["a b"], vocab_size=300, control_tokens=control, chat_template=CHATML, out_dir=Path(directory)
         )
-    tokenizer.eos_id = None
-    return Engine(model, tokenizer), theirs
+    engine = Engine(model, tokenizer)
+    engine.ending = Ending(())
+    return engine, theirs
 
 
 def compare(work: dict[str, Callable[[int], list[list[int]]]], num_tokens: int, rounds: int) -> dict[str, list[float]]:

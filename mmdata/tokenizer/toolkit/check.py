@@ -202,14 +202,17 @@ def _check_marks(tokenizer: Tokenizer, rendered: Sequence[str]) -> Iterator[Find
 
 
 def _check_end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Finding]:
-    """Check that the trained text of an answer ends with eos; without it a model never learns to stop."""
-    trained = [part for part in template.segments(Conversation((_USER, _ASSISTANT))) if part.is_trained]
-    after = [part.text for part in trained if "Aa answer" not in part.text]
-    if tokenizer.eos_token in after:
-        yield Finding("template: end of turn", "ok", f"answers end with {tokenizer.eos_token}, trained")
+    """Check that the template writes a token or a text after an answer; without it a model never learns to stop."""
+    ends = " or ".join(map(repr, template.ends))
+    if not ends:
+        found = "after an answer the template writes nothing: a model would never stop"
+        fix = f"`mm pack --end-of-turn '{tokenizer.eos_token}'` appends a token to each answer"
+        yield Finding("template: end of turn", "error", found, fix)
+    elif tokenizer.eos_token in template.ends:
+        yield Finding("template: end of turn", "ok", f"answers end with {ends}, trained")
     else:
-        found = f"after an answer the template writes {''.join(after)!r}, without the eos token {tokenizer.eos_token}"
-        yield Finding("template: end of turn", "error", found, 'name the token that ends a turn as "eos_token"')
+        found = f"answers end with {ends}, trained, and documents with the eos token {tokenizer.eos_token!r}"
+        yield Finding("template: end of turn", "note", f"{found}: both stop generation")
 
 
 # --- text to ids and back
