@@ -9,6 +9,7 @@ import io
 import lzma
 import shlex
 import sys
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ _ICONV = {  # where iconv's name is not Python's in capitals
 }  # fmt: skip
 _TYPOGRAPHIC = "«»„“”‘’–—…°€§·©®™¿¡"  # beside letters, the usual characters of western European texts beyond ASCII
 _FEW_CHARACTERS = 20  # text in another encoding may be valid UTF-8 by chance with fewer characters beyond ASCII
-_BAD_SHARE = 0.1  # of the first lines, from which a file is taken to be in another encoding, rather than damaged
+_BAD_SHARE = 0.25  # of the first lines, from which a file is taken to be in another encoding, rather than damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,22 +264,17 @@ def guess_encoding(data: bytes) -> str | None:
     """Return the encoding that text which is not UTF-8 seems to be in, as Python names it; None if none fits."""
     from charset_normalizer import from_bytes
 
-    matches = [match.encoding for match in from_bytes(data)]
-    if not matches or matches[0] in ("ascii", "utf_8"):
+    found = [match for match in from_bytes(data) if b"\0" in data or not match.encoding.startswith(("utf_16", "utf_32"))]
+    if not found or found[0].encoding in ("ascii", "utf_8"):
         return None
-    if "cp1252" in matches:  # preferred where others fit as well, such as cp1250: it is much more common
-        characters = {c for c in data.decode("cp1252", errors="replace") if c > "\x7f"}
-        if characters and all(c.isalpha() or c in _TYPOGRAPHIC for c in characters):
-            best = data.decode(matches[0], errors="replace")
-            if all("LATIN" in _name(c) or not c.isalpha() for c in best if c > "\x7f"):
-                return "cp1252"
-    return matches[0]
-
-
-def _name(character: str) -> str:
-    import unicodedata
-
-    return unicodedata.name(character, "")
+    best = found[0].encoding
+    if any("cp1252" in match.could_be_from_charset for match in found):  # much more common than others that fit as well
+        western = {c for c in data.decode("cp1252", errors="replace") if c > "\x7f"}
+        letters = {c for c in data.decode(best, errors="replace") if c > "\x7f" and c.isalpha()}
+        is_latin = all(unicodedata.name(c, "").startswith("LATIN") for c in letters)
+        if is_latin and all(c.isalpha() or c in _TYPOGRAPHIC for c in western):
+            return "cp1252"
+    return best
 
 
 def _decoded(path: Path, chunks: Iterator[bytes], codec: str) -> Iterator[bytes]:

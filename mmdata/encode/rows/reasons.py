@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from mmdata.errors import InputError
 
 REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
-    "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8",
+    "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8, or name its encoding: --encoding NAME",
     "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
     "not an object": 'a row is a JSON object such as {"text": "…"}, or a list of messages',
     "lone surrogate": r"half of an escape pair such as \ud83d\ude00 stands alone; fix the program that wrote the file",

@@ -1,0 +1,104 @@
+"""Writes the same rows as files of every format that mm reads, for the tests of reading and packing them."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import zstandard
+
+Rows = Sequence[dict[str, Any]]
+
+
+def jsonl(rows: Rows) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def array(rows: Rows, indent: int | None = None) -> bytes:
+    return json.dumps(rows, ensure_ascii=False, indent=indent).encode()
+
+
+def zipped(content: bytes, *names: str) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def table(rows: Rows) -> pa.Table:
+    """The rows with every key as a column; a key that a row lacks is null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+
+
+def parquet(rows: Rows, **options: Any) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(table(rows), content, **options)
+    return content.getvalue()
+
+
+def arrow(rows: Rows, make: Callable[..., Any], rows_per_batch: int = 3) -> bytes:
+    content = io.BytesIO()
+    columns = table(rows)
+    with make(content, columns.schema) as writer:
+        writer.write_table(columns, max_chunksize=rows_per_batch)
+    return content.getvalue()
+
+
+def feather(rows: Rows) -> bytes:
+    content = io.BytesIO()
+    pyarrow.feather.write_feather(table(rows), content, compression="zstd")
+    return content.getvalue()
+
+
+def separated(rows: Rows, separator: str = ",") -> bytes:
+    """The rows as csv; null is an empty cell."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, delimiter=separator)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+# file name -> its content; numbers of rows from 1 in all of them
+FORMATS: dict[str, Callable[[Rows], bytes]] = {
+    "rows.jsonl": jsonl,
+    "rows.jsonl.gz": lambda rows: gzip.compress(jsonl(rows)),
+    "rows.jsonl.zst": lambda rows: zstandard.compress(jsonl(rows)),
+    "rows.jsonl.xz": lambda rows: lzma.compress(jsonl(rows)),
+    "rows.jsonl.bz2": lambda rows: bz2.compress(jsonl(rows)),
+    "rows.zip": lambda rows: zipped(jsonl(rows), "folder/rows.jsonl"),
+    "line.json": array,
+    "pretty.json": lambda rows: array(rows, indent=2),
+    "array.json.gz": lambda rows: gzip.compress(array(rows, indent=1)),
+    "rows.parquet": parquet,
+    "groups.parquet": lambda rows: parquet(rows, row_group_size=4, compression="zstd"),
+    "file.arrow": lambda rows: arrow(rows, pa.ipc.new_file),
+    "stream.arrow": lambda rows: arrow(rows, pa.ipc.new_stream),
+    "rows.feather": feather,
+}
+FLAT_FORMATS: dict[str, Callable[[Rows], bytes]] = {
+    "rows.csv": separated,
+    "rows.csv.zst": lambda rows: zstandard.compress(separated(rows)),
+    "semicolon.csv": lambda rows: separated(rows, ";"),
+    "rows.tsv": lambda rows: separated(rows, "\t"),
+    "csv.zip": lambda rows: zipped(separated(rows), "rows.csv"),
+}
+
+
+def write(directory: Path, name: str, rows: Rows) -> Path:
+    """Write the rows to a file named in FORMATS or FLAT_FORMATS."""
+    path = directory / name
+    path.write_bytes((FORMATS | FLAT_FORMATS)[name](rows))
+    return path
