@@ -429,12 +429,15 @@ def resolve(
         loss = options.loss or preset.get("loss") or defaults["loss"]
         defaults |= {"beta": LOSS_BETAS[loss], "gamma": SIMPO_GAMMA if loss == "simpo" else 0.0}
         defaults["share_prompt"] = share_prompt
+    # These schedules do not depend on the length of the run before their end, so that it may be changed.
+    has_free_length = saved is not None and saved.get("schedule") in ("wsd", "constant")
     values: SettingValues = {}
     origins: dict[str, str] = {}
     for name, known in options_of(TrainSettings):
         value = getattr(options, name)
         if value is not None:
-            if saved is not None and not known.may_change_on_resume and saved.get(name) != value:
+            may_change = known.may_change_on_resume or (name in ("steps", "epochs") and has_free_length)
+            if saved is not None and not may_change and saved.get(name) != value:
                 raise CheckpointError(
                     f"{options.out}: the run was started with {name} {saved.get(name)}, now {value} is asked for",
                     f"resume without {flag_of(name, known)}, or start a new run with another --out",
@@ -454,6 +457,8 @@ def resolve(
         origins["model"] = "flag"  # these describe the model; another one would give them another meaning
     if options.steps is not None:
         values["epochs"] = None  # --steps replaces --epochs
+    elif options.epochs is not None:
+        values["steps"] = None  # also that of a run being resumed
     return TrainSettings(**values), origins
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from mmtrain.config import TrainSettings
+from mmtrain.config import TrainSettings, shape_from
 from mmtrain.shapes import ModelConfig, shape_of
 
 # New weights need more steps: after 130 steps on a million tokens of text a model of 0.5M parameters is still at 7 nats.
@@ -56,7 +56,8 @@ def fit_to_data(
     if origins["val_every"] == "default" and 2 * VALIDATIONS <= steps() < VALIDATIONS * settings.val_every:
         settings = replace(settings, val_every=steps() // VALIDATIONS)
         origins["val_every"] = f"data: {VALIDATIONS} validations"
-    if stage == "pretrain" and origins["model"] == "default":
+    is_default = settings.model and origins["model"] == "default"
+    if stage == "pretrain" and is_default and shape_from(settings, vocab_size) == shape_of(settings.model, vocab_size):
         fitting = (name for name in MODELS if shape_of(name, vocab_size).num_params <= tokens_per_epoch)
         model = next(fitting, MODELS[-1])
         if model != settings.model:

@@ -185,6 +185,16 @@ def test_other_data_is_taken_when_told(data: Data, tmp_path: Path) -> None:
     )
 
 
+def test_a_wsd_run_is_lengthened(data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True, schedule="wsd", steps=4)
+    train(run)
+    longer = replace(run, steps=8, resume=True)
+    assert train(longer).final_step == 8 and [step["step"] for step in steps(run.out)] == list(range(1, 9))
+    facts = run_json(run.out)
+    assert facts["num_steps"] == 8 and facts["settings"]["steps"] == {"value": 8, "from": "flag"}
+    refused_run(UsageError, "has made 8 steps, more than 3", "more --steps", replace(longer, steps=3))
+
+
 def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
     whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
     train(replace(whole, quiet=True))

@@ -65,6 +65,19 @@ def test_what_a_run_was_started_with_stays() -> None:
             decide("pretrain", saved, **{name: value})
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "constant", "cosine"])
+def test_a_run_whose_schedule_does_not_depend_on_its_length_may_be_lengthened(schedule: str) -> None:
+    saved = asdict(decide("sft", steps=4, schedule=schedule)[0])
+    if schedule == "cosine":
+        with pytest.raises(CheckpointError, match="started with steps 4, now 8"):
+            decide("sft", saved, steps=8)
+        return
+    settings, origins = decide("sft", saved, steps=8)
+    assert (settings.steps, settings.epochs, origins["steps"]) == (8, None, "flag")
+    settings = decide("sft", saved, epochs=3.0)[0]
+    assert (settings.steps, settings.epochs) == (None, 3.0)
+
+
 def test_a_run_of_before_a_setting_was_there_takes_its_default() -> None:
     saved = {k: v for k, v in asdict(decide("sft")[0]).items() if k not in ("ema", "optimizer")}
     settings, origins = decide("sft", saved)

@@ -56,6 +56,8 @@ def test_a_new_model_has_no_more_parameters_than_the_data_tokens() -> None:
         assert fitted("pretrain", size)[0].model == name
     assert fitted("pretrain", 100)[0].model == MODELS[-1]
     assert fitted("sft", 100)[0].model == MODELS[0]
+    assert fitted("pretrain", 100, layers=3)[0].model == MODELS[0]  # the user has chosen a shape
+    assert fitted("pretrain", 100, depth=2)[0].depth == 2 and "model" in fitted("pretrain", 100, depth=2)[1]
 
 
 def test_a_run_says_what_the_data_decided_and_what_it_cannot_teach(data: Data, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.commands.options import DATA_DIR, Json
+from mmdata.commands.options import DATA_DIR, Json, pack_command
 from mmdata.commands.terminal import (
     Rate,
     fail,
@@ -22,6 +22,7 @@ from mmdata.commands.terminal import (
     print_json,
     progress,
     result,
+    same_command,
     say,
     size,
     table,
@@ -199,9 +200,14 @@ def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> 
     fetched = [outcome for outcome in outcomes if not outcome.error]
     received = size(sum(outcome.received_bytes for outcome in outcomes))
     say(f"{len(fetched)} of {len(outcomes)} files are here; received {received} in {seconds:.1f} s")
-    data = [str(out / outcome.name) for outcome in fetched if outcome.name.endswith(".jsonl")]
-    if data:
-        next_command("mm pack" + ("" if out == DATA_DIR else f" {' '.join(data)} --tokenizer {out / 'tokenizer'}"))
+    data = [out / outcome.name for outcome in fetched if outcome.name.endswith(".jsonl")]
+    if len(fetched) < len(outcomes):
+        next_command(same_command())  # it fetches what is missing
+    elif data and out == DATA_DIR:
+        next_command(pack_command())
+    elif data:
+        tokenizer = f" --tokenizer {out / 'tokenizer'}" if (out / "tokenizer").is_dir() else ""
+        next_command(f"{'mm pack' if tokenizer else pack_command()} {' '.join(map(str, data))}{tokenizer}")
 
 
 def print_overview(rows: list["FileState"], as_json: bool) -> None:

@@ -15,6 +15,7 @@ function is its help text; a last paragraph `Example: mm ...` is printed at the 
 import difflib
 import inspect
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property, partial
@@ -26,7 +27,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from mmdata.errors import InputError, TokenizerError, UsageError
+from mmdata.errors import DatasetError, InputError, TokenizerError, UsageError
 from mmdata.options import Option, bounds, check_value, flag_of, options_of
 
 SETTINGS: dict[str, Any] = {
@@ -246,6 +247,9 @@ def _plain(value: Any) -> str:
 
 # --- parameters that several commands share
 
+STEM = re.compile(
+    r"(.+?)(?:\.(?:jsonl?|ndjson|parquet|arrow|feather|[ct]sv|tab|txt|text|md|gz|zst|xz|bz2|zip)(?:\..*)?)?"
+)  # file name without the suffixes of format and compression
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look by default
 
 FILES_HELP = (
@@ -278,6 +282,28 @@ def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[P
             )
             raise InputError(f"{path}: no such file", f"there is {near}" if near else f"see `ls {path.parent}`")
     return paths
+
+
+def dataset_dir(path: Path) -> Path:
+    """Return the directory of a packed dataset that the user named: `path`, or shards/`path` if only that is there.
+    Raise DatasetError, with the command that helps, if neither is a directory; a jsonl file is one to pack first."""
+    match = STEM.fullmatch(path.name)
+    packed = SHARDS_DIR / (match[1] if match else path.name)
+    for directory in (path, SHARDS_DIR / path):
+        if directory.is_dir():
+            return directory
+    if path.is_file():
+        fix = f"--data {packed}" if packed.is_dir() else f"mm pack {path}    then    --data {packed}"
+        raise DatasetError(f"{path} is a file of rows; a packed dataset is needed", fix)
+    there = sorted(str(manifest.parent) for manifest in SHARDS_DIR.glob("*/manifest.json"))
+    raise DatasetError(f"{path}: no such dataset", f"there is {', '.join(there)}" if there else "mm pack")
+
+
+def pack_command(files: Sequence[Path] = ()) -> str:
+    """Return the command that packs these files, or without any data/*.jsonl; before it the one that fetches a
+    tokenizer, if data/tokenizer is not there."""
+    fetch = "" if (DATA_DIR / "tokenizer").is_dir() else "mm fetch --tokenizer minimind-3    then    "
+    return " ".join([f"{fetch}mm pack", *map(str, files)])
 
 
 def tokenizer_dir(path: Path | None) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import FILES_HELP, SHARDS_DIR, Json, data_files, tokenizer_dir
+from mmdata.commands.options import FILES_HELP, SHARDS_DIR, STEM, Json, data_files, tokenizer_dir
 from mmdata.commands.terminal import (
     Rate,
     Update,
@@ -25,6 +25,7 @@ from mmdata.commands.terminal import (
     print_json,
     progress,
     result,
+    same_command,
     say,
     size,
     table,
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
 
-STEM = re.compile(
-    r"(.+?)(?:\.(?:jsonl?|ndjson|parquet|arrow|feather|[ct]sv|tab|txt|text|md|gz|zst|xz|bz2|zip)(?:\..*)?)?"
-)  # file name without the suffixes of format and compression
 MOST_NAMES = 10  # control strings to print at most
 
 
@@ -121,9 +119,11 @@ def pack(
         print_json(results)
     warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(paths) > 1])
     if results and results[-1].parts_left is None:
-        next_command(f"mm train {stage_of(results[-1].kind)} --data {results[-1].out}")
+        first = min(results, key=lambda packed: list(STAGE_KINDS.values()).index(packed.kind))
+        next_command(f"mm train {stage_of(first.kind)} --data {first.out}")
     elif results:
-        next_command("the other shards, then the same command with --finish in place of --shard")
+        say("when the other shards are packed, publish the dataset:")
+        next_command(same_command("--shard", add="--finish"))
     if failures:
         raise typer.Exit(failures[0])
 
@@ -324,7 +324,7 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
             print_estimate(estimates[-1])
     if as_json:
         print_json(estimates)
-    next_command("mm pack with the --max-len you choose")
+    next_command(same_command("--plan", "--json"))
 
 
 def print_estimate(estimate: "Estimate") -> None:

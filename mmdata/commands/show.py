@@ -91,7 +91,8 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
                 if with_ids:
                     result(f"ids: {' '.join(map(str, ids))}")
     say(f"sample {number} of {num_samples:,} in {name}; trained tokens are {TRAINED_LOOK}")
-    next_command(f"mm show {directory} --split {name} --index {number + 1}")
+    if number + 1 < num_samples:
+        next_command(f"mm show {directory} --split {name} --index {number + 1}")
 
 
 def show_file(

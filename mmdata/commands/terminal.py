@@ -2,6 +2,7 @@
 module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -36,6 +37,29 @@ def result(text: str = "") -> None:
 def next_command(command: str) -> None:
     """Print the command that usually follows, as "next: COMMAND" to stderr. Most commands end with it."""
     say(f"next: {command}")
+
+
+def same_command(*without: str, add: str = "") -> str:
+    """Return the command line of this process as it was typed, without the options in `without` and their values, and
+    with `add` at the end."""
+    words = sys.argv[1:]
+    for name in without:
+        words = without_option(words, name, has_value=name not in ("--plan", "--json"))
+    return " ".join(filter(None, ["mm", shlex.join(words), add]))
+
+
+def without_option(arguments: Sequence[str], name: str, *, has_value: bool = True) -> list[str]:
+    """Return command-line arguments without any `NAME VALUE` (two arguments) and `NAME=VALUE` (one) of the option
+    `name`; without `has_value` only `NAME`."""
+    kept = []
+    words = iter(arguments)
+    for word in words:
+        if word == name:
+            if has_value:
+                next(words, None)
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
 
 
 def print_json(value: Any) -> None:

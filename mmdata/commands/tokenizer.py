@@ -89,7 +89,11 @@ def train(
         print_json(trained)
     else:
         print_trained(trained)
-    next_command(f"mm tokenizer eval {directory}    or    mm pack --tokenizer {directory}")
+    texts = " ".join(map(str, files or ()))
+    next_command(
+        f"mm tokenizer eval {directory}{''.join(f' --data {path}' for path in files or ())}    or    "
+        f"mm pack {texts}{' ' if texts else ''}--tokenizer {directory}"
+    )
 
 
 def eval_(
@@ -251,7 +255,7 @@ def extend(
         print_json({"out": out, "ids": ids})
     else:
         result(f"wrote {out}: " + ", ".join(f"{token} is {id:,}" for token, id in ids.items()))
-    next_command(f"mm pack FILE --tokenizer {out}    and    mm train STAGE --init RUN --resize-embeddings mean")
+    next_command(f"mm pack --tokenizer {out}    then    mm train sft --resize-embeddings mean")
 
 
 def weights_of(items: list[str] | None) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import FILES_HELP, Json, data_files
+from mmdata.commands.options import FILES_HELP, Json, data_files, pack_command
 from mmdata.commands.terminal import counted, fail, next_command, percent, print_json, progress, result, table
 from mmdata.errors import InputError, MMError
 from mmdata.io.options import ReadOptions
@@ -68,7 +68,7 @@ def validate(
         print_json(validations)
     if failures:
         raise typer.Exit(failures[0])
-    next_command(f"mm pack {' '.join(map(str, files))}" if files else "mm pack")
+    next_command(pack_command(files or ()))
 
 
 def print_validation(validation: "Validation") -> None:

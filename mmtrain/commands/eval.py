@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.commands.options import Json
+from mmdata.commands.options import Json, dataset_dir
 from mmdata.commands.terminal import percent, print_json, progress, result, say, table
 from mmdata.errors import DatasetError, UsageError
 from mmdata.options import Option
@@ -84,7 +84,9 @@ def eval_(
     start = time.monotonic()
     model, tokenizer = open_model(run)
     metadata = run_metadata(run)
-    datasets = data or [Path(item.dir) for item in metadata.data if Path(item.dir).is_dir()]
+    datasets = [dataset_dir(path) for path in data or ()] or [
+        Path(item.dir) for item in metadata.data if Path(item.dir).is_dir()
+    ]
     has_other_task = bool(questions or choices or lm_eval)
     if not datasets and not has_other_task:
         raise UsageError(f"{run} names no dataset that is here", f"mm eval {run} --data shards/NAME")

@@ -54,7 +54,9 @@ def report(
     if html:
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
-        next_command(f"mm report {' '.join(map(str, paths))} --html run.html    or    --follow")
+        next_command(
+            f"mm report {' '.join(map(str, paths))} --html run.html    or    mm report {' '.join(map(str, paths))} --follow"
+        )
 
 
 def newest_run() -> Path:

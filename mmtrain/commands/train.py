@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.commands.options import RUNS_DIR, SHARDS_DIR, Json
-from mmdata.commands.terminal import next_command, print_json, result, say
-from mmdata.errors import CheckpointError, DatasetError, UsageError
+from mmdata.commands.options import DATA_DIR, RUNS_DIR, SHARDS_DIR, Json, dataset_dir, pack_command
+from mmdata.commands.terminal import next_command, print_json, result, same_command, say, without_option
+from mmdata.errors import CheckpointError, DatasetError, MMError, UsageError
 from mmdata.options import Option
 from mmtrain.config import DATA, HARDWARE, HEADINGS, PREFERENCES, STAGE_KINDS, TrainOptions
 
@@ -65,6 +65,11 @@ def train(
     from mmtrain.train.loop import train as train_stage
     from mmtrain.train.run import needs_of
 
+    if settings["model"] and Path(settings["model"]).exists():
+        raise UsageError(
+            f"--model {settings['model']}: a model's shape is expected, not its weights",
+            f"mm train {stage} --init {settings['model']}",
+        )
     paths, weights = weighted(data or [])
     resume = settings["resume"]
     options = TrainOptions(
@@ -79,7 +84,7 @@ def train(
         needs = needs_of(options)
         if rank() == 0:
             print_json(needs.as_json()) if as_json else print_needs(needs)
-            next_command(f"mm train {stage}")
+            next_command(same_command("--plan", "--json"))
         return
     trained = train_stage(options)
     if rank() == 0:
@@ -88,20 +93,38 @@ def train(
 
 def newest_dataset(stage: str) -> Path:
     """Return the dataset under shards/ that was packed last, of those with the kind of rows that the stage trains on.
-    Raise DatasetError if there is none."""
-    kind = STAGE_KINDS[stage]
+    Raise DatasetError, which names the files to pack, if there is none."""
+    datasets = datasets_for(stage)
+    if not datasets:
+        kinds = {path: kind for path in sorted(DATA_DIR.glob("*.jsonl")) if (kind := kind_of(path))}
+        files = [path for path, kind in kinds.items() if kind == STAGE_KINDS[stage]]
+        fix = (
+            pack_command(files)
+            if files
+            else "bring rows of this kind (`mm fetch --list`), or name a dataset: --data DIR"
+        )
+        raise DatasetError(f"no packed {STAGE_KINDS[stage]} dataset under {SHARDS_DIR}/", fix)
+    return datasets[-1]
+
+
+def datasets_for(stage: str) -> list[Path]:
+    """Return the datasets under shards/ with the kind of rows that the stage trains on, the one packed last at the end.
+    Those that cannot be read are skipped; named with --data they are refused with the reason."""
     datasets = []
     for manifest in SHARDS_DIR.glob("*/manifest.json"):
-        try:
-            if json.loads(manifest.read_bytes())["kind"] == kind:
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(manifest.read_bytes())["kind"] == STAGE_KINDS[stage]:
                 datasets.append((manifest.stat().st_mtime_ns, manifest.parent))
-        except (ValueError, KeyError, TypeError):
-            continue  # not a dataset, or damaged: named with --data it is refused with the reason
-    if not datasets:
-        raise DatasetError(
-            f"no packed {kind} dataset under {SHARDS_DIR}/", "`mm pack` makes one, or name it: --data DIR"
-        )
-    return max(datasets)[1]
+    return [path for _, path in sorted(datasets)]
+
+
+def kind_of(path: Path) -> str:
+    """Return the kind of rows in a jsonl file; empty if it cannot be told."""
+    from mmdata.encode.rows import find_kind
+
+    with suppress(MMError, OSError):
+        return find_kind(path)
+    return ""
 
 
 def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
@@ -121,7 +144,7 @@ def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | Non
         if remote.is_url(url := text if weight is None else name):
             local = SHARDS_DIR / remote.file_at(url).name
             raise UsageError(f"--data {url}: training maps local files", remote.bring_command(url, local))
-        paths.append(Path(url))
+        paths.append(dataset_dir(Path(url)))
         weights += [] if weight is None else [weight]
     if weights and len(weights) != len(paths):
         raise UsageError("some --data have a weight and some have none", "--data A:0.7 --data B:0.3")
@@ -155,23 +178,12 @@ def print_trained(trained: "TrainResult") -> None:
         say(f"look: {trained.run_dir / 'report.html'}")
     if trained.is_interrupted:
         next_command(f"mm train {trained.stage} --out {trained.run_dir} --resume")
-    elif trained.stage == "pretrain":
-        next_command("mm train sft")
-    else:
-        next_command(f"mm chat {trained.run_dir}" + ("    or    mm train dpo" if trained.stage == "sft" else ""))
-
-
-def without_option(arguments: list[str], name: str) -> list[str]:
-    """Return command-line arguments without any `NAME VALUE` (two arguments) and `NAME=VALUE` (one) of the option
-    `name`."""
-    kept = []
-    words = iter(arguments)
-    for word in words:
-        if word == name:
-            next(words, None)
-        elif not word.startswith(f"{name}="):
-            kept.append(word)
-    return kept
+        return
+    following = {"pretrain": "sft", "sft": "dpo"}.get(trained.stage, "")
+    is_found = trained.run_dir.resolve().parent == RUNS_DIR.resolve()
+    train_on = f"mm train {following}{'' if is_found else f' --init {trained.run_dir}'}"
+    commands = [f"mm chat {trained.run_dir}", *([train_on] if following and datasets_for(following) else [])]
+    next_command("    or    ".join(commands[::-1] if trained.stage == "pretrain" else commands))
 
 
 def next_run(stage: str, resume: bool) -> Path:

@@ -131,6 +131,8 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
     val_loader = _loader(datasets, "val", settings, world)
     _check_loaders(options, settings, resumed, loader, val_loader)
     num_steps = settings.steps or max(1, math.ceil((settings.epochs or 1) * loader.steps_per_epoch))
+    if num_steps < start.step:
+        raise UsageError(f"{options.out} has made {start.step:,} steps, more than {num_steps:,}", "give more --steps")
     guard = _guard_loader(settings, datasets, world)
     return TrainPlan(
         options.out,
@@ -256,14 +258,16 @@ def _check_loaders(
 
 def _find_resumed(options: TrainOptions) -> Checkpoint | None:
     """Return the newest undamaged checkpoint of the run directory --out if the run is to be resumed. Return None for a
-    new run (--out does not exist, or is not a run and --resume is not given), and for a run without any checkpoint.
+    new run, and for a run without any checkpoint.
 
     Raises UsageError if --out is a run and --resume is missing, or --init is given too; CheckpointError if --resume is
-    given and --out exists but is not a run, belongs to another stage, or has only damaged checkpoints.
+    given and --out is not a run, belongs to another stage, or has only damaged checkpoints.
     """
     if not (options.out / RUN).exists():
-        if options.resume and options.out.exists():
-            raise CheckpointError(f"{options.out} is not a run", "leave --resume out to start one in a new --out")
+        if options.resume:
+            runs = sorted(str(path.parent) for path in options.out.parent.glob(f"*/{RUN}"))
+            there = f"there is {', '.join(runs)}" if runs else f"there is none under {options.out.parent}/"
+            raise CheckpointError(f"{options.out}: no such run", f"{there}; leave --resume out to start one")
         return None
     if not options.resume:
         raise UsageError(f"{options.out} already holds a run", "add --resume to go on, or choose another --out")
@@ -274,7 +278,7 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
     resumed = checkpoint.find(options.out)
     stage = resumed.state.settings["stage"]
     if stage != options.stage:
-        raise CheckpointError(f"{options.out} is a {stage} run", f"mm train {stage} --resume")
+        raise CheckpointError(f"{options.out} is a {stage} run", f"mm train {stage} --out {options.out} --resume")
     return resumed
 
 

@@ -286,6 +286,10 @@ def _resumed_record(plan: TrainPlan, world: World) -> RunRecord:
     record = read_run(plan.out)
     again = ResumeRecord(plan.start.step, time.time(), world.size, str(world.device))
     record.resumed = [*(record.resumed or []), again]
+    record.num_steps = plan.num_steps
+    for name, value in asdict(plan.settings).items():
+        if plan.origins[name] == "flag":
+            record.settings[name] = SettingRecord(value, "flag")
     return record
 
 

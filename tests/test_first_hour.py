@@ -1,0 +1,186 @@
+"""The first hour of a new user: every recipe runs from its first line to its last, on a hub of loopback that has small files
+under the real names; and what a command says comes next, or helps, does.
+"""
+
+import io
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import Ran, Run, fine, refused
+from fakehub import Bytes, FakeHub
+from train_data import Data
+
+import cli
+from mmdata.commands.terminal import without_option
+from mmdata.hub import catalog
+from mmtrain.shapes import MODEL_SHAPES
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+DATASET = catalog.DATASET_REPO["hf"]
+ROWS = 60
+
+
+@pytest.fixture
+def hub(data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with the files of the catalog, each with rows of its stage, and both of its dpo.jsonl in the history."""
+    from huggingface_hub.utils import close_session
+
+    sources = {"pretrain": "pretrain", "sft": "sft", "lora": "sft", "dpo": "dpo"}
+    known = [known for known in catalog.FILES if known.stage in sources]
+    contents = {
+        each.key: b"".join(
+            (data.tokenizer.parent / f"{sources[each.stage]}.jsonl").read_bytes().splitlines(keepends=True)[: ROWS + n]
+        )
+        for n, each in enumerate(known)
+    }
+    sizes = {
+        each.key: replace(each, num_bytes=len(content), about_bytes=None, sha256=Bytes(content).sha256, revisions={})
+        for each, content in zip(known, contents.values(), strict=True)
+    }
+    monkeypatch.setattr(catalog, "FILES", tuple(sizes.get(each.key, each) for each in catalog.FILES))
+    with FakeHub() as hub:
+        hub.put(DATASET, {each.path: contents[each.key] for each in known}, commit=catalog.OLD["hf"])
+        hub.put(DATASET, {each.path: contents[each.key] for each in known if each.key != "dpo_v1"})
+        for name in ("minimind-2", "minimind-3"):
+            tokenizer = catalog.find_tokenizer(name)
+            assert tokenizer
+            files: dict[str, bytes | Bytes] = {path.name: path.read_bytes() for path in data.tokenizer.iterdir()}
+            hub.put(tokenizer.repo["hf"], files, kind="models", commit=tokenizer.revision or "")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield hub
+        close_session()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipes", [["minimind2.sh", "lora.sh"], ["minimind3.sh"]], ids=str)
+def test_a_recipe_runs_to_its_end(
+    recipes: list[str],
+    hub: FakeHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As it stands, with narrow models under the models' names; the chats at its end read an empty standard input."""
+    for name, shape in MODEL_SHAPES.items():
+        narrow = replace(shape, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=64)
+        monkeypatch.setitem(MODEL_SHAPES, name, narrow)
+    monkeypatch.chdir(tmp_path)
+    for recipe in recipes:
+        lines = [line for line in (RECIPES / recipe).read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
+        assert lines[0] == "set -euo pipefail" and all(line.startswith("mm ") for line in lines[1:])
+        for line in lines[1:]:
+            monkeypatch.setattr(sys, "argv", shlex.split(line))
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code, f"{line}\n{capfd.readouterr().err}"
+    stages = ["dpo-1", "pretrain-1", "sft-1", "sft-2", "sft-3", "sft-4", "sft-5"]
+    expected = stages if "lora.sh" in recipes else ["dpo-1", "pretrain-1", "sft-1"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == expected
+    assert (tmp_path / "data" / "dpo_v1.jsonl").exists() == ("lora.sh" in recipes)
+
+
+def test_a_file_that_is_not_there_is_answered_with_the_one_of_nearly_its_name(home: Path, mm: Run) -> None:
+    (home / "data/dpo.jsonl").rename(home / "data/dpo_v1.jsonl")
+    refused(mm("pack data/dpo.jsonl --max-len 1024"), "data/dpo.jsonl: no such file", "there is data/dpo_v1.jsonl\n")
+
+
+# --- hints
+
+ENDLESS = ("--follow", "mm demo", "mm serve")  # hints that are not followed here: they go on for long
+MOST = {"show": 2, "chat": 3}  # times that a command is followed which always names another
+QUICK = {"chat": " --max-new-tokens 2", "train": " --steps 1 --no-samples --no-report"}  # where nothing else is given
+
+
+def hints(ran: Ran, line: str) -> list[str]:
+    """The commands that a command printed after "next: " or "fix: ". An option alone is one to give to the same command."""
+    found = []
+    for text in re.findall(r"^(?:next|fix): (.*)$", ran.err, re.MULTILINE):
+        for piece in re.split(r" {4}(?:or|then) {4}", text):
+            if piece.startswith("--"):
+                words = without_option(shlex.split(line), piece.split()[0])
+                found.append(f"{shlex.join(words)} {piece}")
+            elif piece.startswith("mm "):
+                found.append(piece.removeprefix("mm "))
+    return found
+
+
+def walk(mm: Run, line: str, seen: set[str], *, is_hint: bool = False) -> None:
+    """Run a command, then each that it hints at, in the state in which it was printed. What was hinted at ends well."""
+    ran = mm(line)
+    if is_hint:
+        fine(ran)
+    for command in hints(ran, line):
+        name = command.split()[0]
+        if command in seen or any(word in f"mm {command}" for word in ENDLESS):
+            continue
+        seen.add(command)
+        if sum(other.split()[0] == name for other in seen) <= MOST.get(name, 99):
+            assert not re.search(r"\b(FILE|RUN|DIR|NAME|STAGE|TEXT)\b", command), command
+            quick = "" if " --steps" in command else QUICK.get(name, "")
+            walk(mm, command + quick, seen, is_hint=True)
+
+
+def test_what_comes_next_does(home: Path, hub: FakeHub, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    seen: set[str] = set()
+    shutil.rmtree(home / "data/tokenizer")
+    walk(mm, "validate data/pretrain_hq.jsonl", seen)
+    assert {"fetch --tokenizer minimind-3", "pack data/pretrain_hq.jsonl"} < seen
+    assert {"train pretrain --data shards/pretrain_hq", "chat runs/pretrain-1"} < seen
+    assert not any(command.startswith("train sft") for command in seen)  # nothing is packed for it yet
+    walk(mm, "pack --plan data/dpo.jsonl data/sft_512.jsonl --max-len 512", seen)
+    assert {"pack data/dpo.jsonl data/sft_512.jsonl --max-len 512", "train sft --data shards/sft_512"} < seen
+    assert {"train dpo", "chat runs/sft-1", "chat runs/dpo-1"} < seen
+    walk(mm, "train pretrain --plan --steps 1 --model tiny --json --out elsewhere/one", seen)
+    assert {"train pretrain --steps 1 --model tiny --out elsewhere/one", "train sft --init elsewhere/one"} < seen
+    for line in ("show shards/sft_512", "report", "stats shards/dpo", "tokenizer train --vocab-size 300"):
+        walk(mm, line, seen)
+    walk(mm, "tokenizer extend data/tokenizer --add <new> --out data/tokenizer-more", seen)
+    for line in ("fetch dpo sft_512 --out more", "fetch --dry-run"):
+        hub.fail("resolve", "status", status=404, name="sft_512")
+        walk(mm, line, seen)
+    for shard in ("1/2", "2/2"):
+        ran = fine(mm(f"pack data/sft_512.jsonl --out shards/both --shard {shard}"))
+    assert hints(ran, "") == ["pack data/sft_512.jsonl --out shards/both --finish"]
+    fine(mm(*hints(ran, "")))
+
+
+@pytest.mark.parametrize(
+    ("line", "helps"),
+    [
+        ("train sft", "pack data/sft_512.jsonl"),  # nothing is packed yet
+        ("train pretrain --data data/pretrain_hq.jsonl", "pack data/pretrain_hq.jsonl"),  # rows, not packed yet
+        ("train sft --data data/sft_512.jsonl", "train sft --data shards/sft_512"),  # rows, packed
+        ("train pretrain --data shards/sft_512", "train sft --data shards/sft_512"),
+        ("train sft --model runs/sft-1", "train sft --init runs/sft-1"),  # weights in place of a shape
+        ("train dpo --resume --out runs/sft-1", "train sft --out runs/sft-1 --resume"),
+    ],
+)
+def test_what_helps_does(line: str, helps: str, home: Path, runs: Path, data: Data, mm: Run) -> None:
+    if "shards" in f"{line} {helps}" or "runs" in line:
+        shutil.copytree(data.sft, home / "shards/sft_512")
+    if "runs" in line:
+        shutil.copytree(runs / "sft", home / "runs/sft-1")
+    refused = mm(line)
+    assert refused.code and hints(refused, line)[0] == helps
+    fine(mm(helps + (QUICK["train"] if helps.startswith("train") and "--resume" not in helps else "")))
+
+
+def test_a_bare_name_is_looked_up_under_shards_and_a_mistyped_run_is_refused(
+    home: Path, runs: Path, data: Data, mm: Run
+) -> None:
+    shutil.copytree(data.sft, home / "shards/sft_512")
+    shutil.copytree(runs / "sft", home / "runs/sft-1")
+    fine(mm("eval runs/sft-1 --data sft_512"))
+    fine(mm("train sft --data sft_512 --plan"))
+    refused(mm("train sft --data none"), "none: no such dataset", "there is shards/sft_512\n")
+    refused(mm("train sft --resume --out runs/sft-9"), "runs/sft-9: no such run", "there is runs/sft-1;")
+    assert not (home / "runs/sft-9").exists()
