@@ -11,7 +11,7 @@ from dataclasses import replace
 from mmtrain.config import TrainSettings, shape_from
 from mmtrain.shapes import ModelConfig, shape_of
 
-# New weights need more steps: after 130 steps on a million tokens of text a model of 0.5M parameters is still at 7 nats.
+# New weights need more steps: after 130 steps on 0.5M tokens of text a model of 0.5M parameters is still at 7 nats.
 LEAST_STEPS = {"pretrain": 300, "sft": 100, "dpo": 100}
 SHORT_STEPS = 50  # a run of fewer steps gets a warning
 LEAST_BATCH_TOKENS = {"pretrain": 4096, "sft": 2048, "dpo": 4096}
@@ -57,7 +57,11 @@ def fit_to_data(
         settings = replace(settings, val_every=steps() // VALIDATIONS)
         origins["val_every"] = f"data: {VALIDATIONS} validations"
     is_default = settings.model and origins["model"] == "default"
-    if stage == "pretrain" and is_default and shape_from(settings, vocab_size) == shape_of(settings.model, vocab_size):
+    if (
+        stage == "pretrain"
+        and is_default
+        and shape_from(settings, vocab_size) == shape_of(str(settings.model), vocab_size)
+    ):
         fitting = (name for name in MODELS if shape_of(name, vocab_size).num_params <= tokens_per_epoch)
         model = next(fitting, MODELS[-1])
         if model != settings.model:
