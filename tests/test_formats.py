@@ -299,6 +299,11 @@ def test_plain_text_is_read_when_an_option_says_how(tmp_path: Path) -> None:
 CHINESE = "".join('{"text": "今天天气很好，我们去公园散步吧。"}\n' for _ in range(3))
 FRENCH = "".join('{"text": "Le café était fermé à Noël, où êtes-vous allés ? Ça va très bien."}\n' for _ in range(3))
 GERMAN = "".join('{"text": "Die Straße ist schön und größer als früher, „sagt“ er – Übermut."}\n' for _ in range(3))
+JAPANESE = "".join('{"text": "今日はとても良い天気ですね。散歩に行きましょう。カメラを持って。"}\n' for _ in range(3))
+KOREAN = "".join('{"text": "오늘은 날씨가 매우 좋습니다. 산책하러 갑시다."}\n' for _ in range(3))
+ONE_WORD = "".join(
+    json.dumps({"text": f"{word} and harbour"}, ensure_ascii=False) + "\n" for word in ("海图", "rope", "bell") * 5
+)
 RUSSIAN = "".join('{"text": "Привет, как дела? Сегодня хорошая погода, и мы идём гулять в парк."}\n' for _ in range(3))
 
 
@@ -314,6 +319,10 @@ RUSSIAN = "".join('{"text": "Привет, как дела? Сегодня хо�
         ("FRENCH", "latin-1", "cp1252", "CP1252"),
         ("GERMAN", "cp1252", "cp1252", "CP1252"),
         ("RUSSIAN", "cp1251", "cp1251", "CP1251"),
+        ("JAPANESE", "shift_jis", "cp932", "SHIFT_JIS"),
+        ("JAPANESE", "euc_jp", "euc_jis_2004", "EUC-JP"),
+        ("KOREAN", "euc_kr", "cp949", "EUC-KR"),
+        ("ONE_WORD", "gbk", "gb18030", "GB18030"),
     ],
 )
 def test_another_encoding_is_named_with_the_command_that_converts_it(

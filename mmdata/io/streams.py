@@ -4,6 +4,7 @@ any text encoding. Compression, tables and encodings are recognized by the conte
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import lzma
@@ -12,6 +13,7 @@ import sys
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +38,9 @@ _ICONV = {  # where iconv's name is not Python's in capitals
 }  # fmt: skip
 _TYPOGRAPHIC = "«»„“”‘’–—…°€§·©®™¿¡"  # beside letters, the usual characters of western European texts beyond ASCII
 _FEW_CHARACTERS = 20  # text in another encoding may be valid UTF-8 by chance with fewer characters beyond ASCII
-_BAD_SHARE = 0.25  # of the first lines, from which a file is taken to be in another encoding, rather than damaged
+# A file is taken to be in another encoding, rather than damaged, if this share of its first lines is not UTF-8, or this
+# number of them and no line has a valid character beyond ASCII.
+_BAD_SHARE, _FEW_LINES = 0.25, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,35 +249,39 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
 
 
 def _is_other_than_utf8(head: bytes) -> bool:
-    """Return whether so many of the first lines are not UTF-8 that they must be in another encoding. A few such lines
-    are damaged ones.
+    """Return whether the lines that are not UTF-8 are too many to be damaged: several and no line beyond ASCII is UTF-8,
+    or the majority of these and a large share of all.
     """
     lines = head.split(b"\n")
-    bad = beyond_ascii = 0
+    bad = good = 0
     for number, line in enumerate(lines, 1):
         if not line.isascii():
             text = line.decode(errors="replace")
             text = text[:-1] if number == len(lines) else text  # the last character may be cut off
-            good, broken = sum(c > "\x7f" for c in text), text.count("\ufffd")
-            beyond_ascii += bool(good)
-            bad += broken > good - broken
-    return bad > max(beyond_ascii / 2, _BAD_SHARE * len(lines))
+            is_bad = 2 * text.count("\ufffd") > sum(character > "\x7f" for character in text)
+            bad, good = bad + is_bad, good + (not is_bad)
+    return (not good and bad >= _FEW_LINES) or bad > max(good, _BAD_SHARE * len(lines))
 
 
 def guess_encoding(data: bytes) -> str | None:
     """Return the encoding that text which is not UTF-8 seems to be in, as Python names it; None if none fits."""
     from charset_normalizer import from_bytes
 
-    found = [match for match in from_bytes(data) if b"\0" in data or not match.encoding.startswith(("utf_16", "utf_32"))]
+    found = [
+        match for match in from_bytes(data) if b"\0" in data or not match.encoding.startswith(("utf_16", "utf_32"))
+    ]
     if not found or found[0].encoding in ("ascii", "utf_8"):
         return None
     best = found[0].encoding
-    if any("cp1252" in match.could_be_from_charset for match in found):  # much more common than others that fit as well
-        western = {c for c in data.decode("cp1252", errors="replace") if c > "\x7f"}
-        letters = {c for c in data.decode(best, errors="replace") if c > "\x7f" and c.isalpha()}
-        is_latin = all(unicodedata.name(c, "").startswith("LATIN") for c in letters)
-        if is_latin and all(c.isalpha() or c in _TYPOGRAPHIC for c in western):
-            return "cp1252"
+    scripts = Counter(unicodedata.name(c, "").split(" ")[0] for c in data.decode(best, "replace") if c.isalpha())
+    # Some encodings fit as well as much more common ones, by which the text would have no other letters either.
+    if scripts["CJK"] > 10 * (scripts["HIRAGANA"] + scripts["KATAKANA"]) and not best.startswith(("gb", "big5", "utf")):
+        with contextlib.suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder("gb18030")().decode(data)
+            return "gb18030"
+    is_western = any("cp1252" in match.could_be_from_charset for match in found) and set(+scripts) == {"LATIN"}
+    if is_western and all(c.isalpha() or c in _TYPOGRAPHIC for c in data.decode("cp1252", "replace") if c > "\x7f"):
+        return "cp1252"
     return best
 
 
