@@ -4,15 +4,17 @@ The commands are registered by name and summary alone; the module of a command i
 """
 
 import errno
+import io
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 import typer
 
 from mmdata.commands.options import SETTINGS, add_lazily
 from mmdata.commands.terminal import fail, say
-from mmdata.errors import DiskError, InputError, MMError
+from mmdata.errors import DiskError, InputError, MMError, UsageError
 
 COMMANDS = {
     "mmdata.commands": {
@@ -68,7 +70,9 @@ def main() -> None:
     recognizes, both printed to stderr as an error and a fix; 130 for Ctrl-C and SIGTERM; 0 when the reader of stdout
     has gone (`mm show DIR | head`). Any other exception is raised with its traceback."""
     signal.signal(signal.SIGTERM, interrupt)
+    replace_unknown_characters()
     try:
+        check_arguments(sys.argv[1:])
         code = app(standalone_mode=True)
     except MMError as error:
         code = fail(error)
@@ -83,6 +87,25 @@ def main() -> None:
             raise
         code = fail(described)
     sys.exit(code)
+
+
+def replace_unknown_characters() -> None:
+    """Let stdout and stderr print a character that their encoding lacks as "?", instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an argument that is not valid UTF-8, which Python decodes to lone surrogates, unless it is the
+    path of a file that exists."""
+    for number, argument in enumerate(arguments, 1):
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        if any("\ud800" <= c <= "\udfff" for c in argument) and not os.path.exists(value):
+            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise UsageError(
+                f"argument {number} is not valid UTF-8: {shown}", "check the terminal's encoding (`locale`)"
+            )
 
 
 def interrupt(_number: int, _frame: object) -> None:

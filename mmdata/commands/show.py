@@ -1,6 +1,5 @@
 """`mm show`: print samples of a packed dataset or rows of a file as the model sees them; marks trained tokens."""
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from itertools import groupby, islice
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdata.commands.options import TokenizerDir, tokenizer_dir
-from mmdata.commands.terminal import next_command, print_json, print_styled, result, say
+from mmdata.commands.terminal import json_text, next_command, print_json, print_styled, result, say
 from mmdata.errors import UsageError
 from mmdata.io.options import ReadOptions
 from mmdata.options import Option
@@ -67,7 +66,7 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
     dataset = open_dataset(directory)
     if as_json and index is None:
         for record in source_rows(dataset, split):
-            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text(record) + "\n")
         sys.stdout.flush()
         return
     name = "train" if split == "all" else split

@@ -63,8 +63,15 @@ def without_option(arguments: Sequence[str], name: str, *, has_value: bool = Tru
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as indented JSON to stdout. Dataclasses become objects; paths and other types become strings."""
-    result(json.dumps(value, ensure_ascii=False, indent=2, default=plain))
+    """Print `value` as indented JSON to stdout, as `json_text` writes it."""
+    result(json_text(value, indent=2))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return `value` as JSON. Dataclasses become objects; paths and other types become strings. Characters that are not
+    ASCII are escaped if stdout has no Unicode encoding."""
+    is_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(value, ensure_ascii=is_ascii, indent=indent, default=plain)
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdata.commands.options import RUNS_DIR
-from mmdata.commands.terminal import result, say
+from mmdata.commands.terminal import json_text, result, say
 from mmdata.errors import CheckpointError, MMError, UsageError
 from mmdata.options import Option
 from mmtrain.commands.eval import run_metadata
@@ -272,9 +272,9 @@ class Session:
         if not self.is_json:
             print_side_by_side(answers)
         elif len(records) == 1:
-            result(json.dumps({"prompt": question, **next(iter(records.values()))}, ensure_ascii=False))
+            result(json_text({"prompt": question, **next(iter(records.values()))}))
         else:
-            result(json.dumps({"prompt": question, "answers": records}, ensure_ascii=False))
+            result(json_text({"prompt": question, "answers": records}))
 
     def _answer(
         self, speaker: Speaker, question: str, options: Sampling, printer: "StreamPrinter | None" = None

@@ -1,0 +1,73 @@
+"""What a terminal's encoding lacks is replaced, and an argument that is not UTF-8 is one error; nothing is a traceback."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import eras
+import pytest
+from command_line import Ran, Run, refused
+
+import cli
+from mmdata.commands.terminal import json_text, print_styled, result, say
+
+OWL = "🦉 皮姆 é"
+
+
+def written(monkeypatch: pytest.MonkeyPatch, encoding: str, errors: str = "strict") -> io.BytesIO:
+    """Make stdout and stderr one stream in an encoding, and prepare it as `mm` does. Return what is written."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors=errors, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    cli.replace_unknown_characters()
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("gbk", "? 皮姆 é"), ("ascii", "? ?? ?"), ("latin-1", "? ?? é"), ("utf-8", OWL)]
+)
+def test_characters_that_the_terminal_lacks_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    raw = written(monkeypatch, encoding)
+    result(OWL)
+    say(OWL)
+    print_styled([(OWL, "green", f"⟦{OWL}⟧")])
+    lines = raw.getvalue().decode(encoding).splitlines()
+    assert lines[:2] == [shown, shown] and shown in lines[2]
+    assert json.loads(json_text({"text": OWL})) == {"text": OWL} and json_text(OWL).isascii() == (encoding != "utf-8")
+
+
+def test_lone_surrogates_are_replaced_in_a_unicode_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = written(monkeypatch, "utf-8")
+    result("a\udcff")
+    assert raw.getvalue() == b"a?\n"
+
+
+def test_show_of_an_owl_in_gbk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"conversations": [{"role": "user", "content": OWL}, {"role": "assistant", "content": "฿"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    raw = written(monkeypatch, "gbk")
+    command = ["mm", "show", str(tmp_path / "rows.jsonl"), "--tokenizer", str(eras.directory("chatml"))]
+    for more in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+    assert "? 皮姆 é" in raw.getvalue().decode("gbk")
+
+
+@pytest.mark.parametrize("argument", [b"a\xff", b"\xe7\x9a", b"--text=\xff", b"--\xff", b"\xff=/"])
+def test_an_argument_that_is_not_utf_8_is_one_line(argument: bytes, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    surrogates = argument.decode("utf-8", "surrogateescape")
+    ran: Ran = refused(mm(f"tokenizer show {eras.directory('chatml')} {surrogates}"), "argument 4 is not valid UTF-8")
+    assert argument.decode("utf-8", "backslashreplace") in ran.err
+
+
+def test_the_path_of_a_file_may_be_any_bytes(tmp_path: Path, mm: Run) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    Path(path).write_text('{"text": "a"}\n')
+    assert mm(f"validate {path}").code == 0
