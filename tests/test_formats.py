@@ -24,7 +24,7 @@ from row_files import FLAT_FORMATS, FORMATS, array, arrow, jsonl, parquet, separ
 
 from mmdata.encode.rows import BadRow, parse_row
 from mmdata.errors import InputError, MMError, UsageError
-from mmdata.io import lines, tables
+from mmdata.io import lines, remote, tables
 from mmdata.io.lines import format_of, iter_lines
 from mmdata.io.options import ReadOptions
 from mmdata.pack.pipeline import plan
@@ -435,3 +435,11 @@ def test_no_content_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, con
             assert isinstance(line.raw, bytes)
     except MMError as error:
         assert error.fix
+
+
+def test_a_table_at_a_url_is_read_by_its_parts(tmp_path: Path) -> None:
+    for name in ("groups.parquet", "stream.arrow", "pretty.json", "rows.zip"):
+        path = remote.file_at(f"file://{write(tmp_path, name, ROWS)}")
+        _, parts = plan([path], 100)
+        found = [line for p in parts for line in iter_lines(path, p.begin, p.end, first_number=p.first_line)]
+        assert [json.loads(line.raw) for line in found] == ROWS

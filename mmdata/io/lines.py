@@ -167,7 +167,10 @@ def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
     else:
         raise InputError(f"{path} is plain text, not JSON", "--text line: a document a line; --text file: one document")
     if is_spread:
-        raise InputError(f"{path}: its first row is spread over several lines", f"jq -c . {path} > NEW.jsonl")
+        raise InputError(
+            f"{path}: its first row is spread over several lines",
+            f"jq -c . {path} > NEW.jsonl; if it holds the rows in a list: jq -c '.KEY[]'",
+        )
     return JSONL
 
 
@@ -189,10 +192,10 @@ def _is_message_list(head: bytes) -> bool:
         first, _ = json.JSONDecoder().raw_decode(text, re.compile(r"\[\s*").match(text).end())  # type: ignore[union-attr]
     except (ValueError, RecursionError):
         return False
-    return isinstance(first, dict) and any({role, content} <= first.keys() for role, content in _MESSAGE_KEYS)
+    return isinstance(first, dict) and not any(keys.isdisjoint(first) for keys in _MESSAGE_KEYS)
 
 
-_MESSAGE_KEYS = (("role", "content"), ("from", "value"), ("role", "tool_calls"))
+_MESSAGE_KEYS = ({"role", "from"}, {"content", "value", "tool_calls", "function_call"})
 
 
 def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]]:

@@ -77,10 +77,13 @@ def _opened(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open())
+    file = pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open())
     try:
         magic = file.read(6)
         file.seek(0)
+        if isinstance(path, Path) and not magic.startswith(b"PAR1"):  # mapped, so that skipping batches takes no time
+            file.close()
+            file = pa.memory_map(str(path))
         if magic.startswith(b"PAR1"):
             yield pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
         else:

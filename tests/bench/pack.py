@@ -2,9 +2,11 @@
 
     python tests/bench/pack.py --rows DIR --tokenizer DIR [--minimind CHECKOUT] [--megabytes 200] [--slice 12] [--memory]
     python tests/bench/pack.py --rows DIR --tokenizer DIR --kinds sft pretrain dpo --by-turns CHECKOUT [--rounds 3]
+    python tests/bench/pack.py --rows DIR --tokenizer DIR --megabytes 60 --formats [--rounds 3]
 
 With --by-turns, `mm pack` of this checkout and of another run in turns on the same file, --rounds times each, with one
-worker and with two; the table shows the median rate of both and their ratio.
+worker and with two; the table shows the median rate of both and their ratio. With --formats, the same rows are packed as jsonl, parquet
+(zstd), a pretty JSON array and, where they are flat, csv, in turns; rates are of MB of jsonl.
 
 DIR holds real rows: every sft*.jsonl, pretrain*.jsonl or dpo*.jsonl in it is repeated up to --megabytes, in another order
 each time and never twice the same: of the Chinese characters 12 % are drawn anew from all of the files' characters, of the words
@@ -396,6 +398,44 @@ def by_turns(name: str, path: Path, options: argparse.Namespace, root: Path) -> 
     shutil.rmtree(out)
 
 
+def formats(name: str, path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
+    """The same rows in several formats by turns: rate, share of jsonl's, and peak memory."""
+    import csv
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    paths = {"jsonl": path, "parquet": root / f"{name}.parquet", "JSON array": root / f"{name}.json"}
+    pq.write_table(pa.Table.from_pylist(rows), paths["parquet"], compression="zstd", row_group_size=10_000)
+    paths["JSON array"].write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+    if all(isinstance(value, str) for value in rows[0].values()):
+        paths["csv"] = root / f"{name}.csv"
+        with paths["csv"].open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    megabytes = path.stat().st_size / 1e6
+    for workers in (1, 2):
+        spent: dict[str, list[tuple[float, float, int]]] = {name: [] for name in paths}  # wall and CPU seconds, peak
+        kept = set()
+        for _ in range(options.rounds):
+            for label, file in paths.items():
+                before = children_cpu_s()
+                wall_s, peak, packed = pack(file, root / "out", options.tokenizer, workers)
+                spent[label].append((wall_s, children_cpu_s() - before, peak))
+                kept.add((packed["kept"], packed["tokens"]))
+        assert len(kept) == 1, kept
+        for label, of in spent.items():
+            wall, cpu, peak = (statistics.median(each) for each in zip(*of, strict=True))
+            wall_ratio, cpu_ratio = (
+                statistics.median(each[n] for each in spent["jsonl"]) / (wall, cpu)[n] for n in (0, 1)
+            )
+            rates = f"{megabytes / wall:.1f} MB/s ({wall_ratio:.2f} of jsonl's; by CPU time {cpu_ratio:.2f})"
+            what = f"`mm pack`, {name} as {label}, {megabytes:.0f} MB of jsonl, {workers} worker{'s' * (workers > 1)}"
+            yield what, f"{rates}, peak {peak / 1e6:.0f} MB"
+
+
 def children_cpu_s() -> float:
     """CPU seconds of the child processes that have ended, and of theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -433,7 +473,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(tempfile.gettempdir()) / "mm-bench-peers")
     parser.add_argument("--kinds", nargs="+", default=["sft", "pretrain"])
     parser.add_argument("--by-turns", type=Path, metavar="CHECKOUT", help="only compare with another checkout")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout with --by-turns")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each with --by-turns and --formats")
+    parser.add_argument("--formats", action="store_true", help="only compare the same rows in several formats")
     parser.add_argument("--memory", action="store_true", help="also pack 1 GB and watch the memory")
     parser.add_argument("--only-peers", type=float, metavar="RATE", help="only the peers, against this rate of mm's")
     options = parser.parse_args()
@@ -443,10 +484,10 @@ def main() -> None:
             path = root / f"{name}.jsonl"
             if not path.exists():
                 write_corpus(sorted(options.rows.glob(f"{name}*.jsonl")), path, int(options.megabytes * 1e6))
-            rows = by_turns if options.by_turns else measure
+            rows = by_turns if options.by_turns else formats if options.formats else measure
             for what, figure in rows(name, path, options, root):
                 print(f"| {what} | {figure} |", flush=True)
-            if options.memory and name == "sft" and not options.by_turns:
+            if options.memory and name == "sft" and not (options.by_turns or options.formats):
                 for what, figure in memory(path, options, root):
                     print(f"| {what} | {figure} |", flush=True)
 
