@@ -215,10 +215,13 @@ def save(
     keep_last: int,
 ) -> Path:
     """Write RUN/checkpoints/step-N with N = `step`, wait until it is complete, and return its directory. All others of
-    the run except the newest `keep_last` are removed. Raises CheckpointError if files cannot be written."""
+    the run except the newest `keep_last` are removed. Raises OSError if files cannot be written."""
     writer = Writer(run_dir, keep_last=keep_last)
     writer.save(model, optimizer, step=step, settings=settings, data=data)
-    writer.wait()
+    try:
+        writer.wait()
+    except CheckpointError as error:
+        raise error.__cause__ or error from None
     return run_dir / "checkpoints" / f"step-{step}"
 
 
@@ -280,13 +283,16 @@ def recover(run_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> FileRecord:
     """Write contiguous CPU tensors as a safetensors file, flush it to disk, and return its size and sha256. Unlike
-    safetensors' own writer, this neither copies every tensor nor holds Python's global interpreter lock meanwhile.
+    safetensors' own writer, this neither copies every tensor nor holds Python's global interpreter lock meanwhile, and
+    raises OSError for a full disk. metadata: texts for the file's header.
 
     File format: 8 bytes with the length of the header, a JSON header, then the bytes of each tensor.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, value in tensors.items():
         assert value.is_contiguous() and not value.is_cuda, name

@@ -201,6 +201,26 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read(saved(tmp_path / "model.safetensors", {}))
 
 
+def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 104857600\n"
+    (tmp_path / "pointer.pth").write_text(pointer)
+    directory = hf(tmp_path / "hf")
+    (directory / "model.safetensors").write_text(pointer)
+    for path, file in ((tmp_path / "pointer.pth", "pointer.pth"), (directory, "model.safetensors")):
+        with pytest.raises(CheckpointError, match=f"{file} is a Git LFS pointer") as caught:
+            read(path)
+        assert f"lfs pull --include {file}" in str(caught.value.fix)
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    directory = hf(tmp_path / "hf")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: no such file"):
+        read(directory)
+
+
 def hf(path: Path, **config: Any) -> Path:
     """A Hugging Face directory of the small Llama."""
     from safetensors.torch import save_file

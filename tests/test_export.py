@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,33 @@ def test_an_earlier_export_is_replaced_and_nothing_else(runs: dict[str, Path], t
         export(runs["llama"], tmp_path / "out", format="onnx")
     with pytest.raises(UsageError, match="--dtype q8_0 is unknown"):
         export(runs["llama"], tmp_path / "out", format="hf", dtype="q8_0")
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf", "minimind", "import"])
+def test_a_full_disk_leaves_nothing_and_the_next_try_works(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(SHAPE, vocab_size=6400, ffn_size=192)  # 1.8 MB
+    torch.save(weights(shape), tmp_path / "model.pth")
+    _minimind_tokenizer(tmp_path / "tokenizer")
+    import_model(tmp_path / "model.pth", tmp_path / "run")
+    out = tmp_path / "new" / "out"
+
+    def write() -> None:
+        export(tmp_path / "run", out, format=format) if format != "import" else import_model(
+            tmp_path / "model.pth", out
+        )
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # no file may be larger
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(out.parent.iterdir())
+    write()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 def test_minimind_gets_its_own_file_back(tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def replace_directory(source: Path, target: Path, aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield a new, empty directory that takes the place of `target` when the block ends. If the block raises an error,
+    the directory is removed and an old one at `target` stays as it is."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_directory(partial, target, target.with_name(f".{target.name}.replaced"))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def restore_directory(target: Path, aside: Path) -> None:
     """After a killed `replace_directory`: if `aside` exists, rename it to `target`, or remove it if `target` exists."""
     if aside.exists():

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -18,13 +17,12 @@ from pathlib import Path
 
 import jinja2
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdata.encode.rows import Message
 from mmdata.encode.template import Template, ending_of
 from mmdata.errors import CheckpointError, UsageError
-from mmdata.io.files import replace_directory, write_json, write_text
+from mmdata.io.files import new_directory, write_json, write_text
 from mmdata.io.records import JsonObject
 from mmdata.tokenizer.chat_template import CHATML
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -108,17 +106,11 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     source = _Source(weights, read_run(weights.run_dir), model, tokenizer)
     writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]
     writer = {"hf": _write_hf, "gguf": _write_gguf, "minimind": _write_minimind}[format]
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(out) as partial:
         checks, difference = writer(source, partial, dtype)
         checks += _ending_notes(tokenizer, format)
         record = {"format": format, "dtype": dtype, "weights_sha256": weights.weights_sha256, "step": weights.step}
         write_json(partial / RECORD, record, indent=2)
-        replace_directory(partial, out, out.with_name(f".{out.name}.replaced"))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != RECORD)
     num_bytes = sum((out / file).stat().st_size for file in files)
     num_params = source.shape.num_params
@@ -151,10 +143,8 @@ def _ending_notes(tokenizer: Tokenizer, format: str) -> list[str]:
 def _write_hf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
     """Write weights, configs, tokenizer with chat template and model card; return the results of `_compare_hf`."""
     weights = source.weights(DTYPES["hf"][dtype])
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    checkpoint.write_tensors(out / "model.safetensors", weights, metadata={"format": "pt"})
     write_json(out / "config.json", _hf_config(source, dtype), indent=2)
-    # safetensors creates files that only their owner can read.
-    (out / "model.safetensors").chmod((out / "config.json").stat().st_mode)
     _write_tokenizer(source.tokenizer, out)
     ids = {name: id for name, id in _special_ids(source.tokenizer).items() if id is not None}
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
@@ -255,7 +245,11 @@ def _write_minimind(source: _Source, out: Path, dtype: str) -> tuple[list[str], 
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     stage = {"pretrain": "pretrain", "dpo": "dpo"}.get(source.run.stage, "full_sft")
     name = f"{stage}_{shape.hidden_size}.pth"
-    torch.save(weights, out / name)
+    try:
+        with (out / name).open("wb") as file:
+            torch.save(weights, file)
+    except RuntimeError as error:  # torch's reaction to an error of the file, which says more
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     source.tokenizer.save(out / "model")
     since = "2026 (eval_llm.py)" if shape.qk_norm else "April to December 2025 (eval_model.py)"
     options = f"--hidden_size {shape.hidden_size} --num_hidden_layers {shape.num_layers}"

@@ -99,7 +99,7 @@ def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
         config = read_config(path)
         tensors: dict[str, Tensor] = {}
         for file in _weight_files(path):
-            tensors |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file)
+            tensors |= _load(file)
         tokenizer_dir = path if (path / "tokenizer.json").is_file() else None
     elif not path.exists():
         raise CheckpointError(f"{path}: no such file", "give a .pth file or a Hugging Face directory")
@@ -109,7 +109,7 @@ def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
             "of a safetensors file, give the directory that holds its config.json",
         )
     else:
-        config, tensors, tokenizer_dir = HFConfig("minimind"), _load_pickle(path), _tokenizer_beside(path)
+        config, tensors, tokenizer_dir = HFConfig("minimind"), _load(path), _tokenizer_beside(path)
     weights, is_seed = _our_names(tensors, path)
     shape = shape_of_weights(weights, path, config, num_heads)
     if config.model_type != "minimind":
@@ -135,6 +135,21 @@ def _weight_files(path: Path) -> list[Path]:
             index = read_record(path / f"{name}.index.json", _Index, CheckpointError, "copy or download it again")
             return [path / file for file in sorted(set(index.weight_map.values()))]
     raise CheckpointError(f"{path}: no model.safetensors and no pytorch_model.bin", "download the weights too")
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a weights file by name. Raise CheckpointError if it is not there or only its Git LFS pointer
+    is, if it is damaged, or if it has other values than tensors."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, although the index beside it names it", "download it too")
+    with path.open("rb") as file:
+        head = file.read(200)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer; the file that it stands for is not here",
+            f"git -C {path.parent} lfs pull --include {path.name}    (or download the file itself)",
+        )
+    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -310,7 +325,7 @@ def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model,
 
 def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, num_heads: int | None = None) -> Imported:
     """Write the model at `path`, a `.pth` file or a Hugging Face directory, to `out` as a run trained for 0 steps,
-    which `mm chat`, `mm eval`, `mm export` and `--init` accept. tokenizer_dir, num_heads: replace what is found with
+    which `mm chat`, `mm eval`, `mm export` and `--init` accept; `out` appears only when it is complete. tokenizer_dir, num_heads: replace what is found with
     the model (see `tokenizer_for` and `read`). Raise UsageError if `out` is not empty, CheckpointError or
     TokenizerError if the model or its tokenizer cannot be used."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -320,16 +335,6 @@ def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, nu
     hashes = [files.sha256_of(file) for file in (_weight_files(path) if path.is_dir() else [path])]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     model = model_with(foreign.shape, foreign.weights)
-    tokenizer.save(out / "tokenizer")
-    checkpoint.save(
-        out,
-        model,
-        torch.optim.SGD(model.parameters()),  # an optimizer without state
-        step=0,
-        settings={"stage": STAGE},
-        data=TrainedOn(tokenizer_sha256=tokenizer.sha256),
-        keep_last=1,
-    )
     now = time.time()
     run = RunRecord(
         stage=STAGE,
@@ -342,5 +347,16 @@ def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, nu
         imported={"from": str(path), "origin": foreign.origin, "sha256": sha256},
         tokenizer_sha256=tokenizer.sha256,
     )
-    write_record(out / RUN, run, indent=2)
-    return Imported(out, foreign.origin, foreign.shape, foreign.shape.num_params, tokenizer.dir, sha256)
+    with files.new_directory(out) as partial:
+        tokenizer.save(partial / "tokenizer")
+        checkpoint.save(
+            partial,
+            model,
+            torch.optim.SGD(model.parameters()),  # an optimizer without state
+            step=0,
+            settings={"stage": STAGE},
+            data=TrainedOn(tokenizer_sha256=tokenizer.sha256),
+            keep_last=1,
+        )
+        write_record(partial / RUN, run, indent=2)
+    return Imported(out, foreign.origin, foreign.shape, foreign.shape.num_params, out / "tokenizer", sha256)

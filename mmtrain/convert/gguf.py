@@ -5,8 +5,11 @@ llama.cpp identifies the architecture of a model, and the pre-tokenizer (how a t
 name. A pre-tokenizer for which llama.cpp has no known name is refused.
 """
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +87,17 @@ def write(
             kept_wide.append(tensor_name)
         quant = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(tensor_name, gguf.quants.quantize(values, quant), raw_dtype=quant)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as error:  # a full disk: what is still buffered cannot be written either
+        for file in writer.fout or ():
+            with suppress(OSError):
+                file.close()
+        if error.errno is None:  # numpy only says how many bytes it could write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     writer.close()
     worst = _read_back(path, weights, shape)
     precision = "bit for bit" if dtype == "f32" else f"to {worst:.1e}"
