@@ -22,6 +22,7 @@ COMMANDS = {
         "validate": "Report the kind of rows and those that cannot be used.",
         "pack": "Pack jsonl files into tokenized shards.",
         "verify": "Check packed datasets, and repair them.",
+        "select": "Choose rows by conditions on their columns.",
         "show": "Show samples decoded, as the model sees them.",
         "stats": "Describe data: lengths, languages, repeats, samples.",
     },
@@ -36,6 +37,7 @@ COMMANDS = {
         "demo": "Train and score a small model from scratch in minutes.",
     },
 }
+MODULES = {"import": "import_", "verify": "validate"}  # of commands whose module has another name
 TOKENIZER_COMMANDS = {
     "train": "Train a tokenizer on the text of jsonl files.",
     "eval": "Compare tokenizers on the same text.",
@@ -59,7 +61,7 @@ tokenizers = typer.Typer(
 )
 for package, summaries in COMMANDS.items():
     for name, summary in summaries.items():
-        add_lazily(app, f"{package}.{'import_' if name == 'import' else name}", name, summary)
+        add_lazily(app, f"{package}.{MODULES.get(name, name)}", name, summary)
 for name, summary in TOKENIZER_COMMANDS.items():
     add_lazily(tokenizers, "mmdata.commands.tokenizer", name, summary)
 app.add_typer(tokenizers, name="tokenizer")

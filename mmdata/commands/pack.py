@@ -89,8 +89,10 @@ def pack(
         options, tokenizer=tokenizer_dir(options.tokenizer), workers=options.workers or os.cpu_count() or 1
     )
     if plan:
-        if options.dedup or options.exclude:
-            say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
+        if options.dedup or options.exclude or options.where is not None:
+            say(
+                "note: rows that --where, --dedup and --exclude would leave out are counted here: only packing finds them"
+            )
         print_plan(paths, bool(out), options, as_json)
         return
     paths = [kept_stdin(directory, options.text) if str(path) == "-" else path for path in paths]

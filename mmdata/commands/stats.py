@@ -31,6 +31,10 @@ def stats(
         Path | None,
         Option("File written by `mm eval --per-sequence`; also show the rows of highest loss.", metavar="FILE"),
     ] = None,
+    where: Annotated[
+        str | None,
+        Option("Describe only the rows of files for which this condition holds (docs/frames.md).", metavar="CONDITION"),
+    ] = None,
     lang: Lang = "en",
     workers: Workers = None,
     as_json: Json = False,
@@ -51,6 +55,8 @@ def stats(
     every = [*paths, *([compare] if compare else [])]
     if exact and not any(path.is_file() for path in every):
         raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
+    if where is not None and any(path.is_dir() for path in every):
+        raise UsageError("--where is for files; a packed dataset's counts are those of all its rows", "mm pack --where")
     row_losses = read_losses(losses) if losses else None
     directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
     measured = []
@@ -60,7 +66,7 @@ def stats(
             if path.is_dir():
                 measured.append(measure_dataset(path, **options))
             else:
-                measured.append(measure_file(path, directory, is_exact=exact, read=read, **options))
+                measured.append(measure_file(path, directory, is_exact=exact, where=where, read=read, **options))
     overlaps = contained(measured)
     values: dict[str, Any] = {str(one.path): one.figures for one in measured}
     if compare:

@@ -13,8 +13,9 @@ Rajaraman, Ullman, Mining of Massive Datasets, ch. 3). `filter.ngrams` defines t
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,37 @@ from mmdata.io.options import ReadOptions
 from mmdata.io.records import read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.filter.ngrams import gram_hashes, num_units
-from mmdata.pack.options import PackOptions
 from mmdata.pack.part import Part, PartSettings, batches, screened_path
 
 BANDS, ROWS_A_BAND, SHINGLE, SEED = 16, 8, 5, 1
 EXCLUDE_N = 8  # units of the n-grams that rows and excluded texts are compared by
 EXCLUDE_SHARE = 0.5  # share of an excluded text's n-grams; see `Excluded` (Lambert et al. 2024)
 SLICE_ROWS = 2**22
+KeySlice = tuple[np.ndarray, Sequence[np.ndarray]]  # numbers of rows, ascending, and the columns of their keys
 Verdicts = dict[int, tuple[str, str]]  # lines to leave out: line number -> (reason, detail)
 
 
-def check_options(options: PackOptions) -> None:
+def check_options(dedup: str | None, exclude: Sequence[Path]) -> None:
     """Raise UsageError if `dedup` is "near" and rensa is not installed, InputError if an excluded file is missing."""
-    if options.dedup == "near":
+    if dedup == "near":
         _rensa()
-    for path in options.exclude:
+    for path in exclude:
         if not path.is_file():
             raise InputError(f"--exclude {path}: no such file", "name a file of texts, one a line, or jsonl")
 
 
 def screen(
-    settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
+    settings: PartSettings,
+    parts: Sequence[Part],
+    own: Sequence[Part],
+    run: Callable[..., Any],
+    progress: Any,
+    left_out: Mapping[int, Verdicts],
 ) -> None:
-    """Write, for every part, a file with the lines to leave out. Does nothing if neither `dedup` nor `exclude` is set.
-
-    All `parts` are read, since rows are compared across parts, but those in `own` first: processes that pack different
-    shares and start together thus divide the work. run: calls `workers.run_jobs`. progress: called with the bytes read
-    so far and the bytes in all. Raises InputError if an excluded file is missing or has changed.
+    """Write, for every part, a file with the lines to leave out, as `filter.screen.screen` describes. left_out: the
+    lines that are left out already, by the number of the part; they are not compared.
     """
     arguments, directory = settings.header.arguments, settings.screen_dir
-    if not arguments.dedup and not arguments.exclude:
-        return
     for excluded in arguments.exclude:
         path = Path(excluded.path)
         if not path.is_file() or sha256_of(path) != excluded.sha256:
@@ -67,14 +68,15 @@ def screen(
             )
     numbers = {part.number for part in own}
     first = sorted(parts, key=lambda part: part.number not in numbers)
-    run(partial(_Marker, settings), first, total=sum(part.num_bytes for part in first), progress=progress)
+    run(partial(_Marker, settings, left_out), first, total=sum(part.num_bytes for part in first), progress=progress)
     keys = _Keys(directory, parts)
     near = np.arange(keys.num_rows)
     equal = keys.first_of_equal() if arguments.dedup else near
     if arguments.dedup == "near":
         near = keys.first_of_near(equal)
     for i, part in enumerate(parts):
-        verdicts = read_record(_file(directory, part, "found.json"), Verdicts, DatasetError, "pack again")
+        found = read_record(_file(directory, part, "found.json"), Verdicts, DatasetError, "pack again")
+        verdicts = {**left_out.get(part.number, {}), **found}
         begin, end = keys.begins[i], keys.begins[i + 1]
         for reason, same in ((DUPLICATE, equal), (NEAR_DUPLICATE, near)):
             for row in (begin + np.flatnonzero(same[begin:end] != np.arange(begin, end))).tolist():
@@ -88,7 +90,8 @@ def screen(
 class _Marker:
     """Writes the keys of a part's rows and the lines that overlap with excluded files, unless these files exist."""
 
-    def __init__(self, settings: PartSettings):
+    def __init__(self, settings: PartSettings, left_out: Mapping[int, Verdicts]):
+        self._left_out = left_out
         self._kind, self._dedup = settings.header.kind, settings.header.arguments.dedup
         self._directory = settings.screen_dir
         self._excluded = Excluded([Path(excluded.path) for excluded in settings.header.arguments.exclude])
@@ -104,8 +107,9 @@ class _Marker:
         keys: list[bytes] = []
         bands: list[np.ndarray] = [np.zeros((0, BANDS), np.uint64)]
         overlapping: Verdicts = {}
+        left_out = self._left_out.get(part.number, {})
         for batch in batches(part):
-            numbers, rows = self._parse(batch)
+            numbers, rows = self._parse([line for line in batch if line.number not in left_out])
             texts = ["\n".join(texts_of(row)) for row in rows]
             overlaps = self._excluded.overlaps(texts)
             overlapping |= {numbers[i]: (OVERLAP, detail) for i, detail in overlaps.items()}
@@ -189,25 +193,14 @@ class _Keys:
 
     def first_of_equal(self) -> np.ndarray:
         """Return the number of the first row with the same content as each row (possibly its own): int64 [rows]."""
-        first = np.arange(self.num_rows)
-        for rows, keys in self._slices("keys.npy", lambda stored: (stored[:, 0], stored[:, 1])):
-            _note_first(first, rows, keys)
-        return first
+        return first_of_equal(self._slices("keys.npy", lambda stored: (stored[:, 0], stored[:, 1])), self.num_rows)
 
     def first_of_near(self, first: np.ndarray) -> np.ndarray:
-        """Return the smallest number of each row and the rows that share a band with it: int64 [rows]. first: the
-        result of `first_of_equal`. Duplicates of an earlier row and rows without text are not compared and keep theirs.
-        """
-        near = np.arange(self.num_rows)
-        for band in range(BANDS):
-            for rows, keys in self._slices("bands.npy", lambda stored, band=band: (stored[band],)):
-                is_own = (first[rows] == rows) & (keys[0] >= SLICE_ROWS)  # small numbers are texts without a unit
-                _note_first(near, rows[is_own], [key[is_own] for key in keys])
-        return near
+        """Return `first_of_near` of all rows. first: the result of `first_of_equal`."""
+        bands = (self._slices("bands.npy", lambda stored, band=band: (stored[band],)) for band in range(BANDS))
+        return first_of_near(chain.from_iterable(bands), first)
 
-    def _slices(
-        self, name: str, columns: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    def _slices(self, name: str, columns: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> Iterator[KeySlice]:
         """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; rows with equal keys are in
         the same slice. name: the file that has the keys of a part. columns: selects the key columns from its array.
         """
@@ -219,6 +212,28 @@ class _Keys:
                 rows.append(begin + at)
                 chosen.append([key[at] for key in keys])
             yield np.concatenate(rows), [np.concatenate(column) for column in zip(*chosen, strict=True)]
+
+
+def first_of_equal(slices: Iterable[KeySlice], num_rows: int) -> np.ndarray:
+    """Return the number of the first row with the same keys as each row (possibly its own): int64 [rows]. slices: rows
+    with equal keys are in the same one.
+    """
+    first = np.arange(num_rows)
+    for rows, keys in slices:
+        _note_first(first, rows, keys)
+    return first
+
+
+def first_of_near(slices: Iterable[KeySlice], first: np.ndarray) -> np.ndarray:
+    """Return the smallest number of each row and the rows that share a band with it: int64 [rows]. slices: of one band
+    after another. first: the result of `first_of_equal`. Duplicates of an earlier row and rows without text are not
+    compared and keep theirs.
+    """
+    near = np.arange(len(first))
+    for rows, keys in slices:
+        is_own = (first[rows] == rows) & (keys[0] >= SLICE_ROWS)  # small numbers are texts without a unit
+        _note_first(near, rows[is_own], [key[is_own] for key in keys])
+    return near
 
 
 def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray]) -> None:

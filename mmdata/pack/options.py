@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.io.options import ReadOptions
-from mmdata.options import INT64, option
+from mmdata.options import INT64, option, redeclared
 
 if TYPE_CHECKING:
     from mmdata.tokenizer.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
     "Duplicates and overlaps",
     "Processes and machines",
 )
+ORDER = "Order"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,12 @@ class PackOptions(ReadOptions):
         help="quarantine: set bad rows aside and count them; fail: stop at the first.",
         group=ROWS,
         choices=("quarantine", "fail"),
+    )
+    where: str | None = option(
+        None,
+        help="Keep only the rows for which this condition on their columns holds (docs/frames.md).",
+        group=ROWS,
+        metavar="CONDITION",
     )
     max_bad: str | None = option(
         None,
@@ -191,6 +198,45 @@ def packing_tokenizer(
         )
         note(f"{wording}: both stop generation")
     return tokenizer, date
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectOptions(ReadOptions):
+    """The options of `mm select`. They are applied in the order of the fields; `workers` does not change the result."""
+
+    where: str | None = redeclared(PackOptions, "where", default=None)
+    exclude: tuple[Path, ...] = redeclared(PackOptions, "exclude", default=())
+    dedup: str | None = redeclared(PackOptions, "dedup", default=None)
+    sample: str | None = option(
+        None,
+        help="Draw this many of the rows that are left, or this share of them, such as 10%.",
+        group=ROWS,
+        metavar="NUMBER|SHARE",
+    )
+    sort: str | None = option(
+        None,
+        help="Write the rows in ascending order of a column; 'COLUMN desc' in descending order.",
+        group=ORDER,
+        metavar="COLUMN",
+    )
+    shuffle: bool = option(False, help="Write the rows in random order.", group=ORDER)
+    seed: int = option(0, help="Seed of --sample and --shuffle.", group=ORDER, **INT64)
+    tokenizer: Path | None = redeclared(PackOptions, "tokenizer", default=None)
+    workers: int | None = redeclared(PackOptions, "workers", default=None)
+
+    def num_sampled(self, num_rows: int) -> int:
+        """Return how many of `num_rows` rows to draw. Raises UsageError if `sample` is no number and no share."""
+        text = (self.sample or "100%").strip()
+        fix = "--sample 1000, --sample 10% or --sample 0.1"
+        try:
+            if text.isdecimal():
+                return min(int(text), num_rows)
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise UsageError(f"--sample {text!r} is neither a number of rows nor a share from 0 to 1", fix)
+        return round(share * num_rows)
 
 
 def parse_budget(text: str | None) -> tuple[float | None, dict[str, float]]:

@@ -371,13 +371,13 @@ def _json_line(row: RejectedRow) -> bytes:
 
 
 def screened_path(directory: Path, part: int) -> Path:
-    """Return the path of the file with the lines of a part that are left out as duplicates or overlaps."""
+    """Return the path of the file with the lines of a part that are left out by --where, --dedup or --exclude."""
     return directory / f"{part:05d}.left_out.json"
 
 
 def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
-    """Return the lines left out as duplicates or overlaps, by number; DatasetError if their file cannot be read."""
-    if not settings.header.arguments.dedup and not settings.header.arguments.exclude:
+    """Return the lines left out by --where, --dedup or --exclude, by number; DatasetError if their file cannot be read."""
+    if not settings.header.arguments.screens:
         return {}
     path = screened_path(settings.screen_dir, part.number)
     return read_record(path, dict[int, tuple[str, str]], DatasetError, "pack again")

@@ -190,7 +190,10 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
 
     if todo:
         settings = PartSettings(staging.dataset, job.tokenizer.dir, job.header, job.options.encoder)
-        dedup.screen(settings, job.parts, parts, job.run, job.progress)
+        if job.header.arguments.screens:
+            from mmdata.pack.filter.screen import screen  # with polars, which takes a moment to load
+
+            screen(settings, job.parts, parts, job.run, job.progress)
         make = partial(RecordingPacker, settings, job.out)
         results += job.run(make, todo, total=total - bytes_before, progress=report, with_counts=True)
     return sorted(results, key=lambda result: result.number)
@@ -255,8 +258,15 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
 
 
 def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str, float]) -> PackArguments:
-    """Return the options as the manifest records them, with the parsed limits. Raises as `dedup.check_options` does."""
-    dedup.check_options(options)
+    """Return the options as the manifest records them, with the parsed limits. Raises as `dedup.check_options` does, and
+    UsageError if `where` is not a condition.
+    """
+    dedup.check_options(options.dedup, options.exclude)
+    if options.where is not None:
+        from mmdata.pack.filter.frames import check_names
+        from mmdata.pack.filter.where import Where
+
+        check_names(Where(options.where).names, options.tokenizer)
     return PackArguments(
         val_fraction=options.val_fraction,
         on_bad=options.on_bad,
@@ -269,6 +279,7 @@ def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str,
         encoding=options.encoding or UNSET,
         text=options.text or UNSET,
         dedup=options.dedup,
+        where=options.where or msgspec.UNSET,
         exclude=[
             ExcludedFile(str(path), sha256_of(path), dedup.EXCLUDE_N, dedup.EXCLUDE_SHARE) for path in options.exclude
         ],

@@ -16,7 +16,6 @@ from mmdata.io import remote
 from mmdata.io.files import info_of_bytes, move_into_place, write_bytes, write_json
 from mmdata.io.records import FileEntry
 from mmdata.io.workers import run_jobs
-from mmdata.pack import dedup
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.pack.pipeline import Progress, plan
 from mmdata.pack.staging import only_writer
@@ -95,7 +94,10 @@ def _rebuild(
     inputs, parts = _same_inputs(directory, manifest)
     todo = [part for part in parts if part.number in numbers or needs_stats]
     run_parts = partial(run_jobs, workers=num_workers)
-    dedup.screen(settings, parts, todo, run_parts, progress)
+    if manifest.arguments.screens:
+        from mmdata.pack.filter.screen import screen
+
+        screen(settings, parts, todo, run_parts, progress)
     total = sum(part.num_bytes for part in todo)
     results: list[PartResult] = run_parts(partial(PartPacker, settings), todo, total=total, progress=progress)
     if needs_stats:

@@ -54,8 +54,9 @@ class PackKey(msgspec.Struct, kw_only=True):
         """Return the key for a dataset with this header, packed with the installed versions of the packages."""
         values = msgspec.structs.asdict(header)
         arguments = {k: v for k, v in plain(header.arguments).items() if k not in FREE_ARGUMENTS}
-        near = ("rensa",) if header.arguments.dedup == "near" else ()
-        versions = {name: version(name) for name in (*PACKAGES, *near)}
+        more = ["rensa"] if header.arguments.dedup == "near" else []
+        more += ["polars"] if header.arguments.where else []
+        versions = {name: version(name) for name in (*PACKAGES, *more)}
         return cls(**{**values, "arguments": arguments, "versions": versions})
 
     def differences(self, before: "PackKey") -> list[str]:

@@ -55,6 +55,12 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     part_bytes: int
     dedup: str | None = None
     exclude: list[ExcludedFile] = []
+    where: str | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def screens(self) -> bool:
+        """Whether rows are left out that are valid in themselves."""
+        return bool(self.dedup or self.exclude or self.where)
     end_of_turn: str | msgspec.UnsetType = msgspec.UNSET
     date: str | msgspec.UnsetType = msgspec.UNSET  # also the default, if the chat template writes a date
     encoding: str | msgspec.UnsetType = msgspec.UNSET

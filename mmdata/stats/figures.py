@@ -330,7 +330,7 @@ def warning(code: str, **values: Any) -> Figures:
 def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
     """Yield (code, values) of each warning that applies."""
     num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
-    left_out = figures["left_out"]
+    left_out = {reason: count for reason, count in figures["left_out"].items() if reason != rows.NOT_SELECTED}
     if sum(left_out.values()) > 0.001 * num_rows:
         reason = max(left_out, key=lambda r: left_out[r])
         yield "left out", {"share": percent(sum(left_out.values()) / num_rows), "reason": reason}

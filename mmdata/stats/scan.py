@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import BadRow, Row, num_characters, parse_row
+from mmdata.encode.rows import NOT_SELECTED, BadRow, Row, num_characters, parse_row
 from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import BatchColumns, Ragged, num_rows
@@ -87,8 +87,10 @@ class ScanOptions:
 
     kind: rows of another kind are left out. tokenizer_dir: the tokenizer to count tokens with; None to count no tokens.
     is_exact: tokenize all rows instead of a sample. wanted: rows to show, with their loss, by file and line number.
-    left_out: line numbers to skip, by file. share: the share of the rows that belongs to the sample, 0 to 1.
-    most_signed: for how many rows of a part MinHash signatures are computed. read: how the files are read.
+    left_out: line numbers to skip, by file. not_selected: line numbers to leave out because the condition `where` does
+    not hold. share: the share of the rows that belongs to the sample, 0 to 1.
+    most_signed: for how many rows of a part MinHash signatures are computed. read: how
+    the files are read.
     """
 
     kind: str
@@ -96,6 +98,8 @@ class ScanOptions:
     is_exact: bool = False
     wanted: Losses = field(default_factory=dict)
     left_out: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    not_selected: frozenset[int] = frozenset()
+    where: str = ""
     share: float = 1.0
     most_signed: int = ROWS_FOR_NEAR
     read: ReadOptions = DEFAULT_READING
@@ -155,7 +159,7 @@ def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions) -> None:
         "hash": pl.Series(batch.hashes()),
         "is_signed": pl.lit(is_signed),
     }
-    tally.frames["rows"].append(rows.with_columns(**more))
+    tally.frames["rows"].append(rows.with_columns(pl.selectors.integer().cast(pl.UInt32), **more))
     texts = with_turns(batch.pieces.select("row", "characters", pl.col("role").cast(ROLES)), "row")
     tally.frames["texts"].append(texts.select("role", "turn", "characters"))
     opens = (text[: 2 * OPENING] for of_row in batch.texts for role, text in of_row if role in ANSWERS)
@@ -251,6 +255,8 @@ class _FileScanner:
             if line.number in left_out:
                 continue
             try:
+                if line.number in options.not_selected:
+                    raise BadRow(NOT_SELECTED, options.where)
                 row = parse_row(line.raw, options.kind, extra_keys=extra_keys)
             except BadRow as bad:
                 _set_aside(scanned.tally, line, bad, file)

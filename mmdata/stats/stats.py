@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mmdata.encode import rows
 from mmdata.encode.encoder import RowEncoder
+from mmdata.encode.rows import NOT_SELECTED, find_kind
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
 from mmdata.io.options import DEFAULT_READING, ReadOptions
+from mmdata.pack.filter.select import select
+from mmdata.pack.options import SelectOptions
 from mmdata.pack.packing import BUCKETS
 from mmdata.shards.dataset import Dataset, check_size, open_dataset, open_sources, sources_path
 from mmdata.shards.manifest import PartRecord
@@ -111,17 +113,25 @@ def measure_file(
     workers: int = 1,
     losses: Losses | None = None,
     read: ReadOptions = DEFAULT_READING,
+    where: str | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row.
+    """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row, UsageError if
+    `where` is not a condition.
 
     tokenizer_dir: None to count no tokens. is_exact: False counts the tokens of a large file in a sample of its rows,
     extrapolated to all rows by the number of characters; `figures["sample"]` then has the size of the sample. losses:
-    mean loss in nats per token by file and line; the rows of highest loss are shown. progress: called with the bytes
+    mean loss in nats per token by file and line; the rows of highest loss are shown. where: a condition on the columns of
+    rows (docs/frames.md); rows for which it does not hold are counted as left out. progress: called with the bytes
     read and the size of the file.
     """
-    kind = rows.find_kind(path, read=read)
+    kind = find_kind(path, read=read)
     options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses), read=read)
+    if where is not None:
+        how = {"encoding": read.encoding, "text": read.text, "tokenizer": tokenizer_dir, "workers": workers}
+        selection = select([path], SelectOptions(where=where, **how))
+        left_out = selection.frame.filter(reason=NOT_SELECTED)["line"]
+        options = replace(options, not_selected=frozenset(left_out), where=where)
     scans = scan.scan_files([path], options, workers=workers, progress=progress)
     tally = _merged(scans)
     if not tally.sums["kept"]:

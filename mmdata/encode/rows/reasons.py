@@ -33,7 +33,9 @@ REASONS = {  # reason why a row is left out -> explanation and remedy, shown to 
 
 # Reasons why options such as --dedup leave out a row that is valid in itself.
 DUPLICATE, NEAR_DUPLICATE, OVERLAP = "duplicate", "near duplicate", "overlaps an excluded text"
+NOT_SELECTED = "not selected"
 SCREENED = {
+    NOT_SELECTED: "a condition (--where, --quality) does not hold for the row, or --sample did not draw it",
     DUPLICATE: "an earlier row has the same content",
     NEAR_DUPLICATE: "an earlier row has nearly the same content",
     OVERLAP: "the row's text also stands in a file given with --exclude",

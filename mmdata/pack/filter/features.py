@@ -16,6 +16,7 @@ from mmdata.pack.filter.ngrams import gram_hashes
 from mmdata.pack.filter.shingles import jaccard, shingles
 from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS, code_points, count_scripts, languages_of, scripts_of
 
+TOKENS, EXACT, NEAR = "tokens", "exact", "near"  # in place of the maker of columns that `frames` adds
 KINDS = ("document", "conversation", "pair")
 GRAM_UNITS = 5  # n of the n-grams of the column `repeated`
 ANSWERS = ("document", "assistant", "chosen", "rejected")  # roles whose texts are trained on
@@ -23,8 +24,8 @@ _SHARE_OF = {"digit": "digits", "mark": "punctuation"}  # names of columns that 
 
 
 class ColumnInfo(NamedTuple):
-    """A column of rows: its polars type and what it says. maker: the method of `RowBatch` that computes it; empty for
-    columns that are known only with a tokenizer or after all rows are read.
+    """A column of rows: its polars type and what it says. maker: the method of `RowBatch` that computes it; or TOKENS,
+    EXACT or NEAR for columns that need a tokenizer or all rows; empty for the place of a row.
     """
 
     dtype: pl.DataType | type[pl.DataType]
@@ -34,20 +35,25 @@ class ColumnInfo(NamedTuple):
 
 def _declared() -> dict[str, ColumnInfo]:
     """Return `COLUMNS`."""
-    count, share, flag = pl.UInt32, pl.Float32, pl.Boolean
+    count, share, flag = pl.Int64, pl.Float64, pl.Boolean
     shares = {_SHARE_OF.get(script, script): f"share of {script} characters" for script in SCRIPTS}
     groups = {
         "": {
             "file": (pl.String, "path of the input"),
             "line": (count, "line number, from 1"),
+        },
+        TOKENS: {
             "tokens": (count, "tokens of the row's sequences (of a pair, the prompt and both replies)"),
             "trained_tokens": (count, "tokens that are trained on"),
             "characters_per_token": (share, "characters a token"),
+        },
+        EXACT: {
             "duplicate": (flag, "whether an earlier row has the same content"),
             "duplicate_group": (count, "number of the first row with the same content, from 0"),
-            "near_duplicate": (flag, "whether an earlier row has the same or nearly the same content"),
-            "near_group": (count, "number of the first row of the same or nearly the same content"),
-            "loss": (pl.Float64, "mean loss in nats a trained token, from --losses"),
+        },
+        NEAR: {
+            "near_duplicate": (flag, "whether an earlier row has nearly the same content"),
+            "near_group": (count, "number of the first row that has nearly the same content, from 0"),
         },
         "_sizes": {
             "kind": (pl.Enum(KINDS), "document, conversation or pair"),
@@ -73,7 +79,7 @@ def _declared() -> dict[str, ColumnInfo]:
             "answer_characters": (count, "characters of the last answer, of a pair of the chosen reply"),
             "chosen_characters": (count, "characters of a pair's chosen reply"),
             "rejected_characters": (count, "characters of a pair's rejected reply"),
-            "difference": (pl.Int32, "characters of the chosen reply minus those of the rejected one"),
+            "difference": (count, "characters of the chosen reply minus those of the rejected one"),
         },
         "_lines": {
             "lines": (count, "lines of text that are not blank"),
@@ -137,6 +143,44 @@ def tool_name(tool: JsonObject) -> str:
     return str(function.get("name") if isinstance(function, dict) else tool.get("name"))[:80]
 
 
+MESSAGE_COLUMNS = {
+    "file": ColumnInfo(pl.String, "path of the input"),
+    "line": ColumnInfo(pl.Int64, "line number of the row, from 1"),
+    "message": ColumnInfo(pl.Int64, "number of the message in its row or side, from 1; of a document in its row"),
+    "side": ColumnInfo(
+        pl.Enum(("", "chosen", "rejected")), "side of a pair; empty for the shared prompt and other rows"
+    ),
+    "role": ColumnInfo(pl.String, "system, user, assistant, tool or document"),
+    "content": ColumnInfo(pl.String, "the text"),
+    "reasoning": ColumnInfo(pl.String, "the reasoning before the text, or null"),
+    "characters": ColumnInfo(pl.Int64, "characters of text and reasoning"),
+    "tool_calls": ColumnInfo(pl.Int64, "tool calls"),
+}
+
+
+def message_frame(rows: Sequence[Row], lines: Sequence[int]) -> pl.DataFrame:
+    """Return a frame with one row per message or document and the columns of MESSAGE_COLUMNS except file. lines: the
+    line number of each row.
+    """
+    found: list[tuple[int, int, str, str, str, str | None, int]] = []
+    for row, line in zip(rows, lines, strict=True):
+        if isinstance(row, Document):
+            texts = enumerate(split_documents(row.text), 1)
+            found += [(line, number, "", "document", text, None, 0) for number, text in texts]
+            continue
+        shared = row.num_shared if isinstance(row, Pair) else len(row.messages)
+        sides = [("chosen", row.chosen), ("rejected", row.rejected)] if isinstance(row, Pair) else [("", row)]
+        for side, conversation in sides:
+            for number, message in enumerate(conversation.messages, 1):
+                if number > shared or side != "rejected":
+                    place = (line, number, "" if number <= shared else side, message.role)
+                    found.append((*place, message.content, message.reasoning_content, len(message.tool_calls)))
+    names = [name for name in MESSAGE_COLUMNS if name not in ("file", "characters")]
+    types = {name: MESSAGE_COLUMNS[name].dtype for name in names}
+    characters = pl.col("content").str.len_chars() + pl.col("reasoning").str.len_chars().fill_null(0)
+    return pl.DataFrame(found, types, orient="row").with_columns(characters=characters.cast(pl.Int64))
+
+
 # --- a batch of rows
 
 
@@ -194,7 +238,7 @@ class RowBatch:
         return pl.Series(joined, dtype=pl.String).hash().to_numpy()
 
     def _sizes(self) -> pl.DataFrame:
-        num_bytes = [len(raw) for raw in self.raws] or [0] * len(self.rows)
+        num_bytes = [len(raw) for raw in self.raws] or [None] * len(self.rows)
         return pl.DataFrame({"kind": list(map(kind_of, self.rows)), "bytes": num_bytes, "characters": self.lengths})
 
     def _languages(self) -> pl.DataFrame:

@@ -1,0 +1,77 @@
+"""Find the lines that packing leaves out: those for which --where does not hold, duplicates, and overlaps."""
+
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from mmdata.encode.rows import NOT_SELECTED
+from mmdata.io.files import write_bytes, write_json
+from mmdata.io.workers import Tick
+from mmdata.pack import dedup
+from mmdata.pack.filter.frames import PartColumns, RowReader, with_groups
+from mmdata.pack.filter.where import Where
+from mmdata.pack.part import Part, PartSettings, screened_path
+
+
+def screen(
+    settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
+) -> None:
+    """Write, for every part, a file with the lines to leave out. Does nothing if no option asks for it.
+
+    All `parts` are read, since rows are compared across parts, but those in `own` first: processes that pack different
+    shares and start together thus divide the work. run: calls `workers.run_jobs`. progress: called with the bytes read
+    so far and the bytes in all. Raises InputError if an excluded file is missing or has changed.
+    """
+    arguments, directory = settings.header.arguments, settings.screen_dir
+    left_out = _not_selected(settings, parts, own, run, progress) if arguments.where else {}
+    if arguments.dedup or arguments.exclude:
+        dedup.screen(settings, parts, own, run, progress, left_out)
+    else:
+        for number, lines in left_out.items():
+            write_json(screened_path(directory, number), lines, indent=None)
+
+
+def _not_selected(
+    settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
+) -> dict[int, dedup.Verdicts]:
+    """Return the lines of each part, by its number, for which the condition does not hold."""
+    arguments, directory = settings.header.arguments, settings.screen_dir
+    assert arguments.where
+    where = Where(arguments.where)
+    reader = RowReader(settings.header.kind, where.names, settings.tokenizer_dir, arguments)
+    numbers = {part.number for part in own}
+    first = sorted(parts, key=lambda part: part.number not in numbers)
+    run(
+        partial(_ColumnWriter, reader, directory), first, total=sum(part.num_bytes for part in first), progress=progress
+    )
+    frames = [pl.read_parquet(_file(directory, part)).with_columns(part=pl.lit(part.number)) for part in parts]
+    frame = with_groups(pl.concat(frames), reader.makers())
+    is_out = frame["reason"].is_null() & ~where.holds(frame)
+    found: dict[int, dedup.Verdicts] = {part.number: {} for part in parts}
+    for number, line in frame.filter(is_out).select("part", "line").iter_rows():
+        found[number][line] = (NOT_SELECTED, where.text)
+    return found
+
+
+class _ColumnWriter:
+    """Writes the columns of a part's rows to a file, unless it exists."""
+
+    def __init__(self, reader: RowReader, directory: Path):
+        self._read, self._directory = PartColumns(reader), directory
+
+    def __call__(self, part: Part, tick: Tick) -> None:
+        path = _file(self._directory, part)
+        if path.exists():
+            tick(part.num_bytes)
+            return
+        buffer = io.BytesIO()
+        self._read(part, tick).write_parquet(buffer)
+        write_bytes(path, buffer.getvalue())
+
+
+def _file(directory: Path, part: Part) -> Path:
+    return directory / f"{part.number:05d}.columns.parquet"
