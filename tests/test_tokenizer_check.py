@@ -210,8 +210,9 @@ def test_a_token_no_text_becomes_is_a_note(whole: Path, tmp_path: Path) -> None:
 
 def test_what_a_template_leaves_out_is_a_note_with_the_consequence() -> None:
     notes = levels(check(eras.directory("seed")), "note")
-    assert "no place in the template: message 3 (tool): rows with it are left out" in notes["template: tool"].found
-    assert "rows are packed without it" in notes["template: reasoning"].found
+    lost = "content lost: message 3 (tool): 'Tt result': rows with it are left out"
+    assert lost in notes["template: tool"].found
+    assert notes["template: reasoning"].found.startswith("reasoning lost: message 2 (assistant): 'Rr because'")
     assert all(notes[name].fix for name in ("template: tool", "template: tools", "template: reasoning"))
 
 

@@ -236,7 +236,7 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
     """Print how many rows were packed, left out and cut, and what was written; one line for a dataset that was up to
     date. For a pack with `--shard`, the last line says how many parts of other shards are left. write: prints one line.
     """
-    from mmdata.encode.rows import HELP
+    from mmdata.encode.rows import HELP, LEFT_OUT
 
     if packed.up_to_date:
         write(f"{packed.out} is up to date: {packed.kept:,} rows, {packed.tokens:,} tokens")
@@ -251,6 +251,10 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
         strings = sorted(packed.control_strings.items(), key=lambda item: (-item[1], item[0]))
         more = f" and {len(strings) - MOST_NAMES:,} others" if len(strings) > MOST_NAMES else ""
         write(f"control strings in content, packed as plain text: {counted(strings[:MOST_NAMES])}{more}")
+    for reason, rows in packed.not_written.items():
+        write(f"the chat template leaves out of {rows:,} rows: {reason.removesuffix(' lost')}")
+    if packed.unknown_share is not None:
+        write(f"unknown characters, which are lost: {100 * packed.unknown_share:.2g}% of the bytes of the texts")
     if packed.parts_left is not None:
         rest = f"{packed.parts_left:,} parts of others are left"
         write(f"packed this shard of {packed.out} in {packed.seconds:.1f} s; {rest}")
@@ -261,6 +265,8 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
         f"wrote {packed.out}: {packed.tokens:,} tokens, {percent(packed.loss_tokens, packed.tokens)} trained, "
         f"{noun} {samples}, {fill}{packed.val_rows:,} rows for val, in {packed.seconds:.1f} s"
     )
+    for reason in packed.not_written:
+        say(f"{reason}: {LEFT_OUT.get(reason) or HELP[reason]}")
     for reason in packed.left_out:
         if reason != "too long":  # see `advise_max_len`
             say(f"{reason}: {HELP[reason]}")

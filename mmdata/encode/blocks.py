@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jinja2 import nodes
 
 from mmdata.encode.columns import (
     ASSISTANT,
@@ -33,10 +34,13 @@ from mmdata.encode.columns import (
     to_json,
     truths,
 )
+from mmdata.encode.losses import SEARCHES
 from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.template import EMPTY_THINK, Template
 from mmdata.io.records import JsonObject
 
+_FUNCTION_KEYS = {"name", "arguments"}
+_CALL_KEYS = {*_FUNCTION_KEYS, "type", "function"}  # a call with others, such as an id, is rendered with jinja2
 # In the block of an answer: the text between the open token and the trained part, and the text after the close token.
 HEAD, TAIL = "assistant\n", "\n"
 
@@ -131,7 +135,9 @@ class Blocks:
         return Renderings(texts, roles, num_blocks[is_good], first_trained[is_good], is_odd_row)
 
     def _odd(self, columns: Conversations) -> np.ndarray:
-        """Return bool [M]: True for messages that jinja2 must render. Reasoning and calls are left to `_answer`."""
+        """Return bool [M]: True for messages that jinja2 must render or cut: those with names or ids, and those that are
+        not trained. Reasoning and calls are left to `_answer`.
+        """
         pc = compute()
         format, roles, contents = self.format, columns.roles, columns.contents
         is_odd = np.zeros(len(roles), bool) if format.has_late_system else (roles == SYSTEM) & ~columns.is_first
@@ -139,6 +145,7 @@ class Blocks:
             is_odd |= roles == TOOL
         if self._literals:
             is_odd |= as_numpy(pc.match_substring_regex(contents, self._literals))
+        is_odd[[at for at, message in columns.extras.items() if message.has_marks]] = True
         is_empty = byte_sizes(contents) == 0
         is_empty[list(columns.extras)] = False
         is_odd |= is_empty & (roles == ASSISTANT)
@@ -220,9 +227,10 @@ class Blocks:
             if not format.has_calls:
                 return ""
             for call in message.tool_calls:
-                call = call.get("function") or call
-                if "arguments" not in call:
+                function = call.get("function") or call
+                if function.keys() != _FUNCTION_KEYS or not call.keys() <= _CALL_KEYS:
                     return ""
+                call = function
                 arguments = call["arguments"]
                 text = arguments if isinstance(arguments, str) else to_json(arguments)
                 before = "\n" if content or calls else ""
@@ -256,7 +264,7 @@ def learn(template: Template) -> Blocks | None:
     Tools, tool calls, reasoning, and system messages after the first message are tested one by one. Each is supported
     only if text and trained ranges of its test conversations equal those of jinja2.
     """
-    literals = template.literals
+    literals = _literals(template.tree)
     if literals is None:
         return None
     try:
@@ -303,7 +311,9 @@ def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | N
 
 
 def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) -> bool:
-    """Return whether text and trained ranges of all probes equal jinja2's, with and without empty think blocks."""
+    """Return whether text and trained ranges of all probes equal jinja2's, with and without empty think blocks, and the
+    template leaves out nothing of them.
+    """
     columns = columns_of(probes)
     renderings = {keep: blocks.render(columns, np.full(len(probes), keep)) for keep in (True, False)}
     if any(rendered.is_odd.any() for rendered in renderings.values()):
@@ -312,12 +322,50 @@ def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) 
     for (i, probe), keep in itertools.product(enumerate(probes), renderings):
         try:
             segments = template.segments(probe, keep_empty_think=keep)
+            if template.losses(probe):
+                return False
         except BadRow:
             return False
         expected = "".join(f"[{part.text}]" if part.is_trained else part.text for part in segments).replace("][", "")
         if blocks.marked(renderings[keep].texts[i], roles[i].tolist()) != expected:
             return False
     return True
+
+
+# Methods of strings that a template may use on text: they strip its edges or search for a constant string, so that the
+# rendering depends on no other strings than `_literals` returns.
+_EDGE_AND_SEARCH = {"strip", "lstrip", "rstrip", *SEARCHES}
+_TYPE_TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "true", "false", "boolean"}
+
+
+def _literals(tree: nodes.Template) -> list[str] | None:
+    """Return the string constants that a template searches or compares messages with by a method call, `in` or `not
+    in`, sorted. Return None if it uses an operation on text other than stripping and searching, because then its
+    rendering could depend on more than these constants.
+    """
+    for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getitem, nodes.Call)):
+        match node:
+            case nodes.Filter(name="trim" | "tojson"):
+                continue
+            case nodes.Filter(name="length", node=nodes.Name(name="messages" | "loop_messages" | "tools")):
+                continue
+            case nodes.Test(name=name) if name in _TYPE_TESTS:
+                continue
+            case nodes.Getitem(arg=nodes.Slice(), node=nodes.Name(name="messages" | "loop_messages")):
+                continue
+            case nodes.Getitem(arg=nodes.Slice()):
+                return None
+            case nodes.Getitem() | nodes.Call(node=nodes.Name()):
+                continue
+            case nodes.Call(node=nodes.Getattr(attr=name)) if name in _EDGE_AND_SEARCH:
+                continue
+            case _:
+                return None
+    literals = []
+    for node in tree.find_all((nodes.Compare, nodes.Call)):
+        if isinstance(node, nodes.Call) or any(operand.op in ("in", "notin") for operand in node.ops):
+            literals += [const.value for const in node.find_all(nodes.Const) if isinstance(const.value, str)]
+    return sorted({literal for literal in literals if literal.strip()})
 
 
 # The probes. Their texts have newlines and spaces at the edges, escapes and non-ASCII characters, because templates

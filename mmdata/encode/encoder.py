@@ -10,6 +10,7 @@ module `reference`. Every token that is dropped and every row that is left out i
 """
 
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ from mmdata.tokenizer.chat_template import DATE
 from mmdata.tokenizer.encoders import Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
+DEFAULT_ON_LOST = "set-aside"
 CUT_TURNS = "cut after the last whole turn that fits"
 # The largest batch of jsonl that is read into columns, in bytes. Arrow's string offsets have 31 bits, and rendered
 # texts are longer than the lines.
@@ -70,6 +72,9 @@ class EncodedRows:
     hashes, characters: uint8 [R, 32] and int64 [R], the `row_hash` and `num_characters` of each row; 0 for lines that
     are not valid rows.
     controls: row index -> special-token strings in the row's own text. Only `encode_lines` fills it.
+    not_written: reason, of `rows.LOST` or `rows.LEFT_OUT` -> number of usable rows of which the template leaves
+    something out. text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts of usable rows, and those of them
+    that the tokenizer does not know; 0 if it knows every text.
     """
 
     def __init__(self, num_rows: int):
@@ -79,6 +84,8 @@ class EncodedRows:
         self.hashes = np.zeros((num_rows, 32), np.uint8)
         self.characters = np.zeros(num_rows, np.int64)
         self.controls: dict[int, list[str]] = {}
+        self.not_written: Counter[str] = Counter()
+        self.text_bytes = self.unknown_bytes = 0
         self._parts: list[tuple[np.ndarray, Sequences]] = []
 
     def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
@@ -89,6 +96,14 @@ class EncodedRows:
         self.num_tokens += num_tokens
         if len(row_of):
             self._parts.append((row_of, sequences))
+
+    def add_texts(self, texts: Sequence[str], tokenizer: Tokenizer, *, control: bool) -> None:
+        """Count the bytes of texts, and those that the tokenizer does not know, if it may lose text. control: whether
+        special-token strings in them are control tokens.
+        """
+        if tokenizer.may_lose_text:
+            self.text_bytes += sum(len(text.encode()) for text in texts)
+            self.unknown_bytes += tokenizer.count_lost_bytes(texts, control=control)
 
     def add_cut(self, num_tokens: int) -> None:
         """Count a conversation that was cut, and the number of tokens that were dropped from it."""
@@ -166,6 +181,7 @@ class RowEncoder:
         era: str = "auto",
         train_on: str = "assistant",
         seed: int = 0,
+        on_lost: str = DEFAULT_ON_LOST,
         encoder: Encoder | None = None,
         is_reference: bool = False,
     ):
@@ -176,6 +192,7 @@ class RowEncoder:
         train_on: the tokens of conversations and pairs that are trained on: "assistant" (every answer), "last" (the
         last answer) or "all" (every token but the first; of pairs, both replies from their first answer on).
         seed: together with a row's hash, decides whether the row keeps the empty think blocks that the template writes.
+        on_lost: with "warn", rows of which the template loses something are used; with others, they are in `bad`.
         encoder: the text encoder; None uses the `tokenizers` library.
         is_reference: encode all conversations and pairs with jinja2, for comparison.
         """
@@ -188,6 +205,7 @@ class RowEncoder:
         self.era = era
         self.train_on = train_on
         self.seed = seed
+        self.on_lost = on_lost
         self.encoder = encoder or choose(tokenizer, "tokenizers")
         self._is_reference = is_reference
         self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
@@ -196,7 +214,7 @@ class RowEncoder:
         self._first_control, self._last_control = min(control_ids, default=1), max(control_ids, default=0)
 
     def __reduce__(self) -> tuple:
-        options = {name: getattr(self, name) for name in ("max_len", "era", "train_on", "seed")}
+        options = {name: getattr(self, name) for name in ("max_len", "era", "train_on", "seed", "on_lost")}
         tokenizer = self.tokenizer.dir, self.tokenizer.files
         return _rebuild, (tokenizer, self.encoder.name, options | {"is_reference": self._is_reference})
 
@@ -210,16 +228,22 @@ class RowEncoder:
     @cached_property
     def _reference(self) -> ReferenceEncoder:
         return ReferenceEncoder(
-            self.tokenizer, self.template, self.encoder, max_len=self.max_len, train_on=self.train_on
+            self.tokenizer,
+            self.template,
+            self.encoder,
+            max_len=self.max_len,
+            train_on=self.train_on,
+            keeps_lost=self.on_lost == "warn",
         )
 
     @cached_property
     def _blocks(self) -> Blocks | None:
         """The renderer of the fast way. None, and jinja2 for all rows, if the template does not write messages as
-        blocks, or if the ids of a text may depend on control tokens next to it.
+        blocks, if the ids of a text may depend on control tokens next to it, or if the tokenizer may lose text.
         """
-        is_possible = self.tokenizer.is_exact and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
-        return learn(self.template) if is_possible and not self._is_reference else None
+        is_possible = self.tokenizer.is_exact and not self.tokenizer.may_lose_text and not self._is_reference
+        is_possible = is_possible and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
+        return learn(self.template) if is_possible else None
 
     @cached_property
     def _header_ids(self) -> np.ndarray:
@@ -312,6 +336,17 @@ class RowEncoder:
                 odd = np.flatnonzero(is_odd)
                 self._encode_through_jinja(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
 
+    def _count_unknown(self, rows: Sequence[Conversation | Pair], keeps: np.ndarray, out: EncodedRows) -> None:
+        """Count the bytes of usable rows that the tokenizer does not know."""
+        if self.tokenizer.may_lose_text:
+            sides = [
+                side
+                for row, keep in zip(rows, keeps.tolist(), strict=True)
+                for side in self._reference.segments(row, keep)
+            ]
+            texts = ["".join(segment.text for segment in side) for side in sides]
+            out.add_texts(texts, self.tokenizer, control=True)
+
     def _encode_through_jinja(
         self, at: np.ndarray, rows: Sequence[Conversation | Pair], keeps: np.ndarray, out: EncodedRows
     ) -> None:
@@ -319,8 +354,11 @@ class RowEncoder:
         out.bad |= {i: bad for i, bad in zip(at.tolist(), encoded, strict=True) if isinstance(bad, BadRow)}
         results = {i: row for i, row in zip(at.tolist(), encoded, strict=True) if isinstance(row, EncodedRow)}
         for result in results.values():
+            out.not_written.update(result.not_written)
             if result.cut:
                 out.add_cut(result.cut)
+        is_used = np.isin(at, list(results))
+        self._count_unknown([rows[i] for i in np.flatnonzero(is_used).tolist()], keeps[is_used], out)
         num_tokens = sum(result.num_tokens for result in results.values())
         out.add(
             np.array(list(results), np.int64), flatten([result.sequence for result in results.values()]), num_tokens
@@ -329,16 +367,20 @@ class RowEncoder:
     def _encode_documents(self, at: np.ndarray, rows: Sequence[Document], out: EncodedRows) -> None:
         """Encode documents, each between the bos token (if any) and the eos token. One longer than `max_len` is divided
         into several sequences; no token is dropped. Rows whose documents are all blank, or in which text would become a
-        control id, are recorded in `out.bad`.
+        control id other than that of the unknown token, are recorded in `out.bad`.
         """
         documents = [split_documents(row.text) for row in rows]
         for i in (i for i, texts in enumerate(documents) if not texts):
             out.bad[int(at[i])] = BadRow("empty content", "nothing stands between its marks")
-        ids, ends = self.encoder.encode([text for texts in documents for text in texts], False)
+        texts = list(itertools.chain.from_iterable(documents))
+        ids, ends = self.encoder.encode(texts, False)
         lengths = np.diff(ends, prepend=0)
         row_of = np.repeat(at, np.fromiter(map(len, documents), np.int64, len(documents)))
-        if not self.tokenizer.is_exact and self._is_control[ids].any():
-            bad = np.unique(row_of[np.searchsorted(ends, np.flatnonzero(self._is_control[ids]), side="right")])
+        is_written = self._is_control.copy()  # control tokens that only a template may write
+        if self.tokenizer.unknown_id is not None:
+            is_written[self.tokenizer.unknown_id] = False
+        if not self.tokenizer.is_exact and is_written[ids].any():
+            bad = np.unique(row_of[np.searchsorted(ends, np.flatnonzero(is_written[ids]), side="right")])
             out.bad |= dict.fromkeys(bad.tolist(), BadRow("template cannot be cut", NOT_PLAIN))
             is_kept = ~np.isin(row_of, bad)
             ids, lengths, row_of = (
@@ -347,6 +389,8 @@ class RowEncoder:
                 row_of[is_kept],
             )
             ends = np.cumsum(lengths)
+            texts = list(itertools.compress(texts, is_kept))
+        out.add_texts(texts, self.tokenizer, control=False)
         bos, eos = ([] if id is None else [id] for id in (self.tokenizer.bos_id, self.tokenizer.eos_id))
         edges = np.stack([ends - lengths, ends], axis=1)[:, 1 - len(bos) :].reshape(-1)
         ids = np.insert(ids, edges, np.tile(np.array([*bos, *eos], np.uint32), len(ends)))

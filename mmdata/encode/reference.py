@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmdata.encode.rows import BadRow, Conversation, Pair
+from mmdata.encode.rows import LOST, BadRow, Conversation, Pair
 from mmdata.encode.sequences import PairSequence, TokenSequence
 from mmdata.encode.template import Segment, Template, stretches
 from mmdata.tokenizer.encoders import Encoder
@@ -31,11 +31,13 @@ class EncodedRow(NamedTuple):
 
     num_tokens: before cutting to `max_len`; for a pair, of the prompt (counted once) and both replies.
     cut: the number of these tokens that were dropped to fit `max_len`.
+    not_written: reasons, of LOST or LEFT_OUT, for what the template does not write of the row.
     """
 
     sequence: TokenSequence | PairSequence
     num_tokens: int
     cut: int = 0
+    not_written: tuple[str, ...] = ()
 
 
 class _Tokens(NamedTuple):
@@ -50,14 +52,25 @@ class ReferenceEncoder:
 
     max_len: the largest number of tokens of a conversation, or of the prompt and one reply of a pair.
     train_on: "assistant" (every answer), "last" (the last answer) or "all" (every token); see `Template.segments`.
+    keeps_lost: use also rows of which the template does not write everything.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: Template, encoder: Encoder, *, max_len: int, train_on: str):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        encoder: Encoder,
+        *,
+        max_len: int,
+        train_on: str,
+        keeps_lost: bool = False,
+    ):
         self._tokenizer = tokenizer
         self._template = template
         self._encoder = encoder
         self._max_len = max_len
         self._train_on = train_on
+        self._keeps_lost = keeps_lost
         self._control_ids = {text: np.array([id], np.uint32) for text, id in tokenizer.control_tokens.items()}
 
     def segments(self, row: Conversation | Pair, keep_empty_think: bool) -> list[list[Segment]]:
@@ -66,38 +79,52 @@ class ReferenceEncoder:
 
         keep_empty_think: whether to keep the empty think blocks that the template writes.
         """
-        sides, first_trained = [row], 0
-        if isinstance(row, Pair):
-            sides, first_trained = [row.chosen, row.rejected], row.num_shared
+        first_trained = row.num_shared if isinstance(row, Pair) else 0
         return [
             self._template.segments(
                 side, train_on=self._train_on, first_trained=first_trained, keep_empty_think=keep_empty_think
             )
-            for side in sides
-            if isinstance(side, Conversation)
+            for side in _sides(row)
         ]
+
+    def _not_written(self, row: Conversation | Pair) -> tuple[str, ...]:
+        """Return the reasons for what the template does not write of a row. Raises BadRow for the first reason in LOST,
+        unless such rows are to be kept.
+        """
+        losses = [loss for side in _sides(row) for loss in self._template.losses(side)]
+        lost = next((loss for loss in losses if loss.reason in LOST), None)
+        if lost and not self._keeps_lost:
+            raise BadRow(*lost)
+        return tuple(dict.fromkeys(loss.reason for loss in losses))
 
     def encode(
         self, rows: Sequence[Conversation | Pair], keep_empty_thinks: Sequence[bool]
     ) -> list[EncodedRow | BadRow]:
         """Render rows and encode all their texts in one native call. Return for each row its encoding, or a BadRow (not
-        raised) if its rendering cannot be cut into segments, if no token is trained, if not even the first turn of a
-        conversation fits `max_len`, or if the sides of a pair are too long or equal. A longer conversation is cut after
-        its last whole turn (a user message and everything up to its final answer) that fits.
+        raised) if the template leaves out a part of it, if its rendering cannot be cut into segments, if no token is
+        trained, if not even the first turn of a conversation fits `max_len`, or if the sides of a pair are too long or
+        equal. A longer conversation is cut after its last whole turn (a user message and everything up to its final
+        answer) that fits.
 
         keep_empty_thinks: for each row, whether to keep the empty think blocks that the template writes.
         """
         renderings: list[list[Groups] | BadRow] = []
+        not_written: list[tuple[str, ...]] = []
         for row, keep in zip(rows, keep_empty_thinks, strict=True):
+            reasons: tuple[str, ...] = ()
             try:
+                reasons = self._not_written(row)
                 renderings.append([stretches(segments) for segments in self.segments(row, keep)])
             except BadRow as bad:
                 renderings.append(bad)
+            not_written.append(reasons)
         encoded = self._encode_texts(itertools.chain.from_iterable(s for s in renderings if not isinstance(s, BadRow)))
         results: list[EncodedRow | BadRow] = []
-        for row, keep, sides in zip(rows, keep_empty_thinks, renderings, strict=True):
+        for row, keep, sides, reasons in zip(rows, keep_empty_thinks, renderings, not_written, strict=True):
             try:
-                results.append(sides if isinstance(sides, BadRow) else self._row(row, keep, sides, encoded))
+                if isinstance(sides, BadRow):
+                    raise sides
+                results.append(self._row(row, keep, sides, encoded)._replace(not_written=reasons))
             except BadRow as bad:
                 results.append(bad)
         return results
@@ -167,11 +194,13 @@ class ReferenceEncoder:
 
     def _encode_jointly(self, segments: list[Segment]) -> _Tokens:
         """Encode a whole rendering at once, with character offsets. Raises BadRow if it has another number of control
-        ids than the template wrote, which happens when a content contains the string of a control token.
+        ids than the template wrote, which happens when a content contains the string of a control token. The unknown
+        token, which stands for characters of contents, does not count.
         """
         tokens = self._by_offsets(segments, control=True)
-        num_control = np.isin(tokens.ids, list(self._tokenizer.control_tokens.values())).sum()
-        if num_control != sum(s.is_control for s in segments):
+        ids = {text: id for text, id in self._tokenizer.control_tokens.items() if id != self._tokenizer.unknown_id}
+        num_control = np.isin(tokens.ids, list(ids.values())).sum()
+        if num_control != sum(s.is_control and s.text in ids for s in segments):
             raise BadRow("template cannot be cut", NOT_PLAIN)
         return tokens
 
@@ -228,6 +257,11 @@ class ReferenceEncoder:
         replies = chosen.ids[begin:], rejected.ids[begin:]
         spans = _spans_of(chosen.mask[begin:]), _spans_of(rejected.mask[begin:])
         return EncodedRow(PairSequence(chosen.ids[:begin], *replies, *spans), begin + sum(map(len, replies)))
+
+
+def _sides(row: Conversation | Pair) -> list[Conversation]:
+    """Return a conversation alone, or the two sides of a pair."""
+    return [row.chosen, row.rejected] if isinstance(row, Pair) else [row]
 
 
 SAME_RENDERING = "once written by the template"

@@ -2,24 +2,34 @@
 
 The text is the same, character for character, as that of transformers' `apply_chat_template`. Which part of it came
 from which message is known from strings that record their origin (module `traced`), not from searching for the
-messages' text. What the template writes around an answer is found by rendering a short test conversation. A row whose
-rendering cannot be cut by these rules raises `BadRow`.
+messages' text; so is what a template leaves out. What the template writes around an answer is found by rendering a
+short test conversation. A row whose rendering cannot be cut by these rules raises `BadRow`.
 
 jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templates without it.
 """
 
 import contextlib
 import itertools
+import json
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
 
+from mmdata.encode.losses import Loss, loss_of, markup_of
 from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
-from mmdata.encode.traced import GENERATION, TOOLS, Origin, origins_of, template_environment, traced
+from mmdata.encode.traced import (
+    GENERATION,
+    Rendering,
+    SourceText,
+    missing_parts,
+    origins_of,
+    template_environment,
+    traced,
+)
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.io.records import JsonObject
 from mmdata.tokenizer.chat_template import CHATML, DEFAULT, TOOL_USE
@@ -32,7 +42,7 @@ _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
 _TURN = [Message("user", "Ask"), Message("assistant", "Tell")]
-_CONTENT, _REASONING, _CALLS = range(3)  # fields of a message; the source of traced text is 3 * message index + field
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the reasoning of an answer
 
 
 class Segment(NamedTuple):
@@ -50,8 +60,7 @@ class Segment(NamedTuple):
 class _Turn(NamedTuple):
     r"""What a template writes around an answer.
 
-    header: the text before the trained part, such as "<|im_start|>assistant\n". is_header_trained: the trained part
-    begins with it, because prompts do not have it, as the space before Mistral's answers.
+    header: the text before the trained part, such as "<|im_start|>assistant\n".
     end: the text after the content up to the next message, such as "<|im_end|>\n"; last_end: the same after the last
     message of a conversation. era: see `Template.era`.
     """
@@ -60,7 +69,6 @@ class _Turn(NamedTuple):
     end: str
     last_end: str
     era: str
-    is_header_trained: bool = False
 
 
 class Ending(NamedTuple):
@@ -88,7 +96,7 @@ class Template:
         self.text = tokenizer.chat_templates.get(name) or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
-        self._last: tuple[Conversation, str] | None = None  # newest rendering; probes are cut several times
+        self._last: tuple[Conversation, Rendering] | None = None  # the newest; a row is asked for several times
         self.for_tools: Template | None = None
         if tokenizer.chat_templates and DEFAULT not in tokenizer.chat_templates:
             names = ", ".join(tokenizer.chat_templates)
@@ -109,9 +117,14 @@ class Template:
             self._compiled = environment.from_string(self.text)
             # jinja2 copies these for each rendering, which is slow for the ChainMap that they are.
             self._compiled.globals = dict(self._compiled.globals)
+            self.tree = tree = environment.parse(self.text)
+            self._markup = markup_of(tree)
+            names = {node.attr for node in tree.find_all(nodes.Getattr)} | {n.value for n in tree.find_all(nodes.Const)}
+            self._reasoning_name = next((n for n in _REASONING_NAMES if n in names), _REASONING_NAMES[0])
+            self._needs_text = False
             self._turn = self._learn_turn()
+            self._needs_text = self._needs_text_arguments()
             self.ends = self._learn_ends()
-            self.literals = _literals(environment.parse(self.text))
         except (jinja2.TemplateError, BadRow) as error:
             raise TokenizerError(
                 f"{self.name}: its chat template cannot be used: {error}", "try another template"
@@ -144,10 +157,11 @@ class Template:
     ) -> list[Segment]:
         """Render a conversation with jinja2 and cut the text into segments. Joined, they are the rendering, unless
         empty think blocks are left out. Neighbouring segments of ordinary text differ in `is_trained`. Raises BadRow if
-        the template refuses the messages, leaves out a part of them, or writes a text that cannot be cut.
+        the template refuses the messages, or writes a text that cannot be cut. See `losses` for what it leaves out.
 
         train_on: "assistant" trains every answer: reasoning, content, tool calls, the end-of-turn token and the newline
-        after it. "last" trains only the last answer. "all" trains everything.
+        after it. "last" trains only the last of these answers. "all" trains everything. Messages of weight 0 are never
+        trained: of them "all" leaves out the answer as "assistant" trains it, of other messages the content.
         first_trained: the index of the first message that may be trained; in pairs, the number of shared messages. With
         "all", everything from the beginning of the first answer at or after it is trained.
         keep_empty_think: if False, leave out empty think blocks that the template wrote by itself.
@@ -158,22 +172,39 @@ class Template:
                 conversation, train_on=train_on, first_trained=first_trained, keep_empty_think=keep_empty_think
             )
         messages = conversation.messages
-        last = self._last
-        if last is None or last[0] is not conversation:
-            last = self._last = conversation, self.render(messages, conversation.tools)
-        text = last[1]
-        origins = origins_of(text)
-        self._check_complete(messages, origins)
+        rendering = self._rendering(conversation)
+        text = rendering.text
+        self._check_places(messages, rendering)
         self._check_content_stays_plain(conversation, text)
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        turns = self._turns(text, origins, answers)
-        dropped = [] if keep_empty_think else self._empty_thinks(text, origins, turns)
-        turns = [turn for i, turn in zip(answers, turns, strict=True) if i >= first_trained]
+        turns = dict(zip(answers, self._turns(conversation, rendering, answers), strict=True))
+        dropped = [] if keep_empty_think else self._empty_thinks(rendering, list(turns.values()))
+        late = [turns[i] for i in answers if i >= first_trained]
+        trained = [turns[i] for i in answers if i >= first_trained and messages[i].weight]
         if train_on == "last":
-            turns = turns[-1:]
+            trained = trained[-1:]
         elif train_on == "all":
-            turns = [(turns[0][0] if first_trained else 0, len(text))]
-        return merged(self._assemble(text, turns, dropped))
+            skipped = [
+                turns[i] if i in turns else [_span(rendering, i)] for i, m in enumerate(messages) if not m.weight
+            ]
+            begin = late[0][0][0] if first_trained else 0
+            trained = [_without((begin, len(text)), itertools.chain(*skipped))]
+        return merged(self._assemble(text, list(itertools.chain(*trained)), dropped))
+
+    def losses(self, conversation: Conversation) -> list[Loss]:
+        """Return what the template does not write of a conversation. Left out of account are white space, strings that
+        the template itself searches for, such as "<think>", and strings that only say how tools are described. Raises
+        BadRow if the template refuses the messages.
+        """
+        if self.for_tools and conversation.tools:
+            return self.for_tools.losses(conversation)
+        rendering = self._rendering(conversation)
+        found = (
+            loss_of(source, part, conversation.messages, self._writes_last_reasoning)
+            for source, part in missing_parts(rendering.text, rendering.sources)
+            if not self._markup.fullmatch(part)
+        )
+        return list(dict.fromkeys(loss for loss in found if loss))
 
     def prompt_ids(
         self,
@@ -190,11 +221,11 @@ class Template:
         templates that have this choice; None uses the template's default.
         """
         try:
-            segments = self._assemble(self.render(messages, tools, is_prompt=True, think=think), [], [])
+            text = self._render(messages, tools, is_prompt=True, think=think).text
         except BadRow as bad:
             raise TokenizerError(f"{self.name}: its chat template refuses these messages: {bad.detail}") from None
         ids: list[int] = []
-        for group in stretches(segments):
+        for group in stretches(self._assemble(text, [], [])):
             text = "".join(segment.text for segment in group)
             is_control = group[0].is_control
             ids += [tokenizer.control_tokens[text]] if is_control else tokenizer.encode_batch([text])[0].tolist()
@@ -206,28 +237,35 @@ class Template:
         """Return the tokenizer's special tokens that occur in `text`, in order of position."""
         return self._control.findall(text)
 
-    def render(
+    def render(self, messages: Sequence[Message], tools: Sequence[JsonObject] = (), *, is_prompt: bool = False) -> str:
+        """Render messages with jinja2 and return the text. Raises BadRow if the template raises an error.
+
+        is_prompt: end with the header of the next answer.
+        """
+        return self._render(messages, tools, is_prompt=is_prompt).text
+
+    def _render(
         self,
         messages: Sequence[Message],
         tools: Sequence[JsonObject] = (),
         *,
         is_prompt: bool = False,
         think: bool | None = None,
-    ) -> str:
-        """Render messages with jinja2 and return the text, which records the origins of its characters (module
-        `traced`). Raises BadRow if the template raises an error.
+    ) -> Rendering:
+        """Render messages with jinja2. Raises BadRow if the template raises an error.
 
         is_prompt: end with the header of the next answer. think: value of the template variables that switch thinking
         on or off; None does not pass them.
         """
         if self.for_tools and tools:
-            return self.for_tools.render(messages, tools, is_prompt=is_prompt, think=think)
+            return self.for_tools._render(messages, tools, is_prompt=is_prompt, think=think)
         # The first variable is that of MiniMind-3's template, the second that of Qwen3's.
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
+        sources: list[SourceText] = []
         try:
-            return self._compiled.render(
-                messages=[_as_dict(message, i) for i, message in enumerate(messages)],
-                tools=[traced(tool, TOOLS) for tool in tools] or None,
+            text = self._compiled.render(
+                messages=[self._as_dict(message, i, sources) for i, message in enumerate(messages)],
+                tools=traced(tools, sources, -1, "tools") or None,
                 documents=None,
                 add_generation_prompt=is_prompt,
                 **thinking,
@@ -235,39 +273,83 @@ class Template:
             )
         except _RENDER_ERRORS as error:
             raise BadRow("template refuses", str(error)[:200]) from None
+        return Rendering(text, origins_of(text), sources)
 
-    def _turns(self, text: str, origins: list[Origin], answers: list[int]) -> list[tuple[int, int]]:
-        """Return the range [begin, end) of each answer that may be trained on: from after the header to after the end
-        of turn, or its {% generation %} block if the template has these. Raises BadRow if one is not found.
+    def _as_dict(self, message: Message, index: int, sources: list[SourceText]) -> JsonObject:
+        """Return the message as the template gets it, with traced strings, and append their sources to `sources`."""
+        fields = {
+            "content": message.content,
+            self._reasoning_name: message.reasoning_content,
+            "tool_calls": tuple(map(_with_text, message.tool_calls)) if self._needs_text else message.tool_calls,
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+        }
+        said = {name: value for name, value in fields.items() if name == "content" or value not in (None, ())}
+        return {"role": message.role, **{name: traced(value, sources, index, name) for name, value in said.items()}}
+
+    def _rendering(self, conversation: Conversation) -> Rendering:
+        last = self._last
+        if last is None or last[0] is not conversation:
+            last = self._last = conversation, self._render(conversation.messages, conversation.tools)
+        return last[1]
+
+    def _turns(
+        self, conversation: Conversation, rendering: Rendering, answers: list[int]
+    ) -> list[list[tuple[int, int]]]:
+        """Return the ranges [begin, end) of each answer that may be trained on: from after the header to after the end
+        of turn, or its {% generation %} blocks if the template has these. Raises BadRow if they are not found.
         """
-        marked = [origin for origin in getattr(text, "origins", ()) if origin.source == GENERATION]
+        text, origins, _ = rendering
+        # A template may repeat the name of a called function before the tool's answer, as that of gpt-oss does.
+        first_shown = sorted({(o.source, o.first): n for n, o in reversed([*enumerate(origins)])}.values())
+        marked = [origin for origin in getattr(text, "origins", ()) if origin.source is GENERATION]
         turns = []
         for i in answers:
-            own = [n for n, origin in enumerate(origins) if origin.source >= 0 and origin.source // 3 == i]
+            own = [n for n in first_shown if origins[n].source.message == i and origins[n].source.field != "name"]
+            if not own:
+                raise BadRow("template cannot be cut", f"message {i + 1}: nothing of the answer is written")
             first, last = own[0], own[-1]
             begin, end = origins[first].begin, origins[last].end
-            if marked:
-                around = [block for block in marked if block.begin <= begin and end <= block.end]
-                if not around:
-                    raise BadRow("template cannot be cut", f"message {i + 1} is outside the generation blocks")
-                turns.append((around[0].begin, around[0].end))
-                continue
             before = origins[first - 1].end if first else 0
             after = origins[last + 1].begin if last + 1 < len(origins) else len(text)
+            if marked:
+                blocks = [(block.begin, block.end) for block in marked if before <= block.begin and block.end <= after]
+                if not all(any(b <= origins[n].begin and origins[n].end <= e for b, e in blocks) for n in own):
+                    raise BadRow("template cannot be cut", f"message {i + 1} is outside the generation blocks")
+                turns.append(sorted(blocks))
+                continue
             header = text.rfind(self._turn.header, before, begin)
-            own_end = self._turn.last_end if after == len(text) else self._turn.end
-            close = text.find(own_end, end, after)
-            if header < 0 or close < 0:
-                detail = f"message {i + 1} has not the assistant's header and end of turn"
-                raise BadRow("template cannot be cut", detail)
-            header += 0 if self._turn.is_header_trained else len(self._turn.header)
-            turns.append((header, close + len(own_end)))
+            begin = header + len(self._turn.header) if header >= 0 else self._begin(conversation, i, before, begin)
+            expected = self._turn.end if last + 1 < len(origins) else self._turn.last_end
+            calls_tools = bool(conversation.messages[i].tool_calls)
+            close = text.find(expected, end, after) if expected or not calls_tools else -1
+            # An answer that calls tools may end in its own way: with <|call|> (gpt-oss), with <|observation|> (GLM-4).
+            control = self._control.search(text, end, after) if close < 0 else None
+            if close < 0 and control is None:
+                raise BadRow("template cannot be cut", f"message {i + 1} has not the end of an answer")
+            turns.append([(begin, control.end() if control else close + len(expected))])
         return turns
 
+    def _begin(self, conversation: Conversation, index: int, before: int, begin: int) -> int:
+        """Return where the trained part of an answer begins that has not the usual header, for instance after a tool's
+        answer: after the text with which a prompt of the messages before it ends. Raises BadRow if that is not there.
+
+        before, begin: the text between these positions is what the template writes before the answer.
+        """
+        gap = self._rendering(conversation).text[before:begin]
+        prompt = self._render(conversation.messages[:index], conversation.tools, is_prompt=True)
+        tail = prompt.text[prompt.origins[-1].end if prompt.origins else 0 :]
+        shared = _common_prefix(self._pieces(gap), self._pieces(tail))
+        if shared not in (gap, tail):
+            raise BadRow("template cannot be cut", f"message {index + 1} has not the assistant's header")
+        return before + len(shared)
+
     @staticmethod
-    def _empty_thinks(text: str, origins: list[Origin], turns: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _empty_thinks(rendering: Rendering, turns: list[list[tuple[int, int]]]) -> list[tuple[int, int]]:
         """Return the ranges of empty think blocks with which turns begin, if the template wrote them and not the data."""
-        blocks = [(begin, begin + len(EMPTY_THINK)) for begin, _ in turns if text.startswith(EMPTY_THINK, begin)]
+        text, origins, _ = rendering
+        begins = [ranges[0][0] for ranges in turns if text.startswith(EMPTY_THINK, ranges[0][0])]
+        blocks = [(begin, begin + len(EMPTY_THINK)) for begin in begins]
         return [(b, e) for b, e in blocks if not any(origin.begin < e and origin.end > b for origin in origins)]
 
     def _assemble(self, text: str, turns: list[tuple[int, int]], dropped: list[tuple[int, int]]) -> list[Segment]:
@@ -291,7 +373,7 @@ class Template:
         plain = str.__getitem__(text, slice(None))
         spans: list[tuple[int, int]] = []
         position = 0
-        for begin, end, _ in [*origins_of(text), (len(text), len(text), 0)]:
+        for begin, end in [*(origin[:2] for origin in origins_of(text)), (len(text), len(text))]:
             if position < begin:
                 spans += [(position + b, position + e) for b, e in self._find_control(plain[position:begin])]
             position = max(position, end)
@@ -300,16 +382,15 @@ class Template:
     # --- checks
 
     @staticmethod
-    def _check_complete(messages: Sequence[Message], origins: list[Origin]) -> None:
-        """Raise BadRow if a message's content (unless it is blank), tool calls or whole answer is not shown."""
-        shown = {origin.source for origin in origins}
-        for i, message in enumerate(messages):
-            if message.content.strip() and 3 * i + _CONTENT not in shown:
-                raise BadRow("no place in the template", f"message {i + 1} ({message.role})")
-            if message.tool_calls and 3 * i + _CALLS not in shown:
-                raise BadRow("no place in the template", f"message {i + 1}: tool calls")
-            if message.role == "assistant" and not shown & {3 * i + field for field in range(3)}:
-                raise BadRow("no place in the template", f"message {i + 1}: nothing of the answer is shown")
+    def _check_places(messages: Sequence[Message], rendering: Rendering) -> None:
+        """Raise BadRow if a content, other than of system messages, is written twice or before that of another one."""
+        place = (-1, 0)
+        for _, _, source, first, last in rendering.origins:
+            if source.field == "content" and messages[source.message].role != "system":
+                if (source.message, first) < place:
+                    detail = f"message {source.message + 1} is written twice, or out of its place"
+                    raise BadRow("template cannot be cut", detail)
+                place = (source.message, last)
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
@@ -326,6 +407,21 @@ class Template:
         """Return the special-token strings that occur in the conversation's own text, one entry per occurrence."""
         return [string for text in texts_of(conversation) for string in self._control.findall(text)]
 
+    # --- what the template does
+
+    @cached_property
+    def _writes_last_reasoning(self) -> dict[str, bool]:
+        """Whether the template writes the reasoning of an answer that ends a conversation, by the field that has it."""
+        answers = {
+            self._reasoning_name: Message("assistant", "Tell", "Why"),
+            "content": Message("assistant", "<think>\nWhy\n</think>\n\nTell"),
+        }
+        renderings = {field: self._render([Message("user", "Ask"), answer]) for field, answer in answers.items()}
+        return {
+            field: all("Why" not in part for _, part in missing_parts(one.text, one.sources))
+            for field, one in renderings.items()
+        }
+
     # --- the template's texts around turns
 
     def _learn_turn(self) -> _Turn:
@@ -340,7 +436,9 @@ class Template:
         header = header.partition("<think>")[0]
         era = "seed" if prompt == after_user == gaps[1] else "2"
         if era != "seed":
-            header = header.removeprefix(_common_prefix(self._pieces(header), self._pieces(after_user)))
+            own = header.removeprefix(_common_prefix(self._pieces(header), self._pieces(after_user)))
+            # A space alone, as Mistral's templates write, is no header: it is also in other places.
+            header = own if own.strip() else after_user
         if gaps[1].endswith(EMPTY_THINK) and gaps[3].endswith(EMPTY_THINK):
             era = "3"
         last_end = self._gaps(two[:2])[-1]
@@ -352,8 +450,16 @@ class Template:
             if not end or not gaps[2].startswith(end):
                 first, later = (self._pieces(gap)[::-1] for gap in (gaps[0], gaps[2]))
                 end = gaps[2][: len(gaps[2]) - len(_common_prefix(first, later))]
-        is_header_trained = not header.strip() and prompt == after_user and era != "seed"
-        return _Turn(header, end, last_end, era, is_header_trained)
+        return _Turn(header, end, last_end, era)
+
+    def _needs_text_arguments(self) -> bool:
+        """Return whether the template takes the arguments of tool calls only as JSON text, as DeepSeek's does."""
+        for arguments in ({"a": "b"}, '{"a": "b"}'):
+            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            with contextlib.suppress(BadRow):
+                self._render([_TURN[0], Message("assistant", "", None, (call,))])
+                return isinstance(arguments, str)
+        return False
 
     def _end_before_prompt(self, header: str) -> str:
         """Return what the template writes between an answer and `header`, a generation prompt; "" if that is unknown."""
@@ -370,16 +476,16 @@ class Template:
         """
         ends: list[str] = []
         for messages in (_TURN, _TURN * 2):
-            text = self.render(messages)
-            origins = origins_of(text)
-            ((_, turn_end), *_) = self._turns(text, origins, [1])
-            after = str.__getitem__(text, slice(origins[1].end, turn_end))
+            conversation = Conversation(tuple(messages))
+            text, origins, _ = rendering = self._rendering(conversation)
+            (ranges,) = self._turns(conversation, rendering, [1])
+            after = str.__getitem__(text, slice(origins[1].end, ranges[-1][1]))
             ends += self.control_tokens_in(after)[:1] or [after.rstrip()] * bool(after.strip())
         inner: list[str] = []
         with contextlib.suppress(BadRow):
-            text = self.render([_TURN[0], Message("assistant", "Tell", "Why")])
-            for origin, following in itertools.pairwise(origins_of(text)):
-                if origin.source == 3 + _REASONING:
+            text, origins, _ = self._render([_TURN[0], Message("assistant", "Tell", "Why")])
+            for origin, following in itertools.pairwise(origins):
+                if origin.source.field == self._reasoning_name:
                     inner = self.control_tokens_in(str.__getitem__(text, slice(origin.end, following.begin)))
         return tuple(dict.fromkeys([end for end in ends if end not in inner] or ends))
 
@@ -392,9 +498,8 @@ class Template:
         """Return the texts that the template writes before, between and after the contents (one more than messages).
         Raises BadRow if the rendering does not show every content once and in order.
         """
-        text = self.render(messages, is_prompt=is_prompt)
-        origins = origins_of(text)
-        if [origin.source for origin in origins] != [3 * i for i in range(len(messages))]:
+        text, origins, _ = self._render(messages, is_prompt=is_prompt)
+        if [origin.source.message for origin in origins] != list(range(len(messages))):
             raise BadRow(
                 "template cannot be cut", "it does not show the messages of a plain conversation once, in order"
             )
@@ -442,14 +547,28 @@ def _common_prefix(one: Sequence[str], other: Sequence[str]) -> str:
     return "".join(piece for piece, _ in same)
 
 
-def _as_dict(message: Message, index: int) -> JsonObject:
-    """Return the message for the template. Sources: 3 * index for content, + 1 for reasoning, + 2 for tool calls."""
-    fields: JsonObject = {"role": message.role, "content": traced(message.content, 3 * index + _CONTENT)}
-    if message.reasoning_content is not None:
-        fields["reasoning_content"] = traced(message.reasoning_content, 3 * index + _REASONING)
-    if message.tool_calls:
-        fields["tool_calls"] = traced(message.tool_calls, 3 * index + _CALLS)
-    return fields
+def _span(rendering: Rendering, message: int) -> tuple[int, int]:
+    """Return the range [begin, end) of what the template writes of a message; empty if that is nothing."""
+    own = [origin for origin in rendering.origins if origin.source.message == message]
+    return (own[0].begin, own[-1].end) if own else (0, 0)
+
+
+def _without(whole: tuple[int, int], holes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ranges that are left of a range without others."""
+    begin, end = whole
+    parts = []
+    for first, last in sorted(holes):
+        parts.append((begin, first))
+        begin = max(begin, last)
+    return [(b, e) for b, e in [*parts, (begin, end)] if b < e]
+
+
+def _with_text(call: JsonObject) -> JsonObject:
+    """Return a tool call with arguments as JSON text."""
+    if "function" in call:
+        return {**call, "function": _with_text(call["function"])}
+    arguments = call.get("arguments", {})
+    return {**call, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}
 
 
 def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conversation:
@@ -462,43 +581,5 @@ def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conve
             return {change(key): of(item) for key, item in value.items()}
         return [of(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    messages = (
-        Message(m.role, of(m.content), of(m.reasoning_content), tuple(of(m.tool_calls))) for m in conversation.messages
-    )
+    messages = [Message(m.role, *map(of, m[1:])) for m in conversation.messages]
     return Conversation(tuple(messages), tuple(of(conversation.tools)))
-
-
-# Methods of strings that a template may use on text: they strip its edges or search for a constant string, so that the
-# rendering depends on no other strings than `_literals` returns.
-_EDGE_AND_SEARCH = {"strip", "lstrip", "rstrip", "split", "startswith", "endswith", "replace"}
-_TYPE_TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", "sequence", "true", "false", "boolean"}
-
-
-def _literals(tree: nodes.Template) -> list[str] | None:
-    """Return the string constants that a template searches or compares messages with by a method call, `in` or `not
-    in`, sorted. Return None if it uses an operation on text other than stripping and searching, because then its
-    rendering could depend on more than these constants.
-    """
-    for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getitem, nodes.Call)):
-        match node:
-            case nodes.Filter(name="trim" | "tojson"):
-                continue
-            case nodes.Filter(name="length", node=nodes.Name(name="messages" | "loop_messages" | "tools")):
-                continue
-            case nodes.Test(name=name) if name in _TYPE_TESTS:
-                continue
-            case nodes.Getitem(arg=nodes.Slice(), node=nodes.Name(name="messages" | "loop_messages")):
-                continue
-            case nodes.Getitem(arg=nodes.Slice()):
-                return None
-            case nodes.Getitem() | nodes.Call(node=nodes.Name()):
-                continue
-            case nodes.Call(node=nodes.Getattr(attr=name)) if name in _EDGE_AND_SEARCH:
-                continue
-            case _:
-                return None
-    literals = []
-    for node in tree.find_all((nodes.Compare, nodes.Call)):
-        if isinstance(node, nodes.Call) or any(operand.op in ("in", "notin") for operand in node.ops):
-            literals += [const.value for const in node.find_all(nodes.Const) if isinstance(const.value, str)]
-    return sorted({literal for literal in literals if literal.strip()})

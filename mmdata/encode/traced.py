@@ -1,13 +1,15 @@
 """Strings that remember where their characters came from. When a chat template is rendered with such strings, the
-result shows which part of the text came from which message.
+result shows which part of the text came from which string of the conversation, and which strings are missing.
 
 A `Traced` string equals the ordinary string in every test and operation of a template, so the rendering does not
-change. Concatenating, slicing, stripping, splitting and replacing keep the origins. Any other operation returns an
-ordinary string. Its text counts as the template's own, and the caller can notice that a part of a message is missing.
+change. Concatenating, joining, slicing, stripping, splitting and replacing keep the origins, and so do writing a value
+as JSON or as Python does. Any other operation returns an ordinary string, whose text counts as the template's own.
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -16,20 +18,45 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.filters import make_attrgetter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SourceText:
+    """One string of a conversation; every occurrence is a source of its own.
+
+    message: the index of its message; -1 for the conversation's tools. field: the message's field, or "tools".
+    text: the string. path: the keys of the JSON objects in which it is, outermost first. is_key: it is itself a key.
+    """
+
+    message: int
+    field: str
+    text: str
+    path: tuple[str, ...] = ()
+    is_key: bool = False
 
 
 class Origin(NamedTuple):
-    """The characters [begin, end) of a string came from `source`: GENERATION, TOOLS, or a number >= 0 for a field of a
-    message (3 * message index + 0 for the content, 1 for the reasoning, 2 for the tool calls).
+    """The characters [begin, end) of a string came from the characters [first, last) of `source`, or are within a
+    {% generation %} block. The numbers of characters differ if some are written with escapes.
     """
 
     begin: int
     end: int
-    source: int
+    source: SourceText
+    first: int = 0
+    last: int = 0
 
 
-GENERATION = -1  # the source of text inside a template's {% generation %} block
-TOOLS = -2  # the source of text that came from the conversation's tools
+class Rendering(NamedTuple):
+    """A rendered conversation. text: has the `origins`, which are sorted by position. sources: all its strings."""
+
+    text: str
+    origins: list[Origin]
+    sources: list[SourceText]
+
+
+GENERATION = SourceText(-1, "generation", "")
 
 
 class Traced(str):
@@ -58,8 +85,8 @@ class Traced(str):
         """Return the characters [begin, end) with their origins."""
         if begin == 0 and end >= len(self):
             return self
-        origins = [Origin(max(b, begin) - begin, min(e, end) - begin, source) for b, e, source in self.origins]
-        return Traced(str.__getitem__(self, slice(begin, end)), [o for o in origins if o.begin < o.end])
+        text = str.__getitem__(self, slice(begin, end))
+        return Traced(text, [_clipped(o, begin, end) for o in self.origins if max(o.begin, begin) < min(o.end, end)])
 
     def __getitem__(self, key: Any) -> str:
         if isinstance(key, slice) and key.step in (None, 1):
@@ -91,8 +118,18 @@ class Traced(str):
         """Replace as `str.replace` does. The text around the replacements keeps its origins, unless `old` is empty."""
         if not old:
             return str.replace(self, old, new, count)
-        first, *rest = self.split(old, count)
-        return concat([first, *(piece for part in rest for piece in (new, part))])
+        return _joined(self.split(old, count), new)
+
+
+def _clipped(origin: Origin, begin: int, end: int) -> Origin:
+    """Return the origin of the characters [begin, end) of the string that `origin` is about."""
+    b, e, source, first, last = origin
+    new_begin, new_end = max(b, begin), min(e, end)
+    if last - first == e - b:
+        first, last = first + new_begin - b, last + new_end - e
+    elif (new_begin, new_end) != (b, e):
+        last = first  # characters written with escapes: which of them are left is not known
+    return Origin(new_begin - begin, new_end - begin, source, first, last)
 
 
 def concat(parts: Iterable[str]) -> str:
@@ -102,44 +139,110 @@ def concat(parts: Iterable[str]) -> str:
     offset = 0
     for part in parts:
         if isinstance(part, Traced):
-            origins += [Origin(begin + offset, end + offset, source) for begin, end, source in part.origins]
+            origins += [Origin(o.begin + offset, o.end + offset, *o[2:]) for o in part.origins]
         offset += len(part)
     text = "".join(parts)
     return Traced(text, origins) if origins else text
 
 
+def _joined(parts: Iterable[str], separator: str) -> str:
+    """Join strings as `separator.join(parts)` does, with their origins."""
+    first, *rest = parts or [""]
+    return concat([first, *(piece for part in rest for piece in (separator, part))])
+
+
 def origins_of(text: str) -> list[Origin]:
     """Return the origins of any string sorted by position, without those of {% generation %} blocks."""
-    return sorted([origin for origin in getattr(text, "origins", ()) if origin.source != GENERATION])
+    origins = [origin for origin in getattr(text, "origins", ()) if origin.source is not GENERATION]
+    return sorted(origins, key=lambda origin: origin[:2])
+
+
+def missing_parts(text: str, sources: Iterable[SourceText]) -> Iterator[tuple[SourceText, str]]:
+    """Yield each run of characters of a source that `text` does not show, with the source."""
+    shown: dict[SourceText, list[tuple[int, int]]] = {}
+    for origin in origins_of(text):
+        shown.setdefault(origin.source, []).append(origin[3:])
+    for source in sources:
+        at = 0
+        for first, last in [*sorted(shown.get(source, ())), (len(source.text), 0)]:
+            if first > at:
+                yield source, source.text[at:first]
+            at = max(at, last)
+
+
+# --- values of the conversation
 
 
 class _Object(dict):
-    """A JSON object that knows its source, so that text which the `tojson` filter makes of it has an origin."""
+    """A JSON object with traced strings, which keep their origins when it is written as text."""
 
-    __slots__ = ("source",)
-    source: int
+    def __str__(self) -> str:
+        return _written(self, repr, repr)
 
 
-def traced(value: Any, source: int) -> Any:
-    """Copy JSON data, with the origin `source` for every string and object (but no key). Tuples become lists."""
+class _List(list):
+    """A JSON list with traced strings, which keep their origins when it is written as text."""
+
+    def __str__(self) -> str:
+        return _written(self, repr, repr)
+
+
+def traced(value: Any, sources: list[SourceText], message: int, field: str, path: tuple[str, ...] = ()) -> Any:
+    """Copy JSON data with an origin for every string, also for keys, and append the sources of these to `sources`.
+    Tuples become lists.
+    """
     if isinstance(value, str):
-        return Traced(value, [Origin(0, len(value), source)] if value else [])
+        return _traced_text(SourceText(message, field, value, path), sources)
     if isinstance(value, dict):
-        copy = _Object((key, traced(item, source)) for key, item in value.items())
-        copy.source = source
-        return copy
-    return [traced(item, source) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _source_of(value: Any) -> int | None:
-    """Return the source of traced JSON data, that of the first string or object with one, or None."""
-    if isinstance(value, _Object):
-        return value.source
-    if isinstance(value, Traced):
-        return value.origins[0].source if value.origins else None
+        return _Object(
+            (
+                _traced_text(SourceText(message, field, key, path, True), sources),
+                traced(item, sources, message, field, (*path, key)),
+            )
+            for key, item in value.items()
+        )
     if isinstance(value, (list, tuple)):
-        return next((source for item in value if (source := _source_of(item)) is not None), None)
-    return None
+        return _List(traced(item, sources, message, field, path) for item in value)
+    return value
+
+
+def _traced_text(source: SourceText, sources: list[SourceText]) -> str:
+    sources.append(source)
+    size = len(source.text)
+    return Traced(source.text, [Origin(0, size, source, 0, size)]) if size else source.text
+
+
+def _written(value: Any, write: Callable[[Any], str], quote: Callable[[str], str]) -> str:
+    """Return `write(value)`, a text such as JSON, in which the strings of `value` keep their origins.
+
+    quote: returns how `write` writes a string, in quotes. It is first given strings that stand for those of `value`.
+    """
+    strings: list[str] = []
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, str):
+            strings.append(value)
+            return f"\0{len(strings) - 1}\0"
+        if isinstance(value, dict):
+            return {marked(key): marked(item) for key, item in value.items()}
+        return [marked(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    pieces = re.split(r"""["']\\(?:u00|x)00(\d+)\\(?:u00|x)00["']""", write(marked(value)))
+    pieces[1::2] = [_quoted(strings[int(number)], quote) for number in pieces[1::2]]
+    return concat(pieces)
+
+
+def _quoted(string: str, quote: Callable[[str], str]) -> str:
+    """Return `quote(string)` with the origins of the string."""
+    text = quote(string)
+    if not isinstance(string, Traced):
+        return text
+    if text[1:-1] == string:
+        return concat((text[0], string, text[-1]))
+    return Traced(text, [Origin(1, len(text) - 1, *origin[2:]) for origin in string.origins])
+
+
+# --- jinja2
 
 
 def _tojson(
@@ -149,10 +252,27 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter `tojson` of transformers, without HTML escapes. The text has the origin that `_source_of` finds."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    source = _source_of(value)
-    return text if source is None else Traced(text, [Origin(0, len(text), source)])
+    """The filter `tojson` of transformers, without HTML escapes."""
+
+    def write(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+
+    return _written(_sorted(value) if sort_keys else value, write, write)
+
+
+def _sorted(value: Any) -> Any:
+    """Return a copy of JSON data with the keys of all objects sorted."""
+    if isinstance(value, dict):
+        return {key: _sorted(item) for key, item in sorted(value.items())}
+    return [_sorted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@jinja2.pass_environment
+def _join(environment: jinja2.Environment, value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
+    """The filter `join`, which keeps origins."""
+    if attribute is not None:
+        value = map(make_attrgetter(environment, attribute), value)
+    return _joined([str(item) for item in value], str(d))
 
 
 class _Generation(jinja2.ext.Extension):
@@ -202,7 +322,7 @@ def template_environment() -> jinja2.Environment:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters |= {"tojson": _tojson, "join": _join}
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment

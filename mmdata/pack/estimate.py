@@ -124,7 +124,7 @@ def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
     kind = common_kind(inputs, options.reading)
     tokenizer, _ = packing_tokenizer(options, kind)
     takes = RowEncoder(
-        tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed,
+        tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed, on_lost=options.on_lost,
         encoder=choose(tokenizer, options.encoder),
     )  # fmt: skip
     samples = [_read(path, kind, options.reading, LEAST_BYTES) for path in inputs]
@@ -173,8 +173,9 @@ def estimate(
     found = []
     for max_len in max_lens:
         takes = RowEncoder(
-            tokenizer, max_len=max_len, era=options.era, train_on=options.train_on, seed=options.seed, encoder=chosen
-        )
+            tokenizer, max_len=max_len, era=options.era, train_on=options.train_on, seed=options.seed,
+            on_lost=options.on_lost, encoder=chosen,
+        )  # fmt: skip
         found.append(_outlook(samples, kind, takes, workers, options.val_fraction, batch_tokens))
     if not found[-1].tokens:
         raise InputError(

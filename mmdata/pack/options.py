@@ -28,7 +28,7 @@ ORDER = "Order"
 class PackOptions(ReadOptions):
     """The options of `mm pack`, which chooses `max_len` and `val_fraction` from the data if they are not given; see
     `mmdata.pack.estimate.survey`. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence
-    the bytes of the dataset; `max_bad` only decides whether it is published.
+    the bytes of the dataset; `max_bad` and `allow_unknown` only decide whether it is published.
     """
 
     tokenizer: Path | None = option(
@@ -72,9 +72,22 @@ class PackOptions(ReadOptions):
         group=ROWS,
         default_text="5%",
     )
+    on_lost: str = option(
+        "set-aside",
+        help="Rows of which the chat template leaves out a part. set-aside: leave them out, counted by reason; "
+        "fail: stop at the first; warn: pack them without the part.",
+        group=ROWS,
+        choices=("set-aside", "fail", "warn"),
+    )
+    allow_unknown: bool = option(
+        False,
+        help="Pack also if the tokenizer does not know more than 1% of the text, which is lost.",
+        group=ROWS,
+    )
     train_on: str = option(
         "assistant",
-        help="assistant: train on every answer; last: on the last answer; all: on every token.",
+        help="assistant: train on every answer; last: on the last answer; all: on every token. "
+        "Never on messages of weight 0.",
         group=TEMPLATE,
         choices=("assistant", "last", "all"),
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from mmdata.encode.encoder import EncodedRows, RowEncoder
-from mmdata.encode.rows import REASONS, SCREENED, BadRow
+from mmdata.encode.encoder import DEFAULT_ON_LOST, EncodedRows, RowEncoder
+from mmdata.encode.rows import LOST, REASONS, SCREENED, BadRow
 from mmdata.encode.sequences import Sequences, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
@@ -82,7 +82,8 @@ class PartSettings:
 class PartResult(msgspec.Struct):
     """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut. left_out, cut: by
     reason. kept: rows packed. characters: of their content. control_strings: how often each special token's text occurs
-    in content, where it is encoded as ordinary text. lengths: number of sequences of each length; of a pair, prompt and
+    in content, where it is encoded as ordinary text. not_written: packed rows of which the chat template leaves out a
+    part, by reason. text_bytes, unknown_bytes: see `EncodedRows`. lengths: number of sequences of each length; of a pair, prompt and
     longer reply count. digest: the `sequence_digest` of the part.
     """
 
@@ -95,6 +96,9 @@ class PartResult(msgspec.Struct):
     cut: Counter[str] = msgspec.field(default_factory=Counter)
     characters: int = 0
     control_strings: Counter[str] = msgspec.field(default_factory=Counter)
+    not_written: Counter[str] = msgspec.field(default_factory=Counter)
+    text_bytes: int = 0
+    unknown_bytes: int = 0
     sequences: int = 0
     lengths: Counter[int] = msgspec.field(default_factory=Counter)  # number of sequences by length
     digest: int = 0
@@ -181,6 +185,7 @@ class PartPacker:
             era=self._arguments.era,
             train_on=self._arguments.train_on,
             seed=self._arguments.seed,
+            on_lost=self._arguments.on_lost or DEFAULT_ON_LOST,
             encoder=encoder,
             is_reference=is_reference,
         )
@@ -269,11 +274,15 @@ class PartPacker:
         result.compared += len(picks)
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, collected: _Collected, result: PartResult) -> None:
-        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG or SCREENED reasons."""
-        if self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *SCREENED):
+        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG or SCREENED reasons. If
+        `on_lost` is "fail", raise it for the reasons in LOST.
+        """
+        is_lost = self._arguments.on_lost == "fail" and bad.reason in LOST
+        if is_lost or (self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *SCREENED)):
+            option = "--on-lost set-aside" if is_lost else "--on-bad quarantine"
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",
-                f"{REASONS[bad.reason]}; or `mm pack {part.path} --on-bad quarantine` sets such rows aside",
+                f"{REASONS[bad.reason]}; or `mm pack {part.path} {option}` sets such rows aside",
             )
         result.left_out[bad.reason] += 1
         raw, exact = line.raw.decode("utf-8", errors="replace"), None
@@ -296,6 +305,9 @@ class PartPacker:
         result.kept += len(kept)
         result.tokens_in += encoded.num_tokens
         result.cut.update(encoded.cut)
+        result.not_written.update(encoded.not_written)
+        result.text_bytes += encoded.text_bytes
+        result.unknown_bytes += encoded.unknown_bytes
         result.characters += int(encoded.characters[kept].sum())
         for i, strings in encoded.controls.items():
             if encoded.num_sequences[i]:

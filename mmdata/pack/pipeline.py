@@ -21,6 +21,7 @@ import msgspec
 from msgspec import UNSET
 
 from mmdata.encode import rows
+from mmdata.encode.encoder import DEFAULT_ON_LOST
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
 from mmdata.io.files import sha256_of, write_bytes, write_json
@@ -42,6 +43,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 READ_BYTES = 4 * 2**20
 DISK_SHARE = 0.6  # bytes of shards and sources per byte of jsonl with 16-bit ids (measured: 0.3 to 0.6)
 LARGE_CHARACTERS = 20_000_000  # packed characters from which installing a faster encoder is recommended
+UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.001, 0.01  # share of bytes that the tokenizer does not know
 COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
@@ -66,6 +68,10 @@ class PackResult:
     loss_tokens: int
     cut: dict[str, int]
     control_strings: dict[str, int]  # how often each special token's text occurs in content
+    not_written: dict[str, int]  # packed rows of which the chat template leaves out a part, by reason
+    unknown_share: (
+        float | None
+    )  # share of the texts' bytes that the tokenizer does not know; None if it knows all texts
     samples: dict[int, int]  # bucket -> packs or pairs of both splits
     fill: float  # share of positions that hold tokens
     encoders: dict[str, int]  # encoder -> parts it encoded
@@ -140,6 +146,7 @@ def pack(
         _check_disk(job, [part for part in job.parts if part.number not in done])
         results = _pack_parts(staging, job, job.parts, done)
         _check_left_out(inputs, results, *budget)
+        _check_unknown(job, results)
         _check_unchanged(job)
         _note_encoders(results, job)
         manifest = _publish(staging, job, results)
@@ -234,6 +241,8 @@ def _result(
         loss_tokens=totals.loss_tokens,
         cut=totals.cut,
         control_strings=totals.control_strings,
+        not_written=totals.not_written or {},
+        unknown_share=totals.unknown_bytes / totals.text_bytes if totals.unknown_bytes and totals.text_bytes else None,
         samples=samples,
         fill=fill_of(manifest.kind, manifest.shards),
         encoders={encoder.name: encoder.parts for encoder in manifest.encoders},
@@ -278,6 +287,7 @@ def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str,
         part_bytes=options.part_bytes,
         encoding=options.encoding or UNSET,
         text=options.text or UNSET,
+        on_lost=UNSET if options.on_lost == DEFAULT_ON_LOST else options.on_lost,
         dedup=options.dedup,
         where=options.where or msgspec.UNSET,
         exclude=[
@@ -506,6 +516,19 @@ def _check_left_out(
         fix = rows.HELP.get(reason, "give a file with one JSON object a line")
         raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}", fix)
     rows.check_budget(left_out, num_rows, max_bad, by_reason)
+
+
+def _check_unknown(job: _Job, results: Sequence[PartResult]) -> None:
+    """Raise TokenizerError if the tokenizer does not know more than UNKNOWN_REFUSED of the bytes of the packed texts, and
+    unknown characters are not allowed; warn from UNKNOWN_WARNED on.
+    """
+    unknown, total = (sum(getattr(one, name) for one in results) for name in ("unknown_bytes", "text_bytes"))
+    share = unknown / max(1, total)
+    problem = f"the tokenizer does not know {unknown:,} of {total:,} bytes of the texts ({share:.2%}): they are lost"
+    if share > UNKNOWN_REFUSED and not job.options.allow_unknown:
+        raise TokenizerError(problem, "take a tokenizer with a token for every byte, or --allow-unknown")
+    if share > UNKNOWN_WARNED:
+        job.note(f"warning: {problem}")
 
 
 def _states(inputs: Sequence[Path]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from msgspec import UNSET
 
 from mmdata.io.records import FileEntry, plain
 from mmdata.pack.packing import buckets_for
@@ -109,6 +110,8 @@ def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> Dat
         name: dict(sorted(total_of(getattr(result, name) for result in results).items()))
         for name in ("left_out", "cut", "control_strings")
     }
+    not_written = total_of(result.not_written for result in results)
+    text_bytes = sum(result.text_bytes for result in results)
     return DatasetTotals(
         rows=sum(result.rows for result in results),
         kept=sum(result.kept for result in results),
@@ -119,6 +122,9 @@ def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> Dat
         loss_tokens=sum(shard.loss_tokens for shard in shards),
         samples=sum(shard.samples for shard in shards),
         val_rows=sum(shard.rows for shard in shards if shard.split == "val"),
+        not_written=dict(sorted(not_written.items())) or UNSET,
+        text_bytes=text_bytes or UNSET,
+        unknown_bytes=sum(result.unknown_bytes for result in results) if text_bytes else UNSET,
     )
 
 

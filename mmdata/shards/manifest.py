@@ -65,6 +65,7 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     date: str | msgspec.UnsetType = msgspec.UNSET  # also the default, if the chat template writes a date
     encoding: str | msgspec.UnsetType = msgspec.UNSET
     text: str | msgspec.UnsetType = msgspec.UNSET
+    on_lost: str | msgspec.UnsetType = msgspec.UNSET  # if it is not the default
 
     def amend(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer with the chat template that the rows were rendered with."""
@@ -152,6 +153,9 @@ class ShardRecord(msgspec.Struct, frozen=True):
 class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of a whole dataset: rows = kept + left out, tokens in = tokens + cut; `left_out` and `cut` are by reason.
     control_strings: how often the text of each special token occurs in rows, where it is encoded as ordinary text.
+    not_written: the number of packed rows of which the chat template leaves out a part, by reason; none: missing.
+    text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts, and of those characters among them that the
+    tokenizer does not know; missing if it knows every text.
     """
 
     rows: int
@@ -165,6 +169,9 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int
     samples: int
     val_rows: int
+    not_written: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    text_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    unknown_bytes: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(DatasetHeader, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from mmdata.tokenizer import chat_template as templates
 from mmdata.tokenizer.chat_template import CHATML, DEFAULT, FOLDER
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", templates.FILE, "generation_config.json")
+_KEEPING = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"}  # normalizers that drop no characters
 _AGAIN = "copy or download it again"  # fix of a damaged file
 
 
@@ -132,6 +133,42 @@ class Tokenizer:
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
         has_normalizer = json.loads(self.files["tokenizer.json"]).get("normalizer") is not None
         return is_plain and not has_normalizer and self.decoder == "ByteLevel"
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that the tokenizer's model gives to characters that it does not know; None if it has none."""
+        model = json.loads(self.files["tokenizer.json"])["model"]
+        return model.get("unk_id") or self.native.token_to_id(model.get("unk_token") or "")
+
+    @cached_property
+    def may_lose_text(self) -> bool:
+        """Whether some characters may be dropped, or become the unknown token: False for tokenizers with a token for
+        each byte and without a normalizer that drops characters.
+        """
+        config, vocab = json.loads(self.files["tokenizer.json"]), self.native.get_vocab()
+        normalizer = config.get("normalizer") or {}
+        for one in normalizer.get("normalizers", [normalizer] * bool(normalizer)):
+            replaces_space = one.get("pattern") == {"String": " "} and one.get("content")
+            if one["type"] not in _KEEPING and not replaces_space:
+                return True
+        if self.decoder == "ByteLevel":
+            return not vocab.keys() >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        return not (config["model"].get("byte_fallback") and vocab.keys() >= {f"<0x{n:02X}>" for n in range(256)})
+
+    def count_lost_bytes(self, texts: Sequence[str], *, control: bool = False) -> int:
+        """Return the number of UTF-8 bytes of the texts that no token or the unknown token stands for, without white
+        space. control: see `encode_batch`.
+        """
+        if not self.may_lose_text:
+            return 0
+        self.native.encode_special_tokens = not control
+        num_bytes = 0
+        for text, encoding in zip(texts, self.native.encode_batch(list(texts), add_special_tokens=False), strict=True):
+            is_lost = np.ones(len(text), bool)
+            for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                is_lost[begin:end] &= id == self.unknown_id
+            num_bytes += sum(len(text[i].encode()) for i in np.flatnonzero(is_lost).tolist() if not text[i].isspace())
+        return num_bytes
 
     @property
     def added_texts(self) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from mmdata.errors import InputError
 
+_KEEP_LOST = "use another template, or --on-lost warn to pack such rows without it"
 REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
     "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8, or name its encoding: --encoding NAME",
     "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
@@ -24,7 +25,11 @@ REASONS = {  # reason why a row is left out -> explanation and remedy, shown to 
     "last turn not the assistant's": "the conversation ends without an answer",
     "chosen equal to rejected": "the two sides are equal, so there is no preference to learn",
     "different prompts": "the two sides differ before the first reply",
-    "no place in the template": "the tokenizer's chat template leaves out a message or tool call; use a template with tools",
+    "content lost": f"the chat template leaves out a part of a message; {_KEEP_LOST}",
+    "reasoning lost": f"the chat template does not write the reasoning of an answer; {_KEEP_LOST}",
+    "tool calls lost": f"the chat template leaves out a part of a tool call; {_KEEP_LOST}",
+    "tools lost": f"the chat template leaves out a tool, or a part of its definition; {_KEEP_LOST}",
+    "name lost": f"the chat template does not write the name of who speaks; {_KEEP_LOST}",
     "template refuses": "the tokenizer's chat template raised an error on the row",
     "template cannot be cut": "with this template and tokenizer the assistant's tokens cannot be told exactly from the others",
     "no trained token": "no token of the row would be trained on",
@@ -42,10 +47,15 @@ SCREENED = {
 }
 HELP = REASONS | SCREENED
 
+LOST = frozenset({"content lost", "reasoning lost", "tool calls lost", "tools lost", "name lost"})
+# What templates leave out on purpose. Rows with it are packed.
+EARLIER_REASONING, TOOL_REFERENCES = "earlier reasoning", "tool references"
+LEFT_OUT = {
+    EARLIER_REASONING: "the chat template writes the reasoning of the last answer, not of those before it",
+    TOOL_REFERENCES: "the chat template writes no ids and names for a tool's answer: it answers the call at its place",
+}
 # Reasons that depend on the tokenizer or the options. Rows left out for them do not count as bad in `check_budget`.
-OF_THE_RUN = frozenset(
-    {"too long", "no place in the template", "template refuses", "template cannot be cut", *SCREENED}
-)
+OF_THE_RUN = frozenset({"too long", "template refuses", "template cannot be cut", *LOST, *SCREENED})
 DEFAULT_MAX_BAD = 0.05  # without --max-bad, a larger share of bad rows is an error
 FEW_BAD_ROWS = 100  # without --max-bad, this number of bad rows is never an error, however small the file
 

@@ -47,6 +47,11 @@ class Message(NamedTuple):
         """Whether the message says more than a role and a content."""
         return self[2:] != _NO_EXTRAS
 
+    @property
+    def has_marks(self) -> bool:
+        """Whether the message has a name or an id, or is not to be trained on."""
+        return self[4:] != _NO_EXTRAS[2:]
+
 
 _NO_EXTRAS = (None, (), None, None, 1)
 
