@@ -34,7 +34,7 @@ from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.verify import verify
 
 KINDS = ("document", "conversation", "pair")
-BAD_LINES = ['{"text": "cut', "[1, 2]", '{"text": ""}', '{"text": 3}', '{"txt": "x"}']
+BAD_LINES = ['{"text": "cut', "[1, 2]", '{"text": ""}', '{"text": 3}', '{"number": 1}']
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ TEXT = st.text(alphabet="ab \n<", max_size=12)
 ONE, TWO = SourceText(0, "content", ""), SourceText(1, "content", "")
 
 
-def of(source: SourceText, text: str) -> str:
+def from_source(source: SourceText, text: str) -> str:
     return Traced(text, [Origin(0, len(text), source, 0, len(text))] if text else [])
 
 
@@ -290,7 +290,7 @@ def of(source: SourceText, text: str) -> str:
 def test_a_traced_string_is_equal_to_the_plain_one_and_knows_its_own(
     one: str, two: str, chars: str | None, i: int, j: int
 ) -> None:
-    joined = "<" + of(ONE, one) + "|" + of(TWO, two)
+    joined = "<" + from_source(ONE, one) + "|" + from_source(TWO, two)
     plain = "<" + one + "|" + two
     for found, want in [
         (joined, plain),
