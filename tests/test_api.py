@@ -1,9 +1,11 @@
 """OpenAI's bodies are read whole: every field honoured, or refused by name."""
 
+import json
 from typing import Any
 
 import pytest
 
+from mmdata.encode.rows import Conversation, Message, parse_row
 from mmtrain.inference.serve import api
 from mmtrain.inference.serve.api import Request, RequestError
 
@@ -36,16 +38,20 @@ def test_messages_of_every_kind_become_the_template_s() -> None:
             {"role": "developer", "content": "be kind"},
             {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+1"}]},
             {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
-            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+            {"role": "tool", "tool_call_id": "c1", "name": "add", "content": "2"},
         ]
     )
     said = [(m.role, m.content, m.reasoning_content, m.tool_calls) for m in request.messages]
     assert said == [
         ("system", "be kind", None, ()),
         ("user", "1+1", None, ()),
-        ("assistant", "", "hm", ({"name": "add", "arguments": {"a": 1}},)),
+        ("assistant", "", "hm", ({**call, "function": {"name": "add", "arguments": {"a": 1}}},)),
         ("tool", "2", None, ()),
     ]
+    assert request.messages[3] == Message("tool", "2", None, (), "add", "c1")
+    row = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    packed = parse_row(json.dumps(row).encode(), "conversation")
+    assert isinstance(packed, Conversation) and packed.messages[1].tool_calls == request.messages[2].tool_calls
 
 
 def test_tool_choice_none_hides_the_tools() -> None:
@@ -102,8 +108,12 @@ def test_fields_that_only_label_and_fields_that_ask_for_nothing_pass() -> None:
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"1": 5}}, "logit_bias"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"presence_penalty": "much"}, "presence_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias[...]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
         ({"temprature": 1}, "temprature"),
     ],
 )
@@ -121,7 +131,10 @@ def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], param:
         ({"temperature": "hot"}, "temperature: expected a number, got a text"),
         ({"n": 1.5}, "n: expected a whole number"),
         ({"stop": 3}, "stop: expected a text or a list, got a whole number"),
-        ({"frequency_penalty": 1}, "frequency_penalty is not supported here: leave it out"),
+        ({"frequency_penalty": 3}, "frequency_penalty: expected a number <= 2.0"),
+        ({"logit_bias": {"x": 1}}, "logit_bias: expected a whole number, got a text"),
+        ({"suffix": "end"}, "suffix is not supported here: leave it out"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type: expected text, not 'json_object'"),
         ({"temprature": 1}, "unknown field 'temprature'"),
         (
             {"tool_choice": "required"},

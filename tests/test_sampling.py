@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdata.errors import UsageError
-from mmtrain.inference.sampling import candidates, penalize, pick, top_logps
+from mmtrain.inference.sampling import biased, candidates, penalize, pick, top_logps
 from mmtrain.inference.settings import Sampling
 
 
@@ -26,6 +26,18 @@ def test_only_tokens_that_the_settings_keep_are_drawn(options: dict, allowed: se
     generator = torch.Generator().manual_seed(0)
     drawn = {pick(logits, Sampling(**options), generator) for _ in range(300)}
     assert drawn == allowed
+
+
+def test_penalties_and_bias_are_subtracted_and_added() -> None:
+    logits = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.equal(biased(logits, Sampling(), [1, 1, 3]), logits)
+    options = Sampling(frequency_penalty=0.5, presence_penalty=2.0, logit_bias=((0, 100.0), (3, -1.5)))
+    assert biased(logits, options, [1, 1, 3]).tolist() == [101.0, 2 - 1 - 2, 3.0, 4 - 0.5 - 2 - 1.5]
+    assert biased(logits, options, []).tolist() == [101.0, 2.0, 3.0, 2.5]
+    generator = torch.Generator().manual_seed(0)
+    assert pick(logits, Sampling(temperature=1.0, logit_bias=((0, 100.0),)), generator) == 0
+    assert pick(logits, Sampling(presence_penalty=1.5), generator, [3], [3]) == 2  # not what stands in the prompt
+    assert pick(logits, Sampling(presence_penalty=1.5), generator, [3], []) == 3
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:

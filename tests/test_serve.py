@@ -19,6 +19,8 @@ from mmdata.encode.rows import Message
 from mmdata.encode.template import Template
 from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmtrain.inference.engine import Delta, Token
+from mmtrain.inference.serve import api, responses
 from mmtrain.inference.serve.app import listen
 from mmtrain.inference.settings import Sampling
 
@@ -121,10 +123,96 @@ def test_logprobs_are_the_model_s(url: str) -> None:
     assert len(entries) == made.usage.completion_tokens
     for entry in entries:
         assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob < 0  # greedy
-        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+        text = bytes(entry.bytes or []).decode(errors="backslashreplace")
+        assert text == entry.token
     streamed = client(url).chat.completions.create(**options, logprobs=True, top_logprobs=3, stream=True)
     found = [c.choices[0].logprobs.content for c in streamed if c.choices[0].logprobs]
     assert [entry for content in found for entry in content or []] == entries
+
+
+def test_tokens_that_are_parts_of_a_character_give_their_bytes(tokenizer: Tokenizer) -> None:
+    script = "🦉皮 a"
+    with served(SayingEngine(tokenizer, script)) as address:
+        made = client(address).chat.completions.create(
+            model="runs-a", messages=HELLO, logprobs=True, top_logprobs=1, max_tokens=50
+        )
+        texts = client(address).completions.create(model="runs-a", prompt="a", logprobs=1, max_tokens=50)
+    entries = made.choices[0].logprobs.content if made.choices[0].logprobs else []
+    assert entries and b"".join(bytes(entry.bytes or []) for entry in entries).decode() == script
+    assert [entry.token for entry in entries[:4]] == ["\\xf0", "\\x9f", "\\xa6", "\\x89"]
+    assert all(entry.top_logprobs[0].bytes == entry.bytes for entry in entries)
+    logprobs = texts.choices[0].logprobs
+    assert logprobs and logprobs.tokens and logprobs.tokens[:2] == ["bytes:\\xf0", "bytes:\\x9f"]
+    assert logprobs.top_logprobs and logprobs.top_logprobs[0] == {"bytes:\\xf0": -0.5}
+
+
+def test_completions_give_as_many_top_logprobs_as_asked_for(
+    tokenizer: Tokenizer, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = client(url).completions.create(
+        model="runs-a", prompt="皮姆 🦉", max_tokens=8, temperature=2, seed=3, logprobs=5
+    )
+    logprobs = made.choices[0].logprobs
+    assert logprobs and logprobs.tokens and logprobs.top_logprobs and logprobs.token_logprobs
+    for token, logp, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == logp and len(top) == 5 + (logp < sorted(top.values())[-5])
+    # Tokens of equal texts: ids without a token, and the same text twice in a vocabulary.
+    monkeypatch.setattr(responses, "token_texts", lambda _: [None, None, b"a", b"a", b"b"])
+    request = api.completion_request({"prompt": "x", "logprobs": 4}, [])
+    stream = responses.AnswerStream(request, 0, [1], tokenizer)
+    top = tuple((id, -float(id)) for id in range(4))
+    (choice,) = stream.add(Delta(None, "a", (Token(3, -3.0, top),)))  # type: ignore[arg-type]
+    assert isinstance(choice.logprobs, responses.CompletionLogprobs)
+    assert choice.logprobs.top_logprobs == [{"": 0.0, "token_id:1": -1.0, "a": -2.0, "token_id:3": -3.0}]
+
+
+def test_penalties_and_bias_change_the_answer(tokenizer: Tokenizer, url: str) -> None:
+    body: Any = {"messages": HELLO, "temperature": 0, "max_tokens": 12}
+    choices: tuple[dict[str, Any], ...] = (
+        {"frequency_penalty": 2},
+        {"presence_penalty": 1.5},
+        {"logit_bias": ((40, 100.0), (41, 99.5)), "presence_penalty": 2},
+    )
+    for given in choices:
+        sent = {name: dict(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        said = expected(tokenizer, HELLO[0]["content"], Sampling(max_new_tokens=12, **given))
+        _, answer = ask(url, {**body, **sent})
+        assert answer["choices"][0]["message"]["content"] == said
+    for id in (-1, tokenizer.vocab_size):
+        status, answer = ask(url, {**body, "logit_bias": {str(id): 1}})
+        assert (status, answer["error"]["param"]) == (400, "logit_bias")
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [(("http://a.example:3000",), "http://a.example:3000"), (("*",), "*")])
+def test_web_pages_of_the_origins_named_may_use_the_interface(
+    tokenizer: Tokenizer, origins: tuple[str, ...], allowed: str
+) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    with served(SayingEngine(tokenizer, "yes"), origins=origins, api_key="k") as address:
+        for origin in ("http://a.example:3000", "http://b.example"):
+            headers = {"Origin": origin, **asked}
+            request = urllib.request.Request(f"{address}/v1/chat/completions", headers=headers, method="OPTIONS")
+            try:
+                with urllib.request.urlopen(request, timeout=LONG_S) as response:
+                    found = response.headers
+            except urllib.error.HTTPError as error:
+                with error:
+                    found = error.headers
+            is_allowed = allowed in ("*", origin)
+            assert found.get("Access-Control-Allow-Origin") == (allowed if is_allowed else None)
+            if is_allowed:
+                assert "x-stainless-os" in found["Access-Control-Allow-Headers"] and "POST" in str(found.items())
+        request = urllib.request.Request(f"{address}/v1/models", headers={"Origin": "http://a.example:3000"})
+        with pytest.raises(urllib.error.HTTPError) as refused:  # without the key, but the page may read why
+            urllib.request.urlopen(request, timeout=LONG_S)
+        assert refused.value.code == 401 and refused.value.headers["Access-Control-Allow-Origin"] == allowed
+        refused.value.close()
+
+
+def test_without_origins_no_other_page_may_read_an_answer(url: str) -> None:
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Origin": "http://a.example"})
+    with urllib.request.urlopen(request, timeout=LONG_S) as response:
+        assert "Access-Control-Allow-Origin" not in response.headers
 
 
 def test_completions_go_on_from_texts(url: str) -> None:

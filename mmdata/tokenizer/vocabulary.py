@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ def byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
+@lru_cache(maxsize=4)
 def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
     """Return the UTF-8 bytes that each id stands for, a list of vocab_size; None for an id without a token.
 

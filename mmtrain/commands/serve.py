@@ -1,5 +1,6 @@
 """`mm serve`: serve a model through an HTTP interface that OpenAI clients understand, with a chat page."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,13 @@ def serve(
     port: Annotated[int, Option("Port to listen on; 0: a free one.", least=0, most=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="MM_API_KEY", help="Key that clients must send.", show_default=False)
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        Option(
+            "Origin of a web page that may use the interface, such as https://example.org; may be repeated; *: all.",
+            metavar="ORIGIN",
+        ),
     ] = None,
     name: Annotated[str | None, Option("Model name that clients see.", default_text="the run's")] = None,
     window: Annotated[int, Option("Largest number of tokens of a conversation and its answer.", least=16)] = 2048,
@@ -58,12 +66,16 @@ def serve(
         raise UsageError("the API key is empty", "--api-key SECRET, or leave it out")
     if host not in LOOPBACK and api_key is None:
         say(f"warning: {host} can be reached from other machines, and no --api-key is asked for")
+    for origin in cors or ():
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise UsageError(f"--cors {origin} is no origin", "--cors https://HOST, without a path; or --cors '*'")
     worker = Worker(Engine(model, tokenizer, max_rows=max_rows, window=window, remember=8), max_waiting=max_waiting)
     service = Service(
         name or run.resolve().name,
         Template(tokenizer),
         worker,
         api_key=api_key,
+        origins=cors or (),
         host=host,
         max_body_bytes=max_body,
         max_tokens=max_tokens,

@@ -210,7 +210,7 @@ class Engine:
     def _extend(self, row: Row, logits: Tensor) -> Delta:
         """Choose the next token of a row from its logits [V], and end the row if this token ends the answer."""
         options = row.options
-        id = pick(logits, options, row._generator, row._prompt + row.ids)
+        id = pick(logits, options, row._generator, row._prompt, row.ids)
         if id in self.ending.ids:
             return self._end(row, "stop")
         token = Token(id)

@@ -1,5 +1,5 @@
 """Choosing the next token from logits, with the settings in the order of transformers' logits processors: repetition
-penalty, temperature, top-k, top-p, min-p. Drawing a token takes one uniform random number from its row's generator, so
+penalty, OpenAI's penalties and bias, temperature, top-k, top-p, min-p. Drawing a token takes one uniform random number from its row's generator, so
 the same seed gives the same answer."""
 
 from collections.abc import Sequence
@@ -20,6 +20,17 @@ def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor
     return logits.index_put((ids,), torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
+def biased(logits: Tensor, options: Sampling, answer_ids: Sequence[int]) -> Tensor:
+    """Return logits [V] with frequency penalty, presence penalty and `logit_bias` applied. answer_ids: those so far."""
+    if answer_ids and (options.frequency_penalty or options.presence_penalty):
+        counts = torch.bincount(torch.tensor(answer_ids), minlength=len(logits))
+        logits = logits - options.frequency_penalty * counts - options.presence_penalty * (counts > 0)
+    if options.logit_bias:
+        ids, values = zip(*options.logit_bias, strict=True)
+        logits = logits.index_add(0, torch.tensor(ids), torch.tensor(values, dtype=logits.dtype))
+    return logits
+
+
 def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
     """Return the probabilities (fp64, descending, summing to 1) and the ids of the tokens, at least one, that may be
     drawn for logits [V] at a temperature above 0. Tokens of equal probability are in the order of their ids."""
@@ -33,10 +44,17 @@ def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
     return probs[:num_kept] / probs[:num_kept].sum(), ids[:num_kept]
 
 
-def pick(logits: Tensor, options: Sampling, generator: torch.Generator, token_ids: Sequence[int] = ()) -> int:
+def pick(
+    logits: Tensor,
+    options: Sampling,
+    generator: torch.Generator,
+    prompt_ids: Sequence[int] = (),
+    answer_ids: Sequence[int] = (),
+) -> int:
     """Choose the next token id for logits [V] on the CPU: the most likely token at temperature 0, else a random one,
-    for which `generator` gives one number. token_ids: of prompt and answer so far, for the repetition penalty."""
-    logits = penalize(logits, token_ids, options.repetition_penalty)
+    for which `generator` gives one number. prompt_ids, answer_ids: the tokens so far, for the penalties."""
+    logits = penalize(logits, [*prompt_ids, *answer_ids], options.repetition_penalty)
+    logits = biased(logits, options, answer_ids)
     if options.temperature == 0:
         return int(logits.argmax())
     probs, ids = candidates(logits, options)

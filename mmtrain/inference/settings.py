@@ -13,7 +13,9 @@ class Sampling:
     """Settings of one answer, greedy by default. Raise UsageError for a value out of range or an empty stop string.
 
     logprobs: n reports the log-probability of each generated token and the n most likely tokens with theirs, from the
-    model's logits before any other setting is applied; None reports none.
+    model's logits before any other setting is applied; None reports none. frequency_penalty, presence_penalty: as in
+    OpenAI's API, subtracted from the logit of a token of the answer so far, the first once for each time it occurs.
+    logit_bias: (token id, number to add to its logit) pairs.
     """
 
     temperature: float = option(
@@ -41,6 +43,9 @@ class Sampling:
     max_new_tokens: int = option(512, help="Longest answer in tokens.", least=1, group=GROUP)
     seed: int = option(0, help="Seed of the random draws; the same seed gives the same answers.", **INT64, group=GROUP)
     logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         check(self)

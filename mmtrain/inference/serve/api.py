@@ -25,7 +25,8 @@ MAX_TOP_LOGPROBS = 20  # the most likely tokens that can be reported with each t
 Count = Annotated[float, Meta(ge=1, le=2**31, multiple_of=1)]
 Choices = Annotated[float, Meta(ge=1, le=MAX_CHOICES, multiple_of=1)]
 TopLogprobs = Annotated[float, Meta(ge=0, le=MAX_TOP_LOGPROBS, multiple_of=1)]
-Zero = Annotated[float, Meta(ge=0, le=0)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Text = Annotated[str, Meta(min_length=1)]
 Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -91,11 +92,8 @@ class Request:
 
 
 class _Unsupported(Struct, kw_only=True):
-    """Fields of OpenAI's API that are accepted only with a value that has no effect, such as a penalty of 0."""
+    """Fields of OpenAI's API that are accepted only with a value that has no effect, such as an empty suffix."""
 
-    frequency_penalty: Zero = 0
-    presence_penalty: Zero = 0
-    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] = {}
     functions: Annotated[list[str], Meta(max_length=0)] = []
     function_call: Literal["none"] = "none"
     modalities: list[Literal["text"]] = []
@@ -126,6 +124,9 @@ class _Body(_Unsupported, kw_only=True):
     top_k: Annotated[float, Meta(ge=0, le=2**31, multiple_of=1)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] = 1.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[int, Bias], Meta(max_length=1024)] = {}  # token id -> what to add to its logit
     seed: int | Annotated[float, Meta(multiple_of=1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=16)] = []
     n: Choices = 1
@@ -146,6 +147,9 @@ class _Body(_Unsupported, kw_only=True):
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             logprobs=None if logprobs is None else int(logprobs),
         )
@@ -178,6 +182,8 @@ class _ToolCall(Struct):
     """A tool call of an earlier answer."""
 
     function: _CalledFunction
+    id: str | None = None
+    type: str | None = None
 
 
 class _Message(Struct):
@@ -187,18 +193,21 @@ class _Message(Struct):
     content: str | list[_Part] | None = None
     reasoning_content: str | None = None
     tool_calls: list[_ToolCall] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
 
     def message(self, place: str) -> Message:
         """Return the message for the chat template. The role "developer" becomes "system"; `reasoning_content` is
         ignored unless the role is "assistant". place: names the message in errors, such as "messages[0]". Raise
         RequestError when it has neither content nor tool calls, content that is not text, tool calls of another role
         than the assistant, or arguments that are not JSON."""
-        calls = tuple(self._call(call.function, f"{place}.tool_calls") for call in self.tool_calls or ())
+        calls = tuple(self._call(call, f"{place}.tool_calls") for call in self.tool_calls or ())
         if calls and self.role != "assistant":
             raise RequestError(f"{place}: only the assistant calls tools", param=f"{place}.tool_calls")
         reasoning = self.reasoning_content if self.role == "assistant" else None
         role = "system" if self.role == "developer" else self.role
-        return Message(role, "" if self.content is None and calls else self._text(f"{place}.content"), reasoning, calls)
+        content = "" if self.content is None and calls else self._text(f"{place}.content")
+        return Message(role, content, reasoning, calls, self.name, self.tool_call_id)
 
     def _text(self, place: str) -> str:
         """Return the content as one text; the elements of a list are joined. Raise RequestError if it is no text."""
@@ -211,16 +220,17 @@ class _Message(Struct):
         return "".join(part.refusal or "" if part.text is None else part.text for part in parts)
 
     @staticmethod
-    def _call(function: _CalledFunction, place: str) -> JsonObject:
-        """Return name and arguments of a called function, decoded if given as text. Raise RequestError if that is not
+    def _call(call: _ToolCall, place: str) -> JsonObject:
+        """Return a tool call as rows have it, its arguments decoded if given as text. Raise RequestError if that is not
         JSON."""
-        arguments = function.arguments
+        arguments = call.function.arguments
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
             except ValueError as error:
                 raise RequestError(f"{place}: function.arguments is not JSON ({error})", param=place) from None
-        return {"name": function.name, "arguments": arguments}
+        given = {name: value for name in ("id", "type") if (value := getattr(call, name)) is not None}
+        return {**given, "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class _Function(Struct):
@@ -323,12 +333,12 @@ def _convert(value: Any, kind: type[Converted], place: str = "") -> Converted:
     try:
         return convert_record(value, kind)
     except msgspec.ValidationError as error:
-        below = re.search(r" - at `\$\.?(.*)`$", str(error))
+        below = re.search(r" - at (?:`key` in )?`\$\.?(.*)`$", str(error))
         name = re.search(r"(?:missing required|unknown) field `(.*?)`", str(error))
         param = place + (below[1] if below else "")
         if re.split(r"\W", param)[0] in _Unsupported.__struct_fields__:
             raise RequestError(f"{param} is not supported here: leave it out", param=param) from None
-        problem = explain(error).removeprefix(f"{below[1]}: " if below else "")
+        problem = explain(error).removeprefix("a key of ").removeprefix(f"{below[1]}: " if below else "")
         if choices := _CHOICES.get(re.sub(r"\[\d+\]", "", param)):
             problem = re.sub("invalid enum value", f"expected {choices}, not", problem)
         problem = re.sub(r"`([a-z |]+)`", lambda match: _in_words(match[1]), problem)

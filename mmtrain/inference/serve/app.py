@@ -61,6 +61,7 @@ class Service:
     template: Template
     worker: Worker
     api_key: str | None = None  # required for paths below /v1/; None: no key is needed
+    origins: Sequence[str] = ()  # of web pages that may use the interface (CORS); "*": of all
     host: str = "127.0.0.1"  # address to listen on
     max_body_bytes: int = 2**20
     max_tokens: int | None = None  # limit of every answer; None: as many as the window has room for
@@ -96,6 +97,8 @@ def check_installed() -> None:
 def make_app(service: Service) -> "Starlette":
     """Return the ASGI application for a service. The service's worker is started and stopped with the application."""
     from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.routing import Route
 
     @contextlib.asynccontextmanager
@@ -148,6 +151,8 @@ def make_app(service: Service) -> "Starlette":
             Route("/health", guarded(health)),
             *(Route(f"/{path}", guarded(page)) for path in PAGE),
         ],
+        middleware=[Middleware(CORSMiddleware, service.origins, ("GET", "POST"), ("*",), allow_private_network=True)]
+        * bool(service.origins),
         exception_handlers=dict.fromkeys((404, 405, 500), error_response),
         lifespan=lifespan,
     )
@@ -291,6 +296,9 @@ class _Generation:
         self._service, self._request = service, request
         self._asks: list[Ask] = []
         seed = secrets.randbits(62) if request.seed is None else request.seed
+        vocab_size = service.engine.tokenizer.vocab_size
+        if unknown := [id for id, _ in request.sampling.logit_bias if not 0 <= id < vocab_size]:
+            raise RequestError(f"logit_bias: no token {unknown[0]}, ids are below {vocab_size:,}", param="logit_bias")
         for prompt_ids in self._prompts():
             max_new_tokens = self._max_new_tokens(len(prompt_ids))
             for _ in range(request.n):

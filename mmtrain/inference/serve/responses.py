@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.vocabulary import token_texts
 from mmtrain.inference.chat import opening_of
 from mmtrain.inference.engine import Delta, Token
 from mmtrain.inference.replies import Piece, Splitter
@@ -52,7 +53,7 @@ class TokenLogprob(Struct):
 
     token: str
     logprob: float | None
-    bytes: list[int] | None  # null if the token does not decode to whole characters
+    bytes: list[int] | None  # of its text, also where the token is a part of a character; null for an unused id
     top_logprobs: "list[TokenLogprob] | UnsetType" = UNSET
 
 
@@ -178,8 +179,8 @@ class AnswerStream:
 
     def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | CompletionLogprobs:
         if self._splitter is None:
-            top = [{self._text(id): logp for id, logp in token.top} for token in tokens]
-            return CompletionLogprobs([self._text(t.id) for t in tokens], [t.logp for t in tokens], top)
+            texts, top = [self._text(token.id, "bytes:") for token in tokens], [self._top(token) for token in tokens]
+            return CompletionLogprobs(texts, [token.logp for token in tokens], top)
         return ChatLogprobs(
             [
                 structs.replace(self._logprob(t.id, t.logp), top_logprobs=[self._logprob(*top) for top in t.top])
@@ -187,9 +188,23 @@ class AnswerStream:
             ]
         )
 
-    def _logprob(self, id: int, logp: float | None) -> TokenLogprob:
-        text = self._text(id)
-        return TokenLogprob(text, logp, None if "\ufffd" in text else list(text.encode()))
+    def _top(self, token: Token) -> dict[str, float]:
+        """Return the most likely tokens of a position, and the generated one, by text. A token whose text another one
+        has already is named by its id."""
+        top: dict[str, float] = {}
+        for id, logp in dict([*token.top, (token.id, token.logp or 0.0)]).items():
+            text = self._text(id, "bytes:")
+            top[f"token_id:{id}" if text in top else text] = logp
+        return top
 
-    def _text(self, id: int) -> str:
-        return self._tokenizer.decode([id])
+    def _logprob(self, id: int, logp: float | None) -> TokenLogprob:
+        data = token_texts(self._tokenizer)[id]
+        return TokenLogprob(self._text(id), logp, None if data is None else list(data))
+
+    def _text(self, id: int, prefix: str = "") -> str:
+        """Return the text of a token; if it is a part of a character, `prefix` and its bytes, such as \\xf0\\x9f."""
+        data = token_texts(self._tokenizer)[id] or b""
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return prefix + "".join(f"\\x{byte:02x}" for byte in data)
