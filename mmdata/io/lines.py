@@ -30,6 +30,7 @@ _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _OUTSIDE = re.compile(rb'(?:[^\[\]{}",]++|%b)*+([\[\]{},])' % _STRING, re.DOTALL)  # up to a bracket or comma
 _INSIDE = re.compile(rb'(?:[^\[\]{}"]++|%b)*+([\[\]{}])' % _STRING, re.DOTALL)  # up to a bracket
 _CONTENT = re.compile(rb"\S")
+_UNBROKEN = re.compile(rb'(?:[^"]++|"(?:[^"\\\n]++|\\[^\n])*+")*+')  # without line breaks in strings
 _BREAK = re.compile(rb"(%b)|\s*[\r\n]\s*" % _STRING, re.DOTALL)
 
 
@@ -242,4 +243,8 @@ def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]
 
 def _on_one_line(element: bytes) -> bytes:
     """Return JSON with a space for each line break outside strings and the white space around it."""
-    return _BREAK.sub(lambda match: match[1] or b" ", element) if b"\n" in element else element
+    if b"\n" not in element:
+        return element
+    if not _UNBROKEN.fullmatch(element):  # no JSON, and must not become it
+        return _BREAK.sub(lambda match: match[1] or b" ", element)
+    return b" ".join([line.strip() for line in element.split(b"\n")])

@@ -18,7 +18,6 @@ from mmdata.errors import InputError
 
 BATCH_ROWS, BATCH_BYTES = 4096, 2**21  # most rows, and about the most bytes, that are read and converted at once
 _BOM = b"\xef\xbb\xbf"
-_NULL = b'":null'
 
 
 class RowRange(NamedTuple):
@@ -139,7 +138,7 @@ def _batches(table: Any, begin: int, end: int | None) -> Iterator[tuple[int, Any
 
 def _json_rows(batch: Any) -> list[bytes]:
     """Convert the rows of a record batch."""
-    if not batch.num_columns or not all(map(_is_simple, batch.schema.types)):
+    if not batch.num_columns or not _are_simple(batch.schema):
         return [_json(_plain(row)) for row in batch.to_pylist()] if batch.num_columns else [b"{}"] * batch.num_rows
     import polars as pl
 
@@ -147,9 +146,14 @@ def _json_rows(batch: Any) -> list[bytes]:
     frame = pl.from_arrow(batch)
     assert isinstance(frame, pl.DataFrame)
     frame.write_ndjson(lines)
-    rows = _without_nulls(lines.getvalue()).split(b"\n")[:-1]
+    rows = _without_nulls(lines.getvalue(), batch).split(b"\n")[:-1]
     assert len(rows) == batch.num_rows
     return rows
+
+
+def _are_simple(fields: Any) -> bool:
+    """Return whether all fields of a schema or struct have a simple type, and names that JSON writes as they are."""
+    return all(_is_simple(field.type) and not {'"', "\\"} & set(field.name) for field in fields)
 
 
 def _is_simple(kind: Any) -> bool:
@@ -157,7 +161,7 @@ def _is_simple(kind: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return kind.num_fields > 0 and all(_is_simple(kind.field(i).type) for i in range(kind.num_fields))
+        return kind.num_fields > 0 and _are_simple(map(kind.field, range(kind.num_fields)))
     if types.is_list(kind) or types.is_large_list(kind):
         return _is_simple(kind.value_type)
     return (
@@ -170,21 +174,30 @@ def _is_simple(kind: Any) -> bool:
     )
 
 
-def _without_nulls(text: bytes) -> bytes:
-    """Remove the keys whose value is null from compact JSON. (In a string, a backslash stands before each quote.)"""
-    kept = bytearray()
-    done, at = 0, text.find(_NULL)
-    while at >= 0:
-        begin, end = text.rfind(b'"', done, at), at + len(_NULL)
-        if text[at - 1 : at] != b"\\" and text[begin - 1 : begin] in (b"{", b","):
-            kept += text[done:begin]
-            if text[end : end + 1] == b",":
-                end += 1
-            elif kept.endswith(b","):
-                kept.pop()
-            done = end
-        at = text.find(_NULL, end)
-    return bytes(kept + text[done:]) if done else text
+def _without_nulls(text: bytes, batch: Any) -> bytes:
+    """Remove the keys whose value is null from the compact JSON of a record batch. (No string is taken for a key, as a
+    backslash stands before each quote in it.)
+    """
+    import pyarrow.types as types
+
+    names: dict[bytes, bool] = {}  # of fields with nulls -> whether they are the last ones of an object
+    fields = [(name, batch.column(i), i == batch.num_columns - 1) for i, name in enumerate(batch.schema.names)]
+    while fields:
+        name, array, is_last = fields.pop()
+        if array.null_count or types.is_floating(array.type):  # polars writes NaN as null
+            key = json.dumps(name, ensure_ascii=False).encode()
+            names[key] = names.get(key, False) or is_last
+        while types.is_list(array.type) or types.is_large_list(array.type):
+            array = array.flatten()
+        if types.is_struct(array.type):
+            last = array.type.num_fields - 1
+            fields += [(array.type.field(i).name, child, i == last) for i, child in enumerate(array.flatten())]
+    for name in names:
+        text = text.replace(name + b":null,", b"")
+    for name, is_last in names.items():
+        if is_last:
+            text = text.replace(b",%b:null}" % name, b"}").replace(b"{%b:null}" % name, b"{}")
+    return text
 
 
 def _plain(value: Any) -> Any:
