@@ -453,8 +453,6 @@ def resolve(
             values[name], origins[name] = preset[name], "preset"
         else:
             values[name], origins[name] = defaults[name], "default"
-    if origins["model"] == "default" and any(getattr(options, name) is not None for name in ("depth", *SHAPE_SETTINGS)):
-        origins["model"] = "flag"  # these describe the model; another one would give them another meaning
     if options.steps is not None:
         values["epochs"] = None  # --steps replaces --epochs
     elif options.epochs is not None:

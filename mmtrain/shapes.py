@@ -54,6 +54,14 @@ class ModelConfig:
         return self.own_head_size or self.hidden_size // self.num_heads
 
     @property
+    def text(self) -> str:
+        """Return the sizes in words."""
+        return (
+            f"{self.num_layers} layers, width {self.hidden_size}, {self.num_heads} query and {self.num_kv_heads} key heads "
+            f"of {self.head_size}, feed-forward {self.ffn_size}, vocabulary {self.vocab_size:,}"
+        )
+
+    @property
     def num_params(self) -> int:
         """Return the number of parameters; an embedding used for input and output is counted once."""
         width, q_size, kv_size = (self.hidden_size, *(n * self.head_size for n in (self.num_heads, self.num_kv_heads)))
@@ -109,21 +117,21 @@ def check_heads(shape: ModelConfig) -> None:
     """Raise UsageError, which says what fits, unless all heads have the same even width and key heads divide query
     heads."""
     width, heads, kv_heads = shape.hidden_size, shape.num_heads, shape.num_kv_heads
-    if shape.own_head_size is None and width % (2 * heads):
-        fitting = sorted((n for n in range(1, width // 2 + 1) if width % (2 * n) == 0), key=lambda n: abs(n - heads))
-        below, above = width // (2 * heads) * 2 * heads, -(-width // (2 * heads)) * 2 * heads
-        options = [f"--heads {_listed(fitting[:3])}"] if fitting else []
-        options.append(f"--width {_listed([size for size in (below, above) if size])}")
-        raise UsageError(
-            f"width {width} is not {heads} heads of an even width", f"{' or '.join(options)} fits; or give --head-size"
-        )
-    if shape.head_size % 2:
-        problem = f"--head-size {shape.head_size} is odd; rotary positions turn pairs of numbers"
-        raise UsageError(problem, f"--head-size {shape.head_size - 1 or 2} or {shape.head_size + 1} fits")
     if heads % kv_heads:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         problem = f"{kv_heads} key/value heads do not divide {heads} query heads"
         raise UsageError(problem, f"--kv-heads {_listed(fitting)} fits")
+    if shape.own_head_size is None and width % (2 * heads):
+        multiples = range(kv_heads, width // 2 + 1, kv_heads)
+        fitting = sorted((n for n in multiples if width % (2 * n) == 0), key=lambda n: abs(n - heads))
+        below, above = width // (2 * heads) * 2 * heads, -(-width // (2 * heads)) * 2 * heads
+        options = [f"--heads {_listed(fitting[:3])}"] if fitting else []
+        options.append(f"--width {_listed([size for size in (below, above) if size])}")
+        problem = f"width {width} is not {heads} heads of an even width"
+        raise UsageError(problem, f"{' or '.join(options)} fits; or give --head-size")
+    if shape.head_size % 2:
+        problem = f"--head-size {shape.head_size} is odd; rotary positions turn pairs of numbers"
+        raise UsageError(problem, f"--head-size {shape.head_size - 1 or 2} or {shape.head_size + 1} fits")
 
 
 def _listed(numbers: list[int]) -> str:

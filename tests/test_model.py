@@ -34,7 +34,15 @@ def documents(lengths: list[int] = LENGTHS) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("minimind2", 104_030_976), ("minimind2-small", 25_829_888), ("minimind3", 63_912_192)]
+    ("name", "count"),
+    [
+        ("minimind2", 104_030_976),
+        ("minimind2-small", 25_829_888),
+        ("minimind3", 63_912_192),
+        ("smollm2-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("gpt2-124m-like", 123_551_232),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
     with torch.device("meta"):

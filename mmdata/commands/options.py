@@ -16,7 +16,7 @@ import difflib
 import inspect
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -45,7 +45,17 @@ Converter = Callable[[Values], Any]
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose --help lists its options in sections, one for each group (`Option.group`)."""
+    """A command whose --help lists its options in sections, one for each group (`Option.group`). other_flags: options
+    of other programs, with what the user should give instead."""
+
+    other_flags: Mapping[str, str] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments. Raise UsageError for one of `other_flags`."""
+        for flag in (word.split("=")[0] for word in args):
+            if flag in self.other_flags:
+                raise UsageError(f"mm {ctx.info_name} has no option {flag}", self.other_flags[flag])
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for the arguments and one for each group, in the order of the parameters; options without a
@@ -83,7 +93,7 @@ class LazyCommand(TyperCommand):
         module = import_module(self.module)
         app = typer.Typer(**SETTINGS)
         function = getattr(module, str(self.name), None) or getattr(module, f"{self.name}_")
-        add(app, function, getattr(module, "HEADINGS", ()))
+        add(app, function, getattr(module, "HEADINGS", ()), getattr(module, "OTHER_FLAGS", None))
         return typer.main.get_command(app)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,18 +113,24 @@ class LazyCommand(TyperCommand):
 def add_lazily(app: typer.Typer, module: str, name: str, summary: str) -> None:
     """Register the function `name` (or `name_`) of a module as a command of `app`, without importing the module.
     summary: the command's line in `mm --help`. The groups in the command's own help are in the order of the module's
-    HEADINGS, if it defines them."""
+    HEADINGS, and OTHER_FLAGS are refused by name, if it defines them."""
     command = type("ModuleCommand", (LazyCommand,), {"module": module})
     app.command(name, cls=command, help=summary)(lambda: None)
 
 
-def add(app: typer.Typer, function: Callable[..., None], headings: Sequence[str] = ()) -> None:
+def add(
+    app: typer.Typer,
+    function: Callable[..., None],
+    headings: Sequence[str] = (),
+    other_flags: Mapping[str, str] | None = None,
+) -> None:
     """Register a function as a command of `app`, under its name without a final underscore. Its docstring is the help
     text; a paragraph that begins with `Example: ` is printed at the end. headings: order of the option groups in the
-    help; by default that of the parameters."""
+    help; by default that of the parameters. other_flags: see `GroupedCommand`."""
+    kind = type("OneCommand", (GroupedCommand,), {"other_flags": other_flags or {}})
     text, _, example = (inspect.getdoc(function) or "").partition("\n\nExample: ")
     name = function.__name__.rstrip("_")
-    app.command(name, cls=GroupedCommand, help=text, epilog=f"Example: {example}")(command_line(function, headings))
+    app.command(name, cls=kind, help=text, epilog=f"Example: {example}")(command_line(function, headings))
 
 
 def command_line(function: Callable[..., None], headings: Sequence[str] = ()) -> Callable[..., None]:

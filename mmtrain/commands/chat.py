@@ -20,12 +20,14 @@ from mmdata.commands.terminal import json_text, result, say
 from mmdata.errors import CheckpointError, MMError, UsageError
 from mmdata.options import Option
 from mmtrain.commands.eval import run_metadata
+from mmtrain.commands.other_flags import OTHER_FLAGS
 from mmtrain.inference.settings import ChatSampling, Sampling
 
 if TYPE_CHECKING:
     from mmdata.encode.rows import Message
     from mmtrain.inference.chat import Chat
 
+__all__ = ["OTHER_FLAGS", "chat"]
 CONVERSATION, MODEL = "Conversation", "Model"  # groups of options in --help
 HELP = """/reset          forget the conversation
 /system TEXT    set the system prompt and forget; without TEXT show it

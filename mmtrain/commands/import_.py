@@ -23,7 +23,7 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a run from a MiniMind, Llama or Qwen3 model, for `mm chat`, `mm eval` and `mm train --init`.
+    """Make a run from a MiniMind, Llama, SmolLM, Qwen2/3 or Mistral model, for `mm chat`, `mm eval` and `mm train --init`.
 
     Example: mm import out/full_sft_768.pth --tokenizer model --out runs/full_sft_768
     """
@@ -35,9 +35,6 @@ def import_(
         print_json(imported)
         return
     shape, seconds = imported.shape, time.monotonic() - start
-    say(
-        f"{path}: {imported.origin}; {shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} query and "
-        f"{shape.num_kv_heads} key heads; tokenizer {imported.tokenizer_dir}"
-    )
+    say(f"{path}: {imported.origin}; {shape.text}; tokenizer {imported.tokenizer_dir}")
     result(f"wrote {imported.run_dir}: {imported.num_params:,} parameters, every value as it was, in {seconds:.1f} s")
     next_command(f"mm chat {imported.run_dir}    or    mm train sft --init {imported.run_dir}")

@@ -12,13 +12,15 @@ from mmdata.commands.options import DATA_DIR, RUNS_DIR, SHARDS_DIR, Json, datase
 from mmdata.commands.terminal import next_command, print_json, result, same_command, say, without_option
 from mmdata.errors import CheckpointError, DatasetError, MMError, UsageError
 from mmdata.options import Option
+from mmtrain.commands.other_flags import OTHER_FLAGS
 from mmtrain.config import DATA, HARDWARE, HEADINGS, PREFERENCES, STAGE_KINDS, TrainOptions
+from mmtrain.shapes import TOKENS_PER_PARAM
 
 if TYPE_CHECKING:
     from mmtrain.train.loop import TrainResult
     from mmtrain.train.preflight import Needs
 
-__all__ = ["HEADINGS", "train"]  # HEADINGS: the groups of options in --help, in this order
+__all__ = ["HEADINGS", "OTHER_FLAGS", "train"]  # HEADINGS: the groups of options in --help, in this order
 SHOWN_FIGURES = ("loss", "bits_per_byte", "accuracy", "reward_margin", "chosen_nll", "guard_loss")
 
 
@@ -153,10 +155,16 @@ def weighted(data: list[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | Non
 
 def print_needs(needs: "Needs") -> None:
     """Print what a run would take: its size in tokens and steps, the memory by part, and the time and disk space."""
+    result(needs.shape.text)
     result(
         f"{needs.num_params:,} parameters, {needs.tokens_per_epoch:,} tokens an epoch, {needs.num_steps:,} steps of "
         f"{needs.batch_tokens:,} tokens, {needs.micro_tokens:,} at once"
     )
+    if needs.optimal_tokens:
+        result(
+            f"trains on {needs.run_tokens:,} tokens; compute-optimal for this size are {needs.optimal_tokens:,} "
+            f"({TOKENS_PER_PARAM} per parameter, Hoffmann et al. 2022), more make it better at the same size"
+        )
     for name, size_bytes in needs.parts.items():
         result(f"  {name:<26} {size_bytes / 1e6:>10,.0f} MB")
     fits = f"; --micro-tokens {needs.largest_micro_tokens:,} would still fit"

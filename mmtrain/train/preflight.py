@@ -25,7 +25,7 @@ from mmtrain.model.batch import cut, to_device, token_logps_of
 from mmtrain.model.logps import chunk_rows
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast
-from mmtrain.shapes import ModelConfig
+from mmtrain.shapes import TOKENS_PER_PARAM, ModelConfig
 from mmtrain.train.plan import TrainPlan
 
 PROBE_TOKENS = 512  # approximate size of the probe's batch
@@ -42,14 +42,18 @@ MOST_CHECKPOINTED_TOKENS = 8192
 class Needs:
     """What a run will need on one rank.
 
+    run_tokens: tokens of all steps. optimal_tokens: those of a compute-optimal pretraining run; 0 for other stages.
     parts: bytes of memory at the peak by purpose, such as "optimizer". free_bytes: memory that this rank may use.
     seconds: duration of the run. tokens_per_s: training speed of all ranks together. disk_bytes: largest size of all
     its checkpoints together. largest_micro_tokens: the largest micro-batch that fits; 0 if not even one sample does.
     """
 
+    shape: ModelConfig
     num_params: int
     tokens_per_epoch: int
     num_steps: int
+    run_tokens: int
+    optimal_tokens: int
     batch_tokens: int
     micro_tokens: int
     parts: Mapping[str, int]
@@ -124,15 +128,18 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> 
     cell = plan.loader.cell_tokens if isinstance(plan.loader, Loader) else 2 * plan.datasets[0].max_len
     width = 1.0 if is_cuda else micro_width(plan)  # on CUDA micro-batches are padded to the nominal size
     epoch_tokens = plan.loader.tokens_per_epoch
-    run_tokens = plan.num_steps * epoch_tokens / max(1, plan.loader.steps_per_epoch)
+    run_tokens = round(plan.num_steps * epoch_tokens / max(1, plan.loader.steps_per_epoch))
     validations = 1 + (plan.num_steps // settings.val_every if settings.val_every else 0)
     val_tokens = plan.val_loader.tokens_per_epoch * validations / 3  # a forward pass is a third of the work
     tokens_per_s = len(micro.ids) / seconds * world.size
     root = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
     return Needs(
+        shape=plan.shape,
         num_params=plan.shape.num_params,
         tokens_per_epoch=epoch_tokens,
         num_steps=plan.num_steps,
+        run_tokens=run_tokens,
+        optimal_tokens=TOKENS_PER_PARAM * plan.shape.num_params * (plan.stage.name == "pretrain"),
         batch_tokens=settings.batch_tokens,
         micro_tokens=settings.micro_tokens,
         parts=memory.parts(int(settings.micro_tokens * width)),

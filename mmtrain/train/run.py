@@ -367,7 +367,11 @@ def _open_trackers(
 def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
     """Yield the console lines at the start: where the weights come from, sizes of model and data, and warnings."""
     loader, source, growth = plan.loader, plan.start.source, plan.start.growth
-    begin = f"from {source.run_dir} (step {source.step})" if source else f"from new weights ({plan.settings.model})"
+    begin = (
+        f"from {source.run_dir} (step {source.step})"
+        if source
+        else f"from new weights ({plan.settings.model or plan.shape.text})"
+    )
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
     yield (
         f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {loader.num_samples:,} samples and "
