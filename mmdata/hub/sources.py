@@ -105,8 +105,8 @@ def list_files(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def first_bytes(path: str) -> bytes:
-    """Return the byte that a file of this name must begin with: `{` for .jsonl and .json; empty for other names."""
-    return b"{" if path.endswith((".jsonl", ".json")) else b""
+    """Return the bytes of which a file of this name must begin with one: `{[` for .jsonl and .json, else empty."""
+    return b"{[" if path.endswith((".jsonl", ".json")) else b""
 
 
 def _list_hf(source: Source, repo: Repo, revision: str) -> Listing:

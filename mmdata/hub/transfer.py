@@ -111,7 +111,7 @@ class Content:
     sha256: str | None = None
     git_oid: str | None = None
     etag: str | None = None
-    first: bytes = b""  # what the file must begin with, known from its name; empty if anything is possible
+    first: bytes = b""  # one of these the file must begin with, known from its name; empty if anything is possible
 
     @property
     def identity(self) -> str | None:
@@ -543,9 +543,9 @@ class _Connections:
 
 
 def _check_first(data: bytes, expected: bytes) -> None:
-    """Raise IntegrityError if a file's first bytes, BOM and white space aside, are not `expected` (empty: any)."""
+    """Raise IntegrityError if a file's first byte, BOM and white space aside, is not in `expected` (empty: any)."""
     start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if expected and start and not start.startswith(expected):
+    if expected and start[:1] not in expected:
         what = "a web page" if start.startswith(b"<") else f"something that begins with {start[:12]!r}"
         raise IntegrityError(f"{what} came instead of the data", NOT_DATA)
 

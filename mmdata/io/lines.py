@@ -48,11 +48,12 @@ class Line(NamedTuple):
 
 class FileFormat(NamedTuple):
     """The format of a file: JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT or TABLE. is_plain: neither compressed nor decoded from
-    another encoding, and no pipe, so that it can be read from any row on.
+    another encoding, and no pipe, so that it can be read from any row on. is_packed: compressed.
     """
 
     kind: str
     is_plain: bool
+    is_packed: bool = False
 
     @property
     def is_lines(self) -> bool:
@@ -73,7 +74,7 @@ def format_of(path: Path, options: ReadOptions = DEFAULT_READING) -> FileFormat:
         return FileFormat(JSONL, False)
     stream = open_stream(path, options.encoding)
     stream.file.close()
-    return FileFormat(_kind_of(path, stream, options), stream.is_plain or stream.is_table)
+    return FileFormat(_kind_of(path, stream, options), stream.is_plain or stream.is_table, stream.is_packed)
 
 
 def iter_lines(

@@ -46,13 +46,14 @@ _BAD_SHARE, _FEW_LINES = 0.25, 3
 @dataclass(frozen=True, slots=True)
 class Stream:
     """An opened file. file: its decompressed UTF-8 bytes, from the beginning. head: the first bytes of these, at most
-    HEAD_BYTES. is_plain: offsets in `file` are offsets on disk, and it can be seeked. is_table: the content is parquet
-    or Arrow. name: the name of the file, or of that inside a zip, without the suffix of its compression.
+    HEAD_BYTES. is_plain: offsets in `file` are offsets on disk, and it can be seeked. is_packed: the file is compressed.
+    is_table: the content is parquet or Arrow. name: the name of the file, or of that inside a zip, without the suffix of its compression.
     """
 
     file: Any
     head: bytes
     is_plain: bool
+    is_packed: bool
     is_table: bool
     name: str
 
@@ -108,18 +109,18 @@ def _recognized(path: Path, file: Any, encoding: str | None, close: Callable[[],
             fix = f"{_UNPACK[packed]} {shlex.quote(str(path))} > {name}" if packed else "write it to a file first"
             raise InputError(f"{path} is a table (parquet or Arrow) that cannot be read in parts", fix)
         close()
-        return Stream(io.BytesIO(), head, False, True, name)
+        return Stream(io.BytesIO(), head, False, False, True, name)
     _check_content(path, head)
     codec = _codec_of(path, head, encoding, packed)
     if is_plain and not codec:
         file.seek(0)
-        return Stream(file, head, True, False, name)
+        return Stream(file, head, True, False, False, name)
     chunks = chain([head], iter(partial(opened.read, BUFFER_BYTES), b""))
     if codec:
         chunks = _decoded(path, chunks, codec)
         head = next(chunks, b"")
         chunks = chain([head], chunks)
-    return Stream(io.BufferedReader(_Chunks(chunks, close), 1 << 20), head, False, False, name)
+    return Stream(io.BufferedReader(_Chunks(chunks, close), 1 << 20), head, False, packed is not None, False, name)
 
 
 class _Chunks(io.RawIOBase):

@@ -226,7 +226,7 @@ def _lines_of(path: Path, read: ReadOptions, most_bytes: int) -> tuple[list[Line
             return lines, num_read, num_read
         if form.kind == TABLE:
             return lines, num_read, num_read * num_rows(path) // max(len(lines), 1)
-        return lines, num_read, size if form.is_plain else size * COMPRESSION
+        return lines, num_read, size * COMPRESSION if form.is_packed else size
     if wanted >= size:
         return list(iter_lines(path)), size, size
     num_blocks = -(-wanted // BLOCK_BYTES)

@@ -474,7 +474,7 @@ def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
     id_bytes = id_dtype(job.header.tokenizer.vocab_size).itemsize
     needed = 2**20
     for part in parts:
-        expansion = 1 if part.end is not None else COMPRESSION
+        expansion = 1 if part.end is not None or part.read.encoding else COMPRESSION
         needed += int(part.num_bytes * expansion * DISK_SHARE * id_bytes / 2)
     place = next(parent for parent in job.out.parents if parent.exists())
     free = shutil.disk_usage(place).free
