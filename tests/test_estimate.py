@@ -68,7 +68,7 @@ def test_the_command_says_it_and_writes_nothing(
     said = capsys.readouterr()
     assert "steps an epoch" in said.out and "--dedup" not in said.err
     cli.app(["pack", str(path), "--plan", "--dedup", "exact", "--tokenizer", str(tokenizer_dir)], standalone_mode=False)
-    assert "note: rows that --dedup" in capsys.readouterr().err
+    assert "note: rows that --where, --dedup" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
