@@ -1,21 +1,28 @@
 """Released architectures: what mm computes, trains and exports is what transformers does, on small random models."""
 
+import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign import make_tokenizer, transformers_model
+from train_data import Data
+from train_runs import config_of
 
 from mmdata.errors import CheckpointError, UsageError
 from mmtrain.convert.architectures import DEFAULTS
 from mmtrain.convert.export import export
 from mmtrain.convert.foreign import import_model, open_model, read
+from mmtrain.distributed import World
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.settings import Sampling
 from mmtrain.shapes import RopeScaling
+from mmtrain.train.loop import train
+from mmtrain.train.optim import learning_rate
+from mmtrain.train.plan import make_plan
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -217,3 +224,60 @@ def test_a_window_as_long_as_the_model_is_none(tokenizer: Path, tmp_path: Path) 
     ids = torch.arange(100) * 7 % 300
     with torch.no_grad():
         assert (logits(open_model(tmp_path / "hf")[0], ids) - theirs(ids[None]).logits[0]).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_ten_training_steps_have_the_losses_of_a_plain_transformers_loop(name: str, data: Data, tmp_path: Path) -> None:
+    """The reference runs each document of a batch alone, with torch's AdamW, clipping and the same learning rates."""
+    known = RELEASED[name]
+    theirs = transformers_model(known.model_type, tmp_path / "hf", data.tokenizer, **known.config).train()
+    import_model(tmp_path / "hf", tmp_path / "start")
+    options = config_of("sft", data, tmp_path / "run", init=tmp_path / "start", model=None, steps=10, lr=1e-3)
+    options = replace(options, weight_decay=0.1, quiet=True)
+    train(options)
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    ours = [line["loss"] for line in lines if "loss" in line]
+
+    plan = make_plan(replace(options, out=tmp_path / "plan"), World(0, 1, torch.device("cpu")))
+    matrices = [p for p in theirs.parameters() if p.dim() > 1]
+    vectors = [p for p in theirs.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, plan.settings.beta2), eps=1e-8)
+    expected = []
+    for step in range(10):
+        micros = plan.loader.batch(step)
+        count = sum(int(micro.loss_mask.sum()) for micro in micros)
+        total = torch.zeros(())
+        for micro in micros:
+            for begin, end in itertools.pairwise(micro.cu_seqlens.tolist()):
+                ids = torch.from_numpy(micro.ids[begin:end].astype("int64"))
+                mask = torch.from_numpy(micro.loss_mask[begin:end].astype("bool"))[1:]
+                if not mask.any():
+                    continue
+                logits = theirs(ids[None]).logits[0, :-1]
+                total = total + torch.nn.functional.cross_entropy(logits[mask], ids[1:][mask], reduction="sum")
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), plan.settings.clip)
+        settings = plan.settings
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 10, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup)
+        optimizer.step()
+        expected.append(loss.item())
+    assert ours == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] < expected[0]
+
+
+def test_adapters_and_preferences_train_on_released_architectures(data: Data, tmp_path: Path) -> None:
+    """The check at step 0 of dpo and the comparison of the export with transformers raise if a part was left out."""
+    transformers_model("qwen2", tmp_path / "hf", data.tokenizer)
+    import_model(tmp_path / "hf", tmp_path / "start")
+    options = config_of("sft", data, tmp_path / "sft", init=tmp_path / "start", model=None, steps=2, lora=4, lr=1e-2)
+    train(options)
+    before, after = (open_model(tmp_path / run)[0].state_dict() for run in ("start", "sft"))
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    train(config_of("dpo", data, tmp_path / "dpo", init=tmp_path / "sft", model=None, steps=2))
+    assert export(tmp_path / "dpo", tmp_path / "out", format="hf").architecture == "Qwen2ForCausalLM"
