@@ -21,7 +21,8 @@ def test_a_file_read_whole_is_foreseen_exactly(tmp_path: Path, tokenizer_dir: Pa
     assert found.kind == kind and found.rows == 300 and found.read_bytes == found.bytes == path.stat().st_size
     for outlook in found.outlooks:
         out = tmp_path / str(outlook.max_len)
-        result = pack([path], out, PackOptions(tokenizer=tokenizer_dir, max_len=outlook.max_len, val_fraction=0))
+        options = PackOptions(tokenizer=tokenizer_dir, max_len=outlook.max_len, val_fraction=0, max_bad="1")
+        result = pack([path], out, options)
         assert (outlook.tokens, outlook.loss_tokens) == (result.tokens, result.loss_tokens)
         assert outlook.cut_tokens == sum(result.cut.values())
         assert outlook.rows_too_long == result.left_out.get("too long", 0)

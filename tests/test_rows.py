@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from mmdata.encode.rows import (
+    FEW_BAD_ROWS,
     HELP,
     OF_THE_RUN,
     REASONS,
@@ -309,16 +310,39 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 def test_budgets_stop_a_run_whose_data_is_mostly_broken() -> None:
     check_budget({"not json": 5}, 100, 0.05)
-    check_budget({"too long": 90, "not json": 1}, 100, 0.05)  # too long is no fault of the data
+    check_budget({"too long": 49, "not json": 1}, 100, 0.05)  # too long is no fault of the data
     with pytest.raises(InputError, match=r"6 of 100 rows cannot be used .*5 not json"):
         check_budget({"not json": 5, "empty content": 1}, 100, 0.05)
     with pytest.raises(InputError, match=r"2 of 100 rows: too long"):
         check_budget({"too long": 2}, 100, 0.05, {"too long": 0.01})
     with pytest.raises(InputError, match="empty content"):
         check_budget({"empty content": 1}, 100, 0.05, {"empty content": 0.0})
-    check_budget({"not json": 90}, 100)  # by default few bad rows never stop a run
+    check_budget({"not json": 50}, 100)  # by default few bad rows do not stop a run, unless they are most
     with pytest.raises(InputError, match=r"101 of 1,000 rows .*allowed: 5\.00%"):
         check_budget({"not json": 101}, 1_000)
+
+
+@pytest.mark.parametrize("reason", ["too long", "template refuses", "not json", "no trained token"])
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 1000])
+def test_more_than_half_of_the_rows_are_too_many_whatever_the_reason(reason: str, num_rows: int) -> None:
+    most = num_rows // 2 + 1
+    for max_bad in (None, 0.3, 0.5):
+        with pytest.raises(InputError, match=f"{most:,} of {num_rows:,} rows cannot be used"):
+            check_budget({reason: most}, num_rows, max_bad)
+    check_budget({reason: most}, num_rows, 1.0)
+    check_budget({reason: min(num_rows // 2, FEW_BAD_ROWS)}, num_rows)
+    if reason in OF_THE_RUN:
+        check_budget({reason: most}, num_rows, None, {reason: 1.0})
+
+
+def test_rows_that_were_to_be_left_out_do_not_count_as_bad() -> None:
+    check_budget({"duplicate": 90}, 100)
+    check_budget({"another kind": 90}, 100, kind="pair")
+    for counts, kind in (({"duplicate": 90, "too long": 6}, None), ({"another kind": 90, "not json": 6}, "pair")):
+        with pytest.raises(InputError, match="6 of 10 rows"):
+            check_budget(counts, 100, kind=kind)
+    with pytest.raises(InputError, match=r"90 of 100 rows cannot be used .*another kind"):
+        check_budget({"another kind": 90}, 100)
 
 
 # ---- 10,000 corrupted lines

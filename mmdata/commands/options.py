@@ -271,13 +271,14 @@ DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # w
 FILES_HELP = (
     "jsonl, JSON arrays, parquet, Arrow or csv, also compressed; - reads standard input. [default: data/*.jsonl]"
 )
+REPORT = "Report"  # heading in --help
 Json = Annotated[bool, Option("Print the figures as JSON, for programs.", flag="--json")]
 TokenizerDir = Annotated[
     Path | None, Option("Tokenizer directory.", flag="--tokenizer", metavar="DIR", default_text="data/tokenizer")
 ]
-Workers = Annotated[int | None, Option("Number of processes.", least=1, default_text="one per core")]
-Html = Annotated[Path | None, Option("Write the report as one self-contained HTML file.", metavar="FILE")]
-Lang = Annotated[str, Option("Language of the HTML report.", choices=("en", "zh"))]
+Workers = Annotated[int | None, Option("Number of processes.", "Processes", least=1, default_text="one per core")]
+Html = Annotated[Path | None, Option("Write the report as one self-contained HTML file.", REPORT, metavar="FILE")]
+Lang = Annotated[str, Option("Language of the HTML report.", REPORT, choices=("en", "zh"))]
 
 
 def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[Path]:

@@ -18,6 +18,7 @@ from mmdata.commands.terminal import (
     Update,
     counted,
     fail,
+    ignored_keys,
     in_time,
     meter,
     next_command,
@@ -247,6 +248,8 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
     write(f"kept {packed.kept:,} of {packed.rows:,} rows{left_out}")
     for reason, tokens in packed.cut.items():
         write(f"cut {tokens:,} of {packed.tokens_in:,} tokens: {reason}")
+    for line in ignored_keys(packed.extra_keys):
+        write(line)
     if packed.control_strings:
         strings = sorted(packed.control_strings.items(), key=lambda item: (-item[1], item[0]))
         more = f" and {len(strings) - MOST_NAMES:,} others" if len(strings) > MOST_NAMES else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdata.commands.options import TokenizerDir, tokenizer_dir
-from mmdata.commands.terminal import json_text, next_command, print_json, print_styled, result, say
+from mmdata.commands.terminal import ignored_keys, json_text, next_command, print_json, print_styled, result, say
 from mmdata.errors import UsageError
 from mmdata.io.options import ReadOptions
 from mmdata.options import Option
@@ -97,10 +97,11 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
 def show_file(
     path: Path, read: ReadOptions, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool
 ) -> None:
-    """Print one row of a file, counted from 0, as it would be packed, or the reason why it would be left out.
-    Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest sequence in tokens."""
+    """Print one row of a file, counted from 0, as it would be packed, or the reason why it would be left out, and the
+    keys of it that are ignored. Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest
+    sequence in tokens."""
     from mmdata.encode.encoder import RowEncoder, preview
-    from mmdata.encode.rows import REASONS, find_kind
+    from mmdata.encode.rows import REASONS, Columns, find_kind
     from mmdata.io.lines import iter_lines
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -108,7 +109,8 @@ def show_file(
     if line is None:
         raise UsageError(f"{path}: --index {index}, but it has fewer rows", "count from 0")
     kind = find_kind(path, read=read)
-    row = preview(line.raw, RowEncoder(Tokenizer.load(tokenizer), max_len=max_len), kind=kind)
+    encoder = RowEncoder(Tokenizer.load(tokenizer), max_len=max_len, columns=Columns.parse(read.mapping))
+    row = preview(line.raw, encoder, kind=kind)
     place: dict[str, Any] = {"file": str(path), "line": line.number}
     if row.bad:
         if as_json:
@@ -129,6 +131,8 @@ def show_file(
     titles = ("chosen", "rejected") if kind == "pair" else [""] * len(row.segments)
     for segments, title in zip(row.segments, titles, strict=False):
         print_segments(((segment.text, segment.is_trained) for segment in segments), title)
+    for ignored in ignored_keys(row.encoded.extra_keys):
+        result(ignored)
     say(f"trained tokens are {TRAINED_LOOK}")
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.commands.options import DATA_DIR, Html, Json, Lang, TokenizerDir, Workers
+from mmdata.commands.options import DATA_DIR, REPORT, Html, Json, Lang, TokenizerDir, Workers
 from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, say, size
 from mmdata.errors import UsageError
-from mmdata.io.options import ReadOptions
+from mmdata.io.options import READING, ReadOptions
 from mmdata.options import Option
 
 if TYPE_CHECKING:
@@ -24,16 +24,20 @@ def stats(
     *,
     read: ReadOptions,
     compare: Annotated[
-        Path | None, Option("Another dataset or file, to compare with the one named.", metavar="DIR|FILE")
+        Path | None, Option("Another dataset or file, to compare with the one named.", REPORT, metavar="DIR|FILE")
     ] = None,
-    exact: Annotated[bool, Option("Tokenize every row of a file instead of a sample of a large one.")] = False,
+    exact: Annotated[bool, Option("Tokenize every row of a file instead of a sample of a large one.", REPORT)] = False,
     losses: Annotated[
         Path | None,
-        Option("File written by `mm eval --per-sequence`; also show the rows of highest loss.", metavar="FILE"),
+        Option("File written by `mm eval --per-sequence`; also show the rows of highest loss.", REPORT, metavar="FILE"),
     ] = None,
     where: Annotated[
         str | None,
-        Option("Describe only the rows of files for which this condition holds (docs/frames.md).", metavar="CONDITION"),
+        Option(
+            "Describe only the rows of files for which this condition holds (docs/frames.md).",
+            READING,
+            metavar="CONDITION",
+        ),
     ] = None,
     lang: Lang = "en",
     workers: Workers = None,

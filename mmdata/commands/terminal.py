@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
 CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
 EVERY_S = 10  # seconds between lines of progress where stderr is no terminal
+MOST_KEYS = 10  # ignored keys of rows in a line
 
 Update = Callable[[int, int], None]  # (units done, units in all)
 
@@ -116,6 +117,16 @@ def percent(part: float, whole: float) -> str:
 def counted(counts: Iterable[tuple[str, int]]) -> str:
     """Format names with their counts in brackets: a (12), b (3)."""
     return ", ".join(f"{name} ({count:,})" for name, count in counts)
+
+
+def ignored_keys(counts: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line that names the keys of rows that no schema knows, and one that names metadata, if there are any."""
+    from mmdata.encode.rows import split_keys
+
+    for title, keys in zip(("keys ignored, known to no schema", "metadata, ignored"), split_keys(counts), strict=True):
+        if keys:
+            more = f" and {len(keys) - MOST_KEYS:,} others" if len(keys) > MOST_KEYS else ""
+            yield f"{title}: {counted(list(keys.items())[:MOST_KEYS])}{more}"
 
 
 # --- tables and text

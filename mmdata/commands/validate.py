@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmdata.commands.options import FILES_HELP, Json, data_files, pack_command
-from mmdata.commands.terminal import counted, fail, next_command, percent, print_json, progress, result, say, table
+from mmdata.commands.terminal import (
+    counted,
+    fail,
+    ignored_keys,
+    next_command,
+    percent,
+    print_json,
+    progress,
+    result,
+    say,
+    table,
+)
 from mmdata.errors import InputError, MMError, UsageError
 from mmdata.io.options import ReadOptions
 from mmdata.options import Option
@@ -48,7 +59,7 @@ def validate(
 
     Example: mm validate data/sft_512.jsonl
     """
-    from mmdata.encode.rows import REASONS, check_budget
+    from mmdata.encode.rows import REASONS, asked_for, check_budget
     from mmdata.encode.validate import validate as validate_file
 
     limit, limits = parse_budget(max_bad)
@@ -56,7 +67,9 @@ def validate(
     for path in data_files(files):
 
         def stop(line: "Line", bad: "BadRow", path: Path = path) -> None:
-            raise InputError(f"{path} line {line.number}: {bad}", f"{REASONS[bad.reason]}; --on-bad quarantine goes on")
+            if bad.reason not in asked_for(read.kind):
+                fix = f"{REASONS[bad.reason]}; --on-bad quarantine goes on"
+                raise InputError(f"{path} line {line.number}: {bad}", fix)
 
         try:
             with progress(f"validate {path}", quiet=as_json) as update:
@@ -64,7 +77,9 @@ def validate(
             validations.append(validation)
             if not as_json:
                 print_validation(validation)
-            check_budget(validation.reasons, validation.num_rows, limit, limits)
+            if not validation.num_good and limit != 1:
+                raise InputError(f"{path}: no row can be used; {validation.first_bad}", "mm validate --help")
+            check_budget(validation.reasons, validation.num_rows, limit, limits, kind=read.kind)
         except MMError as error:
             failures.append(fail(error))
     if as_json:
@@ -91,8 +106,8 @@ def print_validation(validation: "Validation") -> None:
     for reason, _ in reasons:
         place = validation.places[reason][0]
         result(f"{reason}: {REASONS[reason]}" + (f" (line {place.line}: {place.detail})" if place.detail else ""))
-    if validation.extra_keys:
-        result(f"keys ignored: {counted(validation.extra_keys.most_common(MOST_NAMES))}")
+    for line in ignored_keys(validation.extra_keys):
+        result(line)
     if validation.control_strings:
         strings = counted(validation.control_strings.most_common(MOST_NAMES))
         result(

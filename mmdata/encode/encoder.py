@@ -33,7 +33,9 @@ from mmdata.encode.reference import (
     too_long_pair,
 )
 from mmdata.encode.rows import (
+    DEFAULT_COLUMNS,
     BadRow,
+    Columns,
     Conversation,
     Document,
     Pair,
@@ -71,7 +73,8 @@ class EncodedRows:
     bad: row index -> why the row cannot be used, in order of rows.
     hashes, characters: uint8 [R, 32] and int64 [R], the `row_hash` and `num_characters` of each row; 0 for lines that
     are not valid rows.
-    controls: row index -> special-token strings in the row's own text. Only `encode_lines` fills it.
+    controls: row index -> special-token strings in the row's own text. extra_keys: how often the lines have keys that are
+    ignored. Only `encode_lines` fills these two.
     not_written: reason, of `rows.LOST` or `rows.LEFT_OUT` -> number of usable rows of which the template leaves
     something out. text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts of usable rows, and those of them
     that the tokenizer does not know; 0 if it knows every text.
@@ -86,6 +89,7 @@ class EncodedRows:
         self.controls: dict[int, list[str]] = {}
         self.not_written: Counter[str] = Counter()
         self.text_bytes = self.unknown_bytes = 0
+        self.extra_keys: Counter[str] = Counter()
         self._parts: list[tuple[np.ndarray, Sequences]] = []
 
     def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
@@ -182,6 +186,7 @@ class RowEncoder:
         train_on: str = "assistant",
         seed: int = 0,
         on_lost: str = DEFAULT_ON_LOST,
+        columns: Columns = DEFAULT_COLUMNS,
         encoder: Encoder | None = None,
         is_reference: bool = False,
     ):
@@ -193,6 +198,7 @@ class RowEncoder:
         last answer) or "all" (every token but the first; of pairs, both replies from their first answer on).
         seed: together with a row's hash, decides whether the row keeps the empty think blocks that the template writes.
         on_lost: with "warn", rows of which the template loses something are used; with others, they are in `bad`.
+        columns: the columns of lines that hold the fields of rows.
         encoder: the text encoder; None uses the `tokenizers` library.
         is_reference: encode all conversations and pairs with jinja2, for comparison.
         """
@@ -206,6 +212,7 @@ class RowEncoder:
         self.train_on = train_on
         self.seed = seed
         self.on_lost = on_lost
+        self.columns = columns
         self.encoder = encoder or choose(tokenizer, "tokenizers")
         self._is_reference = is_reference
         self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
@@ -214,7 +221,8 @@ class RowEncoder:
         self._first_control, self._last_control = min(control_ids, default=1), max(control_ids, default=0)
 
     def __reduce__(self) -> tuple:
-        options = {name: getattr(self, name) for name in ("max_len", "era", "train_on", "seed", "on_lost")}
+        names = ("max_len", "era", "train_on", "seed", "on_lost", "columns")
+        options = {name: getattr(self, name) for name in names}
         tokenizer = self.tokenizer.dir, self.tokenizer.files
         return _rebuild, (tokenizer, self.encoder.name, options | {"is_reference": self._is_reference})
 
@@ -269,12 +277,12 @@ class RowEncoder:
         out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
         left: Sequence[int] = range(len(raws))
-        if kind != "document" and is_small and self._blocks:
+        if kind != "document" and is_small and not self.columns.mapping and self._blocks:
             left = self._encode_plain(raws, kind, out)
         at, rows = [], []
         for i in left:
             try:
-                row = parse_row(raws[i], kind)
+                row = parse_row(raws[i], kind, extra_keys=out.extra_keys, columns=self.columns)
             except BadRow as bad:
                 out.bad[i] = bad
                 continue
@@ -565,7 +573,7 @@ def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
     """
     encoded = encoder.encode_lines([raw], kind)
     try:
-        row = parse_row(raw, kind)
+        row = parse_row(raw, kind, columns=encoder.columns)
         if not isinstance(row, Document):
             return Preview(encoded, encoder.segments(row))
     except BadRow:

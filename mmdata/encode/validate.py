@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from mmdata.encode.rows import LOOK_AT, BadRow, Row, kind_of_lines, parse_row, texts_of
+from mmdata.encode.rows import LOOK_AT, BadRow, Columns, Row, explain, kind_of_lines, parse_row, texts_of
 from mmdata.io.lines import Line, format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 
@@ -34,7 +34,8 @@ class Validation:
 
     num_rows: equal to num_good plus the sum of `reasons`. num_bytes: the number of bytes read, decompressed.
     reasons: reason -> number of bad rows. places: reason -> the first NUM_PLACES bad rows.
-    extra_keys: unknown key -> how often it occurs.
+    extra_keys: key that is ignored, metadata included -> how often it occurs in good rows.
+    first_bad: the line of the first bad row, and what is wrong with it; empty without bad rows.
     control_strings: special-token string -> how often it occurs in the texts of good rows.
     num_rows_with_control: the number of good rows with such strings.
     """
@@ -49,6 +50,7 @@ class Validation:
     extra_keys: Counter[str] = field(default_factory=Counter)
     control_strings: Counter[str] = field(default_factory=Counter)
     num_rows_with_control: int = 0
+    first_bad: str = ""
 
 
 def validate(
@@ -62,15 +64,16 @@ def validate(
     """Read every row of a file (`-`: standard input) and count the bad rows by reason. Raises InputError if the file is
     missing or damaged. Without `kind`, also if it is empty, or if its first rows are all invalid or of mixed kinds.
 
-    kind: "document", "conversation" or "pair". With None, it is determined from the first rows.
+    kind: "document", "conversation" or "pair". With None, it is that of the options `read`, or of the first rows.
     on_bad: called with every bad line and its error; may raise an exception to stop.
     progress: called every _TICK_ROWS rows and at the end, with the number of bytes read and the size of the file (0 if
     that is unknown because the file is compressed or is standard input).
     """
-    lines = iter_lines(path, options=read)
+    lines, columns = iter_lines(path, options=read), Columns.parse(read.mapping)
+    kind = kind or read.kind
     if kind is None:
         head = list(islice(lines, LOOK_AT))
-        kind = kind_of_lines(head, path)
+        kind = kind_of_lines(head, path, columns)
         lines = chain(head, lines)
     counts = Validation(path, kind)
     total = path.stat().st_size if format_of(path, read).has_offsets else 0
@@ -78,9 +81,10 @@ def validate(
         counts.num_rows += 1
         counts.num_bytes = max(line.offset, counts.num_bytes) + len(line.raw)
         try:
-            row = parse_row(line.raw, kind, extra_keys=counts.extra_keys)
+            row = parse_row(line.raw, kind, extra_keys=counts.extra_keys, columns=columns)
         except BadRow as bad:
             _note(counts, line, bad)
+            counts.first_bad = counts.first_bad or f"line {line.number} {explain(line.raw, bad, columns)}"
             if on_bad:
                 on_bad(line, bad)
         else:

@@ -9,7 +9,7 @@ READING = "Reading files"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
-    """How files of rows are read, see `mmdata.io.lines`; other options classes may derive from this one."""
+    """How files of rows are read, see `mmdata.io.lines` and `mmdata.encode.rows`; other options classes may derive from this one."""
 
     encoding: str | None = option(
         None,
@@ -24,11 +24,26 @@ class ReadOptions:
         group=READING,
         choices=("line", "file"),
     )
+    kind: str | None = option(
+        None,
+        help="Take the rows that can be read as this kind and set the others aside, counted.",
+        group=READING,
+        choices=("document", "conversation", "pair"),
+        default_text="the kind of the first rows",
+    )
+    mapping: tuple[str, ...] = option(
+        (),
+        help="Column that holds a field of rows or messages, as in prompt=question; may be repeated.",
+        group=READING,
+        flag="--map",
+        metavar="FIELD=COLUMN",
+        default_text="see docs/data.md",
+    )
 
     @property
     def reading(self) -> "ReadOptions":
         """These options alone, where `self` is of a derived class."""
-        return ReadOptions(encoding=self.encoding, text=self.text)
+        return ReadOptions(encoding=self.encoding, text=self.text, kind=self.kind, mapping=self.mapping)
 
 
 DEFAULT_READING = ReadOptions()

@@ -93,6 +93,7 @@ class _Marker:
     def __init__(self, settings: PartSettings, left_out: Mapping[int, Verdicts]):
         self._left_out = left_out
         self._kind, self._dedup = settings.header.kind, settings.header.arguments.dedup
+        self._columns = settings.header.arguments.columns
         self._directory = settings.screen_dir
         self._excluded = Excluded([Path(excluded.path) for excluded in settings.header.arguments.exclude])
 
@@ -129,7 +130,7 @@ class _Marker:
         numbers, rows = [], []
         for line in batch:
             try:
-                rows.append(parse_row(line.raw, self._kind))
+                rows.append(parse_row(line.raw, self._kind, columns=self._columns))
                 numbers.append(line.number)
             except BadRow:
                 continue

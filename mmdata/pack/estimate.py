@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mmdata.encode.encoder import EncodedRows, RowEncoder
-from mmdata.encode.rows import BadRow, parse_row
+from mmdata.encode.rows import BadRow, Columns, parse_row
 from mmdata.errors import InputError
 from mmdata.io.lines import JSONL, TABLE, Line, format_of, iter_lines
 from mmdata.io.options import ReadOptions
@@ -125,7 +125,7 @@ def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
     tokenizer, _ = packing_tokenizer(options, kind)
     takes = RowEncoder(
         tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed, on_lost=options.on_lost,
-        encoder=choose(tokenizer, options.encoder),
+        columns=Columns.parse(options.mapping), encoder=choose(tokenizer, options.encoder),
     )  # fmt: skip
     samples = [_read(path, kind, options.reading, LEAST_BYTES) for path in inputs]
     lengths, weights = [np.empty(0, np.int64)], [np.empty(0)]
@@ -174,7 +174,7 @@ def estimate(
     for max_len in max_lens:
         takes = RowEncoder(
             tokenizer, max_len=max_len, era=options.era, train_on=options.train_on, seed=options.seed,
-            on_lost=options.on_lost, encoder=chosen,
+            on_lost=options.on_lost, columns=Columns.parse(options.mapping), encoder=chosen,
         )  # fmt: skip
         found.append(_outlook(samples, kind, takes, workers, options.val_fraction, batch_tokens))
     if not found[-1].tokens:
@@ -204,10 +204,10 @@ def _read(path: Path, kind: str, read: ReadOptions, most_bytes: int = MOST_BYTES
     lines, num_read, total = _lines_of(path, read, most_bytes)
     raws = [line.raw for line in lines]
     spent = time.process_time() - start
-    num_bad = 0
+    num_bad, columns = 0, Columns.parse(read.mapping)
     for raw in raws:
         try:
-            parse_row(raw, kind)
+            parse_row(raw, kind, columns=columns)
         except BadRow:
             num_bad += 1
     return _Sample(raws, num_bad, num_read, total, spent)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from mmdata.encode.encoder import DEFAULT_ON_LOST, EncodedRows, RowEncoder
-from mmdata.encode.rows import LOST, REASONS, SCREENED, BadRow
+from mmdata.encode.rows import LOST, REASONS, BadRow, asked_for
 from mmdata.encode.sequences import Sequences, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
@@ -82,8 +82,9 @@ class PartSettings:
 class PartResult(msgspec.Struct):
     """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut. left_out, cut: by
     reason. kept: rows packed. characters: of their content. control_strings: how often each special token's text occurs
-    in content, where it is encoded as ordinary text. not_written: packed rows of which the chat template leaves out a
-    part, by reason. text_bytes, unknown_bytes: see `EncodedRows`. lengths: number of sequences of each length; of a pair, prompt and
+    in content, where it is encoded as ordinary text. extra_keys: how often rows have keys that are ignored. not_written:
+    packed rows of which the chat template leaves out a part, by reason. text_bytes, unknown_bytes: see `EncodedRows`.
+    lengths: number of sequences of each length; of a pair, prompt and
     longer reply count. digest: the `sequence_digest` of the part.
     """
 
@@ -99,6 +100,7 @@ class PartResult(msgspec.Struct):
     not_written: Counter[str] = msgspec.field(default_factory=Counter)
     text_bytes: int = 0
     unknown_bytes: int = 0
+    extra_keys: Counter[str] = msgspec.field(default_factory=Counter)
     sequences: int = 0
     lengths: Counter[int] = msgspec.field(default_factory=Counter)  # number of sequences by length
     digest: int = 0
@@ -186,6 +188,7 @@ class PartPacker:
             train_on=self._arguments.train_on,
             seed=self._arguments.seed,
             on_lost=self._arguments.on_lost or DEFAULT_ON_LOST,
+            columns=self._arguments.columns,
             encoder=encoder,
             is_reference=is_reference,
         )
@@ -274,11 +277,12 @@ class PartPacker:
         result.compared += len(picks)
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, collected: _Collected, result: PartResult) -> None:
-        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG or SCREENED reasons. If
-        `on_lost` is "fail", raise it for the reasons in LOST.
+        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG and the reasons that the
+        user asked for. If `on_lost` is "fail", raise it for the reasons in LOST.
         """
+        asked = asked_for(self._arguments.kind or None)
         is_lost = self._arguments.on_lost == "fail" and bad.reason in LOST
-        if is_lost or (self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *SCREENED)):
+        if is_lost or (self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *asked)):
             option = "--on-lost set-aside" if is_lost else "--on-bad quarantine"
             raise InputError(
                 f"{part.path} line {line.number}: {bad}",
@@ -308,6 +312,7 @@ class PartPacker:
         result.not_written.update(encoded.not_written)
         result.text_bytes += encoded.text_bytes
         result.unknown_bytes += encoded.unknown_bytes
+        result.extra_keys.update(encoded.extra_keys)
         result.characters += int(encoded.characters[kept].sum())
         for i, strings in encoded.controls.items():
             if encoded.num_sequences[i]:

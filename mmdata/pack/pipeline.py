@@ -27,12 +27,12 @@ from mmdata.io import remote, workers
 from mmdata.io.files import sha256_of, write_bytes, write_json
 from mmdata.io.lines import TABLE, format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
-from mmdata.io.records import FileEntry, write_record
+from mmdata.io.records import FileEntry, decode_record, write_record
 from mmdata.io.tables import row_ranges
 from mmdata.options import check
 from mmdata.pack import dedup
 from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
-from mmdata.pack.part import Part, PartResult, PartSettings
+from mmdata.pack.part import Part, PartResult, PartSettings, RejectedRow
 from mmdata.pack.staging import PackKey, RecordingPacker, Staging, one_of_several, only_writer
 from mmdata.pack.summary import fill_of, header_of, manifest_of, stats_of, total_of
 from mmdata.shards.dataset import id_dtype, open_dataset
@@ -69,9 +69,8 @@ class PackResult:
     cut: dict[str, int]
     control_strings: dict[str, int]  # how often each special token's text occurs in content
     not_written: dict[str, int]  # packed rows of which the chat template leaves out a part, by reason
-    unknown_share: (
-        float | None
-    )  # share of the texts' bytes that the tokenizer does not know; None if it knows all texts
+    unknown_share: float | None  # share of the texts' bytes that the tokenizer does not know; None if it knows all
+    extra_keys: dict[str, int]  # how often rows have each key that is ignored
     samples: dict[int, int]  # bucket -> packs or pairs of both splits
     fill: float  # share of positions that hold tokens
     encoders: dict[str, int]  # encoder -> parts it encoded
@@ -129,9 +128,9 @@ def pack(
     """
     start = time.monotonic()
     check(options)
-    share, budget = options.share, parse_budget(options.max_bad)
+    share = options.share
     out = Path(out)
-    arguments = _arguments(options, *budget)
+    arguments = _arguments(options, *parse_budget(options.max_bad))
     _check_inputs(inputs := [remote.file_at(path) for path in inputs])
     is_rerun = _is_dataset(out)
     job = _plan_job(inputs, out, options, arguments, progress, watch, note or (lambda _: None))
@@ -145,7 +144,7 @@ def pack(
             _check_all_done(job, done)
         _check_disk(job, [part for part in job.parts if part.number not in done])
         results = _pack_parts(staging, job, job.parts, done)
-        _check_left_out(inputs, results, *budget)
+        _check_left_out(staging, job, results)
         _check_unknown(job, results)
         _check_unchanged(job)
         _note_encoders(results, job)
@@ -243,6 +242,7 @@ def _result(
         control_strings=totals.control_strings,
         not_written=totals.not_written or {},
         unknown_share=totals.unknown_bytes / totals.text_bytes if totals.unknown_bytes and totals.text_bytes else None,
+        extra_keys=totals.extra_keys,
         samples=samples,
         fill=fill_of(manifest.kind, manifest.shards),
         encoders={encoder.name: encoder.parts for encoder in manifest.encoders},
@@ -285,6 +285,8 @@ def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str,
         era=options.era,
         train_on=options.train_on,
         part_bytes=options.part_bytes,
+        kind=options.kind or UNSET,
+        map=rows.Columns.parse(options.mapping).mapping or UNSET,
         encoding=options.encoding or UNSET,
         text=options.text or UNSET,
         on_lost=UNSET if options.on_lost == DEFAULT_ON_LOST else options.on_lost,
@@ -325,7 +327,8 @@ def common_kind(inputs: Sequence[Path], read: ReadOptions = DEFAULT_READING) -> 
     for path, other in kinds.items():
         if other != first:
             raise InputError(
-                f"{path} holds {other} rows, {inputs[0]} {first} rows", "pack each kind into a dataset of its own"
+                f"{path} holds {other} rows, {inputs[0]} {first} rows",
+                "pack each kind into a dataset of its own, or take one with --kind",
             )
     return first
 
@@ -504,18 +507,30 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # --- after the parts
 
 
-def _check_left_out(
-    inputs: Sequence[Path], results: Sequence[PartResult], max_bad: float | None, by_reason: Mapping[str, float]
-) -> None:
+def _check_left_out(staging: Staging, job: _Job, results: Sequence[PartResult]) -> None:
     """Raise InputError if no row was packed, or if more rows are left out than the limits for bad rows allow."""
     num_rows = sum(result.rows for result in results)
     left_out = total_of(result.left_out for result in results)
     if not any(result.kept for result in results):
         reason = left_out.most_common(1)[0][0] if left_out else "no row"
-        names = ", ".join(str(path) for path in inputs)
+        names = ", ".join(str(path) for path in job.inputs)
         fix = rows.HELP.get(reason, "give a file with one JSON object a line")
-        raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}", fix)
-    rows.check_budget(left_out, num_rows, max_bad, by_reason)
+        first = _first_rejected(staging, results, job.header.arguments.columns)
+        raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}{first}", fix)
+    arguments = job.header.arguments
+    rows.check_budget(left_out, num_rows, arguments.max_bad, arguments.max_bad_by_reason, kind=job.options.kind)
+
+
+def _first_rejected(staging: Staging, results: Sequence[PartResult], columns: rows.Columns) -> str:
+    """Return, for an error message, where the first row is that was left out, and what is wrong with it."""
+    for result in results:
+        for entry in result.files:
+            if entry.path.startswith("rejected/"):
+                with (staging.dataset / entry.path).open("rb") as file:
+                    row = decode_record(file.readline(), RejectedRow, entry.path, DatasetError, "pack again")
+                bad = rows.BadRow(row.reason, row.detail)
+                return f"; {row.file} line {row.line} {rows.explain(row.raw.encode(), bad, columns)}"
+    return ""
 
 
 def _check_unknown(job: _Job, results: Sequence[PartResult]) -> None:

@@ -108,7 +108,7 @@ def _part_record(result: PartResult) -> PartRecord:
 def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> DatasetTotals:
     by_reason = {
         name: dict(sorted(total_of(getattr(result, name) for result in results).items()))
-        for name in ("left_out", "cut", "control_strings")
+        for name in ("left_out", "cut", "control_strings", "extra_keys")
     }
     not_written = total_of(result.not_written for result in results)
     text_bytes = sum(result.text_bytes for result in results)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from mmdata.encode.rows import Columns
 from mmdata.errors import DatasetError
 from mmdata.io.files import info_of
 from mmdata.io.options import ReadOptions
@@ -61,11 +62,14 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     def screens(self) -> bool:
         """Whether rows are left out that are valid in themselves."""
         return bool(self.dedup or self.exclude or self.where)
+
     end_of_turn: str | msgspec.UnsetType = msgspec.UNSET
     date: str | msgspec.UnsetType = msgspec.UNSET  # also the default, if the chat template writes a date
     encoding: str | msgspec.UnsetType = msgspec.UNSET
     text: str | msgspec.UnsetType = msgspec.UNSET
     on_lost: str | msgspec.UnsetType = msgspec.UNSET  # if it is not the default
+    kind: str | msgspec.UnsetType = msgspec.UNSET  # --kind: rows of other kinds were to be set aside
+    map: dict[str, str] | msgspec.UnsetType = msgspec.UNSET  # --map: the column that holds a field of rows, by field
 
     def amend(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer with the chat template that the rows were rendered with."""
@@ -74,7 +78,15 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def reading(self) -> ReadOptions:
         """How the inputs are read."""
-        return ReadOptions(encoding=self.encoding or None, text=self.text or None)
+        mapping = tuple(f"{name}={column}" for name, column in (self.map or {}).items())
+        return ReadOptions(
+            encoding=self.encoding or None, text=self.text or None, kind=self.kind or None, mapping=mapping
+        )
+
+    @property
+    def columns(self) -> Columns:
+        """The columns from which the fields of rows are read."""
+        return Columns.parse(self.reading.mapping)
 
 
 class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +168,7 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     not_written: the number of packed rows of which the chat template leaves out a part, by reason; none: missing.
     text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts, and of those characters among them that the
     tokenizer does not know; missing if it knows every text.
+    extra_keys: how often rows have each key that is ignored, metadata included.
     """
 
     rows: int
@@ -166,6 +179,7 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     cut: dict[str, int]
     loss_tokens: int
     control_strings: dict[str, int] = {}  # special tokens' texts in content, packed as text
+    extra_keys: dict[str, int] = {}
     sequences: int
     samples: int
     val_rows: int

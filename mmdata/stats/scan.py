@@ -15,7 +15,15 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import NOT_SELECTED, BadRow, Row, num_characters, parse_row
+from mmdata.encode.rows import (
+    DEFAULT_COLUMNS,
+    NOT_SELECTED,
+    BadRow,
+    Columns,
+    Row,
+    num_characters,
+    parse_row,
+)
 from mmdata.encode.sequences import PairSequence, Sequences
 from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import BatchColumns, Ragged, num_rows
@@ -57,7 +65,7 @@ class SampleRow:
     """One row of an input, which may be shown in the report.
 
     file, line: path of the input and line number, from 1. raw: the bytes of the line; empty if the row was decoded from
-    shards. row: the parsed row; None if it is to be parsed from `raw`. encoded: the token sequences of a row decoded
+    shards. row: the parsed row; None if it is to be parsed from `raw`, as `kind` and `columns` say. encoded: the token sequences of a row decoded
     from shards. why: the reason for showing the row: "random", "longest", "shortest" or "loss"; "" if it is not shown.
     characters: the length of its text. nll: its mean loss in nats per token, if `why` is "loss".
     """
@@ -70,10 +78,12 @@ class SampleRow:
     why: str = ""
     characters: int = 0
     nll: float | None = None
+    kind: str | None = None
+    columns: Columns = DEFAULT_COLUMNS
 
     def parsed(self) -> Row:
         """Return the parsed row. Raise BadRow if it must be parsed from `raw` and that fails."""
-        return self.row or parse_row(self.raw)
+        return self.row or parse_row(self.raw, self.kind, columns=self.columns)
 
     @property
     def can_be_shown(self) -> bool:
@@ -250,18 +260,18 @@ class _FileScanner:
         file, options = str(part.path), self._options
         left_out = options.left_out.get(file, frozenset())
         rows: list[SampleRow] = []
-        extra_keys = scanned.tally.counters["extra_keys"]
+        extra_keys, columns = scanned.tally.counters["extra_keys"], Columns.parse(options.read.mapping)
         for line in lines:
             if line.number in left_out:
                 continue
             try:
                 if line.number in options.not_selected:
                     raise BadRow(NOT_SELECTED, options.where)
-                row = parse_row(line.raw, options.kind, extra_keys=extra_keys)
+                row = parse_row(line.raw, options.kind, extra_keys=extra_keys, columns=columns)
             except BadRow as bad:
                 _set_aside(scanned.tally, line, bad, file)
             else:
-                rows.append(SampleRow(file, line.number, line.raw, row))
+                rows.append(SampleRow(file, line.number, line.raw, row, kind=options.kind, columns=columns))
         if self._encoder and rows:
             drawn = drawn_lines(np.array([row.line for row in rows], np.uint64), part.input, options.share)
             chosen = [row for row, is_drawn in zip(rows, drawn, strict=True) if is_drawn]
@@ -309,21 +319,23 @@ def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> l
         if path is None or format_of(path, dataset.manifest.arguments.reading) != FileFormat(JSONL, True):
             return []
         scanned.append(PartScan(int(sources["file"][0])))
-        if rows := list(_rows_at(path, dataset.kind, sources, evenly(part.kept, share))):
+        if rows := list(_rows_at(path, dataset, sources, evenly(part.kept, share))):
             scanned[-1].add(rows, ScanOptions(dataset.kind))
     return scanned
 
 
-def _rows_at(path: Path, kind: str, sources: Mapping[str, Any], chosen: np.ndarray) -> Iterator[SampleRow]:
-    """Yield rows of a file, read at the byte offsets that packing recorded; lines that are no valid rows are omitted.
+def _rows_at(path: Path, dataset: Dataset, sources: Mapping[str, Any], chosen: np.ndarray) -> Iterator[SampleRow]:
+    """Yield rows of an input, read at the byte offsets that packing recorded; lines that are no valid rows are omitted.
     sources: the provenance columns of a part. chosen: indices into these columns.
     """
+    kind, columns = dataset.kind, dataset.manifest.arguments.columns
     with path.open("rb") as file:
         for i in chosen.tolist():
             file.seek(int(sources["offset"][i]))
             raw = file.readline().rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
             try:
-                yield SampleRow(str(path), int(sources["line"][i]), raw, parse_row(raw, kind))
+                row = parse_row(raw, kind, columns=columns)
+                yield SampleRow(str(path), int(sources["line"][i]), raw, row, kind=kind, columns=columns)
             except BadRow:
                 continue
 

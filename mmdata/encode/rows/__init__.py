@@ -23,6 +23,7 @@ from mmdata.encode.rows.reasons import (
     SCREENED,
     TOOL_REFERENCES,
     BadRow,
+    asked_for,
     check_budget,
 )
 from mmdata.encode.rows.row import (
@@ -40,10 +41,10 @@ from mmdata.encode.rows.row import (
     split_documents,
     texts_of,
 )
-from mmdata.encode.rows.schemas import COLUMNS, KINDS, Columns, split_keys
+from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, KINDS, Columns, split_keys
 
 __all__ = [
-    "COLUMNS",
+    "DEFAULT_COLUMNS",
     "DEFAULT_MAX_BAD",
     "DUPLICATE",
     "EARLIER_REASONING",
@@ -68,6 +69,7 @@ __all__ = [
     "Message",
     "Pair",
     "Row",
+    "asked_for",
     "calls_of",
     "canonical_calls",
     "canonical_tools",

@@ -10,7 +10,7 @@ from mmdata.encode.rows.load import json_type, load
 from mmdata.encode.rows.messages import MessageReader, Messages, is_transcript, objects_of
 from mmdata.encode.rows.reasons import REASONS, BadRow
 from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
-from mmdata.encode.rows.schemas import COLUMNS, MEDIA, Columns, describe
+from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, Columns, describe
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
@@ -21,7 +21,7 @@ LOOK_AT = 100  # number of lines at the beginning of a file from which its kind 
 
 
 def parse_row(
-    raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None, columns: Columns = COLUMNS
+    raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None, columns: Columns = DEFAULT_COLUMNS
 ) -> Row:
     """Parse one line (without its newline). Raises BadRow if it is not a valid row, or cannot be read as the given kind.
 
@@ -30,7 +30,7 @@ def parse_row(
     the last value is used.
     """
     values = load(raw)
-    if type(values) is dict and len(values) == 1 and columns is COLUMNS and (row := _plain(values, kind)):
+    if type(values) is dict and len(values) == 1 and not columns.mapping and (row := _plain(values, kind)):
         return row
     if type(values) is list and _is_message_list(values, columns):
         values = {columns.mapping.get("messages", "messages"): values}
@@ -68,7 +68,7 @@ def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | No
         is_whole = value and not value.isspace() and (kind == "document" or not is_transcript(value))
         return Document(value) if is_whole else None
     if column == "conversations" and kind != "document" and kind != "pair" and type(value) is list:
-        reader = MessageReader(COLUMNS)
+        reader = MessageReader(DEFAULT_COLUMNS)
         messages, tools = reader.read(value, column)
         if reader.keys or messages[-1].content == PLACEHOLDER:
             return None
@@ -77,14 +77,17 @@ def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | No
     return None
 
 
-def find_kind(path: Path, columns: Columns = COLUMNS, read: ReadOptions = DEFAULT_READING) -> str:
-    """Return the kind of rows in a file, from its first LOOK_AT lines. Raises InputError if the file cannot be read or
-    is empty, if none of these lines is a valid row, or if kinds are mixed.
+def find_kind(path: Path, read: ReadOptions = DEFAULT_READING) -> str:
+    """Return the kind of rows in a file: the one that the options ask for, or else that of its first LOOK_AT lines.
+    Raises InputError if the file cannot be read or is empty, if none of these lines is a valid row, or if kinds are
+    mixed.
     """
-    return kind_of_lines(islice(iter_lines(path, options=read), LOOK_AT), path, columns)
+    if read.kind:
+        return read.kind
+    return kind_of_lines(islice(iter_lines(path, options=read), LOOK_AT), path, Columns.parse(read.mapping))
 
 
-def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = COLUMNS) -> str:
+def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = DEFAULT_COLUMNS) -> str:
     """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines.
     Raises InputError if there are no lines or no valid rows, or if no kind has 90%.
 
@@ -117,7 +120,7 @@ def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = COLUMNS)
     return kind
 
 
-def explain(raw: bytes, bad: BadRow, columns: Columns = COLUMNS) -> str:
+def explain(raw: bytes, bad: BadRow, columns: Columns = DEFAULT_COLUMNS) -> str:
     """Return why a line cannot be used, the fields that it has, and, if no schema fits, the nearest and what it lacks."""
     try:
         values = load(raw)

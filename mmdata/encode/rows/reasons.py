@@ -57,7 +57,8 @@ LEFT_OUT = {
 # Reasons that depend on the tokenizer or the options. Rows left out for them do not count as bad in `check_budget`.
 OF_THE_RUN = frozenset({"too long", "template refuses", "template cannot be cut", *LOST, *SCREENED})
 DEFAULT_MAX_BAD = 0.05  # without --max-bad, a larger share of bad rows is an error
-FEW_BAD_ROWS = 100  # without --max-bad, this number of bad rows is never an error, however small the file
+FEW_BAD_ROWS = 100  # without --max-bad, this number of bad rows is no error, unless they are more than MOST_FAILED
+MOST_FAILED = 0.5  # share of rows; if more are left out it is an error, for whatever reasons
 
 
 class BadRow(ValueError):
@@ -76,32 +77,52 @@ class BadRow(ValueError):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+def asked_for(kind: str | None) -> frozenset[str]:
+    """Return the reasons for which the user asked that rows be left out. kind: that of --kind, or None."""
+    return frozenset((*SCREENED, "another kind") if kind else SCREENED)
+
+
 def check_budget(
     counts: Mapping[str, int],
     num_rows: int,
     max_bad: float | None = None,
     per_reason: Mapping[str, float] | None = None,
+    *,
+    kind: str | None = None,
 ) -> None:
-    """Raise InputError if too many rows of a file or dataset are bad.
+    """Raise InputError if too many rows of a file or dataset are bad. Rows left out for a reason that the user asked for
+    (`asked_for`) do not count as bad.
 
     counts: the number of bad rows by reason. num_rows: the number of all rows.
     max_bad: the largest allowed share of bad rows, in [0, 1]. Reasons in OF_THE_RUN are not counted. None allows
-    DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more.
+    DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more. MOST_FAILED of the rows (or `max_bad`, if that is
+    more) is the limit for all reasons, except those in `per_reason`.
     per_reason: reason -> the largest allowed share of rows with this reason, in addition to `max_bad`.
+    kind: the kind of rows that the user asked for with --kind.
     """
-    bad = {reason: count for reason, count in counts.items() if reason not in OF_THE_RUN and count}
-    num_bad = sum(bad.values())
-    allowed = max(DEFAULT_MAX_BAD * num_rows, FEW_BAD_ROWS) if max_bad is None else max_bad * num_rows
-    if num_bad > allowed:
-        max_bad = DEFAULT_MAX_BAD if max_bad is None else max_bad
-        reason = max(bad, key=lambda r: bad[r])
-        raise InputError(
-            f"{num_bad:,} of {num_rows:,} rows cannot be used (allowed: {max_bad:.2%}); most: {counts[reason]:,} {reason}",
-            f"{REASONS[reason]}; or raise --max-bad",
-        )
-    for reason, share in (per_reason or {}).items():
+    per_reason = per_reason or {}
+    aside = asked_for(kind)
+    failed = {reason: count for reason, count in counts.items() if count and reason not in aside}
+    num_left = num_rows - sum(count for reason, count in counts.items() if reason in aside)
+    bad = {reason: count for reason, count in failed.items() if reason not in OF_THE_RUN}
+    limit, most_failed = DEFAULT_MAX_BAD if max_bad is None else max_bad, max(MOST_FAILED, max_bad or 0)
+    allowed = limit * num_rows if max_bad is not None else max(limit * num_rows, FEW_BAD_ROWS)
+    _check_share(bad, num_rows, allowed, limit)
+    failed = {reason: count for reason, count in failed.items() if reason not in per_reason}
+    _check_share(failed, num_left, most_failed * num_left, most_failed)
+    for reason, share in per_reason.items():
         if counts.get(reason, 0) > share * num_rows:
             raise InputError(
                 f"{counts[reason]:,} of {num_rows:,} rows: {reason} (allowed: {share:.2%})",
                 f"{HELP[reason]}; or raise --max-bad for this reason",
             )
+
+
+def _check_share(counts: Mapping[str, int], num_rows: int, allowed: float, share: float) -> None:
+    """Raise InputError if these reasons have more rows than allowed. share: the allowed share, for the message."""
+    if (num_bad := sum(counts.values())) > allowed:
+        reason = max(counts, key=lambda r: counts[r])
+        raise InputError(
+            f"{num_bad:,} of {num_rows:,} rows cannot be used (allowed: {share:.2%}); most: {counts[reason]:,} {reason}",
+            f"{HELP[reason]}; or raise --max-bad",
+        )

@@ -115,7 +115,7 @@ class Columns:
                 problem = "is given twice" if name in mapping else "is not FIELD=COLUMN"
                 raise UsageError(f"--map {item} {problem}", f"FIELD is one of {', '.join(names)}")
             mapping[name] = column
-        return cls(mapping)
+        return cls(mapping) if mapping else DEFAULT_COLUMNS
 
     def of_row(self, values: JsonObject, kind: str | None) -> "Assignment":
         """Return the fields of a row's columns that are not null, and its schema. Raises BadRow if no schema fits, or
@@ -235,10 +235,10 @@ def _assigned(values: JsonObject, table: Mapping[str, tuple[str, int]]) -> tuple
 
 
 _TURN_TABLE = _table(TURN_FIELDS, {})
-COLUMNS = Columns()  # without a mapping
+DEFAULT_COLUMNS = Columns()  # without a mapping
 
 
-def describe(values: JsonObject, columns: Columns = COLUMNS) -> str:
+def describe(values: JsonObject, columns: Columns = DEFAULT_COLUMNS) -> str:
     """Return, for an error message, the fields of a row that cannot be used, and the nearest schema if none fits."""
     types = [f"`{key}` ({'null' if value is None else json_type(value)})" for key, value in list(values.items())[:12]]
     more = f" and {len(values) - 12} others" if len(values) > 12 else ""

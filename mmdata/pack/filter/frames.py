@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import BadRow, Row, parse_row, row_hash, texts_of
+from mmdata.encode.rows import BadRow, Columns, Row, parse_row, row_hash, texts_of
 from mmdata.errors import UsageError
 from mmdata.io.lines import Line
 from mmdata.io.workers import Tick
@@ -94,9 +94,10 @@ class PartColumns:
         rows: list[Row] = []
         reasons: list[str | None] = []
         good: list[int] = []
+        fields = Columns.parse(part.read.mapping)
         for i, line in enumerate(lines):
             try:
-                rows.append(parse_row(line.raw, self._reader.kind))
+                rows.append(parse_row(line.raw, self._reader.kind, columns=fields))
             except BadRow as bad:
                 reasons.append(bad.reason)
             else:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mmdata.encode.rows import split_keys
 from mmdata.shards.dataset import REPORT
 from mmdata.stats.figures import WARNINGS
 from mmdata.stats.report import page
@@ -157,9 +158,10 @@ def _glance(figures: Figures) -> Iterator[Block]:
         title = "Control strings in content, packed as plain text"
         table = Table([Column("string", "code"), Column("times", "count")], most)
         yield Fold(joined([phrase(title), as_name(f"({len(controls):,})")], " "), [table])
-    if keys := figures.get("extra_keys"):
-        columns = [Column("key", "code"), Column("rows", "count")]
-        yield Fold("Keys of rows that are ignored", [Table(columns, list(keys.items()))])
+    titles = ("Keys of rows that no schema knows; they are ignored", "Metadata of rows; it is ignored")
+    for title, keys in zip(titles, split_keys(figures.get("extra_keys") or {}), strict=True):
+        if keys:
+            yield Fold(title, [Table([Column("key", "code"), Column("rows", "count")], list(keys.items()))])
 
 
 def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdata.encode.rows import BadRow, Conversation, Document, Pair, Row, parse_row, split_documents
+from mmdata.encode.rows import BadRow, Columns, Conversation, Document, Pair, Row, parse_row, split_documents
 from mmdata.errors import InputError, UsageError
 from mmdata.io.lines import format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
@@ -148,6 +148,7 @@ def draw(
     total = sum(sizes)
     reservoirs: _Reservoirs = {}
     left_out: dict[str, Counter[str]] = {}
+    columns = Columns.parse(read.mapping)
     num_rows = done = 0
     for index, path in enumerate(files):
         uniform = random.Random(f"{seed}:{index}").random
@@ -156,7 +157,7 @@ def draw(
         for line in iter_lines(path, options=read):
             num_rows += 1
             try:
-                waiting += fields_of(parse_row(line.raw))
+                waiting += fields_of(parse_row(line.raw, read.kind, columns=columns))
             except BadRow as bad:
                 reasons[bad.reason] += 1
             if len(waiting) >= _BATCH:
