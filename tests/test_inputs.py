@@ -239,3 +239,15 @@ def test_two_files_of_one_name_are_both_packed(home: Path, mm: Run) -> None:
     for number, name in enumerate("ab"):
         manifest = json.loads((home / f"shards/{name}-train/manifest.json").read_text())
         assert manifest["totals"]["rows"] == 5 + number
+
+
+def test_rows_selected_into_parquet_are_packed_as_before(home: Path, mm: Run) -> None:
+    rows = [json.loads(line) for line in (home / "data/sft_512.jsonl").read_text().splitlines()]
+    write(home, "groups.parquet", rows)
+    fine(mm("select groups.parquet --out some.parquet --rest others.jsonl --where 'line > 0'"))
+    for name in ("data/sft_512.jsonl", "groups.parquet", "some.parquet"):
+        fine(mm(f"pack {name} --no-report"))
+    manifests = [
+        json.loads((home / f"shards/{name}/manifest.json").read_text()) for name in ("sft_512", "groups", "some")
+    ]
+    assert len({manifest["dataset_digest"] for manifest in manifests}) == 1

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from mmdata.errors import InputError
 
 BATCH_ROWS, BATCH_BYTES = 4096, 2**21  # most rows, and about the most bytes, that are read and converted at once
+SELECTED = ["file", "line", "row"]  # the columns of a parquet file that `mm select` writes
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -137,7 +138,9 @@ def _batches(table: Any, begin: int, end: int | None) -> Iterator[tuple[int, Any
 
 
 def _json_rows(batch: Any) -> list[bytes]:
-    """Convert the rows of a record batch."""
+    """Convert the rows of a record batch. The rows of a file that `mm select` wrote are in its column `row`."""
+    if batch.schema.names == SELECTED:
+        return [row if isinstance(row, bytes) else row.encode() for row in batch.column("row").to_pylist()]
     if not batch.num_columns or not _are_simple(batch.schema):
         return [_json(_plain(row)) for row in batch.to_pylist()] if batch.num_columns else [b"{}"] * batch.num_rows
     import polars as pl

@@ -21,6 +21,7 @@ import polars as pl
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS
 from mmdata.errors import InputError, UsageError
 from mmdata.io.files import atomic_path, write_bytes
+from mmdata.io.tables import SELECTED
 from mmdata.io.workers import run_jobs
 from mmdata.pack import dedup
 from mmdata.pack.filter.features import COLUMNS, EXACT, NEAR
@@ -201,7 +202,7 @@ def _write_parquet(path: Path, rows: pl.DataFrame, lines: Iterable[bytes]) -> No
 
     every = iter(lines)
     kind = pa.large_binary() if rows["reason"].is_in([*REASONS]).any() else pa.large_string()
-    schema = pa.schema([("file", pa.string()), ("line", pa.int64()), ("row", kind)])
+    schema = pa.schema(list(zip(SELECTED, (pa.string(), pa.int64(), kind), strict=True)))
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[begin : begin + ROWS_AT_ONCE]
