@@ -109,6 +109,8 @@ def test_lists_of_messages_are_rows_and_not_an_array_of_rows(tmp_path: Path) -> 
     assert rows_in(path) == talks
     path.write_text(json.dumps(talks))
     assert rows_in(path) == talks
+    path.write_text("[{}]\n" + json.dumps({"text": "a"}))  # a bad first row
+    assert rows_in(path) == [[{}], {"text": "a"}]
     path.write_text(json.dumps(talks[0], indent=1))
     assert "jq -c ." in refusal(path).fix
 
@@ -346,6 +348,7 @@ def test_every_text_format_is_read_in_another_encoding(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content.decode().encode("utf-16"))
         assert rows_in(tmp_path / name, encoding="utf-16") == ROWS
     (tmp_path / "rows.txt").write_bytes("灯\n塔\n".encode("gbk"))
+    assert rows_in(tmp_path / "rows.txt", encoding="gbk", kind="document") == [{"text": "灯"}, {"text": "塔"}]
     assert rows_in(tmp_path / "rows.txt", encoding="gbk", text="line") == [{"text": "灯"}, {"text": "塔"}]
 
 

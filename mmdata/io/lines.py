@@ -147,9 +147,10 @@ def _document(text: bytes) -> bytes:
 
 
 def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
-    """Return the format of an opened file. Raises InputError for plain text without `options.text`, and for JSON whose
-    first row is spread over several lines.
+    """Return the format of an opened file. Raises InputError for plain text, unless `options.text` or the kind "document"
+    allow it, and for JSON whose first row is spread over several lines.
     """
+    text = options.text or ("line" if options.kind == "document" else None)
     if stream.is_table:
         return TABLE
     suffix = _suffix(stream)
@@ -157,15 +158,15 @@ def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
     if re.match(rb'\{\s*["}]', head):
         is_spread = head.partition(b"\n")[0].rstrip() == b"{"
     elif re.match(rb"\[\s*[\[{]", head) or head.rstrip() == b"[":
-        if not _is_message_list(head):
+        if not _is_message_list(head) and not re.match(rb"[^\n]*\]\s*\n\s*\{", head):  # else its line is a row of jsonl
             return ARRAY
         is_spread = head.partition(b"\n")[0].rstrip() == b"["
     elif suffix in _SEPARATORS:
         return CSV
-    elif suffix in _JSON_SUFFIXES or not (options.text or suffix in _TEXT_SUFFIXES):
+    elif suffix in _JSON_SUFFIXES or not (text or suffix in _TEXT_SUFFIXES):
         return JSONL
-    elif options.text:
-        return TEXT if options.text == "line" else WHOLE_TEXT
+    elif text:
+        return TEXT if text == "line" else WHOLE_TEXT
     else:
         raise InputError(f"{path} is plain text, not JSON", "--text line: a document a line; --text file: one document")
     if is_spread:
@@ -237,7 +238,10 @@ def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]
             more = more.replace(_BOM, b"   ", 1) if more.startswith(_BOM) else more
         base, at, buffer, start = base + start, at - start, buffer[start:] + more, 0
         if len(buffer) > MOST_BYTES:
-            raise InputError(f"{path}: row {number + 1:,} is longer than {MOST_BYTES:,} bytes: a quote is missing", "")
+            raise InputError(
+                f"{path}: row {number + 1:,} is longer than {MOST_BYTES:,} bytes: a quote is missing",
+                "look at the row before it",
+            )
     if is_open:
         raise damaged(path, f"the JSON array does not end after {number:,} rows")
 

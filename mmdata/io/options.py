@@ -20,7 +20,7 @@ class ReadOptions:
     )
     text: str | None = option(
         None,
-        help="Take plain text files, too; line: every line is a document; file: every file is one.",
+        help="Take plain text files, too; line: every line is a document, as with --kind document; file: every file is one.",
         group=READING,
         choices=("line", "file"),
     )
