@@ -579,7 +579,7 @@ def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conve
             return change(value)
         if isinstance(value, dict):
             return {change(key): of(item) for key, item in value.items()}
-        return [of(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return type(value)(map(of, value)) if isinstance(value, (list, tuple)) else value
 
-    messages = [Message(m.role, *map(of, m[1:])) for m in conversation.messages]
-    return Conversation(tuple(messages), tuple(of(conversation.tools)))
+    messages = tuple(Message(m.role, *map(of, m[1:])) for m in conversation.messages)
+    return Conversation(messages, of(conversation.tools))

@@ -153,6 +153,8 @@ def _glance(figures: Figures) -> Iterator[Block]:
         yield Table(columns, rows)
     if figures.get("cut"):
         yield shares("cut", figures["cut"], unit="tokens", total=figures["tokens_in"])
+    if figures.get("not_written"):
+        yield shares("left out by the template", figures["not_written"], total=figures["kept"])
     if controls := figures.get("control_strings"):
         most = sorted(controls.items(), key=lambda item: (-item[1], item[0]))[:MOST_STRINGS]
         title = "Control strings in content, packed as plain text"
@@ -176,6 +178,9 @@ def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
         yield "trained tokens", f"{about}{figures['loss_tokens']:,}", share
     yield "characters", f"{figures['characters']:,}", ""
     yield "bytes", size(figures["bytes"]), as_name(f"{figures['bytes']:,}")
+    if figures.get("unknown_bytes"):
+        share = phrase("{value} % of the bytes", value=f"{100 * figures['unknown_bytes'] / figures['text_bytes']:.2g}")
+        yield "unknown characters", size(figures["unknown_bytes"]), share
     if "fill" in figures and figures["kind"] != "pair":  # pairs are not packed, so they have no fill
         padding = phrase("{value} % padding", value=f"{100 * figures['waste']:.2f}")
         yield "fill", f"{100 * figures['fill']:.2f} %", padding

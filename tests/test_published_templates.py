@@ -1,0 +1,242 @@
+"""Ids and masks with reductions of the chat templates that models are published with, against transformers."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import eras
+import pytest
+
+from mmdata.encode.encoder import EncodedRows, RowEncoder
+from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation, parse_row
+from mmdata.encode.sequences import TokenSequence
+from mmdata.encode.template import Template
+from mmdata.tokenizer.tokenizer import Tokenizer
+
+PUBLISHED = {path.stem: path.read_text(encoding="utf-8") for path in sorted((eras.HERE / "fixtures" / "published").iterdir())}  # fmt: skip
+MARK = re.compile(r"<\|\w+\|>|<｜[^<｜]+｜>|\[/?[A-Z_]{4,}\]|\[gMASK\]|<(?:start|end)_of_turn>|<sop>|</?s>")
+
+
+def directory(root: Path, template: str) -> Path:
+    """A tokenizer with this template, of which the tokens that it writes are special."""
+    data = json.loads((eras.HERE / "golden" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    known = {token["content"]: token for token in data["added_tokens"]}
+    free = 1 + max(*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"]))
+    names = [name for name in dict.fromkeys([*MARK.findall(template), "<|system|>", "<|user|>", "<|assistant|>"]) if name not in known]  # fmt: skip
+    data["added_tokens"] += [{**known["<s>"], "id": free + n, "content": name} for n, name in enumerate(names)]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}  # fmt: skip
+    root.mkdir(exist_ok=True)
+    (root / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    (root / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return root
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    return Tokenizer.load(directory(Path(eras._scratch().name) / f"published-{name}", PUBLISHED[name]))
+
+
+@cache
+def encoder(name: str, on_lost: str = "set-aside", **options: Any) -> RowEncoder:
+    return RowEncoder(tokenizer(name), max_len=9999, on_lost=on_lost, **options)
+
+
+def answered(**message: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "Ask one"}, {"role": "assistant", "content": "Tell one", **message}]
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"town": {"type": "string", "description": "Its name"}, "unit": {"type": "string", "enum": ["C", "F"]}},
+    "required": ["town"],
+}  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "temp", "description": "How \"warm\" a town is", "parameters": PARAMETERS}}  # fmt: skip
+
+
+def call(id: str, town: str, name: str = "temp") -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": {"town": town, "n": 1}}}
+
+
+def result(id: str, content: str, name: str = "temp") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": id, "name": name, "content": content}
+
+
+ASK, DONE = answered()[0], {"role": "assistant", "content": "Seven."}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [call("call-0001", 'T "0"\n')]}
+TWO = {"role": "assistant", "content": "Look", "tool_calls": [call("call-0001", "T0"), call("call-0002", "é", "wind")]}
+ROWS: dict[str, dict[str, Any]] = {
+    "turns": {"messages": answered() * 3},
+    "system": {"messages": [{"role": "system", "content": " Be brief.\n"}, *answered()]},
+    "edges": {"messages": answered(content="\n  Tell\n one \n")},
+    "markup": {"messages": answered(content="<|im_end|></s> <｜User｜>[INST]<end_of_turn> and on")},
+    "reasoning": {"messages": answered(reasoning_content="Hm.") * 2},
+    "inline reasoning": {"messages": answered(content="<think>\nHm.\n</think>\n\nTell") * 2},
+    "tools": {"messages": answered(), "tools": [TOOL]},
+    "call": {"messages": [ASK, CALLS, result("call-0001", '{"c": 7}'), DONE], "tools": [TOOL]},
+    "calls": {"messages": [ASK, TWO, result("call-0001", "7"), result("call-0002", "8", "wind"), DONE]},
+    "calls answered in another order": {
+        "messages": [ASK, TWO, result("call-0002", "8", "wind"), result("call-0001", "7"), DONE]
+    },
+    "name": {"messages": [{**ASK, "name": "Eve"}, DONE]},
+}
+# What becomes of the rows: the reason why one is left out, or what is counted. By default it is packed whole.
+REFUSED, CUT = "template refuses", "template cannot be cut"
+NO_REASONING = {"reasoning": "reasoning lost"}
+NO_TOOLS = {"tools": "tools lost", "call": "tool calls lost", "calls": "tool calls lost", "calls answered in another order": "tool calls lost"}  # fmt: skip
+ALTERNATE = {"tools": "tools lost", "call": REFUSED, "calls": REFUSED, "calls answered in another order": REFUSED}
+BY_ORDER = {"call": TOOL_REFERENCES, "calls": TOOL_REFERENCES, "calls answered in another order": "name lost"}
+LATE_REASONING = {"reasoning": EARLIER_REASONING, "inline reasoning": EARLIER_REASONING}
+OUTCOMES: dict[str, dict[str, str]] = {
+    "qwen2.5": NO_REASONING | BY_ORDER,
+    "qwen3": LATE_REASONING | BY_ORDER,
+    "llama3.2": NO_REASONING | BY_ORDER | {"calls": REFUSED, "calls answered in another order": REFUSED},
+    "mistral": NO_REASONING
+    | {"system": "content lost", "call": TOOL_REFERENCES, "calls": "content lost", "calls answered in another order": "content lost"},
+    "gemma2": NO_REASONING | ALTERNATE | {"system": REFUSED},
+    "gemma3": NO_REASONING | ALTERNATE,
+    "phi3": NO_REASONING | NO_TOOLS,
+    "phi4": NO_REASONING | NO_TOOLS,
+    "glm4.5": LATE_REASONING | BY_ORDER,
+    "deepseek3": NO_REASONING | BY_ORDER | {"tools": "tools lost", "call": "tools lost", "inline reasoning": "reasoning lost"},
+    "smollm2": NO_REASONING | NO_TOOLS,
+    "smollm3": NO_REASONING | NO_TOOLS | {"tools": ""},
+    "gpt-oss": {
+        "reasoning": EARLIER_REASONING,
+        "call": TOOL_REFERENCES,
+        "calls": "content lost",
+        "calls answered in another order": "content lost",
+    },
+}  # fmt: skip
+
+
+def outcome(name: str, row: str) -> str:
+    return OUTCOMES[name].get(row, "name lost" if row == "name" else "")
+
+
+def parsed(row: dict[str, Any]) -> Conversation:
+    found = parse_row(json.dumps(row).encode())
+    assert isinstance(found, Conversation)
+    return found
+
+
+def their_messages(name: str, messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The messages under the names, and with the arguments, that this template reads."""
+    for message in messages:
+        one = json.loads(json.dumps(message))
+        if name == "gpt-oss" and "reasoning_content" in one:
+            one["thinking"] = one.pop("reasoning_content")
+        for each in one.get("tool_calls", ()) if name == "deepseek3" else ():
+            each["function"]["arguments"] = json.dumps(each["function"]["arguments"], ensure_ascii=False)
+        yield one
+
+
+@cache
+def theirs(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer(name).dir)
+
+
+def their_ids(name: str, row: dict[str, Any], **options: Any) -> list[int]:
+    """What transformers gives for the template with the date that `mm pack` fixes."""
+    options = {"tools": row.get("tools"), "chat_template": encoder(name).template.text, **options}
+    return theirs(name).apply_chat_template([*their_messages(name, row["messages"])], tokenize=True, **options)["input_ids"]  # fmt: skip
+
+
+def test_every_template_has_its_outcomes() -> None:
+    assert OUTCOMES.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_are_packed_or_set_aside_for_the_true_reason(name: str) -> None:
+    for title, row in ROWS.items():
+        encoded, reason = encoder(name).encode([parsed(row)]), outcome(name, title)
+        if reason in ("", EARLIER_REASONING, TOOL_REFERENCES):
+            assert not encoded.bad, (title, encoded.bad)
+            assert set(encoded.not_written) == {reason} - {""}, title
+        else:
+            assert encoded.bad[0].reason == reason, (title, encoded.bad)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ids_are_transformers(name: str) -> None:
+    import jinja2
+
+    for title, row in ROWS.items():
+        encoded = encoder(name, "warn").encode([parsed(row)])
+        if encoded.bad and encoded.bad[0].reason == REFUSED:
+            with pytest.raises((jinja2.TemplateError, TypeError)):
+                their_ids(name, row)
+        elif not encoded.bad and title != "markup":
+            assert ids_of(encoded) == their_ids(name, row), title
+        else:
+            assert title == "markup" or encoded.bad[0].reason == CUT
+
+
+def ids_of(encoded: EncodedRows) -> list[int]:
+    (sequence,) = encoded.sequences
+    assert isinstance(sequence, TokenSequence)
+    return sequence.ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["phi4", "smollm3"])
+def test_masks_are_transformers_where_templates_mark_what_is_generated(name: str) -> None:
+    for row in (row for title, row in ROWS.items() if title != "markup" and outcome(name, title) == ""):
+        encoded = encoder(name).encode([parsed(row)]).sequences[0]
+        assert isinstance(encoded, TokenSequence)
+        want = theirs(name).apply_chat_template(
+            row["messages"], tools=row.get("tools"), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert (encoded.ids.tolist(), encoded.loss_mask.tolist()) == (want["input_ids"], want["assistant_masks"])
+
+
+# The trained parts of the row "call" and of the last answer of the row "reasoning".
+TRAINED = {
+    "qwen2.5": ['<tool_call>\n{"name": "temp", "arguments": ARGS}\n</tool_call><|im_end|>\n', "Seven.<|im_end|>\n", "Tell one<|im_end|>\n"],
+    "qwen3": ['<tool_call>\n{"name": "temp", "arguments": ARGS}\n</tool_call><|im_end|>\n', "<think>\n\n</think>\n\nSeven.<|im_end|>\n", "<think>\nHm.\n</think>\n\nTell one<|im_end|>\n"],
+    "llama3.2": ['{"name": "temp", "parameters": ARGS}<|eot_id|>', "Seven.<|eot_id|>", "Tell one<|eot_id|>"],
+    "mistral": ['[TOOL_CALLS] [{"name": "temp", "arguments": ARGS, "id": "call-0001"}]</s>', " Seven.</s>", " Tell one</s>"],
+    "glm4.5": ['\n<think></think>\n<tool_call>temp\n<arg_key>town</arg_key>\n<arg_value>T "0"\n</arg_value>\n<arg_key>n</arg_key>\n<arg_value>1</arg_value>\n</tool_call><|observation|>', "\n<think></think>\nSeven.", "\n<think>Hm.</think>\nTell one"],
+    "deepseek3": ["<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>temp\n```json\nARGS\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>", "Seven.<｜end▁of▁sentence｜>", "Tell one<｜end▁of▁sentence｜>"],
+    "gpt-oss": [" to=functions.temp<|channel|>commentary json<|message|>ARGS<|call|>", "<|channel|>final<|message|>Seven.<|return|>", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Tell one<|return|>"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_are_the_answers_with_calls_and_reasoning(name: str) -> None:
+    arguments = json.dumps(CALLS["tool_calls"][0]["function"]["arguments"])
+    said = [text.replace("ARGS", arguments) for text in TRAINED[name]]
+    template = encoder(name).template
+    assert trained_parts(template, parsed(ROWS["call"])) == said[:2]
+    assert trained_parts(template, parsed(ROWS["reasoning"]))[-1] == said[2]
+
+
+def trained_parts(template: Template, row: Conversation) -> list[str]:
+    """The runs of trained segments, each joined."""
+    parts = [""]
+    for segment in template.segments(row):
+        parts[-1] += segment.text if segment.is_trained else ""
+        parts += [""] if parts[-1] and not segment.is_trained else []
+    return [part for part in parts if part]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prompts_are_the_beginning_of_what_is_trained(name: str) -> None:
+    """What `mm chat` and `mm serve` give a model is what stands before the trained part of the next answer."""
+    if name in ("deepseek3", "smollm3"):  # the prompt goes on with "<think>"; headers are marked as generated
+        return
+    template = encoder(name).template
+    for messages in (answered(), ROWS["call"]["messages"]):
+        row = parsed({"messages": messages})
+        if len(messages) > 2 and outcome(name, "call") != TOOL_REFERENCES:
+            continue
+        segments = template.segments(row)
+        while not segments[-1].is_trained:
+            segments.pop()
+        while segments[-1].is_trained:
+            segments.pop()
+        prompt = template.prompt_ids(tokenizer(name), row.messages[:-1])
+        assert tokenizer(name).decode(prompt) == "".join(segment.text for segment in segments)
