@@ -138,7 +138,8 @@ class Tokenizer:
     def unknown_id(self) -> int | None:
         """The id that the tokenizer's model gives to characters that it does not know; None if it has none."""
         model = json.loads(self.files["tokenizer.json"])["model"]
-        return model.get("unk_id") or self.native.token_to_id(model.get("unk_token") or "")
+        id = model.get("unk_id")
+        return self.native.token_to_id(model.get("unk_token") or "") if id is None else id
 
     @cached_property
     def may_lose_text(self) -> bool:
