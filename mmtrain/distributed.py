@@ -140,14 +140,16 @@ def ranks_here(world: World) -> int:
 
 
 class StopSignals:
-    """Context manager that turns the first SIGINT or SIGTERM into `is_set` = True instead of ending the process.
+    """Context manager that turns the first SIGINT or SIGTERM into `is_set` = True instead of ending the process, and
+    calls `answer`.
 
     The next signal of the same kind has its previous effect; leaving the context restores the previous handlers. It
     does nothing outside the main thread, because Python allows only that one to set handlers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
         self.is_set = False
+        self._answer = answer
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -165,6 +167,7 @@ class StopSignals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.is_set = True
         signal.signal(number, self._before[number])
+        self._answer()
 
 
 def launch(num_processes: int, argv: Sequence[str]) -> int:

@@ -64,7 +64,7 @@ OPTIONS = (
     "mmtrain.inference.settings",
     "mmtrain.shapes",
 )  # what the command line is generated from
-PRINT = (*COMMANDS, "mmtrain.log.metrics")
+PRINT = (*COMMANDS, "mmtrain.log.console")
 READ_ENVIRONMENT = (*COMMANDS, "mmtrain.distributed", "mmdata.io.workers")
 
 

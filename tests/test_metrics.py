@@ -12,6 +12,7 @@ from mmdata.errors import UsageError
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.log import metrics
+from mmtrain.log.console import Console
 from mmtrain.train.loop import train
 
 
@@ -34,7 +35,7 @@ def test_counting_since_the_best(losses: list[float], expected: int) -> None:
 
 
 def test_val_losses_are_read_back_exactly(tmp_path: Path) -> None:
-    log = metrics.MetricsLog(tmp_path, num_steps=9, first_step=0, log_every=1, say=None)
+    log = metrics.MetricsLog(tmp_path, num_steps=9, first_step=0, log_every=1, console=Console(None))
     for step, loss in enumerate((0.1 + 0.2, math.nan, 1e-300)):
         log.val({"step": step, "val_loss": loss})
     log.close()

@@ -169,7 +169,8 @@ def print_needs(needs: "Needs") -> None:
         result(f"  {name:<26} {size_bytes / 1e6:>10,.0f} MB")
     fits = f"; --micro-tokens {needs.largest_micro_tokens:,} would still fit"
     result(f"  {'memory at its highest':<26} {needs.peak_bytes / 1e6:>10,.0f} MB{fits}")
-    result(needs.line())
+    for line in needs.lines():
+        result(line)
 
 
 def print_trained(trained: "TrainResult") -> None:
@@ -180,8 +181,11 @@ def print_trained(trained: "TrainResult") -> None:
     state = "interrupted" if trained.is_interrupted else "finished"
     result(
         f"{state} {trained.run_dir} at step {trained.final_step:,} of {trained.num_steps:,} in {trained.seconds:.1f} s"
-        f"{skipped}: {', '.join(figures)}{f' (ended early: {trained.early_stop})' if trained.early_stop else ''}"
+        f"{skipped}"
     )
+    result(", ".join(figures))
+    if trained.early_stop:
+        result(f"ended early: {trained.early_stop}")
     if (trained.run_dir / "report.html").exists():
         say(f"look: {trained.run_dir / 'report.html'}")
     if trained.is_interrupted:

@@ -1,7 +1,7 @@
 """Metrics of a model on held-out data (the val split) during training, added over the ranks' shares of the split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ def evaluate(
     world: World | None = None,
     reference: Tensor | None = None,
     objective: Objective | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Compute metrics of the model on the loader's split, by name; empty if the split has no trained tokens.
 
@@ -39,6 +40,7 @@ def evaluate(
 
     world: the ranks; by default this process alone. reference: the reference model's logps, float64 [num_samples, 2]
     (chosen, rejected); with None the objective uses 0, and the metrics that compare with a reference are left out.
+    progress: called as `progress(done, total)` with numbers of samples.
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
@@ -46,7 +48,10 @@ def evaluate(
     is_pairs = loader.kind == "pair"
     names = names_of([share.dataset.dir for share in loader.shares])
     sums = torch.zeros(len(names), 4 + (2 + len(FIGURES)) * is_pairs, dtype=torch.float64).to(world.device)
+    done = 0
     for micro in loader.micro_batches():
+        progress(min(done * world.size, loader.num_samples), loader.num_samples)
+        done += len(micro.samples)
         batch = to_device(micro, world.device, loader.limits)
         logps = token_logps_of(model, batch)
         batch_sums = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)

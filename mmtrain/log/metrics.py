@@ -1,5 +1,5 @@
 """Metrics of a training run: writes a line per step and validation to RUN/metrics.jsonl, on the first rank only, and
-prints some of them. Functions that format numbers and durations are also here."""
+prints some of them."""
 
 import json
 import math
@@ -12,22 +12,19 @@ from pathlib import Path
 import torch
 
 from mmtrain.log import history
+from mmtrain.log.console import Console, bar, duration
 
 Figures = Mapping[str, float | None]
-
-
-def print_line(text: str) -> None:
-    """Print one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+LINE_S = 15.0  # seconds after which a step is printed although it is no multiple of --log-every
 
 
 class MetricsLog:
-    """Writes the figures of every step and validation to RUN/metrics.jsonl, and prints every `log_every`-th step and
-    every validation. Records of steps after `first_step` are removed from the file at the beginning.
+    """Writes the figures of every step and validation to RUN/metrics.jsonl, and prints every `log_every`-th step, each
+    step LINE_S seconds after the last line, and every validation. Records of steps after `first_step` are removed from
+    the file at the beginning.
 
-    run_dir: None writes no file. say: prints a line; None prints nothing, as on all ranks but the first. num_steps:
-    length of the run. first_step: steps done before this session, 0 for a new run. also: called with every record that
-    is written.
+    run_dir: None writes no file. console: prints the lines. num_steps: length of the run. first_step: steps done before
+    this session, 0 for a new run. also: called with every record that is written.
     """
 
     def __init__(
@@ -37,43 +34,53 @@ class MetricsLog:
         num_steps: int,
         first_step: int,
         log_every: int,
-        say: Callable[[str], None] | None,
+        console: Console,
         also: Callable[[Figures], None] | None = None,
     ):
-        self.say_line, self._log_every, self._num_steps = say, log_every, num_steps
+        self.console, self._log_every, self._num_steps = console, log_every, num_steps
         self._first_step = first_step
         self._also = also
         self._file = None
         if run_dir is not None:
             history.cut_after(run_dir / history.METRICS, first_step)
             self._file = (run_dir / history.METRICS).open("a", encoding="utf-8")
-        self._started = time.monotonic()
+        self._started = self._printed = time.monotonic()
+        self._figures = ""  # of the last step, for the live line
 
     def start_clock(self) -> None:
         """Set the beginning of the first step to now; the remaining time is estimated from it."""
         self._started = time.monotonic()
 
-    def say(self, text: str) -> None:
-        """Print a line, unless `say` is None."""
-        if self.say_line is not None:
-            self.say_line(text)
-
-    def warn(self, text: str) -> None:
-        """Print a line on any rank, even if `say` is None."""
-        (self.say_line or print_line)(text)
-
     def step(self, record: Mapping[str, float]) -> None:
         """Write a step's figures and the peak memory. Print them if the step is a multiple of `log_every`, the first
-        step of this session, or the last one of the run."""
+        step of this session, or the last one of the run, or if nothing was printed for LINE_S seconds."""
         self._write({**record, "memory_bytes": memory_bytes()})
         step = record["step"]
-        if step % self._log_every == 0 or step in (self._first_step + 1, self._num_steps):
-            self.say(self._line(record))
+        self._figures = f" | loss {record['loss']:.3f} | {short(record['tokens_per_s'])} tok/s"
+        is_due = time.monotonic() - self._printed >= LINE_S
+        if is_due or step % self._log_every == 0 or step in (self._first_step + 1, self._num_steps):
+            self._printed = time.monotonic()
+            self.console.say(f"step {step}/{self._num_steps} | {step_figures(record)} | eta {self._eta(step)}")
 
-    def val(self, record: Figures) -> None:
-        """Write and print the figures of a validation; their names begin with val_, except for "step"."""
+    def within(self, step: int, share: float) -> None:
+        """Draw the live line, if there is a terminal. step: the one being made, counted from 0. share: how much of it
+        is done, 0 to 1."""
+
+        def text() -> str:
+            done = step + share
+            place = f"{bar(done / self._num_steps)} step {step + 1}/{self._num_steps} ({100 * share:.0f}%)"
+            return f"{place}{self._figures} | eta {self._eta(done)}"
+
+        self.console.live(text)
+
+    def val(self, record: Figures, num_rows: int = 0) -> None:
+        """Write and print the figures of a validation; their names begin with val_, except for "step". num_rows:
+        rows that the figures rest on."""
         self._write(record)
-        self.say(f"step {record['step']}/{self._num_steps} val | {val_line(record)}")
+        self._printed = time.monotonic()
+        self.console.say(f"step {record['step']}/{self._num_steps} val | {val_line(record, num_rows)}")
+        for line in dataset_lines(record):
+            self.console.say(line)
 
     def close(self) -> None:
         """Close metrics.jsonl."""
@@ -90,22 +97,22 @@ class MetricsLog:
         if self._also is not None:
             self._also(finite)
 
-    def _line(self, record: Mapping[str, float]) -> str:
-        done = record["step"]
-        per_step = (time.monotonic() - self._started) / (done - self._first_step)
-        parts = [
-            f"step {done}/{self._num_steps} {100 * done / self._num_steps:.1f}%",
-            f"loss {record['loss']:.3f}",
-            f"{short(record['tokens_per_s'])} tok/s",
-            f"gn {record['grad_norm']:.2f} lr {record['lr']:.1e}",
-            f"{memory_bytes() / 1e9:.1f} GB",
-            f"eta {duration(per_step * (self._num_steps - done))}",
-        ]
-        if "accuracy" in record:
-            parts.insert(2, _pair_part(record))
-        if record["skipped"]:
-            parts.append(f"skipped {record['skipped']}")
-        return " | ".join(parts)
+    def _eta(self, done: float) -> str:
+        """Return the remaining time as text, from the mean time of a step in this session."""
+        made = done - self._first_step
+        return duration((time.monotonic() - self._started) / made * (self._num_steps - done)) if made > 0 else "?"
+
+
+def step_figures(record: Mapping[str, float]) -> str:
+    """Return the figures of a step that are printed, at most 50 characters. The others are in metrics.jsonl."""
+    parts = [f"loss {record['loss']:.3f}"]
+    if "accuracy" in record:
+        margin = "" if record["skipped"] else f" margin {record['reward_margin']:+.3g}"
+        parts.append(f"acc {record['accuracy']:.2f}{margin}")
+    elif not record["skipped"]:
+        parts.append(f"gn {record['grad_norm']:.2f} lr {record['lr']:.1e}")
+    parts.append(f"{short(record['tokens_per_s'])} tok/s")
+    return " | ".join([*parts, *([f"skipped {record['skipped']}"] if record["skipped"] else [])])
 
 
 def val_losses(run_dir: Path) -> list[float]:
@@ -125,34 +132,25 @@ def num_since_best(losses: Sequence[float]) -> int:
     return len(losses) - 1 - best_at
 
 
-def val_line(record: Figures) -> str:
-    """Return the figures of a validation as one line: for pairs a selection, for several datasets with the loss of
-    each."""
-    figures = {k.removeprefix("val_"): v for k, v in record.items() if k != "step" and v is not None}
-    losses = [f"{k.removeprefix('loss/')} {v:.4g}" for k, v in figures.items() if k.startswith("loss/")]
-    line = _overall({k: v for k, v in figures.items() if "/" not in k})
-    return f"{line} | loss of each: {', '.join(losses)}" if losses else line
+def val_line(record: Figures, num_rows: int = 0) -> str:
+    """Return the figures of a validation over all datasets that are printed; the others are in metrics.jsonl.
+    num_rows: rows that they rest on; 0 is left out."""
+    figures = {k.removeprefix("val_"): v for k, v in record.items() if v is not None}
+    parts = [f"loss {figures['loss']:.4g}"] if "loss" in figures else []
+    if "accuracy" in figures:
+        parts.append(f"acc {figures['accuracy']:.2f} margin {figures['reward_margin']:+.3g}")
+    elif "bits_per_byte" in figures:
+        parts.append(f"bits/byte {figures['bits_per_byte']:.4g}")
+    if "guard_loss" in figures:
+        parts.append(f"guard {figures['guard_loss']:.3f}")
+    unit = "pairs" if "accuracy" in figures else "rows"
+    return " ".join(parts) + (f", {num_rows:,} {unit}" if num_rows else "")
 
 
-def _overall(figures: Mapping[str, float]) -> str:
-    """Return the part of a validation's line that is about all datasets together."""
-    if "accuracy" not in figures or "loss" not in figures:
-        return " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    names = ("chosen_drift", "rejected_drift", "flipped_right", "flipped_wrong")
-    pairs = _pair_part(dict.fromkeys(names, math.nan) | dict(figures))
-    guard = f" | guard {figures['guard_loss']:.3f} nats a token" if "guard_loss" in figures else ""
-    return f"loss {figures['loss']:.4g} {pairs} | chosen {figures['chosen_nll']:.3f} nats a token{guard}"
-
-
-def _pair_part(record: Mapping[str, float]) -> str:
-    """Return the part of a line about pairs: accuracy and reward margin; with a reference also the drift of the logps
-    from it, the percentage of pairs that the reference ranks wrong and the model right, and that of the reverse."""
-    text = f"acc {record['accuracy']:.2f} margin {record['reward_margin']:+.3f}"
-    if not math.isfinite(record["chosen_drift"]):
-        return text
-    drift = f"drift chosen {record['chosen_drift']:+.2f} rejected {record['rejected_drift']:+.2f}"
-    right, wrong = (100 * record[f"flipped_{way}"] for way in ("right", "wrong"))
-    return f"{text} {drift} | flipped right {right:.0f}% wrong {wrong:.0f}%"
+def dataset_lines(record: Figures) -> list[str]:
+    """Return a line with the val loss of each dataset, if there are several."""
+    losses = {name.removeprefix("val_loss/"): loss for name, loss in record.items() if name.startswith("val_loss/")}
+    return [f"  {name}: val loss {loss:.4g}" for name, loss in losses.items() if loss is not None]
 
 
 def memory_bytes() -> int:
@@ -171,13 +169,3 @@ def short(number: float) -> str:
             return f"{number:.0f}" if unit == "" else f"{number:.1f}{unit}"
         number /= 1000
     return f"{number:.1f}G"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as text, such as 9s, 1m07s or 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

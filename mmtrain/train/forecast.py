@@ -10,16 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmdata.shards.loader import MicroBatch
 from mmdata.shards.pairs import PairLoader
 from mmtrain.distributed import World
-from mmtrain.model.batch import Batch, counts_of, logps_of, to_device
+from mmtrain.model.batch import Batch, counts_of, cut, logps_of, to_device
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast
 from mmtrain.model.preference import Objective, pair_figures
-from mmtrain.train import optim
+from mmtrain.train import optim, preflight
 from mmtrain.train.plan import TrainPlan
 
-PROBES = 4
+PROBES = preflight.NUM_TRIALS
 PROBE_LR = 1e-6  # smallest learning rate of the trial steps; below it, fp32 rounding hides the effect of a step
 NO_EFFECT = 0.02  # if the mean margin cannot reach this, the loss stays within 0.01 of ln 2 and the run has no effect
 # `forgetting` warns if a val loss rises by more than this, in nats per token. guard_loss (the val loss on the dataset
@@ -32,10 +33,11 @@ WORSE = 0.03  # relative rise of the val loss above its start value that brings 
 @dataclass(frozen=True)
 class Forecast:
     """The result of the trial steps. margin_per_lr: change of the mean reward margin per trial step, divided by the
-    learning rate. sum_of_rates: sum of the learning rates of all steps of the run."""
+    learning rate. sum_of_rates: sum of the learning rates of all steps of the run. num_probes: number of trial steps."""
 
     margin_per_lr: float
     sum_of_rates: float
+    num_probes: int = PROBES
 
     @property
     def reach(self) -> float:
@@ -44,8 +46,18 @@ class Forecast:
         return self.margin_per_lr * self.sum_of_rates
 
 
-def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, reference: Tensor | None) -> Forecast:
-    """Make PROBES trial steps, restore the weights and return the forecast. Every rank must call this.
+def forecast(
+    plan: TrainPlan,
+    model: Model,
+    gradient: Tensor,
+    world: World,
+    reference: Tensor | None,
+    *,
+    most_tokens: int | None = None,
+) -> Forecast:
+    """Make at most PROBES trial steps, restore the weights and return the forecast. Every rank must call this.
+
+    most_tokens: tokens of all trial steps together on this rank, at least one pair; None for no limit.
 
     gradient: the flat gradient of the trainable parameters, zeroed at the end. reference: the reference model's logps
     of the train split, float64 [N, 2] on the CPU; None for a loss without reference.
@@ -56,6 +68,9 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
     lr = max(settings.lr, PROBE_LR)
     optimizer = optim.make(model, settings.optimizer, lr=lr, weight_decay=0.0, beta2=settings.beta2)
     micros = [micros[0] for step in range(PROBES) if (micros := loader.batch(step))]
+    if most_tokens is not None:
+        micros = _within(micros, most_tokens)
+    num_probes = int(max(1, _most(len(micros), world)))
     batches = [to_device(micro, world.device, loader.limits) for micro in micros]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -75,7 +90,7 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
         return total / max(1.0, count)
 
     before = mean_margin()
-    for i in range(PROBES):
+    for i in range(num_probes):
         gradient.zero_()
         count = torch.zeros(1, dtype=torch.float64, device=world.device)
         if i < len(batches):
@@ -91,16 +106,32 @@ def forecast(plan: TrainPlan, model: Model, gradient: Tensor, world: World, refe
         optim.learning_rate(step, plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup)
         for step in range(plan.num_steps)
     )
-    return Forecast(moved / (PROBES * lr), sum(rates))
+    return Forecast(moved / (num_probes * lr), sum(rates), num_probes)
+
+
+def _within(micros: list[MicroBatch], most_tokens: int) -> list[MicroBatch]:
+    """Return the first pairs of each micro-batch, all together of about `most_tokens` tokens; of fewer micro-batches if
+    their first pairs alone are more, but of one at least."""
+    cuts = [cut(micro, most_tokens // len(micros), is_pairs=True)[0] for micro in micros]
+    kept: list[MicroBatch] = []
+    for micro in cuts:
+        if not kept or sum(len(each.ids) for each in (*kept, micro)) <= most_tokens:
+            kept.append(micro)
+    return kept
+
+
+def _most(number: int, world: World) -> int:
+    """Return the largest of the ranks' numbers."""
+    numbers = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+    numbers[world.rank] = number
+    return int(world.sum(numbers).max())
 
 
 def lines(forecast: Forecast, lr: float) -> list[str]:
     """Return the forecast as console lines; the second, if any, warns that the run can hardly have an effect, with
     advice. lr: peak learning rate of the run."""
     reach = forecast.reach
-    text = (
-        f"forecast: lr x steps can move the mean margin by about {reach:.2g} at most, measured on {PROBES} probe steps"
-    )
+    text = f"forecast: the mean margin can move by about {reach:.2g} at most ({forecast.num_probes} trial steps)"
     if reach >= NO_EFFECT:
         return [text]
     helps = "look at the data: the probe moved the margins the wrong way; try a larger --lr or more --batch-tokens"

@@ -25,13 +25,16 @@ from mmtrain.config import TrainOptions
 from mmtrain.distributed import StopSignals, World
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.log import metrics
+from mmtrain.log.console import Console, print_line
 from mmtrain.model.batch import cut, to_device
 from mmtrain.model.precision import autocast, autocast_dtype, is_out_of_memory
 from mmtrain.model.stages import step_zero_tolerance
 from mmtrain.records import BestRecord
 from mmtrain.train import forecast, optim, reference
 from mmtrain.train.plan import TrainPlan, make_plan
-from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, start
+from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, console_of, start
+
+STOPPING = "stopping after this step, saving; again: stop now"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TrainResult:
     peak_bytes: int  # peak memory of this rank
 
 
-def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_line) -> TrainResult:
+def train(options: TrainOptions, *, log: Callable[[str], None] = print_line) -> TrainResult:
     """Train one stage, from its start or, with `options.resume`, from the run's newest checkpoint; return how it ended.
 
     Under torchrun or `distributed.launch` every rank calls this. log: called with each console line, on the first rank
@@ -72,7 +75,7 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_l
     """
     world = distributed.join(options.device)
     try:
-        result = _train(options, world, log)
+        result = _train(options, world, console_of(options, world, log))
     except BaseException:
         distributed.leave(is_failed=True)
         raise
@@ -80,16 +83,17 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = metrics.print_l
     return result
 
 
-def _train(options: TrainOptions, world: World, say: Callable[[str], None]) -> TrainResult:
+def _train(options: TrainOptions, world: World, console: Console) -> TrainResult:
     """Plan and start the run, make its steps, and record in run.json how it ended ("finished", "interrupted" or
-    "failed"). say: called with each console line. Raises the error that ended the run."""
+    "failed"). Raises the error that ended the run."""
     plans: list[TrainPlan] = []
-    world.agree_on(lambda: plans.append(make_plan(options, world)))
-    run = start(plans[0], options, world, say if world.is_first and not options.quiet else None)
+    with console.phase("open the data and checkpoints"):
+        world.agree_on(lambda: plans.append(make_plan(options, world)))
+    run = start(plans[0], options, world, console)
     try:
         if run.plan.is_pairs:
             _prepare_pairs(run)
-        with StopSignals() as stop:
+        with StopSignals(partial(console.answer, STOPPING)) as stop:
             result = _run_steps(run, stop)
     except BaseException:
         if run.trackers:
@@ -120,25 +124,28 @@ def _json_values(values: dict[str, Any]) -> dict[str, Any]:
 def _prepare_pairs(run: ActiveRun) -> None:
     """Before the first step of dpo: report statistics of the pairs, get the reference model's logps, forecast the
     reward margins, and validate the start weights. A resumed run only gets the logps."""
-    plan, record, say = run.plan, run.record, run.log.say
+    plan, record, say = run.plan, run.record, run.console.say
     if run.world.is_first and not plan.start.resumed:
         for line in pair_lines(figures_of_pairs(plan.datasets)):
             say(line)
-    run.ref, known = reference.prepare(plan, run.model, run.world, record.reference or None, say)
+    run.ref, known = reference.prepare(plan, run.model, run.world, record.reference or None, run.console)
     record.reference = known or record.reference
     if not plan.start.resumed:
         _forecast(run)
         record.start_val = _held_out(run)
         if record.start_val:
-            say(f"start val | {metrics.val_line(record.start_val)}")
+            say(f"start val | {metrics.val_line(record.start_val, run.plan.num_val_rows)}")
     run.write_record()
 
 
 def _forecast(run: ActiveRun) -> None:
-    outlook = forecast.forecast(run.plan, run.model, run.gradient, run.world, run.ref.get("train"))
+    with run.console.phase("forecast", seconds=run.needs.forecast_s):
+        outlook = forecast.forecast(
+            run.plan, run.model, run.gradient, run.world, run.ref.get("train"), most_tokens=run.needs.probe_tokens()
+        )
     run.record.forecast = asdict(outlook) | {"reach": outlook.reach}
     for line in forecast.lines(outlook, run.plan.settings.lr):
-        run.log.say(line)
+        run.console.say(line)
 
 
 # --- the steps
@@ -235,7 +242,7 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
     micros, num_halved = next(run.batches), 0
     while True:
         try:
-            sums = _add_up(run, micros)
+            sums = _add_up(run, step, micros)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -245,7 +252,7 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
         num_halved += 1
     if num_halved:
         times = f" (halved {num_halved} times)" if num_halved > 1 else ""
-        run.log.warn(
+        run.console.warn(
             f"out of memory on rank {run.world.rank}: micro-batches are cut to {run.most_tokens:,} tokens from here on"
             f"{times}, the global batch stays as it is"
         )
@@ -253,15 +260,17 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
     return sums
 
 
-def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
-    """Run the passes of all `micros`, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
+def _add_up(run: ActiveRun, step: int, micros: Sequence[MicroBatch]) -> Tensor:
+    """Run the passes of all `micros` of a step, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
     sums that `_accumulate` describes."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
     limits = run.plan.loader.limits
     limits = replace(limits, tokens=run.most_tokens or limits.tokens)
     run.gradient.zero_()
-    for micro in (piece for whole in micros for piece in cut(whole, run.most_tokens, run.plan.is_pairs)):
+    pieces = [piece for whole in micros for piece in cut(whole, run.most_tokens, run.plan.is_pairs)]
+    for number, micro in enumerate(pieces):
+        run.log.within(step, number / len(pieces))
         run.largest_micro = max(run.largest_micro, len(micro.ids))
         batch = to_device(micro, device, limits)
         ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
@@ -340,7 +349,7 @@ def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: f
     is_overflow = math.isfinite(loss) and scale > 1
     run.num_skipped_in_a_row += not is_overflow
     why = f", too large for fp16 at a loss scale of {scale:g}" if is_overflow else ""
-    run.log.say(
+    run.console.say(
         f"step {step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}{why}: skipped, the weights stay as they are"
     )
     if run.num_skipped_in_a_row >= run.plan.settings.max_skipped:
@@ -360,9 +369,10 @@ def _validate(run: ActiveRun, step: int) -> bool:
     if "loss" in run.val:
         run.val_losses.append(run.val["loss"])
     if run.val:
-        run.log.val({"step": step} | {f"val_{name}": value for name, value in run.val.items()})
+        record = {"step": step} | {f"val_{name}": value for name, value in run.val.items()}
+        run.log.val(record, run.plan.num_val_rows)
     if warning := forecast.forgetting(run.record.start_val or {}, run.val, run.plan.objective):
-        run.log.say(warning)
+        run.console.say(warning)
     loss = run.val.get("loss", math.nan)
     if not math.isfinite(loss) or (run.best is not None and loss >= run.best.val_loss):
         return False
@@ -374,14 +384,15 @@ def _held_out(run: ActiveRun) -> dict[str, float]:
     """Return the metrics of the val split, and as "guard_loss" the val loss on the dataset of --guard; empty with
     neither of the two. With --ema the averaged weights are used."""
     plan, world, figures = run.plan, run.world, {}
+    measure = partial(evaluate, run.model, tokenizer=run.tokenizer, world=world)
     with autocast(world.device), _final_weights(run):
         if plan.val_loader.num_samples:
             ref = run.ref.get("val")
-            figures = evaluate(
-                run.model, plan.val_loader, run.tokenizer, world=world, reference=ref, objective=plan.objective
-            )
+            with run.console.phase("validation", "samples") as update:
+                figures = measure(plan.val_loader, reference=ref, objective=plan.objective, progress=update)
         if plan.guard is not None:
-            figures["guard_loss"] = evaluate(run.model, plan.guard, run.tokenizer, world=world)["loss"]
+            with run.console.phase("validation on --guard", "samples") as update:
+                figures["guard_loss"] = measure(plan.guard, progress=update)["loss"]
     return figures
 
 

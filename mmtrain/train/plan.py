@@ -83,6 +83,11 @@ class TrainPlan:
         return self.stage.kind == "pair"
 
     @property
+    def num_val_rows(self) -> int:
+        """Return the number of rows that validations measure, over all datasets."""
+        return sum(dataset.split("val").totals.rows for dataset in self.datasets)
+
+    @property
     def data(self) -> TrainedOn:
         """Return the record of the run's data and start weights for its checkpoints."""
         dirs = [str(dataset.dir) for dataset in self.datasets]

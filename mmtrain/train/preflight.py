@@ -20,15 +20,21 @@ from torch import Tensor
 from mmdata.errors import DiskError, TrainError
 from mmdata.shards.loader import Loader, MicroBatch
 from mmtrain.distributed import World, ranks_here
-from mmtrain.log.metrics import duration
+from mmtrain.log.console import duration
+from mmtrain.log.metrics import short
 from mmtrain.model.batch import cut, to_device, token_logps_of
 from mmtrain.model.logps import chunk_rows
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast
-from mmtrain.shapes import TOKENS_PER_PARAM, ModelConfig
+from mmtrain.shapes import TOKENS_PER_PARAM, ModelConfig, shape_of
+from mmtrain.sizing import MODELS
 from mmtrain.train.plan import TrainPlan
 
 PROBE_TOKENS = 512  # approximate size of the probe's batch
+SLOW_S = 1.0  # a first pass of the probe that takes longer is not repeated
+PROBE_S, PROBE_SHARE = 5.0, 0.03  # longest time of dpo's trial steps in seconds, and as a share of the run if more
+NUM_TRIALS = 4  # trial steps of dpo's forecast
+LONG_S, SENSIBLE_S = 2 * 3600.0, 1800.0  # a run on the CPU that gets a warning, and one that is proposed, in seconds
 # Memory that glibc's allocator holds without using it, relative to activations and logits. Measured: 0.34 for a model
 # of 1M, 0.5 for one of 26M parameters.
 SLACK = 0.4
@@ -44,7 +50,8 @@ class Needs:
 
     run_tokens: tokens of all steps. optimal_tokens: those of a compute-optimal pretraining run; 0 for other stages.
     parts: bytes of memory at the peak by purpose, such as "optimizer". free_bytes: memory that this rank may use.
-    seconds: duration of the run. tokens_per_s: training speed of all ranks together. disk_bytes: largest size of all
+    seconds: duration of what is left of the run, with reference_s (the reference model's logps) and forecast_s (the trial
+    steps of dpo). tokens_per_s: training speed of all ranks together. disk_bytes: largest size of all
     its checkpoints together. largest_micro_tokens: the largest micro-batch that fits; 0 if not even one sample does.
     """
 
@@ -63,19 +70,27 @@ class Needs:
     disk_bytes: int
     free_disk_bytes: int
     largest_micro_tokens: int
+    reference_s: float = 0.0
+    forecast_s: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
         """Return the peak memory in bytes."""
         return sum(self.parts.values())
 
-    def line(self) -> str:
-        """Return memory, disk space and duration as one line for the console."""
-        return (
-            f"takes: {self.peak_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB memory at {self.micro_tokens:,} tokens "
-            f"at once, {self.disk_bytes / 1e9:.2f} of {self.free_disk_bytes / 1e9:.0f} GB disk, about "
-            f"{duration(self.seconds)} at {self.tokens_per_s:,.0f} tokens/s"
-        )
+    def lines(self) -> list[str]:
+        """Return memory, disk space and duration as lines for the console."""
+        parts = {"reference logps": self.reference_s, "forecast": self.forecast_s}
+        before = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 1)
+        return [
+            f"takes about {duration(self.seconds)} at {short(self.tokens_per_s)} tokens/s{f' ({before})' if before else ''}",
+            f"memory {self.peak_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB at {self.micro_tokens:,} tokens at once; "
+            f"disk {self.disk_bytes / 1e9:.2f} of {self.free_disk_bytes / 1e9:.0f} GB",
+        ]
+
+    def probe_tokens(self) -> int:
+        """Return how many tokens the trial steps of dpo may take: those of PROBE_SHARE of the run, or PROBE_S."""
+        return int(max(PROBE_S, PROBE_SHARE * self.seconds) * self.tokens_per_s * 3 / 5)
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields and `peak_bytes` by name."""
@@ -113,9 +128,10 @@ class Memory:
         return largest
 
 
-def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> Needs:
+def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, reference_tokens: int = 0) -> Needs:
     """Run the probe and return what the run will need. model: must be on its device. base_bytes: memory in use before
-    the model was built. On the CPU the ranks on this machine share its memory equally."""
+    the model was built. reference_tokens: tokens of the pairs whose reference logps have to be computed. On the CPU the
+    ranks on this machine share its memory equally."""
     device, settings = world.device, plan.settings
     micro = _probe_batch(plan)
     kept, weights_copy, seconds = _probe(model, micro, plan.is_pairs)
@@ -129,9 +145,17 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> 
     width = 1.0 if is_cuda else micro_width(plan)  # on CUDA micro-batches are padded to the nominal size
     epoch_tokens = plan.loader.tokens_per_epoch
     run_tokens = round(plan.num_steps * epoch_tokens / max(1, plan.loader.steps_per_epoch))
-    validations = 1 + (plan.num_steps // settings.val_every if settings.val_every else 0)
-    val_tokens = plan.val_loader.tokens_per_epoch * validations / 3  # a forward pass is a third of the work
+    num_left = plan.num_steps - plan.start.step
+    validations = (-(-num_left // settings.val_every) if settings.val_every else 1) + plan.is_pairs
+    held_out = plan.val_loader.tokens_per_epoch + (plan.guard.tokens_per_epoch if plan.guard else 0)
+    val_tokens = held_out * validations / 3  # a forward pass is a third of the work
     tokens_per_s = len(micro.ids) / seconds * world.size
+    run_s = (run_tokens * num_left / plan.num_steps + val_tokens) / tokens_per_s
+    reference_s = reference_tokens / 3 / tokens_per_s
+    forecast_s = 0.0
+    if plan.is_pairs and not plan.start.resumed:  # every trial step is a step and two forward passes
+        trial_s = NUM_TRIALS * min(settings.micro_tokens, settings.batch_tokens) * 5 / 3 / tokens_per_s * world.size
+        forecast_s = min(trial_s, max(PROBE_S, PROBE_SHARE * run_s))
     root = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
     return Needs(
         shape=plan.shape,
@@ -144,12 +168,35 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World) -> 
         micro_tokens=settings.micro_tokens,
         parts=memory.parts(int(settings.micro_tokens * width)),
         free_bytes=free,
-        seconds=(run_tokens + val_tokens) / tokens_per_s,
+        seconds=run_s + reference_s + forecast_s,
         tokens_per_s=tokens_per_s,
         disk_bytes=saved * (settings.keep_last + 2),  # 2 more: the best checkpoint, and the one being written
         free_disk_bytes=shutil.disk_usage(root).free,
         largest_micro_tokens=memory.largest(cell, free, width=width),
+        reference_s=reference_s,
+        forecast_s=forecast_s,
     )
+
+
+def too_long(plan: TrainPlan, needs: Needs, device: torch.device) -> str:
+    """Return a warning if the run takes more than LONG_S on the CPU, with a choice that takes about SENSIBLE_S; else an
+    empty string."""
+    if device.type != "cpu" or needs.seconds <= LONG_S:
+        return ""
+    text = f"warning: {short(needs.num_params)} parameters on this CPU take {duration(needs.seconds)}"
+    steps = max(1, int((plan.num_steps - plan.start.step) * SENSIBLE_S / needs.seconds))
+    choices = [f"--steps {plan.start.step + steps}: {duration(SENSIBLE_S)}"]
+    if plan.start.source is None:
+        sizes = {name: shape_of(name, plan.shape.vocab_size).num_params for name in MODELS}
+        times = {
+            name: needs.seconds * size / needs.num_params for name, size in sizes.items() if size < needs.num_params
+        }
+        name = next(
+            (name for name, seconds in times.items() if seconds <= SENSIBLE_S),
+            min(times, key=lambda name: times[name], default=""),
+        )
+        choices = [f"--model {name}: {duration(times[name])}", *choices] if name else choices
+    return f"{text}; {', or '.join(choices)}"
 
 
 def check(needs: Needs, device: torch.device) -> None:
@@ -237,8 +284,8 @@ def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int,
     num_more = len(micro.ids) - len(half.ids)
     per_token = (many - few) / num_more if num_more else many / len(micro.ids)
     batch = to_device(micro, device)
-    times = []
-    for _ in range(2):  # the first warms up
+    times: list[float] = []
+    while len(times) < (1 if times and times[0] > SLOW_S else 2):  # the first warms up, unless it is slow anyway
         begun = time.perf_counter()
         with autocast(device):
             loss = -token_logps_of(model, batch).sum()

@@ -24,7 +24,7 @@ from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.shards.pairs import PairLoader
 from mmtrain import checkpoint
 from mmtrain.distributed import World
-from mmtrain.log import metrics
+from mmtrain.log.console import Console, duration
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast, autocast_dtype
@@ -36,7 +36,6 @@ TOKENS = {
     "cpu": 8192,
     "cuda": 131_072,
 }  # tokens per micro-batch; more than in training, because without gradients they need less memory
-PROGRESS_EVERY_S = 10  # seconds between console lines about progress
 SPOT_TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 2e-2,
@@ -46,7 +45,7 @@ Say = Callable[[str], None]
 
 
 def prepare(
-    plan: TrainPlan, model: Model, world: World, saved: ReferenceRecord | None, say: Say
+    plan: TrainPlan, model: Model, world: World, saved: ReferenceRecord | None, console: Console
 ) -> tuple[dict[str, Tensor], ReferenceRecord | None]:
     """Return the reference model's logps by split ("train", "val"), each float64 [N, 2] (chosen, rejected) on the CPU,
     and its record for run.json. They are read from the cache if possible, else computed and saved there.
@@ -55,35 +54,58 @@ def prepare(
     val split's logps are computed, with the start weights, to measure drift. Returns ({}, saved) if nothing is to be
     computed.
 
-    saved: the record from run.json of a resumed run, None for a new run. say: called with console lines. Raises
+    saved: the record from run.json of a resumed run, None for a new run. Raises
     CheckpointError if the logps of a resumed run are lost and the reference weights no longer exist, or if cached logps
     of a --reference run do not match its weights.
     """
-    loaders = {"train": plan.loader, "val": plan.val_loader}
-    pairs = {split: loader for split, loader in loaders.items() if isinstance(loader, PairLoader)}
-    if not uses_reference(plan.objective):
-        del pairs["train"]
-    splits = {split: loader.num_samples for split, loader in pairs.items()}
-    if not any(splits.values()):
+    pairs = _pairs(plan)
+    if not pairs:
         return {}, saved
     record = saved or _record_of(plan)
-    dtype = autocast_dtype(world.device)
-    # The digest identifies the datasets. That of the train loader also depends on their mixing weights, but the logps
-    # do not, so the val loader's is used.
-    key = key_of(record.weights_sha256, asdict(record.shape), plan.val_loader.digest, dtype)
-    path, own = cache_path(plan.datasets[0].dir, key, splits), plan.out / "reference.arrow"
-    logps = _cached((path, own), key, world, say)
+    key, path, own = _places(plan, pairs, record, world)
+    logps = _cached((path, own), key, world, console.say)
     is_start = plan.start.resumed is None and plan.reference is None
     if logps is None or plan.reference is not None:
         reference = model if is_start else _load(record, world)
         with autocast(world.device):
             if logps is None:
-                logps = _compute_splits(reference, pairs, world, say)
-                path = _save((path, own), logps, key, world, say)
+                logps = _compute_splits(reference, pairs, world, console)
+                path = _save((path, own), logps, key, world, console.say)
             else:
-                _check_spot(reference, pairs, logps, world, SPOT_TOLERANCE[dtype], path)
+                _check_spot(reference, pairs, logps, world, SPOT_TOLERANCE[autocast_dtype(world.device)], path)
     record.path, record.precision = str(path), key["precision"]
     return logps, record
+
+
+def num_pending_tokens(plan: TrainPlan, world: World) -> int:
+    """Return the tokens of the pairs of which `prepare` will compute the logps, instead of finding them in the cache."""
+    pairs = _pairs(plan)
+    if pairs and (plan.reference or plan.start.record):
+        _, *places = _places(plan, pairs, _record_of(plan), world)
+        if any(path.exists() for path in places):
+            return 0
+    return sum(int(loader.lengths.sum() + loader.lengths[:, 0].sum()) for loader in pairs.values())
+
+
+def _pairs(plan: TrainPlan) -> dict[str, PairLoader]:
+    """Return by split the loaders of the pairs whose logps are needed; empty if there are none."""
+    loaders = {"train": plan.loader, "val": plan.val_loader}
+    pairs = {split: loader for split, loader in loaders.items() if isinstance(loader, PairLoader)}
+    if not uses_reference(plan.objective):
+        pairs.pop("train", None)
+    return pairs if any(loader.num_samples for loader in pairs.values()) else {}
+
+
+def _places(
+    plan: TrainPlan, pairs: Mapping[str, PairLoader], record: ReferenceRecord, world: World
+) -> tuple[dict[str, str], Path, Path]:
+    """Return the key of the logps, and where they are cached: beside the dataset, or else in the run directory."""
+    # The digest identifies the datasets. That of the train loader also depends on their mixing weights, but the logps
+    # do not, so the val loader's is used.
+    shape = asdict(record.shape)
+    key = key_of(record.weights_sha256, shape, plan.val_loader.digest, autocast_dtype(world.device))
+    splits = {split: loader.num_samples for split, loader in pairs.items()}
+    return key, cache_path(plan.datasets[0].dir, key, splits), plan.out / "reference.arrow"
 
 
 def _record_of(plan: TrainPlan) -> ReferenceRecord:
@@ -112,19 +134,18 @@ def _load(record: ReferenceRecord, world: World) -> Model:
     return checkpoint.load_model(directory, world.device)[0]
 
 
-def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World, say: Say) -> dict[str, Tensor]:
-    """Compute the logps of every split, on the CPU, and print progress every PROGRESS_EVERY_S seconds."""
-    begun = last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PROGRESS_EVERY_S:
-            last = time.monotonic()
-            say(f"reference logps: {done:,} of {total:,} pairs, {metrics.duration(last - begun)}")
-
-    logps = {split: compute(model, loader, world, progress=progress).cpu() for split, loader in pairs.items()}
-    total = sum(map(len, logps.values()))
-    say(f"reference logps of {total:,} pairs computed in {metrics.duration(time.monotonic() - begun)}")
+def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World, console: Console) -> dict[str, Tensor]:
+    """Compute the logps of every split, on the CPU, and show the progress."""
+    begun = time.monotonic()
+    total = sum(loader.num_samples for loader in pairs.values())
+    logps: dict[str, Tensor] = {}
+    with console.phase("reference logps", "pairs") as update:
+        for split, loader in pairs.items():
+            before = sum(map(len, logps.values()))
+            logps[split] = compute(
+                model, loader, world, progress=lambda done, _, before=before: update(before + done, total)
+            ).cpu()
+    console.say(f"reference logps of {total:,} pairs computed in {duration(time.monotonic() - begun)}")
     return logps
 
 

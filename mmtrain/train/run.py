@@ -1,6 +1,7 @@
 """Start a planned run: make its directory, model, optimizer, log and run.json, and print a few lines about the run."""
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from mmtrain import checkpoint, distributed, sizing
 from mmtrain.config import TrainOptions
 from mmtrain.distributed import World
 from mmtrain.log import metrics, trackers
+from mmtrain.log.console import Console, print_line
 from mmtrain.log.reporter import Reporter
 from mmtrain.model import embeddings, lora
 from mmtrain.model.model import Model
@@ -31,7 +33,7 @@ from mmtrain.records import (
     StartRecord,
     read_run,
 )
-from mmtrain.train import optim, preflight
+from mmtrain.train import optim, preflight, reference
 from mmtrain.train.ema import Average
 from mmtrain.train.plan import TrainPlan, make_plan, with_micro_tokens
 
@@ -87,6 +89,7 @@ class ActiveRun:
     record: RunRecord
     val_losses: list[float]
     best: BestRecord | None
+    needs: preflight.Needs
     ref: dict[str, Tensor] = field(default_factory=dict)  # the reference model's logps by split, float64 [N, 2]
     batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # this rank's, for each step
     in_flight: list[InFlight] = field(default_factory=list)  # steps whose numbers have not been read yet
@@ -101,6 +104,11 @@ class ActiveRun:
     last_read: float = 0.0
     last_saved: int = -1
     val: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def console(self) -> Console:
+        """Return the output of this rank."""
+        return self.log.console
 
     @property
     def lag(self) -> int:
@@ -125,16 +133,21 @@ class ActiveRun:
         write_record(self.plan.out / RUN, self.record, indent=2)
 
 
-def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[str], None] | None) -> ActiveRun:
+def console_of(options: TrainOptions, world: World, log: Callable[[str], None]) -> Console:
+    """Return the console of this rank. log: prints a line, on the first rank only and not with `options.quiet`."""
+    is_live = log is print_line and sys.stderr.isatty()
+    return Console(log if world.is_first and not options.quiet else None, is_live=is_live)
+
+
+def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console) -> ActiveRun:
     """Make the run directory, model and optimizer of a planned run, restore them if it is resumed, write run.json, and
     print what is about to happen. Return the state of the run. Every rank calls this.
 
-    say: called with each console line; None prints nothing. Raises an MMError if the run cannot fit in memory or on the
-    disk, or a checkpoint does not fit the model.
+    Raises an MMError if the run cannot fit in memory or on the disk, or a checkpoint does not fit the model.
     """
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; fp32 on the CPU
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
-    plan, model, needs, notes = _build(plan, options, world)
+    plan, model, needs, notes = _build(plan, options, world, console)
     out, settings, resumed = plan.out, plan.settings, plan.start.resumed
     if world.is_first:
         out.mkdir(parents=True, exist_ok=True)
@@ -156,13 +169,13 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[s
         average.resume({name: value for name, value in extra.items() if name not in scale.tensors()})
     record = _resumed_record(plan, world) if resumed else _new_record(plan, world, model, options.report)
     record.preflight = needs.as_json()
-    open_trackers = _open_trackers(plan, options, world, record, say or (lambda _: None))
+    open_trackers = _open_trackers(plan, options, world, record, console.say)
     log = metrics.MetricsLog(
         out if world.is_first else None,
         num_steps=plan.num_steps,
         first_step=plan.start.step,
         log_every=options.log_every,
-        say=say,
+        console=console,
         also=open_trackers.write if open_trackers else None,
     )
     writer = checkpoint.Writer(out, keep_last=settings.keep_last, is_active=world.is_first)
@@ -186,19 +199,21 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, say: Callable[[s
         record,
         val_losses=metrics.val_losses(out) if resumed else [],
         best=resumed.state.best if resumed else None,
+        needs=needs,
     )
     run.write_record("running")
-    for line in (*notes, *_start_lines(plan, model, world), needs.line()):
-        log.say(line)
+    slow = preflight.too_long(plan, needs, world.device)
+    for line in (*notes, *_start_lines(plan, model, world), *needs.lines(), *([slow] if slow else [])):
+        console.say(line)
     return run
 
 
-def needs_of(options: TrainOptions) -> preflight.Needs:
+def needs_of(options: TrainOptions, log: Callable[[str], None] = print_line) -> preflight.Needs:
     """Return the memory, time and disk space that `train(options)` would need, without writing anything. Raises the
     MMErrors that `train` would raise before its first step."""
     world = distributed.join(options.device)
     try:
-        return _build(make_plan(options, world), options, world)[2]
+        return _build(make_plan(options, world), options, world, console_of(options, world, log))[2]
     finally:
         distributed.leave()
 
@@ -206,7 +221,9 @@ def needs_of(options: TrainOptions) -> preflight.Needs:
 # --- the model
 
 
-def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainPlan, Model, preflight.Needs, list[str]]:
+def _build(
+    plan: TrainPlan, options: TrainOptions, world: World, console: Console
+) -> tuple[TrainPlan, Model, preflight.Needs, list[str]]:
     """Build the model on its device and forecast what the run will need. Return plan, model, forecast, console lines.
 
     Unless the user, a preset or a checkpoint chose the tokens per micro-batch, the plan gets a number that fits in
@@ -220,19 +237,24 @@ def _build(plan: TrainPlan, options: TrainOptions, world: World) -> tuple[TrainP
     model = Model(plan.shape)
     if plan.start.init:
         growth = plan.start.growth
-        checkpoint.load_weights(
-            plan.start.init, model, change=partial(embeddings.grow, growth=growth) if growth else None
-        )
+        with console.phase(f"load {plan.start.init.dir}"):
+            checkpoint.load_weights(
+                plan.start.init, model, change=partial(embeddings.grow, growth=growth) if growth else None
+            )
     model.to(device)
     model.checkpoints_blocks = options.checkpoint_activations
     if device.type == "cuda" and options.compile:
-        notes = compile_blocks(model)
-    needs = preflight.measure(plan, model, base_bytes=base, world=world)
+        with console.phase("compile the model"):
+            notes = compile_blocks(model)
+    pending = reference.num_pending_tokens(plan, world) if plan.is_pairs else 0
+    with console.phase("measure speed and memory"):
+        needs = preflight.measure(plan, model, base_bytes=base, world=world, reference_tokens=pending)
     if plan.origins["micro_tokens"] == "default":
         micro_tokens = preflight.fitting(plan, needs, model)
         if micro_tokens != plan.settings.micro_tokens:
             plan = with_micro_tokens(plan, micro_tokens, world)
-            needs = preflight.measure(plan, model, base_bytes=base, world=world)
+            with console.phase("measure speed and memory"):
+                needs = preflight.measure(plan, model, base_bytes=base, world=world, reference_tokens=pending)
     world.agree_on(lambda: preflight.check(needs, device))
     return plan, model, needs, notes
 
@@ -373,9 +395,11 @@ def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
         else f"from new weights ({plan.settings.model or plan.shape.text})"
     )
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
+    rows = sum(dataset.split("train").totals.rows for dataset in plan.datasets)
+    yield f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {world.device.type}{ranks}"
     yield (
-        f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {loader.num_samples:,} samples and "
-        f"{loader.tokens_per_epoch:,} tokens an epoch, {plan.num_steps:,} steps, {world.device.type}{ranks}"
+        f"{rows:,} rows, {loader.tokens_per_epoch:,} tokens and {loader.steps_per_epoch:,} steps an epoch; "
+        f"{plan.num_steps:,} steps"
     )
     if growth:
         yield f"the embedding has {growth.vocab_size:,} rows: ids {growth.added_ids} are new, by {growth.method}"
