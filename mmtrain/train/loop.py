@@ -206,7 +206,7 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
     It never waits for the device; the numbers of the step are read later from the InFlight returned. A request to stop
     on any rank (a signal, or the file STOP_FILE) is summed with them, so that all ranks stop after the same step.
     """
-    begun = time.monotonic()
+    begun, run.step = time.monotonic(), step
     settings = run.plan.settings
     sums = _accumulate(run, step)
     is_asked = stop.is_set or (run.world.is_first and (run.plan.out / STOP_FILE).exists())
@@ -242,7 +242,7 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
     micros, num_halved = next(run.batches), 0
     while True:
         try:
-            sums = _add_up(run, step, micros)
+            sums = _add_up(run, micros)
             break
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -260,8 +260,8 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
     return sums
 
 
-def _add_up(run: ActiveRun, step: int, micros: Sequence[MicroBatch]) -> Tensor:
-    """Run the passes of all `micros` of a step, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
+def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
+    """Run the passes of all `micros`, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
     sums that `_accumulate` describes."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
@@ -270,7 +270,7 @@ def _add_up(run: ActiveRun, step: int, micros: Sequence[MicroBatch]) -> Tensor:
     run.gradient.zero_()
     pieces = [piece for whole in micros for piece in cut(whole, run.most_tokens, run.plan.is_pairs)]
     for number, micro in enumerate(pieces):
-        run.log.within(step, number / len(pieces))
+        run.log.within(run.step, number / len(pieces))
         run.largest_micro = max(run.largest_micro, len(micro.ids))
         batch = to_device(micro, device, limits)
         ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None

@@ -93,6 +93,7 @@ class ActiveRun:
     ref: dict[str, Tensor] = field(default_factory=dict)  # the reference model's logps by split, float64 [N, 2]
     batches: Iterator[list[MicroBatch]] = field(default_factory=lambda: iter(()))  # this rank's, for each step
     in_flight: list[InFlight] = field(default_factory=list)  # steps whose numbers have not been read yet
+    step: int = 0  # that is being made, counted from 0
     is_stopping: bool = False
     most_tokens: int | None = None  # largest micro-batch after memory has run out; None before
     largest_micro: int = 0  # tokens of the largest micro-batch so far
