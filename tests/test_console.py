@@ -72,6 +72,23 @@ def test_the_live_line_is_drawn_over_and_gives_way_to_lines(monkeypatch: pytest.
     assert "never" not in terminal.getvalue()
 
 
+NEEDS = Needs(
+    shape=MODEL_SHAPES["minimind2-small"],
+    num_params=10**8,
+    tokens_per_epoch=10**9,
+    num_steps=10**6,
+    run_tokens=10**10,
+    optimal_tokens=0,
+    batch_tokens=65_536,
+    micro_tokens=131_072,
+    parts={"weights": 123_400_000_000},
+    free_bytes=10**12,
+    seconds=400_000.0,
+    tokens_per_s=987_654.0,
+    disk_bytes=10**12,
+    free_disk_bytes=10**13,
+    largest_micro_tokens=8192,
+)
 RECORD: dict[str, Any] = {"step": 2_000, "loss": 10.123, "lr": 1e-4, "grad_norm": 123.45, "tokens_per_s": 999_900.0}
 PAIRS = {"loss": 0.69314, "accuracy": 0.62, "reward_margin": -12.345, "chosen_drift": -1.0}
 
@@ -121,7 +138,7 @@ def test_bars_and_durations() -> None:
 def test_a_run_too_long_for_the_machine_is_told_with_a_smaller_choice() -> None:
     source = SimpleNamespace(source=None, step=0)
     plan: Any = SimpleNamespace(num_steps=1000, start=source, shape=replace(MODEL_SHAPES["minimind2-small"]))
-    needs = Needs(25_829_888, 10**6, 1000, 65_536, 2048, {}, 1, 19 * 3600.0, 480.0, 1, 1, 8192)
+    needs = replace(NEEDS, num_params=25_829_888, seconds=19 * 3600.0)
     cpu = torch.device("cpu")
     assert too_long(plan, needs, cpu) == (
         "warning: 25.8M parameters on this CPU take 19h00m; --model tiny: 22m10s, or --steps 26: 30m00s"
@@ -132,10 +149,7 @@ def test_a_run_too_long_for_the_machine_is_told_with_a_smaller_choice() -> None:
 
 
 def test_needs_count_what_comes_before_the_steps_and_fit_80_columns() -> None:
-    parts = {"weights": 123_400_000_000}
-    needs = Needs(
-        10**8, 10**9, 10**6, 65_536, 131_072, parts, 10**12, 400_000.0, 987_654.0, 10**12, 10**13, 8192, 3000.0, 50.0
-    )
+    needs = replace(NEEDS, reference_s=3000.0, forecast_s=50.0)
     assert [line for line in needs.lines() if len(line) > 80] == []
     assert "reference logps 50m00s, forecast 50s" in needs.lines()[0]
     assert needs.probe_tokens() == pytest.approx(0.03 * 400_000 * 987_654 * 0.6)

@@ -3,12 +3,14 @@ module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
 import json
 import shlex
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mmdata.errors import MMError
 
@@ -26,13 +28,25 @@ Update = Callable[[int, int], None]  # (units done, units in all)
 
 
 def say(text: str = "") -> None:
-    """Print one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line to stderr; on a terminal it is wrapped between words."""
+    print(_wrapped(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def result(text: str = "") -> None:
-    """Print one line to stdout."""
-    print(text, flush=True)
+    """Print one line to stdout; on a terminal it is wrapped between words."""
+    print(_wrapped(text, sys.stdout), flush=True)
+
+
+def _wrapped(text: str, stream: TextIO) -> str:
+    """Return a line in pieces that fit the terminal that `stream` is; unchanged if it is none, if the line has
+    newlines, or if it names a command to copy."""
+    if not stream.isatty() or "\n" in text or text.startswith(("next: ", "fix: ")):
+        return text
+    width = shutil.get_terminal_size().columns
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
 
 
 def next_command(command: str) -> None:

@@ -157,8 +157,8 @@ def print_needs(needs: "Needs") -> None:
     """Print what a run would take: its size in tokens and steps, the memory by part, and the time and disk space."""
     result(needs.shape.text)
     result(
-        f"{needs.num_params:,} parameters, {needs.tokens_per_epoch:,} tokens an epoch, {needs.num_steps:,} steps of "
-        f"{needs.batch_tokens:,} tokens, {needs.micro_tokens:,} at once"
+        f"{needs.num_params:,} parameters; {needs.num_steps:,} steps of {needs.batch_tokens:,} tokens, "
+        f"{needs.tokens_per_epoch:,} tokens an epoch"
     )
     if needs.optimal_tokens:
         result(
