@@ -105,6 +105,11 @@ KINDS = {
         "<|endoftext|>",
         ("\n### end",),
     ),
+    "no_generation_prompt": Kind(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\n",
+        "<|im_end|>",
+        ("<|im_end|>",),
+    ),
     "named": Kind(
         [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOL_USE}],
         "<|im_end|>",

@@ -92,6 +92,32 @@ def test_the_end_is_trained_with_its_answer(name: str) -> None:
     assert trained(Template(endings.tokenizer(name))) == READS[name]
 
 
+@pytest.mark.parametrize(
+    ("calls", "ends"),
+    [
+        ("<|call|>", ("<|call|>",)),  # as gpt-oss: another end than an answer's
+        ("<|call_end|><|calls_end|><|im_end|>\n", ("<|im_end|>",)),  # as DeepSeek: more calls may follow the first token
+        ("<|im_end|>\n", ("<|im_end|>",)),
+    ],
+)
+def test_an_answer_that_calls_a_tool_may_end_in_its_own_way(calls: str, ends: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(endings.directory("qwen_base"), tmp_path / "t")
+    parts = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    for mark in ("<|call|>", "<|call_end|>", "<|calls_end|>"):
+        id = parts["added_tokens"][-1]["id"] + 1
+        parts["added_tokens"].append({**parts["added_tokens"][0], "id": id, "content": mark})
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(parts))
+    (tmp_path / "t" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
+        "{{ '" + calls.replace("\n", "\\n") + "' }}{% else %}<|im_end|>\n{% endif %}{% endfor %}" + endings.ASSISTANT
+    )
+    tokenizer = Tokenizer.load(tmp_path / "t")
+    template = Template(tokenizer)
+    assert (template.ends, template.call_ends) == (("<|im_end|>",), ends)
+    assert set(ending_of(tokenizer).ids) == {2, 0, *(tokenizer.control_tokens[end] for end in ends)}
+
+
 def test_a_phi3_conversation_may_begin_with_the_assistant_or_stop_before_its_answer() -> None:
     template = Template(endings.tokenizer("phi3"))
     row = Conversation(
@@ -362,3 +388,23 @@ def test_a_dataset_holds_all_templates(move: Any, tmp_path: Path) -> None:
     assert tokenizer.chat_templates == endings.tokenizer("named").chat_templates
     texts = [tokenizer.decode(r["input_ids"]) for r in sample_rows(open_dataset(tmp_path / "out"), "train", 0)]
     assert sorted('Tools:{"name": "add", "parameters": {}}' in text for text in texts) == [False, True]
+
+
+def test_a_template_without_generation_prompt_gets_one(tmp_path: Path) -> None:
+    header = "<|im_start|>assistant\n"
+    assert Template(endings.tokenizer("no_generation_prompt")).missing_prompt == header
+    assert not any(Template(endings.tokenizer(name)).missing_prompt for name in ("mistral", "channels", "vicuna"))
+    out, said = packed(tmp_path, "no_generation_prompt", ROW)
+    assert said == [f"the chat template does not begin answers in prompts: {header!r} is added to it"]
+    assert read_manifest(out).arguments.generation_prompt == header
+    tokenizer, original = Tokenizer.load(out / "tokenizer"), endings.tokenizer("no_generation_prompt")
+    for is_prompt in (False, True):
+        rendered = theirs(out / "tokenizer").apply_chat_template(
+            ROW["conversations"][:3], tokenize=False, add_generation_prompt=is_prompt
+        )
+        before = theirs(original.dir).apply_chat_template(ROW["conversations"][:3], tokenize=False)
+        assert rendered == before + header * is_prompt
+        assert Template(tokenizer).render(TWO_TURNS.messages[:3], is_prompt=is_prompt) == rendered
+    (out / "tokenizer" / "tokenizer_config.json").unlink()
+    assert repair(out, tokenizer_dir=original.dir) == ["tokenizer/tokenizer_config.json"]
+    assert packed(tmp_path, "no_generation_prompt", {"text": "a"})[1] == []

@@ -84,6 +84,8 @@ class Template:
     """The compiled chat template of a tokenizer. If the tokenizer has none, the built-in ChatML template is used.
 
     ends: what the template writes after an answer, control tokens or other texts; empty if it writes nothing there.
+    call_ends: the same after an answer that calls tools.
+    missing_prompt: the beginning of answers, if the template writes it before answers but not at the end of prompts.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, era: str = "auto", name: str = DEFAULT):
@@ -122,6 +124,7 @@ class Template:
             names = {node.attr for node in tree.find_all(nodes.Getattr)} | {n.value for n in tree.find_all(nodes.Const)}
             self._reasoning_name = next((n for n in _REASONING_NAMES if n in names), _REASONING_NAMES[0])
             self._needs_text = False
+            self.missing_prompt = ""
             self._turn = self._learn_turn()
             self._needs_text = self._needs_text_arguments()
             self.ends = self._learn_ends()
@@ -136,6 +139,7 @@ class Template:
         if name == DEFAULT and TOOL_USE in tokenizer.chat_templates:
             self.for_tools = Template(tokenizer, name=TOOL_USE)
             self.ends = tuple(dict.fromkeys([*self.ends, *self.for_tools.ends]))
+        self.call_ends = self._learn_call_ends()
 
     @property
     def era(self) -> str:
@@ -437,6 +441,8 @@ class Template:
         era = "seed" if prompt == after_user == gaps[1] else "2"
         if era != "seed":
             own = header.removeprefix(_common_prefix(self._pieces(header), self._pieces(after_user)))
+            if prompt == after_user and "add_generation_prompt" not in self.text:
+                self.missing_prompt = own.strip() and own
             # A space alone, as Mistral's templates write, is no header: it is also in other places.
             header = own if own.strip() else after_user
         if gaps[1].endswith(EMPTY_THINK) and gaps[3].endswith(EMPTY_THINK):
@@ -489,6 +495,22 @@ class Template:
                     inner = self.control_tokens_in(str.__getitem__(text, slice(origin.end, following.begin)))
         return tuple(dict.fromkeys([end for end in ends if end not in inner] or ends))
 
+    def _learn_call_ends(self) -> tuple[str, ...]:
+        """Return the last control token that the template writes after an answer that calls a tool; empty if there is
+        none, or it cannot render tool calls.
+        """
+        if self.for_tools:
+            return self.for_tools.call_ends
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+        calling = _TURN[0], Message("assistant", "", None, (call,)), Message("tool", "c", None, (), "f", "call00001")
+        conversation = Conversation((*calling, _TURN[1]), (call,))
+        with contextlib.suppress(BadRow):
+            text, origins, _ = rendering = self._rendering(conversation)
+            (ranges,) = self._turns(conversation, rendering, [1])
+            begin = max(origin.end for origin in origins if origin.source.message == 1 and origin.end <= ranges[-1][1])
+            return tuple(self.control_tokens_in(str.__getitem__(text, slice(begin, ranges[-1][1])))[-1:])
+        return ()
+
     def _pieces(self, text: str) -> list[str]:
         """Divide a text into control tokens and the characters between them."""
         pieces = self._control.split(text)  # control tokens have odd indices
@@ -514,7 +536,8 @@ def ending_of(tokenizer: Tokenizer) -> Ending:
     """
     ends: tuple[str, ...] = ()
     with contextlib.suppress(TokenizerError):
-        ends = Template(tokenizer).ends
+        template = Template(tokenizer)
+        ends = *template.ends, *template.call_ends
     ids = [tokenizer.control_tokens[end] for end in ends if end in tokenizer.control_tokens]
     texts = tuple(end for end in ends if end not in tokenizer.control_tokens)
     return Ending(tuple(dict.fromkeys([*ids, *tokenizer.eos_ids])), texts)

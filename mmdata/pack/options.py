@@ -171,46 +171,49 @@ class PackOptions(ReadOptions):
 
 def packing_tokenizer(
     options: PackOptions, kind: str, note: Callable[[str], None] = lambda _: None
-) -> "tuple[Tokenizer, str | None]":
-    """Return the tokenizer for packing rows of this kind, with the chat template that `end_of_turn` and `date` ask for,
-    and the date that this template writes, or None.
+) -> "tuple[Tokenizer, dict[str, str]]":
+    """Return the tokenizer for packing rows of this kind, its chat template changed where the options ask for it or the
+    template needs it, and the changes: the arguments of `Tokenizer.amended`.
 
     Raises TokenizerError if the tokenizer cannot be used, also because its chat template writes nothing after answers,
-    and UsageError if one of the two options does not fit the template. note: called if the eos token ends no answer.
+    and UsageError if an option does not fit the template. note: called with sentences about the template.
     """
     from mmdata.encode.template import Template
     from mmdata.tokenizer.chat_template import DATE
     from mmdata.tokenizer.tokenizer import Tokenizer
 
     assert options.tokenizer, "PackOptions.tokenizer is required"
-    tokenizer, token = Tokenizer.load(options.tokenizer), options.end_of_turn
-    if options.date and not tokenizer.asks_for_date:
-        raise UsageError(f"--date: the chat template of {tokenizer.dir} writes no date, or a fixed one", "leave it out")
-    date = options.date or (DATE if kind != "document" and tokenizer.asks_for_date else None)
-    tokenizer = tokenizer.amended(date=date)
-    ends = Template(tokenizer).ends if token or kind != "document" else ()
+    original, token, changes = Tokenizer.load(options.tokenizer), options.end_of_turn, {}
+    name, is_used = original.dir, kind != "document"  # whether rows are rendered with the template
+    if options.date and not original.asks_for_date:
+        raise UsageError(f"--date: the chat template of {name} writes no date, or a fixed one", "leave it out")
+    if original.asks_for_date and (options.date or is_used):
+        changes["date"] = options.date or DATE
+    tokenizer = original.amended(**changes)
+    if not token and not is_used:
+        return tokenizer, changes
+    template = Template(tokenizer)
     if token and token not in tokenizer.control_tokens:
         some = ", ".join(list(tokenizer.control_tokens)[:8])
-        raise UsageError(f"--end-of-turn {token} is no special token of {tokenizer.dir}", f"it has {some}")
-    if token and ends and token not in ends:
-        raise UsageError(
-            f"--end-of-turn {token}, but the chat template writes {', '.join(map(repr, ends))} after answers",
-            "leave it out",
-        )
-    if token and not ends:
-        tokenizer = tokenizer.amended(end_of_turn=token)
-        ends = Template(tokenizer).ends
-    if not ends and kind != "document":
+        raise UsageError(f"--end-of-turn {token} is no special token of {name}", f"it has {some}")
+    if token and template.ends and token not in template.ends:
+        ends = ", ".join(map(repr, template.ends))
+        raise UsageError(f"--end-of-turn {token}, but the chat template writes {ends} after answers", "leave it out")
+    if token and not template.ends:
+        changes["end_of_turn"] = token
+    elif not template.ends:
         raise TokenizerError(
-            f"{tokenizer.dir}: its chat template writes nothing after an answer, so a model would never stop",
+            f"{name}: its chat template writes nothing after an answer, so a model would never stop",
             f"--end-of-turn '{tokenizer.eos_token}' appends this token to each answer; it is trained, and stands in exports",
         )
-    if ends and tokenizer.eos_token not in ends:
-        wording = (
-            f"answers end with {' or '.join(map(repr, ends))}, documents with the eos token {tokenizer.eos_token!r}"
-        )
-        note(f"{wording}: both stop generation")
-    return tokenizer, date
+    if template.missing_prompt:
+        changes["generation_prompt"] = template.missing_prompt
+        note(f"the chat template does not begin answers in prompts: {template.missing_prompt!r} is added to it")
+    ends = template.ends or (token,)
+    if tokenizer.eos_token not in ends:
+        listed = " or ".join(map(repr, ends))
+        note(f"answers end with {listed}, documents with the eos token {tokenizer.eos_token!r}: both stop generation")
+    return original.amended(**changes), changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -309,8 +309,8 @@ def _plan_job(
 ) -> _Job:
     """Read and hash the inputs once, check tokenizer and row kind, and cut the inputs into parts; write nothing."""
     kind = common_kind(inputs, options.reading)
-    tokenizer, date = packing_tokenizer(options, kind, note)
-    arguments = msgspec.structs.replace(arguments, end_of_turn=options.end_of_turn or UNSET, date=date or UNSET)
+    tokenizer, changes = packing_tokenizer(options, kind, note)
+    arguments = msgspec.structs.replace(arguments, **changes)
     if options.encoder != "auto":
         choose(tokenizer, options.encoder)  # raises an error here instead of in every worker
     states = _states(inputs)

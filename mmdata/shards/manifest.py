@@ -57,23 +57,24 @@ class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     dedup: str | None = None
     exclude: list[ExcludedFile] = []
     where: str | msgspec.UnsetType = msgspec.UNSET
-
-    @property
-    def screens(self) -> bool:
-        """Whether rows are left out that are valid in themselves."""
-        return bool(self.dedup or self.exclude or self.where)
-
     end_of_turn: str | msgspec.UnsetType = msgspec.UNSET
     date: str | msgspec.UnsetType = msgspec.UNSET  # also the default, if the chat template writes a date
+    generation_prompt: str | msgspec.UnsetType = msgspec.UNSET  # added to a template that has none
     encoding: str | msgspec.UnsetType = msgspec.UNSET
     text: str | msgspec.UnsetType = msgspec.UNSET
     on_lost: str | msgspec.UnsetType = msgspec.UNSET  # if it is not the default
     kind: str | msgspec.UnsetType = msgspec.UNSET  # --kind: rows of other kinds were to be set aside
     map: dict[str, str] | msgspec.UnsetType = msgspec.UNSET  # --map: the column that holds a field of rows, by field
 
+    @property
+    def screens(self) -> bool:
+        """Whether rows are left out that are valid in themselves."""
+        return bool(self.dedup or self.exclude or self.where)
+
     def amend(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer with the chat template that the rows were rendered with."""
-        return tokenizer.amended(end_of_turn=self.end_of_turn or None, date=self.date or None)
+        changes = {name: getattr(self, name) for name in ("end_of_turn", "date", "generation_prompt")}
+        return tokenizer.amended(**{name: value for name, value in changes.items() if value is not msgspec.UNSET})
 
     @property
     def reading(self) -> ReadOptions:

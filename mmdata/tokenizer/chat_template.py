@@ -1,8 +1,9 @@
-"""The chat templates in the files of a tokenizer, and the two changes that `mm pack` can make to them: a token after each
-answer, and a fixed date. A changed template stands in the dataset's tokenizer, and so in runs and exports too.
+"""The chat templates in the files of a tokenizer, and the changes that `mm pack` can make to them: a token after each
+answer, a fixed date, and a generation prompt. A changed template stands in the dataset's tokenizer, and so in runs and
+exports too.
 
-Each change is a first line in front of the template. It ends with a newline, which jinja2 drops after a tag, so the rest
-of the template is read as before.
+The first two are a line in front of the template. It ends with a newline, which jinja2 drops after a tag, so the rest of
+the template is read as before.
 """
 
 import datetime
@@ -72,6 +73,17 @@ def with_end_of_turn(template: str, token: str) -> str:
     """Return a template that writes `token` after the content of each answer without tool calls."""
     line = _END_OF_TURN % json.dumps(token, ensure_ascii=False)
     return template if line in template else line + template
+
+
+def with_generation_prompt(template: str, header: str) -> str:
+    """Return a template that writes `header`, the beginning of an answer, at the end of prompts; the same template if it
+    has a generation prompt.
+    """
+    if "add_generation_prompt" in template:
+        return template
+    text = json.dumps(header, ensure_ascii=False)
+    # jinja2 drops one newline at the end of a template.
+    return template.removesuffix("\n") + "{{ " + text + " if add_generation_prompt else '' }}"
 
 
 def asks_for_date(template: str) -> bool:

@@ -106,18 +106,20 @@ class Tokenizer:
         """Whether a chat template writes the current date."""
         return any(map(templates.asks_for_date, self.chat_templates.values()))
 
-    def amended(self, *, end_of_turn: str | None = None, date: str | None = None) -> "Tokenizer":
-        """Return this tokenizer with chat templates that write the token `end_of_turn` after each answer, and `date`
-        (YYYY-MM-DD) instead of the current date. Templates that do so already are not changed. Raises UsageError if
-        `date` is not a date, TokenizerError if a template cannot be changed.
+    def amended(self, *, end_of_turn: str = "", date: str = "", generation_prompt: str = "") -> "Tokenizer":
+        """Return this tokenizer with chat templates that write the token `end_of_turn` after each answer, `date`
+        (YYYY-MM-DD) instead of the current date, and `generation_prompt` at the end of prompts. Templates that do so
+        already are not changed. Raises UsageError if `date` is not a date, TokenizerError if a template cannot be
+        changed.
         """
-        files = self.files
-        if end_of_turn:
-            files = templates.changed(self._config, files, lambda text: templates.with_end_of_turn(text, end_of_turn))
-        if date and self.asks_for_date:
-            config = _read_json(self.dir, files, "tokenizer_config.json")
-            files = templates.changed(config, files, lambda text: templates.with_date(text, date))
-        return self if files is self.files else Tokenizer(self.dir, files)
+
+        def change(text: str) -> str:
+            text = templates.with_end_of_turn(text, end_of_turn) if end_of_turn else text
+            text = templates.with_generation_prompt(text, generation_prompt) if generation_prompt else text
+            return templates.with_date(text, date) if date else text
+
+        is_same = all(change(text) == text for text in self.chat_templates.values())
+        return self if is_same else Tokenizer(self.dir, templates.changed(self._config, self.files, change))
 
     @cached_property
     def decoder(self) -> str:
