@@ -349,12 +349,17 @@ def test_a_row_is_read_as_the_kind_that_is_wanted_if_it_can_be() -> None:
 
 # a row that cannot be used, and what its error message says
 EXPLAINED: list[tuple[Any, str]] = [
-    ({"ask": "a", "reply": "b", "n": 1}, "unknown fields: found `ask`, `reply`, `n`; it has `ask` (a string), `reply` (a string), `n` (a number)"),
-    ({"ask": "a", "output": "b"}, "nearest schema is prompt and completion and lacks `prompt` (--map prompt=COLUMN)"),
+    ({"ask": "a", "reply": "b", "n": 1}, "unknown fields; it has `ask` (a string), `reply` (a string), `n` (a number); "
+     "the nearest schema is prompt and completion and lacks `prompt`, `completion` (--map prompt=COLUMN --map completion=COLUMN)"),
+    ({"turns": [1]}, "the nearest schema is messages and lacks `messages` (--map messages=COLUMN)"),
+    ({"body": "a", "n": None, "lead": 5, "chosen": None, "more": "b"}, "nearest schema is prompt and completion and"),
+    ({"ask": "a", "output": "b"}, "missing field; it has `ask` (a string), `output` (a string); the nearest schema is prompt and completion and lacks `prompt` (--map prompt=COLUMN)"),
     ({"prompt": "a", "better": "b", "rejected": "c"}, "nearest schema is chosen and rejected and lacks `chosen` (--map chosen=COLUMN)"),
-    ({"question": "a"}, "prompt only: found `question` without an answer; it has `question` (a string); the nearest schema is prompt and"),
+    ({"question": "a"}, "prompt only; it has `question` (a string); the nearest schema is prompt and"),
     ({"messages": [ANSWER]}, "roles out of order: message 1 is from assistant at the beginning; it has `messages` (a list)"),
-    ({}, "unknown fields: found no key; it is an empty object"),
+    ({"messages": [{"role": "user", "text": "Hi"}]}, "missing field: message 1: no content, found `role`, `text`"),
+    ({"messages": [{"role": "user", "parts": ["Hi"], "content": None}]}, "missing field: message 1: no content, found `role`, `parts`"),
+    ({}, "unknown fields; it is an empty object"),
     ([1], "not an object: found a list"),
 ]  # fmt: skip
 

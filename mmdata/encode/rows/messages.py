@@ -8,7 +8,7 @@ from typing import Any
 from mmdata.encode.rows.load import MAX_DEPTH, json_type, load
 from mmdata.encode.rows.reasons import BadRow
 from mmdata.encode.rows.row import Message
-from mmdata.encode.rows.schemas import MEDIA, Columns
+from mmdata.encode.rows.schemas import MEDIA, Columns, is_metadata
 from mmdata.io.records import JsonObject
 
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
@@ -107,11 +107,15 @@ class MessageReader:
                 self.keys += others
                 return ()
             raise BadRow("wrong types", f"message {number}: no role, found " + (", ".join(item)[:100] or "no key"))
-        messages.append(_message(item, found, number))
         if others:
             if media := [key for key in others if key in MEDIA and item[key]]:
                 raise BadRow("content is not text", f"message {number}: `{media[0]}`")
+            is_empty = found.keys().isdisjoint(("content", "tool_calls", "reasoning_content"))
+            if is_empty and not all(map(is_metadata, others)):
+                listed = ", ".join(f"`{key}`" for key in (*found.values(), *others))[:200]
+                raise BadRow("missing field", f"message {number}: no content, found {listed}")
             self.keys += others
+        messages.append(_message(item, found, number))
         if "tools" in found and item[found["tools"]]:
             return objects_of(item[found["tools"]], f"message {number}: tools")
         return ()

@@ -125,8 +125,8 @@ def explain(raw: bytes, bad: BadRow, columns: Columns = DEFAULT_COLUMNS) -> str:
     try:
         values = load(raw)
     except BadRow:
-        return f"is left out: {bad}"
-    return f"is left out: {bad}; it {describe(values, columns)}" if type(values) is dict else f"is left out: {bad}"
+        values = None
+    return f"is left out: {describe(values, bad, columns) if type(values) is dict else bad}"
 
 
 def kind_of(row: Row) -> str:

@@ -177,10 +177,17 @@ class Columns:
         raise BadRow("missing field", f"found {_listed(found.values())} without {_listed(lacks)}")
 
     def nearest(self, values: JsonObject) -> tuple[Schema, list[str]]:
-        """Return the schema of which a row has the largest share, and the required fields that the row lacks."""
-        found, _ = _assigned(values, self._row_table)
-        lacks = [(schema, [name for name in schema.required if name not in found]) for schema in self._schemas]
-        return min(lacks, key=lambda item: len(item[1]) / len(item[0].required))
+        """Return the schema of which a row has the largest share, and the required fields that the row lacks. Of a row
+        that has none of any, it is the schema that fits the types of its values.
+        """
+        found, others = _assigned(values, self._row_table)
+        lacks = {schema: [name for name in schema.required if name not in found] for schema in self._schemas}
+        nearest = min(lacks, key=lambda schema: len(lacks[schema]) / len(schema.required))
+        if len(lacks[nearest]) == len(nearest.required):
+            texts = [column for column in others if type(values[column]) is str and not is_metadata(column)]
+            name = "text" if len(texts) == 1 else "prompt and completion" if texts else "messages"
+            nearest = next(schema for schema in SCHEMAS if schema.name == name)
+        return nearest, lacks[nearest]
 
     @cached_property
     def _schemas(self) -> tuple[Schema, ...]:
@@ -238,18 +245,20 @@ _TURN_TABLE = _table(TURN_FIELDS, {})
 DEFAULT_COLUMNS = Columns()  # without a mapping
 
 
-def describe(values: JsonObject, columns: Columns = DEFAULT_COLUMNS) -> str:
-    """Return, for an error message, the fields of a row that cannot be used, and the nearest schema if none fits."""
+def describe(values: JsonObject, bad: BadRow, columns: Columns = DEFAULT_COLUMNS) -> str:
+    """Return, for an error message, why a row cannot be used and the fields that it has; if no schema fits, also the
+    nearest and what the row lacks of it.
+    """
     types = [f"`{key}` ({'null' if value is None else json_type(value)})" for key, value in list(values.items())[:12]]
     more = f" and {len(values) - 12} others" if len(values) > 12 else ""
-    text = f"has {', '.join(types)}{more}" if types else "is an empty object"
+    fields = f"it has {', '.join(types)}{more}" if types else "it is an empty object"
     try:
         columns.of_row(values, None)
-        return text
-    except BadRow:
+    except BadRow as none:
         schema, lacks = columns.nearest(values)
-    options = " ".join(f"--map {name}=COLUMN" for name in lacks)
-    return f"{text}; the nearest schema is {schema.name} and lacks {_listed(lacks)} ({options})"
+        options = " ".join(f"--map {name}=COLUMN" for name in lacks)
+        return f"{none.reason}; {fields}; the nearest schema is {schema.name} and lacks {_listed(lacks)} ({options})"
+    return f"{bad}; {fields}"
 
 
 def _listed(names: Iterable[Any]) -> str:
