@@ -109,6 +109,12 @@ def test_lists_of_messages_are_rows_and_not_an_array_of_rows(tmp_path: Path) -> 
     assert rows_in(path) == talks
     path.write_text(json.dumps(talks))
     assert rows_in(path) == talks
+    for odd in ([3, {"text": "a"}], [None, [], "a"]):
+        for indent in (None, 1):
+            (tmp_path / "odd.json").write_text(json.dumps(odd, indent=indent))
+            assert rows_in(tmp_path / "odd.json") == odd
+    path.write_text('[1, 2]\n["a"]\n{"text": "a"}\n')
+    assert rows_in(path) == [[1, 2], ["a"], {"text": "a"}]
     path.write_text("[{}]\n" + json.dumps({"text": "a"}))  # a bad first row
     assert rows_in(path) == [[{}], {"text": "a"}]
     path.write_text(json.dumps(talks[0], indent=1))

@@ -155,26 +155,23 @@ def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
         return TABLE
     suffix = _suffix(stream)
     head = stream.head.removeprefix(_BOM).lstrip(_SPACE)
-    if re.match(rb'\{\s*["}]', head):
-        is_spread = head.partition(b"\n")[0].rstrip() == b"{"
-    elif re.match(rb"\[\s*[\[{]", head) or head.rstrip() == b"[":
-        if not _is_message_list(head) and not re.match(rb"[^\n]*\]\s*\n\s*\{", head):  # else its line is a row of jsonl
-            return ARRAY
-        is_spread = head.partition(b"\n")[0].rstrip() == b"["
-    elif suffix in _SEPARATORS:
-        return CSV
-    elif suffix in _JSON_SUFFIXES or not (text or suffix in _TEXT_SUFFIXES):
+    is_list = re.match(rb"\[\s*[\[{]", head) or (head.startswith(b"[") and suffix in _JSON_SUFFIXES)
+    if is_list and _is_array(head):
+        return ARRAY
+    if is_list or re.match(rb'\{\s*["}]', head):
+        if head.partition(b"\n")[0].rstrip() in (b"[", b"{"):
+            raise InputError(
+                f"{path}: its first row is spread over several lines",
+                f"jq -c . {path} > NEW.jsonl; if it holds the rows in a list: jq -c '.KEY[]'",
+            )
         return JSONL
-    elif text:
+    if suffix in _SEPARATORS:
+        return CSV
+    if suffix in _JSON_SUFFIXES or not (text or suffix in _TEXT_SUFFIXES):
+        return JSONL
+    if text:
         return TEXT if text == "line" else WHOLE_TEXT
-    else:
-        raise InputError(f"{path} is plain text, not JSON", "--text line: a document a line; --text file: one document")
-    if is_spread:
-        raise InputError(
-            f"{path}: its first row is spread over several lines",
-            f"jq -c . {path} > NEW.jsonl; if it holds the rows in a list: jq -c '.KEY[]'",
-        )
-    return JSONL
+    raise InputError(f"{path} is plain text, not JSON", "--text line: a document a line; --text file: one document")
 
 
 def _suffix(stream: Stream) -> str:
@@ -186,16 +183,24 @@ def _separator(stream: Stream) -> str:
     return max(_SEPARATORS[_suffix(stream)], key=header.count)
 
 
-def _is_message_list(head: bytes) -> bool:
-    """Return whether the first element of a JSON array is a message. The array is then not a file's list of rows, but
-    the first row of jsonl whose rows are lists of messages. An element longer than `head` is taken for a row.
+def _is_array(head: bytes) -> bool:
+    """Return whether text that begins with "[" is a JSON array of rows, and not jsonl of which the first row is a list,
+    such as one of messages. head: the beginning of the text; an element that is longer is taken for a row.
     """
+    line, _, rest = head.partition(b"\n")
     text = head.decode(errors="replace")
     try:
-        first, _ = json.JSONDecoder().raw_decode(text, re.compile(r"\[\s*").match(text).end())  # type: ignore[union-attr]
+        first, _ = json.JSONDecoder().raw_decode(text, len(text) - len(text[1:].lstrip()))
     except (ValueError, RecursionError):
+        return True
+    if isinstance(first, dict) and not any(keys.isdisjoint(first) for keys in _MESSAGE_KEYS):
         return False
-    return isinstance(first, dict) and not any(keys.isdisjoint(first) for keys in _MESSAGE_KEYS)
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    following = rest.lstrip(_SPACE)
+    return not following.startswith(b"{") if isinstance(first, (dict, list)) else not following
 
 
 _MESSAGE_KEYS = ({"role", "from"}, {"content", "value", "tool_calls", "function_call"})
