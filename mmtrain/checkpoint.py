@@ -139,11 +139,10 @@ class Writer:
         weights = dict(adapters or model.state_dict())
         further = {f"{EXTRA}{name}": value for name, value in (extra or {}).items()}
         others = _optimizer_tensors(model, optimizer) | further
-        if any(
-            value.is_cuda for value in weights.values()
-        ):  # copied here, on the stream that also runs the training step
+        devices = {value.device for value in weights.values() if value.device.type != "cpu"}
+        if devices:  # copied here, on the stream that also runs the training step
             weights, others = self._copy("", weights), self._copy("optimizer/", others)
-            torch.cuda.synchronize()
+            torch.get_device_module(devices.pop()).synchronize()
         state = CheckpointState(FORMAT_VERSION, {}, step, model.config, dict(settings), data, best)
         self._copied.clear()
         self._thread = threading.Thread(target=self._run, args=(weights, others, state), name="checkpoint")
@@ -176,7 +175,7 @@ class Writer:
                 continue  # already copied
             if held is None or held.shape != value.shape or held.dtype != value.dtype:
                 self._copies[prefix + name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self._copies[prefix + name].copy_(value.detach(), non_blocking=True)
+            self._copies[prefix + name].copy_(value.detach(), non_blocking=value.is_cuda)
         return {name: self._copies[prefix + name] for name in tensors}
 
     def _run(self, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> None:
@@ -295,7 +294,7 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, value in tensors.items():
-        assert value.is_contiguous() and not value.is_cuda, name
+        assert value.is_contiguous() and value.device.type == "cpu", name
         begin, end = end, end + value.nbytes
         header[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()

@@ -91,23 +91,26 @@ def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for `name`: "cpu", "cuda" (device number `local_rank`), or "auto" (CUDA if available,
-    else CPU). Raises UsageError if the name is unknown, or if it is "cuda" and torch sees no CUDA device."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {name} is unknown", "use auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here", "use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+    """Return the torch device for `name`: "cpu", "cuda" (device number `local_rank`), "mps" (the GPU of an Apple
+    machine), or "auto": the first that torch sees of CUDA, MPS and the CPU. Raises UsageError if the name is unknown,
+    or torch sees no such device."""
+    seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name not in ("auto", *seen):
+        raise UsageError(f"--device {name} is unknown", f"use auto, {', '.join(seen)}")
+    if not seen.get(name, True):
+        raise UsageError(f"--device {name}: torch sees no {name.upper()} device here", "use --device cpu")
+    kind = next(kind for kind, is_there in seen.items() if is_there) if name == "auto" else name
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
 
 
 def join(device_name: str) -> World:
     """Join the distributed run that the environment variables of torchrun or `launch` describe (nccl on CUDA, gloo on
-    the CPU), and return this process's World; without them it is the only rank. device_name: "auto", "cpu" or
-    "cuda"."""
+    the CPU), and return this process's World; without them it is the only rank. device_name: see `choose_device`.
+    Raises UsageError for several ranks on MPS."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1 and device.type == "mps":
+        raise UsageError(f"{size} ranks on MPS: torch sums no gradients there", "--device cpu, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():

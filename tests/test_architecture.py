@@ -254,3 +254,10 @@ def test_help_loads_nothing_heavy() -> None:
 def _runs(code: str, python: tuple[str, ...] = (sys.executable,)) -> None:
     done = subprocess.run([*python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_modules_of_posix_systems_are_not_imported_at_a_top() -> None:
+    posix = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "readline"}
+    for module in modules():
+        taken = {other.split(".")[0] for other in module.top_imports} & posix
+        assert not taken, f"{module.name} imports {taken} at its top, which Windows does not have"

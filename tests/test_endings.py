@@ -96,7 +96,10 @@ def test_the_end_is_trained_with_its_answer(name: str) -> None:
     ("calls", "ends"),
     [
         ("<|call|>", ("<|call|>",)),  # as gpt-oss: another end than an answer's
-        ("<|call_end|><|calls_end|><|im_end|>\n", ("<|im_end|>",)),  # as DeepSeek: more calls may follow the first token
+        (
+            "<|call_end|><|calls_end|><|im_end|>\n",
+            ("<|im_end|>",),
+        ),  # as DeepSeek: more calls may follow the first token
         ("<|im_end|>\n", ("<|im_end|>",)),
     ],
 )

@@ -128,7 +128,9 @@ def restore_directory(target: Path, aside: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush the content of a file, or the entries of a directory, to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows flushes the entries of a directory by itself
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what it may write
     try:
         os.fsync(descriptor)
     finally:

@@ -241,8 +241,10 @@ class Dataset:
 
 def _allow_open_files(count: int) -> None:
     """Raise the limit of open files (often 1,024) to what `count` mapped shards need, as far as the system allows."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * count + 256  # twice: a run may open a second dataset of this size
     if soft != resource.RLIM_INFINITY and soft < needed:

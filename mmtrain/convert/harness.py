@@ -3,9 +3,8 @@ mm[eval]."""
 
 from pathlib import Path
 
-import torch
-
 from mmdata.errors import UsageError
+from mmtrain.distributed import choose_device
 
 
 def run(model_dir: Path, tasks: list[str], *, is_chat: bool, limit: int | None = None) -> dict[str, dict[str, float]]:
@@ -27,8 +26,7 @@ def run(model_dir: Path, tasks: list[str], *, is_chat: bool, limit: int | None =
             f"the harness has no task {', '.join(unknown)}",
             "`lm_eval ls tasks` lists them; a task's .yaml file works too",
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(pretrained=str(model_dir), dtype="float32", batch_size=8, device=device)
+    model = HFLM(pretrained=str(model_dir), dtype="float32", batch_size=8, device=str(choose_device("auto")))
     evaluation = lm_eval.simple_evaluate(
         model=model,
         tasks=list(tasks),

@@ -15,6 +15,7 @@ from mmtrain.distributed import World
 from mmtrain.model.batch import Batch, counts_of, to_device, token_logps_of
 from mmtrain.model.logps import sum_by_sequence
 from mmtrain.model.model import Model
+from mmtrain.model.precision import wide, widest
 from mmtrain.model.preference import FIGURES, Objective, pair_figures
 
 PER_DATASET = ("loss", "bits_per_byte", "accuracy")  # metrics that are also computed for each dataset
@@ -47,7 +48,7 @@ def evaluate(
     token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes(), dtype=np.int64)).to(world.device)
     is_pairs = loader.kind == "pair"
     names = names_of([share.dataset.dir for share in loader.shares])
-    sums = torch.zeros(len(names), 4 + (2 + len(FIGURES)) * is_pairs, dtype=torch.float64).to(world.device)
+    sums = torch.zeros(len(names), 4 + (2 + len(FIGURES)) * is_pairs, dtype=widest(world.device), device=world.device)
     done = 0
     for micro in loader.micro_batches():
         progress(min(done * world.size, loader.num_samples), loader.num_samples)
@@ -56,7 +57,7 @@ def evaluate(
         logps = token_logps_of(model, batch)
         batch_sums = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
         if is_pairs:
-            ref = None if reference is None else reference[batch.samples].to(world.device)
+            ref = None if reference is None else reference[batch.samples].to(world.device, widest(world.device))
             batch_sums = torch.cat([batch_sums, _pair_sums(batch, logps, ref, objective)])
         sums[loader.dataset_of(micro)] += batch_sums
     sums = world.sum(sums).cpu()
@@ -97,7 +98,7 @@ def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only:
     id decodes to. chosen_only: the batch has pairs, and only their chosen replies count."""
     num_bytes = token_bytes[batch.ids[batch.trained]]
     is_counted = batch.sequence_ids % 2 == 0 if chosen_only else torch.ones_like(batch.sequence_ids, dtype=torch.bool)
-    nats = -logps.double() * is_counted
+    nats = -wide(logps) * is_counted
     return torch.stack([nats.sum(), is_counted.sum(), (nats * (num_bytes > 0)).sum(), (num_bytes * is_counted).sum()])
 
 
@@ -107,4 +108,4 @@ def _pair_sums(batch: Batch, logps: Tensor, ref: Tensor | None, objective: Objec
     sums = sum_by_sequence(logps, batch.sequence_ids, batch.num_sequences).view(-1, 2)
     loss, figures = pair_figures(objective, sums, counts_of(batch).view(-1, 2), ref)
     columns = (loss, *(figures[name] for name in FIGURES), torch.ones_like(loss))
-    return torch.stack([column.double().sum() for column in columns])
+    return torch.stack([wide(column).sum() for column in columns])

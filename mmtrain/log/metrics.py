@@ -3,12 +3,12 @@ prints some of them."""
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from mmtrain.log import history
@@ -155,9 +155,14 @@ def dataset_lines(record: Figures) -> list[str]:
 
 def memory_bytes() -> int:
     """Return the peak memory so far: that allocated by torch on the CUDA device, else the resident memory of this
-    process."""
+    process (where the system keeps no peak, the present one)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        info = psutil.Process().memory_info()
+        return getattr(info, "peak_wset", info.rss)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -4,6 +4,7 @@ A batch has the positions of the trained tokens instead of labels with -100, bec
 device would make the host wait until the device has counted them.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain.model.logps import sum_by_sequence, trained_logps
 from mmtrain.model.model import Model
+from mmtrain.model.precision import is_autocast
 
 # A padded micro-batch has room for one sequence per FILL_TOKENS tokens, so its shape stays the same as long as the mean
 # length of the sequences is at least this.
@@ -25,8 +27,8 @@ FILL_TOKENS = 128
 class Batch:
     """One micro-batch as tensors on its device: T tokens, N of them trained, in `num_sequences` sequences.
 
-    ids, position_ids: int64 [T]. cu_seqlens: int32 [n + 1], the ends of n sequences beginning with 0. These three are
-    longer if the batch is padded (see `filled`). max_seqlen: upper bound of the sequence lengths. trained: int64 [N],
+    ids, position_ids: int64 [T]. cu_seqlens: int32 [n + 1], the ends of n sequences beginning with 0; on the CPU unless
+    the device is CUDA's, because elsewhere the host lays out attention. These three are longer if the batch is padded (see `filled`). max_seqlen: upper bound of the sequence lengths. trained: int64 [N],
     positions of the trained tokens in `ids`, ascending. sequence_ids: int64 [N], the number of each trained token's
     sequence. samples: int64, numbers of the packs or pairs within the split. num_tokens, num_trained: T and N; padding
     is not counted. For pairs, `num_sequences` and `sequence_ids` count each side as one sequence; with `shared`, n in
@@ -138,12 +140,12 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
         shared = None if shared is None else np.concatenate([shared, np.outer(behind, [1, 0, 0])])
 
     def put(values: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True).to(dtype)
+        return torch.from_numpy(values).to(device, non_blocking=device.type == "cuda").to(dtype)
 
     return Batch(
         ids=F.pad(put(micro.ids), (0, len(position_ids) - num_tokens)),
         position_ids=put(position_ids),
-        cu_seqlens=put(cu_seqlens, torch.int32),
+        cu_seqlens=put(cu_seqlens, torch.int32) if device.type == "cuda" else torch.from_numpy(cu_seqlens).int(),
         max_seqlen=int(micro.max_seqlen) if limits is None else limits.sequence,
         trained=put(trained),
         sequence_ids=put(sequence_ids),
@@ -170,10 +172,11 @@ def token_logps_of(model: Model, batch: Batch) -> Tensor:
     """Return the log-probabilities of a batch's trained tokens, fp32 [N]. The forward pass and the product with the
     output embedding run in the type of the caller's autocast context."""
     hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.shared)
-    device = batch.ids.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    with torch.autocast(device, enabled=False):
-        shared = None if batch.shared is None else batch.shared.to(batch.ids.device)
+    device = batch.ids.device
+    is_low = is_autocast(device)
+    dtype = torch.get_autocast_dtype(device.type) if is_low else torch.float32
+    with torch.autocast(device.type, enabled=False) if is_low else nullcontext():
+        shared = None if batch.shared is None else batch.shared.to(device)
         return trained_logps(hidden, model.head_weight, batch.ids, batch.trained, shared=shared, dtype=dtype)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain.model.precision import wide
+
 CHUNK = 2048  # most rows of logits in memory at a time: 52 MB in fp32 for a vocabulary of 6,400 tokens
 MOST_LOGITS = 2**26  # most logits in memory at a time, 268 MB in fp32: fewer rows from a vocabulary of 32,768 on
 
@@ -118,4 +120,4 @@ def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> 
     """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], 0 for one without trained tokens.
     sequence_ids: int64 [N]. A float32 sum of thousands of nats has a rounding error of 1e-4, as large as a small change
     of a reward margin."""
-    return logps.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_ids, logps.double())
+    return wide(logps.new_zeros(num_sequences)).index_add(0, sequence_ids, wide(logps))

@@ -1,4 +1,5 @@
-"""The type that a device multiplies matrices in, and a loss scale for fp16. Weights, gradients and sums are fp32."""
+"""The types that a device multiplies matrices and takes sums in, and a loss scale for fp16. Weights and gradients are
+fp32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,12 +8,13 @@ from torch import Tensor
 
 # Initial loss scale of fp16. It can be small, because losses are sums over tokens, so gradients are not small.
 SCALE = 256.0
+WITHOUT_FP64 = ("mps",)  # device types that have no fp64
 GROW_AFTER = 1000  # the loss scale doubles after this many steps without overflow
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """Return the type to multiply matrices in: bf16 on CUDA devices that support it natively (Ampere and later), fp16
-    on those with fp16 matrix units (Volta, Turing), else fp32. Always fp32 on the CPU."""
+    on those with fp16 matrix units (Volta, Turing), else fp32. Always fp32 on other devices."""
     if device.type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -26,9 +28,25 @@ def autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Return whether autocast is enabled for a device; False for a type of device that has none."""
+    return device.type in ("cpu", "cuda", "mps") and torch.is_autocast_enabled(device.type)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in the type of sums over many tokens on their device (see `widest`)."""
+    return values.to(widest(values.device))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the type of sums over many tokens on a device: fp64, or fp32 where there is none."""
+    return torch.float32 if device.type in WITHOUT_FP64 else torch.float64
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether device or machine is out of memory; torch's CPU allocator has no error type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't" in str(error)
+    """Return whether device or machine is out of memory; only CUDA has an error type of its own."""
+    texts = ("DefaultCPUAllocator: can't", "MPS backend out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 class LossScale:

@@ -15,7 +15,7 @@ from mmdata.shards.pairs import PairLoader
 from mmtrain.distributed import World
 from mmtrain.model.batch import Batch, counts_of, cut, logps_of, to_device
 from mmtrain.model.model import Model
-from mmtrain.model.precision import autocast
+from mmtrain.model.precision import autocast, wide, widest
 from mmtrain.model.preference import Objective, pair_figures
 from mmtrain.train import optim, preflight
 from mmtrain.train.plan import TrainPlan
@@ -75,7 +75,7 @@ def forecast(
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss [S] with gradient and the reward margin [S] of S pairs."""
-        ref = None if reference is None else reference[batch.samples].to(world.device)
+        ref = None if reference is None else reference[batch.samples].to(world.device, widest(world.device))
         with autocast(world.device):
             logps, counts = logps_of(model, batch).view(-1, 2), counts_of(batch).view(-1, 2)
             loss, figures = pair_figures(plan.objective, logps, counts, ref)
@@ -84,15 +84,15 @@ def forecast(
     def mean_margin() -> float:
         """Return the mean reward margin over the trial batches of all ranks."""
         with torch.no_grad():
-            margins = [run(batch)[1].double() for batch in batches]
+            margins = [wide(run(batch)[1]) for batch in batches]
         num_pairs = torch.tensor(float(sum(map(len, margins))), device=world.device)
-        total, count = world.sum(torch.stack([torch.cat(margins).sum(), num_pairs]).double()).tolist()
+        total, count = world.sum(wide(torch.stack([torch.cat(margins).sum(), num_pairs]))).tolist()
         return total / max(1.0, count)
 
     before = mean_margin()
     for i in range(num_probes):
         gradient.zero_()
-        count = torch.zeros(1, dtype=torch.float64, device=world.device)
+        count = torch.zeros(1, dtype=widest(world.device), device=world.device)
         if i < len(batches):
             loss, _ = run(batches[i])
             loss.sum().backward()

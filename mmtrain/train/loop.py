@@ -27,7 +27,7 @@ from mmtrain.inference.evaluate import evaluate
 from mmtrain.log import metrics
 from mmtrain.log.console import Console, print_line
 from mmtrain.model.batch import cut, to_device
-from mmtrain.model.precision import autocast, autocast_dtype, is_out_of_memory
+from mmtrain.model.precision import autocast, autocast_dtype, is_out_of_memory, wide, widest
 from mmtrain.model.stages import step_zero_tolerance
 from mmtrain.records import BestRecord
 from mmtrain.train import forecast, optim, reference
@@ -210,13 +210,13 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
     settings = run.plan.settings
     sums = _accumulate(run, step)
     is_asked = stop.is_set or (run.world.is_first and (run.plan.out / STOP_FILE).exists())
-    asked = torch.tensor([float(is_asked)], dtype=torch.float64).to(run.world.device, non_blocking=True)
+    asked = torch.tensor([float(is_asked)], dtype=sums.dtype).to(sums.device, non_blocking=sums.is_cuda)
     figures = run.world.sum(torch.cat([sums, asked]))
     run.world.sum(run.gradient)
     lr = optim.learning_rate(
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
-    count, scale = figures[1], run.scale.value.double()
+    count, scale = figures[1], wide(run.scale.value)
     run.writer.settle()  # the checkpoint thread may still be copying the weights that `update` changes
     norm, is_taken = optim.update(
         run.optimizer,
@@ -264,7 +264,7 @@ def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
     """Run the passes of all `micros`, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
     sums that `_accumulate` describes."""
     stage, device = run.plan.stage, run.world.device
-    sums = torch.zeros(4 + len(stage.figures), dtype=torch.float64, device=device)
+    sums = torch.zeros(4 + len(stage.figures), dtype=widest(device), device=device)
     limits = run.plan.loader.limits
     limits = replace(limits, tokens=run.most_tokens or limits.tokens)
     run.gradient.zero_()
@@ -273,14 +273,14 @@ def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
         run.log.within(run.step, number / len(pieces))
         run.largest_micro = max(run.largest_micro, len(micro.ids))
         batch = to_device(micro, device, limits)
-        ref = run.ref["train"][batch.samples].to(device) if "train" in run.ref else None
+        ref = run.ref["train"][batch.samples].to(device, widest(device)) if "train" in run.ref else None
         with autocast(device):
             outcome = stage.loss(run.model, batch, ref, run.plan.objective)
         (outcome.loss * run.scale.value if run.scale.is_on else outcome.loss).backward()
-        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=torch.float64)
-        figures = [outcome.figures[name].double().view(1) for name in stage.figures]
-        loss = outcome.loss.detach().double().view(1)
-        sums += torch.cat([loss, counts.to(device, non_blocking=True), *figures])
+        counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=widest(device))
+        figures = [wide(outcome.figures[name]).view(1) for name in stage.figures]
+        loss = wide(outcome.loss.detach()).view(1)
+        sums += torch.cat([loss, counts.to(device, non_blocking=device.type == "cuda"), *figures])
     return sums
 
 
@@ -293,8 +293,8 @@ def _halve(run: ActiveRun, reason: str) -> None:
             "pack with a smaller --max-len, or choose a smaller --model",
         )
     run.most_tokens = (run.most_tokens or run.largest_micro) // 2
-    if run.world.device.type == "cuda":
-        torch.cuda.empty_cache()
+    if run.world.device.type != "cpu":
+        torch.get_device_module(run.world.device).empty_cache()
 
 
 # --- figures

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.config import BETA2
+from mmtrain.model.precision import wide, widest
 from mmtrain.train.muon import Muon
 
 EPS = 1e-8
+# Device types whose fused AdamW divides by `grad_scale` and obeys `found_inf`. On others the host does both, and waits.
+TAKE_SCALE = ("cpu", "cuda")
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
@@ -62,18 +65,22 @@ def update(
 
     gradient: the flat gradient, a sum over `count` trained tokens or pairs. count: may include a loss scale as a
     factor. The step is skipped, without changing weights or optimizer state, if the norm is not finite, `is_finite` is
-    false or `count` is 0. The host does not wait for the device.
+    false or `count` is 0. On the devices of TAKE_SCALE the host does not wait for the device.
     """
-    count = torch.as_tensor(count, dtype=torch.float64, device=gradient.device)
-    norm = gradient.norm().double() / count
+    count = torch.as_tensor(count, dtype=widest(gradient.device), device=gradient.device)
+    norm = wide(gradient.norm()) / count
     is_taken = torch.isfinite(norm) & is_finite & (count > 0)
     for group in optimizer.param_groups:
         group["lr"] = lr
     scale = torch.where(is_taken, count / (clip / norm).clamp(max=1.0), 1.0)
-    optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
-    optimizer.found_inf = 1 - is_taken.float()  # type: ignore[attr-defined]
-    optimizer.step()
-    return norm, is_taken.double()
+    if gradient.device.type in TAKE_SCALE:
+        optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
+        optimizer.found_inf = 1 - is_taken.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif is_taken:
+        gradient /= scale
+        optimizer.step()
+    return norm, wide(is_taken)
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, schedule: str, warmup: float) -> float:

@@ -4,16 +4,15 @@ A probe runs the model forward and backward on a few hundred tokens of the run's
 keeps per token and measures the speed. It changes no weights, draws no random numbers, and takes seconds at most.
 """
 
-import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -340,10 +339,7 @@ def used_bytes(device: torch.device) -> int:
     """Return the bytes of memory in use now: allocated by torch on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux: the peak so far, which is about the same at the start of a run
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().rss
 
 
 def free_bytes(device: torch.device) -> int:
@@ -351,16 +347,16 @@ def free_bytes(device: torch.device) -> int:
     those torch has reserved, else the smallest limit of machine, container (cgroup) and process (rlimits)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024 + used_bytes(device))
+    memory = psutil.virtual_memory()
+    limits = [memory.total, memory.available + used_bytes(device)]
     limit, current = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit and current and limit[0].isdigit():
         limits.append(int(limit[0]) - int(current[0]) + used_bytes(device))
-    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        soft = resource.getrlimit(kind)[0]
-        limits += [soft] if soft != resource.RLIM_INFINITY else []
+    with suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        softs = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+        limits += [soft for soft in softs if soft != resource.RLIM_INFINITY]
     return min(limits)
 
 
@@ -373,5 +369,5 @@ def _lines(path: str) -> list[str]:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()

@@ -27,15 +27,13 @@ from mmtrain.distributed import World
 from mmtrain.log.console import Console, duration
 from mmtrain.model.batch import logps_of, to_device
 from mmtrain.model.model import Model
-from mmtrain.model.precision import autocast, autocast_dtype
+from mmtrain.model.precision import autocast, autocast_dtype, widest
 from mmtrain.model.preference import uses_reference
 from mmtrain.records import ReferenceRecord
 from mmtrain.train.plan import TrainPlan
 
-TOKENS = {
-    "cpu": 8192,
-    "cuda": 131_072,
-}  # tokens per micro-batch; more than in training, because without gradients they need less memory
+# Tokens per micro-batch on CUDA and elsewhere; more than in training, because without gradients they need less memory.
+CUDA_TOKENS, TOKENS = 131_072, 8192
 SPOT_TOLERANCE = {
     torch.float32: 1e-3,
     torch.bfloat16: 2e-2,
@@ -157,10 +155,10 @@ def compute(
     Every rank must call this; each computes its share of the pairs and gets all logps. progress: called as
     `progress(done, total)` after each micro-batch, with numbers of pairs; done is estimated from this rank's share.
     """
-    logps = torch.zeros(loader.num_samples, 2, dtype=torch.float64, device=world.device)
+    logps = torch.zeros(loader.num_samples, 2, dtype=widest(world.device), device=world.device)
     done = 0
     with torch.no_grad():
-        limits = replace(loader.limits, tokens=TOKENS[world.device.type])
+        limits = replace(loader.limits, tokens=CUDA_TOKENS if world.device.type == "cuda" else TOKENS)
         for micro in loader.micro_batches(limits.tokens):
             values = logps_of(model, to_device(micro, world.device, limits)).view(-1, 2)
             logps[torch.from_numpy(micro.samples).to(world.device)] = values

@@ -51,7 +51,7 @@ class InFlight:
 
     def __init__(self, step: int, lr: float, begun: float, values: Tensor):
         self.step, self.lr, self.begun = step, lr, begun
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._event = None
         if values.is_cuda:
             self._event = torch.cuda.Event()
@@ -345,8 +345,8 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
         versions={name: _version(name) for name in PACKAGES},
     )
     if with_speed and world.is_first:
-        is_cuda = world.device.type == "cuda"
-        record.device_name = torch.cuda.get_device_name(world.device) if is_cuda else "CPU"
+        names = {"cpu": "CPU", "mps": "Apple GPU (MPS)"}
+        record.device_name = names.get(world.device.type) or torch.cuda.get_device_name(world.device)
         record.matmul_flops = preflight.matmul_flops(world.device, autocast_dtype(world.device))
         record.fill = _padded_fill(plan)
     return record

@@ -1,0 +1,133 @@
+"""Machines without CUDA: Apple's GPU (simulated), and systems without the POSIX-only modules."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from command_line import Run, fine
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_data import Data
+from train_runs import config_of
+
+from mmdata.errors import UsageError
+from mmtrain import distributed
+from mmtrain.distributed import World, choose_device, join
+from mmtrain.inference.evaluate import _pair_sums, _text_sums
+from mmtrain.model import precision
+from mmtrain.model.batch import to_device, token_logps_of
+from mmtrain.model.model import Model
+from mmtrain.model.precision import LossScale
+from mmtrain.train import optim
+from mmtrain.train.loop import _add_up
+from mmtrain.train.plan import make_plan
+
+META = torch.device("meta")
+
+
+class WithoutFp64(TorchDispatchMode):
+    """Raises for a tensor of fp64 on the meta device, as Apple's MPS does; counts the operations there."""
+
+    num_ops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, func
+                self.num_ops += 1
+        return out
+
+
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    [
+        ("pretrain", {}),
+        ("sft", {}),
+        ("dpo", {"share_prompt": False}),
+        ("dpo", {"share_prompt": True}),
+        ("dpo", {"loss": "orpo"}),
+    ],
+)
+def test_every_stage_runs_on_a_device_without_fp64(
+    stage: str, given: dict[str, Any], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's meta device, which has shapes and types but no values, so nothing may read one on the host."""
+    monkeypatch.setattr(precision, "WITHOUT_FP64", ("meta",))
+    plan = make_plan(config_of(stage, data, tmp_path / "run", model="tiny", **given), World(0, 1, torch.device("cpu")))
+    with META:
+        model = Model(plan.shape)
+    run = SimpleNamespace(
+        plan=plan,
+        world=World(0, 1, META),
+        model=model,
+        gradient=optim.flat_gradient(model),
+        scale=LossScale(torch.float32, META),
+        ref={"train": torch.zeros(plan.loader.num_samples, 2, dtype=torch.float64)} if plan.is_pairs else {},
+        most_tokens=None,
+        step=0,
+        log=SimpleNamespace(within=lambda *_: None),
+        largest_micro=0,
+    )
+    with WithoutFp64() as mode:
+        sums = _add_up(run, plan.loader.batch(0))  # type: ignore[arg-type]
+        batch = to_device(next(iter(plan.val_loader.micro_batches())), META)
+        token_bytes = torch.ones(plan.shape.vocab_size, dtype=torch.int64, device=META)
+        figures = [_text_sums(batch, token_logps_of(model, batch), token_bytes, chosen_only=plan.is_pairs)]
+        if plan.is_pairs:
+            figures.append(_pair_sums(batch, token_logps_of(model, batch), None, plan.objective))
+    assert mode.num_ops > 100 and run.largest_micro > 0
+    assert all(each.is_meta and each.dtype == torch.float32 for each in (sums, *figures))
+
+
+def test_an_optimizer_without_a_scale_of_its_own_makes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stepped(gradients: list[float]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = optim.adamw(model, lr=0.1, weight_decay=0.1)
+        flat = optim.flat_gradient(model)
+        for value in gradients:
+            flat.copy_(torch.arange(15.0) * value)
+            norm, is_taken = optim.update(optimizer, flat, lr=0.1, count=7.0, clip=1.0)
+            assert is_taken.item() == (value == value), norm
+        return [p.detach().clone() for p in model.parameters()]
+
+    expected = stepped([1.0, float("nan"), -3.0])
+    monkeypatch.setattr(optim, "TAKE_SCALE", ())
+    for ours, theirs in zip(stepped([1.0, float("nan"), -3.0]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_auto_takes_apples_gpu_where_torch_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    for name in ("cuda", "mps"):
+        with pytest.raises(UsageError, match=f"torch sees no {name.upper()} device"):
+            choose_device(name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("mps") == torch.device("mps")
+    assert precision.widest(torch.device("mps")) == precision.autocast_dtype(torch.device("mps")) == torch.float32
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 ranks on MPS"):
+        join("auto")
+    assert not distributed.dist.is_initialized()
+
+
+def test_commands_work_without_posix_only_modules(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: an import of one of them fails. test_architecture.py checks that none is imported at a top."""
+    for name in ("fcntl", "resource", "pwd", "grp", "termios", "pty", "posix"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        import resource  # noqa: F401
+    fine(mm("pack --workers 1 --no-report"))
+    fine(mm("verify shards/pretrain_hq"))
+    fine(mm("train pretrain --model tiny --steps 2 --quiet"))
+    fine(mm("train sft --steps 2 --quiet"))
+    answer = json.loads(fine(mm("chat --prompt 'one and two?' --max-new-tokens 3 --json")).out)
+    assert isinstance(answer["answer"], str)
+    run = json.loads((home / "runs/sft-1/run.json").read_text())
+    assert run["result"]["peak_bytes"] > 0 and run["preflight"]["free_bytes"] > 0
