@@ -310,6 +310,8 @@ def test_map_names_the_column_of_a_field(options: list[str], row: Any, expected:
 def test_a_mapped_field_is_read_from_no_other_column() -> None:
     with pytest.raises(BadRow, match="missing field"):
         parse_row(json.dumps({"question": "Hi", "response": "Hello"}).encode(), columns=Columns.parse(["prompt=ask"]))
+    with pytest.raises(BadRow, match="message 1: no content, found `role`, `content`"):
+        parse_row(json.dumps({"messages": [USER, ANSWER]}).encode(), columns=Columns.parse(["content=text"]))
 
 
 @pytest.mark.parametrize("option", ["prompt", "prompt=", "=ask", "promt=ask", ""])

@@ -12,6 +12,7 @@ from mmdata.encode.rows.schemas import MEDIA, Columns, is_metadata
 from mmdata.io.records import JsonObject
 
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = ("human", "gpt", "system", "observation")
 _CALL_ROLES = ("function_call", "tool_call")  # the content is a tool call, as JSON
 _ROLES = {role: role for role in _PLAIN_ROLES} | {
     "developer": "system",
@@ -51,13 +52,17 @@ class MessageReader:
         if not value:
             raise BadRow("no messages", where)
         messages = []
+        is_usual = not self._columns.mapping
         for number, item in enumerate(value, 1):
             if type(item) is dict:
-                content = item.get("content")
-                if len(item) == 2 and type(content) is str and item.get("role") in _PLAIN_ROLES:
-                    messages.append(Message(item["role"], content))  # a faster path for most messages
-                else:
-                    tools += self._add(item, number, messages)
+                if is_usual and len(item) == 2:  # a faster path for most messages
+                    if type(item.get("content")) is str and item.get("role") in _PLAIN_ROLES:
+                        messages.append(Message(item["role"], item["content"]))
+                        continue
+                    if type(item.get("value")) is str and item.get("from") in _SHAREGPT_ROLES:
+                        messages.append(Message(_ROLES[item["from"]], item["value"]))
+                        continue
+                tools += self._add(item, number, messages)
             elif type(item) is list and len(item) == 2:
                 messages += [
                     Message("user", _content(item[0], number)),

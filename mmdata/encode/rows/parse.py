@@ -220,10 +220,11 @@ class _Dialogue(MessageReader):
         sides = []
         for field in ("chosen", "rejected"):
             messages, tools = self._field(field, "assistant")
-            if not any(message.role == "user" for message in messages):
+            if messages[0].role != "user" and not any(message.role == "user" for message in messages):
                 context = context or self._context()
                 messages, tools = context[0] + messages, tools or context[1]
-            messages, tools = self._with_row_fields(messages, tools)
+            if len(self._found) > 2:
+                messages, tools = self._with_row_fields(messages, tools)
             _check_turns(messages, f"{self._found[field]}: ")
             sides.append(Conversation(messages, tools))
         pair = Pair(*sides)
