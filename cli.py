@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
 from mmdata.commands.options import SETTINGS, add_lazily
-from mmdata.commands.terminal import fail, say
+from mmdata.commands.terminal import fail, result, say
 from mmdata.errors import DiskError, InputError, MMError, UsageError
 
 COMMANDS = {
@@ -46,12 +48,13 @@ TOKENIZER_COMMANDS = {
     "show": "Show a text coloured by token, or the vocabulary.",
     "extend": "Add a few tokens after the last id.",
 }
+MAIN_SETTINGS: dict[str, Any] = {**SETTINGS, "add_completion": True}
 app = typer.Typer(
     name="mm",
     help="From raw jsonl to a chatting, aligned small language model.\n\n"
     "Fetch data, pack it into shards, train pretrain -> sft -> dpo, chat. New here? Try: mm demo",
     no_args_is_help=True,
-    **SETTINGS,
+    **MAIN_SETTINGS,
 )
 tokenizers = typer.Typer(
     help="Train, measure, check and extend tokenizers.",
@@ -59,6 +62,22 @@ tokenizers = typer.Typer(
     no_args_is_help=True,
     **SETTINGS,
 )
+
+
+def show_version(is_asked: bool) -> None:
+    """Print the version and end, for --version."""
+    if is_asked:
+        result(f"mm {version('mm-toolkit')}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def root(
+    _: Annotated[bool, typer.Option("--version", "-V", help="Print the version.", callback=show_version)] = False,
+) -> None:
+    """Declare the options of `mm` itself."""
+
+
 for package, summaries in COMMANDS.items():
     for name, summary in summaries.items():
         add_lazily(app, f"{package}.{MODULES.get(name, name)}", name, summary)
@@ -75,7 +94,7 @@ def main() -> None:
     replace_unknown_characters()
     try:
         check_arguments(sys.argv[1:])
-        code = app(standalone_mode=True)
+        code = app(standalone_mode=True, prog_name="mm")
     except MMError as error:
         code = fail(error)
     except KeyboardInterrupt:

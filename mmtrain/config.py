@@ -78,7 +78,12 @@ class TrainSettings:
         default_text="mm's own settings",
     )
     # None if the model's shape comes from a checkpoint, or by --depth.
-    model: str | None = _setting("minimind2-small", f"Shape of a new model: {', '.join(MODEL_SHAPES)}.", MODEL)
+    model: str | None = _setting(
+        "minimind2-small",
+        f"Shape of a new model: {', '.join(MODEL_SHAPES)}.",
+        MODEL,
+        default_text="minimind2-small; for small data a smaller one",
+    )
     depth: int | None = _shape_setting(
         "Make a new model of N layers, 64 N wide, with N heads (nanochat's rule), instead of --model.", least=1
     )
@@ -102,13 +107,18 @@ class TrainSettings:
         None, "Number of optimizer steps, instead of --epochs.", LENGTH, least=1, default_text="by --epochs"
     )
     epochs: float | None = _setting(
-        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0}, "Number of passes over the training data.", LENGTH, above=0
+        {"pretrain": 1.0, "sft": 2.0, "dpo": 1.0},
+        "Number of passes over the training data.",
+        LENGTH,
+        above=0,
+        default_text="pretrain 1, sft 2, dpo 1; more for small data",
     )
     batch_tokens: int = _setting(
         {"pretrain": 65_536, "sft": 32_768, "dpo": 16_384},
         "Tokens of one optimizer step, over all ranks.",
         OPTIMIZER,
         least=1,
+        default_text="pretrain 65536, sft 32768, dpo 16384; fewer for small data",
     )
     # On the CPU more than 1,024 tokens are no faster but take more memory (2.8 GB for a 104M model). A pair with 1,024
     # tokens on each side has 2,048 tokens.
@@ -230,7 +240,14 @@ class TrainSettings:
         free=True,
         least=1,
     )
-    val_every: int = _setting(200, "Steps between validations; 0: only at the end.", LOGGING, free=True, least=0)
+    val_every: int = _setting(
+        200,
+        "Steps between validations; 0: only at the end.",
+        LOGGING,
+        free=True,
+        least=0,
+        default_text="200, or a tenth of a shorter run",
+    )
     save_every: int = _setting(500, "Steps between checkpoints; 0: only at the end.", CHECKPOINTS, free=True, least=0)
     keep_last: int = _setting(
         2,

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from command_line import Ran, Run, fine, refused
 from fakehub import Bytes, FakeHub
 from train_data import Data
@@ -184,3 +186,59 @@ def test_a_bare_name_is_looked_up_under_shards_and_a_mistyped_run_is_refused(
     refused(mm("train sft --data none"), "none: no such dataset", "there is shards/sft_512\n")
     refused(mm("train sft --resume --out runs/sft-9"), "runs/sft-9: no such run", "there is runs/sft-1;")
     assert not (home / "runs/sft-9").exists()
+
+
+# --- help
+
+
+def examples(group: Any) -> Iterator[str]:
+    """The example commands in the help of every command."""
+    for command in group.commands.values():
+        if hasattr(command, "commands"):
+            yield from examples(command)
+        else:
+            text = " ".join(command.loaded.epilog.removeprefix("Example: ").split("\n"))
+            yield from (example.removeprefix("mm ") for example in text.split("    "))
+
+
+ELSEWHERE = ("serve", "demo", "import", "--follow", "--lm-eval", "--from 6000")  # long, or of files that are not here
+
+
+@pytest.mark.slow
+def test_the_examples_in_help_run(
+    home: Path, hub: FakeHub, runs: Path, data: Data, mm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of `mm --help`, except that the tokenizer that some compare is trained first."""
+    for stage, dataset in (("pretrain", "pretrain_hq"), ("sft", "sft_512"), ("dpo", "dpo")):
+        shutil.copytree(runs / stage, home / f"runs/{stage}-1")
+        shutil.copytree(getattr(data, stage), home / f"shards/{dataset}")
+    for name in ("old", "new"):
+        shutil.copy(home / "data/sft_512.jsonl", home / f"{name}.jsonl")
+    every = list(examples(typer.main.get_command(cli.app)))
+    assert len(every) > 25 and all(not example.startswith("mm") for example in every)
+    for example in sorted(every, key=lambda example: not example.startswith("tokenizer train")):
+        if not any(word in example for word in ELSEWHERE):
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+            ran = mm(example + (" --out more" if example.startswith("fetch") else ""))  # other files are here already
+            assert ran.code == 0, f"mm {example}\n{ran.err}"
+
+
+def test_mm_has_a_version_completion_and_short_flags(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"mm \d+\.\d+\S*\n", fine(mm("--version")).out)
+    assert fine(mm("-h")).out == fine(mm("--help")).out and "-V, --version" in fine(mm("-h")).out
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = fine(mm("--help")).out
+    for summary in (text for summaries in cli.COMMANDS.values() for text in summaries.values()):
+        assert summary in shown  # not cut
+    assert "{pretrain|sft|dpo}" in fine(mm("train -h")).out
+    assert fine(mm("pack data/sft_512.jsonl -q")).err == ""
+    loud = fine(mm("validate data/sft_512.jsonl -v")).err
+    assert re.search(r"^took \d+ s and \d+\.\d MB of memory$", loud, re.MULTILINE)
+    broken = mm("validate none.jsonl -v")
+    assert broken.code and "Traceback" in broken.err and "error: none.jsonl: no such file" in broken.err
+    refused(mm("validate none.jsonl -q"), "none.jsonl: no such file")
+    monkeypatch.setenv("_MM_COMPLETE", "complete_bash")
+    for words, expected in (("mm pa", ["pack"]), ("mm train sft --optimizer ", ["adamw", "muon"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+        assert mm("").out.split() == expected

@@ -250,9 +250,10 @@ def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int
 
         def watch(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
             assert draw
-            per_second = max(rate.per_second(all_done), 1e-3)
-            speed = f"{size(per_second)}/s, {(all_total - all_done) / per_second:.0f} s left in all"
-            draw(name, done, total, f"{size(done)} of {size(total)} ({percent(done, total)}), {speed}")
+            per_second = rate.per_second(all_done)
+            speed = f", {size(per_second)}/s" if per_second else ""
+            left = rate.time_left(all_done, all_total)
+            draw(name, done, total, f"{size(done)} of {size(total)} ({percent(done, total)}){speed}{left}")
             draw("all files", all_done, all_total, f"{size(all_done)} of {size(all_total)}", row=1)
 
         yield watch if draw else None

@@ -27,6 +27,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
+from mmdata.commands import terminal
 from mmdata.errors import DatasetError, InputError, TokenizerError, UsageError
 from mmdata.options import Option, bounds, check_value, flag_of, options_of
 
@@ -39,6 +40,10 @@ SETTINGS: dict[str, Any] = {
 MAX_WIDTH = 30  # characters in the column of flags in --help; a longer flag gets a line of its own
 LARGE_BOUND = 2**31 - 1  # bounds of this size or more are checked, but not shown in --help
 MAX_CHOICES_WIDTH = 24  # characters; shorter choices are shown as the name of an option's value: --split train|val|all
+OUTPUT_OPTIONS = {  # of every command; `quiet` unless the command has an option of its own of that name
+    "quiet": Option("Print results and errors only."),
+    "verbose": Option("Print also the time and memory taken, and where in the code an error was raised."),
+}
 Parameter = inspect.Parameter
 Values = dict[str, Any]  # the values of all typer parameters, by name
 Converter = Callable[[Values], Any]
@@ -143,11 +148,16 @@ def command_line(function: Callable[..., None], headings: Sequence[str] = ()) ->
         expanded, converters[parameter.name] = _converted(parameter)
         parameters += [one.replace(kind=Parameter.KEYWORD_ONLY) for one in expanded]
 
+    own = {parameter.name for parameter in parameters}
+    parameters += [
+        _typer_parameter(name, bool, False, option) for name, option in OUTPUT_OPTIONS.items() if name not in own
+    ]
     if headings:
         parameters.sort(key=lambda parameter: _rank(parameter, headings))
 
     def run(**values: Any) -> None:
-        function(**{name: convert(values) for name, convert in converters.items()})
+        with terminal.output(quiet=values["quiet"] and "quiet" not in own, verbose=values["verbose"]):
+            function(**{name: convert(values) for name, convert in converters.items()})
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -221,8 +231,11 @@ def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Opti
         annotation = annotation | None
     if annotation == bool | None and "/" not in flag:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    short = [f"-{name[0]}"] if name in OUTPUT_OPTIONS else []
     info = typer.Option(
         flag,
+        *short,
+        autocompletion=(lambda: list(declaration.choices)) if declaration.choices else None,
         metavar=declaration.metavar or _choices(declaration) or ("NAME" if declaration.choices else None),
         help=_help(annotation, default, declaration),
         show_default=False,

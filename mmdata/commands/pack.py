@@ -218,14 +218,17 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
         by_tokens.per_second(counts[1])
 
     with meter(quiet=quiet) as draw:
+        if draw:
+            draw(label, 0, 0, "")
 
         def update(done: int, total: int) -> None:
             rows, tokens, num_left_out = counts
             aside = f", {num_left_out:,} set aside" if num_left_out else ""
-            speed = f"{by_bytes.per_second(done) / 1e6:.1f} MB/s, {by_tokens.per_second(tokens):,.0f} tokens/s"
+            rates = by_bytes.per_second(done), by_tokens.per_second(tokens)
+            speed = f", {size(rates[0])}/s, {rates[1]:,.0f} tokens/s" if all(rates) else ""
             amount = f"{percent(done, total)} of {size(total)}, {rows:,} rows{aside}"
             assert draw
-            draw(label, done, total, f"{amount}, {speed}{by_bytes.time_left(done, total)}")
+            draw(label, done, total, f"{amount}{speed}{by_bytes.time_left(done, total)}")
 
         yield update if draw else None, watch
 

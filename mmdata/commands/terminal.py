@@ -2,14 +2,16 @@
 module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
 import json
+import resource
 import shlex
 import shutil
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mmdata.errors import MMError
@@ -21,15 +23,43 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
 CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
-EVERY_S = 10  # seconds between lines of progress where stderr is no terminal
+# Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
+SOON_S, EVERY_S = 1.5, 10.0
 MOST_KEYS = 10  # ignored keys of rows in a line
 
 Update = Callable[[int, int], None]  # (units done, units in all)
 
 
+@dataclass
+class Output:
+    """What the running command prints to stderr besides errors: nothing if `quiet`, more if `verbose`."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+OUTPUT = Output()
+
+
+@contextmanager
+def output(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Context manager of a command with -q or -v. With `verbose` its time and peak memory are printed at the end, and
+    `fail` prints tracebacks; this holds until the next command."""
+    OUTPUT.quiet, OUTPUT.verbose = quiet, verbose
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        OUTPUT.quiet = False
+        if verbose:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            say(f"took {in_time(time.monotonic() - begun)} and {size(memory)} of memory")
+
+
 def say(text: str = "") -> None:
-    """Print one line to stderr; on a terminal it is wrapped between words."""
-    print(_wrapped(text, sys.stderr), file=sys.stderr, flush=True)
+    """Print one line to stderr, unless the command is quiet; on a terminal it is wrapped between words."""
+    if not OUTPUT.quiet:
+        print(_wrapped(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def result(text: str = "") -> None:
@@ -97,10 +127,11 @@ def plain(value: Any) -> Any:
 
 
 def fail(error: MMError) -> int:
-    """Print an error and, if it has one, its fix to stderr. Return the error's exit code."""
-    say(f"error: {error.message}")
-    if error.fix:
-        say(f"fix: {error.fix}")
+    """Print an error and, if it has one, its fix to stderr, with -v also its traceback. Return its exit code."""
+    if OUTPUT.verbose:
+        traceback.print_exception(error)
+    for line in (f"error: {error.message}", *([f"fix: {error.fix}"] if error.fix else [])):
+        print(_wrapped(line, sys.stderr), file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -256,7 +287,7 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
     work `label` are done; `words` is printed after the bar, or in the line. Row 1 is a second bar below the first,
     shown on terminals only.
     """
-    if quiet:
+    if quiet or OUTPUT.quiet:
         yield None
     elif sys.stderr.isatty():
         from rich.console import Console
@@ -273,7 +304,7 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
 
             yield draw_bar
     else:
-        last = time.monotonic()
+        last = time.monotonic() - EVERY_S + SOON_S
 
         def draw_line(label: str, done: int, total: int, words: str, row: int = 0) -> None:
             nonlocal last
@@ -310,6 +341,8 @@ def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterato
     unit: what is counted, such as "samples"; counts of bytes are shown with a suitable unit."""
     rate = Rate()
     with meter(quiet=quiet) as draw:
+        if draw:
+            draw(label, 0, 0, "")
 
         def update(done: int, total: int) -> None:
             amount = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"

@@ -371,7 +371,8 @@ def print_speed(answer: Answer) -> None:
     if sys.stderr.isatty() and answer.seconds_to_first is not None:
         cut = {"length": ", cut at its longest", "cancelled": ", cut short"}.get(answer.finish_reason or "", "")
         speed = f"{answer.tokens_per_s:.1f} tokens/s, {answer.seconds_to_first:.2f} s to the first"
-        say(f"{DIM}[{answer.tokens} tokens, {speed}{cut}]{PLAIN}")
+        tokens = f"{answer.tokens} token{'s' if answer.tokens != 1 else ''}"
+        say(f"{DIM}[{tokens}, {speed}{cut}]{PLAIN}")
 
 
 def print_side_by_side(answers: dict[str, Answer]) -> None:

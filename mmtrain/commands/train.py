@@ -25,7 +25,7 @@ SHOWN_FIGURES = ("loss", "bits_per_byte", "accuracy", "reward_margin", "chosen_n
 
 
 def train(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft or dpo.")],
+    stage: Annotated[str, typer.Argument(metavar="|".join(STAGE_KINDS), help="The stage to train.")],
     *,
     data: Annotated[
         list[str] | None,
@@ -175,7 +175,7 @@ def print_needs(needs: "Needs") -> None:
 
 def print_trained(trained: "TrainResult") -> None:
     """Print the final loss and held-out figures of a run, and the command that usually follows."""
-    figures = [f"loss {trained.train_loss:.3f}"] if trained.train_loss is not None else []
+    figures = [f"train loss {trained.train_loss:.3f} (last step)"] if trained.train_loss is not None else []
     figures += [f"val {name} {value:.4g}" for name, value in trained.val.items() if name in SHOWN_FIGURES]
     skipped = f", {trained.num_skipped} steps skipped" if trained.num_skipped else ""
     state = "interrupted" if trained.is_interrupted else "finished"
