@@ -14,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from mmdata.errors import InputError
 
 BATCH_ROWS, BATCH_BYTES = 4096, 2**21  # most rows, and about the most bytes, that are read and converted at once
 SELECTED = ["file", "line", "row"]  # the columns of a parquet file that `mm select` writes
+MOST_RANGES = 8  # of one row group: to read one, all rows of the group before it have to be decoded, too
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -46,7 +49,8 @@ def table_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[b
 
 def row_ranges(path: Path, most_bytes: int) -> list[RowRange]:
     """Divide a table into ranges of whole row groups (parquet) or record batches (Arrow) of up to about `most_bytes`
-    bytes; a larger group is divided into ranges of equally many rows. Raises InputError if the file is damaged.
+    bytes; a larger group is divided into at most MOST_RANGES ranges of equally many rows. Raises InputError if the file
+    is damaged.
     """
     ranges: list[RowRange] = []
     at = begin = size = 0
@@ -55,7 +59,7 @@ def row_ranges(path: Path, most_bytes: int) -> list[RowRange]:
             if size and size + num_bytes > most_bytes:
                 ranges.append(RowRange(begin, at, size))
                 begin, size = at, 0
-            pieces = max(1, min(-(-num_bytes // most_bytes), rows))
+            pieces = max(1, min(-(-num_bytes // most_bytes), rows, MOST_RANGES))
             for piece in range(1, pieces):
                 cut = at + rows * piece // pieces
                 ranges.append(RowRange(begin, cut, num_bytes // pieces))
@@ -223,7 +227,10 @@ def _plain(value: Any) -> Any:
 
 def _json(value: Any) -> bytes:
     """Return a value as JSON. Bytes that are not UTF-8 stay what they are, so that the row is left out for them."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # such bytes, or an integer of more than 64 bits
+        return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
 
 
 # --- csv
