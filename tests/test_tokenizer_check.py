@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import endings
 import eras
 import pytest
 import text_data
@@ -269,3 +270,8 @@ def test_the_fast_encoder_is_held_to_the_library(
     monkeypatch.setattr(encoders, "check", lambda tokenizer: found)
     finding = levels(check(whole), level)["fast encoder"]
     assert said in finding.found and bool(finding.fix) == (level != "ok")
+
+
+def test_a_template_without_generation_prompt_is_a_note() -> None:
+    found = levels(check(endings.directory("no_generation_prompt")), "note")["template: prompt"].found
+    assert found.startswith("prompts do not end with '<|im_start|>assistant\\n'")

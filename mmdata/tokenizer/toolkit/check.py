@@ -212,6 +212,9 @@ def _check_end_of_turn(tokenizer: Tokenizer, template: Template) -> Iterator[Fin
     else:
         found = f"answers end with {ends}, trained, and documents with the eos token {tokenizer.eos_token!r}"
         yield Finding("template: end of turn", "note", f"{found}: both stop generation")
+    if template.missing_prompt:
+        found = f"prompts do not end with {template.missing_prompt!r}, which the template writes before answers"
+        yield Finding("template: prompt", "note", found, "nothing to do: `mm pack` adds it to the dataset's template")
 
 
 # --- text to ids and back
