@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import endings
 import pytest
 import torch
 from foreign import NORMED, SHAPE, make_tokenizer, weights
@@ -76,6 +78,40 @@ def test_what_is_exported_comes_back_bit_for_bit(runs: dict[str, Path], name: st
     export(tmp_path / "again", tmp_path / "twice", format="hf")
     first, second = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("hf", "twice"))
     assert first == second
+
+
+def test_what_ends_an_answer_goes_out_and_comes_back(tmp_path: Path) -> None:
+    import gguf
+
+    source = tmp_path / "tokenizer"
+    shutil.copytree(endings.directory("named"), source)
+    ids = Tokenizer.load(source).control_tokens
+    end, eos, third = ids["<|im_end|>"], ids["<|endoftext|>"], ids["</s>"]
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    templates = {each["name"]: each["template"] for each in config.pop("chat_template")}
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
+    (source / "chat_template.jinja").write_text(templates["default"])
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text(templates["tool_use"])
+    given = {"eos_token_id": [third, eos], "temperature": 0.3, "max_new_tokens": 7}
+    (source / "generation_config.json").write_text(json.dumps(given))
+    torch.save(weights(replace(SHAPE, vocab_size=Tokenizer.load(source).vocab_size)), tmp_path / "model.pth")
+    import_model(tmp_path / "model.pth", tmp_path / "run", tokenizer_dir=source)
+    export(tmp_path / "run", tmp_path / "hf", format="hf")
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written.items() >= {"temperature": 0.3, "max_new_tokens": 7}.items() and "top_p" not in written
+    assert written["eos_token_id"] == [end, eos, third]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [end, eos, third]
+    import_model(tmp_path / "hf", tmp_path / "again")
+    model, tokenizer = open_model(tmp_path / "again")
+    assert tokenizer.chat_templates == templates and Engine(model, tokenizer).ending.ids == (end, eos, third)
+    export(tmp_path / "again", tmp_path / "gguf", format="gguf")
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "again-f32.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    assert fields["tokenizer.chat_template"].contents() == templates["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == templates["tool_use"]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == eos
+    assert "`<|im_end|>` or `<|endoftext|>` or `</s>`" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_halves_are_stored_as_halves(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdata.encode.template import ending_of
 from mmdata.errors import TokenizerError, UsageError
-from mmdata.tokenizer.chat_template import CHATML
+from mmdata.tokenizer.chat_template import CHATML, DEFAULT
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.convert.architectures import architecture_of
 from mmtrain.convert.foreign import interleaved
@@ -191,7 +191,8 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(tokenizer.chat_template or CHATML)
+    templates = tokenizer.chat_templates or {DEFAULT: CHATML}
+    writer.add_chat_template([{"name": name, "template": template} for name, template in templates.items()])
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
