@@ -10,7 +10,7 @@ import text_data
 
 from mmdata.encode.rows import Conversation, Message
 from mmdata.encode.template import Template
-from mmdata.encode.traced import template_environment
+from mmdata.encode.template.traced import template_environment
 from mmdata.tokenizer.toolkit.layouts import LAYOUTS
 
 CALL = {"function": {"name": "f", "arguments": {"x": "é<1>"}}}

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from mmdata.encode.encoder import CUT_TURNS, EncodedRows, RowEncoder, fragments, preview
+from mmdata.encode.encoded import CUT_TURNS
+from mmdata.encode.encoder import EncodedRows, RowEncoder, fragments, preview
 from mmdata.encode.rows import LOST, BadRow, Conversation, Document, Message, Pair, Row, parse_row
 from mmdata.encode.sequences import PairSequence, TokenSequence, is_equal
 from mmdata.encode.template import EMPTY_THINK

@@ -15,10 +15,10 @@ from pack_data import pack_with
 from properties import examples
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.losses import Loss
 from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation, Message, Pair, parse_row
 from mmdata.encode.sequences import PairSequence, TokenSequence, is_equal
 from mmdata.encode.template import Template
+from mmdata.encode.template.losses import Loss
 from mmdata.errors import InputError, TokenizerError
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset
@@ -257,7 +257,7 @@ def test_rows_of_roles_and_contents_alone_are_not_looked_at(monkeypatch: pytest.
     lines = [
         json.dumps({"messages": [ASK, {**TELL, **more}]}).encode() for more in ({}, {"weight": 1}, {"name": "Eve"})
     ]
-    assert encoder._blocks
+    assert encoder._fast
     looked_at: list[Conversation] = []
     monkeypatch.setattr(Template, "losses", lambda self, conversation: looked_at.append(conversation) or [])
     encoder.encode_lines(lines, "conversation")

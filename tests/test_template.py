@@ -14,7 +14,15 @@ from properties import examples
 
 from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.template import EMPTY_THINK, Segment, Template, stretches
-from mmdata.encode.traced import Origin, SourceText, Traced, concat, missing_parts, template_environment, traced
+from mmdata.encode.template.traced import (
+    Origin,
+    SourceText,
+    Traced,
+    concat,
+    missing_parts,
+    template_environment,
+    traced,
+)
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 

@@ -34,9 +34,9 @@ from mmdata.encode.columns import (
     to_json,
     truths,
 )
-from mmdata.encode.losses import SEARCHES
 from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.template import EMPTY_THINK, Template
+from mmdata.encode.template.losses import SEARCHES
 from mmdata.io.records import JsonObject
 
 _FUNCTION_KEYS = {"name", "arguments"}

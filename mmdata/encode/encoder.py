@@ -1,18 +1,14 @@
 """Encoding of rows or jsonl lines to token ids and trained ranges, one batch per call.
 
-Most conversations and pairs take a fast way: lines of the usual form are read into columns (module `columns`), rendered
-without jinja2 (module `blocks`), and encoded with the template's control tokens, all texts in one native call. The
-control ids of every row must be exactly those that the template wrote, in the same order, and each answer must begin
-with the ids of its header. The trained ranges follow from the positions of the control ids.
-
-Rows that fail such a check, and all rows of templates that `blocks` does not support, are rendered with jinja2, by the
-module `reference`. Every token that is dropped and every row that is left out is counted by reason.
+Most conversations and pairs take a fast way: lines of the usual form are read into columns (module `columns`) and
+encoded without jinja2 (module `fast`). Rows that this cannot encode, and all rows of templates that do not write blocks,
+are rendered with jinja2, by the module `reference`. Every token that is dropped and every row that is left out is counted
+by reason.
 """
 
 import hashlib
 import itertools
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -21,17 +17,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmdata.encode.blocks import HEAD, TAIL, BlockFormat, Blocks, Renderings, learn
-from mmdata.encode.columns import ASSISTANT, TOOL, Conversations, columns_of, read_lines
-from mmdata.encode.reference import (
-    NOT_PLAIN,
-    SAME_RENDERING,
-    EncodedRow,
-    ReferenceEncoder,
-    common_length,
-    too_long,
-    too_long_pair,
-)
+from mmdata.encode.blocks import learn
+from mmdata.encode.columns import columns_of, read_lines
+from mmdata.encode.encoded import EncodedRows
+from mmdata.encode.fast import FastEncoder
+from mmdata.encode.reference import NOT_PLAIN, EncodedRow, ReferenceEncoder
 from mmdata.encode.rows import (
     DEFAULT_COLUMNS,
     BadRow,
@@ -45,7 +35,7 @@ from mmdata.encode.rows import (
     row_hash,
     split_documents,
 )
-from mmdata.encode.sequences import Sequences, flatten, join, pair_sequences, reorder, take
+from mmdata.encode.sequences import Sequences, flatten, take
 from mmdata.encode.template import ERAS, TRAIN_ON, Segment, Template
 from mmdata.encode.validate import control_strings
 from mmdata.errors import UsageError
@@ -54,7 +44,6 @@ from mmdata.tokenizer.encoders import Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_ON_LOST = "set-aside"
-CUT_TURNS = "cut after the last whole turn that fits"
 # The largest batch of jsonl that is read into columns, in bytes. Arrow's string offsets have 31 bits, and rendered
 # texts are longer than the lines.
 MOST_BYTES = 2**30
@@ -63,113 +52,6 @@ MOST_BYTES = 2**30
 EMPTY_THINK_KEPT = 0.2
 # A token of this form cannot arise where a content and the template's text meet.
 _BRACKETED = re.compile(r"<[^<>\s]+>")
-
-
-class EncodedRows:
-    """The encoding of a batch of R rows or lines. `RowEncoder` makes it and adds sequences to it.
-
-    num_tokens: the number of tokens of the usable rows, before cutting.
-    rows_cut: the number of rows of which tokens were dropped. cut: reason -> number of tokens dropped.
-    bad: row index -> why the row cannot be used, in order of rows.
-    hashes, characters: uint8 [R, 32] and int64 [R], the `row_hash` and `num_characters` of each row; 0 for lines that
-    are not valid rows.
-    controls: row index -> special-token strings in the row's own text. extra_keys: how often the lines have keys that are
-    ignored. Only `encode_lines` fills these two.
-    not_written: reason, of `rows.LOST` or `rows.LEFT_OUT` -> number of usable rows of which the template leaves
-    something out. text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts of usable rows, and those of them
-    that the tokenizer does not know; 0 if it knows every text.
-    """
-
-    def __init__(self, num_rows: int):
-        self.num_tokens = self.rows_cut = 0
-        self.cut: Counter[str] = Counter()
-        self.bad: dict[int, BadRow] = {}
-        self.hashes = np.zeros((num_rows, 32), np.uint8)
-        self.characters = np.zeros(num_rows, np.int64)
-        self.controls: dict[int, list[str]] = {}
-        self.not_written: Counter[str] = Counter()
-        self.text_bytes = self.unknown_bytes = 0
-        self.extra_keys: Counter[str] = Counter()
-        self._parts: list[tuple[np.ndarray, Sequences]] = []
-
-    def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
-        """Add sequences and the number of tokens that their rows had before cutting.
-
-        row_of: int64 [sequences], the row of each sequence, ascending. A row may have several sequences.
-        """
-        self.num_tokens += num_tokens
-        if len(row_of):
-            self._parts.append((row_of, sequences))
-
-    def add_texts(self, texts: Sequence[str], tokenizer: Tokenizer, *, control: bool) -> None:
-        """Count the bytes of texts, and those that the tokenizer does not know, if it may lose text. control: whether
-        special-token strings in them are control tokens.
-        """
-        if tokenizer.may_lose_text:
-            self.text_bytes += sum(len(text.encode()) for text in texts)
-            self.unknown_bytes += tokenizer.count_lost_bytes(texts, control=control)
-
-    def add_cut(self, num_tokens: int) -> None:
-        """Count a conversation that was cut, and the number of tokens that were dropped from it."""
-        self.cut[CUT_TURNS] += num_tokens
-        self.rows_cut += 1
-
-    @cached_property
-    def _row_of(self) -> np.ndarray:
-        """The row of each sequence (int64), in the order in which they were added."""
-        return np.concatenate([np.empty(0, np.int64), *(row_of for row_of, _ in self._parts)])
-
-    @cached_property
-    def sequences(self) -> Sequences:
-        """The sequences of all usable rows, in the order of rows. Computed at first use; add nothing afterwards."""
-        sequences = join([part for _, part in self._parts])
-        is_sorted = bool((self._row_of[1:] >= self._row_of[:-1]).all())
-        return sequences if is_sorted else reorder(sequences, np.argsort(self._row_of, kind="stable"))
-
-    @cached_property
-    def num_sequences(self) -> np.ndarray:
-        """int64 [R]: the number of sequences of each row; 0 for rows that cannot be used."""
-        return np.bincount(self._row_of, minlength=len(self.characters))
-
-
-@dataclass
-class _TextBlocks:
-    """The token ids of T rendered texts, and the control tokens that begin and end their B blocks.
-
-    ids: uint32 [total ids], the ids of all texts.
-    begins, lengths: int64 [T], the index in `ids` of the first id of each text, and its number of ids.
-    first_trained: int64 [T], the index in its text of the first block that may be trained.
-    opens, closes: int64 [B], the indices in `ids` of the control tokens of each block, text by text.
-    roles: int8 [B], indices of ROLES. text_of: int64 [B], the index of the text of each block.
-    """
-
-    ids: np.ndarray
-    begins: np.ndarray
-    lengths: np.ndarray
-    first_trained: np.ndarray
-    opens: np.ndarray
-    closes: np.ndarray
-    roles: np.ndarray
-    text_of: np.ndarray
-
-    def only(self, is_kept: np.ndarray) -> "_TextBlocks":
-        """Return the texts where `is_kept` (bool [T]) is True, with new indices. `ids` remains that of all texts."""
-        if is_kept.all():
-            return self
-        blocks = is_kept[self.text_of]
-        text_of = (np.cumsum(is_kept) - 1)[self.text_of[blocks]]
-        return _TextBlocks(
-            self.ids, self.begins[is_kept], self.lengths[is_kept], self.first_trained[is_kept],
-            self.opens[blocks], self.closes[blocks], self.roles[blocks], text_of,
-        )  # fmt: skip
-
-    @cached_property
-    def first_blocks(self) -> np.ndarray:
-        """int64 [T]: the index of the first block of each text."""
-        return np.searchsorted(self.text_of, np.arange(len(self.begins)))
-
-    def text(self, number: int) -> np.ndarray:
-        return self.ids[self.begins[number] : self.begins[number] + self.lengths[number]]
 
 
 class RowEncoder:
@@ -215,10 +97,6 @@ class RowEncoder:
         self.columns = columns
         self.encoder = encoder or choose(tokenizer, "tokenizers")
         self._is_reference = is_reference
-        self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
-        control_ids = list(tokenizer.control_tokens.values())
-        self._is_control[control_ids] = True
-        self._first_control, self._last_control = min(control_ids, default=1), max(control_ids, default=0)
 
     def __reduce__(self) -> tuple:
         names = ("max_len", "era", "train_on", "seed", "on_lost", "columns")
@@ -245,23 +123,16 @@ class RowEncoder:
         )
 
     @cached_property
-    def _blocks(self) -> Blocks | None:
-        """The renderer of the fast way. None, and jinja2 for all rows, if the template does not write messages as
+    def _fast(self) -> FastEncoder | None:
+        """The encoder of rows in columns. None, and jinja2 for all rows, if the template does not write messages as
         blocks, if the ids of a text may depend on control tokens next to it, or if the tokenizer may lose text.
         """
         is_possible = self.tokenizer.is_exact and not self.tokenizer.may_lose_text and not self._is_reference
         is_possible = is_possible and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
-        return learn(self.template) if is_possible else None
-
-    @cached_property
-    def _header_ids(self) -> np.ndarray:
-        """uint32: the ids of the text between the open token of an answer's block and the part that is trained."""
-        return self.tokenizer.encode_batch([HEAD])[0]
-
-    @cached_property
-    def _num_tail(self) -> int:
-        """The number of ids of the text after the close token of a block (a newline)."""
-        return len(self.tokenizer.encode_batch([TAIL])[0])
+        blocks = learn(self.template) if is_possible else None
+        if blocks is None:
+            return None
+        return FastEncoder(self.tokenizer, blocks, self.encoder, max_len=self.max_len, train_on=self.train_on)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode a batch with only pairs or none. Unusable rows raise no error; they are in `bad` of the result."""
@@ -277,7 +148,7 @@ class RowEncoder:
         out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
         left: Sequence[int] = range(len(raws))
-        if kind != "document" and is_small and not self.columns.mapping and self._blocks:
+        if kind != "document" and is_small and not self.columns.mapping and self._fast:
             left = self._encode_plain(raws, kind, out)
         at, rows = [], []
         for i in left:
@@ -321,7 +192,8 @@ class RowEncoder:
         if len(at):
             hashes = columns.hashes()
             out.hashes[at], out.characters[at] = hashes, columns.num_characters()
-            is_odd = self._encode_columns(at, columns, self._keeps_empty_thinks(hashes), out)
+            assert self._fast
+            is_odd = self._fast.encode(at, columns, self._keeps_empty_thinks(hashes), out)
             is_left[at[~is_odd]] = False
         return np.flatnonzero(is_left).tolist()
 
@@ -339,8 +211,8 @@ class RowEncoder:
                 keeps = self._keeps_empty_thinks(hashes[picks])
                 dialogues = cast(Any, [rows[i] for i in picks])
                 is_odd = np.ones(len(picks), bool)
-                if self._blocks and in_columns:
-                    is_odd = self._encode_columns(at[picks], columns_of(dialogues), keeps, out)
+                if self._fast and in_columns:
+                    is_odd = self._fast.encode(at[picks], columns_of(dialogues), keeps, out)
                 odd = np.flatnonzero(is_odd)
                 self._encode_through_jinja(at[picks][odd], [dialogues[i] for i in odd], keeps[odd], out)
 
@@ -384,11 +256,10 @@ class RowEncoder:
         ids, ends = self.encoder.encode(texts, False)
         lengths = np.diff(ends, prepend=0)
         row_of = np.repeat(at, np.fromiter(map(len, documents), np.int64, len(documents)))
-        is_written = self._is_control.copy()  # control tokens that only a template may write
-        if self.tokenizer.unknown_id is not None:
-            is_written[self.tokenizer.unknown_id] = False
-        if not self.tokenizer.is_exact and is_written[ids].any():
-            bad = np.unique(row_of[np.searchsorted(ends, np.flatnonzero(is_written[ids]), side="right")])
+        written = set(self.tokenizer.control_tokens.values()) - {self.tokenizer.unknown_id}  # only by templates
+        is_written = np.isin(ids, list(written)) if not self.tokenizer.is_exact else np.zeros(0, bool)
+        if is_written.any():
+            bad = np.unique(row_of[np.searchsorted(ends, np.flatnonzero(is_written), side="right")])
             out.bad |= dict.fromkeys(bad.tolist(), BadRow("template cannot be cut", NOT_PLAIN))
             is_kept = ~np.isin(row_of, bad)
             ids, lengths, row_of = (
@@ -406,147 +277,6 @@ class RowEncoder:
         is_trained = lengths > 1
         marks = np.stack([np.ones_like(lengths), lengths], axis=1)[is_trained].reshape(-1)
         out.add(row_of[text_of], Sequences(ids, lengths, marks, 2 * is_trained), len(ids))
-
-    # --- columns -> sequences
-
-    def _encode_columns(
-        self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows
-    ) -> np.ndarray:
-        """Encode rows in columns. Return bool [R], or [P] for pairs: True for rows that must go through jinja2."""
-        assert self._blocks
-        sides = 1 + columns.is_pairs
-        rendered = self._blocks.render(columns, np.tile(keeps, sides))
-        blocks, is_good = self._locate(rendered, self._blocks.format)
-        if columns.is_pairs:
-            is_good = np.tile(is_good.reshape(2, -1).all(axis=0), 2)
-        rows = np.flatnonzero(~rendered.is_odd)[is_good[: len(is_good) // sides]]
-        add = self._add_pairs if columns.is_pairs else self._add_conversations
-        add(at[rows], blocks.only(is_good), out)
-        is_odd = np.ones(len(at), bool)
-        is_odd[rows] = False
-        return is_odd
-
-    def _locate(self, rendered: Renderings, format: BlockFormat) -> tuple[_TextBlocks, np.ndarray]:
-        """Encode texts and find their blocks. Return these and bool [T], False for texts with other control tokens or
-        answer headers than expected, whose blocks are missing or wrong.
-        """
-        ids, ends = self.encoder.encode(rendered.texts, True)
-        lengths = np.diff(ends, prepend=0)
-        at = self._control_places(ids)
-        text_of = np.searchsorted(ends, at, side="right")
-        is_good = np.bincount(text_of, minlength=len(ends)) == 2 * rendered.num_blocks
-        at = at[is_good[text_of]]
-        text_of = np.repeat(np.arange(len(ends)), rendered.num_blocks)
-        is_here = is_good[text_of]
-        roles, text_of, opens, closes = rendered.roles[is_here], text_of[is_here], at[0::2], at[1::2]
-        for places, token in ((opens, format.open), (closes, format.close)):
-            is_good[text_of[ids[places] != self.tokenizer.control_tokens[token]]] = False
-        answers = np.flatnonzero((roles == ASSISTANT) & is_good[text_of])
-        header = opens[answers, None] + 1 + np.arange(len(self._header_ids))
-        is_header = (ids[np.minimum(header, len(ids) - 1)] == self._header_ids).all(axis=1)
-        is_good[text_of[answers[~is_header]]] = False
-        return _TextBlocks(ids, ends - lengths, lengths, rendered.first_trained, opens, closes, roles, text_of), is_good
-
-    def _control_places(self, ids: np.ndarray) -> np.ndarray:
-        """Return the positions of the control tokens in `ids` (int64, ascending)."""
-        # Comparing with the smallest and largest control id first is faster than looking up every id.
-        if self._first_control > self._last_control:
-            return np.empty(0, np.int64)
-        width = np.uint32(self._last_control - self._first_control)
-        at = np.flatnonzero(ids - np.uint32(self._first_control) <= width)  # smaller ids wrap around and get large
-        return at[self._is_control[ids[at]]]
-
-    def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
-        """Add conversations with their trained ranges. A text longer than `max_len` is cut after its last whole turn (a
-        user message and everything up to its final answer) that fits; if not even the first fits, the row is bad.
-        """
-        whole = blocks.lengths.copy()
-        is_kept = np.ones(len(at), bool)
-        for text in np.flatnonzero(whole > self.max_len).tolist():
-            begin, length = int(blocks.begins[text]), int(whole[text])
-            here = slice(*np.searchsorted(blocks.text_of, [text, text + 1]).tolist())
-            roles, ends = blocks.roles[here], blocks.closes[here] + 1 + self._num_tail - begin
-            may_end = (roles[:-1] == ASSISTANT) & (roles[1:] != TOOL) & (ends[:-1] <= self.max_len)
-            fitting = ends[:-1][may_end]
-            if len(fitting):
-                blocks.lengths[text] = fitting[-1]
-                out.add_cut(length - int(fitting[-1]))
-            else:
-                out.bad[int(at[text])] = BadRow("too long", too_long(length, self.max_len))
-                is_kept[text] = False
-        blocks, whole, at = blocks.only(is_kept), whole[is_kept], at[is_kept]
-        spans, num_spans = self._spans(blocks, is_pairs=False)
-        ids = blocks.ids
-        if blocks.lengths.sum() != len(ids):
-            ids = take(ids, blocks.begins, blocks.lengths)
-        out.add(at, Sequences(ids, blocks.lengths, spans.reshape(-1), 2 * num_spans), int(whole.sum()))
-
-    def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
-        """Add pairs, divided into prompt and replies, with their trained ranges. Pairs with a side longer than
-        `max_len`, or with equal sides, are bad.
-
-        blocks: the texts of all chosen sides, then those of all rejected sides without the messages that both share.
-        """
-        half = len(at)
-        shared = _prompt_lengths(blocks, half)
-        lengths = np.stack([blocks.lengths[:half], blocks.lengths[half:] + shared])
-        longest = lengths.max(axis=0, initial=0)
-        is_kept = longest <= self.max_len
-        for i in np.flatnonzero(~is_kept).tolist():
-            out.bad[int(at[i])] = BadRow("too long", too_long_pair(int(longest[i]), self.max_len))
-        for i in np.flatnonzero(lengths[0] == lengths[1]).tolist():
-            if np.array_equal(blocks.text(i)[shared[i] :], blocks.text(half + i)):
-                out.bad[int(at[i])] = BadRow("chosen equal to rejected", SAME_RENDERING)
-                is_kept[i] = False
-        blocks, at, lengths, shared = (
-            blocks.only(np.tile(is_kept, 2)),
-            at[is_kept],
-            lengths[:, is_kept],
-            shared[is_kept],
-        )
-        half = len(at)
-        spans, num_spans = self._spans(blocks, is_pairs=True)
-        first = spans[np.cumsum(num_spans) - num_spans, 0]
-        prompts = np.minimum(first[:half], first[half:] + shared)
-        for i in np.flatnonzero(prompts > shared + 1 + len(self._header_ids)).tolist():  # only with --train-on last
-            same = shared[i] + common_length(blocks.text(i)[shared[i] :], blocks.text(half + i))
-            prompts[i] = min(prompts[i], same)
-        skipped = prompts - shared  # number of ids at the beginning of a rejected text that belong to the prompt
-        begins = np.stack([blocks.begins[:half], blocks.begins[half:] + skipped], axis=1)
-        sizes = np.stack([lengths[0], lengths[1] - prompts], axis=1)
-        sequences = pair_sequences(
-            take(blocks.ids, begins.reshape(-1), sizes.reshape(-1)),
-            np.stack([prompts, *(lengths - prompts)], axis=1),
-            spans - np.repeat(np.concatenate([prompts, skipped]), num_spans)[:, None],
-            2 * num_spans,
-        )
-        out.add(at, sequences, len(sequences.ids))
-
-    def _spans(self, blocks: _TextBlocks, *, is_pairs: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return each text's trained ranges (int64 [S, 2], from its first id) and their number (int64 [T])."""
-        num_texts, header = len(blocks.begins), 1 + len(self._header_ids)
-        if self.train_on == "all":  # but not the first token of a conversation, because no token comes before it
-            begins = np.ones_like(blocks.lengths)
-            if is_pairs:
-                begins = blocks.opens[blocks.first_blocks + blocks.first_trained] + header - blocks.begins
-            return np.stack([begins, blocks.lengths], axis=1), np.ones(num_texts, np.int64)
-        text_of = blocks.text_of
-        ends = blocks.closes + 1 + self._num_tail - blocks.begins[text_of]
-        number = np.arange(len(text_of)) - blocks.first_blocks[text_of]
-        is_trained = (blocks.roles == ASSISTANT) & (ends <= blocks.lengths[text_of])
-        trained = np.flatnonzero(is_trained & (number >= blocks.first_trained[text_of]))
-        text_of = text_of[trained]
-        if self.train_on == "last":
-            is_last = np.append(text_of[1:] != text_of[:-1], True)[: len(trained)]
-            trained, text_of = trained[is_last], text_of[is_last]
-        begins = blocks.opens[trained] + header - blocks.begins[text_of]
-        return np.stack([begins, ends[trained]], axis=1), np.bincount(text_of, minlength=num_texts)
-
-
-def _prompt_lengths(blocks: _TextBlocks, half: int) -> np.ndarray:
-    """Return int64 [P]: the number of ids of the messages that both sides of each pair share. half: P."""
-    first = blocks.first_blocks[:half] + blocks.first_trained[:half]
-    return blocks.opens[first] - blocks.begins[:half]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,17 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
 
-from mmdata.encode.losses import Loss, loss_of, markup_of
 from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
-from mmdata.encode.traced import (
+from mmdata.encode.template.losses import Loss, loss_of, markup_of
+from mmdata.encode.template.segments import Segment, merged, span_of, stretches, without
+from mmdata.encode.template.traced import (
     GENERATION,
     Rendering,
     SourceText,
@@ -30,6 +31,7 @@ from mmdata.encode.traced import (
     template_environment,
     traced,
 )
+from mmdata.encode.template.turns import EMPTY_THINK, TURN, common_prefix, learn_turn
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.io.records import JsonObject
 from mmdata.tokenizer.chat_template import CHATML, DEFAULT, TOOL_USE
@@ -37,38 +39,10 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 
 ERAS = ("seed", "2", "3")
 TRAIN_ON = ("all", "assistant", "last")
-EMPTY_THINK = "<think>\n\n</think>\n\n"
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
-_TURN = [Message("user", "Ask"), Message("assistant", "Tell")]
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the reasoning of an answer
-
-
-class Segment(NamedTuple):
-    """A piece of a rendered conversation, which is trained on or not.
-
-    text: if `is_control`, exactly one special token that the template wrote, to be encoded as one control id. Otherwise
-    it is encoded as ordinary text, also if it contains the string of a special token.
-    """
-
-    text: str
-    is_trained: bool
-    is_control: bool
-
-
-class _Turn(NamedTuple):
-    r"""What a template writes around an answer.
-
-    header: the text before the trained part, such as "<|im_start|>assistant\n".
-    end: the text after the content up to the next message, such as "<|im_end|>\n"; last_end: the same after the last
-    message of a conversation. era: see `Template.era`.
-    """
-
-    header: str
-    end: str
-    last_end: str
-    era: str
 
 
 class Ending(NamedTuple):
@@ -124,8 +98,8 @@ class Template:
             names = {node.attr for node in tree.find_all(nodes.Getattr)} | {n.value for n in tree.find_all(nodes.Const)}
             self._reasoning_name = next((n for n in _REASONING_NAMES if n in names), _REASONING_NAMES[0])
             self._needs_text = False
-            self.missing_prompt = ""
-            self._turn = self._learn_turn()
+            self._turn = learn_turn(lambda some, is_prompt: self._render(some, is_prompt=is_prompt), self._pieces)
+            self.missing_prompt = "" if "add_generation_prompt" in self.text else self._turn.missing_prompt
             self._needs_text = self._needs_text_arguments()
             self.ends = self._learn_ends()
         except (jinja2.TemplateError, BadRow) as error:
@@ -189,10 +163,10 @@ class Template:
             trained = trained[-1:]
         elif train_on == "all":
             skipped = [
-                turns[i] if i in turns else [_span(rendering, i)] for i, m in enumerate(messages) if not m.weight
+                turns[i] if i in turns else [span_of(rendering, i)] for i, m in enumerate(messages) if not m.weight
             ]
             begin = late[0][0][0] if first_trained else 0
-            trained = [_without((begin, len(text)), itertools.chain(*skipped))]
+            trained = [without((begin, len(text)), itertools.chain(*skipped))]
         return merged(self._assemble(text, list(itertools.chain(*trained)), dropped))
 
     def losses(self, conversation: Conversation) -> list[Loss]:
@@ -343,7 +317,7 @@ class Template:
         gap = self._rendering(conversation).text[before:begin]
         prompt = self._render(conversation.messages[:index], conversation.tools, is_prompt=True)
         tail = prompt.text[prompt.origins[-1].end if prompt.origins else 0 :]
-        shared = _common_prefix(self._pieces(gap), self._pieces(tail))
+        shared = common_prefix(self._pieces(gap), self._pieces(tail))
         if shared not in (gap, tail):
             raise BadRow("template cannot be cut", f"message {index + 1} has not the assistant's header")
         return before + len(shared)
@@ -428,51 +402,14 @@ class Template:
 
     # --- the template's texts around turns
 
-    def _learn_turn(self) -> _Turn:
-        """Return what the template writes around an answer. Raises BadRow if messages are missing or out of order."""
-        two = _TURN * 2
-        gaps = self._gaps(two)
-        after_user = self._gaps(two[:1])[-1]
-        prompt = self._gaps(two[:1], is_prompt=True)[-1]
-        # The header is the end of a prompt. The text before an answer can be longer if the model must write its last
-        # part.
-        header = prompt if gaps[1].startswith(prompt) and prompt != after_user else gaps[1]
-        header = header.partition("<think>")[0]
-        era = "seed" if prompt == after_user == gaps[1] else "2"
-        if era != "seed":
-            own = header.removeprefix(_common_prefix(self._pieces(header), self._pieces(after_user)))
-            if prompt == after_user and "add_generation_prompt" not in self.text:
-                self.missing_prompt = own.strip() and own
-            # A space alone, as Mistral's templates write, is no header: it is also in other places.
-            header = own if own.strip() else after_user
-        if gaps[1].endswith(EMPTY_THINK) and gaps[3].endswith(EMPTY_THINK):
-            era = "3"
-        last_end = self._gaps(two[:2])[-1]
-        end = _common_prefix(self._pieces(last_end), self._pieces(gaps[2]))
-        if end.strip():
-            last_end = end
-        else:  # nothing in common: an earlier answer ends before the header of the next message
-            end = self._end_before_prompt(header)
-            if not end or not gaps[2].startswith(end):
-                first, later = (self._pieces(gap)[::-1] for gap in (gaps[0], gaps[2]))
-                end = gaps[2][: len(gaps[2]) - len(_common_prefix(first, later))]
-        return _Turn(header, end, last_end, era)
-
     def _needs_text_arguments(self) -> bool:
         """Return whether the template takes the arguments of tool calls only as JSON text, as DeepSeek's does."""
         for arguments in ({"a": "b"}, '{"a": "b"}'):
             call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
             with contextlib.suppress(BadRow):
-                self._render([_TURN[0], Message("assistant", "", None, (call,))])
+                self._render([TURN[0], Message("assistant", "", None, (call,))])
                 return isinstance(arguments, str)
         return False
-
-    def _end_before_prompt(self, header: str) -> str:
-        """Return what the template writes between an answer and `header`, a generation prompt; "" if that is unknown."""
-        with contextlib.suppress(BadRow):
-            end = self._gaps(_TURN, is_prompt=True)[-1]
-            return end.removesuffix(header) if header and end.endswith(header) else ""
-        return ""
 
     def _learn_ends(self) -> tuple[str, ...]:
         """Return the texts that end an answer: the first control token after it or, where there is none, the text that
@@ -481,7 +418,7 @@ class Template:
         A token that also ends the reasoning of an answer, as <|end|> in the format of gpt-oss, is not one of them.
         """
         ends: list[str] = []
-        for messages in (_TURN, _TURN * 2):
+        for messages in (TURN, TURN * 2):
             conversation = Conversation(tuple(messages))
             text, origins, _ = rendering = self._rendering(conversation)
             (ranges,) = self._turns(conversation, rendering, [1])
@@ -489,7 +426,7 @@ class Template:
             ends += self.control_tokens_in(after)[:1] or [after.rstrip()] * bool(after.strip())
         inner: list[str] = []
         with contextlib.suppress(BadRow):
-            text, origins, _ = self._render([_TURN[0], Message("assistant", "Tell", "Why")])
+            text, origins, _ = self._render([TURN[0], Message("assistant", "Tell", "Why")])
             for origin, following in itertools.pairwise(origins):
                 if origin.source.field == self._reasoning_name:
                     inner = self.control_tokens_in(str.__getitem__(text, slice(origin.end, following.begin)))
@@ -502,8 +439,8 @@ class Template:
         if self.for_tools:
             return self.for_tools.call_ends
         call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
-        calling = _TURN[0], Message("assistant", "", None, (call,)), Message("tool", "c", None, (), "f", "call00001")
-        conversation = Conversation((*calling, _TURN[1]), (call,))
+        calling = TURN[0], Message("assistant", "", None, (call,)), Message("tool", "c", None, (), "f", "call00001")
+        conversation = Conversation((*calling, TURN[1]), (call,))
         with contextlib.suppress(BadRow):
             text, origins, _ = rendering = self._rendering(conversation)
             (ranges,) = self._turns(conversation, rendering, [1])
@@ -515,18 +452,6 @@ class Template:
         """Divide a text into control tokens and the characters between them."""
         pieces = self._control.split(text)  # control tokens have odd indices
         return [part for i, piece in enumerate(pieces) for part in ([piece] if i % 2 else piece)]
-
-    def _gaps(self, messages: Sequence[Message], *, is_prompt: bool = False) -> list[str]:
-        """Return the texts that the template writes before, between and after the contents (one more than messages).
-        Raises BadRow if the rendering does not show every content once and in order.
-        """
-        text, origins, _ = self._render(messages, is_prompt=is_prompt)
-        if [origin.source.message for origin in origins] != list(range(len(messages))):
-            raise BadRow(
-                "template cannot be cut", "it does not show the messages of a plain conversation once, in order"
-            )
-        edges = [0, *(edge for origin in origins for edge in origin[:2]), len(text)]
-        return [str.__getitem__(text, slice(*edges[n : n + 2])) for n in range(0, len(edges), 2)]
 
 
 @lru_cache(maxsize=8)
@@ -541,49 +466,6 @@ def ending_of(tokenizer: Tokenizer) -> Ending:
     ids = [tokenizer.control_tokens[end] for end in ends if end in tokenizer.control_tokens]
     texts = tuple(end for end in ends if end not in tokenizer.control_tokens)
     return Ending(tuple(dict.fromkeys([*ids, *tokenizer.eos_ids])), texts)
-
-
-def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Group segments that are encoded as one string: each control token alone, and all text between two of them."""
-    return [
-        group
-        for is_control, run in itertools.groupby(segments, key=lambda segment: segment.is_control)
-        for group in ([[segment] for segment in run] if is_control else [list(run)])
-    ]
-
-
-def merged(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbouring segments of ordinary text of which both or none are trained on. Control tokens stay alone."""
-    merged: list[Segment] = []
-    for segment in segments:
-        last = merged[-1] if merged else None
-        if last and not last.is_control and not segment.is_control and last.is_trained == segment.is_trained:
-            merged[-1] = Segment(last.text + segment.text, last.is_trained, False)
-        else:
-            merged.append(segment)
-    return merged
-
-
-def _common_prefix(one: Sequence[str], other: Sequence[str]) -> str:
-    """Return the pieces with which both lists begin, joined."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(piece for piece, _ in same)
-
-
-def _span(rendering: Rendering, message: int) -> tuple[int, int]:
-    """Return the range [begin, end) of what the template writes of a message; empty if that is nothing."""
-    own = [origin for origin in rendering.origins if origin.source.message == message]
-    return (own[0].begin, own[-1].end) if own else (0, 0)
-
-
-def _without(whole: tuple[int, int], holes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the ranges that are left of a range without others."""
-    begin, end = whole
-    parts = []
-    for first, last in sorted(holes):
-        parts.append((begin, first))
-        begin = max(begin, last)
-    return [(b, e) for b, e in [*parts, (begin, end)] if b < e]
 
 
 def _with_text(call: JsonObject) -> JsonObject:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import nodes
 
 from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Message
-from mmdata.encode.traced import SourceText
+from mmdata.encode.template.traced import SourceText
 
 SEARCHES = frozenset({"split", "startswith", "endswith", "replace"})  # methods that search a text for a string
 _SCHEMA_WORDS = frozenset({"type", "required", "format", "title", "$schema", "$ref"})  # keys of JSON schemas

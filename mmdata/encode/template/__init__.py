@@ -1,0 +1,11 @@
+"""Rendering of conversations by a tokenizer's chat template.
+
+Modules: `template` (rendering, and cutting into segments), `segments`, `turns` (what a template writes around answers),
+`traced` (strings that record their origin), and `losses` (what a template leaves out).
+"""
+
+from mmdata.encode.template.segments import Segment, stretches
+from mmdata.encode.template.template import ERAS, TRAIN_ON, Ending, Template, ending_of
+from mmdata.encode.template.turns import EMPTY_THINK
+
+__all__ = ["EMPTY_THINK", "ERAS", "TRAIN_ON", "Ending", "Segment", "Template", "ending_of", "stretches"]
