@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import Run, fine
 from train_data import Data, pack_to
 
 from mmdata.errors import TokenizerError
@@ -64,6 +65,19 @@ def test_pairs_are_ranked_by_their_replies(data: Data, model: Model, tokenizer: 
     assert found["sequences"] == len(margins) > 10
     assert found["accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
     assert found["margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-4)
+
+
+def test_a_dpo_run_has_the_same_figures_as_at_its_end(runs: Path, data: Data, mm: Run) -> None:
+    records = [json.loads(line) for line in (runs / "dpo/metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "val_accuracy" in record][-1]
+    ran = fine(mm(f"eval {runs / 'dpo'} --json"))
+    found = json.loads(ran.out)["preference"]
+    assert found.pop("pairs") == len(list(source_rows(open_dataset(data.dpo), "val")))
+    assert found == pytest.approx({name: last[f"val_{name}"] for name in found}, rel=1e-4, abs=1e-5)
+    assert found.keys() == {"loss", "accuracy", "reward_margin"}
+    shown = fine(mm(f"eval {runs / 'dpo'}")).out
+    assert f"reward accuracy {100 * found['accuracy']:.1f}%" in shown and "higher logp" in shown
+    assert "preference" not in json.loads(fine(mm(f"eval {runs / 'sft'} --data {data.dpo} --json")).out)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -2,7 +2,6 @@
 module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
 import json
-import resource
 import shlex
 import shutil
 import sys
@@ -10,7 +9,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -52,8 +51,17 @@ def output(*, quiet: bool, verbose: bool) -> Iterator[None]:
     finally:
         OUTPUT.quiet = False
         if verbose:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            say(f"took {in_time(time.monotonic() - begun)} and {size(memory)} of memory")
+            say(f"took {in_time(time.monotonic() - begun)}{_peak_memory()}")
+
+
+def _peak_memory() -> str:
+    """Return the peak memory of the process as text to append; empty on systems that do not tell it."""
+    with suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return f" and {size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of memory"
+    return ""
 
 
 def say(text: str = "") -> None:

@@ -4,6 +4,7 @@ EleutherAI's lm-evaluation-harness."""
 import json
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from mmdata.commands.options import Json, dataset_dir
 from mmdata.commands.terminal import percent, print_json, progress, result, say, table
-from mmdata.errors import DatasetError, UsageError
+from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.options import Option
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def eval_(
     if data or per_sequence or noisiest or not has_other_task:
         splits = ("train", "val") if split == "all" else (split,)
         values |= measured(model, tokenizer, datasets, splits, per_sequence, noisiest, as_json)
+        values |= as_in_training(model, tokenizer, metadata, datasets)
     template = None if plain or metadata.stage == "pretrain" else Template(tokenizer)
     if questions is not None:
         items = exam.read_questions(questions)
@@ -161,6 +163,33 @@ def measured(
     return values
 
 
+def as_in_training(model: "Model", tokenizer: "Tokenizer", run: "RunRecord", datasets: list[Path]) -> Scores:
+    """Return as "preference" the val figures of a dpo run that depend on its reference model, as they are computed
+    during training: loss, accuracy (share of positive reward margins), reward_margin, pairs. Empty for other runs, and
+    if the reference's log-probabilities of these datasets are not there any more."""
+    from mmdata.shards.dataset import open_dataset
+    from mmdata.shards.pairs import make_loader
+    from mmtrain.inference.evaluate import evaluate
+    from mmtrain.model.preference import Objective
+    from mmtrain.train import reference
+
+    if run.stage != "dpo" or not run.reference:
+        return {}
+    opened = [open_dataset(path) for path in datasets]
+    if any(dataset.kind != "pair" for dataset in opened):
+        return {}
+    loader = make_loader(opened, split="val", batch_tokens=1, seed=0)
+    try:
+        logps = reference.load(Path(run.reference.path), {"data": loader.digest})
+    except CheckpointError:
+        return {}
+    names = (each.name for each in fields(Objective))
+    objective = Objective(**{name: run.settings[name].value for name in names if name in run.settings})
+    figures = evaluate(model, loader, tokenizer, reference=logps.get("val"), objective=objective)
+    shown = {name: figures[name] for name in ("loss", "accuracy", "reward_margin") if name in figures}
+    return {"preference": {**shown, "pairs": loader.num_samples}} if shown else {}
+
+
 def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> Scores:
     """Run tasks of EleutherAI's harness and return their metrics by task and name. The harness reads Hugging Face
     directories, so any other model is exported to a temporary one first. is_chat: apply the chat template to each
@@ -183,13 +212,18 @@ def print_scores(values: Scores) -> None:
     for dataset, buckets in values.get("datasets", {}).items():
         is_pairs = "accuracy" in buckets["all"]
         columns = ["bucket", "sequences", "tokens", "loss", "bits/byte", "perplexity"]
-        columns += ["ranked right", "margin"] if is_pairs else []
+        columns += ["higher logp", "margin"] if is_pairs else []
         rows = []
         for name, figures in buckets.items():
             row = [f"{name}", int(figures["sequences"]), int(figures["tokens"]), f"{figures['loss']:.4f}"]
             row += [f"{figures['bits_per_byte']:.4f}", f"{figures['perplexity']:.2f}"]
             rows.append(row + ([percent(figures["accuracy"], 1), f"{figures['margin']:.2f}"] if is_pairs else []))
         table(f"{dataset} ({' and '.join(values['splits'])} split)", columns, rows)
+    if found := values.get("preference"):
+        result(
+            f"val as in training, against the reference: loss {found['loss']:.4f}, reward accuracy "
+            f"{percent(found['accuracy'], 1)}, margin {found['reward_margin']:+.4f}, {found['pairs']:,} pairs"
+        )
     least_likely = values.get("noisiest", ())
     rows = ((f"{row['file']} line {row['line']}", row["tokens"], f"{row['loss']:.3f}") for row in least_likely)
     table("least likely rows", ["row", "tokens", "nats a token"], rows)

@@ -107,7 +107,7 @@ def step_figures(record: Mapping[str, float]) -> str:
     """Return the figures of a step that are printed, at most 50 characters. The others are in metrics.jsonl."""
     parts = [f"loss {record['loss']:.3f}"]
     if "accuracy" in record:
-        margin = "" if record["skipped"] else f" margin {record['reward_margin']:+.3g}"
+        margin = "" if record["skipped"] else f" margin {_margin(record['reward_margin'])}"
         parts.append(f"acc {record['accuracy']:.2f}{margin}")
     elif not record["skipped"]:
         parts.append(f"gn {record['grad_norm']:.2f} lr {record['lr']:.1e}")
@@ -132,13 +132,18 @@ def num_since_best(losses: Sequence[float]) -> int:
     return len(losses) - 1 - best_at
 
 
+def _margin(value: float) -> str:
+    """Return a reward margin with its sign, in at most 6 characters below 1,000."""
+    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
+
+
 def val_line(record: Figures, num_rows: int = 0) -> str:
     """Return the figures of a validation over all datasets that are printed; the others are in metrics.jsonl.
     num_rows: rows that they rest on; 0 is left out."""
     figures = {k.removeprefix("val_"): v for k, v in record.items() if v is not None}
     parts = [f"loss {figures['loss']:.4g}"] if "loss" in figures else []
     if "accuracy" in figures:
-        parts.append(f"acc {figures['accuracy']:.2f} margin {figures['reward_margin']:+.3g}")
+        parts.append(f"acc {figures['accuracy']:.2f} margin {_margin(figures['reward_margin'])}")
     elif "bits_per_byte" in figures:
         parts.append(f"bits/byte {figures['bits_per_byte']:.4g}")
     if "guard_loss" in figures:

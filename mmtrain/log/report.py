@@ -129,7 +129,7 @@ def glance(run: Run) -> list[tuple[Text, str, Text]]:
     if last.get("val_bits_per_byte") is not None:
         cards.append(("val bits per byte", f"{last['val_bits_per_byte']:.4f}", ""))
     if last.get("val_accuracy") is not None:
-        cards.append(("val accuracy", f"{100 * last['val_accuracy']:.1f} %", ""))
+        cards.append(("val reward accuracy", f"{100 * last['val_accuracy']:.1f} %", ""))
     cards.append(("tokens", page.short(run["tokens"]), as_name(f"{run['tokens']:,}")))
     cards.append(("training time", page.duration(run["hours"]), ""))
     if rates := sorted(rate for rate in run["curves"].get("tokens_per_s", []) if rate):
@@ -308,7 +308,7 @@ def _preference(plots: _Plotter) -> Iterator[Plot]:
         {"chosen_drift": "chosen", "rejected_drift": "rejected"},
     )
     yield from plots.lines("Preference loss", {"loss": "train", **plots.held_out("loss", _DPO)}, stages=_DPO)
-    yield from plots.lines("Pairs ranked right", accuracy, stages=_DPO, share=True)
+    yield from plots.lines("Reward accuracy", accuracy, stages=_DPO, share=True)
     yield from plots.lines("Margin", margin, stages=_DPO)
     yield from plots.lines("Drift", drift, stages=_DPO, note=note)
 
