@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from pack_data import pack_with
 from properties import examples
 
+from mmdata.commands.show import show_file
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation, Message, Pair, parse_row
 from mmdata.encode.sequences import PairSequence, TokenSequence, is_equal
 from mmdata.encode.template import Template
 from mmdata.encode.template.losses import Loss
 from mmdata.errors import InputError, TokenizerError
+from mmdata.io.options import ReadOptions
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -245,10 +247,16 @@ def test_they_are_packed_and_counted_with_warn_and_stop_with_fail(pack_rows: Any
     assert "--on-lost set-aside" in caught.value.fix
 
 
-def test_what_is_left_out_on_purpose_is_counted_with_the_rows_that_are_packed(tmp_path: Path) -> None:
+def test_what_is_left_out_on_purpose_is_counted_with_the_rows_that_are_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [row(*[ASK, {**TELL, "reasoning_content": "Why"}] * 2), row(ASK, TELL)]
     encoded = RowEncoder(eras.tokenizer("qwen3"), max_len=99).encode(rows)
     assert (encoded.not_written, encoded.bad) == ({EARLIER_REASONING: 1}, {})
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps({"messages": [ASK, {**TELL, "reasoning_content": "Why"}] * 2}))
+    show_file(path, ReadOptions(), 0, eras.directory("qwen3"), 64, False, False)
+    assert "the chat template leaves out: earlier reasoning" in capsys.readouterr().out
 
 
 def test_rows_of_roles_and_contents_alone_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def show_file(
     keys of it that are ignored. Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest
     sequence in tokens."""
     from mmdata.encode.encoder import RowEncoder, preview
-    from mmdata.encode.rows import REASONS, Columns, find_kind
+    from mmdata.encode.rows import LEFT_OUT, REASONS, Columns, find_kind
     from mmdata.io.lines import iter_lines
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -131,6 +131,8 @@ def show_file(
     titles = ("chosen", "rejected") if kind == "pair" else [""] * len(row.segments)
     for segments, title in zip(row.segments, titles, strict=False):
         print_segments(((segment.text, segment.is_trained) for segment in segments), title)
+    for reason in row.encoded.not_written:
+        result(f"the chat template leaves out: {reason} ({LEFT_OUT[reason]})")
     for ignored in ignored_keys(row.encoded.extra_keys):
         result(ignored)
     say(f"trained tokens are {TRAINED_LOOK}")
