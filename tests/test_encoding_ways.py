@@ -25,7 +25,7 @@ BLOCKS = ("seed", "era2", "era3", "chatml")
 @cache
 def pair_of_encoders(name: str, max_len: int, train_on: str, merges: bool = False) -> tuple[RowEncoder, RowEncoder]:
     tokenizer = eras.tokenizer(name, merges_newlines=merges)
-    options: dict[str, Any] = {"max_len": max_len, "train_on": train_on}
+    options: dict[str, Any] = {"max_len": max_len, "train_on": train_on, "on_lost": "warn"}
     fast = RowEncoder(tokenizer, encoder=choose(tokenizer), **options)
     return fast, RowEncoder(tokenizer, is_reference=True, **options)
 
@@ -37,6 +37,7 @@ def assert_as_reference(rows: list[Any], name: str, max_len: int, train_on: str,
     assert have.num_sequences.tolist() == want.num_sequences.tolist()
     assert (have.num_tokens, have.cut, have.rows_cut) == (want.num_tokens, want.cut, want.rows_cut)
     assert is_equal(have.sequences, want.sequences)
+    assert have.not_written == want.not_written
     return have
 
 
@@ -49,8 +50,17 @@ CALL = st.fixed_dictionaries(
 )
 
 
+RARELY = st.sampled_from([False] * 9 + [True])
+
+
 def said(role: str, text: st.SearchStrategy[str]) -> st.SearchStrategy[Message]:
-    return text.map(lambda content: Message(role, content))
+    """Messages, of which some have a name, and some are not to be trained on."""
+    return st.builds(
+        lambda content, is_named, is_left_out: Message(
+            role, content, name="Eve" if is_named else None, weight=0 if is_left_out else 1
+        ),
+        text, RARELY, RARELY,
+    )  # fmt: skip
 
 
 ANSWER = st.tuples(
