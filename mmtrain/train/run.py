@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
+from mmdata.encode.template import Template
 from mmdata.io.records import write_record
+from mmdata.shards.dataset import Dataset
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint, distributed, sizing
@@ -204,9 +206,27 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     )
     run.write_record("running")
     slow = preflight.too_long(plan, needs, world.device)
+    notes += _template_notes(plan.datasets, tokenizer)
     for line in (*notes, *_start_lines(plan, model, world), *needs.lines(), *([slow] if slow else [])):
         console.say(line)
     return run
+
+
+def _template_notes(datasets: Sequence[Dataset], tokenizer: Tokenizer) -> list[str]:
+    """Return warnings about the datasets' chat templates, of which the run keeps the first one's (`tokenizer`): one that
+    writes nothing after answers, which `mm pack` has not always refused, and different ones.
+    """
+    if datasets[0].kind == "document":
+        return []
+    notes = [
+        f"warning: {dataset.dir} was packed with another chat template than {datasets[0].dir}, whose the run keeps"
+        for dataset in datasets[1:]
+        if dataset.manifest.tokenizer.template_sha256 != datasets[0].manifest.tokenizer.template_sha256
+    ]
+    if not Template(tokenizer).ends:
+        token = f"mm pack --end-of-turn '{tokenizer.eos_token}'"
+        notes.append(f"warning: the chat template writes nothing after answers, so the model will not stop: {token}")
+    return notes
 
 
 def needs_of(options: TrainOptions, log: Callable[[str], None] = print_line) -> preflight.Needs:
