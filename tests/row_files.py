@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -61,6 +62,15 @@ def feather(rows: Rows) -> bytes:
     return content.getvalue()
 
 
+def polars_arrow(rows: Rows) -> bytes:
+    """An Arrow file as polars writes it, with string views."""
+    content = io.BytesIO()
+    frame = pl.from_arrow(table(rows))
+    assert isinstance(frame, pl.DataFrame)
+    frame.write_ipc(content, record_batch_size=4)
+    return content.getvalue()
+
+
 def separated(rows: Rows, separator: str = ",") -> bytes:
     """The rows as csv; null is an empty cell."""
     text = io.StringIO()
@@ -87,6 +97,7 @@ FORMATS: dict[str, Callable[[Rows], bytes]] = {
     "file.arrow": lambda rows: arrow(rows, pa.ipc.new_file),
     "stream.arrow": lambda rows: arrow(rows, pa.ipc.new_stream),
     "rows.feather": feather,
+    "polars.arrow": polars_arrow,
 }
 FLAT_FORMATS: dict[str, Callable[[Rows], bytes]] = {
     "rows.csv": separated,

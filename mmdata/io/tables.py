@@ -174,6 +174,7 @@ def _is_simple(kind: Any) -> bool:
     return (
         types.is_string(kind)
         or types.is_large_string(kind)
+        or types.is_string_view(kind)
         or types.is_boolean(kind)
         or types.is_integer(kind)
         or types.is_float32(kind)
