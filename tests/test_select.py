@@ -151,6 +151,15 @@ def test_every_line_is_in_one_of_both_files_as_it_was(tmp_path: Path, suffix: st
                 assert Path(name).read_bytes().split(b"\n")[number - 1].rstrip(b"\r") == line
 
 
+def test_a_parquet_file_of_a_selection_is_read_as_the_rows_it_holds(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "conversation")
+    write_selection(select([path], SelectOptions(where="line > 3", shuffle=True)), tmp_path / "out.parquet")
+    again = select([tmp_path / "out.parquet"], SelectOptions())
+    write_selection(again, tmp_path / "again.jsonl")
+    assert read_lines(tmp_path / "again.jsonl") == read_lines(tmp_path / "out.parquet")
+    assert again.left_out() == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_workers_change_no_byte(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:

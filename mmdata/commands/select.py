@@ -24,6 +24,9 @@ def select(
         Option("Write the rows to this .jsonl, .jsonl.gz, .jsonl.zst or .parquet file.", OUTPUT, metavar="FILE"),
     ] = None,
     rest: Annotated[Path | None, Option("Write all other rows to this file.", OUTPUT, metavar="FILE")] = None,
+    explain: Annotated[
+        bool, Option("Show rows that each condition and each rule of --quality leaves out.", OUTPUT)
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Choose rows by conditions on their columns, and write their lines byte for byte. Without --out only count them.
@@ -51,6 +54,10 @@ def select(
     result(f"selected {num_chosen:,} of {num_rows:,} rows ({percent(num_chosen, num_rows)})")
     table("", ("left out", "rows", "share"), [(why, n, percent(n, num_rows)) for why, n in left_out.items()])
     table("", ("not selected", "rows", "share"), [(why, n, percent(n, num_rows)) for why, n in conditions.items()])
+    for condition, rows in selection.examples().items() if explain else ():
+        result(f"{condition}: {conditions[condition]:,} rows")
+        for place, text in rows:
+            result(f"  {place}: {text}")
     for target in (out, rest):
         if target and out:
             say(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PART_BYTES = 32 * 2**20
 DEDUP = ("exact", "near")
+QUALITY = ("gopher", "c4", "fineweb")
 OUTPUT, ROWS, TEMPLATE, DUPLICATES, MACHINES = (
     "Output",
     "Rows left out and held out",
@@ -221,6 +222,12 @@ class SelectOptions(ReadOptions):
     """The options of `mm select`. They are applied in the order of the fields; `workers` does not change the result."""
 
     where: str | None = redeclared(PackOptions, "where", default=None)
+    quality: str | None = option(
+        None,
+        help="Keep only the rows that meet the published rules for the quality of text (docs/frames.md).",
+        group=ROWS,
+        choices=QUALITY,
+    )
     exclude: tuple[Path, ...] = redeclared(PackOptions, "exclude", default=())
     dedup: str | None = redeclared(PackOptions, "dedup", default=None)
     sample: str | None = option(

@@ -12,6 +12,7 @@ import polars as pl
 
 from mmdata.encode.rows import Conversation, Document, Pair, Row, kind_of, split_documents
 from mmdata.io.records import JsonObject
+from mmdata.pack.filter import quality
 from mmdata.pack.filter.ngrams import gram_hashes
 from mmdata.pack.filter.shingles import jaccard, shingles
 from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS, code_points, count_scripts, languages_of, scripts_of
@@ -86,7 +87,10 @@ def _declared() -> dict[str, ColumnInfo]:
             "longest_line": (count, "characters of the longest line"),
         },
         "_repeated": {"repeated": (share, f"share of the {GRAM_UNITS}-grams that repeat an earlier one of the row")},
-        "_similarity": {"similarity": (pl.Float64, "Jaccard index of the 8-character pieces of a pair's replies")},
+        "_similarity": {"similarity": (share, "Jaccard index of the 8-character pieces of a pair's replies")},
+        "_quality_of_lines": {name: (share, help) for name, help in quality.LINES.items()},
+        "_quality_of_words": {name: (share, help) for name, help in quality.WORDS.items()},
+        "_quality_of_grams": {name: (share, help) for name, help in quality.GRAMS.items()},
     }
     return {
         name: ColumnInfo(dtype, help, maker) for maker, group in groups.items() for name, (dtype, help) in group.items()
@@ -306,3 +310,21 @@ class RowBatch:
         lengths = np.fromiter(map(len, sides), np.int64, len(sides))
         found = jaccard(*shingles(code_points("".join(sides)), lengths), len(places))
         return self._of_rows(pl.DataFrame({"row": np.array(places, np.uint32), "similarity": found}))
+
+    @cached_property
+    def _paragraphs(self) -> list[str]:
+        """The texts of each row on lines of their own."""
+        return ["\n".join([text for _, text in of_row]) for of_row in self.texts]
+
+    def _quality_of_lines(self) -> pl.DataFrame:
+        return quality.lines_frame(self._paragraphs)
+
+    @cached_property
+    def _words(self) -> quality.Words:
+        return quality.Words(self._paragraphs)
+
+    def _quality_of_words(self) -> pl.DataFrame:
+        return self._words.frame()
+
+    def _quality_of_grams(self) -> pl.DataFrame:
+        return self._words.gram_frame()

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import polars as pl
 
-from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS
+from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS, parse_row, texts_of
 from mmdata.errors import InputError, UsageError
 from mmdata.io.files import atomic_path, write_bytes
 from mmdata.io.tables import SELECTED
@@ -26,12 +27,14 @@ from mmdata.io.workers import run_jobs
 from mmdata.pack import dedup
 from mmdata.pack.filter.features import COLUMNS, EXACT, NEAR
 from mmdata.pack.filter.frames import OVERLAPS, RowReader, check_names, read_rows, with_groups, without_keys
+from mmdata.pack.filter.quality import PRESETS
 from mmdata.pack.filter.where import Where
 from mmdata.pack.options import PART_BYTES, SelectOptions
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import common_kind, plan
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+NUM_EXAMPLES, EXAMPLE = 3, 100  # rows that are shown for each condition, and characters of each
 ROWS_AT_ONCE = 2**13  # rows of a parquet file that are written at once
 Progress = Callable[[int, int], None]
 
@@ -52,8 +55,20 @@ class Selection:
         return dict(counts.rows())
 
     def details(self) -> dict[str, int]:
-        """Return the number of rows for which each condition does not hold."""
-        return dict(self.frame.filter(reason=NOT_SELECTED)["detail"].value_counts(sort=True).rows())
+        """Return the number of rows that each condition leaves out, the most first; the first that does not hold counts."""
+        counts = self.frame.filter(reason=NOT_SELECTED)["detail"].value_counts()
+        return dict(counts.sort(["count", "detail"], descending=[True, False]).rows())
+
+    def examples(self) -> dict[str, list[tuple[str, str]]]:
+        """Return up to NUM_EXAMPLES rows that each condition leaves out: (file and line, the beginning of the text)."""
+        at = (
+            self.frame.with_row_index("at").filter(reason=NOT_SELECTED).group_by("detail").head(NUM_EXAMPLES).sort("at")
+        )
+        found: dict[str, list[tuple[str, str]]] = {}
+        for row, raw in zip(at.iter_rows(named=True), _lines(self, at["at"].to_numpy()), strict=True):
+            text = " ".join(" ".join(texts_of(parse_row(raw)))[: 2 * EXAMPLE].split())[:EXAMPLE]
+            found.setdefault(row["detail"], []).append((f"{row['file']} line {row['line']}", text))
+        return found
 
 
 def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress | None = None) -> Selection:
@@ -62,12 +77,15 @@ def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress 
     Raises UsageError for options that are not valid, and InputError if a file cannot be read, has no usable row, or if
     the files are of different kinds.
     """
-    condition = Where(options.where) if options.where else None
+    conditions = {options.where: Where(options.where)} if options.where is not None else {}
+    if options.quality:
+        rules = PRESETS[options.quality].items()
+        conditions |= {f"{options.quality}: {name}": Where(rule, "--quality") for name, rule in rules}
     column, is_descending = _order_of(options)
     dedup.check_options(options.dedup, options.exclude)
     options.num_sampled(0)
     makers = {None: set(), "exact": {EXACT}, "near": {EXACT, NEAR}}[options.dedup]
-    wanted = {*(condition.names if condition else ()), *([column] if column else [])}
+    wanted = {*chain.from_iterable(where.names for where in conditions.values()), *([column] if column else [])}
     wanted |= {name for name, info in COLUMNS.items() if info.maker in makers}
     reader = RowReader(
         common_kind(paths, options.reading),
@@ -80,8 +98,8 @@ def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress 
     parts = plan(paths, PART_BYTES, options.reading)[1]
     frame = read_rows(reader, parts, partial(run_jobs, workers=options.workers or 1), progress)
     frame = frame.with_columns(detail=pl.lit(None, pl.String))
-    if condition:
-        frame = leave_out(frame, ~condition.holds(frame), NOT_SELECTED, condition.text)
+    for detail, where in conditions.items():
+        frame = leave_out(frame, ~where.holds(frame), NOT_SELECTED, detail)
     if options.exclude:
         frame = leave_out(frame, pl.col(OVERLAPS).is_not_null(), OVERLAP, pl.col(OVERLAPS))
     if makers:
