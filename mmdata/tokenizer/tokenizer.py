@@ -122,9 +122,16 @@ class Tokenizer:
         return self if is_same else Tokenizer(self.dir, templates.changed(self._config, self.files, change))
 
     @cached_property
+    def _definition(self) -> JsonObject:
+        """The content of tokenizer.json, without the vocabulary and the merges."""
+        definition = json.loads(self.files["tokenizer.json"])
+        definition["model"] = {k: v for k, v in definition["model"].items() if k not in ("vocab", "merges")}
+        return definition
+
+    @property
     def decoder(self) -> str:
         """The type of the decoder in tokenizer.json, such as ByteLevel; empty if it has none."""
-        return (json.loads(self.files["tokenizer.json"]).get("decoder") or {}).get("type", "")
+        return (self._definition.get("decoder") or {}).get("type", "")
 
     @cached_property
     def is_exact(self) -> bool:
@@ -133,13 +140,12 @@ class Tokenizer:
         True for byte-level tokenizers that neither normalize text nor strip spaces next to added tokens.
         """
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
-        has_normalizer = json.loads(self.files["tokenizer.json"]).get("normalizer") is not None
-        return is_plain and not has_normalizer and self.decoder == "ByteLevel"
+        return is_plain and self._definition.get("normalizer") is None and self.decoder == "ByteLevel"
 
     @cached_property
     def unknown_id(self) -> int | None:
         """The id that the tokenizer's model gives to characters that it does not know; None if it has none."""
-        model = json.loads(self.files["tokenizer.json"])["model"]
+        model = self._definition["model"]
         id = model.get("unk_id")
         return self.native.token_to_id(model.get("unk_token") or "") if id is None else id
 
@@ -148,15 +154,16 @@ class Tokenizer:
         """Whether some characters may be dropped, or become the unknown token: False for tokenizers with a token for
         each byte and without a normalizer that drops characters.
         """
-        config, vocab = json.loads(self.files["tokenizer.json"]), self.native.get_vocab()
-        normalizer = config.get("normalizer") or {}
+        vocab, normalizer = self.native.get_vocab(), self._definition.get("normalizer") or {}
         for one in normalizer.get("normalizers", [normalizer] * bool(normalizer)):
             replaces_space = one.get("pattern") == {"String": " "} and one.get("content")
             if one["type"] not in _KEEPING and not replaces_space:
                 return True
         if self.decoder == "ByteLevel":
             return not vocab.keys() >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        return not (config["model"].get("byte_fallback") and vocab.keys() >= {f"<0x{n:02X}>" for n in range(256)})
+        return not (
+            self._definition["model"].get("byte_fallback") and vocab.keys() >= {f"<0x{n:02X}>" for n in range(256)}
+        )
 
     def count_lost_bytes(self, texts: Sequence[str], *, control: bool = False) -> int:
         """Return the number of UTF-8 bytes of the texts that no token or the unknown token stands for, without white
