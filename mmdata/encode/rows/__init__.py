@@ -5,10 +5,10 @@ Modules: `row` (the rows), `reasons` (why a row is left out), `load` (strict JSO
 schemas), `messages` (messages, tools and calls), `parse` (a line to a row, and the kind of a file).
 """
 
+# ruff: noqa: F401 - these names are what the other modules import
 from mmdata.encode.rows.messages import calls_of, objects_of
 from mmdata.encode.rows.parse import LOOK_AT, PLACEHOLDER, explain, find_kind, kind_of, kind_of_lines, parse_row
 from mmdata.encode.rows.reasons import (
-    DEFAULT_MAX_BAD,
     DUPLICATE,
     EARLIER_REASONING,
     FEW_BAD_ROWS,
@@ -20,7 +20,6 @@ from mmdata.encode.rows.reasons import (
     OF_THE_RUN,
     OVERLAP,
     REASONS,
-    SCREENED,
     TOOL_REFERENCES,
     BadRow,
     asked_for,
@@ -34,57 +33,10 @@ from mmdata.encode.rows.row import (
     Row,
     canonical_calls,
     canonical_tools,
-    counted,
     join_documents,
     num_characters,
     row_hash,
     split_documents,
     texts_of,
 )
-from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, KINDS, Columns, split_keys
-
-__all__ = [
-    "DEFAULT_COLUMNS",
-    "DEFAULT_MAX_BAD",
-    "DUPLICATE",
-    "EARLIER_REASONING",
-    "FEW_BAD_ROWS",
-    "HELP",
-    "KINDS",
-    "LEFT_OUT",
-    "LOOK_AT",
-    "LOST",
-    "NEAR_DUPLICATE",
-    "NOT_SELECTED",
-    "OF_THE_RUN",
-    "OVERLAP",
-    "PLACEHOLDER",
-    "REASONS",
-    "SCREENED",
-    "TOOL_REFERENCES",
-    "BadRow",
-    "Columns",
-    "Conversation",
-    "Document",
-    "Message",
-    "Pair",
-    "Row",
-    "asked_for",
-    "calls_of",
-    "canonical_calls",
-    "canonical_tools",
-    "check_budget",
-    "counted",
-    "explain",
-    "find_kind",
-    "join_documents",
-    "kind_of",
-    "kind_of_lines",
-    "num_characters",
-    "objects_of",
-    "parse_row",
-    "row_hash",
-    "split_documents",
-    "split_keys",
-    "texts_of",
-]
+from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, Columns, split_keys

@@ -15,7 +15,6 @@ from mmdata.encode.rows.reasons import BadRow
 from mmdata.errors import UsageError
 from mmdata.io.records import JsonObject
 
-KINDS = ("document", "conversation", "pair")
 # field -> the columns that hold it; if a row has several of them, the first one is taken
 ROW_FIELDS = {
     "messages": ("conversations", "messages", "conversation", "dialogue"),
@@ -49,12 +48,11 @@ TURN_FIELDS = {  # the same for the keys of an object that holds a question and 
 
 
 class Schema(NamedTuple):
-    """A form of rows: the fields that a row of this kind must have, and those that it may have."""
+    """A form of rows: their kind, and the fields that they must have."""
 
     name: str
     kind: str
     required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
 
 
 class Assignment(NamedTuple):
@@ -65,11 +63,10 @@ class Assignment(NamedTuple):
     schema: Schema
 
 
-_CONTEXT = ("history", "system", "tools")
 SCHEMAS = (  # a row is of the first one that fits
-    Schema("chosen and rejected", "pair", ("chosen", "rejected"), ("prompt", "input", "messages", *_CONTEXT)),
-    Schema("messages", "conversation", ("messages",), _CONTEXT),
-    Schema("prompt and completion", "conversation", ("prompt", "completion"), ("input", *_CONTEXT)),
+    Schema("chosen and rejected", "pair", ("chosen", "rejected")),
+    Schema("messages", "conversation", ("messages",)),
+    Schema("prompt and completion", "conversation", ("prompt", "completion")),
     Schema("text", "document", ("text",)),
 )
 MOST_KNOWN = 1000  # different lists of keys whose assignment is stored
@@ -162,13 +159,12 @@ class Columns:
         """Return the schema of a row with these fields. Raises BadRow if there is none, or none of the given kind."""
         fitting = [schema for schema in self._schemas if all(name in found for name in schema.required)]
         for schema in fitting:
-            if kind in (None, schema.kind) or (
-                kind == "conversation" and schema.name == "text"
-            ):  # perhaps a transcript
+            may_be = ("document", "conversation") if schema.kind == "document" else (schema.kind,)  # a transcript
+            if kind is None or kind in may_be:
                 return schema
         if fitting:
             raise BadRow("another kind", f"found a {fitting[0].kind}, expected a {kind}")
-        if "prompt" in found and not found.keys() - {"prompt", "input", *_CONTEXT}:
+        if "prompt" in found and not found.keys() - {"prompt", "input", "history", "system", "tools"}:
             raise BadRow("prompt only", f"found {_listed(found.values())} without an answer")
         part = next((schema for schema in SCHEMAS if found.keys() & set(schema.required)), None)
         if not part:
