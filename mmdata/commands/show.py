@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from mmdata.commands.terminal import ignored_keys, json_text, next_command, prin
 from mmdata.errors import UsageError
 from mmdata.io.options import ReadOptions
 from mmdata.options import Option
-
-if TYPE_CHECKING:
-    from mmdata.encode.sequences import Sequences
 
 TRAINED_LOOK = "green, or between ⟦ and ⟧ where there is no colour"
 SEQUENCES = (  # keys of the ids and of the loss mask in a sample's record (no mask: not trained on), and title
@@ -103,6 +100,7 @@ def show_file(
     from mmdata.encode.encoder import RowEncoder, preview
     from mmdata.encode.rows import LEFT_OUT, REASONS, Columns, find_kind
     from mmdata.io.lines import iter_lines
+    from mmdata.shards.dataset import sequence_records
     from mmdata.tokenizer.tokenizer import Tokenizer
 
     line = next(islice(iter_lines(path, options=read), index, None), None)
@@ -119,7 +117,7 @@ def show_file(
         result(f"{path} line {line.number} would be left out: {row.bad}")
         say(f"fix: {REASONS[row.bad.reason]}")
     else:
-        records = encoded_records(row.encoded.sequences)
+        records = sequence_records(row.encoded.sequences)
         if as_json:
             print_json([{**place, **record} for record in records])
             return
@@ -136,28 +134,6 @@ def show_file(
     for ignored in ignored_keys(row.encoded.extra_keys):
         result(ignored)
     say(f"trained tokens are {TRAINED_LOOK}")
-
-
-def encoded_records(sequences: "Sequences") -> list[dict[str, list[int]]]:
-    """Return the ids and loss masks of a row, under the names that `mm show --json` uses: input_ids and loss_mask for
-    each sequence of a document or conversation; one record with prompt_ids, chosen_ids, chosen_mask, rejected_ids and
-    rejected_mask for a pair."""
-    from mmdata.encode.sequences import PairSequence
-    from mmdata.shards.dataset import loss_mask
-
-    records = []
-    for one in sequences:
-        if not isinstance(one, PairSequence):
-            records.append({"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()})
-            continue
-        record = {"prompt_ids": one.prompt.tolist()}
-        for name, ids, spans in (
-            ("chosen", one.chosen, one.chosen_spans),
-            ("rejected", one.rejected, one.rejected_spans),
-        ):
-            record |= {f"{name}_ids": ids.tolist(), f"{name}_mask": loss_mask(spans.reshape(-1), len(ids)).tolist()}
-        records.append(record)
-    return records
 
 
 def decoded(decode: Callable[[list[int]], str], ids: list[int], mask: list[int]) -> Iterable[tuple[str, bool]]:

@@ -8,15 +8,18 @@ ms a shard. `Dataset.check_bytes` also hashes the shards that have changed since
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdata.io.arrow import ArrowFile, BatchColumns, num_rows, read_arrow
+from mmdata.encode.sequences import Sequences, TokenSequence, join, reorder
+from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, num_rows, read_arrow
 from mmdata.io.files import sha256_of
 from mmdata.shards import checksums
-from mmdata.shards.manifest import SPLITS, Manifest, ShardRecord, damaged, read_manifest
+from mmdata.shards.columns import read_back
+from mmdata.shards.manifest import SPLITS, Manifest, PartRecord, ShardRecord, damaged, read_manifest
 
 REPORT = "report.html"  # in the dataset's directory, but not listed in the manifest and not part of the dataset
 TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
@@ -157,12 +160,24 @@ class Split:
         """Return an iterator over all samples, by sample number."""
         return (self.sample(bucket, i) for bucket in self.buckets for i in range(self.num_samples(bucket)))
 
+    def _at(self, bucket: int, i: int) -> tuple[BatchColumns, int]:
+        """Return the record batch of sample i of a bucket, and the sample's row in it."""
+        at = bisect_right(self._begins[bucket], i) - 1
+        return self._batches[bucket][at], i - self._begins[bucket][at]
+
+    def columns(self, bucket: int, i: int) -> BatchColumns:
+        """Return the columns of sample i of a bucket alone."""
+        columns, i = self._at(bucket, i)
+        return {
+            name: Ragged(column.row(i), np.array([0, len(column.row(i))]))
+            if isinstance(column, Ragged)
+            else column[[i]]
+            for name, column in columns.items()
+        }
+
     def sample(self, bucket: int, i: int) -> Any:
         """Return sample i of a bucket: a PairView in a dataset of pairs, otherwise a PackView."""
-        begins = self._begins[bucket]
-        at = bisect_right(begins, i) - 1
-        columns = self._batches[bucket][at]
-        i -= begins[at]
+        columns, i = self._at(bucket, i)
         if self.kind == "pair":
             return pair_view(columns, i)
         return PackView(
@@ -286,50 +301,31 @@ def open_dataset(directory: Path) -> Dataset:
 # --- from samples back to rows
 
 
-class _PartSequences:
-    """Look-up, by ordinal, of those sequences of one part that are in the given splits. Its table has for each ordinal
-    the columns of a record batch, the index of a sample in it, and the token positions in the sample where the sequence
-    begins and ends (unused for pairs).
+class PartRows:
+    """The encoded rows of one part of a dataset, in the order of the input, or those of some splits. `sources` has their
+    provenance, as `open_sources` returns it. Memory: the ids of the part.
     """
 
-    def __init__(self, dataset: Dataset, part: int, splits: Sequence[str]):
-        self._kind = dataset.kind
-        self._at: dict[int, tuple[BatchColumns, int, int, int]] = {}  # columns, sample, begin, end
-        for shard in dataset.manifest.shards:
-            if shard.part == part and shard.split in splits:
-                for columns in dataset.open_shard(shard).batches:
-                    self._add(columns)
+    def __init__(self, dataset: Dataset, part: PartRecord, splits: Sequence[str] = SPLITS):
+        self.sources = open_sources(dataset, part.part)
+        # Row i consists of the sequences numbered from _ends[i] to _ends[i + 1] (exclusive).
+        self._ends = [*self.sources["first"].tolist(), part.sequences]
+        shards = [shard for shard in dataset.manifest.shards if shard.part == part.part and shard.split in splits]
+        stored = [read_back(dataset.open_shard(shard), dataset.kind) for shard in shards]
+        self._flat = join([flat for _, flat in stored])
+        self._place = np.full(part.sequences, -1)  # of each sequence in _flat; -1 in another split
+        ordinals = np.concatenate([np.empty(0, np.int64), *(ordinals for ordinals, _ in stored)])
+        self._place[ordinals] = np.arange(len(ordinals))
 
-    def _add(self, columns: BatchColumns) -> None:
-        """Enter all sequences of a record batch."""
-        if self._kind == "pair":
-            self._at |= {ordinal: (columns, i, 0, 0) for i, ordinal in enumerate(columns["doc"].tolist())}
-            return
-        for i in range(num_rows(columns)):
-            end = 0
-            lengths = columns["doc_len"].row(i).tolist()
-            for ordinal, length in zip(columns["doc"].row(i).tolist(), lengths, strict=True):
-                begin, end = end, end + length
-                self._at[ordinal] = (columns, i, begin, end)
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-    def __contains__(self, ordinal: int) -> bool:
-        return ordinal in self._at
-
-    def record(self, ordinals: range) -> dict[str, Any]:
-        """Return the sequences of one source row, joined in order, as `mm show --json` prints them: "input_ids" and
-        "loss_mask", or for a pair "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask" and "rejected_mask".
+    def encoded(self, row: int) -> Sequences:
+        """Return a row: one pair, one conversation, or the documents (or parts of documents) of a text; none if it is
+        in another split.
         """
-        if self._kind == "pair":
-            columns, i, _, _ = self._at[ordinals.start]
-            return _pair_record(pair_view(columns, i))
-        ids: list[int] = []
-        mask: list[int] = []
-        for ordinal in ordinals:
-            columns, i, begin, end = self._at[ordinal]
-            row = columns["ids"].row(i)
-            ids += row[begin:end].tolist()
-            mask += loss_mask(columns["span"].row(i), len(row))[begin:end].tolist()
-        return {"input_ids": ids, "loss_mask": mask}
+        places = self._place[self._ends[row] : self._ends[row + 1]]
+        return reorder(self._flat, places[places >= 0])
 
 
 def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
@@ -341,15 +337,23 @@ def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
     return ones.repeat(edges[1:] - edges[:-1])
 
 
-def _pair_record(pair: PairView) -> dict[str, Any]:
-    """Return a pair's token ids and loss masks as lists, by name."""
-    return {
-        "prompt_ids": pair.prompt.tolist(),
-        "chosen_ids": pair.chosen.tolist(),
-        "rejected_ids": pair.rejected.tolist(),
-        "chosen_mask": loss_mask(pair.chosen_span, len(pair.chosen)).tolist(),
-        "rejected_mask": loss_mask(pair.rejected_span, len(pair.rejected)).tolist(),
-    }
+def sequence_records(sequences: Sequences) -> list[dict[str, list[int]]]:
+    """Return the ids and loss mask of each sequence, under the names that `mm show --json` uses: input_ids and
+    loss_mask, or for a pair prompt_ids, chosen_ids, chosen_mask, rejected_ids and rejected_mask.
+    """
+    records = []
+    for one in sequences:
+        if isinstance(one, TokenSequence):
+            records.append({"input_ids": one.ids.tolist(), "loss_mask": one.loss_mask.tolist()})
+            continue
+        record = {f"{name}_ids": getattr(one, name).tolist() for name in ("prompt", "chosen", "rejected")}
+        for name, ids, spans in (
+            ("chosen_mask", one.chosen, one.chosen_spans),
+            ("rejected_mask", one.rejected, one.rejected_spans),
+        ):
+            record[name] = loss_mask(spans.reshape(-1), len(ids)).tolist()
+        records.append(record)
+    return records
 
 
 def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
@@ -371,17 +375,16 @@ def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]
     ("input_ids" and "loss_mask"; for a pair those of prompt and replies, under names such as "chosen_ids"). A row
     packed as several sequences is joined. One part is in memory at a time. split: "train", "val" or "all".
     """
-    splits = SPLITS if split == "all" else (split,)
     for part in dataset.manifest.parts:
         if part.sequences == 0:
             continue
-        sequences = _PartSequences(dataset, part.part, splits)
-        sources = open_sources(dataset, part.part)
-        firsts = [*sources["first"].tolist(), part.sequences]
-        for i, (file, line) in enumerate(zip(sources["file"].tolist(), sources["line"].tolist(), strict=True)):
-            if firsts[i] in sequences:
-                ordinals = range(firsts[i], firsts[i + 1])
-                yield {"file": dataset.inputs[file], "line": line, **sequences.record(ordinals)}
+        rows = PartRows(dataset, part, SPLITS if split == "all" else (split,))
+        for i, (file, line) in enumerate(
+            zip(rows.sources["file"].tolist(), rows.sources["line"].tolist(), strict=True)
+        ):
+            if records := sequence_records(rows.encoded(i)):
+                joined = {name: list(chain.from_iterable(one[name] for one in records)) for name in records[0]}
+                yield {"file": dataset.inputs[file], "line": line, **joined}
 
 
 def sample_rows(dataset: Dataset, split: str, number: int) -> list[dict[str, Any]]:
@@ -389,17 +392,10 @@ def sample_rows(dataset: Dataset, split: str, number: int) -> list[dict[str, Any
     number: the sample number. Raises IndexError if there is no such sample.
     """
     bucket, i = dataset.split(split).locate(number)
-    view = dataset.split(split).sample(bucket, i)
     sources = open_sources(dataset, dataset.split(split).part_of(bucket, i))
-    ordinals = [view.doc] if dataset.kind == "pair" else view.doc.tolist()
+    ordinals, sequences = read_back(ArrowFile({}, (dataset.split(split).columns(bucket, i),)), dataset.kind)
     rows = np.searchsorted(sources["first"], ordinals, side="right") - 1
-    places = [{"file": dataset.inputs[sources["file"][row]], "line": int(sources["line"][row])} for row in rows]
-    if dataset.kind == "pair":
-        return [{**places[0], **_pair_record(view)}]
-    ends = np.cumsum(view.doc_len, dtype=np.int64)
-    ids = np.split(view.ids, ends[:-1])
-    masks = np.split(loss_mask(view.span, len(view.ids)), ends[:-1])
     return [
-        {**place, "input_ids": i.tolist(), "loss_mask": m.tolist()}
-        for place, i, m in zip(places, ids, masks, strict=True)
+        {"file": dataset.inputs[sources["file"][row]], "line": int(sources["line"][row]), **record}
+        for row, record in zip(rows, sequence_records(sequences), strict=True)
     ]

@@ -12,62 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from mmdata.encode.rows import Conversation, Document, Message, Pair, Row, join_documents
-from mmdata.encode.sequences import PairSequence, Sequences, TokenSequence, flatten
-from mmdata.io.arrow import BatchColumns
+from mmdata.encode.sequences import PairSequence, Sequences, TokenSequence
 from mmdata.io.records import JsonObject
-from mmdata.shards.dataset import Dataset, PairView, open_sources, pair_view
-from mmdata.shards.manifest import PartRecord
+from mmdata.shards.dataset import Dataset, PartRows, open_sources
 from mmdata.stats.tokens import Vocabulary
 
 _THINKING = re.compile(r"\A<think>\n(.*?)\n</think>\n\n", re.DOTALL)
 _CALL = re.compile(r"\n?<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 _ANSWER = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
 _TOOLS = re.compile(r"(?:\A|\n\n)# Tools\n.*?<tools>\n(.*?)\n</tools>\n.*\Z", re.DOTALL)
-
-
-class PartRows:
-    """The encoded rows of one part of a dataset, in the order of the input; its shards are memory-mapped. `sources` has
-    their provenance: arrays with one entry per packed row, such as `line`.
-    """
-
-    def __init__(self, dataset: Dataset, part: PartRecord):
-        self.sources = open_sources(dataset, part.part)
-        # Row i consists of the sequences numbered from _ends[i] to _ends[i + 1] (exclusive).
-        self._ends = [*self.sources["first"].tolist(), part.sequences]
-        self._is_pair = dataset.kind == "pair"
-        names = PairView._fields if self._is_pair else ("ids", "doc_len", "span", "doc")
-        entries = [entry for entry in dataset.manifest.shards if entry.part == part.part]
-        files = [dataset.open_shard(entry) for entry in entries]
-        self._columns = [{name: file.column(name) for name in names} for file in files]
-        docs = [columns["doc"] if self._is_pair else columns["doc"].values for columns in self._columns]
-        order = np.argsort(np.concatenate(docs), kind="stable")
-        # Both are indexed by a sequence's number in the part: the shard that has it, and its index in this shard.
-        self._shard_of = np.repeat(np.arange(len(docs)), [len(doc) for doc in docs])[order]
-        self._place = np.concatenate([np.arange(len(doc)) for doc in docs])[order]
-        self._flat = [] if self._is_pair else [_flat(columns) for columns in self._columns]
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def encoded(self, row: int) -> Sequences:
-        """Return a row of the part: one pair, one conversation, or the documents (or parts of documents) of a text."""
-        ordinals = range(self._ends[row], self._ends[row + 1])
-        if self._is_pair:
-            at = ordinals.start
-            pair = pair_view(self._columns[self._shard_of[at]], int(self._place[at]))
-            spans = (span.astype(np.int32).reshape(-1, 2) for span in (pair.chosen_span, pair.rejected_span))
-            return flatten([PairSequence(pair.prompt, pair.chosen, pair.rejected, *spans)])
-        return flatten([self._sequence(ordinal) for ordinal in ordinals])
-
-    def _sequence(self, ordinal: int) -> TokenSequence:
-        """Return the ids and trained spans of a sequence. ordinal: its number among the sequences of the part."""
-        shard, at = self._shard_of[ordinal], self._place[ordinal]
-        begins, ends, spans = self._flat[shard]
-        begin, end = begins[at], ends[at]
-        # A sequence's first token is never trained, so no span begins at `begin` or, in the next sequence, at `end`.
-        first, last = np.searchsorted(spans, (begin, end), "right")
-        trained = (spans[first:last] - begin).astype(np.int32).reshape(-1, 2)
-        return TokenSequence(self._columns[shard]["ids"].values[begin:end], trained)
 
 
 def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
@@ -90,16 +43,6 @@ def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tupl
             rows = PartRows(dataset, part)
             encoded |= {(file, int(lines[row])): rows.encoded(row) for row in at}
     return encoded
-
-
-def _flat(columns: BatchColumns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the begin and end (int64 [N] each) of the N sequences of a shard, and their trained spans: begin, end,
-    begin, end, …. All three are positions in the concatenated ids of the shard.
-    """
-    ends = np.cumsum(columns["doc_len"].values, dtype=np.int64)
-    begins = ends - columns["doc_len"].values
-    spans = columns["span"].values + np.repeat(columns["ids"].offsets[:-1], columns["span"].lengths())
-    return begins, ends, spans
 
 
 # --- ids -> rows

@@ -20,9 +20,9 @@ from mmdata.pack.filter.frames import PartColumns, RowReader, iter_rows, token_c
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
 from mmdata.shards.columns import read_back
-from mmdata.shards.dataset import Dataset, open_dataset, open_sources
+from mmdata.shards.dataset import Dataset, PartRows, open_dataset, open_sources
 from mmdata.shards.manifest import PartRecord
-from mmdata.stats.decoded import PartRows, RowDecoder
+from mmdata.stats.decoded import RowDecoder
 from mmdata.stats.tokens import Vocabulary
 from mmdata.tokenizer.tokenizer import Tokenizer
 

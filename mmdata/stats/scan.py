@@ -34,9 +34,9 @@ from mmdata.pack.filter.features import ANSWERS, RowBatch, conversation_of, tool
 from mmdata.pack.filter.shingles import shingles, signatures
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
-from mmdata.shards.dataset import Dataset, open_sources, pair_view
+from mmdata.shards.dataset import Dataset, PartRows, open_sources, pair_view
 from mmdata.shards.manifest import PartRecord, ShardRecord
-from mmdata.stats.decoded import PartRows, RowDecoder
+from mmdata.stats.decoded import RowDecoder
 from mmdata.stats.tally import NUM_EXAMPLES, Tally
 from mmdata.stats.tokens import ROLES, FlatSequences, Vocabulary, count_tokens, flat_sequences, with_turns
 from mmdata.tokenizer.tokenizer import Tokenizer
