@@ -106,20 +106,16 @@ class _Samples:
         return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
 
 
-class Loader:
-    """The batches of one split of one or more datasets of packs. `batch(step)` returns this rank's micro-batches of an
-    optimizer step.
+class BatchLoader:
+    """The batches of one split of one or more datasets, either of packs (`Loader`) or of pairs (`PairLoader`).
+    `batch(step)` returns this rank's micro-batches of an optimizer step.
 
     batch_tokens: tokens of a step over all ranks. micro_tokens: tokens of a micro-batch, DEFAULT_MICRO_TOKENS if None.
-    Both count every sample with the length of its bucket, although padding is not stored, and are rounded down to whole
-    cells, at least one. seed: determines the order. shuffle: False reads the samples in stored order. allocate: called
-    as allocate(count, dtype) for the buffers of ids and loss mask, for example in pinned memory. weights: the datasets'
-    shares of an epoch's tokens, of which it has as many as all datasets together; None: an epoch has every sample once.
-    Raises DatasetError if the datasets differ in row kind or tokenizer, or if weights are given and a split is empty.
-
-    All ranks together get the same samples in a step whatever world_size and micro_tokens are. With shuffle, a step's
-    cells are ordered by bucket, the largest first, and dealt to the ranks in turn, so that all ranks compute the same
-    bucket at the same time, except for at most one cell where a bucket ends.
+    seed: determines the order. shuffle: False reads the samples in stored order. allocate: called as allocate(count,
+    dtype) for the buffers of ids and loss mask, for example in pinned memory. weights: the datasets' shares of an
+    epoch's tokens, of which it has as many as all datasets together; None: an epoch has every sample once.
+    share_prompt: for pairs only. Raises DatasetError if the datasets differ in row kind or tokenizer, or if weights are
+    given and a split is empty.
     """
 
     def __init__(
@@ -135,46 +131,96 @@ class Loader:
         shuffle: bool = True,
         weights: Sequence[float] | None = None,
         allocate: Callable[[int, Any], np.ndarray] = np.empty,
+        share_prompt: bool = False,
     ):
         assert 0 <= rank < world_size and batch_tokens > 0, (rank, world_size, batch_tokens)
         check_alike(datasets)
-        self.kind = datasets[0].kind
+        self.kind, self.share_prompt = datasets[0].kind, share_prompt
         self._rank, self._world_size = rank, world_size
-        self._allocate = allocate  # (count, dtype) -> the buffer that ids or masks are written to
+        self._allocate = allocate
         self.weights = None if weights is None else list(weights)
         self.digest = digest_of(datasets, weights)
         self._key = f"{self.digest}:{seed}" if shuffle else ""
-        assert self.kind != "pair", "PairLoader is for pairs"
-        self.cell_tokens = max(dataset.buckets[-1] for dataset in datasets)
-        self._cells_per_step = max(1, batch_tokens // self.cell_tokens)
-        self._cells_per_micro = max(1, (micro_tokens or DEFAULT_MICRO_TOKENS) // self.cell_tokens)
-        self.limits = Limits(self._cells_per_micro * self.cell_tokens, self.cell_tokens)
-        splits = [dataset.split(split) for dataset in datasets]
-        self._groups = self._make_groups(splits)
-        self._first_cells = np.array([group.first_cell for group in self._groups])
-        self._first_samples = np.array([group.first_sample for group in self._groups], np.int64)
-        self._dataset_ends = np.cumsum([split.num_samples() for split in splits])
-        self.num_samples = sum(group.num_samples for group in self._groups)
-        self._num_cells = sum(group.num_cells for group in self._groups)
-        self._tables = _Tables(self._groups)
-        block_cells = world_size * max(BLOCK_CELLS, BLOCK_CELLS_A_RECORD_BATCH * len(self._tables))
-        self._steps_per_block = max(1, min(block_cells, MAX_BLOCK_CELLS) // self._cells_per_step)
-        self._mixture = self._make_mixture(datasets, splits, weights)
-        self.steps_per_epoch = -(-self._mixture.size // self._cells_per_step)
-        passes = [draws / max(1, cells) for cells, draws in zip(self._mixture.cells, self._mixture.draws, strict=True)]
-        tokens = [split.totals.model_tokens * times for split, times in zip(splits, passes, strict=True)]
+        self._splits = [dataset.split(split) for dataset in datasets]
+        self._split_begins = np.cumsum([0, *(split.num_samples() for split in self._splits)])  # in sample numbers
+        self.num_samples = int(self._split_begins[-1])
+        cells = self._prepare(batch_tokens, micro_tokens or DEFAULT_MICRO_TOKENS)
+        held = [split.totals.model_tokens for split in self._splits]
+        draws = cells
+        if weights is not None:
+            for dataset, count in zip(datasets, cells, strict=True):
+                if not count:
+                    raise DatasetError(f"{dataset.dir}: the {split} split is empty", "leave it out of --data")
+            draws = draws_per_epoch(held, cells, weights)
+        self._mixture = Mixture(tuple(cells), tuple(draws))
+        passes = [drawn / max(1, count) for drawn, count in zip(draws, cells, strict=True)]
+        tokens = [own * times for own, times in zip(held, passes, strict=True)]
         self.tokens_per_epoch = round(sum(tokens))
         self.shares = [
             Share(dataset, own / max(1, sum(tokens)), times)
             for dataset, own, times in zip(datasets, tokens, passes, strict=True)
         ]
-        self._block: tuple[tuple[int, int], _Samples] | None = None  # the last block ordered
+        self.steps_per_epoch = self._num_steps(batch_tokens)
 
-    def _make_groups(self, splits: Sequence[Split]) -> list[_Group]:
+    def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
+        """Set the limits and the tables of samples, and return how many cells (see order.py) each dataset has."""
+        raise NotImplementedError
+
+    def _num_steps(self, batch_tokens: int) -> int:
+        """Return the number of steps of an epoch; 0 if the split is empty."""
+        raise NotImplementedError
+
+    def _batch(self, epoch: int, step: int) -> list[MicroBatch]:
+        """Return what `batch` does for a step of an epoch, counted from 0."""
+        raise NotImplementedError
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the step
+        has too few samples for all ranks. Raises DatasetError if the split is empty.
+        """
+        if not self.num_samples:
+            raise DatasetError(
+                "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
+            )
+        return self._batch(*divmod(step, self.steps_per_epoch))
+
+    def dataset_of(self, micro: MicroBatch) -> int:
+        """Return the index of the dataset that a micro-batch from `micro_batches` belongs to."""
+        return int(np.searchsorted(self._split_begins, micro.samples[0], side="right")) - 1
+
+
+class Loader(BatchLoader):
+    """The batches of datasets of packs. batch_tokens and micro_tokens count every sample with the length of its bucket,
+    although padding is not stored, and are rounded down to whole cells, at least one.
+
+    All ranks together get the same samples in a step whatever world_size and micro_tokens are. With shuffle, a step's
+    cells are ordered by bucket, the largest first, and dealt to the ranks in turn, so that all ranks compute the same
+    bucket at the same time, except for at most one cell where a bucket ends.
+    """
+
+    def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
+        assert self.kind != "pair", "PairLoader is for pairs"
+        self.cell_tokens = max(split.buckets[-1] for split in self._splits)
+        self._cells_per_step = max(1, batch_tokens // self.cell_tokens)
+        self._cells_per_micro = max(1, micro_tokens // self.cell_tokens)
+        self.limits = Limits(self._cells_per_micro * self.cell_tokens, self.cell_tokens)
+        self._groups = self._make_groups()
+        self._first_cells = np.array([group.first_cell for group in self._groups])
+        self._first_samples = np.array([group.first_sample for group in self._groups], np.int64)
+        self._tables = _Tables(self._groups)
+        block_cells = self._world_size * max(BLOCK_CELLS, BLOCK_CELLS_A_RECORD_BATCH * len(self._tables))
+        self._steps_per_block = max(1, min(block_cells, MAX_BLOCK_CELLS) // self._cells_per_step)
+        self._block: tuple[tuple[int, int], _Samples] | None = None  # the last block ordered
+        return [sum(group.num_cells for group in self._groups if group.split is split) for split in self._splits]
+
+    def _num_steps(self, batch_tokens: int) -> int:
+        return -(-self._mixture.size // self._cells_per_step)
+
+    def _make_groups(self) -> list[_Group]:
         """Return the non-empty buckets of all splits, with samples and cells numbered in that order."""
         groups: list[_Group] = []
         sample = cell = 0
-        for split in splits:
+        for split in self._splits:
             for bucket in split.buckets:
                 per_cell = self.cell_tokens // bucket
                 group = _Group(split, bucket, split.num_samples(bucket), per_cell, sample, cell)
@@ -182,40 +228,17 @@ class Loader:
                 groups.append(group)
         return [group for group in groups if group.num_samples]
 
-    def _make_mixture(
-        self, datasets: Sequence[Dataset], splits: Sequence[Split], weights: Sequence[float] | None
-    ) -> Mixture:
-        """Return how many cells of each dataset an epoch draws. Raises DatasetError if weights are given for an empty
-        split.
-        """
-        cells = [sum(group.num_cells for group in self._groups if group.split is split) for split in splits]
-        if weights is None:
-            return Mixture(tuple(cells), tuple(cells))
-        for dataset, split, count in zip(datasets, splits, cells, strict=True):
-            if not count:
-                raise DatasetError(f"{dataset.dir}: the {split.name} split is empty", "leave it out of --data")
-        tokens = [split.totals.model_tokens for split in splits]
-        return Mixture(tuple(cells), tuple(draws_per_epoch(tokens, cells, weights)))
-
-    def batch(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the last,
-        partial step of an epoch has no cell for this rank. Raises DatasetError if the split is empty.
-        """
-        if not self._num_cells:
-            raise DatasetError(
-                "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
-            )
-        epoch, k = divmod(step, self.steps_per_epoch)
-        num_cells = min(self._cells_per_step, self._mixture.size - k * self._cells_per_step)
+    def _batch(self, epoch: int, step: int) -> list[MicroBatch]:
+        num_cells = min(self._cells_per_step, self._mixture.size - step * self._cells_per_step)
         if not (num_own := self._num_own(num_cells)):
             return []
-        begin = k % self._steps_per_block * self._num_own(self._cells_per_step)
-        block = self._ordered(epoch, k // self._steps_per_block)
+        begin = step % self._steps_per_block * self._num_own(self._cells_per_step)
+        block = self._ordered(epoch, step // self._steps_per_block)
         return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's share of the whole split once, in stored order; each micro-batch is of one dataset."""
-        own = np.arange(self._num_cells)[self._rank :: self._world_size]
+        own = np.arange(sum(self._mixture.cells))[self._rank :: self._world_size]
         ends = np.cumsum(self._mixture.cells)[:-1]
         size = max(1, BLOCK_CELLS // self._cells_per_micro) * self._cells_per_micro
         for part in np.split(own, np.searchsorted(own, ends)):
@@ -223,10 +246,6 @@ class Loader:
                 cells = part[begin : begin + size]
                 samples = self._samples(cells, None)
                 yield from (samples.assemble(micro, self._allocate) for micro in self._micro(range(len(cells))))
-
-    def dataset_of(self, micro: MicroBatch) -> int:
-        """Return the index of the dataset that a micro-batch from `micro_batches` belongs to."""
-        return int(np.searchsorted(self._dataset_ends, micro.samples[0], side="right"))
 
     def _num_own(self, num_cells: int) -> int:
         """Return how many of a step's `num_cells` cells, dealt to the ranks in turn, belong to this rank."""

@@ -6,90 +6,48 @@ prompt + chosen + rejected; otherwise two, each with the prompt in front. Which 
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from mmdata.errors import DatasetError
 from mmdata.shards.dataset import Dataset, PairView, Split
-from mmdata.shards.loader import (
-    DEFAULT_MICRO_TOKENS,
-    Limits,
-    Loader,
-    MicroBatch,
-    Share,
-    assemble,
-    check_alike,
-    digest_of,
-)
-from mmdata.shards.order import Mixture, draws_per_epoch
+from mmdata.shards.loader import BatchLoader, Limits, Loader, MicroBatch, assemble
+
+PROMPT_TWICE = np.array([2, 1, 1])  # times that the prompt, the chosen and the rejected reply of a pair are computed
 
 
-class PairLoader:
-    """The batches of one split of one or more datasets of pairs; it has the same methods as `Loader`.
+class PairLoader(BatchLoader):
+    """The batches of datasets of pairs. Every step has at least one pair.
 
     batch_tokens: about how many tokens a step has over all ranks, with a prompt counted once for each reply.
     micro_tokens: the most tokens in a micro-batch as it is computed (a prompt counts once with share_prompt); a single
-    longer pair may exceed it. DEFAULT_MICRO_TOKENS if None. weights: the datasets' shares of an epoch's tokens; None:
-    an epoch has every pair once, and every step at least one. Other arguments and errors as in `Loader`.
+    longer pair may exceed it. share_prompt: compute a pair's prompt once for both replies.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        *,
-        split: str = "train",
-        batch_tokens: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_tokens: int | None = None,
-        shuffle: bool = True,
-        weights: Sequence[float] | None = None,
-        allocate: Callable[[int, Any], np.ndarray] = np.empty,
-        share_prompt: bool = False,
-    ):
-        assert 0 <= rank < world_size and batch_tokens > 0, (rank, world_size, batch_tokens)
-        check_alike(datasets)
-        self.kind, self.share_prompt = "pair", share_prompt
-        self._rank, self._world_size = rank, world_size
-        self._allocate = allocate
-        self.weights = None if weights is None else list(weights)
-        self.digest = digest_of(datasets, weights)
-        self._key = f"{self.digest}:{seed}" if shuffle else ""
-        self._splits = [dataset.split(split) for dataset in datasets]
-        counts = [each.num_samples() for each in self._splits]
-        self._first_samples = np.cumsum([0, *counts])
-        self.num_samples = sum(counts)
-        lengths = [pair_lengths(each) for each in self._splits]
-        self.lengths = np.concatenate(lengths)  # int64 [num_samples, 3]: prompt, chosen, rejected
-        self._sizes = self.lengths @ np.array([2, 1, 1])
-        self._costs = self.lengths.sum(1) if share_prompt else self._sizes
-        sides = self._costs if share_prompt else self.lengths[:, 0] + self.lengths[:, 1:].max(1, initial=0)
-        self.limits = Limits(micro_tokens or DEFAULT_MICRO_TOKENS, int(sides.max(initial=1)))
-        held = [int((each @ np.array([2, 1, 1])).sum()) for each in lengths]
-        self._mixture = _mixture(datasets, counts, held, weights)
-        passes = [draws / max(1, count) for draws, count in zip(self._mixture.draws, counts, strict=True)]
-        tokens = [own * times for own, times in zip(held, passes, strict=True)]
-        self.tokens_per_epoch = round(sum(tokens))
-        self.steps_per_epoch = _num_steps(self.tokens_per_epoch, self._sizes, batch_tokens)
-        shares = zip(datasets, tokens, passes, strict=True)
-        self.shares = [Share(dataset, own / max(1, sum(tokens)), times) for dataset, own, times in shares]
+    def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
+        self.lengths = np.concatenate([pair_lengths(split) for split in self._splits])  # int64 [num_samples, 3]
+        self._sizes = self.lengths @ PROMPT_TWICE
+        self._costs = self.lengths.sum(1) if self.share_prompt else self._sizes
+        sides = self._costs if self.share_prompt else self.lengths[:, 0] + self.lengths[:, 1:].max(1, initial=0)
+        self.limits = Limits(micro_tokens, int(sides.max(initial=1)))
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        return np.diff(self._split_begins).tolist()
 
-    def batch(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the step
-        has too few pairs for all ranks. Raises DatasetError if the split is empty.
+    def _num_steps(self, batch_tokens: int) -> int:
+        """tokens_per_epoch / batch_tokens rounded up, but few enough that every step has a pair: the middles of
+        neighbouring pairs are at most the largest size apart, so a step whose share of the tokens (`_plan_epoch`) is
+        that large always has one.
         """
         if not self.num_samples:
-            raise DatasetError(
-                "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
-            )
-        epoch, k = divmod(step, self.steps_per_epoch)
+            return 0
+        tokens = self.tokens_per_epoch
+        return max(1, min(-(-tokens // batch_tokens), tokens // int(self._sizes.max())))
+
+    def _batch(self, epoch: int, step: int) -> list[MicroBatch]:
         order, begins = self._epoch(epoch)
-        pairs = order[begins[k] : begins[k + 1]]
+        pairs = order[begins[step] : begins[step + 1]]
         bins = spread(self._costs[pairs], self.limits.tokens, self._world_size)
         return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
 
@@ -98,7 +56,7 @@ class PairLoader:
         only. micro_tokens: the most tokens in a micro-batch, the loader's own limit if None.
         """
         budget = micro_tokens or self.limits.tokens
-        begins = set(self._first_samples.tolist())
+        begins = set(self._split_begins.tolist())
         ends = []
         filled = 0
         for i, cost in enumerate(self._costs.tolist()):
@@ -111,10 +69,6 @@ class PairLoader:
             if len(numbers):
                 yield self._assemble(numbers)
 
-    def dataset_of(self, micro: MicroBatch) -> int:
-        """Return the index of the dataset that a micro-batch from `micro_batches` belongs to."""
-        return int(np.searchsorted(self._first_samples, micro.samples[0], side="right")) - 1
-
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the sample numbers of an epoch in the order of training (int64), and where in it each step begins
         (int64 [steps + 1]). A step has the pairs whose middle token lies in its equal share of the epoch's tokens.
@@ -126,36 +80,20 @@ class PairLoader:
         return order, np.searchsorted(steps, np.arange(self.steps_per_epoch + 1))
 
     def _assemble(self, numbers: np.ndarray) -> MicroBatch:
-        of_split = np.searchsorted(self._first_samples, numbers, side="right") - 1
+        of_split = np.searchsorted(self._split_begins, numbers, side="right") - 1
         views = []
         for s, number in zip(of_split.tolist(), numbers.tolist(), strict=True):
             split = self._splits[s]
-            views.append(split.sample(*split.locate(number - int(self._first_samples[s]))))
+            views.append(split.sample(*split.locate(number - int(self._split_begins[s]))))
         shared = self.lengths[numbers] if self.share_prompt else None
         return assemble(*_lay_out(views, self.share_prompt), numbers, self._allocate, shared)
 
 
-def _mixture(
-    datasets: Sequence[Dataset], counts: Sequence[int], tokens: Sequence[int], weights: Sequence[float] | None
-) -> Mixture:
-    """Return how many pairs of each dataset an epoch draws: all of them or, with weights, as many as give each dataset
-    its share of tokens. counts, tokens: of each dataset. Raises DatasetError if weights are given for an empty split.
+def make_loader(datasets: Sequence[Dataset], **options: Any) -> Loader | PairLoader:
+    """Create the loader for datasets of one row kind: a PairLoader for pairs, otherwise a Loader. options: keyword
+    arguments of `BatchLoader`.
     """
-    if weights is None:
-        return Mixture(tuple(counts), tuple(counts))
-    for dataset, count in zip(datasets, counts, strict=True):
-        if not count:
-            raise DatasetError(f"{dataset.dir}: the split is empty", "leave it out of --data")
-    return Mixture(tuple(counts), tuple(draws_per_epoch(tokens, counts, weights)))
-
-
-def make_loader(datasets: Sequence[Dataset], *, share_prompt: bool = False, **options: object) -> Loader | PairLoader:
-    """Create the loader for datasets of one row kind: a PairLoader for pairs, otherwise a Loader. share_prompt: compute
-    a pair's prompt once for both replies; ignored for packs. options: keyword arguments of `Loader`.
-    """
-    if datasets[0].kind == "pair":
-        return PairLoader(datasets, share_prompt=share_prompt, **options)  # type: ignore[arg-type]
-    return Loader(datasets, **options)  # type: ignore[arg-type]
+    return (PairLoader if datasets[0].kind == "pair" else Loader)(datasets, **options)
 
 
 def pair_lengths(split: Split) -> np.ndarray:
@@ -167,17 +105,7 @@ def pair_lengths(split: Split) -> np.ndarray:
 def saved_share(datasets: Sequence[Dataset]) -> float:
     """Return the share (0 to 1) of the train splits' tokens that `share_prompt` does not compute."""
     lengths = np.concatenate([pair_lengths(dataset.split("train")) for dataset in datasets])
-    return float(lengths[:, 0].sum() / max(1, (lengths @ np.array([2, 1, 1])).sum()))
-
-
-def _num_steps(num_tokens: int, sizes: np.ndarray, batch_tokens: int) -> int:
-    """Return the number of steps of an epoch: num_tokens / batch_tokens rounded up, but few enough that every step has
-    a pair; 0 without pairs. sizes: tokens of each pair. The middles of neighbouring pairs are at most the largest size
-    apart, so a step whose share of the tokens (`PairLoader._plan_epoch`) is that large always has a pair.
-    """
-    if not len(sizes):
-        return 0
-    return max(1, min(-(-num_tokens // batch_tokens), num_tokens // int(sizes.max())))
+    return float(lengths[:, 0].sum() / max(1, (lengths @ PROMPT_TWICE).sum()))
 
 
 def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
