@@ -15,9 +15,9 @@ import socket
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -27,37 +27,27 @@ from mmdata.io.records import FileEntry, plain, read_record, write_record
 from mmdata.io.workers import Tick
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.shards import checksums
-from mmdata.shards.manifest import DatasetHeader, TokenizerRecord
+from mmdata.shards.manifest import DatasetHeader
 
-# These arguments decide whether a dataset is published, not what its parts contain.
-FREE_ARGUMENTS = ("max_bad", "max_bad_by_reason")
 PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions may write other tokens or bytes
 
 
-class PackKey(msgspec.Struct, kw_only=True):
-    """The content of begun.json; packs with equal keys write the same bytes. It has the dataset's header, without
-    arguments that no byte depends on, and the versions of the packages that the bytes may depend on.
+class PackKey(DatasetHeader, frozen=True, kw_only=True):
+    """The content of begun.json; packs with equal keys write the same bytes. versions: of the packages that the bytes
+    may depend on. The arguments that only decide whether a dataset is published have a fixed value.
     """
 
-    format: str
-    format_version: int
-    kind: str
-    max_len: int
-    buckets: tuple[int, ...]
-    tokenizer: TokenizerRecord
-    inputs: list[FileEntry]
-    arguments: dict[str, Any]
     versions: dict[str, str]
 
     @classmethod
     def of(cls, header: DatasetHeader) -> "PackKey":
         """Return the key for a dataset with this header, packed with the installed versions of the packages."""
-        values = msgspec.structs.asdict(header)
-        arguments = {k: v for k, v in plain(header.arguments).items() if k not in FREE_ARGUMENTS}
         more = ["rensa"] if header.arguments.dedup == "near" else []
         more += ["polars"] if header.arguments.where else []
         versions = {name: version(name) for name in (*PACKAGES, *more)}
-        return cls(**{**values, "arguments": arguments, "versions": versions})
+        values = msgspec.structs.asdict(header)
+        values["arguments"] = msgspec.structs.replace(header.arguments, max_bad=None, max_bad_by_reason={})
+        return cls(**values, versions=versions)
 
     def differences(self, before: "PackKey") -> list[str]:
         """Return, in words, how this key differs from that of an unfinished pack; empty if that can be continued."""
@@ -70,7 +60,7 @@ class PackKey(msgspec.Struct, kw_only=True):
             words.append("the tokenizer is another one")
         words += _input_differences(before.inputs, self.inputs)
         for label, old, new in (
-            ("--", before.arguments, self.arguments),
+            ("--", plain(before.arguments), plain(self.arguments)),
             ("version of ", before.versions, self.versions),
         ):
             for key in dict.fromkeys([*new, *old]):
@@ -140,16 +130,14 @@ class Staging:
                 continue
             with contextlib.suppress(DatasetError):
                 result = read_record(self._record_path(number), PartResult, DatasetError, "")
-                if self._is_intact(result):
+                files = [*(shard.file for shard in result.shards), *result.files]
+                with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
+                    is_intact = not any(pool.map(partial(checksums.difference, self.dataset), files))
+                if is_intact:
                     results[number] = result
                     continue
             self._record_path(number).unlink(missing_ok=True)
         return results
-
-    def _is_intact(self, result: PartResult) -> bool:
-        files = [*(shard.file for shard in result.shards), *result.files]
-        with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
-            return not any(pool.map(lambda file: checksums.difference(self.dataset, file), files))
 
     def _record_path(self, part: int) -> Path:
         return self.dir / "done" / f"{part:05d}.json"

@@ -10,9 +10,7 @@ import gc
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmdata.errors import MMError, TokenizerError, UsageError
-from mmdata.io.files import info_of_bytes, replace_directory, sha256_of, write_bytes
+from mmdata.io.files import info_of_bytes, new_directory, sha256_of, write_bytes
 from mmdata.io.records import plain, read_record
 from mmdata.options import check
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -279,16 +277,9 @@ def _existing(out: Path, record: TrainingRecord) -> Trained:
 
 def publish(out: Path, files: Mapping[str, bytes]) -> None:
     """Write files to the directory `out`, missing or empty before, which then has all of them or stays as it was."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
-    try:
+    with new_directory(out) as partial:
         for name, content in files.items():
-            write_bytes(staging / name, content)
-        staging.chmod(0o755)  # mkdtemp gives access to its owner alone
-        replace_directory(staging, out, out.with_name(f".{out.name}.replaced"))
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+            write_bytes(partial / name, content)
 
 
 # --- the child process
