@@ -50,7 +50,7 @@ def hub(data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         hub.put(DATASET, {each.path: contents[each.key] for each in known}, commit=catalog.OLD["hf"])
         hub.put(DATASET, {each.path: contents[each.key] for each in known if each.key != "dpo_v1"})
         for name in ("minimind-2", "minimind-3"):
-            tokenizer = catalog.find_tokenizer(name)
+            tokenizer = catalog.TOKENIZERS.get(name)
             assert tokenizer
             files: dict[str, bytes | Bytes] = {path.name: path.read_bytes() for path in data.tokenizer.iterdir()}
             hub.put(tokenizer.repo["hf"], files, kind="models", commit=tokenizer.revision or "")

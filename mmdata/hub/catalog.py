@@ -46,13 +46,7 @@ class KnownFile:
 
     @property
     def path(self) -> str:
-        """The path in the repository."""
         return self.repo_path or self.name
-
-    @property
-    def size_bytes(self) -> int | None:
-        """The exact size if it is known, else the rounded one, else None."""
-        return self.num_bytes or self.about_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +116,7 @@ PRESETS = {
 PRESET_TOKENIZER = {preset: "minimind-2" if "seed" in preset else "minimind-3" for preset in PRESETS}
 
 # The repository names are from public pages; their files were not opened, so `fetch` relies on the source's listing.
-TOKENIZERS = (
+_TOKENIZERS = (
     KnownTokenizer("minimind-3", {"hf": "jingyaogong/minimind-3", "modelscope": "gongjy/minimind-3"}, None,
                    "for the t2t files: tools, tool calls, thinking"),
     KnownTokenizer("minimind-2", {"hf": "jingyaogong/MiniMind2", "modelscope": "gongjy/MiniMind2"},
@@ -130,6 +124,7 @@ TOKENIZERS = (
     KnownTokenizer("minimind-2-seed", {"hf": "jingyaogong/MiniMind2-R1", "modelscope": "gongjy/MiniMind2-R1"}, "4399eb0",
                    "for weights of early 2025: <s> and </s> (revision from a public page, unverified)"),
 )  # fmt: skip
+TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in _TOKENIZERS}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_EXTRAS = ("chat_template.jinja",)  # newer repositories have the template in a file of its own
 
@@ -143,16 +138,6 @@ def find(name: str) -> KnownFile | None:
 def find_glob(pattern: str) -> list[KnownFile]:
     """Return the known files whose key or local name matches a shell pattern, case-sensitively, in catalog order."""
     return [f for f in FILES if fnmatch.fnmatchcase(f.key, pattern) or fnmatch.fnmatchcase(f.name, pattern)]
-
-
-def is_glob(name: str) -> bool:
-    """Return whether a name is a shell pattern: it has a *, ? or [."""
-    return any(mark in name for mark in "*?[")
-
-
-def find_tokenizer(name: str) -> KnownTokenizer | None:
-    """Return the known tokenizer of that name; None if there is none."""
-    return next((tokenizer for tokenizer in TOKENIZERS if tokenizer.name == name), None)
 
 
 def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:

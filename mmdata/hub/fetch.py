@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +71,12 @@ def fetch(
     Raises DiskError if the disk is too small, full or not writable, InterruptedFetch on Ctrl-C, and UsageError for a
     source that does not exist. Bytes that have arrived stay on disk, and the next run resumes from them.
     """
-    check_space(plan)
-    options = plan.options
+    options, needed = plan.options, plan.get_bytes + SPACE_MARGIN_BYTES
+    if plan.get_bytes and needed > plan.free_bytes:
+        raise DiskError(
+            f"{options.out} needs {needed:,} bytes more, {plan.free_bytes:,} are free",
+            "free some space, or choose a disk with more: --out",
+        )
     source = open_source(options.source, options.endpoint, options.retry or RetryPolicy())
     report = _Report(plan, watch)
     outcomes: list[FetchOutcome] = []
@@ -91,18 +95,10 @@ def fetch(
     return outcomes
 
 
-def check_space(plan: FetchPlan) -> None:
-    """Raise DiskError if the bytes to download (if any) plus SPACE_MARGIN_BYTES exceed the free space."""
-    needed = plan.get_bytes + SPACE_MARGIN_BYTES
-    if plan.get_bytes and needed > plan.free_bytes:
-        raise DiskError(
-            f"{plan.options.out} needs {needed:,} bytes more, {plan.free_bytes:,} are free",
-            "free some space, or choose a disk with more: --out",
-        )
-
-
 class _Report:
-    """Adds up the bytes of a whole plan. They never decrease, even if a damaged file is downloaded again."""
+    """Called with the bytes of the current file, adds up those of the whole plan. They never decrease, even if a damaged
+    file is downloaded again. `close` ends the current file.
+    """
 
     def __init__(self, plan: FetchPlan, watch: Watch | None) -> None:
         self.watch = watch
@@ -114,14 +110,12 @@ class _Report:
         return item.content.num_bytes if item.content and item.action == "get" else 0
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """Report that `done` of the `total` bytes of the current file are there."""
         self.most = max(self.most, done)
         self.most_all = max(self.most_all, self.before + done)
         if self.watch:
             self.watch(name, self.most, total, self.most_all, self.total)
 
     def close(self, item: FetchItem) -> None:
-        """Count the current file as finished; later calls are about the next file."""
         self.before += self._size(item)
         self.most = 0
 
@@ -129,15 +123,12 @@ class _Report:
 def _fetch_one(
     options: FetchOptions, source: Source, item: FetchItem, report: _Report, on_wait: Callable[[], None] | None
 ) -> FetchOutcome:
-    """Keep, adopt or download one file, locked against other `mm` processes, and record it in mm.lock.
-
-    Raises the item's error. A file that another process has downloaded since the plan was made is kept.
-    """
+    """Keep, adopt or download one file, locked against other `mm` processes, and record it. Raises the item's error."""
     want, path, content = item.want, options.out / item.want.name, item.content
     if item.error:
         raise item.error
     if item.action == "keep" or content is None:
-        return _kept(options, want.name, "kept")
+        return _outcome(options, want.name, "kept")
     start = time.monotonic()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +138,11 @@ def _fetch_one(
         entry = read_lock(options.out).files.get(want.name)
         is_new = entry is not None and entry.sha256 == content.sha256 and same_stat(path, entry)
         if is_new and item.action == "get" and not options.verify:
-            return _kept(options, want.name, "kept")  # another process fetched it meanwhile
+            return _outcome(options, want.name, "kept")  # another process fetched it meanwhile
         if item.digest is not None:  # adopt the file; if mm.lock has the same bytes, only the times are recorded anew
             is_recorded = entry is not None and entry.sha256 == item.digest.sha256
             write_entry(options.out, want.name, entry if entry and is_recorded else _entry(source, item, item.digest))
-            return _kept(options, want.name, "kept" if entry else "adopted")
+            return _outcome(options, want.name, "kept" if entry else "adopted")
         report(want.name, item.have_bytes, content.num_bytes)
         result = download(
             path,
@@ -162,20 +153,11 @@ def _fetch_one(
             progress=lambda done, total: report(want.name, done, total),
             check=lambda part, digest: _check_rows(part, digest, want, content),
         )
-        digest = result.digest
-        write_entry(options.out, want.name, _entry(source, item, digest))
-    return FetchOutcome(
-        want.name,
-        "fetched",
-        digest.position,
-        digest.num_lines,
-        digest.sha256,
-        item.revision,
-        item.commit,
-        result.received_bytes,
-        result.failures,
-        time.monotonic() - start,
-        tuple(result.warnings),
+        write_entry(options.out, want.name, _entry(source, item, result.digest))
+    outcome = _outcome(options, want.name, "fetched")
+    seconds, warnings = time.monotonic() - start, tuple(result.warnings)
+    return replace(
+        outcome, received_bytes=result.received_bytes, failures=result.failures, seconds=seconds, warnings=warnings
     )
 
 
@@ -200,8 +182,8 @@ def _entry(source: Source, item: FetchItem, digest: Digest) -> LockEntry:
     )
 
 
-def _kept(options: FetchOptions, name: str, status: str) -> FetchOutcome:
-    """Return the outcome of a file that was not downloaded: with the figures of mm.lock, or else only its size."""
+def _outcome(options: FetchOptions, name: str, status: str) -> FetchOutcome:
+    """Return an outcome with the figures of mm.lock, or, for a file that is not in it, only its size."""
     entry = read_lock(options.out).files.get(name)
     if entry is None:
         return FetchOutcome(name, status, (options.out / name).stat().st_size)
@@ -209,10 +191,8 @@ def _kept(options: FetchOptions, name: str, status: str) -> FetchOutcome:
 
 
 def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) -> list[str]:
-    """Return warnings about the complete file `part`: wrong number of rows, no newline at its end, a wrong first row.
-
-    Numbers of rows and fields are known for catalog files only. Raises IntegrityError if the first row lacks a field
-    and no checksum was published for the file.
+    """Return warnings about the rows of the complete file `part`. Raises IntegrityError if its first row is wrong and no
+    checksum was published for it.
     """
     warnings = []
     num_rows = digest.num_lines + (not digest.ends_with_newline)
@@ -228,10 +208,7 @@ def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) 
 
 
 def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
-    """Return what is wrong with the first line, which should be a JSON object with the `expected` keys.
-
-    Empty if nothing is, for an empty file, and for a first line of FIRST_LINE_BYTES or more.
-    """
+    """Return what is wrong with the first line, which should be a JSON object with the `expected` keys; else empty."""
     with open(path, "rb") as file:
         line = file.readline(FIRST_LINE_BYTES)
     if not line or len(line) == FIRST_LINE_BYTES:
@@ -278,7 +255,7 @@ def overview(out: Path) -> list[FileState]:
         state = _state(out / known.name, num_bytes)
         size = num_bytes or known.about_bytes
         states.append(FileState(known.key, known.stage, state, size, num_rows, known.max_len, known.note))
-    for tokenizer in catalog.TOKENIZERS:
+    for tokenizer in catalog.TOKENIZERS.values():
         entries = {name: entry for name, entry in lock.items() if entry.repo in tokenizer.repo.values()}
         each = {_state(out / name, entry.num_bytes) for name, entry in entries.items()} or {"missing"}
         state = each.pop() if len(each) == 1 else "stale"

@@ -185,7 +185,6 @@ class FetchItem:
 
     @property
     def get_bytes(self) -> int:
-        """The number of bytes to download."""
         return self.content.num_bytes - self.have_bytes if self.action == "get" and self.content else 0
 
 
@@ -200,7 +199,6 @@ class FetchPlan:
 
     @property
     def get_bytes(self) -> int:
-        """The number of bytes to download for all files together."""
         return sum(item.get_bytes for item in self.items)
 
 
@@ -262,7 +260,7 @@ class _Planner:
         A pattern is matched with the catalog and, if nothing there matches, with the repository. Raises NotFoundError
         if it matches nothing, and UsageError for a path outside the output directory or a name that `mm fetch` uses.
         """
-        if catalog.is_glob(name):
+        if set(name) & set("*?["):
             wants = [self._wanted(known.path, known) for known in catalog.find_glob(name)]
             if not wants and self._is_repository:
                 wants = [self._wanted(path) for path in self._dataset_files() if Path(path).match(name)]
@@ -278,7 +276,6 @@ class _Planner:
         return [self._wanted(known.path if known else name, known)]
 
     def _wanted(self, path: str, known: KnownFile | None = None) -> WantedFile:
-        """Return the dataset file at this repository path, which is its local name too without a catalog entry."""
         if known is None:
             return WantedFile(path, path, self.dataset)
         return WantedFile(known.name, path, self.dataset, known.stage, known, known.revisions.get(self.source.kind))
@@ -310,9 +307,9 @@ class _Planner:
         another repository, an implied tokenizer gives a warning and no files; a named one raises ConflictError without
         `--update` or `--force`. A tokenizer in mm.lock keeps its list of files unless `--update` is given.
         """
-        known = catalog.find_tokenizer(name)
+        known = catalog.TOKENIZERS.get(name)
         if known is None:
-            raise UsageError(f"no tokenizer {name!r}", f"one of {', '.join(t.name for t in catalog.TOKENIZERS)}")
+            raise UsageError(f"no tokenizer {name!r}", f"one of {', '.join(catalog.TOKENIZERS)}")
         where = self.options.out / TOKENIZER_DIR
         repo = Repo(known.repo.get(self.source.kind, known.repo["hf"]), "model")
         there = {key: entry for key, entry in self.lock.files.items() if entry.repo_kind == "model"}
@@ -372,7 +369,8 @@ class _Planner:
         """
         options, path = self.options, self.options.out / want.name
         entry = self.lock.files.get(want.name)
-        is_other = entry is not None and entry.repo_kind == "model" and _base(entry.repo) != _base(want.repo.id)
+        # The owner of a repository differs between sources.
+        is_other = bool(entry) and entry.repo_kind == "model" and Path(entry.repo).name != Path(want.repo.id).name
         asked = self._asked(want.repo)
         if entry and not is_other and not options.update and asked in (None, entry.revision, entry.commit):
             content = Content(entry.num_bytes, entry.sha256, first=first_bytes(want.name))
@@ -565,7 +563,7 @@ class _Planner:
         known = want.known
         assert known is not None
         listed = f"{content.num_bytes:,} bytes, sha256 {(content.sha256 or 'unknown')[:12]}"
-        cataloged = f"{known.size_bytes or 0:,} bytes, sha256 {(known.sha256 or 'unknown')[:12]}"
+        cataloged = f"{known.num_bytes or known.about_bytes or 0:,} bytes, sha256 {(known.sha256 or 'unknown')[:12]}"
         self.warnings.append(
             f"{want.name}: the source lists {listed}; the catalog knows {cataloged}: the source is believed"
         )
@@ -581,13 +579,8 @@ class _Planner:
         return None
 
 
-def _base(repo: str) -> str:
-    """Return a repository's name without its owner, who differs between sources."""
-    return repo.rpartition("/")[2]
-
-
 def _is_ours(name: str) -> bool:
-    """Return whether a path's last component is a name of `mm fetch`'s own files, such as mm.lock or *.part."""
+    """Return whether a file's name is one of `mm fetch`'s own, such as mm.lock or *.part."""
     base = Path(name).name
     ends = (".part", ".part.json", ".lock", ".new", ".partial")
     return base in (LOCK_NAME, f"{LOCK_NAME}.broken") or base.endswith(ends)
