@@ -70,10 +70,12 @@ def screen(
     first = sorted(parts, key=lambda part: part.number not in numbers)
     run(partial(_Marker, settings, left_out), first, total=sum(part.num_bytes for part in first), progress=progress)
     keys = _Keys(directory, parts)
-    near = np.arange(keys.num_rows)
-    equal = keys.first_of_equal() if arguments.dedup else near
+    equal = near = np.arange(len(keys.lines))
+    if arguments.dedup:
+        equal = first_of_equal(keys.slices("keys.npy", slice(None)), len(keys.lines))
     if arguments.dedup == "near":
-        near = keys.first_of_near(equal)
+        bands = (keys.slices("bands.npy", slice(band, band + 1)) for band in range(BANDS))
+        near = first_of_near(chain.from_iterable(bands), equal)
     for i, part in enumerate(parts):
         found = read_record(_file(directory, part, "found.json"), Verdicts, DatasetError, "pack again")
         verdicts = {**left_out.get(part.number, {}), **found}
@@ -121,7 +123,7 @@ class _Marker:
             if self._dedup == "near":
                 bands.append(band_hashes([texts[i] for i in kept]))
         self._save(part, "lines.npy", np.array(lines, np.uint32))
-        self._save(part, "keys.npy", np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2))
+        self._save(part, "keys.npy", np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2).T)
         self._save(part, "bands.npy", np.ascontiguousarray(np.concatenate(bands).T))
         write_json(_file(self._directory, part, "found.json"), overlapping, indent=None)
 
@@ -184,31 +186,21 @@ class _Keys:
         lines = [np.load(_file(directory, part, "lines.npy")) for part in parts]
         self.lines = np.concatenate([np.empty(0, np.uint32), *lines])
         self.begins = np.concatenate([[0], np.cumsum([len(of_part) for of_part in lines])]).astype(np.int64)
-        self.num_rows = len(self.lines)
-        self._num_slices = -(-self.num_rows // SLICE_ROWS) or 1
+        self._num_slices = -(-len(self.lines) // SLICE_ROWS) or 1
 
     def place(self, row: int) -> str:
         """Return the input file and line number of a row, in words."""
         part = self._parts[int(np.searchsorted(self.begins, row, side="right")) - 1]
         return f"{part.path} line {self.lines[row]}"
 
-    def first_of_equal(self) -> np.ndarray:
-        """Return the number of the first row with the same content as each row (possibly its own): int64 [rows]."""
-        return first_of_equal(self._slices("keys.npy", lambda stored: (stored[:, 0], stored[:, 1])), self.num_rows)
-
-    def first_of_near(self, first: np.ndarray) -> np.ndarray:
-        """Return `first_of_near` of all rows. first: the result of `first_of_equal`."""
-        bands = (self._slices("bands.npy", lambda stored, band=band: (stored[band],)) for band in range(BANDS))
-        return first_of_near(chain.from_iterable(bands), first)
-
-    def _slices(self, name: str, columns: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> Iterator[KeySlice]:
+    def slices(self, name: str, columns: slice) -> Iterator[KeySlice]:
         """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; rows with equal keys are in
-        the same slice. name: the file that has the keys of a part. columns: selects the key columns from its array.
+        the same slice. name: the file with an array [columns, rows] for each part. columns: those that are used.
         """
         for number in range(self._num_slices):
             rows, chosen = [], []
             for part, begin in zip(self._parts, self.begins, strict=False):
-                keys = columns(np.load(_file(self._directory, part, name), mmap_mode="r"))
+                keys = np.load(_file(self._directory, part, name), mmap_mode="r")[columns]
                 at = np.flatnonzero(keys[0] % np.uint64(self._num_slices) == number)
                 rows.append(begin + at)
                 chosen.append([key[at] for key in keys])

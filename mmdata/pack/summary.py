@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
-from msgspec import UNSET
 
 from mmdata.io.records import FileEntry, plain
 from mmdata.pack.packing import buckets_for
@@ -33,21 +33,10 @@ def header_of(
     kind: str, max_len: int, tokenizer: Tokenizer, inputs: list[FileEntry], arguments: PackArguments
 ) -> DatasetHeader:
     """Return the header of a manifest: everything that the bytes of the dataset depend on."""
-    identity = TokenizerRecord(
-        tokenizer.sha256,
-        tokenizer.template_sha256,
-        tokenizer.vocab_size,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-    )
+    identity = msgspec.convert(tokenizer, TokenizerRecord, from_attributes=True)
+    buckets = buckets_for(max_len)
     return DatasetHeader(
-        kind=kind,
-        max_len=max_len,
-        buckets=buckets_for(max_len),
-        tokenizer=identity,
-        inputs=inputs,
-        arguments=arguments,
+        kind=kind, max_len=max_len, buckets=buckets, tokenizer=identity, inputs=inputs, arguments=arguments
     )
 
 
@@ -56,7 +45,7 @@ def manifest_of(header: DatasetHeader, results: Sequence[PartResult], files: Seq
     shards = sorted((s for result in results for s in result.shards), key=lambda s: (s.split, s.bucket, s.part))
     every = [*files, *(file for result in results for file in result.files)]
     return Manifest(
-        **{name: getattr(header, name) for name in header.__struct_fields__},
+        **msgspec.structs.asdict(header),
         encoders=_encoders(results),
         parts=[_part_record(result) for result in results],
         shards=shards,
@@ -106,25 +95,21 @@ def _part_record(result: PartResult) -> PartRecord:
 
 
 def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> DatasetTotals:
-    by_reason = {
-        name: dict(sorted(total_of(getattr(result, name) for result in results).items()))
-        for name in ("left_out", "cut", "control_strings", "extra_keys")
+    figures: dict[str, Any] = {
+        name: sum(getattr(result, name) for result in results)
+        for name in ("rows", "kept", "tokens_in", "tokens", "sequences", "text_bytes", "unknown_bytes")
     }
-    not_written = total_of(result.not_written for result in results)
-    text_bytes = sum(result.text_bytes for result in results)
+    if not figures["text_bytes"]:  # the tokenizer knows every text
+        del figures["text_bytes"], figures["unknown_bytes"]
+    for name in ("left_out", "cut", "control_strings", "extra_keys", "not_written"):
+        figures[name] = dict(sorted(total_of(getattr(result, name) for result in results).items()))
+    if not figures["not_written"]:
+        del figures["not_written"]
     return DatasetTotals(
-        rows=sum(result.rows for result in results),
-        kept=sum(result.kept for result in results),
-        tokens_in=sum(result.tokens_in for result in results),
-        tokens=sum(result.tokens for result in results),
-        sequences=sum(result.sequences for result in results),
-        **by_reason,
+        **figures,
         loss_tokens=sum(shard.loss_tokens for shard in shards),
         samples=sum(shard.samples for shard in shards),
         val_rows=sum(shard.rows for shard in shards if shard.split == "val"),
-        not_written=dict(sorted(not_written.items())) or UNSET,
-        text_bytes=text_bytes or UNSET,
-        unknown_bytes=sum(result.unknown_bytes for result in results) if text_bytes else UNSET,
     )
 
 

@@ -9,10 +9,11 @@ first batch of a block takes milliseconds, the others a hundredth of that.
 """
 
 import hashlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -373,38 +374,16 @@ def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Gener
     """Yield `make(step)` for each step in order; a thread computes up to `depth` results before they are requested. An
     exception in `make` is raised when its step is requested. Closing the iterator stops the thread.
     """
-    made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-    is_over = threading.Event()
-
-    def put(item: tuple[Any, BaseException | None]) -> None:
-        while not is_over.is_set():
-            try:
-                made.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        for step in steps:
-            if is_over.is_set():
-                return
-            try:
-                put((make(step), None))
-            except BaseException as error:  # any exception is raised again in the thread that requests the result
-                put((None, error))
-                return
-
-    thread = threading.Thread(target=work, name="batches ahead", daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            value, error = made.get()
-            if error is not None:
-                raise error
-            yield value
-    finally:
-        is_over.set()
-        thread.join()
+    todo = iter(steps)
+    with ThreadPoolExecutor(1, "batches ahead") as pool:
+        try:
+            waiting = deque(pool.submit(make, step) for step in islice(todo, depth))
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(make, step) for step in islice(todo, 1))
+                yield result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check_alike(datasets: Sequence[Dataset]) -> None:
