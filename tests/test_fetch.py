@@ -1304,7 +1304,7 @@ def test_the_command_says_what_it_will_do_and_what_it_did(hub: FakeHub, client: 
         "licence:",
         "free",
         "1 of 1 files are here",
-        "next: mm pack",
+        "then    mm pack",
     ):
         assert expected in ran.err
     assert "\x1b" not in ran.err  # plain lines without a terminal
@@ -1425,6 +1425,7 @@ def test_progress_without_a_terminal_is_a_plain_line_now_and_then(
             now[0] = float(second)
             watch("a.jsonl", second * 1_000_000, 100_000_000, second * 1_000_000, 200_000_000)
     assert capsys.readouterr().err == (
-        "a.jsonl: 10.0 MB of 100.0 MB (10.0%), 1.0 MB/s, 190 s left in all\n"
-        "a.jsonl: 20.0 MB of 100.0 MB (20.0%), 1.0 MB/s, 180 s left in all\n"
+        "a.jsonl: 2.0 MB of 100.0 MB (2.0%), 1.0 MB/s, 3 min left\n"
+        "a.jsonl: 12.0 MB of 100.0 MB (12.0%), 1.0 MB/s, 3 min left\n"
+        "a.jsonl: 22.0 MB of 100.0 MB (22.0%), 1.0 MB/s, 3 min left\n"
     )
