@@ -12,9 +12,10 @@ import pytest
 
 from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation, parse_row
-from mmdata.encode.sequences import TokenSequence
+from mmdata.encode.sequences import TokenSequence, is_equal
 from mmdata.encode.template import Template
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.check import _check_template
 
 PUBLISHED = {path.stem: path.read_text(encoding="utf-8") for path in sorted((eras.HERE / "fixtures" / "published").iterdir())}  # fmt: skip
 MARK = re.compile(r"<\|\w+\|>|<｜[^<｜]+｜>|\[/?[A-Z_]{4,}\]|\[gMASK\]|<(?:start|end)_of_turn>|<sop>|</?s>")
@@ -240,3 +241,21 @@ def test_prompts_are_the_beginning_of_what_is_trained(name: str) -> None:
             segments.pop()
         prompt = template.prompt_ids(tokenizer(name), row.messages[:-1])
         assert tokenizer(name).decode(prompt) == "".join(segment.text for segment in segments)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_arguments_given_as_text_are_rendered_as_objects_are(name: str) -> None:
+    for title in ("call", "calls"):
+        row = json.loads(json.dumps(ROWS[title]))
+        for each in row["messages"][1]["tool_calls"]:
+            each["function"]["arguments"] = json.dumps(each["function"]["arguments"])
+        found, want = (encoder(name, "warn").encode([parsed(one)]) for one in (row, ROWS[title]))
+        assert is_equal(found.sequences, want.sequences) and found.bad.keys() == want.bad.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_check_of_a_tokenizer_finds_nothing_wrong_with_its_template(name: str) -> None:
+    found = {finding.check: finding.found for finding in _check_template(tokenizer(name)) if finding.level == "error"}
+    no_system, no_end = "template: system" in found, "template: end of turn" in found
+    assert found.keys() <= {"template: system", "template: end of turn"}
+    assert (no_system, no_end) == (name in ("gemma2", "mistral"), name == "glm4.5")

@@ -394,11 +394,12 @@ class Template:
             self._reasoning_name: Message("assistant", "Tell", "Why"),
             "content": Message("assistant", "<think>\nWhy\n</think>\n\nTell"),
         }
-        renderings = {field: self._render([Message("user", "Ask"), answer]) for field, answer in answers.items()}
-        return {
-            field: all("Why" not in part for _, part in missing_parts(one.text, one.sources))
-            for field, one in renderings.items()
-        }
+        written = dict.fromkeys(answers, False)
+        for field, answer in answers.items():
+            with contextlib.suppress(BadRow):
+                text, _, sources = self._render([TURN[0], answer])
+                written[field] = all("Why" not in part for _, part in missing_parts(text, sources))
+        return written
 
     # --- the template's texts around turns
 
