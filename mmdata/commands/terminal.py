@@ -173,10 +173,10 @@ def counted(counts: Iterable[tuple[str, int]]) -> str:
 
 
 def ignored_keys(counts: Mapping[str, int]) -> Iterator[str]:
-    """Yield a line that names the keys of rows that no schema knows, and one that names metadata, if there are any."""
+    """Yield a line that names the keys of rows that are ignored, and one that names metadata, if there are any."""
     from mmdata.encode.rows import split_keys
 
-    for title, keys in zip(("keys ignored, known to no schema", "metadata, ignored"), split_keys(counts), strict=True):
+    for title, keys in zip(("keys ignored", "metadata ignored"), split_keys(counts), strict=True):
         if keys:
             more = f" and {len(keys) - MOST_KEYS:,} others" if len(keys) > MOST_KEYS else ""
             yield f"{title}: {counted(list(keys.items())[:MOST_KEYS])}{more}"

@@ -160,7 +160,7 @@ def _glance(figures: Figures) -> Iterator[Block]:
         title = "Control strings in content, packed as plain text"
         table = Table([Column("string", "code"), Column("times", "count")], most)
         yield Fold(joined([phrase(title), as_name(f"({len(controls):,})")], " "), [table])
-    titles = ("Keys of rows that no schema knows; they are ignored", "Metadata of rows; it is ignored")
+    titles = ("Keys of rows that are ignored", "Metadata of rows that is ignored")
     for title, keys in zip(titles, split_keys(figures.get("extra_keys") or {}), strict=True):
         if keys:
             yield Fold(title, [Table([Column("key", "code"), Column("rows", "count")], list(keys.items()))])
