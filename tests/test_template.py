@@ -324,7 +324,7 @@ def test_a_traced_string_is_equal_to_the_plain_one_and_knows_its_own(
 def test_origins_go_through_what_templates_do() -> None:
     text = (
         "{% macro m(x) %}({{ x }}){% endmacro %}{% set s %}{{ t | trim }}!{% endset %}{{ '<' ~ t ~ '>' }}{{ m(t[1:]) }}"
-        "{{ s }}{{ d | tojson }}{{ [d] | tojson(indent=1) }}{{ d }}{{ [t, 'c'] | join(', ') }}{{ t.upper() }}"
+        "{{ s }}{{ d | tojson | safe }}{{ [d] | tojson(indent=1) }}{{ d }}{{ [t, 'c'] | join(', ') }}{{ t.upper() }}"
     )
     sources: list[SourceText] = []
     found = (

@@ -18,7 +18,7 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.filters import make_attrgetter
+from jinja2.filters import do_mark_safe, make_attrgetter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -275,6 +275,11 @@ def _join(environment: jinja2.Environment, value: Iterable[Any], d: str = "", at
     return _joined([str(item) for item in value], str(d))
 
 
+def _safe(value: Any) -> Any:
+    """The filter `safe`, which keeps origins. Templates are rendered without escapes, so it changes nothing else."""
+    return value if isinstance(value, Traced) else do_mark_safe(value)
+
+
 class _Generation(jinja2.ext.Extension):
     """The tag {% generation %} … {% endgeneration %}: gives its text the origin GENERATION besides its other origins."""
 
@@ -322,7 +327,7 @@ def template_environment() -> jinja2.Environment:
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters |= {"tojson": _tojson, "join": _join}
+    environment.filters |= {"tojson": _tojson, "join": _join, "safe": _safe}
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
