@@ -44,9 +44,8 @@ def fit_to_data(
         return settings.steps or math.ceil(passes * tokens_per_epoch / batch)
 
     if settings.steps is None and origins["batch_tokens"] == "default":
-        least = max(LEAST_BATCH_TOKENS[stage], least_batch_tokens)
-        while steps() < least_steps and batch // 2 >= least:
-            batch //= 2
+        batch = batch_for(stage, round(passes * tokens_per_epoch), batch, least_batch_tokens)
+        if batch != settings.batch_tokens:
             origins["batch_tokens"] = f"data: about {least_steps} steps"
     if steps() < least_steps and origins["epochs"] == "default" and settings.steps is None:
         needed = math.ceil(least_steps * batch / max(1, tokens_per_epoch))
@@ -67,6 +66,15 @@ def fit_to_data(
         if model != settings.model:
             settings, origins["model"] = replace(settings, model=model), "data: no more parameters than tokens"
     return settings, origins
+
+
+def batch_for(stage: str, num_tokens: int, most: int, least: int = 0) -> int:
+    """Return the tokens of a step: `most`, halved until a run of `num_tokens` tokens has LEAST_STEPS steps, but not below
+    LEAST_BATCH_TOKENS or `least`."""
+    batch = most
+    while num_tokens / batch <= LEAST_STEPS[stage] - 1 and batch // 2 >= max(LEAST_BATCH_TOKENS[stage], least):
+        batch //= 2
+    return batch
 
 
 def lines(

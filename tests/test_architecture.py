@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.shards": ["mmdata.errors", "mmdata.io", "mmdata.tokenizer", "mmdata.encode"],
     "mmdata.pack": [f"mmdata.{room}" for room in DATA],
     "mmdata.stats": [*(f"mmdata.{room}" for room in DATA), "mmdata.tokenizer.toolkit", "mmdata.pack"],
-    "mmdata.commands": ["mmdata", "mmtrain.config", "mmtrain.shapes"],
+    "mmdata.commands": ["mmdata", "mmtrain.config", "mmtrain.shapes", "mmtrain.sizing"],
 }
 SHARED = [*(f"mmdata.{room}" for room in DATA), "mmdata.stats.report.page"]  # what mmtrain may take from mmdata
 _ORDER = ["shapes", "config", "records", "sizing", "distributed", "model", "checkpoint"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -328,12 +328,18 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
     each into its own."""
     from mmdata.pack.estimate import estimate
     from mmdata.pack.pipeline import common_kind
+    from mmtrain.sizing import batch_for
 
     estimates = []
     for inputs in [files] if is_one else [[path] for path in files]:
-        batch_tokens = stage_defaults(stage_of(common_kind(inputs, options.reading)))["batch_tokens"]
+        stage = stage_of(common_kind(inputs, options.reading))
+        defaults = stage_defaults(stage)
+
+        def step_tokens(epoch: int, stage: str = stage, defaults: dict[str, Any] = defaults) -> int:
+            return batch_for(stage, round(defaults["epochs"] * epoch), defaults["batch_tokens"])
+
         chosen = settled(inputs, inputs[0], options)
-        estimates.append(estimate(inputs, chosen, batch_tokens=batch_tokens))
+        estimates.append(estimate(inputs, chosen, batch_tokens=step_tokens))
         if not as_json:
             print_estimate(estimates[-1])
     if as_json:
@@ -363,5 +369,6 @@ def print_estimate(estimate: "Estimate") -> None:
         for limit in estimate.outlooks
     )
     table("", head, rows)
-    step = f"a step takes {estimate.batch_tokens or 0:,} tokens"
+    batches = sorted({limit.batch_tokens or 0 for limit in estimate.outlooks})
+    step = f"a step takes {' to '.join(f'{batch:,}' for batch in dict.fromkeys((batches[0], batches[-1])))} tokens"
     say(f"{estimate.workers} workers, {estimate.encoder}; {step}; nothing was written")

@@ -12,7 +12,7 @@ read, and its decompressed size is taken to be `COMPRESSION` times its size on d
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ SOURCE_BYTES = 26  # bytes a row in the sources file
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """Estimates for one --max-len. padding: share of positions without a token, 0 to 1. samples: packs or pairs.
-    steps_per_epoch: None if the tokens of a step were not given.
+    batch_tokens, steps_per_epoch: tokens of a step and steps of an epoch; None if `estimate` was not told.
     """
 
     max_len: int
@@ -64,6 +64,7 @@ class Outlook:
     disk_bytes: int
     seconds: float
     steps_per_epoch: int | None
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +158,13 @@ def estimate(
     options: PackOptions,
     *,
     max_lens: Sequence[int] = MAX_LENS,
-    batch_tokens: int | None = None,
+    batch_tokens: Callable[[int], int] | None = None,
 ) -> Estimate:
     """Estimate, from about 1 % of the inputs, what `pack` would give for each of `max_lens`. Rows that `dedup` and
     `exclude` would leave out are counted as packed.
 
-    batch_tokens: tokens of a training step over all ranks; None: steps of an epoch are not estimated. Raises InputError
+    batch_tokens: called with the tokens of an epoch, returns those of a training step over all ranks; None: steps of an
+    epoch are not estimated. Raises InputError
     if a file does not exist or no sampled row can be used, and the errors of `pack` for invalid options or tokenizers.
     """
     check(options)
@@ -191,7 +193,7 @@ def estimate(
         rows=round(sum(len(sample.raws) * sample.factor for sample in samples)),
         rows_left_out=round(sum(sample.num_bad * sample.factor for sample in samples)),
         outlooks=found,
-        batch_tokens=batch_tokens,
+        batch_tokens=max((outlook.batch_tokens or 0 for outlook in found), default=0) or None,
     )
 
 
@@ -265,7 +267,7 @@ def _outlook(
     encoder: RowEncoder,
     workers: int,
     val_fraction: float,
-    batch_tokens: int | None,
+    batch_tokens: Callable[[int], int] | None,
 ) -> Outlook:
     """Encode the sampled rows with `encoder`, which has a length limit, and return the estimates for the whole inputs."""
     max_len, tokenizer = encoder.max_len, encoder.tokenizer
@@ -292,6 +294,7 @@ def _outlook(
     scale = sums["width"] / max(1, int(lengths.sum()))
     total = sum(sample.total_bytes for sample in samples)
     train_tokens = model_tokens * (1 - val_fraction)
+    step_tokens = batch_tokens(round(train_tokens)) if batch_tokens else None
     return Outlook(
         max_len=max_len,
         tokens=round(sums["tokens"]),
@@ -303,7 +306,8 @@ def _outlook(
         padding=1 - model_tokens / scale / max(1, positions) if model_tokens else 0.0,
         disk_bytes=round(_disk(sums, num_samples * scale, tokenizer, max_len)),
         seconds=START_S + total / SCAN_RATE + cpu_s * (1 + PROVE_SHARE) / workers,
-        steps_per_epoch=math.ceil(train_tokens / batch_tokens) if batch_tokens else None,
+        steps_per_epoch=math.ceil(train_tokens / step_tokens) if step_tokens else None,
+        batch_tokens=step_tokens,
     )
 
 

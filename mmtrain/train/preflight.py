@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Needs:
     largest_micro_tokens: int
     reference_s: float = 0.0
     forecast_s: float = 0.0
+    advice: str = ""  # a warning of a run that is too long for the machine
 
     @property
     def peak_bytes(self) -> int:
@@ -85,6 +86,7 @@ class Needs:
             f"takes about {duration(self.seconds)} at {short(self.tokens_per_s)} tokens/s{f' ({before})' if before else ''}",
             f"memory {self.peak_bytes / 1e9:.1f} of {self.free_bytes / 1e9:.1f} GB at {self.micro_tokens:,} tokens at once; "
             f"disk {self.disk_bytes / 1e9:.2f} of {self.free_disk_bytes / 1e9:.0f} GB",
+            *([self.advice] if self.advice else []),
         ]
 
     def probe_tokens(self) -> int:
@@ -156,7 +158,7 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
         trial_s = NUM_TRIALS * min(settings.micro_tokens, settings.batch_tokens) * 5 / 3 / tokens_per_s * world.size
         forecast_s = min(trial_s, max(PROBE_S, PROBE_SHARE * run_s))
     root = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
-    return Needs(
+    needs = Needs(
         shape=plan.shape,
         num_params=plan.shape.num_params,
         tokens_per_epoch=epoch_tokens,
@@ -175,6 +177,7 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
         reference_s=reference_s,
         forecast_s=forecast_s,
     )
+    return replace(needs, advice=too_long(plan, needs, device))
 
 
 def too_long(plan: TrainPlan, needs: Needs, device: torch.device) -> str:

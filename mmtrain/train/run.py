@@ -205,9 +205,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         needs=needs,
     )
     run.write_record("running")
-    slow = preflight.too_long(plan, needs, world.device)
     notes += _template_notes(plan.datasets, tokenizer)
-    for line in (*notes, *_start_lines(plan, model, world), *needs.lines(), *([slow] if slow else [])):
+    for line in (*notes, *_start_lines(plan, model, world), *needs.lines()):
         console.say(line)
     return run
 
