@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from mmdata.encode.rows import (
     row_hash,
     split_keys,
 )
+from mmdata.encode.rows.messages import ROLES
+from mmdata.encode.rows.schemas import MESSAGE_FIELDS, ROW_FIELDS, SCHEMAS
 from mmdata.errors import UsageError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "temp", "arguments": {"town": "T0"}}}
@@ -42,7 +45,7 @@ def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-SCHEMAS: dict[str, list[tuple[Any, Any]]] = {
+PUBLISHED: dict[str, list[tuple[Any, Any]]] = {
     "MiniMind and OpenAI messages": [
         ({"conversations": [USER, ANSWER]}, talk("Hi", "Hello")),
         ({"messages": [said("developer", "Be brief."), USER, ANSWER]}, talk("Hi", "Hello", system="Be brief.")),
@@ -159,7 +162,7 @@ SCHEMAS: dict[str, list[tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "expected"), [case for cases in SCHEMAS.values() for case in cases])
+@pytest.mark.parametrize(("row", "expected"), [case for cases in PUBLISHED.values() for case in cases])
 def test_a_row_of_a_published_schema_is_read_as_what_it_is(row: Any, expected: Any) -> None:
     found = parse_row(json.dumps(row).encode())
     assert found == expected
@@ -385,3 +388,12 @@ TRANSCRIPTS_REFUSED = {
 def test_a_transcript_with_a_gap_is_refused(text: str) -> None:
     with pytest.raises(BadRow, match=TRANSCRIPTS_REFUSED[text]):
         parse_row(json.dumps({"text": text}).encode())
+
+
+def test_the_documentation_names_every_column_and_role() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    columns = {column for fields in (ROW_FIELDS, MESSAGE_FIELDS) for names in fields.values() for column in names}
+    assert [column for column in columns if f"`{column}`" not in text] == []
+    roles = text[text.index("Roles are ") :].partition("\n\n")[0]
+    assert [role for role in ROLES if role not in roles] == []
+    assert [schema.name for schema in SCHEMAS if f"| {schema.name} " not in text] == []

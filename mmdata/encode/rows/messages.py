@@ -14,7 +14,7 @@ from mmdata.io.records import JsonObject
 _PLAIN_ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = ("human", "gpt", "system", "observation")
 _CALL_ROLES = ("function_call", "tool_call")  # the content is a tool call, as JSON
-_ROLES = {role: role for role in _PLAIN_ROLES} | {
+ROLES = {role: role for role in _PLAIN_ROLES} | {
     "developer": "system",
     "human": "user", "prompter": "user",
     "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant",
@@ -60,7 +60,7 @@ class MessageReader:
                         messages.append(Message(item["role"], item["content"]))
                         continue
                     if type(item.get("value")) is str and item.get("from") in _SHAREGPT_ROLES:
-                        messages.append(Message(_ROLES[item["from"]], item["value"]))
+                        messages.append(Message(ROLES[item["from"]], item["value"]))
                         continue
                 tools += self._add(item, number, messages)
             elif type(item) is list and len(item) == 2:
@@ -86,7 +86,8 @@ class MessageReader:
         elif type(value) is dict and reply_role:
             value = [value]
         if type(value) is not list:
-            raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a list of messages")
+            expected = "a string or a list of messages" if reply_role else "a list of messages"
+            raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected {expected}")
         return value, tools
 
     @staticmethod
@@ -149,9 +150,9 @@ def _message(item: JsonObject, found: Mapping[str, str], number: int) -> Message
     name = item[found["role"]]
     if type(name) is not str:
         raise BadRow("wrong types", f"message {number}: role: found {json_type(name)}, expected a string")
-    if name not in _ROLES:
+    if name not in ROLES:
         name = name.lower()
-        if name not in _ROLES:
+        if name not in ROLES:
             raise BadRow("unknown role", f'message {number}: found "{name[:50]}"')
     content = item[found["content"]] if "content" in found else None
     calls = None
@@ -160,14 +161,14 @@ def _message(item: JsonObject, found: Mapping[str, str], number: int) -> Message
     elif type(content) is not str:
         content = _content(content, number)
     if len(found) == 2 and "content" in found and not calls:
-        return Message(_ROLES[name], content)
+        return Message(ROLES[name], content)
     reasoning = _string(item, found, "reasoning_content", number) if "reasoning_content" in found else None
     speaker = _string(item, found, "name", number) or None if "name" in found else None
     call_id = _string(item, found, "tool_call_id", number) or None if "tool_call_id" in found else None
     if not calls and "tool_calls" in found and item[found["tool_calls"]]:
         calls = calls_of(item[found["tool_calls"]], f"message {number}: tool_calls")
     weight = 1 if _WEIGHTS.keys().isdisjoint(found) else _weight(item, found, number)
-    return Message(_ROLES[name], content, reasoning, calls or (), speaker, call_id, weight)
+    return Message(ROLES[name], content, reasoning, calls or (), speaker, call_id, weight)
 
 
 def _string(item: JsonObject, found: Mapping[str, str], field: str, number: int) -> str:
