@@ -29,6 +29,7 @@ from typer.core import TyperCommand
 
 from mmdata.commands import terminal
 from mmdata.errors import DatasetError, InputError, TokenizerError, UsageError
+from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.options import Option, bounds, check_value, flag_of, options_of
 
 SETTINGS: dict[str, Any] = {
@@ -329,11 +330,11 @@ def dataset_dir(path: Path) -> Path:
     raise DatasetError(f"{path}: no such dataset", f"there is {', '.join(there)}" if there else "mm pack")
 
 
-def pack_command(files: Sequence[Path] = ()) -> str:
-    """Return the command that packs these files, or without any data/*.jsonl; before it the one that fetches a
+def pack_command(files: Sequence[Path] = (), read: ReadOptions = DEFAULT_READING) -> str:
+    """Return the command that packs these files, or without any data/*.jsonl, reading them the same way; before it the one that fetches a
     tokenizer, if data/tokenizer is not there."""
     fetch = "" if (DATA_DIR / "tokenizer").is_dir() else "mm fetch --tokenizer minimind-3    then    "
-    return " ".join([f"{fetch}mm pack", *map(str, files)])
+    return " ".join([f"{fetch}mm pack", *map(str, files), *read.flags])
 
 
 def tokenizer_dir(path: Path | None) -> Path:

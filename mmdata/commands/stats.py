@@ -90,7 +90,7 @@ def stats(
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
         other = f" --compare {compare}" if compare else ""
-        next_command(f"mm stats {' '.join(map(str, paths))}{other} --html stats.html")
+        next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
 
 
 def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:

@@ -86,7 +86,7 @@ def validate(
         print_json(validations)
     if failures:
         raise typer.Exit(failures[0])
-    next_command(pack_command(files or ()))
+    next_command(pack_command(files or (), read))
 
 
 def print_validation(validation: "Validation") -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmdata.options import option
+from mmdata.options import flag_of, option, options_of
 
 READING = "Reading files"
 
@@ -44,6 +44,16 @@ class ReadOptions:
     def reading(self) -> "ReadOptions":
         """These options alone, where `self` is of a derived class."""
         return ReadOptions(encoding=self.encoding, text=self.text, kind=self.kind, mapping=self.mapping)
+
+    @property
+    def flags(self) -> list[str]:
+        """The words of a command line that give these options."""
+        words = []
+        for name, declaration in options_of(ReadOptions):
+            value = getattr(self, name) or ()
+            for item in (value,) if isinstance(value, str) else value:
+                words += [flag_of(name, declaration), item]
+        return words
 
 
 DEFAULT_READING = ReadOptions()
