@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmdata.commands.terminal import fitting
 from mmtrain.distributed import StopSignals
 from mmtrain.log import console, metrics
 from mmtrain.log.console import Console, bar, duration
@@ -153,3 +154,10 @@ def test_needs_count_what_comes_before_the_steps_and_fit_80_columns() -> None:
     assert [line for line in needs.lines() if len(line) > 80] == []
     assert "reference logps 50m00s, forecast 50s" in needs.lines()[0]
     assert needs.probe_tokens() == pytest.approx(0.03 * 400_000 * 987_654 * 0.6)
+
+
+def test_words_of_progress_give_way_where_they_do_not_fit() -> None:
+    words = "14.9% of 35.2 MB, 35 s left, 9,896 rows, 857.1 kB/s"
+    assert fitting(words, 5) == "14.9% of 35.2 MB" and fitting(words, len(words)) == words
+    assert fitting(words, 39) == "14.9% of 35.2 MB, 35 s left"
+    assert fitting(words, 40) == "14.9% of 35.2 MB, 35 s left, 9,896 rows"

@@ -226,9 +226,9 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
             aside = f", {num_left_out:,} set aside" if num_left_out else ""
             rates = by_bytes.per_second(done), by_tokens.per_second(tokens)
             speed = f", {size(rates[0])}/s, {rates[1]:,.0f} tokens/s" if all(rates) else ""
-            amount = f"{percent(done, total)} of {size(total)}, {rows:,} rows{aside}"
+            left = by_bytes.time_left(done, total)
             assert draw
-            draw(label, done, total, f"{amount}{speed}{by_bytes.time_left(done, total)}")
+            draw(label, done, total, f"{percent(done, total)} of {size(total)}{left}, {rows:,} rows{aside}{speed}")
 
         yield update if draw else None, watch
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmdata.stats.report.page import Block, Section, Translation
 
 PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
+BAR_WIDTH = 12  # characters of a bar of progress
 CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
@@ -292,7 +293,7 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
     """Show progress on stderr: bars on a terminal, elsewhere a line every EVERY_S seconds. A context manager.
 
     Yields None if `quiet`, else `draw(label, done, total, words, row=0)`: `done` of `total` units (0: not known) of the
-    work `label` are done; `words` is printed after the bar, or in the line. Row 1 is a second bar below the first,
+    work `label` are done; `words` is printed after the bar, as many of its parts between ", " as fit, or in the line. Row 1 is a second bar below the first,
     shown on terminals only.
     """
     if quiet or OUTPUT.quiet:
@@ -301,13 +302,15 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[words]}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_WIDTH), TextColumn("{task.fields[words]}"))
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True) as bars:
             tasks: list[Any] = []
 
             def draw_bar(label: str, done: int, total: int, words: str, row: int = 0) -> None:
                 while len(tasks) <= row:
                     tasks.append(bars.add_task("", words=""))
+                words = fitting(words, console.width - len(label) - BAR_WIDTH - 2)
                 bars.update(tasks[row], description=label, completed=done, total=total or None, words=words)
 
             yield draw_bar
@@ -321,6 +324,13 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
                 say(f"{label}: {words}")
 
         yield draw_line
+
+
+def fitting(words: str, width: int) -> str:
+    """Return as many parts of `words`, which are separated by ", ", as fit in `width` characters, at least the first."""
+    while len(words) > width and ", " in words:
+        words = words.rpartition(", ")[0]
+    return words
 
 
 class Rate:
