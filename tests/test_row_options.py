@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 from command_line import Run, fine, refused
+from msgspec import UNSET
+from msgspec.structs import replace
 
-from mmdata.shards.manifest import read_manifest
+from mmdata.pack.staging import PackKey
+from mmdata.shards.manifest import DatasetHeader, read_manifest
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -44,11 +47,19 @@ def test_a_mapping_is_recorded_and_decides_what_is_up_to_date(home: Path, mm: Ru
     manifest = read_manifest(home / "shards/asked")
     assert manifest.arguments.map == {"prompt": "ask", "chosen": "good", "rejected": "bad"}
     assert manifest.totals.extra_keys == {"id": 10, "mood": 10}
+    header = DatasetHeader(**{name: getattr(manifest, name) for name in DatasetHeader.__struct_fields__})
+    unmapped = replace(header, arguments=replace(header.arguments, map=UNSET))
+    assert "--map was " in " ".join(PackKey.of(header).differences(PackKey.of(unmapped)))
     assert "up to date" in fine(mm(f"pack {asked} --out shards/asked {MAP} --no-report")).out
     swapped = fine(
         mm(f"pack {asked} --out shards/asked --map prompt=ask --map chosen=bad --map rejected=good --no-report")
     )
     assert "kept 10" in swapped.out and read_manifest(home / "shards/asked").dataset_digest != manifest.dataset_digest
+    shard = next((home / "shards/asked/train").rglob("*.arrow"))
+    content = shard.read_bytes()
+    shard.write_bytes(b"damaged")
+    fine(mm("verify shards/asked --repair"))
+    assert shard.read_bytes() == content
     shown = json.loads(fine(mm("stats shards/asked --json")).out)["shards/asked"]
     assert shown["extra_keys"] == {"id": 10, "mood": 10} and shown["kept"] == 10
 
