@@ -259,3 +259,20 @@ def test_the_check_of_a_tokenizer_finds_nothing_wrong_with_its_template(name: st
     no_system, no_end = "template: system" in found, "template: end of turn" in found
     assert found.keys() <= {"template: system", "template: end of turn"}
     assert (no_system, no_end) == (name in ("gemma2", "mistral"), name == "glm4.5")
+
+
+@pytest.mark.parametrize("name", ["llama3.2", "deepseek3", "mistral", "qwen3", "gpt-oss"])
+def test_calls_and_tools_as_minimind_writes_them_are_rendered_as_openais_are(name: str) -> None:
+    """Where a template reads `function`, a call of name and arguments alone is given as one, and so is a tool."""
+    flat = {**CALLS, "tool_calls": [{"id": "call-0001", **CALLS["tool_calls"][0]["function"]}]}
+    rows = [{"messages": [ASK, calls, result("call-0001", "7"), DONE]} for calls in (CALLS, flat)]
+    if name not in ("llama3.2", "deepseek3", "qwen3"):  # these write tools as they are, or none
+        rows[0]["tools"], rows[1]["tools"] = [TOOL], [TOOL["function"]]
+    nested, found = (encoder(name).encode([parsed(row)]) for row in rows)
+    assert not found.bad and is_equal(found.sequences, nested.sequences)
+
+
+def test_an_error_of_a_template_names_what_it_was_given() -> None:
+    row = parsed({"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f"}]}, result("x", "7"), DONE]})
+    assert encoder("mistral").encode([row]).bad[0].detail == "ids have length 9"
+    assert encoder("glm4.5").encode([row]).bad[0].detail == "'dict object' has no attribute 'arguments'"

@@ -1,7 +1,7 @@
 """Rendering of conversations by a tokenizer's chat template.
 
 Modules: `template` (rendering, and cutting into segments), `segments`, `turns` (what a template writes around answers),
-`traced` (strings that record their origin), and `losses` (what a template leaves out).
+`calls` (forms of tool calls), `traced` (strings that record their origin), and `losses` (what a template leaves out).
 """
 
 from mmdata.encode.template.segments import Segment, stretches

@@ -10,7 +10,6 @@ jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templa
 
 import contextlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
@@ -20,6 +19,7 @@ import jinja2
 from jinja2 import nodes
 
 from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
+from mmdata.encode.template.calls import CallForm, nested
 from mmdata.encode.template.losses import Loss, loss_of, markup_of
 from mmdata.encode.template.segments import Segment, merged, span_of, stretches, without
 from mmdata.encode.template.traced import (
@@ -28,6 +28,7 @@ from mmdata.encode.template.traced import (
     SourceText,
     missing_parts,
     origins_of,
+    plain_names,
     template_environment,
     traced,
 )
@@ -97,10 +98,10 @@ class Template:
             self._markup = markup_of(tree)
             names = {node.attr for node in tree.find_all(nodes.Getattr)} | {n.value for n in tree.find_all(nodes.Const)}
             self._reasoning_name = next((n for n in _REASONING_NAMES if n in names), _REASONING_NAMES[0])
-            self._needs_text = False
+            self._call_form, self._has_nested_tools = CallForm(), False
             self._turn = learn_turn(lambda some, is_prompt: self._render(some, is_prompt=is_prompt), self._pieces)
             self.missing_prompt = "" if "add_generation_prompt" in self.text else self._turn.missing_prompt
-            self._needs_text = self._needs_text_arguments()
+            self._call_form, self._has_nested_tools = self._learn_call_form(), self._learn_nested_tools()
             self.ends = self._learn_ends()
         except (jinja2.TemplateError, BadRow) as error:
             raise TokenizerError(
@@ -243,14 +244,14 @@ class Template:
         try:
             text = self._compiled.render(
                 messages=[self._as_dict(message, i, sources) for i, message in enumerate(messages)],
-                tools=traced(tools, sources, -1, "tools") or None,
+                tools=traced([*map(nested, tools)] if self._has_nested_tools else tools, sources, -1, "tools") or None,
                 documents=None,
                 add_generation_prompt=is_prompt,
                 **thinking,
                 **self._special,
             )
         except _RENDER_ERRORS as error:
-            raise BadRow("template refuses", str(error)[:200]) from None
+            raise BadRow("template refuses", plain_names(str(error))[:200]) from None
         return Rendering(text, origins_of(text), sources)
 
     def _as_dict(self, message: Message, index: int, sources: list[SourceText]) -> JsonObject:
@@ -258,7 +259,7 @@ class Template:
         fields = {
             "content": message.content,
             self._reasoning_name: message.reasoning_content,
-            "tool_calls": tuple(map(_with_text, message.tool_calls)) if self._needs_text else message.tool_calls,
+            "tool_calls": tuple(map(self._call_form.of, message.tool_calls)),
             "name": message.name,
             "tool_call_id": message.tool_call_id,
         }
@@ -403,13 +404,22 @@ class Template:
 
     # --- the template's texts around turns
 
-    def _needs_text_arguments(self) -> bool:
-        """Return whether the template takes the arguments of tool calls only as JSON text, as DeepSeek's does."""
-        for arguments in ({"a": "b"}, '{"a": "b"}'):
-            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    def _learn_call_form(self) -> CallForm:
+        """Return the first form in which the template takes a tool call that is given as name and arguments."""
+        call = {"name": "f", "arguments": {"a": "b"}, "id": "call00001"}
+        for form in (CallForm(), CallForm(True), CallForm(True, True)):
             with contextlib.suppress(BadRow):
-                self._render([TURN[0], Message("assistant", "", None, (call,))])
-                return isinstance(arguments, str)
+                self._render([TURN[0], Message("assistant", "", None, (form.of(call),))])
+                return form
+        return CallForm()
+
+    def _learn_nested_tools(self) -> bool:
+        """Return whether the template takes tools in OpenAI's form only, and not name and parameters alone."""
+        tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+        for is_nested in (False, True):
+            with contextlib.suppress(BadRow):
+                self._render(TURN, [nested(tool) if is_nested else tool])
+                return is_nested
         return False
 
     def _learn_ends(self) -> tuple[str, ...]:
@@ -467,14 +477,6 @@ def ending_of(tokenizer: Tokenizer) -> Ending:
     ids = [tokenizer.control_tokens[end] for end in ends if end in tokenizer.control_tokens]
     texts = tuple(end for end in ends if end not in tokenizer.control_tokens)
     return Ending(tuple(dict.fromkeys([*ids, *tokenizer.eos_ids])), texts)
-
-
-def _with_text(call: JsonObject) -> JsonObject:
-    """Return a tool call with arguments as JSON text."""
-    if "function" in call:
-        return {**call, "function": _with_text(call["function"])}
-    arguments = call.get("arguments", {})
-    return {**call, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)}
 
 
 def _map_text(conversation: Conversation, change: Callable[[str], str]) -> Conversation:

@@ -187,6 +187,13 @@ class _List(list):
         return _written(self, repr, repr)
 
 
+def plain_names(message: str) -> str:
+    """Return the message of an error of jinja2 without the names of this module's classes."""
+    return re.sub(
+        rf"{re.escape(__name__)}\._(Object|List)", lambda m: {"Object": "dict", "List": "list"}[m[1]], message
+    )
+
+
 def traced(value: Any, sources: list[SourceText], message: int, field: str, path: tuple[str, ...] = ()) -> Any:
     """Copy JSON data with an origin for every string, also for keys, and append the sources of these to `sources`.
     Tuples become lists.
