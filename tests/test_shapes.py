@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Run, refused
+from command_line import Run, fine, refused
 from train_data import Data, run_json
 from train_runs import config_of
 
@@ -150,3 +150,15 @@ def test_a_plan_compares_the_runs_tokens_with_a_compute_optimal_run(data: Data, 
     assert needs.optimal_tokens == 20 * needs.num_params and asdict(needs)["shape"]["num_layers"] == 2
     assert 2 * needs.batch_tokens < needs.run_tokens <= 3 * needs.batch_tokens
     assert needs_of(config_of("sft", data, tmp_path / "run", model="tiny", steps=3)).optimal_tokens == 0
+
+
+def test_the_data_report_shows_what_models_the_data_feeds(home: Path, mm: Run) -> None:
+    fine(mm("pack data/pretrain_hq.jsonl data/sft_512.jsonl --no-report"))
+    figures = json.loads(fine(mm("stats shards/pretrain_hq shards/sft_512 --json")).out)
+    models = figures["shards/pretrain_hq"]["models"]
+    expected = shape_of("minimind2", 300).num_params
+    tokens = figures["shards/pretrain_hq"]["tokens"]
+    assert models["minimind2"] == {"parameters": expected, "tokens_per_parameter": tokens / expected}
+    assert "models" not in figures["shards/sft_512"]
+    page = fine(mm("stats shards/pretrain_hq --html page.html")).out
+    assert "tokens per parameter" in page and "smollm2-135m" in (home / "page.html").read_text()

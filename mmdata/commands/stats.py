@@ -12,6 +12,7 @@ from mmdata.commands.terminal import next_command, print_json, print_sections, p
 from mmdata.errors import UsageError
 from mmdata.io.options import READING, ReadOptions
 from mmdata.options import Option
+from mmtrain.shapes import MODEL_SHAPES, shape_of
 
 if TYPE_CHECKING:
     from mmdata.stats.stats import Measured
@@ -71,6 +72,8 @@ def stats(
                 measured.append(measure_dataset(path, **options))
             else:
                 measured.append(measure_file(path, directory, is_exact=exact, where=where, read=read, **options))
+    for one in measured:
+        add_models(one.figures)
     overlaps = contained(measured)
     values: dict[str, Any] = {str(one.path): one.figures for one in measured}
     if compare:
@@ -91,6 +94,19 @@ def stats(
     elif not as_json:
         other = f" --compare {compare}" if compare else ""
         next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
+
+
+def add_models(figures: dict[str, Any]) -> None:
+    """Add to the figures of documents, as "models", what known models are with this vocabulary and these tokens."""
+    if figures["kind"] != "document" or "vocabulary" not in figures:
+        return
+    shapes = {
+        name: shape_of(name, figures["vocabulary"]["size"]) for name, known in MODEL_SHAPES.items() if known.vocab_size
+    }
+    figures["models"] = {
+        name: {"parameters": shape.num_params, "tokens_per_parameter": figures["tokens"] / shape.num_params}
+        for name, shape in shapes.items()
+    }
 
 
 def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:

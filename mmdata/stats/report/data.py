@@ -88,6 +88,7 @@ def sections_of(measured: Measured) -> Iterator[Section]:
         ("lengths", "Lengths", _lengths),
         ("cuts", "Where to cut", _cut_table),
         ("packing", "Packing", _packing),
+        ("models", "Models for it", _models),
         ("language", "Languages and scripts", _language),
         ("duplicates", "Repetition", _repetition),
         ("vocabulary", "Vocabulary", _vocabulary),
@@ -330,6 +331,18 @@ def _packing(figures: Figures) -> Iterator[Block]:
             cells = [group[part] for part in ("samples", "sequences", "tokens", "loss_tokens")]
             rows.append([label, *cells, *([] if is_pair else [group["fill"], group["fill"]])])
         yield Table(columns, rows)
+
+
+def _models(figures: Figures) -> Iterator[Block]:
+    """Yield the table of known models: parameters with this vocabulary, and tokens per parameter. Only documents have
+    it."""
+    if models := figures.get("models"):
+        columns = [Column("model", "code"), Column("parameters", "count"), Column("tokens per parameter", "decimal2")]
+        rows = [(name, each["parameters"], each["tokens_per_parameter"]) for name, each in models.items()]
+        yield Table(columns, rows)
+        yield Note(
+            "About 20 tokens per parameter are compute-optimal for one run (Hoffmann et al. 2022).", in_terminal=True
+        )
 
 
 # --- languages, repetition, vocabulary
