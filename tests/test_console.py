@@ -159,5 +159,5 @@ def test_needs_count_what_comes_before_the_steps_and_fit_80_columns() -> None:
 def test_words_of_progress_give_way_where_they_do_not_fit() -> None:
     words = "14.9% of 35.2 MB, 35 s left, 9,896 rows, 857.1 kB/s"
     assert fitting(words, 5) == "14.9% of 35.2 MB" and fitting(words, len(words)) == words
-    assert fitting(words, 39) == "14.9% of 35.2 MB, 35 s left"
-    assert fitting(words, 40) == "14.9% of 35.2 MB, 35 s left, 9,896 rows"
+    assert fitting(words, 38) == "14.9% of 35.2 MB, 35 s left"
+    assert fitting(words, 39) == "14.9% of 35.2 MB, 35 s left, 9,896 rows"
