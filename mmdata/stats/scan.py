@@ -24,9 +24,9 @@ from mmdata.encode.rows import (
     num_characters,
     parse_row,
 )
-from mmdata.encode.sequences import PairSequence, Sequences
+from mmdata.encode.sequences import Sequences
 from mmdata.encode.validate import control_strings
-from mmdata.io.arrow import BatchColumns, Ragged, num_rows
+from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, num_rows
 from mmdata.io.lines import JSONL, FileFormat, Line, format_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.workers import Tick, run_jobs
@@ -34,11 +34,12 @@ from mmdata.pack.filter.features import ANSWERS, RowBatch, conversation_of, tool
 from mmdata.pack.filter.shingles import shingles, signatures
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
-from mmdata.shards.dataset import Dataset, PartRows, open_sources, pair_view
+from mmdata.shards.columns import read_back
+from mmdata.shards.dataset import Dataset, PartRows, open_sources
 from mmdata.shards.manifest import PartRecord, ShardRecord
 from mmdata.stats.decoded import RowDecoder
 from mmdata.stats.tally import NUM_EXAMPLES, Tally
-from mmdata.stats.tokens import ROLES, FlatSequences, Vocabulary, count_tokens, flat_sequences, with_turns
+from mmdata.stats.tokens import ROLES, Vocabulary, count_tokens, with_turns
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 UNCUT = 2**24  # length limit, in tokens, that no row reaches: the rows of a file are measured without cutting them
@@ -292,7 +293,7 @@ class _FileScanner:
         characters = [num_characters(row) for i, row in enumerate(parsed) if i not in encoded.bad]
         tally.sums.update({"sampled_rows": len(characters), "sampled_characters": sum(characters)})
         if len(encoded.sequences):
-            count_tokens(tally, flat_sequences(encoded.sequences), self._vocabulary)
+            count_tokens(tally, encoded.sequences, self._vocabulary)
         return encoded.bad
 
 
@@ -419,13 +420,8 @@ def _count_shard(dataset: Dataset, vocabulary: Vocabulary, share: float, entry: 
     tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
     for batch in dataset.open_shard(entry).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):
-            if dataset.kind == "pair":
-                pairs = [pair_view(columns, i) for i in range(len(columns["doc"]))]
-                spans = [[span.reshape(-1, 2) for span in (p.chosen_span, p.rejected_span)] for p in pairs]
-                sides = [PairSequence(p.prompt, p.chosen, p.rejected, *of) for p, of in zip(pairs, spans, strict=True)]
-                count_tokens(tally, flat_sequences(sides), vocabulary)
-            else:
-                count_tokens(tally, _flat_packs(columns), vocabulary)
+            _, sequences = read_back(ArrowFile({}, (columns,)), dataset.kind)
+            count_tokens(tally, sequences, vocabulary)
     tick(entry.tokens)
     return tally
 
@@ -439,22 +435,11 @@ def _slices(batch: BatchColumns, bucket: int, share: float, stretches: int) -> I
     for begin in range(0, number, step):
         size = min(step, number - begin)
         end = begin + (size if share >= 1 else max(1, int(size * share)))
-        yield {
-            name: Ragged(column.values, column.offsets[begin : end + 1])
-            if isinstance(column, Ragged)
-            else column[begin:end]
-            for name, column in batch.items()
-        }
+        yield {name: _rows_of(column, begin, end) for name, column in batch.items()}
 
 
-def _flat_packs(columns: BatchColumns) -> FlatSequences:
-    """Return the sequences of packs as a `FlatSequences`. columns: ids, doc_len and span of consecutive packs."""
-
-    def values(column: Ragged) -> np.ndarray:
-        """Return the concatenated lists of a column, which may be a slice; `column.values` has those around it, too."""
-        return column.values[column.offsets[0] : column.offsets[-1]]
-
-    ids, span = columns["ids"], columns["span"]
-    begins = ids.offsets[:-1].astype(np.int64) - ids.offsets[0]
-    spans = values(span).astype(np.int64) + np.repeat(begins, span.lengths())
-    return FlatSequences(values(ids), values(columns["doc_len"]).astype(np.int64), spans)
+def _rows_of(column: np.ndarray | Ragged, begin: int, end: int) -> np.ndarray | Ragged:
+    """Return a view of rows `begin` to `end` (exclusive) of a column."""
+    if not isinstance(column, Ragged):
+        return column[begin:end]
+    return Ragged(column.rows(begin, end), column.offsets[begin : end + 1] - column.offsets[begin])

@@ -19,6 +19,7 @@ from mmdata.encode.rows import NOT_SELECTED, find_kind
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
 from mmdata.io.options import DEFAULT_READING, ReadOptions
+from mmdata.options import options_of
 from mmdata.pack.filter.select import select
 from mmdata.pack.options import SelectOptions
 from mmdata.pack.packing import BUCKETS
@@ -128,8 +129,8 @@ def measure_file(
     kind = find_kind(path, read=read)
     options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses), read=read)
     if where is not None:
-        how = {"encoding": read.encoding, "text": read.text, "tokenizer": tokenizer_dir, "workers": workers}
-        selection = select([path], SelectOptions(where=where, **how))
+        how = {name: getattr(read, name) for name, _ in options_of(ReadOptions)}
+        selection = select([path], SelectOptions(where=where, tokenizer=tokenizer_dir, workers=workers, **how))
         left_out = selection.frame.filter(reason=NOT_SELECTED)["line"]
         options = replace(options, not_selected=frozenset(left_out), where=where)
     scans = scan.scan_files([path], options, workers=workers, progress=progress)

@@ -1,18 +1,17 @@
 """Statistics of tokens: lengths, trained tokens, use of the vocabulary, scripts, and message lengths by role.
 
-Sequences are concatenated to a `FlatSequences` and counted in a `Tally`, about 20 million tokens per second on one
-core. The script of a token is computed from its bytes. A token in which no character begins (its bytes continue a
+About 20 million tokens per second are counted on one core. The script of a token is computed from its bytes. A token in which no character begins (its bytes continue a
 character) is counted in the script of the token before it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
 
-from mmdata.encode.sequences import PairSequence
+from mmdata.encode.sequences import PAIR_MARKS, Sequences, ranges
 from mmdata.stats.tally import Tally
 from mmdata.tokenizer.scripts import HAN, MARK, OTHER, SCRIPTS, SPACE, code_points, count_scripts, scripts_of
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -23,39 +22,6 @@ NUM_TURNS = 8  # answers of later turns are counted as answers of this turn
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 ROLES = pl.Enum((*MESSAGE_ROLES, "document", "chosen", "rejected"))  # of texts
 _CONTINUES = 255  # in place of a script: no character begins in the token
-
-
-class FlatSequences(NamedTuple):
-    """N sequences of token ids, concatenated.
-
-    ids: integers [T], the tokens of all sequences. lengths: int64 [N], the number of tokens of each. spans: integers [2
-    M], the begin and end (exclusive) of each of M trained ranges, as positions in `ids`, ascending. prompts: None, or
-    for pairs int64 [N / 2], the number of tokens of each prompt; sequences 2i and 2i + 1 are then the two sides of pair
-    i: prompt and chosen reply, prompt and rejected reply.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    spans: np.ndarray
-    prompts: np.ndarray | None = None
-
-
-def flat_sequences(sequences: Iterable[Any]) -> FlatSequences:
-    """Concatenate `encode.sequences.Sequence` objects or `PairSequence` objects: at least one, all of one type."""
-    ids, spans, lengths, prompts = [], [], [], []
-    at = 0
-    for one in sequences:
-        sides = [(one.ids[:0], one.ids, one.spans)] if not isinstance(one, PairSequence) else []
-        if isinstance(one, PairSequence):
-            prompts.append(len(one.prompt))
-            sides = [(one.prompt, one.chosen, one.chosen_spans), (one.prompt, one.rejected, one.rejected_spans)]
-        for prompt, reply, trained in sides:
-            ids += [prompt, reply]
-            spans.append(trained.reshape(-1).astype(np.int64) + (at + len(prompt)))
-            lengths.append(len(prompt) + len(reply))
-            at += lengths[-1]
-    of_pairs = np.array(prompts, np.int64) if prompts else None
-    return FlatSequences(np.concatenate(ids), np.array(lengths, np.int64), np.concatenate(spans), of_pairs)
 
 
 class Vocabulary:
@@ -161,30 +127,32 @@ def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
 # --- counting
 
 
-def count_tokens(tally: Tally, flat: FlatSequences, vocabulary: Vocabulary) -> None:
+def count_tokens(tally: Tally, sequences: Sequences, vocabulary: Vocabulary) -> None:
     """Count the tokens of sequences or pairs in `tally`: the frame "sequences" (tokens; of pairs also prompt, chosen and
     rejected), the share of trained tokens of each sequence, ids, scripts, and, except for pairs, the frame "messages"
-    (role, turn, tokens). The length of a pair is that of its longer side, prompt included. The shares of trained tokens are those of both sides, each with its prompt. In the total of
-    tokens and in the counts by id and script, the prompt of a pair is counted once.
+    (role, turn, tokens). The length of a pair is that of its longer side, prompt included. The shares of trained tokens
+    are those of both sides, each with its prompt. In the total of tokens and in the counts by id and script, the prompt
+    of a pair is counted once.
     """
-    lengths, ends = flat.lengths, np.cumsum(flat.lengths)
-    of = np.searchsorted(ends, flat.spans[::2], "right")
-    trained = np.bincount(of, weights=flat.spans[1::2] - flat.spans[::2], minlength=len(ends)).astype(np.int64)
+    parts: dict[str, np.ndarray] = {}
+    lengths, trained = sequences.lengths, sequences.num_loss
+    if sequences.is_pairs:
+        prompts, chosen, rejected, num_marks, _ = sequences.pair_marks().T
+        parts = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
+        lengths = np.concatenate([prompts + chosen, prompts + rejected])
+        marks = sequences.mark_begins + PAIR_MARKS
+        ends = sequences.marks[ranges(marks, num_marks)]
+        pair = np.repeat(np.arange(len(prompts)), num_marks)
+        signs = 2 * ((np.arange(len(ends)) - np.repeat(np.cumsum(num_marks) - num_marks, num_marks)) % 2) - 1
+        of_chosen = np.bincount(pair, weights=signs * ends, minlength=len(prompts)).astype(np.int64)
+        trained = np.concatenate([of_chosen, trained - of_chosen])
+    else:
+        _count_messages(tally, sequences, vocabulary)
     bins = np.minimum(trained / np.maximum(lengths, 1) * NUM_SHARES, NUM_SHARES - 1).astype(np.int64)
     tally.add("trained shares", np.bincount(bins, minlength=NUM_SHARES))
-    parts: dict[str, np.ndarray] = {}
-    if flat.prompts is None:
-        ids, longest = flat.ids, lengths
-        _count_messages(tally, flat, ends, vocabulary)
-    else:
-        chosen, rejected = lengths[::2] - flat.prompts, lengths[1::2] - flat.prompts
-        runs = np.stack([lengths[::2], flat.prompts, rejected], axis=1).reshape(-1)
-        # The ids of chosen side and rejected reply, without the copy of the prompt on the rejected side.
-        ids = flat.ids[np.repeat(np.tile([True, False, True], len(flat.prompts)), runs)]
-        longest = np.maximum(lengths[::2], lengths[1::2])
-        parts = {"prompt": flat.prompts, "chosen": chosen, "rejected": rejected}
-    tally.frames["sequences"].append(pl.DataFrame({"tokens": longest, **parts}).cast(pl.UInt32))
-    tally.sums.update({"sequences": len(longest), "tokens": len(ids), "loss_tokens": int(trained.sum())})
+    tally.frames["sequences"].append(pl.DataFrame({"tokens": sequences.widths(), **parts}).cast(pl.UInt32))
+    ids, num_loss = sequences.ids, int(trained.sum())
+    tally.sums.update({"sequences": len(sequences), "tokens": len(ids), "loss_tokens": num_loss})
     tally.add("vocabulary", np.bincount(ids, minlength=vocabulary.size))
     _count_scripts(tally, ids, vocabulary)
 
@@ -205,13 +173,13 @@ def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> Non
         tally.add("token scripts", np.stack(counts, axis=1).astype(np.int64))
 
 
-def _count_messages(tally: Tally, flat: FlatSequences, ends: np.ndarray, vocabulary: Vocabulary) -> None:
+def _count_messages(tally: Tally, sequences: Sequences, vocabulary: Vocabulary) -> None:
     """Count the tokens of each message. A message extends from the control token that begins it to the next such one,
-    or to the end of the sequence, and so includes tokens that the chat template adds. ends: where in `flat.ids` each
-    sequence ends.
+    or to the end of the sequence, and so includes tokens that the chat template adds.
     """
-    opens = np.flatnonzero(vocabulary.control[flat.ids])
-    roles = vocabulary.roles(flat.ids, opens)
+    ends = np.cumsum(sequences.lengths)
+    opens = np.flatnonzero(vocabulary.control[sequences.ids])
+    roles = vocabulary.roles(sequences.ids, opens)
     opens, roles = opens[roles >= 0], roles[roles >= 0]
     if not len(opens):
         return

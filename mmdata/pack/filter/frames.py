@@ -157,11 +157,11 @@ def with_groups(frame: pl.DataFrame, makers: Collection[str]) -> pl.DataFrame:
         return frame
     used = np.flatnonzero(frame[_KEYS].is_not_null().to_numpy())
     own = np.arange(len(used))
-    keys = frame[used][_KEYS].to_numpy()
+    keys = frame[_KEYS].gather(used).to_numpy()
     equal = first_of_equal([(own, (keys[:, 0], keys[:, 1]))], len(used))
     columns = {"duplicate_group": used[equal], "duplicate": equal != own}
     if NEAR in makers:
-        bands = frame[used][_BANDS].to_numpy()
+        bands = frame[_BANDS].gather(used).to_numpy()
         near = first_of_near([(own, (band,)) for band in bands.T], equal)[equal]
         columns |= {"near_group": used[near], "near_duplicate": near != equal}
     found = pl.DataFrame({"at": used, **columns})
@@ -181,16 +181,24 @@ def read_rows(reader: RowReader, parts: Sequence[Part], run: Run, progress: Any 
     """Return a frame with the columns of all lines of all parts, in order: part (the part's number), file, line, reason
     (null, or why the row cannot be used), those of the reader, and the keys of rows that columns on duplicates need.
     """
+    return with_groups(pl.concat(_read(reader, parts, run, progress)), reader.makers())
+
+
+def _read(reader: RowReader, parts: Sequence[Part], run: Run, progress: Any = None) -> list[pl.DataFrame]:
+    """Return the frame of each part, as `read_rows` describes it, without columns on duplicates."""
     total = sum(part.num_bytes for part in parts)
     frames = run(partial(PartColumns, reader), parts, total=total, progress=progress)
-    numbers = (pl.lit(part.number, pl.UInt32).alias("part") for part in parts)
-    return with_groups(pl.concat(map(pl.DataFrame.with_columns, frames, numbers)), reader.makers())
+    return [frame.with_columns(part=pl.lit(part.number, pl.UInt32)) for frame, part in zip(frames, parts, strict=True)]
 
 
 def iter_rows(reader: RowReader, parts: Sequence[Part], run: Run) -> Iterator[pl.DataFrame]:
     """Yield frames of the usable rows with the columns of the reader: one for each part or, if a column needs all rows,
     one for all.
     """
-    groups = [list(parts)] if reader.makers() & {EXACT, NEAR} else [[part] for part in parts]
-    for group in groups:
-        yield read_rows(reader, group, run).filter(pl.col("reason").is_null()).select(reader.names)
+    if reader.makers() & {EXACT, NEAR}:
+        usable = [frame.filter(pl.col("reason").is_null()) for frame in _read(reader, parts, run)]
+        yield with_groups(pl.concat(usable), reader.makers()).select(reader.names)
+        return
+    for part in parts:
+        (frame,) = _read(reader, [part], run)
+        yield frame.filter(pl.col("reason").is_null()).select(reader.names)

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import polars as pl
 
-from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS, parse_row, texts_of
+from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS, Columns, parse_row, texts_of
 from mmdata.errors import InputError, UsageError
 from mmdata.io.files import atomic_path, write_bytes
 from mmdata.io.tables import SELECTED
@@ -41,10 +41,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rows of files are chosen. parts: of the files. frame: of all lines that are not blank, in order: part, file,
+    """Which rows of files are chosen. kind: of the rows. parts: of the files. frame: of all lines that are not blank, in order: part, file,
     line, reason (null if the row is chosen) and detail. order: int64, indices of the chosen rows as they are written.
     """
 
+    kind: str
     parts: list[Part]
     frame: pl.DataFrame
     order: np.ndarray
@@ -64,9 +65,12 @@ class Selection:
         at = (
             self.frame.with_row_index("at").filter(reason=NOT_SELECTED).group_by("detail").head(NUM_EXAMPLES).sort("at")
         )
+        columns = Columns.parse(self.parts[0].read.mapping)
         found: dict[str, list[tuple[str, str]]] = {}
         for row, raw in zip(at.iter_rows(named=True), _lines(self, at["at"].to_numpy()), strict=True):
-            text = " ".join(" ".join(texts_of(parse_row(raw)))[: 2 * EXAMPLE].split())[:EXAMPLE]
+            text = " ".join(" ".join(texts_of(parse_row(raw, self.kind, columns=columns)))[: 2 * EXAMPLE].split())[
+                :EXAMPLE
+            ]
             found.setdefault(row["detail"], []).append((f"{row['file']} line {row['line']}", text))
         return found
 
@@ -124,7 +128,7 @@ def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress 
         chosen = values.sort(column, descending=is_descending, nulls_last=True, maintain_order=True)["place"].to_numpy()
     elif options.shuffle:
         chosen = random.permutation(chosen)
-    return Selection(parts, frame.select("part", "file", "line", "reason", "detail"), chosen)
+    return Selection(reader.kind, parts, frame.select("part", "file", "line", "reason", "detail"), chosen)
 
 
 def leave_out(frame: pl.DataFrame, is_out: pl.Expr | pl.Series, reason: str, detail: pl.Expr | str) -> pl.DataFrame:
