@@ -35,7 +35,7 @@ def select(
     """
     from mmdata.pack.filter import select as selecting
 
-    paths = data_files(files)
+    paths = data_files(files, is_read_once=False)
     for option, target in (("--out", out), ("--rest", rest)):
         if target:
             selecting.check_target(target, [*paths, *([out] if option == "--rest" and out else [])], option)
