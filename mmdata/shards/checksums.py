@@ -7,7 +7,7 @@ not detect deliberate forgery.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from mmdata.io.records import FileEntry, plain, read_record
 VERIFIED_NAME = ".verified.json"
 LOCK_NAME = ".verified.lock"
 MAX_THREADS = 4  # hashing releases the GIL; more readers than this hardly help a disk
-Progress = Callable[[int, int], None]
 
 
 class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
@@ -32,18 +31,16 @@ class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
     sha256: str
 
 
-def check(directory: Path, files: Sequence[FileEntry], progress: Progress | None = None) -> Iterator[tuple[str, str]]:
-    """Hash files and yield (path, actual sha256) of each file whose content differs from its record; all are hashed
-    when the first item is requested. A file is read only if its inode, modification time, size or recorded sha256 has
-    changed since it was last verified. A second process that checks the same dataset waits for the first. files: the
-    records, with paths relative to `directory`. progress: called with the bytes hashed so far and in all. A missing
-    file raises FileNotFoundError.
+def check(directory: Path, files: Sequence[FileEntry]) -> list[tuple[str, str]]:
+    """Hash files and return (path, actual sha256) of each file whose content differs from its record. A file is read
+    only if its inode, modification time, size or recorded sha256 has changed since it was last verified. A second
+    process that checks the same dataset waits for the first. files: the records, with paths relative to `directory`. A
+    missing file raises FileNotFoundError.
     """
     wrong: list[tuple[str, str]] = []
     with _exclusive(directory):
         verified = _read(directory)
         todo = [file for file in files if verified.get(file.path) != _state(directory, file)]
-        total, done = sum(file.bytes for file in todo), 0
         states = [_state(directory, file) for file in todo]  # before reading, so that a write meanwhile is noticed
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
             digests = pool.map(lambda file: sha256_of(directory / file.path), todo)
@@ -52,12 +49,9 @@ def check(directory: Path, files: Sequence[FileEntry], progress: Progress | None
                     verified[file.path] = state
                 else:
                     wrong.append((file.path, digest))
-                done += file.bytes
-                if progress:
-                    progress(done, total)
         if todo:
             _write(directory, verified)
-    yield from wrong
+    return wrong
 
 
 def mark_verified(directory: Path, files: Sequence[FileEntry]) -> None:

@@ -7,7 +7,7 @@ ms a shard. `Dataset.check_bytes` also hashes the shards that have changed since
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,12 +245,12 @@ class Dataset:
             self._files[shard.path] = file
         return self._files[shard.path]
 
-    def check_bytes(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def check_bytes(self) -> None:
         """Raise DatasetError if the content of a shard has changed since it was packed. Only files that have changed
-        since they were last hashed are read. progress: called with the bytes hashed so far and in all.
+        since they were last hashed are read.
         """
         files = [shard.file for shard in self.manifest.shards]
-        for path, digest in checksums.check(self.dir, files, progress):
+        for path, digest in checksums.check(self.dir, files):
             raise damaged(self.dir, f"{self.dir / path}: its bytes have changed since it was packed (sha256 {digest})")
 
 

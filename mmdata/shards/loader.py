@@ -29,6 +29,7 @@ DEFAULT_MICRO_TOKENS = 32_768
 BLOCK_CELLS = 8192
 BLOCK_CELLS_A_RECORD_BATCH = 32
 MAX_BLOCK_CELLS = 2**18  # some 10 MB
+AHEAD = 2
 Made = TypeVar("Made")
 
 
@@ -112,11 +113,10 @@ class BatchLoader:
     `batch(step)` returns this rank's micro-batches of an optimizer step.
 
     batch_tokens: tokens of a step over all ranks. micro_tokens: tokens of a micro-batch, DEFAULT_MICRO_TOKENS if None.
-    seed: determines the order. shuffle: False reads the samples in stored order. allocate: called as allocate(count,
-    dtype) for the buffers of ids and loss mask, for example in pinned memory. weights: the datasets' shares of an
-    epoch's tokens, of which it has as many as all datasets together; None: an epoch has every sample once.
-    share_prompt: for pairs only. Raises DatasetError if the datasets differ in row kind or tokenizer, or if weights are
-    given and a split is empty.
+    seed: determines the order. allocate: called as allocate(count, dtype) for the buffers of ids and loss mask, for
+    example in pinned memory. weights: the datasets' shares of an epoch's tokens, of which it has as many as all
+    datasets together; None: an epoch has every sample once. share_prompt: for pairs only. Raises DatasetError if the
+    datasets differ in row kind or tokenizer, or if weights are given and a split is empty.
     """
 
     def __init__(
@@ -129,7 +129,6 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         micro_tokens: int | None = None,
-        shuffle: bool = True,
         weights: Sequence[float] | None = None,
         allocate: Callable[[int, Any], np.ndarray] = np.empty,
         share_prompt: bool = False,
@@ -141,7 +140,7 @@ class BatchLoader:
         self._allocate = allocate
         self.weights = None if weights is None else list(weights)
         self.digest = digest_of(datasets, weights)
-        self._key = f"{self.digest}:{seed}" if shuffle else ""
+        self._key = f"{self.digest}:{seed}"
         self._splits = [dataset.split(split) for dataset in datasets]
         self._split_begins = np.cumsum([0, *(split.num_samples() for split in self._splits)])  # in sample numbers
         self.num_samples = int(self._split_begins[-1])
@@ -194,9 +193,9 @@ class Loader(BatchLoader):
     """The batches of datasets of packs. batch_tokens and micro_tokens count every sample with the length of its bucket,
     although padding is not stored, and are rounded down to whole cells, at least one.
 
-    All ranks together get the same samples in a step whatever world_size and micro_tokens are. With shuffle, a step's
-    cells are ordered by bucket, the largest first, and dealt to the ranks in turn, so that all ranks compute the same
-    bucket at the same time, except for at most one cell where a bucket ends.
+    All ranks together get the same samples in a step whatever world_size and micro_tokens are. A step's cells are
+    ordered by bucket, the largest first, and dealt to the ranks in turn, so that all ranks compute the same bucket at
+    the same time, except for at most one cell where a bucket ends.
     """
 
     def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
@@ -256,19 +255,15 @@ class Loader(BatchLoader):
         return [cells[i : i + self._cells_per_micro] for i in range(0, len(cells), self._cells_per_micro)]
 
     def _ordered(self, epoch: int, number: int) -> _Samples:
-        """Return this rank's samples of block `number` of the epoch, in the order of the steps; the last block is
-        cached. Within a step, cells are ordered by bucket, the largest first, with shuffling; otherwise as stored.
-        """
+        """Return this rank's samples of block `number` of the epoch, in the order of the steps. The last block is cached."""
         if self._block and self._block[0] == (epoch, number):
             return self._block[1]
         size = self._steps_per_block * self._cells_per_step
         places = np.arange(number * size, min((number + 1) * size, self._mixture.size))
         cells, passes = self._mixture.draw(places, epoch, self._key)
-        order = np.arange(len(places))
-        if self._key:
-            widths = np.array([group.bucket for group in self._groups])
-            of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
-            order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties keep the drawn order
+        widths = np.array([group.bucket for group in self._groups])
+        of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
+        order = np.lexsort((-widths[of_cell], places // self._cells_per_step))  # stable: ties keep the drawn order
         own = order[np.arange(len(order)) % self._cells_per_step % self._world_size == self._rank]
         samples = self._samples(cells[own], passes[own])
         self._block = ((epoch, number), samples)
@@ -285,7 +280,7 @@ class Loader(BatchLoader):
         within = np.arange(len(group)) - np.repeat(np.cumsum(per_cell) - per_cell, per_cell)
         index = np.repeat((cells - self._first_cells[of_cell]) * per_cell, per_cell) + within
         is_there = index < np.array([g.num_samples for g in self._groups])[group]  # a group's last cell may be partial
-        if passes is not None and self._key:
+        if passes is not None:
             self._shuffle(group, index, np.repeat(passes, per_cell), is_there)
         ends = np.concatenate([[0], np.cumsum(is_there)])[np.concatenate([[0], np.cumsum(per_cell)])]
         return self._tables.samples(self._first_samples[group[is_there]] + index[is_there], ends)
@@ -370,14 +365,14 @@ def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> s
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def ahead(make: Callable[[int], Made], steps: range, *, depth: int = 2) -> Generator[Made, None, None]:
-    """Yield `make(step)` for each step in order; a thread computes up to `depth` results before they are requested. An
+def ahead(make: Callable[[int], Made], steps: range) -> Generator[Made, None, None]:
+    """Yield `make(step)` for each step in order; a thread computes up to AHEAD results before they are requested. An
     exception in `make` is raised when its step is requested. Closing the iterator stops the thread.
     """
     todo = iter(steps)
     with ThreadPoolExecutor(1, "batches ahead") as pool:
         try:
-            waiting = deque(pool.submit(make, step) for step in islice(todo, depth))
+            waiting = deque(pool.submit(make, step) for step in islice(todo, AHEAD))
             while waiting:
                 result = waiting.popleft().result()
                 waiting.extend(pool.submit(make, step) for step in islice(todo, 1))

@@ -73,10 +73,9 @@ class Mixture:
     def draw(self, places: np.ndarray, epoch: int, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return which cells are drawn at these places (integers [N] in 0..size-1) of an epoch, and in which pass over
         their dataset: int64 [N] each. Cells are numbered from 0 over all datasets. The pass counts, over all epochs,
-        how often the dataset has been gone through before. key: determines the order; with "" cells are drawn in
-        ascending order.
+        how often the dataset has been gone through before. key: determines the order.
         """
-        drawn = permute(places, self.size, f"{key}:{epoch}:cells") if key else places
+        drawn = permute(places, self.size, f"{key}:{epoch}:cells")
         of = np.searchsorted(np.cumsum(self.draws), drawn, side="right")
         passes, cell = np.full(len(drawn), epoch, np.int64), drawn.copy()
         for number in np.unique(of).tolist():
@@ -85,14 +84,8 @@ class Mixture:
             local = drawn[at] - sum(self.draws[:number])
             if held != given:
                 passes[at], local = np.divmod(epoch * given + local, held)
-                local = self._in_own_order(local, passes[at], held, f"{key}:dataset {number}") if key else local
+                for of_pass in np.unique(passes[at]).tolist():  # each pass has an order of its own
+                    own = passes[at] == of_pass
+                    local[own] = permute(local[own], held, f"{key}:dataset {number}:{of_pass}")
             cell[at] = sum(self.cells[:number]) + local
         return cell, passes
-
-    def _in_own_order(self, cells: np.ndarray, passes: np.ndarray, size: int, key: str) -> np.ndarray:
-        """Permute cells, numbered within a dataset of `size` cells, with a permutation of its own for each pass."""
-        ordered = cells.copy()
-        for number in np.unique(passes).tolist():
-            at = passes == number
-            ordered[at] = permute(cells[at], size, f"{key}:{number}")
-        return ordered

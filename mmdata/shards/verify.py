@@ -3,7 +3,7 @@
 Hashes find damage on disk. The checks of counts and value ranges also find errors made when the dataset was written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,9 @@ import numpy as np
 
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import ArrowFile, Ragged, read_arrow
+from mmdata.io.files import Progress
 from mmdata.shards import checksums, dataset
 from mmdata.shards.manifest import MANIFEST, Manifest, ShardRecord, dataset_digest, read_manifest
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from mmdata.io.files import Progress
 from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.sample import Stratum, TextSample
@@ -23,7 +24,6 @@ _BATCH = 1000  # texts encoded by one native call
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _WORD = re.compile(r" ?[A-Za-z]+(?:'[a-z]+)?")
 Groups = Sequence[tuple[Stratum, list[str]]]
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(frozen=True, slots=True)

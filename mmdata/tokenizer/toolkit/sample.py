@@ -18,6 +18,7 @@ import numpy as np
 
 from mmdata.encode.rows import BadRow, Columns, Conversation, Document, Pair, Row, parse_row, split_documents
 from mmdata.errors import InputError, UsageError
+from mmdata.io.files import Progress
 from mmdata.io.lines import format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.tokenizer.scripts import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
@@ -29,7 +30,6 @@ _BATCH = 1024  # texts whose language is detected at once
 _LOOK_AT = 2048  # the language is detected from this many characters at the beginning of a text
 _BALANCED = ("Chinese", "English")  # other languages and code are never repeated
 _MAX_TIMES = 3  # how often a text of the smaller language may count
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(slots=True)
@@ -74,20 +74,20 @@ class TextSample:
                 yield from [text.decode()] * count
 
 
+@dataclass(slots=True)
 class _Reservoir:
     """The texts of one stratum while files are read. `num_bytes` includes repetitions.
 
     The text with the largest key is first in `heap` and dropped first. `weight` scales its share of the limit.
     """
 
-    __slots__ = ("counted_bytes", "found_bytes", "found_texts", "heap", "num_bytes", "threshold", "weight")
-
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
-        self.heap: list[tuple[float, int, bytes, int]] = []  # negative key, running number, text, count
-        self.num_bytes = self.found_bytes = self.found_texts = 0
-        self.counted_bytes = 0  # bytes found, repetitions included
-        self.threshold = 1.0  # the smallest key that was dropped
+    weight: float
+    heap: list[tuple[float, int, bytes, int]] = field(default_factory=list)  # negative key, running number, text, count
+    num_bytes: int = 0
+    found_bytes: int = 0
+    found_texts: int = 0
+    counted_bytes: int = 0  # bytes found, repetitions included
+    threshold: float = 1.0  # the smallest key that was dropped
 
     def add(self, key: float, text: bytes, count: int) -> None:
         """Count a text as found, and add it `count` times if its key is below all that were dropped before."""
