@@ -3,6 +3,7 @@
 The seed's forward is written here anew, with rotary positions turning neighbours, to compare what is imported with.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,36 @@ def transformers_model(
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (out / file).write_bytes((tokenizer / file).read_bytes())
     return model
+
+
+def make_sentencepiece(out: Path) -> int:
+    """Write a tokenizer as transformers makes it of a SentencePiece model (Llama 2): a token for each byte, and a merge
+    for every pair that makes a piece. Return its number of ids."""
+    from tokenizers import AddedToken, decoders, models, normalizers, trainers
+    from tokenizers import Tokenizer as Native
+
+    texts = ["Where does Pim live? In a red house.", "皮姆住在哪里？", "17 + 25 = 42", " the weather is nice"] * 5
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made = Native(models.BPE())
+    made.normalizer = normalizer
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    learned = sorted(made.get_vocab(), key=lambda token: made.get_vocab()[token])
+    special = ("<unk>", "<s>", "</s>")
+    vocab = {token: id for id, token in enumerate([*special, *(f"<0x{byte:02X}>" for byte in range(256)), *learned])}
+    known = set(learned)
+    pairs = [(token[:k], token[k:]) for token in learned for k in range(1, len(token))]
+    merges = [pair for pair in pairs if known.issuperset(pair)]
+    native = Native(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    native.normalizer = normalizer
+    native.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    native.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    out.mkdir(parents=True)
+    native.save(str(out / "tokenizer.json"))
+    user = "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    template = f"{{% for m in messages %}}{{% if m['role'] == 'user' %}}{user}{{% else %}}"
+    template += "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
+    (out / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(vocab)

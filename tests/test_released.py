@@ -1,14 +1,16 @@
 """Released architectures: what mm computes, trains and exports is what transformers does, on small random models."""
 
+import importlib.util
 import itertools
 import json
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from foreign import make_tokenizer, transformers_model
+from foreign import make_sentencepiece, make_tokenizer, transformers_model
 from train_data import Data
 from train_runs import config_of
 
@@ -281,3 +283,75 @@ def test_adapters_and_preferences_train_on_released_architectures(data: Data, tm
     assert changed == {name for name in before if name.endswith("_proj.weight")}
     train(config_of("dpo", data, tmp_path / "dpo", init=tmp_path / "sft", model=None, steps=2))
     assert export(tmp_path / "dpo", tmp_path / "out", format="hf").architecture == "Qwen2ForCausalLM"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (it is built from source)"
+)
+@pytest.mark.parametrize("name", RELEASED)
+def test_llama_cpp_computes_the_same_logits(name: str, tokenizer: Path, tmp_path: Path) -> None:
+    import llama_cpp
+
+    known = RELEASED[name]
+    transformers_model(known.model_type, tmp_path / "hf", tokenizer, **known.config)
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out", format="gguf")
+    theirs = llama_cpp.Llama(
+        str(tmp_path / "out" / "run-f32.gguf"),
+        n_ctx=256,
+        n_threads=1,
+        type_k=llama_cpp.GGML_TYPE_F32,  # its caches are halves unless told
+        type_v=llama_cpp.GGML_TYPE_F32,
+        logits_all=True,
+        verbose=False,
+    )
+    model, _ = open_model(tmp_path / "run")
+    ids = torch.randint(3, 300, (120,), generator=torch.Generator().manual_seed(1))
+    theirs.eval(ids.tolist())
+    expected = torch.from_numpy(theirs.scores[: len(ids)].copy())
+    ours = logits(model, ids)
+    assert (ours - expected).abs().max() < 1e-3 * max(1.0, float(expected.abs().max()))
+    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+    theirs.close()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a Llama with a tokenizer made of SentencePiece's, and its GGUF file in gguf/."""
+    root = tmp_path_factory.mktemp("sentencepiece")
+    num_ids = make_sentencepiece(root / "tokenizer")
+    transformers_model("llama", root / "hf", root / "tokenizer", vocab_size=num_ids)
+    import_model(root / "hf", root / "run")
+    export(root / "run", root / "gguf", format="gguf")
+    return root
+
+
+def test_tokenizers_of_sentencepiece_are_written_with_scores_and_bytes(sentencepiece: Path) -> None:
+    import gguf
+
+    reader = gguf.GGUFReader(sentencepiece / "gguf" / "run-f32.gguf")
+    fields = {key.removeprefix("tokenizer.ggml."): field.contents() for key, field in reader.fields.items()}
+    model = json.loads((sentencepiece / "tokenizer" / "tokenizer.json").read_text())["model"]
+    assert (fields["model"], fields["pre"], fields["add_space_prefix"]) == ("llama", "default", True)
+    assert fields["token_type"][:5] == [2, 3, 3, 6, 6]  # unknown, control, control, byte, byte
+    scores = [fields["scores"][model["vocab"]["".join(pair)]] for pair in model["merges"]]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (it is built from source)"
+)
+def test_llama_cpp_splits_text_as_a_tokenizer_of_sentencepiece(sentencepiece: Path) -> None:
+    import llama_cpp
+
+    theirs = llama_cpp.Llama(str(sentencepiece / "gguf" / "run-f32.gguf"), n_ctx=256, n_threads=1, verbose=False)
+    native = open_model(sentencepiece / "run")[1].native
+    draw = random.Random(0)
+    pieces = [*"aehoiwtnsr  .,?17+=2 皮姆住在é🦉\n", "the ", "house", "</s>"]
+    for _ in range(1000):
+        text = "".join(draw.choices(pieces, k=draw.randrange(1, 40)))
+        expected = native.encode(text, add_special_tokens=False).ids
+        assert theirs.tokenize(text.encode(), add_bos=False, special=True) == expected, text
+    theirs.close()

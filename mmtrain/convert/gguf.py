@@ -8,6 +8,7 @@ name. A pre-tokenizer for which llama.cpp has no known name is refused.
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,13 @@ _PRE_TOKENIZERS = {  # llama.cpp's name -> steps of the pre-tokenizer in tokeniz
     "qwen2": [_split(_QWEN2_REGEX), _BYTES],
     "llama-bpe": [_split(_LLAMA3_REGEX), _BYTES],
 }
+# The normalizer of tokenizers that were made of SentencePiece's, as those of Llama 2, TinyLlama and Mistral. They have no
+# pre-tokenizer, and a token for each byte; llama.cpp merges by the scores of tokens instead of a list of merges.
+_SENTENCEPIECE = [
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+]
+_SENTENCEPIECE_NAME = "default"
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -169,17 +177,27 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
     embedding) that have no token are marked unused. types: the enumeration gguf.TokenType."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]
     by_id = {id: token for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items()}
+    is_sentencepiece = pre_tokenizer == _SENTENCEPIECE_NAME
 
     def type_of(id: int) -> Any:
+        if is_sentencepiece and id in by_id and by_id[id] == model["unk_token"]:
+            return types.UNKNOWN
+        if is_sentencepiece and re.fullmatch("<0x[0-9A-F]{2}>", by_id.get(id, "")):
+            return types.BYTE
         if added := tokenizer.added.get(id):
             return types.CONTROL if added.special else types.USER_DEFINED
         return types.NORMAL if id in by_id else types.UNUSED
 
-    writer.add_tokenizer_model("gpt2")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list([by_id.get(id, f"[PAD{id}]") for id in range(vocab_size)])
     writer.add_token_types([type_of(id) for id in range(vocab_size)])
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    if is_sentencepiece:  # the earlier two tokens are merged, the higher the score of the result
+        ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([-float(ranks.get(by_id.get(id, ""), 0)) for id in range(vocab_size)])
+    else:
+        writer.add_token_merges([" ".join(merge) for merge in merges])
     for id, add in (
         (tokenizer.bos_id, writer.add_bos_token_id),
         (tokenizer.eos_id, writer.add_eos_token_id),
@@ -190,21 +208,24 @@ def _add_tokenizer(writer: Any, types: Any, tokenizer: Tokenizer, vocab_size: in
             add(id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(is_sentencepiece)
     templates = tokenizer.chat_templates or {DEFAULT: CHATML}
     writer.add_chat_template([{"name": name, "template": template} for name, template in templates.items()])
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     """Return llama.cpp's name for a pre-tokenizer. Raise TokenizerError if it is none of `_PRE_TOKENIZERS`, or the
-    tokenizer is not BPE or has a normalizer other than NFC."""
+    tokenizer is not BPE or has a normalizer other than NFC or `_SENTENCEPIECE`."""
     parts = json.loads(tokenizer.files["tokenizer.json"])
+    model, normalizers = parts["model"], (parts.get("normalizer") or {}).get("normalizers")
+    if model.get("byte_fallback") and normalizers == _SENTENCEPIECE and not parts.get("pre_tokenizer"):
+        return _SENTENCEPIECE_NAME
     root = parts.get("pre_tokenizer") or {}
     steps = root.get("pretokenizers", [root])
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     normalizer = (parts.get("normalizer") or {}).get("type")
     # NFC is accepted although llama.cpp does not apply it: its callers have to.
-    if parts["model"]["type"] == "BPE" and normalizer in (None, "NFC"):
+    if model["type"] == "BPE" and normalizer in (None, "NFC"):
         for name, expected in _PRE_TOKENIZERS.items():
             if steps == expected:
                 return name
