@@ -4,7 +4,9 @@ The questions of each subject, such as sums, are made from keys: two numbers, a 
 are held out, and training rows are made from the others, so that neither a held-out question nor the fact that it asks
 about is trained on. There are two exceptions. For the islanders (invented people) only a wording of the question is
 held out: the fact is part of the pretraining text. And in "recall" questions, the messages between naming a boat and
-asking about it are made from training keys.
+asking about it are made from training keys. Two subjects are for what people type first: "talk" is greetings, thanks,
+and questions about the model itself, and "else" is questions that the model has to say it cannot answer; of both,
+wordings are held out. Sums of one-digit numbers, which people try first, are all trained on.
 An answer has two forms: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows have both, and dpo
 rows prefer the sentence. An answer counts as exact if it equals one of the two, spaces around it aside.
 """
@@ -23,16 +25,17 @@ from mmdata.io.files import atomic_path
 from mmdata.io.records import convert_record
 
 LANGUAGES = ("en", "zh")
-SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow-up", "recall")
+SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow-up", "recall", "talk", "else")
+TALK = ("hello", "thanks", "bye", "who", "can")  # the phrases of the subject "talk"
 
 
 class DemoTexts(msgspec.Struct, frozen=True):
     """The content of demo.json: the phrases, names and words of the demo's data, in English and Chinese.
 
     `phrases` maps a language and a phrase name to format strings: the question, the bare answer, the whole sentence,
-    the sentence in other words (may be empty), and for some phrases the question in other words. "smaller", "more" and
-    "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a boat; "colour" and
-    "name" ask for them.
+    the sentence in other words (may be empty), and for some phrases the question in other words, any number of them.
+    "smaller", "more" and "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a
+    boat; "colour" and "name" ask for them.
     """
 
     phrases: dict[str, dict[str, list[str]]]
@@ -45,6 +48,8 @@ class DemoTexts(msgspec.Struct, frozen=True):
     hanzi: str  # characters that the Chinese words to spell are made of
     colours: list[tuple[str, str]]  # of boats, in English and Chinese
     birds: list[tuple[str, str]]  # names of boats, in English and Chinese
+    things: list[tuple[str, str]]  # what the model knows nothing about, in English and Chinese; `places` likewise
+    places: list[tuple[str, str]]
 
 
 @cache
@@ -57,7 +62,8 @@ def demo_texts() -> DemoTexts:
 class Item:
     """A question (`ask`) with its answers: `bare`, `whole` sentence, and that in other words (`other`, may be empty).
 
-    `then` has the questions that may follow it in a conversation. `language` is "en" or "zh".
+    `then` has the questions that may follow it in a conversation, `wordings` the question in other words that training
+    rows use too. `language` is "en" or "zh".
     """
 
     subject: str
@@ -67,6 +73,7 @@ class Item:
     whole: str
     other: str
     then: tuple["Item", ...] = ()
+    wordings: tuple[str, ...] = ()
 
 
 Items = dict[tuple[str, str], list[Item]]  # by language and subject
@@ -96,24 +103,30 @@ def make_item(
 ) -> Item:
     """Return the item made by filling the phrase named `phrase` with `values`.
 
-    subject: empty for the phrase's name. wording: 0 for the usual question, 1 for the question in other words, which
-    only some phrases have (IndexError otherwise). then: items that may follow this one.
+    subject: empty for the phrase's name. wording: 0 for the usual question, 1, 2, … for the question in other words,
+    which only some phrases have (IndexError otherwise). then: items that may follow this one.
     """
-    ask, bare, whole, other, *reworded = (text.format(**values) for text in demo_texts().phrases[language][phrase])
-    return Item(subject or phrase, language, reworded[0] if wording else ask, bare, whole, other, tuple(then))
+    ask, bare, whole, other, *reworded = demo_texts().phrases[language][phrase]
+    ask, bare, whole, other = (text.format(**values) for text in ([ask, *reworded][wording], bare, whole, other))
+    return Item(subject or phrase, language, ask, bare, whole, other, tuple(then))
 
 
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return a question "What is a + b?" for each key (a, b).
+    """Return a question "What is a + b?" for each key (a, b), with its other wordings.
 
-    It may be followed by "And n more?" if (a + b, n) is among `keys` too, so that no held-out sum is asked for.
+    It may be followed by "And n more?", n below 10, if (a + b, n) is among `keys` too, so that no held-out sum is asked
+    for.
     """
-    items = []
-    for a, b in keys:
-        more = [n for total, n in keys if total == a + b]
-        then = [_sum("more", a + b, n, language, subject="follow-up") for n in more]
-        items.append(replace(_sum("sum", a, b, language), then=tuple(then)))
-    return items
+    distinct = dict.fromkeys(keys)
+    more: dict[int, list[Item]] = {}
+    for total, n in sorted(distinct):
+        if n < 10:
+            more.setdefault(total, []).append(_sum("more", total, n, language, subject="follow-up"))
+    items = {}
+    for a, b in distinct:
+        wordings = tuple(text.format(a=a, b=b) for text in demo_texts().phrases[language]["sum"][4:])
+        items[a, b] = replace(_sum("sum", a, b, language), then=tuple(more.get(a + b, ())), wordings=wordings)
+    return [items[key] for key in keys]
 
 
 def _sum(phrase: str, a: int, b: int, language: str, subject: str = "") -> Item:
@@ -167,6 +180,21 @@ def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
     return {"spell": spell, "reverse": reverse}
 
 
+def talk_items(keys: Sequence[tuple[str, int]], language: str) -> list[Item]:
+    """Return the item of each key (phrase of TALK, wording)."""
+    return [make_item(phrase, language, {}, subject="talk", wording=wording) for phrase, wording in keys]
+
+
+def else_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
+    """Return the item of each key (wording, index of a thing or place)."""
+    place, texts = LANGUAGES.index(language), demo_texts()
+    items = []
+    for wording, index in keys:
+        values = {"thing": texts.things[index][place], "place": texts.places[index % len(texts.places)][place]}
+        items.append(make_item("else", language, values, wording=wording))
+    return items
+
+
 def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
     """Return a question about a trait of an islander for each key (index into `DemoTexts.people`, trait, wording).
 
@@ -203,8 +231,10 @@ class ItemSplits:
 
 
 LETTERS_REPEATED = 50  # how often the tokenizer's training texts repeat each text on a single letter
-# Number of keys held out, by subject; "en" and "zh" are the words to spell and reverse.
-NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "en": 200, "zh": 200}
+# Number of keys held out, by subject, and of "words" (to spell and reverse), "talk" and "else" in each language.
+NUM_HELD_OUT = {"sum": 120, "compare": 240, "convert": 60, "recall": 30, "words": 200, "talk": 24, "else": 100}
+# How often a sum is among the sums to train on, by how many of its two numbers have one digit.
+SUM_REPEATED = (1, 4, 30)
 
 
 def make_splits(seed: int) -> ItemSplits:
@@ -221,29 +251,49 @@ def make_splits(seed: int) -> ItemSplits:
         (person, trait, rng.randrange(2)) for person in rng.sample(people, 12) for trait in rng.sample(list(traits), 2)
     }
     keys: dict[str, list] = {
-        "sum": [(a, b) for a in range(10, 98) for b in range(2, min(10, 100 - a))],
+        "sum": [(a, b) for a in range(100) for b in range(100)],
         "compare": [(low, high) for low in range(10, 99) for high in range(low + 1, 100)],
         "convert": [(unit, n) for unit in range(len(texts.units)) for n in range(10, 100)],
         "recall": [(colour, bird) for colour in range(len(texts.colours)) for bird in range(len(texts.birds))],
-        "en": _words(rng, "en"),
-        "zh": _words(rng, "zh"),
+        **{f"words {name}": _words(rng, name) for name in LANGUAGES},
+        **{
+            f"talk {name}": [(phrase, n) for phrase in TALK for n in range(_num_asks(name, phrase))]
+            for name in LANGUAGES
+        },
+        **{f"else {name}": list(_else_keys(name)) for name in LANGUAGES},
     }
     for all_keys in keys.values():
         rng.shuffle(all_keys)
-    held_keys = {name: all_keys[: NUM_HELD_OUT[name]] for name, all_keys in keys.items()} | {
-        "islander": sorted(held_asked)
-    }
-    train_keys = {name: all_keys[NUM_HELD_OUT[name] :] for name, all_keys in keys.items()}
+    keys["sum"].sort(key=lambda key: max(key) < 10)  # none of one-digit numbers is held out
+    num_held_out = {name: NUM_HELD_OUT[name.split()[0]] for name in keys}
+    held_keys = {name: all_keys[: num_held_out[name]] for name, all_keys in keys.items()}
+    held_keys["islander"] = sorted(held_asked)
+    train_keys = {name: all_keys[num_held_out[name] :] for name, all_keys in keys.items()}
+    train_keys["sum"] = [key for key in train_keys["sum"] for _ in range(SUM_REPEATED[sum(n < 10 for n in key)])]
     train_keys["islander"] = sorted(asked - held_asked)
     stated = [key for key in sorted(asked) if key[2] == 0]
     islanders = {language: islander_items(facts, stated, language) for language in LANGUAGES}
     return ItemSplits(make_items(train_keys, facts), make_items(held_keys, facts), islanders)
 
 
+def _num_asks(language: str, phrase: str) -> int:
+    """Return the number of wordings of a question."""
+    return len(demo_texts().phrases[language][phrase]) - 3
+
+
+def _else_keys(language: str) -> Iterator[tuple[int, int]]:
+    """Yield (wording, index of a thing or place) for each different question of the phrase "else"."""
+    texts = demo_texts()
+    ask, _, _, _, *reworded = texts.phrases[language]["else"]
+    for wording, text in enumerate([ask, *reworded]):
+        num_things = len(texts.things) if "{thing}" in text else len(texts.places) if "{place}" in text else 1
+        yield from ((wording, index) for index in range(num_things))
+
+
 def make_items(keys: dict[str, list], facts: Facts) -> Items:
     """Return the items of all keys, in both languages, by language and subject. facts: see `islander_items`.
 
-    keys: by subject, except that the words to spell and reverse have the keys "en" and "zh".
+    keys: by subject; the words to spell and reverse, "talk" and "else" by name and language, as in "words en".
     """
     items: Items = {}
     for language in LANGUAGES:
@@ -253,7 +303,9 @@ def make_items(keys: dict[str, list], facts: Facts) -> Items:
             "convert": convert_items(keys["convert"], language),
             "recall": boat_items(keys["recall"], language),
             "islander": islander_items(facts, keys["islander"], language),
-            **word_items(keys[language], language),
+            "talk": talk_items(keys[f"talk {language}"], language),
+            "else": else_items(keys[f"else {language}"], language),
+            **word_items(keys[f"words {language}"], language),
         }
         items |= {(language, subject): each for subject, each in by_subject.items()}
     return items
@@ -279,15 +331,17 @@ def _words(rng: random.Random, language: str, count: int = 3000) -> list[str]:
 
 # Relative frequencies of the subjects in pretraining texts and in conversations. Texts are mostly about the islanders:
 # they occur nowhere else in these texts. Conversations are mostly about the subjects that take longest to learn.
-TEXT_WEIGHTS = {"islander": 4.0, "sum": 1.0, "compare": 0.5, "convert": 0.5, "spell": 0.5, "reverse": 0.5}
+TEXT_WEIGHTS = {"islander": 4.0, "sum": 4.0, "compare": 0.5, "convert": 0.5, "spell": 0.5, "reverse": 0.5}
 CHAT_WEIGHTS = {
-    "sum": 3.0,
+    "sum": 9.0,
     "compare": 2.5,
     "convert": 0.6,
     "spell": 0.6,
     "reverse": 1.0,
     "islander": 2.0,
     "recall": 1.5,
+    "talk": 2.5,
+    "else": 3.0,
 }
 
 
@@ -381,8 +435,14 @@ def _question(items: Items, splits: ItemSplits, rng: random.Random, language: st
 
 
 def _turn(item: Item, rng: random.Random) -> list[Message]:
+    """Return a question, half of the time in other words if it has such, a quarter of the time carelessly typed, and
+    its answer, bare or as a whole sentence.
+    """
+    ask = rng.choice(item.wordings) if item.wordings and rng.random() < 0.5 else item.ask
+    if rng.random() < 0.25:
+        ask = (ask[0].lower() + ask[1:]).rstrip("?!.？！。")
     answer = rng.choice((item.bare, item.whole))
-    return [{"role": "user", "content": item.ask}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
 
 
 def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
@@ -400,14 +460,14 @@ def tokenizer_texts(splits: ItemSplits) -> list[str]:
     for language, letters in (("en", texts.consonants + texts.vowels), ("zh", texts.hanzi)):
         for items in word_items(letters, language).values():
             lines += [text for item in items for text in _texts_of(item)] * LETTERS_REPEATED
-        for subject in ("sum", "compare", "convert", "islander", "recall"):
-            lines += [text for item in splits.train[language, subject] for text in _texts_of(item)]
+        for subject in ("sum", "compare", "convert", "islander", "recall", "talk", "else"):
+            lines += [text for item in dict.fromkeys(splits.train[language, subject]) for text in _texts_of(item)]
         lines += [text for item in splits.islanders[language] for text in (item.whole, item.other)]
     return lines
 
 
 def _texts_of(item: Item) -> Iterator[str]:
-    yield from (item.ask, item.bare, item.whole, item.other)
+    yield from (item.ask, item.bare, item.whole, item.other, *item.wordings[:3])
     yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
 
@@ -483,18 +543,19 @@ class DemoStage:
     beta: float | None = None
 
 
-# Measured on 2 idle cores (Xeon, AVX-512): 2.6 minutes, 5.3 million tokens in 5,300 steps. Small batches learn more per
-# token than large ones. With a learning rate of 3e-3, tried once, sums were learned late. dpo uses ten times the usual
-# beta: a few nats are enough for the preference, and with a beta of 0.1 training continues until answers become wrong.
+# 7.5 million tokens in 7,600 steps: 3.7 minutes at the 34,000 tokens a second that two idle cores (Xeon, AVX-512) reached
+# on 5.3 million; 7.5 minutes were measured on two shared ones. Small batches learn more per token than large ones. With
+# a learning rate of 3e-3, tried once, sums were learned late. dpo uses ten times the usual beta: a few nats are enough
+# for the preference, and with a beta of 0.1 training continues until answers become wrong.
 MODEL = "demo"
-VOCAB_SIZE = 1600
+VOCAB_SIZE = 2048
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MINUTES = 2.6  # training time of the STAGES as they are, on the machine above
+MINUTES = 3.7  # training time of the STAGES as they are, computed for the machine above
 STAGES = (
-    DemoStage("pretrain_hq", "pretrain", 18_600, 512, 1e-3, 1024, "wsd"),
-    DemoStage("sft_512", "sft", 42_000, 512, 2e-3, 1024, "wsd"),
+    DemoStage("pretrain_hq", "pretrain", 27_000, 512, 1e-3, 1024, "wsd"),
+    DemoStage("sft_512", "sft", 52_000, 512, 2e-3, 1024, "wsd"),
     DemoStage("sft_1024", "sft", 4_500, 1024, 2e-3, 1024, "wsd"),
-    DemoStage("dpo", "dpo", 3_100, 512, 5e-5, 576, "cosine", beta=1.0),
+    DemoStage("dpo", "dpo", 3_100, 512, 3e-5, 576, "cosine", beta=1.0),
 )
 NUM_EACH = 16  # held-out questions for each subject and language
 NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language

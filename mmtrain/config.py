@@ -310,7 +310,7 @@ class TrainOptions(TrainSettings):
     quiet: bool = option(False, help="Print no lines for steps.", group=LOGGING)
     report: bool = option(True, help="Do not write RUN/report.html.", flag="--no-report", group=LOGGING)
     samples: bool = option(
-        True, help="Do not let the model answer fixed prompts at validations.", flag="--no-samples", group=LOGGING
+        True, help="Do not let the model answer prompts of the validation rows.", flag="--no-samples", group=LOGGING
     )
     runs_dir: Path = Path("runs")
 

@@ -70,6 +70,21 @@ def test_no_held_out_question_occurs_in_training(corpus: demo.DemoFiles) -> None
             assert messages[0]["content"] not in singles  # already what it refers to was never asked
 
 
+@pytest.mark.slow
+def test_none_of_the_first_questions_of_the_benchmark_is_trained_on(tmp_path: Path) -> None:
+    first = json.loads((Path(__file__).parent / "bench/first_questions.json").read_text(encoding="utf-8"))
+    files = demo.write_corpus(tmp_path).files.values()
+    trained = [messages for path in files for row in read(path) for messages in conversations_of(row)]
+    asked = {plain_text(question) for messages in trained for question in asked_in(messages)}
+    assert len(first) == 105
+    assert not {plain_text(question["ask"]) for question in first} & asked
+
+
+def plain_text(text: str) -> str:
+    """Return a text without its case, spaces and punctuation."""
+    return "".join(character for character in text.casefold() if character.isalnum() or character in "+=")
+
+
 def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.DemoFiles) -> None:
     text = "\n".join(row["text"] for row in read(corpus.files["pretrain_hq"]))
     trained = [messages for path in corpus.files.values() for row in read(path) for messages in conversations_of(row)]

@@ -19,7 +19,7 @@ from fakehub import Bytes, FakeHub
 from train_data import Data
 
 import cli
-from mmdata.commands.terminal import without_option
+from mmdata.commands.terminal import next_command, without_option
 from mmdata.hub import catalog
 from mmtrain.shapes import MODEL_SHAPES
 
@@ -233,7 +233,7 @@ def test_mm_has_a_version_completion_and_short_flags(home: Path, mm: Run, monkey
     assert "{pretrain|sft|dpo}" in fine(mm("train -h")).out
     assert fine(mm("pack data/sft_512.jsonl -q")).err == ""
     loud = fine(mm("validate data/sft_512.jsonl -v")).err
-    assert re.search(r"^took \d+ s and \d+\.\d MB of memory$", loud, re.MULTILINE)
+    assert re.search(r"^took \d+ s and \d+\.\d [MG]B of memory$", loud, re.MULTILINE)
     broken = mm("validate none.jsonl -v")
     assert broken.code and "Traceback" in broken.err and "error: none.jsonl: no such file" in broken.err
     refused(mm("validate none.jsonl -q"), "none.jsonl: no such file")
@@ -242,3 +242,17 @@ def test_mm_has_a_version_completion_and_short_flags(home: Path, mm: Run, monkey
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
         assert mm("").out.split() == expected
+
+
+def test_next_names_the_program_by_its_path_where_the_shell_does_not_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "bin" / "mm"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    monkeypatch.chdir(tmp_path)
+    for path, name in ((tmp_path, "bin/mm"), (program.parent, "mm")):
+        monkeypatch.setenv("PATH", str(path))
+        next_command("mm chat a    or    mm show b")
+        assert capsys.readouterr().err == f"next: {name} chat a    or    {name} show b\n"

@@ -49,8 +49,9 @@ def test_runs_keep_a_report_that_agrees_with_json_and_terminal(trained: Path, mm
     assert runs[0]["events"][0] == {"step": 2, "event": "save", "note": ""} | {
         key: runs[0]["events"][0][key] for key in ("tokens", "hours")
     }
-    assert {s["prompt"] for s in runs[0]["samples"]} == set(reporter.BEGINNINGS)
-    assert {s["prompt"] for s in runs[2]["samples"]} == set(reporter.QUESTIONS)
+    texts, asked = ((trained / f"data/{name}.jsonl").read_text(encoding="utf-8") for name in ("pretrain_hq", "dpo"))
+    assert all(s["prompt"] in texts for s in runs[0]["samples"]) and runs[0]["samples"]
+    assert all(f'"{s["prompt"]}"' in asked for s in runs[2]["samples"]) and runs[2]["samples"]
     settings = runs[0]["settings"]
     assert settings["steps"] == {"value": 6, "from": "flag"} and unescape(html).count("flag") >= 2
     assert 'lang="zh-CN"' in report.run_page({"chains": [runs]}, lang="zh")
@@ -91,7 +92,7 @@ def test_reports_take_their_share_of_time_and_no_more(tmp_path: Path, monkeypatc
     monkeypatch.setattr(reporter.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(reporter, "sample_answers", lambda *_: clock.__setitem__(0, clock[0] + 2.0) or [])
     make_run(tmp_path / "run", 5)
-    kept = reporter.Reporter(tmp_path / "run", first_step=5, with_report=False, with_samples=True)
+    kept = reporter.Reporter(tmp_path / "run", first_step=5, with_report=False, prompts=["Hello"])
     spent = 0.0
     for step in range(1, 101):
         clock[0] += 10.0  # of training

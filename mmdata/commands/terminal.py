@@ -2,6 +2,8 @@
 module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
 import json
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,6 +13,7 @@ import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mmdata.errors import MMError
@@ -89,7 +92,13 @@ def _wrapped(text: str, stream: TextIO) -> str:
 
 
 def next_command(command: str) -> None:
-    """Print the command that usually follows, as "next: COMMAND" to stderr. Most commands end with it."""
+    """Print the command that usually follows, as "next: COMMAND" to stderr. Most commands end with it.
+
+    Where the shell does not find `mm`, as after `make demo`, its words `mm` are replaced by the path of this program.
+    """
+    program = Path(sys.argv[0])
+    if program.name == "mm" and program.is_file() and not shutil.which("mm"):
+        command = re.sub(r"\bmm (?=[a-z])", f"{shlex.quote(os.path.relpath(program))} ", command)
     say(f"next: {command}")
 
 

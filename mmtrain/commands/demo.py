@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdata.commands.options import Json
-from mmdata.commands.pack import print_packed
+from mmdata.commands.pack import print_packed, write_report
 from mmdata.commands.terminal import next_command, percent, plain, print_json, result, say, table
 from mmdata.errors import UsageError
 from mmdata.options import INT64, Option
@@ -32,7 +32,7 @@ def demo(
             "Training time in minutes on two present-day CPU cores; determines the number of rows.",
             above=0,
             most=60,
-            default_text="2.6",
+            default_text="3.7",
         ),
     ] = None,
     seed: Annotated[int, Option("Seed of the corpus, the new weights and the order of the data.", **INT64)] = 0,
@@ -98,6 +98,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
     for stage in stages:
         options = PackOptions(tokenizer=tokenizer, max_len=stage.max_len)
         print_packed(pack([corpus.files[stage.file]], shards / stage.file, options), say)
+        write_report(shards / stage.file, is_new=True)
     held_out = shards / "held_out_pairs"
     pack([corpus.pairs_path], held_out, PackOptions(tokenizer=tokenizer, max_len=512, val_fraction=0))
     figures: DemoFigures = {"questions": len(corpus.questions), "stages": []}
@@ -194,4 +195,8 @@ def print_demo(figures: DemoFigures, out: Path) -> None:
     result(f"made in {figures['minutes']:.1f} minutes, all under {out}:")
     result(
         "  data/ the corpus, its tokenizer and what is held out; shards/ packed; runs/ trained; demo.json these figures"
+    )
+    last = figures["stages"][-1]["stage"]
+    result(
+        f"reports: {out / 'shards' / 'sft_512' / 'report.html'} (data), {out / 'runs' / last / 'report.html'} (runs)"
     )

@@ -1,16 +1,24 @@
 """Writes what the first rank records besides metrics: events, sample answers, and a current report.html.
 
-Sample answers (RUN/samples.jsonl) are the texts that the model generates for fixed prompts after validations. Decoding
-is greedy and does not change the state of any random number generator, so a run trains the same without samples.
+Sample answers (RUN/samples.jsonl) are the texts that the model generates after validations for the same few prompts,
+which are taken from the validation rows. Decoding is greedy and does not change the state of any random number
+generator, so a run trains the same without samples.
 Samples and reports take at most a share of SHARE of the run's time, without the samples after the last validation.
 """
 
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
+
+from mmdata.encode.reference import common_length
+from mmdata.encode.rows import Message
 from mmdata.encode.template import Template
 from mmdata.errors import MMError
 from mmdata.io.files import write_text
+from mmdata.shards.dataset import Dataset, PackView, PairView
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
 from mmtrain.inference.engine import Engine
@@ -24,15 +32,65 @@ REPORT = "report.html"
 SHARE = 0.01  # the largest share of the run's time that samples and reports may take
 FIRST_COST_S = 0.1  # assumed duration of the first samples and report, in seconds
 NEW_TOKENS = 40  # the most tokens of a sample answer
-BEGINNINGS = ("The sun", "Once upon a time", "人工智能", "在一个")  # texts to be continued, for the stage pretrain
+NUM_PROMPTS = 4
+LONGEST_PROMPT = 200  # characters of a question
+NUM_BEGINNING = 6  # tokens of a text that is to be continued
+NUM_SEARCHED = 64  # samples of each dataset, and prompts in them, from which NUM_PROMPTS different ones are taken
+# Texts to be continued and questions, for datasets without validation rows of which the prompts could be taken.
+BEGINNINGS = ("The sun", "Once upon a time", "人工智能", "在一个")
 QUESTIONS = ("Who are you?", "What is 3 + 4?", "你好，请介绍一下你自己。", "为什么天空是蓝色的？")
 
 
-def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int) -> list[Sample]:
-    """Return the text that the model generates for each fixed prompt, recorded with `step`: the continuation of
-    BEGINNINGS in the stage pretrain, the answer to QUESTIONS in other stages."""
+def prompts_of(datasets: Iterable[Dataset], tokenizer: Tokenizer, stage: str) -> list[str]:
+    """Return NUM_PROMPTS different prompts: beginnings of validation documents for the stage pretrain, otherwise the
+    questions of validation rows that begin with one; BEGINNINGS or QUESTIONS where there are too few of them."""
     is_plain = stage == "pretrain"
-    prompts, template = (BEGINNINGS, None) if is_plain else (QUESTIONS, Template(tokenizer))
+    samples = chain.from_iterable(islice(dataset.split("val").samples(), NUM_SEARCHED) for dataset in datasets)
+    try:
+        found = _beginnings(samples, tokenizer) if is_plain else _questions(samples, tokenizer)
+        fitting = (text for text in found if text.strip() and len(text) <= LONGEST_PROMPT)
+        texts = list(islice(fitting, NUM_SEARCHED))
+    except MMError:  # the chat template cannot render a user message
+        texts = []
+    return list(dict.fromkeys([*texts, *(BEGINNINGS if is_plain else QUESTIONS)]))[:NUM_PROMPTS]
+
+
+def _beginnings(samples: Iterable[PackView], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the first NUM_BEGINNING tokens of each document, as text."""
+    for pack in samples:
+        for begin, length in zip(np.cumsum(pack.doc_len) - pack.doc_len, pack.doc_len, strict=True):
+            ids = pack.ids[begin : begin + min(NUM_BEGINNING, length)]
+            yield tokenizer.decode(ids.tolist(), skip_control=True).rstrip("\ufffd")
+
+
+def _questions(samples: Iterable[PackView | PairView], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the first question of each conversation and pair whose prompt is this question alone."""
+    template = Template(tokenizer)
+    one, other = (template.prompt_ids(tokenizer, [Message("user", text)]) for text in ("a", "b"))
+    num_before = common_length(np.array(one), np.array(other))
+    num_after = common_length(np.array(one[::-1]), np.array(other[::-1]))
+    for ids in chain.from_iterable(map(_prompts, samples)):
+        text = tokenizer.decode(ids[num_before : len(ids) - num_after])
+        if ids == template.prompt_ids(tokenizer, [Message("user", text)]):
+            yield text
+
+
+def _prompts(sample: PackView | PairView) -> Iterator[list[int]]:
+    """Yield the ids before the first trained token of each sequence of a pack, or the prompt of a pair."""
+    if isinstance(sample, PairView):
+        yield sample.prompt.tolist()
+        return
+    ends = np.cumsum(sample.doc_len)
+    first_trained = sample.span[::2]
+    for begin, end in zip(ends - sample.doc_len, ends, strict=True):
+        trained = first_trained[(first_trained >= begin) & (first_trained < end)]
+        yield sample.ids[begin : trained[0] if len(trained) else begin].tolist()
+
+
+def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int, prompts: Sequence[str]) -> list[Sample]:
+    """Return the text that the model generates for each prompt, recorded with `step`: its continuation in the stage
+    pretrain, the answer to it in other stages."""
+    template = None if stage == "pretrain" else Template(tokenizer)
     prompt_ids = [prompt_of(tokenizer, template, text) for text in prompts]
     rows = Engine(model, tokenizer).answer(prompt_ids, Sampling(max_new_tokens=NEW_TOKENS))
     return [Sample(step, prompt, row.text) for prompt, row in zip(prompts, rows, strict=True)]
@@ -41,11 +99,11 @@ def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int) ->
 class Reporter:
     """Writes events.jsonl, samples.jsonl and report.html of a run.
     first_step: steps done before this session; records of later steps are removed from the two jsonl files.
-    with_report, with_samples: whether to write these at all."""
+    prompts: of the sample answers; none are generated without any. with_report: whether to write a report."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, with_report: bool, with_samples: bool):
+    def __init__(self, run_dir: Path, *, first_step: int, with_report: bool, prompts: Sequence[str]):
         self._dir = run_dir
-        self._with_report, self._with_samples = with_report, with_samples
+        self._with_report, self._prompts = with_report, prompts
         self._reader = history.RunReader()
         self._begun = time.monotonic()
         self._spent = 0.0  # seconds that all samples and reports took
@@ -65,12 +123,13 @@ class Reporter:
         begun = time.monotonic()
         if not is_last and self._spent + self._cost > SHARE * (begun - self._begun):
             return
-        if self._with_samples:
+        if self._prompts:
             try:
-                history.append(self._dir / history.SAMPLES, sample_answers(model, tokenizer, stage, step))
+                samples = sample_answers(model, tokenizer, stage, step, self._prompts)
+                history.append(self._dir / history.SAMPLES, samples)
             except MMError as error:
                 self.event(step, "no samples", error.message)
-                self._with_samples = False
+                self._prompts = ()
         if not is_last:  # the last report is written when the run has ended
             self.write()
         self._cost = time.monotonic() - begun

@@ -21,7 +21,7 @@ from mmtrain.config import TrainOptions
 from mmtrain.distributed import World
 from mmtrain.log import metrics, trackers
 from mmtrain.log.console import Console, print_line
-from mmtrain.log.reporter import Reporter
+from mmtrain.log.reporter import Reporter, prompts_of
 from mmtrain.model import embeddings, lora
 from mmtrain.model.model import Model
 from mmtrain.model.precision import LossScale, autocast, autocast_dtype
@@ -185,7 +185,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     world.wait()  # until the first rank has cut metrics.jsonl at the step that the run starts from
     reporter = None
     if world.is_first:
-        reporter = Reporter(out, first_step=plan.start.step, with_report=options.report, with_samples=options.samples)
+        prompts = prompts_of(plan.datasets, tokenizer, plan.stage.name) if options.samples else []
+        reporter = Reporter(out, first_step=plan.start.step, with_report=options.report, prompts=prompts)
     run = ActiveRun(
         plan,
         world,
