@@ -242,7 +242,7 @@ def _result(
         control_strings=totals.control_strings,
         not_written=totals.not_written or {},
         unknown_share=totals.unknown_bytes / totals.text_bytes if totals.unknown_bytes and totals.text_bytes else None,
-        extra_keys=totals.extra_keys,
+        extra_keys=totals.extra_keys or {},
         samples=samples,
         fill=fill_of(manifest.kind, manifest.shards),
         encoders={encoder.name: encoder.parts for encoder in manifest.encoders},
@@ -291,7 +291,7 @@ def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str,
         text=options.text or UNSET,
         on_lost=UNSET if options.on_lost == DEFAULT_ON_LOST else options.on_lost,
         dedup=options.dedup,
-        where=options.where or msgspec.UNSET,
+        where=options.where or UNSET,
         exclude=[
             ExcludedFile(str(path), sha256_of(path), dedup.EXCLUDE_N, dedup.EXCLUDE_SHARE) for path in options.exclude
         ],

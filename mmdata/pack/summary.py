@@ -103,8 +103,9 @@ def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> Dat
         del figures["text_bytes"], figures["unknown_bytes"]
     for name in ("left_out", "cut", "control_strings", "extra_keys", "not_written"):
         figures[name] = dict(sorted(total_of(getattr(result, name) for result in results).items()))
-    if not figures["not_written"]:
-        del figures["not_written"]
+    for name in ("extra_keys", "not_written"):
+        if not figures[name]:
+            del figures[name]
     return DatasetTotals(
         **figures,
         loss_tokens=sum(shard.loss_tokens for shard in shards),

@@ -9,6 +9,7 @@ first batch of a block takes milliseconds, the others a hundredth of that.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,7 @@ class _Samples:
         return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
 
 
-class BatchLoader:
+class BatchLoader(ABC):
     """The batches of one split of one or more datasets, either of packs (`Loader`) or of pairs (`PairLoader`).
     `batch(step)` returns this rank's micro-batches of an optimizer step.
 
@@ -162,17 +163,17 @@ class BatchLoader:
         ]
         self.steps_per_epoch = self._num_steps(batch_tokens)
 
+    @abstractmethod
     def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
         """Set the limits and the tables of samples, and return how many cells (see order.py) each dataset has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _num_steps(self, batch_tokens: int) -> int:
         """Return the number of steps of an epoch; 0 if the split is empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batch(self, epoch: int, step: int) -> list[MicroBatch]:
         """Return what `batch` does for a step of an epoch, counted from 0."""
-        raise NotImplementedError
 
     def batch(self, step: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the step

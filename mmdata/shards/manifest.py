@@ -169,7 +169,7 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     not_written: the number of packed rows of which the chat template leaves out a part, by reason; none: missing.
     text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts, and of those characters among them that the
     tokenizer does not know; missing if it knows every text.
-    extra_keys: how often rows have each key that is ignored, metadata included.
+    extra_keys: how often rows have each key that is ignored, metadata included; none: missing.
     """
 
     rows: int
@@ -180,10 +180,10 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     cut: dict[str, int]
     loss_tokens: int
     control_strings: dict[str, int] = {}  # special tokens' texts in content, packed as text
-    extra_keys: dict[str, int] = {}
     sequences: int
     samples: int
     val_rows: int
+    extra_keys: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
     not_written: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
     text_bytes: int | msgspec.UnsetType = msgspec.UNSET
     unknown_bytes: int | msgspec.UnsetType = msgspec.UNSET

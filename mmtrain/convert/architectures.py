@@ -89,7 +89,7 @@ def read_config(path: Path) -> HFConfig:
         raise CheckpointError(f"{path} holds neither a run nor a config.json", fix)
     config = read_record(path / "config.json", HFConfig, CheckpointError, "copy or download it again")
     if config.use_moe or "moe" in str(config.model_type) or config.num_local_experts:
-        raise is_moe(path)
+        raise mixture_of_experts(path)
     if config.model_type not in DEFAULTS:
         problem = f"{path}: model_type {config.model_type!r} is not supported"
         raise CheckpointError(problem, f"import a model of type {', '.join(DEFAULTS)}")
@@ -192,7 +192,8 @@ def _layers_without_rope(config: HFConfig, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer, does in enumerate(rotates[:num_layers]) if not does)
 
 
-def is_moe(path: Path) -> CheckpointError:
+def mixture_of_experts(path: Path) -> CheckpointError:
+    """Return the error for a mixture of experts, which this model cannot be. path: the checkpoint."""
     problem = f"{path} is a mixture of experts (MoE), which this model is not"
     return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
 

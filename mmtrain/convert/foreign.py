@@ -26,7 +26,7 @@ from mmdata.io import files
 from mmdata.io.records import read_record, write_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
-from mmtrain.convert.architectures import DEFAULTS, HFConfig, is_moe, read_config, shape_of_weights
+from mmtrain.convert.architectures import DEFAULTS, HFConfig, mixture_of_experts, read_config, shape_of_weights
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, RunRecord, TrainedOn, read_run
 from mmtrain.shapes import ModelConfig
@@ -195,7 +195,7 @@ def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Ten
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
     if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
-        raise is_moe(path)
+        raise mixture_of_experts(path)
     if any(".lora" in name for name in named):
         raise CheckpointError(f"{path} holds LoRA adapters, not a model", "merge them into their model first")
     is_seed = "tok_embeddings.weight" in named
