@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.shards": ["mmdata.errors", "mmdata.io", "mmdata.tokenizer", "mmdata.encode"],
     "mmdata.pack": [f"mmdata.{room}" for room in DATA],
     "mmdata.stats": [*(f"mmdata.{room}" for room in DATA), "mmdata.tokenizer.toolkit", "mmdata.pack"],
+    "mmdata.packed": [*(f"mmdata.{room}" for room in DATA), "mmdata.stats", "mmdata.torch_batches"],
+    "mmdata.torch_batches": ["mmdata.errors", "mmdata.shards", "mmdata.packed"],
     "mmdata.commands": ["mmdata", "mmtrain.config", "mmtrain.shapes", "mmtrain.sizing"],
 }
 SHARED = [*(f"mmdata.{room}" for room in DATA), "mmdata.stats.report.page"]  # what mmtrain may take from mmdata
@@ -44,14 +46,14 @@ MAY_IMPORT["mmtrain.commands"] += ["mmdata"]
 
 # Libraries that only these rooms import.
 ONLY_IN = {
-    "polars": ("mmdata.io.tables", "mmdata.pack.filter", "mmdata.stats"),
+    "polars": ("mmdata.packed", "mmdata.io.tables", "mmdata.pack.filter", "mmdata.stats"),
     "huggingface_hub": ("mmdata.hub",),
     "ray": ("mmdata.io.workers",),
-    "torch": ("mmtrain",),
+    "torch": ("mmtrain", "mmdata.torch_batches"),
 }
 EXTRAS = {  # imported only inside the function that needs them
     *("fastokens", "zstandard", "ray", "fsspec", "rensa", "wandb", "swanlab", "trackio", "tensorboard", "starlette"),
-    *("uvicorn", "transformers", "gguf", "lm_eval"),
+    *("uvicorn", "transformers", "datasets", "gguf", "lm_eval"),
 }
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
 OPTIONS = (

@@ -25,6 +25,7 @@ REPORT = "report.html"  # in the dataset's directory, but not listed in the mani
 TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
 SOURCES_PER_BATCH = 2**20
 DIGEST_VALUES = 2**16  # number of values that are converted for a digest at once: they stay in the cache
+IGNORED = -100  # label of a token that is not trained on, which torch's cross entropy leaves out
 PACK_LISTS = ("ids", "doc_len", "span")  # the columns with the tokens of a pack; `doc` only says where they came from
 PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 

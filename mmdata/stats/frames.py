@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from polars.io.plugins import register_io_source
 
 from mmdata.encode.rows import BadRow, find_kind, parse_row
@@ -110,6 +111,12 @@ def samples(dataset: str | Path) -> pl.LazyFrame:
             yield frame.with_columns(**place).select(list(types)).cast(types).select(names)  # type: ignore[arg-type]
 
     return _lazy(types, read)
+
+
+def lazy_tables(types: pa.Schema, tables: Callable[[], Iterator[pa.Table]]) -> pl.LazyFrame:
+    """Return a LazyFrame of Arrow tables with the columns `types`."""
+    schema = pl.from_arrow(types.empty_table()).schema  # type: ignore[union-attr]
+    return _lazy(dict(schema), lambda names: (pl.DataFrame(table.select(names)) for table in tables()))
 
 
 def _lazy(
