@@ -7,7 +7,7 @@ command line from it. Imports only the standard library and `mmdata.errors`, so 
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mmdata.errors import UsageError
@@ -39,9 +39,9 @@ class Option:
     may_change_on_resume: bool = False  # whether a resumed run may have another value than the run it continues
 
 
-def option(default: Any = MISSING, *, help: str, **declaration: Any) -> Any:
-    """Return a dataclass field with an `Option` of these fields in its metadata; required without `default`."""
-    return field(default=default, metadata={"option": Option(help, **declaration)})
+def option(default: Any, help: str, group: str = "", **declaration: Any) -> Any:
+    """Return a dataclass field with a default and, in its metadata, an `Option` of these fields."""
+    return field(default=default, metadata={"option": Option(help, group, **declaration)})
 
 
 def redeclared(kind: type, name: str, *, default: Any) -> Any:

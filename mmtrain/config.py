@@ -43,7 +43,7 @@ def _setting(default: Any, help: str, group: str, *, free: bool = False, **decla
     a resumed run may use another value. declaration: further fields of `mmdata.options.Option`, such as `least`.
     """
     by_stage = default if isinstance(default, Mapping) else dict.fromkeys(STAGE_KINDS, default)
-    return option(None, help=help, group=group, by_stage=by_stage, may_change_on_resume=free, **declaration)
+    return option(None, help, group, by_stage=by_stage, may_change_on_resume=free, **declaration)
 
 
 def _shape_setting(help: str, **declaration: Any) -> Any:
@@ -273,44 +273,44 @@ class TrainOptions(TrainSettings):
     weights: tuple[float, ...] | None = None
     init: Path | None = option(
         None,
-        help="Run or checkpoint to start from.",
+        "Run or checkpoint to start from.",
+        MODEL,
         metavar="RUN",
-        group=MODEL,
         default_text="the newest finished run that fits the stage",
     )
     resize_embeddings: str | None = option(
         None,
-        help="Add rows for the new tokens of the data's extended tokenizer to --init's embedding: mean of all rows (mean) "
+        "Add rows for the new tokens of the data's extended tokenizer to --init's embedding: mean of all rows (mean) "
         "or of the rows of the old tokens that spell the new one (subtoken).",
+        MODEL,
         choices=("mean", "subtoken"),
-        group=MODEL,
     )
-    log_every: int = option(10, help="Steps between printed lines.", least=1, group=LOGGING)
+    log_every: int = option(10, "Steps between printed lines.", LOGGING, least=1)
     trackers: tuple[str, ...] = option(
         (),
-        help="Write the metrics to this tracker too; may be repeated.",
+        "Write the metrics to this tracker too; may be repeated.",
+        LOGGING,
         flag="--log",
         choices=("tensorboard", "wandb", "swanlab", "trackio"),
-        group=LOGGING,
     )
-    device: str = option("auto", help="Device to train on.", choices=("auto", "cpu", "cuda", "mps"), group=HARDWARE)
+    device: str = option("auto", "Device to train on.", HARDWARE, choices=("auto", "cpu", "cuda", "mps"))
     compile: bool = option(
         True,
-        help="Do not compile the model's blocks with torch.compile, which happens on CUDA only.",
+        "Do not compile the model's blocks with torch.compile, which happens on CUDA only.",
+        HARDWARE,
         flag="--no-compile",
-        group=HARDWARE,
     )
     checkpoint_activations: bool = option(
         False,
-        help="Recompute the activations in the backward pass: a third more time, about a tenth of their memory.",
-        group=HARDWARE,
+        "Recompute the activations in the backward pass: a third more time, about a tenth of their memory.",
+        HARDWARE,
     )
-    resume: bool = option(False, help="Continue from the run's last checkpoint.", group=CHECKPOINTS)
-    other_data: bool = option(False, help="With --resume: continue although the data has changed.", group=DATA)
-    quiet: bool = option(False, help="Print no lines for steps.", group=LOGGING)
-    report: bool = option(True, help="Do not write RUN/report.html.", flag="--no-report", group=LOGGING)
+    resume: bool = option(False, "Continue from the run's last checkpoint.", CHECKPOINTS)
+    other_data: bool = option(False, "With --resume: continue although the data has changed.", DATA)
+    quiet: bool = option(False, "Print no lines for steps.", LOGGING)
+    report: bool = option(True, "Do not write RUN/report.html.", LOGGING, flag="--no-report")
     samples: bool = option(
-        True, help="Do not let the model answer prompts of the validation rows.", flag="--no-samples", group=LOGGING
+        True, "Do not let the model answer prompts of the validation rows.", LOGGING, flag="--no-samples"
     )
     runs_dir: Path = Path("runs")
 

@@ -20,17 +20,17 @@ from mmdata.tokenizer.toolkit.options import PATTERNS, TEMPLATES
 
 @dataclass(frozen=True, slots=True)
 class ExampleOptions:
-    lr: float | None = option(None, help="Peak rate.", above=0, by_stage={"sft": 1e-4, "dpo": 4e-8}, group="Optimizer")
-    log: tuple[str, ...] = option((), help="Also to this.", choices=("one", "two"), group="Logging")
-    compile: bool = option(True, help="Run uncompiled.", flag="--no-compile", group="Hardware")
-    share: bool | None = option(None, help="Share prompts.", group="Hardware")
-    rows: int = option(4, help="Rows at once.", least=1, most=32)
+    lr: float | None = option(None, "Peak rate.", "Optimizer", above=0, by_stage={"sft": 1e-4, "dpo": 4e-8})
+    log: tuple[str, ...] = option((), "Also to this.", "Logging", choices=("one", "two"))
+    compile: bool = option(True, "Run uncompiled.", "Hardware", flag="--no-compile")
+    share: bool | None = option(None, "Share prompts.", "Hardware")
+    rows: int = option(4, "Rows at once.", least=1, most=32)
 
 
 @dataclass(frozen=True, slots=True)
 class OtherOptions:
     name: str  # not declared: no option
-    warmup: float = option(None, help="Share.", least=0, below=1, by_stage={"sft": 0.1, "dpo": 0.1})
+    warmup: float = option(None, "Share.", least=0, below=1, by_stage={"sft": 0.1, "dpo": 0.1})
 
 
 def run_example(*words: str) -> dict[str, Any]:

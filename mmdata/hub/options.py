@@ -16,36 +16,30 @@ SOURCE, LOCAL = "Source", "Files on this machine"  # headings of --help
 class FetchOptions:
     """Options of `mm fetch`. `endpoint` None: the usual web address of `source`. `retry` None: `RetryPolicy()`."""
 
-    out: Path = option(Path("data"), help="Directory for the files.", group=LOCAL, metavar="DIR")
+    out: Path = option(Path("data"), "Directory for the files.", LOCAL, metavar="DIR")
     source: str = option(
         "hf",
-        help="Where to fetch from: Hugging Face, ModelScope, a directory, or a web address.",
-        group=SOURCE,
+        "Where to fetch from: Hugging Face, ModelScope, a directory, or a web address.",
+        SOURCE,
         metavar="hf|modelscope|DIR|URL",
     )
     endpoint: str | None = option(
-        None,
-        help="Address of a mirror of Hugging Face or ModelScope.",
-        group=SOURCE,
-        metavar="URL",
-        default_text="$HF_ENDPOINT",
+        None, "Address of a mirror of Hugging Face or ModelScope.", SOURCE, metavar="URL", default_text="$HF_ENDPOINT"
     )
     revision: str | None = option(
         None,
-        help="Commit, tag or branch to fetch.",
-        group=SOURCE,
+        "Commit, tag or branch to fetch.",
+        SOURCE,
         metavar="NAME",
         default_text="the commit in mm.lock, else the one in mm's list of known files",
     )
-    update: bool = option(False, help="Fetch the newest commit instead of the one recorded in mm.lock.", group=SOURCE)
-    verify: bool = option(
-        False, help="Hash files again that were fetched before; without NAME, all of them.", group=LOCAL
-    )
-    force: bool = option(False, help="Replace files of the same name that mm did not fetch.", group=LOCAL)
+    update: bool = option(False, "Fetch the newest commit instead of the one recorded in mm.lock.", SOURCE)
+    verify: bool = option(False, "Hash files again that were fetched before; without NAME, all of them.", LOCAL)
+    force: bool = option(False, "Replace files of the same name that mm did not fetch.", LOCAL)
     connections: int = option(
         1,
-        help="Number of connections per file; 4 is faster where a single connection is slow.",
-        group=SOURCE,
+        "Number of connections per file; 4 is faster where a single connection is slow.",
+        SOURCE,
         metavar="N",
         least=1,
         most=32,

@@ -13,28 +13,28 @@ class ReadOptions:
 
     encoding: str | None = option(
         None,
-        help="Encoding of the text in the files, such as gb18030, utf-16 or cp1252.",
-        group=READING,
+        "Encoding of the text in the files, such as gb18030, utf-16 or cp1252.",
+        READING,
         metavar="NAME",
         default_text="utf-8",
     )
     text: str | None = option(
         None,
-        help="Take plain text files, too; line: every line is a document, as with --kind document; file: every file is one.",
-        group=READING,
+        "Take plain text files, too; line: every line is a document, as with --kind document; file: every file is one.",
+        READING,
         choices=("line", "file"),
     )
     kind: str | None = option(
         None,
-        help="Take the rows that can be read as this kind and set the others aside, counted.",
-        group=READING,
+        "Take the rows that can be read as this kind and set the others aside, counted.",
+        READING,
         choices=("document", "conversation", "pair"),
         default_text="the kind of the first rows",
     )
     mapping: tuple[str, ...] = option(
         (),
-        help="Column that holds a field of rows or messages, as in prompt=question; may be repeated.",
-        group=READING,
+        "Column that holds a field of rows or messages, as in prompt=question; may be repeated.",
+        READING,
         flag="--map",
         metavar="FIELD=COLUMN",
         default_text="see docs/data.md",

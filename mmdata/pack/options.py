@@ -32,129 +32,119 @@ class PackOptions(ReadOptions):
     the bytes of the dataset; `max_bad` and `allow_unknown` only decide whether it is published.
     """
 
-    tokenizer: Path | None = option(
-        None,
-        help="Tokenizer directory.",
-        group=OUTPUT,
-        metavar="DIR",
-        default_text="data/tokenizer",
-    )
+    tokenizer: Path | None = option(None, "Tokenizer directory.", OUTPUT, metavar="DIR", default_text="data/tokenizer")
     max_len: int = option(
         1024,
-        help="Longest sequence in tokens; bucket lengths are 512, 1024, 2048 … below it, and the limit itself.",
-        group=OUTPUT,
+        "Longest sequence in tokens; bucket lengths are 512, 1024, 2048 … below it, and the limit itself.",
+        OUTPUT,
         default_text="the smallest of 512, 1024 and 2048 that keeps 99.5% of the tokens",
         least=8,
         below=2**31,
     )
     val_fraction: float = option(
         0.01,
-        help="Share of rows held out for validation; rows are chosen by a hash of their content.",
-        group=ROWS,
+        "Share of rows held out for validation; rows are chosen by a hash of their content.",
+        ROWS,
         default_text="0.01; of less than 5,000 rows 50 rows or 0.02, at most 0.2",
         least=0,
         below=1,
     )
     on_bad: str = option(
         "quarantine",
-        help="quarantine: set bad rows aside and count them; fail: stop at the first.",
-        group=ROWS,
+        "quarantine: set bad rows aside and count them; fail: stop at the first.",
+        ROWS,
         choices=("quarantine", "fail"),
     )
     where: str | None = option(
         None,
-        help="Keep only the rows for which this condition on their columns holds (docs/frames.md).",
-        group=ROWS,
+        "Keep only the rows for which this condition on their columns holds (docs/frames.md).",
+        ROWS,
         metavar="CONDITION",
     )
     max_bad: str | None = option(
         None,
-        help="Stop with an error if a larger share of the rows is bad; also by reason: '1%,not json=0'.",
-        group=ROWS,
+        "Stop with an error if a larger share of the rows is bad; also by reason: '1%,not json=0'.",
+        ROWS,
         default_text="5%",
     )
     on_lost: str = option(
         "set-aside",
-        help="Rows of which the chat template leaves out a part. set-aside: leave them out, counted by reason; "
+        "Rows of which the chat template leaves out a part. set-aside: leave them out, counted by reason; "
         "fail: stop at the first; warn: pack them without the part.",
-        group=ROWS,
+        ROWS,
         choices=("set-aside", "fail", "warn"),
     )
     allow_unknown: bool = option(
-        False,
-        help="Pack also if the tokenizer does not know more than 1% of the text, which is lost.",
-        group=ROWS,
+        False, "Pack also if the tokenizer does not know more than 1% of the text, which is lost.", ROWS
     )
     train_on: str = option(
         "assistant",
-        help="assistant: train on every answer; last: on the last answer; all: on every token. "
+        "assistant: train on every answer; last: on the last answer; all: on every token. "
         "Never on messages of weight 0.",
-        group=TEMPLATE,
+        TEMPLATE,
         choices=("assistant", "last", "all"),
     )
     era: str = option(
         "auto",
-        help="Generation of MiniMind's chat template; auto detects it, another than the template's is an error.",
-        group=TEMPLATE,
+        "Generation of MiniMind's chat template; auto detects it, another than the template's is an error.",
+        TEMPLATE,
         choices=("auto", "seed", "2", "3"),
     )
     seed: int = option(
-        0, help="Seed of the only random choice: which rows keep their empty think blocks.", group=TEMPLATE, **INT64
+        0, "Seed of the only random choice: which rows keep their empty think blocks.", TEMPLATE, **INT64
     )
     end_of_turn: str | None = option(
         None,
-        help="Append this special token to each answer, for a chat template that writes nothing after answers.",
-        group=TEMPLATE,
+        "Append this special token to each answer, for a chat template that writes nothing after answers.",
+        TEMPLATE,
         metavar="TOKEN",
     )
     date: str | None = option(
         None,
-        help="Today's date for a chat template that writes it, YYYY-MM-DD.",
-        group=TEMPLATE,
+        "Today's date for a chat template that writes it, YYYY-MM-DD.",
+        TEMPLATE,
         metavar="DATE",
         default_text="2024-07-26",
     )
     dedup: str | None = option(
         None,
-        help="Leave out repeated rows except the first: exact, or near (pip install 'mm-toolkit[dedup]').",
-        group=DUPLICATES,
+        "Leave out repeated rows except the first: exact, or near (pip install 'mm-toolkit[dedup]').",
+        DUPLICATES,
         choices=DEDUP,
     )
     exclude: tuple[Path, ...] = option(
         (),
-        help="Leave out rows that overlap with the texts of this file, such as a benchmark; may be repeated.",
-        group=DUPLICATES,
+        "Leave out rows that overlap with the texts of this file, such as a benchmark; may be repeated.",
+        DUPLICATES,
         metavar="FILE",
     )
-    workers: int | None = option(
-        None, help="Number of processes.", group=MACHINES, least=1, default_text="one per core"
-    )
+    workers: int | None = option(None, "Number of processes.", MACHINES, least=1, default_text="one per core")
     encoder: str = option(
         "auto",
-        help="auto: the fastest installed one that gives the same ids; fastokens: pip install 'mm-toolkit[fast]'.",
-        group=MACHINES,
+        "auto: the fastest installed one that gives the same ids; fastokens: pip install 'mm-toolkit[fast]'.",
+        MACHINES,
         choices=("auto", "tokenizers", "fastokens"),
     )
     engine: str = option(
         "local",
-        help="local: processes on this machine; ray: a Ray cluster (pip install 'mm-toolkit[ray]').",
-        group=MACHINES,
+        "local: processes on this machine; ray: a Ray cluster (pip install 'mm-toolkit[ray]').",
+        MACHINES,
         choices=("local", "ray"),
     )
     ray_address: str | None = option(
         None,
-        help="Address of the Ray cluster; auto finds a running one.",
-        group=MACHINES,
+        "Address of the Ray cluster; auto finds a running one.",
+        MACHINES,
         metavar="HOST:PORT",
         default_text="a cluster started on this machine",
     )
     shard: str | None = option(
         None,
-        help="Pack only every N-th part, from the I-th on, on a shared filesystem; then run --finish.",
-        group=MACHINES,
+        "Pack only every N-th part, from the I-th on, on a shared filesystem; then run --finish.",
+        MACHINES,
         metavar="I/N",
     )
-    finish: bool = option(False, help="Publish the dataset from what all --shard runs packed.", group=MACHINES)
+    finish: bool = option(False, "Publish the dataset from what all --shard runs packed.", MACHINES)
     part_bytes: int = PART_BYTES  # size of a part in bytes of input; not a command-line option
 
     @property
@@ -224,26 +214,26 @@ class SelectOptions(ReadOptions):
     where: str | None = redeclared(PackOptions, "where", default=None)
     quality: str | None = option(
         None,
-        help="Keep only the rows that meet the published rules for the quality of text (docs/frames.md).",
-        group=ROWS,
+        "Keep only the rows that meet the published rules for the quality of text (docs/frames.md).",
+        ROWS,
         choices=QUALITY,
     )
     exclude: tuple[Path, ...] = redeclared(PackOptions, "exclude", default=())
     dedup: str | None = redeclared(PackOptions, "dedup", default=None)
     sample: str | None = option(
         None,
-        help="Draw this many of the rows that are left, or this share of them, such as 10%.",
-        group=ROWS,
+        "Draw this many of the rows that are left, or this share of them, such as 10%.",
+        ROWS,
         metavar="NUMBER|SHARE",
     )
     sort: str | None = option(
         None,
-        help="Write the rows in ascending order of a column; 'COLUMN desc' in descending order.",
-        group=ORDER,
+        "Write the rows in ascending order of a column; 'COLUMN desc' in descending order.",
+        ORDER,
         metavar="COLUMN",
     )
-    shuffle: bool = option(False, help="Write the rows in random order.", group=ORDER)
-    seed: int = option(0, help="Seed of --sample and --shuffle.", group=ORDER, **INT64)
+    shuffle: bool = option(False, "Write the rows in random order.", ORDER)
+    seed: int = option(0, "Seed of --sample and --shuffle.", ORDER, **INT64)
     tokenizer: Path | None = redeclared(PackOptions, "tokenizer", default=None)
     workers: int | None = redeclared(PackOptions, "workers", default=None)
 

@@ -18,30 +18,20 @@ class Sampling:
     logit_bias: (token id, number to add to its logit) pairs.
     """
 
-    temperature: float = option(
-        0.0, help="Sampling temperature; 0 always takes the most likely token.", least=0, group=GROUP
-    )
+    temperature: float = option(0.0, "Sampling temperature; 0 always takes the most likely token.", GROUP, least=0)
     top_p: float = option(
-        1.0,
-        help="Draw from the most likely tokens whose probabilities together reach this sum.",
-        above=0,
-        most=1,
-        group=GROUP,
+        1.0, "Draw from the most likely tokens whose probabilities together reach this sum.", GROUP, above=0, most=1
     )
-    top_k: int = option(0, help="Draw from this many of the most likely tokens; 0: from all.", least=0, group=GROUP)
+    top_k: int = option(0, "Draw from this many of the most likely tokens; 0: from all.", GROUP, least=0)
     min_p: float = option(
-        0.0,
-        help="Draw from tokens with at least this share of the most likely token's probability.",
-        least=0,
-        most=1,
-        group=GROUP,
+        0.0, "Draw from tokens with at least this share of the most likely token's probability.", GROUP, least=0, most=1
     )
     repetition_penalty: float = option(
-        1.0, help="Values above 1 make tokens that occurred already less likely.", above=0, group=GROUP
+        1.0, "Values above 1 make tokens that occurred already less likely.", GROUP, above=0
     )
-    stop: tuple[str, ...] = option((), help="End an answer at this text; may be repeated.", group=GROUP, metavar="TEXT")
-    max_new_tokens: int = option(512, help="Longest answer in tokens.", least=1, group=GROUP)
-    seed: int = option(0, help="Seed of the random draws; the same seed gives the same answers.", **INT64, group=GROUP)
+    stop: tuple[str, ...] = option((), "End an answer at this text; may be repeated.", GROUP, metavar="TEXT")
+    max_new_tokens: int = option(512, "Longest answer in tokens.", GROUP, least=1)
+    seed: int = option(0, "Seed of the random draws; the same seed gives the same answers.", GROUP, **INT64)
     logprobs: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0

@@ -16,32 +16,25 @@ TOKENIZER, TEXTS = "Tokenizer", "Choice of texts"
 class TokenizerOptions(ReadOptions):
     """How to train a tokenizer. `special`: control tokens after the template's own. `weights`: as in `sample.draw`."""
 
-    vocab_size: int = option(
-        6400, help="Number of tokens, control and reserved ones included.", group=TOKENIZER, least=1
-    )
+    vocab_size: int = option(6400, "Number of tokens, control and reserved ones included.", TOKENIZER, least=1)
     algorithm: str = option(
-        "bpe", help="Training algorithm; both give byte-level tokenizers.", group=TOKENIZER, choices=ALGORITHMS
+        "bpe", "Training algorithm; both give byte-level tokenizers.", TOKENIZER, choices=ALGORITHMS
     )
     template: str = option(
-        "minimind3",
-        help="Chat template of the tokenizer; its control tokens are added.",
-        group=TOKENIZER,
-        choices=TEMPLATES,
+        "minimind3", "Chat template of the tokenizer; its control tokens are added.", TOKENIZER, choices=TEMPLATES
     )
-    special: tuple[str, ...] = option(
-        (), help="Add a further control token; may be repeated.", group=TOKENIZER, metavar="TOKEN"
-    )
+    special: tuple[str, ...] = option((), "Add a further control token; may be repeated.", TOKENIZER, metavar="TOKEN")
     pattern: str = option(
         "digits",
-        help="How text is split before training; digits: each digit and newline alone; gpt2: as in MiniMind.",
-        group=TOKENIZER,
+        "How text is split before training; digits: each digit and newline alone; gpt2: as in MiniMind.",
+        TOKENIZER,
         choices=PATTERNS,
     )
     limit_bytes: int = option(
         100_000_000,
-        help="Largest amount of text in bytes, drawn evenly over files and languages; takes 12 times as much memory.",
-        group=TEXTS,
+        "Largest amount of text in bytes, drawn evenly over files and languages; takes 12 times as much memory.",
+        TEXTS,
         least=1,
     )
     weights: Mapping[str, float] = field(default_factory=dict)
-    seed: int = option(0, help="Seed of the random choice of texts, where not all are taken.", group=TEXTS, **INT64)
+    seed: int = option(0, "Seed of the random choice of texts, where not all are taken.", TEXTS, **INT64)
