@@ -28,6 +28,7 @@ class Option:
     group: str = ""  # heading in --help
     flag: str = ""  # as typed on the command line; empty: the field's name as --name-with-dashes
     metavar: str | None = None
+    envvar: str | None = None  # environment variable that gives the value if the option is missing
     least: float | None = None
     most: float | None = None
     above: float | None = None

@@ -15,7 +15,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer, train_bpe
 from mmtrain.inference.engine import Delta, Engine, Token
 from mmtrain.inference.serve.app import Service, listen, make_app
 from mmtrain.inference.serve.worker import Worker
-from mmtrain.inference.settings import Sampling
+from mmtrain.inference.settings import Sampling, ServeOptions
 from mmtrain.model.model import Model
 from mmtrain.shapes import ModelConfig
 
@@ -115,7 +115,9 @@ class _Server(uvicorn.Server):
 @contextlib.contextmanager
 def served(engine: Any, *, max_waiting: int = 64, **options: Any) -> Iterator[str]:
     """The base address of a service of `engine`; it has ended when the block has."""
-    service = Service("runs-a", Template(engine.tokenizer), Worker(engine, max_waiting=max_waiting), **options)
+    service = Service(
+        "runs-a", Template(engine.tokenizer), Worker(engine, max_waiting=max_waiting), ServeOptions(**options)
+    )
     listening = listen("127.0.0.1", 0)
     server = _Server(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

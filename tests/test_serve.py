@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def url(tokenizer: Tokenizer) -> Iterator[str]:
     """A model with random weights."""
-    with served(random_engine(tokenizer, window=256, max_rows=4), max_body_bytes=20_000) as address:
+    with served(random_engine(tokenizer, window=256, max_rows=4), max_body=20_000) as address:
         yield address
 
 
@@ -348,7 +348,7 @@ def test_too_many_at_once_are_turned_away_and_the_rest_answered(tokenizer: Token
 
 def test_an_answer_that_takes_too_long_is_ended(tokenizer: Tokenizer) -> None:
     engine = SayingEngine(tokenizer, "word " * 100, pause_s=0.05)
-    with served(engine, timeout_s=0.3) as address:
+    with served(engine, timeout=0.3) as address:
         status, answer = ask(address, {"messages": HELLO})
         assert status == 504 and "0.3 s" in answer["error"]["message"]
         with pytest.raises(openai.APIError, match="longer than"):

@@ -237,6 +237,7 @@ def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Opti
         flag,
         *short,
         autocompletion=(lambda: list(declaration.choices)) if declaration.choices else None,
+        envvar=declaration.envvar,
         metavar=declaration.metavar or _choices(declaration) or ("NAME" if declaration.choices else None),
         help=_help(annotation, default, declaration),
         show_default=False,

@@ -21,6 +21,7 @@ from mmdata.errors import CheckpointError, MMError, UsageError
 from mmdata.options import Option
 from mmtrain.commands.eval import run_metadata
 from mmtrain.commands.other_flags import OTHER_FLAGS
+from mmtrain.config import STAGE_KINDS
 from mmtrain.inference.settings import ChatSampling, Sampling
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def chat(
         raise UsageError("--compare needs two models or more", "mm chat --compare RUN_A RUN_B")
     if not compare and len(runs or ()) > 1:
         raise UsageError("several models are for --compare", "mm chat --compare RUN_A RUN_B, or name one")
-    speakers = [open_speaker(path, tokenizer, plain, window) for path in runs or [newest_finished_run()]]
+    runs = runs or [newest_finished_run("chat", (*STAGE_KINDS, "imported"))]
+    speakers = [open_speaker(path, tokenizer, plain, window) for path in runs]
     session = Session(speakers, sampling, system, think, as_json)
     if prompt is not None:
         session.ask(prompt)
@@ -95,16 +97,15 @@ def chat(
     session.run(typed_lines() if is_typed else piped_lines(), is_lenient=is_typed)
 
 
-def newest_finished_run() -> Path:
-    """Return the run under runs/ that finished last, of any stage or imported. Raise CheckpointError if there is none."""
+def newest_finished_run(command: str, stages: Sequence[str]) -> Path:
+    """Return the run under runs/ that finished last, of these stages. Raise CheckpointError if there is none.
+    command: such as "chat", for the message."""
     from mmtrain.checkpoint import find_run
-    from mmtrain.config import STAGE_KINDS
 
-    run = find_run(RUNS_DIR, (*STAGE_KINDS, "imported"))
+    run = find_run(RUNS_DIR, tuple(stages))
     if run is None:
-        raise CheckpointError(
-            f"no finished run under {RUNS_DIR}/", "`mm demo` trains one in minutes, or name one: mm chat RUN"
-        )
+        fix = f"`mm demo` trains one in minutes, or name one: mm {command} RUN"
+        raise CheckpointError(f"no finished run under {RUNS_DIR}/", fix)
     return run
 
 

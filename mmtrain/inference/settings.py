@@ -1,4 +1,4 @@
-"""Sampling settings of one answer, declared once for the engine and for the command line. Does not import torch."""
+"""Sampling settings of one answer and the options of `mm serve`, declared once for code and command line. No torch."""
 
 from dataclasses import dataclass
 
@@ -51,3 +51,27 @@ class ChatSampling(Sampling):
 
     temperature: float = redeclared(Sampling, "temperature", default=0.7)
     top_p: float = redeclared(Sampling, "top_p", default=0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """The options of `mm serve`. origins: of web pages that may use the interface (CORS)."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0: every address of this machine.")
+    port: int = option(8000, "Port to listen on; 0: a free one.", least=0, most=65535)
+    api_key: str | None = option(None, "Key that clients must send.", envvar="MM_API_KEY")
+    origins: tuple[str, ...] = option(
+        (),
+        "Origin of a web page that may use the interface, such as https://example.org; may be repeated; *: all.",
+        flag="--cors",
+        metavar="ORIGIN",
+    )
+    name: str | None = option(None, "Model name that clients see.", default_text="the run's")
+    window: int = option(2048, "Largest number of tokens of a conversation and its answer.", least=16)
+    max_tokens: int | None = option(
+        None, "Longest answer in tokens.", least=1, default_text="what the window has room for"
+    )
+    max_rows: int = option(16, "Largest number of answers generated at once.", least=1)
+    max_waiting: int = option(64, "Largest number of waiting requests; further ones are refused.", least=1)
+    max_body: int = option(2**20, "Largest request body in bytes.", least=1024)
+    timeout: float = option(600, "Longest time that one request may take, in seconds.", least=1)

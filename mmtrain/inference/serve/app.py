@@ -30,6 +30,7 @@ from mmtrain.inference.engine import Delta, Engine
 from mmtrain.inference.serve.api import Request, RequestError, chat_request, completion_request
 from mmtrain.inference.serve.responses import AnswerStream, Choice, Completion, ModelCard, Usage
 from mmtrain.inference.serve.worker import Ask, BusyError, StoppedError, Worker
+from mmtrain.inference.settings import ServeOptions
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -60,12 +61,7 @@ class Service:
     name: str
     template: Template
     worker: Worker
-    api_key: str | None = None  # required for paths below /v1/; None: no key is needed
-    origins: Sequence[str] = ()  # of web pages that may use the interface (CORS); "*": of all
-    host: str = "127.0.0.1"  # address to listen on
-    max_body_bytes: int = 2**20
-    max_tokens: int | None = None  # limit of every answer; None: as many as the window has room for
-    timeout_s: float = 600  # time for all answers of a request
+    options: ServeOptions
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time
 
     @property
@@ -151,24 +147,25 @@ def make_app(service: Service) -> "Starlette":
             Route("/health", guarded(health)),
             *(Route(f"/{path}", guarded(page)) for path in PAGE),
         ],
-        middleware=[Middleware(CORSMiddleware, service.origins, ("GET", "POST"), ("*",), allow_private_network=True)]
-        * bool(service.origins),
+        middleware=[
+            Middleware(CORSMiddleware, service.options.origins, ("GET", "POST"), ("*",), allow_private_network=True)
+        ]
+        * bool(service.options.origins),
         exception_handlers=dict.fromkeys((404, 405, 500), error_response),
         lifespan=lifespan,
     )
 
 
-def serve(service: Service, port: int, *, ready: Callable[[str], None]) -> None:
-    """Serve on `port` of the service's host until SIGINT or SIGTERM; answers in generation then have 5 seconds to end.
-    Raise UsageError when the port is taken or not from 0 to 65535, or the host is not an address of this machine.
-
-    port: 0 takes a free port. ready: called with the address once the server is listening.
-    """
+def serve(service: Service, ready: Callable[[str], None]) -> None:
+    """Serve on the service's host and port until SIGINT or SIGTERM; answers in generation then have 5 seconds to end.
+    Raise UsageError when the port is taken or the host is not an address of this machine. ready: called with the
+    address once the server is listening."""
     app = make_app(service)
     import uvicorn
 
-    listening = listen(service.host, port)
-    host = f"[{service.host}]" if ":" in service.host else service.host
+    host = service.options.host
+    listening = listen(host, service.options.port)
+    host = f"[{host}]" if ":" in host else host
     ready(f"http://{host}:{listening.getsockname()[1]}")
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
@@ -209,35 +206,37 @@ def _check_host(service: Service, request: "HttpRequest") -> None:
     machine (DNS rebinding)."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if service.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):
+    if service.options.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):
         raise RequestError("this address is not served here: Host must be a loopback name", status=403)
 
 
 def _check_key(service: Service, request: "HttpRequest") -> None:
     """Raise RequestError (status 401) when the service has an API key that the Authorization header does not carry."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
-    if service.api_key is None:
+    expected = service.options.api_key
+    if expected is None:
         return
-    if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), service.api_key.encode()):
+    if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), expected.encode()):
         message = "this server needs its API key: Authorization: Bearer KEY"
         raise RequestError(message, status=401, code="invalid_api_key")
 
 
 async def _body(service: Service, request: "HttpRequest") -> Any:
-    """Read a request's JSON body. Raise RequestError when its type is not JSON, it is larger than `max_body_bytes`,
+    """Read a request's JSON body. Raise RequestError when its type is not JSON, it is larger than --max-body,
     takes longer than READ_S seconds to arrive, or cannot be decoded."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("Content-Type must be application/json", status=415)
-    too_large = RequestError(f"the body is larger than {service.max_body_bytes:,} bytes", status=413)
+    max_bytes = service.options.max_body
+    too_large = RequestError(f"the body is larger than {max_bytes:,} bytes", status=413)
     with contextlib.suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > service.max_body_bytes:
+        if int(request.headers.get("content-length", "0")) > max_bytes:
             raise too_large
     read = bytearray()
     try:
         async with asyncio.timeout(READ_S):
             async for piece in request.stream():
                 read += piece
-                if len(read) > service.max_body_bytes:
+                if len(read) > max_bytes:
                     raise too_large
     except TimeoutError:
         raise RequestError(f"the body did not arrive within {READ_S} s", status=408) from None
@@ -338,12 +337,12 @@ class _Generation:
                 param="messages" if request.is_chat else "prompt",
                 code="context_length_exceeded",
             )
-        return min(room, request.max_tokens or room, self._service.max_tokens or room)
+        return min(room, request.max_tokens or room, self._service.options.max_tokens or room)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """Yield (index of the answer, delta) as the worker generates them. Raise RequestError: 503 when too many
         answers are waiting or generation stopped, 504 after the service's timeout, 400 for other errors."""
-        worker, timeout_s = self._service.worker, self._service.timeout_s
+        worker, timeout_s = self._service.worker, self._service.options.timeout
         try:
             async with contextlib.aclosing(worker.answer(self._asks, timeout_s=timeout_s)) as deltas:
                 async for delta in deltas:
