@@ -399,6 +399,11 @@ MUON_DEFAULTS = {"lr": 4e-3}
 LORA_DEFAULTS = {"lr": 2e-3, "weight_decay": 0.0}
 
 
+def stage_of(kind: str) -> str:
+    """Return the stage (pretrain, sft or dpo) that trains on rows of this kind (document, conversation or pair)."""
+    return next(stage for stage, stage_kind in STAGE_KINDS.items() if stage_kind == kind)
+
+
 def stage_defaults(stage: str) -> SettingValues:
     """Return the default of every setting for a stage, by name."""
     return {name: known.by_stage[stage] for name, known in options_of(TrainSettings) if known.by_stage is not None}

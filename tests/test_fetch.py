@@ -89,17 +89,8 @@ class Client:
             defaults["endpoint"] = None
         return FetchOptions(**{**defaults, **changes})
 
-    def plan(
-        self,
-        *names: str,
-        preset: str | None = None,
-        everything: bool = False,
-        tokenizer: str | None = None,
-        **changes: object,
-    ) -> FetchPlan:
-        return plan.plan(
-            names, options=self.options(**changes), preset=preset, everything=everything, tokenizer=tokenizer
-        )
+    def plan(self, *names: str, **changes: object) -> FetchPlan:
+        return plan.plan(names, self.options(**changes))
 
     def all(self, *names: str, watch: fetch.Watch | None = None, **changes: object) -> list[FetchOutcome]:
         return fetch.fetch(self.plan(*names, **changes), watch=watch)  # type: ignore[arg-type]
@@ -144,7 +135,7 @@ def test_a_rerun_does_not_even_load_huggingface_hub(hub: FakeHub, client: Client
     code = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
         "from pathlib import Path; from mmdata.hub import fetch, plan\n"
-        f"fetch.fetch(plan.plan(('a.jsonl',), options=plan.FetchOptions(out=Path({str(client.out)!r}))))\n"
+        f"fetch.fetch(plan.plan(('a.jsonl',), plan.FetchOptions(out=Path({str(client.out)!r}))))\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -344,7 +335,7 @@ from mmdata.hub import fetch, plan
 out, endpoint, connections = sys.argv[1:4]
 options = plan.FetchOptions(out=Path(out), endpoint=endpoint, connections=int(connections))
 try:
-    outcomes = fetch.fetch(plan.plan(tuple(sys.argv[4:]), options=options))
+    outcomes = fetch.fetch(plan.plan(tuple(sys.argv[4:]), options))
 except plan.MMError as error:
     print(error.message)
     sys.exit(error.exit_code)
@@ -842,9 +833,9 @@ from pathlib import Path
 from mmdata.hub import fetch, plan
 options = plan.FetchOptions(out=Path(sys.argv[1]), endpoint=sys.argv[2])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fetch.fetch(plan.plan(("small.jsonl",), options=options))
+fetch.fetch(plan.plan(("small.jsonl",), options))
 idle = peak()
-(outcome,) = fetch.fetch(plan.plan(("long.jsonl",), options=options))
+(outcome,) = fetch.fetch(plan.plan(("long.jsonl",), options))
 print(outcome.num_bytes, outcome.num_lines, (peak() - idle) // 1024)
 """
 

@@ -27,7 +27,7 @@ from mmdata.commands.terminal import (
     size,
     table,
 )
-from mmdata.hub.options import LOCAL, SOURCE, FetchOptions
+from mmdata.hub.options import FILES, LOCAL, SOURCE, FetchOptions
 from mmdata.options import Option
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ASK_ABOVE_BYTES = 1_000_000_000  # of a download that the user has to agree to
 ADVISE_CONNECTIONS_ABOVE_BYTES = 256_000_000
 ENDPOINT_VARIABLES = {"hf": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
-FILES, OUTPUT = "What to fetch", "Output"
+OUTPUT = "Output"
 HEADINGS = (FILES, SOURCE, LOCAL, OUTPUT)  # the groups of options in --help, in this order
 
 
@@ -49,25 +49,10 @@ def fetch(
         ),
     ] = None,
     *,
-    preset: Annotated[
-        str | None,
-        Option(
-            "Fetch a set of files with their tokenizer: begin, zero, full, seed or zero-seed.", FILES, metavar="NAME"
-        ),
-    ] = None,
-    everything: Annotated[bool, Option("Fetch every file of the dataset's repository.", FILES, "--all")] = False,
-    tokenizer: Annotated[
-        str | None,
-        Option(
-            "Fetch the tokenizer minimind-3, minimind-2 or minimind-2-seed to tokenizer/ in --out.",
-            FILES,
-            metavar="NAME",
-        ),
-    ] = None,
+    options: FetchOptions,
     listing: Annotated[
         bool, Option("List the known files and whether they have been fetched; makes no request.", FILES, "--list")
     ] = False,
-    options: FetchOptions,
     clean: Annotated[bool, Option("Remove the files that unfinished downloads left; fetch nothing.", LOCAL)] = False,
     dry_run: Annotated[bool, Option("Show what would be fetched; fetch nothing.", OUTPUT)] = False,
     yes: Annotated[
@@ -93,15 +78,8 @@ def fetch(
     endpoint = options.endpoint or os.environ.get(ENDPOINT_VARIABLES.get(options.source, "")) or None
     options = replace(options, endpoint=endpoint)
     mute = quiet or as_json
-    with progress("check", quiet=mute) as checking:
-        to_do = plan(
-            tuple(names or ()),
-            options=options,
-            preset=preset,
-            everything=everything,
-            tokenizer=tokenizer,
-            checking=(lambda name, done, total: checking(done, total)) if checking else None,
-        )
+    with progress("check", quiet=mute) as update:
+        to_do = plan(tuple(names or ()), options, update)
     if not mute:
         print_plan(to_do)
     if dry_run:
@@ -129,8 +107,7 @@ def fetch(
 
 
 def agrees_to(num_bytes: int) -> bool:
-    """Return whether to download `num_bytes`: the user's answer above 1 GB if stdin and stderr are terminals, else
-    True."""
+    """Return whether to download `num_bytes`; asks the user above 1 GB if stdin and stderr are terminals."""
     if num_bytes <= ASK_ABOVE_BYTES or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return True
     return typer.confirm(f"download {size(num_bytes)}?", default=True, err=True)
@@ -241,19 +218,17 @@ def print_cleaned(num_files: int, num_bytes: int, as_json: bool) -> None:
 
 
 @contextmanager
-def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None] | None]:
-    """Show the progress of the current file and of all files together, as a context manager. Yields None if `quiet`,
-    else `watch(name, done, total, all_done, all_total)`: bytes done and in all of the file `name`, then of all files.
-    """
+def fetch_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int, int, int], None]]:
+    """Show the progress of the current file and of all files together, as a context manager. Yields `watch(name, done,
+    total, all_done, all_total)`: bytes done and in all of the file `name`, then of all files."""
     rate = Rate()
     with meter(quiet=quiet) as draw:
 
         def watch(name: str, done: int, total: int, all_done: int, all_total: int) -> None:
-            assert draw
             per_second = rate.per_second(all_done)
             speed = f", {size(per_second)}/s" if per_second else ""
             left = rate.time_left(all_done, all_total)
             draw(name, done, total, f"{size(done)} of {size(total)} ({percent(done, total)}){speed}{left}")
             draw("all files", all_done, all_total, f"{size(all_done)} of {size(all_total)}", row=1)
 
-        yield watch if draw else None
+        yield watch

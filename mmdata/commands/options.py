@@ -338,12 +338,16 @@ def pack_command(files: Sequence[Path] = (), read: ReadOptions = DEFAULT_READING
     return " ".join([f"{fetch}mm pack", *map(str, files), *read.flags])
 
 
+def optional_tokenizer(path: Path | None) -> Path | None:
+    """Return the tokenizer directory: `path`, which is not checked, or else data/tokenizer; None if it is not there."""
+    return path or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
+
+
 def tokenizer_dir(path: Path | None) -> Path:
-    """Return the tokenizer directory: `path`, which is not checked, or data/tokenizer if it is None. Raise
-    TokenizerError if data/tokenizer is needed and does not exist."""
-    if path is None and not (DATA_DIR / "tokenizer").is_dir():
-        raise TokenizerError(
-            f"no tokenizer given and no {DATA_DIR}/tokenizer here",
-            "`mm fetch --tokenizer minimind-3` brings one, or name a directory: --tokenizer DIR",
-        )
-    return path or DATA_DIR / "tokenizer"
+    """Return the tokenizer directory as `optional_tokenizer` does. Raise TokenizerError if there is none."""
+    if directory := optional_tokenizer(path):
+        return directory
+    raise TokenizerError(
+        f"no tokenizer given and no {DATA_DIR}/tokenizer here",
+        "`mm fetch --tokenizer minimind-3` brings one, or name a directory: --tokenizer DIR",
+    )

@@ -34,7 +34,7 @@ from mmdata.commands.terminal import (
 from mmdata.errors import MMError, UsageError
 from mmdata.options import Option, redeclared
 from mmdata.pack.options import OUTPUT, PackOptions
-from mmtrain.config import STAGE_KINDS, stage_defaults
+from mmtrain.config import STAGE_KINDS, stage_defaults, stage_of
 
 if TYPE_CHECKING:
     from mmdata.pack.estimate import Estimate
@@ -52,13 +52,7 @@ class PackFlags(PackOptions):
 
 
 def pack(
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[FILE]...",
-            help=FILES_HELP,
-        ),
-    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help=FILES_HELP)] = None,
     *,
     options: PackFlags,
     out: Annotated[
@@ -82,7 +76,6 @@ def pack(
     Example: mm pack data/sft_512.jsonl --max-len 512 --tokenizer data/tokenizer
     """
     from mmdata.io import remote
-    from mmdata.pack import pipeline
 
     directory = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
     paths = data_files([remote.file_at(file) for file in files or ()])
@@ -90,15 +83,34 @@ def pack(
         options, tokenizer=tokenizer_dir(options.tokenizer), workers=options.workers or os.cpu_count() or 1
     )
     if plan:
-        if options.dedup or options.exclude or options.where is not None:
-            say(
-                "note: rows that --where, --dedup and --exclude would leave out are counted here: only packing finds them"
-            )
         print_plan(paths, bool(out), options, as_json)
         return
     paths = [kept_stdin(directory, options.text) if str(path) == "-" else path for path in paths]
     names = [] if directory else dataset_names(paths)
     jobs = [(paths, directory)] if directory else [([path], SHARDS_DIR / names[i]) for i, path in enumerate(paths)]
+    results, failures = pack_all(jobs, options, with_report=not no_report, as_json=as_json)
+    if out and remote.is_url(out) and results[0].parts_left is None:
+        send(results[0].out, out, quiet=as_json)
+    if as_json:
+        print_json(results)
+    warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(paths) > 1])
+    if results and results[-1].parts_left is None:
+        first = min(results, key=lambda packed: list(STAGE_KINDS.values()).index(packed.kind))
+        next_command(f"mm train {stage_of(first.kind)} --data {first.out}")
+    elif results:
+        say("when the other shards are packed, publish the dataset:")
+        next_command(same_command("--shard", add="--finish"))
+    if failures:
+        raise typer.Exit(failures[0])
+
+
+def pack_all(
+    jobs: list[tuple[list[Path], Path]], options: PackFlags, *, with_report: bool, as_json: bool
+) -> tuple[list["PackResult"], list[int]]:
+    """Pack the inputs of each job into its dataset and print what was packed. Return the results, and the exit codes of
+    the jobs that failed; the error of a single job is raised."""
+    from mmdata.pack import pipeline
+
     results, failures = [], []
     for inputs, place in jobs:
         try:
@@ -114,21 +126,9 @@ def pack(
             if not as_json:
                 print_packed(packed)
                 advise_max_len(inputs, chosen, packed)
-            if not no_report and packed.parts_left is None:
+            if with_report and packed.parts_left is None:
                 write_report(packed.out, is_new=not packed.up_to_date)
-    if out and remote.is_url(out) and results[0].parts_left is None:
-        send(results[0].out, out, quiet=as_json)
-    if as_json:
-        print_json(results)
-    warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(paths) > 1])
-    if results and results[-1].parts_left is None:
-        first = min(results, key=lambda packed: list(STAGE_KINDS.values()).index(packed.kind))
-        next_command(f"mm train {stage_of(first.kind)} --data {first.out}")
-    elif results:
-        say("when the other shards are packed, publish the dataset:")
-        next_command(same_command("--shard", add="--finish"))
-    if failures:
-        raise typer.Exit(failures[0])
+    return results, failures
 
 
 def settled(inputs: list[Path], place: Path, options: PackFlags) -> PackOptions:
@@ -200,15 +200,10 @@ def dataset_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def stage_of(kind: str) -> str:
-    """Return the stage (pretrain, sft or dpo) that trains on rows of this kind (document, conversation or pair)."""
-    return next(stage for stage, stage_kind in STAGE_KINDS.items() if stage_kind == kind)
-
-
 @contextmanager
-def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, Callable[[int, int, int], None]]]:
-    """Show the progress of packing, as a context manager. Yields `update(done, total)`, which takes bytes of the inputs
-    (None if `quiet`), and `watch(rows, tokens, num_left_out)`, which takes the counts so far for the next `update` to
+def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update, Callable[[int, int, int], None]]]:
+    """Show the progress of packing, as a context manager. Yields `update(done, total)`, which takes bytes of the
+    inputs, and `watch(rows, tokens, num_left_out)`, which takes the counts so far for the next `update` to
     show."""
     by_bytes, by_tokens = Rate(), Rate()
     counts = [0, 0, 0]
@@ -218,8 +213,7 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
         by_tokens.per_second(counts[1])
 
     with meter(quiet=quiet) as draw:
-        if draw:
-            draw(label, 0, 0, "")
+        draw(label, 0, 0, "")
 
         def update(done: int, total: int) -> None:
             rows, tokens, num_left_out = counts
@@ -227,10 +221,9 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update | None, C
             rates = by_bytes.per_second(done), by_tokens.per_second(tokens)
             speed = f", {size(rates[0])}/s, {rates[1]:,.0f} tokens/s" if all(rates) else ""
             left = by_bytes.time_left(done, total)
-            assert draw
             draw(label, done, total, f"{percent(done, total)} of {size(total)}{left}, {rows:,} rows{aside}{speed}")
 
-        yield update if draw else None, watch
+        yield update, watch
 
 
 # --- after packing
@@ -330,6 +323,8 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
     from mmdata.pack.pipeline import common_kind
     from mmtrain.sizing import batch_for
 
+    if options.dedup or options.exclude or options.where is not None:
+        say("note: rows that --where, --dedup and --exclude would leave out are counted here: only packing finds them")
     estimates = []
     for inputs in [files] if is_one else [[path] for path in files]:
         stage = stage_of(common_kind(inputs, options.reading))

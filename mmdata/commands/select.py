@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmdata.commands.options import DATA_DIR, Json, data_files
+from mmdata.commands.options import Json, data_files, optional_tokenizer
 from mmdata.commands.terminal import next_command, percent, print_json, progress, result, say, table
 from mmdata.options import Option
 from mmdata.pack.options import OUTPUT, SelectOptions
@@ -39,8 +39,7 @@ def select(
     for option, target in (("--out", out), ("--rest", rest)):
         if target:
             selecting.check_target(target, [*paths, *([out] if option == "--rest" and out else [])], option)
-    default = DATA_DIR / "tokenizer"
-    tokenizer = options.tokenizer or (default if default.is_dir() else None)
+    tokenizer = optional_tokenizer(options.tokenizer)
     options = replace(options, tokenizer=tokenizer, workers=options.workers or os.cpu_count() or 1)
     with progress("read", quiet=as_json) as update:
         selection = selecting.select(paths, options, progress=update)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.commands.options import DATA_DIR, REPORT, Html, Json, Lang, TokenizerDir, Workers
+from mmdata.commands.options import REPORT, Html, Json, Lang, TokenizerDir, Workers, optional_tokenizer
 from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, say, size
 from mmdata.errors import UsageError
 from mmdata.io.options import READING, ReadOptions
@@ -54,16 +54,15 @@ def stats(
     from mmdata.stats.stats import contained, measure_dataset, measure_file, read_losses
 
     if compare and len(paths) != 1:
-        raise UsageError(
-            f"--compare puts two datasets side by side, {len(paths)} are named", "mm stats ONE --compare OTHER"
-        )
+        problem = f"--compare puts two datasets side by side, {len(paths)} are named"
+        raise UsageError(problem, "mm stats ONE --compare OTHER")
     every = [*paths, *([compare] if compare else [])]
     if exact and not any(path.is_file() for path in every):
         raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
     if where is not None and any(path.is_dir() for path in every):
         raise UsageError("--where is for files; a packed dataset's counts are those of all its rows", "mm pack --where")
     row_losses = read_losses(losses) if losses else None
-    directory = tokenizer or (DATA_DIR / "tokenizer" if (DATA_DIR / "tokenizer").is_dir() else None)
+    directory = optional_tokenizer(tokenizer)
     measured = []
     for path in every:
         with progress(f"read {path}", quiet=as_json) as update:
@@ -75,18 +74,14 @@ def stats(
     for one in measured:
         add_models(one.figures)
     overlaps = contained(measured)
-    values: dict[str, Any] = {str(one.path): one.figures for one in measured}
-    if compare:
-        values["differences"] = differences(measured[0].figures, measured[1].figures)
-    if overlaps:
-        values["warnings"] = overlaps
     if html:
-        if compare:
-            write_text(html, compare_page(*measured, lang=lang, others=overlaps))
-        else:
-            write_text(html, dataset_page(measured, lang=lang, others=overlaps))
+        page = compare_page(*measured, lang=lang, others=overlaps) if compare else None
+        write_text(html, page or dataset_page(measured, lang=lang, others=overlaps))
     if as_json:
-        print_json(values)
+        values: dict[str, Any] = {str(one.path): one.figures for one in measured}
+        if compare:
+            values["differences"] = differences(measured[0].figures, measured[1].figures)
+        print_json(values | ({"warnings": overlaps} if overlaps else {}))
     else:
         print_measured(measured, overlaps, is_comparison=compare is not None)
     if html:

@@ -298,15 +298,15 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 
 
 @contextmanager
-def meter(*, quiet: bool) -> Iterator[Callable[..., None] | None]:
+def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
     """Show progress on stderr: bars on a terminal, elsewhere a line every EVERY_S seconds. A context manager.
 
-    Yields None if `quiet`, else `draw(label, done, total, words, row=0)`: `done` of `total` units (0: not known) of the
+    Yields `draw(label, done, total, words, row=0)`, without effect if `quiet`: `done` of `total` units (0: not known) of the
     work `label` are done; `words` is printed after the bar, as many of its parts between ", " as fit, or in the line. Row 1 is a second bar below the first,
     shown on terminals only.
     """
     if quiet or OUTPUT.quiet:
-        yield None
+        yield lambda *_, **__: None
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
@@ -363,17 +363,15 @@ class Rate:
 
 
 @contextmanager
-def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Update | None]:
-    """Show the progress of one piece of work, as a context manager. Yields `update(done, total)`, or None if `quiet`.
+def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Update]:
+    """Show the progress of one piece of work unless `quiet`, as a context manager. Yields `update(done, total)`.
     unit: what is counted, such as "samples"; counts of bytes are shown with a suitable unit."""
     rate = Rate()
     with meter(quiet=quiet) as draw:
-        if draw:
-            draw(label, 0, 0, "")
+        draw(label, 0, 0, "")
 
         def update(done: int, total: int) -> None:
             amount = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
-            assert draw
             draw(label, done, total, f"{amount} ({percent(done, total)}){rate.time_left(done, total)}")
 
-        yield update if draw else None
+        yield update

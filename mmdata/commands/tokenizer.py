@@ -276,18 +276,17 @@ def weights_of(items: list[str] | None) -> dict[str, float]:
 
 
 @contextmanager
-def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show the progress of work in several phases, as a context manager. Yields None if `quiet`, else `phase(name,
-    done, total)`, which takes the bytes done in the phase and its bytes in all (0 if not known)."""
+def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of work in several phases, as a context manager. Yields `phase(name, done, total)`, which takes
+    the bytes done in the phase and its bytes in all (0 if not known)."""
     start = time.monotonic()
     with meter(quiet=quiet) as draw:
 
         def phase(name: str, done: int, total: int) -> None:
             amount = f"{size(done)} of {size(total)} ({percent(done, total)}) " if total else ""
-            assert draw
             draw(name, done, total, f"{amount}after {time.monotonic() - start:.0f} s")
 
-        yield phase if draw else None
+        yield phase
 
 
 def print_trained(trained: "Trained") -> None:

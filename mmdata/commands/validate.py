@@ -35,10 +35,7 @@ MOST_NAMES = 10  # keys, and control strings, to print at most
 
 
 def validate(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help=FILES_HELP),
-    ] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help=FILES_HELP)] = None,
     on_bad: Annotated[
         str,
         Option("quarantine: count bad rows and continue; fail: stop at the first.", choices=("quarantine", "fail")),

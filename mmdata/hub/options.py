@@ -9,13 +9,23 @@ from mmdata.options import option
 if TYPE_CHECKING:
     from mmdata.hub.transfer import RetryPolicy
 
-SOURCE, LOCAL = "Source", "Files on this machine"  # headings of --help
+FILES, SOURCE, LOCAL = "What to fetch", "Source", "Files on this machine"  # headings of --help
 
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
     """Options of `mm fetch`. `endpoint` None: the usual web address of `source`. `retry` None: `RetryPolicy()`."""
 
+    preset: str | None = option(
+        None, "Fetch a set of files with their tokenizer: begin, zero, full, seed or zero-seed.", FILES, metavar="NAME"
+    )
+    everything: bool = option(False, "Fetch every file of the dataset's repository.", FILES, flag="--all")
+    tokenizer: str | None = option(
+        None,
+        "Fetch the tokenizer minimind-3, minimind-2 or minimind-2-seed to tokenizer/ in --out.",
+        FILES,
+        metavar="NAME",
+    )
     out: Path = option(Path("data"), "Directory for the files.", LOCAL, metavar="DIR")
     source: str = option(
         "hf",

@@ -14,7 +14,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -25,7 +24,7 @@ from mmdata.hub.catalog import KnownFile
 from mmdata.hub.options import FetchOptions
 from mmdata.hub.sources import Listing, Repo, commits, first_bytes, is_safe, list_files, look_up, open_source
 from mmdata.hub.transfer import Content, RetryPolicy, kept_bytes
-from mmdata.io.files import Digest, digest_file, locked
+from mmdata.io.files import Digest, Progress, digest_file, locked
 from mmdata.io.records import convert_record, write_record
 
 # --- mm.lock
@@ -147,8 +146,6 @@ def guard_path(path: Path) -> Path:
 TOKENIZER_DIR = "tokenizer"
 SHOW_NAMES = "`mm fetch --list` shows the known names"
 
-Checking = Callable[[str, int, int], None]  # (file name, bytes hashed so far, size of the file)
-
 
 @dataclass(frozen=True, slots=True)
 class WantedFile:
@@ -202,34 +199,26 @@ class FetchPlan:
         return sum(item.get_bytes for item in self.items)
 
 
-def plan(
-    names: tuple[str, ...] = (),
-    *,
-    options: FetchOptions,
-    preset: str | None = None,
-    everything: bool = False,
-    tokenizer: str | None = None,
-    checking: Checking | None = None,
-) -> FetchPlan:
+def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress | None = None) -> FetchPlan:
     """Decide what to do so that the requested files are complete in `options.out`. May list repositories.
 
-    names: catalog keys, file names or shell patterns. preset: a key of `catalog.PRESETS`; its files and its tokenizer.
-    everything: all files of the dataset repository. tokenizer: a name of the catalog. These add up. If none is given,
-    the preset "begin" is taken, or with `options.verify` every file in mm.lock. checking: called during hashing.
-    Raises UsageError for an unknown preset or tokenizer, NotFoundError for an unknown name, and AccessError,
+    names: catalog keys, file names or shell patterns, to which the files of the options `preset`, `everything` and
+    `tokenizer` are added. If none of them is given, the preset "begin" is taken, or with `options.verify` every file in
+    mm.lock. progress: called while a file is hashed. Raises UsageError for an unknown preset or tokenizer, NotFoundError for an unknown name, and AccessError,
     NetworkError or ConflictError where nothing can be planned. Errors of single files are recorded in their items.
     """
+    preset, tokenizer = options.preset, options.tokenizer
     if preset is not None and preset not in catalog.PRESETS:
         raise UsageError(f"no preset {preset!r}", f"one of {', '.join(catalog.PRESETS)}")
-    planner = _Planner(options, checking)
-    planner.only_model = tokenizer is not None and not (names or preset or everything)
-    if not names and not everything and tokenizer is None and preset is None:
+    planner = _Planner(options, progress)
+    planner.only_model = tokenizer is not None and not (names or preset or options.everything)
+    if not names and not options.everything and tokenizer is None and preset is None:
         if options.verify and planner.lock.files:
             names = tuple(planner.lock.files)
         else:
             preset = "begin"
     wants = [want for name in (*catalog.PRESETS.get(preset or "", ()), *names) for want in planner.wants(name)]
-    wants += planner.everything() if everything else []
+    wants += planner.everything() if options.everything else []
     if tokenizer or preset:
         wants += planner.tokenizer(tokenizer or catalog.PRESET_TOKENIZER[preset or "begin"], is_asked=bool(tokenizer))
     unique = {want.name: want for want in wants}
@@ -241,8 +230,8 @@ def plan(
 class _Planner:
     """The state of planning: the content of mm.lock, the warnings, and the listings and histories requested so far."""
 
-    def __init__(self, options: FetchOptions, checking: Checking | None) -> None:
-        self.options, self.checking = options, checking
+    def __init__(self, options: FetchOptions, progress: Progress | None) -> None:
+        self.options, self.progress = options, progress
         self.source = open_source(options.source, options.endpoint, options.retry or RetryPolicy())
         self.warnings: list[str] = []
         self.lock = read_lock(options.out, self.warnings)
@@ -400,8 +389,7 @@ class _Planner:
         if entry and not self.options.verify and same_stat(path, entry) and content.sha256:
             is_same = content.sha256 == entry.sha256
             return replace(item, state="have" if is_same else "stale", action="keep" if is_same else "get")
-        progress = partial(self.checking, item.want.name) if self.checking else None
-        digest = digest_file(path, with_git=bool(content.git_oid), progress=progress)
+        digest = digest_file(path, with_git=bool(content.git_oid), progress=self.progress)
         is_recorded = entry is not None and digest.sha256 == entry.sha256
         if not content.mismatch(digest) and (content.is_published or is_recorded):
             return replace(item, state="have", action="adopt", digest=digest)

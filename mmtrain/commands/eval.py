@@ -5,6 +5,7 @@ import json
 import tempfile
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,62 +14,21 @@ import typer
 from mmdata.commands.options import Json, dataset_dir
 from mmdata.commands.terminal import percent, print_json, progress, result, say, table
 from mmdata.errors import CheckpointError, DatasetError, UsageError
-from mmdata.options import Option
+from mmtrain.inference.settings import EvalOptions
 
 if TYPE_CHECKING:
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.model.model import Model
     from mmtrain.records import RunRecord
 
-LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # groups of options in --help
 MOST_MISTAKES = 3  # wrongly answered questions to print at most
 Scores = dict[str, Any]  # what `mm eval --json` prints, or a part of it
 
 
 def eval_(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run, checkpoint, .pth or Hugging Face directory.")],
-    data: Annotated[
-        list[Path] | None,
-        Option("Packed dataset; may be repeated.", LOSS, metavar="DIR", default_text="the run's own"),
-    ] = None,
-    split: Annotated[str, Option("Split of the datasets.", LOSS, choices=("val", "train", "all"))] = "val",
-    per_sequence: Annotated[
-        Path | None,
-        Option("Write one JSON line per sequence, with file, line, tokens and nll.", LOSS, metavar="FILE"),
-    ] = None,
-    noisiest: Annotated[
-        int,
-        Option(
-            "Show this many rows that the model finds least likely: those of highest loss per token.", LOSS, least=0
-        ),
-    ] = 0,
-    questions: Annotated[
-        Path | None,
-        Option(
-            "jsonl file of questions and answers; answers are compared word for word, ignoring case.",
-            QUESTIONS,
-            metavar="FILE",
-        ),
-    ] = None,
-    choices: Annotated[
-        Path | None,
-        Option(
-            "jsonl file of questions, choices and answers; the model's answer is the most likely choice.",
-            QUESTIONS,
-            metavar="FILE",
-        ),
-    ] = None,
-    plain: Annotated[
-        bool, Option("Ask questions without the chat template.", QUESTIONS, default_text="only for pretrain runs")
-    ] = False,
-    max_new_tokens: Annotated[int, Option("With --questions: longest answer in tokens.", QUESTIONS, least=1)] = 64,
-    lm_eval: Annotated[
-        str | None,
-        Option("Tasks to run, separated by commas: ceval-valid, cmmlu, arc_easy, ...", HARNESS, metavar="TASKS"),
-    ] = None,
-    limit: Annotated[
-        int | None, Option("With --lm-eval: number of questions per task.", HARNESS, least=1, default_text="all")
-    ] = None,
+    *,
+    options: EvalOptions,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model: held-out loss by dataset and bucket, pairs ranked right, questions answered, tasks of
@@ -80,41 +40,34 @@ def eval_(
     from mmtrain.convert.foreign import open_model
     from mmtrain.inference import exam
 
-    if limit is not None and lm_eval is None:
+    if options.limit is not None and options.lm_eval is None:
         raise UsageError("--limit belongs to --lm-eval", "leave it out")
     start = time.monotonic()
     model, tokenizer = open_model(run)
     metadata = run_metadata(run)
-    datasets = [dataset_dir(path) for path in data or ()] or [
-        Path(item.dir) for item in metadata.data if Path(item.dir).is_dir()
-    ]
-    has_other_task = bool(questions or choices or lm_eval)
-    if not datasets and not has_other_task:
+    own = [Path(item.dir) for item in metadata.data if Path(item.dir).is_dir()]
+    datasets = [dataset_dir(path) for path in options.data] or own
+    if not datasets and not options.has_task:
         raise UsageError(f"{run} names no dataset that is here", f"mm eval {run} --data shards/NAME")
     values: Scores = {"model": str(run)}
-    if data or per_sequence or noisiest or not has_other_task:
-        splits = ("train", "val") if split == "all" else (split,)
-        values |= measured(model, tokenizer, datasets, splits, per_sequence, noisiest, as_json)
+    if options.data or options.per_sequence or options.noisiest or not options.has_task:
+        values |= measured(model, tokenizer, datasets, options, as_json)
         values |= as_in_training(model, tokenizer, metadata, datasets)
-    template = None if plain or metadata.stage == "pretrain" else Template(tokenizer)
-    if questions is not None:
-        items = exam.read_questions(questions)
-        with progress(f"ask {questions}", unit="items", quiet=as_json) as update:
-            outcomes = exam.ask(model, tokenizer, template, items, max_new_tokens=max_new_tokens, progress=update)
-        values["questions"] = {"file": str(questions), **exam.summary(outcomes), "outcomes": outcomes}
-    if choices is not None:
-        items = exam.read_choices(choices)
-        with progress(f"ask {choices}", unit="items", quiet=as_json) as update:
-            outcomes = exam.choose(model, tokenizer, template, items, progress=update)
-        values["choices"] = {"file": str(choices), **exam.summary(outcomes), "outcomes": outcomes}
-    if lm_eval:
-        tasks = [task.strip() for task in lm_eval.split(",")]
-        values["lm_eval"] = through_harness(run, tasks, template is not None, limit)
+    template = None if options.plain or metadata.stage == "pretrain" else Template(tokenizer)
+    ask = partial(exam.ask, max_new_tokens=options.max_new_tokens)
+    for name, path, read, answer in (
+        ("questions", options.questions, exam.read_questions, ask),
+        ("choices", options.choices, exam.read_choices, exam.choose),
+    ):
+        if path is not None:
+            with progress(f"ask {path}", unit="items", quiet=as_json) as update:
+                outcomes = answer(model, tokenizer, template, read(path), progress=update)
+            values[name] = {"file": str(path), **exam.summary(outcomes), "outcomes": outcomes}
+    if options.lm_eval:
+        tasks = [task.strip() for task in options.lm_eval.split(",")]
+        values["lm_eval"] = through_harness(run, tasks, template is not None, options.limit)
     values["seconds"] = round(time.monotonic() - start, 3)
-    if as_json:
-        print_json(values)
-    else:
-        print_scores(values)
+    print_json(values) if as_json else print_scores(values)
 
 
 def run_metadata(path: Path) -> "RunRecord":
@@ -128,17 +81,10 @@ def run_metadata(path: Path) -> "RunRecord":
 
 
 def measured(
-    model: "Model",
-    tokenizer: "Tokenizer",
-    datasets: list[Path],
-    splits: tuple[str, ...],
-    per_sequence: Path | None,
-    num_noisiest: int,
-    as_json: bool,
+    model: "Model", tokenizer: "Tokenizer", datasets: list[Path], options: EvalOptions, as_json: bool
 ) -> Scores:
-    """Return the held-out figures of the model on these splits of the packed datasets, by name. Raise DatasetError if
-    the splits have no sequence. per_sequence: file for the figures of each sequence, as JSON lines. num_noisiest: how
-    many rows with the highest loss per token to include."""
+    """Return the held-out figures of the model on the packed datasets, by name, and write the file of --per-sequence.
+    Raise DatasetError if the splits have no sequence."""
     from mmdata.io.files import write_text
     from mmdata.shards.dataset import open_dataset
     from mmtrain.inference.score import Scored, figures, noisiest, score
@@ -146,20 +92,21 @@ def measured(
     scores: list[Scored] = []
     for path in datasets:
         dataset = open_dataset(path)
-        for split in splits:
+        for split in options.splits:
             with progress(f"eval {path} {split}", unit="samples", quiet=as_json) as update:
                 scores += score(model, tokenizer, dataset, split, progress=update)
     if not scores:
         raise DatasetError(
-            f"{', '.join(map(str, datasets))}: the {' and '.join(splits)} split is empty",
+            f"{', '.join(map(str, datasets))}: the {' and '.join(options.splits)} split is empty",
             "--split all takes every row, or pack with a larger --val-fraction",
         )
-    values: Scores = {"splits": list(splits), "datasets": figures(scores)}
-    if num_noisiest:
-        values["noisiest"] = [one.record() for one in noisiest(scores, num_noisiest)]
-    if per_sequence is not None:
-        write_text(per_sequence, "".join(json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scores))
-        values["per_sequence"] = {"file": str(per_sequence), "lines": len(scores)}
+    values: Scores = {"splits": list(options.splits), "datasets": figures(scores)}
+    if options.noisiest:
+        values["noisiest"] = [one.record() for one in noisiest(scores, options.noisiest)]
+    if options.per_sequence is not None:
+        lines = (json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scores)
+        write_text(options.per_sequence, "".join(lines))
+        values["per_sequence"] = {"file": str(options.per_sequence), "lines": len(scores)}
     return values
 
 

@@ -1,11 +1,13 @@
-"""Sampling settings of one answer and the options of `mm serve`, declared once for code and command line. No torch."""
+"""Sampling settings of one answer, and the options of `mm serve` and `mm eval`. Does not import torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmdata.errors import UsageError
 from mmdata.options import INT64, check, option, redeclared
 
 GROUP = "Sampling"  # heading in --help
+LOSS, QUESTIONS, HARNESS = "Loss on packed data", "Questions", "EleutherAI's harness"  # headings of mm eval
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +77,51 @@ class ServeOptions:
     max_waiting: int = option(64, "Largest number of waiting requests; further ones are refused.", least=1)
     max_body: int = option(2**20, "Largest request body in bytes.", least=1024)
     timeout: float = option(600, "Longest time that one request may take, in seconds.", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """The options of `mm eval`."""
+
+    data: tuple[Path, ...] = option(
+        (), "Packed dataset; may be repeated.", LOSS, metavar="DIR", default_text="the run's own"
+    )
+    split: str = option("val", "Split of the datasets.", LOSS, choices=("val", "train", "all"))
+    per_sequence: Path | None = option(
+        None, "Write one JSON line per sequence, with file, line, tokens and nll.", LOSS, metavar="FILE"
+    )
+    noisiest: int = option(
+        0, "Show this many rows that the model finds least likely: those of highest loss per token.", LOSS, least=0
+    )
+    questions: Path | None = option(
+        None,
+        "jsonl file of questions and answers; answers are compared word for word, ignoring case.",
+        QUESTIONS,
+        metavar="FILE",
+    )
+    choices: Path | None = option(
+        None,
+        "jsonl file of questions, choices and answers; the model's answer is the most likely choice.",
+        QUESTIONS,
+        metavar="FILE",
+    )
+    plain: bool = option(
+        False, "Ask questions without the chat template.", QUESTIONS, default_text="only for pretrain runs"
+    )
+    max_new_tokens: int = option(64, "With --questions: longest answer in tokens.", QUESTIONS, least=1)
+    lm_eval: str | None = option(
+        None, "Tasks to run, separated by commas: ceval-valid, cmmlu, arc_easy, ...", HARNESS, metavar="TASKS"
+    )
+    limit: int | None = option(
+        None, "With --lm-eval: number of questions per task.", HARNESS, least=1, default_text="all"
+    )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are measured."""
+        return ("train", "val") if self.split == "all" else (self.split,)
+
+    @property
+    def has_task(self) -> bool:
+        """Whether anything but the loss on packed data is asked for."""
+        return bool(self.questions or self.choices or self.lm_eval)

@@ -17,7 +17,7 @@ from mmdata.shards.pairs import PairLoader, make_loader, saved_share
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, resolve, shape_from
+from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, resolve, shape_from, stage_of
 from mmtrain.distributed import World
 from mmtrain.log import trackers
 from mmtrain.model import preference
@@ -182,10 +182,9 @@ def _open_data(options: TrainOptions, resumed: Checkpoint | None) -> tuple[list[
     for dataset in datasets:
         dataset.check_bytes()
         if dataset.kind != STAGE_KINDS[options.stage]:
-            right = next(stage for stage, kind in STAGE_KINDS.items() if kind == dataset.kind)
             raise DatasetError(
                 f"{dataset.dir} holds {dataset.kind} rows; {options.stage} trains on {STAGE_KINDS[options.stage]} rows",
-                f"mm train {right} --data {dataset.dir}",
+                f"mm train {stage_of(dataset.kind)} --data {dataset.dir}",
             )
     return datasets, weights
 
