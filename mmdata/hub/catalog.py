@@ -1,9 +1,6 @@
-"""The dataset files and tokenizers that `mm fetch` knows, with their sizes, checksums, rows and revisions.
-
-The figures come from projects that pinned the same revisions and from the upstream READMEs; None where nobody published
-one. Where the source lists other figures than this table, `fetch` uses the source's and prints a warning. Nothing here
-makes a request.
-"""
+"""The dataset files and tokenizers that `mm fetch` knows, with their sizes, checksums, rows and revisions. The figures
+come from projects that pinned the same revisions and from the upstream READMEs; None: nobody published one. Where the
+source lists other figures, `fetch` uses those and prints a warning."""
 
 import difflib
 import fnmatch
@@ -146,11 +143,9 @@ def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:
 
 
 def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Return whether the size and sha256 that a source lists (None: not listed) can belong to this known file.
-
-    If both checksums are known, they decide. Otherwise an exact known size must be equal, and a rounded one may differ
-    by a tenth. With nothing to compare, the result is True.
-    """
+    """Return whether the size and sha256 that a source lists (None: not listed) can belong to this known file. If both
+    checksums are known, they decide; otherwise an exact known size must be equal, and a rounded one may differ by a
+    tenth."""
     if known.sha256 and sha256:
         return sha256.startswith(known.sha256)
     if known.num_bytes and num_bytes is not None:
@@ -161,11 +156,9 @@ def fits(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
 
 
 def is_namesake(known: KnownFile, num_bytes: int | None, sha256: str | None) -> bool:
-    """Return whether the file that a source lists at `known.path` is probably another known file with that path.
-
-    Several versions of dpo.jsonl were published at one path. True if another known file has this path, the listed size
-    and checksum do not fit `known`, and they fit that other file or the exact size of `known` is not recorded.
-    """
+    """Return whether the file listed at `known.path` is probably another known file with that path, as several versions
+    of dpo.jsonl were: the listed size and checksum do not fit `known`, and they fit the other file or the exact size of
+    `known` is not recorded."""
     others = [other for other in FILES if other.path == known.path and other.key != known.key]
     if not others or fits(known, num_bytes, sha256):
         return False

@@ -1,8 +1,5 @@
-"""Carrying out a plan of `mm fetch`: downloads files one after another, verifies them and records them in mm.lock.
-
-Takes the `FetchPlan` made by `plan.py` and returns a `FetchOutcome` for each file. mm.lock is written to the output
-directory. If every file is there already, no request is made and huggingface_hub is not imported.
-"""
+"""Carrying out a plan of `mm fetch`: downloads files one after another, verifies them and records them in mm.lock in
+the output directory. If every file is there already, no request is made and huggingface_hub is not imported."""
 
 import json
 import re
@@ -40,12 +37,9 @@ Watch = Callable[[str, int, int, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class FetchOutcome:
-    """What happened to one file.
-
-    `status` is kept (it was there and recorded in mm.lock), adopted (it was there and has now been recorded), fetched
-    or failed (see `error`). `num_lines` counts newline characters, `received_bytes` what this run received, repeated
-    bytes included, and `failures` the attempts that failed.
-    """
+    """What happened to one file. `status`: kept (it was there and recorded in mm.lock), adopted (it was there and is
+    now recorded), fetched or failed (see `error`). `num_lines` counts newline characters, `received_bytes` what this
+    run received, repeated bytes included, and `failures` failed attempts."""
 
     name: str
     status: str
@@ -64,12 +58,12 @@ class FetchOutcome:
 def fetch(
     plan: FetchPlan, *, watch: Watch | None = None, on_wait: Callable[[str], None] | None = None
 ) -> list[FetchOutcome]:
-    """Download and verify the files of a plan and record them in mm.lock. Return one outcome per file, in order.
+    """Download and verify the files of a plan and record them in mm.lock. Return one outcome per file, in order; a file
+    that fails does not stop the others. Bytes that have arrived stay on disk, and the next run resumes from them.
 
-    A file that fails does not stop the others. watch: called with the progress of the file and of the whole plan.
-    on_wait: called with a file's name if another process is downloading it, which is then waited for.
-    Raises DiskError if the disk is too small, full or not writable, InterruptedFetch on Ctrl-C, and UsageError for a
-    source that does not exist. Bytes that have arrived stay on disk, and the next run resumes from them.
+    watch: called with the progress of the file and of the whole plan. on_wait: called with a file's name before waiting
+    for another process that downloads it. Raises DiskError if the disk is too small, full or not writable,
+    InterruptedFetch on Ctrl-C, and UsageError for a source that does not exist.
     """
     options, needed = plan.options, plan.get_bytes + SPACE_MARGIN_BYTES
     if plan.get_bytes and needed > plan.free_bytes:
@@ -96,9 +90,8 @@ def fetch(
 
 
 class _Report:
-    """Called with the bytes of the current file, adds up those of the whole plan. They never decrease, even if a damaged
-    file is downloaded again. `close` ends the current file.
-    """
+    """Called with the bytes of the current file, adds up those of the whole plan; neither decreases, even if a damaged
+    file is downloaded again. `close` ends the current file."""
 
     def __init__(self, plan: FetchPlan, watch: Watch | None) -> None:
         self.watch = watch
@@ -191,9 +184,8 @@ def _outcome(options: FetchOptions, name: str, status: str) -> FetchOutcome:
 
 
 def _check_rows(part: Path, digest: Digest, want: WantedFile, content: Content) -> list[str]:
-    """Return warnings about the rows of the complete file `part`. Raises IntegrityError if its first row is wrong and no
-    checksum was published for it.
-    """
+    """Return warnings about the rows of the complete file `part`. Raises IntegrityError if its first row is wrong and
+    no checksum was published."""
     warnings = []
     num_rows = digest.num_lines + (not digest.ends_with_newline)
     if want.known and want.known.num_rows not in (None, num_rows):
@@ -226,12 +218,10 @@ def _first_row_problem(path: Path, expected: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """One line of `mm fetch --list`: a known or downloaded file, or a tokenizer.
-
-    `state` is have (the size is as expected, or no size is known), part (a part was downloaded), stale (another size)
-    or missing; contents are not read. Figures that nobody published are None. `num_bytes` may be rounded, `max_len` is
-    in tokens, and `stage` is empty for files that the catalog does not have.
-    """
+    """One line of `mm fetch --list`: a known or downloaded file, or a tokenizer. `state` is have (of the expected size,
+    or no size is known), part (partly downloaded), stale (another size) or missing; contents are not read. Figures that
+    nobody published are None. `num_bytes` may be rounded, `max_len` is in tokens, `stage` is empty for files outside
+    the catalog."""
 
     name: str
     stage: str
@@ -243,10 +233,8 @@ class FileState:
 
 
 def overview(out: Path) -> list[FileState]:
-    """Return the state in directory `out` of everything in the catalog and of the other datasets in mm.lock.
-
-    A tokenizer whose files differ in state counts as stale. Makes no request.
-    """
+    """Return the state in directory `out` of everything in the catalog and of the other datasets in mm.lock, without
+    any request. A tokenizer whose files differ in state counts as stale."""
     lock = read_lock(out).files
     states = []
     for known in catalog.FILES:
@@ -282,10 +270,8 @@ _LEFTOVER = re.compile(
 
 
 def clean(out: Path) -> tuple[int, int]:
-    """Remove the partial files, journals and lock files that unfinished downloads left in directory `out`.
-
-    Skips files that another process is downloading. Returns the number and bytes of files removed, without lock files.
-    """
+    """Remove the partial files, journals and lock files that unfinished downloads left in directory `out`, except of
+    files being downloaded. Returns the number and bytes of files removed, without lock files."""
     leftovers: dict[Path, list[Path]] = {}  # downloaded file -> what its download left
     for path in sorted(out.rglob("*")):
         if match := _LEFTOVER.fullmatch(path.name):

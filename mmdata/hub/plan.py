@@ -35,10 +35,8 @@ MTIME_SLACK_NS = 2_000_000  # tools that set times as floats, and some filesyste
 
 
 class LockEntry(msgspec.Struct, frozen=True):
-    """The record of a downloaded file in mm.lock: its content, where it came from, and its times (ns).
-
-    `revision` is the branch, tag or commit that was requested, `commit` the commit that it meant at the source.
-    """
+    """The record of a downloaded file in mm.lock: its content, where it came from, and its times (ns). `revision` is
+    the branch, tag or commit requested, `commit` what it meant at the source."""
 
     num_bytes: int
     sha256: str
@@ -69,10 +67,8 @@ class Lock(msgspec.Struct, frozen=True):
 
 
 def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
-    """Return the content of mm.lock in `out_dir`; an empty `Lock` if there is none or it cannot be used.
-
-    warnings: gets a message if the file is damaged or has another format.
-    """
+    """Return the content of mm.lock in `out_dir`; an empty `Lock` if there is none or it cannot be used. warnings: gets
+    a message if the file is damaged or has another format."""
     path = out_dir / LOCK_NAME
     try:
         values = json.loads(path.read_bytes())
@@ -89,11 +85,9 @@ def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
 
 
 def write_entry(out_dir: Path, name: str, entry: LockEntry) -> None:
-    """Set the entry of file `name` in mm.lock, with the file's present times. Other entries are preserved.
-
-    A lock that is damaged or has another format is renamed to mm.lock.broken first. Raises DiskError if no lock file
-    can be created, and OSError if the file does not exist or mm.lock cannot be written.
-    """
+    """Set the entry of file `name` in mm.lock, with the file's present times. A lock that is damaged or has another
+    format is renamed to mm.lock.broken first. Raises DiskError if no lock file can be created, and OSError if the file
+    does not exist or mm.lock cannot be written."""
     stat = (out_dir / name).stat()
     entry = msgspec.structs.replace(entry, mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns)
     path = out_dir / LOCK_NAME
@@ -114,19 +108,15 @@ def same_stat(path: Path, entry: LockEntry) -> bool:
 
 
 def same_mtime(path: Path, entry: LockEntry) -> bool:
-    """Return whether the mtime is the recorded one, give or take MTIME_SLACK_NS. Raises OSError if there is no file.
-
-    Other bytes with the recorded mtime mean that the file was damaged and not edited.
-    """
+    """Return whether the mtime is the recorded one, give or take MTIME_SLACK_NS: other bytes then mean damage, not
+    editing. Raises OSError if there is no file."""
     return abs(path.stat().st_mtime_ns - entry.mtime_ns) <= MTIME_SLACK_NS
 
 
 @contextlib.contextmanager
 def only_one(path: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Context manager that locks `path` against other processes, by a lock file in its directory.
-
-    on_wait: called once if another process holds the lock, then waited for. Raises DiskError without a lock file.
-    """
+    """Context manager that locks `path` against other processes, by a lock file in its directory. on_wait: called once
+    if another process holds the lock, then waited for. Raises DiskError without a lock file."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(guard_path(path), on_wait=on_wait))
@@ -162,12 +152,10 @@ class WantedFile:
 
 @dataclass(frozen=True, slots=True)
 class FetchItem:
-    """The decision about one file.
-
-    `state` is what is on disk: have (the right content), part (a partial download), stale (another content) or missing.
-    `action` is keep, adopt (only record the file in mm.lock), get (download) or fail (see `error`). `content` is the
-    content to have; `revision`, `commit` and `path` say where. `have_bytes` were downloaded by an earlier run.
-    """
+    """The decision about one file. `state` is what is on disk: have (the right content), part (a partial download),
+    stale (another content) or missing. `action` is keep, adopt (only record it in mm.lock), get (download) or fail (see
+    `error`). `content`: the content to have, found by `revision`, `commit` and `path`. `have_bytes` were downloaded by
+    an earlier run."""
 
     want: WantedFile
     state: str = ""
@@ -204,8 +192,8 @@ def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress | Non
 
     names: catalog keys, file names or shell patterns, to which the files of the options `preset`, `everything` and
     `tokenizer` are added. If none of them is given, the preset "begin" is taken, or with `options.verify` every file in
-    mm.lock. progress: called while a file is hashed. Raises UsageError for an unknown preset or tokenizer, NotFoundError for an unknown name, and AccessError,
-    NetworkError or ConflictError where nothing can be planned. Errors of single files are recorded in their items.
+    mm.lock. progress: called while a file is hashed. Raises UsageError for an unknown preset or tokenizer,
+    NotFoundError for an unknown name, and AccessError, NetworkError or ConflictError where nothing can be planned.
     """
     preset, tokenizer = options.preset, options.tokenizer
     if preset is not None and preset not in catalog.PRESETS:
@@ -244,11 +232,9 @@ class _Planner:
     # --- names
 
     def wants(self, name: str) -> list[WantedFile]:
-        """Return the files that a name or shell pattern means.
-
-        A pattern is matched with the catalog and, if nothing there matches, with the repository. Raises NotFoundError
-        if it matches nothing, and UsageError for a path outside the output directory or a name that `mm fetch` uses.
-        """
+        """Return the files that a name or shell pattern means. A pattern is matched with the catalog and, if nothing
+        there matches, with the repository. Raises NotFoundError if it matches nothing, and UsageError for a path
+        outside the output directory or a name that `mm fetch` uses."""
         if set(name) & set("*?["):
             wants = [self._wanted(known.path, known) for known in catalog.find_glob(name)]
             if not wants and self._is_repository:
@@ -274,10 +260,8 @@ class _Planner:
         return self.listing(self.dataset, self.options.revision or self._locked_commit() or self.main).files
 
     def everything(self) -> list[WantedFile]:
-        """Return all files of the dataset repository except hidden ones. Raises UsageError without a repository.
-
-        Paths outside the output directory, and names that `mm fetch` itself uses, are left out with a warning.
-        """
+        """Return all files of the dataset repository except hidden ones, and with a warning those outside the output
+        directory or named like `mm fetch`'s own. Raises UsageError without a repository."""
         if not self._is_repository:
             raise UsageError("--all needs a repository to list", "name the files, or use --source hf or modelscope")
         wants = []
@@ -290,12 +274,10 @@ class _Planner:
         return wants
 
     def tokenizer(self, name: str, *, is_asked: bool) -> list[WantedFile]:
-        """Return the files of a tokenizer of the catalog. Raises UsageError for an unknown name.
-
-        is_asked: it was named by the user, and not implied by a preset. If the output directory has a tokenizer of
-        another repository, an implied tokenizer gives a warning and no files; a named one raises ConflictError without
-        `--update` or `--force`. A tokenizer in mm.lock keeps its list of files unless `--update` is given.
-        """
+        """Return the files of a tokenizer of the catalog. Raises UsageError for an unknown name. is_asked: the user
+        named it. If the output directory has a tokenizer of another repository, one implied by a preset gives a warning
+        and no files; a named one raises ConflictError without `--update` or `--force`. A tokenizer in mm.lock keeps its
+        list of files unless `--update` is given."""
         known = catalog.TOKENIZERS.get(name)
         if known is None:
             raise UsageError(f"no tokenizer {name!r}", f"one of {', '.join(catalog.TOKENIZERS)}")
@@ -332,11 +314,9 @@ class _Planner:
     # --- one file
 
     def item(self, want: WantedFile) -> FetchItem:
-        """Decide what to do about one file.
-
-        Records in the item: ConflictError, and NotFoundError if the catalog knows the file. For an optional file,
-        AccessError and NotFoundError are recorded too, and a conflict only gives a warning. Other errors are raised.
-        """
+        """Decide what to do about one file. Records in the item: ConflictError, and NotFoundError if the catalog knows
+        the file. For an optional file AccessError and NotFoundError are recorded too, and a conflict only gives a
+        warning."""
         try:
             return self._item(want)
         except ConflictError as error:
@@ -351,11 +331,9 @@ class _Planner:
             return FetchItem(want, "missing", "fail", error=error)
 
     def _item(self, want: WantedFile) -> FetchItem:
-        """Decide what to do about one file; errors are raised.
-
-        If mm.lock has the file, and neither `--update` nor another revision is asked for, the recorded content is the
-        one to have, and the source is asked only if the recorded place cannot be used for a necessary download.
-        """
+        """Decide what to do about one file; errors are raised. Unless `--update` or another revision is asked for, the
+        content in mm.lock is the one to have, and the source is asked only if a download cannot use the recorded
+        place."""
         options, path = self.options, self.options.out / want.name
         entry = self.lock.files.get(want.name)
         # The owner of a repository differs between sources.
@@ -374,11 +352,10 @@ class _Planner:
         return self._compare(self._locate(want), path, entry)
 
     def _compare(self, item: FetchItem, path: Path, entry: LockEntry | None) -> FetchItem:
-        """Compare the file on disk, hashed if necessary, with `item.content` and return the item with state and action.
-
-        Raises ConflictError for a directory, and, without `--force`, for a file with neither the recorded nor the
-        published content. Other bytes with the recorded mtime are damage: downloaded again, with a warning.
-        """
+        """Return the item with state and action, by comparing the file on disk, hashed if necessary, with
+        `item.content`. Raises ConflictError for a directory and, without `--force`, for a file with neither the
+        recorded nor the published content. Other bytes with the recorded mtime are damage: downloaded again, with a
+        warning."""
         content = item.content
         assert content is not None
         have = min(kept_bytes(path, content), content.num_bytes)
@@ -408,12 +385,10 @@ class _Planner:
         return self.source.kind in ("hf", "modelscope")
 
     def _locate(self, want: WantedFile, locked: Content | None = None) -> FetchItem:
-        """Find a file at the source and return an item with content, revision and commit, without state and action.
-
-        locked: the content that it must have; None for any. Only `--revision` is tried, if given; otherwise the locked
-        commit, the catalog's revision, the main branch (with `--update`: the main branch, the catalog's revision), and
-        for datasets on the Hub the commits of the main branch. Raises NotFoundError if none has the file.
-        """
+        """Find a file at the source; return an item with content, revision and commit. locked: the content that it must
+        have; None for any. Tries `--revision` alone if given; otherwise the locked commit, the catalog's revision, the
+        main branch (with `--update`: the main branch, the catalog's revision), and for datasets on the Hub the commits
+        of the main branch. Raises NotFoundError if none has the file."""
         if not self._is_repository:
             return self._locate_plain(want, locked)
         nearby: list[str] = []
@@ -446,11 +421,9 @@ class _Planner:
         return NotFoundError(f"{where} has no {want.path}", fix)
 
     def _locate_plain(self, want: WantedFile, locked: Content | None) -> FetchItem:
-        """Find a file in a folder or at a web address, under its repository path or else under its local name.
-
-        The checksum is taken from mm.lock, from the catalog, or from the folder's own mm.lock, if the size is the same
-        there; without any, a warning is added. Raises NotFoundError if the file is not there.
-        """
+        """Find a file in a folder or at a web address, by its repository path or else its local name. The checksum is
+        that of mm.lock, the catalog, or the folder's own mm.lock, if the size is the same there; without any, a warning
+        is added. Raises NotFoundError if the file is not there."""
         for path in dict.fromkeys((want.path, want.name)):
             content = look_up(self.source, path)
             if content is None:
@@ -528,11 +501,9 @@ class _Planner:
             return None
 
     def _accept(self, want: WantedFile, listing: Listing, locked: Content | None) -> Content | None:
-        """Return the content that a listing has for a requested file; None if it does not have that file.
-
-        None also if `locked` is given and the listed bytes are others, or if, without `--revision`, the listed file is
-        another version that the catalog knows by another key. Warns if size or checksum differ from the catalog's.
-        """
+        """Return the content that a listing has for a requested file. None if it has none, if `locked` is given and the
+        bytes are others, or if, without `--revision`, the file is another version that the catalog knows by another
+        key. Warns if size or checksum differ from the catalog's."""
         content = listing.files.get(want.path)
         if content is None:
             return None

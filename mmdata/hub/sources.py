@@ -58,11 +58,9 @@ class Listing:
 
 
 def open_source(name: str, endpoint: str | None, retry: RetryPolicy) -> Source:
-    """Return the source that the values of `--source` (`name`) and `--endpoint` describe; makes no request.
-
-    name: hf, modelscope, a folder or a web address. endpoint: None for the usual address of hf or modelscope. Raises
-    UsageError if `name` is none of these, if the endpoint names no host, or if it is given for a folder or web address.
-    """
+    """Return the source that `--source` (`name`: hf, modelscope, a folder or a web address) and `--endpoint` (None: the
+    usual one) describe. Makes no request. Raises UsageError if `name` is none of these, if the endpoint names no host,
+    or if it is given for a folder or web address."""
     if name in ("hf", "modelscope"):
         default = HF_ENDPOINT if name == "hf" else MODELSCOPE_ENDPOINT
         return Source(name, _endpoint(endpoint or default), retry)
@@ -84,10 +82,8 @@ def _endpoint(text: str) -> str:
 
 
 def is_safe(path: str) -> bool:
-    """Return whether a listed path stays inside the directory that it is joined to, on any operating system.
-
-    False if it is empty or absolute or has ., .., an empty component, a backslash, a colon or a control character.
-    """
+    """Return whether a listed path stays inside the directory that it is joined to, on any operating system: not if it
+    is empty or absolute or has ., .., an empty component, a backslash, a colon or a control character."""
     parts = PurePosixPath(path).parts
     bad = not path or path.startswith("/") or "\\" in path or ":" in path or any(ord(c) < 32 for c in path)
     return not bad and ".." not in parts and "." not in path.split("/") and "" not in path.split("/")
@@ -162,10 +158,8 @@ def _list_modelscope(source: Source, repo: Repo, revision: str) -> Listing:
 
 
 def look_up(source: Source, path: str) -> Content | None:
-    """Return size and version (mtime or ETag) of one file of a folder or web address; None if it is not there.
-
-    Has no checksum. Raises NetworkError if a web server does not send the size, and IntegrityError for a web page.
-    """
+    """Return size and version (mtime or ETag) of a file of a folder or web address, without checksum; None if it is not
+    there. Raises NetworkError if a web server does not send the size, and IntegrityError for a web page."""
     if source.kind == "dir":
         file = Path(source.endpoint) / path
         if not file.is_file():
@@ -191,10 +185,8 @@ def _look_up_url(source: Source, path: str) -> Content | None:
 
 
 def opener(source: Source, repo: Repo, commit: str, path: str) -> OpenBody:
-    """Return a function that opens one file at a byte range: first byte and end (exclusive; None for the rest).
-
-    It returns a context manager for a `Body`. `repo` and `commit` are ignored for a folder and a plain web address.
-    """
+    """Return a function that opens one file at a byte range (first byte, end; exclusive, None for the rest) as a
+    context manager for a `Body`. `repo` and `commit` are ignored for a folder and a plain web address."""
     if source.kind == "dir":
         return lambda begin, _end: _open_file(Path(source.endpoint) / path, begin)
     url = _address(source, repo, commit, path)
@@ -225,11 +217,9 @@ def _open_file(path: Path, begin: int) -> Iterator[Body]:
 
 @contextlib.contextmanager
 def _open_url(source: Source, url: str, path: str, begin: int, end: int | None) -> Iterator[Body]:
-    """Request the bytes [begin, end) of a file; `end` None means to its end.
-
-    A server that ignores ranges, or compresses the content although asked not to, sends the file from byte 0: see
-    `Body.start`. Raises TryAgain for a compressed range, and what `_stream` raises.
-    """
+    """Request the bytes [begin, end) of a file; `end` None means to its end. A server that ignores ranges, or
+    compresses although asked not to, sends the file from byte 0: see `Body.start`. Raises TryAgain for a compressed
+    range, and what `_stream` raises."""
     headers = {} if begin == 0 and end is None else {"Range": f"bytes={begin}-{'' if end is None else end - 1}"}
     with _stream(source, url, headers, path) as response:
         _refuse_page(response, path)
@@ -278,11 +268,9 @@ def _headers(source: Source) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _stream(source: Source, url: str, headers: dict[str, str], what: str) -> Iterator[Any]:
-    """Context manager that yields the streamed response, of status below 400, to a GET request.
-
-    what: what is requested, for messages. Raises as `_explained` does, and TryAgain if an address that the server
-    redirected to refuses the request, since its signature may have expired.
-    """
+    """Context manager that yields the streamed response, of status below 400, to a GET request. what: for messages.
+    Raises as `_explained` does, and TryAgain if an address that the server redirected to refuses the request, since its
+    signature may have expired."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     session = get_session()
@@ -319,9 +307,7 @@ def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) ->
 @contextlib.contextmanager
 def _explained(source: Source, what: str) -> Iterator[None]:
     """Context manager that turns the HTTP client's exceptions into TryAgain (worth another attempt) or an MMError.
-
-    what: what is requested, for messages, which name hosts, but never queries, headers or tokens.
-    """
+    what: what is requested, for messages, which name hosts, but never queries, headers or tokens."""
     from huggingface_hub import errors
     from huggingface_hub.utils import get_session
 
@@ -398,10 +384,8 @@ def _explain_status(source: Source, what: str, error: Any) -> NoReturn:
 
 
 def asked_wait(headers: Any, *, is_limit: bool = False) -> float | None:
-    """Return the number of seconds that a server asks to wait, by Retry-After; None if it does not ask.
-
-    is_limit: the status is 429, so that the reset time `t` of a RateLimit header counts too.
-    """
+    """Return the seconds that a server asks to wait, by Retry-After; None if it does not ask. is_limit: the status is
+    429, so that the reset time `t` of a RateLimit header counts too."""
     text = (headers.get("retry-after") or "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)

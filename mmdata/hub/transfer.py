@@ -36,10 +36,8 @@ NOT_DATA = (
 
 
 class TryAgain(Exception):
-    """An attempt failed in a way that may pass.
-
-    wait_s: what the server asked to wait; None if it did not ask. is_timeout: the server sent nothing, or too slowly.
-    """
+    """An attempt failed in a way that may pass. wait_s: what the server asked to wait; None if it did not ask.
+    is_timeout: the server sent nothing, or too slowly."""
 
     def __init__(self, message: str, *, wait_s: float | None = None, is_timeout: bool = False) -> None:
         super().__init__(message)
@@ -73,9 +71,7 @@ class RetryPolicy:
 
     def wait(self, failures: int, asked_s: float | None = None) -> None:
         """Sleep before the next attempt: `first_wait_s`, doubled with each failure up to `max_wait_s`, with 25% jitter.
-
-        failures: attempts that failed in a row, at least 1. asked_s: used instead if given, up to `max_asked_wait_s`.
-        """
+        failures: attempts that failed in a row, from 1. asked_s: used instead if given, up to `max_asked_wait_s`."""
         if asked_s is not None:
             seconds = min(max(asked_s, 0.0), self.max_asked_wait_s)
         else:
@@ -84,11 +80,8 @@ class RetryPolicy:
 
 
 def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
-    """Call `call` until it returns, with waits between attempts, and return its result.
-
-    Only TryAgain leads to another call; a timeout counts as two attempts. Raises NetworkError with `fix` after
-    `retry.tries` failed attempts, and any other exception of `call` at once.
-    """
+    """Call `call` until it returns, with waits between attempts, and return its result. Only TryAgain leads to another
+    call; a timeout counts as two. Raises NetworkError with `fix` after `retry.tries` failed attempts."""
     failures = 0
     while True:
         try:
@@ -136,10 +129,8 @@ class Content:
 
 @dataclass(slots=True)
 class Body:
-    """An open response. `chunks` yields the bytes of the file from offset `start` on.
-
-    `start` may be less than the offset asked for, if the server ignores ranges. `total`: size of the file or None.
-    """
+    """An open response. `chunks` yields the bytes of the file from `start` on, which may be less than the offset asked
+    for, if the server ignores ranges. `total`: size of the file or None."""
 
     start: int
     total: int | None
@@ -178,19 +169,14 @@ def part_paths(target: Path) -> tuple[Path, Path]:
 
 
 def kept_bytes(target: Path, content: Content | None = None) -> int:
-    """Return how many bytes of `target` an earlier run left that need not be downloaded again.
-
-    content: what is to be downloaded; a partial download of other content counts as 0 bytes. None accepts any content.
-    """
+    """Return how many bytes of `target` an earlier run left that need not be downloaded again. content: what is to be
+    downloaded; a partial download of other content counts as 0 bytes. None accepts any."""
     return sum(end - begin for begin, end in _kept_spans(target, content))
 
 
 def _kept_spans(target: Path, content: Content | None) -> list[Span]:
-    """Return the spans that an earlier run left, sorted and disjoint.
-
-    Empty if the partial file or its journal is missing, unreadable or too long, has other content than `content` (None:
-    any), or content without an identity.
-    """
+    """Return the spans that an earlier run left, sorted and disjoint. Empty if the partial file or its journal is
+    missing, unreadable or too long, has other content than `content` (None: any), or content without an identity."""
     part, path = part_paths(target)
     try:
         journal = read_record(path, Journal, FetchError, RESUME)
@@ -227,9 +213,7 @@ def missing(spans: list[Span], num_bytes: int) -> list[Span]:
 
 def cut(gaps: list[Span], connections: int) -> list[Span]:
     """Cut spans into about four pieces per connection, so that all finish at about the same time; for one, nothing.
-
-    Pieces have MIN_PIECE_BYTES to MAX_PIECE_BYTES; the last one of a span may be shorter.
-    """
+    Pieces have MIN_PIECE_BYTES to MAX_PIECE_BYTES; the last one of a span may be shorter."""
     if connections == 1:
         return gaps
     total = sum(end - begin for begin, end in gaps)
@@ -238,10 +222,8 @@ def cut(gaps: list[Span], connections: int) -> list[Span]:
 
 
 class PartialFile:
-    """The file <name>.part with its journal, open for writing.
-
-    `done` are the completely written spans; `digest` has hashed an unbroken run of bytes from the beginning.
-    """
+    """The file <name>.part with its journal, open for writing. `done`: the completely written spans. `digest` has
+    hashed an unbroken run of bytes from the beginning."""
 
     def __init__(self, target: Path, content: Content) -> None:
         """Open the partial download of `target`, continuing an earlier one of the same content. Raises OSError."""
@@ -273,10 +255,8 @@ class PartialFile:
 
     @contextlib.contextmanager
     def writing(self, offset: int) -> Iterator[list[int]]:
-        """Context manager that yields a span [begin, position], both `offset` at first, for one thread to write to.
-
-        The span is in the journal before its first byte is written. When the block ends, it is added to `done`.
-        """
+        """Context manager that yields a span [begin, position], both `offset` at first, for one thread to write to. It
+        is in the journal before its first byte is written, and is added to `done` at the end."""
         span = [offset, offset]
         with self._guard:
             self._active.append(span)
@@ -290,10 +270,8 @@ class PartialFile:
                 self._save()
 
     def write(self, span: list[int], data: bytes, *, is_only: bool) -> None:
-        """Write data at the position of a span and advance the position. Raises OSError.
-
-        is_only: no other thread writes; the bytes are then hashed at once if they continue the digest.
-        """
+        """Write data at the position of a span and advance the position. Raises OSError. is_only: no other thread
+        writes; the bytes are then hashed at once if they continue the digest."""
         view, offset = memoryview(data), span[1]
         while view:
             view = view[os.pwrite(self._file, view, offset + len(data) - len(view)) :]
@@ -362,13 +340,13 @@ def download(
     progress: Progress | None = None,
     check: Callable[[Path, Digest], list[str]] | None = None,
 ) -> Download:
-    """Download one file to `target` and verify it. An existing `target` stays as it is until the new file is complete.
+    """Download one file to `target`, which stays as it is until the new file is complete, and verify it. A file whose
+    checksum or size is wrong is downloaded once more.
 
     open_body: see `sources.opener`. progress: called with the bytes that are there and the size of the file. check:
-    called with the path and digest of the complete partial file before it is renamed; returns warnings, or raises
-    IntegrityError to refuse the file.
-    A file whose checksum or size is wrong is downloaded once more. Raises NetworkError, IntegrityError, DiskError and
-    what `open_body` raises. Partial bytes stay for the next run, unless they are wrong.
+    called with the path and digest of the complete partial file; returns warnings, or raises IntegrityError to refuse
+    it. Raises NetworkError, IntegrityError, DiskError and what `open_body` raises. Partial bytes stay, unless they are
+    wrong.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -471,11 +449,9 @@ class _Connections:
             self.stop.set()
 
     def _download_piece(self, begin: int, end: int) -> None:
-        """Download the bytes [begin, end), in as many attempts as it takes.
-
-        Raises NetworkError after `retry.tries` attempts in a row without progress, and IntegrityError after
-        `retry.contradictions` answers that contradict the published size.
-        """
+        """Download the bytes [begin, end), in as many attempts as it takes. Raises NetworkError after `retry.tries`
+        attempts in a row without progress, and IntegrityError after `retry.contradictions` answers of another size than
+        published."""
         if not self.is_shared:
             self.part.catch_up(stop=begin)
         failures = contradictions = 0
@@ -510,10 +486,8 @@ class _Connections:
             raise TryAgain(f"the connection closed after {span[1]:,} of {self.num_bytes:,} bytes")
 
     def _read(self, body: Body, span: list[int], end: int) -> None:
-        """Write the bytes of a response to the span, up to `end`. Bytes before the span's position are skipped.
-
-        Raises TryAgain if it is slower than `slow_bytes_per_s` over `slow_window_s`, IntegrityError for a wrong start.
-        """
+        """Write the bytes of a response to the span, up to `end`; bytes before the span's position are skipped. Raises
+        TryAgain if it is slower than `slow_bytes_per_s` over `slow_window_s`, IntegrityError for a wrong start."""
         skip = span[1] - body.start  # bytes before the span's position, which a server that ignores ranges sends again
         window_start, window_bytes = self.retry.clock(), 0
         for chunk in body.chunks:
@@ -551,10 +525,8 @@ def _check_first(data: bytes, expected: bytes) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> MMError:
-    """Return the exception for an OSError while writing `path`.
-
-    DiskError for an exhausted disk, quota or size limit, or a path that cannot be opened for writing, else FetchError.
-    """
+    """Return the exception for an OSError while writing `path`: DiskError for an exhausted disk, quota or size limit,
+    or a path that cannot be opened for writing, else FetchError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(
             f"the disk is full: {path.name} is kept as far as it came", "free some space (`df -h .`), then run it again"

@@ -27,11 +27,9 @@ class Contained:
 
 
 def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
-    """Return the input files of which at least the share CONTAINED of the distinct packed lines is also in another
-    input file of the same row kind. Lines are compared by the hashes in the datasets' sources (8 bytes a line in
-    memory). Files with fewer than FEW_ROWS lines are not considered. Of two files with equally many lines, the one
-    given later is `inner`.
-    """
+    """Return the input files of which at least the share CONTAINED of the distinct packed lines, compared by the hashes
+    in the datasets' sources (8 bytes a line in memory), is also in another input file of the same row kind. Files with
+    fewer than FEW_ROWS lines are left out. Of two equally long files the later one is `inner`."""
     lines: dict[tuple[str, str], np.ndarray] = {}
     for dataset in datasets:
         for path, hashes in _lines_by_file(dataset).items():
@@ -62,11 +60,10 @@ def _lines_by_file(dataset: Dataset) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class PairFigures:
-    """Figures of pairs: of the train splits, except `rows` and `left_out` (by reason), which are of whole datasets.
-    longer: share of pairs whose chosen reply has more trained tokens than the rejected one; a tie counts as a half, and
-    it is 0.5 without pairs. mean_chosen, mean_rejected: mean number of trained tokens. duplicate_prompts: pairs with
-    the prompt of an earlier pair. equal_replies: pairs whose two replies are equal.
-    """
+    """Figures of the pairs of the train splits, except `rows` and `left_out` (by reason), which are of whole datasets.
+    longer: share of pairs whose chosen reply has more trained tokens than the rejected one; a tie counts as a half, no
+    pairs give 0.5. mean_chosen, mean_rejected: mean trained tokens. duplicate_prompts: pairs with the prompt of an
+    earlier one. equal_replies: pairs whose two replies are equal."""
 
     num_pairs: int
     rows: int

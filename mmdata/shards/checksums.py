@@ -32,11 +32,10 @@ class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
 
 
 def check(directory: Path, files: Sequence[FileEntry]) -> list[tuple[str, str]]:
-    """Hash files and return (path, actual sha256) of each file whose content differs from its record. A file is read
-    only if its inode, modification time, size or recorded sha256 has changed since it was last verified. A second
-    process that checks the same dataset waits for the first. files: the records, with paths relative to `directory`. A
-    missing file raises FileNotFoundError.
-    """
+    """Return (path, actual sha256) of each file whose content differs from its record. A file is hashed only if its
+    inode, modification time, size or recorded sha256 has changed since it was last verified. Another process that
+    checks the same dataset waits. files: with paths relative to `directory`. Raises FileNotFoundError for a missing
+    file."""
     wrong: list[tuple[str, str]] = []
     with _exclusive(directory):
         verified = _read(directory)

@@ -9,10 +9,9 @@ from mmdata.io.arrow import ArrowFile, BatchColumns, ragged
 def columns_of(
     flat: Sequences, ordinals: np.ndarray, sizes: np.ndarray, id_dtype: np.dtype, position_dtype: np.dtype
 ) -> BatchColumns:
-    """Return the columns of a shard, by name, as shards/README.md specifies them. ordinals: indices in `flat` of the
-    sequences to store, sample after sample. sizes: how many sequences each sample has; not used for pairs, which are
-    one each. id_dtype: for token ids. position_dtype: for positions and lengths.
-    """
+    """Return the columns of a shard by name, see shards/README.md. ordinals: indices in `flat` of the sequences to
+    store, sample after sample. sizes: number of sequences of each sample; not used for pairs. id_dtype: for token ids.
+    position_dtype: for positions and lengths."""
     if flat.is_pairs:
         return _pair_columns(flat, ordinals, id_dtype, position_dtype)
     return _pack_columns(flat, ordinals, sizes, id_dtype, position_dtype)

@@ -31,11 +31,9 @@ PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span")
 
 
 class PackView(NamedTuple):
-    """One pack, as views of its shard. ids: all tokens, sequences one after another. doc_len: the length of each
-    sequence. span: the trained tokens as begin, end, begin, end, … (end exclusive), in positions of the pack. n_loss:
-    number of trained tokens. doc: the ordinal of each sequence: its number in its part, from 0, in the order of the
-    rows.
-    """
+    """One pack, as views of its shard. ids: of all sequences, one after another. doc_len: length of each sequence.
+    span: the trained tokens as begin, end, begin, end, … (end exclusive), in positions of the pack. n_loss: number of
+    trained tokens. doc: ordinal of each sequence: its number in its part, from 0, in the order of the rows."""
 
     ids: np.ndarray
     doc_len: np.ndarray
@@ -45,10 +43,9 @@ class PackView(NamedTuple):
 
 
 class PairView(NamedTuple):
-    """One pair, as views of its shard. prompt, chosen, rejected: token ids; the replies are without the prompt.
-    chosen_span, rejected_span: the trained tokens as begin, end, begin, end, … (end exclusive), counted from the
-    reply's own first token. n_chosen, n_rejected: number of trained tokens. doc: the pair's number in its part, from 0.
-    """
+    """One pair, as views of its shard. prompt, chosen, rejected: token ids; replies are without the prompt.
+    chosen_span, rejected_span: as in `PackView`, counted from the reply's first token. n_chosen, n_rejected: number of
+    trained tokens. doc: the pair's number in its part, from 0."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -71,9 +68,8 @@ def position_dtype(bucket: int) -> np.dtype:
 
 
 def token_digest(file: ArrowFile, kind: str) -> str:
-    """Return the sha256, in hex digits, of the tokens and trained spans of a shard, as 32-bit integers: it depends
-    neither on the Arrow version nor on the width of the stored ids. kind: "pair", or another row kind for packs.
-    """
+    """Return the sha256 (hex) of the tokens and trained spans of a shard, as 32-bit integers, so that neither the Arrow
+    version nor the width of the stored ids matters. kind: "pair", or another row kind for packs."""
     digest = hashlib.sha256()
     for name in PAIR_LISTS if kind == "pair" else PACK_LISTS:
         column = file.column(name)
@@ -84,10 +80,9 @@ def token_digest(file: ArrowFile, kind: str) -> str:
 
 
 def sequence_digest(ids: np.ndarray, lengths: np.ndarray, marks: np.ndarray, num_marks: np.ndarray) -> int:
-    """Return a 128-bit digest of sequences that does not depend on their order: the sum of their hashes modulo 2^128.
-    ids: the token ids of all sequences one after another. lengths: how many each has. marks: the other values that must
-    be equal, such as trained spans, of all sequences one after another. num_marks: how many each has.
-    """
+    """Return the sum of the 128-bit hashes of sequences modulo 2^128, which does not depend on their order. ids: token
+    ids of all sequences, end to end. lengths: of each. marks: the other values that must be equal, such as trained
+    spans, end to end. num_marks: of each."""
     id_bytes, mark_bytes = (np.ascontiguousarray(array, "<u4").data.cast("B") for array in (ids, marks))
     total = id_begin = mark_begin = 0
     id_ends, mark_ends = (4 * np.cumsum(lengths)).tolist(), (4 * np.cumsum(num_marks)).tolist()
@@ -110,9 +105,8 @@ class SplitTotals(NamedTuple):
 
 
 class Split:
-    """The samples (packs or pairs) of one split, "train" or "val", addressed by bucket and index in it, or by sample
-    number. Sample numbers count from 0 through all buckets, ascending; within a bucket shards are ordered by part.
-    """
+    """The samples (packs or pairs) of the split "train" or "val", addressed by bucket and index in it or by sample
+    number, which counts from 0 through all buckets, ascending. Within a bucket shards are ordered by part."""
 
     def __init__(self, dataset: "Dataset", name: str):
         self.name = name
@@ -143,9 +137,8 @@ class Split:
         raise IndexError(f"{self.name} has {self.num_samples()} samples")
 
     def part_of(self, bucket: int, i: int) -> int:
-        """Return the part that sample i of a bucket was packed from. The ordinals in the sample's `doc` count within
-        it.
-        """
+        """Return the part that sample i of a bucket was packed from; the ordinals in its `doc` count within the
+        part."""
         return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
     def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
@@ -232,9 +225,8 @@ class Dataset:
         return self._splits[name]
 
     def open_shard(self, shard: ShardRecord) -> ArrowFile:
-        """Return a memory-mapped shard; it is mapped at the first call only. Raises DatasetError if the file is
-        missing, has another size than the manifest says, is not an Arrow file, or belongs to another dataset.
-        """
+        """Return a memory-mapped shard, mapped at the first call only. Raises DatasetError if the file is missing, no
+        Arrow file, of another size than in the manifest, or of another dataset."""
         if shard.path not in self._files:
             path = self.dir / shard.path
             check_size(path, shard.bytes, self.dir)
@@ -247,9 +239,8 @@ class Dataset:
         return self._files[shard.path]
 
     def check_bytes(self) -> None:
-        """Raise DatasetError if the content of a shard has changed since it was packed. Only files that have changed
-        since they were last hashed are read.
-        """
+        """Raise DatasetError if a shard's content has changed since packing. Reads only files changed since the last
+        check."""
         files = [shard.file for shard in self.manifest.shards]
         for path, digest in checksums.check(self.dir, files):
             raise damaged(self.dir, f"{self.dir / path}: its bytes have changed since it was packed (sha256 {digest})")
@@ -276,9 +267,8 @@ def check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord, dire
 
 
 def check_size(path: Path, num_bytes: int, directory: Path) -> None:
-    """Raise DatasetError if the file is missing or its size is not `num_bytes`: reading past the end of a mapped file
-    that is too short would crash the process.
-    """
+    """Raise DatasetError unless the file has `num_bytes` bytes: reading past the end of a mapped file crashes the
+    process."""
     try:
         actual = path.stat().st_size
     except FileNotFoundError:
@@ -288,9 +278,8 @@ def check_size(path: Path, num_bytes: int, directory: Path) -> None:
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Open the packed dataset in a directory. Raises DatasetError if it has no valid manifest, if a shard is missing or
-    has the wrong size, or if its tokenizer.json is not the one it was packed with.
-    """
+    """Open a packed dataset. Raises DatasetError if its manifest is missing or invalid, a shard is missing or has the
+    wrong size, or its tokenizer.json is not the one it was packed with."""
     manifest = read_manifest(directory)
     path = directory / "tokenizer" / "tokenizer.json"
     actual = sha256_of(path) if path.exists() else "missing"
@@ -303,9 +292,8 @@ def open_dataset(directory: Path) -> Dataset:
 
 
 class PartRows:
-    """The encoded rows of one part of a dataset, in the order of the input, or those of some splits. `sources` has their
-    provenance, as `open_sources` returns it. Memory: the ids of the part.
-    """
+    """The encoded rows of one part, in the order of the input; with `splits` only the rows of these. `sources`: their
+    provenance, see `open_sources`. Takes the memory of the part's ids."""
 
     def __init__(self, dataset: Dataset, part: PartRecord, splits: Sequence[str] = SPLITS):
         self.sources = open_sources(dataset, part.part)
@@ -322,9 +310,8 @@ class PartRows:
         return len(self._ends) - 1
 
     def encoded(self, row: int) -> Sequences:
-        """Return a row: one pair, one conversation, or the documents (or parts of documents) of a text; none if it is
-        in another split.
-        """
+        """Return a row: a pair, a conversation, or the documents (or parts of them) of a text; none if in another
+        split."""
         places = self._place[self._ends[row] : self._ends[row + 1]]
         return reorder(self._flat, places[places >= 0])
 
@@ -339,9 +326,8 @@ def loss_mask(spans: np.ndarray, length: int) -> np.ndarray:
 
 
 def sequence_records(sequences: Sequences) -> list[dict[str, list[int]]]:
-    """Return the ids and loss mask of each sequence, under the names that `mm show --json` uses: input_ids and
-    loss_mask, or for a pair prompt_ids, chosen_ids, chosen_mask, rejected_ids and rejected_mask.
-    """
+    """Return the ids and loss mask of each sequence as `mm show --json` names them: input_ids and loss_mask, or for a
+    pair prompt_ids, chosen_ids, chosen_mask, rejected_ids and rejected_mask."""
     records = []
     for one in sequences:
         if isinstance(one, TokenSequence):
@@ -358,10 +344,9 @@ def sequence_records(sequences: Sequences) -> list[dict[str, list[int]]]:
 
 
 def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
-    """Read where the packed rows of part `part` came from: arrays with one entry for each row that was not left out.
-    file: index in `dataset.inputs`. line: 1-based line number. offset: byte offset of the line. sha: uint8 [n, 8], the
-    first bytes of the line's sha256. first: the number, in the part, of the row's first sequence.
-    """
+    """Read where the packed rows of a part came from: arrays with an entry for each row that was not left out. file:
+    index in `dataset.inputs`. line: from 1. offset: byte offset of the line. sha: uint8 [n, 8], first bytes of the
+    line's sha256. first: number, in the part, of the row's first sequence."""
     file = read_arrow(dataset.dir / sources_path(part))
     return {name: file.column(name) for name in ("file", "line", "offset", "sha", "first")}
 
@@ -372,10 +357,8 @@ def sources_path(part: int) -> str:
 
 
 def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]]:
-    """Yield one record for each packed source row, in source order: "file", "line", then token ids and loss mask
-    ("input_ids" and "loss_mask"; for a pair those of prompt and replies, under names such as "chosen_ids"). A row
-    packed as several sequences is joined. One part is in memory at a time. split: "train", "val" or "all".
-    """
+    """Yield a record for each packed source row, in source order: "file", "line", and the keys of `sequence_records`; a
+    row packed as several sequences is joined. One part is in memory at a time. split: "train", "val" or "all"."""
     for part in dataset.manifest.parts:
         if part.sequences == 0:
             continue
@@ -389,9 +372,8 @@ def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]
 
 
 def sample_rows(dataset: Dataset, split: str, number: int) -> list[dict[str, Any]]:
-    """Return one record for each sequence of a sample, under the names of `source_rows`. split: "train" or "val".
-    number: the sample number. Raises IndexError if there is no such sample.
-    """
+    """Return a record as in `source_rows` for each sequence of a sample. split: "train" or "val". number: the sample
+    number; IndexError if there is no such sample."""
     bucket, i = dataset.split(split).locate(number)
     sources = open_sources(dataset, dataset.split(split).part_of(bucket, i))
     ordinals, sequences = read_back(ArrowFile({}, (dataset.split(split).columns(bucket, i),)), dataset.kind)

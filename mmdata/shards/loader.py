@@ -36,11 +36,9 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The sequences of a micro-batch one after another, without padding. T: tokens, S: samples, n: sequences.
-
-    For pairs the sequences are chosen_0, rejected_0, chosen_1, …, each with its prompt in front: n = 2 S. If `shared`
-    is given, they are prompt + chosen + rejected of each pair: n = S, and rejected must not attend to chosen.
-    """
+    """The sequences of a micro-batch one after another, without padding. T: tokens, S: samples, n: sequences. For pairs
+    the sequences are chosen_0, rejected_0, chosen_1, …, each with its prompt in front: n = 2 S. With `shared` they are
+    prompt + chosen + rejected of each pair: n = S, and rejected must not attend to chosen."""
 
     ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # uint8 [T], 1 where a token is trained on (not shifted)
@@ -53,9 +51,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Upper limits of micro-batches. tokens: the most tokens in one (a single larger sample may exceed it). sequence:
-    the most tokens in one of its sequences.
-    """
+    """Upper limits of micro-batches. tokens: of all in one, unless a single sample is larger. sequence: of a
+    sequence."""
 
     tokens: int
     sequence: int
@@ -63,9 +60,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a dataset contributes to an epoch. tokens: its share of the epoch's tokens, 0 to 1. passes: how often the
-    epoch has each of its samples, on average.
-    """
+    """What a dataset contributes to an epoch: `tokens`, its share of the tokens, 0 to 1, and `passes`, how often on
+    average the epoch has each of its samples."""
 
     dataset: Dataset
     tokens: float
@@ -110,14 +106,13 @@ class _Samples:
 
 
 class BatchLoader(ABC):
-    """The batches of one split of one or more datasets, either of packs (`Loader`) or of pairs (`PairLoader`).
-    `batch(step)` returns this rank's micro-batches of an optimizer step.
+    """The batches of one split of datasets of packs (`Loader`) or pairs (`PairLoader`).
 
-    batch_tokens: tokens of a step over all ranks. micro_tokens: tokens of a micro-batch, DEFAULT_MICRO_TOKENS if None.
-    seed: determines the order. allocate: called as allocate(count, dtype) for the buffers of ids and loss mask, for
-    example in pinned memory. weights: the datasets' shares of an epoch's tokens, of which it has as many as all
-    datasets together; None: an epoch has every sample once. share_prompt: for pairs only. Raises DatasetError if the
-    datasets differ in row kind or tokenizer, or if weights are given and a split is empty.
+    batch_tokens: tokens of a step over all ranks. micro_tokens: of a micro-batch, DEFAULT_MICRO_TOKENS if None. seed:
+    determines the order. allocate: called as allocate(count, dtype) for the buffers of ids and loss mask, for example
+    in pinned memory. weights: the datasets' shares of an epoch's tokens, of which it has as many as all datasets
+    together; None: an epoch has every sample once. share_prompt: for pairs only. Raises DatasetError if the datasets
+    differ in row kind or tokenizer, or if weights are given and a split is empty.
     """
 
     def __init__(
@@ -176,9 +171,8 @@ class BatchLoader(ABC):
         """Return what `batch` does for a step of an epoch, counted from 0."""
 
     def batch(self, step: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs: none if the step
-        has too few samples for all ranks. Raises DatasetError if the split is empty.
-        """
+        """Return this rank's micro-batches of optimizer step `step`, counted from 0 over all epochs; none if the step
+        has too few samples for all ranks. Raises DatasetError if the split is empty."""
         if not self.num_samples:
             raise DatasetError(
                 "the split is empty", "pack more rows, or choose --val-fraction so that both splits get some"
@@ -194,9 +188,9 @@ class Loader(BatchLoader):
     """The batches of datasets of packs. batch_tokens and micro_tokens count every sample with the length of its bucket,
     although padding is not stored, and are rounded down to whole cells, at least one.
 
-    All ranks together get the same samples in a step whatever world_size and micro_tokens are. A step's cells are
-    ordered by bucket, the largest first, and dealt to the ranks in turn, so that all ranks compute the same bucket at
-    the same time, except for at most one cell where a bucket ends.
+    All ranks together get the same samples in a step whatever world_size and micro_tokens are. A step's cells are dealt
+    to the ranks in turn, largest bucket first, so that all ranks compute the same bucket at the same time, except for
+    at most one cell where a bucket ends.
     """
 
     def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
@@ -271,10 +265,9 @@ class Loader(BatchLoader):
         return samples
 
     def _samples(self, cells: np.ndarray, passes: np.ndarray | None) -> _Samples:
-        """Return the samples of these cells (int64 [n], numbers over all datasets), ordered by cell. passes: int64 [n],
-        how often the cell's dataset has been gone through before: in each pass samples are dealt anew to the cells of
-        their bucket. None: not shuffled.
-        """
+        """Return the samples of these cells (int64 [n], over all datasets), ordered by cell. passes: int64 [n], how
+        often the cell's dataset was gone through before; each pass deals the samples anew to the cells of their bucket.
+        None: not shuffled."""
         of_cell = np.searchsorted(self._first_cells, cells, side="right") - 1
         per_cell = np.array([group.samples_per_cell for group in self._groups])[of_cell]
         group = np.repeat(of_cell, per_cell)
@@ -287,11 +280,9 @@ class Loader(BatchLoader):
         return self._tables.samples(self._first_samples[group[is_there]] + index[is_there], ends)
 
     def _shuffle(self, group: np.ndarray, index: np.ndarray, passes: np.ndarray, is_there: np.ndarray) -> None:
-        """Permute sample indices in place, within each group and pass by a permutation of its own. group, index,
-        passes: for each slot of a cell the group, the index of the sample in the group, and the pass. is_there: False
-        for the empty slots of a group's last cell. Groups with one sample in a cell are skipped: their samples are
-        shuffled with the cells.
-        """
+        """Permute sample indices in place, each group and pass by itself. group, index, passes: of each slot of a cell,
+        the group, the sample's index in it, and the pass. is_there: False for empty slots of a group's last cell.
+        Groups with one sample in a cell are skipped, since they are shuffled with the cells."""
         for g, shuffled in enumerate(self._groups):
             if shuffled.samples_per_cell == 1:
                 continue
@@ -309,10 +300,9 @@ def assemble(
     allocate: Callable[[int, Any], np.ndarray],
     shared: np.ndarray | None = None,
 ) -> MicroBatch:
-    """Copy samples into a micro-batch. pieces: arrays of ids, all of one dtype, in order. lengths: the length of each
-    sequence. spans: the trained tokens as begin, end, begin, end, … (end exclusive), ascending, in positions of the
-    micro-batch. numbers: the sample numbers. allocate: as in `Loader`. shared: as in `MicroBatch`.
-    """
+    """Copy samples into a micro-batch. pieces: arrays of ids, of one dtype, in order. lengths: of each sequence. spans:
+    the trained tokens as begin, end, … (end exclusive), ascending, in positions of the micro-batch. numbers: the sample
+    numbers. allocate: as in `BatchLoader`. shared: as in `MicroBatch`."""
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     lengths.cumsum(out=cu_seqlens[1:])
     total = int(cu_seqlens[-1])
@@ -339,9 +329,8 @@ class _Tables:
         return len(self._values)
 
     def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
-        """Return the samples with these numbers (int64 [N], over all datasets), in this order. cell_ends: as in
-        `_Samples`.
-        """
+        """Return the samples with these numbers (int64 [N], over all datasets) in order. cell_ends: as in
+        `_Samples`."""
         at = np.searchsorted(self._first_samples, numbers, side="right") - 1
         order = np.argsort(at, kind="stable")
         back = np.argsort(order)
@@ -356,9 +345,8 @@ class _Tables:
 
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:
-    """Return a digest that identifies the training data: the dataset's own digest if there is one dataset and no
-    weights, otherwise a sha256 over the datasets' digests and weights, in their order.
-    """
+    """Return what identifies the training data: the digest of a single dataset without weights, else a sha256 over the
+    digests and weights of all datasets, in order."""
     digests = [dataset.digest for dataset in datasets]
     if len(digests) == 1 and weights is None:
         return digests[0]
@@ -367,9 +355,8 @@ def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> s
 
 
 def ahead(make: Callable[[int], Made], steps: range) -> Generator[Made, None, None]:
-    """Yield `make(step)` for each step in order; a thread computes up to AHEAD results before they are requested. An
-    exception in `make` is raised when its step is requested. Closing the iterator stops the thread.
-    """
+    """Yield `make(step)` for each step in order; a thread computes up to AHEAD results in advance. An exception in
+    `make` is raised when its step is requested. Closing the iterator stops the thread."""
     todo = iter(steps)
     with ThreadPoolExecutor(1, "batches ahead") as pool:
         try:

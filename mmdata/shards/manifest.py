@@ -31,9 +31,8 @@ class TokenizerRecord(msgspec.Struct, frozen=True):
 
 
 class ExcludedFile(msgspec.Struct, frozen=True):
-    """A file whose texts the rows must not overlap with. A row is left out if it has at least the share `share` (0 to
-    1) of the `n`-grams of one of the file's texts.
-    """
+    """A file whose texts the rows must not overlap with: a row that has at least the share `share` (0 to 1) of the
+    `n`-grams of one of its texts is left out."""
 
     path: str
     sha256: str
@@ -42,9 +41,8 @@ class ExcludedFile(msgspec.Struct, frozen=True):
 
 
 class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of `mm pack`, under their names, that the bytes of a dataset depend on, and the limits for bad rows
-    that applied (shares of all rows, 0 to 1).
-    """
+    """The options of `mm pack` that determine a dataset's bytes, by name, and the limits for bad rows (shares, 0 to
+    1)."""
 
     val_fraction: float
     on_bad: str
@@ -139,9 +137,8 @@ class PartRecord(msgspec.Struct, frozen=True):
 
 
 class ShardRecord(msgspec.Struct, frozen=True):
-    """One shard and its file. model_tokens: tokens that a model computes; a pair's prompt counts twice. loss_tokens:
-    trained.
-    """
+    """One shard. model_tokens: tokens that a model computes (a pair's prompt counts twice). loss_tokens: trained
+    tokens."""
 
     path: str
     split: str
@@ -165,12 +162,9 @@ class ShardRecord(msgspec.Struct, frozen=True):
 
 class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of a whole dataset: rows = kept + left out, tokens in = tokens + cut; `left_out` and `cut` are by reason.
-    control_strings: how often the text of each special token occurs in rows, where it is encoded as ordinary text.
-    not_written: the number of packed rows of which the chat template leaves out a part, by reason; none: missing.
-    text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts, and of those characters among them that the
-    tokenizer does not know; missing if it knows every text.
-    extra_keys: how often rows have each key that is ignored, metadata included; none: missing.
-    """
+    not_written: packed rows of which the chat template leaves out a part, by reason. text_bytes, unknown_bytes: UTF-8
+    bytes of the rendered texts, and of their characters that the tokenizer does not know; missing if it knows all.
+    extra_keys: how often rows have each ignored key, metadata included. Missing means none."""
 
     rows: int
     kept: int
@@ -206,9 +200,8 @@ class Manifest(DatasetHeader, frozen=True, kw_only=True):
 
 
 def dataset_digest(kind: str, max_len: int, shards: Sequence[ShardRecord]) -> str:
-    """Return the sha256 over the row kind, the length limit, and the split, bucket, part, number of samples and token
-    digest of all shards, whose order does not matter.
-    """
+    """Return the sha256 over row kind, length limit, and split, bucket, part, number of samples and token digest of all
+    shards, in any order."""
     lines = sorted((s.split, s.bucket, s.part, s.samples, s.token_digest) for s in shards)
     return hashlib.sha256(json.dumps([kind, max_len, lines]).encode()).hexdigest()
 
@@ -219,9 +212,8 @@ def damaged(directory: Path, message: str) -> DatasetError:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of the dataset in a directory. Raises DatasetError if there is none, if it is damaged, if `mm
-    pack` did not write it, or if it has another format version than this version of mm reads.
-    """
+    """Read a dataset's manifest. Raises DatasetError if it is missing, damaged, not written by `mm pack`, or of another
+    format version."""
     path = directory / MANIFEST
     pack_it = f"mm pack FILE --out {directory}"
     try:

@@ -16,10 +16,9 @@ FEISTEL_ROUNDS = 6
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Return the image of each index (integers [N] in 0..size-1) under a pseudo-random permutation of 0..size-1 that is
-    determined by `key`: int64 [N]. Time and memory are O(N), whatever the size. A Feistel network on (index // low,
-    index % low), applied again while the result is outside the range (cycle walking).
-    """
+    """Return the image of each index (integers [N] in 0..size-1) under a pseudo-random permutation of 0..size-1
+    determined by `key`: int64 [N]. O(N) time and memory. A Feistel network on (index // low, index % low), applied
+    again while the result is out of range (cycle walking)."""
     high = math.isqrt(size - 1) + 1  # size <= high * low < size + high
     low = np.uint64(-(-size // high))
     round_keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")[:FEISTEL_ROUNDS]
@@ -43,11 +42,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Return how many cells of each dataset an epoch draws, so that the datasets' shares of its tokens are in
-    proportion to `weights`, taken as the exact decimal numbers they are written as. tokens, cells: how many each
-    dataset has. An epoch has as many tokens as all datasets together, up to rounding to whole cells, at least one of
-    each.
-    """
+    """Return how many cells of each dataset an epoch draws, at least one, so that the datasets' shares of its tokens
+    are as `weights`, taken as exact decimals. An epoch has as many tokens as all datasets together, up to whole cells.
+    tokens, cells: of each dataset."""
     shares = [Fraction(str(weight)) for weight in weights]
     total = sum(tokens)
     passes = [share / sum(shares) * total / held for share, held in zip(shares, tokens, strict=True)]
@@ -56,11 +53,9 @@ def draws_per_epoch(tokens: Sequence[int], cells: Sequence[int], weights: Sequen
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Several datasets of which an epoch draws cells. cells: how many each dataset has. draws: how many of them one
-    epoch draws. A dataset with more draws than cells is gone through several times, in another order each time; of one
-    with fewer, an epoch continues where the last one ended. So at the end of every epoch all cells of a dataset have
-    been drawn equally often, give or take once.
-    """
+    """Several datasets of which an epoch draws cells. cells: how many each has. draws: how many of them an epoch draws.
+    More draws than cells go through a dataset several times, each time in another order; with fewer an epoch continues
+    where the last ended. So every epoch ends with all cells of a dataset drawn equally often, give or take once."""
 
     cells: tuple[int, ...]
     draws: tuple[int, ...]
@@ -71,10 +66,9 @@ class Mixture:
         return sum(self.draws)
 
     def draw(self, places: np.ndarray, epoch: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return which cells are drawn at these places (integers [N] in 0..size-1) of an epoch, and in which pass over
-        their dataset: int64 [N] each. Cells are numbered from 0 over all datasets. The pass counts, over all epochs,
-        how often the dataset has been gone through before. key: determines the order.
-        """
+        """Return the cells drawn at these places (integers [N] in 0..size-1) of an epoch, numbered from 0 over all
+        datasets, and the pass over their dataset, counted over all epochs: int64 [N] each. key: determines the
+        order."""
         drawn = permute(places, self.size, f"{key}:{epoch}:cells")
         of = np.searchsorted(np.cumsum(self.draws), drawn, side="right")
         passes, cell = np.full(len(drawn), epoch, np.int64), drawn.copy()

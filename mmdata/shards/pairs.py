@@ -19,12 +19,9 @@ PROMPT_TWICE = np.array([2, 1, 1])  # times that the prompt, the chosen and the 
 
 
 class PairLoader(BatchLoader):
-    """The batches of datasets of pairs. Every step has at least one pair.
-
-    batch_tokens: about how many tokens a step has over all ranks, with a prompt counted once for each reply.
-    micro_tokens: the most tokens in a micro-batch as it is computed (a prompt counts once with share_prompt); a single
-    longer pair may exceed it. share_prompt: compute a pair's prompt once for both replies.
-    """
+    """The batches of datasets of pairs. Every step has at least one pair. batch_tokens: about how many tokens a step
+    has over all ranks, with a prompt counted once for each reply. micro_tokens: the most tokens of a micro-batch as
+    computed (with share_prompt a prompt counts once); a single longer pair may exceed it."""
 
     def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
         self.lengths = np.concatenate([pair_lengths(split) for split in self._splits])  # int64 [num_samples, 3]
@@ -36,10 +33,9 @@ class PairLoader(BatchLoader):
         return np.diff(self._split_begins).tolist()
 
     def _num_steps(self, batch_tokens: int) -> int:
-        """tokens_per_epoch / batch_tokens rounded up, but few enough that every step has a pair: the middles of
-        neighbouring pairs are at most the largest size apart, so a step whose share of the tokens (`_plan_epoch`) is
-        that large always has one.
-        """
+        """tokens_per_epoch / batch_tokens rounded up, but few enough that every step has a pair: middles of
+        neighbouring pairs are at most the largest size apart, so a step with that share of the tokens (`_plan_epoch`)
+        has one."""
         if not self.num_samples:
             return 0
         tokens = self.tokens_per_epoch
@@ -52,9 +48,8 @@ class PairLoader(BatchLoader):
         return [self._assemble(pairs[chosen]) for chosen in bins[self._rank :: self._world_size] if len(chosen)]
 
     def micro_batches(self, micro_tokens: int | None = None) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the whole split once, in stored order. A micro-batch has pairs of one dataset
-        only. micro_tokens: the most tokens in a micro-batch, the loader's own limit if None.
-        """
+        """Yield this rank's share of the whole split once, in stored order; each micro-batch is of one dataset.
+        micro_tokens: the most tokens in one, the loader's own limit if None."""
         budget = micro_tokens or self.limits.tokens
         begins = set(self._split_begins.tolist())
         ends = []
@@ -70,9 +65,8 @@ class PairLoader(BatchLoader):
                 yield self._assemble(numbers)
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sample numbers of an epoch in the order of training (int64), and where in it each step begins
-        (int64 [steps + 1]). A step has the pairs whose middle token lies in its equal share of the epoch's tokens.
-        """
+        """Return an epoch's sample numbers in the order of training (int64), and where in it each step begins (int64
+        [steps + 1]). A step has the pairs whose middle token lies in its equal share of the epoch's tokens."""
         order, _ = self._mixture.draw(np.arange(self._mixture.size), epoch, self._key)
         sizes = self._sizes[order]
         middles = 2 * np.cumsum(sizes) - sizes  # times 2, so that they are integers
@@ -90,9 +84,7 @@ class PairLoader(BatchLoader):
 
 
 def make_loader(datasets: Sequence[Dataset], **options: Any) -> Loader | PairLoader:
-    """Create the loader for datasets of one row kind: a PairLoader for pairs, otherwise a Loader. options: keyword
-    arguments of `BatchLoader`.
-    """
+    """Create the loader for datasets of one row kind. options: keyword arguments of `BatchLoader`."""
     return (PairLoader if datasets[0].kind == "pair" else Loader)(datasets, **options)
 
 
@@ -109,11 +101,10 @@ def saved_share(datasets: Sequence[Dataset]) -> float:
 
 
 def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
-    """Distribute items over bins so that the sums of their costs are about equal; return the indices of the items in
-    each bin. costs: int64 [N], N > 0. No sum exceeds `budget`, or the largest single cost if that is more. The number
-    of bins is a multiple of `multiple`; some may be empty. Items are placed from the largest to the smallest, each into
-    the bin with the smallest sum (Graham 1969).
-    """
+    """Return the indices of the items in each bin, distributed so that the sums of their costs are about equal: from
+    the largest item to the smallest, each into the bin with the smallest sum (Graham 1969). costs: int64 [N], N > 0. No
+    sum exceeds `budget`, or the largest cost if that is more. The number of bins is a multiple of `multiple`; bins may
+    be empty."""
     order = np.argsort(-costs, kind="stable").tolist()
     budget = max(budget, int(costs.max()))
     count = -(-int(costs.sum()) // budget)
@@ -131,9 +122,8 @@ def spread(costs: np.ndarray, budget: int, multiple: int) -> list[np.ndarray]:
 
 
 def _lay_out(pairs: Sequence[PairView], share_prompt: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Return what `assemble` needs for these pairs: the ids in pieces, the lengths of the sequences, and the trained
-    spans in positions of the micro-batch (in `PairView` they count from the reply's first token).
-    """
+    """Return what `assemble` needs for these pairs: pieces of ids, lengths of the sequences, and the trained spans in
+    positions of the micro-batch (in `PairView` they count from the reply's first token)."""
     pieces: list[np.ndarray] = []
     ends = [0]
     spans: list[np.ndarray] = []

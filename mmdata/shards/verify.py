@@ -28,11 +28,9 @@ class Problem:
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
-    """Return all differences between a dataset and its manifest: in size and sha256 of every file, in counts and value
-    ranges of shards, in the manifest's sums, and files it does not list. That every sequence is stored exactly once is
-    checked only if nothing else differs. progress: called with the bytes checked so far and in all. Raises DatasetError
-    if the manifest is missing or unreadable.
-    """
+    """Return all differences between a dataset and its manifest: sizes and hashes of files, counts and value ranges of
+    shards, the manifest's sums, unlisted files and, if nothing else differs, sequences not stored exactly once.
+    progress: bytes checked so far and in all. Raises DatasetError if the manifest is missing or unreadable."""
     manifest = read_manifest(directory)
     files, shards = manifest.all_files, {shard.path: shard for shard in manifest.shards}
     total, done = sum(file.bytes for file in files), 0
@@ -147,9 +145,8 @@ def _row_sums(column: Ragged) -> np.ndarray:
 
 
 def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
-    """Return the number of trained tokens of every row, int64 [rows], or -1 if its spans (begin, end, …) are invalid:
-    an odd number of values, not ascending, or outside 0..length. lengths: tokens of each row.
-    """
+    """Return the trained tokens of every row, int64 [rows], or -1 if its spans (begin, end, …) are odd in number, not
+    ascending, or outside 0..length. lengths: tokens of each row."""
     values = span.values.astype(np.int64)
     is_end = np.arange(len(values)) % 2 == 1
     totals = _row_sums(Ragged(np.where(is_end, values, -values), span.offsets))
@@ -162,9 +159,8 @@ def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
 
 
 def _check_sequences(directory: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Yield a Problem for each part of which a sequence is missing from the shards or stored twice, or whose sources
-    file has another number of rows than were packed.
-    """
+    """Yield a Problem for each part of which a sequence is not stored exactly once, or whose sources file has another
+    number of rows than were packed."""
     for part in manifest.parts:
         if not part.kept:
             continue

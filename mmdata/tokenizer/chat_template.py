@@ -1,10 +1,6 @@
-"""The chat templates in the files of a tokenizer, and the changes that `mm pack` can make to them: a token after each
-answer, a fixed date, and a generation prompt. A changed template stands in the dataset's tokenizer, and so in runs and
-exports too.
-
-The first two are a line in front of the template. It ends with a newline, which jinja2 drops after a tag, so the rest of
-the template is read as before.
-"""
+"""The chat templates in the files of a tokenizer, and the changes of `mm pack` to them: a token after each answer, a
+fixed date, and a generation prompt. A changed template is part of the dataset's tokenizer, and so of runs and exports.
+The first two changes are a line in front of the template, ending with a newline, which jinja2 drops after a tag."""
 
 import datetime
 import json
@@ -38,11 +34,9 @@ _CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:\"([^\"]*)\"|'([^']*)')?")
 
 
 def templates_in(config: JsonObject, files: Mapping[str, bytes]) -> dict[str, str]:
-    """Return the chat templates by name, empty for none. A tokenizer with one template has it as DEFAULT.
-
-    As in transformers, chat_template.jinja and the files of FOLDER take the place of those in tokenizer_config.json.
-    config: the content of tokenizer_config.json. files: contents by path in the tokenizer's directory.
-    """
+    """Return the chat templates by name, empty for none; a tokenizer with a single template has it as DEFAULT. As in
+    transformers, chat_template.jinja and the files of FOLDER replace those in tokenizer_config.json. config: the
+    content of tokenizer_config.json. files: contents by path in the tokenizer's directory."""
     if FILE in files:
         names = {name.removeprefix(f"{FOLDER}/"): name for name in files if name.startswith(f"{FOLDER}/")}
         found = {DEFAULT: FILE} | {name.removesuffix(".jinja"): path for name, path in sorted(names.items())}
@@ -76,9 +70,7 @@ def with_end_of_turn(template: str, token: str) -> str:
 
 
 def with_generation_prompt(template: str, header: str) -> str:
-    """Return a template that writes `header`, the beginning of an answer, at the end of prompts; the same template if it
-    has a generation prompt.
-    """
+    """Return a template that writes `header`, the beginning of an answer, at the end of prompts, if it wrote none."""
     if "add_generation_prompt" in template:
         return template
     text = json.dumps(header, ensure_ascii=False)
@@ -92,9 +84,8 @@ def asks_for_date(template: str) -> bool:
 
 
 def with_date(template: str, date: str) -> str:
-    """Return a template in which `strftime_now` formats the beginning of the day `date` (YYYY-MM-DD). Raises
-    TokenizerError if a format is not a constant string, and UsageError if `date` is not a date.
-    """
+    """Return a template in which `strftime_now` formats the beginning of the day `date` (YYYY-MM-DD; else UsageError).
+    Raises TokenizerError if a format is not a constant string."""
     if not asks_for_date(template):
         return template
     try:

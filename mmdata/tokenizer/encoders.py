@@ -27,11 +27,8 @@ _DISPUTED = "\u180e"  # white space in the regular expressions of one library an
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """An encoder of one tokenizer.
-
-    `encode(texts, control)` returns what `Tokenizer.encode_batch` does. `warning` says why the reference is used in
-    place of a faster encoder; empty if there is nothing to say.
-    """
+    """An encoder of one tokenizer. `encode(texts, control)` returns what `Tokenizer.encode_batch` does. `warning`: why
+    the reference replaces a faster encoder; empty for no warning."""
 
     name: str
     version: str
@@ -47,9 +44,7 @@ class Encoder:
 @dataclass(frozen=True, slots=True)
 class EncoderCheck:
     """Result of comparing an encoder with the reference on `num_texts` texts. `version`: None if it is not installed.
-
-    `difference`: a text with other ids, quoted, or why the encoder cannot be used; None if no difference was found.
-    """
+    `difference`: a text with other ids, quoted, or why the encoder cannot be used; None if no difference was found."""
 
     name: str
     version: str | None
@@ -63,11 +58,9 @@ class EncoderCheck:
 
 
 def choose(tokenizer: Tokenizer, name: str = "auto") -> Encoder:
-    """Return the encoder of that name, one of NAMES. "auto" is fastokens if installed and exact, or else the reference.
-
-    If "auto" takes the reference because fastokens is not exact, the result has a warning. Raises UsageError if there
-    is no such encoder or it is not installed, and TokenizerError if its ids differ.
-    """
+    """Return the encoder called `name`, one of NAMES. "auto" is fastokens if installed and exact, else the reference,
+    with a warning if fastokens is not exact. Raises UsageError for an unknown or missing encoder, TokenizerError for
+    other ids."""
     if name not in NAMES:
         raise UsageError(f"--encoder {name}: no such choice", f"choose one of {', '.join(NAMES)}")
     version = metadata.version("tokenizers")
@@ -101,9 +94,7 @@ def _checked(tokenizer: Tokenizer) -> EncoderCheck:
 
 def check(tokenizer: Tokenizer, texts: Sequence[str] = ()) -> EncoderCheck:
     """Compare fastokens with the reference on hostile strings and on `texts`, with control=True and control=False.
-
-    Problems of fastokens are described in the result and not raised.
-    """
+    Problems of fastokens are described in the result and not raised."""
     try:
         version = metadata.version("fastokens")
     except metadata.PackageNotFoundError:
@@ -127,9 +118,7 @@ def hostile_texts(added: Sequence[str]) -> list[str]:
 
 def find_difference(tokenizer: Tokenizer, encode: Encode, texts: Sequence[str]) -> str | None:
     """Return the shortest text to which `encode` gives other ids than the reference, quoted; None if there is none.
-
-    Texts that differ when encoded as one batch, but not one by one, are described in words.
-    """
+    Texts that differ only when encoded as one batch are described in words."""
     for control in (False, True):
         expected, expected_ends = tokenizer.encode_batch(texts, control=control)
         ids, ends = encode(texts, control)

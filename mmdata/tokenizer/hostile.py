@@ -24,11 +24,9 @@ _REPEATED = (" ", "a", "0", "\n", "=", "的", "😀")
 
 
 def hostile_strings(count: int, *, seed: int = 0, tokens: Sequence[str] = ()) -> Iterator[str]:
-    """Yield `count` strings of one to some hundred characters; the same seed and tokens give the same strings.
-
+    """Yield `count` strings of one to some hundred characters, the same for the same seed and tokens, all valid UTF-8.
     They mix scripts, rare code points, white space, combining marks, emoji sequences, long runs of one character, and
-    `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut, doubled and in capitals. All are valid UTF-8.
-    """
+    `tokens` (a tokenizer's added tokens; none: "<s>"), whole, cut, doubled and in capitals."""
     draw = random.Random(seed)
     for _ in range(count):
         yield "".join(_piece(draw, tokens or ("<s>",)) for _ in range(draw.randint(1, 8)))

@@ -67,21 +67,17 @@ def scripts_of(points: np.ndarray) -> np.ndarray:
 
 
 def count_scripts(scripts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the number of characters of each script in each text: int64 [texts, scripts].
-
-    scripts: index into SCRIPTS of every character of all texts, end to end. lengths: characters of each text, [texts].
-    """
+    """Return the number of characters of each script in each text: int64 [texts, scripts]. scripts: index into SCRIPTS
+    of every character of all texts, end to end. lengths: characters of each text, [texts]."""
     key = np.repeat(np.arange(len(lengths), dtype=np.int64) * len(SCRIPTS), lengths)
     key += scripts
     return np.bincount(key, minlength=len(lengths) * len(SCRIPTS)).reshape(len(lengths), len(SCRIPTS))
 
 
 def languages_of(counts: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """Return an index into LANGUAGES for each text: int64 [texts]. counts: of `count_scripts` for the same texts.
-
-    Code is recognized by its punctuation or by ``` fences, Chinese by its characters. Mostly Latin letters with few
-    accents are English, but from 40 letters on only if the text has one of some common English words.
-    """
+    """Return an index into LANGUAGES for each text: int64 [texts]. counts: from `count_scripts`. Code is recognized by
+    its punctuation or ``` fences, Chinese by its characters. Mostly Latin letters with few accents are English, from 40
+    letters on only if the text has one of some common English words."""
     letters = counts[:, :DIGIT].sum(axis=1)
     written = np.maximum(counts.sum(axis=1) - counts[:, SPACE], 1)
     latin = counts[:, LATIN] + counts[:, ACCENTED]

@@ -1,8 +1,6 @@
-"""Loading a tokenizer, turning text into ids and back, and training small BPE tokenizers for the demo and tests.
-
-A special-token string in a text (such as "<|im_end|>") is encoded as ordinary text unless control tokens are asked for,
-so what a user writes never becomes a control id.
-"""
+"""Loading a tokenizer, turning text into ids and back, and training small BPE tokenizers for the demo and tests. A
+special-token string in a text (such as "<|im_end|>") is encoded as ordinary text unless control tokens are asked for,
+so what a user writes never becomes a control id."""
 
 import hashlib
 import json
@@ -29,17 +27,15 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` (`native`) with its special ids, control tokens, chat templates and hashes.
 
     `files`: contents by path of tokenizer.json and, if they exist, tokenizer_config.json, generation_config.json,
-    chat_template.jinja and the templates in additional_chat_templates/. `chat_templates`: by name; `chat_template`: the
-    one for conversations without tools. `eos_ids`: the eos token's id, then those in generation_config.json. `added`:
-    tokens that are matched in the text as a whole, by id. `control_tokens`: the special ones among them, text
-    -> id, which only templates write. `vocab_size`: the largest id plus 1. None: no such token or template.
+    chat_template.jinja and additional_chat_templates/. `chat_templates`: by name; `chat_template`: the one for
+    conversations without tools. `eos_ids`: the eos token's id, then those in generation_config.json. `added`: tokens
+    matched as a whole, by id. `control_tokens`: the special ones among them, text -> id, which only templates write.
+    `vocab_size`: the largest id plus 1. None: no such token or template.
     """
 
     def __init__(self, dir: Path, files: dict[str, bytes]) -> None:
-        """Make a tokenizer of the contents of `files`. dir: where they come from, for messages.
-
-        Raises TokenizerError if a file is malformed or no eos token is named.
-        """
+        """Make a tokenizer of the contents of `files`. dir: for messages. Raises TokenizerError if a file is malformed
+        or no eos token is named."""
         self.dir = dir
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
@@ -108,10 +104,8 @@ class Tokenizer:
 
     def amended(self, *, end_of_turn: str = "", date: str = "", generation_prompt: str = "") -> "Tokenizer":
         """Return this tokenizer with chat templates that write the token `end_of_turn` after each answer, `date`
-        (YYYY-MM-DD) instead of the current date, and `generation_prompt` at the end of prompts. Templates that do so
-        already are not changed. Raises UsageError if `date` is not a date, TokenizerError if a template cannot be
-        changed.
-        """
+        (YYYY-MM-DD, else UsageError) as the current date, and `generation_prompt` at the end of prompts, unless they do
+        already. Raises TokenizerError if a template cannot be changed."""
 
         def change(text: str) -> str:
             text = templates.with_end_of_turn(text, end_of_turn) if end_of_turn else text
@@ -135,10 +129,8 @@ class Tokenizer:
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether the pieces of text between control tokens, encoded alone, get the same ids as all at once.
-
-        True for byte-level tokenizers that neither normalize text nor strip spaces next to added tokens.
-        """
+        """Whether the pieces of text between control tokens, encoded alone, get the same ids as all at once: True for
+        byte-level tokenizers that neither normalize text nor strip spaces next to added tokens."""
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
         return is_plain and self._definition.get("normalizer") is None and self.decoder == "ByteLevel"
 
@@ -151,9 +143,8 @@ class Tokenizer:
 
     @cached_property
     def may_lose_text(self) -> bool:
-        """Whether some characters may be dropped, or become the unknown token: False for tokenizers with a token for
-        each byte and without a normalizer that drops characters.
-        """
+        """Whether characters may be dropped or become the unknown token: not with a token for each byte and a
+        normalizer that drops no characters."""
         vocab, normalizer = self.native.get_vocab(), self._definition.get("normalizer") or {}
         for one in normalizer.get("normalizers", [normalizer] * bool(normalizer)):
             replaces_space = one.get("pattern") == {"String": " "} and one.get("content")
@@ -166,9 +157,8 @@ class Tokenizer:
         )
 
     def count_lost_bytes(self, texts: Sequence[str], *, control: bool = False) -> int:
-        """Return the number of UTF-8 bytes of the texts that no token or the unknown token stands for, without white
-        space. control: see `encode_batch`.
-        """
+        """Return the UTF-8 bytes of the texts, without white space, that no or the unknown token stands for; see
+        `encode_batch`."""
         if not self.may_lose_text:
             return 0
         self.native.encode_special_tokens = not control
@@ -187,9 +177,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts end to end (uint32) and the end of each text's ids (int64), in one native call.
-
-        control: whether special-token strings become control ids; otherwise they are encoded as ordinary text.
-        """
+        control: whether special-token strings become control ids; otherwise they are encoded as ordinary text."""
         self.native.encode_special_tokens = not control
         encodings = self.native.encode_batch_fast(list(texts), add_special_tokens=False)
         lists = [encoding.ids for encoding in encodings]
@@ -238,10 +226,8 @@ def train_bpe(
     split_digits: bool = True,
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer, write it to `out_dir` and return it. The same texts give the same files.
-
     control_tokens: at least three, with the ids 0, 1, 2 …; the first is pad and unk, the second bos, the third eos.
-    split_digits: whether every digit is a token of its own.
-    """
+    split_digits: whether every digit is a token of its own."""
     assert len(control_tokens) >= 3, "pad, bos and eos"
     native = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

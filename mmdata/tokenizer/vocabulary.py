@@ -26,10 +26,8 @@ def byte_of() -> dict[str, int]:
 
 @lru_cache(maxsize=4)
 def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
-    """Return the UTF-8 bytes that each id stands for, a list of vocab_size; None for an id without a token.
-
-    Added tokens give the bytes of their text. Bytes need not be valid UTF-8: a token may be a part of a character.
-    """
+    """Return the bytes that each id stands for, a list of vocab_size; None for an id without a token. They need not be
+    valid UTF-8: a token may be a part of a character."""
     texts: list[bytes | None] = [None] * tokenizer.vocab_size
     for token, id in tokenizer.native.get_vocab(with_added_tokens=True).items():
         if id in tokenizer.added:
@@ -45,9 +43,7 @@ def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
 
 def legible(data: bytes) -> str:
     """Return bytes in readable form: characters as they are, bytes that are not a whole character in hex as ‹e4 bd›.
-
-    Space, newline, tab and carriage return become ␣, ⏎, ⇥ and ␍, unprintable characters ‹U+200B› and the like.
-    """
+    Space, newline, tab and carriage return become ␣, ⏎, ⇥ and ␍, unprintable characters ‹U+200B› and the like."""
     pieces, begin = [], 0
     for at, char in (*_characters(data), (len(data), "")):
         if begin < at:
@@ -84,10 +80,8 @@ class TokenView:
 
 
 def split_text(tokenizer: Tokenizer, text: str, *, control: bool = False) -> list[TokenView]:
-    """Return the tokens of a text in order. The note of a token that is only a part of a character names the character.
-
-    control: whether special-token strings in the text become control tokens.
-    """
+    """Return the tokens of a text in order. The note of a token that is a part of a character names the character.
+    control: whether special-token strings in the text become control tokens."""
     flat, _ = tokenizer.encode_batch([text], control=control)
     texts = token_texts(tokenizer)
     whole = b"".join(texts[id] or b"" for id in flat.tolist())
@@ -109,9 +103,7 @@ def split_text(tokenizer: Tokenizer, text: str, *, control: bool = False) -> lis
 
 def list_tokens(tokenizer: Tokenizer, begin: int, count: int, find: str | None = None) -> list[TokenView]:
     """Return at most `count` tokens from id `begin` on. find: only those whose bytes contain this text; None for all.
-
-    Raises UsageError if `begin` is not an id or `count` is less than 1.
-    """
+    Raises UsageError if `begin` is not an id or `count` is less than 1."""
     if not 0 <= begin < tokenizer.vocab_size or count < 1:
         raise UsageError(
             f"--from {begin} --count {count}: {tokenizer.dir} has ids 0 to {tokenizer.vocab_size - 1:,}", "--from 0"
@@ -134,10 +126,8 @@ def _view(tokenizer: Tokenizer, id: int, data: bytes, note: str = "") -> TokenVi
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """How the ids of vocabulary B relate to those of A.
-
-    An id is the same in both if its bytes are, and if it is a control token in both or in neither.
-    """
+    """How the ids of vocabulary B relate to those of A. An id is the same in both if its bytes are, and if it is a
+    control token in both or in neither."""
 
     size_a: int
     size_b: int
@@ -188,9 +178,7 @@ def is_reserved(text: bytes | None) -> bool:
 
 def added_ids(old: Tokenizer, new: Tokenizer) -> tuple[int, ...]:
     """Return the ids that have a meaning in `new` but not in `old`: renamed reserved tokens, then those after the last.
-
-    Raises TokenizerError if `new` has fewer ids than `old`, or another token at any other id.
-    """
+    Raises TokenizerError if `new` has fewer ids than `old`, or another token at any other id."""
     relation = relate(old, new)
     if relation.differing or relation.size_b < relation.size_a:
         problem = f"{len(relation.differing):,} of its ids are other tokens there"

@@ -1,8 +1,6 @@
-"""Checking everything about a tokenizer that training relies on: `mm tokenizer check`. Takes a second or two.
-
-A finding is ok, note (says what will happen, such as rows with tools being left out) or error (training fails or learns
-something wrong). Each function that makes findings has the rule that it checks as its docstring.
-"""
+"""Checking everything about a tokenizer that training relies on: `mm tokenizer check`. Takes a second or two. A finding
+is ok, note (says what will happen, such as rows being left out) or error (training fails or learns something wrong).
+The docstring of a function that makes findings is the rule that it checks."""
 
 import itertools
 import json
@@ -271,10 +269,8 @@ def _is_reachable(tokenizer: Tokenizer, id: int) -> bool:
 
 
 def _check_segments(tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Check that rows encoded in pieces between control tokens, as `mm pack` does, get the ids of the whole text.
-
-    A note if this cannot hold (see `Tokenizer.is_exact`): rows are then encoded more slowly.
-    """
+    """Check that rows encoded in pieces between control tokens, as `mm pack` does, get the ids of the whole text. If
+    they cannot (see `Tokenizer.is_exact`), rows are encoded more slowly: a note."""
     if not tokenizer.is_exact:
         found = "rewrites text or eats spaces: rows are encoded whole, by offsets, which is slower"
         yield Finding("segments", "note", found)

@@ -38,10 +38,8 @@ class WordSplit:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All figures of A and B; the field names are the keys of `mm tokenizer compare --json`.
-
-    Pairs are A's value, then B's. `may_read`: a model trained with A may read shards packed with B; `answer`: why.
-    """
+    """All figures of A and B, by the keys of `mm tokenizer compare --json`. Pairs are A's value, then B's. `may_read`:
+    a model trained with A may read shards packed with B; `answer`: why."""
 
     a: str
     b: str
@@ -142,9 +140,7 @@ def _token_sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 def _differing_words(a: Tokenizer, b: Tokenizer, words: Counter[str]) -> tuple[int, list[WordSplit]]:
     """Return how many occurrences of words are split differently, and the NUM_SHOWN most frequent of these words.
-
-    words: number of occurrences by word, of which the _MAX_WORDS most frequent are compared.
-    """
+    words: occurrences by word, of which the _MAX_WORDS most frequent are compared."""
     common = words.most_common(_MAX_WORDS)
     splits = [_token_sizes(each, [word for word, _ in common]) for each in (a, b)]
     differing = [

@@ -136,11 +136,9 @@ def evaluate(
     num_hostile: int = NUM_HOSTILE,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure every tokenizer on the whole sample.
-
-    shapes: model presets by name. step_tokens: tokens in one training step. num_hostile: hostile strings to encode and
-    decode. progress: called with the bytes measured so far and in all; the text counts once for each tokenizer.
-    """
+    """Measure every tokenizer on the whole sample. shapes: model presets by name. step_tokens: tokens of a training
+    step. num_hostile: hostile strings to encode and decode. progress: called with the bytes measured so far and in all;
+    the text counts once for each tokenizer."""
     groups = list(sample.groups())
     total = sample.drawn_bytes * len(tokenizers)
     figures = []
@@ -170,10 +168,8 @@ class _Coder:
         self.encode_s = self.decode_s = 0.0
 
     def run(self, texts: list[str]) -> np.ndarray:
-        """Encode and decode texts. Returns their numbers of bytes, characters and tokens, int64 [3].
-
-        `tick`, if given, is called with the number of bytes of all texts so far.
-        """
+        """Encode and decode texts. Returns their numbers of bytes, characters and tokens, int64 [3]. Calls `tick`, if
+        given, with the bytes of all texts so far."""
         before, num_tokens = self.num_bytes, 0
         for begin in range(0, len(texts), _BATCH):
             batch = texts[begin : begin + _BATCH]

@@ -1,9 +1,6 @@
-"""Adding tokens to a tokenizer without changing the meaning of any id: `mm tokenizer extend`.
-
-New tokens get the ids after the last one. A model can continue to be trained with the new tokenizer once its embedding
-has grown (`mm train --resize-embeddings`). With `reserved`, they replace reserved tokens (`<|buffer1|>` …) and the
-embedding keeps its size; the rows of these ids, which were never trained, are initialized again nevertheless.
-"""
+"""Adding tokens to a tokenizer without changing the meaning of any id: `mm tokenizer extend`. New tokens get the ids
+after the last one; training continues once the model's embedding has grown (`mm train --resize-embeddings`). With
+`reserved` they replace reserved tokens (`<|buffer1|>` …), whose rows, never trained, are initialized again."""
 
 import json
 from collections.abc import Sequence
@@ -21,12 +18,10 @@ from mmdata.tokenizer.vocabulary import added_ids, is_reserved
 def extend(
     directory: Path, tokens: Sequence[str], out: Path, *, is_control: bool = False, reserved: bool = False
 ) -> dict[str, int]:
-    """Add tokens to the tokenizer in `directory` and write it to the directory `out`. Returns their ids.
-
-    is_control: only chat templates write these tokens, text is never encoded as them. reserved: replace reserved tokens
-    in place of adding ids. Raises UsageError for tokens that are empty, given twice or in the tokenizer already, too
-    few reserved tokens, or an `out` that is not empty; TokenizerError if it cannot be read or its ids have gaps.
-    """
+    """Add tokens to the tokenizer in `directory`, write it to the directory `out`, and return their ids. is_control:
+    only chat templates write these tokens. reserved: replace reserved tokens in place of adding ids. Raises UsageError
+    for tokens that are empty, given twice or in the tokenizer already, too few reserved tokens, or an `out` that is not
+    empty; TokenizerError if the tokenizer cannot be read or its ids have gaps."""
     old = Tokenizer.load(directory)
     _check(old, tokens, out)
     parts = json.loads(old.files["tokenizer.json"])

@@ -1,9 +1,6 @@
-"""Chat templates and added tokens that `mm tokenizer train` can give to a new tokenizer.
-
-`minimind2` and `minimind3` (templates/*.jinja) render every role, tool and option exactly as the templates of
-MiniMind's tokenizers of October 2025 and of 2026 do; they were written anew for this project. `chatml` writes
-<|im_start|> and the role before each message, and <|im_end|> after it.
-"""
+"""Chat templates and added tokens for `mm tokenizer train`. `minimind2` and `minimind3` (templates/*.jinja, written
+anew) render every role, tool and option exactly as MiniMind's templates of October 2025 and of 2026; `chatml` writes
+<|im_start|> and the role before each message, and <|im_end|> after it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,8 @@ PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A chat template and its added tokens in the order of their ids, from 0 on: first `control`, then `plain`.
-
-    Text of a user never becomes `control` tokens; `plain` tokens are single tokens wherever their text occurs.
-    """
+    """A chat template and its added tokens in the order of their ids, from 0 on: `control`, which a user's text never
+    becomes, then `plain`, single tokens wherever their text occurs."""
 
     name: str
     control: tuple[str, ...] = (PAD, BOS, EOS)

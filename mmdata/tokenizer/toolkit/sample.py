@@ -1,9 +1,8 @@
 """Stratified sampling of the text of jsonl files, to train and evaluate tokenizers on.
 
 A stratum is the text of one language in one file. Every stratum gets an equal share of the byte limit; what a small one
-does not need is given to the others. Within a stratum each text gets a random key, and those with the smallest keys are
-retained, so that one pass is enough and memory holds at most about 1.1 times the limit. The same files, weights, limit
-and seed give the same sample.
+does not need is given to the others. Each text gets a random key, and those with the smallest keys are kept: one pass,
+and at most about 1.1 times the limit in memory. The same files, weights, limit and seed give the same sample.
 """
 
 import heapq
@@ -46,10 +45,8 @@ class Stratum:
 
 @dataclass(slots=True)
 class TextSample:
-    """The texts drawn: for each stratum a list of (UTF-8 text, how many times it counts).
-
-    `num_rows`: rows read. `left_out`: file -> reason -> number of rows that could not be used.
-    """
+    """The texts drawn: for each stratum a list of (UTF-8 text, how many times it counts). `num_rows`: rows read.
+    `left_out`: file -> reason -> number of rows that could not be used."""
 
     strata: list[Stratum]
     texts: list[list[tuple[bytes, int]]]  # texts[i] are those of strata[i]
@@ -76,10 +73,8 @@ class TextSample:
 
 @dataclass(slots=True)
 class _Reservoir:
-    """The texts of one stratum while files are read. `num_bytes` includes repetitions.
-
-    The text with the largest key is first in `heap` and dropped first. `weight` scales its share of the limit.
-    """
+    """The texts of one stratum while files are read; the one with the largest key is first in `heap` and dropped first.
+    `num_bytes` includes repetitions. `weight` scales its share of the limit."""
 
     weight: float
     heap: list[tuple[float, int, bytes, int]] = field(default_factory=list)  # negative key, running number, text, count
@@ -106,10 +101,8 @@ class _Reservoir:
             self.threshold = -key
 
     def repeat(self, times: float) -> None:
-        """Repeat texts so that the number of bytes is about `times` as large, and at most that.
-
-        Every text is repeated int(times) times, and those with the smallest keys once more as far as they fit.
-        """
+        """Repeat every text int(times) times, and those with the smallest keys once more, as far as the number of bytes
+        stays at most `times` as large."""
         left = times % 1 * self.num_bytes
         repeated = []
         for key, number, text, count in sorted(self.heap, reverse=True):
@@ -135,12 +128,11 @@ def draw(
 ) -> TextSample:
     """Read all rows of the files and draw at most `limit_bytes` of their text. Unusable rows are counted and left out.
 
-    weights: how often a text counts, by field (one of FIELDS), language or file path, 0 to 100; they are multiplied.
-    0.5 draws every second text on average, 0 none. Weights of languages and files also scale the share of the limit.
-    evened: repeat texts of the smaller of Chinese and English, up to 3 times, until both are equally large or the limit
-    is reached; ignored if a language has a weight. progress: called with the bytes read so far and in all, which
-    includes neither compressed files nor tables. read: how the files are read.
-    Raises InputError if no text is found, and UsageError for a weight that is out of range or whose name is unknown.
+    weights: how often a text counts, by field (one of FIELDS), language or file path, 0 to 100, multiplied; 0.5 draws
+    every second text on average. Those of languages and files also scale the share of the limit. evened: repeat texts
+    of the smaller of Chinese and English, up to 3 times, until both are equally large or the limit is reached, unless a
+    language has a weight. progress: called with the bytes read and in all, compressed files and tables excluded. Raises
+    InputError if no text is found, and UsageError for a weight out of range or of an unknown name.
     """
     weights = dict(weights or {})
     _check_weights(weights, files)
@@ -205,9 +197,7 @@ def _add(
     uniform: Callable[[], float],
 ) -> None:
     """Add texts of file number `index`, as (field, text), to the reservoirs of their languages; long ones in pieces.
-
-    uniform: returns a random number in [0, 1), the key of the next text. Fractional weights are rounded at random.
-    """
+    uniform: returns the random key of the next text, in [0, 1). Fractional weights are rounded at random."""
     pieces = [(name, piece) for name, text in texts for piece in (_pieces(text) if len(text) > PIECE else (text,))]
     for (name, piece), language in zip(pieces, _languages([piece for _, piece in pieces]), strict=True):
         claim = weights.get(str(path), 1.0) * weights.get(language, 1.0)
@@ -233,10 +223,8 @@ def _languages(texts: Sequence[str]) -> list[str]:
 
 
 def _shrink(reservoirs: Collection[_Reservoir], limit_bytes: int) -> int:
-    """Reduce every stratum to its share of the limit and return the bytes that are left.
-
-    Shares can only become smaller, so the final sample does not depend on when or how often this is called.
-    """
+    """Reduce every stratum to its share of the limit and return the bytes left. Shares can only become smaller, so the
+    final sample does not depend on when this is called."""
     level = water_level([(one.counted_bytes, one.weight) for one in reservoirs], limit_bytes)
     for one in reservoirs:
         one.shrink(level * one.weight)
@@ -255,10 +243,8 @@ def _balance(reservoirs: _Reservoirs, room: int) -> None:
 
 
 def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:
-    """Return the level at which the sum of min(size, level * weight) is `limit`; infinity if all sizes fit.
-
-    sizes: (size, weight) of each stratum, with weights above 0.
-    """
+    """Return the level at which the sum of min(size, level * weight) is `limit`; infinity if all sizes fit. sizes:
+    (size, weight) of each stratum, with weights above 0."""
     if sum(size for size, _ in sizes) <= limit:
         return float("inf")
     left, claims = limit, sum(weight for _, weight in sizes)
@@ -270,11 +256,8 @@ def water_level(sizes: Sequence[tuple[float, float]], limit: float) -> float:
 
 
 def fields_of(row: Row) -> Iterator[tuple[str, str]]:
-    """Yield (field, text) for all text of a row; the fields are those of FIELDS.
-
-    Tools and tool calls are given as the JSON that chat templates write. Of a pair, the prompt is given once, and
-    answers of the rejected side have the field "rejected".
-    """
+    """Yield (field, text) for all text of a row, by FIELDS. Tools and tool calls are given as the JSON that chat
+    templates write. Of a pair, the prompt is given once, and answers of the rejected side have the field "rejected"."""
     if isinstance(row, Document):
         for text in split_documents(row.text):
             yield "text", text

@@ -1,9 +1,8 @@
 """Training a tokenizer on the text of jsonl files: `mm tokenizer train`.
 
-The result is a directory that transformers loads without changes. The same files, options and seed give the same bytes
-on any number of cores. Tokenizers are byte-level: every text can be encoded and decodes to itself. Peak memory is about
-12 times the text drawn (`limit_bytes`), most of it in the native trainer, which cannot be interrupted and so runs in a
-child process.
+The result is a directory that transformers loads without changes; the same files, options and seed give the same bytes
+on any number of cores. Tokenizers are byte-level: every text decodes to itself. Peak memory is about 12 times
+`limit_bytes`, most of it in the native trainer, which cannot be interrupted and so runs in a child process.
 """
 
 import gc
@@ -52,10 +51,8 @@ Phase = Callable[[str, int, int], None]  # progress: (name of the phase, bytes d
 @dataclass(frozen=True, slots=True)
 class Trained:
     """Result of `train_to`. `vocab_size` is less than `asked_size` if the text has too few different token pairs.
-
-    `strata`, `num_rows` and `left_out` describe the text (see `TextSample`). They are empty if `up_to_date`: an equal
-    tokenizer was there already, and the text was not read again.
-    """
+    `strata`, `num_rows` and `left_out`: see `TextSample`; empty if `up_to_date`, that is, an equal tokenizer was there
+    already."""
 
     out: Path
     vocab_size: int
@@ -89,12 +86,10 @@ class TrainingRecord(msgspec.Struct, frozen=True):
 
 
 def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, phase: Phase | None = None) -> Trained:
-    """Train on the text of the files and write the tokenizer to `out`, which appears complete or not at all.
-
-    An `out` that was trained from the same bytes with the same options is left as it is. phase: called with progress.
-    Raises UsageError if `out` contains anything else or an option is wrong, InputError if the files have no text, and
-    MMError if the training process dies.
-    """
+    """Train on the text of the files and write the tokenizer to `out`, which appears complete or not at all. An `out`
+    that was trained from the same bytes with the same options stays as it is. phase: called with progress. Raises
+    UsageError for any other `out` or a wrong option, InputError if the files have no text, MMError if the process
+    dies."""
     begun = time.monotonic()
     check_options(options)
     inputs = [InputFile(path.name, path.stat().st_size, sha256_of(path)) for path in files]
@@ -186,10 +181,8 @@ def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tok
 def _unigram(
     texts: Iterable[str], layout: Layout, options: TokenizerOptions, phase: Phase | None
 ) -> tokenizers.Tokenizer:
-    """Train a unigram model over bytes: the native pre-tokenizer cuts words and `unigram.train` learns the pieces.
-
-    The layout's tokens are the first pieces; their score is so low that no text is encoded as them.
-    """
+    """Train a unigram model over bytes: the native pre-tokenizer cuts words and `unigram.train` learns the pieces. The
+    layout's tokens are the first pieces, with a score so low that no text is encoded as them."""
     native = tokenizers.Tokenizer(models.Unigram())
     cut = pre_tokenizer(options.pattern)
     counts: Counter[str] = Counter()
@@ -255,10 +248,8 @@ def added_token(id: int, token: str, *, is_control: bool) -> dict[str, int | str
 
 
 def _existing(out: Path, record: TrainingRecord) -> Trained:
-    """Return the tokenizer in `out` if it is the one that training would write. Raises UsageError otherwise.
-
-    It is if training.json has the versions, options and input hashes of `record`, and the files their recorded sha256.
-    """
+    """Return the tokenizer in `out` if training.json has the versions, options and input hashes of `record`, and the
+    files have their recorded sha256. Raises UsageError otherwise."""
     try:
         old = read_record(out / RECORD, TrainingRecord, TokenizerError, "")
         is_same = msgspec.structs.replace(old, corpus=[], files={}) == record and all(

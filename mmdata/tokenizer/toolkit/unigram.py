@@ -22,11 +22,9 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """W words laid end to end, N bytes in all.
-
-    `data`: uint8 [N]. `begins`, `ends`: offsets of each word, int64 [W]. `counts`: float64 [W]. `prefix`: rolling
-    hashes of all prefixes of `data`, uint64 [N + 1]. `powers`: powers of the hash's base, uint64 [WORD_BYTES + 1].
-    """
+    """W words end to end, N bytes in all. `data`: uint8 [N]. `begins`, `ends`: of each word, int64 [W]. `counts`:
+    float64 [W]. `prefix`: rolling hashes of all prefixes of `data`, uint64 [N + 1]. `powers`: of the hash's base,
+    uint64 [WORD_BYTES + 1]."""
 
     data: np.ndarray
     begins: np.ndarray
@@ -49,10 +47,8 @@ class _Text:
 
 
 def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes h of all prefixes of `data`, and the powers of the base B from 0 to WORD_BYTES.
-
-    h[i + 1] = h[i] * B + data[i] + 1 modulo 2^64. B is odd and has an inverse, so h[i] * B^-i is a cumulative sum.
-    """
+    """Return the hashes h of all prefixes of `data`, and the powers of the base B from 0 to WORD_BYTES. h[i + 1] = h[i]
+    * B + data[i] + 1 modulo 2^64. B is odd and has an inverse, so h[i] * B^-i is a cumulative sum."""
     inverse = np.uint64(pow(int(_BASE), -1, 1 << 64))
     steps = len(data) + 1
     with np.errstate(over="ignore"):
@@ -65,10 +61,8 @@ def _hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @dataclass(frozen=True, slots=True)
 class _Matches:
     """All occurrences of pieces in words. `begin`, `end`: byte offsets; `piece`, `word`: indices; int64 [M] each.
-
     `forward` and `backward` group them (see `_grouped`) for the forward-backward algorithm: by the distance of their
-    end from the begin of the word, and of their begin from the end of the word, shortest first.
-    """
+    end from the word's begin, and of their begin from the word's end, shortest first."""
 
     begin: np.ndarray
     end: np.ndarray
@@ -92,19 +86,15 @@ class _Matches:
 
 
 def _grouped(matches: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return `matches`, the different places, and where in `matches` those of each place begin.
-
-    matches: indices of matches, sorted by place. places: byte offset of each of them.
-    """
+    """Return `matches`, the different places, and where in `matches` those of each place begin. matches: indices of
+    matches, sorted by place. places: byte offset of each."""
     firsts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(places)) + 1))
     return matches, places[firsts], firsts
 
 
 def train(counts: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, float]]:
-    """Learn `num_pieces` (at least 256) pieces, among them all single bytes, from words and their counts.
-
-    Returns (piece, log-probability), most probable first; fewer pieces if too few substrings occur twice.
-    """
+    """Learn `num_pieces` (at least 256) pieces, all single bytes included, from words and their counts. Returns (piece,
+    log-probability), most probable first; fewer if too few substrings occur twice."""
     assert num_pieces >= 256
     text = _Text.of(*_chosen(counts))
     pieces = _seeds(text, _SEEDS_PER_PIECE * num_pieces)
@@ -152,9 +142,7 @@ def _cut(word: bytes) -> list[bytes]:
 
 def _seeds(text: _Text, most: int) -> list[bytes]:
     """Return the initial candidates: all 256 bytes, and the `most` - 256 substrings with the largest count * length.
-
-    Substrings must occur twice and consist of whole characters, or be the first two bytes of one of three or four.
-    """
+    They must occur twice and consist of whole characters, or be the first two bytes of one of three or four."""
     weights = np.repeat(text.counts, text.ends - text.begins)
     room = np.repeat(text.ends, text.ends - text.begins) - np.arange(len(text.data))
     starts = (text.data & 0xC0) != 0x80  # of a character
@@ -204,20 +192,16 @@ def _find(text: _Text, pieces: list[bytes]) -> _Matches:
 
 
 def _steps(step: np.ndarray, place: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return the matches grouped by `step`, smallest first; each group as `_grouped` returns it.
-
-    step: distance of each match from the word's begin or end, in bytes. place: byte offset of each match.
-    """
+    """Return the matches grouped by `step`, their distance in bytes from the word's begin or end, smallest first; each
+    group as `_grouped` returns it. place: byte offset of each match."""
     order = np.lexsort((place, step))
     return [_grouped(one, place[one]) for one in np.split(order, np.flatnonzero(np.diff(step[order])) + 1)]
 
 
 def _expect(text: _Text, matches: _Matches, scores: np.ndarray, num_pieces: int) -> np.ndarray:
-    """Return how often each piece is expected to be used over all segmentations of all words: float64 [num_pieces].
-
-    Forward-backward algorithm. scores: probability of each piece. The end of a word is the offset where the next one
-    begins, so there is one array per pass, alpha indexed by ends and beta by begins.
-    """
+    """Return how often each piece is expected to be used over all segmentations of all words: float64 [num_pieces]
+    (forward-backward algorithm). scores: probability of each piece. A word ends where the next begins, so there is one
+    array per pass, alpha indexed by ends and beta by begins."""
     p = scores[matches.piece]
     alpha, beta = np.zeros(len(text.data) + 1), np.zeros(len(text.data) + 1)
     is_first, is_last = matches.begin == text.begins[matches.word], matches.end == text.ends[matches.word]
@@ -238,11 +222,9 @@ def _normalised(expected: np.ndarray, pieces: list[bytes]) -> np.ndarray:
 
 
 def _prune(pieces: list[bytes], expected: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:
-    """Return the indices, sorted, of the `size` pieces whose removal would lower the likelihood most.
-
-    Single bytes always stay. The loss of a piece is its expected uses times the difference of its log-probability and
-    that of its best segmentation into other pieces.
-    """
+    """Return the indices, sorted, of the `size` pieces whose removal would lower the likelihood most; bytes always
+    stay. The loss of a piece is its expected uses times the difference of its log-probability and that of its best
+    segmentation into other pieces."""
     text = _Text.of(pieces, [1.0] * len(pieces))
     matches = _find(text, pieces)
     logs = np.log(np.maximum(scores, 1e-300))[matches.piece]
