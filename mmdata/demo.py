@@ -101,22 +101,16 @@ def make_item(
     wording: int = 0,
     then: Sequence[Item] = (),
 ) -> Item:
-    """Return the item made by filling the phrase named `phrase` with `values`.
-
-    subject: empty for the phrase's name. wording: 0 for the usual question, 1, 2, … for the question in other words,
-    which only some phrases have (IndexError otherwise). then: items that may follow this one.
-    """
+    """Return the item made by filling the phrase named `phrase` with `values`. subject: empty for the phrase's name.
+    wording: 0 for the usual question, 1, 2, … for its other words. then: items that may follow this one."""
     ask, bare, whole, other, *reworded = demo_texts().phrases[language][phrase]
     ask, bare, whole, other = (text.format(**values) for text in ([ask, *reworded][wording], bare, whole, other))
     return Item(subject or phrase, language, ask, bare, whole, other, tuple(then))
 
 
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return a question "What is a + b?" for each key (a, b), with its other wordings.
-
-    It may be followed by "And n more?", n below 10, if (a + b, n) is among `keys` too, so that no held-out sum is asked
-    for.
-    """
+    """Return a question "What is a + b?" for each key (a, b), with its other wordings. "And n more?", n below 10, may
+    follow if (a + b, n) is among `keys` too, so that no held-out sum is asked for."""
     distinct = dict.fromkeys(keys)
     more: dict[int, list[Item]] = {}
     for total, n in sorted(distinct):
@@ -197,10 +191,8 @@ def else_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
 
 def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
     """Return a question about a trait of an islander for each key (index into `DemoTexts.people`, trait, wording).
-
-    facts: the value of each trait of each person. wording: see `make_item`. The follow-ups ask for each other trait of
-    the same person, called he or she, for which `keys` has a key, so that no held-out question becomes a follow-up.
-    """
+    facts: the value of each trait of each person. Follow-ups ask for each other trait of the same person, called he or
+    she, that is in `keys`, so that no held-out question becomes one."""
     place, texts = LANGUAGES.index(language), demo_texts()
 
     def item_of(person: int, trait: str, wording: int, who: str, subject: str, then: Sequence[Item] = ()) -> Item:
@@ -238,10 +230,7 @@ SUM_REPEATED = (1, 4, 30)
 
 
 def make_splits(seed: int) -> ItemSplits:
-    """Draw traits and words, hold out some keys, and return the items of both splits; the same for the same seed.
-
-    Of the islanders, 24 combinations of person, trait and wording are held out.
-    """
+    """Draw traits and words, hold out some keys (of the islanders 24), and return the items of both splits."""
     rng = random.Random(seed)
     texts = demo_texts()
     people, traits = range(len(texts.people)), texts.traits
@@ -346,10 +335,8 @@ CHAT_WEIGHTS = {
 
 
 def documents(splits: ItemSplits, rng: random.Random, count: int) -> Iterator[dict]:
-    """Yield `count` pretraining rows, each with four sentences on one subject in one language.
-
-    Sentences on islanders are drawn from all facts, those on other subjects from training items only.
-    """
+    """Yield `count` pretraining rows of four sentences on one subject in one language; on islanders of all facts, on
+    other subjects of training items."""
     for _ in range(count):
         language = rng.choice(LANGUAGES)
         subject = _by_weight(rng, TEXT_WEIGHTS)
@@ -366,11 +353,8 @@ def conversations(splits: ItemSplits, rng: random.Random, count: int, *, fewest:
 
 
 def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> list[Message]:
-    """Return the messages of a conversation about `num_items` random training items, in one language.
-
-    With probability 1/2 an item is followed by one of its follow-ups. If the user names a boat, the last turn asks
-    about it. A draw that would name a second boat is skipped, so the conversation then has fewer items.
-    """
+    """Return the messages of a conversation about `num_items` random training items, in one language. Half of the time
+    a follow-up follows. If the user names a boat, the last turn asks about it; a second boat is skipped."""
     language = rng.choice(LANGUAGES)
     messages: list[Message] = []
     recall: list[Message] = []
@@ -395,11 +379,8 @@ def pairs(asked: Iterable[Question]) -> Iterator[dict]:
 
 
 def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -> list[Question]:
-    """Return `each` different questions, made from `items`, for every language and subject.
-
-    The unrelated turns before a "recall" question are drawn from `splits.train`. Does not return if `items` has fewer
-    than `each` different questions on a subject.
-    """
+    """Return `each` different questions, made from `items`, for every language and subject. There must be as many.
+    Unrelated turns before a "recall" question are drawn from `splits.train`."""
     unique: dict[str, Question] = {}
     for language in LANGUAGES:
         for subject in SUBJECTS:
@@ -411,11 +392,8 @@ def questions(items: Items, splits: ItemSplits, rng: random.Random, each: int) -
 
 
 def _question(items: Items, splits: ItemSplits, rng: random.Random, language: str, subject: str) -> Question:
-    """Return a random question on a subject.
-
-    A "follow-up" comes after the turn it refers to, a "recall" after the turn that names the boat and 1 to 4 turns on
-    other subjects from `splits.train`.
-    """
+    """Return a random question on a subject: a "follow-up" after the turn it refers to, a "recall" after the turn that
+    names the boat and 1 to 4 turns on other subjects from `splits.train`."""
     before: list[Message] = []
     if subject == "follow-up":
         base = rng.choice(("sum", "compare", "spell", "islander"))
@@ -435,9 +413,7 @@ def _question(items: Items, splits: ItemSplits, rng: random.Random, language: st
 
 
 def _turn(item: Item, rng: random.Random) -> list[Message]:
-    """Return a question, half of the time in other words if it has such, a quarter of the time carelessly typed, and
-    its answer, bare or as a whole sentence.
-    """
+    """Return a question, half of the time in other words if it has any, a quarter carelessly typed, and its answer."""
     ask = rng.choice(item.wordings) if item.wordings and rng.random() < 0.5 else item.ask
     if rng.random() < 0.25:
         ask = (ask[0].lower() + ask[1:]).rstrip("?!.？！。")
@@ -450,11 +426,9 @@ def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
 
 
 def tokenizer_texts(splits: ItemSplits) -> list[str]:
-    """Return the texts that the demo's tokenizer is trained on: all training items and facts, except words to spell.
-
-    BPE would merge the letters of these words, and the model could not see what it has to spell. Single letters are
-    repeated LETTERS_REPEATED times, so that each Chinese character (three bytes) becomes a token before phrases do.
-    """
+    """Return the texts that the demo's tokenizer is trained on: training items and facts, without words to spell, whose
+    letters BPE would merge. Single letters are repeated LETTERS_REPEATED times, so that each Chinese character (three
+    bytes) becomes a token before phrases do."""
     texts = demo_texts()
     lines = ["user\n", "assistant\n"] * LETTERS_REPEATED
     for language, letters in (("en", texts.consonants + texts.vowels), ("zh", texts.hanzi)):
@@ -513,10 +487,7 @@ def score(asked: Sequence[Question], answers: Sequence[str]) -> Score:
 
 
 def showcase(asked: Sequence[Question]) -> list[Question]:
-    """Return five questions to print as examples, in both languages; one is within a conversation.
-
-    asked: must have a question of each of these kinds, as the result of `questions` does.
-    """
+    """Return five of the `questions` to print as examples, in both languages; one is within a conversation."""
     kinds = (("sum", "en"), ("reverse", "zh"), ("islander", "en"), ("islander", "zh"), ("recall", "en"))
     return [next(q for q in asked if (q.subject, q.language) == kind) for kind in kinds]
 
@@ -526,11 +497,9 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
 
 @dataclass(frozen=True, slots=True)
 class DemoStage:
-    """One training run of the demo: one epoch over the `rows` rows of `file`.jsonl, packed to `max_len` tokens.
-
-    `stage` is pretrain, sft or dpo, `schedule` the learning rate schedule, `warmup` the share of the steps in which the
-    learning rate rises, and `beta` dpo's beta.
-    """
+    """One training run of the demo: an epoch over the `rows` rows of `file`.jsonl, packed to `max_len` tokens. `stage`:
+    pretrain, sft or dpo. `schedule`: of the learning rate. `warmup`: share of the steps in which it rises. `beta`: of
+    dpo."""
 
     file: str
     stage: str
@@ -562,10 +531,8 @@ NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language
 
 
 def scaled(minutes: float) -> tuple[DemoStage, ...]:
-    """Return the stages with as many rows, at least 64, as can be trained on in about `minutes`.
-
-    The time is taken as proportional to the rows: training on all of them took MINUTES on one machine.
-    """
+    """Return the stages with as many rows, at least 64, as can be trained on in about `minutes`, in proportion to
+    MINUTES."""
     return tuple(replace(stage, rows=max(64, round(stage.rows * minutes / MINUTES))) for stage in STAGES)
 
 
@@ -580,10 +547,8 @@ class DemoFiles:
 
 
 def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> DemoFiles:
-    """Write the four training files to `data_dir`, and held-out questions and pairs to `data_dir`/held_out.
-
-    minutes: sets the numbers of rows (see `scaled`). The same seed and minutes give the same bytes.
-    """
+    """Write the four training files to `data_dir`, and held-out questions and pairs to `data_dir`/held_out. minutes:
+    sets the numbers of rows (see `scaled`). The same seed and minutes give the same bytes."""
     splits = make_splits(seed)
     rng = random.Random(seed + 1)
     rows = {stage.file: stage.rows for stage in scaled(minutes)}

@@ -1,9 +1,6 @@
-"""Training options: every option of `mm train`, its default for each stage, and the presets.
-
-`TrainSettings` has the options that define a run and are recorded with it; `TrainOptions` adds those of a single call,
-such as the data and the run directory. A setting that the user did not give is None until `resolve` sets it. This
-module imports no torch and reads no files.
-"""
+"""Training options: every option of `mm train`, its default for each stage, and the presets. `TrainSettings` defines a
+run and is recorded with it; `TrainOptions` adds what is of a single call, such as the data and the run directory. A
+setting that the user did not give is None until `resolve` sets it. Imports no torch and reads no files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,11 +34,9 @@ CUDA_MICRO_TOKENS = 16_384
 
 
 def _setting(default: Any, help: str, group: str, *, free: bool = False, **declaration: Any) -> Any:
-    """Return a dataclass field for a setting. Its own default is None, which means that the user did not give it.
-
-    default: one value for all stages or a mapping from each stage to its value. group: heading in --help. free: whether
-    a resumed run may use another value. declaration: further fields of `mmdata.options.Option`, such as `least`.
-    """
+    """Return a dataclass field for a setting; its own default is None, which means that the user did not give it.
+    default: for all stages, or a mapping from each stage. group: heading in --help. free: whether a resumed run may use
+    another value. declaration: further fields of `mmdata.options.Option`, such as `least`."""
     by_stage = default if isinstance(default, Mapping) else dict.fromkeys(STAGE_KINDS, default)
     return option(None, help, group, by_stage=by_stage, may_change_on_resume=free, **declaration)
 
@@ -260,12 +255,9 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions(TrainSettings):
-    """All options of one call of `mm train`: the settings, and the options of this call only.
-
-    stage: pretrain, sft or dpo. data: dataset directories. out: the run directory. weights: the share of the training
-    tokens that each dataset provides; None means that an epoch takes every sample of every dataset once. runs_dir:
-    searched for a finished run to start from if neither `init` nor `model` is given.
-    """
+    """All options of one call of `mm train`. stage: pretrain, sft or dpo. data: dataset directories. out: the run
+    directory. weights: the share of the training tokens that each dataset provides; None: an epoch takes every sample
+    once. runs_dir: searched for a finished run to start from if neither `init` nor `model` is given."""
 
     stage: str
     data: tuple[Path, ...]
@@ -343,12 +335,9 @@ SHAPE_SETTINGS = {
 
 
 def shape_from(settings: TrainSettings, vocab_size: int) -> ModelConfig:
-    """Return the shape of a new model, for a tokenizer with `vocab_size` tokens.
-
-    It is the shape called `settings.model`, or that of `settings.depth`, with the fields that SHAPE_SETTINGS names
-    replaced by those given. With a new width the feed-forward width follows `ffn_for` unless given too. Raises
-    UsageError, which says what fits, if the numbers fit no model.
-    """
+    """Return the shape of a new model, for a tokenizer with `vocab_size` tokens: that called `settings.model` or of
+    `settings.depth`, with the fields in SHAPE_SETTINGS replaced by those given. With a new width the feed-forward width
+    follows `ffn_for` unless given. Raises UsageError, which says what fits, if the numbers fit no model."""
     name, depth = str(settings.model), settings.depth
     shape = shape_of(name, vocab_size) if depth is None else shape_of_depth(depth, vocab_size)
     given = {field: getattr(settings, name) for name, field in SHAPE_SETTINGS.items()}
@@ -432,12 +421,10 @@ def resolve(
     """Decide every setting: the first that exists of flag, checkpoint being resumed, preset, and default of the stage.
     Return the settings and, by name, where each came from: "flag", "checkpoint", "preset" or "default".
 
-    saved: recorded settings of the run being resumed, else None. has_init: whether the model's shape comes from a
-    checkpoint; `model` is then None unless given by flag. device ("cpu" or "cuda"), share_prompt (whether computing
-    shared prompts once is faster for this data): for the defaults that depend on them. With --steps, `epochs` is None.
-
-    Raises UsageError as `check_options` does, and CheckpointError if a flag differs from the run being resumed and the
-    setting may not change on resume.
+    saved: recorded settings of the run being resumed, else None. has_init: whether a checkpoint gives the model's
+    shape; `model` is then None unless given by flag. device, share_prompt (computing shared prompts once is faster for
+    this data): for the defaults that depend on them. With --steps, `epochs` is None. Raises UsageError as
+    `check_options` does, and CheckpointError if a flag changes a setting of the run being resumed that may not change.
     """
     check_options(options)
     preset, defaults = preset_settings(options), stage_defaults(options.stage)

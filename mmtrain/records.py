@@ -19,8 +19,7 @@ RUN = "run.json"
 
 class StartRecord(Struct):
     """The weights that a run started from. dir: the checkpoint directory, empty for new weights. weights_sha256: their
-    hash. With --resize-embeddings also the method (mean or subtoken), and the added token ids as ranges, such as
-    "300-301"."""
+    hash. With --resize-embeddings also the method and the added token ids as ranges, such as "300-301"."""
 
     dir: str
     weights_sha256: str

@@ -1,5 +1,4 @@
-"""Model shapes: the numbers that define a model, the shapes of known models by name, and what fits together. This module
-imports no torch."""
+"""Model shapes: the numbers that define a model, known models by name, and what fits together. Imports no torch."""
 
 from dataclasses import dataclass, replace
 
@@ -8,8 +7,8 @@ from mmdata.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Llama 3's scaling of the rotary frequencies: a wavelength above `original_positions / low_freq_factor` tokens
-    becomes `factor` times as long, one below `original_positions / high_freq_factor` stays, and those between are
+    """Llama 3's scaling of the rotary frequencies: wavelengths above `original_positions / low_freq_factor` tokens
+    become `factor` times as long, those below `original_positions / high_freq_factor` stay; between, they are
     interpolated."""
 
     factor: float
@@ -114,8 +113,7 @@ def ffn_for(width: int) -> int:
 
 
 def check_heads(shape: ModelConfig) -> None:
-    """Raise UsageError, which says what fits, unless all heads have the same even width and key heads divide query
-    heads."""
+    """Raise UsageError with what fits unless heads have one even width and key heads divide query heads."""
     width, heads, kv_heads = shape.hidden_size, shape.num_heads, shape.num_kv_heads
     if heads % kv_heads:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -31,12 +31,9 @@ def fit_to_data(
     vocab_size: int,
     least_batch_tokens: int = 0,
 ) -> tuple[TrainSettings, dict[str, str]]:
-    """Return the settings with batch, epochs, validations and, for pretraining, a model that fit the data; and where
-    each setting came from, for those changed here as "data: RULE".
-
-    tokens_per_epoch: tokens of the train splits. vocab_size: of their tokenizer. least_batch_tokens: the smallest batch
-    that gives every rank a sequence.
-    """
+    """Return the settings with batch, epochs, validations and, for pretraining, a model that fit the data, and where
+    each came from ("data: RULE" if changed here). tokens_per_epoch: of the train splits. vocab_size: of their
+    tokenizer. least_batch_tokens: the smallest batch that gives every rank a sequence."""
     origins = dict(origins)
     passes, batch, least_steps = settings.epochs or 1.0, settings.batch_tokens, LEAST_STEPS[stage]
 

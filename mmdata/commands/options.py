@@ -64,8 +64,7 @@ class GroupedCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a section for the arguments and one for each group, in the order of the parameters; options without a
-        group come last, under the heading "Options"."""
+        """Write a section for the arguments and each group in order; options without a group come last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         ungrouped = []
         for parameter in self.get_params(ctx):
@@ -118,8 +117,8 @@ class LazyCommand(TyperCommand):
 
 def add_lazily(app: typer.Typer, module: str, name: str, summary: str) -> None:
     """Register the function `name` (or `name_`) of a module as a command of `app`, without importing the module.
-    summary: the command's line in `mm --help`. The groups in the command's own help are in the order of the module's
-    HEADINGS, and OTHER_FLAGS are refused by name, if it defines them."""
+    summary: its line in `mm --help`. The module may define HEADINGS, the order of its option groups, and OTHER_FLAGS,
+    refused flags."""
     command = type("ModuleCommand", (LazyCommand,), {"module": module})
     app.command(name, cls=command, help=summary)(lambda: None)
 
@@ -140,9 +139,9 @@ def add(
 
 
 def command_line(function: Callable[..., None], headings: Sequence[str] = ()) -> Callable[..., None]:
-    """Return a function with a signature that typer can read, which checks the values and calls `function`. It collects
-    the values of an options dataclass in an instance (or a dictionary, see the module docstring), and raises UsageError
-    for a value outside its declaration. headings: order of the option groups in the help."""
+    """Return a function with a signature that typer can read, which checks the values (UsageError), collects those of
+    an options dataclass in an instance or dictionary, and calls `function`. headings: order of the option groups in the
+    help."""
     parameters: list[Parameter] = []
     converters: dict[str, Converter] = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -201,9 +200,9 @@ def _instance(kind: type, fields_of: Converter, values: Values) -> Any:
 
 
 def _expanded(kind: type) -> tuple[list[Parameter], Converter]:
-    """Return one typer parameter for each declared field of the options class `kind`, and a function that makes a
-    dictionary of the fields from the values of all typer parameters by name. It checks each value (UsageError), makes
-    lists tuples, and inverts flags like --no-compile, which set their field to False."""
+    """Return a typer parameter for each declared field of the options class `kind`, and a function that makes a
+    dictionary of the fields from all typer values: checked (UsageError), lists as tuples, flags like --no-compile
+    inverted."""
     types = {field.name: (field.type, field.default) for field in fields(kind)}
     parameters = []
     conversions: dict[str, Callable[[Any], Any]] = {}
@@ -297,9 +296,9 @@ Lang = Annotated[str, Option("Language of the HTML report.", REPORT, choices=("e
 
 
 def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[Path]:
-    """Return the input files: `files` if any are given, else data/*.jsonl in alphabetical order. Raise InputError if
-    there are none, or one does not exist.
-    is_read_once: the command reads every file once only; otherwise the path `-`, standard input, raises UsageError."""
+    """Return the input files: `files`, or else data/*.jsonl in alphabetical order. Raise InputError if there are none
+    or one does not exist, and UsageError for `-`, standard input, unless the command reads every file once
+    (`is_read_once`)."""
     paths = files or sorted(DATA_DIR.glob("*.jsonl"))
     if not paths:
         raise InputError(f"no FILE given and no {DATA_DIR}/*.jsonl here", "`mm fetch` brings data, or name your files")
@@ -332,8 +331,8 @@ def dataset_dir(path: Path) -> Path:
 
 
 def pack_command(files: Sequence[Path] = (), read: ReadOptions = DEFAULT_READING) -> str:
-    """Return the command that packs these files, or without any data/*.jsonl, reading them the same way; before it the one that fetches a
-    tokenizer, if data/tokenizer is not there."""
+    """Return the command that packs these files (none: data/*.jsonl), read the same way, after the one that fetches a
+    tokenizer if data/tokenizer is not there."""
     fetch = "" if (DATA_DIR / "tokenizer").is_dir() else "mm fetch --tokenizer minimind-3    then    "
     return " ".join([f"{fetch}mm pack", *map(str, files), *read.flags])
 

@@ -132,8 +132,7 @@ def pack_all(
 
 
 def settled(inputs: list[Path], place: Path, options: PackFlags) -> PackOptions:
-    """Return the options with a --max-len and a --val-fraction that fit the inputs, unless they are given; print what
-    was chosen. place: the dataset."""
+    """Return the options with a --max-len and a --val-fraction that fit the inputs, printed, unless they are given."""
     from mmdata.pack import estimate
 
     if options.max_len is not None and options.val_fraction is not None:
@@ -159,9 +158,8 @@ def advise_max_len(inputs: list[Path], options: PackOptions, packed: "PackResult
 
 
 def kept_stdin(out: Path | None, text: str | None) -> Path:
-    """Copy standard input to `out`.jsonl (plain text, which `text` allows: .txt) beside the dataset `out`, and return
-    its path; a dataset names the input file and line of every row, so there must be a file. Raise UsageError if `out`
-    is None."""
+    """Copy standard input to `out`.jsonl (plain text, which `text` allows: .txt) and return its path, since a dataset
+    names the input file and line of every row. Raise UsageError if `out`, the dataset, is None."""
     from mmdata.io.files import atomic_path
 
     if out is None:
@@ -174,10 +172,9 @@ def kept_stdin(out: Path | None, text: str | None) -> Path:
 
 
 def dataset_names(paths: list[Path]) -> list[str]:
-    """Return the name of the dataset that is made from each file: the file's name without the suffixes of format and
-    compression. Files of which these are equal get those of their parent directories before it (a-train, b-train), or
-    the suffix after it (train-json) if they are in one directory, and that is printed. Raise UsageError if two names
-    are equal even so."""
+    """Return the name of the dataset made from each file: the file's name without the suffixes of format and
+    compression. Equal ones get their parent directories in front (a-train, b-train) or, in one directory, the suffix
+    behind (train-json), which is printed. Raise UsageError if two names are equal even so."""
     stems = [match[1] for path in paths if (match := STEM.fullmatch(path.name))]
     names = list(stems)
     for stem in dict.fromkeys(stem.casefold() for stem in stems):
@@ -202,9 +199,8 @@ def dataset_names(paths: list[Path]) -> list[str]:
 
 @contextmanager
 def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update, Callable[[int, int, int], None]]]:
-    """Show the progress of packing, as a context manager. Yields `update(done, total)`, which takes bytes of the
-    inputs, and `watch(rows, tokens, num_left_out)`, which takes the counts so far for the next `update` to
-    show."""
+    """Show the progress of packing, as a context manager. Yields `update(done, total)`, in bytes of the inputs, and
+    `watch(rows, tokens, num_left_out)`, which takes the counts for the next `update` to show."""
     by_bytes, by_tokens = Rate(), Rate()
     counts = [0, 0, 0]
 
@@ -230,9 +226,8 @@ def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update, Callable
 
 
 def print_packed(packed: "PackResult", write: Callable[[str], None] = result) -> None:
-    """Print how many rows were packed, left out and cut, and what was written; one line for a dataset that was up to
-    date. For a pack with `--shard`, the last line says how many parts of other shards are left. write: prints one line.
-    """
+    """Print the rows packed, left out and cut, and what was written; one line if the dataset was up to date. With
+    `--shard` the last line says how many parts of other shards are left. write: prints one line."""
     from mmdata.encode.rows import HELP, LEFT_OUT
 
     if packed.up_to_date:
@@ -272,8 +267,7 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
 
 
 def warn_of_contained(datasets: list[Path]) -> None:
-    """Warn of each input file of which most rows are in another input file of the datasets, too. A model trained on
-    both files would see these rows twice."""
+    """Warn of each input file of which most rows are also in another one: a model would see them twice."""
     from mmdata.shards.checks import find_contained
     from mmdata.shards.dataset import open_dataset
 

@@ -53,10 +53,9 @@ def show(
 
 
 def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool, as_json: bool) -> None:
-    """Print one sample (a pack or a pair) of a packed dataset, with the file and line of each of its sequences. Raise
-    UsageError if there is no such sample.
-    index: from 0; None is 0. split: "all" stands for "train" here. as_json: print the sample as JSON; without an index,
-    print every source row of the split as one JSON line."""
+    """Print a sample of a packed dataset, with the file and line of each of its sequences. Raise UsageError if there is
+    none. index: from 0; None is 0. split: "all" stands for "train". as_json: print the sample as JSON, without an index
+    every source row of the split as a JSON line."""
     from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -94,9 +93,8 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
 def show_file(
     path: Path, read: ReadOptions, index: int, tokenizer: Path, max_len: int, with_ids: bool, as_json: bool
 ) -> None:
-    """Print one row of a file, counted from 0, as it would be packed, or the reason why it would be left out, and the
-    keys of it that are ignored. Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest
-    sequence in tokens."""
+    """Print row number `index` of a file as it would be packed, or why it would be left out, and its ignored keys.
+    Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest sequence in tokens."""
     from mmdata.encode.encoder import RowEncoder, preview
     from mmdata.encode.rows import LEFT_OUT, REASONS, Columns, find_kind
     from mmdata.io.lines import iter_lines

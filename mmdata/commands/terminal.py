@@ -103,8 +103,8 @@ def next_command(command: str) -> None:
 
 
 def same_command(*without: str, add: str = "") -> str:
-    """Return the command line of this process as it was typed, without the options in `without` and their values, and
-    with `add` at the end."""
+    """Return this process's command line without the options in `without` and their values, and with `add` at the
+    end."""
     words = sys.argv[1:]
     for name in without:
         words = without_option(words, name, has_value=name not in ("--plan", "--json"))
@@ -196,9 +196,8 @@ def ignored_keys(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print a table to stdout; print nothing if there are no rows. Integers get thousands separators.
-    columns: their names; the header is left out if all are empty. The first column is aligned left, the others right,
-    except for columns after the second whose name is empty (bars and notes), which are aligned left."""
+    """Print a table to stdout, nothing without rows. Integers get thousands separators. columns: their names; without
+    any there is no header. The first column and nameless ones from the third on (bars and notes) are aligned left."""
     names = list(columns)
     left = {index for index, name in enumerate(names) if index == 0 or (index > 1 and not name)}
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
@@ -299,12 +298,10 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 
 @contextmanager
 def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr: bars on a terminal, elsewhere a line every EVERY_S seconds. A context manager.
-
-    Yields `draw(label, done, total, words, row=0)`, without effect if `quiet`: `done` of `total` units (0: not known) of the
-    work `label` are done; `words` is printed after the bar, as many of its parts between ", " as fit, or in the line. Row 1 is a second bar below the first,
-    shown on terminals only.
-    """
+    """Show progress on stderr: bars on a terminal, elsewhere a line every EVERY_S seconds. A context manager that
+    yields `draw(label, done, total, words, row=0)`, without effect if `quiet`: `done` of `total` units (0: unknown) of
+    the work `label` are done; `words` follow the bar, as many of its parts between ", " as fit. Row 1 is a second bar,
+    on terminals only."""
     if quiet or OUTPUT.quiet:
         yield lambda *_, **__: None
     elif sys.stderr.isatty():
@@ -356,8 +353,7 @@ class Rate:
         return (done - self._first) / max(time.monotonic() - self._start, 1e-3)
 
     def time_left(self, done: float, total: float) -> str:
-        """Return the estimated time until the count reaches `total`, as text to append: ", 40 s left". Empty while the
-        rate is 0, and when everything is done."""
+        """Return the estimated time left as text to append, such as ", 40 s left"; empty if unknown or done."""
         rate = self.per_second(done)
         return f", {in_time((total - done) / rate)} left" if rate > 0 and done < total else ""
 

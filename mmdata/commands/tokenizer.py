@@ -290,8 +290,7 @@ def phase_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def print_trained(trained: "Trained") -> None:
-    """Print how much text was found and drawn in each file and language, the rows left out, and the tokenizer written;
-    one line for a tokenizer that was up to date."""
+    """Print the text found and drawn by file and language, the rows left out, and the tokenizer; or "up to date"."""
     if trained.up_to_date:
         result(f"{trained.out} is up to date: {trained.vocab_size:,} tokens, sha256 {trained.sha256[:12]}")
         return

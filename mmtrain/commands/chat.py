@@ -215,8 +215,7 @@ class Session:
                 say(f"error: {error.message}\nfix: {error.fix}")
 
     def command(self, name: str, argument: str = "") -> None:
-        """Run the command `name`, such as /reset, with its argument. Raise UsageError if there is no command of that
-        name."""
+        """Run the command `name`, such as /reset, with its argument. Raise UsageError if there is no such command."""
         if name == "/reset":
             self.reset()
             say("forgotten")
@@ -235,8 +234,7 @@ class Session:
             raise UsageError(f"{name} is no command", "/help shows them")
 
     def ask_again(self) -> None:
-        """Remove the last question and its answers, and ask it again with another seed. Raise UsageError if nothing was
-        answered yet."""
+        """Ask the last question again, with another seed. Raise UsageError if nothing was answered yet."""
         messages = self.speakers[0].chat.messages
         if not messages or messages[-1].role != "assistant":
             raise UsageError("there is no answer yet", "ask something first")
@@ -332,8 +330,7 @@ def as_row(message: "Message") -> dict[str, Any]:
 
 
 class StreamPrinter:
-    """Prints one answer while it is generated: content and tool calls, each on its own line, to stdout; reasoning to
-    stderr, dimmed on a terminal."""
+    """Prints an answer while it is generated: content and tool calls to stdout; reasoning, dimmed, to stderr."""
 
     def __init__(self) -> None:
         self._kind = ""
@@ -418,6 +415,5 @@ def piped_lines() -> Iterator[str]:
 
 
 def without_surrogates(line: str) -> str:
-    """Return a typed line with U+FFFD in place of bytes that are not UTF-8, which Python's `input` returns as lone
-    surrogates and tokenizers cannot encode."""
+    """Return a typed line with U+FFFD in place of the lone surrogates that `input` makes of bytes outside UTF-8."""
     return line.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace")

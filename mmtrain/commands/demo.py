@@ -1,5 +1,4 @@
-"""`mm demo`: train a small model on a generated corpus, through all stages, and measure its answers to held-out
-questions."""
+"""`mm demo`: train a small model on a generated corpus, through all stages, and score it on held-out questions."""
 
 import json
 import shutil
@@ -73,8 +72,8 @@ def clear_demo(out: Path) -> None:
 
 def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
     """Generate the corpus, train its tokenizer, pack it, train and score each stage in turn, all under `out`; return
-    all figures. minutes: training time on two present-day CPU cores, which determines the number of rows. seed:
-    determines corpus, new weights and the order of the data."""
+    all figures. minutes: as in `demo`, sets the number of rows. seed: of corpus, new weights and the order of the
+    data."""
     from mmdata import demo as recipe
     from mmdata.pack.options import PackOptions
     from mmdata.pack.pipeline import pack
@@ -133,12 +132,10 @@ def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
 
 
 def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigures:
-    """Score a run on the held-out questions and on the packed dataset of held-out pairs; return the figures by name.
-
-    exact and sentences are shares (0 to 1) of the greedy answers that are exactly right, and that are a whole sentence.
-    by_subject has the exact answers and the questions of each subject. preference_accuracy is the share of pairs whose
-    chosen reply has the larger summed log-probability. transcript has five questions with their answers.
-    """
+    """Score a run on the held-out questions and on the packed held-out pairs; return the figures by name: exact and
+    sentences, shares (0 to 1) of the greedy answers that are right, and that are a whole sentence; by_subject, exact
+    answers and questions of each subject; preference_accuracy, share of pairs whose chosen reply has the larger logp;
+    transcript, five questions with answers."""
     from mmdata import demo as recipe
     from mmdata.encode.rows import Message
     from mmdata.encode.template import Template

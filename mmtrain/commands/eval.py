@@ -111,9 +111,9 @@ def measured(
 
 
 def as_in_training(model: "Model", tokenizer: "Tokenizer", run: "RunRecord", datasets: list[Path]) -> Scores:
-    """Return as "preference" the val figures of a dpo run that depend on its reference model, as they are computed
-    during training: loss, accuracy (share of positive reward margins), reward_margin, pairs. Empty for other runs, and
-    if the reference's log-probabilities of these datasets are not there any more."""
+    """Return as "preference" the val figures of a dpo run that depend on its reference model, as in training: loss,
+    accuracy (share of positive reward margins), reward_margin, pairs. Empty for other runs, or without the reference's
+    logps."""
     from mmdata.shards.dataset import open_dataset
     from mmdata.shards.pairs import make_loader
     from mmtrain.inference.evaluate import evaluate
@@ -138,9 +138,8 @@ def as_in_training(model: "Model", tokenizer: "Tokenizer", run: "RunRecord", dat
 
 
 def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | None) -> Scores:
-    """Run tasks of EleutherAI's harness and return their metrics by task and name. The harness reads Hugging Face
-    directories, so any other model is exported to a temporary one first. is_chat: apply the chat template to each
-    question. limit: questions per task; None for all."""
+    """Run tasks of EleutherAI's harness and return their metrics by task and name. A model that is no Hugging Face
+    directory is exported to a temporary one first. is_chat: apply the chat template. limit: questions per task."""
     from mmtrain.convert import harness
     from mmtrain.convert.export import export
     from mmtrain.convert.foreign import is_foreign
@@ -154,8 +153,7 @@ def through_harness(run: Path, tasks: list[str], is_chat: bool, limit: int | Non
 
 
 def print_scores(values: Scores) -> None:
-    """Print what `mm eval` measured: a table for each dataset, the noisiest rows, the accuracy on questions and the
-    results of tasks."""
+    """Print what `mm eval` measured: tables of losses, the noisiest rows, accuracy on questions, results of tasks."""
     for dataset, buckets in values.get("datasets", {}).items():
         is_pairs = "accuracy" in buckets["all"]
         columns = ["bucket", "sequences", "tokens", "loss", "bits/byte", "perplexity"]

@@ -1,5 +1,4 @@
-"""`mm report`: report on training runs: on the terminal, as an HTML file, or as a page that is updated while they
-train."""
+"""`mm report`: report on training runs on the terminal, as HTML, or as a page that is updated while they train."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,6 @@
-"""What a training run prints to stderr: lines, and on a terminal one live line below them that is drawn again and again.
-
-Work of more than SOON_S seconds before and between steps is announced by a thread, which also shows how far it is.
-"""
+"""What a training run prints to stderr: lines, and on a terminal one live line below them that is drawn again and
+again. Work of more than SOON_S seconds before and between steps is announced by a thread, which also shows how far it
+is."""
 
 import os
 import shutil

@@ -62,8 +62,7 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
 
 
 def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
-    """Return the records of type `kind` in lines of JSON; lines that are not such a record, or have no step, are
-    skipped."""
+    """Return the records of type `kind` in lines of JSON; lines that are none or have no step are skipped."""
     records = []
     for line in lines:
         try:
@@ -93,8 +92,7 @@ def cut_after(path: Path, step: int) -> None:
 
 @dataclass(slots=True)
 class MetricsReader:
-    """Reads a metrics.jsonl that may still grow. steps, vals: the records of training steps and of validations read so
-    far."""
+    """Reads a metrics.jsonl that may still grow. steps, vals: the records of steps and validations read so far."""
 
     path: Path
     steps: list[Metrics] = field(default_factory=list)
@@ -128,12 +126,10 @@ class MetricsReader:
 
 
 def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: int | None = None) -> RunFigures:
-    """Return the figures of one run, without the runs it was started from, as a dict that can be written as JSON. In
-    `curves` each name has a list of values, among them the axes step, tokens and hours; the records in `vals` and
-    `events` also have the tokens and hours up to their step. Raise CheckpointError if run.json is missing or
-    unreadable.
-    until: only figures up to this step; None for all. metrics: a reader of the run's metrics.jsonl that may have read a
-    part of it."""
+    """Return the figures of one run, without the runs it was started from, as a dict for JSON. In `curves` each name
+    has a list of values, among them the axes step, tokens and hours; the records in `vals` and `events` also have the
+    tokens and hours up to their step. until: only figures up to this step. metrics: a reader of the run's metrics.jsonl
+    that may have read a part of it. Raise CheckpointError if run.json is missing or unreadable."""
     run = read_run(run_dir)
     metrics = metrics or MetricsReader(run_dir / METRICS)
     metrics.update()
@@ -207,9 +203,8 @@ def _running_sums(values: np.ndarray) -> list[float]:
 
 def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | None]]:
     """Return the curves of a run by name, each with at most POINTS points. More steps are divided into stretches of
-    nearly equal length, and a point is the mean over a stretch; on the axes step, tokens and hours it is the value at
-    the end of the stretch. Only then loss_low and loss_high are returned: the lowest and the highest loss in each
-    stretch."""
+    nearly equal length, of which a point is the mean, or on the axes step, tokens and hours the last value; loss_low
+    and loss_high then are the lowest and the highest loss in each stretch."""
     tokens, trained, seconds = _column(steps, "tokens"), _column(steps, "trained_tokens"), _seconds(steps)
     columns = {name: _column(steps, name) for name in STEP_FIGURES if any(name in step for step in steps)}
     columns["tokens_per_s"] = _column(steps, "tokens_per_s")
@@ -240,17 +235,17 @@ def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | 
 
 
 def _flops(run: RunRecord, tokens: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Return the floating-point operations of each step: 6 for each weight and token (2 forward, 4 backward); for the
-    output projection only trained tokens count, since this trainer computes it only for these. The products inside
-    attention are left out; they are less than a tenth of the total at these sequence lengths."""
+    """Return the floating-point operations of each step: 6 for each weight and token (2 forward, 4 backward), in the
+    output projection trained tokens only, as they are computed. Attention's products, less than a tenth, are left
+    out."""
     head = run.model.vocab_size * run.model.hidden_size if run.model else 0
     lookup = 0 if run.model is None or run.model.tied else head  # an embedding of its own is read, not multiplied
     return 6.0 * (max(run.num_params - head - lookup, 0) * tokens + head * trained)
 
 
 def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the mean of the values from each of `edges` to the next, [len(edges) - 1], without NaN values; NaN if none
-    is left."""
+    """Return the mean of the values from each of `edges` to the next, [len(edges) - 1], without NaN; NaN if none is
+    left."""
     is_number = ~np.isnan(values)
     sums = np.add.reduceat(np.where(is_number, values, 0), edges[:-1])
     counts = np.add.reduceat(is_number.astype(float), edges[:-1])
@@ -262,9 +257,8 @@ def _rounded(values: np.ndarray) -> list[float | None]:
 
 
 def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float | None]:
-    """Return the newest figures by name: loss (mean over the last tenth of the steps), the PAIR_FIGURES of the last
-    step, all figures of the last validation, and best_val_loss with its step best_val_step; without those that the run
-    does not have."""
+    """Return the newest figures by name: loss (mean over the last tenth of the steps), the last step's PAIR_FIGURES,
+    all figures of the last validation, and best_val_loss with its step best_val_step, as far as the run has them."""
     last: dict[str, float | None] = {}
     if steps:
         losses = _column(steps[-max(1, len(steps) // 10) :], "loss")
@@ -323,11 +317,10 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def chain(run_dir: Path, reader: RunReader | None = None) -> list[RunFigures]:
-    """Return the figures of `run_dir` and the runs whose weights it was started from, oldest first. Of an earlier run
-    only the steps up to the checkpoint that the next run started from are counted (all if that number is unknown).
-    `offset` of each run has the steps, tokens and hours of all runs before it. If an earlier run no longer exists, the
-    chain begins after it, and `missing` of the first run is its path. Raise CheckpointError if `run_dir` is not a run.
-    """
+    """Return the figures of `run_dir` and the runs whose weights it was started from, oldest first; of an earlier run
+    only up to the checkpoint that the next one started from, if its step is known. `offset` of each run has the steps,
+    tokens and hours of all runs before it. If an earlier run no longer exists, the chain begins after it, and `missing`
+    of the first run is its path. Raise CheckpointError if `run_dir` is not a run."""
     reader = reader or RunReader()
     run = reader.run(run_dir)
     runs, visited = [run], {run_dir.resolve()}
@@ -364,8 +357,8 @@ def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None,
 
 
 def figures(run_dirs: Sequence[Path], reader: RunReader | None = None) -> dict[str, list[list[RunFigures]]]:
-    """Return the chains of runs as {"chains": [[figures of a run, …], …]}. A run in another run's chain has no chain of
-    its own."""
+    """Return the chains of runs as {"chains": [[figures of a run, …], …]}; a run in another's chain has none of its
+    own."""
     reader = reader or RunReader()
     chains: dict[Path, list[RunFigures]] = {}
     for run_dir in run_dirs:

@@ -1,5 +1,5 @@
-"""Metrics of a training run: writes a line per step and validation to RUN/metrics.jsonl, on the first rank only, and
-prints some of them."""
+"""Metrics of a training run: a line per step and validation in RUN/metrics.jsonl, on the first rank; some are
+printed."""
 
 import json
 import math
@@ -20,12 +20,9 @@ LINE_S = 15.0  # seconds after which a step is printed although it is no multipl
 
 class MetricsLog:
     """Writes the figures of every step and validation to RUN/metrics.jsonl, and prints every `log_every`-th step, each
-    step LINE_S seconds after the last line, and every validation. Records of steps after `first_step` are removed from
-    the file at the beginning.
-
-    run_dir: None writes no file. console: prints the lines. num_steps: length of the run. first_step: steps done before
-    this session, 0 for a new run. also: called with every record that is written.
-    """
+    step LINE_S seconds after the last line, and every validation. Records of steps after `first_step` are removed
+    first. run_dir: None writes no file. console: prints the lines. num_steps: length of the run. first_step: steps done
+    before this session. also: called with every record that is written."""
 
     def __init__(
         self,
@@ -63,8 +60,7 @@ class MetricsLog:
             self.console.say(f"step {step}/{self._num_steps} | {step_figures(record)} | eta {self._eta(step)}")
 
     def within(self, step: int, share: float) -> None:
-        """Draw the live line, if there is a terminal. step: the one being made, counted from 0. share: how much of it
-        is done, 0 to 1."""
+        """Draw the live line, if any. step: the one being made, from 0. share: how much of it is done, 0 to 1."""
 
         def text() -> str:
             done = step + share
@@ -74,8 +70,7 @@ class MetricsLog:
         self.console.live(text)
 
     def val(self, record: Figures, num_rows: int = 0) -> None:
-        """Write and print the figures of a validation; their names begin with val_, except for "step". num_rows:
-        rows that the figures rest on."""
+        """Write and print the figures of a validation, named val_… but for "step". num_rows: rows they rest on."""
         self._write(record)
         self._printed = time.monotonic()
         self.console.say(f"step {record['step']}/{self._num_steps} val | {val_line(record, num_rows)}")
@@ -123,8 +118,7 @@ def val_losses(run_dir: Path) -> list[float]:
 
 
 def num_since_best(losses: Sequence[float]) -> int:
-    """Return how many losses come after the smallest (the first of equal ones). NaN is never the smallest; if all are
-    NaN, all count."""
+    """Return how many losses come after the smallest, the first of equal ones. NaN is never the smallest."""
     best, best_at = math.inf, -1
     for at, loss in enumerate(losses):
         if loss < best:

@@ -39,10 +39,10 @@ _TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
 
 
 def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]) -> None:
-    """Serve the page that `make()` returns on `port` (0: a free one) of 127.0.0.1 until Ctrl-C. Each request calls
-    `make` again, one call at a time. on_start: called with the server's address. Requests for another path or host name
-    get status 404. An error of the first `make`, before the server starts, is raised; later ones get status 503. Raise
-    UsageError if the port cannot be used."""
+    """Serve the page that `make()` returns on `port` (0: a free one) of 127.0.0.1 until Ctrl-C, made anew for each
+    request, one at a time. on_start: called with the address. Another path or host name gets status 404, an error of
+    `make` 503; at the first call, before the server starts, it is raised. Raise UsageError if the port cannot be
+    used."""
     one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -81,9 +81,8 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
 
 
 def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float | None = None) -> str:
-    """Return the HTML page about one or several chains of runs, whose curves share the plots. figures: result of
-    `history.figures`. lang: "en" or "zh". refresh_s: seconds after which an open page requests a newer version; None
-    for a page that does not change."""
+    """Return the HTML page about chains of runs, whose curves share the plots. figures: from `history.figures`. lang:
+    "en" or "zh". refresh_s: seconds after which an open page requests a newer version; None for never."""
     last = [runs[-1] for runs in figures["chains"]]
     title = as_name(", ".join(run["name"] for run in last))
     subtitle = joined(
@@ -141,7 +140,7 @@ def glance(run: Run) -> list[tuple[Text, str, Text]]:
 
 
 def _glance(chains: Chains) -> Iterator[Block]:
-    """Yield, for each chain, the main figures of its last run, a table of all its runs, and the last run's newest
+    """Yield, for each chain, its last run's main figures, a table of all its runs, and the last run's newest
     figures."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("status", "word"), Column("steps", "count")]
     columns += [Column("tokens", "count"), Column("trained tokens", "count"), Column("time", "hours")]
@@ -168,8 +167,7 @@ def _glance(chains: Chains) -> Iterator[Block]:
 
 
 class _Plotter:
-    """Builds plots of curves over tokens, hours and steps. The runs of a chain follow each other on the axes; several
-    chains are drawn over each other."""
+    """Plots of curves over tokens, hours and steps. Runs of a chain follow each other; chains overlay each other."""
 
     def __init__(self, chains: Chains):
         self.chains = chains
@@ -204,9 +202,8 @@ class _Plotter:
         **options: Any,
     ) -> Iterator[Plot]:
         """Yield one plot with a curve for each name in `labels` (name -> label), or nothing if no run has any of them.
-        Names that begin with "val_" are figures of validations, others are curves of training steps.
-        stages: draw only runs of these stages. note: text below the plot. options: further keys of the spec (see
-        docs/reports.md)."""
+        Names that begin with "val_" are figures of validations, others of steps. stages: draw only runs of these. note:
+        text below the plot. options: further keys of the spec (docs/reports.md)."""
         series = []
         is_several = len(self.chains) > 1
         for number, runs in enumerate(self.chains):
@@ -400,8 +397,7 @@ def _setting(value: Any) -> str:
 
 
 def _lineage(runs: Sequence[Run]) -> Iterator[Block]:
-    """Yield a table of where each run's weights come from and its data, then the last run's configuration and software
-    versions."""
+    """Yield a table of each run's start weights and data, then the last run's configuration and software versions."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("from", "code"), Column("weights", "code")]
     rows = []
     for run in runs:

@@ -1,9 +1,8 @@
 """Writes what the first rank records besides metrics: events, sample answers, and a current report.html.
 
-Sample answers (RUN/samples.jsonl) are the texts that the model generates after validations for the same few prompts,
-which are taken from the validation rows. Decoding is greedy and does not change the state of any random number
-generator, so a run trains the same without samples.
-Samples and reports take at most a share of SHARE of the run's time, without the samples after the last validation.
+Sample answers (RUN/samples.jsonl) are generated after validations for the same few prompts, taken from the validation
+rows, greedily and without changing any random state, so a run trains the same without samples. They and reports take at
+most a share of SHARE of the run's time, without the samples after the last validation.
 """
 
 import time
@@ -97,9 +96,8 @@ def sample_answers(model: Model, tokenizer: Tokenizer, stage: str, step: int, pr
 
 
 class Reporter:
-    """Writes events.jsonl, samples.jsonl and report.html of a run.
-    first_step: steps done before this session; records of later steps are removed from the two jsonl files.
-    prompts: of the sample answers; none are generated without any. with_report: whether to write a report."""
+    """Writes events.jsonl, samples.jsonl and report.html (`with_report`) of a run. first_step: steps done before this
+    session; later records are removed. prompts: of the sample answers; none are generated without any."""
 
     def __init__(self, run_dir: Path, *, first_step: int, with_report: bool, prompts: Sequence[str]):
         self._dir = run_dir
@@ -116,10 +114,10 @@ class Reporter:
         history.append(self._dir / history.EVENTS, [Event(step, event, note)])
 
     def validated(self, step: int, model: Model, tokenizer: Tokenizer, stage: str, *, is_last: bool) -> None:
-        """Generate sample answers and rewrite the report after a validation, unless this would take more than SHARE of
-        the time so far. After the last validation of the run (`is_last`) samples are always generated and the report is
-        left to a later `write`. If a prompt cannot be answered, for example because the chat template cannot render a
-        user message, an event is recorded and the run continues without samples."""
+        """After a validation, generate sample answers and rewrite the report, unless this would take more than SHARE of
+        the time so far. After the run's last one (`is_last`) samples are always generated and the report is left to
+        `write`. If a prompt cannot be answered, as by a chat template without user messages, an event is recorded and
+        samples end."""
         begun = time.monotonic()
         if not is_last and self._spent + self._cost > SHARE * (begun - self._begun):
             return

@@ -1,9 +1,8 @@
-"""Sends the figures of a run to experiment trackers: tensorboard, wandb, swanlab or trackio, through their own
-libraries. metrics.jsonl is written in any case.
+"""Sends the figures of a run to experiment trackers: tensorboard, wandb, swanlab or trackio, through their libraries.
 
-If a tracker is not installed or cannot be started, an error is raised before the first step. If it fails later, this is
-reported once and recorded in run.json; the tracker is not called again and training continues. A resumed run continues
-its earlier run in the tracker, whose id is derived from the run.
+A tracker that is not installed or does not start is an error before the first step. A later failure is reported once
+and recorded in run.json, and training continues without the tracker. A resumed run continues its earlier run in the
+tracker, whose id is derived from the run.
 """
 
 import contextlib
@@ -27,8 +26,7 @@ HELP = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers need of a run. id: stays the same when the run is resumed. first_step: steps done before this
-    session."""
+    """What trackers need of a run. id: the same when it is resumed. first_step: steps done before this session."""
 
     dir: Path
     id: str
@@ -42,8 +40,7 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class Sink:
-    """An open tracker: `write(step, figures)` logs figures; `close(is_failed)` ends the run, and says whether training
-    failed."""
+    """An open tracker: `write(step, figures)` logs figures; `close(is_failed)` ends the run, failed or not."""
 
     write: Callable[[int, Mapping[str, float]], object]
     close: Callable[[bool], object]
@@ -78,8 +75,7 @@ class Trackers:
                 raise TrainError(f"--log {name} does not start: {_first_line(error)}", fix) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log a record of metrics.jsonl to all trackers at its step: numbers as train/NAME, those named val_NAME as
-        val/NAME."""
+        """Log a record of metrics.jsonl to all trackers at its step, as train/NAME or, for val_NAME, val/NAME."""
         figures = {
             f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}": float(value)
             for name, value in record.items()

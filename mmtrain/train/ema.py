@@ -1,8 +1,6 @@
-"""Exponential moving average (EMA) of the trained weights: a second fp32 copy, updated after every step.
-
-With --ema, validation uses the average, and checkpoints save it as the model's weights, which chat, export and later
-runs load. For resuming, the checkpoint also has the weights that the optimizer updates.
-"""
+"""Exponential moving average (EMA) of the trained weights: a second fp32 copy, updated after every step. With --ema,
+validation uses it, and checkpoints save it as the model's weights; for resuming they also have the weights that the
+optimizer updates."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +11,8 @@ from torch import Tensor, nn
 
 class Average:
     """The moving average of a model's trainable parameters: after each step average += (1 - decay) (weights - average).
-
-    It starts as a copy of the parameters. In the first steps the decay is (1 + step) / (10 + step) if that is smaller,
-    as in TensorFlow; otherwise the initial weights would dominate for about 1 / (1 - decay) steps. decay: 0 to below 1.
-    """
+    It starts as a copy. In the first steps the decay is (1 + step) / (10 + step) if that is smaller, as in TensorFlow;
+    else the initial weights would dominate for about 1 / (1 - decay) steps. decay: 0 to below 1."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay

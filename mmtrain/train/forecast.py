@@ -1,7 +1,7 @@
 """Forecast, before the first step of dpo, how far the run will move the reward margins; warn when the model forgets.
 
-The forecast makes PROBES trial steps with the run's optimizer, on the first micro-batch of each of the first steps, and
-then restores the weights. Meanwhile it needs a copy of the weights in host memory, and a second optimizer state.
+PROBES trial steps are made with the run's optimizer, on the first micro-batch of each of the first steps; then the
+weights are restored. This takes a copy of the weights in host memory, and a second optimizer state.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ WORSE = 0.03  # relative rise of the val loss above its start value that brings 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The result of the trial steps. margin_per_lr: change of the mean reward margin per trial step, divided by the
-    learning rate. sum_of_rates: sum of the learning rates of all steps of the run. num_probes: number of trial steps."""
+    """The result of `num_probes` trial steps. margin_per_lr: change of the mean reward margin per trial step and unit
+    of learning rate. sum_of_rates: sum of the learning rates of all steps of the run."""
 
     margin_per_lr: float
     sum_of_rates: float
@@ -41,8 +41,8 @@ class Forecast:
 
     @property
     def reach(self) -> float:
-        """Return the change of the mean reward margin if every step changed it as much, per unit of learning rate, as
-        the trial steps did. This is an upper bound, because later steps change it less."""
+        """Return an upper bound of the change of the mean reward margin: later steps change it less than trial
+        steps."""
         return self.margin_per_lr * self.sum_of_rates
 
 
@@ -56,12 +56,9 @@ def forecast(
     most_tokens: int | None = None,
 ) -> Forecast:
     """Make at most PROBES trial steps, restore the weights and return the forecast. Every rank must call this.
-
-    most_tokens: tokens of all trial steps together on this rank, at least one pair; None for no limit.
-
     gradient: the flat gradient of the trainable parameters, zeroed at the end. reference: the reference model's logps
-    of the train split, float64 [N, 2] on the CPU; None for a loss without reference.
-    """
+    of the train split, float64 [N, 2] on the CPU; None for a loss without reference. most_tokens: of all trial steps
+    together on this rank, at least one pair; None for no limit."""
     settings, loader = plan.settings, plan.loader
     assert isinstance(loader, PairLoader)
     weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
@@ -128,8 +125,8 @@ def _most(number: int, world: World) -> int:
 
 
 def lines(forecast: Forecast, lr: float) -> list[str]:
-    """Return the forecast as console lines; the second, if any, warns that the run can hardly have an effect, with
-    advice. lr: peak learning rate of the run."""
+    """Return the forecast as console lines, with a warning if the run can hardly have an effect. lr: peak learning
+    rate."""
     reach = forecast.reach
     text = f"forecast: the mean margin can move by about {reach:.2g} at most ({forecast.num_probes} trial steps)"
     if reach >= NO_EFFECT:
@@ -141,12 +138,10 @@ def lines(forecast: Forecast, lr: float) -> list[str]:
 
 
 def forgetting(start: Mapping[str, float], now: Mapping[str, float], objective: Objective) -> str | None:
-    """Return a warning if the val metrics `now` are worse than those at the `start` of dpo; None if they are not.
-
-    Worse are "guard_loss" (loss on the guard dataset) and "chosen_nll" (negative log-likelihood of the chosen replies)
-    if they rose by more than FORGETTING nats per token, and "loss" (val loss) if it rose by more than the share WORSE.
-    Only the first of these is reported; metrics that either mapping lacks are skipped.
-    """
+    """Return a warning if the val metrics `now` are worse than those at the `start` of dpo, else None: "guard_loss"
+    (loss on the guard dataset) or "chosen_nll" (negative log-likelihood of the chosen replies) by more than FORGETTING
+    nats per token, or "loss" by more than the share WORSE. Only the first of these is reported; missing metrics are
+    skipped."""
     for name, text in (("guard_loss", "the guard's held-out text"), ("chosen_nll", "held-out chosen replies")):
         if name in start and name in now and now[name] - start[name] > FORGETTING[name]:
             helps = "a smaller --lr, a larger --beta"

@@ -39,13 +39,10 @@ STOPPING = "stopping after this step, saving; again: stop now"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of one call of `train`.
-
-    first_step: optimizer steps done before this call. final_step: after it. num_steps: planned for the run. seconds,
-    tokens, trained_tokens, num_skipped (steps skipped as not finite): of this call only. train_loss: mean of the last
-    step; None without a step. val: metrics of the last validation, empty without one. best_checkpoint: that of the
-    lowest val loss; None without a validation.
-    """
+    """The outcome of one call of `train`. first_step: optimizer steps done before. final_step: after it. num_steps:
+    planned for the run. seconds, tokens, trained_tokens, num_skipped (not finite): of this call only. train_loss: mean
+    of the last step; None without a step. val: metrics of the last validation. best_checkpoint: None without a
+    validation."""
 
     run_dir: Path
     checkpoint: Path
@@ -84,8 +81,7 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = print_line) -> 
 
 
 def _train(options: TrainOptions, world: World, console: Console) -> TrainResult:
-    """Plan and start the run, make its steps, and record in run.json how it ended ("finished", "interrupted" or
-    "failed"). Raises the error that ended the run."""
+    """Plan and start the run, make its steps, and record in run.json how it ended. Raises the error that ended it."""
     plans: list[TrainPlan] = []
     with console.phase("open the data and checkpoints"):
         world.agree_on(lambda: plans.append(make_plan(options, world)))
@@ -201,11 +197,9 @@ def _run_steps(run: ActiveRun, stop: StopSignals) -> TrainResult:
 
 
 def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
-    """Make optimizer step `step`, counted from 0: forward and backward passes, sum over ranks, clip, update.
-
-    It never waits for the device; the numbers of the step are read later from the InFlight returned. A request to stop
-    on any rank (a signal, or the file STOP_FILE) is summed with them, so that all ranks stop after the same step.
-    """
+    """Make optimizer step `step`, counted from 0: forward and backward passes, sum over ranks, clip, update. It never
+    waits for the device; its numbers are read later from the InFlight returned. A request to stop on any rank (a
+    signal, or the file STOP_FILE) is summed with them, so that all ranks stop after the same step."""
     begun, run.step = time.monotonic(), step
     settings = run.plan.settings
     sums = _accumulate(run, step)
@@ -233,12 +227,10 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
 
 
 def _accumulate(run: ActiveRun, step: int) -> Tensor:
-    """Run the forward and backward passes of this rank's micro-batches of a step; `run.gradient` gets the sum.
-
-    Returns float64 sums [4 + number of the stage's figures]: loss, count (trained tokens or pairs), tokens, trained
-    tokens, then the figures. If memory runs out, the largest allowed micro-batch is halved and the step run again, with
-    the same gradient, as it is a sum. Raises TrainError if a single sequence does not fit in memory.
-    """
+    """Run the forward and backward passes of this rank's micro-batches of a step; `run.gradient` gets the sum. Returns
+    float64 sums [4 + number of the stage's figures]: loss, count (trained tokens or pairs), tokens, trained tokens,
+    then the figures. If memory runs out, the largest allowed micro-batch is halved and the step run again, with the
+    same gradient, as it is a sum. Raises TrainError if a single sequence does not fit in memory."""
     micros, num_halved = next(run.batches), 0
     while True:
         try:
@@ -261,8 +253,8 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
 
 
 def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
-    """Run the passes of all `micros`, in pieces of at most `run.most_tokens`, after zeroing `run.gradient`. Returns the
-    sums that `_accumulate` describes."""
+    """Zero `run.gradient`, run the passes of `micros` in pieces of at most `run.most_tokens`; return `_accumulate`'s
+    sums."""
     stage, device = run.plan.stage, run.world.device
     sums = torch.zeros(4 + len(stage.figures), dtype=widest(device), device=device)
     limits = run.plan.loader.limits
@@ -337,11 +329,9 @@ def _read(run: ActiveRun, lag: int) -> None:
 
 def _count_skipped(run: ActiveRun, step: int, loss: float, norm: float, scale: float, *, is_skipped: bool) -> None:
     """Report and count a step skipped because its loss or gradient was not finite; without `is_skipped` restart the
-    count. Raises TrainError on the first rank, SystemExit on the others, after --max-skipped skipped steps in a row.
-
-    If only the fp16 gradient overflowed (finite loss, loss scale above 1), the step does not count towards that limit,
-    because halving the scale is the remedy. step: counted from 0. loss: mean. norm: of the gradient. scale: loss scale.
-    """
+    count. After --max-skipped in a row raises TrainError on the first rank, SystemExit on the others. A mere overflow
+    of the fp16 gradient (finite loss, loss scale above 1) does not count, because halving the scale is the remedy.
+    step: counted from 0. loss: mean. norm: of the gradient. scale: loss scale."""
     if not is_skipped:
         run.num_skipped_in_a_row = 0
         return
@@ -381,8 +371,8 @@ def _validate(run: ActiveRun, step: int) -> bool:
 
 
 def _held_out(run: ActiveRun) -> dict[str, float]:
-    """Return the metrics of the val split, and as "guard_loss" the val loss on the dataset of --guard; empty with
-    neither of the two. With --ema the averaged weights are used."""
+    """Return the metrics of the val split and, as "guard_loss", the loss on --guard. With --ema of the averaged
+    weights."""
     plan, world, figures = run.plan, run.world, {}
     measure = partial(evaluate, run.model, tokenizer=run.tokenizer, world=world)
     with autocast(world.device), _final_weights(run):
@@ -406,8 +396,7 @@ def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
 
 
 def _early_stop(run: ActiveRun) -> str:
-    """Return why --patience ends the run, or an empty string. It does if the last N val losses were not lower than the
-    best before."""
+    """Return why --patience ends the run (no val loss below the best in the last N), or an empty string."""
     patience = run.plan.settings.patience
     if not patience or metrics.num_since_best(run.val_losses) < patience:
         return ""

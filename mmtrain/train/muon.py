@@ -21,11 +21,9 @@ CHUNK_ELEMENTS = 2**25  # largest size of a batched product, in elements: 64 MB 
 
 
 def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the matrices of x [n, A, B] with singular values near 1, in type `dtype`. A zero matrix stays zero.
-
-    Each matrix X (transposed if tall) is divided by its Frobenius norm. The Newton-Schulz iteration X <- a X + (b G + c
-    G^2) X with G = X X^T, applied ITERATIONS times, maps each singular value s to a s + b s^3 + c s^5.
-    """
+    """Return the matrices of x [n, A, B] with singular values near 1, in type `dtype`; a zero matrix stays zero. Each
+    matrix X (transposed if tall) is divided by its Frobenius norm. The Newton-Schulz iteration X <- a X + (b G + c G^2)
+    X with G = X X^T, applied ITERATIONS times, maps each singular value s to a s + b s^3 + c s^5."""
     a, b, c = COEFFICIENTS
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.to(dtype)
@@ -39,11 +37,9 @@ def orthogonalized(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Optimizer that updates `matrices` by Muon and the parameter groups `others` by fused AdamW, at one learning rate.
-
     weight_decay: of `matrices`; the groups of `others` carry their own. betas, eps: of `others`. As with fused AdamW,
-    two tensors may be set before a step: gradients are divided by `grad_scale`, and if `found_inf` is 1, the step
-    changes neither weights nor state. Neither makes the host wait for the device.
-    """
+    gradients are divided by `grad_scale`, and if `found_inf` is 1, the step changes neither weights nor state, if these
+    tensors are set before. Neither makes the host wait for the device."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -113,7 +109,7 @@ def _of_one_shape(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parame
 
 
 def _product_dtype(device: torch.device) -> torch.dtype:
-    """Return the type to orthogonalise in: bf16 on CUDA devices with native bf16, because the iteration tolerates its
-    rounding; else fp32, because CPUs without bf16 instructions are slower in bf16."""
+    """Return the type to orthogonalise in, which tolerates bf16's rounding: bf16 where it is native on CUDA, else
+    fp32."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float32

@@ -26,12 +26,9 @@ def flat_gradient(model: nn.Module) -> Tensor:
 
 
 def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: float = BETA2) -> torch.optim.Optimizer:
-    """Return the optimizer `name`, "adamw" or "muon", for all trainable parameters.
-
-    weight_decay: applies to matrices only, not to norms. With "muon", Muon updates the hidden matrices, AdamW the
-    embedding, the output projection, biases and norms. lr: replaced at every `update`. beta2: decay of AdamW's squared
-    gradients.
-    """
+    """Return the optimizer `name`, "adamw" or "muon", for all trainable parameters. weight_decay: of matrices only, not
+    of norms. With "muon", Muon updates the hidden matrices, AdamW the embedding, the output projection, biases and
+    norms. lr: replaced at every `update`. beta2: decay of AdamW's squared gradients."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     is_embedding = {n: name == "muon" and ("embed" in n or "lm_head" in n) for n in trained}
     hidden = [p for n, p in trained.items() if p.dim() >= 2 and not is_embedding[n]]
@@ -64,8 +61,8 @@ def update(
     scalars: the norm of the mean gradient before clipping, and 1 if the step was taken, else 0.
 
     gradient: the flat gradient, a sum over `count` trained tokens or pairs. count: may include a loss scale as a
-    factor. The step is skipped, without changing weights or optimizer state, if the norm is not finite, `is_finite` is
-    false or `count` is 0. On the devices of TAKE_SCALE the host does not wait for the device.
+    factor. The step is skipped, without changes, if the norm is not finite, `is_finite` is false or `count` is 0. On
+    the devices of TAKE_SCALE the host does not wait for the device.
     """
     count = torch.as_tensor(count, dtype=widest(gradient.device), device=gradient.device)
     norm = wide(gradient.norm()) / count
@@ -84,10 +81,9 @@ def update(
 
 
 def learning_rate(step: int, num_steps: int, *, peak: float, schedule: str, warmup: float) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0. It rises linearly to `peak` over the first
-    `warmup` (a share, 0 to below 1) of the steps, then follows `schedule`: "cosine" falls to a tenth of the peak; "wsd"
-    stays at it and falls linearly to 0 over the last fifth of the steps (enough, Hägele et al. 2024); "constant" stays
-    at it."""
+    """Return the learning rate of optimizer step `step`, counted from 0. It rises linearly to `peak` over the share
+    `warmup` (0 to below 1) of the steps, then follows `schedule`: "cosine" falls to a tenth of the peak, "wsd" falls
+    linearly to 0 over the last fifth of the steps (enough, Hägele et al. 2024), "constant" stays."""
     num_rising = math.ceil(warmup * num_steps)
     if step < num_rising:
         return peak * (step + 1) / num_rising

@@ -1,7 +1,5 @@
-"""Plan a run: data, start (a checkpoint or new weights), settings, model shape and loaders, in this order.
-
-Nothing is written: wrong options and unfitting data are refused before the run directory is created.
-"""
+"""Plan a run: data, start (a checkpoint or new weights), settings, model shape and loaders, in this order. Nothing is
+written: wrong options and unfitting data are refused before the run directory is created."""
 
 import math
 from collections.abc import Sequence
@@ -36,11 +34,9 @@ SHARE_FROM = 0.03
 
 @dataclass(frozen=True)
 class Start:
-    """The weights that a run starts from; new ones if both `resumed` and `init` are None.
-
-    resumed: the run's own newest checkpoint; None if it is not resumed. init: the checkpoint of another run that a new
-    run starts from. record: for run.json and checkpoints; None for new weights, whose hash is not known yet.
-    """
+    """The weights that a run starts from; new ones if both `resumed` and `init` are None. resumed: the run's own newest
+    checkpoint, if it is resumed. init: the checkpoint of another run. record: for run.json and checkpoints; None for
+    new weights, whose hash is not known yet."""
 
     resumed: Checkpoint | None
     init: Checkpoint | None
@@ -168,11 +164,9 @@ def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> Train
 
 
 def _open_data(options: TrainOptions, resumed: Checkpoint | None) -> tuple[list[Dataset], Sequence[float] | None]:
-    """Open the datasets; return them and their weights (shares of the tokens; None: every sample once per epoch).
-
-    A resumed run uses those of its checkpoint unless --data is given. Raises UsageError if no dataset is given,
-    DatasetError if one is unreadable or has rows of another kind than the stage trains on.
-    """
+    """Open the datasets; return them and their weights (shares of the tokens; None: every sample once per epoch). A
+    resumed run uses those of its checkpoint unless --data is given. Raises UsageError if there is none, DatasetError if
+    one is unreadable or has rows of another kind than the stage trains on."""
     paths, weights = options.data, options.weights
     if resumed and not paths:
         paths, weights = tuple(map(Path, resumed.state.data.dirs)), resumed.state.data.weights or None
@@ -213,8 +207,8 @@ def _loader(
 
 
 def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
-    """Return the loader of the val split of the dataset of --guard; None without --guard. Raises DatasetError if the
-    dataset has pairs, another tokenizer than the run's data, or no val split."""
+    """Return the loader of the val split of --guard, None without. Raises DatasetError if the dataset has pairs,
+    another tokenizer than the run's data, or no val split."""
     if not settings.guard:
         return None
     dataset = open_dataset(Path(settings.guard))
@@ -261,12 +255,9 @@ def _check_loaders(
 
 
 def _find_resumed(options: TrainOptions) -> Checkpoint | None:
-    """Return the newest undamaged checkpoint of the run directory --out if the run is to be resumed. Return None for a
-    new run, and for a run without any checkpoint.
-
-    Raises UsageError if --out is a run and --resume is missing, or --init is given too; CheckpointError if --resume is
-    given and --out is not a run, belongs to another stage, or has only damaged checkpoints.
-    """
+    """Return the newest undamaged checkpoint of the run --out if it is to be resumed; None for a new run, and for a run
+    without any checkpoint. Raises UsageError if --out is a run and --resume is missing, or --init is given too;
+    CheckpointError if --out is not a run, of another stage, or has only damaged checkpoints."""
     if not (options.out / RUN).exists():
         if options.resume:
             runs = sorted(str(path.parent) for path in options.out.parent.glob(f"*/{RUN}"))
@@ -287,10 +278,9 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
 
 
 def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None, datasets: Sequence[Dataset]) -> Start:
-    """Return the weights to start from: the resumed checkpoint; else that of --init; else, unless --model or another
-    option for a new model is given, the
-    newest finished run under `runs_dir` of a stage in `stage.starts_from`; else new weights. Raises UsageError if both
-    --init and --model are given."""
+    """Return the weights to start from: the resumed checkpoint, that of --init, unless a new model is described the
+    newest finished run under `runs_dir` of a stage in `stage.starts_from`, or else new weights. Raises UsageError if
+    --init is given with an option for a new model."""
     init = None
     if options.init is not None:
         if flags := options.new_model_flags:
@@ -310,9 +300,9 @@ def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None,
 
 
 def _growth(options: TrainOptions, init: Checkpoint | None, datasets: Sequence[Dataset]) -> Growth | None:
-    """Return how the embedding of `init` is enlarged for the datasets' tokenizer; None without --resize-embeddings.
-    Raises UsageError without `init`, TokenizerError if the datasets have different tokenizers, or if an id of the old
-    tokenizer means another token in the new one."""
+    """Return how --resize-embeddings enlarges the embedding of `init` for the datasets' tokenizer. Raises UsageError
+    without `init`, TokenizerError if the datasets' tokenizers differ or an old id means another token in the new
+    one."""
     if options.resize_embeddings is None:
         return None
     if init is None:
@@ -347,9 +337,8 @@ def _check_fits(source: Checkpoint, datasets: Sequence[Dataset]) -> None:
 
 
 def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -> ModelConfig:
-    """Return the model's shape: the checkpoint's, with the enlarged vocabulary if the embedding grows; for new weights
-    that of --model. Raises DatasetError if sequences are too long for the model, UsageError for an unsuitable
-    --model."""
+    """Return the model's shape: the checkpoint's, its embedding enlarged if it grows, or that of the settings. Raises
+    DatasetError if sequences are too long for the model, UsageError for an unsuitable --model."""
     if start.source:
         shape = start.source.model_config
     else:

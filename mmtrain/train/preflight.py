@@ -1,8 +1,6 @@
-"""Forecast, before the first step, how much memory, time and disk space a run will need.
-
-A probe runs the model forward and backward on a few hundred tokens of the run's data, counts the bytes that autograd
-keeps per token and measures the speed. It changes no weights, draws no random numbers, and takes seconds at most.
-"""
+"""Forecast, before the first step, how much memory, time and disk space a run will need. A probe runs the model forward
+and backward on a few hundred tokens of the run's data, counts the bytes that autograd keeps per token and measures the
+speed. It changes no weights, draws no random numbers, and takes seconds at most."""
 
 import shutil
 import time
@@ -47,11 +45,11 @@ MOST_CHECKPOINTED_TOKENS = 8192
 class Needs:
     """What a run will need on one rank.
 
-    run_tokens: tokens of all steps. optimal_tokens: those of a compute-optimal pretraining run; 0 for other stages.
-    parts: bytes of memory at the peak by purpose, such as "optimizer". free_bytes: memory that this rank may use.
-    seconds: duration of what is left of the run, with reference_s (the reference model's logps) and forecast_s (the trial
-    steps of dpo). tokens_per_s: training speed of all ranks together. disk_bytes: largest size of all
-    its checkpoints together. largest_micro_tokens: the largest micro-batch that fits; 0 if not even one sample does.
+    run_tokens: tokens of all steps. optimal_tokens: of a compute-optimal pretraining run; 0 for other stages. parts:
+    bytes of memory at the peak by purpose, such as "optimizer". free_bytes: memory that this rank may use. seconds: of
+    the rest of the run, with reference_s (the reference model's logps) and forecast_s (dpo's trial steps).
+    tokens_per_s: of all ranks together. disk_bytes: of all its checkpoints at most. largest_micro_tokens: the largest
+    micro-batch that fits; 0 if not even one sample does.
     """
 
     shape: ModelConfig
@@ -100,12 +98,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of one rank as a function of the number of tokens run at once.
-
-    fixed: bytes by purpose that do not depend on it. kept: bytes per token that a forward pass keeps for the backward
-    pass. trained_share: share of the tokens for which logits are computed. slack: memory that the allocator holds
-    without using it, relative to activations and logits.
-    """
+    """The memory of one rank as a function of the tokens run at once. fixed: bytes by purpose that do not depend on
+    them. kept: bytes per token that a forward pass keeps for the backward pass. trained_share: share of the tokens with
+    logits. slack: memory that the allocator holds without using it, relative to activations and logits."""
 
     fixed: Mapping[str, int]
     kept: float
@@ -130,9 +125,9 @@ class Memory:
 
 
 def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, reference_tokens: int = 0) -> Needs:
-    """Run the probe and return what the run will need. model: must be on its device. base_bytes: memory in use before
-    the model was built. reference_tokens: tokens of the pairs whose reference logps have to be computed. On the CPU the
-    ranks on this machine share its memory equally."""
+    """Run the probe and return what the run will need. model: on its device. base_bytes: memory in use before it was
+    built. reference_tokens: of pairs whose reference logps are to be computed. Ranks on a CPU share its memory
+    equally."""
     device, settings = world.device, plan.settings
     micro = _probe_batch(plan)
     kept, weights_copy, seconds = _probe(model, micro, plan.is_pairs)
@@ -181,8 +176,8 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
 
 
 def too_long(plan: TrainPlan, needs: Needs, device: torch.device) -> str:
-    """Return a warning if the run takes more than LONG_S on the CPU, with a choice that takes about SENSIBLE_S; else an
-    empty string."""
+    """Return a warning if a run on the CPU takes more than LONG_S, with a choice that takes about SENSIBLE_S; else
+    ""."""
     if device.type != "cpu" or needs.seconds <= LONG_S:
         return ""
     text = f"warning: {short(needs.num_params)} parameters on this CPU take {duration(needs.seconds)}"
@@ -222,9 +217,9 @@ def check(needs: Needs, device: torch.device) -> None:
 
 
 def fitting(plan: TrainPlan, needs: Needs, model: Model) -> int:
-    """Return the number of tokens per micro-batch for a run without --micro-tokens: on the CPU the default, on CUDA the
-    largest useful one, but at most what fits in memory, and at most a batch (or the longest sequence, if that is more).
-    If nothing fits, it is the present value."""
+    """Return the tokens of a micro-batch for a run without --micro-tokens: on the CPU the default, on CUDA the largest
+    useful number; at most what fits in memory, and a batch (or the longest sequence). The present value if nothing
+    fits."""
     on_cuda = MOST_CHECKPOINTED_TOKENS if model.checkpoints_blocks else MOST_MICRO_TOKENS
     most = on_cuda if model.head_weight.is_cuda else needs.micro_tokens
     most = min(most, max(plan.settings.batch_tokens, plan.datasets[0].max_len))
@@ -277,9 +272,9 @@ def _probe_batch(plan: TrainPlan) -> MicroBatch:
 
 
 def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int, float]:
-    """Measure forward and backward passes on `micro`. Return the bytes that autograd keeps per token and those that it
-    keeps in any case (half-precision copies of weights), both from a comparison with half of `micro`, and the seconds
-    of one forward and backward pass. No gradients are left in the model."""
+    """Measure forward and backward passes on `micro`, and by comparison with half of it the bytes that autograd keeps
+    per token and in any case (half-precision copies of weights). Return both and the seconds of a pass. Leaves no
+    gradients."""
     device = model.head_weight.device
     half = cut(micro, max(1, len(micro.ids) // 2), is_pairs)[0]
     few, many = (kept_bytes(model, part) for part in (half, micro))
@@ -324,8 +319,8 @@ def kept_bytes(model: Model, micro: MicroBatch) -> int:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating point operations per second of a square matrix product in `dtype`, the best of four, for the
-    report's model FLOPs utilization (MFU). Takes about 20 ms on a CPU core."""
+    """Return the operations per second of a square matrix product in `dtype`, for the report's model FLOPs utilization
+    (MFU): the best of four, about 20 ms on a CPU core."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = 0.0

@@ -46,15 +46,13 @@ def prepare(
     plan: TrainPlan, model: Model, world: World, saved: ReferenceRecord | None, console: Console
 ) -> tuple[dict[str, Tensor], ReferenceRecord | None]:
     """Return the reference model's logps by split ("train", "val"), each float64 [N, 2] (chosen, rejected) on the CPU,
-    and its record for run.json. They are read from the cache if possible, else computed and saved there.
+    and its record for run.json, from the cache if possible, else computed and saved there; ({}, saved) if none are
+    needed.
 
     The reference is `model` with its start weights, or the model of --reference. For a loss without reference only the
-    val split's logps are computed, with the start weights, to measure drift. Returns ({}, saved) if nothing is to be
-    computed.
-
-    saved: the record from run.json of a resumed run, None for a new run. Raises
-    CheckpointError if the logps of a resumed run are lost and the reference weights no longer exist, or if cached logps
-    of a --reference run do not match its weights.
+    val split's logps are computed, with the start weights, to measure drift. saved: the record of a resumed run, else
+    None. Raises CheckpointError if the logps of a resumed run are lost and the reference weights no longer exist, or if
+    cached logps of a --reference run do not match its weights.
     """
     pairs = _pairs(plan)
     if not pairs:
@@ -151,10 +149,8 @@ def compute(
     model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
     """Return the summed logps of all pairs of the loader's split on the device: float64 [num_samples, 2], chosen first.
-
-    Every rank must call this; each computes its share of the pairs and gets all logps. progress: called as
-    `progress(done, total)` after each micro-batch, with numbers of pairs; done is estimated from this rank's share.
-    """
+    Every rank must call this; each computes its share and gets all. progress: called as `progress(done, total)` with
+    numbers of pairs after each micro-batch; done is estimated from this rank's share."""
     logps = torch.zeros(loader.num_samples, 2, dtype=widest(world.device), device=world.device)
     done = 0
     with torch.no_grad():
@@ -169,9 +165,8 @@ def compute(
 
 
 def differs(model: Model, loader: PairLoader, logps: Tensor, world: World) -> float:
-    """Return the largest difference between given and new logps, on this rank's first micro-batch of the split, divided
-    by the size of the given logp or by 1 nat if that is larger; 0.0 without pairs. logps: float64 [num_samples, 2] on
-    the CPU."""
+    """Return the largest difference between given and new logps, on this rank's first micro-batch, divided by the given
+    logp or by 1 nat if that is larger; 0.0 without pairs. logps: float64 [num_samples, 2] on the CPU."""
     micro = next(iter(loader.micro_batches()), None)
     if micro is None:
         return 0.0
@@ -243,8 +238,7 @@ def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: 
 def _save(
     paths: tuple[Path, Path], logps: Mapping[str, Tensor], key: Mapping[str, str], world: World, say: Say
 ) -> Path:
-    """Save the logps on the first rank in `paths[0]`, or in `paths[1]` if that cannot be written; return the path used.
-    Other ranks return `paths[0]`."""
+    """Save the logps on the first rank in `paths[0]`, or in `paths[1]` if that cannot be written; return the path."""
     if not world.is_first:
         return paths[0]
     try:

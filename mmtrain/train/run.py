@@ -45,11 +45,9 @@ PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # packages
 
 class InFlight:
     """An optimizer step that the device may still be computing; its numbers are copied to the host in the background.
-
-    step: counted from 0. lr: its learning rate. begun: by time.monotonic(). values: float64 vector of loss, count
-    (trained tokens or pairs), tokens, trained tokens, the stage's figures, number of ranks asked to stop, gradient
-    norm, 1 if the step was taken (else 0), and loss scale. Loss and figures are sums over all ranks.
-    """
+    step: counted from 0. begun: by time.monotonic(). values: float64 vector of loss, count (trained tokens or pairs),
+    tokens, trained tokens, the stage's figures, ranks asked to stop, gradient norm, 1 if the step was taken (else 0),
+    and loss scale. Loss and figures are sums over all ranks."""
 
     def __init__(self, step: int, lr: float, begun: float, values: Tensor):
         self.step, self.lr, self.begun = step, lr, begun
@@ -70,10 +68,10 @@ class InFlight:
 class ActiveRun:
     """The state of a run in progress. Counts are of this call of `train`.
 
-    val_losses: all so far, including those before a resumption. loss: mean loss of the last step that was read. val:
-    metrics of the last validation. num_tokens, num_trained: tokens and trained tokens of all ranks. num_skipped: steps
-    skipped as not finite. last_read: the time.monotonic() from which the duration of the next step is measured.
-    last_saved: step of the last checkpoint, -1 before the first.
+    val_losses: all so far, those before a resumption included. loss: mean loss of the last step read. val: metrics of
+    the last validation. num_tokens, num_trained: of all ranks. num_skipped: steps skipped as not finite. last_read: the
+    time.monotonic() from which the duration of the next step is measured. last_saved: step of the last checkpoint, -1
+    before the first.
     """
 
     plan: TrainPlan
@@ -144,10 +142,8 @@ def console_of(options: TrainOptions, world: World, log: Callable[[str], None]) 
 
 def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console) -> ActiveRun:
     """Make the run directory, model and optimizer of a planned run, restore them if it is resumed, write run.json, and
-    print what is about to happen. Return the state of the run. Every rank calls this.
-
-    Raises an MMError if the run cannot fit in memory or on the disk, or a checkpoint does not fit the model.
-    """
+    print what is about to happen. Return the state of the run. Every rank calls this. Raises an MMError if the run
+    cannot fit in memory or on the disk, or a checkpoint does not fit the model."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; fp32 on the CPU
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
     plan, model, needs, notes = _build(plan, options, world, console)
@@ -213,9 +209,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
 
 
 def _template_notes(datasets: Sequence[Dataset], tokenizer: Tokenizer) -> list[str]:
-    """Return warnings about the datasets' chat templates, of which the run keeps the first one's (`tokenizer`): one that
-    writes nothing after answers, which `mm pack` has not always refused, and different ones.
-    """
+    """Return warnings about chat templates that write nothing after answers, which `mm pack` has not always refused, or
+    differ; the run keeps the first dataset's (`tokenizer`)."""
     if datasets[0].kind == "document":
         return []
     notes = [
@@ -246,10 +241,8 @@ def _build(
     plan: TrainPlan, options: TrainOptions, world: World, console: Console
 ) -> tuple[TrainPlan, Model, preflight.Needs, list[str]]:
     """Build the model on its device and forecast what the run will need. Return plan, model, forecast, console lines.
-
-    Unless the user, a preset or a checkpoint chose the tokens per micro-batch, the plan gets a number that fits in
-    memory. Writes nothing. Raises TrainError or DiskError, and ends all ranks, if the run cannot fit.
-    """
+    Writes nothing. Unless the user, a preset or a checkpoint chose the tokens per micro-batch, the plan gets a number
+    that fits in memory. Raises TrainError or DiskError, and ends all ranks, if the run cannot fit."""
     device, notes = world.device, []
     # The first optimizer makes torch load 80 MB of code. It is loaded now, so that `base` includes it.
     optim.make(torch.nn.Linear(1, 1), "adamw", lr=0.0, weight_decay=0.0)

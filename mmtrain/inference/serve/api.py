@@ -135,8 +135,8 @@ class _Body(_Unsupported, kw_only=True):
 
     def request(self, *, logprobs: float | None, max_tokens: float | None) -> Request:
         """Return the request with the fields that chats and completions share. Raise RequestError for `echo`, and for
-        `stream_options` without `stream`. logprobs: number of most likely tokens to report with each token; None
-        reports no log-probabilities. max_tokens: the most tokens of an answer, or None."""
+        `stream_options` without `stream`. logprobs: most likely tokens to report with each; None reports no
+        log-probabilities."""
         if self.echo:
             raise RequestError("echo is not supported here: leave it out", param="echo")
         if self.stream_options and not self.stream:
@@ -197,10 +197,9 @@ class _Message(Struct):
     tool_call_id: str | None = None
 
     def message(self, place: str) -> Message:
-        """Return the message for the chat template. The role "developer" becomes "system"; `reasoning_content` is
-        ignored unless the role is "assistant". place: names the message in errors, such as "messages[0]". Raise
-        RequestError when it has neither content nor tool calls, content that is not text, tool calls of another role
-        than the assistant, or arguments that are not JSON."""
+        """Return the message for the chat template: the role "developer" becomes "system", and only answers keep their
+        `reasoning_content`. place: names the message in errors, such as "messages[0]". Raise RequestError without
+        content and tool calls, for content that is not text, calls of another role, or arguments that are not JSON."""
         calls = tuple(self._call(call, f"{place}.tool_calls") for call in self.tool_calls or ())
         if calls and self.role != "assistant":
             raise RequestError(f"{place}: only the assistant calls tools", param=f"{place}.tool_calls")
@@ -221,8 +220,7 @@ class _Message(Struct):
 
     @staticmethod
     def _call(call: _ToolCall, place: str) -> JsonObject:
-        """Return a tool call as rows have it, its arguments decoded if given as text. Raise RequestError if that is not
-        JSON."""
+        """Return a tool call as rows have it, its arguments decoded if given as text; RequestError if not JSON."""
         arguments = call.function.arguments
         if isinstance(arguments, str):
             try:

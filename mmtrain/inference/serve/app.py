@@ -201,9 +201,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _check_host(service: Service, request: "HttpRequest") -> None:
-    """Raise RequestError (status 403) when the server listens on a loopback address and the Host header has another
-    name, because otherwise a web page of another site could reach the server through a domain that resolves to this
-    machine (DNS rebinding)."""
+    """Raise RequestError (status 403) if the server listens on a loopback address and the Host header names another: a
+    web page of another site could otherwise reach it by a domain that resolves to this machine (DNS rebinding)."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if service.options.host in LOOPBACK and name not in (*LOOPBACK, "testserver"):
@@ -357,8 +356,8 @@ class _Generation:
             raise RequestError(error.message) from None
 
     async def whole(self, http: "HttpRequest") -> Completion:
-        """Return the body of a response that is not streamed, once all answers have ended. If the client disconnects
-        before, cancel the answers and raise RequestError."""
+        """Return the body of a response that is not streamed. If the client disconnects, cancel the answers and raise
+        RequestError."""
 
         async def read() -> None:
             async with contextlib.aclosing(self.deltas()) as deltas:

@@ -81,12 +81,10 @@ class Worker:
         return self.engine.num_waiting + self._num_unseen
 
     async def answer(self, asks: Sequence[Ask], *, timeout_s: float) -> AsyncGenerator[tuple[int, Delta], None]:
-        """Yield (index in `asks`, delta) until all answers have ended; closing the generator cancels the rest.
-
-        Raise BusyError when more than `max_waiting` answers would be waiting, UsageError when a prompt and its answer
-        do not fit the window, StoppedError when generation fails or the server is stopping, and TimeoutError when not
-        all answers have ended after `timeout_s` seconds.
-        """
+        """Yield (index in `asks`, delta) until all answers have ended; closing the generator cancels the rest. Raise
+        BusyError when more than `max_waiting` answers would be waiting, UsageError when a prompt and its answer do not
+        fit the window, StoppedError when generation fails or the server is stopping, and TimeoutError after `timeout_s`
+        seconds."""
         job = _Job(asks, asyncio.get_running_loop(), asyncio.Queue(), [])
         with self._lock:
             if self._is_stopping:
