@@ -107,7 +107,13 @@ def test_fields_that_only_label_and_fields_that_ask_for_nothing_pass() -> None:
         ({"chat_template_kwargs": {"other": 1}}, "chat_template_kwargs.other"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_object"}, "tools": [{"type": "function", "function": {"name": "f"}}]},
+            "response_format",
+        ),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": -3}, "presence_penalty"),
         ({"presence_penalty": "much"}, "presence_penalty"),
@@ -134,7 +140,10 @@ def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], param:
         ({"frequency_penalty": 3}, "frequency_penalty: expected a number <= 2.0"),
         ({"logit_bias": {"x": 1}}, "logit_bias: expected a whole number, got a text"),
         ({"suffix": "end"}, "suffix is not supported here: leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type: expected text, not 'json_object'"),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type: expected text, json_object or json_schema, not 'xml'",
+        ),
         ({"temprature": 1}, "unknown field 'temprature'"),
         (
             {"tool_choice": "required"},

@@ -53,7 +53,7 @@ ONLY_IN = {
 }
 EXTRAS = {  # imported only inside the function that needs them
     *("fastokens", "zstandard", "ray", "fsspec", "rensa", "wandb", "swanlab", "trackio", "tensorboard", "starlette"),
-    *("uvicorn", "transformers", "datasets", "gguf", "lm_eval"),
+    *("uvicorn", "llguidance", "transformers", "datasets", "gguf", "lm_eval"),
 }
 COMMANDS = ("mmdata.commands", "mmtrain.commands")
 OPTIONS = (

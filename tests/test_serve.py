@@ -3,6 +3,7 @@
 import gc
 import json
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -233,6 +234,56 @@ def test_a_stop_text_ends_the_answer(url: str, tokenizer: Tokenizer) -> None:
     )
     assert made.choices[0].message.content == whole[: whole.index(whole[3:5])]
     assert made.choices[0].finish_reason == "stop"
+
+
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["Pim", "皮姆"]},
+        "alive": {"type": "boolean"},
+        "ages": {"type": "array", "items": {"enum": [1, 12]}, "maxItems": 2},
+    },
+    "required": ["name", "alive", "ages"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_in_json_follows_its_schema(url: str, stream: bool) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "pim", "schema": SCHEMA}}
+    for seed in range(3):
+        answer: Any = client(url).chat.completions.create(
+            model="runs-a", messages=HELLO, seed=seed, response_format=form, temperature=1, stream=stream
+        )
+        if stream:
+            choices = [chunk.choices[0] for chunk in answer]
+            text, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+        else:
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        value = json.loads(text)
+        assert reason == "stop" and list(value) == ["name", "alive", "ages"]
+        assert value["name"] in ("Pim", "皮姆") and value["alive"] in (True, False)
+        assert len(value["ages"]) <= 2 and set(value["ages"]) <= {1, 12}
+
+
+def test_json_that_cannot_be_promised_is_refused(url: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    status, body = ask(url, {"messages": HELLO, "response_format": form})
+    assert status == 400 and body["error"]["param"] == "response_format" and "nonsense" in body["error"]["message"]
+    status, body = ask(
+        url, {"messages": HELLO, "response_format": {**form, "json_schema": {"schema": SCHEMA}}, "max_tokens": 3}
+    )
+    assert status == 200 and body["choices"][0]["finish_reason"] == "length"
+    assert body["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_without_llguidance_json_is_refused_with_the_command_that_helps(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with served(random_engine(tokenizer, window=256)) as address:
+        status, body = ask(address, {"messages": HELLO, "response_format": {"type": "json_object"}})
+    assert status == 400 and "llguidance" in body["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

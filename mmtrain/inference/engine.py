@@ -25,6 +25,7 @@ stop string, none of which is part of the answer, or after `max_new_tokens`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.decoder import Decoder, KVCache
 from mmtrain.inference.replies import tail_of_prefix
-from mmtrain.inference.sampling import pick, top_logps
+from mmtrain.inference.sampling import Guide, JsonGrammar, pick, top_logps
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
 
@@ -56,7 +57,14 @@ class Row:
     """One answer being generated. ids, text: the answer so far. finish_reason: None until the answer has ended, then
     "stop" (EOS token, end of turn or stop string), "length" (`max_new_tokens`) or "cancelled"."""
 
-    def __init__(self, prompt_ids: Sequence[int], options: Sampling, stream: "TextStream", cache: KVCache):
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        options: Sampling,
+        stream: "TextStream",
+        cache: KVCache,
+        guide: Guide | None = None,
+    ):
         self.options = options
         self.ids: list[int] = []
         self.text = ""
@@ -67,6 +75,7 @@ class Row:
         self._cache = cache
         self._generator = torch.Generator().manual_seed(options.seed)
         self._stream = stream
+        self._guide = guide
 
     @property
     def _new_ids(self) -> list[int]:
@@ -120,6 +129,11 @@ class Engine:
         """Whether no row is running or waiting."""
         return not self._running and not self._waiting
 
+    @cached_property
+    def json_grammar(self) -> JsonGrammar:
+        """What restricts answers to JSON. Raise UsageError if llguidance is not installed."""
+        return JsonGrammar(self.tokenizer, self.ending.ids)
+
     @property
     def num_running(self) -> int:
         """Number of rows in the batch."""
@@ -132,7 +146,7 @@ class Engine:
 
     def submit(self, prompt_ids: Sequence[int], options: Sampling) -> Row:
         """Queue a new row; it joins the batch when there is a free place. Raise UsageError when the prompt is empty, or
-        when prompt and `max_new_tokens` together exceed the window."""
+        when prompt and `max_new_tokens` together exceed the window, or when JSON of the schema cannot be generated."""
         if not prompt_ids:
             raise UsageError("the prompt is empty", "ask something")
         if len(prompt_ids) + options.max_new_tokens > self.window:
@@ -142,7 +156,8 @@ class Engine:
                 "ask a shorter question, or allow fewer new tokens",
             )
         stream = TextStream(self.tokenizer, (*options.stop, *self.ending.texts))
-        row = Row(prompt_ids, options, stream, self.decoder.new_cache())
+        guide = self.json_grammar.guide(options.json_schema) if options.json_schema else None
+        row = Row(prompt_ids, options, stream, self.decoder.new_cache(), guide)
         self._waiting.append(row)
         return row
 
@@ -210,7 +225,9 @@ class Engine:
     def _extend(self, row: Row, logits: Tensor) -> Delta:
         """Choose the next token of a row from its logits [V], and end the row if this token ends the answer."""
         options = row.options
-        id = pick(logits, options, row._generator, row._prompt, row.ids)
+        allowed = row._guide.limit(logits) if row._guide else logits
+        id = pick(allowed, options, row._generator, row._prompt, row.ids)
+        is_complete = row._guide is not None and row._guide.accept(id)
         if id in self.ending.ids:
             return self._end(row, "stop")
         token = Token(id)
@@ -220,7 +237,7 @@ class Engine:
         row.ids.append(id)
         text = row._stream.feed(id)
         row.text += text
-        if row._stream.is_stopped:
+        if row._stream.is_stopped or is_complete:
             return self._end(row, "stop", text, (token,))
         if len(row.ids) == options.max_new_tokens:
             return self._end(row, "length", text, (token,))

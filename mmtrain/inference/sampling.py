@@ -3,10 +3,14 @@ penalty, OpenAI's penalties and bias, temperature, top-k, top-p, min-p. Drawing 
 the same seed gives the same answer."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mmdata.errors import UsageError
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.settings import Sampling
 
 
@@ -69,3 +73,51 @@ def top_logps(logits: Tensor, id: int, num_top: int) -> tuple[float, list[tuple[
     logps = logits.double().log_softmax(-1)
     values, ids = logps.topk(min(num_top, len(logps)))
     return float(logps[id]), list(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+# --- answers in JSON
+
+
+class JsonGrammar:
+    """Makes the guides of answers that must be JSON of a schema, by the package llguidance. ending_ids: tokens that end
+    an answer. Raises UsageError if llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ending_ids: Sequence[int]):
+        try:
+            import llguidance
+        except ImportError as error:
+            raise UsageError("answers in JSON need llguidance", "pip install 'mm-toolkit[serve]'") from error
+        self._matcher = llguidance.LLMatcher
+        definition, size = tokenizer.native.to_str(), tokenizer.vocab_size
+        self._tokenizer = llguidance.LLTokenizer(definition, n_vocab=size, eos_token=list(ending_ids))
+
+    def guide(self, json_schema: str) -> "Guide":
+        """Return the guide of one answer. Raise UsageError for a schema that cannot be followed."""
+        try:
+            # Without optional white space: a small model would fill its answer with it.
+            grammar = self._matcher.grammar_from_json_schema(json_schema, {"whitespace_flexible": False})
+            problem = self._matcher.validate_grammar(grammar, self._tokenizer)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise UsageError(f"the schema cannot be followed: {problem}", "a schema of simpler types")
+        return Guide(self._matcher(self._tokenizer, grammar))
+
+
+class Guide:
+    """Restricts each token of one answer to those that can be continued to JSON of a schema."""
+
+    def __init__(self, matcher: Any):
+        self._matcher = matcher
+
+    def limit(self, logits: Tensor) -> Tensor:
+        """Return logits [V] with -inf for all tokens that may not come next."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = torch.from_numpy(np.unpackbits(bits, count=len(logits), bitorder="little"))
+        return logits.masked_fill(allowed == 0, -torch.inf)
+
+    def accept(self, id: int) -> bool:
+        """Add the token that was chosen; return whether the answer is complete."""
+        self._matcher.consume_token(id)
+        return self._matcher.is_stopped()

@@ -17,7 +17,8 @@ class Sampling:
     logprobs: n reports the log-probability of each generated token and the n most likely tokens with theirs, from the
     model's logits before any other setting is applied; None reports none. frequency_penalty, presence_penalty: as in
     OpenAI's API, subtracted from the logit of a token of the answer so far, the first once for each time it occurs.
-    logit_bias: (token id, number to add to its logit) pairs.
+    logit_bias: (token id, number to add to its logit) pairs. json_schema: what the answer must be JSON of, as a JSON
+    schema in JSON; empty for any text (`sampling.Guide`).
     """
 
     temperature: float = option(0.0, "Sampling temperature; 0 always takes the most likely token.", GROUP, least=0)
@@ -38,6 +39,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str = ""
 
     def __post_init__(self) -> None:
         check(self)

@@ -38,7 +38,7 @@ _CHOICES = {  # the values a field may have; msgspec's message about a wrong val
     "messages.role": "system, developer, user, assistant or tool",
     "tool_choice": "auto or none, since a call cannot be forced",
     "tools.type": "function",
-    "response_format.type": "text",
+    "response_format.type": "text, json_object or json_schema",
     "truncation": "auto or disabled",
 }
 _TYPES = {  # msgspec's names of types, in words
@@ -244,10 +244,29 @@ class _Tool(Struct):
     type: Literal["function"] = "function"
 
 
-class _ResponseFormat(Struct, forbid_unknown_fields=True):
-    """The field response_format: only the type "text" is supported."""
+class _JsonSchema(Struct, forbid_unknown_fields=True):
+    """The schema of response_format; name, description and strict have no effect: answers always follow it."""
 
-    type: Literal["text"]
+    schema: JsonObject
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class _ResponseFormat(Struct, forbid_unknown_fields=True):
+    """The field response_format: any text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    def schema(self) -> str:
+        """Return the JSON schema, in JSON; empty for a text. Raise RequestError if the type needs one and has none."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            problem = "expected a schema" if self.type == "json_schema" else f"does not go with type {self.type}"
+            raise RequestError(f"response_format.json_schema: {problem}", param="response_format.json_schema")
+        if self.type == "text":
+            return ""
+        return json.dumps(self.json_schema.schema if self.json_schema else {"type": "object"})
 
 
 class _TemplateOptions(Struct, forbid_unknown_fields=True, frozen=True):
@@ -288,11 +307,18 @@ def chat_request(body: Any, models: Sequence[str]) -> Request:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     _convert(chat.tools, list[_Tool], "tools")
     logprobs = chat.top_logprobs if chat.logprobs else None
+    tools = () if chat.tool_choice == "none" else tuple(chat.tools)
+    schema = chat.response_format.schema() if chat.response_format else ""
+    if schema and (tools or chat.chat_template_kwargs.enable_thinking):
+        problem = "JSON goes neither with tools nor with thinking"
+        raise RequestError(f"response_format: {problem}", param="response_format")
+    request = chat.request(logprobs=logprobs, max_tokens=chat.max_completion_tokens or chat.max_tokens)
     return replace(
-        chat.request(logprobs=logprobs, max_tokens=chat.max_completion_tokens or chat.max_tokens),
+        request,
+        sampling=replace(request.sampling, json_schema=schema),
         messages=tuple(message.message(f"messages[{i}]") for i, message in enumerate(chat.messages)),
-        tools=() if chat.tool_choice == "none" else tuple(chat.tools),
-        think=chat.chat_template_kwargs.enable_thinking,
+        tools=tools,
+        think=False if schema else chat.chat_template_kwargs.enable_thinking,
         truncate=chat.truncation == "auto",
     )
 

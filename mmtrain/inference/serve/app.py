@@ -297,6 +297,8 @@ class _Generation:
         vocab_size = service.engine.tokenizer.vocab_size
         if unknown := [id for id, _ in request.sampling.logit_bias if not 0 <= id < vocab_size]:
             raise RequestError(f"logit_bias: no token {unknown[0]}, ids are below {vocab_size:,}", param="logit_bias")
+        if request.sampling.json_schema:
+            self._check_schema(request.sampling.json_schema)
         for prompt_ids in self._prompts():
             max_new_tokens = self._max_new_tokens(len(prompt_ids))
             for _ in range(request.n):
@@ -305,6 +307,12 @@ class _Generation:
                 self._asks.append(Ask(prompt_ids, sampling))
         tokenizer = service.engine.tokenizer
         self._answers = [AnswerStream(request, i, ask.prompt_ids, tokenizer) for i, ask in enumerate(self._asks)]
+
+    def _check_schema(self, schema: str) -> None:
+        try:
+            self._service.engine.json_grammar.guide(schema)
+        except UsageError as error:
+            raise RequestError(f"response_format: {error.message}", param="response_format") from None
 
     def _prompts(self) -> list[list[int]]:
         """Return the ids of each prompt: one for a chat, one per text for a completion. With `truncate`, the oldest
