@@ -13,6 +13,7 @@ from mmdata.errors import TokenizerError
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.loader import Loader
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.vocabulary import token_bytes
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.inference.score import Scored, figures, noisiest, score
 from mmtrain.model.model import Model
@@ -86,11 +87,11 @@ def test_every_line_says_where_its_row_stands(data: Data, model: Model, tokenize
     by_row = {(row["file"], row["line"]): row for row in source_rows(dataset, split)}
     scored = list(score(model, tokenizer, dataset, split))
     assert len(scored) == len(by_row)
-    token_bytes = tokenizer.token_bytes()
+    sizes = token_bytes(tokenizer)
     for one in scored:
         row = by_row[one.file, one.line]
         trained = [id for id, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit]
-        assert (one.tokens, one.bytes, one.side) == (len(trained), sum(token_bytes[trained]), None)
+        assert (one.tokens, one.bytes, one.side) == (len(trained), sum(sizes[trained]), None)
         assert one.nll == pytest.approx(-logps(model, row["input_ids"], row["loss_mask"]), rel=1e-4)
     record = json.loads(json.dumps(scored[0].record()))
     assert {"file", "line", "tokens", "nll", "loss", "dataset", "split", "bucket", "side", "bytes"} == record.keys()

@@ -16,6 +16,7 @@ from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.options import TokenizerOptions
 from mmdata.tokenizer.toolkit.train import RECORD, train, train_to
+from mmdata.tokenizer.vocabulary import token_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = TokenizerOptions(420)
@@ -60,7 +61,7 @@ def test_ids_begin_with_the_layout_then_bytes_then_merges(tokenizer: Tokenizer) 
     assert tokenizer.native.id_to_token(26) == "</think>" and tokenizer.vocab_size == 420
     assert set(tokenizer.control_tokens.values()) == set(range(21))
     assert set(tokenizer.added) == set(range(36))
-    sizes = tokenizer.token_bytes()
+    sizes = token_bytes(tokenizer)
     assert (sizes[36:] == 1).sum() == 256
     if json.loads(tokenizer.files["tokenizer.json"])["model"]["type"] == "BPE":
         assert (sizes[36 : 36 + 256] == 1).all()

@@ -12,6 +12,7 @@ from mmdata.stats.scan import scan_shards
 from mmdata.stats.tokens import Vocabulary, token_pieces
 from mmdata.tokenizer.scripts import SCRIPTS
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.vocabulary import token_bytes
 
 
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
@@ -72,7 +73,7 @@ def test_pieces_join_to_what_decoding_gives(tokenizer_dir: Path) -> None:
     for text in ("灯塔 harbour 😀 é\n\t", "a  b", "\u200f\u05d0"):
         ids = tokenizer.encode_batch([text])[0].tolist()
         assert b"".join(pieces[id] for id in ids).decode() == text
-    assert [len(piece) for piece in pieces] == tokenizer.token_bytes().tolist()
+    assert [len(piece) for piece in pieces] == token_bytes(tokenizer).tolist()
     known = Vocabulary(tokenizer)
     assert np.array_equal(np.flatnonzero(known.control), sorted(tokenizer.control_tokens.values()))
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from mmdata.options import Option
 
 if TYPE_CHECKING:
     from mmdata.hub.fetch import FetchOutcome, FileState
-    from mmdata.hub.plan import FetchPlan
+    from mmdata.hub.plan import FetchItem, FetchPlan
 
 ASK_ABOVE_BYTES = 1_000_000_000  # of a download that the user has to agree to
 ADVISE_CONNECTIONS_ABOVE_BYTES = 256_000_000
@@ -85,8 +85,8 @@ def fetch(
     if dry_run:
         if as_json:
             print_json(plan_values(to_do))
-        failures = [fail(item.error) for item in to_do.items if item.error]
-        raise typer.Exit(failures[0] if failures else 0)
+        end_with(to_do.items)
+        return
     if not mute and not yes and not agrees_to(to_do.get_bytes):
         say("nothing fetched")
         return
@@ -101,9 +101,13 @@ def fetch(
         print_json({**plan_values(to_do), "files": values, "seconds": seconds})
     elif not quiet:
         print_fetched(outcomes, options.out, seconds)
-    failures = [fail(outcome.error) for outcome in outcomes if outcome.error]
-    if failures:
-        raise typer.Exit(failures[0])
+    end_with(outcomes)
+
+
+def end_with(files: "Sequence[FetchItem | FetchOutcome]") -> None:
+    """Print the errors of files; if there are any, end the command with the exit code of the first."""
+    if codes := [fail(file.error) for file in files if file.error]:
+        raise typer.Exit(codes[0])
 
 
 def agrees_to(num_bytes: int) -> bool:

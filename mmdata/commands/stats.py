@@ -53,14 +53,8 @@ def stats(
     from mmdata.stats.report.data import dataset_page
     from mmdata.stats.stats import contained, measure_dataset, measure_file, read_losses
 
-    if compare and len(paths) != 1:
-        problem = f"--compare puts two datasets side by side, {len(paths)} are named"
-        raise UsageError(problem, "mm stats ONE --compare OTHER")
     every = [*paths, *([compare] if compare else [])]
-    if exact and not any(path.is_file() for path in every):
-        raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
-    if where is not None and any(path.is_dir() for path in every):
-        raise UsageError("--where is for files; a packed dataset's counts are those of all its rows", "mm pack --where")
+    check_paths(every, is_comparison=compare is not None, exact=exact, where=where)
     row_losses = read_losses(losses) if losses else None
     directory = optional_tokenizer(tokenizer)
     measured = []
@@ -89,6 +83,17 @@ def stats(
     elif not as_json:
         other = f" --compare {compare}" if compare else ""
         next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
+
+
+def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool, where: str | None) -> None:
+    """Raise UsageError if an option does not fit the datasets and files to describe."""
+    if is_comparison and len(paths) != 2:
+        problem = f"--compare puts two datasets side by side, {len(paths) - 1} are named"
+        raise UsageError(problem, "mm stats ONE --compare OTHER")
+    if exact and not any(path.is_file() for path in paths):
+        raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
+    if where is not None and any(path.is_dir() for path in paths):
+        raise UsageError("--where is for files; a packed dataset's counts are those of all its rows", "mm pack --where")
 
 
 def add_models(figures: dict[str, Any]) -> None:

@@ -158,6 +158,13 @@ class BatchLoader(ABC):
         ]
         self.steps_per_epoch = self._num_steps(batch_tokens)
 
+    kind: str
+    limits: Limits
+
+    @abstractmethod
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Yield this rank's share of the whole split once, in stored order; each micro-batch is of one dataset."""
+
     @abstractmethod
     def _prepare(self, batch_tokens: int, micro_tokens: int) -> list[int]:
         """Set the limits and the tables of samples, and return how many cells (see order.py) each dataset has."""
@@ -232,7 +239,6 @@ class Loader(BatchLoader):
         return [block.assemble(part, self._allocate) for part in self._micro(range(begin, begin + num_own))]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """Yield this rank's share of the whole split once, in stored order; each micro-batch is of one dataset."""
         own = np.arange(sum(self._mixture.cells))[self._rank :: self._world_size]
         ends = np.cumsum(self._mixture.cells)[:-1]
         size = max(1, BLOCK_CELLS // self._cells_per_micro) * self._cells_per_micro

@@ -83,7 +83,7 @@ class PairLoader(BatchLoader):
         return assemble(*_lay_out(views, self.share_prompt), numbers, self._allocate, shared)
 
 
-def make_loader(datasets: Sequence[Dataset], **options: Any) -> Loader | PairLoader:
+def make_loader(datasets: Sequence[Dataset], **options: Any) -> BatchLoader:
     """Create the loader for datasets of one row kind. options: keyword arguments of `BatchLoader`."""
     return (PairLoader if datasets[0].kind == "pair" else Loader)(datasets, **options)
 

@@ -195,20 +195,6 @@ class Tokenizer:
         """Return the text of some ids; invalid UTF-8 becomes U+FFFD. skip_control: leave out control tokens."""
         return self.native.decode([int(id) for id in ids], skip_special_tokens=skip_control)
 
-    def token_bytes(self) -> np.ndarray:
-        """Return the number of UTF-8 bytes of each id, int32 [vocab_size]; 0 for control tokens and unused ids."""
-        sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for token, id in self.native.get_vocab(with_added_tokens=True).items():
-            if id in self.added:
-                sizes[id] = 0 if self.added[id].special else len(token.encode())
-            elif self.decoder == "ByteLevel":  # each byte is written as one printable character
-                sizes[id] = len(token)
-            elif len(token) == 6 and token.startswith("<0x"):
-                sizes[id] = 1
-            else:
-                sizes[id] = len(token.replace("\u2581", " ").encode())
-        return sizes
-
     def save(self, dir: Path) -> None:
         """Write the files that the tokenizer was loaded from, byte for byte, to `dir`. Creates `dir` if missing."""
         for name, content in self.files.items():

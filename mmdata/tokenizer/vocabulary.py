@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
+import numpy as np
+
 from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -39,6 +41,13 @@ def token_texts(tokenizer: Tokenizer) -> list[bytes | None]:
         else:
             texts[id] = token.replace("\u2581", " ").encode()
     return texts
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Return the number of UTF-8 bytes of each id, int64 [vocab_size]; 0 for control tokens and unused ids."""
+    sizes = np.array([len(text or b"") for text in token_texts(tokenizer)], np.int64)
+    sizes[list(tokenizer.control_tokens.values())] = 0
+    return sizes
 
 
 def legible(data: bytes) -> str:

@@ -53,12 +53,8 @@ def train(
     """
     if stage not in STAGE_KINDS:
         raise UsageError(f"stage {stage!r} is unknown", "mm train pretrain, mm train sft or mm train dpo")
-    if reference_free:
-        if settings["reference"]:
-            raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
-        settings["reference"] = "none"
-    elif settings["reference"]:
-        settings["reference"] = str(Path(settings["reference"]))
+    if reference_free and settings["reference"]:
+        raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
     if nproc > 1:
         from mmtrain.distributed import launch
 
@@ -67,11 +63,11 @@ def train(
     from mmtrain.train.loop import train as train_stage
     from mmtrain.train.run import needs_of
 
-    if settings["model"] and Path(settings["model"]).exists():
-        raise UsageError(
-            f"--model {settings['model']}: a model's shape is expected, not its weights",
-            f"mm train {stage} --init {settings['model']}",
-        )
+    if (model := settings["model"]) and Path(model).exists():
+        problem = f"--model {model}: a model's shape is expected, not its weights"
+        raise UsageError(problem, f"mm train {stage} --init {model}")
+    if settings["reference"] or reference_free:
+        settings["reference"] = "none" if reference_free else str(Path(settings["reference"]))
     paths, weights = weighted(data or [])
     resume = settings["resume"]
     options = TrainOptions(

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mmdata.shards.loader import Loader
-from mmdata.shards.pairs import PairLoader
+from mmdata.shards.loader import BatchLoader
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.vocabulary import token_bytes
 from mmtrain.distributed import World
 from mmtrain.model.batch import Batch, counts_of, to_device, token_logps_of
 from mmtrain.model.logps import sum_by_sequence
@@ -24,7 +23,7 @@ PER_DATASET = ("loss", "bits_per_byte", "accuracy")  # metrics that are also com
 @torch.no_grad()
 def evaluate(
     model: Model,
-    loader: Loader | PairLoader,
+    loader: BatchLoader,
     tokenizer: Tokenizer,
     *,
     world: World | None = None,
@@ -45,7 +44,7 @@ def evaluate(
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
-    token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes(), dtype=np.int64)).to(world.device)
+    sizes = torch.from_numpy(token_bytes(tokenizer)).to(world.device)
     is_pairs = loader.kind == "pair"
     names = names_of([share.dataset.dir for share in loader.shares])
     sums = torch.zeros(len(names), 4 + (2 + len(FIGURES)) * is_pairs, dtype=widest(world.device), device=world.device)
@@ -55,7 +54,7 @@ def evaluate(
         done += len(micro.samples)
         batch = to_device(micro, world.device, loader.limits)
         logps = token_logps_of(model, batch)
-        batch_sums = _text_sums(batch, logps, token_bytes, chosen_only=is_pairs)
+        batch_sums = _text_sums(batch, logps, sizes, chosen_only=is_pairs)
         if is_pairs:
             ref = None if reference is None else reference[batch.samples].to(world.device, widest(world.device))
             batch_sums = torch.cat([batch_sums, _pair_sums(batch, logps, ref, objective)])

@@ -15,6 +15,7 @@ from mmdata.errors import TokenizerError
 from mmdata.shards.dataset import Dataset, PackView, PairView, loss_mask, open_sources
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.vocabulary import token_bytes
 from mmtrain.model.batch import to_device, token_logps_of
 from mmtrain.model.logps import sum_by_sequence
 from mmtrain.model.model import Model
@@ -73,7 +74,7 @@ def score(
             f"{dataset.dir} was packed with another tokenizer than the model's ({tokenizer.dir})",
             f"mm pack FILE --tokenizer {tokenizer.dir}",
         )
-    token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes(), dtype=np.int64))
+    sizes = torch.from_numpy(token_bytes(tokenizer))
     sources = cache(lambda part: open_sources(dataset, part))  # columns are memory-mapped files
     samples = dataset.split(split)
     total = samples.num_samples()
@@ -81,7 +82,7 @@ def score(
         batch = to_device(micro, model.head_weight.device)
         nats = -token_logps_of(model, batch).cpu()
         ids, num = batch.sequence_ids.cpu(), batch.num_sequences
-        num_bytes = token_bytes[batch.ids[batch.trained].cpu()]
+        num_bytes = sizes[batch.ids[batch.trained].cpu()]
         sums = [
             sum_by_sequence(values, ids, num).tolist()
             for values in (torch.ones_like(nats), nats, num_bytes.float(), nats * (num_bytes > 0))

@@ -10,8 +10,8 @@ import numpy as np
 
 from mmdata.errors import CheckpointError, DatasetError, TokenizerError, UsageError
 from mmdata.shards.dataset import Dataset, open_dataset
-from mmdata.shards.loader import Loader
-from mmdata.shards.pairs import PairLoader, make_loader, saved_share
+from mmdata.shards.loader import BatchLoader
+from mmdata.shards.pairs import make_loader, saved_share
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
@@ -68,9 +68,9 @@ class TrainPlan:
     origins: dict[str, str]  # setting -> where its value came from: flag, checkpoint, preset, default or data
     objective: Objective  # the loss of dpo and its parameters; not used by other stages
     reference: Checkpoint | None  # the checkpoint named by dpo's --reference; None otherwise, or if resumed
-    loader: Loader | PairLoader
-    val_loader: Loader | PairLoader
-    guard: Loader | PairLoader | None  # the val split of the dataset of --guard
+    loader: BatchLoader
+    val_loader: BatchLoader
+    guard: BatchLoader | None  # the val split of the dataset of --guard
     num_steps: int
 
     @property
@@ -189,7 +189,7 @@ def _loader(
     settings: TrainSettings,
     world: World,
     weights: Sequence[float] | None = None,
-) -> Loader | PairLoader:
+) -> BatchLoader:
     """Return the loader of this rank's batches of `split`, "train" or "val"; on CUDA its arrays are in page-locked
     memory. weights: the share of the tokens that each dataset provides; None takes every sample once per epoch."""
     return make_loader(
@@ -206,7 +206,7 @@ def _loader(
     )
 
 
-def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> Loader | PairLoader | None:
+def _guard_loader(settings: TrainSettings, datasets: Sequence[Dataset], world: World) -> BatchLoader | None:
     """Return the loader of the val split of --guard, None without. Raises DatasetError if the dataset has pairs,
     another tokenizer than the run's data, or no val split."""
     if not settings.guard:
@@ -227,8 +227,8 @@ def _check_loaders(
     options: TrainOptions,
     settings: TrainSettings,
     resumed: Checkpoint | None,
-    loader: Loader | PairLoader,
-    val_loader: Loader | PairLoader,
+    loader: BatchLoader,
+    val_loader: BatchLoader,
 ) -> None:
     """Raise DatasetError if the train split is empty; UsageError if --patience is given but no validation takes place;
     CheckpointError if a resumed run has other data or dataset weights than before, unless --other-data is given."""

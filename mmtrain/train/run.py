@@ -168,21 +168,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         average.resume({name: value for name, value in extra.items() if name not in scale.tensors()})
     record = _resumed_record(plan, world) if resumed else _new_record(plan, world, model, options.report)
     record.preflight = needs.as_json()
-    open_trackers = _open_trackers(plan, options, world, record, console.say)
-    log = metrics.MetricsLog(
-        out if world.is_first else None,
-        num_steps=plan.num_steps,
-        first_step=plan.start.step,
-        log_every=options.log_every,
-        console=console,
-        also=open_trackers.write if open_trackers else None,
-    )
     writer = checkpoint.Writer(out, keep_last=settings.keep_last, is_active=world.is_first)
-    world.wait()  # until the first rank has cut metrics.jsonl at the step that the run starts from
-    reporter = None
-    if world.is_first:
-        prompts = prompts_of(plan.datasets, tokenizer, plan.stage.name) if options.samples else []
-        reporter = Reporter(out, first_step=plan.start.step, with_report=options.report, prompts=prompts)
     run = ActiveRun(
         plan,
         world,
@@ -192,9 +178,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         optim.flat_gradient(model),
         scale,
         average,
-        log,
-        open_trackers,
-        reporter,
+        *_open_logs(plan, options, world, record, console, tokenizer),
         writer,
         record,
         val_losses=metrics.val_losses(out) if resumed else [],
@@ -206,6 +190,27 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     for line in (*notes, *_start_lines(plan, model, world), *needs.lines()):
         console.say(line)
     return run
+
+
+def _open_logs(
+    plan: TrainPlan, options: TrainOptions, world: World, record: RunRecord, console: Console, tokenizer: Tokenizer
+) -> tuple[metrics.MetricsLog, trackers.Trackers | None, Reporter | None]:
+    """Open metrics.jsonl, the trackers and, on the first rank, the reporter."""
+    open_trackers = _open_trackers(plan, options, world, record, console.say)
+    log = metrics.MetricsLog(
+        plan.out if world.is_first else None,
+        num_steps=plan.num_steps,
+        first_step=plan.start.step,
+        log_every=options.log_every,
+        console=console,
+        also=open_trackers.write if open_trackers else None,
+    )
+    world.wait()  # until the first rank has cut metrics.jsonl at the step that the run starts from
+    reporter = None
+    if world.is_first:
+        prompts = prompts_of(plan.datasets, tokenizer, plan.stage.name) if options.samples else []
+        reporter = Reporter(plan.out, first_step=plan.start.step, with_report=options.report, prompts=prompts)
+    return log, open_trackers, reporter
 
 
 def _template_notes(datasets: Sequence[Dataset], tokenizer: Tokenizer) -> list[str]:

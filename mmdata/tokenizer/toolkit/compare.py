@@ -9,7 +9,7 @@ import numpy as np
 
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.sample import TextSample
-from mmdata.tokenizer.vocabulary import Relation, legible, relate, token_texts
+from mmdata.tokenizer.vocabulary import Relation, legible, relate, token_bytes, token_texts
 
 NUM_SHOWN = 12
 _MAX_WORDS = 200_000  # only the most frequent words are compared, this many different ones
@@ -134,7 +134,7 @@ def verdict(a: Tokenizer, b: Tokenizer, relation: Relation) -> tuple[bool, str]:
 def _token_sizes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Return the bytes of each token of each text; tokenizers split a text alike if these lists are equal."""
     flat, ends = tokenizer.encode_batch(texts)
-    sizes = tokenizer.token_bytes()[flat]
+    sizes = token_bytes(tokenizer)[flat]
     return [part.tolist() for part in np.split(sizes, ends[:-1])] if len(ends) else []
 
 

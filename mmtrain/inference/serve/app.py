@@ -103,20 +103,6 @@ def make_app(service: Service) -> "Starlette":
         yield
         await asyncio.to_thread(service.worker.stop)
 
-    def guarded(handle: Callable) -> Callable:
-        """Return `handle` behind a check of the Host header and, below /v1/, the API key; RequestErrors become JSON."""
-
-        async def answer(request: "HttpRequest") -> "Response":
-            try:
-                _check_host(service, request)
-                if request.url.path.startswith("/v1/"):
-                    _check_key(service, request)
-                return await handle(request)
-            except RequestError as error:
-                return _json(error.body(), error.status)
-
-        return answer
-
     async def models(_request: "HttpRequest") -> "Response":
         return _json({"object": "list", "data": [service.card]})
 
@@ -138,6 +124,7 @@ def make_app(service: Service) -> "Starlette":
         messages = {404: f"nothing at {request.url.path}", 405: f"{request.url.path} takes another method"}
         return _json(RequestError(messages.get(status, "something went wrong"), status=status).body(), status)
 
+    guarded = partial(_guarded, service)
     return Starlette(
         routes=[
             Route("/v1/models", guarded(models)),
@@ -154,6 +141,21 @@ def make_app(service: Service) -> "Starlette":
         exception_handlers=dict.fromkeys((404, 405, 500), error_response),
         lifespan=lifespan,
     )
+
+
+def _guarded(service: Service, handle: Callable) -> Callable:
+    """Return `handle` behind a check of the Host header and, below /v1/, the API key; RequestErrors become JSON."""
+
+    async def answer(request: "HttpRequest") -> "Response":
+        try:
+            _check_host(service, request)
+            if request.url.path.startswith("/v1/"):
+                _check_key(service, request)
+            return await handle(request)
+        except RequestError as error:
+            return _json(error.body(), error.status)
+
+    return answer
 
 
 def serve(service: Service, ready: Callable[[str], None]) -> None:
