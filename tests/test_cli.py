@@ -10,7 +10,7 @@ import pytest
 from command_line import Run, fine, refused
 
 import cli
-from mmdata import demo
+from mmdata.demo import corpus as demo
 
 
 def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) -> None:

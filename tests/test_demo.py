@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdata import demo
+from mmdata.demo import corpus as demo
 from mmdata.encode import rows
 from mmdata.io.lines import iter_lines
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
@@ -205,4 +205,4 @@ def test_minutes_scale_the_rows_of_every_stage() -> None:
 
 def test_the_texts_are_part_of_the_package() -> None:
     settings = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    assert settings["tool"]["setuptools"]["package-data"]["mmdata"] == ["demo.json"]
+    assert settings["tool"]["setuptools"]["package-data"]["mmdata.demo"] == ["demo.json"]

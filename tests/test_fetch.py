@@ -30,12 +30,14 @@ from mmdata.errors import (
     NotFoundError,
     UsageError,
 )
-from mmdata.hub import catalog, fetch, plan, transfer
+from mmdata.hub import catalog, fetch, partial, plan
 from mmdata.hub.fetch import FetchOutcome
+from mmdata.hub.lockfile import LOCK_NAME, read_lock
 from mmdata.hub.options import FetchOptions
-from mmdata.hub.plan import LOCK_NAME, FetchPlan, read_lock
+from mmdata.hub.partial import cut, merge, missing
+from mmdata.hub.plan import FetchPlan
 from mmdata.hub.sources import asked_wait, is_safe
-from mmdata.hub.transfer import RetryPolicy, cut, merge, missing
+from mmdata.hub.transfer import RetryPolicy
 
 DATASET = catalog.DATASET_REPO["hf"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,7 +359,7 @@ def kill_midway(client: Client, sign: signal.Signals, connections: int, at_bytes
     """Start a fetch that gets `hold_after` bytes a connection and no more, end it once `at_bytes` lie on disk; gives the exit code."""
     client.hub.hold_after = hold_after
     with start(client, "a.jsonl", connections=connections) as process:
-        wait_until(lambda: transfer.kept_bytes(client.out / "a.jsonl") >= at_bytes)
+        wait_until(lambda: partial.kept_bytes(client.out / "a.jsonl") >= at_bytes)
         process.send_signal(sign)
         process.communicate(timeout=LONG_S)
     client.hub.hold_after = None
@@ -369,7 +371,7 @@ def after_a_kill(client: Client, sign: signal.Signals, connections: int) -> int:
     client.hub.put(DATASET, {"a.jsonl": LARGE})
     code = kill_midway(client, sign, connections, 1_000_000, 1_500_000 if connections == 1 else 500_000)
     assert not (client.out / "a.jsonl").exists()
-    kept = transfer.kept_bytes(client.out / "a.jsonl")
+    kept = partial.kept_bytes(client.out / "a.jsonl")
     assert kept >= 1_000_000
     client.hub.forget()
     outcome = client.one("a.jsonl", connections=connections)
@@ -395,7 +397,7 @@ def test_killed_six_times_in_a_row_it_still_ends(client: Client) -> None:
     kept: list[int] = []
     for _ in range(6):
         kill_midway(client, signal.SIGKILL, 1, sum(kept[-1:]) + 2 * CHUNK_BYTES, 3 * CHUNK_BYTES)
-        kept.append(transfer.kept_bytes(client.out / "a.jsonl"))
+        kept.append(partial.kept_bytes(client.out / "a.jsonl"))
     client.one("a.jsonl")
     assert client.read("a.jsonl") == LARGE
     asked = [request.range for request in client.hub.requests if request.place == "cdn"]
@@ -466,7 +468,7 @@ def leave_a_part(client: Client, num_bytes: int, name: str = "a.jsonl", **change
     with pytest.raises(NetworkError):
         client.one(name, **changes)
     client.hub.forget()
-    assert transfer.kept_bytes(client.out / name) == num_bytes
+    assert partial.kept_bytes(client.out / name) == num_bytes
 
 
 def test_a_part_of_other_content_is_not_used(hub: FakeHub, client: Client) -> None:
@@ -742,7 +744,7 @@ def test_a_folder_that_cannot_be_written_is_named(
         raise PermissionError(13, "Permission denied")
 
     client.out.mkdir()
-    monkeypatch.setattr(transfer.os, "open", refuse)  # root may write anywhere, so the refusal is played
+    monkeypatch.setattr(partial.os, "open", refuse)  # root may write anywhere, so the refusal is played
     with pytest.raises(DiskError):
         client.one("a.jsonl")
     assert hub.sent() == 0
@@ -871,13 +873,11 @@ def test_offsets_beyond_four_gib_are_exact(hub: FakeHub, client: Client, monkeyp
     """The part is sparse and has all but three stretches, one beyond 2 GiB and one beyond 4 GiB."""
     size = (4 << 30) + (1 << 20)
     monkeypatch.setattr("mmdata.io.files.hashlib.sha256", NoHash)
-    monkeypatch.setattr(
-        transfer.PartialFile, "catch_up", lambda part, stop=None: setattr(part.digest, "position", size)
-    )
+    monkeypatch.setattr(partial.PartialFile, "catch_up", lambda part, stop=None: setattr(part.digest, "position", size))
     gaps = [(0, 100), (2 << 30, (2 << 30) + 100), (4 << 30, size)]
     hub.put(DATASET, {"a.bin": Filler(size, sha256="a" * 64)})
     client.out.mkdir()
-    part, journal = transfer.part_paths(client.out / "a.bin")
+    part, journal = partial.part_paths(client.out / "a.bin")
     with open(part, "wb") as file:
         file.truncate(size)
     spans = [(100, 2 << 30), ((2 << 30) + 100, 4 << 30), (size, size)]

@@ -11,21 +11,12 @@ from pathlib import Path
 
 from mmdata.errors import DiskError, IntegrityError, InterruptedFetch, MMError
 from mmdata.hub import catalog
+from mmdata.hub.lockfile import LockEntry, guard_path, only_one, read_lock, same_stat, write_entry
 from mmdata.hub.options import FetchOptions
-from mmdata.hub.plan import (
-    TOKENIZER_DIR,
-    FetchItem,
-    FetchPlan,
-    LockEntry,
-    WantedFile,
-    guard_path,
-    only_one,
-    read_lock,
-    same_stat,
-    write_entry,
-)
+from mmdata.hub.partial import RESUME, Content, kept_bytes
+from mmdata.hub.plan import TOKENIZER_DIR, FetchItem, FetchPlan, WantedFile
 from mmdata.hub.sources import Source, open_source, opener
-from mmdata.hub.transfer import RESUME, Content, RetryPolicy, disk_error, download, kept_bytes
+from mmdata.hub.transfer import RetryPolicy, disk_error, download
 from mmdata.io.files import AlreadyLockedError, Digest, locked
 
 SPACE_MARGIN_BYTES = 64 << 20

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 from urllib.parse import quote, urlencode, urlsplit
 
 from mmdata.errors import AccessError, IntegrityError, MMError, NetworkError, NotFoundError, UsageError
-from mmdata.hub.transfer import NOT_DATA, Body, Content, OpenBody, RetryPolicy, TryAgain, WrongSize, with_retries
+from mmdata.hub.partial import Content
+from mmdata.hub.transfer import NOT_DATA, Body, OpenBody, RetryPolicy, TryAgain, WrongSize, with_retries
 from mmdata.io.files import CHUNK_BYTES
 
 HF_ENDPOINT = "https://huggingface.co"

@@ -16,7 +16,7 @@ from mmtrain.commands.chat import chat
 from mmtrain.inference.settings import ChatSampling
 
 if TYPE_CHECKING:
-    from mmdata.demo import Question
+    from mmdata.demo.corpus import Question
 
 DemoFigures = dict[str, Any]  # what `mm demo --json` prints, or a part of it
 
@@ -41,7 +41,7 @@ def demo(
 
     Example: mm demo --out demo --minutes 2
     """
-    from mmdata import demo as recipe
+    from mmdata.demo import corpus as recipe
     from mmdata.io.files import write_text
 
     start = time.monotonic()
@@ -74,7 +74,7 @@ def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
     """Generate the corpus, train its tokenizer, pack it, train and score each stage in turn, all under `out`; return
     all figures. minutes: as in `demo`, sets the number of rows. seed: of corpus, new weights and the order of the
     data."""
-    from mmdata import demo as recipe
+    from mmdata.demo import corpus as recipe
     from mmdata.pack.options import PackOptions
     from mmdata.pack.pipeline import pack
     from mmdata.tokenizer.chat_template import CHATML
@@ -136,7 +136,7 @@ def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigur
     sentences, shares (0 to 1) of the greedy answers that are right, and that are a whole sentence; by_subject, exact
     answers and questions of each subject; preference_accuracy, share of pairs whose chosen reply has the larger logp;
     transcript, five questions with answers."""
-    from mmdata import demo as recipe
+    from mmdata.demo import corpus as recipe
     from mmdata.encode.rows import Message
     from mmdata.encode.template import Template
     from mmdata.shards.dataset import open_dataset
