@@ -1,12 +1,10 @@
 """Fast rendering of many conversations without jinja2, for chat templates that write each message as a block: an open
-token, the role, a newline, the text, a close token and a newline.
+token, the role, a newline, the text, a close token and a newline, as ChatML and MiniMind's templates do.
 
-ChatML and the templates of MiniMind's tokenizers are of this kind. `learn` finds out with test conversations ("probes")
-whether a template is, and what it writes around tools. A conversation for which the template could do something that
-the probes did not show, such as one whose text contains a string that the template searches for, is marked as odd, and
-the caller renders it with jinja2.
-
-Arrow joins the texts of a whole batch in less than 1 microsecond per row; jinja2 takes 100 to 300.
+`learn` finds out with test conversations ("probes") whether a template is of this kind, and what it writes around
+tools. A conversation for which the template could do something that the probes did not show, such as one whose text
+contains a string that the template searches for, is marked as odd, and the caller renders it with jinja2. Arrow joins
+the texts of a whole batch in less than 1 microsecond per row; jinja2 takes 100 to 300.
 """
 
 import itertools
@@ -47,10 +45,8 @@ HEAD, TAIL = "assistant\n", "\n"
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """The texts that a chat template writes around messages, and the optional fields that it is known to support.
-
-    The `has_` fields and `tools` are set only if `learn` found renderings of such conversations equal to jinja2's.
-    """
+    """The texts that a chat template writes around messages. The `has_` fields and `tools` are set only if `learn`
+    found renderings of such conversations equal to jinja2's."""
 
     open: str  # the control token that begins a block, such as <|im_start|>
     close: str  # the control token that ends a block, such as <|im_end|>
@@ -64,15 +60,13 @@ class BlockFormat:
 
 @dataclass(frozen=True, slots=True)
 class Renderings:
-    """The rendered texts of a batch of R conversations, or of the R = 2P sides of P pairs.
+    """The rendered texts of R conversations, or of the R = 2P sides of P pairs.
 
-    texts: those of the rows not marked in `is_odd`, in order. For pairs, the texts of all chosen sides, then those of
-    all rejected sides; a rejected text has only the messages after those that both sides share.
-    roles: int8 [total blocks], the role of every block of all texts, as an index of ROLES.
-    num_blocks: int64 [texts], the number of blocks of each text.
-    first_trained: int64 [texts], the index in its text of the first block that may be trained: 0, but in a chosen text
-    the number of blocks before the first message that differs.
-    is_odd: bool [R], or [P] for pairs. True where only jinja2 renders the row correctly.
+    texts: of rows not in `is_odd`, in order; for pairs of all chosen, then of all rejected sides, of which only the
+    messages after the shared ones. roles: int8 [total blocks], the role of every block of all texts, as an index of
+    ROLES. num_blocks: int64 [texts], blocks of each text. first_trained: int64 [texts], the first block that may be
+    trained: 0, but in a chosen text the number of blocks before the first message that differs. is_odd: bool [R], or
+    [P] for pairs: only jinja2 renders the row correctly.
     """
 
     texts: list[str]
@@ -99,10 +93,8 @@ class Blocks:
         self._tails = (self._close, f"\n</tool_response>{self._close}", "\n</tool_response>")
 
     def render(self, columns: Conversations, keeps: np.ndarray) -> Renderings:
-        """Render conversations, or both sides of pairs, except odd ones.
-
-        keeps: bool [R], False for conversations without the empty think blocks that the template writes.
-        """
+        """Render conversations, or both sides of pairs, except odd ones. keeps: bool [R], False for conversations
+        without the empty think blocks that the template writes."""
         pc = compute()
         is_odd, contents = self._odd(columns), columns.contents
         is_answer = columns.roles == ASSISTANT
@@ -135,9 +127,8 @@ class Blocks:
         return Renderings(texts, roles, num_blocks[is_good], first_trained[is_good], is_odd_row)
 
     def _odd(self, columns: Conversations) -> np.ndarray:
-        """Return bool [M]: True for messages that jinja2 must render or cut: those with names or ids, and those that are
-        not trained. Reasoning and calls are left to `_answer`.
-        """
+        """Return bool [M]: True for messages with names or ids or not trained, which jinja2 must render or cut.
+        Reasoning and calls are left to `_answer`."""
         pc = compute()
         format, roles, contents = self.format, columns.roles, columns.contents
         is_odd = np.zeros(len(roles), bool) if format.has_late_system else (roles == SYSTEM) & ~columns.is_first
@@ -155,9 +146,7 @@ class Blocks:
 
     def _edges(self, columns: Conversations, keeps: np.ndarray, changed: Iterable[int]) -> tuple[TextCodes, TextCodes]:
         """Return two columns of M texts: those that the template writes before and after the content of each message.
-
-        keeps: see `render`. changed: indices of messages whose text `render` has made, with the think block.
-        """
+        keeps: see `render`. changed: indices of messages whose text `render` has made, with the think block."""
         format, roles = self.format, columns.roles
         is_next_tool = self._is_next_tool(columns)
         heads, tails = TextCodes(self._heads, len(roles)), TextCodes(self._tails, len(roles))
@@ -189,11 +178,9 @@ class Blocks:
         return is_tool & np.roll(is_tool, 1) & ~columns.is_first
 
     def _blocks(self, columns: Conversations, is_written: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the role of every block that is written (int8), and for each conversation its number of blocks and the
-        index of the first block that may be trained (both int64 [R]).
-
-        is_written: bool [M], False for messages of odd rows and for a rejected side's copies of the shared messages.
-        """
+        """Return the role of every block written (int8), and for each conversation its number of blocks and the first
+        that may be trained (both int64 [R]). is_written: bool [M], False for odd rows and a rejected side's copies of
+        shared messages."""
         opens = ~self._is_next_tool(columns) & is_written
         # A conversation without a system message may get a block for the default one or for its tools.
         has_more = (columns.roles[columns.begins] != SYSTEM) & is_written[columns.begins]
@@ -212,9 +199,8 @@ class Blocks:
         return roles, num_blocks, first_trained
 
     def _answer(self, message: Message, keep_empty_think: bool) -> str:
-        """Return what the template writes for an answer after its header (think block, content and tool calls), or ""
-        if jinja2 must render it. Only for answers with reasoning, tool calls, or newlines that the template strips.
-        """
+        """Return what the template writes for an answer with reasoning, tool calls, or newlines that it strips, after
+        its header (think block, content and tool calls); "" if jinja2 must render it."""
         content, reasoning, format = message.content, message.reasoning_content, self.format
         if reasoning is not None and not format.has_reasoning:
             return ""
@@ -245,10 +231,8 @@ class Blocks:
         return f"{EMPTY_THINK}{content}{calls}" if keep_empty_think else content + calls
 
     def marked(self, text: str, roles: Sequence[int]) -> str:
-        """Return a rendered text with "[" and "]" around the trained part of each answer.
-
-        roles: of the text's blocks, indices of ROLES. The contents of the messages must not contain the open token.
-        """
+        """Return a rendered text with "[" and "]" around the trained part of each answer. roles: of the text's blocks,
+        indices of ROLES. The contents of the messages must not contain the open token."""
         blocks = [self.format.open + block for block in text.split(self.format.open)[1:]]
         for i in (i for i, role in enumerate(roles) if role == ASSISTANT):
             blocks[i] = f"{self._assistant}[{blocks[i].removeprefix(self._assistant)}]"
@@ -259,11 +243,9 @@ class Blocks:
 
 
 def learn(template: Template) -> Blocks | None:
-    """Return a `Blocks` object that renders as the template does, or None if the template does not write blocks.
-
-    Tools, tool calls, reasoning, and system messages after the first message are tested one by one. Each is supported
-    only if text and trained ranges of its test conversations equal those of jinja2.
-    """
+    """Return a `Blocks` object that renders as the template does, or None if the template does not write blocks. Tools,
+    tool calls, reasoning, and system messages after the first message are tested one by one: each is supported only if
+    text and trained ranges of its test conversations equal those of jinja2."""
     literals = _literals(template.tree)
     if literals is None:
         return None
@@ -292,10 +274,9 @@ def learn(template: Template) -> Blocks | None:
 
 
 def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | None:
-    """Return the texts that a template writes before and after the list of tools in the system block of a conversation
-    without a system message. Return None if it does not write each tool as one line of JSON there, or if conversations
-    with tools have a template of their own.
-    """
+    """Return the texts before and after the list of tools in the system block of a conversation without a system
+    message. None if the template does not write each tool as one line of JSON there, or conversations with tools have
+    their own."""
     if template.for_tools:
         return None
     tool = {"name": "f"}
@@ -311,9 +292,8 @@ def _learn_tools(template: Template, format: BlockFormat) -> tuple[str, str] | N
 
 
 def _agrees(template: Template, blocks: Blocks, probes: Sequence[Conversation]) -> bool:
-    """Return whether text and trained ranges of all probes equal jinja2's, with and without empty think blocks, and the
-    template leaves out nothing of them.
-    """
+    """Return whether the template leaves out nothing of the probes, and their text and trained ranges equal jinja2's,
+    with and without empty think blocks."""
     columns = columns_of(probes)
     renderings = {keep: blocks.render(columns, np.full(len(probes), keep)) for keep in (True, False)}
     if any(rendered.is_odd.any() for rendered in renderings.values()):
@@ -340,9 +320,8 @@ _TYPE_TESTS = {"string", "defined", "undefined", "none", "mapping", "iterable", 
 
 def _literals(tree: nodes.Template) -> list[str] | None:
     """Return the string constants that a template searches or compares messages with by a method call, `in` or `not
-    in`, sorted. Return None if it uses an operation on text other than stripping and searching, because then its
-    rendering could depend on more than these constants.
-    """
+    in`, sorted. None if its rendering could depend on more, by an operation on text other than stripping and
+    searching."""
     for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Getitem, nodes.Call)):
         match node:
             case nodes.Filter(name="trim" | "tojson"):

@@ -1,13 +1,12 @@
 """Many conversations as columns: the roles and contents of the messages of all rows end to end, for vectorized work
 with Arrow and numpy.
 
-A pair is stored as two conversations: of 2P conversations, the first P are the chosen sides and the others the rejected
-sides, in the same order. Tools, tool calls and reasoning are rare and are stored in dictionaries.
-
-`read_lines` takes only lines of the usual form, called plain here: only the keys of MiniMind's files, with string
-values; roles in the usual order, with a system message only at the beginning; user messages and answers that are not
-blank; no string of a special token in any text; and no content that is the placeholder 无. All other lines are left to
-`rows.parse_row`, which accepts more forms and alone decides what is wrong with a row.
+Of the 2P conversations of P pairs, the first P are the chosen sides and the others the rejected ones, in the same
+order. Tools, tool calls and reasoning are rare and are stored in dictionaries. `read_lines` takes only lines of the
+usual form, called plain here: only the keys of MiniMind's files, with string values; roles in the usual order, a system
+message only at the beginning; user messages and answers that are not blank; no string of a special token in any text;
+and no content that is the placeholder 无. All other lines are left to `rows.parse_row`, which accepts more forms and
+alone decides what is wrong with a row.
 """
 
 import hashlib
@@ -76,14 +75,10 @@ class ToolSpecs:
 
 @dataclass(frozen=True)
 class Conversations:
-    """R conversations with M messages in all, as columns.
-
-    counts: int64 [R], the number of messages of each conversation. roles: int8 [M], indices of ROLES.
-    contents: Arrow string array [M] without nulls.
-    extras: the complete messages that have more than role and content, by message index.
-    tools: the tools of conversations that have any, by conversation index.
-    is_pairs: the conversations are the sides of P = R / 2 pairs, the chosen ones first.
-    """
+    """R conversations with M messages in all, as columns. counts: int64 [R], messages of each. roles: int8 [M], indices
+    of ROLES. contents: Arrow string array [M] without nulls. extras: the complete messages that have more than role and
+    content, by message index. tools: by conversation index. is_pairs: the sides of P = R / 2 pairs, chosen ones
+    first."""
 
     counts: np.ndarray
     roles: np.ndarray
@@ -186,9 +181,7 @@ class Conversations:
 
 
 class TextCodes:
-    """A column of strings of which few are different: `table` lists these, and `codes` (int32 [size]) has the index in
-    `table` of each element. All elements are table[0] at first.
-    """
+    """A column of strings of which few are different: `codes` (int32 [size], at first 0) are indices of `table`."""
 
     def __init__(self, table: Sequence[str], size: int):
         self.table = list(table)
@@ -241,12 +234,9 @@ def columns_of(rows: Sequence[Conversation] | Sequence[Pair]) -> Conversations:
 
 
 def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversations]:
-    """Read the plain lines (see the module's docstring) into columns. Return their indices in `raws` (int64, ascending)
-    and the columns. All other lines are skipped without an error.
-
-    kind: "conversation" or "pair". Conversations are read from the key `messages` if the first line begins with it,
-    else from `conversations`; lines with the other key are skipped.
-    """
+    """Read the plain lines (see above) into columns. Return their indices in `raws` (int64, ascending) and the columns;
+    other lines are skipped. kind: "conversation" or "pair". Conversations are read from the key `messages` if the first
+    line begins with it, else from `conversations`; lines with the other key are skipped."""
     names = ("conversations",)
     if kind == "pair":
         names = ("chosen", "rejected")
@@ -265,10 +255,8 @@ def read_lines(raws: Sequence[bytes], kind: str) -> tuple[np.ndarray, Conversati
 
 def _columns(sides: Sequence[Any]) -> tuple[Conversations, np.ndarray]:
     """Convert Arrow's lists of messages to columns. Return these and bool [M]: False for messages that make their line
-    one to skip: missing or blank content, unknown role, or invalid tools, tool calls or reasoning.
-
-    sides: one Arrow list array of conversations, or two of equal length (chosen, rejected) for pairs.
-    """
+    one to skip: missing or blank content, unknown role, or invalid tools, tool calls or reasoning. sides: one list
+    array of conversations, or two of equal length (chosen, rejected) for pairs."""
     import pyarrow as pa
 
     pc = compute()
@@ -355,9 +343,8 @@ def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str
 
 
 def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list[Any]]:
-    """Parse the lines that are an object with a non-empty list of messages for every key in `names` and no other key.
-    Return their indices (int64, ascending), and for each key an Arrow array of these lists.
-    """
+    """Parse the lines that are an object of the keys `names` only, each a non-empty list of messages. Return their
+    indices (int64, ascending), and for each key an Arrow array of these lists."""
     import pyarrow as pa
 
     # Arrow reads the lines joined. No JSON value that starts with { continues after } with {, so none spans two lines.
@@ -375,10 +362,8 @@ def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list
 
 
 def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.ndarray, Any]]:
-    """Parse lines with Arrow's JSON reader. Return tables, each with the indices of its lines (int64, from `begin`).
-
-    If Arrow refuses the lines, each half of them is tried on its own, and if they are at most FEW, all are left out.
-    """
+    """Parse lines with Arrow's JSON reader. Return tables, each with the indices of its lines (int64, from `begin`). If
+    Arrow refuses the lines, each half of them is tried on its own; FEW or less are left out."""
     import pyarrow as pa
     import pyarrow.json
 
@@ -404,11 +389,9 @@ def _parsed(raws: Sequence[bytes], schema: Any, begin: int) -> list[tuple[np.nda
 
 
 def join_messages(counts: np.ndarray, *columns: Any) -> Any:
-    """Return an Arrow string array [R]: for each row, the texts of its messages joined. The text of a message is the
-    concatenation of its strings in all columns.
-
-    counts: int64 [R], the messages of each row. columns: Arrow string arrays [M], or one string for all messages.
-    """
+    """Return an Arrow string array [R]: the texts of each row's messages joined; a message's text is its strings in all
+    columns. counts: int64 [R], messages of each row. columns: Arrow string arrays [M], or one string for all
+    messages."""
     import pyarrow as pa
 
     pc = compute()
@@ -468,10 +451,8 @@ def as_arrow(values: np.ndarray) -> Any:
 
 
 def as_numpy(array: Any, null: int = 0) -> np.ndarray:
-    """Return an Arrow array of numbers as a numpy view of its memory, or one of booleans as a copy.
-
-    null: the number for null elements, which are supported in int32 arrays only.
-    """
+    """Return an Arrow array of numbers as a numpy view of its memory, or one of booleans as a copy. null: the number
+    for null elements, in int32 arrays only."""
     import pyarrow as pa
 
     if pa.types.is_boolean(array.type):

@@ -16,16 +16,13 @@ CUT_TURNS = "cut after the last whole turn that fits"
 class EncodedRows:
     """The encoding of a batch of R rows or lines. `RowEncoder` makes it and adds sequences to it.
 
-    num_tokens: the number of tokens of the usable rows, before cutting.
-    rows_cut: the number of rows of which tokens were dropped. cut: reason -> number of tokens dropped.
-    bad: row index -> why the row cannot be used, in order of rows.
-    hashes, characters: uint8 [R, 32] and int64 [R], the `row_hash` and `num_characters` of each row; 0 for lines that
-    are not valid rows.
-    controls: row index -> special-token strings in the row's own text. extra_keys: how often the lines have keys that are
-    ignored. Only `encode_lines` fills these two.
-    not_written: reason, of `rows.LOST` or `rows.LEFT_OUT` -> number of usable rows of which the template leaves
-    something out. text_bytes, unknown_bytes: the UTF-8 bytes of the rendered texts of usable rows, and those of them
-    that the tokenizer does not know; 0 if it knows every text.
+    num_tokens: tokens of the usable rows, before cutting. rows_cut: rows of which tokens were dropped. cut: reason ->
+    tokens dropped. bad: row index -> why the row cannot be used, in order. hashes, characters: uint8 [R, 32] and int64
+    [R], the `row_hash` and `num_characters` of each row; 0 for invalid lines. controls: row index -> special-token
+    strings in the row's own text; extra_keys: how often lines have each ignored key; both only by `encode_lines`.
+    not_written: reason, of `rows.LOST` or `rows.LEFT_OUT` -> usable rows of which the template leaves something out.
+    text_bytes, unknown_bytes: UTF-8 bytes of the rendered texts of usable rows, and those that the tokenizer does not
+    know; 0 if it knows every text.
     """
 
     def __init__(self, num_rows: int):
@@ -41,18 +38,15 @@ class EncodedRows:
         self._parts: list[tuple[np.ndarray, Sequences]] = []
 
     def add(self, row_of: np.ndarray, sequences: Sequences, num_tokens: int) -> None:
-        """Add sequences and the number of tokens that their rows had before cutting.
-
-        row_of: int64 [sequences], the row of each sequence, ascending. A row may have several sequences.
-        """
+        """Add sequences and the tokens that their rows had before cutting. row_of: int64 [sequences], the row of each,
+        ascending."""
         self.num_tokens += num_tokens
         if len(row_of):
             self._parts.append((row_of, sequences))
 
     def add_texts(self, texts: Sequence[str], tokenizer: Tokenizer, *, control: bool) -> None:
-        """Count the bytes of texts, and those that the tokenizer does not know, if it may lose text. control: whether
-        special-token strings in them are control tokens.
-        """
+        """Count the bytes of texts, and those that a tokenizer that may lose text does not know. control: see
+        `Tokenizer.encode_batch`."""
         if tokenizer.may_lose_text:
             self.text_bytes += sum(len(text.encode()) for text in texts)
             self.unknown_bytes += tokenizer.count_lost_bytes(texts, control=control)

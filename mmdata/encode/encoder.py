@@ -1,9 +1,8 @@
 """Encoding of rows or jsonl lines to token ids and trained ranges, one batch per call.
 
 Most conversations and pairs take a fast way: lines of the usual form are read into columns (module `columns`) and
-encoded without jinja2 (module `fast`). Rows that this cannot encode, and all rows of templates that do not write blocks,
-are rendered with jinja2, by the module `reference`. Every token that is dropped and every row that is left out is counted
-by reason.
+encoded without jinja2 (module `fast`). All others are rendered with jinja2, by the module `reference`. Every token
+dropped and every row left out is counted by reason.
 """
 
 import hashlib
@@ -55,9 +54,8 @@ _BRACKETED = re.compile(r"<[^<>\s]+>")
 
 
 class RowEncoder:
-    """Encodes rows with one tokenizer. The ids and trained ranges of a row do not depend on the process or on the other
-    rows of the batch. A pickled instance has its tokenizer's files.
-    """
+    """Encodes rows with one tokenizer. The ids and trained ranges of a row depend neither on the process nor on the
+    other rows of the batch. A pickled instance has its tokenizer's files."""
 
     def __init__(
         self,
@@ -74,14 +72,12 @@ class RowEncoder:
     ):
         """Create an encoder. Raises UsageError if `train_on` or `era` is none of the choices.
 
-        max_len: the largest number of tokens of a sequence, at least 2.
-        era: the required kind of chat template, "seed", "2" or "3"; "auto" accepts every kind. See `Template.era`.
-        train_on: the tokens of conversations and pairs that are trained on: "assistant" (every answer), "last" (the
-        last answer) or "all" (every token but the first; of pairs, both replies from their first answer on).
-        seed: together with a row's hash, decides whether the row keeps the empty think blocks that the template writes.
-        on_lost: with "warn", rows of which the template loses something are used; with others, they are in `bad`.
-        columns: the columns of lines that hold the fields of rows.
-        encoder: the text encoder; None uses the `tokenizers` library.
+        max_len: the most tokens of a sequence, at least 2. era: the required kind of chat template, "seed", "2" or "3",
+        or "auto"; see `Template.era`. train_on: what of conversations and pairs is trained on: "assistant" (every
+        answer), "last" (the last answer) or "all" (every token but the first; of pairs, both replies from their first
+        answer on). seed: decides with a row's hash whether it keeps the empty think blocks that the template writes.
+        on_lost: with "warn", rows of which the template loses something are used; else they are in `bad`. columns:
+        those of lines that hold the fields of rows. encoder: the text encoder; None uses the `tokenizers` library.
         is_reference: encode all conversations and pairs with jinja2, for comparison.
         """
         for option, value, choices in (("--train-on", train_on, TRAIN_ON), ("--era", era, ("auto", *ERAS))):
@@ -107,8 +103,7 @@ class RowEncoder:
     @cached_property
     def template(self) -> Template:
         """The tokenizer's chat template, compiled at first use, because documents need none. Raises TokenizerError if
-        it cannot be used, and UsageError if it is not of the required era.
-        """
+        it cannot be used, and UsageError if it is not of the required era."""
         return _template(self.tokenizer, self.era)
 
     @cached_property
@@ -124,9 +119,8 @@ class RowEncoder:
 
     @cached_property
     def _fast(self) -> FastEncoder | None:
-        """The encoder of rows in columns. None, and jinja2 for all rows, if the template does not write messages as
-        blocks, if the ids of a text may depend on control tokens next to it, or if the tokenizer may lose text.
-        """
+        """The encoder of rows in columns. None, for jinja2, if the template does not write blocks, if the ids of a text
+        may depend on control tokens next to it, or if the tokenizer may lose text."""
         is_possible = self.tokenizer.is_exact and not self.tokenizer.may_lose_text and not self._is_reference
         is_possible = is_possible and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
         blocks = learn(self.template) if is_possible else None
@@ -143,8 +137,7 @@ class RowEncoder:
 
     def encode_lines(self, raws: Sequence[bytes], kind: str) -> EncodedRows:
         """Parse jsonl lines and encode them. Lines that are not valid rows of this kind ("document", "conversation" or
-        "pair"), and rows that cannot be used, are in `bad` of the result; they raise no error.
-        """
+        "pair"), and rows that cannot be used, are in `bad` of the result."""
         out = EncodedRows(len(raws))
         is_small = sum(map(len, raws)) <= MOST_BYTES
         left: Sequence[int] = range(len(raws))
@@ -167,15 +160,13 @@ class RowEncoder:
 
     def segments(self, row: Conversation | Pair) -> list[list[Segment]]:
         """Render a row with jinja2 and cut the text into segments: one list for a conversation, two (chosen, rejected)
-        for a pair. Raises BadRow if the rendering cannot be cut.
-        """
+        for a pair. Raises BadRow if the rendering cannot be cut."""
         hashes = np.frombuffer(row_hash(row), np.uint8).reshape(1, -1)
         return self._reference.segments(row, bool(self._keeps_empty_thinks(hashes)[0]))
 
     def _keeps_empty_thinks(self, hashes: np.ndarray) -> np.ndarray:
-        """Return bool [R]: True for rows that keep the empty think blocks that the template writes. With templates of
-        era "3", the share EMPTY_THINK_KEPT of the rows does, by seed and hash (uint8 [R, 32]); with others, all do.
-        """
+        """Return bool [R]: True for rows that keep the empty think blocks that the template writes: all or, with
+        templates of era "3", the share EMPTY_THINK_KEPT, by seed and hash (uint8 [R, 32])."""
         if self.template.era != "3":
             return np.ones(len(hashes), bool)
         return _uniform_numbers(self.seed, hashes) < EMPTY_THINK_KEPT
@@ -246,9 +237,8 @@ class RowEncoder:
 
     def _encode_documents(self, at: np.ndarray, rows: Sequence[Document], out: EncodedRows) -> None:
         """Encode documents, each between the bos token (if any) and the eos token. One longer than `max_len` is divided
-        into several sequences; no token is dropped. Rows whose documents are all blank, or in which text would become a
-        control id other than that of the unknown token, are recorded in `out.bad`.
-        """
+        into several sequences; no token is dropped. Rows with only blank documents, or with text that would become a
+        control id other than the unknown token's, are recorded in `out.bad`."""
         documents = [split_documents(row.text) for row in rows]
         for i in (i for i, texts in enumerate(documents) if not texts):
             out.bad[int(at[i])] = BadRow("empty content", "nothing stands between its marks")
@@ -281,11 +271,8 @@ class RowEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One line as it would be packed.
-
-    encoded: a batch of one row. segments: those of each of its texts (one conversation, two sides of a pair, or its
-    documents); empty if the row cannot be rendered.
-    """
+    """One line as it would be packed. encoded: a batch of one row. segments: of each of its texts (a conversation, two
+    sides of a pair, or documents); empty if the row cannot be rendered."""
 
     encoded: EncodedRows
     segments: list[list[Segment]] = field(default_factory=list)
@@ -297,10 +284,8 @@ class Preview:
 
 
 def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
-    """Encode one line and return it with its segments, also those of a row that is left out, if it can be rendered.
-
-    kind: "document", "conversation" or "pair".
-    """
+    """Encode one line and return it with its segments, also of a row that is left out, if it can be rendered. kind:
+    "document", "conversation" or "pair"."""
     encoded = encoder.encode_lines([raw], kind)
     try:
         row = parse_row(raw, kind, columns=encoder.columns)
@@ -314,11 +299,9 @@ def preview(raw: bytes, encoder: RowEncoder, kind: str) -> Preview:
 
 
 def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide texts of these lengths into pieces of `max_len` tokens; the last piece of a text may be shorter. Return
-    the length of each piece and the index of its text (both int64 [pieces], text by text).
-
-    A last piece of one token, which could not be trained on, gets a token of the piece before (unless `max_len` is 2).
-    """
+    """Divide texts of these lengths into pieces of `max_len` tokens, the last one shorter. Return the length of each
+    piece and the index of its text (both int64 [pieces], text by text). A last piece of one token, which could not be
+    trained on, gets a token of the piece before (unless `max_len` is 2)."""
     counts = np.maximum(-(-lengths // max_len), 1)
     sizes = np.full(counts.sum(), max_len)
     last = np.cumsum(counts) - 1
@@ -331,9 +314,8 @@ def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray
 
 @lru_cache(maxsize=2)
 def _template(tokenizer: Tokenizer, era: str) -> Template:
-    """Return the compiled chat template, which writes the date DATE if it has no other fixed one. Calls with the same
-    Tokenizer object and era share it.
-    """
+    """Return the compiled chat template, with the date DATE if it has no other fixed one. Shared by calls with the same
+    Tokenizer object and era."""
     return Template(tokenizer.amended(date=DATE), era=era)
 
 

@@ -1,9 +1,9 @@
 """The fast way of encoding conversations and pairs: many at a time, in columns, without jinja2.
 
-Rows in columns (module `columns`) are rendered as blocks (module `blocks`) and encoded with the template's control
-tokens, all texts in one native call. The control ids of every row must be exactly those that the template wrote, in the
-same order, and each answer must begin with the ids of its header. The trained ranges follow from the positions of the
-control ids. Rows that fail such a check are left to the module `reference`.
+Rows in columns are rendered as blocks (module `blocks`) and encoded with the template's control tokens, all texts in
+one native call. The control ids of every row must be exactly those that the template wrote, in order, and each answer
+must begin with the ids of its header; the trained ranges follow from their positions. Rows that fail such a check are
+left to the module `reference`.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,11 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class _TextBlocks:
-    """The token ids of T rendered texts, and the control tokens that begin and end their B blocks.
-
-    ids: uint32 [total ids], the ids of all texts.
-    begins, lengths: int64 [T], the index in `ids` of the first id of each text, and its number of ids.
-    first_trained: int64 [T], the index in its text of the first block that may be trained.
-    opens, closes: int64 [B], the indices in `ids` of the control tokens of each block, text by text.
-    roles: int8 [B], indices of ROLES. text_of: int64 [B], the index of the text of each block.
-    """
+    """The token ids of T rendered texts, and the control tokens that begin and end their B blocks. ids: uint32 [total
+    ids], of all texts. begins, lengths: int64 [T], where in `ids` each text begins, and its number of ids.
+    first_trained: int64 [T], the first block of each text that may be trained. opens, closes: int64 [B], the places in
+    `ids` of each block's control tokens, text by text. roles: int8 [B], indices of ROLES. text_of: int64 [B], each
+    block's text."""
 
     ids: np.ndarray
     begins: np.ndarray
@@ -62,10 +59,8 @@ class _TextBlocks:
 
 
 class FastEncoder:
-    """Encodes rows in columns with one tokenizer whose chat template writes blocks.
-
-    max_len: the largest number of tokens of a sequence. train_on: see `RowEncoder`.
-    """
+    """Encodes rows in columns with one tokenizer whose chat template writes blocks. max_len: the most tokens of a
+    sequence. train_on: see `RowEncoder`."""
 
     def __init__(self, tokenizer: Tokenizer, blocks: Blocks, encoder: Encoder, *, max_len: int, train_on: str):
         self._tokenizer = tokenizer
@@ -90,11 +85,8 @@ class FastEncoder:
 
     def encode(self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows) -> np.ndarray:
         """Encode rows and add them to `out`. Return bool [R], or [P] for pairs: True for rows that must go through
-        jinja2.
-
-        at: int64 [rows], the index of each row in the batch. keeps: bool [rows], True for rows that keep the empty think
-        blocks that the template writes.
-        """
+        jinja2. at: int64 [rows], the index of each row in the batch. keeps: bool [rows], rows that keep the empty think
+        blocks."""
         sides = 1 + columns.is_pairs
         rendered = self._blocks.render(columns, np.tile(keeps, sides))
         blocks, is_good = self._locate(rendered, self._blocks.format)
@@ -109,8 +101,7 @@ class FastEncoder:
 
     def _locate(self, rendered: Renderings, format: BlockFormat) -> tuple[_TextBlocks, np.ndarray]:
         """Encode texts and find their blocks. Return these and bool [T], False for texts with other control tokens or
-        answer headers than expected, whose blocks are missing or wrong.
-        """
+        answer headers than expected."""
         ids, ends = self._encoder.encode(rendered.texts, True)
         lengths = np.diff(ends, prepend=0)
         at = self._control_places(ids)
@@ -139,8 +130,7 @@ class FastEncoder:
 
     def _add_conversations(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
         """Add conversations with their trained ranges. A text longer than `max_len` is cut after its last whole turn (a
-        user message and everything up to its final answer) that fits; if not even the first fits, the row is bad.
-        """
+        user message and all up to its final answer) that fits; without any the row is bad."""
         whole = blocks.lengths.copy()
         is_kept = np.ones(len(at), bool)
         for text in np.flatnonzero(whole > self._max_len).tolist():
@@ -164,10 +154,8 @@ class FastEncoder:
 
     def _add_pairs(self, at: np.ndarray, blocks: _TextBlocks, out: EncodedRows) -> None:
         """Add pairs, divided into prompt and replies, with their trained ranges. Pairs with a side longer than
-        `max_len`, or with equal sides, are bad.
-
-        blocks: the texts of all chosen sides, then those of all rejected sides without the messages that both share.
-        """
+        `max_len`, or with equal sides, are bad. blocks: the texts of all chosen sides, then of all rejected sides
+        without shared messages."""
         half = len(at)
         shared = _prompt_lengths(blocks, half)
         lengths = np.stack([blocks.lengths[:half], blocks.lengths[half:] + shared])

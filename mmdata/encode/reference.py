@@ -1,11 +1,11 @@
-"""Encoding of conversations and pairs from text that jinja2 rendered. It is slow and handles every template. Rows that
-the module `blocks` cannot render are encoded here, and the ids of the others are checked against this module's.
+"""Encoding of conversations and pairs from text that jinja2 rendered: slow, for every template. Rows that the module
+`blocks` cannot render are encoded here, and the ids of the others are checked against this module's.
 
-The text between two control tokens is encoded as one string, which gives the same ids as encoding the whole rendering
-at once. Training may begin inside such a string. If the ids of the untrained beginning alone are the first ids of the
-whole string, the tokens after them are trained. Otherwise, the tokenizer's character offsets decide. For a tokenizer
-that normalizes text, or that joins text with neighbouring control tokens, the whole rendering is encoded at once and
-character offsets are used throughout.
+The text between two control tokens is encoded as one string, which gives the same ids as the whole rendering at once.
+Training may begin inside such a string: if the ids of the untrained beginning alone are the first ids of the whole
+string, the tokens after them are trained; otherwise the tokenizer's character offsets decide. For a tokenizer that
+normalizes text, or joins it with neighbouring control tokens, the whole rendering is encoded at once, with offsets
+throughout.
 """
 
 import itertools
@@ -27,12 +27,8 @@ NOT_PLAIN = "this tokenizer cannot keep control strings in content plain text"
 
 
 class EncodedRow(NamedTuple):
-    """The ids and trained ranges of one row.
-
-    num_tokens: before cutting to `max_len`; for a pair, of the prompt (counted once) and both replies.
-    cut: the number of these tokens that were dropped to fit `max_len`.
-    not_written: reasons, of LOST or LEFT_OUT, for what the template does not write of the row.
-    """
+    """The ids and trained ranges of one row. num_tokens: before cutting to `max_len`; for a pair, of the prompt
+    (counted once) and both replies. cut: how many of them were dropped. not_written: reasons, of LOST or LEFT_OUT."""
 
     sequence: TokenSequence | PairSequence
     num_tokens: int
@@ -48,12 +44,9 @@ class _Tokens(NamedTuple):
 
 
 class ReferenceEncoder:
-    """Encodes conversations and pairs with one tokenizer and its chat template.
-
-    max_len: the largest number of tokens of a conversation, or of the prompt and one reply of a pair.
-    train_on: "assistant" (every answer), "last" (the last answer) or "all" (every token); see `Template.segments`.
-    keeps_lost: use also rows of which the template does not write everything.
-    """
+    """Encodes conversations and pairs with one tokenizer and its chat template. max_len: the most tokens of a
+    conversation, or of the prompt and one reply of a pair. train_on: see `Template.segments`. keeps_lost: use also rows
+    of which the template does not write everything."""
 
     def __init__(
         self,
@@ -76,9 +69,7 @@ class ReferenceEncoder:
     def segments(self, row: Conversation | Pair, keep_empty_think: bool) -> list[list[Segment]]:
         """Render a row and cut the text into segments: one list for a conversation, two (chosen, rejected) for a pair,
         in which only messages after the shared ones are trained. Raises BadRow if the rendering cannot be cut.
-
-        keep_empty_think: whether to keep the empty think blocks that the template writes.
-        """
+        keep_empty_think: whether to keep the empty think blocks that the template writes."""
         first_trained = row.num_shared if isinstance(row, Pair) else 0
         return [
             self._template.segments(
@@ -88,9 +79,8 @@ class ReferenceEncoder:
         ]
 
     def _not_written(self, row: Conversation | Pair) -> tuple[str, ...]:
-        """Return the reasons for what the template does not write of a row. Raises BadRow for the first reason in LOST,
-        unless such rows are to be kept.
-        """
+        """Return the reasons for what the template does not write of a row. Raises BadRow for the first in LOST, unless
+        such rows are kept."""
         losses = [loss for side in _sides(row) for loss in self._template.losses(side)]
         lost = next((loss for loss in losses if loss.reason in LOST), None)
         if lost and not self._keeps_lost:
@@ -101,13 +91,10 @@ class ReferenceEncoder:
         self, rows: Sequence[Conversation | Pair], keep_empty_thinks: Sequence[bool]
     ) -> list[EncodedRow | BadRow]:
         """Render rows and encode all their texts in one native call. Return for each row its encoding, or a BadRow (not
-        raised) if the template leaves out a part of it, if its rendering cannot be cut into segments, if no token is
-        trained, if not even the first turn of a conversation fits `max_len`, or if the sides of a pair are too long or
-        equal. A longer conversation is cut after its last whole turn (a user message and everything up to its final
-        answer) that fits.
-
-        keep_empty_thinks: for each row, whether to keep the empty think blocks that the template writes.
-        """
+        raised) if the template leaves out a part of it, its rendering cannot be cut into segments, no token is trained,
+        not even the first turn of a conversation fits `max_len`, or the sides of a pair are too long or equal. A longer
+        conversation is cut after its last whole turn (a user message and all up to its final answer) that fits.
+        keep_empty_thinks: for each row, whether to keep the empty think blocks that the template writes."""
         renderings: list[list[Groups] | BadRow] = []
         not_written: list[tuple[str, ...]] = []
         for row, keep in zip(rows, keep_empty_thinks, strict=True):
@@ -130,9 +117,7 @@ class ReferenceEncoder:
         return results
 
     def _row(self, row: Conversation | Pair, keep: bool, sides: list[Groups], encoded: Ids) -> EncodedRow:
-        """Return the encoding of one row. Raises BadRow if no token is trained, the row is too long, or sides are
-        equal.
-        """
+        """Return the encoding of one row. Raises BadRow without trained tokens, for a long row or equal sides."""
         tokens = [self._tokens(groups, encoded) for groups in sides]
         for side in tokens:
             side.mask[0] = False  # no token before it to predict it from
@@ -143,9 +128,8 @@ class ReferenceEncoder:
     # --- segments -> ids and mask
 
     def _encode_texts(self, renderings: Iterable[Groups]) -> Ids:
-        """Encode every text between two control tokens, and the first segment of each of these texts alone. Return the
-        ids by text: none for a tokenizer whose renderings must be encoded as a whole.
-        """
+        """Encode every text between two control tokens, and the first segment of each alone. Return the ids by text:
+        none for a tokenizer whose renderings must be encoded as a whole."""
         places: dict[str, int] = {}
         for group in itertools.chain.from_iterable(renderings if self._tokenizer.is_exact else ()):
             if not group[0].is_control:
@@ -182,10 +166,8 @@ class ReferenceEncoder:
         return _Tokens(np.concatenate(ids), np.array(is_trained).repeat(counts))
 
     def _by_offsets(self, segments: list[Segment], *, control: bool) -> _Tokens:
-        """Encode the joined segments. A token is trained if at least one of its characters is in a trained segment.
-
-        control: whether special-token strings in the text become control ids.
-        """
+        """Encode the joined segments. A token is trained if one of its characters is in a trained segment. control:
+        whether special-token strings in the text become control ids."""
         ids, offsets = self._tokenizer.encode_with_offsets("".join(s.text for s in segments), control=control)
         trained = np.repeat([s.is_trained for s in segments], [len(s.text) for s in segments])
         before = np.concatenate(([0], np.cumsum(trained)))
@@ -194,9 +176,8 @@ class ReferenceEncoder:
 
     def _encode_jointly(self, segments: list[Segment]) -> _Tokens:
         """Encode a whole rendering at once, with character offsets. Raises BadRow if it has another number of control
-        ids than the template wrote, which happens when a content contains the string of a control token. The unknown
-        token, which stands for characters of contents, does not count.
-        """
+        ids than the template wrote, as when a content contains a control token's string. The unknown token, which
+        stands for characters of contents, does not count."""
         tokens = self._by_offsets(segments, control=True)
         ids = {text: id for text, id in self._tokenizer.control_tokens.items() if id != self._tokenizer.unknown_id}
         num_control = np.isin(tokens.ids, list(ids.values())).sum()
@@ -208,9 +189,7 @@ class ReferenceEncoder:
 
     def _conversation(self, row: Conversation, keep: bool, whole: _Tokens) -> EncodedRow:
         """Return the encoded conversation, cut after the last whole turn that fits. Raises BadRow if there is none.
-
-        keep: whether to keep empty think blocks. whole: the tokens of the uncut conversation.
-        """
+        keep: whether to keep empty think blocks. whole: the tokens of the uncut conversation."""
         if len(whole.ids) <= self._max_len:
             return EncodedRow(TokenSequence(whole.ids, _spans_of(whole.mask)), len(whole.ids))
         fitting = self._longest_that_fits(row, keep)
@@ -220,9 +199,8 @@ class ReferenceEncoder:
         return EncodedRow(TokenSequence(fitting.ids, _spans_of(fitting.mask)), len(whole.ids), cut)
 
     def _longest_that_fits(self, row: Conversation, keep: bool) -> _Tokens | None:
-        """Return the tokens of as many whole turns from the beginning as fit `max_len`, found by bisection. Return None
-        if not even the first turn fits, or if none of its tokens is trained.
-        """
+        """Return the tokens of as many whole turns from the beginning as fit `max_len`, found by bisection; None if not
+        even the first turn fits, or if none of its tokens is trained."""
         messages = row.messages
         ends = [
             i + 1

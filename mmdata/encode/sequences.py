@@ -1,8 +1,6 @@
-"""The token ids and trained ranges of many rows as flat numpy arrays, without Python lists of ids. `Sequences` contains
-many sequences end to end; `TokenSequence` and `PairSequence` are views of one of them.
-
-A trained range ("span") is a half-open range [begin, end) of token positions whose tokens are trained on.
-"""
+"""The token ids and trained ranges of many rows as flat numpy arrays, without Python lists of ids: `Sequences` has many
+end to end; `TokenSequence` and `PairSequence` are views of one. A trained range ("span") is a half-open range [begin,
+end) of token positions that are trained on."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,11 +34,8 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class PairSequence:
-    """One preference pair as tokens: the ids of a prompt and of two replies to it, uint32.
-
-    prompt: ends at or before the first trained token, so all trained tokens are in the replies.
-    chosen_spans, rejected_spans: int32 [n, 2], counted from the first token of the reply.
-    """
+    """One preference pair as tokens: the uint32 ids of a prompt and of two replies. prompt: ends at or before the first
+    trained token. chosen_spans, rejected_spans: int32 [n, 2], counted from the reply's first token."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -53,13 +48,11 @@ class PairSequence:
 class Sequences:
     """N sequences, end to end in flat arrays.
 
-    ids: [total tokens] of an integer type, usually uint32. lengths: int64 [N], the number of ids of each sequence.
-    marks: int64 [total marks], the trained ranges of all sequences: begin, end, begin, end, …, where positions are
-    counted from the sequence's first token. num_marks: int64 [N], the number of values in `marks` of each sequence.
-    is_pairs: the sequences are pairs, each the ids of prompt, chosen and rejected reply, end to end. The marks of a
-    pair begin with PAIR_MARKS lengths: of the prompt, of the chosen and of the rejected reply, and the number of values
-    in the ranges of the chosen and of the rejected reply. These ranges follow, counted from the first token of the
-    reply.
+    ids: [total tokens] of an integer type, usually uint32. lengths: int64 [N], ids of each sequence. marks: int64
+    [total marks], the trained ranges of all sequences: begin, end, begin, end, …, counted from the sequence's first
+    token. num_marks: int64 [N], values in `marks` of each. is_pairs: each sequence is the ids of prompt, chosen and
+    rejected reply, end to end. Its marks begin with PAIR_MARKS lengths: of these three, and of the ranges of chosen and
+    rejected reply, which follow, counted from the first token of the reply.
     """
 
     ids: np.ndarray
@@ -136,13 +129,10 @@ def flatten(sequences: Sequence[TokenSequence | PairSequence]) -> Sequences:
 
 
 def pair_sequences(ids: np.ndarray, sizes: np.ndarray, spans: np.ndarray, num_marks: np.ndarray) -> Sequences:
-    """Return a `Sequences` object of P pairs.
-
-    ids: of prompt, chosen and rejected reply of the first pair, then of the second, and so on.
-    sizes: int64 [P, 3], the number of ids of prompt, chosen and rejected reply.
-    spans: the trained ranges of all chosen replies, then those of all rejected replies, as [n, 2] or flat, counted from
-    the first token of the reply. num_marks: int64 [2P], twice the number of ranges of each reply, in the same order.
-    """
+    """Return a `Sequences` object of P pairs. ids: of prompt, chosen and rejected reply of the first pair, then of the
+    second, and so on. sizes: int64 [P, 3], ids of these three. spans: the trained ranges of all chosen, then of all
+    rejected replies, as [n, 2] or flat, counted from the reply's first token. num_marks: int64 [2P], twice the ranges
+    of each."""
     chosen, rejected = num_marks.reshape(2, -1)
     marks_of_pair = PAIR_MARKS + chosen + rejected
     begins = np.cumsum(marks_of_pair) - marks_of_pair

@@ -18,10 +18,8 @@ CONTROL = re.compile(r"<(?:\|\w+\|>|/?s>|unk>)")  # special tokens of all of Min
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The position of a bad row in its file, and what is wrong with it.
-
-    line: the 1-based line number. offset: the byte offset of the line, in the decompressed file.
-    """
+    """The position of a bad row in its file, and what is wrong with it. line: from 1. offset: of the line in bytes, in
+    the decompressed file."""
 
     line: int
     offset: int
@@ -30,15 +28,11 @@ class Place:
 
 @dataclass(slots=True)
 class Validation:
-    """The result of validating a file of one kind ("document", "conversation" or "pair").
-
-    num_rows: equal to num_good plus the sum of `reasons`. num_bytes: the number of bytes read, decompressed.
-    reasons: reason -> number of bad rows. places: reason -> the first NUM_PLACES bad rows.
-    extra_keys: key that is ignored, metadata included -> how often it occurs in good rows.
-    first_bad: the line of the first bad row, and what is wrong with it; empty without bad rows.
-    control_strings: special-token string -> how often it occurs in the texts of good rows.
-    num_rows_with_control: the number of good rows with such strings.
-    """
+    """The result of validating a file of one kind ("document", "conversation" or "pair"). num_rows: num_good plus the
+    sum of `reasons`. num_bytes: read, decompressed. reasons: reason -> bad rows. places: reason -> the first NUM_PLACES
+    bad rows. extra_keys: ignored key, metadata included -> occurrences in good rows. first_bad: line and fault of the
+    first bad row, or empty. control_strings: special-token string -> occurrences in the texts of good rows.
+    num_rows_with_control: good rows with such strings."""
 
     path: Path
     kind: str
@@ -64,10 +58,9 @@ def validate(
     """Read every row of a file (`-`: standard input) and count the bad rows by reason. Raises InputError if the file is
     missing or damaged. Without `kind`, also if it is empty, or if its first rows are all invalid or of mixed kinds.
 
-    kind: "document", "conversation" or "pair". With None, it is that of the options `read`, or of the first rows.
-    on_bad: called with every bad line and its error; may raise an exception to stop.
-    progress: called every _TICK_ROWS rows and at the end, with the number of bytes read and the size of the file (0 if
-    that is unknown because the file is compressed or is standard input).
+    kind: "document", "conversation" or "pair"; None: that of the options `read`, or of the first rows. on_bad: called
+    with every bad line and its error; may raise to stop. progress: called every _TICK_ROWS rows and at the end, with
+    the bytes read and the size of the file (0 if unknown: compressed, or standard input).
     """
     lines, columns = iter_lines(path, options=read), Columns.parse(read.mapping)
     kind = kind or read.kind
@@ -109,16 +102,13 @@ def _note(counts: Validation, line: Line, bad: BadRow) -> None:
 
 def control_strings(raw: bytes, row: Row) -> list[str]:
     """Return the special-token strings in a row's texts, one entry per occurrence. They are packed as ordinary text.
-
-    raw: the line that `row` was parsed from. If it cannot contain such a string, the texts are not searched.
-    """
+    raw: the line that `row` was parsed from; the texts are searched only if it can contain such a string."""
     if not may_hold_control(raw):
         return []
     return [match for text in texts_of(row) if "<" in text for match in CONTROL.findall(text)]
 
 
 def may_hold_control(raw: bytes) -> bool:
-    r"""Return whether a line contains "<", with which special-token strings begin, as a character or as a JSON escape.
-    The answer may be True for another character whose escape begins with \u003.
-    """
+    r"""Return whether a line may contain "<", with which special-token strings begin, as a character or as a JSON
+    escape (also true for another escape that begins with \\u003)."""
     return b"<" in raw or b"\\u003" in raw

@@ -7,9 +7,8 @@ from mmdata.io.records import JsonObject
 
 
 class CallForm(NamedTuple):
-    """The form in which a template takes tool calls. is_nested: with name and arguments in an object `function`, as
-    OpenAI writes them; otherwise as in the row. is_text: with arguments as JSON text, as DeepSeek's template does.
-    """
+    """The form in which a template takes tool calls. is_nested: name and arguments in an object `function`, as OpenAI
+    writes them, not as in the row. is_text: arguments as JSON text, as DeepSeek's template does."""
 
     is_nested: bool = False
     is_text: bool = False

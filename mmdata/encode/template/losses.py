@@ -1,8 +1,5 @@
-"""What a chat template leaves out of a conversation, and what that means.
-
-Strings of the conversation that a rendering does not show are losses, for which a row is set aside, or are left out on
-purpose, which is only counted: see `rows.LOST` and `rows.LEFT_OUT`.
-"""
+"""What a chat template leaves out of a conversation, and what that means: strings that a rendering does not show are
+losses, for which a row is set aside (`rows.LOST`), or left out on purpose, which is only counted (`rows.LEFT_OUT`)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,10 +15,8 @@ _SCHEMA_WORDS = frozenset({"type", "required", "format", "title", "$schema", "$r
 
 
 class Loss(NamedTuple):
-    """A part of a conversation that the template does not write.
-
-    reason: of `rows.LOST`, if the row is to be set aside for it, or of `rows.LEFT_OUT`. detail: what is missing, where.
-    """
+    """A part of a conversation that the template does not write. reason: of `rows.LOST` or `rows.LEFT_OUT`. detail:
+    what is missing, where."""
 
     reason: str
     detail: str
@@ -31,11 +26,8 @@ def loss_of(
     source: SourceText, part: str, messages: Sequence[Message], writes_last_reasoning: Mapping[str, bool]
 ) -> Loss | None:
     """Return what it means that a part of a string is not written; None if the string says nothing that is not
-    expressed otherwise, such as the type of a tool's parameter.
-
-    writes_last_reasoning: for the fields that may have reasoning, whether the template writes that of a last answer. If
-    it does, it leaves out the reasoning of earlier answers on purpose, as Qwen3's does.
-    """
+    expressed otherwise, such as the type of a tool's parameter. writes_last_reasoning: whether the template writes the
+    reasoning of a last answer, so that it leaves out that of earlier ones on purpose, as Qwen3's does."""
     key, quoted = source.path[-1] if source.path else "", repr(part.strip()[:40])
     if source.field == "tools":
         is_said = key == "properties" if source.is_key else key not in _SCHEMA_WORDS
@@ -57,9 +49,8 @@ def loss_of(
 
 
 def _is_told_by_order(messages: Sequence[Message], index: int, field: str) -> bool:
-    """Return whether the id or name of a tool's answer says only that it answers the call at its place: the first
-    answer the first call, and so on. Templates that write none of them rely on this order.
-    """
+    """Return whether the id or name of a tool's answer only says that it answers the call at its place, the first the
+    first, and so on. Templates that write none of them rely on this order."""
     asked = max((i for i in range(index) if messages[i].role == "assistant"), default=index)
     place = index - asked - 1
     if messages[index].role != "tool" or place >= len(messages[asked].tool_calls):

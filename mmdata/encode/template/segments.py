@@ -8,11 +8,8 @@ from mmdata.encode.template.traced import Rendering
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation, which is trained on or not.
-
-    text: if `is_control`, exactly one special token that the template wrote, to be encoded as one control id. Otherwise
-    it is encoded as ordinary text, also if it contains the string of a special token.
-    """
+    """A piece of a rendered conversation, which is trained on or not. text: if `is_control`, one special token that the
+    template wrote, encoded as one control id; otherwise encoded as ordinary text, whatever strings it contains."""
 
     text: str
     is_trained: bool

@@ -1,11 +1,10 @@
 """Rendering of conversations by the tokenizer's chat template with jinja2, and cutting of the text into segments.
 
-The text is the same, character for character, as that of transformers' `apply_chat_template`. Which part of it came
-from which message is known from strings that record their origin (module `traced`), not from searching for the
-messages' text; so is what a template leaves out. What the template writes around an answer is found by rendering a
-short test conversation. A row whose rendering cannot be cut by these rules raises `BadRow`.
-
-jinja2 takes 0.1 to 0.3 ms per row; the module `blocks` renders the usual templates without it.
+The text is that of transformers' `apply_chat_template`, character for character. Which part of it came from which
+message, and what is left out, is known from strings that record their origin (module `traced`), not from searching for
+the messages' text. What the template writes around an answer is found by rendering a short test conversation. A row
+whose rendering cannot be cut by these rules raises `BadRow`. jinja2 takes 0.1 to 0.3 ms per row; the module `blocks`
+renders the usual templates without it.
 """
 
 import contextlib
@@ -47,29 +46,23 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templa
 
 
 class Ending(NamedTuple):
-    """What ends a generated answer: one of these token ids, or one of these texts, which are no single token. None of
-    them is part of the answer.
-    """
+    """What ends a generated answer, and is no part of it: one of these token ids, or of these texts, which are no
+    token."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...] = ()
 
 
 class Template:
-    """The compiled chat template of a tokenizer. If the tokenizer has none, the built-in ChatML template is used.
-
-    ends: what the template writes after an answer, control tokens or other texts; empty if it writes nothing there.
-    call_ends: the same after an answer that calls tools.
-    missing_prompt: the beginning of answers, if the template writes it before answers but not at the end of prompts.
-    """
+    """The compiled chat template of a tokenizer, or the built-in ChatML template if it has none. ends: what the
+    template writes after an answer, control tokens or other texts; may be empty. call_ends: the same after an answer
+    that calls tools. missing_prompt: the beginning of answers, if the template does not write it at the end of
+    prompts."""
 
     def __init__(self, tokenizer: Tokenizer, *, era: str = "auto", name: str = DEFAULT):
-        """Compile the template and find out what it writes around answers. Raises TokenizerError if it cannot be used,
-        and UsageError if it is not of the required era ("auto": any; see the property `era`).
-
-        name: that of several templates. As in transformers, conversations with tools take the one of name TOOL_USE, if
-        the tokenizer has it, and all others the one of name DEFAULT.
-        """
+        """Compile the template and find out what it writes around answers. name: one of several templates; as in
+        transformers, conversations with tools take TOOL_USE, if the tokenizer has it, and all others DEFAULT. Raises
+        TokenizerError if it cannot be used, and UsageError if it is not of the required era ("auto": any)."""
         self.text = tokenizer.chat_templates.get(name) or CHATML
         self.name = str(tokenizer.dir)
         self._special = tokenizer.special_tokens
@@ -119,11 +112,8 @@ class Template:
     @property
     def era(self) -> str:
         """The kind of the template, by how it begins an answer, named after generations of MiniMind's tokenizers.
-
-        "seed": the assistant's header directly follows each user message, even if no generation prompt is requested.
-        "3": every answer begins with a think block, which is empty if the message has no reasoning.
-        "2": all other templates.
-        """
+        "seed": the assistant's header directly follows each user message, even without a generation prompt. "3": every
+        answer begins with a think block, empty without reasoning. "2": all other templates."""
         return self._turn.era
 
     def segments(
@@ -135,15 +125,14 @@ class Template:
         keep_empty_think: bool = True,
     ) -> list[Segment]:
         """Render a conversation with jinja2 and cut the text into segments. Joined, they are the rendering, unless
-        empty think blocks are left out. Neighbouring segments of ordinary text differ in `is_trained`. Raises BadRow if
-        the template refuses the messages, or writes a text that cannot be cut. See `losses` for what it leaves out.
+        empty think blocks are left out; neighbours of ordinary text differ in `is_trained`. Raises BadRow if the
+        template refuses the messages, or writes a text that cannot be cut.
 
         train_on: "assistant" trains every answer: reasoning, content, tool calls, the end-of-turn token and the newline
-        after it. "last" trains only the last of these answers. "all" trains everything. Messages of weight 0 are never
-        trained: of them "all" leaves out the answer as "assistant" trains it, of other messages the content.
-        first_trained: the index of the first message that may be trained; in pairs, the number of shared messages. With
-        "all", everything from the beginning of the first answer at or after it is trained.
-        keep_empty_think: if False, leave out empty think blocks that the template wrote by itself.
+        after it; "last" only the last of these; "all" everything. Messages of weight 0 are never trained: "all" leaves
+        out what "assistant" trains of an answer, and of other messages the content. first_trained: the first message
+        that may be trained; in pairs, the number of shared messages. With "all", everything from the first answer at or
+        after it is trained. keep_empty_think: False leaves out empty think blocks that the template wrote by itself.
         """
         assert train_on in TRAIN_ON
         if self.for_tools and conversation.tools:
@@ -171,10 +160,9 @@ class Template:
         return merged(self._assemble(text, list(itertools.chain(*trained)), dropped))
 
     def losses(self, conversation: Conversation) -> list[Loss]:
-        """Return what the template does not write of a conversation. Left out of account are white space, strings that
-        the template itself searches for, such as "<think>", and strings that only say how tools are described. Raises
-        BadRow if the template refuses the messages.
-        """
+        """Return what the template does not write of a conversation, except white space, strings that the template
+        itself searches for, such as "<think>", and those that only say how tools are described. Raises BadRow if the
+        template refuses the messages."""
         if self.for_tools and conversation.tools:
             return self.for_tools.losses(conversation)
         rendering = self._rendering(conversation)
@@ -193,12 +181,10 @@ class Template:
         *,
         think: bool | None = None,
     ) -> list[int]:
-        """Return the token ids of a generation prompt: the messages, then the header of the next answer. Special-token
-        strings in contents are encoded as ordinary text. Raises TokenizerError if the template refuses the messages.
-
-        tools: definitions of functions, as JSON objects. think: request an answer with or without thinking from
-        templates that have this choice; None uses the template's default.
-        """
+        """Return the token ids of a generation prompt: the messages, special-token strings as ordinary text, then the
+        header of the next answer. tools: definitions of functions, as JSON objects. think: with or without thinking, if
+        the template has the choice; None for its default. Raises TokenizerError if the template refuses the
+        messages."""
         try:
             text = self._render(messages, tools, is_prompt=True, think=think).text
         except BadRow as bad:
@@ -217,10 +203,8 @@ class Template:
         return self._control.findall(text)
 
     def render(self, messages: Sequence[Message], tools: Sequence[JsonObject] = (), *, is_prompt: bool = False) -> str:
-        """Render messages with jinja2 and return the text. Raises BadRow if the template raises an error.
-
-        is_prompt: end with the header of the next answer.
-        """
+        """Render messages with jinja2 and return the text. Raises BadRow if the template raises an error. is_prompt:
+        end with the header of the next answer."""
         return self._render(messages, tools, is_prompt=is_prompt).text
 
     def _render(
@@ -231,11 +215,8 @@ class Template:
         is_prompt: bool = False,
         think: bool | None = None,
     ) -> Rendering:
-        """Render messages with jinja2. Raises BadRow if the template raises an error.
-
-        is_prompt: end with the header of the next answer. think: value of the template variables that switch thinking
-        on or off; None does not pass them.
-        """
+        """Render messages with jinja2. Raises BadRow if the template raises an error. is_prompt: end with the header of
+        the next answer. think: value of the template variables that switch thinking; None does not pass them."""
         if self.for_tools and tools:
             return self.for_tools._render(messages, tools, is_prompt=is_prompt, think=think)
         # The first variable is that of MiniMind-3's template, the second that of Qwen3's.
@@ -276,8 +257,7 @@ class Template:
         self, conversation: Conversation, rendering: Rendering, answers: list[int]
     ) -> list[list[tuple[int, int]]]:
         """Return the ranges [begin, end) of each answer that may be trained on: from after the header to after the end
-        of turn, or its {% generation %} blocks if the template has these. Raises BadRow if they are not found.
-        """
+        of turn, or its {% generation %} blocks if there are any. Raises BadRow if they are not found."""
         text, origins, _ = rendering
         # A template may repeat the name of a called function before the tool's answer, as that of gpt-oss does.
         first_shown = sorted({(o.source, o.first): n for n, o in reversed([*enumerate(origins)])}.values())
@@ -310,11 +290,9 @@ class Template:
         return turns
 
     def _begin(self, conversation: Conversation, index: int, before: int, begin: int) -> int:
-        """Return where the trained part of an answer begins that has not the usual header, for instance after a tool's
+        """Return where the trained part of an answer without the usual header begins, for instance after a tool's
         answer: after the text with which a prompt of the messages before it ends. Raises BadRow if that is not there.
-
-        before, begin: the text between these positions is what the template writes before the answer.
-        """
+        before, begin: the text between these positions is what the template writes before the answer."""
         gap = self._rendering(conversation).text[before:begin]
         prompt = self._render(conversation.messages[:index], conversation.tools, is_prompt=True)
         tail = prompt.text[prompt.origins[-1].end if prompt.origins else 0 :]
@@ -373,8 +351,7 @@ class Template:
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
-        conversation's own text, because the template changes text by an operation that loses the origins.
-        """
+        conversation's own text, because an operation of the template loses the origins."""
         if not self.control_strings(conversation):
             return
         harmless = _map_text(conversation, lambda text: self._control.sub("x", text))
@@ -423,11 +400,9 @@ class Template:
         return False
 
     def _learn_ends(self) -> tuple[str, ...]:
-        """Return the texts that end an answer: the first control token after it or, where there is none, the text that
-        the template writes there. Those of the last answer and of earlier ones may differ.
-
-        A token that also ends the reasoning of an answer, as <|end|> in the format of gpt-oss, is not one of them.
-        """
+        """Return the texts that end an answer, the last one or an earlier one: the first control token after it or else
+        the text that the template writes there. A token that also ends reasoning, as <|end|> of gpt-oss, is not one of
+        them."""
         ends: list[str] = []
         for messages in (TURN, TURN * 2):
             conversation = Conversation(tuple(messages))
@@ -445,8 +420,7 @@ class Template:
 
     def _learn_call_ends(self) -> tuple[str, ...]:
         """Return the last control token that the template writes after an answer that calls a tool; empty if there is
-        none, or it cannot render tool calls.
-        """
+        none."""
         if self.for_tools:
             return self.for_tools.call_ends
         call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
@@ -467,9 +441,8 @@ class Template:
 
 @lru_cache(maxsize=8)
 def ending_of(tokenizer: Tokenizer) -> Ending:
-    """Return what ends an answer of a model with this tokenizer: what its chat template writes after answers, if it has
-    a template that can be used, and its eos tokens.
-    """
+    """Return what ends an answer of a model with this tokenizer: its eos tokens, and what its chat template, if usable,
+    writes after answers."""
     ends: tuple[str, ...] = ()
     with contextlib.suppress(TokenizerError):
         template = Template(tokenizer)

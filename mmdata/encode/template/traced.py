@@ -1,9 +1,9 @@
-"""Strings that remember where their characters came from. When a chat template is rendered with such strings, the
-result shows which part of the text came from which string of the conversation, and which strings are missing.
+"""Strings that remember where their characters came from: rendered with them, a chat template's result shows which part
+of the text came from which string of the conversation, and which strings are missing.
 
 A `Traced` string equals the ordinary string in every test and operation of a template, so the rendering does not
-change. Concatenating, joining, slicing, stripping, splitting and replacing keep the origins, and so do writing a value
-as JSON or as Python does. Any other operation returns an ordinary string, whose text counts as the template's own.
+change. Concatenating, joining, slicing, stripping, splitting and replacing keep the origins, and so does writing a
+value as JSON or Python. Any other operation returns an ordinary string, which counts as the template's own.
 """
 
 import json
@@ -23,11 +23,9 @@ from jinja2.filters import do_mark_safe, make_attrgetter
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SourceText:
-    """One string of a conversation; every occurrence is a source of its own.
-
-    message: the index of its message; -1 for the conversation's tools. field: the message's field, or "tools".
-    text: the string. path: the keys of the JSON objects in which it is, outermost first. is_key: it is itself a key.
-    """
+    """One string of a conversation; every occurrence is a source of its own. message: the index of its message; -1 for
+    the conversation's tools. field: the message's field, or "tools". path: the keys of the JSON objects in which it is,
+    outermost first. is_key: it is itself a key."""
 
     message: int
     field: str
@@ -37,9 +35,8 @@ class SourceText:
 
 
 class Origin(NamedTuple):
-    """The characters [begin, end) of a string came from the characters [first, last) of `source`, or are within a
-    {% generation %} block. The numbers of characters differ if some are written with escapes.
-    """
+    """The characters [begin, end) came from the characters [first, last) of `source`, or are within a {% generation %}
+    block. Their numbers differ if some are written with escapes."""
 
     begin: int
     end: int
@@ -60,9 +57,8 @@ GENERATION = SourceText(-1, "generation", "")
 
 
 class Traced(str):
-    """A string with the origins, ordered by position, of its parts that came from the conversation. The template wrote
-    the rest. The redefined methods of `str` return the same characters, with their origins where these are known.
-    """
+    """A string with the origins, ordered by position, of its parts that came from the conversation. The redefined
+    methods of `str` return the same characters, with their origins where these are known."""
 
     __slots__ = ("origins",)
     origins: tuple[Origin, ...]
@@ -195,9 +191,8 @@ def plain_names(message: str) -> str:
 
 
 def traced(value: Any, sources: list[SourceText], message: int, field: str, path: tuple[str, ...] = ()) -> Any:
-    """Copy JSON data with an origin for every string, also for keys, and append the sources of these to `sources`.
-    Tuples become lists.
-    """
+    """Copy JSON data, tuples as lists, with an origin for every string and key, and append their sources to
+    `sources`."""
     if isinstance(value, str):
         return _traced_text(SourceText(message, field, value, path), sources)
     if isinstance(value, dict):
@@ -220,10 +215,8 @@ def _traced_text(source: SourceText, sources: list[SourceText]) -> str:
 
 
 def _written(value: Any, write: Callable[[Any], str], quote: Callable[[str], str]) -> str:
-    """Return `write(value)`, a text such as JSON, in which the strings of `value` keep their origins.
-
-    quote: returns how `write` writes a string, in quotes. It is first given strings that stand for those of `value`.
-    """
+    """Return `write(value)`, a text such as JSON, in which the strings of `value` keep their origins. quote: returns
+    how `write` writes a string, in quotes; it first gets strings that stand for those of `value`."""
     strings: list[str] = []
 
     def marked(value: Any) -> Any:
@@ -329,8 +322,7 @@ def _raise_exception(message: str) -> None:
 
 def template_environment() -> jinja2.Environment:
     """Return a sandboxed jinja2 environment with the settings of transformers, which keeps the origins of strings.
-    `mm pack` fixes the date that `strftime_now` writes (`Tokenizer.amended`), so that a row has the same ids on any day.
-    """
+    `strftime_now` writes a fixed date (`Tokenizer.amended`), so that a row has the same ids on any day."""
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )

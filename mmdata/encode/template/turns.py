@@ -15,13 +15,9 @@ Pieces = Callable[[str], list[str]]
 
 
 class Turn(NamedTuple):
-    r"""What a template writes around an answer.
-
-    header: the text before the trained part, such as "<|im_start|>assistant\n".
-    end: the text after the content up to the next message, such as "<|im_end|>\n"; last_end: the same after the last
-    message of a conversation. era: see `Template.era`. missing_prompt: the header of a template that does not write it
-    when it is asked for a prompt; "" if it does.
-    """
+    r"""What a template writes around an answer. header: before the trained part, such as "<|im_start|>assistant\n".
+    end: after the content up to the next message, such as "<|im_end|>\n"; last_end: after the last message. era: see
+    `Template.era`. missing_prompt: the header, if the template does not write it when asked for a prompt, else ""."""
 
     header: str
     end: str
@@ -31,11 +27,8 @@ class Turn(NamedTuple):
 
 
 def learn_turn(render: Render, pieces: Pieces) -> Turn:
-    """Return what a template writes around an answer. Raises BadRow if messages are missing or out of order.
-
-    render: renders messages; its second argument is whether to end with a generation prompt. pieces: divides a text into
-    control tokens and the characters between them.
-    """
+    """Return what a template writes around an answer. Raises BadRow if messages are missing or out of order. render:
+    renders messages, with True a generation prompt after them. pieces: divides a text at control tokens."""
     two = TURN * 2
     gaps = _gaps(render, two)
     after_user = _gaps(render, two[:1])[-1]
@@ -73,9 +66,8 @@ def _end_before_prompt(render: Render, header: str) -> str:
 
 
 def _gaps(render: Render, messages: Sequence[Message], is_prompt: bool = False) -> list[str]:
-    """Return the texts that the template writes before, between and after the contents (one more than messages).
-    Raises BadRow if the rendering does not show every content once and in order.
-    """
+    """Return the texts that the template writes before, between and after the contents. Raises BadRow if the rendering
+    does not show every content once and in order."""
     text, origins, _ = render(messages, is_prompt)
     if [origin.source.message for origin in origins] != list(range(len(messages))):
         raise BadRow("template cannot be cut", "it does not show the messages of a plain conversation once, in order")
