@@ -96,13 +96,9 @@ class Checkpoint:
 
 class Writer:
     """Saves the checkpoints of a run in a background thread, which first copies all tensors and then writes the copies.
-
-    Call `settle` before changing weights or optimizer state; it rarely has to wait, because the forward and backward
-    passes do not change them. An error in the thread is raised by the next `save` or `wait`.
-
-    keep_last: number of newest checkpoints that are not removed. is_active: True on the one rank that writes; it first
-    cleans up after a killed process with `recover`.
-    """
+    Call `settle` before changing weights or optimizer state; it rarely has to wait. An error in the thread is raised by
+    the next `save` or `wait`. keep_last: number of newest checkpoints that are kept. is_active: True on the one rank
+    that writes; it first cleans up after a killed process with `recover`."""
 
     def __init__(self, run_dir: Path, *, keep_last: int, is_active: bool = True):
         self.run_dir, self.keep_last = run_dir, keep_last
@@ -127,12 +123,9 @@ class Writer:
         extra: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Start to write RUN/checkpoints/step-N with N = `step`, and return while a thread continues. Waits for an
-        earlier save first, and raises its error if it failed: CheckpointError if its files could not be written.
-
-        When the checkpoint is complete, all others are removed except the newest `keep_last` and that of the `best`
-        step. No tensor may be changed until `settle` has returned. extra: further tensors by name, returned by
-        `restore`.
-        """
+        earlier save first, and raises its error: CheckpointError if its files could not be written. When the checkpoint
+        is complete, all others but the newest `keep_last` and the `best` step are removed. No tensor may be changed
+        until `settle` has returned. extra: further tensors by name, returned by `restore`."""
         self.wait()
         begun = time.monotonic()
         adapters = lora.adapters_of(model)
@@ -167,8 +160,8 @@ class Writer:
 
     def _copy(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors to host memory, reusing that of an earlier copy of equal shape and type; return the copies by
-        name. Copies from CUDA are asynchronous: the caller must synchronise. Tensors that are copies made here are not
-        copied again. prefix: separates groups of tensors in the cache of copies."""
+        name. Those from CUDA are asynchronous: the caller must synchronise. Copies made here are not copied again.
+        prefix: separates groups of tensors."""
         for name, value in tensors.items():
             held = self._copies.get(prefix + name)
             if value is held:
@@ -225,9 +218,8 @@ def save(
 
 
 def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor], state: CheckpointState) -> Path:
-    """Write the checkpoint of `state.step`, with the tensors `weights` (or LoRA adapters) and `others`; return its
-    directory. Fills in `state.files`. Replaces a checkpoint of the same step. On an error the incomplete directory is
-    removed."""
+    """Write the checkpoint of `state.step`, replacing any, with the tensors `weights` (or LoRA adapters) and `others`,
+    fill in `state.files` and return its directory. On an error the incomplete directory is removed."""
     is_adapted = all(lora.is_adapter(name.removesuffix(".weight")) for name in weights)
     final = run_dir / "checkpoints" / f"step-{state.step}"
     temporary, aside = (final.with_name(f".{final.name}.{suffix}") for suffix in ("partial", "old"))
@@ -251,11 +243,9 @@ def _write(run_dir: Path, weights: dict[str, Tensor], others: dict[str, Tensor],
 
 
 def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
-    """Write RUN/base.safetensors, the frozen weights that a run's LoRA adapters are added to.
-
-    It is a hard link to the weights file of `init`, the checkpoint that the run starts from (None for new weights), if
-    there is one and the file system allows it. Otherwise the weights of `model`, without adapters yet, are written.
-    """
+    """Write RUN/base.safetensors, the frozen weights that a run's LoRA adapters are added to: if possible a hard link
+    to the weights file of `init`, the checkpoint that the run starts from (None for new weights), else the weights of
+    `model`, which has no adapters yet."""
     path = run_dir / BASE
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,12 +275,9 @@ def recover(run_dir: Path) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Write contiguous CPU tensors as a safetensors file, flush it to disk, and return its size and sha256. Unlike
-    safetensors' own writer, this neither copies every tensor nor holds Python's global interpreter lock meanwhile, and
-    raises OSError for a full disk. metadata: texts for the file's header.
-
-    File format: 8 bytes with the length of the header, a JSON header, then the bytes of each tensor.
-    """
+    """Write contiguous CPU tensors as a safetensors file (length of the header in 8 bytes, JSON header, tensors), flush
+    it to disk, and return its size and sha256. Unlike safetensors' own writer, this neither copies every tensor nor
+    holds Python's global interpreter lock, and raises OSError for a full disk. metadata: texts for the header."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, value in tensors.items():
@@ -328,11 +315,8 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
 
 def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Load a checkpoint's weights (or LoRA adapters), optimizer state and random state, in place. Return the `extra`
-    tensors that were passed to `Writer.save`, by name.
-
-    A model for a checkpoint with adapters must have adapters already. Raises CheckpointError if the weights do not fit
-    the model, and RuntimeError if the adapters do not.
-    """
+    tensors of `Writer.save`, by name. A model for adapters must have some already. Raises CheckpointError if the
+    weights do not fit the model, and RuntimeError if the adapters do not."""
     if checkpoint.is_adapted:
         lora.load_adapters(model, load_file(checkpoint.dir / ADAPTERS))
     else:
@@ -360,9 +344,8 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def load_weights(
     checkpoint: Checkpoint, model: Model, *, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 ) -> None:
-    """Copy a checkpoint's weights into a model; LoRA adapters are added to the base weights first. change: maps the
-    weights by name to those to copy, for example to enlarge the embedding. Raises CheckpointError if names or shapes do
-    not fit the model, or if a weights file is unreadable."""
+    """Copy a checkpoint's weights into a model, LoRA adapters added. change: maps the weights by name to those to copy,
+    for example to enlarge the embedding. Raises CheckpointError if they do not fit the model or cannot be read."""
     try:
         weights = read_weights(checkpoint)
         model.load_state_dict(change(weights) if change else weights)

@@ -55,8 +55,7 @@ class World:
 
     def agree(self, error: MMError | None) -> None:
         """Raise on every rank if any rank passes an error; return if all pass None. Every rank must call this. The
-        lowest rank with an error raises it, all others SystemExit with that error's exit code, so that it is printed
-        once."""
+        lowest rank with an error raises it, all others SystemExit with its exit code, so that it is printed once."""
         if self.size == 1:
             if error is not None:
                 raise error
@@ -91,9 +90,9 @@ def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the torch device for `name`: "cpu", "cuda" (device number `local_rank`), "mps" (the GPU of an Apple
-    machine), or "auto": the first that torch sees of CUDA, MPS and the CPU. Raises UsageError if the name is unknown,
-    or torch sees no such device."""
+    """Return the torch device for `name`: "cpu", "cuda" (number `local_rank`), "mps" (an Apple GPU), or "auto": the
+    first that torch sees of CUDA, MPS and CPU. Raises UsageError if the name is unknown, or torch sees no such
+    device."""
     seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name not in ("auto", *seen):
         raise UsageError(f"--device {name} is unknown", f"use auto, {', '.join(seen)}")
@@ -125,8 +124,7 @@ def join(device_name: str) -> World:
 
 def leave(*, is_failed: bool = False) -> None:
     """Destroy the process group, if there is one. Ranks that still wait for this one get an error and end too.
-    is_failed: this rank ends because of an error. An nccl group is then not destroyed, as that would wait for ranks
-    that may have ended."""
+    is_failed: an nccl group is then not destroyed, as that would wait for ranks that may have ended."""
     if dist.is_initialized() and not (is_failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
@@ -144,11 +142,8 @@ def ranks_here(world: World) -> int:
 
 class StopSignals:
     """Context manager that turns the first SIGINT or SIGTERM into `is_set` = True instead of ending the process, and
-    calls `answer`.
-
-    The next signal of the same kind has its previous effect; leaving the context restores the previous handlers. It
-    does nothing outside the main thread, because Python allows only that one to set handlers.
-    """
+    calls `answer`. The next one of the same kind has its previous effect; leaving the context restores the handlers. It
+    does nothing outside the main thread, because Python allows only that one to set handlers."""
 
     def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
         self.is_set = False
@@ -175,11 +170,10 @@ class StopSignals:
 
 def launch(num_processes: int, argv: Sequence[str]) -> int:
     """Run the command line `argv` as `num_processes` ranks on this machine, and wait for them. Return 0, or the exit
-    code of the first rank that was seen to fail; 128 + n if signal n ended it.
+    code of the first rank seen to fail; 128 + n if signal n ended it.
 
     The ranks share this process's stdout and stderr. SIGINT and SIGTERM are forwarded to them; they then save and end.
-    Each rank has a session of its own, as otherwise Ctrl-C would reach it twice: from the terminal and forwarded. Ranks
-    that still run when this function ends are killed.
+    Each has a session of its own, as otherwise Ctrl-C would reach it twice. Ranks that still run at the end are killed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -56,9 +56,8 @@ def screen(
     progress: Any,
     left_out: Mapping[int, Verdicts],
 ) -> None:
-    """Write, for every part, a file with the lines to leave out, as `filter.screen.screen` describes. left_out: the
-    lines that are left out already, by the number of the part; they are not compared.
-    """
+    """Write, for every part, a file with the lines to leave out, see `filter.screen.screen`. left_out: lines left out
+    already, by part; they are not compared."""
     arguments, directory = settings.header.arguments, settings.screen_dir
     for excluded in arguments.exclude:
         path = Path(excluded.path)
@@ -150,8 +149,7 @@ def _file(directory: Path, part: Part, name: str) -> Path:
 
 def band_hashes(texts: Sequence[str]) -> np.ndarray:
     """Return a hash of each band of each text's MinHash: uint64 [texts, BANDS]. Near duplicates have an equal entry in
-    the same column. A text without a unit gets small numbers (below SLICE_ROWS) that no other text of the call has.
-    """
+    a column. A text without a unit gets small numbers (below SLICE_ROWS) that no other text of the call has."""
     grams, ends = gram_hashes(texts, SHINGLE)
     matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(
         grams, ends.tolist(), num_perm=BANDS * ROWS_A_BAND, seed=SEED
@@ -177,9 +175,8 @@ def _rensa() -> Any:
 
 
 class _Keys:
-    """The keys of the rows of all parts. Rows are numbered from 0 in the order of parts and lines. lines: uint32, the
-    line of each row. begins: int64 [parts + 1], the number of each part's first row, then the number of rows.
-    """
+    """The keys of the rows of all parts, numbered from 0 in the order of parts and lines. lines: uint32, the line of
+    each row. begins: int64 [parts + 1], the number of each part's first row, then the number of rows."""
 
     def __init__(self, directory: Path, parts: Sequence[Part]):
         self._directory, self._parts = directory, parts
@@ -194,9 +191,8 @@ class _Keys:
         return f"{part.path} line {self.lines[row]}"
 
     def slices(self, name: str, columns: slice) -> Iterator[KeySlice]:
-        """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; rows with equal keys are in
-        the same slice. name: the file with an array [columns, rows] for each part. columns: those that are used.
-        """
+        """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; equal keys are in one
+        slice. name: the file with an array [columns, rows] for each part. columns: those that are used."""
         for number in range(self._num_slices):
             rows, chosen = [], []
             for part, begin in zip(self._parts, self.begins, strict=False):
@@ -208,9 +204,8 @@ class _Keys:
 
 
 def first_of_equal(slices: Iterable[KeySlice], num_rows: int) -> np.ndarray:
-    """Return the number of the first row with the same keys as each row (possibly its own): int64 [rows]. slices: rows
-    with equal keys are in the same one.
-    """
+    """Return the first row with the same keys as each row: int64 [rows]. slices: rows with equal keys are in the same
+    one."""
     first = np.arange(num_rows)
     for rows, keys in slices:
         _note_first(first, rows, keys)
@@ -219,9 +214,7 @@ def first_of_equal(slices: Iterable[KeySlice], num_rows: int) -> np.ndarray:
 
 def first_of_near(slices: Iterable[KeySlice], first: np.ndarray) -> np.ndarray:
     """Return the smallest number of each row and the rows that share a band with it: int64 [rows]. slices: of one band
-    after another. first: the result of `first_of_equal`. Duplicates of an earlier row and rows without text are not
-    compared and keep theirs.
-    """
+    after another. first: from `first_of_equal`. Duplicates of an earlier row and rows without text keep theirs."""
     near = np.arange(len(first))
     for rows, keys in slices:
         is_own = (first[rows] == rows) & (keys[0] >= SLICE_ROWS)  # small numbers are texts without a unit
@@ -230,9 +223,8 @@ def first_of_near(slices: Iterable[KeySlice], first: np.ndarray) -> np.ndarray:
 
 
 def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray]) -> None:
-    """Lower `first`, in place, for all rows with equal keys to the smallest row number among them. rows: ascending
-    numbers. keys: columns with an entry for each of these rows; two rows are equal if all columns are.
-    """
+    """Lower `first`, in place, for all rows with equal keys (in all columns) to the smallest row number among them.
+    rows: ascending numbers. keys: columns with an entry for each of these rows."""
     if not len(rows):
         return
     order = np.lexsort((rows, *keys))
@@ -247,10 +239,8 @@ def _note_first(first: np.ndarray, rows: np.ndarray, keys: Sequence[np.ndarray])
 
 class Excluded:
     """The n-grams of texts that rows must not overlap with, such as a benchmark's; its length is the number of texts.
-
-    paths: plain texts, of which each line is one, or files of any other format, in which every string of a row is one. Texts with fewer than EXCLUDE_N
-    units are ignored and counted in `num_short`.
-    """
+    paths: plain texts, a text a line, or files of any other format, of which every string of a row is a text. Texts
+    with fewer than EXCLUDE_N units are only counted, in `num_short`."""
 
     def __init__(self, paths: Sequence[Path]):
         self._places: list[str] = []
@@ -275,8 +265,7 @@ class Excluded:
 
     def overlaps(self, texts: Sequence[str]) -> dict[int, str]:
         """Return index -> description (share, place) for each text that has at least the share EXCLUDE_SHARE of an
-        excluded text's distinct n-grams; of several, the one with the largest share is described.
-        """
+        excluded text's distinct n-grams, of that with the largest share."""
         if not len(self):
             return {}
         grams, ends = gram_hashes(texts, EXCLUDE_N)

@@ -50,8 +50,7 @@ SOURCE_BYTES = 26  # bytes a row in the sources file
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """Estimates for one --max-len. padding: share of positions without a token, 0 to 1. samples: packs or pairs.
-    batch_tokens, steps_per_epoch: tokens of a step and steps of an epoch; None if `estimate` was not told.
-    """
+    batch_tokens, steps_per_epoch: tokens of a step, steps of an epoch; None if not asked for."""
 
     max_len: int
     tokens: int
@@ -100,10 +99,9 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The sizes of some inputs, from at most LEAST_BYTES of each. rows: their estimated number. lengths: int64 [N],
-    tokens of each document, conversation or longer side of a pair in the sample, uncut, ascending. weights: float64
-    [N], how many such rows of the inputs each stands for.
-    """
+    """The sizes of some inputs, from at most LEAST_BYTES of each. rows: estimated number. lengths: int64 [N], tokens of
+    each document, conversation or longer side of a pair in the sample, uncut, ascending. weights: float64 [N], how many
+    rows of the inputs each stands for."""
 
     rows: int
     lengths: np.ndarray
@@ -161,12 +159,9 @@ def estimate(
     batch_tokens: Callable[[int], int] | None = None,
 ) -> Estimate:
     """Estimate, from about 1 % of the inputs, what `pack` would give for each of `max_lens`. Rows that `dedup` and
-    `exclude` would leave out are counted as packed.
-
-    batch_tokens: called with the tokens of an epoch, returns those of a training step over all ranks; None: steps of an
-    epoch are not estimated. Raises InputError
-    if a file does not exist or no sampled row can be used, and the errors of `pack` for invalid options or tokenizers.
-    """
+    `exclude` would leave out are counted as packed. batch_tokens: returns the tokens of a training step over all ranks
+    for the tokens of an epoch; None: no steps are estimated. Raises InputError if a file does not exist or no sampled
+    row can be used, and the errors of `pack` for invalid options or tokenizers."""
     check(options)
     kind, workers = common_kind(inputs, options.reading), options.workers or 1
     tokenizer, _ = packing_tokenizer(options, kind)
@@ -216,9 +211,8 @@ def _read(path: Path, kind: str, read: ReadOptions, most_bytes: int = MOST_BYTES
 
 
 def _lines_of(path: Path, read: ReadOptions, most_bytes: int) -> tuple[list[Line], int, int]:
-    """Return lines from all over a jsonl file, the bytes read, and the decompressed size of the file. A small file is
-    read whole; of other formats and of compressed files only the beginning is read, and the size is estimated.
-    """
+    """Return lines from all over a jsonl file, the bytes read, and its decompressed size. Small files are read whole;
+    of other formats and compressed files only the beginning is, and the size is estimated."""
     size, form = path.stat().st_size, format_of(path, read)
     wanted = min(max(LEAST_BYTES, int(SHARE * size)), most_bytes)
     if form.kind != JSONL or not form.is_plain:
@@ -337,9 +331,8 @@ def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
 
 
 def _positions(lengths: np.ndarray, buckets: tuple[int, ...], is_pairs: bool) -> tuple[int, int]:
-    """Return the positions (with padding) that sequences of these lengths take up when packed, and the number of
-    samples. is_pairs: each length is that of a pair's longer side, and a pair takes up a bucket for each side.
-    """
+    """Return the positions (with padding) and the number of samples of sequences of these lengths when packed.
+    is_pairs: lengths are of pairs' longer sides, and a pair takes up a bucket for each side."""
     if is_pairs:
         found = np.array(buckets)[np.searchsorted(buckets, lengths)]
         return 2 * int(found.sum()), len(lengths)

@@ -27,10 +27,9 @@ ORDER = "Order"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackOptions(ReadOptions):
-    """The options of `mm pack`, which chooses `max_len` and `val_fraction` from the data if they are not given; see
-    `mmdata.pack.estimate.survey`. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence
-    the bytes of the dataset; `max_bad` and `allow_unknown` only decide whether it is published.
-    """
+    """The options of `mm pack`, which chooses `max_len` and `val_fraction` from the data (`estimate.survey`) if they
+    are not given. `workers`, `encoder`, `engine`, `ray_address`, `shard` and `finish` do not influence the bytes of the
+    dataset; `max_bad` and `allow_unknown` only decide whether it is published."""
 
     tokenizer: Path | None = option(None, "Tokenizer directory.", OUTPUT, metavar="DIR", default_text="data/tokenizer")
     max_len: int = option(
@@ -163,12 +162,10 @@ class PackOptions(ReadOptions):
 def packing_tokenizer(
     options: PackOptions, kind: str, note: Callable[[str], None] = lambda _: None
 ) -> "tuple[Tokenizer, dict[str, str]]":
-    """Return the tokenizer for packing rows of this kind, its chat template changed where the options ask for it or the
-    template needs it, and the changes: the arguments of `Tokenizer.amended`.
-
+    """Return the tokenizer for packing rows of this kind, its chat template changed where options ask for it or the
+    template needs it, and the changes: the arguments of `Tokenizer.amended`. note: called with sentences about them.
     Raises TokenizerError if the tokenizer cannot be used, also because its chat template writes nothing after answers,
-    and UsageError if an option does not fit the template. note: called with sentences about the template.
-    """
+    and UsageError if an option does not fit the template."""
     from mmdata.encode.template import Template
     from mmdata.tokenizer.chat_template import DATE
     from mmdata.tokenizer.tokenizer import Tokenizer
@@ -254,8 +251,7 @@ class SelectOptions(ReadOptions):
 
 def parse_budget(text: str | None) -> tuple[float | None, dict[str, float]]:
     """Parse limits for bad rows, such as "5%" or "0.05,too long=1%", to shares of all rows, 0 to 1: for all reasons
-    together (None: the default applies), and by reason. Raises UsageError for a bad share or an unknown reason.
-    """
+    together (None: the default), and by reason. Raises UsageError for a bad share or an unknown reason."""
     from mmdata.encode.rows import HELP
 
     overall, by_reason = None, {}

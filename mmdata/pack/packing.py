@@ -84,9 +84,8 @@ def _runs_of_equal_length(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pack with best-fit decreasing (see the module). Return the pack number of each sequence (int64 [n]) and the
-    bucket of each pack (int64 [packs]); packs are numbered in the order in which they were opened.
-    """
+    """Pack with best-fit decreasing (see the module). Return the pack of each sequence (int64 [n]) and the bucket of
+    each pack (int64 [packs]), in the order in which they were opened."""
     order, begins, ends = _runs_of_equal_length(lengths)
     pack_of = np.empty(len(lengths), np.int64)
     opened: list[tuple[int, int]] = []  # (bucket, number of packs)
@@ -119,9 +118,8 @@ def _best_fit(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray
 
 def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Counter[int]]:
     """Find a pack with the longest sequence that fills the largest share of its bucket, trying at most LOOKED_AT
-    others. Return its bucket and the number of sequences of each length in it. left: number of sequences by length,
-    longest first. buckets: ascending; the last must hold the longest sequence.
-    """
+    others. Return its bucket and its sequences of each length. left: sequences by length, longest first. buckets:
+    ascending; the last must hold the longest sequence."""
     longest, room = next(iter(left)), buckets[-1] - next(iter(left))
     # Bit t of `sums` is set if the longest sequence and some of those tried so far have t tokens together.
     sums, exact = 1 << longest, sum(1 << bucket for bucket in buckets)
@@ -143,9 +141,8 @@ def _fullest(left: Mapping[int, int], buckets: tuple[int, ...]) -> tuple[int, Co
 
 
 def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pack greedily: repeatedly find the fullest pack with the longest remaining sequence, and use that combination of
-    lengths as often as the remaining counts allow. Returns the same form as `_best_fit`.
-    """
+    """Pack greedily: repeatedly find the fullest pack with the longest sequence left, and use that combination of
+    lengths as often as they allow. Returns the form of `_best_fit`."""
     found, counts = np.unique(lengths, return_counts=True)
     left = dict(zip(found[::-1].tolist(), counts[::-1].tolist(), strict=True))
     opened: list[int] = []  # bucket of each pack
@@ -170,9 +167,8 @@ def _closest_sums(lengths: np.ndarray, buckets: tuple[int, ...]) -> tuple[np.nda
 def _refilled(
     lengths: np.ndarray, buckets: tuple[int, ...], pack_of: np.ndarray, bucket_of_pack: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack the sequences of all packs with free positions again, with `_closest_sums`; full packs come first. Takes a
-    packing as `_best_fit` returns it, and returns it unchanged if the new one has no fewer positions.
-    """
+    """Pack the sequences of all packs with free positions again, with `_closest_sums`; full packs come first. Takes and
+    returns the form of `_best_fit`, unchanged if the new packing has no fewer positions."""
     room = bucket_of_pack.copy()
     np.subtract.at(room, pack_of, lengths)
     is_full = room == 0
@@ -186,9 +182,8 @@ def _refilled(
 
 
 def pack(lengths: np.ndarray, buckets: tuple[int, ...]) -> Packing:
-    """Pack sequences of these lengths. lengths: integers [N], each in 1..buckets[-1]. buckets: ascending. Every index
-    is in one pack. The lengths in a pack sum to at most its bucket, and to more than the next smaller bucket.
-    """
+    """Pack sequences of these lengths. lengths: integers [N], each in 1..buckets[-1]. buckets: ascending. The lengths
+    in a pack sum to at most its bucket, and to more than the next smaller bucket."""
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) == 0:
         empty = np.empty(0, np.int64)

@@ -40,10 +40,9 @@ TOO_LONG = "too long"  # the reason why a valid row is left out that is longer t
 @dataclass(frozen=True, slots=True)
 class Part:
     """A range of one input file that is packed on its own. number: counts through all inputs. input: index of the file.
-    begin, end: byte offsets of rows, or in a table numbers of rows from 0; end is None for a file that can only be read
-    from the beginning, such as a compressed one, which is always one part. first_line: number of the first row.
-    num_bytes: size of the range, or of a compressed file on disk. read: how the file is read.
-    """
+    begin, end: byte offsets of rows, or in a table numbers of rows from 0; end is None for a file that is read from the
+    beginning, such as a compressed one, always one part. first_line: number of the first row. num_bytes: of the range,
+    or of a compressed file on disk. read: how the file is read."""
 
     number: int
     input: int
@@ -80,13 +79,10 @@ class PartSettings:
 
 
 class PartResult(msgspec.Struct):
-    """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut. left_out, cut: by
-    reason. kept: rows packed. characters: of their content. control_strings: how often each special token's text occurs
-    in content, where it is encoded as ordinary text. extra_keys: how often rows have keys that are ignored. not_written:
-    packed rows of which the chat template leaves out a part, by reason. text_bytes, unknown_bytes: see `EncodedRows`.
-    lengths: number of sequences of each length; of a pair, prompt and
-    longer reply count. digest: the `sequence_digest` of the part.
-    """
+    """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut; `left_out` and `cut` are
+    by reason. characters: of the content kept. control_strings, extra_keys, not_written, text_bytes, unknown_bytes: as
+    in `DatasetTotals`. lengths: number of sequences of each length; of a pair, prompt and longer reply. digest:
+    `sequence_digest`."""
 
     number: int
     rows: int = 0
@@ -112,9 +108,8 @@ class PartResult(msgspec.Struct):
 
 
 class RejectedRow(msgspec.Struct, omit_defaults=True):
-    """A line of rejected/part-N.jsonl: a row that was left out. line, offset: its line number and byte offset in the
-    input. raw: the line as text. raw_base64: its bytes, if they are not valid UTF-8.
-    """
+    """A line of rejected/part-N.jsonl: a row left out. line, offset: its line and byte offset in the input. raw: the
+    line as text. raw_base64: its bytes, if they are not valid UTF-8."""
 
     file: str
     line: int
@@ -128,8 +123,7 @@ class RejectedRow(msgspec.Struct, omit_defaults=True):
 @dataclass(slots=True)
 class _Collected:
     """The encoded rows of a part before packing, in source order. flats, num_sequences, is_val: an item for each batch
-    of lines. lines, offsets, shas: one for each row that was not left out.
-    """
+    of lines. lines, offsets, shas: one for each row not left out."""
 
     flats: list[Sequences] = field(default_factory=list)  # the encoded sequences
     num_sequences: list[np.ndarray] = field(default_factory=list)  # int64, for each row not left out
@@ -151,8 +145,7 @@ class _Collected:
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """The sequences of a part in source order. is_val, is_first: bool [sequences], whether the row of a sequence
-    belongs to val, and whether it is the first sequence of its row.
-    """
+    belongs to val, and whether it is its row's first."""
 
     flat: Sequences
     is_val: np.ndarray
@@ -194,11 +187,9 @@ class PartPacker:
         )
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
-        """Read, encode, pack and write a part, check the written files, and return its files and counts.
-
-        tick: called with what was done since its last call: bytes read, rows, tokens, rows left out. Raises InputError
-        for a bad row if `on_bad` is "fail" or if the input cannot be read, and DatasetError if the check fails.
-        """
+        """Read, encode, pack and write a part, check the written files, and return its files and counts. tick: called
+        with the bytes, rows, tokens and rows left out since its last call. Raises InputError for a bad row if `on_bad`
+        is "fail" or if the input cannot be read, and DatasetError if the check fails."""
         before = gc.get_threshold()
         gc.set_threshold(GC_OBJECTS, *before[1:])
         try:
@@ -255,8 +246,7 @@ class PartPacker:
 
     def _compare(self, lines: Sequence[Line], encoded: EncodedRows, result: PartResult) -> None:
         """Raise _DiffersError if the reference encoder gives other tokens, reasons or hashes for some rows of a batch:
-        COMPARED_FIRST rows of the first batch of a part, COMPARED of the others.
-        """
+        COMPARED_FIRST of a part's first batch, COMPARED of others."""
         count = COMPARED_FIRST if not result.compared else COMPARED
         picks = sorted({i * len(lines) // count for i in range(count)} if len(lines) > count else range(len(lines)))
         if not picks:
@@ -277,9 +267,8 @@ class PartPacker:
         result.compared += len(picks)
 
     def _leave_out(self, part: Part, line: Line, bad: BadRow, collected: _Collected, result: PartResult) -> None:
-        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG and the reasons that the
-        user asked for. If `on_lost` is "fail", raise it for the reasons in LOST.
-        """
+        """Count and record a row. If `on_bad` is "fail", raise InputError, but not for TOO_LONG and reasons that the
+        user asked for; if `on_lost` is, for the reasons in LOST."""
         asked = asked_for(self._arguments.kind or None)
         is_lost = self._arguments.on_lost == "fail" and bad.reason in LOST
         if is_lost or (self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *asked)):
@@ -401,9 +390,8 @@ def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
 
 
 def is_for_val(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which rows belong to val: bool [R]. hashes: uint8 [R, 32], of each row's content. fraction: share of val,
-    0 to 1. The split depends only on the content, so equal rows are never in both splits.
-    """
+    """Return which rows belong to val, by their content alone, so that equal rows are in one split: bool [R]. hashes:
+    uint8 [R, 32], of each row's content. fraction: share of val, 0 to 1."""
     return np.ascontiguousarray(hashes).view("<u8")[:, 0] < np.uint64(fraction * 2**64)
 
 
@@ -426,8 +414,7 @@ def batches(part: Part) -> Iterator[list[Line]]:
 
 def _prove(settings: PartSettings, result: PartResult, before: Sequences) -> None:
     """Raise DatasetError unless the counts of rows and tokens add up and the shards, read back, have every sequence of
-    `before` exactly once, with its length, ids and spans. Stores the digest of what was read back in `result`.
-    """
+    `before` exactly once. Stores the digest of what was read back in `result`."""
     _require(result.rows == result.kept + result.left_out.total(), "rows in are not rows kept plus rows left out")
     _require(result.tokens_in == result.tokens + result.cut.total(), "tokens in are not tokens packed plus tokens cut")
     _require(result.tokens == sum(shard.tokens for shard in result.shards), "shards and rows count other tokens")

@@ -52,9 +52,8 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What `pack` did with the inputs, or, with --shard, with the parts of one shard: rows = kept + left out, and
-    tokens in = tokens + cut; left_out and cut are by reason. kept: rows that were packed.
-    """
+    """What `pack` did with the inputs or, with --shard, the parts of a shard: rows = kept + left out, tokens in =
+    tokens + cut; left_out and cut are by reason."""
 
     out: Path
     kind: str
@@ -154,8 +153,7 @@ def pack(
 
 def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
     """Pack the parts i - 1, i - 1 + n, … of the share (i, n), while other processes may pack the others; publish
-    nothing. Raises DatasetError if the shards packed so far have other arguments.
-    """
+    nothing. Raises DatasetError if the shards so far have other arguments."""
     number, count = share
     own = job.parts[number - 1 :: count]
     with _disk_errors(job.out), one_of_several(job.out, f"{number}-of-{count}") as staging:
@@ -267,9 +265,8 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
 
 
 def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str, float]) -> PackArguments:
-    """Return the options as the manifest records them, with the parsed limits. Raises as `dedup.check_options` does, and
-    UsageError if `where` is not a condition.
-    """
+    """Return the options as the manifest records them, limits parsed. Raises as `dedup.check_options` does, and
+    UsageError if `where` is no condition."""
     dedup.check_options(options.dedup, options.exclude)
     if options.where is not None:
         from mmdata.pack.filter.frames import check_names
@@ -338,8 +335,7 @@ def plan(
 ) -> tuple[list[FileEntry], list[Part]]:
     """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
     the first row at or after a multiple of `part_bytes`, one of a table after whole row groups of up to `part_bytes`. A
-    file that can only be read from the beginning, such as a compressed one, is one part.
-    """
+    file that is read from the beginning, such as a compressed one, is one part."""
     records: list[FileEntry] = []
     parts: list[Part] = []
     for number, path in enumerate(inputs):
@@ -425,9 +421,8 @@ def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
 
 
 def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
-    """Return the results of the parts finished by an earlier, unfinished pack with the same key, by part number; remove
-    what one with another key left. Either is reported with a note.
-    """
+    """Return the results of the parts finished by an earlier, unfinished pack with the same key, by number; remove what
+    one with another key left. Either is noted."""
     key, begun = PackKey.of(job.header), staging.begun()
     if begun is not None and (differences := key.differences(begun)):
         job.note(f"an unfinished pack to {job.out} cannot be gone on with ({'; '.join(differences)}): it is begun anew")
@@ -444,9 +439,8 @@ def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
 
 @contextlib.contextmanager
 def _keep_or_remove_parts(staging: Staging, job: _Job) -> Iterator[None]:
-    """If the block raises, keep the finished parts for the next call, as after a kill, Ctrl-C or a full disk. Remove
-    them if none is finished or the error would recur (unusable inputs, options or tokenizer), except UnfinishedError.
-    """
+    """If the block raises, keep the finished parts for the next call, as after a kill. Remove them if none is finished
+    or the error would recur (unusable inputs, options or tokenizer), except UnfinishedError."""
     try:
         yield
     except BaseException as error:
@@ -534,9 +528,8 @@ def _first_rejected(staging: Staging, results: Sequence[PartResult], columns: ro
 
 
 def _check_unknown(job: _Job, results: Sequence[PartResult]) -> None:
-    """Raise TokenizerError if the tokenizer does not know more than UNKNOWN_REFUSED of the bytes of the packed texts, and
-    unknown characters are not allowed; warn from UNKNOWN_WARNED on.
-    """
+    """Raise TokenizerError if the tokenizer does not know more than UNKNOWN_REFUSED of the bytes of the packed texts,
+    unless that is allowed; warn from UNKNOWN_WARNED on."""
     unknown, total = (sum(getattr(one, name) for one in results) for name in ("unknown_bytes", "text_bytes"))
     share = unknown / max(1, total)
     problem = f"the tokenizer does not know {unknown:,} of {total:,} bytes of the texts ({share:.2%}): they are lost"

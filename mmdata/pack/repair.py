@@ -32,10 +32,10 @@ def repair(
 ) -> list[str]:
     """Rebuild the missing or damaged files of a dataset and return their paths, relative to its directory.
 
-    tokenizer_dir: the tokenizer to copy from if the dataset's own copy is damaged. progress: called with the bytes of
-    input packed so far and the bytes in all. Raises TokenizerError if such a tokenizer is needed and missing or another
-    one, InputError if an input is missing or has changed, and DatasetError if there is no manifest, another process is
-    packing to this directory, or the inputs now give other bytes.
+    tokenizer_dir: the tokenizer to copy from if the dataset's own copy is damaged; TokenizerError if it is needed and
+    missing or another one. progress: called with the bytes of input packed so far and in all. Raises InputError if an
+    input is missing or has changed, and DatasetError if there is no manifest, another process packs to this directory,
+    or the inputs now give other bytes.
     """
     manifest = read_manifest(directory)
     with only_writer(Path(os.path.realpath(directory))) as staging:
@@ -54,9 +54,8 @@ def repair(
 
 
 def _restore_tokenizer(directory: Path, manifest: Manifest, damaged: Sequence[FileEntry], source: Path | None) -> Path:
-    """Return the dataset's tokenizer directory, after replacing damaged files with copies from `source`. Raises
-    TokenizerError if there are damaged files and `source` is None or a different tokenizer.
-    """
+    """Return the dataset's tokenizer directory, damaged files replaced by copies from `source`. Raises TokenizerError
+    if that is None or different."""
     lost = [file for file in damaged if file.path.startswith("tokenizer/")]
     if not lost:
         return directory / "tokenizer"
@@ -83,9 +82,8 @@ def _rebuild(
     num_workers: int,
     progress: Progress | None,
 ) -> None:
-    """Pack the parts of the damaged files again and move the rebuilt files into the dataset; skip tokenizer files.
-    Raises DatasetError, and moves nothing, if a rebuilt file is not equal to the recorded one.
-    """
+    """Pack the parts of the damaged files again and move the rebuilt files, except the tokenizer's, into the dataset;
+    move nothing and raise DatasetError if one is not as recorded."""
     rebuilt = [file for file in damaged if not file.path.startswith("tokenizer/")]
     if not rebuilt:
         return

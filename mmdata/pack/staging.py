@@ -33,9 +33,8 @@ PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions m
 
 
 class PackKey(DatasetHeader, frozen=True, kw_only=True):
-    """The content of begun.json; packs with equal keys write the same bytes. versions: of the packages that the bytes
-    may depend on. The arguments that only decide whether a dataset is published have a fixed value.
-    """
+    """The content of begun.json; packs with equal keys write the same bytes. versions: of the packages that these may
+    depend on. Arguments that only decide about publishing have a fixed value."""
 
     versions: dict[str, str]
 
@@ -120,10 +119,8 @@ class Staging:
         return sorted(int(path.stem) for path in (self.dir / "done").glob("*.json") if path.stem.isdigit())
 
     def finished(self, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
-        """Return the results of recorded parts, by number, after checking size and sha256 of their files (1 GB/s a
-        thread). numbers: the parts to check; None means all. Records that are unreadable or whose files are bad are
-        removed.
-        """
+        """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). numbers: the
+        parts to check; None means all. Unreadable records, and those of bad files, are removed."""
         results = {}
         for number in self.recorded():
             if numbers is not None and number not in numbers:
@@ -149,8 +146,7 @@ class Staging:
 
     def publish(self, files: Collection[str]) -> None:
         """Move the dataset to `out`, replacing a dataset there, and remove the hidden directory. files: paths, relative
-        to the dataset directory, that belong to the dataset; other files are removed before.
-        """
+        to the dataset, that belong to it; others are removed before."""
         for path in self.dataset.rglob("*"):
             if path.is_file() and str(path.relative_to(self.dataset)) not in files:
                 path.unlink()  # left by a writer that was killed
@@ -174,8 +170,7 @@ class RecordingPacker:
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[Staging]:
     """Hold the lock for packing all of `out` while the block runs; first restore a dataset whose publishing was killed
-    between its two renames. Raises DatasetError, naming host and process, if another pack to `out` is running.
-    """
+    half way. Raises DatasetError, naming host and process, if another pack to `out` is running."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, "lock"), out):
         for path in sorted(out.parent.glob(f".{out.name}.lock.*")):
@@ -186,9 +181,8 @@ def only_writer(out: Path) -> Iterator[Staging]:
 
 @contextlib.contextmanager
 def one_of_several(out: Path, shard: str) -> Iterator[Staging]:
-    """Hold the lock for packing the share `shard` (such as "1-of-4") of `out` while the block runs. Other processes may
-    pack other shares. Raises DatasetError if another process packs the same share or all of `out`.
-    """
+    """Hold the lock for packing the share `shard` (such as "1-of-4") of `out` while the block runs. Raises DatasetError
+    if another process packs the same share or all of `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with _hold(_sibling(out, f"lock.{shard}"), out, may_move=True):
         _check_free(_sibling(out, "lock"), out)
@@ -207,10 +201,9 @@ class LockOwner(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def _hold(path: Path, out: Path, *, may_move: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs, and write this process's host and id to it. Raises DatasetError
-    if another process holds it, or if no process seems to hold it but it names another host: shared file systems do not
-    always pass locks on. may_move: take it over in this case, where the other process could do no harm.
-    """
+    """Hold the lock file `path`, with this process's host and id, while the block runs. Raises DatasetError if another
+    process holds it, or it names another host, as shared file systems do not always pass locks on. may_move: take it
+    over in the latter case, where the other process could do no harm."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(path, wait=False))

@@ -149,17 +149,15 @@ def _figures(kind: str, shards: Sequence[ShardRecord]) -> dict[str, float]:
 
 
 def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
-    """Return the share of positions that have a token, 0 to 1; 0 without shards. A pair takes up its bucket's length
-    once for each side, and its prompt counts twice.
-    """
+    """Return the share of positions that have a token, 0 to 1; 0 without shards. A pair takes up its bucket once for
+    each side, and its prompt counts twice."""
     positions = sum(shard.samples * shard.bucket for shard in shards) * (2 if kind == "pair" else 1)
     return sum(shard.model_tokens for shard in shards) / max(1, positions)
 
 
 def length_figures(counts: np.ndarray) -> dict[str, Any]:
-    """Return number of sequences, tokens, mean, shortest, longest, quantiles (p50, p90, p99) and a histogram with
-    boundaries at powers of two. counts: int64 [longest + 1], the number of sequences of each length.
-    """
+    """Return number of sequences, tokens, mean, shortest, longest, quantiles (p50, p90, p99) and a histogram by powers
+    of two. counts: int64 [longest + 1], sequences of each length."""
     total = int(counts.sum())
     tokens = counts * np.arange(len(counts))
     reached = np.cumsum(counts)

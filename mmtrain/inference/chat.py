@@ -16,13 +16,10 @@ THINKING = "<think>\n"  # the end of a prompt whose chat template writes the beg
 
 
 class Chat:
-    """A conversation with one model. It reuses the KV cache of the previous answer for the next prompt.
-
-    window: the most tokens of a prompt and its answer together; at most the model's `max_positions`. The oldest turns
-    (a user message and its answer) of a longer conversation are left out of the prompt, but stay in `messages`.
-    template: None for a model that was only pretrained, which continues the newest message's text and sees no earlier
-    ones.
-    """
+    """A conversation with one model. It reuses the KV cache of the previous answer for the next prompt. window: the
+    most tokens of a prompt and its answer; at most the model's `max_positions`. The oldest turns (a user message and
+    its answer) of a longer conversation are left out of the prompt, but stay in `messages`. template: None for a model
+    that was only pretrained, which continues the newest message's text alone."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, template: Template | None, *, window: int = WINDOW):
         self.engine = Engine(model, tokenizer, max_rows=1, window=window, remember=1)
@@ -33,12 +30,10 @@ class Chat:
 
     def ask(self, text: str, options: Sampling, *, think: bool | None = None) -> Generator[str, None, None]:
         """Yield the answer to `text` in pieces while it is generated, and append question and answer to `messages` at
-        the end. If the caller stops early or generation fails, the stored answer is the text yielded so far.
-
-        think: request an answer with (True) or without (False) a think block; None uses the chat template's default. An
-        error before generation leaves `messages` unchanged: UsageError if the question does not fit the window,
-        TokenizerError if the chat template refuses the messages.
-        """
+        the end, also if the caller stops early or generation fails. think: request an answer with (True) or without
+        (False) a think block; None uses the chat template's default. Errors before generation leave `messages`
+        unchanged: UsageError if the question does not fit the window, TokenizerError if the chat template refuses the
+        messages."""
         messages = [*self.messages, Message("user", text)]
         stream = self.reply(messages, options, think=think)
         pieces: list[str] = []
@@ -82,13 +77,10 @@ def fit(
     tools: Sequence[JsonObject] = (),
     think: bool | None = None,
 ) -> list[int]:
-    """Return the prompt ids of a conversation; its oldest turns are dropped until there are at most `room` tokens. A
-    turn is a user message and all messages up to the next user message.
-
-    Messages before the first user message (such as the system message) and the last turn are never dropped; UsageError
-    is raised when these alone are too long. tools: function definitions for the chat template. think: request an answer
-    with (True) or without (False) thinking; None uses the template's default.
-    """
+    """Return the prompt ids of a conversation, without as many of its oldest turns (a user message and all up to the
+    next one) as make them at most `room` tokens. Messages before the first user message, such as the system message,
+    and the last turn always stay; UsageError if these alone are too long. tools: function definitions for the chat
+    template. think: see `Chat.ask`."""
     kept = list(messages)
     while True:
         ids = template.prompt_ids(tokenizer, kept, tools, think=think)
@@ -117,8 +109,7 @@ def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def opening_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> str:
-    """Return the beginning of the answer that the prompt already contains: `THINKING` if the chat template ended the
-    prompt with it, else "". The model does not generate this text, but it is part of the answer."""
+    """Return the beginning of the answer that the prompt already contains: `THINKING` or ""."""
     return THINKING if tokenizer.decode(list(prompt_ids)[-8:]).endswith(THINKING) else ""
 
 

@@ -3,9 +3,9 @@ to the logits for the next token of each row.
 
 Each row has its own KV cache. Rows share only the matrix products, so a row may join or leave the batch at any step,
 and its logits do not depend on the other rows. On a CPU with oneDNN they are the same bit for bit: weights are
-converted once to oneDNN's packed layout, and oneDNN adds up a product of at least `LEAST_ROWS` matrix rows in the same
-order for any number of rows (this is tested here, oneDNN does not document it). The packed weights take as much memory
-as the model, which the caller can free afterwards.
+converted once to oneDNN's packed layout, of which it adds up a product of at least `LEAST_ROWS` matrix rows in the same
+order for any number of rows (tested here, not documented by oneDNN). The packed weights take as much memory as the
+model, which the caller can free afterwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -174,8 +174,8 @@ class Decoder:
         rows: Sequence[tuple[KVCache, Sequence[int]]],
     ) -> Tensor:
         """Compute causal attention of all new tokens, each within its own row, and write their keys and values to the
-        caches. index: number of the layer. x: [T, C], hidden states of the new tokens, row after row, then padding.
-        table: rotary cosines and sines. Return [T, H * D], before the output projection; zero for padding."""
+        caches. index: of the layer. x: [T, C], hidden states of the new tokens, row after row, then padding. table:
+        rotary cosines and sines. Return [T, H * D], before the output projection; zero for padding."""
         config = self.config
         num_rotated = config.num_heads + config.num_kv_heads
         heads = layer.qkv(self._normed(x, layer.input_norm)).unflatten(-1, (-1, config.head_size))
@@ -197,8 +197,7 @@ class Decoder:
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of one row: queries q [t, H, D] of its last t tokens over k and v [KV heads, T, D] of all its T
-    tokens -> [t, H, D]. For a single new token, query heads are grouped by key head: keys and values are read only
-    once."""
+    tokens -> [t, H, D]. For one new token, query heads are grouped by key head, so that these are read once."""
     num_new, num_heads, size = q.shape
     if num_new == 1:
         grouped = q.view(1, len(k), num_heads // len(k), size)

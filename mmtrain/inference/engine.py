@@ -98,12 +98,9 @@ class Delta:
 
 
 class Engine:
-    """Generates many answers with shared forward passes; the module docstring shows its use.
-
-    max_rows: the most rows in the batch, others wait. window: the most tokens of a prompt and its answer together;
-    default and upper limit are the model's `max_positions`. remember: number of ended rows whose KV caches are kept.
-    ending: what ends an answer.
-    """
+    """Generates many answers with shared forward passes; see the module. max_rows: the most rows in the batch, others
+    wait. window: the most tokens of a prompt and its answer; default and upper limit are the model's `max_positions`.
+    remember: number of ended rows whose KV caches are kept. ending: what ends an answer."""
 
     def __init__(
         self,
@@ -303,9 +300,8 @@ class TextStream:
         return self._release(self._advance(self._tokenizer.decode(self._ids[self._begin :])), is_last=True)
 
     def _advance(self, text: str) -> str:
-        """Return the end of `text`, decoded from the ids from `_begin` on, that has not been returned yet. Some
-        decoders write a token differently at the beginning of a text: ids returned last are decoded again and their
-        text cut off."""
+        """Return the end of `text`, decoded from the ids from `_begin` on, that was not returned yet. Some decoders
+        write a first token differently: ids returned last are decoded again and their text cut off."""
         context = self._tokenizer.decode(self._ids[self._begin : self._read])
         self._begin, self._read = self._read, len(self._ids)
         return text[len(context) :]

@@ -34,13 +34,11 @@ def evaluate(
     """Compute metrics of the model on the loader's split, by name; empty if the split has no trained tokens.
 
     They are loss (nats per trained token), bits_per_byte (over trained tokens that decode to at least one byte) and
-    tokens (trained tokens). For pairs, loss is the mean of `objective`, bits_per_byte and tokens count the chosen
-    replies only, and the finite means of `preference.FIGURES` are added. If the loader has several datasets, the
-    metrics of `PER_DATASET` are also returned for each as `loss/NAME`, with NAME of `names_of`.
-
-    world: the ranks; by default this process alone. reference: the reference model's logps, float64 [num_samples, 2]
-    (chosen, rejected); with None the objective uses 0, and the metrics that compare with a reference are left out.
-    progress: called as `progress(done, total)` with numbers of samples.
+    tokens (trained tokens). For pairs, loss is the mean of `objective`, the others are of the chosen replies only, and
+    the finite means of `preference.FIGURES` are added. With several datasets, those in `PER_DATASET` are also returned
+    for each as `loss/NAME`, with NAME of `names_of`. world: the ranks; by default this process alone. reference: the
+    reference model's logps, float64 [num_samples, 2] (chosen, rejected); with None the objective uses 0, and metrics
+    that compare with it are left out. progress: called as `progress(done, total)` with numbers of samples.
     """
     objective = objective or Objective()
     world = world or World(0, 1, model.head_weight.device)
@@ -92,9 +90,9 @@ def _figures(sums: Sequence[float]) -> dict[str, float]:
 
 
 def _text_sums(batch: Batch, logps: Tensor, token_bytes: Tensor, *, chosen_only: bool) -> Tensor:
-    """Return four sums over the trained tokens, float64 [4]: negative log-likelihood in nats, tokens, nats of the
-    tokens that decode to at least one byte, and bytes. logps: one per trained token. token_bytes: [V], bytes that each
-    id decodes to. chosen_only: the batch has pairs, and only their chosen replies count."""
+    """Return sums over the trained tokens, float64 [4]: negative log-likelihood in nats, tokens, nats of tokens that
+    decode to at least one byte, and bytes. logps: one per trained token. token_bytes: [V], bytes of each id.
+    chosen_only: the batch has pairs, and only their chosen replies count."""
     num_bytes = token_bytes[batch.ids[batch.trained]]
     is_counted = batch.sequence_ids % 2 == 0 if chosen_only else torch.ones_like(batch.sequence_ids, dtype=torch.bool)
     nats = -wide(logps) * is_counted

@@ -1,9 +1,6 @@
 """Accuracy on questions with known answers: the text of a generated answer is compared, or the most likely of several
-choices is taken as the answer.
-
-Questions are read from jsonl, one a line: `{"question", "answer"}`, or `{"question", "choices": [...], "answer"}`,
-where the answer is a choice's number counted from 0, its letter from A, or its text. Nothing is random.
-"""
+choices is the answer. Questions are read from jsonl, one a line: `{"question", "answer"}`, or `{"question", "choices":
+[...], "answer"}`, with a choice's number from 0, its letter from A, or its text. Nothing is random."""
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +49,8 @@ class ExamAnswer:
 
 
 def normalized(text: str) -> str:
-    """Return a text in the form in which answers are compared: Unicode NFKC (which makes full-width characters narrow),
-    case folded, whitespace runs as one space, without punctuation and spaces at both ends (unless it has nothing else).
-    """
+    """Return a text in the form in which answers are compared: Unicode NFKC (full-width characters become narrow), case
+    folded, whitespace runs as one space, without punctuation and spaces at both ends (unless it is all)."""
     kept = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     words = [i for i, character in enumerate(kept) if not _is_edge(character)]
     return kept[words[0] : words[-1] + 1] if words else kept
@@ -154,10 +150,8 @@ def ask(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExamAnswer]:
     """Generate a greedy answer to each question; it is right if it equals the expected one, both `normalized`.
-
     template: None for a model that was only pretrained, which continues the question as a text. progress: called with
-    (finished answers, all answers) after each step of generation.
-    """
+    (finished answers, all answers) after each step."""
     prompts = [prompt_of(tokenizer, template, one.question) for one in questions]
     rows = Engine(model, tokenizer).answer(prompts, Sampling(max_new_tokens=max_new_tokens), progress=progress)
     return [
@@ -177,12 +171,10 @@ def choose(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExamAnswer]:
-    """Take the choice with the highest log-probability, summed over its tokens, as the answer to its question.
-    `is_right_per_byte` says whether the choice with the highest log-probability per UTF-8 byte is right.
-
-    template: None for a model that was only pretrained; the choice then follows the question after a space. progress:
-    called with (scored choices, all choices) after each forward pass.
-    """
+    """Take the choice with the highest log-probability, summed over its tokens, as the answer to its question; for
+    `is_right_per_byte` that with the highest one per UTF-8 byte. template: None for a model that was only pretrained;
+    the choice then follows the question after a space. progress: called with (scored choices, all choices) after each
+    pass."""
     sequences = [
         _sequence(prompt_of(tokenizer, template, one.question), _answer_ids(tokenizer, template, choice))
         for one in questions

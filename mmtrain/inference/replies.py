@@ -1,8 +1,8 @@
 """Splits the text of a model's answer into reasoning (its think block), content and tool calls, while it is generated.
 
-The text may arrive in pieces cut at any place. At most the length of a tag, and newlines that may precede a tag, are
-held back, and a tool call until it is complete. A tool call that is not valid JSON, or whose closing tag is missing, is
-returned as content, so that it is not lost.
+The text may arrive in pieces cut at any place. At most the length of a tag with the newlines before it is held back,
+and a tool call until it is complete. One that is not valid JSON, or not closed, is returned as content, so that it is
+not lost.
 """
 
 import json
@@ -81,8 +81,8 @@ class Splitter:
 
     def _begin(self) -> list[Piece] | None:
         """Set the mode to "reasoning" if the text so far, after any whitespace, begins with the THINK tag, else to
-        "content". Return [], or None while more text is needed to decide or directly after the tag. In the mode
-        "reasoning" the tag and the whitespace around it (behind it only newlines) are dropped."""
+        "content". Return [], or None while more text is needed. In "reasoning" the tag and the whitespace around it
+        (behind it only newlines) are dropped."""
         text = self._held.lstrip()
         if text.startswith(THINK):
             inside = text[len(THINK) :].lstrip("\n")

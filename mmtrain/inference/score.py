@@ -26,12 +26,10 @@ MIN_TOKENS = 8  # sequences with fewer trained tokens are not called noisy: too 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The score of one sequence of a dataset. A document that was cut into several sequences has a record for each.
-
-    file, line: the input row, lines counted from 1. tokens: number of trained tokens. nll: their summed negative
-    log-likelihood in nats. bytes: number of bytes they decode to. byte_nll: nats of those that decode to at least one
-    byte. side: "chosen" or "rejected" for the two replies of a pair, else None.
-    """
+    """The score of one sequence of a dataset; a document cut into several sequences has one for each. file, line: the
+    input row, lines from 1. tokens: trained tokens. nll: their summed negative log-likelihood in nats. bytes: that they
+    decode to. byte_nll: nats of those with at least one byte. side: "chosen" or "rejected" reply of a pair, else
+    None."""
 
     dataset: str
     split: str
@@ -64,11 +62,9 @@ def score(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Scored]:
-    """Yield the score of every sequence of a split in the order of its samples; of a pair, chosen then rejected.
-
-    split: "train" or "val". progress: called with (samples scored, all samples) after each forward pass. Raise
-    TokenizerError when the dataset was packed with another tokenizer.
-    """
+    """Yield the score of every sequence of a split in the order of its samples; of a pair, chosen then rejected. split:
+    "train" or "val". progress: called with (samples scored, all samples) after each forward pass. Raise TokenizerError
+    for a dataset packed with another tokenizer."""
     if dataset.tokenizer_sha256 != tokenizer.sha256:
         raise TokenizerError(
             f"{dataset.dir} was packed with another tokenizer than the model's ({tokenizer.dir})",
@@ -159,13 +155,10 @@ def _places(
 
 
 def figures(scored: Iterable[Scored]) -> dict[str, dict[int | str, dict[str, float]]]:
-    """Compute {dataset: {bucket: {metric: value}}}; the bucket "all" has the metrics over all buckets.
-
-    They are sequences and tokens (numbers of sequences and trained tokens), loss (nats per trained token),
-    bits_per_byte and perplexity. For pairs these are of the chosen replies, and three are added: accuracy (share of
-    pairs whose chosen reply has the higher summed log-probability), accuracy_per_token (the same with the mean per
-    token) and margin (mean over pairs of the chosen reply's summed log-probability minus the rejected one's, in nats).
-    """
+    """Compute {dataset: {bucket: {metric: value}}}, with "all" over all buckets: sequences and tokens (trained ones),
+    loss (nats per trained token), bits_per_byte and perplexity. For pairs these are of the chosen replies, with
+    accuracy (share of pairs whose chosen reply has the higher summed log-probability), accuracy_per_token (the same
+    with the mean) and margin (mean over pairs of chosen minus rejected summed log-probability, in nats)."""
     groups: dict[str, dict[int | str, list[Scored]]] = defaultdict(lambda: defaultdict(list))
     for one in scored:
         groups[one.dataset][one.bucket].append(one)

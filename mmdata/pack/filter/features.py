@@ -25,9 +25,8 @@ _SHARE_OF = {"digit": "digits", "mark": "punctuation"}  # names of columns that 
 
 
 class ColumnInfo(NamedTuple):
-    """A column of rows: its polars type and what it says. maker: the method of `RowBatch` that computes it; or TOKENS,
-    EXACT or NEAR for columns that need a tokenizer or all rows; empty for the place of a row.
-    """
+    """A column of rows: its polars type and what it says. maker: the method of `RowBatch` that computes it, or TOKENS,
+    EXACT or NEAR for columns that need a tokenizer or all rows; empty for the place of a row."""
 
     dtype: pl.DataType | type[pl.DataType]
     help: str
@@ -109,11 +108,9 @@ def schema(names: Collection[str]) -> pl.Schema:
 
 
 def pieces_of(row: Row) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a row in order, as (role, text). The text of a document row is split at the marks between
-    documents, with the role "document". A message's text is its reasoning followed by its content; messages without
-    either are omitted. Of a pair, the messages of the shared prompt come once, then each reply as one text, with the
-    roles "chosen" and "rejected".
-    """
+    """Yield the texts of a row in order, as (role, text): of a document those between its marks, as "document"; of a
+    message its reasoning followed by its content, unless both are missing; of a pair the messages of the shared prompt
+    once, then each reply as one text, as "chosen" and "rejected"."""
     if isinstance(row, Document):
         yield from (("document", text) for text in split_documents(row.text))
     elif isinstance(row, Conversation):
@@ -163,9 +160,8 @@ MESSAGE_COLUMNS = {
 
 
 def message_frame(rows: Sequence[Row], lines: Sequence[int]) -> pl.DataFrame:
-    """Return a frame with one row per message or document and the columns of MESSAGE_COLUMNS except file. lines: the
-    line number of each row.
-    """
+    """Return a frame with a row per message or document and MESSAGE_COLUMNS except file. lines: line number of each
+    row."""
     found: list[tuple[int, int, str, str, str, str | None, int]] = []
     for row, line in zip(rows, lines, strict=True):
         if isinstance(row, Document):
@@ -189,9 +185,8 @@ def message_frame(rows: Sequence[Row], lines: Sequence[int]) -> pl.DataFrame:
 
 
 class RowBatch:
-    """A batch of rows and the columns computed of them. raws: the line of each row; empty if they were not read from a
-    file. texts: the (role, text) pairs of each row, from `pieces_of`.
-    """
+    """A batch of rows and the columns computed of them. raws: the line of each row, if read from a file. texts: the
+    (role, text) pairs of each row, from `pieces_of`."""
 
     def __init__(self, rows: Sequence[Row], raws: Sequence[bytes] = ()):
         self.rows, self.raws = rows, raws

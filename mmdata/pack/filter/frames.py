@@ -28,10 +28,8 @@ Run = Callable[..., list[Any]]  # calls `workers.run_jobs`
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """How the rows of files are read. names: the columns of `COLUMNS` to compute. tokenizer_dir, arguments: the tokenizer
-    and how `mm pack` uses it, for columns of tokens. exclude: files; the column OVERLAPS then says with which
-    text of them a row overlaps.
-    """
+    """How the rows of files are read. names: of `COLUMNS` to compute. tokenizer_dir, arguments: the tokenizer and how
+    `mm pack` uses it, for columns of tokens. exclude: files with whose texts a row overlaps, by the column OVERLAPS."""
 
     kind: str
     names: tuple[str, ...]
@@ -57,9 +55,7 @@ def check_names(names: Collection[str], tokenizer_dir: Path | None) -> None:
 
 class PartColumns:
     """Reads parts: calling it returns a frame with a row for each line that is not blank, in order, with the columns
-    line, reason (why the row cannot be used, else null), and those of the reader. Columns of rows that cannot be used
-    are null.
-    """
+    line, reason (why the row cannot be used, else null), and those of the reader (null for unusable rows)."""
 
     def __init__(self, reader: RowReader):
         self._reader = reader
@@ -149,10 +145,9 @@ def token_columns(tokens: np.ndarray, trained: np.ndarray, characters: np.ndarra
 
 
 def with_groups(frame: pl.DataFrame, makers: Collection[str]) -> pl.DataFrame:
-    """Add the columns that tell which rows are equal (if `makers` has EXACT) or nearly so (NEAR) to a frame of all rows.
-    Groups are numbered by their first row. Of equal rows, only the first is compared with others that are nearly equal.
-    Rows without keys, such as those that cannot be used, have nulls.
-    """
+    """Add the columns that tell which rows are equal (if `makers` has EXACT) or nearly so (NEAR) to a frame of all
+    rows. Groups are numbered by their first row. Of equal rows, only the first is compared with nearly equal ones. Rows
+    without keys, such as unusable ones, have nulls."""
     if not {EXACT, NEAR} & set(makers):
         return frame
     used = np.flatnonzero(frame[_KEYS].is_not_null().to_numpy())
@@ -178,9 +173,8 @@ def without_keys(frame: pl.DataFrame, is_out: pl.Expr) -> pl.DataFrame:
 
 
 def read_rows(reader: RowReader, parts: Sequence[Part], run: Run, progress: Any = None) -> pl.DataFrame:
-    """Return a frame with the columns of all lines of all parts, in order: part (the part's number), file, line, reason
-    (null, or why the row cannot be used), those of the reader, and the keys of rows that columns on duplicates need.
-    """
+    """Return a frame of all lines of all parts, in order: part (its number), file, line, reason (null, or why the row
+    cannot be used), the reader's columns, and the keys of rows that columns on duplicates need."""
     return with_groups(pl.concat(_read(reader, parts, run, progress)), reader.makers())
 
 
@@ -192,9 +186,8 @@ def _read(reader: RowReader, parts: Sequence[Part], run: Run, progress: Any = No
 
 
 def iter_rows(reader: RowReader, parts: Sequence[Part], run: Run) -> Iterator[pl.DataFrame]:
-    """Yield frames of the usable rows with the columns of the reader: one for each part or, if a column needs all rows,
-    one for all.
-    """
+    """Yield frames of the usable rows with the reader's columns: one a part, or one in all if a column needs all
+    rows."""
     if reader.makers() & {EXACT, NEAR}:
         usable = [frame.filter(pl.col("reason").is_null()) for frame in _read(reader, parts, run)]
         yield with_groups(pl.concat(usable), reader.makers()).select(reader.names)

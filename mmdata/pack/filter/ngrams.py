@@ -16,9 +16,8 @@ _GRAM = 0xD6E8FEB86659FD93
 
 
 def gram_hashes(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes of the n-grams of all texts one after another, uint64 [G], and where those of each text begin,
-    int64 [texts + 1]. A text with fewer than n units has one n-gram, of all its units; a text without a unit has none.
-    """
+    """Return the hashes of the n-grams of all texts end to end, uint64 [G], and where those of each text begin, int64
+    [texts + 1]. A text with fewer than n units has one n-gram, of all its units; one without a unit has none."""
     joined = "\0".join(_normal(text) for text in texts)
     points = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4")
     units, of = _units(points)

@@ -129,9 +129,8 @@ def _is_han(line: str) -> bool:
 
 
 def _of_c4(lines: Sequence[str]) -> tuple[int, int, int]:
-    """Return the number of sentences in the lines that C4 keeps, whether such a line (also with the words that C4 drops
-    lines for) has the phrase lorem ipsum, and whether one has a curly bracket.
-    """
+    """Return the number of sentences in the lines that C4 keeps, whether such a line (with words that C4 drops lines
+    for) has the phrase lorem ipsum, and whether one has a curly bracket."""
     sentences, has_lorem, has_bracket = 0, 0, 0
     for line in map(str.strip, lines):
         words = line.split()
@@ -153,9 +152,8 @@ def _of_c4(lines: Sequence[str]) -> tuple[int, int, int]:
 
 
 class Words:
-    """The words of texts, end to end. tokens: int64 [W], equal for equal words. of: int64 [W], the text of each word.
-    ends: int64 [texts], where the words of each text end. lengths: int64 [distinct words], their characters.
-    """
+    """The words of texts, end to end. tokens: int64 [W], equal for equal words. of: int64 [W], the text of each. ends:
+    int64 [texts], where the words of each text end. lengths: int64 [distinct words], their characters."""
 
     def __init__(self, texts: Sequence[str]):
         self.texts = texts
@@ -196,9 +194,8 @@ class Words:
         return pl.DataFrame({**top, **{f"repeated_{n}_grams": self._repeated(n) / characters for n in REPEATED_GRAMS}})
 
     def _grams(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a hash of each run of n words in one text, equal only in the same text, the position of the run's
-        first word, and the order that sorts the hashes and then the positions.
-        """
+        """Return a hash of each run of n words in one text, equal only in the same text, the position of its first
+        word, and the order that sorts hashes and then positions."""
         hashes = np.zeros(max(len(self.tokens) - n + 1, 0), np.uint64)
         for k in range(n):
             hashes *= np.uint64(0x9E3779B97F4A7C15)
@@ -210,9 +207,8 @@ class Words:
         return hashes, at, np.argsort(hashes, kind="stable")
 
     def _top(self, n: int) -> np.ndarray:
-        """Return the characters in all occurrences of each text's most frequent run of n words, with a space between
-        words: int64 [texts]. Of equally frequent runs, the first counts.
-        """
+        """Return the characters in all occurrences of each text's most frequent (first of equals) run of n words,
+        joined by spaces: int64 [texts]."""
         hashes, at, order = self._grams(n)
         begins = np.flatnonzero(np.diff(hashes[order], prepend=hashes[order][:1] + np.uint64(1)))
         counts, first = np.diff(begins, append=len(order)), at[order[begins]]
@@ -223,9 +219,8 @@ class Words:
         return found
 
     def _repeated(self, n: int) -> np.ndarray:
-        """Return the characters in runs of n words that came before in their text, from left to right: after such a
-        run, the search goes on behind it. int64 [texts].
-        """
+        """Return the characters in runs of n words that came before in their text, searched from left to right and on
+        behind each: int64 [texts]."""
         hashes, at, order = self._grams(n)
         is_same = hashes[order][1:] == hashes[order][:-1]
         later, earlier = at[order[1:][is_same]], at[order[:-1][is_same]]

@@ -20,12 +20,10 @@ from mmdata.pack.part import Part, PartSettings, screened_path
 def screen(
     settings: PartSettings, parts: Sequence[Part], own: Sequence[Part], run: Callable[..., Any], progress: Any
 ) -> None:
-    """Write, for every part, a file with the lines to leave out. Does nothing if no option asks for it.
-
-    All `parts` are read, since rows are compared across parts, but those in `own` first: processes that pack different
-    shares and start together thus divide the work. run: calls `workers.run_jobs`. progress: called with the bytes read
-    so far and the bytes in all. Raises InputError if an excluded file is missing or has changed.
-    """
+    """Write, for every part, a file with the lines to leave out, if an option asks for it. All `parts` are read, since
+    rows are compared across them, but those in `own` first: processes that pack different shares and start together
+    thus divide the work. run: calls `workers.run_jobs`. progress: called with the bytes read so far and in all. Raises
+    InputError if an excluded file is missing or has changed."""
     arguments, directory = settings.header.arguments, settings.screen_dir
     left_out = _not_selected(settings, parts, own, run, progress) if arguments.where else {}
     if arguments.dedup or arguments.exclude:

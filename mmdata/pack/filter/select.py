@@ -41,9 +41,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rows of files are chosen. kind: of the rows. parts: of the files. frame: of all lines that are not blank, in order: part, file,
-    line, reason (null if the row is chosen) and detail. order: int64, indices of the chosen rows as they are written.
-    """
+    """Which rows of files are chosen. kind: of the rows. parts: of the files. frame: of all lines that are not blank,
+    in order: part, file, line, reason (null if chosen) and detail. order: int64, the chosen rows in the order of
+    writing."""
 
     kind: str
     parts: list[Part]
@@ -76,11 +76,8 @@ class Selection:
 
 
 def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress | None = None) -> Selection:
-    """Choose rows of files of one kind. progress: called with the bytes read and the bytes of all files.
-
-    Raises UsageError for options that are not valid, and InputError if a file cannot be read, has no usable row, or if
-    the files are of different kinds.
-    """
+    """Choose rows of files of one kind. progress: called with the bytes read and in all. Raises UsageError for invalid
+    options, and InputError if a file cannot be read, has no usable row, or the files are of different kinds."""
     conditions = {options.where: Where(options.where)} if options.where is not None else {}
     if options.quality:
         rules = PRESETS[options.quality].items()
@@ -156,12 +153,10 @@ def _order_of(options: SelectOptions) -> tuple[str | None, bool]:
 
 
 def write_selection(selection: Selection, out: Path, rest: Path | None = None) -> None:
-    """Write the chosen rows to `out` in their order, and all other lines to `rest`, if given, in the order of the files.
-    A file beside each, NAME.sources.parquet, has file and line of each row; for other lines, reason and detail, too.
-
-    A file with the suffix .parquet has the columns file, line and row (the line). Raises InputError if an input has
-    changed since it was read.
-    """
+    """Write the chosen rows to `out` in their order, and all other lines to `rest`, if given, in the order of the
+    files. NAME.sources.parquet beside each has file and line of each row; for other lines, reason and detail, too. A
+    .parquet file has the columns file, line and row (the line). Raises InputError if an input has changed since it was
+    read."""
     frame = selection.frame
     others = np.flatnonzero(frame["reason"].is_not_null().to_numpy())
     targets = [(out, selection.order, ["file", "line"])]
@@ -216,9 +211,7 @@ def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def _write_parquet(path: Path, rows: pl.DataFrame, lines: Iterable[bytes]) -> None:
-    """Write lines with their places. Only among rows that cannot be used are lines that are not UTF-8; with such rows,
-    the column `row` is binary.
-    """
+    """Write lines with their places; the column `row` is binary if a line is not UTF-8, as only of unusable rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -235,9 +228,8 @@ def _write_parquet(path: Path, rows: pl.DataFrame, lines: Iterable[bytes]) -> No
 
 @contextmanager
 def _ordered_lines(selection: Selection, order: np.ndarray) -> Iterator[Iterator[bytes]]:
-    """Yield an iterator over the lines of these rows of the frame. If they are not in the order of the files, the lines
-    are first copied to a temporary file.
-    """
+    """Yield an iterator over the lines of these rows of the frame; unless in the order of the files, they are first
+    copied to a temporary file."""
     numbers = np.sort(order)
     lines = _lines(selection, numbers)
     if np.array_equal(numbers, order):

@@ -18,8 +18,7 @@ _MIX = np.uint64(0xD6E8FEB86659FD93)
 
 def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a hash of every shingle of each text (uint64 [M]) and the index of its text (int64 [M]). points: code
-    points of all texts laid end to end, uint32 [N]. lengths: number of characters of each text, int64 [texts].
-    """
+    points of all texts end to end, uint32 [N]. lengths: characters of each text, int64 [texts]."""
     if len(points) < GRAM:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
     hashes = points.astype(np.uint64)
@@ -41,10 +40,9 @@ def shingles(points: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarray:
-    """Return the MinHash signature of each text: uint16 [num_texts, NUM_BINS]. hashes, text: as `shingles` returns
-    them. One-permutation hashing (Li, Owen, Zhang 2012): the share of equal entries of two texts estimates the Jaccard
-    similarity of their sets of shingles. Texts with fewer than LEAST_GRAMS shingles have EMPTY entries only.
-    """
+    """Return the MinHash signature of each text: uint16 [num_texts, NUM_BINS]. hashes, text: from `shingles`.
+    One-permutation hashing (Li, Owen, Zhang 2012): the share of equal entries of two texts estimates the Jaccard
+    similarity of their shingles. Texts with fewer than LEAST_GRAMS shingles have EMPTY entries only."""
     numbers = np.bincount(text, minlength=num_texts)
     keep = (hashes & np.uint64(3) == 0) | (numbers <= MANY_GRAMS)[text]
     hashes, text = hashes[keep], text[keep]
@@ -63,12 +61,10 @@ def signatures(hashes: np.ndarray, text: np.ndarray, num_texts: int) -> np.ndarr
 
 
 def near_duplicates(signatures: np.ndarray) -> np.ndarray:
-    """Return whether each text is a near duplicate of an earlier one: bool [rows]. signatures: uint16 [rows, NUM_BINS].
-
-    A signature is split into four quarters, and each text is compared with the first and with the nearest earlier text
-    that has an equal quarter (locality-sensitive hashing); at least the share NEAR of the entries must be equal. So
-    some near duplicates may be missed. Texts without a signature are not duplicates.
-    """
+    """Return whether each text is a near duplicate of an earlier one: bool [rows]. signatures: uint16 [rows, NUM_BINS],
+    split into four quarters; a text is compared with the first and the nearest earlier text with an equal quarter
+    (locality-sensitive hashing), so some may be missed, and at least the share NEAR of the entries must be equal. Texts
+    without a signature are not duplicates."""
     signed = np.flatnonzero((signatures != EMPTY).any(axis=1))
     entries = np.ascontiguousarray(signatures[signed])
     is_near = np.zeros(len(entries), bool)
@@ -86,16 +82,14 @@ def near_duplicates(signatures: np.ndarray) -> np.ndarray:
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the estimated Jaccard similarity of one[i] and other[i], two arrays of signatures: float64 [rows]. Bins
-    that are EMPTY in both do not count; if all are, the result is 0.
-    """
+    EMPTY in both do not count; 0 if all are."""
     is_used = ~((one == EMPTY) & (other == EMPTY))
     return ((one == other) & is_used).sum(axis=1) / np.maximum(is_used.sum(axis=1), 1)
 
 
 def jaccard(hashes: np.ndarray, text: np.ndarray, num_pairs: int) -> np.ndarray:
-    """Return the Jaccard similarity of the shingle sets of texts 2i and 2i + 1: float64 [num_pairs]; 1 if neither text
-    has a shingle. hashes, text: as `shingles` returns them for 2 * num_pairs texts.
-    """
+    """Return the Jaccard similarity of the shingle sets of texts 2i and 2i + 1: float64 [num_pairs]; 1 if neither has
+    any. hashes, text: from `shingles`, of 2 * num_pairs texts."""
     key = (text.astype(np.uint64) << np.uint64(40)) | (hashes >> np.uint64(24))
     key = np.unique(key)
     text = (key >> np.uint64(40)).astype(np.int64)

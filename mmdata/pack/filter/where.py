@@ -10,10 +10,7 @@ HELP = "conditions are SQL: --where \"language = 'Chinese' and characters betwee
 
 
 class Where:
-    """A parsed condition. text: as it was given. names: the columns that it names, in the order of `COLUMNS`.
-
-    Raises UsageError if it is no condition on these columns.
-    """
+    """A parsed condition, UsageError if it is none on `COLUMNS`. text: as given. names: its columns, in their order."""
 
     def __init__(self, text: str, option: str = "--where"):
         self.text = text
@@ -38,8 +35,7 @@ class Where:
 
     def holds(self, frame: pl.DataFrame) -> pl.Series:
         """Return for each row of a frame whether the condition holds; unknown (null) counts as not. The frame must have
-        all rows, because a condition may compare a row with the others, as in `characters > avg(characters)`.
-        """
+        all rows, because a condition may compare them, as in `characters > avg(characters)`."""
         strings = pl.selectors.enum().cast(pl.String)  # `like` and functions of strings take no enums
         found = frame.select(self.names).with_columns(strings).with_columns(self._condition.alias("holds"))["holds"]
         if found.dtype != pl.Boolean:
