@@ -15,7 +15,6 @@ import typer
 from mmdata.commands.options import FILES_HELP, SHARDS_DIR, STEM, Json, data_files, tokenizer_dir
 from mmdata.commands.terminal import (
     Rate,
-    Update,
     counted,
     fail,
     ignored_keys,
@@ -37,6 +36,7 @@ from mmdata.pack.options import OUTPUT, PackOptions
 from mmtrain.config import STAGE_KINDS, stage_defaults, stage_of
 
 if TYPE_CHECKING:
+    from mmdata.io.files import Progress
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
 
@@ -198,7 +198,7 @@ def dataset_names(paths: list[Path]) -> list[str]:
 
 
 @contextmanager
-def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple[Update, Callable[[int, int, int], None]]]:
+def pack_progress(label: str, *, quiet: bool) -> Iterator[tuple["Progress", Callable[[int, int, int], None]]]:
     """Show the progress of packing, as a context manager. Yields `update(done, total)`, in bytes of the inputs, and
     `watch(rows, tokens, num_left_out)`, which takes the counts for the next `update` to show."""
     by_bytes, by_tokens = Rate(), Rate()

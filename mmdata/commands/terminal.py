@@ -21,6 +21,7 @@ from mmdata.errors import MMError
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+    from mmdata.io.files import Progress
     from mmdata.stats.report.page import Block, Section, Translation
 
 PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
@@ -29,8 +30,6 @@ CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are c
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
 MOST_KEYS = 10  # ignored keys of rows in a line
-
-Update = Callable[[int, int], None]  # (units done, units in all)
 
 
 @dataclass
@@ -359,7 +358,7 @@ class Rate:
 
 
 @contextmanager
-def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator[Update]:
+def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterator["Progress"]:
     """Show the progress of one piece of work unless `quiet`, as a context manager. Yields `update(done, total)`.
     unit: what is counted, such as "samples"; counts of bytes are shown with a suitable unit."""
     rate = Rate()

@@ -8,6 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from mmdata.encode.rows import LOOK_AT, BadRow, Columns, Row, explain, kind_of_lines, parse_row, texts_of
+from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import Line, format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 
@@ -53,7 +54,7 @@ def validate(
     kind: str | None = None,
     read: ReadOptions = DEFAULT_READING,
     on_bad: Callable[[Line, BadRow], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Validation:
     """Read every row of a file (`-`: standard input) and count the bad rows by reason. Raises InputError if the file is
     missing or damaged. Without `kind`, also if it is empty, or if its first rows are all invalid or of mixed kinds.
@@ -85,10 +86,9 @@ def validate(
             strings = control_strings(line.raw, row)
             counts.control_strings.update(strings)
             counts.num_rows_with_control += bool(strings)
-        if progress and not counts.num_rows % _TICK_ROWS:
+        if not counts.num_rows % _TICK_ROWS:
             progress(counts.num_bytes, total)
-    if progress:
-        progress(counts.num_bytes, total)
+    progress(counts.num_bytes, total)
     return counts
 
 

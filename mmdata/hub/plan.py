@@ -22,7 +22,7 @@ from mmdata.hub.options import FetchOptions
 from mmdata.hub.partial import Content, kept_bytes
 from mmdata.hub.sources import Listing, Repo, commits, first_bytes, is_safe, list_files, look_up, open_source
 from mmdata.hub.transfer import RetryPolicy
-from mmdata.io.files import Digest, Progress, digest_file
+from mmdata.io.files import Digest, Progress, digest_file, no_progress
 
 TOKENIZER_DIR = "tokenizer"
 SHOW_NAMES = "`mm fetch --list` shows the known names"
@@ -78,7 +78,7 @@ class FetchPlan:
         return sum(item.get_bytes for item in self.items)
 
 
-def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress | None = None) -> FetchPlan:
+def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress = no_progress) -> FetchPlan:
     """Decide what to do so that the requested files are complete in `options.out`. May list repositories.
 
     names: catalog keys, file names or shell patterns, to which the files of the options `preset`, `everything` and
@@ -109,7 +109,7 @@ def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress | Non
 class _Planner:
     """The state of planning: the content of mm.lock, the warnings, and the listings and histories requested so far."""
 
-    def __init__(self, options: FetchOptions, progress: Progress | None) -> None:
+    def __init__(self, options: FetchOptions, progress: Progress) -> None:
         self.options, self.progress = options, progress
         self.source = open_source(options.source, options.endpoint, options.retry or RetryPolicy())
         self.warnings: list[str] = []

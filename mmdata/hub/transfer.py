@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from mmdata.errors import DiskError, FetchError, IntegrityError, MMError, NetworkError
 from mmdata.hub.partial import RESUME, Content, PartialFile, Span, cut, missing
-from mmdata.io.files import Digest, Progress
+from mmdata.io.files import Digest, Progress, no_progress
 
 T = TypeVar("T")
 NOT_DATA = (
@@ -120,7 +120,7 @@ def download(
     *,
     connections: int = 1,
     retry: RetryPolicy | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     check: Callable[[Path, Digest], list[str]] | None = None,
 ) -> Download:
     """Download one file to `target`, which stays as it is until the new file is complete, and verify it. A file whose
@@ -169,7 +169,7 @@ class _Connections:
     """The connections of one download, as threads. `done_bytes` are on disk; `stop` tells all threads to end."""
 
     def __init__(
-        self, part: PartialFile, open_body: OpenBody, retry: RetryPolicy, result: Download, progress: Progress | None
+        self, part: PartialFile, open_body: OpenBody, retry: RetryPolicy, result: Download, progress: Progress
     ) -> None:
         self.part, self.open_body, self.retry = part, open_body, retry
         self.result, self.progress = result, progress
@@ -293,8 +293,7 @@ class _Connections:
             self.part.write(span, data, is_only=not self.is_shared)
             with self._guard:
                 self.done_bytes += len(data)
-                if self.progress:
-                    self.progress(self.done_bytes, self.num_bytes)
+                self.progress(self.done_bytes, self.num_bytes)
             if span[1] == end:
                 return
 

@@ -17,7 +17,11 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 CHUNK_BYTES = 2**16
-Progress = Callable[[int, int], None]  # called with (bytes read so far, bytes in all)
+Progress = Callable[[int, int], None]  # called with (bytes or other units done so far, units in all)
+
+
+def no_progress(*_: object) -> None:
+    """The `Progress` of a caller that shows none."""
 
 
 class FileInfo(NamedTuple):
@@ -181,15 +185,14 @@ class Digest:
         return self._last == b"\n"
 
 
-def digest_file(path: Path, *, with_git: bool = False, progress: Progress | None = None) -> Digest:
+def digest_file(path: Path, *, with_git: bool = False, progress: Progress = no_progress) -> Digest:
     """Return the `Digest` of a whole file (about 0.6 GB/s). with_git: also compute git's blob id."""
     with open(path, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         digest = Digest(num_bytes, with_git=with_git)
         while data := file.read(CHUNK_BYTES):
             digest.update(data)
-            if progress:
-                progress(digest.position, num_bytes)
+            progress(digest.position, num_bytes)
     return digest
 
 

@@ -6,17 +6,16 @@ be copied to this machine first; `bring_command` gives the command.
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdata.errors import DatasetError, InputError, UsageError
-from mmdata.io.files import sha256_of_stream
+from mmdata.io.files import Progress, no_progress, sha256_of_stream
 from mmdata.io.records import FileEntry
 
 READ_BYTES = 4 * 2**20
-Progress = Callable[[int, int], None]
 _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf download"}
 
 
@@ -87,7 +86,7 @@ def file_at(text: object) -> Any:
     return text if isinstance(text, (Path, RemoteFile)) else RemoteFile(str(text)) if is_url(text) else Path(str(text))
 
 
-def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress | None = None) -> int:
+def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress = no_progress) -> int:
     """Copy files of a local directory to a URL, in the given order, and return the number of bytes sent.
 
     files: paths relative to the directory. Put the file that makes it complete, such as a manifest, last. A file that
@@ -105,8 +104,7 @@ def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progre
             if not _is_there(system, path, file):
                 raise DatasetError(f"{url}: {file.path} arrived with other bytes", "run the same command again")
         done += file.bytes
-        if progress:
-            progress(done, total)
+        progress(done, total)
     return sent
 
 

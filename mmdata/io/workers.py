@@ -16,10 +16,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wai
 from typing import Any, TypeVar
 
 from mmdata.errors import MMError, UsageError
+from mmdata.io.files import no_progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Progress = Callable[..., None]  # called with (units done, units in all, *other counts so far)
+CountedProgress = Callable[..., None]  # called with (units done, units in all, *other counts so far)
 Tick = Callable[..., None]  # called with what was added since the last call: (units, *other counts)
 COUNTS = 4  # units, and up to three other counts
 POLL_S = 0.2
@@ -35,7 +36,7 @@ def run_jobs(
     workers: int = 1,
     engine: str = "local",
     ray_address: str | None = None,
-    progress: Progress | None = None,
+    progress: CountedProgress = no_progress,
     with_counts: bool = False,
 ) -> list[Result]:
     """Call `work(job, tick)` for every job, where `work = make()` is created once in each process, and return the
@@ -51,30 +52,27 @@ def run_jobs(
     Raises UsageError for an unknown engine or for a `ray_address` without the engine "ray", MMError if a worker process
     dies or ray cannot be reached, and what `work` raises.
     """
-    if progress and not with_counts:
-        report = progress
-        progress = lambda done, total, *_: report(done, total)  # noqa: E731
+    report: CountedProgress = progress if with_counts else lambda done, total, *_: progress(done, total)
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine} is unknown", f"use {' or '.join(ENGINES)}")
     if ray_address and engine != "ray":
         raise UsageError("--ray-address belongs to --engine ray", "add --engine ray, or leave it out")
     if engine == "ray":
-        return _run_on_ray(make, jobs, total, workers, ray_address, progress)
+        return _run_on_ray(make, jobs, total, workers, ray_address, report)
     workers = min(workers, len(jobs))
     if workers <= 1 or multiprocessing.current_process().daemon:
-        return _run_here(make(), jobs, total, progress)
-    return _run_in_pool(make, jobs, total, workers, progress)
+        return _run_here(make(), jobs, total, report)
+    return _run_in_pool(make, jobs, total, workers, report)
 
 
 def _run_here(
-    work: Callable[[Job, Tick], Result], jobs: Sequence[Job], total: int, progress: Progress | None
+    work: Callable[[Job, Tick], Result], jobs: Sequence[Job], total: int, progress: CountedProgress
 ) -> list[Result]:
     done = [0] * COUNTS
 
     def tick(*counts: int) -> None:
         _add(done, 0, counts)
-        if progress:
-            progress(done[0], total, *done[1:])
+        progress(done[0], total, *done[1:])
 
     return [work(job, tick) for job in jobs]
 
@@ -84,7 +82,7 @@ def _run_in_pool(
     jobs: Sequence[Job],
     total: int,
     workers: int,
-    progress: Progress | None,
+    progress: CountedProgress,
 ) -> list[Result]:
     """Run the jobs in spawned processes. On an exception, cancel the jobs not yet started, wait until the running ones
     stop at their next `tick`, and raise it again.
@@ -118,14 +116,13 @@ def _children_without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: Progress | None) -> None:
+def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: CountedProgress) -> None:
     """Wait until all are done or one has failed, calling `progress` every POLL_S seconds. counts: COUNTS for each job."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
-        if progress:
-            done_units, *more = (sum(counts[n::COUNTS]) for n in range(COUNTS))
-            progress(done_units, total, *more)
+        done_units, *more = (sum(counts[n::COUNTS]) for n in range(COUNTS))
+        progress(done_units, total, *more)
         if any(future.exception() for future in done):
             return
 
@@ -198,7 +195,7 @@ def _run_on_ray(
     total: int,
     workers: int,
     address: str | None,
-    progress: Progress | None,
+    progress: CountedProgress,
 ) -> list[Result]:
     """Run each job as a ray task on one core and return the results in the order of the jobs.
 
@@ -223,7 +220,7 @@ def _run_on_ray(
             ray.shutdown()
 
 
-def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | None) -> list[Any]:
+def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: CountedProgress) -> list[Any]:
     """Return the results of all ray tasks in order. The first error noticed is raised and the other tasks are not
     waited for: an MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker died.
     """
@@ -239,8 +236,7 @@ def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: Progress | Non
             except ray.exceptions.RayError as error:
                 raise MMError(f"a ray worker died: {error}", "look at `ray logs`; run again to go on") from None
             _add(done, 0, counts)
-        if progress:
-            progress(done[0], total, *done[1:])
+        progress(done[0], total, *done[1:])
     return [results[task] for task in tasks]
 
 

@@ -24,7 +24,7 @@ from mmdata.encode import rows
 from mmdata.encode.encoder import DEFAULT_ON_LOST
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
-from mmdata.io.files import sha256_of, write_bytes, write_json
+from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write_json
 from mmdata.io.lines import TABLE, format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import FileEntry, decode_record, write_record
@@ -45,7 +45,6 @@ DISK_SHARE = 0.6  # bytes of shards and sources per byte of jsonl with 16-bit id
 LARGE_CHARACTERS = 20_000_000  # packed characters from which installing a faster encoder is recommended
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.001, 0.01  # share of bytes that the tokenizer does not know
 COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
-Progress = Callable[[int, int], None]
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
 
@@ -89,8 +88,8 @@ class _Job:
     states: list[tuple[int, int]]  # size and modification time (ns) of each input
     parts: list[Part]
     header: DatasetHeader
-    progress: Progress | None
-    watch: Watch | None
+    progress: Progress
+    watch: Watch
     note: Note
 
     def run(self, *arguments: Any, **more: Any) -> list[Any]:
@@ -109,9 +108,9 @@ def pack(
     out: Path,
     options: PackOptions,
     *,
-    progress: Progress | None = None,
-    watch: Watch | None = None,
-    note: Note | None = None,
+    progress: Progress = no_progress,
+    watch: Watch = no_progress,
+    note: Note = no_progress,
 ) -> PackResult:
     """Pack jsonl files of one row kind into the dataset directory `out`; do nothing if an equal dataset is there
     already.
@@ -132,7 +131,7 @@ def pack(
     arguments = _arguments(options, *parse_budget(options.max_bad))
     _check_inputs(inputs := [remote.file_at(path) for path in inputs])
     is_rerun = _is_dataset(out)
-    job = _plan_job(inputs, out, options, arguments, progress, watch, note or (lambda _: None))
+    job = _plan_job(inputs, out, options, arguments, progress, watch, note)
     if is_rerun and (manifest := _same_dataset(out, job.header)):
         return _result(out, manifest, start, up_to_date=True)
     if share:
@@ -187,10 +186,8 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
     )
 
     def report(done_bytes: int, _: int, *counts: int) -> None:
-        if job.watch:
-            job.watch(*(new + old for new, old in zip(counts, before, strict=True)))
-        if job.progress:
-            job.progress(bytes_before + done_bytes, total)
+        job.watch(*(new + old for new, old in zip(counts, before, strict=True)))
+        job.progress(bytes_before + done_bytes, total)
 
     if todo:
         settings = PartSettings(staging.dataset, job.tokenizer.dir, job.header, job.options.encoder)
@@ -300,8 +297,8 @@ def _plan_job(
     out: Path,
     options: PackOptions,
     arguments: PackArguments,
-    progress: Progress | None,
-    watch: Watch | None,
+    progress: Progress,
+    watch: Watch,
     note: Note,
 ) -> _Job:
     """Read and hash the inputs once, check tokenizer and row kind, and cut the inputs into parts; write nothing."""

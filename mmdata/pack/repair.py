@@ -13,11 +13,11 @@ from pathlib import Path
 
 from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.io import remote
-from mmdata.io.files import info_of_bytes, move_into_place, write_bytes, write_json
+from mmdata.io.files import Progress, info_of_bytes, move_into_place, no_progress, write_bytes, write_json
 from mmdata.io.records import FileEntry
 from mmdata.io.workers import run_jobs
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
-from mmdata.pack.pipeline import Progress, plan
+from mmdata.pack.pipeline import plan
 from mmdata.pack.staging import only_writer
 from mmdata.pack.summary import stats_of
 from mmdata.shards.checksums import difference
@@ -28,7 +28,7 @@ STATS = "stats.json"  # needs the results of all parts
 
 
 def repair(
-    directory: Path, *, tokenizer_dir: Path | None = None, workers: int = 1, progress: Progress | None = None
+    directory: Path, *, tokenizer_dir: Path | None = None, workers: int = 1, progress: Progress = no_progress
 ) -> list[str]:
     """Rebuild the missing or damaged files of a dataset and return their paths, relative to its directory.
 
@@ -80,7 +80,7 @@ def _rebuild(
     damaged: Sequence[FileEntry],
     settings: PartSettings,
     num_workers: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     """Pack the parts of the damaged files again and move the rebuilt files, except the tokenizer's, into the dataset;
     move nothing and raise DatasetError if one is not as recorded."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import ArrowFile, Ragged, read_arrow
-from mmdata.io.files import Progress
+from mmdata.io.files import Progress, no_progress
 from mmdata.shards import checksums, dataset
 from mmdata.shards.manifest import MANIFEST, Manifest, ShardRecord, dataset_digest, read_manifest
 
@@ -27,7 +27,7 @@ class Problem:
         return f"{self.shard} {self.what}"
 
 
-def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
+def verify(directory: Path, progress: Progress = no_progress) -> list[Problem]:
     """Return all differences between a dataset and its manifest: sizes and hashes of files, counts and value ranges of
     shards, the manifest's sums, unlisted files and, if nothing else differs, sequences not stored exactly once.
     progress: bytes checked so far and in all. Raises DatasetError if the manifest is missing or unreadable."""
@@ -41,8 +41,7 @@ def verify(directory: Path, progress: Progress | None = None) -> list[Problem]:
         elif file.path in shards:
             problems += [Problem(file.path, what) for what in _check_shard(directory, manifest, shards[file.path])]
         done += file.bytes
-        if progress:
-            progress(done, total)
+        progress(done, total)
     listed = {MANIFEST, dataset.REPORT, checksums.VERIFIED_NAME, checksums.LOCK_NAME, *(file.path for file in files)}
     present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     problems += [Problem(path, "is not in the manifest") for path in sorted(present - listed)]

@@ -5,7 +5,7 @@ measured. The tokens of a jsonl file are counted in a sample of its rows, select
 requested: tokenizing takes ten times as long as everything else. The number of processes does not change the results.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from mmdata.encode.rows import (
 from mmdata.encode.sequences import Sequences
 from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, num_rows
+from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import JSONL, FileFormat, Line, format_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.workers import Tick, run_jobs
@@ -57,7 +58,6 @@ DECODED_ROWS = 2**11  # decoded rows that are counted at once
 # The columns of rows that figures are computed from; pairs have those of PAIR_COLUMNS, too.
 COLUMNS = ("language", "turns", "has_system", "has_tools", "tool_calls", "reasoning_messages")
 PAIR_COLUMNS = ("chosen_characters", "rejected_characters", "similarity")
-Progress = Callable[[int, int], None]
 Losses = Mapping[str, Mapping[int, float]]  # mean loss of a row in nats per token, by file and line number
 
 
@@ -214,7 +214,7 @@ def scan_files(
     *,
     workers: int = 1,
     sha256s: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[PartScan]:
     """Count the rows of files of one kind, and their tokens if the options name a tokenizer. Return one scan per part,
     whatever `workers` is. sha256s: the expected hash of each file; if one differs, nothing is counted and the result is
@@ -351,7 +351,7 @@ def scan_decoded(
     share: float = 1.0,
     workers: int = 1,
     wanted: Losses | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[PartScan]:
     """Count the rows of a dataset, or a share of them, decoded from its shards. Return one scan per part. A share below
     1 is read in this process, whatever `workers` is. wanted: rows to show, with their loss. progress: called with the

@@ -7,7 +7,7 @@ shards. A jsonl file is read once, at about 15 MB per second and core.
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import NOT_SELECTED, find_kind
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
+from mmdata.io.files import Progress, no_progress
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.options import options_of
 from mmdata.pack.filter.select import select
@@ -48,7 +49,6 @@ from mmdata.stats.tokens import Vocabulary
 from mmdata.tokenizer.scripts import LANGUAGES
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], None]
 NUM_RANDOM = 12  # rows of the random sample that are shown
 # `mm pack` measures only a share of the rows for its report, so that the report takes little of its time.
 QUICK_BYTES = (2**17, 2**20)  # least and greatest size of this share, in bytes of the inputs
@@ -115,7 +115,7 @@ def measure_file(
     losses: Losses | None = None,
     read: ReadOptions = DEFAULT_READING,
     where: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Measured:
     """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row, UsageError if
     `where` is not a condition.
@@ -171,7 +171,7 @@ def measure_dataset(
     is_quick: bool = False,
     workers: int = 1,
     losses: Losses | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Measured:
     """Measure a packed dataset: everything that its report shows. DatasetError if the dataset is missing or damaged.
 
@@ -224,7 +224,7 @@ def measure_dataset(
     return Measured(directory, figures, records(samples, vocabulary), hashes)
 
 
-def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progress | None) -> list[PartScan]:
+def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progress) -> list[PartScan]:
     """Count the rows of the inputs, except those left out. Return none if an input is missing or has changed."""
     paths = [path for path in _inputs(dataset) if path]
     if len(paths) < len(dataset.inputs):

@@ -23,7 +23,7 @@ An answer ends at the tokenizer's EOS token, at what its chat template writes af
 stop string, none of which is part of the answer, or after `max_new_tokens`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mmdata.encode.template import ending_of
 from mmdata.errors import UsageError
+from mmdata.io.files import Progress, no_progress
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.decoder import Decoder, KVCache
 from mmtrain.inference.replies import tail_of_prefix
@@ -171,7 +172,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         options: Sampling,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = no_progress,
     ) -> list[Row]:
         """Generate an answer to each prompt, with the same settings. progress: called with (finished answers, prompts)
         after each step. Raise UsageError as `submit` does."""
@@ -179,8 +180,7 @@ class Engine:
         num_finished = 0
         while not self.is_idle:
             num_finished += sum(delta.finish_reason is not None for delta in self.step())
-            if progress:
-                progress(num_finished, len(rows))
+            progress(num_finished, len(rows))
         return rows
 
     @torch.inference_mode()

@@ -3,7 +3,7 @@ choices is the answer. Questions are read from jsonl, one a line: `{"question", 
 [...], "answer"}`, with a choice's number from 0, its letter from A, or its text. Nothing is random."""
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ import torch
 
 from mmdata.encode.template import Template
 from mmdata.errors import InputError
+from mmdata.io.files import Progress, no_progress
 from mmdata.io.records import Record, decode_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
@@ -147,7 +148,7 @@ def ask(
     questions: Sequence[ExamQuestion],
     *,
     max_new_tokens: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[ExamAnswer]:
     """Generate a greedy answer to each question; it is right if it equals the expected one, both `normalized`.
     template: None for a model that was only pretrained, which continues the question as a text. progress: called with
@@ -169,7 +170,7 @@ def choose(
     template: Template | None,
     questions: Sequence[ExamQuestion],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[ExamAnswer]:
     """Take the choice with the highest log-probability, summed over its tokens, as the answer to its question; for
     `is_right_per_byte` that with the highest one per UTF-8 byte. template: None for a model that was only pretrained;
@@ -183,8 +184,7 @@ def choose(
     logps: list[float] = []
     for micro in micro_batches(sequences):
         logps += logps_of(model, to_device(micro, model.head_weight.device)).tolist()
-        if progress:
-            progress(len(logps), len(sequences))
+        progress(len(logps), len(sequences))
     answers, begin = [], 0
     for one in questions:
         own = logps[begin : begin + len(one.choices)]

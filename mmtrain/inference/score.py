@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mmdata.errors import TokenizerError
+from mmdata.io.files import Progress, no_progress
 from mmdata.shards.dataset import Dataset, PackView, PairView, loss_mask, open_sources
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def score(
     dataset: Dataset,
     split: str,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Iterator[Scored]:
     """Yield the score of every sequence of a split in the order of its samples; of a pair, chosen then rejected. split:
     "train" or "val". progress: called with (samples scored, all samples) after each forward pass. Raise TokenizerError
@@ -86,8 +87,7 @@ def score(
         places = [place for number in micro.samples.tolist() for place in _places(dataset, split, number, sources)]
         for (bucket, file, line, side), tokens, nll, size, byte_nll in zip(places, *sums, strict=True):
             yield Scored(str(dataset.dir), split, bucket, file, line, side, int(tokens), nll, int(size), byte_nll)
-        if progress:
-            progress(int(micro.samples[-1]) + 1, total)
+        progress(int(micro.samples[-1]) + 1, total)
 
 
 class LaidOut(NamedTuple):

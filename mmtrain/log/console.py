@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mmdata.io.files import Progress
+
 SOON_S, AGAIN_S = 1.5, 10.0  # seconds until the first line about a phase, and between the next ones
 DRAW_S = 0.2  # seconds between drawings of the live line
 BAR_WIDTH = 10
-Update = Callable[[int, int], None]  # (units done, units in all)
 
 
 class Console:
@@ -57,7 +58,7 @@ class Console:
                 self._drawn = time.monotonic()
 
     @contextmanager
-    def phase(self, label: str, unit: str = "", *, seconds: float = 0.0) -> Iterator[Update]:
+    def phase(self, label: str, unit: str = "", *, seconds: float = 0.0) -> Iterator[Progress]:
         """Context manager of work that may take long; yields `update(done, total)`. If it takes more than SOON_S, its
         progress is shown. unit: what is counted, such as "pairs". seconds: how long it will take, 0 if unknown."""
         begun, is_over = time.monotonic(), threading.Event()

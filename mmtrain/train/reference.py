@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmdata.errors import CheckpointError
 from mmdata.io.arrow import read_arrow, write_arrow
+from mmdata.io.files import Progress, no_progress
 from mmdata.shards.pairs import PairLoader
 from mmtrain import checkpoint
 from mmtrain.distributed import World
@@ -145,9 +146,7 @@ def _compute_splits(model: Model, pairs: Mapping[str, PairLoader], world: World,
     return logps
 
 
-def compute(
-    model: Model, loader: PairLoader, world: World, *, progress: Callable[[int, int], None] | None = None
-) -> Tensor:
+def compute(model: Model, loader: PairLoader, world: World, *, progress: Progress = no_progress) -> Tensor:
     """Return the summed logps of all pairs of the loader's split on the device: float64 [num_samples, 2], chosen first.
     Every rank must call this; each computes its share and gets all. progress: called as `progress(done, total)` with
     numbers of pairs after each micro-batch; done is estimated from this rank's share."""
@@ -159,8 +158,7 @@ def compute(
             values = logps_of(model, to_device(micro, world.device, limits)).view(-1, 2)
             logps[torch.from_numpy(micro.samples).to(world.device)] = values
             done += len(micro.samples)
-            if progress is not None:
-                progress(min(done * world.size, loader.num_samples), loader.num_samples)
+            progress(min(done * world.size, loader.num_samples), loader.num_samples)
     return world.sum(logps)
 
 

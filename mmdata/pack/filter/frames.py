@@ -12,6 +12,7 @@ import polars as pl
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import BadRow, Columns, Row, parse_row, row_hash, texts_of
 from mmdata.errors import UsageError
+from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import Line
 from mmdata.io.workers import Tick
 from mmdata.pack.dedup import Excluded, band_hashes, check_options, first_of_equal, first_of_near
@@ -172,13 +173,13 @@ def without_keys(frame: pl.DataFrame, is_out: pl.Expr) -> pl.DataFrame:
     return frame.with_columns(pl.when(~is_out).then(pl.col(name)).alias(name) for name in keys)
 
 
-def read_rows(reader: RowReader, parts: Sequence[Part], run: Run, progress: Any = None) -> pl.DataFrame:
+def read_rows(reader: RowReader, parts: Sequence[Part], run: Run, progress: Progress = no_progress) -> pl.DataFrame:
     """Return a frame of all lines of all parts, in order: part (its number), file, line, reason (null, or why the row
     cannot be used), the reader's columns, and the keys of rows that columns on duplicates need."""
     return with_groups(pl.concat(_read(reader, parts, run, progress)), reader.makers())
 
 
-def _read(reader: RowReader, parts: Sequence[Part], run: Run, progress: Any = None) -> list[pl.DataFrame]:
+def _read(reader: RowReader, parts: Sequence[Part], run: Run, progress: Progress = no_progress) -> list[pl.DataFrame]:
     """Return the frame of each part, as `read_rows` describes it, without columns on duplicates."""
     total = sum(part.num_bytes for part in parts)
     frames = run(partial(PartColumns, reader), parts, total=total, progress=progress)

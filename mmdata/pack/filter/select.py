@@ -8,7 +8,7 @@ import gzip
 import io
 import mmap
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ import polars as pl
 
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS, Columns, parse_row, texts_of
 from mmdata.errors import InputError, UsageError
-from mmdata.io.files import atomic_path, write_bytes
+from mmdata.io.files import Progress, atomic_path, no_progress, write_bytes
 from mmdata.io.tables import SELECTED
 from mmdata.io.workers import run_jobs
 from mmdata.pack import dedup
@@ -36,7 +36,6 @@ from mmdata.pack.pipeline import common_kind, plan
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 NUM_EXAMPLES, EXAMPLE = 3, 100  # rows that are shown for each condition, and characters of each
 ROWS_AT_ONCE = 2**13  # rows of a parquet file that are written at once
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Selection:
         return found
 
 
-def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress | None = None) -> Selection:
+def select(paths: Sequence[Path], options: SelectOptions, *, progress: Progress = no_progress) -> Selection:
     """Choose rows of files of one kind. progress: called with the bytes read and in all. Raises UsageError for invalid
     options, and InputError if a file cannot be read, has no usable row, or the files are of different kinds."""
     conditions = {options.where: Where(options.where)} if options.where is not None else {}

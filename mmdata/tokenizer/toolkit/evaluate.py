@@ -8,10 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
-from mmdata.io.files import Progress
+from mmdata.io.files import Progress, no_progress
 from mmdata.tokenizer.hostile import hostile_strings
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit.sample import Stratum, TextSample
@@ -134,7 +135,7 @@ def evaluate(
     shapes: Mapping[str, Shape],
     step_tokens: int,
     num_hostile: int = NUM_HOSTILE,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure every tokenizer on the whole sample. shapes: model presets by name. step_tokens: tokens of a training
     step. num_hostile: hostile strings to encode and decode. progress: called with the bytes measured so far and in all;
@@ -143,8 +144,7 @@ def evaluate(
     total = sample.drawn_bytes * len(tokenizers)
     figures = []
     for index, tokenizer in enumerate(tokenizers):
-        begin = index * sample.drawn_bytes
-        tick = (lambda done, begin=begin: progress(begin + done, total)) if progress else None
+        tick = partial(lambda begin, done: progress(begin + done, total), index * sample.drawn_bytes)
         figures.append(_figures(tokenizer, groups, shapes, step_tokens, num_hostile, tick))
     text = TextFigures(
         bytes=sample.drawn_bytes,
@@ -160,7 +160,7 @@ def evaluate(
 class _Coder:
     """Encodes and decodes texts and counts: uses of each id, texts that are changed by it, CPU seconds."""
 
-    def __init__(self, tokenizer: Tokenizer, tick: Callable[[int], None] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, tick: Callable[[int], None] = lambda _: None) -> None:
         self.tokenizer, self.tick = tokenizer, tick
         self.uses = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self.num_texts = self.num_bytes = 0
@@ -184,8 +184,7 @@ class _Coder:
             self.changed += [text for text, back in zip(batch, decoded, strict=True) if text != back]
             self.num_bytes += sum(len(text.encode()) for text in batch)
             num_tokens += len(flat)
-            if self.tick:
-                self.tick(self.num_bytes)
+            self.tick(self.num_bytes)
         self.num_texts += len(texts)
         return np.array([self.num_bytes - before, sum(map(len, texts)), num_tokens])
 
@@ -196,7 +195,7 @@ def _figures(
     shapes: Mapping[str, Shape],
     step_tokens: int,
     num_hostile: int,
-    tick: Callable[[int], None] | None,
+    tick: Callable[[int], None],
 ) -> TokenizerFigures:
     """Measure one tokenizer; see `evaluate`. tick: called with the bytes measured so far."""
     coder, hostile = _Coder(tokenizer, tick), _Coder(tokenizer)

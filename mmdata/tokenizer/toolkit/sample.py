@@ -17,7 +17,7 @@ import numpy as np
 
 from mmdata.encode.rows import BadRow, Columns, Conversation, Document, Pair, Row, parse_row, split_documents
 from mmdata.errors import InputError, UsageError
-from mmdata.io.files import Progress
+from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.tokenizer.scripts import LANGUAGES, code_points, count_scripts, languages_of, scripts_of
@@ -124,7 +124,7 @@ def draw(
     seed: int = 0,
     evened: bool = False,
     read: ReadOptions = DEFAULT_READING,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> TextSample:
     """Read all rows of the files and draw at most `limit_bytes` of their text. Unusable rows are counted and left out.
 
@@ -157,12 +157,10 @@ def draw(
                 waiting = []
                 if sum(one.num_bytes for one in reservoirs.values()) > (1 + _SLACK) * limit_bytes:
                     _shrink(reservoirs.values(), limit_bytes)
-                if progress:
-                    progress(done + line.offset, total)
+                progress(done + line.offset, total)
         _add(reservoirs, index, path, waiting, weights, uniform)
         done += sizes[index]
-    if progress:
-        progress(total, total)
+    progress(total, total)
     room = limit_bytes - _shrink(reservoirs.values(), limit_bytes)
     if evened and not any(language in weights for language in LANGUAGES):
         _balance(reservoirs, room)

@@ -22,7 +22,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmdata.errors import MMError, TokenizerError, UsageError
-from mmdata.io.files import info_of_bytes, new_directory, sha256_of, write_bytes
+from mmdata.io.files import info_of_bytes, new_directory, no_progress, sha256_of, write_bytes
 from mmdata.io.records import plain, read_record
 from mmdata.options import check
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class TrainingRecord(msgspec.Struct, frozen=True):
     files: dict[str, str] = {}
 
 
-def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, phase: Phase | None = None) -> Trained:
+def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, phase: Phase = no_progress) -> Trained:
     """Train on the text of the files and write the tokenizer to `out`, which appears complete or not at all. An `out`
     that was trained from the same bytes with the same options stays as it is. phase: called with progress. Raises
     UsageError for any other `out` or a wrong option, InputError if the files have no text, MMError if the process
@@ -132,7 +132,7 @@ def check_options(options: TokenizerOptions) -> Layout:
 
 
 def train(
-    files: Sequence[Path], options: TokenizerOptions, *, phase: Phase | None = None
+    files: Sequence[Path], options: TokenizerOptions, *, phase: Phase = no_progress
 ) -> tuple[dict[str, bytes], TextSample]:
     """Train in this process. Returns the tokenizer's files by name, and the sample, whose texts have been freed."""
     layout = check_options(options)
@@ -143,9 +143,9 @@ def train(
         seed=options.seed,
         evened=True,
         read=options.reading,
-        progress=(lambda done, total: phase("reading", done, total)) if phase else None,
+        progress=lambda done, total: phase("reading", done, total),
     )
-    texts = _with_progress(sample, phase) if phase else sample.release()
+    texts = _with_progress(sample, phase)
     native = _unigram(texts, layout, options, phase) if options.algorithm == "unigram" else _bpe(texts, layout, options)
     return tokenizer_files(native, layout), sample
 
@@ -178,9 +178,7 @@ def _bpe(texts: Iterable[str], layout: Layout, options: TokenizerOptions) -> tok
     return native
 
 
-def _unigram(
-    texts: Iterable[str], layout: Layout, options: TokenizerOptions, phase: Phase | None
-) -> tokenizers.Tokenizer:
+def _unigram(texts: Iterable[str], layout: Layout, options: TokenizerOptions, phase: Phase) -> tokenizers.Tokenizer:
     """Train a unigram model over bytes: the native pre-tokenizer cuts words and `unigram.train` learns the pieces. The
     layout's tokens are the first pieces, with a score so low that no text is encoded as them."""
     native = tokenizers.Tokenizer(models.Unigram())
@@ -190,8 +188,7 @@ def _unigram(
         counts.update(word for word, _ in cut.pre_tokenize_str(text))
         if len(counts) > _MAX_WORDS:
             counts = Counter({word: count for word, count in counts.items() if count >= _MIN_COUNT})
-    if phase:
-        phase("learning pieces", 0, 0)
+    phase("learning pieces", 0, 0)
     table = byte_of()
     words = {bytes(table[char] for char in word): count for word, count in counts.items()}
     pieces = unigram.train(words, options.vocab_size - len(layout.tokens))
@@ -276,9 +273,7 @@ def publish(out: Path, files: Mapping[str, bytes]) -> None:
 # --- the child process
 
 
-def _in_child(
-    files: Sequence[Path], options: TokenizerOptions, phase: Phase | None
-) -> tuple[dict[str, bytes], TextSample]:
+def _in_child(files: Sequence[Path], options: TokenizerOptions, phase: Phase) -> tuple[dict[str, bytes], TextSample]:
     """Run `train` in a child process, killed if this call is interrupted. Raises its MMError, or one if it dies."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -295,8 +290,7 @@ def _in_child(
                 if kind == "error":
                     raise value
                 progress = value
-            if phase:
-                phase(*progress)
+            phase(*progress)
     except EOFError:
         child.join()
         raise MMError(
