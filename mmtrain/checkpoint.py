@@ -32,7 +32,18 @@ from mmdata.io.records import read_record, write_record
 from mmtrain.config import SettingValues
 from mmtrain.model import lora
 from mmtrain.model.model import Model
-from mmtrain.records import RUN, BestRecord, CheckpointState, FileRecord, TrainedOn, read_run
+from mmtrain.records import (
+    ADAPTERS,
+    BASE,
+    OPTIMIZER,
+    RUN,
+    WEIGHTS,
+    BestRecord,
+    CheckpointState,
+    FileRecord,
+    TrainedOn,
+    read_run,
+)
 from mmtrain.shapes import ModelConfig
 
 FORMAT_VERSION = 1
@@ -44,12 +55,8 @@ DTYPES = {  # torch type -> its name in safetensors files
     torch.int64: "I64",
     torch.uint8: "U8",
 }
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-ADAPTERS, ADAPTER_CONFIG = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)  # the file names that the PEFT library looks for
-BASE = "base.safetensors"  # in the run directory: the frozen weights of a run with LoRA
+STATE = "state.json"
+ADAPTER_CONFIG = "adapter_config.json"  # the file name that the PEFT library looks for
 EXTRA = "extra/"  # in the file OPTIMIZER: prefix of the names of tensors passed to `save` as `extra`
 
 
@@ -379,10 +386,13 @@ def find(path: Path) -> Checkpoint:
     Raises CheckpointError if the checkpoint is damaged, or if the run has no undamaged one."""
     if (path / STATE).exists():
         return open_checkpoint(path)
+    problem = "it holds no checkpoint"
     for directory in _directories(path):
-        with contextlib.suppress(CheckpointError):
+        try:
             return open_checkpoint(directory)
-    problem = "none of its checkpoints is complete" if _directories(path) else "it holds no checkpoint"
+        except CheckpointError as error:
+            if problem == "it holds no checkpoint":
+                problem = f"none of its checkpoints is complete; of the newest: {error.message}"
     raise CheckpointError(
         f"{path}: {problem}", "give a run directory of `mm train`, or a checkpoints/step-N inside one"
     )

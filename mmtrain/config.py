@@ -5,10 +5,12 @@ setting that the user did not give is None until `resolve` sets it. Imports no t
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+import msgspec
 
 from mmdata.errors import CheckpointError, UsageError
-from mmdata.options import INT64, check, flag_of, option, options_of
+from mmdata.options import INT64, check, check_value, flag_of, option, options_of
 from mmtrain.shapes import MODEL_SHAPES, ModelConfig, check_heads, ffn_for, shape_of, shape_of_depth
 
 SettingValues = dict[str, Any]  # settings by name, as run.json and checkpoints record them
@@ -467,6 +469,22 @@ def resolve(
     elif options.epochs is not None:
         values["steps"] = None  # also that of a run being resumed
     return TrainSettings(**values), origins
+
+
+def check_values(values: SettingValues) -> None:
+    """Raise UsageError for the first setting, of those that this version knows, whose recorded value is of another type
+    or not allowed."""
+    kinds = get_type_hints(TrainSettings)
+    for name, known in options_of(TrainSettings):
+        if values.get(name) is not None:
+            try:
+                msgspec.convert(values[name], kinds[name])
+            except msgspec.ValidationError as error:
+                raise UsageError(f"the setting {name}: {error}") from error
+            if values[name] not in (known.by_stage or {}).values():  # such as the empty loss of another stage than dpo
+                check_value(f"the setting {name}", values[name], known)
+        elif name in values and type(None) not in get_args(kinds[name]):
+            raise UsageError(f"the setting {name} is null")
 
 
 def check_options(options: TrainOptions) -> None:

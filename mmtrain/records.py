@@ -5,23 +5,26 @@ read.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from mmdata.errors import CheckpointError
-from mmdata.io.records import read_record
-from mmtrain.config import SettingValues
-from mmtrain.shapes import ModelConfig
+from mmdata.errors import CheckpointError, UsageError
+from mmdata.io.records import Count, Finite, PathText, Positive, Share, read_record
+from mmtrain.config import SettingValues, check_values
+from mmtrain.shapes import ModelConfig, check_heads
 
 RUN = "run.json"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+ADAPTERS = "adapter_model.safetensors"  # the file name that the PEFT library looks for
+BASE = "base.safetensors"  # in the run directory: the frozen weights of a run with LoRA
 
 
 class StartRecord(Struct):
     """The weights that a run started from. dir: the checkpoint directory, empty for new weights. weights_sha256: their
     hash. With --resize-embeddings also the method and the added token ids as ranges, such as "300-301"."""
 
-    dir: str
+    dir: PathText
     weights_sha256: str
     resize_embeddings: str | UnsetType = UNSET
     added_ids: str | UnsetType = UNSET
@@ -33,15 +36,15 @@ class StartRecord(Struct):
 class FileRecord(Struct):
     """The size in bytes and the sha256 of a file that belongs to a checkpoint."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
 class BestRecord(Struct):
     """The step with the lowest val loss so far, and that loss."""
 
-    step: int
-    val_loss: float
+    step: Count
+    val_loss: Finite
 
 
 class TrainedOn(Struct):
@@ -50,8 +53,8 @@ class TrainedOn(Struct):
     tokenizer_sha256: of the datasets' tokenizer. init: the weights the run started from."""
 
     digest: str = ""
-    dirs: list[str] = []
-    weights: list[float] | UnsetType | None = UNSET
+    dirs: list[PathText] = []
+    weights: list[Finite] | UnsetType | None = UNSET
     tokenizer_sha256: str = ""
     init: StartRecord | None = None
 
@@ -61,12 +64,28 @@ class CheckpointState(Struct):
     the checkpoint directory. step: optimizer steps done. best: None without a validation."""
 
     format_version: int
-    files: dict[str, FileRecord]
-    step: int
+    files: Annotated[dict[PathText, FileRecord], Meta(min_length=2)]
+    step: Count
     model: ModelConfig
     settings: SettingValues  # the fields of TrainSettings by name, and `stage`
     data: TrainedOn
     best: BestRecord | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a setting has no allowed value, the model's shape is impossible, or the files, if they are
+        known already, lack the weights of that shape or the optimizer's state."""
+        _check(self.model, self.settings)
+        if not self.files:
+            return
+        if not isinstance(self.settings.get("stage"), str):
+            raise ValueError("the setting stage is missing or not a text")
+        weights = self.files.get(f"../../{BASE}" if ADAPTERS in self.files else WEIGHTS)
+        if weights is None or OPTIMIZER not in self.files:
+            raise ValueError(f"{WEIGHTS} or {OPTIMIZER} is not among its files")
+        if weights.bytes < 4 * self.model.num_params:
+            raise ValueError(
+                f"a model of this shape has {self.model.num_params:,} parameters, more than its weights file"
+            )
 
 
 # --- run.json
@@ -84,19 +103,19 @@ class DataRecord(Struct, kw_only=True):
     """A dataset of a run. dir: its directory. kind: document, conversation or pair. digest: identifies its content.
     share: its share of the tokens of an epoch, 0 to 1."""
 
-    dir: str
+    dir: PathText
     kind: str = ""
     digest: str
-    share: float = 1.0
+    share: Share = 1.0
 
 
 class ResumeRecord(Struct):
     """One resumption of a run. step: optimizer steps done before it. time: when, in Unix time. world_size: number of
     ranks. device: such as "cpu" or "cuda:0"."""
 
-    step: int
-    time: float
-    world_size: int
+    step: Count
+    time: Finite
+    world_size: Positive
     device: str
 
 
@@ -105,7 +124,7 @@ class ReferenceRecord(StartRecord, kw_only=True):
     file with its logps. precision: the type that they were computed in, such as "float32"."""
 
     shape: ModelConfig
-    path: str = ""
+    path: PathText = ""
     precision: str = ""
 
 
@@ -115,21 +134,21 @@ class RunRecord(Struct):
 
     stage: str = "?"
     status: str = "?"  # running, finished, interrupted or failed
-    started: float | None = None
+    started: Finite | None = None
     settings: dict[str, SettingRecord] = {}
     model: ModelConfig | None = None
-    num_params: int = 0
-    num_steps: int = 0
+    num_params: Count = 0
+    num_steps: Count = 0
     init: StartRecord | None = None
     data_digest: str | UnsetType = UNSET
     data: list[DataRecord] = []
     tokenizer_sha256: str | UnsetType = UNSET
     device: str | UnsetType = UNSET
     device_name: str | UnsetType = UNSET
-    matmul_flops: float | UnsetType = UNSET  # operations per second, measured on one large matrix product
-    fill: float | UnsetType = UNSET  # share of positions with tokens if samples were padded instead of packed
+    matmul_flops: Finite | UnsetType = UNSET  # operations per second, measured on one large matrix product
+    fill: Share | UnsetType = UNSET  # share of positions with tokens if samples were padded instead of packed
     precision: str | UnsetType = UNSET
-    world_size: int | UnsetType = UNSET
+    world_size: Positive | UnsetType = UNSET
     versions: dict[str, str] | UnsetType = UNSET
     preflight: dict[str, Any] | UnsetType = UNSET  # memory, time and disk forecast, the fields of preflight.Needs
     trackers: dict[str, str] | UnsetType = UNSET  # name of the tracker -> "open", or why it failed
@@ -137,10 +156,23 @@ class RunRecord(Struct):
     forecast: dict[str, float] | UnsetType = UNSET
     start_val: dict[str, float] | UnsetType = UNSET  # metrics of the val split before the first step of dpo
     resumed: list[ResumeRecord] | UnsetType = UNSET
-    final_step: int | UnsetType = UNSET
+    final_step: Count | UnsetType = UNSET
     result: dict[str, Any] | UnsetType = UNSET  # the fields of loop.TrainResult
-    ended: float | UnsetType | None = UNSET
+    ended: Finite | UnsetType | None = UNSET
     imported: dict[str, str] | UnsetType = UNSET  # where `mm import` took the weights from
+
+    def __post_init__(self) -> None:
+        """Raise ValueError as that of `CheckpointState` does."""
+        _check(self.model, {name: record.value for name, record in self.settings.items()})
+
+
+def _check(shape: ModelConfig | None, settings: SettingValues) -> None:
+    try:
+        check_values(settings)
+        if shape:
+            check_heads(shape)
+    except UsageError as error:
+        raise ValueError(error.message) from error
 
 
 def read_run(run_dir: Path) -> RunRecord:

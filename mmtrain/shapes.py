@@ -1,8 +1,17 @@
 """Model shapes: the numbers that define a model, known models by name, and what fits together. Imports no torch."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from msgspec import Meta
 
 from mmdata.errors import UsageError
+
+# The ranges hold for shapes that are read from files.
+Count = Annotated[int, Meta(ge=0, le=2**31)]
+Positive = Annotated[int, Meta(ge=1, le=2**31)]
+Ratio = Annotated[float, Meta(gt=0, le=1e30)]
+Epsilon = Annotated[float, Meta(gt=0, lt=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,10 +20,10 @@ class RopeScaling:
     become `factor` times as long, those below `original_positions / high_freq_factor` stay; between, they are
     interpolated."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
+    factor: Ratio
+    low_freq_factor: Ratio
+    high_freq_factor: Ratio
+    original_positions: Positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +39,22 @@ class ModelConfig:
     rotate queries and keys. num_padding: last rows of the embedding, which no token uses.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    ffn_size: int
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-5
+    vocab_size: Count
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    ffn_size: Positive
+    rope_theta: Ratio = 1e6
+    norm_eps: Epsilon = 1e-5
     qk_norm: bool = False
-    max_positions: int = 32768
-    own_head_size: int | None = None
+    max_positions: Positive = 32768
+    own_head_size: Positive | None = None
     tied: bool = True
     qkv_bias: bool = False
     rope_scaling: RopeScaling | None = None
-    layers_without_rope: tuple[int, ...] = ()
-    num_padding: int = 0
+    layers_without_rope: tuple[Count, ...] = ()
+    num_padding: Count = 0
 
     @property
     def head_size(self) -> int:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from mmdata.errors import DatasetError
-from mmdata.io.records import decode_record, plain, read_record, write_record
+from mmdata.io.records import decode_record, plain, read_record, sealed, write_record
 
 
 class Inner(msgspec.Struct):
@@ -28,8 +29,32 @@ def test_a_record_is_read_back_as_written_and_has_plain_keys(tmp_path: Path) -> 
     assert read_record(tmp_path / "a.json", Outer, DatasetError, "") == record
     assert plain(record) == {"by_length": {"512": 3}, "inners": [{"rows": 1, "name": "雪"}], "loss": math.inf}
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == (
-        json.dumps(plain(record), ensure_ascii=False, indent=1) + "\n"
+        json.dumps(sealed(record), ensure_ascii=False, indent=1) + "\n"
     )
+
+
+def test_a_record_edited_since_it_was_written_is_refused_and_one_without_a_hash_is_read(tmp_path: Path) -> None:
+    path, record = tmp_path / "a.json", Outer({}, [Inner(1, "雪")])
+    write_record(path, record)
+    path.write_text(path.read_text().replace('"rows": 1', '"rows": 2'))
+    with pytest.raises(DatasetError, match=r"a\.json: damaged or edited: its record_sha256 is"):
+        read_record(path, Outer, DatasetError, "")
+    path.write_text(json.dumps(plain(record)))
+    assert read_record(path, Outer, DatasetError, "") == record
+
+
+def test_only_regular_files_of_a_plausible_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(9 * 2**30)
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("loop", "Too many levels of symbolic links"),
+        ("sparse", "has 9,663,676,416 bytes, expected at most 536,870,912"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            read_record(tmp_path / name, Outer, DatasetError, "")
 
 
 def test_unknown_keys_are_ignored_and_missing_ones_take_their_defaults() -> None:

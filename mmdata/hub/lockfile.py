@@ -1,15 +1,14 @@
 """mm.lock: the record of what `mm fetch` downloaded, by which a later run, or another machine, gets the same bytes."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from mmdata.errors import DiskError
+from mmdata.errors import DiskError, FetchError
 from mmdata.io.files import locked
-from mmdata.io.records import convert_record, write_record
+from mmdata.io.records import Count, read_record, write_record
 
 FORMAT_VERSION = 1
 LOCK_NAME = "mm.lock"
@@ -20,9 +19,9 @@ class LockEntry(msgspec.Struct, frozen=True):
     """The record of a downloaded file in mm.lock: its content, where it came from, and its times (ns). `revision` is
     the branch, tag or commit requested, `commit` what it meant at the source."""
 
-    num_bytes: int
+    num_bytes: Count
     sha256: str
-    num_lines: int
+    num_lines: Count
     ends_with_newline: bool
     mtime_ns: int
     ctime_ns: int
@@ -53,13 +52,13 @@ def read_lock(out_dir: Path, warnings: list[str] | None = None) -> Lock:
     a message if the file is damaged or has another format."""
     path = out_dir / LOCK_NAME
     try:
-        values = json.loads(path.read_bytes())
-        if values["format_version"] == FORMAT_VERSION:
-            return convert_record(values, Lock)
-        problem = f"{path} has format {values['format_version']}, expected {FORMAT_VERSION}: it is not used"
-    except (FileNotFoundError, NotADirectoryError):
-        return Lock()
-    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
+        lock = read_record(path, Lock, FetchError, "")
+        if lock.format_version == FORMAT_VERSION:
+            return lock
+        problem = f"{path} has format {lock.format_version}, expected {FORMAT_VERSION}: it is not used"
+    except FetchError:
+        if not path.exists() and not path.is_symlink():
+            return Lock()
         problem = f"{path} is damaged: files are checked by their content instead"
     if warnings is not None:
         warnings.append(problem)

@@ -3,6 +3,7 @@ ranges (spans) of which content have been written, so that a later run, another 
 can continue. Content is hashed as it arrives."""
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import msgspec
 
 from mmdata.errors import FetchError
 from mmdata.io.files import CHUNK_BYTES, Digest, move_into_place, write_unsynced
-from mmdata.io.records import read_record
+from mmdata.io.records import Count, read_record, sealed
 
 JOURNAL_BYTES = 512 * 1024  # with several connections, at most this much is downloaded again after a kill
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 20, 64 << 20
@@ -51,13 +52,13 @@ class Content:
         return ""
 
 
-Span = tuple[int, int]  # byte offsets of a range: first, end (exclusive)
+Span = tuple[Count, Count]  # byte offsets of a range: first, end (exclusive)
 
 
 class Journal(msgspec.Struct, frozen=True):
     """The content of <name>.part.json: the size and identity of the file to download, and the spans written so far."""
 
-    num_bytes: int
+    num_bytes: Count
     identity: str | None
     spans: list[Span]
 
@@ -150,7 +151,7 @@ class PartialFile:
         self._unsaved = 0
         spans = sorted(self._spans() or [(0, 0)])
         journal = Journal(self.content.num_bytes, self.content.identity, spans)
-        write_unsynced(self.journal, msgspec.json.encode(journal).decode())
+        write_unsynced(self.journal, json.dumps(sealed(journal)))
 
     @contextlib.contextmanager
     def writing(self, offset: int) -> Iterator[list[int]]:

@@ -5,11 +5,13 @@ target. Readers therefore see either the old or the new content and never a part
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 CHUNK_BYTES = 2**16
+MAX_WHOLE_BYTES = 2**29  # the largest file that is read into memory as a whole: records and tokenizers are far smaller
 Progress = Callable[[int, int], None]  # called with (bytes or other units done so far, units in all)
 
 
@@ -29,6 +32,26 @@ class FileInfo(NamedTuple):
 
     bytes: int
     sha256: str
+
+
+# --- reading
+
+
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raise OSError unless a path is a regular file, or a link to one, of at most `most` bytes. Opening a pipe would
+    wait for a writer, and a device may have no end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes, expected at most {most:,}", str(path))
+
+
+def read_bytes(path: Path, most: int = MAX_WHOLE_BYTES) -> bytes:
+    """Return the content of a regular file of at most `most` bytes. Raises OSError as `check_regular` does."""
+    check_regular(path, most)
+    return path.read_bytes()
 
 
 # --- atomic writes

@@ -23,10 +23,10 @@ import numpy as np
 
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, parse_row, row_hash, texts_of
 from mmdata.errors import DatasetError, InputError, UsageError
-from mmdata.io.files import sha256_of, write_bytes, write_json
+from mmdata.io.files import sha256_of, write_bytes
 from mmdata.io.lines import iter_lines
 from mmdata.io.options import ReadOptions
-from mmdata.io.records import read_record
+from mmdata.io.records import read_record, write_record
 from mmdata.io.workers import Tick
 from mmdata.pack.filter.ngrams import gram_hashes, num_units
 from mmdata.pack.part import Part, PartSettings, batches, screened_path
@@ -82,7 +82,7 @@ def screen(
         for reason, same in ((DUPLICATE, equal), (NEAR_DUPLICATE, near)):
             for row in (begin + np.flatnonzero(same[begin:end] != np.arange(begin, end))).tolist():
                 verdicts[int(keys.lines[row])] = (reason, f"as {keys.place(int(same[row]))}")
-        write_json(screened_path(directory, part.number), verdicts, indent=None)
+        write_record(screened_path(directory, part.number), verdicts, indent=None)
 
 
 # --- the keys of a part's rows
@@ -124,7 +124,7 @@ class _Marker:
         self._save(part, "lines.npy", np.array(lines, np.uint32))
         self._save(part, "keys.npy", np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2).T)
         self._save(part, "bands.npy", np.ascontiguousarray(np.concatenate(bands).T))
-        write_json(_file(self._directory, part, "found.json"), overlapping, indent=None)
+        write_record(_file(self._directory, part, "found.json"), overlapping, indent=None)
 
     def _parse(self, batch: Sequence[Any]) -> tuple[list[int], list[Any]]:
         """Return line numbers and parsed rows. Invalid rows are skipped; packing leaves them out with their reason."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -22,7 +23,7 @@ from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import write_bytes
 from mmdata.io.lines import Line, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
-from mmdata.io.records import FileEntry, plain, read_record
+from mmdata.io.records import Count, FileEntry, plain, read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
 from mmdata.shards import dataset
@@ -84,26 +85,26 @@ class PartResult(msgspec.Struct):
     in `DatasetTotals`. lengths: number of sequences of each length; of a pair, prompt and longer reply. digest:
     `sequence_digest`."""
 
-    number: int
-    rows: int = 0
-    kept: int = 0
+    number: Count
+    rows: Count = 0
+    kept: Count = 0
     left_out: Counter[str] = msgspec.field(default_factory=Counter)
-    tokens_in: int = 0
-    tokens: int = 0
+    tokens_in: Count = 0
+    tokens: Count = 0
     cut: Counter[str] = msgspec.field(default_factory=Counter)
-    characters: int = 0
+    characters: Count = 0
     control_strings: Counter[str] = msgspec.field(default_factory=Counter)
     not_written: Counter[str] = msgspec.field(default_factory=Counter)
-    text_bytes: int = 0
-    unknown_bytes: int = 0
+    text_bytes: Count = 0
+    unknown_bytes: Count = 0
     extra_keys: Counter[str] = msgspec.field(default_factory=Counter)
-    sequences: int = 0
+    sequences: Count = 0
     lengths: Counter[int] = msgspec.field(default_factory=Counter)  # number of sequences by length
-    digest: int = 0
+    digest: Annotated[int, msgspec.Meta(ge=0)] = 0
     shards: list[ShardRecord] = []
     files: list[FileEntry] = []
     encoder: str = ""  # name and version
-    compared: int = 0  # rows that were also encoded the slow way: rendered by jinja2, one by one with tokenizers
+    compared: Count = 0  # rows that were also encoded the slow way: rendered by jinja2, one by one with tokenizers
     warning: str = ""  # why an installed fast encoder was not used; otherwise empty
 
 

@@ -9,14 +9,15 @@ import msgspec
 
 from mmdata.encode.rows import Columns
 from mmdata.errors import DatasetError
-from mmdata.io.files import info_of
+from mmdata.io.files import info_of, read_bytes
 from mmdata.io.options import ReadOptions
-from mmdata.io.records import FileEntry, convert_record, decode_record, explain
+from mmdata.io.records import Count, FileEntry, PathText, Positive, Share, convert_record, decode_record, explain
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
+KINDS = ("document", "conversation", "pair")
 
 
 class TokenizerRecord(msgspec.Struct, frozen=True):
@@ -24,34 +25,34 @@ class TokenizerRecord(msgspec.Struct, frozen=True):
 
     sha256: str  # of tokenizer.json
     template_sha256: str  # of the chat template
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
+    vocab_size: Positive
+    bos_id: Count | None
+    eos_id: Count | None
+    pad_id: Count | None
 
 
 class ExcludedFile(msgspec.Struct, frozen=True):
     """A file whose texts the rows must not overlap with: a row that has at least the share `share` (0 to 1) of the
     `n`-grams of one of its texts is left out."""
 
-    path: str
+    path: PathText
     sha256: str
-    n: int
-    share: float
+    n: Positive
+    share: Share
 
 
 class PackArguments(msgspec.Struct, frozen=True, kw_only=True):
     """The options of `mm pack` that determine a dataset's bytes, by name, and the limits for bad rows (shares, 0 to
     1)."""
 
-    val_fraction: float
+    val_fraction: Share
     on_bad: str
-    max_bad: float | None
-    max_bad_by_reason: dict[str, float]
+    max_bad: Share | None
+    max_bad_by_reason: dict[str, Share]
     seed: int
     era: str
     train_on: str
-    part_bytes: int
+    part_bytes: Positive
     dedup: str | None = None
     exclude: list[ExcludedFile] = []
     where: str | msgspec.UnsetType = msgspec.UNSET
@@ -94,8 +95,8 @@ class DatasetHeader(msgspec.Struct, frozen=True, kw_only=True):
     format: str = "mm"
     format_version: int = FORMAT_VERSION
     kind: str
-    max_len: int
-    buckets: tuple[int, ...]
+    max_len: Positive
+    buckets: tuple[Positive, ...]
     tokenizer: TokenizerRecord
     inputs: list[FileEntry]  # with paths as they were given to `mm pack`
     arguments: PackArguments
@@ -116,23 +117,23 @@ class EncoderRecord(msgspec.Struct, frozen=True):
     """A text encoder that parts of a dataset were encoded with, and how it was compared with the reference encoder."""
 
     name: str  # and version
-    parts: int
-    rows_compared: int
-    hostile_compared: int  # artificial texts compared, made to reveal differences between encoders
-    given_up: int  # parts packed with the reference encoder after a difference was found
+    parts: Count
+    rows_compared: Count
+    hostile_compared: Count  # artificial texts compared, made to reveal differences between encoders
+    given_up: Count  # parts packed with the reference encoder after a difference was found
 
 
 class PartRecord(msgspec.Struct, frozen=True):
     """The counts of one part: rows = kept + left out, and tokens in = tokens + cut. kept: rows that were packed."""
 
-    part: int
-    rows: int
-    kept: int
-    left_out: dict[str, int]  # rows by reason
-    tokens_in: int
-    tokens: int
-    cut: dict[str, int]  # tokens dropped, by reason
-    sequences: int
+    part: Count
+    rows: Count
+    kept: Count
+    left_out: dict[str, Count]  # rows by reason
+    tokens_in: Count
+    tokens: Count
+    cut: dict[str, Count]  # tokens dropped, by reason
+    sequences: Count
     sequence_digest: str
 
 
@@ -140,17 +141,17 @@ class ShardRecord(msgspec.Struct, frozen=True):
     """One shard. model_tokens: tokens that a model computes (a pair's prompt counts twice). loss_tokens: trained
     tokens."""
 
-    path: str
+    path: PathText
     split: str
-    bucket: int
-    part: int
-    samples: int
-    sequences: int
-    rows: int
-    tokens: int
-    model_tokens: int
-    loss_tokens: int
-    bytes: int
+    bucket: Positive
+    part: Count
+    samples: Count
+    sequences: Count
+    rows: Count
+    tokens: Count
+    model_tokens: Count
+    loss_tokens: Count
+    bytes: Count
     sha256: str
     token_digest: str
 
@@ -166,21 +167,21 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     bytes of the rendered texts, and of their characters that the tokenizer does not know; missing if it knows all.
     extra_keys: how often rows have each ignored key, metadata included. Missing means none."""
 
-    rows: int
-    kept: int
-    left_out: dict[str, int]
-    tokens_in: int
-    tokens: int
-    cut: dict[str, int]
-    loss_tokens: int
-    control_strings: dict[str, int] = {}  # special tokens' texts in content, packed as text
-    sequences: int
-    samples: int
-    val_rows: int
-    extra_keys: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
-    not_written: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
-    text_bytes: int | msgspec.UnsetType = msgspec.UNSET
-    unknown_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    rows: Count
+    kept: Count
+    left_out: dict[str, Count]
+    tokens_in: Count
+    tokens: Count
+    cut: dict[str, Count]
+    loss_tokens: Count
+    control_strings: dict[str, Count] = {}  # special tokens' texts in content, packed as text
+    sequences: Count
+    samples: Count
+    val_rows: Count
+    extra_keys: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
+    not_written: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
+    text_bytes: Count | msgspec.UnsetType = msgspec.UNSET
+    unknown_bytes: Count | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(DatasetHeader, frozen=True, kw_only=True):
@@ -192,6 +193,20 @@ class Manifest(DatasetHeader, frozen=True, kw_only=True):
     totals: DatasetTotals
     dataset_digest: str
     files: list[FileEntry]  # all other files: sources, rejected rows, tokenizer, stats.json
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a field names what cannot be: a file outside of the dataset, a bucket, split or part."""
+        parts = {part.part for part in self.parts}
+        for file in self.all_files:
+            if ".." in Path(file.path).parts or Path(file.path).is_absolute():
+                raise ValueError(f"{file.path} is not inside the dataset")
+        if self.kind not in KINDS or list(self.buckets) != sorted({*self.buckets}):
+            raise ValueError(f"kind is {self.kind}, buckets are {list(self.buckets)}")
+        for shard in self.shards:
+            if shard.split not in SPLITS or shard.bucket not in self.buckets or shard.part not in parts:
+                raise ValueError(f"{shard.path} is of split {shard.split}, bucket {shard.bucket}, part {shard.part}")
+            if not shard.samples:
+                raise ValueError(f"{shard.path} has no samples")
 
     @property
     def all_files(self) -> list[FileEntry]:
@@ -217,9 +232,11 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     pack_it = f"mm pack FILE --out {directory}"
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(f"{directory} is not a packed dataset: it has no {MANIFEST}", pack_it) from None
+    except OSError as error:
+        raise damaged(directory, f"{path}: {error.strerror}") from None
     value = decode_record(content, dict, str(path), DatasetError, f"mm verify {directory} --repair")
     if value.get("format") != "mm":
         raise DatasetError(f"{path} was not written by mm pack", pack_it)

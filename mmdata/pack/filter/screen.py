@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 
 from mmdata.encode.rows import NOT_SELECTED
-from mmdata.io.files import write_bytes, write_json
+from mmdata.io.files import write_bytes
+from mmdata.io.records import write_record
 from mmdata.io.workers import Tick
 from mmdata.pack import dedup
 from mmdata.pack.filter.frames import PartColumns, RowReader, with_groups
@@ -30,7 +31,7 @@ def screen(
         dedup.screen(settings, parts, own, run, progress, left_out)
     else:
         for number, lines in left_out.items():
-            write_json(screened_path(directory, number), lines, indent=None)
+            write_record(screened_path(directory, number), lines, indent=None)
 
 
 def _not_selected(
