@@ -18,10 +18,8 @@ MAGIC = b"ARROW1"
 
 
 class Ragged(NamedTuple):
-    """A column of lists: the list of row i is `values[offsets[i]:offsets[i + 1]]`.
-
-    values: 1-D, the entries of all rows one after another. offsets: integers [rows + 1], ascending from 0.
-    """
+    """A column of lists: that of row i is `values[offsets[i]:offsets[i + 1]]`. values: 1-D, the entries of all rows end
+    to end. offsets: integers [rows + 1], ascending from 0."""
 
     values: np.ndarray
     offsets: np.ndarray
@@ -45,10 +43,8 @@ BatchColumns = dict[str, Any]  # the columns of a record batch as read: an array
 
 def write_arrow(path: Path, columns: Columns, metadata: Mapping[str, str], rows_per_batch: int) -> FileInfo:
     """Write columns of equal row count to an uncompressed Arrow file, atomically, and return its size and sha256.
-
     columns: by name; a 1-D array of numbers, a uint8 array [rows, width] (byte strings of a fixed width) or a `Ragged`.
-    metadata: stored in the schema with "mm." in front of each key. rows_per_batch: the most rows in a record batch.
-    """
+    metadata: for the schema, with "mm." in front of each key. rows_per_batch: the most rows in a record batch."""
     import pyarrow as pa
 
     schema = pa.schema(
@@ -92,9 +88,8 @@ def _arrow_array(column: np.ndarray | Ragged, begin: int, end: int) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ArrowFile:
-    """A memory-mapped Arrow file. metadata: of its schema, keys with their "mm." prefix. batches: for each record batch
-    its columns by name, as views of the map (arrays or `Ragged`).
-    """
+    """A memory-mapped Arrow file. metadata: of its schema, keys with "mm.". batches: for each record batch its columns
+    by name, as views of the map (arrays or `Ragged`)."""
 
     metadata: dict[str, str]
     batches: tuple[BatchColumns, ...]
@@ -130,11 +125,8 @@ def ragged(values: np.ndarray, lengths: np.ndarray) -> Ragged:
 
 
 def bounds(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the selected rows begin and where they end in the `values` of their columns: each int64 [selected
-    rows].
-
-    rows: for each column an array of row indices; the results are joined in the order of the columns.
-    """
+    """Return where the selected rows begin and end in the `values` of their columns: each int64 [selected rows]. rows:
+    for each column an array of row indices; the results are joined in the order of the columns."""
     begins = [column.offsets[own] for column, own in zip(columns, rows, strict=True)]
     ends = [column.offsets[own + 1] for column, own in zip(columns, rows, strict=True)]
     return np.concatenate(begins, dtype=np.int64), np.concatenate(ends, dtype=np.int64)
@@ -142,9 +134,7 @@ def bounds(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> tuple[np.nd
 
 def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
     """Copy the selected rows of several list columns into one new list column, in the order of the columns and indices.
-
-    rows: for each column an array of row indices, with at least one entry.
-    """
+    rows: for each column an array of row indices, with at least one entry."""
     begins, ends = bounds(columns, rows)
     taken = np.cumsum(ends - begins)
     at = np.repeat(ends - taken, ends - begins) + np.arange(taken[-1])

@@ -35,11 +35,9 @@ _BREAK = re.compile(rb"(%b)|\s*[\r\n]\s*" % _STRING, re.DOTALL)
 
 
 class Line(NamedTuple):
-    """One row of a file, as JSON.
-
-    number: from 1; of a line in jsonl and text, where blank lines count, and of a row in other formats. offset: of the
-    row's first byte in the decompressed UTF-8 text; 0 in tables. raw: the JSON, without a line end.
-    """
+    """One row of a file, as JSON. number: from 1; of a line in jsonl and text, where blank lines count, else of the
+    row. offset: of the row's first byte in the decompressed UTF-8 text; 0 in tables. raw: the JSON, without a line
+    end."""
 
     number: int
     offset: int
@@ -47,9 +45,8 @@ class Line(NamedTuple):
 
 
 class FileFormat(NamedTuple):
-    """The format of a file: JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT or TABLE. is_plain: neither compressed nor decoded from
-    another encoding, and no pipe, so that it can be read from any row on. is_packed: compressed.
-    """
+    """The format of a file: JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT or TABLE. is_plain: not compressed, decoded from
+    another encoding, or a pipe, so that it can be read from any row on. is_packed: compressed."""
 
     kind: str
     is_plain: bool
@@ -67,9 +64,8 @@ class FileFormat(NamedTuple):
 
 
 def format_of(path: Path, options: ReadOptions = DEFAULT_READING) -> FileFormat:
-    """Return the format of a file; JSONL for standard input ("-"), which is not read. Raises InputError if it cannot be
-    read or has no supported format.
-    """
+    """Return the format of a file; JSONL for standard input ("-"), not read. Raises InputError if it cannot be read or
+    has no supported format."""
     if str(path) == "-":
         return FileFormat(JSONL, False)
     stream = open_stream(path, options.encoding)
@@ -86,12 +82,9 @@ def iter_lines(
     options: ReadOptions = DEFAULT_READING,
 ) -> Iterator[Line]:
     """Yield the rows of `path` that begin in [begin, end), in order. Blank lines are counted but not yielded; a byte
-    order mark and the line ends (`\\n`, `\\r\\n`) are removed.
-
-    begin, end: byte offsets of rows; in a table, numbers of rows from 0. None means the end of the file. A begin other
-    than 0 needs a plain file. first_number: the number of the first row read. Raises InputError if the file cannot be
-    read, is damaged, cut off or of no supported format.
-    """
+    order mark and the line ends (`\n`, `\r\n`) are removed. begin, end: byte offsets of rows; in a table, numbers of
+    rows from 0; None means the end. A begin other than 0 needs a plain file. first_number: of the first row read.
+    Raises InputError if the file cannot be read, is damaged, cut off or of no supported format."""
     stream = open_stream(path, options.encoding)
     try:
         yield from _lines(path, stream, begin, end, first_number, options)
@@ -147,9 +140,8 @@ def _document(text: bytes) -> bytes:
 
 
 def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
-    """Return the format of an opened file. Raises InputError for plain text, unless `options.text` or the kind "document"
-    allow it, and for JSON whose first row is spread over several lines.
-    """
+    """Return the format of an opened file. Raises InputError for plain text, unless `options.text` or the kind
+    "document" allow it, and for JSON whose first row has several lines."""
     text = options.text or ("line" if options.kind == "document" else None)
     if stream.is_table:
         return TABLE
@@ -184,9 +176,8 @@ def _separator(stream: Stream) -> str:
 
 
 def _is_array(head: bytes) -> bool:
-    """Return whether text that begins with "[" is a JSON array of rows, and not jsonl of which the first row is a list,
-    such as one of messages. head: the beginning of the text; an element that is longer is taken for a row.
-    """
+    """Return whether text that begins with "[" is a JSON array of rows, and not jsonl whose first row is a list, such
+    as of messages. head: the beginning of the text; a longer element is taken for a row."""
     line, _, rest = head.partition(b"\n")
     text = head.decode(errors="replace")
     try:
@@ -207,9 +198,8 @@ _MESSAGE_KEYS = ({"role", "from"}, {"content", "value", "tool_calls", "function_
 
 
 def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]]:
-    """Yield offset and JSON (without line breaks outside strings) of each element of a JSON array, or of several arrays
-    one after another. begin: 0, or the offset of an element. Memory: twice the longest element, and BUFFER_BYTES.
-    """
+    """Yield offset and JSON (without line breaks outside strings) of each element of one or more JSON arrays. begin: 0,
+    or the offset of an element. Memory: twice the longest element, and BUFFER_BYTES."""
     if begin:
         file.seek(begin)
     base, buffer = begin, b""  # the buffer's offset in the file

@@ -20,9 +20,8 @@ _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf downlo
 
 
 class Stat(NamedTuple):
-    """The state of a remote file, with the names of os.stat_result. st_size: bytes. st_mtime_ns: not a time but a
-    number derived from the etag or modification time, for noticing that the file was written again.
-    """
+    """The state of a remote file, with the names of os.stat_result. st_size: bytes. st_mtime_ns: a number derived from
+    the etag or modification time, by which another version is noticed."""
 
     st_size: int
     st_mtime_ns: int
@@ -48,9 +47,8 @@ class RemoteFile:
         return self.url.rstrip("/").rpartition("/")[0]
 
     def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> io.BufferedReader:
-        """Open the file as a seekable binary stream. mode: must be "rb". buffering: bytes of one request; fewer than
-        READ_BYTES are raised to it. Raises InputError if it cannot be opened.
-        """
+        """Open the file as a seekable binary stream. mode: must be "rb". buffering: bytes of one request, at least
+        READ_BYTES. Raises InputError if it cannot be opened."""
         assert mode == "rb", mode
         system, path = _system(self.url)
         try:
@@ -67,9 +65,8 @@ class RemoteFile:
             raise _unreadable(self.url, error) from error
 
     def stat(self) -> Stat:
-        """Return the size and a number that changes when the file is written again: a hash of the first of ETag, etag,
-        mtime, LastModified and created that the storage gives. It is always the same if the storage gives none.
-        """
+        """Return the size and a number that changes when the file is written again, if the storage gives ETag, etag,
+        mtime, LastModified or created: a hash of the first of these."""
         system, path = _system(self.url)
         facts = system.info(path)
         state = next((facts[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if facts.get(key)), 0)
@@ -87,12 +84,10 @@ def file_at(text: object) -> Any:
 
 
 def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress = no_progress) -> int:
-    """Copy files of a local directory to a URL, in the given order, and return the number of bytes sent.
-
-    files: paths relative to the directory. Put the file that makes it complete, such as a manifest, last. A file that
-    is at the URL already with the same size and sha256 is not sent. Each sent file is read back; DatasetError is raised
-    if its content differs. progress: called with the bytes done so far (sent or already there) and the bytes in all.
-    """
+    """Copy files of a local directory to a URL, in the given order, and return the bytes sent. files: paths relative to
+    the directory; the one that makes it complete, such as a manifest, last. A file that is there already with the same
+    size and sha256 is not sent. Each sent file is read back; DatasetError if its content differs. progress: called with
+    the bytes done (sent or already there) and in all."""
     system, root = _system(url)
     total, done, sent = sum(file.bytes for file in files), 0, 0
     for file in files:
@@ -124,8 +119,7 @@ def _is_there(system: Any, path: str, file: FileEntry) -> bool:
 
 def _system(url: str) -> tuple[Any, str]:
     """Return fsspec's filesystem for a URL and the path in it. Raises UsageError if the scheme is unknown or needs a
-    package that is not installed.
-    """
+    missing package."""
     try:
         from fsspec.core import url_to_fs
 

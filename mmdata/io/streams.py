@@ -60,11 +60,8 @@ class Stream:
 
 def open_stream(path: Path, encoding: str | None = None) -> Stream:
     """Open a file. path: "-" means standard input; may be a RemoteFile. encoding: of text, as Python names it; None is
-    UTF-8.
-
-    Raises InputError if the file cannot be read, is a zip of several files, needs a package that is not installed, is
-    neither text nor a table, or is text in another encoding; UsageError if there is no such encoding.
-    """
+    UTF-8. Raises InputError if the file cannot be read, is a zip of several files, needs a package that is not
+    installed, is neither text nor a table, or is text in another encoding; UsageError if there is no such encoding."""
     try:
         file = sys.stdin.buffer if str(path) == "-" else path.open("rb", buffering=BUFFER_BYTES)
     except OSError as error:
@@ -153,9 +150,8 @@ class _Chunks(io.RawIOBase):
 
 
 def _zstd(path: Path, file: Any) -> io.BufferedReader:
-    """Return the decompressed bytes of one or more zstd frames. Unlike zstandard's own reader, this one raises EOFError
-    if the file ends inside a frame, and OSError if the data is damaged.
-    """
+    """Return the decompressed bytes of zstd frames. Unlike zstandard's own reader, this one raises EOFError if the file
+    ends inside a frame, and OSError for damaged data."""
     try:
         import zstandard
     except ImportError as error:
@@ -217,9 +213,8 @@ def _check_content(path: Path, head: bytes) -> None:
 
 
 def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | None) -> str | None:
-    """Return the encoding to decode with, or None for UTF-8. Raises InputError if the first bytes show that it is
-    another one than `encoding`, or none; UsageError if there is no such encoding.
-    """
+    """Return the encoding to decode with, or None for UTF-8. Raises InputError if the first bytes show another one than
+    `encoding`, or none; UsageError if there is no such encoding."""
     if encoding is not None:
         try:
             "".encode(encoding)  # LookupError also for codecs of bytes, such as base64
@@ -250,9 +245,8 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
 
 
 def _is_other_than_utf8(head: bytes) -> bool:
-    """Return whether the lines that are not UTF-8 are too many to be damaged: several and no line beyond ASCII is UTF-8,
-    or the majority of these and a large share of all.
-    """
+    """Return whether too many lines are not UTF-8 to be damaged: several and no line beyond ASCII is UTF-8, or the
+    majority of these and a large share of all."""
     lines = head.split(b"\n")
     bad = good = 0
     for number, line in enumerate(lines, 1):
@@ -288,8 +282,7 @@ def guess_encoding(data: bytes) -> str | None:
 
 def _decoded(path: Path, chunks: Iterator[bytes], codec: str) -> Iterator[bytes]:
     """Yield the UTF-8 bytes of text in another encoding, without a byte order mark. Raises InputError if it is not in
-    this encoding.
-    """
+    it."""
     decoder, read, is_first = codecs.getincrementaldecoder(codec)(), 0, True
     for chunk in chain(chunks, [b""]):
         try:

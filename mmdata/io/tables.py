@@ -33,9 +33,8 @@ class RowRange(NamedTuple):
 
 
 def table_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Yield the rows [begin, end) of a parquet or Arrow file; end None is the end of the file. path: may be a
-    RemoteFile. Raises InputError if the file is damaged or two columns have the same name.
-    """
+    """Yield the rows [begin, end) of a parquet or Arrow file; end None is its end. path: may be a RemoteFile. Raises
+    InputError if it is damaged or two columns have the same name."""
     with _opened(path) as table:
         names = table.schema_arrow.names if _is_parquet(table) else table.schema.names
         if twice := {name for name in names if names.count(name) > 1}:
@@ -49,9 +48,7 @@ def table_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[b
 
 def row_ranges(path: Path, most_bytes: int) -> list[RowRange]:
     """Divide a table into ranges of whole row groups (parquet) or record batches (Arrow) of up to about `most_bytes`
-    bytes; a larger group is divided into at most MOST_RANGES ranges of equally many rows. Raises InputError if the file
-    is damaged.
-    """
+    bytes; a larger group becomes at most MOST_RANGES equal ranges. Raises InputError for a damaged file."""
     ranges: list[RowRange] = []
     at = begin = size = 0
     with _opened(path) as table:
@@ -183,9 +180,8 @@ def _is_simple(kind: Any) -> bool:
 
 
 def _without_nulls(text: bytes, batch: Any) -> bytes:
-    """Remove the keys whose value is null from the compact JSON of a record batch. (No string is taken for a key, as a
-    backslash stands before each quote in it.)
-    """
+    """Remove the keys whose value is null from the compact JSON of a record batch. (In a string a backslash stands
+    before each quote, so it is not taken for a key.)"""
     import pyarrow.types as types
 
     names: dict[bytes, bool] = {}  # of fields with nulls -> whether they are the last ones of an object
@@ -209,9 +205,8 @@ def _without_nulls(text: bytes, batch: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that pyarrow gives in a form that JSON has, without nulls in objects. A map becomes an object,
-    bytes text, infinity and NaN null, and other values, such as times, their text.
-    """
+    """Return a value from pyarrow as JSON has it, without nulls in objects: a map as an object, bytes as text, infinity
+    and NaN as null, other values, such as times, as their text."""
     if isinstance(value, list) and value and isinstance(value[0], tuple):
         value = {str(key): item for key, item in value}
     if isinstance(value, dict):
@@ -238,11 +233,9 @@ def _json(value: Any) -> bytes:
 
 
 def csv_rows(path: Path, file: Any, separator: str, begin: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the offset and the cells of each record of a csv file, all as strings and without the empty ones.
-
-    file: UTF-8 bytes. begin: 0, or the offset of a record. Raises InputError if the header names a column twice, quotes
-    do not match, or a record has more or fewer cells than the header.
-    """
+    """Yield the offset and the cells of each record of a csv file, all as strings, without empty ones. file: UTF-8
+    bytes. begin: 0, or the offset of a record. Raises InputError if the header names a column twice, quotes do not
+    match, or a record has more or fewer cells than the header."""
     csv.field_size_limit(2**31 - 1)
     offset = 0
 

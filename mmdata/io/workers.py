@@ -43,14 +43,12 @@ def run_jobs(
     results in the order of the jobs.
 
     make: must be picklable. work: reports what it did since its last call as `tick(units, *counts)`: work units, such
-    as bytes, and up to three other counts. total: units of all jobs together. progress: called with the units done so
-    far and `total`; with `with_counts` also with the sums of the other counts. engine: "local" runs at most `workers`
+    as bytes, and up to three other counts. total: units of all jobs. progress: called with the units done so far and
+    `total`; with `with_counts` also with the sums of the other counts. engine: "local" runs at most `workers`
     processes, or everything in this process if there is one job or worker, or if this is a daemon process, which may
     not start any. "ray" runs on the cluster at `ray_address`, or if that is None on one started here with `workers`
-    CPUs.
-
-    Raises UsageError for an unknown engine or for a `ray_address` without the engine "ray", MMError if a worker process
-    dies or ray cannot be reached, and what `work` raises.
+    CPUs. Raises UsageError for an unknown engine or a `ray_address` without "ray", MMError if a worker process dies or
+    ray cannot be reached, and what `work` raises.
     """
     report: CountedProgress = progress if with_counts else lambda done, total, *_: progress(done, total)
     if engine not in ENGINES:
@@ -85,8 +83,7 @@ def _run_in_pool(
     progress: CountedProgress,
 ) -> list[Result]:
     """Run the jobs in spawned processes. On an exception, cancel the jobs not yet started, wait until the running ones
-    stop at their next `tick`, and raise it again.
-    """
+    stop at their next `tick`, and raise it."""
     context = multiprocessing.get_context("spawn")
     # Raw shared memory without locks: a process that dies while it holds a lock would leave the others waiting
     # forever. None are needed, since each job's counts are written by one process only.
@@ -197,12 +194,10 @@ def _run_on_ray(
     address: str | None,
     progress: CountedProgress,
 ) -> list[Result]:
-    """Run each job as a ray task on one core and return the results in the order of the jobs.
-
-    A task whose machine or process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable,
-    and their files must have the same paths on all machines. Connects to the cluster at `address`, or if it is None
-    starts one here with `workers` CPUs, unless ray is already initialized. Raises MMError if it cannot connect.
-    """
+    """Run each job as a ray task on one core and return the results in the order of the jobs. One whose machine or
+    process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable, and their files must
+    have the same paths on all machines. address: of the cluster, None starts one here with `workers` CPUs, unless ray
+    is already initialized. Raises MMError if it cannot connect."""
     ray = _import_ray()
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -221,9 +216,8 @@ def _run_on_ray(
 
 
 def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: CountedProgress) -> list[Any]:
-    """Return the results of all ray tasks in order. The first error noticed is raised and the other tasks are not
-    waited for: an MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker died.
-    """
+    """Return the results of all ray tasks in order. The first error noticed is raised without waiting for others: an
+    MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker died."""
     pending, done = list(tasks), [0] * COUNTS
     results: dict[Any, Any] = {}
     while pending:
@@ -250,9 +244,8 @@ def _import_ray() -> Any:
 
 
 def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:
-    """Run one job in a ray worker process; return its result and its COUNTS summed progress counts. The work function
-    is created once in a process and used again for later tasks with an equal `make`.
-    """
+    """Run one job in a ray worker process; return its result and its COUNTS summed counts. The work function is created
+    once in a process for all tasks with an equal `make`."""
     key = pickle.dumps(make)
     if _state.get("key") != key:
         _share_cores(os.cpu_count() or 1)  # ray reserves one core for a task

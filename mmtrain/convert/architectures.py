@@ -128,11 +128,10 @@ def _rope_type(rope: _Rope) -> str:
 
 
 def shape_of_weights(weights: Mapping[str, Tensor], path: Path, config: HFConfig, num_heads: int | None) -> ModelConfig:
-    """Return the shape of a model from its tensors, under the names of mm, and from config.json, with the defaults of
-    its `model_type`. Raise CheckpointError if a required tensor is missing, or the head size is odd or does not divide
-    the query and key rows.
-    num_heads: number of query heads; it overrides config.json and is ignored if there are query norms, whose length is
-    the head size. path: for error messages."""
+    """Return the shape of a model from its tensors, by mm's names, and from config.json, with the defaults of its
+    `model_type`. num_heads: of queries; overrides config.json, ignored if there are query norms, whose length is the
+    head size. path: for messages. Raise CheckpointError if a required tensor is missing, or the head size is odd or
+    does not divide the query and key rows."""
     first = "model.layers.0."
     needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))
     if missing := [name for name in needed if f"{name}.weight" not in weights]:

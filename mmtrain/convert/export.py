@@ -86,14 +86,11 @@ class _Source:
 
 
 def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> Exported:
-    """Write the model of a run or of a checkpoint directory, `path`, to the directory `out` in one of the formats of
-    `DTYPES`.
-
-    `out` appears only when the export is complete; an earlier export there is replaced. dtype: None for the format's
+    """Write the model of a run or checkpoint directory, `path`, to the directory `out` in one of the formats of
+    `DTYPES`. `out` appears only when the export is complete, in place of an earlier one. dtype: None for the format's
     first. Raise UsageError for an unknown format or dtype, other files in `out`, or a model that the format cannot
     represent; TokenizerError if the tokenizer is not the run's or llama.cpp cannot read it; CheckpointError if there is
-    no complete checkpoint or transformers computes something else from the export.
-    """
+    no complete checkpoint or transformers computes something else from the export."""
     dtype = dtype or next(iter(DTYPES.get(format, {"": None})))
     if format not in DTYPES or dtype not in DTYPES[format]:
         choices = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())

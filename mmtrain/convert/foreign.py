@@ -91,10 +91,9 @@ def is_foreign(path: Path) -> bool:
 
 
 def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
-    """Read the weights of a torch file (suffix in PICKLES) or of a Hugging Face directory. Raise CheckpointError if
-    they cannot be read or mm has no such model.
-    num_heads: number of query heads, ignored if there are query norms; None for that of config.json (directories only),
-    else MiniMind's 8."""
+    """Read the weights of a torch file (suffix in PICKLES) or of a Hugging Face directory. num_heads: of queries,
+    ignored if there are query norms; None for that of config.json (directories only), else MiniMind's 8. Raise
+    CheckpointError if they cannot be read or mm has no such model."""
     if path.is_dir():
         config = read_config(path)
         tensors: dict[str, Tensor] = {}
@@ -189,9 +188,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return the tensors under our names, and whether they had the names that MiniMind used until April 2025. Drop
-    prefixes of wrappers, and buffers that can be computed from the shape. Raise CheckpointError for experts and LoRA
-    adapters."""
+    """Return the tensors under our names, without wrappers' prefixes and buffers that follow from the shape, and
+    whether they had MiniMind's names until April 2025. Raise CheckpointError for experts and LoRA adapters."""
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
     if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
@@ -324,10 +322,9 @@ def open_model(path: Path, *, tokenizer_dir: Path | None = None) -> tuple[Model,
 
 
 def import_model(path: Path, out: Path, *, tokenizer_dir: Path | None = None, num_heads: int | None = None) -> Imported:
-    """Write the model at `path`, a `.pth` file or a Hugging Face directory, to `out` as a run trained for 0 steps,
-    which `mm chat`, `mm eval`, `mm export` and `--init` accept; `out` appears only when it is complete. tokenizer_dir, num_heads: replace what is found with
-    the model (see `tokenizer_for` and `read`). Raise UsageError if `out` is not empty, CheckpointError or
-    TokenizerError if the model or its tokenizer cannot be used."""
+    """Write the model at `path`, a `.pth` file or a Hugging Face directory, to `out`, which appears complete or not at
+    all, as a run trained for 0 steps, for all commands. tokenizer_dir, num_heads: see `tokenizer_for` and `read`. Raise
+    UsageError if `out` is not empty, CheckpointError or TokenizerError if the model or its tokenizer cannot be used."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is already there", "choose another --out")
     foreign = read(path, num_heads=num_heads)

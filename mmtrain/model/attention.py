@@ -18,12 +18,10 @@ BLOCK = 128  # number of queries, and of keys, in one block of FlexAttention's b
 
 @dataclass(frozen=True)
 class PairLayout:
-    """The lengths and masks that attention needs for a micro-batch of pairs.
-
-    sides: on the CPU one tuple per pair, the number of tokens of prompt, chosen and rejected reply, and a bool mask
-    [rejected, prompt + rejected], True where a rejected token attends; empty on CUDA. block_mask: FlexAttention's mask
-    on CUDA, else None. order, restore: always None; `Model.forward` can treat this class like `AttentionLayout`.
-    """
+    """The lengths and masks that attention needs for a micro-batch of pairs. sides: on the CPU one tuple per pair, the
+    tokens of prompt, chosen and rejected reply, and a bool mask [rejected, prompt + rejected], True where a rejected
+    token attends; empty on CUDA. block_mask: FlexAttention's mask on CUDA, else None. order, restore: always None;
+    `Model.forward` can treat this class like `AttentionLayout`."""
 
     sides: list[tuple[int, int, int, Tensor]]
     block_mask: Any = None
@@ -71,11 +69,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def block_mask(lengths: Tensor) -> Any:
     """Return FlexAttention's BlockMask, on the device of `lengths`, for pairs laid end to end as prompt + chosen reply
-    + rejected reply. lengths: int64 [S, 3], the number of tokens of the three.
-
-    For a block of queries, only the blocks of keys from the beginning of its first token's pair up to the block itself
-    are computed. If all pairs have about the same size, the cost is therefore linear in the number of tokens.
-    """
+    + rejected reply. lengths: int64 [S, 3], tokens of the three. For a block of queries, only the blocks of keys from
+    the beginning of its first token's pair up to itself are computed: with pairs of about one size the cost is linear
+    in the tokens."""
     from torch.nn.attention.flex_attention import BlockMask
 
     device, totals = lengths.device, lengths.sum(1)

@@ -1,8 +1,6 @@
-"""Copy the numpy arrays of a micro-batch to the device, and compute the log-probabilities of its trained tokens.
-
-A batch has the positions of the trained tokens instead of labels with -100, because selecting tokens by a mask on the
-device would make the host wait until the device has counted them.
-"""
+"""Copy the numpy arrays of a micro-batch to the device, and compute the log-probabilities of its trained tokens. A
+batch has the positions of these tokens instead of labels with -100, because selecting by a mask on the device would
+make the host wait until the device has counted them."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,11 +26,11 @@ class Batch:
     """One micro-batch as tensors on its device: T tokens, N of them trained, in `num_sequences` sequences.
 
     ids, position_ids: int64 [T]. cu_seqlens: int32 [n + 1], the ends of n sequences beginning with 0; on the CPU unless
-    the device is CUDA's, because elsewhere the host lays out attention. These three are longer if the batch is padded (see `filled`). max_seqlen: upper bound of the sequence lengths. trained: int64 [N],
-    positions of the trained tokens in `ids`, ascending. sequence_ids: int64 [N], the number of each trained token's
-    sequence. samples: int64, numbers of the packs or pairs within the split. num_tokens, num_trained: T and N; padding
-    is not counted. For pairs, `num_sequences` and `sequence_ids` count each side as one sequence; with `shared`, n in
-    `cu_seqlens` is the number of pairs instead.
+    the device is CUDA's, because elsewhere the host lays out attention. These three are longer if the batch is padded
+    (see `filled`). max_seqlen: upper bound of the sequence lengths. trained: int64 [N], positions of the trained tokens
+    in `ids`, ascending. sequence_ids: int64 [N], the sequence of each. samples: int64, numbers of the packs or pairs
+    within the split. num_tokens, num_trained: T and N, without padding. For pairs, `num_sequences` and `sequence_ids`
+    count each side as a sequence; with `shared`, n in `cu_seqlens` is the number of pairs.
     """
 
     ids: Tensor
@@ -59,11 +57,8 @@ def pinned(count: int, dtype: Any) -> np.ndarray:
 
 def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> list[MicroBatch]:
     """Divide a micro-batch into consecutive ones of at most `most_tokens` tokens (None: no limit), without splitting a
-    sequence or a pair; one that is longer becomes a micro-batch of its own. is_pairs: whether `micro` has pairs.
-
-    Summed losses and gradients of the results add up to those of `micro`. For pairs, `samples` is divided as well; for
-    packs, every result has all `samples` of `micro`.
-    """
+    sequence or a pair; a longer one is a micro-batch of its own. Summed losses and gradients of the results add up to
+    those of `micro`. is_pairs: `samples` is divided as well; for packs, every result has all `samples` of `micro`."""
     if most_tokens is None or len(micro.ids) <= most_tokens:
         return [micro]
     step = 2 if is_pairs and micro.shared is None else 1
@@ -86,11 +81,9 @@ def cut(micro: MicroBatch, most_tokens: int | None, is_pairs: bool = False) -> l
 def filling(num_tokens: int, num_documents: int, limits: Limits) -> np.ndarray:
     """Return the lengths (int64) of the padding sequences that bring a micro-batch of `num_tokens` tokens in
     `num_documents` sequences to one of few shapes, so that compiled code is not compiled again for every micro-batch.
-
     The padded number of tokens is the smallest of `limits.tokens` times a power of two (..., 1/4, 1/2, 1, 2, ...) that
-    is at least `num_tokens`. The padded number of sequences is a power of two, and at least one per FILL_TOKENS padded
-    tokens. No padding sequence is longer than `limits.sequence`, and most are empty.
-    """
+    is enough. That of sequences is a power of two, and at least one per FILL_TOKENS padded tokens. No padding sequence
+    is longer than `limits.sequence`, and most are empty."""
     width = limits.tokens
     while width // 2 >= max(num_tokens, 1):
         width //= 2
@@ -111,11 +104,8 @@ def to_device(micro: MicroBatch, device: torch.device, limits: Limits | None = N
 
 def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Batch:
     """Copy a micro-batch to `device`; if `limits` is given, append padding sequences (see `filling`) without trained
-    tokens, also on the CPU, which the tests use.
-
-    With `limits`, `max_seqlen` of the result is `limits.sequence`, so that it does not change from batch to batch.
-    Asserts that no sequence (or reply without a prompt) has its first token marked trained.
-    """
+    tokens, also on the CPU, which the tests use. `max_seqlen` then is `limits.sequence` for every batch. Asserts that
+    no sequence (or reply without a prompt) has its first token marked trained."""
     cu_seqlens = np.asarray(micro.cu_seqlens, dtype=np.int64)
     lengths = np.diff(cu_seqlens)
     trained = np.flatnonzero(micro.loss_mask)
@@ -158,9 +148,9 @@ def filled(micro: MicroBatch, device: torch.device, limits: Limits | None) -> Ba
 
 
 def _shared_places(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the length of each side, int64 [2 S], and the position id of every token, int64 [T], for pairs laid out as
-    prompt + chosen + rejected. shared: int64 [S, 3], their numbers of tokens. The sides alternate: prompt + chosen,
-    then rejected alone. Position ids of rejected continue from the end of its prompt, as if chosen were not there."""
+    """Return the length of each side, int64 [2 S], alternately prompt + chosen and rejected alone, and the position id
+    of every token, int64 [T], for pairs laid out as prompt + chosen + rejected. shared: int64 [S, 3], their tokens.
+    Position ids of rejected continue from the end of its prompt, as if chosen were not there."""
     prompt, chosen, rejected = shared.T
     sides = np.stack([prompt + chosen, rejected], 1).ravel()
     before = np.stack([np.zeros_like(prompt), prompt], 1).ravel()

@@ -21,8 +21,7 @@ HEAD = "lm_head.weight"  # the output projection; absent if it is tied to the em
 @dataclass(frozen=True, slots=True)
 class Growth:
     """A plan for enlarging an embedding matrix. method: "mean" or "subtoken". old_size: ids of the old tokenizer.
-    vocab_size: rows of the new matrix. rows: for each added id, the ids of the old tokens whose vectors are averaged.
-    """
+    vocab_size: rows of the new matrix. rows: added id -> ids of the old tokens whose vectors are averaged."""
 
     method: str  # mean or subtoken
     old_size: int
@@ -31,21 +30,17 @@ class Growth:
 
     @property
     def added_ids(self) -> str:
-        """Return the added ids as up to two ranges, such as "300-301, 6400-6410", or "none": those below `old_size`,
-        which the old tokenizer reserved but did not use, and those from `old_size` on. A range is written as
-        smallest-largest, even if ids in between are not added."""
+        """Return the added ids as up to two ranges, smallest-largest, such as "300-301, 6400-6410", or "none": those
+        below `old_size`, reserved in the old tokenizer, and those from it on. Ids in between may not be added."""
         ids = sorted(self.rows)
         spans = [[id for id in ids if id < self.old_size], [id for id in ids if id >= self.old_size]]
         return ", ".join(f"{span[0]}-{span[-1]}" for span in spans if span) or "none"
 
 
 def plan_growth(method: str, old: Tokenizer, new: Tokenizer, num_rows: int) -> Growth:
-    """Plan how to enlarge an embedding that was trained with tokenizer `old` for tokenizer `new`. Raises TokenizerError
-    if an id of `old` means another token in `new`.
-
-    method: "mean" averages all old tokens for every added token; "subtoken" those that spell it, or all if its text is
-    not valid UTF-8. num_rows: number of rows of the present matrix, which is never reduced.
-    """
+    """Plan how to enlarge an embedding trained with tokenizer `old` for tokenizer `new`. method: "mean" averages all
+    old tokens for every added token; "subtoken" those that spell it, or all if its text is not valid UTF-8. num_rows:
+    of the present matrix, never reduced. Raises TokenizerError if an id of `old` means another token in `new`."""
     added = added_ids(old, new)
     all_ids = [id for id in range(old.vocab_size) if id not in added]
     texts = token_texts(new)
@@ -64,11 +59,9 @@ def _subtokens(old: Tokenizer, content: bytes | None) -> list[int]:
 
 
 def grow(weights: Mapping[str, Tensor], growth: Growth) -> dict[str, Tensor]:
-    """Return the weights with EMBEDDING and HEAD of [growth.vocab_size, C]; the other tensors are the same objects.
-
-    Old rows are copied bit for bit, except rows of added ids, which become the mean of the rows that `growth.rows`
-    lists. Appended rows that no added token uses become the mean of the whole old matrix.
-    """
+    """Return the weights with EMBEDDING and HEAD of [growth.vocab_size, C]; the other tensors are the same objects. Old
+    rows are copied bit for bit, but rows of added ids are the mean of the rows that `growth.rows` lists. Appended rows
+    that no added token uses are the mean of the whole old matrix."""
     return {**weights, **{name: _grown(weights[name], growth) for name in (EMBEDDING, HEAD) if name in weights}}
 
 

@@ -72,22 +72,18 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 def token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Compute the log-probability of each target token, fp32 [N], with gradients to `hidden` and `weight`.
-
-    hidden: [N, C], for each target the hidden state that predicts it. weight: output embedding [V, C]. targets: int64
-    [N], token ids. chunk: rows of logits computed at a time; None for `chunk_rows`. dtype: matrices are multiplied in it; sums are fp32.
-    """
+    """Compute the log-probability of each target token, fp32 [N], with gradients to `hidden` and `weight`. hidden: [N,
+    C], for each target the hidden state that predicts it. weight: output embedding [V, C]. targets: int64 [N], token
+    ids. chunk: rows of logits at a time; None for `chunk_rows`. dtype: matrices are multiplied in it; sums are fp32."""
     return _TokenLogps.apply(hidden, weight, targets, chunk or chunk_rows(len(weight)), dtype)  # type: ignore[return-value]
 
 
 def predecessors(trained: Tensor, shared: Tensor | None = None) -> Tensor:
     """Return the position of the hidden state that predicts each trained token, int64 [N]: in general the position
-    before it. This is the only place where inputs and targets are shifted by one.
-
-    trained: int64 [N], positions of the trained tokens, ascending. shared: int64 [S, 3] if the tokens are pairs laid
-    end to end as prompt + chosen + rejected, the number of tokens of the three. Then the first token of a rejected
-    reply is predicted from the last token of its prompt, not from the last token of the chosen reply before it.
-    """
+    before it. This is the only place where inputs and targets are shifted by one. trained: int64 [N], positions of the
+    trained tokens, ascending. shared: int64 [S, 3], tokens of prompt, chosen and rejected if the tokens are pairs laid
+    end to end. Then the first token of a rejected reply is predicted from the last token of its prompt, not of
+    chosen."""
     before = trained - 1
     if shared is None:
         return before
@@ -108,16 +104,12 @@ def trained_logps(
     shared: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the log-probabilities of the trained tokens, fp32 [N].
-
-    hidden: [T, C], of all positions. weight: output embedding [V, C]. ids: int64 [T]. trained, shared: see
-    `predecessors`. dtype: matrices are multiplied in it.
-    """
+    """Return the log-probabilities of the trained tokens, fp32 [N]. hidden: [T, C], of all positions. weight: output
+    embedding [V, C]. ids: int64 [T]. trained, shared: see `predecessors`. dtype: matrices are multiplied in it."""
     return token_logps(hidden.index_select(0, predecessors(trained, shared)), weight, ids[trained], dtype=dtype)
 
 
 def sum_by_sequence(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], 0 for one without trained tokens.
-    sequence_ids: int64 [N]. A float32 sum of thousands of nats has a rounding error of 1e-4, as large as a small change
-    of a reward margin."""
+    """Sum the values [N] of the trained tokens by sequence: float64 [num_sequences], as a float32 sum of thousands of
+    nats has a rounding error of 1e-4, as large as a small change of a reward margin. sequence_ids: int64 [N]."""
     return wide(logps.new_zeros(num_sequences)).index_add(0, sequence_ids, wide(logps))

@@ -68,10 +68,8 @@ def rotary_table(
     position_ids: Tensor, head_size: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary angles of positions [...], each fp32 [..., 1, D] with D = `head_size`.
-
     theta: base of the frequencies. The second half of the last dimension repeats the first, for the half-split form of
-    Llama checkpoints (dimension i is rotated together with i + D / 2).
-    """
+    Llama checkpoints (dimension i is rotated together with i + D / 2)."""
     frequencies = rope_frequencies(head_size, theta, position_ids.device)
     if scaling:
         frequencies = frequencies / rope_divisors(frequencies, scaling)
@@ -115,13 +113,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where attention finds the sequences among the flat tokens, and the order of the tokens inside the blocks.
-
-    order: int64 [T], the tokens are permuted to x[order] before the first block; None keeps their order. restore: the
-    inverse permutation, or None. groups: (number of sequences, length) for each run of neighbouring sequences of equal
-    length, in the permuted order; empty if attention uses the CUDA kernel for sequences of varying length instead,
-    which reads `cu_seqlens` (int32 [n + 1]) and `max_seqlen`.
-    """
+    """Where attention finds the sequences among the flat tokens, and the order of the tokens inside the blocks. order:
+    int64 [T], tokens are permuted to x[order] before the first block; None keeps their order. restore: the inverse, or
+    None. groups: (number of sequences, length) for each run of neighbouring sequences of equal length, in the permuted
+    order; empty if attention uses the CUDA kernel for sequences of varying length, which reads `cu_seqlens` (int32 [n +
+    1]) and `max_seqlen`."""
 
     order: Tensor | None
     restore: Tensor | None
@@ -132,12 +128,10 @@ class AttentionLayout:
 
 def make_layout(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> AttentionLayout:
     """Return the attention layout for n sequences. cu_seqlens: int32 [n + 1], their ends, beginning with 0. max_seqlen:
-    an upper bound of their lengths. device: that of the tokens.
-
-    On CUDA under autocast, torch's kernel for sequences of varying length is used, if this torch version has it. (It
-    supports half precision only; its speed has not been measured.) Otherwise sequences are sorted by length, once for
-    all blocks, so that sequences of equal length share one attention call without copies or padding.
-    """
+    an upper bound of their lengths. device: that of the tokens. On CUDA under autocast, torch's kernel for sequences of
+    varying length is used, if there is one (half precision only; its speed has not been measured). Otherwise sequences
+    are sorted by length, once for all blocks, so that equally long ones share one attention call without copies or
+    padding."""
     if device.type == "cuda" and torch.is_autocast_enabled("cuda") and _varlen() is not None:
         return AttentionLayout(None, None, [], cu_seqlens.to(device), max_seqlen)
     ends = cu_seqlens.to("cpu", torch.int64)
@@ -206,12 +200,10 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> 
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs of several linear layers, all with or all without bias, for one input x [..., C].
-
-    In training they are one product with the concatenated weights: 3 % less time on the CPU, five kernels fewer per
-    block on CUDA. Without gradients the layers are computed one by one, because for the one or two tokens of a decoding
-    step concatenating costs more than it saves. Layers with LoRA adapters are computed one by one too.
-    """
+    """Return the outputs of several linear layers, all with or all without bias, for one input x [..., C]. In training
+    they are one product with the concatenated weights: 3 % less time on the CPU, five kernels fewer per block on CUDA.
+    For the few tokens of a decoding step, without gradients, concatenating costs more than it saves, so the layers are
+    computed one by one, like those with LoRA adapters."""
     weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
     if not torch.is_grad_enabled() or len(weights) < len(layers):
         return [layer(x) for layer in layers]
@@ -308,12 +300,9 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """The language model up to the final hidden states. It computes no logits: the loss multiplies only the hidden
-    states that it needs by `head_weight`.
-
-    checkpoints_blocks: training keeps only the input of each block and recomputes its activations in the backward pass.
-    The results are the same, for a third more time and about a tenth of the memory of activations.
-    """
+    """The language model up to the final hidden states; the loss multiplies only those that it needs by `head_weight`.
+    checkpoints_blocks: training keeps only the input of each block and recomputes its activations in the backward pass,
+    with equal results, for a third more time and about a tenth of the memory of activations."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -327,11 +316,9 @@ class Model(nn.Module):
 
     def init_weights(self) -> None:
         """Draw every matrix from N(0, 1 / (3 C)), where C is `hidden_size`, and set biases to 0; norm weights stay as
-        they are (1 in a new model). Logits start near 0 and the loss near ln V.
-
-        This is the variance of torch's default for a linear layer with C inputs; the standard deviation is 0.021 at C =
-        768. A fixed 0.02 is too small for narrow models: the demo model, with C = 128, learned more slowly with it.
-        """
+        they are (1 in a new model). Logits start near 0 and the loss near ln V. This is the variance of torch's default
+        for a linear layer with C inputs; the standard deviation is 0.021 at C = 768. A fixed 0.02 is too small for
+        narrow models: the demo model, with C = 128, learned more slowly with it."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=(3 * self.config.hidden_size) ** -0.5)
@@ -346,13 +333,11 @@ class Model(nn.Module):
     def forward(
         self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, shared: Tensor | None = None
     ) -> Tensor:
-        """Return the hidden states [T, C], after the final norm, of flat token ids [T].
-
-        cu_seqlens: int32 [n + 1], the ends of the n sequences, beginning with 0. position_ids: int64 [T], restarting at
-        0 in each sequence, below `max_seqlen`. shared: int64 [n, 3] on the CPU if each sequence is a pair laid out as
-        prompt + chosen + rejected, the number of tokens of the three; else None. In a pair the position ids of rejected
-        continue from the end of the prompt, and rejected does not attend to chosen.
-        """
+        """Return the hidden states [T, C], after the final norm, of flat token ids [T]. cu_seqlens: int32 [n + 1], the
+        ends of the n sequences, beginning with 0. position_ids: int64 [T], restarting at 0 in each sequence, below
+        `max_seqlen`. shared: int64 [n, 3] on the CPU, tokens of the three if each sequence is a pair laid out as prompt
+        + chosen + rejected. Then the position ids of rejected continue from the prompt's end, and rejected does not
+        attend to chosen."""
         if shared is None:
             layout = make_layout(cu_seqlens, max_seqlen, ids.device)
         else:

@@ -51,11 +51,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class LossScale:
     """Factor of the loss before the backward pass, so that fp16 gradients neither under- nor overflow; 1 for other
-    types.
-
-    value: fp32 scalar tensor on the device, a power of two, so scaling does not round. A step with overflow halves it
-    (not below 1), and GROW_AFTER steps in a row without overflow double it. The host never waits for the device.
-    """
+    types. value: fp32 scalar tensor on the device, a power of two, so scaling does not round. A step with overflow
+    halves it (not below 1), and GROW_AFTER steps in a row without double it. The host never waits for the device."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.is_on = dtype == torch.float16

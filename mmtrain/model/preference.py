@@ -1,7 +1,5 @@
-"""The objective of the dpo stage: one of seven losses with its parameters, and per-pair metrics.
-
-A loss accepts only the options that its paper defines; `check` raises UsageError for others.
-"""
+"""The objective of the dpo stage: one of seven losses with its parameters, and per-pair metrics. A loss accepts only
+the options that its paper defines; `check` raises UsageError for others."""
 
 import math
 from collections.abc import Callable
@@ -16,11 +14,9 @@ from mmdata.errors import UsageError
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probabilities and token counts of S pairs; every field is a tensor [S].
-
-    chosen, rejected: the policy's logps, summed over the trained tokens. ref_chosen, ref_rejected: those of the
-    reference model, 0 if there is none. num_chosen, num_rejected: numbers of trained tokens, at least 1.
-    """
+    """Log-probabilities and token counts of S pairs; every field is a tensor [S]. chosen, rejected: the policy's logps,
+    summed over the trained tokens. ref_chosen, ref_rejected: those of the reference model, 0 if there is none.
+    num_chosen, num_rejected: numbers of trained tokens, at least 1."""
 
     chosen: Tensor
     rejected: Tensor
@@ -156,13 +152,10 @@ def loss_at_reference(objective: Objective) -> float:
 def pair_figures(
     objective: Objective, logps: Tensor, counts: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of each pair, [S] with gradient, including the `sft_weight` term, and the metrics named in
-    FIGURES, each [S] without gradient.
-
-    logps: float64 [S, 2], the policy's summed logps of chosen and rejected. counts: [S, 2], their numbers of trained
-    tokens. reference: [S, 2], the reference model's summed logps; a loss without reference uses them only in the
-    metrics, for drift and flips. With None, drift and flips are NaN, and a loss with reference uses 0.
-    """
+    """Return the loss of each pair, [S] with gradient, including the `sft_weight` term, and the metrics in FIGURES,
+    each [S] without gradient. logps: float64 [S, 2], the policy's summed logps of chosen and rejected. counts: [S, 2],
+    their trained tokens. reference: [S, 2], the reference model's summed logps; a loss without reference uses them only
+    for the metrics drift and flips. With None these are NaN, and a loss with reference uses 0."""
     chosen, rejected = logps.T
     ref = reference if uses_reference(objective) and reference is not None else torch.zeros_like(logps)
     pairs = PairLogps(chosen, rejected, *ref.T, *counts.clamp(min=1).T)
@@ -199,11 +192,9 @@ def pair_figures(
 
 
 def dpo_sigmoid(delta: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
-    """Return the DPO loss of each pair, [S]: -log sigmoid(beta delta), Rafailov et al. 2023, eq. 7.
-
-    With a delta of means per token it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6; with
-    epsilon above 0 it is the conservative DPO loss of Mitchell 2023, eq. 3.
-    """
+    """Return the DPO loss of each pair, [S]: -log sigmoid(beta delta), Rafailov et al. 2023, eq. 7. With a delta of
+    means per token it is the length-normalised loss of Lambert et al. 2024 (Tülu 3), eq. 6; with epsilon above 0 the
+    conservative DPO loss of Mitchell 2023, eq. 3."""
     return -(1 - epsilon) * F.logsigmoid(beta * delta) - epsilon * F.logsigmoid(-beta * delta)
 
 
@@ -226,9 +217,7 @@ def ipo(mean_delta: Tensor, tau: float) -> Tensor:
 
 def simpo(mean_difference: Tensor, beta: float, gamma: float, epsilon: float = 0.0) -> Tensor:
     """Return the SimPO loss of each pair, [S]: -log sigmoid(beta mean_difference - gamma), Meng et al. 2024, eq. 6.
-
-    mean_difference: [S], the policy's mean logp per token of chosen minus that of rejected. gamma: target margin, >= 0.
-    """
+    mean_difference: [S], the policy's mean logp per token of chosen minus rejected. gamma: target margin, >= 0."""
     logits = beta * mean_difference - gamma
     return -(1 - epsilon) * F.logsigmoid(logits) - epsilon * F.logsigmoid(-logits)
 

@@ -25,13 +25,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """What differs between training stages.
-
-    starts_from: stages whose newest finished run gives the initial weights, unless the user chooses them; empty for new
-    weights. loss: called with (model, batch, ref, objective); only dpo uses ref, the reference model's logps of the
-    pairs, float64 [S, 2], and objective. figures: names of the other sums that `loss` returns. check: called with
-    (means, tolerance, objective), raises TrainError if the first step's means are not as expected; None for no check.
-    """
+    """What differs between training stages. starts_from: stages whose newest finished run gives the initial weights,
+    unless the user chooses them; empty for new weights. loss: called with (model, batch, ref, objective), of which only
+    dpo uses ref, the reference model's logps of the pairs, float64 [S, 2], and objective. figures: names of the other
+    sums of `loss`. check: called with (means, tolerance, objective), raises TrainError for an unexpected first step, or
+    None."""
 
     name: str
     starts_from: tuple[str, ...]

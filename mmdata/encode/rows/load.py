@@ -23,9 +23,8 @@ def load(raw: bytes) -> Any:
 
 
 def _is_exact(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Return whether a value from orjson is certain to be what Python's json gives. It is not if it contains a float,
-    because orjson turns large integers into floats, or if it is nested deeper than `levels`.
-    """
+    """Return whether a value from orjson is certain to be what Python's json gives: without floats, which orjson also
+    makes of large integers, and nested at most `levels` deep."""
     kind = type(value)
     if kind is str:
         return True
@@ -40,9 +39,8 @@ def _is_exact(value: Any, levels: int = MAX_DEPTH) -> bool:
 
 
 def load_strictly(raw: bytes) -> Any:
-    """Return the JSON value of one line, parsed by Python's json. Raises BadRow if the line is not UTF-8 or not JSON,
-    contains NaN, Infinity or half of a surrogate pair, or exceeds Python's limits on nesting and on digits.
-    """
+    """Return the JSON value of one line, parsed by Python's json. Raises BadRow if it is not UTF-8 or not JSON,
+    contains NaN, Infinity or half of a surrogate pair, or exceeds Python's limits on nesting and on digits."""
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

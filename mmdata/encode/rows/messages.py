@@ -38,14 +38,11 @@ class MessageReader:
         self.keys: list[str] = []
 
     def read(self, value: Any, where: str, reply_role: str | None = None) -> Messages:
-        """Return the messages in a JSON list, or in a transcript, and the tools that are defined in them. Raises BadRow
-        if there are none, a field has a wrong type, a role is unknown, or a content is no text. Blank contents and the
-        order of roles are not checked here.
-
-        An item of the list is a message, or a question and its answer, as an object or a list of two strings.
-        where: the name of the column, for errors. reply_role: if given, a single message may take the place of the
-        list, as an object or as a string, which becomes the content of a message with this role.
-        """
+        """Return the messages in a JSON list, or in a transcript, and the tools that are defined in them. Blank
+        contents and the order of roles are not checked. An item of the list is a message, or a question and its answer,
+        as an object or two strings. where: the column, for errors. reply_role: a single message may take the place of
+        the list, as an object or as a string, the content of a message with this role. Raises BadRow if there are no
+        messages, a field has a wrong type, a role is unknown, or a content is no text."""
         tools: tuple[JsonObject, ...] = ()
         if type(value) is not list:
             value, tools = self._list_of(value, where, reply_role)
@@ -74,8 +71,7 @@ class MessageReader:
 
     def _list_of(self, value: Any, where: str, reply_role: str | None) -> tuple[list[Any], tuple[JsonObject, ...]]:
         """Return the list of messages that another JSON value stands for, and its tools: a transcript, a JSON text, one
-        message, or an object such as {"messages": […], "tools": […]}, as in OpenAI's preference files.
-        """
+        message, or an object {"messages": […], "tools": […]}, as in OpenAI's preference files."""
         tools: tuple[JsonObject, ...] = ()
         if type(value) is str:
             value = self._of_text(value, where, reply_role)
@@ -143,10 +139,8 @@ def transcript(text: str) -> list[JsonObject]:
 
 
 def _message(item: JsonObject, found: Mapping[str, str], number: int) -> Message:
-    """Return a message from an object. Raises BadRow if a field has a wrong type or the role is unknown.
-
-    found: field (MESSAGE_FIELDS) -> its key. number: the 1-based number of the message, for errors.
-    """
+    """Return a message from an object. Raises BadRow if a field has a wrong type or the role is unknown. found: field
+    (MESSAGE_FIELDS) -> its key. number: of the message, from 1, for errors."""
     name = item[found["role"]]
     if type(name) is not str:
         raise BadRow("wrong types", f"message {number}: role: found {json_type(name)}, expected a string")
@@ -191,9 +185,8 @@ def _weight(item: JsonObject, found: Mapping[str, str], number: int) -> int:
 
 
 def _content(value: Any, number: int) -> str:
-    """Return a content as text: a string, null (empty), or a list of strings and text parts, which are joined. Raises
-    BadRow for anything else.
-    """
+    """Return a content as text: a string, null (empty), or a list of strings and text parts, joined. Raises BadRow
+    otherwise."""
     if type(value) is str:
         return value
     if value is None:
@@ -215,11 +208,9 @@ def _content(value: Any, number: int) -> str:
 
 
 def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tools or tool calls as a tuple of JSON objects, from a list of objects, one object, or a string with the
-    JSON of either. Raises BadRow for anything else, or if it is nested deeper than MAX_DEPTH levels.
-
-    where: the name of the field, for errors.
-    """
+    """Return tools or tool calls as a tuple of JSON objects, from a list of objects, one object, or the JSON text of
+    either. Raises BadRow for anything else, or if it is nested deeper than MAX_DEPTH levels. where: the field, for
+    errors."""
     if type(value) is str:
         value = _from_text(value, where)
     if type(value) is dict:
@@ -232,9 +223,8 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tool calls as `objects_of` does, with arguments that are JSON text decoded. Raises BadRow also for a call
-    without a name, and for arguments that are a string but not JSON.
-    """
+    """Return tool calls as `objects_of` does, with JSON text in arguments decoded. Raises BadRow also for a call
+    without a name, and for arguments that are another string."""
     calls = []
     for call in objects_of(value, where):
         function = call.get("function") or call

@@ -23,12 +23,10 @@ LOOK_AT = 100  # number of lines at the beginning of a file from which its kind 
 def parse_row(
     raw: bytes, kind: str | None = None, *, extra_keys: Counter[str] | None = None, columns: Columns = DEFAULT_COLUMNS
 ) -> Row:
-    """Parse one line (without its newline). Raises BadRow if it is not a valid row, or cannot be read as the given kind.
-
-    kind: "document", "conversation", "pair" or None (any). extra_keys: counts the keys of valid rows that say something
-    and are ignored, metadata included. columns: the columns that hold the fields. If a key occurs twice in an object,
-    the last value is used.
-    """
+    """Parse one line (without its newline). Raises BadRow if it is no valid row, or none of the given kind. kind:
+    "document", "conversation", "pair" or None (any). extra_keys: counts the keys of valid rows that say something and
+    are ignored, metadata included. columns: those that hold the fields. Of a key that occurs twice the last value is
+    used."""
     values = load(raw)
     if type(values) is dict and len(values) == 1 and not columns.mapping and (row := _plain(values, kind)):
         return row
@@ -60,9 +58,8 @@ def parse_row(
 
 
 def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | None:
-    """Return the row of an object with one key, as in most files of MiniMind; None if it needs a closer look. Only for
-    speed: `parse_row` gives the same without it.
-    """
+    """Return the row of an object with one key, as in most files of MiniMind, for speed; None if it needs a closer
+    look."""
     ((column, value),) = values.items()
     if column == "text" and kind != "conversation" and kind != "pair" and type(value) is str:
         is_whole = value and not value.isspace() and (kind == "document" or not is_transcript(value))
@@ -78,21 +75,16 @@ def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | No
 
 
 def find_kind(path: Path, read: ReadOptions = DEFAULT_READING) -> str:
-    """Return the kind of rows in a file: the one that the options ask for, or else that of its first LOOK_AT lines.
-    Raises InputError if the file cannot be read or is empty, if none of these lines is a valid row, or if kinds are
-    mixed.
-    """
+    """Return the kind of rows in a file: what the options ask for, or else that of its first LOOK_AT lines. Raises
+    InputError if it cannot be read or is empty, if none of these lines is a valid row, or if kinds are mixed."""
     if read.kind:
         return read.kind
     return kind_of_lines(islice(iter_lines(path, options=read), LOOK_AT), path, Columns.parse(read.mapping))
 
 
 def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = DEFAULT_COLUMNS) -> str:
-    """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines.
-    Raises InputError if there are no lines or no valid rows, or if no kind has 90%.
-
-    path: the file, for error messages.
-    """
+    """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines. path:
+    for messages. Raises InputError if there are no lines or valid rows, or if no kind has 90%."""
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     first = None
@@ -158,9 +150,8 @@ def _check_others(values: JsonObject, others: Iterable[str], kind: str) -> None:
 
 
 def _ignored(values: JsonObject, keys: Iterable[str], columns: Columns, row: Row) -> Iterator[str]:
-    """Yield those keys that say something else than the row. A column that could hold a field is not ignored if all its
-    strings are in the row's texts, as `prompt` is that repeats the first message.
-    """
+    """Yield the keys that say something else than the row. A column that could hold a field is not ignored if its
+    strings are all in the row's texts, as `prompt` is that repeats the first message."""
     texts = None
     for key in keys:
         value = values[key]
@@ -194,9 +185,8 @@ class _Dialogue(MessageReader):
         self.used: set[str] = set()
 
     def conversation(self, *, is_prompted: bool) -> Conversation:
-        """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is not valid,
-        or has a placeholder as its last answer.
-        """
+        """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is invalid or
+        ends with a placeholder."""
         if is_prompted:
             messages, tools = self._context()
             reply, reply_tools = self._field("completion", "assistant")
@@ -211,11 +201,9 @@ class _Dialogue(MessageReader):
         return Conversation(messages, tools)
 
     def pair(self) -> Pair:
-        """Return the pair. Raises BadRow if it is not valid.
-
-        A side is a list of all its messages, a transcript, or a reply: a list without a user message, a single message,
-        or a string. The messages of the history, and of the prompt or the messages, are put before a reply.
-        """
+        """Return the pair. Raises BadRow if it is not valid. A side is a list of all its messages, a transcript, or a
+        reply: a list without a user message, a single message, or a string, put behind the history, and the prompt or
+        the messages."""
         context = None
         sides = []
         for field in ("chosen", "rejected"):
@@ -241,9 +229,8 @@ class _Dialogue(MessageReader):
         return self.read(value, column, reply_role)
 
     def _context(self) -> Messages:
-        """Return the messages before a reply, and the tools defined in them: the history, then the prompt with its
-        input. A pair may have messages that end with the user in place of a prompt, or besides it.
-        """
+        """Return the messages before a reply, and their tools: the history, then the prompt with its input. A pair may
+        have messages that end with the user in place of a prompt, or besides it."""
         messages, tools = (), ()
         if "messages" in self._found:
             messages, tools = self._field("messages", "user")
@@ -274,9 +261,8 @@ class _Dialogue(MessageReader):
         return messages[:begin] + history + messages[begin:]
 
     def _with_row_fields(self, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]) -> Messages:
-        """Add a row's `system` to the messages if the first is not a system message, and its `tools` if there are no
-        tools yet. Raises BadRow if a field has a wrong type.
-        """
+        """Add a row's `system` to messages that do not begin with one, and its `tools` if there are none yet. Raises
+        BadRow if a field has a wrong type."""
         values, found = self._values, self._found
         if column := found.get("system"):
             system = values[column]
@@ -311,11 +297,9 @@ def _is_blank(message: Message) -> bool:
 
 def _check_turns(messages: Sequence[Message], where: str) -> None:
     """Raise BadRow if the roles are not in the order user, assistant, user, assistant, …, ending with the assistant, or
-    if a user message or an answer is blank (no tool calls, and only white space as content and reasoning). Tool
-    messages may follow an answer, and are then followed by another answer. System messages may be anywhere.
-
-    where: a text that is put before the detail of errors, such as "chosen: ".
-    """
+    if a user message or an answer is blank (no tool calls, only white space as content and reasoning). Tool messages
+    may follow an answer, and are then followed by another answer. System messages may be anywhere. where: begins the
+    detail of errors, such as "chosen: "."""
     last = ""
     for number, message in enumerate(messages, 1):
         role = message.role

@@ -62,10 +62,8 @@ MOST_FAILED = 0.5  # share of rows; if more are left out it is an error, for wha
 
 
 class BadRow(ValueError):
-    """Raised for a row that cannot be used.
-
-    reason: a key of HELP, by which bad rows are counted. detail: what was found, and where in the row; may be empty.
-    """
+    """Raised for a row that cannot be used. reason: a key of HELP, by which bad rows are counted. detail: what was
+    found, and where in the row; may be empty."""
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in HELP, reason
@@ -90,15 +88,13 @@ def check_budget(
     *,
     kind: str | None = None,
 ) -> None:
-    """Raise InputError if too many rows of a file or dataset are bad. Rows left out for a reason that the user asked for
-    (`asked_for`) do not count as bad.
+    """Raise InputError if too many rows of a file or dataset are bad. Rows left out for a reason that the user asked
+    for (`asked_for`) do not count.
 
-    counts: the number of bad rows by reason. num_rows: the number of all rows.
-    max_bad: the largest allowed share of bad rows, in [0, 1]. Reasons in OF_THE_RUN are not counted. None allows
-    DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more. MOST_FAILED of the rows (or `max_bad`, if that is
-    more) is the limit for all reasons, except those in `per_reason`.
-    per_reason: reason -> the largest allowed share of rows with this reason, in addition to `max_bad`.
-    kind: the kind of rows that the user asked for with --kind.
+    counts: bad rows by reason. num_rows: all rows. max_bad: the largest allowed share of bad rows, in [0, 1]; reasons
+    in OF_THE_RUN are not counted. None allows DEFAULT_MAX_BAD of the rows, or FEW_BAD_ROWS rows if that is more.
+    MOST_FAILED of the rows (or `max_bad`, if that is more) is the limit for all reasons, except those in `per_reason`:
+    reason -> the largest allowed share, in addition to `max_bad`. kind: that of --kind.
     """
     per_reason = per_reason or {}
     aside = asked_for(kind)

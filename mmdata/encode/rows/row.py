@@ -24,15 +24,11 @@ class Document:
 
 
 class Message(NamedTuple):
-    """One message of a conversation.
-
-    role: "system", "user", "assistant" or "tool".
-    content: may be empty in an answer with tool calls or reasoning, and in system and tool messages.
-    reasoning_content: the thoughts before an answer; None if the row has none.
-    tool_calls: the functions that an answer calls, as JSON objects. Arguments given as JSON text are decoded.
-    name: the name of the speaker or of the tool. tool_call_id: the call that a tool message answers; None without.
-    weight: 0 if the row says that the message is not to be trained on; 1 otherwise.
-    """
+    """One message of a conversation. role: "system", "user", "assistant" or "tool". content: may be empty in an answer
+    with tool calls or reasoning, and in system and tool messages. reasoning_content: the thoughts before an answer.
+    tool_calls: the functions that an answer calls, as JSON objects, JSON text in arguments decoded. name: of the
+    speaker or the tool. tool_call_id: the call that a tool message answers. weight: 0 if the message is not to be
+    trained on, else 1."""
 
     role: str
     content: str
@@ -58,10 +54,8 @@ _NO_EXTRAS = (None, (), None, None, 1)
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation whose messages are in a valid order and end with an answer.
-
-    messages: at least a user message and an answer. tools: definitions of functions, as JSON objects.
-    """
+    """A conversation whose messages, at least a user message and an answer, are in a valid order and end with an
+    answer. tools: definitions of functions, as JSON objects."""
 
     messages: tuple[Message, ...]
     tools: tuple[JsonObject, ...] = ()
@@ -69,9 +63,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A chosen (preferred) and a rejected conversation with equal tools, which first differ in the assistant's
-    messages.
-    """
+    """A chosen (preferred) and a rejected conversation with equal tools, which first differ in an assistant's
+    message."""
 
     chosen: Conversation
     rejected: Conversation
@@ -90,20 +83,16 @@ Row = Document | Conversation | Pair
 
 
 def row_hash(row: Row) -> bytes:
-    """Return the SHA-256 digest (32 bytes) of a row's content. It does not depend on white space, on the order of keys,
-    or on which names for keys and roles the file uses.
-    """
+    """Return the SHA-256 digest (32 bytes) of a row's content, whatever white space, order of keys, or names for keys
+    and roles the file uses."""
     return hashlib.sha256(_canonical(row)).digest()
 
 
 def split_documents(text: str) -> list[str]:
-    """Split a pretraining text at the marks <s>…</s> or <|im_start|>…<|im_end|>, and return its documents without the
-    marks. Blank documents are left out, so the list may be empty.
-
-    The marks count only if the text begins with an opening mark, and a closing mark is at its end or before another
-    opening mark, with only white space between them. (A text that was truncated has no closing mark at its end.) A mark
-    elsewhere is part of the text, and a text without such marks is the only document, unchanged.
-    """
+    """Split a pretraining text at the marks <s>…</s> or <|im_start|>…<|im_end|>, and return its documents, blank ones
+    left out. The marks count only if the text begins with an opening mark, and a closing mark is at its end (unless it
+    was truncated) or before another opening mark, with only white space between them. A mark elsewhere is part of the
+    text, and a text without such marks is the only document, unchanged."""
     stripped = text.strip()
     for opening, closing, between in _MARKS:
         if stripped.startswith(opening):
@@ -122,9 +111,8 @@ def join_documents(documents: Sequence[str]) -> str:
 
 
 def texts_of(row: Row) -> Iterator[str]:
-    """Yield all texts of a row: the documents, or for each message its content, reasoning, tool calls (as JSON), name and
-    tool call id, then the tools (as JSON). For a pair, the messages that both sides share and the tools are yielded once.
-    """
+    """Yield all texts of a row: the documents, or for each message content, reasoning, tool calls (JSON), name and tool
+    call id, then the tools (JSON). What both sides of a pair share is yielded once."""
     if isinstance(row, Document):
         yield from split_documents(row.text)
     elif isinstance(row, Pair):
@@ -143,9 +131,8 @@ def texts_of(row: Row) -> Iterator[str]:
 
 
 def num_characters(row: Row) -> int:
-    """Return the number of characters of a row's contents and reasoning, without tools, tool calls and what the chat
-    template adds. The messages that both sides of a pair share are counted once.
-    """
+    """Return the number of characters of a row's contents and reasoning, without tools, tool calls and the template's
+    text. The messages that both sides of a pair share are counted once."""
     if isinstance(row, Document):
         return len(row.text)
     if isinstance(row, Conversation):
@@ -158,9 +145,8 @@ def _num_characters(conversation: Conversation, begin: int) -> int:
 
 
 def _canonical(row: Row) -> bytes:
-    """Return the bytes of which `row_hash` is the digest. Each string is preceded by its length, so that different rows
-    never give the same bytes. `columns.Conversations.hashes` makes the same bytes for many rows.
-    """
+    """Return the bytes of which `row_hash` is the digest, as `columns.Conversations.hashes` makes them for many rows. A
+    length precedes each string, so that different rows never give the same bytes."""
     if isinstance(row, Document):
         return b"document " + row.text.encode()
     if isinstance(row, Pair):

@@ -94,10 +94,8 @@ def split_keys(counts: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of rows, and keys of messages, hold which field.
-
-    mapping: field -> the only column that holds it. Fields that are not in it are read from the columns of the tables.
-    """
+    """Which columns of rows, and keys of messages, hold which field. mapping: field -> the only column that holds it.
+    Other fields are read from the columns of the tables."""
 
     mapping: dict[str, str] = field(default_factory=dict)
 
@@ -115,11 +113,9 @@ class Columns:
         return cls(mapping) if mapping else DEFAULT_COLUMNS
 
     def of_row(self, values: JsonObject, kind: str | None) -> "Assignment":
-        """Return the fields of a row's columns that are not null, and its schema. Raises BadRow if no schema fits, or
-        none of the given kind.
-
-        An `input` without a prompt is the prompt; a string that is the only one, apart from metadata, is the text.
-        """
+        """Return the fields of a row's columns that are not null, and its schema. An `input` without a prompt is the
+        prompt; a string that is the only one, apart from metadata, is the text. Raises BadRow if no schema fits, or
+        none of the given kind."""
         key = (kind, *values)
         if (known := self._rows.get(key)) and None not in values.values():
             return known
@@ -173,9 +169,8 @@ class Columns:
         raise BadRow("missing field", f"found {_listed(found.values())} without {_listed(lacks)}")
 
     def nearest(self, values: JsonObject) -> tuple[Schema, list[str]]:
-        """Return the schema of which a row has the largest share, and the required fields that the row lacks. Of a row
-        that has none of any, it is the schema that fits the types of its values.
-        """
+        """Return the schema of which a row has the largest share, and the required fields that it lacks. Without any,
+        it is the schema that fits the types of its values."""
         found, others = _assigned(values, self._row_table)
         lacks = {schema: [name for name in schema.required if name not in found] for schema in self._schemas}
         nearest = min(lacks, key=lambda schema: len(lacks[schema]) / len(schema.required))
@@ -243,8 +238,7 @@ DEFAULT_COLUMNS = Columns()  # without a mapping
 
 def describe(values: JsonObject, bad: BadRow, columns: Columns = DEFAULT_COLUMNS) -> str:
     """Return, for an error message, why a row cannot be used and the fields that it has; if no schema fits, also the
-    nearest and what the row lacks of it.
-    """
+    nearest and what is lacking."""
     types = [f"`{key}` ({'null' if value is None else json_type(value)})" for key, value in list(values.items())[:12]]
     more = f" and {len(values) - 12} others" if len(values) > 12 else ""
     fields = f"it has {', '.join(types)}{more}" if types else "it is an empty object"
