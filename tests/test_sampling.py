@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdata.errors import UsageError
-from mmtrain.inference.sampling import biased, candidates, penalize, pick, top_logps
+from mmtrain.inference.sampling import FEW, biased, candidates, highest, penalize, pick, top_logps
 from mmtrain.inference.settings import Sampling
 
 
@@ -62,12 +62,12 @@ def test_the_settings_mean_what_they_mean_in_transformers() -> None:
 
     generator = torch.Generator().manual_seed(1)
     for trial in range(60):
-        logits = torch.randn(200, generator=generator) * 3
-        seen = torch.randint(0, 200, (20,), generator=generator)
+        logits = torch.randn(600, generator=generator) * (3, 1, 0.1)[trial % 3]
+        seen = torch.randint(0, 600, (20,), generator=generator)
         draw = torch.rand(4, generator=generator).tolist()
         options = Sampling(
             temperature=0.3 + draw[0],
-            top_k=(0, 50)[trial % 2],
+            top_k=(0, 50, 300)[trial % 4 % 3],
             top_p=0.5 + draw[1] / 2,
             min_p=draw[2] / 10,
             repetition_penalty=1 + draw[3],
@@ -80,8 +80,20 @@ def test_the_settings_mean_what_they_mean_in_transformers() -> None:
         steps += [TopPLogitsWarper(options.top_p), MinPLogitsWarper(options.min_p)]
         expected = LogitsProcessorList(steps)(seen[None], logits[None].clone())[0].softmax(-1)  # type: ignore[arg-type]
         probs, ids = candidates(penalize(logits, seen.tolist(), options.repetition_penalty), options)
-        found = torch.zeros(200).index_put((ids,), probs.float())
+        found = torch.zeros(600).index_put((ids,), probs.float())
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_highest_of_a_large_vocabulary_are_the_beginning_of_a_stable_sort() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for count in (1, 7, FEW, 999, 1000, 2000):
+        logits = torch.randint(0, 40, (1000,), generator=generator).float()  # many equal ones
+        logits[:5] = -torch.inf
+        values, ids = logits.sort(descending=True, stable=True)
+        found = highest(logits, count)
+        assert torch.equal(found[0], values[:count]) and torch.equal(found[1], ids[:count])
+    with_nan = torch.tensor([0.0, torch.nan, 1.0])
+    assert highest(with_nan, 2)[1].tolist() == with_nan.sort(descending=True, stable=True).indices[:2].tolist()
 
 
 def test_the_log_probabilities_are_those_of_the_logits() -> None:

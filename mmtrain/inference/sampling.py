@@ -13,6 +13,8 @@ from mmdata.errors import UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.settings import Sampling
 
+FEW = 256  # tokens are sorted first: top_p and min_p nearly always keep fewer, and then the others need no sorting
+
 
 def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor:
     """Return logits [V] with the repetition penalty applied to `token_ids`: a positive logit is divided by `penalty`,
@@ -38,14 +40,28 @@ def biased(logits: Tensor, options: Sampling, answer_ids: Sequence[int]) -> Tens
 def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
     """Return the probabilities (fp64, descending, summing to 1) and the ids of the tokens, at least one, that may be
     drawn for logits [V] at a temperature above 0. Tokens of equal probability are in the order of their ids."""
-    values, ids = (logits.float() / options.temperature).sort(descending=True, stable=True)
-    if options.top_k:
-        values, ids = values[: options.top_k], ids[: options.top_k]
-    probs = values.double().softmax(-1)
-    kept = probs.cumsum(-1) - probs < options.top_p  # the more likely tokens together have not reached top_p
-    kept &= probs >= options.min_p * probs[0]
-    num_kept = max(1, int(kept.sum()))  # the tokens that meet both conditions come first in the order
+    logits = logits.float() / options.temperature
+    for count in [options.top_k] if options.top_k else [FEW, len(logits)]:
+        values, ids = highest(logits, count)
+        probs = (values.double() - (values if options.top_k else logits).double().logsumexp(-1)).exp()
+        kept = probs.cumsum(-1) - probs < options.top_p  # the more likely tokens together have not reached top_p
+        kept &= probs >= options.min_p * probs[0]
+        num_kept = max(1, int(kept.sum()))  # the tokens that meet both conditions come first in the order
+        if num_kept < len(ids):
+            break
     return probs[:num_kept] / probs[:num_kept].sum(), ids[:num_kept]
+
+
+def highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` highest of values [V], descending, and their indices, equal ones in the order of their
+    indices: the beginning of a stable sort, without sorting the others."""
+    if count < len(values):
+        least = values.topk(count).values[-1]
+        indices = (~(values < least)).nonzero()[:, 0]
+    else:
+        indices = torch.arange(len(values), device=values.device)
+    values, order = values[indices].sort(descending=True, stable=True)
+    return values[:count], indices[order[:count]]
 
 
 def pick(
