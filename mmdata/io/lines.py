@@ -82,7 +82,7 @@ def iter_lines(
     options: ReadOptions = DEFAULT_READING,
 ) -> Iterator[Line]:
     """Yield the rows of `path` that begin in [begin, end), in order. Blank lines are counted but not yielded; a byte
-    order mark and the line ends (`\n`, `\r\n`) are removed. begin, end: byte offsets of rows; in a table, numbers of
+    order mark and the line ends (`\\n`, `\\r\\n`) are removed. begin, end: byte offsets of rows; in a table, numbers of
     rows from 0; None means the end. A begin other than 0 needs a plain file. first_number: of the first row read.
     Raises InputError if the file cannot be read, is damaged, cut off or of no supported format."""
     stream = open_stream(path, options.encoding)
