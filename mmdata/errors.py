@@ -4,6 +4,9 @@
 exception that ends a command is a bug of mm and shows its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MMError(Exception):
     """Base class of all errors that a user can cause and correct.
@@ -24,6 +27,16 @@ class UsageError(MMError):
     """An option has a wrong value, contradicts another one, or names something that does not exist."""
 
     exit_code = 2
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Context manager around the import of an optional package: ImportError becomes a UsageError that says `what` needs
+    which package, and names the `extra` of mm-toolkit to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(what, f"pip install 'mm-toolkit[{extra}]'") from error
 
 
 class InputError(MMError):

@@ -6,6 +6,7 @@ first one noticed. After an error or Ctrl-C, a local worker process stops the ne
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
-from mmdata.errors import MMError, UsageError
+from mmdata.errors import MMError, UsageError, needs
 from mmdata.io.files import no_progress
 
 Job = TypeVar("Job")
@@ -198,12 +199,14 @@ def _run_on_ray(
     process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable, and their files must
     have the same paths on all machines. address: of the cluster, None starts one here with `workers` CPUs, unless ray
     is already initialized. Raises MMError if it cannot connect."""
-    ray = _import_ray()
+    with needs("--engine ray needs ray", "ray"):
+        import ray
+        import ray.exceptions
     is_ours = not ray.is_initialized()
     if is_ours:
         options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         try:
-            ray.init(log_to_driver=False, logging_level="error", **options)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise MMError(f"no ray at {address}: {error}", "`ray status` shows clusters; --ray-address auto") from None
     try:
@@ -232,15 +235,6 @@ def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: CountedProgres
             _add(done, 0, counts)
         progress(done[0], total, *done[1:])
     return [results[task] for task in tasks]
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise UsageError("--engine ray needs ray", "pip install 'mm-toolkit[ray]'") from None
-    return ray
 
 
 def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, parse_row, row_hash, texts_of
-from mmdata.errors import DatasetError, InputError, UsageError
+from mmdata.errors import DatasetError, InputError, needs
 from mmdata.io.files import sha256_of, write_bytes
 from mmdata.io.lines import iter_lines
 from mmdata.io.options import ReadOptions
@@ -164,10 +164,8 @@ def band_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def _rensa() -> Any:
-    try:
+    with needs("--dedup near needs rensa", "dedup"):
         import rensa
-    except ImportError:
-        raise UsageError("--dedup near needs rensa", "pip install 'mm-toolkit[dedup]'") from None
     return rensa
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from mmdata.encode.template import ending_of
-from mmdata.errors import TokenizerError, UsageError
+from mmdata.errors import TokenizerError, UsageError, needs
 from mmdata.tokenizer.chat_template import CHATML, DEFAULT
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.convert.architectures import architecture_of
@@ -75,10 +75,8 @@ def write(
     know the pre-tokenizer.
     weights: the state dict. dtype: "f32", "f16" or "q8_0", for matrices; norms are always f32, and a matrix whose rows
     q8_0 cannot divide into blocks is f16. name: the model's name in the file."""
-    try:
+    with needs("writing GGUF needs the gguf package", "gguf"):
         import gguf
-    except ImportError as error:
-        raise UsageError("writing GGUF needs the gguf package", "pip install 'mm-toolkit[gguf]'") from error
 
     pre_tokenizer = pre_tokenizer_name(tokenizer)
     writer = gguf.GGUFWriter(path, _architecture(shape))

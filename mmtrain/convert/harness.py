@@ -3,7 +3,7 @@ mm[eval]."""
 
 from pathlib import Path
 
-from mmdata.errors import UsageError
+from mmdata.errors import UsageError, needs
 from mmtrain.distributed import choose_device
 
 
@@ -12,12 +12,10 @@ def run(model_dir: Path, tasks: list[str], *, is_chat: bool, limit: int | None =
     UsageError if the harness is not installed or a task is unknown. tasks: names that the harness knows, or paths of
     task files. is_chat: apply the model's chat template to each question. limit: the most questions per task; None for
     all."""
-    try:
+    with needs("--lm-eval needs EleutherAI's harness", "eval"):
         import lm_eval  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UsageError(f"--lm-eval needs EleutherAI's harness ({error})", "pip install 'mm-toolkit[eval]'") from error
 
     manager = TaskManager()
     available = set(manager.all_tasks)

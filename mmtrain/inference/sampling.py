@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdata.errors import UsageError
+from mmdata.errors import UsageError, needs
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.settings import Sampling
 
@@ -100,10 +100,8 @@ class JsonGrammar:
     """
 
     def __init__(self, tokenizer: Tokenizer, ending_ids: Sequence[int]):
-        try:
+        with needs("answers in JSON need llguidance", "serve"):
             import llguidance
-        except ImportError as error:
-            raise UsageError("answers in JSON need llguidance", "pip install 'mm-toolkit[serve]'") from error
         self._matcher = llguidance.LLMatcher
         definition, size = tokenizer.native.to_str(), tokenizer.vocab_size
         self._tokenizer = llguidance.LLTokenizer(definition, n_vocab=size, eos_token=list(ending_ids))

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS, Columns, parse_row, texts_of
-from mmdata.errors import InputError, UsageError
+from mmdata.errors import InputError, UsageError, needs
 from mmdata.io.files import Progress, atomic_path, no_progress, write_bytes
 from mmdata.io.tables import SELECTED
 from mmdata.io.workers import run_jobs
@@ -185,10 +185,8 @@ def check_target(path: Path, inputs: Sequence[Path], option: str) -> None:
     if not path.name.endswith(SUFFIXES):
         raise UsageError(f"{option} {path}: the name tells the format", f"end it with {', '.join(SUFFIXES)}")
     if path.name.endswith(".zst"):
-        try:
+        with needs(f"{option} {path} needs zstandard", "zstd"):
             import zstandard  # noqa: F401
-        except ImportError:
-            raise UsageError(f"{option} {path} needs zstandard", "pip install 'mm-toolkit[zstd]'") from None
     if path.exists() and any(path.samefile(each) for each in inputs):
         raise UsageError(f"{option} {path} is one of the files to read", "choose another name")
 
