@@ -46,5 +46,5 @@ def parsed(html: str) -> Elements:
 
 def cards(html: str) -> dict[str, str]:
     """Label -> value of the page's large figures."""
-    found = re.findall(r'class="label">(.*?)</div><div class="value">(.*?)</div>', html)
+    found = re.findall(r'class="label"[^>]*>(.*?)</div><div class="value">(.*?)</div>', html)
     return {unescape(label): unescape(value) for label, value in found}

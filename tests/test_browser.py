@@ -179,6 +179,54 @@ def test_the_sample_browser_can_be_used(driver: Any, pages: Path) -> None:
     nothing_is_wrong(driver)
 
 
+FILTER = """
+const input = [...document.querySelectorAll("#rows thead input")].find((each) => each.getAttribute("aria-label") === arguments[0]);
+input.value = arguments[1];
+input.dispatchEvent(new Event("input"));
+return input.getAttribute("aria-invalid");
+"""
+COLUMN = """
+const at = [...document.querySelectorAll("#rows thead tr:first-child th")].findIndex((each) => each.textContent === arguments[0]);
+return [...document.querySelectorAll("#rows tbody tr")].map((row) => row.cells[at].textContent);
+"""
+
+
+def test_rows_are_sorted_filtered_and_searched(driver: Any, pages: Path) -> None:
+    open_page(driver, f"file://{pages}/conversation-en.html")
+    heads = driver.execute_script(
+        "return [...document.querySelectorAll('#rows th.sorts')].map((each) => each.textContent)"
+    )
+    number = int(text(driver, "#rows .place").split("/ ")[1])
+    click(driver, "#rows th.sorts", heads.index("characters"))
+    most = [int(each.replace(",", "")) for each in driver.execute_script(COLUMN, "characters")]
+    assert len(most) == 50 and most == sorted(most, reverse=True)
+    assert driver.execute_script(FILTER, "characters", "20-90") == "false"
+    shown = [int(each) for each in driver.execute_script(COLUMN, "characters")]
+    assert shown == sorted(shown, reverse=True) and all(20 <= each <= 90 for each in shown)
+    assert text(driver, "#rows .choice bdi") == '--where "characters between 20 and 90"'
+    assert driver.execute_script(FILTER, "characters", "many") == "true"
+    assert text(driver, "#rows .place").endswith(f"/ {number}")
+    driver.execute_script(FILTER, "characters", "")
+    driver.execute_script(FILTER, "text", "<img src=x")
+    assert driver.execute_script(COLUMN, "text") == ["<img src=x onerror=alert(1)> <img src=x onerror=alert(1)>"]
+    click(driver, "#rows .pick input", 0)
+    assert "line" not in driver.execute_script("return document.querySelector('#rows thead').textContent")
+    saved = "const a = []; URL.createObjectURL = (blob) => { a.push(blob); return '#'; }; document.querySelector(arguments[0]).click();"
+    saved += "a[0].text().then(arguments[1])"
+    lines = driver.execute_async_script(saved, "#rows .tools button:last-child").splitlines()
+    assert len(lines) == 2 and "characters" in lines[0] and "onerror=alert(1)>" in lines[1]
+    lines = driver.execute_async_script(saved, "#cuts .tools button:last-child").splitlines()
+    assert [line.split(",")[0] for line in lines] == ["length limit", "512", "640"]
+    click(driver, "#cuts th.sorts")
+    first = driver.execute_script("return document.querySelector('#cuts tbody tr').cells[0].textContent")
+    assert first == "640"
+    driver.execute_script(
+        "const find = document.querySelector('.browser .find'); find.value = '<IMG src'; find.oninput()"
+    )
+    assert text(driver, ".browser .place") in ("1 / 1", "0")
+    nothing_is_wrong(driver)
+
+
 def test_theme_legend_and_folds_can_be_used(driver: Any, pages: Path) -> None:
     open_page(driver, f"file://{pages}/several-en.html")
     colours = set()

@@ -166,6 +166,10 @@ def test_the_examples_of_the_documentation_run(
     (tmp_path / "data/tokenizer").symlink_to(tokenizer_dir)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/sft_512").symlink_to(packed["conversation"].out)
+    scored = pl.DataFrame(
+        {"file": "data/sft_512.jsonl", "line": [1, 1, 2], "tokens": [3, 4, 5], "nll": [1.5, 2.0, 4.0]}
+    )
+    scored.write_parquet(tmp_path / "losses.parquet")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/frames.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
@@ -173,4 +177,5 @@ def test_the_examples_of_the_documentation_run(
     assert len(blocks) >= 3
     for block in blocks:
         exec(block, scope)
+    assert len(scope["joined"].collect()) == 2
     assert {f"`{name}`" for name in COLUMNS} <= set(re.findall(r"`\w+`", text))

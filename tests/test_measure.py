@@ -4,18 +4,24 @@ import json
 import math
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from command_line import Run, fine
 from train_data import Data, pack_to
 
 from mmdata.errors import TokenizerError
+from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.loader import Loader
+from mmdata.stats import stats
+from mmdata.stats.figures import read_losses
+from mmdata.stats.frames import rows
+from mmdata.stats.report.data import dataset_page
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import token_bytes
 from mmtrain.inference.evaluate import evaluate
-from mmtrain.inference.score import Scored, figures, noisiest, score
+from mmtrain.inference.score import Scored, figures, noisiest, score, write_scores
 from mmtrain.model.model import Model
 from mmtrain.shapes import shape_of
 
@@ -149,3 +155,51 @@ def test_noise_comes_out_first(tmp_path: Path, data: Data, tokenizer: Tokenizer)
 def test_a_dataset_of_another_tokenizer_is_refused(data: Data, model: Model, tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="packed with another tokenizer"):
         next(score(model, tokenizer, open_dataset(data.other), "val"))
+
+
+def test_losses_are_summed_by_language_length_and_source(tmp_path: Path, packed: dict[str, PackResult]) -> None:
+    path = packed["pair"].out.with_suffix(".jsonl")
+    scored = [
+        Scored(
+            "d",
+            "val",
+            512,
+            str(path) if n < 90 else "other",
+            n,
+            side,
+            3 + n % 7,
+            0.5 * n + (side == "rejected"),
+            9,
+            0.0,
+        )
+        for n in range(1, 100)
+        for side in ("chosen", "rejected")
+    ]
+    write_scores(tmp_path / "losses.jsonl", scored)
+    write_scores(tmp_path / "losses.parquet", scored)
+    losses = read_losses(tmp_path / "losses.jsonl")
+    assert losses.equals(read_losses(tmp_path / "losses.parquet"))
+    records = [one.record() for one in scored]
+    assert pl.read_parquet(tmp_path / "losses.parquet").to_dicts() == records
+    frame = {row["line"]: row for row in rows(path).select("line", "language", "characters").collect().to_dicts()}
+    for measured in (stats.measure_file(path, losses=losses), stats.measure_dataset(packed["pair"].out, losses=losses)):
+        found = measured.figures["losses"]
+        expected: dict[str, list[float]] = {}
+        for one in (one for one in scored if one.side == "chosen" and one.line in frame and one.file == str(path)):
+            row = frame[one.line]
+            length = next((f"{a:,}-{b - 1:,}" for a, b in LENGTHS if a <= row["characters"] < b), "from 4,096")
+            for key in (row["language"], length, str(path)):
+                sums = expected.setdefault(key, [0, 0, 0.0])
+                for i, value in enumerate((1, one.tokens, one.nll)):
+                    sums[i] += value
+        counted = {k: v for by in ("languages", "lengths", "sources") for k, v in found[by].items()}
+        assert {
+            key: [of["rows"], of["tokens"], pytest.approx(of["loss"] * of["tokens"])] for key, of in counted.items()
+        } == expected
+        assert (found["rows"], found["elsewhere"]) == (expected[str(path)][0], 99 - expected[str(path)][0])
+        assert measured.rows.filter(line=5)["loss"].to_list() == [pytest.approx(2.5 / 8)]
+        for lang in ("en", "zh"):
+            assert "from 4,096" in dataset_page([measured], lang=lang) or "from 4,096" not in expected
+
+
+LENGTHS = ((0, 64), (64, 256), (256, 1024), (1024, 4096))

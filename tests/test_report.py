@@ -15,11 +15,14 @@ from command_line import Run, fine, refused
 from pack_data import words, write_rows
 from pages import HOSTILE, cards, parsed
 
+from mmdata.errors import InputError
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult, pack
+from mmdata.shards.dataset import open_dataset
 from mmdata.shards.verify import verify
 from mmdata.stats import stats
 from mmdata.stats.figures import BATCH_TOKENS, cut_lines
+from mmdata.stats.frames import rows
 from mmdata.stats.report import compare, data
 from mmdata.stats.report.page import Translation, as_name
 from mmdata.stats.tally import NUM_STRINGS, Tally, counts_of, length_figures, lengths_by
@@ -129,6 +132,56 @@ def test_rows_of_highest_loss_are_shown(home: Path, mm: Run) -> None:
         assert [(s["line"], s["loss"]) for s in samples if s["why"] == "loss"] == [(n, n) for n in range(29, 23, -1)]
 
 
+@pytest.mark.parametrize("inputs", ["there", "gone"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_condition_gives_the_figures_of_its_rows(tmp_path: Path, tokenizer_dir: Path, kind: str, inputs: str) -> None:
+    path, where = write_rows(tmp_path / "rows.jsonl", kind, 200), "characters > 90 and tokens < 400 and line > 3"
+    packed = pack([path], tmp_path / "packed", PackOptions(tokenizer=tokenizer_dir, max_len=2048, part_bytes=20_000))
+    expected = stats.measure_file(path, tokenizer_dir, where=where)
+    if inputs == "gone":
+        path.unlink()
+    found = stats.measure_dataset(packed.out, where=where)
+    assert 0 < found.figures["kept"] < 200 and len(open_dataset(packed.out).manifest.parts) > 1
+    names = [
+        *OF_TEXTS,
+        "rows",
+        "kept",
+        "left_out",
+        "characters",
+        "tokens",
+        "loss_tokens",
+        "tokens_by",
+        "lengths",
+        "cuts",
+    ]
+    for name in (*names, "vocabulary", "token_scripts", "trained_share", "epoch", "where"):
+        assert found.figures.get(name) == expected.figures.get(name), name
+    assert found.rows.drop("file", "bytes").equals(expected.rows.select(found.rows.drop("file", "bytes").columns))
+    with pytest.raises(InputError, match="holds for no row"):
+        stats.measure_dataset(packed.out, where="line < 0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_of_rows_has_the_columns_of_the_frame(packed: dict[str, PackResult], kind: str) -> None:
+    measured = stats.measure_dataset(packed[kind].out)
+    names = [name for name in measured.rows.columns if name != "text"]
+    assert {"duplicate", "tokens", "language", "han", "longest_line", "answer_characters", "repeated"} <= {*names}
+    expected = rows(packed[kind].out).select(names).collect()
+    assert measured.rows.select(names).equals(expected.filter(pl.col("line").is_in(measured.rows["line"])))
+    spec = next(block for block in data.sections_of(measured) if block.id == "rows").blocks[1].spec(Translation("zh"))
+    assert len(spec) > 15 and all(len(column["values"]) == len(measured.rows) for column in spec)
+    assert all(re.search("[\u4e00-\u9fff]", column["help"]) for column in spec)  # translated
+
+
+def test_every_heading_is_explained(packed: dict[str, PackResult]) -> None:
+    table = Translation("zh")
+    for kind in KINDS:
+        html = data.dataset_page([stats.measure_dataset(packed[kind].out)], lang="zh", command="mm stats x")
+        bare = [tag for tag, attributes in parsed(html).tags if tag == "th" and "title" not in attributes]
+        assert len(bare) == len(re.findall(r"<th[^>]*></th>", html))  # those of bars
+        assert "mm stats x" in html and table("Terms") in html and packed[kind].out.name in html
+
+
 def samples_of(figures: list[dict[str, Any]], why: str) -> list[dict[str, Any]]:
     return [sample for sample in figures if sample["why"] == why]
 
@@ -136,7 +189,7 @@ def samples_of(figures: list[dict[str, Any]], why: str) -> list[dict[str, Any]]:
 def test_samples_hold_the_whole_text_and_the_trained_tokens(packed: dict[str, PackResult]) -> None:
     measured = stats.measure_dataset(packed["conversation"].out)
     lines = packed["conversation"].out.with_suffix(".jsonl").read_text().splitlines()
-    assert len(samples_of(measured.samples, "random")) == 12
+    assert len(samples_of(measured.samples, "random")) == stats.NUM_RANDOM
     lengths = [sum(len(m["content"]) for m in json.loads(line)["conversations"]) for line in lines]
     assert [s["characters"] for s in samples_of(measured.samples, "longest")] == sorted(lengths)[::-1][:6]
     assert [s["characters"] for s in samples_of(measured.samples, "shortest")] == sorted(lengths)[:6]
@@ -398,7 +451,15 @@ def test_the_reports_assets_are_packaged() -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert settings["package-data"]["mmdata.stats.report"] == ["assets/*", "templates/*"]
     names = {path.name for path in (root / "mmdata/stats/report/assets").iterdir()}
-    assert names == {"page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE", "zh.json"}
+    assert names == {
+        "page.css",
+        "page.js",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+        "uPlot.LICENSE",
+        "zh.json",
+        "terms.json",
+    }
     assert {path.name for path in (root / "mmdata/stats/report/templates").iterdir()} == {"page.html", "blocks.html"}
 
 

@@ -300,7 +300,7 @@ def write_report(directory: Path, *, is_new: bool) -> None:
     if path.exists() and not is_new:
         return
     try:
-        write_text(path, data.dataset_page([stats.measure_dataset(directory, is_quick=True)]))
+        write_text(path, data.dataset_page([stats.measure_dataset(directory, is_quick=True)], command=same_command()))
     except (MMError, OSError) as error:
         say(f"note: no {path}: {error}")
     else:

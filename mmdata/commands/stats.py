@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdata.commands.options import REPORT, Html, Json, Lang, TokenizerDir, Workers, optional_tokenizer
-from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, say, size
+from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, same_command, say, size
 from mmdata.errors import UsageError
 from mmdata.io.options import READING, ReadOptions
 from mmdata.options import Option
@@ -35,7 +35,7 @@ def stats(
     where: Annotated[
         str | None,
         Option(
-            "Describe only the rows of files for which this condition holds (docs/frames.md).",
+            "Describe only the rows for which this condition holds (docs/frames.md).",
             READING,
             metavar="CONDITION",
         ),
@@ -49,28 +49,34 @@ def stats(
     Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
     """
     from mmdata.io.files import write_text
+    from mmdata.stats.figures import read_losses
     from mmdata.stats.report.compare import compare_page, differences
     from mmdata.stats.report.data import dataset_page
-    from mmdata.stats.stats import contained, measure_dataset, measure_file, read_losses
+    from mmdata.stats.stats import contained, measure_dataset, measure_file
 
     every = [*paths, *([compare] if compare else [])]
-    check_paths(every, is_comparison=compare is not None, exact=exact, where=where)
+    check_paths(every, is_comparison=compare is not None, exact=exact)
     row_losses = read_losses(losses) if losses else None
     directory = optional_tokenizer(tokenizer)
     measured = []
     for path in every:
         with progress(f"read {path}", quiet=as_json) as update:
-            options = {"workers": workers or os.cpu_count() or 1, "losses": row_losses, "progress": update}
+            options = {
+                "workers": workers or os.cpu_count() or 1,
+                "losses": row_losses,
+                "where": where,
+                "progress": update,
+            }
             if path.is_dir():
                 measured.append(measure_dataset(path, **options))
             else:
-                measured.append(measure_file(path, directory, is_exact=exact, where=where, read=read, **options))
+                measured.append(measure_file(path, directory, is_exact=exact, read=read, **options))
     for one in measured:
         add_models(one.figures)
     overlaps = contained(measured)
     if html:
-        page = compare_page(*measured, lang=lang, others=overlaps) if compare else None
-        write_text(html, page or dataset_page(measured, lang=lang, others=overlaps))
+        page = compare_page(*measured, lang=lang, others=overlaps, command=same_command()) if compare else None
+        write_text(html, page or dataset_page(measured, lang=lang, others=overlaps, command=same_command()))
     if as_json:
         values: dict[str, Any] = {str(one.path): one.figures for one in measured}
         if compare:
@@ -85,15 +91,13 @@ def stats(
         next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
 
 
-def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool, where: str | None) -> None:
+def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool) -> None:
     """Raise UsageError if an option does not fit the datasets and files to describe."""
     if is_comparison and len(paths) != 2:
         problem = f"--compare puts two datasets side by side, {len(paths) - 1} are named"
         raise UsageError(problem, "mm stats ONE --compare OTHER")
     if exact and not any(path.is_file() for path in paths):
         raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
-    if where is not None and any(path.is_dir() for path in paths):
-        raise UsageError("--where is for files; a packed dataset's counts are those of all its rows", "mm pack --where")
 
 
 def add_models(figures: dict[str, Any]) -> None:

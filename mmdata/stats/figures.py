@@ -6,12 +6,16 @@ All functions return plain dictionaries and lists of numbers and strings, which 
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars as pl
 
 from mmdata.encode import rows
+from mmdata.errors import InputError
+from mmdata.io.records import decode_record
 from mmdata.pack import summary
 from mmdata.pack.filter.features import pieces_of
 from mmdata.pack.filter.shingles import NEAR, near_duplicates
@@ -27,6 +31,7 @@ BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # p
 PACKED_FOR_CUTS = 100_000  # sequences, at most, that are packed to estimate the fill of each length limit
 LONGER_BY = 3  # pairs are counted whose one reply is more than this many times as long as the other
 REPLIES = ("prompt", "chosen", "rejected")  # the parts of a pair
+LOSS_LENGTHS = (64, 256, 1024, 4096)  # characters of a row, that divide the lengths by which losses are shown
 NUM_TOP = 20  # entries of each list of the most frequent strings or tokens
 
 
@@ -36,7 +41,7 @@ def token_figures(tally: Tally) -> Figures:
     number of characters, "buckets" and "lengths" describe the sample, and "sample" has both numbers of rows.
     """
     sums = tally.sums
-    is_sample = sums["sampled_rows"] < sums["kept"]
+    is_sample = "sampled_rows" in sums and sums["sampled_rows"] < sums["kept"]
     share = sums["sampled_characters"] / max(sums["characters"], 1) if is_sample else 1.0
     values, counts = rounded_lengths(counts_of(tally.frame("sequences", "tokens")["tokens"]))
     by_length = np.zeros(int(values[-1]) + 1 if len(values) else 1, np.int64)
@@ -155,6 +160,80 @@ def duplicate_figures(tally: Tally) -> Figures:
 def is_repeat(tally: Tally) -> pl.Series:
     """Return for each row whether an earlier row has the same roles and texts."""
     return ~tally.frame("rows", "hash")["hash"].is_first_distinct()
+
+
+def repeats_of(tally: Tally, inputs: Sequence[str]) -> pl.DataFrame:
+    """Return the file and line (int64) of each row that repeats an earlier one. inputs: the paths of the files."""
+    places = pl.DataFrame({"file": inputs}, {"file": pl.String}).with_row_index("input")
+    rows = tally.frame("rows").filter(is_repeat(tally)).select("input", pl.col("line").cast(pl.Int64))
+    return rows.join(places, on="input", maintain_order="left").select("file", "line")
+
+
+# --- losses
+
+
+class LossRecord(msgspec.Struct):
+    """What a line of `mm eval --per-sequence` must have: nll is the summed loss of the tokens, in nats."""
+
+    file: str
+    line: int
+    tokens: int
+    nll: float
+    side: str | None = None
+
+
+def read_losses(path: Path) -> pl.DataFrame:
+    """Return the loss of rows from the output of `mm eval --per-sequence`, JSON lines or parquet: a frame with the columns
+    file, line, tokens, nll, each row once. Sequences without trained tokens and rejected replies are left out. Raises
+    InputError if the file cannot be read, or a line is not such a record.
+    """
+    fix, names = (
+        "mm eval RUN --per-sequence FILE writes one, with file, line, tokens and nll",
+        LossRecord.__struct_fields__,
+    )
+    try:
+        if path.suffix == ".parquet":
+            records = pl.read_parquet(path).select(names)
+        else:
+            lines = enumerate(path.read_bytes().splitlines(), 1)
+            found = [decode_record(raw, LossRecord, f"{path} line {n}", InputError, fix) for n, raw in lines]
+            records = pl.DataFrame([msgspec.structs.astuple(one) for one in found], list(names), orient="row")
+        types = {"file": pl.String, "line": pl.Int64, "tokens": pl.Int64, "nll": pl.Float64, "side": pl.String}
+        records = records.cast(types)  # type: ignore[arg-type]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", fix) from error
+    except pl.exceptions.PolarsError as error:
+        raise InputError(f"{path}: {str(error).partition(chr(10))[0]}", fix) from error
+    counted = records.filter((pl.col("tokens") > 0) & pl.col("side").ne_missing("rejected"))
+    return counted.group_by("file", "line", maintain_order=True).agg(pl.col("tokens", "nll").sum())
+
+
+def loss_figures(tally: Tally, losses: pl.DataFrame, inputs: Sequence[str]) -> Figures:
+    """Return the loss by language, length in characters, and source: for each the rows, trained tokens and nats per token.
+    losses: as `read_losses`. inputs: the paths of the files. "elsewhere": rows of `losses` that are not among the rows.
+    """
+    places = pl.DataFrame({"file": inputs}).with_row_index("input")
+    keys = losses.join(places, on="file").with_columns(pl.col("line").cast(pl.UInt32))
+    found = tally.frame("rows").join(keys, on=["input", "line"])
+    bins = pl.sum_horizontal(pl.col("length") >= edge for edge in LOSS_LENGTHS)
+    ends = [f"{low:,}-{high - 1:,}" for low, high in itertools.pairwise((0, *LOSS_LENGTHS))] + [
+        f"from {LOSS_LENGTHS[-1]:,}"
+    ]
+
+    def by(key: pl.Expr) -> dict[str, Figures]:
+        groups = found.group_by(key.alias("key")).agg(pl.len().alias("rows"), pl.col("tokens", "nll").sum()).sort("key")
+        each = groups.with_columns(loss=pl.col("nll") / pl.col("tokens"), key=pl.col("key").cast(pl.String)).drop("nll")
+        return {of.pop("key"): of for of in each.to_dicts()}
+
+    return {
+        **found.select(
+            rows=pl.len(), tokens=pl.col("tokens").sum(), loss=pl.col("nll").sum() / pl.col("tokens").sum()
+        ).row(0, named=True),
+        "elsewhere": len(losses) - len(found),
+        "languages": by(pl.col("language")),
+        "lengths": {ends[int(key)]: of for key, of in by(bins).items()},
+        "sources": by(pl.col("file")),
+    }
 
 
 def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:

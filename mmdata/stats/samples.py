@@ -5,20 +5,33 @@ Tokens that together form one character are shown as one piece. Only the beginni
 
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import BadRow
+from mmdata.encode.rows import BadRow, texts_of
 from mmdata.encode.sequences import PairSequence, Sequences, TokenSequence
-from mmdata.pack.filter.features import pieces_of
+from mmdata.pack.filter.features import COLUMNS, TOKENS, pieces_of
+from mmdata.pack.filter.frames import PartColumns, RowReader, token_columns
 from mmdata.stats.scan import SampleRow
 from mmdata.stats.tokens import Vocabulary
 
 SampleRecord = dict[str, Any]  # JSON object for page.js: a row, a section of a row (`parts`), or a message
 MOST_TOKENS = 400  # tokens shown of a sequence, or of a pair's prompt and of each of its replies
 MOST_CHARACTERS = 1500  # characters shown of a row without tokens
+MOST_TABLED, ROWS_AT_ONCE = 160, 256  # characters of a row's text in the table, rows whose columns are computed at once
+TABLED = (
+    "_sizes",
+    "_languages",
+    "_structure",
+    "_answers",
+    "_lines",
+    "_repeated",
+    "_similarity",
+)  # makers of its columns
 MOST_SEQUENCES = 4  # sequences shown of a row that is encoded as several
 PLAIN, TRAINED, CONTROL = (
     "0",
@@ -48,6 +61,44 @@ def records(
         except BadRow:
             continue  # the row was valid when it was counted; its line is only parsed again here
     return drawn
+
+
+def row_frame(
+    samples: Sequence[SampleRow],
+    kind: str,
+    repeats: pl.DataFrame,
+    losses: pl.DataFrame | None,
+    tokenizer_dir: Path | None,
+) -> pl.DataFrame:
+    """Return a frame of rows, one record each, with the beginning of the text and the columns of `features.COLUMNS` except
+    those on quality and groups. repeats: the file and line of rows that repeat an earlier one. losses: as
+    `figures.read_losses`. tokenizer_dir: gives the tokens of rows that are not encoded; None if all are, or tokens are not counted.
+    """
+    makers = (TOKENS,) if tokenizer_dir else ()
+    names = [name for name, column in COLUMNS.items() if column.maker in (*makers, *TABLED)]
+    read, frames = PartColumns(RowReader(kind, tuple(names), tokenizer_dir)), []
+    for begin in range(0, len(samples), ROWS_AT_ONCE):
+        shown = samples[begin : begin + ROWS_AT_ONCE]
+        rows = [one.parsed() for one in shown]
+        texts = [" ".join("\n".join(texts_of(row))[: 2 * MOST_TABLED].split())[:MOST_TABLED] for row in rows]
+        place = {"file": [one.file for one in shown], "line": [one.line for one in shown], "text": texts}
+        columns = read.of_rows(rows, [one.raw for one in shown if one.raw])
+        if any(one.encoded for one in shown):
+            sums = [
+                [int(one.encoded.lengths.sum()), int(one.encoded.num_loss.sum())] if one.encoded else [0, 0]
+                for one in shown
+            ]
+            tokens, trained = np.array(sums).T
+            columns = columns.hstack(token_columns(tokens, trained, columns["characters"].to_numpy()))
+        frames.append(pl.DataFrame(place).hstack(columns))
+    if not frames:
+        return pl.DataFrame()
+    frame = pl.concat(frames, how="diagonal")
+    frame = frame.join(repeats.with_columns(duplicate=True), on=["file", "line"], how="left", maintain_order="left")
+    if losses is not None:
+        means = losses.select("file", "line", loss=pl.col("nll") / pl.col("tokens"))
+        frame = frame.join(means, on=["file", "line"], how="left", maintain_order="left")
+    return frame.with_columns(pl.col("duplicate").fill_null(False))
 
 
 def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder | None) -> SampleRecord:

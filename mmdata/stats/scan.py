@@ -24,7 +24,7 @@ from mmdata.encode.rows import (
     num_characters,
     parse_row,
 )
-from mmdata.encode.sequences import Sequences
+from mmdata.encode.sequences import Sequences, reorder
 from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, num_rows
 from mmdata.io.files import Progress, no_progress
@@ -130,10 +130,11 @@ class PartScan:
     def add(self, rows: Sequence[SampleRow], options: ScanOptions) -> None:
         """Measure a batch of valid rows, all of one file, and store those of them that the report may show."""
         batch = RowBatch([row.parsed() for row in rows], [row.raw for row in rows if row.raw])
-        _measure_rows(self.tally, batch, options)
+        numbers = np.array([row.line for row in rows], np.uint32)
+        _measure_rows(self.tally, batch, options, {"input": pl.lit(self.input, pl.UInt32), "line": pl.Series(numbers)})
         lengths = batch.lengths
         wanted = options.wanted.get(rows[0].file, {})
-        drawn = drawn_lines(np.array([row.line for row in rows], np.uint64), self.input, options.share)
+        drawn = drawn_lines(numbers.astype(np.uint64), self.input, options.share)
         fits = np.array([row.can_be_shown for row in rows])
         chosen = {"loss": [i for i, row in enumerate(rows) if row.line in wanted] if wanted else []}
         for why, order in (("shortest", lengths), ("longest", -lengths)):
@@ -152,9 +153,9 @@ class PartScan:
                 del shown[NUM_EXTREMES:]
 
 
-def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions) -> None:
+def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions, place: Mapping[str, Any]) -> None:
     """Add the columns of a batch's rows to the frame "rows" and those of its texts to "texts", count strings and
-    scripts, and append the MinHash signatures of the rows, unless the tally has enough of them.
+    scripts, and append the MinHash signatures of the rows, unless the tally has enough of them. place: more columns.
     """
     num = len(batch.rows)
     tally.sums.update({"rows": num, "kept": num, "bytes": sum(map(len, batch.raws))})
@@ -166,6 +167,7 @@ def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions) -> None:
     is_signed = tally.sums["signed"] < options.most_signed
     rows = batch.columns([*COLUMNS, *(PAIR_COLUMNS if options.kind == "pair" else ())])
     more = {
+        **place,
         "length": pl.Series(batch.lengths, dtype=pl.UInt32),
         "hash": pl.Series(batch.hashes()),
         "is_signed": pl.lit(is_signed),
@@ -307,9 +309,9 @@ def _set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
         examples.append({"file": file, "line": line.number, "detail": bad.detail, "raw": raw})
 
 
-def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> list[PartScan]:
-    """Count a sample of the rows of a dataset, read from its inputs at their byte offsets. Return one scan per part;
-    none if an input is missing, compressed or not jsonl. paths: the inputs, None if missing. share: of the rows, 0 to 1.
+def scan_some(paths: Sequence[Path | None], dataset: Dataset, rows: Mapping[int, np.ndarray]) -> list[PartScan]:
+    """Count some rows of a dataset, read from its inputs at their byte offsets. Return one scan per part; none if an input
+    is missing, compressed or not jsonl. paths: the inputs, None if missing. rows: the indices of the rows, by part.
     """
     scanned = []
     for part in dataset.manifest.parts:
@@ -320,8 +322,8 @@ def scan_some(paths: Sequence[Path | None], dataset: Dataset, share: float) -> l
         if path is None or format_of(path, dataset.manifest.arguments.reading) != FileFormat(JSONL, True):
             return []
         scanned.append(PartScan(int(sources["file"][0])))
-        if rows := list(_rows_at(path, dataset, sources, evenly(part.kept, share))):
-            scanned[-1].add(rows, ScanOptions(dataset.kind))
+        if found := list(_rows_at(path, dataset, sources, rows[part.part])):
+            scanned[-1].add(found, ScanOptions(dataset.kind))
     return scanned
 
 
@@ -347,40 +349,39 @@ def _rows_at(path: Path, dataset: Dataset, sources: Mapping[str, Any], chosen: n
 def scan_decoded(
     dataset: Dataset,
     vocabulary: Vocabulary,
+    rows: Mapping[int, np.ndarray],
     *,
-    share: float = 1.0,
     workers: int = 1,
     wanted: Losses | None = None,
     progress: Progress = no_progress,
 ) -> list[PartScan]:
-    """Count the rows of a dataset, or a share of them, decoded from its shards. Return one scan per part. A share below
-    1 is read in this process, whatever `workers` is. wanted: rows to show, with their loss. progress: called with the
-    rows decoded and the rows to decode.
+    """Count rows of a dataset, decoded from its shards. Return one scan per part. rows: the indices of the rows, by part.
+    wanted: rows to show, with their loss. progress: called with the rows decoded and the rows to decode.
     """
-    parts = [part for part in dataset.manifest.parts if part.kept]
-    num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
-    drawn = min(1.0, SAMPLE_BYTES / max(num_bytes, 1)) if share >= 1 else 1.0
+    parts = [part for part in dataset.manifest.parts if part.kept and len(rows[part.part])]
+    total = sum(len(rows[part.part]) for part in parts)
+    num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs) * total / max(dataset.manifest.totals.kept, 1)
+    drawn = min(1.0, SAMPLE_BYTES / max(num_bytes, 1))
     most_signed = -(-ROWS_FOR_NEAR // max(len(parts), 1))
     options = ScanOptions(dataset.kind, wanted=wanted or {}, share=drawn, most_signed=most_signed)
-    total = sum(len(evenly(part.kept, share)) for part in parts)
-    measure = partial(_measure_decoded, dataset, vocabulary, options, share)
+    measure = partial(_measure_decoded, dataset, vocabulary, options, rows)
     make = partial(partial, measure)  # make() returns a function that is called as measure(part, tick)
-    return run_jobs(make, parts, total=total, workers=workers if share >= 1 else 1, progress=progress)
+    return run_jobs(make, parts, total=total, workers=workers, progress=progress)
 
 
 def _measure_decoded(
     dataset: Dataset,
     vocabulary: Vocabulary,
     options: ScanOptions,
-    share: float,
+    chosen_rows: Mapping[int, np.ndarray],
     part: PartRecord,
     tick: Tick,
 ) -> PartScan:
-    """Decode and count the rows of one part. `tick(n)` is called when n more rows have been counted."""
+    """Decode and count rows of one part. `tick(n)` is called when n more rows have been counted."""
     rows, decoder = PartRows(dataset, part), RowDecoder(vocabulary, dataset.kind)
     scanned = PartScan(int(rows.sources["file"][0]))
     file = dataset.inputs[scanned.input]
-    chosen = evenly(len(rows), share)
+    chosen = chosen_rows[part.part]
     for some in np.array_split(chosen, -(-len(chosen) // DECODED_ROWS)):
         encoded = [rows.encoded(i) for i in some.tolist()]
         lines = rows.sources["line"][some].tolist()
@@ -397,17 +398,19 @@ def _measure_decoded(
 def scan_shards(
     dataset: Dataset,
     vocabulary: Vocabulary,
+    rows: Mapping[int, np.ndarray] | None = None,
     *,
     share: float = 1.0,
     workers: int = 1,
 ) -> Tally:
     """Count the tokens of a dataset, or of about a share of its samples, from its shards. A share below 1, or a dataset
-    of at most 2^25 tokens, is read in this process, whatever `workers` is.
+    of at most 2^25 tokens, is read in this process, whatever `workers` is. rows: indices of the rows to count, by part;
+    None for all.
     """
     entries = dataset.manifest.shards
     total = sum(entry.tokens for entry in entries)
     workers = workers if share >= 1 and total > 2**25 else 1
-    count = partial(_count_shard, dataset, vocabulary, share)
+    count = partial(_count_shard, dataset, vocabulary, rows, share)
     make = partial(partial, count)  # make() returns a function that is called as count(entry, tick)
     tally = Tally()
     for counted in run_jobs(make, entries, total=total, workers=workers):
@@ -415,13 +418,25 @@ def scan_shards(
     return tally
 
 
-def _count_shard(dataset: Dataset, vocabulary: Vocabulary, share: float, entry: ShardRecord, tick: Tick) -> Tally:
+def _count_shard(
+    dataset: Dataset,
+    vocabulary: Vocabulary,
+    rows: Mapping[int, np.ndarray] | None,
+    share: float,
+    entry: ShardRecord,
+    tick: Tick,
+) -> Tally:
     """Count the tokens of a shard, or of a share of its samples. `tick` is called once, with all the shard's tokens."""
     tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
+    first = open_sources(dataset, entry.part)["first"] if rows is not None else None
     for batch in dataset.open_shard(entry).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):
-            _, sequences = read_back(ArrowFile({}, (columns,)), dataset.kind)
-            count_tokens(tally, sequences, vocabulary)
+            ordinals, sequences = read_back(ArrowFile({}, (columns,)), dataset.kind)
+            if rows is not None and first is not None:
+                is_chosen = np.isin(np.searchsorted(first, ordinals, "right") - 1, rows[entry.part])
+                sequences = reorder(sequences, np.flatnonzero(is_chosen))
+            if len(sequences):
+                count_tokens(tally, sequences, vocabulary)
     tick(entry.tokens)
     return tally
 

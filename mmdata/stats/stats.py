@@ -7,7 +7,7 @@ shards. A jsonl file is read once, at about 15 MB per second and core.
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,18 +16,20 @@ import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import NOT_SELECTED, find_kind
+from mmdata.encode.sequences import Sequences
 from mmdata.errors import InputError
 from mmdata.io.arrow import read_arrow
 from mmdata.io.files import Progress, no_progress
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.options import options_of
 from mmdata.pack.filter.select import select
+from mmdata.pack.filter.where import Where
 from mmdata.pack.options import SelectOptions
 from mmdata.pack.packing import BUCKETS
 from mmdata.shards.dataset import Dataset, check_size, open_dataset, open_sources, sources_path
 from mmdata.shards.manifest import PartRecord
 from mmdata.shards.pairs import make_loader
-from mmdata.stats import scan
+from mmdata.stats import frames, scan
 from mmdata.stats.decoded import encoded_at
 from mmdata.stats.figures import (
     BATCH_TOKENS,
@@ -36,20 +38,23 @@ from mmdata.stats.figures import (
     cut_lines,
     is_repeat,
     left_out_figures,
+    loss_figures,
+    repeats_of,
     text_figures,
     token_figures,
     warning,
     warnings,
 )
 from mmdata.stats.report.page import percent
-from mmdata.stats.samples import records
-from mmdata.stats.scan import UNCUT, Losses, PartScan, SampleRow, ScanOptions
+from mmdata.stats.samples import records, row_frame
+from mmdata.stats.scan import UNCUT, Losses, PartScan, SampleRow, ScanOptions, evenly
 from mmdata.stats.tally import NUM_EXAMPLES, Figures, Tally, counts_of, length_figures
 from mmdata.stats.tokens import Vocabulary
 from mmdata.tokenizer.scripts import LANGUAGES
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-NUM_RANDOM = 12  # rows of the random sample that are shown
+NUM_RANDOM, NUM_RANDOM_QUICK = 60, 24  # rows of the random sample that are shown, and in the report of `mm pack`
+NUM_TABLED = 2000  # rows of it whose columns the report shows
 # `mm pack` measures only a share of the rows for its report, so that the report takes little of its time.
 QUICK_BYTES = (2**17, 2**20)  # least and greatest size of this share, in bytes of the inputs
 QUICK_SHARE = 1 / 2000  # the share itself, between these limits
@@ -59,13 +64,16 @@ QUICK_PARTS = 3  # about as many parts have their rows shown then
 @dataclass(slots=True)
 class Measured:
     """The result of measuring a file or dataset. path: the file, or the directory of the dataset. figures: the numbers
-    and warnings of the report. samples: records of the rows that the report shows (`samples.records`). hashes: uint64
+    and warnings of the report. samples: records of the rows that the report shows (`samples.records`). rows: a sample of the
+    rows and their columns (`samples.row_frame`). tokenizer: its directory and hash, if tokens were counted. hashes: uint64
     [rows], the hash of each row's roles and texts; empty if not all texts were read.
     """
 
     path: Path
     figures: Figures
     samples: list[Figures] = field(default_factory=list)
+    rows: pl.DataFrame = field(default_factory=pl.DataFrame)
+    tokenizer: str = ""
     hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
@@ -79,30 +87,6 @@ def dataset_stats(dataset: Dataset) -> Figures:
     return {"path": str(dataset.dir), **json.loads(path.read_bytes())}
 
 
-def read_losses(path: Path) -> dict[str, dict[int, float]]:
-    """Return the mean loss in nats per token by file and line number, from the output of `mm eval --per-sequence`: JSON
-    lines with the keys file, line, tokens and nll (the summed loss of the tokens). Lines whose tokens are 0 are
-    ignored. InputError if the file cannot be read, or a line is not such a record.
-    """
-    losses: dict[str, dict[int, float]] = {}
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                number += 1
-                record = json.loads(line)
-                if record["tokens"]:
-                    losses.setdefault(record["file"], {})[int(record["line"])] = record["nll"] / record["tokens"]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", "mm eval RUN --per-sequence FILE writes one") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} line {number}: no record with file, line, tokens and nll",
-            "mm eval RUN --per-sequence FILE writes them",
-        ) from error
-    return losses
-
-
 # --- a jsonl file
 
 
@@ -112,7 +96,7 @@ def measure_file(
     *,
     is_exact: bool = False,
     workers: int = 1,
-    losses: Losses | None = None,
+    losses: pl.DataFrame | None = None,
     read: ReadOptions = DEFAULT_READING,
     where: str | None = None,
     progress: Progress = no_progress,
@@ -122,8 +106,8 @@ def measure_file(
 
     tokenizer_dir: None to count no tokens. is_exact: False counts the tokens of a large file in a sample of its rows,
     extrapolated to all rows by the number of characters; `figures["sample"]` then has the size of the sample. losses:
-    mean loss in nats per token by file and line; the rows of highest loss are shown. where: a condition on the columns of
-    rows (docs/frames.md); rows for which it does not hold are counted as left out. progress: called with the bytes
+    of rows, as `figures.read_losses` returns them; the rows of highest loss are shown. where: a condition on the columns
+    of rows (docs/frames.md); rows for which it does not hold are counted as left out. progress: called with the bytes
     read and the size of the file.
     """
     kind = find_kind(path, read=read)
@@ -141,6 +125,7 @@ def measure_file(
     figures: Figures = {
         "path": str(path),
         "kind": kind,
+        **({"where": where} if where is not None else {}),
         "rows": tally.sums["rows"],
         "kept": tally.sums["kept"],
         "left_out": dict(sorted(left_out.items())),
@@ -149,17 +134,32 @@ def measure_file(
         "control_strings": dict(sorted(tally.counters["control_strings"].items())),
     }
     vocabulary = Vocabulary(Tokenizer.load(tokenizer_dir)) if tokenizer_dir else None
-    figures |= token_figures(tally) if vocabulary else {}
+    figures |= _figures_of_rows(tally, scans, vocabulary, kind)
+    figures |= _loss_figures(tally, losses, [str(path)])
+    figures["set_aside"] = left_out_figures(left_out, tally.examples, figures["rows"])
+    figures["warnings"] = warnings(figures)
+    encoder = RowEncoder(vocabulary.tokenizer, max_len=UNCUT) if vocabulary else None
+    repeats = repeats_of(tally, [str(path)])
+    frame = row_frame(_random(scans, NUM_TABLED), kind, repeats, losses, tokenizer_dir)
+    return Measured(
+        path, figures, records(_chosen(scans), vocabulary, encoder), frame, _named(vocabulary), hashes_of(tally)
+    )
+
+
+def _figures_of_rows(tally: Tally, scans: Sequence[PartScan], vocabulary: Vocabulary | None, kind: str) -> Figures:
+    """Return the figures of rows that are not packed, or are chosen from a dataset; of tokens only with a vocabulary."""
+    figures = token_figures(tally) if vocabulary else {}
     figures |= text_figures(tally, scans)
     if vocabulary:
         figures |= count_figures(tally, vocabulary, kind)
         figures["cuts"] = cut_lines(counts_of(tally.frame("sequences", "tokens")["tokens"]), kind, [*BUCKETS])
         batch_tokens = BATCH_TOKENS[kind]
         figures["epoch"] = {"batch_tokens": batch_tokens, "steps": -(-figures["tokens"] // batch_tokens)}
-    figures["set_aside"] = left_out_figures(left_out, tally.examples, figures["rows"])
-    figures["warnings"] = warnings(figures)
-    encoder = RowEncoder(vocabulary.tokenizer, max_len=UNCUT) if vocabulary else None
-    return Measured(path, figures, records(_chosen(scans), vocabulary, encoder), hashes_of(tally))
+    return figures
+
+
+def _loss_figures(tally: Tally, losses: pl.DataFrame | None, inputs: Sequence[str]) -> Figures:
+    return {} if losses is None else {"losses": loss_figures(tally, losses, inputs)}
 
 
 # --- a packed dataset
@@ -170,62 +170,125 @@ def measure_dataset(
     *,
     is_quick: bool = False,
     workers: int = 1,
-    losses: Losses | None = None,
+    losses: pl.DataFrame | None = None,
+    where: str | None = None,
     progress: Progress = no_progress,
 ) -> Measured:
     """Measure a packed dataset: everything that its report shows. DatasetError if the dataset is missing or damaged.
 
     is_quick: take the counts that `mm pack` stored, and measure texts and tokens in a sample of the rows. losses: as in
-    `measure_file`. progress: called with the bytes of the inputs read so far and in all, or with rows if they are
+    `measure_file`. where: a condition on the columns of rows; the figures are those of the rows for which it holds, and
+    none are of packing. InputError if there are none. progress: called with the bytes of the inputs read so far and in all, or with rows if they are
     decoded from shards. `figures["texts_from"]` is "inputs" if texts were read from the inputs, and "shards" if they
     were decoded because an input is missing or has changed or, with is_quick, is compressed.
     """
     dataset = open_dataset(directory)
-    figures = dataset_stats(dataset)
     vocabulary = Vocabulary(Tokenizer.load(dataset.tokenizer_dir))
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
     least, most = QUICK_BYTES
     share = min(1.0, min(max(num_bytes * QUICK_SHARE, least), most) / max(num_bytes, 1)) if is_quick else 1.0
-    tokens = scan.scan_shards(dataset, vocabulary, share=share, workers=workers)
+    parts = [part for part in dataset.manifest.parts if part.kept]
+    rows = _rows_where(dataset, where) if where is not None else {p.part: evenly(p.kept, share) for p in parts}
+    tokens = scan.scan_shards(dataset, vocabulary, rows if where is not None else None, share=share, workers=workers)
     wanted = _highest(losses)
     if is_quick:
-        scans = scan.scan_some(_inputs(dataset), dataset, share)
+        scans = scan.scan_some(_inputs(dataset), dataset, rows)
     else:
-        scans = _scan_inputs(dataset, workers, wanted, progress)
+        scans = _scan_inputs(dataset, rows, workers, wanted, progress)
     is_decoded = not scans
     if is_decoded:
-        scans = scan.scan_decoded(dataset, vocabulary, share=share, workers=workers, wanted=wanted, progress=progress)
+        workers = workers if share >= 1 else 1
+        scans = scan.scan_decoded(dataset, vocabulary, rows, workers=workers, wanted=wanted, progress=progress)
     tally = _merged(scans)
-    figures |= {"bytes": num_bytes, "texts_from": "shards" if is_decoded else "inputs"}
-    if is_quick and tally.sums["kept"] < figures["kept"]:
-        figures["sample"] = {"rows": tally.sums["kept"], "of": figures["kept"], "tokens": tokens.sums["tokens"]}
-    figures |= text_figures(tally, scans, is_whole=not is_quick)
+    stored = dataset_stats(dataset)
+    source = {"bytes": num_bytes, "texts_from": "shards" if is_decoded else "inputs"}
+    if where is not None:
+        tally.merge(tokens)
+        figures: Figures = {name: stored[name] for name in ("path", "kind", "rows", "left_out")}
+        left_out = {NOT_SELECTED: stored["kept"] - tally.sums["kept"]}
+        figures |= {"kept": tally.sums["kept"], "left_out": {**figures["left_out"], **left_out}}
+        figures |= {"where": where, "characters": tally.sums["characters"], **source}
+        figures["bytes"] = tally.sums["bytes"] or num_bytes
+        figures |= _figures_of_rows(tally, scans, vocabulary, dataset.kind)
+    else:
+        figures = {**stored, **source}
+        if is_quick and tally.sums["kept"] < figures["kept"]:
+            figures["sample"] = {"rows": tally.sums["kept"], "of": figures["kept"], "tokens": tokens.sums["tokens"]}
+        figures |= text_figures(tally, scans, is_whole=not is_quick)
+        if is_quick:
+            figures["duplicates"] = _line_duplicates(dataset)
+        figures |= count_figures(tokens, vocabulary, dataset.kind)
+        figures |= _packed_figures(dataset, is_quick)
+        figures["tokens_by"]["sequence"], figures["tokens_by"]["buckets"] = figures.pop("lengths_by")
+        figures["sources"] = _sources(dataset, [] if is_quick else scans)
     if is_decoded:  # control strings in content and ignored keys cannot be recognized in token ids
         del figures["rows_with_control"], figures["extra_keys"]
-    if is_quick:
-        figures["duplicates"] = _line_duplicates(dataset)
-    figures |= count_figures(tokens, vocabulary, dataset.kind)
-    by_bucket = _sequence_lengths(dataset)
-    every = pl.concat([pl.DataFrame(schema={"value": pl.Int64, "count": pl.Int64}), *by_bucket.values()])
-    figures["tokens_by"]["sequence"] = length_figures(every)
-    figures["tokens_by"]["buckets"] = {str(bucket): length_figures(counts) for bucket, counts in by_bucket.items()}
-    limits = [bucket for bucket in dict.fromkeys([*BUCKETS, dataset.max_len]) if bucket <= dataset.max_len]
-    figures["cuts"] = cut_lines(every, dataset.kind, limits, PACKED_FOR_CUTS // (100 if is_quick else 1))
-    figures["sources"] = _sources(dataset, [] if is_quick else scans)
-    batch_tokens = BATCH_TOKENS[dataset.kind]
-    steps = make_loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
-    figures["epoch"] = {"batch_tokens": batch_tokens, "steps": steps}
+    figures |= _loss_figures(tally, losses, dataset.inputs)
     figures["set_aside"] = left_out_figures(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)
     hashes = np.empty(0, np.uint64) if is_quick else hashes_of(tally)
-    chosen = _chosen(scans[:: -(-len(scans) // QUICK_PARTS)] if is_quick else scans)
-    ids = encoded_at(dataset, [(row.file, row.line) for row in chosen if not row.encoded])
-    samples = [row if row.encoded else replace(row, encoded=ids.get((row.file, row.line))) for row in chosen]
-    return Measured(directory, figures, records(samples, vocabulary), hashes)
+    few = scans[:: -(-len(scans) // QUICK_PARTS)] if is_quick else scans
+    chosen, drawn = (
+        _chosen(few, NUM_RANDOM_QUICK if is_quick else NUM_RANDOM),
+        _random(few, NUM_TABLED // 10 if is_quick else NUM_TABLED),
+    )
+    ids = encoded_at(dataset, [(row.file, row.line) for row in [*chosen, *drawn] if not row.encoded])
+    chosen, drawn = ([_with_ids(row, ids) for row in some] for some in (chosen, drawn))
+    frame = row_frame(drawn, dataset.kind, repeats_of(tally, dataset.inputs), losses, None)
+    return Measured(directory, figures, records(chosen, vocabulary), frame, _named(vocabulary), hashes)
 
 
-def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progress) -> list[PartScan]:
-    """Count the rows of the inputs, except those left out. Return none if an input is missing or has changed."""
+def _with_ids(row: SampleRow, ids: Mapping[tuple[str, int], Sequences]) -> SampleRow:
+    return row if row.encoded else replace(row, encoded=ids.get((row.file, row.line)))
+
+
+def _rows_where(dataset: Dataset, where: str) -> dict[int, np.ndarray]:
+    """Return, by part, the indices of the packed rows for which a condition holds."""
+    condition = Where(where)
+    parts = [part for part in dataset.manifest.parts if part.kept]
+    frame = frames.rows(dataset.dir).select(condition.names or ["line"]).collect()
+    holds = condition.holds(frame).to_numpy()
+    if not holds.any():
+        raise InputError(f"{dataset.dir}: --where {where!r} holds for no row", "mm stats DIR shows what the rows are")
+    split = np.split(holds, np.cumsum([part.kept for part in parts])[:-1])
+    return {part.part: np.flatnonzero(of_part) for part, of_part in zip(parts, split, strict=True)}
+
+
+def _packed_figures(dataset: Dataset, is_quick: bool) -> Figures:
+    """Return the figures of the sequences as they are packed: their lengths, in all and by bucket (that of a pair is its
+    longer side's, prompt included), what length limits would cut, and the steps of an epoch.
+    """
+    lengths = pl.DataFrame(schema={"bucket": pl.Int64, "value": pl.Int64})
+    for entry in dataset.manifest.shards:
+        for batch in dataset.open_shard(entry).batches:
+            if dataset.kind == "pair":
+                sides = [batch[side].lengths() for side in ("chosen", "rejected")]
+                values = batch["prompt"].lengths() + np.maximum(*sides)
+            else:
+                values = batch["doc_len"].values
+            lengths.vstack(
+                pl.select(bucket=pl.lit(entry.bucket, pl.Int64), value=pl.Series(values, dtype=pl.Int64)), in_place=True
+            )
+    counts = lengths.group_by("bucket", "value").agg(count=pl.len().cast(pl.Int64)).sort("bucket", "value")
+    every = counts.select("value", "count")
+    limits = [bucket for bucket in dict.fromkeys([*BUCKETS, dataset.max_len]) if bucket <= dataset.max_len]
+    batch_tokens = BATCH_TOKENS[dataset.kind]
+    steps = make_loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
+    return {
+        "lengths_by": (
+            length_figures(every),
+            {str(of[0]): length_figures(each) for of, each in counts.partition_by("bucket", as_dict=True).items()},
+        ),
+        "cuts": cut_lines(every, dataset.kind, limits, PACKED_FOR_CUTS // (100 if is_quick else 1)),
+        "epoch": {"batch_tokens": batch_tokens, "steps": steps},
+    }
+
+
+def _scan_inputs(
+    dataset: Dataset, rows: Mapping[int, np.ndarray], workers: int, wanted: Losses, progress: Progress
+) -> list[PartScan]:
+    """Count the rows of the inputs, except those left out. Return none if an input is missing or has changed. rows: indices of the packed rows to
+    count, by part."""
     paths = [path for path in _inputs(dataset) if path]
     if len(paths) < len(dataset.inputs):
         return []
@@ -233,6 +296,10 @@ def _scan_inputs(dataset: Dataset, workers: int, wanted: Losses, progress: Progr
     for part in dataset.manifest.parts:
         for record in _rejected_rows(dataset, part):
             left_out.setdefault(record["file"], set()).add(record["line"])
+        if part.kept and len(rows[part.part]) < part.kept:
+            sources = open_sources(dataset, part.part)
+            lines = np.delete(sources["line"], rows[part.part])
+            left_out.setdefault(dataset.inputs[int(sources["file"][0])], set()).update(lines.tolist())
     lines = {file: frozenset(numbers) for file, numbers in left_out.items()}
     sha256s = [entry.sha256 for entry in dataset.manifest.inputs]
     reading = dataset.manifest.arguments.reading
@@ -282,24 +349,6 @@ def _line_duplicates(dataset: Dataset) -> Figures:
     return {"rows": len(hashes), "exact": repeats, "near": None, "rows_compared": 0, "near_from": None}
 
 
-def _sequence_lengths(dataset: Dataset) -> dict[int, pl.DataFrame]:
-    """Return a frame for each bucket: value (the length of a sequence, in tokens) and count (how often it occurs). The
-    length of a pair is that of its longer side, prompt included.
-    """
-    lengths: dict[int, list[np.ndarray]] = {}
-    for entry in dataset.manifest.shards:
-        for batch in dataset.open_shard(entry).batches:
-            if dataset.kind == "pair":
-                values = batch["prompt"].lengths() + np.maximum(batch["chosen"].lengths(), batch["rejected"].lengths())
-            else:
-                values = batch["doc_len"].values
-            lengths.setdefault(entry.bucket, []).append(values.astype(np.int64))
-    counts = {}
-    for bucket, arrays in sorted(lengths.items()):
-        counts[bucket] = counts_of(pl.Series(np.concatenate(arrays)))
-    return counts
-
-
 def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
     """Return figures of each input: rows, tokens, bytes and, if its texts were read, languages and exact duplicates.
     scans: the scans of all rows, or empty if only a sample of the texts was read.
@@ -327,6 +376,14 @@ def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
 # --- both
 
 
+def _named(vocabulary: Vocabulary | None) -> str:
+    """Return the directory of a tokenizer and its hash; "" without one."""
+    if vocabulary is None:
+        return ""
+    tokenizer = vocabulary.tokenizer
+    return f"{tokenizer.dir.resolve()} ({tokenizer.vocab_size:,}, sha256 {tokenizer.sha256[:12]})"
+
+
 def _merged(scans: Sequence[PartScan]) -> Tally:
     tally = Tally()
     for part in scans:
@@ -339,25 +396,30 @@ def hashes_of(tally: Tally) -> np.ndarray:
     return tally.frame("rows", "hash")["hash"].to_numpy()
 
 
-def _highest(losses: Losses | None) -> Losses:
-    """Return the rows of highest loss, at most scan.NUM_EXTREMES, as {file: {line number: loss}}."""
-    every = ((loss, file, line) for file, lines in (losses or {}).items() for line, loss in lines.items())
+def _highest(losses: pl.DataFrame | None) -> Losses:
+    """Return the rows of highest loss, at most scan.NUM_EXTREMES, as {file: {line number: loss in nats per token}}."""
+    if losses is None:
+        return {}
+    means = losses.select("file", "line", loss=pl.col("nll") / pl.col("tokens"))
     highest: dict[str, dict[int, float]] = {}
-    for loss, file, line in sorted(every, reverse=True)[: scan.NUM_EXTREMES]:
+    for file, line, loss in means.sort("loss", "file", "line", descending=True).head(scan.NUM_EXTREMES).rows():
         highest.setdefault(file, {})[line] = loss
     return highest
 
 
-def _chosen(scans: Sequence[PartScan]) -> list[SampleRow]:
-    """Return the rows to show: random ones (at most NUM_RANDOM, spread evenly over the sample), then the longest, the
-    shortest, and those of highest loss. A row may be chosen for several reasons.
-    """
-    random, longest, shortest, highest = (
-        [row for part in scans for row in part.shown.get(why, ())] for why in ("random", "longest", "shortest", "loss")
+def _random(scans: Sequence[PartScan], number: int) -> list[SampleRow]:
+    """Return at most `number` of the rows of the sample, spread evenly over it."""
+    rows = [row for part in scans for row in part.shown.get("random", ())]
+    return [rows[i] for i in sorted({i * (len(rows) - 1) // (number - 1) for i in range(number)})] if rows else []
+
+
+def _chosen(scans: Sequence[PartScan], num_random: int = NUM_RANDOM) -> list[SampleRow]:
+    """Return the rows to show: random ones, then the longest, the shortest, and those of highest loss. A row may be chosen for several reasons."""
+    longest, shortest, highest = (
+        [row for part in scans for row in part.shown.get(why, ())] for why in ("longest", "shortest", "loss")
     )
-    places = sorted({i * (len(random) - 1) // (NUM_RANDOM - 1) for i in range(NUM_RANDOM)}) if random else []
     return [
-        *(random[i] for i in places),
+        *_random(scans, num_random),
         *sorted(longest, key=lambda row: -row.characters)[: scan.NUM_EXTREMES],
         *sorted(shortest, key=lambda row: row.characters)[: scan.NUM_EXTREMES],
         *sorted(highest, key=lambda row: -(row.nll or 0)),

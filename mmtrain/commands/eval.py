@@ -1,7 +1,6 @@
 """`mm eval`: evaluate a model by its held-out loss, answers to questions, choices among answers, and tasks of
 EleutherAI's lm-evaluation-harness."""
 
-import json
 import tempfile
 import time
 from dataclasses import fields
@@ -85,9 +84,8 @@ def measured(
 ) -> Scores:
     """Return the held-out figures of the model on the packed datasets, by name, and write the file of --per-sequence.
     Raise DatasetError if the splits have no sequence."""
-    from mmdata.io.files import write_text
     from mmdata.shards.dataset import open_dataset
-    from mmtrain.inference.score import Scored, figures, noisiest, score
+    from mmtrain.inference.score import Scored, figures, noisiest, score, write_scores
 
     scores: list[Scored] = []
     for path in datasets:
@@ -104,8 +102,7 @@ def measured(
     if options.noisiest:
         values["noisiest"] = [one.record() for one in noisiest(scores, options.noisiest)]
     if options.per_sequence is not None:
-        lines = (json.dumps(one.record(), ensure_ascii=False) + "\n" for one in scores)
-        write_text(options.per_sequence, "".join(lines))
+        write_scores(options.per_sequence, scores)
         values["per_sequence"] = {"file": str(options.per_sequence), "lines": len(scores)}
     return values
 

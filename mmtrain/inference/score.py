@@ -1,18 +1,21 @@
 """Loss and related metrics of a model on a dataset, by dataset and bucket (`mm eval`), from one record per sequence
 (`Scored`, also a line of `mm eval --per-sequence`). The most nats per token show the noisiest rows of the data."""
 
+import io
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mmdata.errors import TokenizerError
-from mmdata.io.files import Progress, no_progress
+from mmdata.io.files import Progress, no_progress, write_bytes, write_text
 from mmdata.shards.dataset import Dataset, PackView, PairView, loss_mask, open_sources
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -52,6 +55,22 @@ class Scored:
         """Return the fields that `--per-sequence` writes: all but `byte_nll`, and loss (None if nothing is trained)."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "byte_nll"}
         return {**values, "loss": self.loss if self.tokens else None}
+
+
+def write_scores(path: Path, scored: Iterable[Scored]) -> None:
+    """Write the records of sequences: as JSON lines or, if the name ends with .parquet, as a parquet file with the same
+    keys as columns."""
+    records = [one.record() for one in scored]
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        buffer, table = io.BytesIO(), pa.Table.from_pylist(records)
+        types = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in table.schema]
+        parquet.write_table(table.cast(pa.schema(types)), buffer)
+        write_bytes(path, buffer.getvalue())
+    else:
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 @torch.no_grad()

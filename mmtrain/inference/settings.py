@@ -90,7 +90,7 @@ class EvalOptions:
     )
     split: str = option("val", "Split of the datasets.", LOSS, choices=("val", "train", "all"))
     per_sequence: Path | None = option(
-        None, "Write one JSON line per sequence, with file, line, tokens and nll.", LOSS, metavar="FILE"
+        None, "Write file, line, tokens and nll of each sequence, as JSON lines or .parquet.", LOSS, metavar="FILE"
     )
     noisiest: int = option(
         0, "Show this many rows that the model finds least likely: those of highest loss per token.", LOSS, least=0

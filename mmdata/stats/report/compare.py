@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmdata.stats.report import page
-from mmdata.stats.report.data import CUTS, folded, name_of, overlaid, warned
+from mmdata.stats.report.data import CUTS, folded, how_made, name_of, overlaid, warned
 from mmdata.stats.report.page import Block, Column, Grid, Phrase, Section, Table, as_name, joined, phrase
 from mmdata.stats.stats import Measured
 from mmdata.tokenizer.scripts import LANGUAGES
@@ -12,8 +12,11 @@ from mmdata.tokenizer.scripts import LANGUAGES
 Figures = Mapping[str, Any]
 
 
-def compare_page(one: Measured, other: Measured, *, lang: str = "en", others: Sequence[Any] = ()) -> str:
-    """Return the HTML page. lang: "en" or "zh". others: warnings on both together (`stats.contained`)."""
+def compare_page(
+    one: Measured, other: Measured, *, lang: str = "en", others: Sequence[Any] = (), command: str = ""
+) -> str:
+    """Return the HTML page. lang: "en" or "zh". others: warnings on both together (`stats.contained`). command: how it
+    was made."""
     names = _two_names(one, other)
     sections = [
         Section("compare", "Side by side", [warned(others), side_by_side(one, other)]),
@@ -22,7 +25,8 @@ def compare_page(one: Measured, other: Measured, *, lang: str = "en", others: Se
         folded(0, one),
         folded(1, other),
     ]
-    return page.render(joined(names, " ↔ "), joined([as_name(one.path), as_name(other.path)], " ↔ "), sections, lang)
+    paths, made = [as_name(one.path), as_name(other.path)], how_made([one, other], command)
+    return page.render(joined(names, " ↔ "), joined(paths, " ↔ "), sections, lang, made=made)
 
 
 def _two_names(one: Measured, other: Measured) -> tuple[Phrase, Phrase]:

@@ -1,10 +1,16 @@
 """The report on data: shows the figures that `mmdata.stats.stats` measures as sections of tables and plots."""
 
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
+import polars as pl
+
 from mmdata.encode.rows import split_keys
+from mmdata.pack.filter import features
 from mmdata.shards.dataset import REPORT
 from mmdata.stats.figures import WARNINGS
 from mmdata.stats.report import page
@@ -19,6 +25,7 @@ from mmdata.stats.report.page import (
     Note,
     Phrase,
     Plot,
+    RowTable,
     Section,
     Strings,
     Table,
@@ -41,23 +48,38 @@ _SPREAD = ("shortest", "p50", "p90", "p99", "longest")  # keys of the statistics
 Figures = Mapping[str, Any]
 
 
-def dataset_page(measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = ()) -> str:
+def dataset_page(
+    measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = (), command: str = ""
+) -> str:
     """Return the HTML page on one or several datasets or files. lang: "en" or "zh". others: warnings on all of them
-    together (`stats.contained`); used if there are several.
+    together (`stats.contained`); used if there are several. command: how the page was made.
     """
+    made = how_made(measured, command)
     if len(measured) == 1:
         one = measured[0]
-        return page.render(name_of(one), _subtitle(one.figures), list(sections_of(one)), lang)
+        return page.render(name_of(one), _subtitle(one.figures), list(sections_of(one)), lang, made=made)
     step = -(-len(measured) // 3)  # fewer samples of each path, so that the page stays below 2 MB
-    few = [replace(one, samples=one.samples[::step]) for one in measured]
+    few = [replace(one, samples=one.samples[::step], rows=one.rows.gather_every(step)) for one in measured]
     sections = [_overview(measured, others), *(folded(number, one) for number, one in enumerate(few))]
     title = phrase("{number} datasets", number=len(measured))
-    return page.render(title, as_name(", ".join(str(one.path) for one in measured)), sections, lang)
+    return page.render(title, as_name(", ".join(str(one.path) for one in measured)), sections, lang, made=made)
+
+
+def how_made(measured: Sequence[Measured], command: str) -> list[page.Text]:
+    """Return lines about how a page was made: when, by which command and version, and from which files."""
+    if not command:
+        return []
+    values = {"date": as_name(time.strftime("%Y-%m-%d %H:%M:%S %z")), "command": as_name(command)}
+    made = phrase("Made {date} by mm {version}: {command}", version=as_name(version("mm-toolkit")), **values)
+    data = [phrase("Data: {path}", path=as_name(one.path.resolve())) for one in measured]
+    tokenizers = dict.fromkeys(one.tokenizer for one in measured if one.tokenizer)
+    return [made, *data, *(phrase("Tokenizer: {name}", name=as_name(name)) for name in tokenizers)]
 
 
 def _subtitle(figures: Figures) -> Phrase:
     limit = [phrase("packed up to {max_len} tokens", max_len=f"{figures['max_len']:,}")] if "max_len" in figures else []
-    return joined([as_name(figures["path"]), f"{figures['kind']} rows", *limit])
+    where = [phrase("where {condition}", condition=as_name(figures["where"]))] if "where" in figures else []
+    return joined([as_name(figures["path"]), f"{figures['kind']} rows", *limit, *where])
 
 
 def folded(number: int, measured: Measured) -> Section:
@@ -84,6 +106,8 @@ def sections_of(measured: Measured) -> Iterator[Section]:
     yield Section("glance", "At a glance", list(_glance(figures)))
     if measured.samples:
         yield Section("samples", "Samples", [Browser(measured.samples)])
+    if len(measured.rows):
+        yield Section("rows", "Rows", list(_row_blocks(measured.rows)))
     for id, title, make in (
         ("lengths", "Lengths", _lengths),
         ("cuts", "Where to cut", _cut_table),
@@ -95,6 +119,7 @@ def sections_of(measured: Measured) -> Iterator[Section]:
         ("conversations", "Conversations", _conversations),
         ("pairs", "Pairs", _pairs),
         ("sources", "Sources", _sources),
+        ("losses", "Loss", _losses),
         ("aside", "Set aside", _set_aside),
     ):
         blocks = list(make(figures))
@@ -192,6 +217,72 @@ def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
         yield "rows for val", f"{figures['val_rows']:,}", as_name(percent(figures["val_rows"] / max(1, kept)))
 
 
+# --- rows
+
+
+def _row_blocks(rows: pl.DataFrame) -> Iterator[Block]:
+    """Yield the blocks of "Rows": a table of sampled rows and their columns, and a plot of prompts against answers."""
+    frame = rows.with_columns(pl.selectors.float().round_sig_figs(3), pl.selectors.enum().cast(pl.String))
+    alike = [name for name in frame.columns if frame[name].n_unique() == 1 and name not in ("line", "text")]
+    columns = []
+    for name in sorted(set(frame.columns) - set(alike), key=[*_FIRST, *frame.columns].index):
+        info = features.COLUMNS.get(name)
+        is_share = info is not None and info.help.startswith("share")
+        columns.append((name, as_name(info.help if info else _OTHER_HELP[name]), is_share, frame[name].to_list()))
+    yield Note(phrase("A sample of {number} rows.", number=f"{len(frame):,}"))
+    yield RowTable(columns)
+    if alike:
+        first = frame.row(0, named=True)
+        values = ", ".join(
+            f"{name} = {json.dumps(first[name])}" if isinstance(first[name], bool) else f"{name} = {first[name]}"
+            for name in alike
+            if first[name] is not None
+        )
+        yield Note(phrase("The same in all of them: {values}", values=as_name(values or "–")))
+    if "prompt_characters" in frame.columns and frame["kind"][0] != "document":
+        points = frame.sort("prompt_characters").select(pl.col(_SCATTERED).clip(1))
+        sides = {"chosen": "chosen_characters", "rejected": "rejected_characters"}
+        named = sides if frame["kind"][0] == "pair" else {"answer": "answer_characters"}
+        series = [{"name": phrase(label), "y": points[name].to_list()} for label, name in named.items()]
+        spec = {"kind": "lines", "axes": {"prompt": {"label": phrase("characters of the prompt")}}, "series": series}
+        spec |= {"scatter": points["prompt_characters"].to_list(), "unit": phrase("characters of the answer")}
+        yield Plot("Prompts and answers", {**spec, "logx": True, "logy": True})
+
+
+_FIRST = ("line", "text", "loss", "language", "characters", "tokens", "turns", "repeated", "trained_tokens")
+_SCATTERED = ("prompt_characters", "answer_characters", "chosen_characters", "rejected_characters")
+_OTHER_HELP = {"text": "beginning of the texts", "loss": "nats per trained token"}
+
+
+def _losses(figures: Figures) -> Iterator[Block]:
+    """Yield the blocks of "Loss": the loss of rows by language, length and source. Nothing without losses."""
+    losses = figures.get("losses")
+    if not losses or not losses["rows"]:
+        return
+    yield Cards(
+        [
+            ("loss", f"{losses['loss']:.4f}", "nats per trained token"),
+            ("rows with a loss", f"{losses['rows']:,}", phrase("of {value}", value=f"{figures['kept']:,}")),
+            ("trained tokens", f"{losses['tokens']:,}", ""),
+        ]
+    )
+    if losses["elsewhere"]:
+        text = "{number} rows of the file of losses are not among these rows."
+        yield Note(phrase(text, number=f"{losses['elsewhere']:,}"), in_terminal=True)
+    tables = []
+    for title, key in (("language", "languages"), ("characters of a row", "lengths"), ("source", "sources")):
+        most = max(of["loss"] for of in losses[key].values()) or 1
+        rows = [(name, of["rows"], of["tokens"], of["loss"], of["loss"] / most) for name, of in losses[key].items()]
+        counts = (
+            Column("rows", "count"),
+            Column("trained tokens", "count"),
+            Column("loss", "decimal4"),
+            Column("", "bar"),
+        )
+        tables.append(Table([Column(title, "word"), *counts], rows))
+    yield Grid(tables)
+
+
 # --- lengths
 
 
@@ -262,7 +353,13 @@ def _length_table(lengths: Figures) -> Table:
 
 def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
     """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths with a vertical line."""
-    return Plot(title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit))
+    return Plot(
+        title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit, x=_unit_of(title))
+    )
+
+
+def _unit_of(title: str) -> str:
+    return title.partition(" ")[0].rstrip(":").lower()  # every title of lengths begins with what they are counted in
 
 
 def overlaid(
@@ -280,7 +377,7 @@ def overlaid(
         for edge, count in zip(each["edges"], each["counts"], strict=False):
             share[edge] += count / max(1, each["count"])
         drawn.append((label, [share[edge] for edge in edges[:-1]]))
-    return Plot(title, page.bars(edges, drawn, marks=marks, is_share=True))
+    return Plot(title, page.bars(edges, drawn, marks=marks, x=_unit_of(title), is_share=True))
 
 
 def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int) -> Plot:
@@ -289,7 +386,7 @@ def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int)
     """
     edges = [i / len(counts) for i in range(len(counts) + 1)]
     ticks = [(i / num_ticks, f"{100 * i // num_ticks} %") for i in range(num_ticks + 1)]
-    return Plot(title, page.bars(edges, [(unit, counts)], ticks=ticks, unit=unit), in_terminal=True)
+    return Plot(title, page.bars(edges, [(unit, counts)], ticks=ticks, unit=unit, x="share"), in_terminal=True)
 
 
 # --- cuts and packing
@@ -410,7 +507,14 @@ def _vocabulary(figures: Figures) -> Iterator[Block]:
         cards.append((phrase("cover {share} % of the text", share=share), f"{number:,}", "most frequent tokens"))
     yield Cards(cards)
     times = {"name": phrase("times"), "x": {"rank": used["ranks"]}, "y": [count or None for count in used["by_rank"]]}
-    spec = {"kind": "lines", "axes": {"rank": {"label": phrase("rank")}}, "series": [times], "logx": True, "logy": True}
+    spec = {
+        "kind": "lines",
+        "axes": {"rank": {"label": phrase("rank")}},
+        "series": [times],
+        "unit": phrase("times"),
+        "logx": True,
+        "logy": True,
+    }
     left: list[Block] = [Plot("How often the tokens of each rank occur", spec)]
     columns = [Column(as_name("id"), "count"), Column("times", "count")]
     if control := [(item["text"], item["id"], item["count"]) for item in used["control"] if item["count"]]:
@@ -471,6 +575,7 @@ def _pairs(figures: Figures) -> Iterator[Block]:
             [("pairs", [pairs["ratios"][str(k)] for k in range(-8, 9)])],
             ticks=[(k + 0.5, label) for k, label in _RATIOS.items()],
             unit="pairs",
+            x="chosen / rejected",
             names=["≤ 1/16", *(f"{2 ** (k / 2):.2g}" for k in range(-7, 8)), "≥ 16"],
         )
         plots.append(Plot("Length of the chosen answer over the rejected one's", ratios, in_terminal=True))

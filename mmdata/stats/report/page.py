@@ -19,7 +19,8 @@ LANGS = ("en", "zh")
 _FOR_SCRIPT = (  # phrases that page.js uses; the page contains their translations
     "reset zoom", "trained", "not trained", "control token", "line", "characters", "tokens", "more tokens not shown",
     "more characters not shown", "loss", "random", "longest", "shortest", "highest loss", "system", "user", "assistant",
-    "tool", "document", "prompt", "chosen", "rejected", "all", "no data", "auto", "light", "dark",
+    "tool", "document", "prompt", "chosen", "rejected", "all", "no data", "auto", "light", "dark", "share", "yes", "no",
+    "rows", "copy", "copied", "columns",
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ class Translation:
         assert lang in LANGS, lang
         self.lang = lang
         self._table: dict[str, str] = {} if lang == "en" else json.loads(asset(f"{lang}.json"))
+        self.explained: dict[str, str] = {}  # terms that `tip` was asked for, in the language of the page
 
     def __call__(self, text: Text) -> str:
         """Return the translation of a text, or of a string as an English phrase, with its placeholders filled in.
@@ -83,6 +85,13 @@ class Translation:
             template = self._table[text.text]
         values = {key: self._value(value) for key, value in text.values.items()}
         return template.format(**values) if values else template
+
+    def tip(self, term: Text) -> str:
+        """Return what a heading or label means, from assets/terms.json; "" if it says itself."""
+        known: dict[str, str] = json.loads(asset("terms.json"))
+        if help := self(known.get(term if isinstance(term, str) else term.text, "")):
+            self.explained[self(term)] = help
+        return help
 
     def _value(self, value: Any) -> Any:
         return self(value) if isinstance(value, Phrase) else self._table.get(value, value)
@@ -263,6 +272,22 @@ class Browser:
 
 
 @dataclass(frozen=True, slots=True)
+class RowTable:
+    """A sample of rows that the reader sorts, filters and searches: a list of (name, help, is_share, values) for each
+    column. Values are numbers, shares from 0 to 1, true or false, or strings; None where a row has none.
+    """
+
+    columns: Sequence[tuple[str, Text, bool, Sequence[Any]]]
+
+    def spec(self, translation: Translation) -> list[dict[str, Any]]:
+        """Return the columns as JSON objects for page.js."""
+        return [
+            {"name": name, "help": translation(help), "share": is_share, "values": values}
+            for name, help, is_share, values in self.columns
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Fold:
     """Blocks that the page hides until the reader clicks the title. in_terminal: whether the terminal prints them."""
 
@@ -278,7 +303,7 @@ class Grid:
     blocks: "Sequence[Block | list[Block]]"
 
 
-Block = Table | Cards | Callouts | Note | Heading | Strings | Plot | Browser | Fold | Grid
+Block = Table | Cards | Callouts | Note | Heading | Strings | Plot | Browser | RowTable | Fold | Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +322,7 @@ def bars(
     ticks: Sequence[tuple[float, str]] | None = None,
     marks: Sequence[float] = (),
     unit: Text = "",
+    x: Text = "",
     is_share: bool = False,
     names: Sequence[str] | None = None,
 ) -> PlotSpec:
@@ -304,7 +330,7 @@ def bars(
 
     edges: N + 1 ascending bin edges. series: (name, values) of each; number i of the N values belongs to the bin
     between edges i and i + 1. ticks: (edge, label) on the x axis, by default at powers of two. marks: positions of
-    vertical lines; those outside the edges are omitted. unit: what the values count. is_share: whether the values are
+    vertical lines; those outside the edges are omitted. unit: what the values count. x: what the edges are. is_share: whether the values are
     shares from 0 to 1, not counts. names: the names of the bins, if the edges do not describe them.
     """
     return {
@@ -314,6 +340,7 @@ def bars(
         "ticks": [list(tick) for tick in (ticks if ticks is not None else _round_edges(edges))],
         "marks": [[mark, str(mark)] for mark in marks if edges[0] < mark <= edges[-1]],
         "unit": _in_spec(unit),
+        "x": _in_spec(x),
         "share": is_share,
         **({"names": names} if names else {}),
     }
@@ -381,13 +408,15 @@ def render(
     *,
     refresh_s: float | None = None,
     axes: Mapping[str, Text] | None = None,
+    made: Sequence[Text] = (),
 ) -> str:
-    """Return the report as the text of one HTML file. KeyError if a phrase has no translation. lang: "en" or "zh".
+    """Return the report as the text of one HTML file. KeyError if a phrase has no translation. lang: "en" or "zh". made:
+    lines at its end about how it was made.
     refresh_s: the page requests a newer version of itself from its server every so many seconds; None: never. axes: the
     x axes among which the reader can choose for line plots: the key of each in the plots' specs, and its label.
     """
     translation = Translation(lang)
     return _template("page.html").render(
-        title=title, subtitle=subtitle, sections=sections, t=translation, refresh_s=refresh_s, axes=axes or {},
+        title=title, subtitle=subtitle, sections=sections, t=translation, refresh_s=refresh_s, axes=axes or {}, made=made,
         script_words={text: translation(text) for text in _FOR_SCRIPT},
     )  # fmt: skip

@@ -92,13 +92,13 @@ function draw(figure) {
 function look(options) {
   return {
     stroke: css("--muted"), font: "11px system-ui, sans-serif", ticks: { show: false }, gap: 4,
-    grid: { stroke: css("--line"), width: 1 }, ...options,
+    grid: { stroke: css("--line"), width: 1 }, labelFont: "11px system-ui, sans-serif", labelSize: 16, labelGap: 2, ...options,
   };
 }
 
 function yAxis(spec, series) {
   const format = spec.share ? (value) => trim(100 * value) + "%" : short;
-  return look({ size: 48, values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))), space: 34 });
+  return look({ size: 48, label: (spec.share ? say("share") : spec.unit) || undefined, values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))), space: 34 });
 }
 
 function barsOf(spec) {
@@ -121,7 +121,7 @@ function barsOf(spec) {
       series: [{}, ...series],
       scales: { x: { time: false, range: [0, number] }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.06 : 1] } },
       axes: [
-        look({ splits: () => ticks.map((tick) => tick[0]), values: () => ticks.map((tick) => tick[1]), size: 28, grid: { show: false } }),
+        look({ splits: () => ticks.map((tick) => tick[0]), values: () => ticks.map((tick) => tick[1]), size: 28, label: spec.x || undefined, grid: { show: false } }),
         yAxis(spec),
       ],
       cursor: { drag: { x: false, y: false }, points: { show: false }, y: false },
@@ -147,10 +147,11 @@ function linesOf(spec) {
   const tables = [], series = [], bands = [];
   spec.series.forEach((one, i) => {
     const color = colorOf(spec, i);
-    const xs = one.x[axis];
+    const xs = spec.scatter || one.x[axis];
     const table = [xs, one.y];
     const style = { label: one.name, stroke: color, width: one.faint ? 1 : 1.9, spanGaps: true,
       dash: one.dash ? [5, 4] : undefined, points: { show: Boolean(one.points), size: 5, fill: color, stroke: color } };
+    if (spec.scatter) Object.assign(style, { paths: () => null, points: { show: true, size: 4, width: 0, fill: color + "90" } });
     series.push(style);
     if (one.low) {
       const at = series.length;
@@ -161,7 +162,7 @@ function linesOf(spec) {
     }
     tables.push(table);
   });
-  const data = tables.length === 1 ? tables[0] : uPlot.join(tables);
+  const data = spec.scatter ? [spec.scatter, ...spec.series.map((one) => one.y)] : tables.length === 1 ? tables[0] : uPlot.join(tables);
   const marks = (spec.marks || []).map((mark) => ({ ...mark, at: mark.x[axis] })).filter((mark) => mark.at !== null && mark.at !== undefined);
   const sync = spec.group ? { key: spec.group, setSeries: false, scales: ["x", null] } : undefined;
   return {
@@ -170,7 +171,7 @@ function linesOf(spec) {
       series: [{}, ...series], bands,
       scales: { x: { time: false, distr: spec.logx ? 3 : 1 }, y: { distr: spec.logy ? 3 : 1, ...(spec.floor !== undefined ? { range: (_, low, high) => [Math.min(spec.floor, low), high > spec.floor ? high * 1.05 : spec.floor + 1] } : {}) } },
       axes: [
-        look({ size: 28, values: (_, splits) => splits.map((value) => (value === null ? "" : about.hours ? hours(value) : short(value))), space: 56 }),
+        look({ size: 28, label: about.label || undefined, values: (_, splits) => splits.map((value) => (value === null ? "" : about.hours ? hours(value) : short(value))), space: 56 }),
         yAxis(spec),
       ],
       cursor: { drag: { x: true, y: false, dist: 6 }, y: false, sync, points: { size: 6 } },
@@ -357,9 +358,16 @@ function browse(box) {
     place.textContent = shown.length ? `${at + 1} / ${shown.length}` : "0";
     target.replaceChildren(...(shown.length ? sampleOf(shown[at]) : []));
   };
-  choice.onchange = () => { shown = samples.filter((sample) => !choice.value || sample.why === choice.value); at = 0; show(); };
-  box.querySelector(".back").onclick = () => { at = (at + shown.length - 1) % shown.length; show(); };
-  box.querySelector(".on").onclick = () => { at = (at + 1) % shown.length; show(); };
+  const find = box.querySelector(".find"), texts = samples.map((sample) => sample.parts.map((part) => part.messages.map((message) => message.text.join("")).join("\n")).join("\n").toLowerCase());
+  choice.onchange = find.oninput = () => {
+    const word = find.value.trim().toLowerCase();
+    shown = samples.filter((sample, i) => (!choice.value || sample.why === choice.value) && texts[i].includes(word));
+    at = 0;
+    show();
+  };
+  const move = (by) => { at = (at + by + shown.length) % (shown.length || 1); show(); };
+  box.querySelector(".back").onclick = () => move(-1);
+  box.querySelector(".on").onclick = () => move(1);
   const edges = box.querySelector(".edges");
   edges.onchange = () => target.classList.toggle("edges-on", edges.checked);
   show();
@@ -411,6 +419,166 @@ function partOf(part) {
   return nodes;
 }
 
+// --- tables
+
+// Sorts numbers by size, other values by text, and those that are missing last. sign: 1, or -1 for descending order.
+function ordered(one, other, sign) {
+  const missing = (value) => value === null || value === undefined || value === "" || value === "–";
+  if (missing(one) || missing(other)) return missing(one) - missing(other);
+  if (typeof one === "string" && typeof other === "string") return sign * one.localeCompare(other, undefined, { numeric: true });
+  return sign * (one - other);
+}
+
+// Makes the headings of a table sort it. order(column, sign) is called with the number of the column and 1 or -1.
+function sortable(heads, order) {
+  heads.forEach((head, column) => {
+    if (!head.textContent.trim()) return;
+    head.tabIndex = 0;
+    head.classList.add("sorts");
+    head.onclick = () => {
+      const sign = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      order(column, sign);
+    };
+    head.onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); head.onclick(); } };
+  });
+}
+
+// Returns buttons that copy rows (lists of values, the headings first) with tabs between them, and save them as CSV.
+function exporting(name, rows) {
+  const tools = make("div", "tools"), copy = make("button", "", say("copy")), save = make("button", "", "CSV");
+  copy.type = save.type = "button";
+  const text = (value) => (value === null || value === undefined ? "" : String(value));
+  copy.onclick = async () => {
+    const lines = rows().map((row) => row.map((value) => text(value).replace(/[\t\r\n]+/g, " ")).join("\t")).join("\n");
+    try { await navigator.clipboard.writeText(lines); } catch {
+      const area = document.body.appendChild(make("textarea", "", lines));
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    copy.textContent = say("copied");
+    setTimeout(() => { copy.textContent = say("copy"); }, 1500);
+  };
+  save.onclick = () => {
+    const lines = rows().map((row) => row.map((value) => (/[",\r\n]/.test(text(value)) ? `"${text(value).replaceAll('"', '""')}"` : text(value))).join(","));
+    const link = make("a");
+    link.href = URL.createObjectURL(new Blob(["\ufeff" + lines.join("\r\n") + "\r\n"], { type: "text/csv" }));
+    link.download = name + ".csv";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  };
+  tools.append(copy, save);
+  return tools;
+}
+
+function valueOf(cell) {
+  const text = cell.textContent.trim();
+  return cell.dataset.v !== undefined ? Number(cell.dataset.v) : /^\d{1,3}(,\d{3})*$/.test(text) ? Number(text.replaceAll(",", "")) : text;
+}
+
+function tabulate(table, number) {
+  const body = table.tBodies[0], heads = table.tHead ? [...table.tHead.querySelectorAll("th")] : [];
+  if (body.rows.length > 1)
+    sortable(heads, (column, sign) => body.append(...[...body.rows].sort((one, other) => ordered(valueOf(one.cells[column]), valueOf(other.cells[column]), sign))));
+  const named = heads.map((head) => head.textContent.trim()), rows = () => [named, ...[...body.rows].map((row) => [...row.cells].map(valueOf))].map((row) => row.filter((_, i) => named[i] || i === 0));
+  table.parentNode.after(exporting(`${document.title}-${number + 1}`, rows));
+}
+
+// Reads a filter: returns [test of a value, condition for --where], null if it cannot be read.
+function filterOf(text, column) {
+  const name = column.name;
+  const number = (digits) => (digits.endsWith("%") ? Number(digits.slice(0, -1)) / 100 : Number(digits));
+  if (typeof column.values.find((value) => value !== null) === "number") {
+    const range = text.match(/^(-?[\d.]+%?)\s*(?:-|–|\.\.)\s*(-?[\d.]+%?)$/), limit = text.match(/^(<=|>=|!=|<|>|=)?\s*(-?[\d.]+%?)$/);
+    if (range) {
+      const [low, high] = [number(range[1]), number(range[2])];
+      return [(value) => value !== null && value >= low && value <= high, `${name} between ${low} and ${high}`];
+    }
+    if (!limit) return null;
+    const sign = limit[1] || "=", at = number(limit[2]);
+    const tests = { "<": (v) => v < at, ">": (v) => v > at, "<=": (v) => v <= at, ">=": (v) => v >= at, "=": (v) => v === at, "!=": (v) => v !== at };
+    return [(value) => value !== null && tests[sign](value), `${name} ${sign} ${at}`];
+  }
+  const not = text.startsWith("!"), word = text.replace(/^!\s*/, "").toLowerCase();
+  const test = (value) => value !== null && plain(value).toLowerCase().includes(word) !== not;
+  if (name === "text") return [test, ""];
+  const flag = column.values.find((value) => value !== null);
+  if (typeof flag === "boolean") return [test, word && say("yes").startsWith(word) !== not ? name : `not ${name}`];
+  return [test, `${name} ${not ? "not " : ""}ilike '%${word.replaceAll("'", "''")}%'`];
+}
+
+const plain = (value) => (value === null ? "–" : value === true ? say("yes") : value === false ? say("no") : String(value));
+const AT_ONCE = 50, SHOWN_COLUMNS = 9;
+
+// A sample of rows that is sorted, filtered and searched.
+function tabled(box) {
+  const columns = JSON.parse(box.querySelector("script").textContent), number = columns[0].values.length;
+  const [table, find, place, pick, choice] = ["table", ".find", ".place", ".pick div", ".choice"].map((name) => box.querySelector(name));
+  const filters = columns.map(() => ""), visible = columns.map((_, i) => i < SHOWN_COLUMNS);
+  let shown = [], at = 0, sorted = null;
+  const isNumber = (column) => typeof column.values.find((value) => value !== null) === "number";
+  const write = (column, value) => (typeof value !== "number" ? plain(value) : column.share ? percent(value) : whole(value));
+  const list = () => {
+    const read = filters.map((text, i) => (text.trim() ? filterOf(text.trim(), columns[i]) : null));
+    table.querySelectorAll("input").forEach((input) => input.setAttribute("aria-invalid", String(Boolean(input.value.trim() && !read[input.dataset.column]))));
+    const word = find.value.trim().toLowerCase();
+    shown = Array.from({ length: number }, (_, i) => i).filter((i) => read.every((one, c) => !one || one[0](columns[c].values[i]))
+      && (!word || columns.some((column) => typeof column.values[i] === "string" && column.values[i].toLowerCase().includes(word))));
+    if (sorted) shown.sort((one, other) => ordered(columns[sorted[0]].values[one], columns[sorted[0]].values[other], sorted[1]));
+    const where = read.map((one) => one && one[1]).filter(Boolean).join(" and ");
+    choice.hidden = !where;
+    choice.querySelector("bdi").textContent = `--where "${where}"`;
+    at = 0;
+    fill();
+  };
+  const fill = () => {
+    place.textContent = shown.length ? `${at + 1}–${Math.min(at + AT_ONCE, shown.length)} / ${whole(shown.length)}` : "0";
+    table.tBodies[0].replaceChildren(...shown.slice(at, at + AT_ONCE).map((i) => {
+      const row = make("tr");
+      columns.forEach((column, c) => { if (visible[c]) row.append(make("td", isNumber(column) ? "num" : column.name)), row.lastChild.append(make("div", "", write(column, column.values[i]))); });
+      return row;
+    }));
+  };
+  const build = () => {
+    const heads = make("tr"), inputs = make("tr");
+    const chosen = columns.map((_, i) => i).filter((i) => visible[i]);
+    for (const c of chosen) {
+      const head = make("th", isNumber(columns[c]) ? "" : "left", columns[c].name), cell = make("th"), input = make("input");
+      head.title = columns[c].help;
+      if (sorted && sorted[0] === c) head.setAttribute("aria-sort", sorted[1] > 0 ? "ascending" : "descending");
+      input.value = filters[c];
+      input.dataset.column = c;
+      input.setAttribute("aria-label", columns[c].name);
+      input.oninput = () => { filters[c] = input.value; list(); };
+      cell.append(input);
+      heads.append(head);
+      inputs.append(cell);
+    }
+    const top = make("thead");
+    top.append(heads, inputs);
+    table.replaceChildren(top, make("tbody"));
+    sortable([...heads.cells], (column, sign) => { sorted = [chosen[column], sign]; list(); });
+    list();
+  };
+  columns.forEach((column, c) => {
+    const label = make("label"), box = make("input");
+    box.type = "checkbox";
+    box.checked = visible[c];
+    box.onchange = () => { visible[c] = box.checked; if (!box.checked) filters[c] = ""; build(); };
+    label.append(box, " ", make("span", "", column.name));
+    label.title = column.help;
+    pick.append(label);
+  });
+  const move = (by) => { if (at + by >= 0 && at + by < shown.length) { at += by; fill(); } };
+  box.querySelector(".back").onclick = () => move(-AT_ONCE);
+  box.querySelector(".on").onclick = () => move(AT_ONCE);
+  find.oninput = list;
+  table.parentNode.after(exporting(`${document.title}-rows`, () => [columns.map((column) => column.name), ...shown.map((i) => columns.map((column) => column.values[i]))]));
+  build();
+}
+
 // --- the page
 
 const THEMES = ["auto", "light", "dark"];
@@ -434,6 +602,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 function start() {
   drawAll();
   document.querySelectorAll(".browser").forEach(browse);
+  document.querySelectorAll("main .scroll > table").forEach((table, i) => { if (!table.closest(".rows")) tabulate(table, i); });
+  document.querySelectorAll(".rows").forEach(tabled);
   document.querySelectorAll("details").forEach((node) => node.addEventListener("toggle", () => {
     if (node.open) node.querySelectorAll("figure.plot").forEach(draw);
   }));
