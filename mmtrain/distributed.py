@@ -2,28 +2,38 @@
 machine with `launch`. Everything here also works in a single process without distributed training.
 
 Gradients and counts are summed by all-reduce of one flat tensor, so a rank with fewer micro-batches than others, or
-none, takes part in the same way. If a rank fails, the others end within a minute, after its own error is printed.
+none, takes part in the same way. If a rank fails or freezes, the others end within a minute, after an error is printed.
 """
 
+import _thread
+import contextlib
+import hashlib
 import importlib
 import os
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from mmdata.errors import MMError, TrainError, UsageError
 
 GRACE_S = 20  # seconds that other ranks have to end by themselves after one has failed; then they are killed
+BEAT_S, MISSED_BEATS = 3.0, 12  # how often a rank shows that it runs; beats after which a silent one is given up
+BLOCKED_S = 15  # seconds after a signal until a process is ended whose main thread does not come back to Python
+CLEAN_UP_S = 10  # seconds that the last words of a process may take that is ended while its main thread is blocked
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,25 @@ class World:
             raise error
         if failed:
             raise SystemExit(int(codes[failed[0]].item()))
+
+    def agree_same(self, facts: Mapping[str, object]) -> None:
+        """Raise TrainError unless all ranks pass equal facts, compared by their text: on the first rank one that names
+        the ranks with other facts than most, SystemExit on the others. Every rank must call this, with equal keys."""
+        if self.size == 1:
+            return
+        table = torch.zeros(self.size, len(facts), dtype=torch.int64, device=self.device)
+        digests = [hashlib.sha256(str(value).encode()).digest()[:7] for value in facts.values()]
+        table[self.rank] = torch.tensor([int.from_bytes(digest, "big") for digest in digests])
+        rows = [tuple(row) for row in self.sum(table).tolist()]
+        usual = Counter(rows).most_common(1)[0][0]
+        others = [
+            f"rank {number} has other {', '.join(n for n, a, b in zip(facts, row, usual, strict=True) if a != b)}"
+            for number, row in enumerate(rows)
+            if row != usual
+        ]
+        problem = f"the ranks do not start from the same: {'; '.join(others)} than rank {rows.index(usual)}"
+        fix = "bring the same data, checkpoint, options and version of mm to every node"
+        self.agree(TrainError(problem, fix) if others and self.is_first else None)
 
     def agree_on(self, check: Callable[[], object]) -> None:
         """Call `check` on every rank, and raise its MMError, if any, as `agree` does. Every rank must call this."""
@@ -118,15 +147,132 @@ def join(device_name: str) -> World:
         # group's threads sometimes abort the process then (torch 2.13). Imported here, before the group, it does not.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        store: Any
+        store, number, _ = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timedelta(minutes=30))
+        _beats.append(Beats(number, size, store.clone()))
     return World(rank(), size, device)
 
 
 def leave(*, is_failed: bool = False) -> None:
     """Destroy the process group, if there is one. Ranks that still wait for this one get an error and end too.
     is_failed: an nccl group is then not destroyed, as that would wait for ranks that may have ended."""
+    while _beats:
+        _beats.pop().stop()
     if dist.is_initialized() and not (is_failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
+
+
+class Beats:
+    """Notices ranks that are silent: frozen, cut off, or ended without closing their connections.
+
+    Every BEAT_S seconds each rank counts up a number of its own in the run's store. Rank 0 looks at those of all ranks,
+    the others at that of rank 0 and at the rank that it gives up. A rank is given up if its number has not changed
+    MISSED_BEATS times, and the store if it has not answered for as long; the process then ends with `end_now`. Time in
+    which this process itself was frozen does not count.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self._rank, self._store = rank, store
+        self._watched = range(1, size) if rank == 0 else range(1)
+        self._counts: dict[int, int] = {}
+        self._given_up = self._rounds = 0
+        self._is_over = threading.Event()
+        for target in (self._beat, self._watch):
+            threading.Thread(target=target, name="beats", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._is_over.set()
+
+    def _beat(self) -> None:
+        """In a thread of its own, as the store does not answer if the process that holds it is frozen."""
+        with contextlib.suppress(RuntimeError):  # the connection is closed: `_watch` sees that no round follows
+            while not self._is_over.is_set():
+                self._store.add(f"mm beat {self._rank}", 1)
+                self._counts = {number: self._store.add(f"mm beat {number}", 0) for number in self._watched}
+                self._given_up = self._store.add("mm given up", 0)  # number of the rank + 1
+                self._rounds += 1
+                self._is_over.wait(BEAT_S)
+
+    def _watch(self) -> None:
+        seen: dict[int, int] = {}
+        missed: Counter[int] = Counter()
+        rounds = silent = 0
+        while not self._is_over.wait(BEAT_S):
+            rounds, silent = self._rounds, 0 if self._rounds != rounds else silent + 1
+            for number, count in () if silent else self._counts.items():
+                missed[number] = 0 if seen.get(number) != count else missed[number] + 1
+                seen[number] = count
+            lost = self._given_up - 1 if self._given_up else next((n for n in missed if missed[n] >= MISSED_BEATS), -1)
+            if self._rank == 0 and lost > 0:
+                self._store.add("mm given up", lost + 1)
+                time.sleep(2 * BEAT_S)  # until the others have read it, as the store may end with this process
+            if lost >= 0 or silent >= MISSED_BEATS:
+                words = "the node of rank 0" if lost < 0 else f"rank {lost}"
+                seconds = MISSED_BEATS * BEAT_S
+                end_now(f"rank {self._rank}: {words} has not answered for {seconds:.0f} s: frozen or cut off", 1)
+
+
+_beats: list[Beats] = []  # of this process: one, or none
+_last_words: list[Callable[[], str]] = []
+
+
+@contextlib.contextmanager
+def last_words(say: Callable[[], str]) -> Iterator[None]:
+    """While the block runs, `end_now` calls `say`, in another thread than the main one, and prints what it returns: what
+    there is to go on from."""
+    _last_words.append(say)
+    try:
+        yield
+    finally:
+        _last_words.pop()
+
+
+def end_now(problem: str, code: int) -> NoReturn:
+    """Print an error with the last words and end this process, whatever its main thread is doing."""
+    words: list[str] = []
+    thread = threading.Thread(target=lambda: words.extend(say() for say in _last_words[-1:]), daemon=True)
+    thread.start()
+    thread.join(CLEAN_UP_S)
+    sys.stderr.write(f"error: {'; '.join([problem, *words])}\nfix: start all ranks again, with --resume\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def signals_end_it() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM end this process after BLOCKED_S seconds if its main thread is blocked, as
+    in a sum with a rank that has frozen: handlers of Python only run when that comes back. Does nothing outside the main
+    thread and on Windows."""
+    if not hasattr(signal, "SIGURG") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    is_answering = threading.Event()
+
+    def watch() -> None:
+        while numbers := reader.recv(16):
+            if not {signal.SIGINT, signal.SIGTERM} & set(numbers):
+                continue
+            is_answering.clear()
+            _thread.interrupt_main(signal.SIGURG)  # runs its handler once the handlers of the others have run
+            if not is_answering.wait(BLOCKED_S):
+                end_now(f"rank {rank()}: ended by a signal while waiting for other ranks or a device", 128 + numbers[0])
+
+    urgent = signal.signal(signal.SIGURG, lambda *_: is_answering.set())
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGURG, urgent)
+        writer.close()
+        thread.join()
+        reader.close()
 
 
 def rank() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.distributed import World, choose_device, launch
 from mmtrain.train.loop import train
+from mmtrain.train.plan import make_plan
+from mmtrain.train.run import facts_of
 
 # One rank: train as the first argument says; on the rank of the second argument raise at step 3.
 RANK = """
@@ -31,6 +34,14 @@ from mmtrain import distributed
 from mmtrain.train import loop
 from mmtrain.config import TrainOptions
 torch.set_num_threads(1)
+distributed.BEAT_S = 0.05 if sys.argv[2] == "freeze" else 100
+distributed.BLOCKED_S = 0.5
+make_plan = loop.make_plan
+def plan(options, world):
+    from dataclasses import replace
+    is_other = world.rank == 1 and sys.argv[2] == "other"
+    return make_plan(replace(options, lr=0.5, data=options.data * 2) if is_other else options, world)
+loop.make_plan = plan
 run_step = loop._run_step
 def step(run, step, stop):
     if step == 3 and sys.argv[2] == str(run.world.rank):
@@ -38,6 +49,13 @@ def step(run, step, stop):
     if step == 3 and sys.argv[2] == "sigterm" and run.world.rank == run.world.size - 1:
         import os, signal
         os.kill(os.getpid(), signal.SIGTERM)
+    if step == 3 and sys.argv[2] in ("freeze", "frozen and SIGTERM"):
+        import os, signal, threading
+        run.writer.wait()
+        if run.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif sys.argv[2] == "frozen and SIGTERM":
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     if step == 3 and sys.argv[2] == "stop" and run.world.is_first:
         (run.plan.out / loop.STOP_FILE).touch()
     return run_step(run, step, stop)
@@ -74,7 +92,8 @@ def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOption
 def run_ranks(config: TrainOptions, num_ranks: int = 2, inject: str = "") -> subprocess.CompletedProcess:
     """`launch` in a process of its own, so that its output can be read."""
     argv = [*warm.command(), "-c", RANK, repr(config), inject]
-    code = f"import sys\nfrom mmtrain.distributed import launch\nsys.exit(launch({num_ranks}, {argv!r}))"
+    grace = 0.2 if "fr" in inject else 20
+    code = f"import sys\nfrom mmtrain import distributed as d\nd.GRACE_S = {grace}\nsys.exit(d.launch({num_ranks}, {argv!r}))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*warm.command(), "-c", code], capture_output=True, text=True, check=False, env=environment, timeout=LONG_S
@@ -182,6 +201,46 @@ def test_a_failing_rank_ends_the_others_with_its_error_first(data: Data, tmp_pat
     errors = [line for line in done.stderr.splitlines() if line.startswith("error on rank")]
     assert errors[0] == "error on rank 1: the injected error"
     assert all("another rank stopped" in line for line in errors[1:])
+
+
+@pytest.mark.parametrize(
+    ("inject", "code", "problem"),
+    [
+        ("freeze", 1, "rank 0: rank 1 has not answered"),
+        ("frozen and SIGTERM", 143, "rank 0: ended by a signal while waiting for other ranks"),
+    ],
+)
+def test_a_frozen_rank_ends_the_run_with_its_last_checkpoint_named(
+    inject: str, code: int, problem: str, data: Data, tmp_path: Path
+) -> None:
+    config = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    done = run_ranks(config, inject=inject)
+    assert done.returncode == code, done.stderr
+    error, fix = done.stderr.splitlines()[:2]
+    assert problem in error and f"last checkpoint: {config.out / 'checkpoints' / 'step-3'}" in error
+    assert "--resume" in fix and run_json(config.out)["status"] == "failed"
+
+
+def test_ranks_that_do_not_start_from_the_same_are_named_before_the_first_step(data: Data, tmp_path: Path) -> None:
+    config = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    done = run_ranks(config, 3, "other")
+    assert done.returncode == 1 and done.stderr.count("error on rank") == 1
+    assert "rank 1 has other data, settings than rank 0" in done.stderr and not config.out.exists(), done.stderr
+
+
+def test_facts_of_a_run_have_its_step_weights_and_code(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(0, 1, choose_device("cpu"))
+    config = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    train(config)
+    newest = facts_of(make_plan(replace(config, resume=True), world))
+    shutil.rmtree(config.out / "checkpoints" / "step-6")
+    older = facts_of(make_plan(replace(config, resume=True), world))
+    assert {name for name in newest if newest[name] != older[name]} == {"step", "weights"}
+    monkeypatch.setattr("torch.__version__", "0")
+    other = facts_of(make_plan(replace(config, resume=True), world))
+    assert {name for name in other if other[name] != older[name]} == {"code"}
 
 
 def test_an_error_all_ranks_meet_is_said_once(data: Data, tmp_path: Path) -> None:

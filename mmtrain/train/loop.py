@@ -32,7 +32,7 @@ from mmtrain.model.stages import step_zero_tolerance
 from mmtrain.records import BestRecord
 from mmtrain.train import forecast, optim, reference
 from mmtrain.train.plan import TrainPlan, make_plan
-from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, console_of, start
+from mmtrain.train.run import STOP_FILE, ActiveRun, InFlight, console_of, facts_of, start
 
 STOPPING = "stopping after this step, saving; again: stop now"
 
@@ -70,9 +70,10 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = print_line) -> 
     only, and not with `options.quiet`. SIGINT and SIGTERM end the run after the current step, with a checkpoint. Raises
     an MMError for every problem that a user can cause.
     """
-    world = distributed.join(options.device)
     try:
-        result = _train(options, world, console_of(options, world, log))
+        with distributed.signals_end_it():
+            world = distributed.join(options.device)
+            result = _train(options, world, console_of(options, world, log))
     except BaseException:
         distributed.leave(is_failed=True)
         raise
@@ -85,11 +86,13 @@ def _train(options: TrainOptions, world: World, console: Console) -> TrainResult
     plans: list[TrainPlan] = []
     with console.phase("open the data and checkpoints"):
         world.agree_on(lambda: plans.append(make_plan(options, world)))
+        if world.size > 1:
+            world.agree_same(facts_of(plans[0]))
     run = start(plans[0], options, world, console)
     try:
         if run.plan.is_pairs:
             _prepare_pairs(run)
-        with StopSignals(partial(console.answer, STOPPING)) as stop:
+        with StopSignals(partial(console.answer, STOPPING)) as stop, distributed.last_words(partial(_give_up, run)):
             result = _run_steps(run, stop)
     except BaseException:
         if run.trackers:
@@ -109,6 +112,14 @@ def _train(options: TrainOptions, world: World, console: Console) -> TrainResult
         run.reporter.write()
     world.wait()
     return result
+
+
+def _give_up(run: ActiveRun) -> str:
+    """Record that the run has failed, when its main thread is blocked, and return which checkpoint is the last."""
+    run.write_record("failed")
+    with contextlib.suppress(MMError):  # of the writer, which has no more to say than that the last one is older
+        run.writer.wait()
+    return f"last checkpoint: {_last_checkpoint(run) or 'none'}"
 
 
 def _json_values(values: dict[str, Any]) -> dict[str, Any]:

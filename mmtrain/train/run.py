@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,25 @@ from mmtrain.train.plan import TrainPlan, make_plan, with_micro_tokens
 
 STOP_FILE = "STOP"  # a file of this name in the run directory ends the run as SIGTERM does; removed at the start
 PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # packages whose versions are recorded in run.json
+
+
+def facts_of(plan: TrainPlan) -> dict[str, object]:
+    """Return what must be equal on all ranks before a run starts, without paths, which may differ between nodes."""
+    code = hashlib.sha256(torch.__version__.encode())
+    for package in ("mmdata", "mmtrain"):
+        for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
+            code.update(path.read_bytes())
+    loaders = (plan.loader, plan.val_loader, plan.guard)
+    sources = [source.state.files for source in (plan.start.source, plan.reference) if source]
+    reference = plan.settings.reference if plan.settings.reference in ("start", "none") else "a path"
+    settings = asdict(replace(plan.settings, guard="", reference=reference))
+    return {
+        "data": [loader.digest for loader in loaders if loader],
+        "step": plan.start.step,
+        "weights": [sorted((name, file.sha256) for name, file in files.items()) for files in sources],
+        "settings": (plan.stage.name, settings, plan.num_steps, plan.shape),
+        "code": code.hexdigest(),
+    }
 
 
 class InFlight:
@@ -166,6 +186,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     average = Average(model, settings.ema) if settings.ema else None
     if average and resumed:
         average.resume({name: value for name, value in extra.items() if name not in scale.tensors()})
+    if world.size > 1:
+        world.agree_same({"weights": checkpoint.weights_digest(model)})
     record = _resumed_record(plan, world) if resumed else _new_record(plan, world, model, options.report)
     record.preflight = needs.as_json()
     writer = checkpoint.Writer(out, keep_last=settings.keep_last, is_active=world.is_first)
