@@ -13,13 +13,13 @@ from mmtrain import checkpoint
 from mmtrain.model.model import Model
 from mmtrain.records import TrainedOn
 from mmtrain.shapes import MODEL_SHAPES
-from mmtrain.train.optim import adamw, flat_gradient, update
+from mmtrain.train.optim import flat_gradient, make, update
 
 
 def trained(steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Model(replace(MODEL_SHAPES["tiny"], vocab_size=50))
-    optimizer, gradient = adamw(model, lr=0.01, weight_decay=0.1), flat_gradient(model)
+    optimizer, gradient = make(model, "adamw", lr=0.01, weight_decay=0.1), flat_gradient(model)
     for _ in range(steps):
         gradient.normal_()
         update(optimizer, gradient, lr=0.01, count=1, clip=1.0)
@@ -37,7 +37,7 @@ def test_restoring_brings_back_weights_moments_and_random_state(tmp_path: Path) 
     model, optimizer = save(tmp_path, 2)
     expected = torch.rand(3)
     fresh = Model(model.config)
-    fresh_optimizer = adamw(fresh, lr=0.01, weight_decay=0.1)
+    fresh_optimizer = make(fresh, "adamw", lr=0.01, weight_decay=0.1)
     found = checkpoint.find(tmp_path)
     checkpoint.restore(found, fresh, fresh_optimizer)
     assert found.step == 2 and torch.equal(torch.rand(3), expected)

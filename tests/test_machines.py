@@ -87,7 +87,7 @@ def test_an_optimizer_without_a_scale_of_its_own_makes_the_same_step(monkeypatch
     def stepped(gradients: list[float]) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
-        optimizer = optim.adamw(model, lr=0.1, weight_decay=0.1)
+        optimizer = optim.make(model, "adamw", lr=0.1, weight_decay=0.1)
         flat = optim.flat_gradient(model)
         for value in gradients:
             flat.copy_(torch.arange(15.0) * value)

@@ -27,11 +27,6 @@ class Console:
         self._drawn = 0.0  # time.monotonic() of the last drawing
         self._lock = threading.Lock()
 
-    @property
-    def is_quiet(self) -> bool:
-        """Return whether nothing is printed."""
-        return self._say is None
-
     def say(self, text: str) -> None:
         """Print a line, in place of the live line."""
         if self._say is not None:

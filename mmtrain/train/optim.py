@@ -43,11 +43,6 @@ def make(model: nn.Module, name: str, *, lr: float, weight_decay: float, beta2: 
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return fused AdamW for all trainable parameters, with the default beta2."""
-    return make(model, "adamw", lr=lr, weight_decay=weight_decay)
-
-
 def update(
     optimizer: torch.optim.Optimizer,
     gradient: Tensor,

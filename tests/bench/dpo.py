@@ -39,7 +39,7 @@ from mmtrain.model.model import Model
 from mmtrain.model.preference import Objective, pair_figures
 from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 from mmtrain.train import preflight, reference
-from mmtrain.train.optim import adamw, flat_gradient, update
+from mmtrain.train.optim import flat_gradient, make, update
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -106,7 +106,7 @@ def ours(model: Model, dataset: Dataset, *, share_prompt: bool) -> tuple[float, 
     begun = CLOCK()
     ref = reference.compute(model, loader, ALONE)
     ref_s = CLOCK() - begun
-    gradient, optimizer, objective = flat_gradient(model), adamw(model, lr=4e-8, weight_decay=0.01), Objective()
+    gradient, optimizer, objective = flat_gradient(model), make(model, "adamw", lr=4e-8, weight_decay=0.01), Objective()
     begun = CLOCK()
     for step in range(loader.steps_per_epoch):
         gradient.zero_()

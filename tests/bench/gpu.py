@@ -26,7 +26,7 @@ from mmtrain.model.logps import CHUNK
 from mmtrain.model.model import Model
 from mmtrain.model.precision import autocast, autocast_dtype
 from mmtrain.shapes import MODEL_SHAPES
-from mmtrain.train.optim import adamw, flat_gradient, update
+from mmtrain.train.optim import flat_gradient, make, update
 from mmtrain.train.preflight import kept_bytes
 from mmtrain.train.run import compile_blocks
 
@@ -87,7 +87,7 @@ def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: fl
     notes = compile_blocks(model) if device.type == "cuda" else ["not compiled on the CPU"]
     micro = documents(length, tokens // length, model.config.vocab_size)
     kept = kept_bytes(model, micro)
-    gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-4, weight_decay=0.1)
+    gradient, optimizer = flat_gradient(model), make(model, "adamw", lr=1e-4, weight_decay=0.1)
     limits = Limits(tokens, length)
     full = to_device(micro, device, limits)
 
@@ -123,7 +123,7 @@ def preferences(name: str, device: torch.device, length: int) -> None:
     model = Model(
         MODEL_SHAPES[name] if MODEL_SHAPES[name].vocab_size else replace(MODEL_SHAPES[name], vocab_size=300)
     ).to(device)
-    gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-6, weight_decay=0.0)
+    gradient, optimizer = flat_gradient(model), make(model, "adamw", lr=1e-6, weight_decay=0.0)
     batch = to_device(documents(length, 16, model.config.vocab_size), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

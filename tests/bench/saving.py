@@ -29,7 +29,7 @@ from mmtrain.config import TrainOptions
 from mmtrain.model.model import Model
 from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.train.loop import train
-from mmtrain.train.optim import adamw
+from mmtrain.train.optim import make
 
 SAVE_FOR_EVER = """
 import sys, torch
@@ -60,7 +60,7 @@ def filled(name: str, value: float) -> tuple[Model, torch.optim.Optimizer]:
     with torch.device("meta"):
         model = Model(MODEL_SHAPES[name])
     model.to_empty(device="cpu")
-    optimizer = adamw(model, lr=0.0, weight_decay=0.0)
+    optimizer = make(model, "adamw", lr=0.0, weight_decay=0.0)
     for parameter in model.parameters():
         moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": torch.zeros(()), **moments}

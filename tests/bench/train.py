@@ -20,7 +20,7 @@ from mmdata.shards.loader import Loader, MicroBatch
 from mmtrain.model.batch import Batch, to_device, token_logps_of
 from mmtrain.model.model import Model
 from mmtrain.shapes import MODEL_SHAPES
-from mmtrain.train.optim import adamw, flat_gradient, update
+from mmtrain.train.optim import flat_gradient, make, update
 
 CPU = torch.device("cpu")
 Rows = Sequence[tuple[np.ndarray, np.ndarray]]  # ids and loss mask
@@ -56,7 +56,7 @@ def micro_batch(rows: Rows, pad_to: int | None = None) -> MicroBatch:
 
 def best_step_s(model: Model, batches: Sequence[Batch], repeat: int) -> float:
     """Seconds of the fastest of `repeat` optimizer steps over these micro-batches."""
-    gradient, optimizer = flat_gradient(model), adamw(model, lr=1e-4, weight_decay=0.1)
+    gradient, optimizer = flat_gradient(model), make(model, "adamw", lr=1e-4, weight_decay=0.1)
     times = []
     for _ in range(repeat + 1):  # one to warm up
         begun = time.perf_counter()
