@@ -38,6 +38,9 @@ COMMANDS = {
         "serve": "Serve a model to OpenAI clients, with a chat page.",
         "demo": "Train and score a small model from scratch in minutes.",
     },
+    "mmtrain.commands.project": {
+        "run": "Execute a recipe: from raw data to an exported model.",
+    },
 }
 MODULES = {"import": "import_", "verify": "validate"}  # of commands whose module has another name
 TOKENIZER_COMMANDS = {

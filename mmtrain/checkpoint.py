@@ -79,13 +79,8 @@ class Checkpoint:
 
     @property
     def weights_sha256(self) -> str:
-        """Return a hash that identifies the weights: the sha256 of the weights file, or, with adapters, of the
-        concatenated hex hashes of the base weights file and the adapters file."""
-        recorded = self.state.files
-        if not self.is_adapted:
-            return recorded[WEIGHTS].sha256
-        both = recorded[f"../../{BASE}"].sha256 + recorded[ADAPTERS].sha256
-        return hashlib.sha256(both.encode()).hexdigest()
+        """Return the hash that identifies the weights; see `CheckpointState`."""
+        return self.state.weights_sha256
 
     @property
     def is_adapted(self) -> bool:

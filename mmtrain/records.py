@@ -4,6 +4,7 @@ A field that is UNSET is not written. A field with a default may be missing, so 
 read.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,15 @@ class CheckpointState(Struct):
             raise ValueError(
                 f"a model of this shape has {self.model.num_params:,} parameters, more than its weights file"
             )
+
+    @property
+    def weights_sha256(self) -> str:
+        """Return a hash that identifies the weights: the sha256 of the weights file, or, with adapters, of the
+        concatenated hex hashes of the base weights file and the adapters file."""
+        if ADAPTERS not in self.files:
+            return self.files[WEIGHTS].sha256
+        both = self.files[f"../../{BASE}"].sha256 + self.files[ADAPTERS].sha256
+        return hashlib.sha256(both.encode()).hexdigest()
 
 
 # --- run.json
@@ -173,6 +183,40 @@ def _check(shape: ModelConfig | None, settings: SettingValues) -> None:
             check_heads(shape)
     except UsageError as error:
         raise ValueError(error.message) from error
+
+
+# --- course.json, the record of `mm run`
+
+
+class StepRecord(Struct, kw_only=True):
+    """The last execution of a step of a recipe. key: hash of its words and inputs. status: running, done, interrupted or
+    failed. begun: Unix time. seconds: of all attempts. process: id and creation time while it runs. outputs: hash of
+    each path it wrote. bytes: size of these. printed: its output, if that is kept."""
+
+    key: str
+    status: str = "running"
+    argv: list[str] = []
+    begun: float = 0.0
+    seconds: float = 0.0
+    attempts: int = 1
+    process: tuple[int, float] | None = None
+    outputs: dict[str, str] = {}
+    bytes: int = 0
+    printed: str = ""
+
+
+class CourseRecord(Struct, kw_only=True):
+    """The steps of a recipe that were executed, by name. files: size, mtime (ns) and sha256 of files, by path."""
+
+    recipe: str
+    steps: dict[str, StepRecord] = {}
+    files: dict[str, tuple[int, int, str]] = {}
+
+
+def newest_state(run_dir: Path) -> CheckpointState | None:
+    """Read state.json of a run's newest checkpoint; None if it has none. Raises CheckpointError if it is damaged."""
+    paths = sorted(run_dir.glob("checkpoints/step-*/state.json"), key=lambda path: int(path.parent.name[5:]))
+    return read_record(paths[-1], CheckpointState, CheckpointError, "mm train --resume") if paths else None
 
 
 def read_run(run_dir: Path) -> RunRecord:

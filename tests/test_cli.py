@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Run, fine, refused
+from recipe_runs import in_process
 
 import cli
 from mmdata.demo import corpus as demo
@@ -197,6 +198,7 @@ def test_the_demo_goes_through_all_stages_and_scores_each(
 ) -> None:
     """Too short to learn anything; that it learns is measured by `mm demo` itself. With all questions if slow tests run."""
     monkeypatch.setattr(demo, "NUM_EACH", num_each)
+    in_process(monkeypatch)
     refused(mm("demo --out data --minutes 0.01"), "data")
     (home / "d/runs/old").mkdir(parents=True)
     (home / "d/demo.json").touch()  # an earlier demo, which is replaced

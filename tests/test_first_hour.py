@@ -1,8 +1,9 @@
-"""The first hour of a new user: every recipe runs from its first line to its last, on a hub of loopback that has small files
+"""The first hour of a new user: every recipe runs from its first step to its last, on a hub of loopback that has small files
 under the real names; and what a command says comes next, or helps, does.
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import typer
 from command_line import Ran, Run, fine, refused
 from fakehub import Bytes, FakeHub
+from recipe_runs import in_process
 from train_data import Data
 
 import cli
@@ -23,7 +25,6 @@ from mmdata.commands.terminal import next_command, without_option
 from mmdata.hub import catalog
 from mmtrain.shapes import MODEL_SHAPES
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DATASET = catalog.DATASET_REPO["hf"]
 ROWS = 60
 
@@ -61,32 +62,28 @@ def hub(data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipes", [["minimind2.sh", "lora.sh"], ["minimind3.sh"]], ids=str)
+@pytest.mark.parametrize("recipes", [["minimind2", "lora"], ["minimind3"], ["zero"]], ids=str)
 def test_a_recipe_runs_to_its_end(
-    recipes: list[str],
-    hub: FakeHub,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    recipes: list[str], hub: FakeHub, tmp_path: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it stands, with narrow models under the models' names; the chats at its end read an empty standard input."""
+    """As it stands, with narrow models under the models' names."""
     for name, shape in MODEL_SHAPES.items():
         narrow = replace(shape, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=64)
         monkeypatch.setitem(MODEL_SHAPES, name, narrow)
     monkeypatch.chdir(tmp_path)
+    in_process(monkeypatch)
     for recipe in recipes:
-        lines = [line for line in (RECIPES / recipe).read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
-        assert lines[0] == "set -euo pipefail" and all(line.startswith("mm ") for line in lines[1:])
-        for line in lines[1:]:
-            monkeypatch.setattr(sys, "argv", shlex.split(line))
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-            assert not ended.value.code, f"{line}\n{capfd.readouterr().err}"
-    stages = ["dpo-1", "pretrain-1", "sft-1", "sft-2", "sft-3", "sft-4", "sft-5"]
-    expected = stages if "lora.sh" in recipes else ["dpo-1", "pretrain-1", "sft-1"]
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == expected
-    assert (tmp_path / "data" / "dpo_v1.jsonl").exists() == ("lora.sh" in recipes)
+        plan = json.loads(fine(mm(f"run {recipe} --dry-run --json")).out)
+        assert plan[0]["download_bytes"] > 1000 and not plan[0]["note"]
+        record = json.loads(fine(mm(f"run {recipe} --json")).out)["steps"]
+        assert {step["status"] for step in record.values()} == {"done"}, record
+        page = (tmp_path / "courses" / recipe / "report.html").read_text(encoding="utf-8")
+        assert "你是谁？" in page
+    stages = ["dpo", "pretrain", "sft"] if "minimind3" in recipes else ["pretrain", "sft"]
+    course = ["dpo", "identity", "medical", "pretrain", "sft_1024", "sft_2048", "sft_512"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == (course if "lora" in recipes else stages)
+    assert (tmp_path / "data" / "dpo_v1.jsonl").exists() == ("lora" in recipes)
+    assert (tmp_path / "exports/dpo-hf/model.safetensors").exists() == ("zero" not in recipes)
 
 
 def test_a_file_that_is_not_there_is_answered_with_the_one_of_nearly_its_name(home: Path, mm: Run) -> None:
@@ -201,7 +198,15 @@ def examples(group: Any) -> Iterator[str]:
             yield from (example.removeprefix("mm ") for example in text.split("    "))
 
 
-ELSEWHERE = ("serve", "demo", "import", "--follow", "--lm-eval", "--from 6000")  # long, or of files that are not here
+ELSEWHERE = (
+    "serve",
+    "demo",
+    "--scale",
+    "import",
+    "--follow",
+    "--lm-eval",
+    "--from 6000",
+)  # long, or of files that are not here
 
 
 @pytest.mark.slow

@@ -11,14 +11,13 @@ from command_line import Run, fine
 import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.sh")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
 def lines_of(page: Path) -> list[str]:
-    """Command lines of a page: those of its fenced blocks, or of the script it is."""
-    text = page.read_text(encoding="utf-8")
-    blocks = [text] if page.suffix == ".sh" else re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    """Command lines of a page: those of its fenced blocks."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     lines = (line.removeprefix("$ ").strip() for block in blocks for line in block.splitlines())
     return [line for line in lines if line.startswith("mm ")]
 

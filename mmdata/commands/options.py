@@ -157,7 +157,9 @@ def command_line(function: Callable[..., None], headings: Sequence[str] = ()) ->
 
     def run(**values: Any) -> None:
         with terminal.output(quiet=values["quiet"] and "quiet" not in own, verbose=values["verbose"]):
-            function(**{name: convert(values) for name, convert in converters.items()})
+            arguments = {name: convert(values) for name, convert in converters.items()}
+            if not terminal.OUTPUT.is_checking:
+                function(**arguments)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

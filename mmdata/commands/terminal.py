@@ -34,10 +34,12 @@ MOST_KEYS = 10  # ignored keys of rows in a line
 
 @dataclass
 class Output:
-    """What the running command prints to stderr besides errors: nothing if `quiet`, more if `verbose`."""
+    """What the running command prints to stderr besides errors: nothing if `quiet`, more if `verbose`. is_checking: the
+    command checks its options and does nothing else."""
 
     quiet: bool = False
     verbose: bool = False
+    is_checking: bool = False
 
 
 OUTPUT = Output()
@@ -55,6 +57,16 @@ def output(*, quiet: bool, verbose: bool) -> Iterator[None]:
         OUTPUT.quiet = False
         if verbose:
             say(f"took {in_time(time.monotonic() - begun)}{_peak_memory()}")
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Context manager in which commands check their options and do nothing else."""
+    OUTPUT.is_checking = True
+    try:
+        yield
+    finally:
+        OUTPUT.is_checking = False
 
 
 def _peak_memory() -> str:
@@ -106,7 +118,7 @@ def same_command(*without: str, add: str = "") -> str:
     end."""
     words = sys.argv[1:]
     for name in without:
-        words = without_option(words, name, has_value=name not in ("--plan", "--json"))
+        words = without_option(words, name, has_value=name not in ("--plan", "--dry-run", "--json"))
     return " ".join(filter(None, ["mm", shlex.join(words), add]))
 
 

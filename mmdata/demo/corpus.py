@@ -1,4 +1,4 @@
-"""The data of `mm demo`: four jsonl files generated from a seed, held-out questions and pairs, and the demo's settings.
+"""The data of `mm demo`: four jsonl files generated from a seed, held-out questions and pairs.
 
 An answer has two forms: bare ("700") or a whole sentence ("7 metres are 700 centimetres."). sft rows have both, and dpo
 rows prefer the sentence. An answer counts as exact if it equals one of the two, spaces around it aside. In "recall"
@@ -9,11 +9,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmdata.demo.items import LANGUAGES, SUBJECTS, Item, Items, ItemSplits, demo_texts, make_splits, word_items
 from mmdata.io.files import atomic_path
+from mmdata.io.records import convert_record
 
 Message = dict[str, str]  # role and content, as jsonl has them
 
@@ -204,48 +205,20 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
     return [next(q for q in asked if (q.subject, q.language) == kind) for kind in kinds]
 
 
-# --- the recipe
+# --- the files
 
 
-@dataclass(frozen=True, slots=True)
-class DemoStage:
-    """One training run of the demo: an epoch over the `rows` rows of `file`.jsonl, packed to `max_len` tokens. `stage`:
-    pretrain, sft or dpo. `schedule`: of the learning rate. `warmup`: share of the steps in which it rises. `beta`: of
-    dpo."""
-
-    file: str
-    stage: str
-    rows: int
-    max_len: int
-    lr: float
-    batch_tokens: int
-    schedule: str
-    warmup: float = 0.03
-    beta: float | None = None
-
-
-# 7.5 million tokens in 7,600 steps: 3.7 minutes at the 34,000 tokens a second that two idle cores (Xeon, AVX-512) reached
-# on 5.3 million; 7.5 minutes were measured on two shared ones. Small batches learn more per token than large ones. With
-# a learning rate of 3e-3, tried once, sums were learned late. dpo uses ten times the usual beta: a few nats are enough
-# for the preference, and with a beta of 0.1 training continues until answers become wrong.
-MODEL = "demo"
 VOCAB_SIZE = 2048
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MINUTES = 3.7  # training time of the STAGES as they are, computed for the machine above
-STAGES = (
-    DemoStage("pretrain_hq", "pretrain", 27_000, 512, 1e-3, 1024, "wsd"),
-    DemoStage("sft_512", "sft", 52_000, 512, 2e-3, 1024, "wsd"),
-    DemoStage("sft_1024", "sft", 4_500, 1024, 2e-3, 1024, "wsd"),
-    DemoStage("dpo", "dpo", 3_100, 512, 3e-5, 576, "cosine", beta=1.0),
-)
+MINUTES = 3.7  # training time of the ROWS as they are, computed for the machine that recipes/demo.toml names
+ROWS = {"pretrain_hq": 27_000, "sft_512": 52_000, "sft_1024": 4_500, "dpo": 3_100}  # of each file
 NUM_EACH = 16  # held-out questions for each subject and language
 NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language
 
 
-def scaled(minutes: float) -> tuple[DemoStage, ...]:
-    """Return the stages with as many rows, at least 64, as can be trained on in about `minutes`, in proportion to
-    MINUTES."""
-    return tuple(replace(stage, rows=max(64, round(stage.rows * minutes / MINUTES))) for stage in STAGES)
+def scaled(minutes: float) -> dict[str, int]:
+    """Return the rows of each file, at least 64, for about `minutes` of training; all of them take MINUTES."""
+    return {name: max(64, round(rows * minutes / MINUTES)) for name, rows in ROWS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +236,7 @@ def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> 
     sets the numbers of rows (see `scaled`). The same seed and minutes give the same bytes."""
     splits = make_splits(seed)
     rng = random.Random(seed + 1)
-    rows = {stage.file: stage.rows for stage in scaled(minutes)}
+    rows = scaled(minutes)
     asked = questions(splits.held_out, splits, rng, NUM_EACH)
     held_pairs = questions(splits.held_out, splits, rng, NUM_PAIRS_EACH)
     preferred = (
@@ -279,6 +252,12 @@ def write_corpus(data_dir: Path, *, seed: int = 0, minutes: float = MINUTES) -> 
     }
     files = {name: _write(data_dir / f"{name}.jsonl", lines) for name, lines in content.items()}
     return DemoFiles(files, pairs_path, asked, tokenizer_texts(splits))
+
+
+def read_questions(data_dir: Path) -> list[Question]:
+    """Return the held-out questions that `write_corpus` wrote to a directory."""
+    lines = (data_dir / "held_out" / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [convert_record(json.loads(line), Question) for line in lines]
 
 
 def _write(path: Path, rows: Iterable[dict]) -> Path:

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from mmdata.commands.options import Json
-from mmdata.commands.pack import print_packed, write_report
 from mmdata.commands.terminal import next_command, percent, plain, print_json, result, say, table
 from mmdata.errors import UsageError
 from mmdata.options import INT64, Option
@@ -22,6 +23,7 @@ DemoFigures = dict[str, Any]  # what `mm demo --json` prints, or a part of it
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, Option("Directory for everything; an earlier demo there is replaced.", metavar="DIR")] = Path(
         "demo"
     ),
@@ -35,6 +37,9 @@ def demo(
         ),
     ] = None,
     seed: Annotated[int, Option("Seed of the corpus, the new weights and the order of the data.", **INT64)] = 0,
+    corpus: Annotated[
+        Path | None, Option("Only write the corpus and its tokenizer to this directory, for a recipe.", metavar="DIR")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate a small bilingual corpus, train a model on it from scratch, and score it on held-out questions.
@@ -44,16 +49,19 @@ def demo(
     from mmdata.demo import corpus as recipe
     from mmdata.io.files import write_text
 
+    if corpus:
+        write_data(corpus, minutes or recipe.MINUTES, seed)
+        return
     start = time.monotonic()
     clear_demo(out)
-    figures = run_demo(out, minutes or recipe.MINUTES, seed)
+    figures = run_demo(context.find_root().command, out, minutes or recipe.MINUTES, seed)
     figures["minutes"] = (time.monotonic() - start) / 60
     write_text(out / "demo.json", json.dumps(figures, ensure_ascii=False, indent=1, default=plain) + "\n")
     if as_json:
         print_json(figures)
     else:
         print_demo(figures, out)
-    run = out / "runs" / recipe.STAGES[-1].file
+    run = out / "runs" / figures["stages"][-1]["stage"]
     if not as_json and sys.stdin.isatty() and sys.stdout.isatty():
         chat([run], sampling=ChatSampling(temperature=0.0))
     next_command(f"mm chat {run}    or    mm show {out / 'shards' / 'sft_512'}")
@@ -70,64 +78,52 @@ def clear_demo(out: Path) -> None:
     (out / "demo.json").write_text("{}\n", encoding="utf-8")
 
 
-def run_demo(out: Path, minutes: float, seed: int) -> DemoFigures:
-    """Generate the corpus, train its tokenizer, pack it, train and score each stage in turn, all under `out`; return
-    all figures. minutes: as in `demo`, sets the number of rows. seed: of corpus, new weights and the order of the
-    data."""
-    from mmdata.demo import corpus as recipe
-    from mmdata.pack.options import PackOptions
-    from mmdata.pack.pipeline import pack
+def write_data(data: Path, minutes: float, seed: int) -> None:
+    """Generate the corpus in a directory, and train its tokenizer there. minutes: training time on two present-day CPU
+    cores, which determines the number of rows."""
+    from mmdata.demo import corpus as corpus_of
     from mmdata.tokenizer.chat_template import CHATML
     from mmdata.tokenizer.tokenizer import train_bpe
-    from mmtrain.config import TrainOptions
-    from mmtrain.train.loop import train
 
-    say("writing the corpus, training its tokenizer, packing")
-    corpus = recipe.write_corpus(out / "data", seed=seed, minutes=minutes)
-    tokenizer = out / "data" / "tokenizer"
+    say("writing the corpus, training its tokenizer")
+    corpus = corpus_of.write_corpus(data, seed=seed, minutes=minutes)
     train_bpe(
         corpus.tokenizer_texts,
-        vocab_size=recipe.VOCAB_SIZE,
-        control_tokens=recipe.CONTROL_TOKENS,
+        vocab_size=corpus_of.VOCAB_SIZE,
+        control_tokens=corpus_of.CONTROL_TOKENS,
         chat_template=CHATML,
-        out_dir=tokenizer,
+        out_dir=data / "tokenizer",
     )
-    stages = recipe.scaled(minutes)
-    shards = out / "shards"
-    for stage in stages:
-        options = PackOptions(tokenizer=tokenizer, max_len=stage.max_len)
-        print_packed(pack([corpus.files[stage.file]], shards / stage.file, options), say)
-        write_report(shards / stage.file, is_new=True)
-    held_out = shards / "held_out_pairs"
-    pack([corpus.pairs_path], held_out, PackOptions(tokenizer=tokenizer, max_len=512, val_fraction=0))
-    figures: DemoFigures = {"questions": len(corpus.questions), "stages": []}
-    init: Path | None = None
-    for stage in stages:
-        start = time.monotonic()
-        config = TrainOptions(
-            stage=stage.stage,
-            data=(shards / stage.file,),
-            out=out / "runs" / stage.file,
-            model=None if init else recipe.MODEL,
-            init=init,
-            epochs=1.0,
-            lr=stage.lr,
-            batch_tokens=stage.batch_tokens,
-            schedule=stage.schedule,
-            warmup=stage.warmup,
-            beta=stage.beta,  # type: ignore[arg-type]  # None: the default
-            seed=seed,
-            val_every=0,
-            save_every=10**9,
-            log_every=400 if stage.stage != "dpo" else 20,
-            device="cpu",
-        )
-        trained = train(config, log=say)
-        init = trained.run_dir
-        scores = score_demo(init, corpus.questions, held_out)
-        minutes_spent = (time.monotonic() - start) / 60
-        figures["stages"].append({"stage": stage.file, **trained.val, **scores, "minutes": minutes_spent})
-        say(f"{stage.file}: {100 * scores['exact']:.1f}% of held-out questions answered exactly")
+
+
+def run_demo(group: Any, out: Path, minutes: float, seed: int) -> DemoFigures:
+    """Execute the recipe demo.toml in the directory `out`, and score each stage on what is held out; return all figures.
+    group: the commands of mm. minutes, seed: of the corpus; the seed is also that of new weights and of the order of the data."""
+    from mmdata.demo import corpus
+    from mmdata.pack.options import PackOptions
+    from mmdata.pack.pipeline import pack
+    from mmtrain.commands.project.recipe import find_recipe, read_recipe
+    from mmtrain.commands.project.run import execute
+    from mmtrain.commands.project.runner import Runner
+    from mmtrain.records import read_run
+
+    names = [step.name for step in read_recipe(find_recipe("demo"), group).steps if step.command == ("train",)]
+    changes = [f"demo.minutes={minutes}", *(f"{name}.seed={seed}" for name in ("demo", *names))]
+    recipe = read_recipe(find_recipe("demo"), group, changes)
+    runner = Runner(recipe, out, out / "course")
+    execute(runner, list(recipe.steps), is_printed=False)
+    data, held_out = out / "data", out / "shards" / "held_out_pairs"
+    options = PackOptions(tokenizer=data / "tokenizer", max_len=512, val_fraction=0)
+    pack([data / "held_out" / "pairs.jsonl"], held_out, options)
+    questions = corpus.read_questions(data)
+    figures: DemoFigures = {"questions": len(questions), "stages": []}
+    for name in names:
+        run = out / "runs" / name.rpartition(".")[2]
+        scores = score_demo(run, questions, held_out)
+        val = (read_run(run).result or {}).get("val", {})
+        spent = runner.record.steps[name].seconds / 60
+        figures["stages"].append({"stage": run.name, **val, **scores, "minutes": spent})
+        say(f"{run.name}: {100 * scores['exact']:.1f}% of held-out questions answered exactly")
     return figures
 
 
@@ -194,6 +190,5 @@ def print_demo(figures: DemoFigures, out: Path) -> None:
         "  data/ the corpus, its tokenizer and what is held out; shards/ packed; runs/ trained; demo.json these figures"
     )
     last = figures["stages"][-1]["stage"]
-    result(
-        f"reports: {out / 'shards' / 'sft_512' / 'report.html'} (data), {out / 'runs' / last / 'report.html'} (runs)"
-    )
+    pages = {"all": out / "course", "data": out / "shards" / "sft_512", "runs": out / "runs" / last}
+    result("reports: " + ", ".join(f"{page / 'report.html'} ({name})" for name, page in pages.items()))

@@ -340,7 +340,7 @@ def _samples(runs: Sequence[Run]) -> Iterator[Block]:
             [
                 Table(
                     [Column("step", "count"), Column(as_name(prompt), "code")],
-                    [(s["step"], _line(s["text"])) for s in _some(samples)],
+                    [(s["step"], one_line(s["text"])) for s in _some(samples)],
                 )
                 for prompt, samples in by_prompt.items()
             ]
@@ -350,7 +350,7 @@ def _samples(runs: Sequence[Run]) -> Iterator[Block]:
             yield from [Heading(title), tables] if run is runs[-1] else [Fold(title, [tables], in_terminal=False)]
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """Return a text as one line: a line end is shown as ⏎, several in a row with their number; an empty text as ∅."""
     return re.sub(r"\n+", lambda run: "⏎" if len(run[0]) == 1 else f"⏎×{len(run[0])} ", text).strip() or "∅"
 

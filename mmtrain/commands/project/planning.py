@@ -1,0 +1,167 @@
+"""What the steps of a recipe will take, from the plan that each command makes itself."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdata.commands.options import SHARDS_DIR
+from mmtrain.commands.project.recipe import NEW_MODEL, Step
+from mmtrain.commands.project.runner import DONE, Runner, resuming, without_options
+from mmtrain.config import stage_defaults
+
+SAMPLE_ROWS = 400  # of a file that is not packed yet, to measure training on
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step is expected to take: seconds, bytes to download, of disk and of memory; None where it is not known.
+    state: done, interrupted or to do. note: why something is not known."""
+
+    step: str
+    state: str
+    seconds: float | None = None
+    download_bytes: int | None = None
+    disk_bytes: int | None = None
+    memory_bytes: int | None = None
+    note: str = ""
+
+
+class Planner:
+    """Asks the command of each step of a recipe for its plan. Data that is not packed yet is measured on a sample.
+    scale: share of the rows that will be packed."""
+
+    def __init__(self, runner: Runner, scale: float = 1.0) -> None:
+        self.runner, self.scale, self.root = runner, scale, Path(".") if scale < 1 else runner.root
+        self.tokens: dict[str, int] = {}  # dataset -> tokens that packing will give
+        self.files: dict[str, Step] = {}  # dataset -> the step that packs it
+
+    def plans(self, steps: list[Step]) -> Iterator[StepPlan]:
+        """Yield the outlook of each step except those done after a training step."""
+        model: list[str] = []  # the words that say the shape of the first model
+        for step in steps:
+            if step.name != step.base:
+                continue
+            if step.command == ("pack",):
+                self.files |= dict.fromkeys(step.places, step)
+            if step.command == ("train",) and NEW_MODEL & step.values.keys():
+                model = [word for name in NEW_MODEL & step.values.keys() for word in _option(step, name)]
+            known = self.runner.record.steps.get(step.name)
+            if self.runner.is_done(step) and step.command != ("fetch",):
+                yield StepPlan(step.name, DONE)
+                continue
+            state = known.status if known and known.status != DONE else "to do"
+            plan = {"fetch": self._fetch, "pack": self._pack, "train": self._train}.get(step.command[0])
+            found = plan(step, model) if plan else {}
+            yield StepPlan(step.name, state, **found)
+
+    def _ask(self, argv: list[str]) -> Any:
+        """Return what a command prints as JSON; None if it fails."""
+        ended = self.runner.launch(argv, self.root, is_captured=True, is_quiet=True)
+        with suppress(ValueError):
+            return json.loads(ended.out) if ended.code == 0 else None
+
+    def _fetch(self, step: Step, _: list[str]) -> dict[str, Any]:
+        found = self._ask([*step.argv, "--dry-run", "--json"])
+        if found is None:
+            return {"note": f"no answer: see mm {' '.join(step.argv)} --dry-run"}
+        return {"download_bytes": found["get_bytes"], "disk_bytes": found["get_bytes"]}
+
+    def _pack(self, step: Step, _: list[str]) -> dict[str, Any]:
+        if missing := [file for file in step.values["files"] if not (self.root / file).is_file()]:
+            return {"note": f"known when {missing[0]} is here"}
+        found = self._ask([*step.argv, "--plan", "--json"])
+        if found is None:
+            return {"note": f"no plan: see mm {' '.join(step.argv)} --plan"}
+        wanted = step.values.get("max_len")
+        chosen = [next((o for o in one["outlooks"] if o["max_len"] == wanted), one["outlooks"][-1]) for one in found]
+        self.tokens |= {place: round(self.scale * o["tokens"]) for place, o in zip(step.places, chosen, strict=False)}
+        disk_bytes, seconds = (self.scale * sum(o[name] for o in chosen) for name in ("disk_bytes", "seconds"))
+        return {"seconds": seconds, "disk_bytes": round(disk_bytes)}
+
+    def _train(self, step: Step, model: list[str]) -> dict[str, Any]:
+        """Return the needs of a training step. If its data is not packed yet, those of a sample of it are taken, with the
+        time of all its tokens; if the run that it starts from is not there yet, the shape of the first model."""
+        argv = list(step.argv)
+        init, run = step.values.get("init"), self.root / step.outputs[0]
+        known = self.runner.record.steps.get(step.name)
+        if known and known.status != DONE and any(run.glob("checkpoints/step-*")):
+            return self._needs(resuming(argv))
+        if run.exists():  # it will be begun again
+            argv = [*without_options(argv, ("--out",)), "--out", f"{step.outputs[0]}.new"]
+        if init and not (self.root / init).exists():
+            argv = [*without_options(argv, ("--init",)), *model]
+        data = [self._dataset(text) for text in _listed(step.values.get("data"))]
+        packed = [path for path in data if (self.root / path / "manifest.json").exists()]
+        if data and len(packed) == len(data) and self.scale == 1:
+            return self._needs(argv)
+        if not all(path in self.tokens for path in data):
+            return {"note": "known when its data is packed"}
+        with tempfile.TemporaryDirectory() as temporary:
+            sample = Path(temporary) / "sample"
+            source = self.files[data[0]]
+            file = self.root / dict(zip(source.places, source.values["files"], strict=False))[data[0]]
+            sample_rows(file, sample.with_suffix(".jsonl"), most=SAMPLE_ROWS)
+            words = [*without_options(list(source.argv), ("--out",)), "--out", str(sample), "--no-report"]
+            words = [word for word in words if word not in source.values["files"]]
+            if self._ask(["pack", str(sample.with_suffix(".jsonl")), *words[1:], "--json"]) is None:
+                return {"note": "known when its data is packed"}
+            words = [*without_options(argv, ("--data",)), "--data", str(sample)]
+            return self._needs(words, _run_tokens(step, sum(self.tokens[path] for path in data)))
+
+    def _dataset(self, text: str) -> str:
+        """Return the directory of a dataset as --data names it: with a weight, or by its name under shards/."""
+        names = [text, text.rpartition(":")[0]]
+        places = [place for name in names if name for place in (name, str(SHARDS_DIR / name))]
+        return next((place for place in places if place in self.files or (self.root / place).is_dir()), text)
+
+    def _needs(self, argv: list[str], tokens: int = 0) -> dict[str, Any]:
+        """Return what `mm train --plan` says. tokens: of the whole run; 0: those of the data asked for."""
+        found: Mapping[str, Any] | None = self._ask([*argv, "--plan", "--json"])
+        if found is None:
+            return {"note": f"no plan: see mm {' '.join(argv)} --plan"}
+        seconds = (tokens / found["tokens_per_s"] if tokens else found["seconds"]) / self.runner.nproc
+        tokens = tokens or found["run_tokens"]
+        note = f"{found['num_params'] / 1e6:,.1f}M parameters, {tokens / 1e6:,.1f}M tokens"
+        needs = {"disk_bytes": found["disk_bytes"], "memory_bytes": found["peak_bytes"], "note": note}
+        return {"seconds": seconds, **needs}
+
+
+def _run_tokens(step: Step, tokens: int) -> int:
+    """Return the tokens of a whole run on a dataset of so many tokens. `fit_to_data` may make it longer if it is small."""
+    from mmtrain.sizing import batch_for
+
+    defaults = stage_defaults(step.values["stage"])
+    run_tokens = round(step.values.get("epochs", defaults["epochs"]) * tokens)
+    if steps := step.values.get("steps"):
+        batch = batch_for(step.values["stage"], run_tokens, defaults["batch_tokens"])
+        return steps * step.values.get("batch_tokens", batch)
+    return run_tokens
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [str(each) for each in (value if isinstance(value, list) else [value])]
+
+
+def _option(step: Step, name: str) -> list[str]:
+    """Return the words of one option of a step, flag and value."""
+    flag = f"--{name.replace('_', '-')}"
+    value = step.values[name]
+    return [flag] if value is True else [flag, str(value)]
+
+
+def sample_rows(path: Path, out: Path, *, share: float = 1.0, most: int | None = None) -> None:
+    """Write this share of the rows of a file, evenly spaced and with the first, as lines of JSON; or the first `most`."""
+    from mmdata.io.files import atomic_path
+    from mmdata.io.lines import iter_lines
+
+    with atomic_path(out) as partial, partial.open("wb") as file:
+        for index, line in enumerate(iter_lines(path)):
+            if most is not None and index >= most:
+                break
+            if math.ceil((index + 1) * share) > math.ceil(index * share):
+                file.write(line.raw + b"\n")

@@ -1,0 +1,177 @@
+"""`mm run`: execute a recipe, the steps from raw data to an exported model, and report on it."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdata.commands.options import DATA_DIR, Json, Lang
+from mmdata.commands.terminal import in_time, next_command, print_json, print_sections, same_command, say, size, table
+from mmdata.errors import UsageError
+from mmdata.options import Option
+
+if TYPE_CHECKING:
+    from mmtrain.commands.project.planning import StepPlan
+    from mmtrain.commands.project.recipe import Recipe, Step
+    from mmtrain.commands.project.runner import Runner
+
+STEPS, RUN = "Steps", "Execution"  # groups of options in --help
+
+
+def run(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="TOML file, or the name of a recipe of mm, such as minimind3.")
+    ],
+    dry_run: Annotated[
+        bool, Option("Print what every step would take: time, download, disk and memory; execute nothing.", STEPS)
+    ] = False,
+    begin: Annotated[
+        str | None, Option("Begin with this step; those before it are not looked at.", STEPS, "--from", metavar="STEP")
+    ] = None,
+    only: Annotated[str | None, Option("Execute this step only.", STEPS, metavar="STEP")] = None,
+    changes: Annotated[
+        list[str] | None,
+        Option(
+            "Change a value of the recipe, such as train.dpo.beta=0.2; may be repeated.", STEPS, "--set", "KEY=VALUE"
+        ),
+    ] = None,
+    scale: Annotated[
+        float,
+        Option(
+            "Take this share of the rows of every file that is packed, in a directory of its own.",
+            STEPS,
+            above=0,
+            most=1,
+        ),
+    ] = 1.0,
+    nproc: Annotated[int, Option("Number of ranks (processes) of training steps.", RUN, least=1)] = 1,
+    out: Annotated[
+        Path | None,
+        Option("Directory of the record and the report.", RUN, metavar="DIR", default_text="courses/RECIPE"),
+    ] = None,
+    lang: Lang = "en",
+    as_json: Json = False,
+) -> None:
+    """Execute a recipe: plan, skip the steps that are done, resume one that was interrupted, evaluate after every
+    training step, and write report.html.
+
+    Example: mm run minimind3 --dry-run    mm run minimind2 --scale 0.01 --set train.dpo.beta=0.2
+    """
+    from mmtrain.commands.project.planning import Planner
+    from mmtrain.commands.project.recipe import find_recipe, read_recipe
+    from mmtrain.commands.project.runner import Runner
+
+    if nproc > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--nproc starts ranks, and torchrun has started some", "leave --nproc out")
+    course = read_recipe(find_recipe(recipe), context.find_root().command, changes or ())
+    directory = out or Path("courses") / (course.name if scale == 1 else f"{course.name}-{scale:g}")
+    runner = Runner(course, Path(".") if scale == 1 else directory, directory, nproc)
+    steps = selected(course, begin, only)
+    plans = Planner(runner, scale).plans(steps)
+    if as_json and dry_run:
+        print_json(list(plans))
+    elif not as_json and runner.rank == 0:
+        print_plans(list(plans), course)
+    if dry_run:
+        next_command(same_command("--dry-run", "--json"))
+        return
+    execute(runner, steps, scale=scale, lang=lang, is_printed=not as_json)
+    if runner.rank == 0 and as_json:
+        from mmdata.io.records import plain
+
+        print_json(plain(runner.record))
+
+
+def selected(recipe: "Recipe", begin: str | None, only: str | None) -> "list[Step]":
+    """Return the steps to execute: all, those from `begin` on, or `only` one, with what is done after it. Raise
+    UsageError if the recipe has no such step."""
+    names = list(dict.fromkeys(step.base for step in recipe.steps))
+    if wrong := next((name for name in (begin, only) if name and name not in names), None):
+        raise UsageError(f"the recipe {recipe.name} has no step {wrong}", f"its steps are {', '.join(names)}")
+    kept = [only] if only else names[names.index(begin) :] if begin else names
+    return [step for step in recipe.steps if step.base in kept]
+
+
+def execute(
+    runner: "Runner", steps: "list[Step]", *, scale: float = 1.0, lang: str = "en", is_printed: bool = True
+) -> None:
+    """Execute steps of a recipe and write the report, also of one that failed or was interrupted. is_printed: print its
+    tables too. Raise typer.Exit with the exit code of a step that failed."""
+    from mmdata.io.files import write_text
+    from mmtrain.commands.project.page import course_page, course_sections
+    from mmtrain.commands.project.runner import alone
+
+    if runner.rank:
+        raise typer.Exit(runner.run(steps))
+    with alone(runner.out):
+        code = 130
+        try:
+            if scale < 1:
+                steps = scaled(runner, steps, scale)
+            code = runner.run(steps)
+        finally:
+            report = runner.out / "report.html"
+            write_text(report, course_page(runner, lang))
+            if is_printed:
+                print_sections(course_sections(runner))
+            say(f"look: {report}")
+            if code:
+                next_command(same_command())  # goes on with the step that did not end
+    if code:
+        raise typer.Exit(code)
+
+
+def scaled(runner: "Runner", steps: "list[Step]", scale: float) -> "list[Step]":
+    """Fetch in the current directory, then fill the directory of a scaled recipe: samples of the files to be packed, and
+    links to whatever else the steps read. Return the other steps."""
+    from mmtrain.commands.project.planning import sample_rows
+
+    here, there = Path("."), runner.root
+    runner.root = here
+    if code := runner.run([step for step in steps if step.command == ("fetch",)]):
+        raise typer.Exit(code)
+    runner.root = there
+    others = [step for step in steps if step.command != ("fetch",)]
+    made = {place for step in runner.recipe.steps for place in step.outputs}
+    packed = {str(file) for step in others if step.command == ("pack",) for file in step.values["files"]}
+    for text in sorted({text for step in others for text in step.inputs} | {str(DATA_DIR / "tokenizer")}):
+        source, target = here / text, there / text
+        if Path(text).is_absolute() or text in made or not source.exists() or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if text in packed:
+            sample_rows(source, target, share=scale)
+        else:
+            target.symlink_to(os.path.relpath(source, target.parent), target_is_directory=source.is_dir())
+    return others
+
+
+def print_plans(plans: "list[StepPlan]", recipe: "Recipe") -> None:
+    """Print what each step will take, and the sums, with the free disk space."""
+
+    def text(value: float | None, form: Any = size) -> str:
+        return "" if value is None else form(value)
+
+    columns = ("step", "state", "time", "download", "disk", "memory", "")
+    rows = [
+        (
+            o.step,
+            o.state,
+            text(o.seconds, in_time),
+            text(o.download_bytes),
+            text(o.disk_bytes),
+            text(o.memory_bytes),
+            o.note,
+        )
+        for o in plans
+    ]
+    table(recipe.title, columns, rows)
+    seconds = sum(o.seconds or 0 for o in plans)
+    price = f", price {seconds / 3600 * recipe.price_per_hour:,.2f}" if recipe.price_per_hour else ""
+    disk = sum(o.disk_bytes or 0 for o in plans)
+    free = shutil.disk_usage(".").free
+    warning = "warning: the disk is too small: " if disk > free else ""
+    say(f"{warning}in all {in_time(seconds)}{price}, {size(disk)} of disk; {size(free)} are free")
