@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmtrain.train.optim import flat_gradient, learning_rate, make, update
+from mmtrain.train import optim
+from mmtrain.train.optim import flat_gradient, learning_rate, update
 
 
 def make(seed: int = 0) -> nn.Sequential:
@@ -18,7 +19,7 @@ def make(seed: int = 0) -> nn.Sequential:
 def test_an_update_is_adamw_on_the_averaged_clipped_gradient(size: int) -> None:
     ours, plain = make(), make()
     gradient = flat_gradient(ours)
-    optimizer = make(ours, "adamw", lr=0.01, weight_decay=0.1)
+    optimizer = optim.make(ours, "adamw", lr=0.01, weight_decay=0.1)
     groups = [
         {"params": [p for p in plain.parameters() if p.dim() == 2], "weight_decay": 0.1},
         {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -41,7 +42,7 @@ def test_an_update_is_adamw_on_the_averaged_clipped_gradient(size: int) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     model = make()
-    gradient, optimizer = flat_gradient(model), make(model, "adamw", lr=0.01, weight_decay=0.1)
+    gradient, optimizer = flat_gradient(model), optim.make(model, "adamw", lr=0.01, weight_decay=0.1)
     gradient.fill_(1.0)
     update(optimizer, gradient, lr=0.01, count=1, clip=1.0)
     before = [p.clone() for p in model.parameters()]
