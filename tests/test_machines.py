@@ -1,19 +1,24 @@
 """Machines without CUDA: Apple's GPU (simulated), and systems without the POSIX-only modules."""
 
+import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import Run, fine
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_data import Data
 from train_runs import config_of
 
 from mmdata.errors import UsageError
+from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain import distributed
 from mmtrain.distributed import World, choose_device, join
 from mmtrain.inference.evaluate import _pair_sums, _text_sums
@@ -21,11 +26,26 @@ from mmtrain.model import precision
 from mmtrain.model.batch import to_device, token_logps_of
 from mmtrain.model.model import Model
 from mmtrain.model.precision import LossScale
+from mmtrain.shapes import shape_of
 from mmtrain.train import optim
 from mmtrain.train.loop import _add_up
 from mmtrain.train.plan import make_plan
 
 META = torch.device("meta")
+ROOT = Path(__file__).parent.parent
+ROOMS = ("mmdata", "mmtrain")
+
+
+class AnyDeviceAdamW(torch.optim.AdamW):
+    """torch's AdamW with an implementation that there is for every device, which takes no scale."""
+
+    def __init__(self, groups: Any, **options: Any) -> None:
+        options |= {"fused": False, "foreach": True}
+        super().__init__(groups, **options)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.grad_scale = self.found_inf = None
+        super().step(closure)
 
 
 class WithoutFp64(TorchDispatchMode):
@@ -57,6 +77,8 @@ def test_every_stage_runs_on_a_device_without_fp64(
 ) -> None:
     """On torch's meta device, which has shapes and types but no values, so nothing may read one on the host."""
     monkeypatch.setattr(precision, "WITHOUT_FP64", ("meta",))
+    monkeypatch.setattr(optim, "TAKE_SCALE", ("meta",))  # else the host reads whether the step is taken
+    monkeypatch.setattr(torch.optim, "AdamW", AnyDeviceAdamW)
     plan = make_plan(config_of(stage, data, tmp_path / "run", model="tiny", **given), World(0, 1, torch.device("cpu")))
     with META:
         model = Model(plan.shape)
@@ -72,6 +94,7 @@ def test_every_stage_runs_on_a_device_without_fp64(
         log=SimpleNamespace(within=lambda *_: None),
         largest_micro=0,
     )
+    optimizers = [optim.make(model, name, lr=1e-3, weight_decay=0.1) for name in ("adamw", "muon")]
     with WithoutFp64() as mode:
         sums = _add_up(run, plan.loader.batch(0))  # type: ignore[arg-type]
         batch = to_device(next(iter(plan.val_loader.micro_batches())), META)
@@ -79,8 +102,37 @@ def test_every_stage_runs_on_a_device_without_fp64(
         figures = [_text_sums(batch, token_logps_of(model, batch), token_bytes, chosen_only=plan.is_pairs)]
         if plan.is_pairs:
             figures.append(_pair_sums(batch, token_logps_of(model, batch), None, plan.objective))
+        for optimizer in optimizers:
+            figures += optim.update(optimizer, run.gradient, lr=1e-3, count=sums[1], clip=1.0)
     assert mode.num_ops > 100 and run.largest_micro > 0
     assert all(each.is_meta and each.dtype == torch.float32 for each in (sums, *figures))
+
+
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built() or torch.cuda.is_available(),
+    reason="needs torch built with CUDA, on a machine without a card; this torch has none to trace, or a card runs it",
+)
+@pytest.mark.parametrize("given", [{}, {"qk_norm": True, "tied": False, "qkv_bias": True}])
+def test_the_forward_pass_is_traced_on_cuda_without_a_card(given: dict[str, Any]) -> None:
+    """With autocast and padding as in training: types and shapes of torch's CUDA kernels, without values."""
+    ids = torch.arange(40).int().numpy()
+    mask = (ids % 20 > 0).astype("uint8")
+    micro = MicroBatch(ids, mask, np.append(ids[::20], np.int32(40)), 20, ids[:2], int(mask.sum()))
+    cuda = torch.device("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with cuda:
+            model = Model(replace(shape_of("tiny", 300), **given))
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast does nothing without a card
+        try:
+            batch = to_device(micro, cuda, Limits(64, 32))
+            assert len(batch.ids) == 64 and batch.cu_seqlens.is_cuda
+            hidden = model(batch.ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
+            logps = token_logps_of(model, batch)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert hidden.is_cuda and hidden.shape == (64, 64) and hidden.requires_grad
+    assert logps.is_cuda and logps.shape == (38,) and logps.dtype == torch.float32
 
 
 def test_an_optimizer_without_a_scale_of_its_own_makes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +175,15 @@ def test_commands_work_without_posix_only_modules(home: Path, mm: Run, monkeypat
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError):
         import resource  # noqa: F401
+    ours = sorted(str(path.relative_to(ROOT).with_suffix("")) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    names = [name.replace("/", ".").removesuffix(".__init__") for name in [*ours, "cli"]]
+    imported = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    try:
+        assert len(names) > 100 and all(importlib.import_module(name).__name__ == name for name in names)
+    finally:  # the commands below use the modules that the other tests have
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(imported)
     fine(mm("pack --workers 1 --no-report"))
     fine(mm("verify shards/pretrain_hq"))
     fine(mm("train pretrain --model tiny --steps 2 --quiet"))

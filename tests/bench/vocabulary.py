@@ -1,17 +1,26 @@
 """What a large vocabulary costs: the loss's memory and time, and the time to choose a token. One thread, CPU time.
 
-python tests/bench/vocabulary.py
+    python tests/bench/vocabulary.py [--rows DIR --tokenizers DIR...] [--megabytes 30] [--rounds 3]
+
+With --rows, instead the rate of `mm pack` with each of the tokenizers, MB of jsonl per second of CPU time from start to
+exit with one worker: the best of --rounds by turns, on real rows varied as in pack.py.
 """
 
+import argparse
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pack import pack, write_corpus
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.sampling import pick
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.logps import chunk_rows, token_logps
@@ -58,7 +67,34 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     F.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
 
 
+def packing(rows: Path, tokenizers: list[Path], megabytes: float, rounds: int) -> None:
+    """Print the rate and the tokens of packing the same documents with each tokenizer."""
+    print("\n| tokenizer | mm pack, MB per CPU second | bytes per token | bytes of an id |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as directory:
+        path, seconds = Path(directory) / "pretrain.jsonl", dict.fromkeys(tokenizers, float("inf"))
+        write_corpus(sorted(rows.glob("pretrain*.jsonl")), path, int(megabytes * 1e6))
+        size, figures = path.stat().st_size, {}
+        for _ in range(rounds):
+            for each in tokenizers:
+                begun = sum(os.times()[2:4])  # CPU seconds of the processes that have ended
+                figures[each] = pack(path, Path(directory) / each.name, each, 1)[2]
+                seconds[each] = min(seconds[each], sum(os.times()[2:4]) - begun)
+        for each in tokenizers:
+            vocab_size, rate = Tokenizer.load(each).vocab_size, size / 1e6 / seconds[each]
+            id_bytes = 2 if vocab_size <= 2**16 else 4
+            print(f"| {each.name}, {vocab_size:,} | {rate:.1f} | {size / figures[each]['tokens']:.2f} | {id_bytes} |")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--tokenizers", type=Path, nargs="+", default=[])
+    parser.add_argument("--megabytes", type=float, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if options.rows:
+        packing(options.rows, options.tokenizers, options.megabytes, options.rounds)
+        return
     torch.set_num_threads(1)
     print(
         "| vocabulary | all logits of 2,048 tokens, MB | largest tensor of the loss, MB | loss, ms per 1,000 tokens | "
