@@ -156,6 +156,7 @@ class RunRecord(Struct):
     device: str | UnsetType = UNSET
     device_name: str | UnsetType = UNSET
     matmul_flops: Finite | UnsetType = UNSET  # operations per second, measured on one large matrix product
+    sequence_length: Finite | UnsetType = UNSET  # mean over the tokens of a batch of their sequence's length in tokens
     fill: Share | UnsetType = UNSET  # share of positions with tokens if samples were padded instead of packed
     precision: str | UnsetType = UNSET
     world_size: Positive | UnsetType = UNSET

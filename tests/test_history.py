@@ -8,6 +8,7 @@ from train_runs import make_run
 
 from mmdata.errors import CheckpointError
 from mmtrain.log import history
+from mmtrain.log.flops import peak_flops
 
 
 def test_totals_and_curves_are_plain_sums(tmp_path: Path) -> None:
@@ -31,6 +32,40 @@ def test_totals_and_curves_are_plain_sums(tmp_path: Path) -> None:
     assert run["last"]["best_val_step"] == 20
     assert [e["step"] for e in run["events"] if e["event"] == "skip"] == [8]
     json.dumps(run, allow_nan=False)
+
+
+def test_the_usual_mfu_is_of_the_datasheets_peak_with_attention_and_without(tmp_path: Path) -> None:
+    facts = {"device_name": "NVIDIA A100-SXM4-80GB", "precision": "bfloat16", "sequence_length": 64.0, "world_size": 2}
+    records = make_run(tmp_path / "run", 9, **facts)
+    curves = history.run_figures(tmp_path / "run")["curves"]
+    rates = [record["tokens_per_s"] for record in records]
+    weights = [6 * (800 + 200 * 50 / record["tokens"]) for record in records]
+    attention = 12 * 1 * 20 * 64  # layers x width x length
+    for name, more in (("mfu_peak", 0), ("mfu_attention", attention)):
+        expected = [rate * (flops + more) / 624e12 for rate, flops in zip(rates, weights, strict=True)]
+        assert curves[name] == pytest.approx(expected, rel=1e-4, abs=1e-15)
+    assert "mfu" not in curves  # no rate was measured
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA H100 NVL", "bfloat16", 835),
+        ("NVIDIA H200", "bfloat16", 989),
+        ("NVIDIA L40S", "bfloat16", 362),
+        ("NVIDIA L4", "bfloat16", 121),
+        ("Tesla T4", "float16", 65),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("CPU", "float32", None),
+    ],
+)
+def test_the_peak_of_a_card_is_its_datasheets(name: str, precision: str, tflops: float | None) -> None:
+    assert peak_flops(name, precision) == (tflops and pytest.approx(1e12 * tflops))
 
 
 def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:

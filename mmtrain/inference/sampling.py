@@ -13,7 +13,7 @@ from mmdata.errors import UsageError, needs
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.settings import Sampling
 
-FEW = 256  # tokens are sorted first: top_p and min_p nearly always keep fewer, and then the others need no sorting
+FEW = 256  # tokens are sorted first, then 16 times as many: top_p and min_p nearly always keep fewer than one of these
 
 
 def penalize(logits: Tensor, token_ids: Sequence[int], penalty: float) -> Tensor:
@@ -41,7 +41,7 @@ def candidates(logits: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
     """Return the probabilities (fp64, descending, summing to 1) and the ids of the tokens, at least one, that may be
     drawn for logits [V] at a temperature above 0. Tokens of equal probability are in the order of their ids."""
     logits = logits.float() / options.temperature
-    for count in [options.top_k] if options.top_k else [FEW, len(logits)]:
+    for count in [options.top_k] if options.top_k else [FEW, 16 * FEW, len(logits)]:
         values, ids = highest(logits, count)
         probs = (values.double() - (values if options.top_k else logits).double().logsumexp(-1)).exp()
         kept = probs.cumsum(-1) - probs < options.top_p  # the more likely tokens together have not reached top_p

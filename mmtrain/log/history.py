@@ -19,6 +19,7 @@ import numpy as np
 from mmdata.errors import CheckpointError
 from mmdata.io import files
 from mmdata.io.records import Record, convert_record, plain
+from mmtrain.log.flops import attention_flops, peak_flops, weight_flops
 from mmtrain.records import RUN, RunRecord, read_run
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
@@ -212,10 +213,16 @@ def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | 
     columns["trained_per_s"] = trained / nonzero
     if run.fill:
         columns["padded_per_s"] = columns["tokens_per_s"] / run.fill
-    flops = _flops(run, tokens, trained)
-    columns["gflops"] = flops / nonzero / 1e9
+    flops = weight_flops(run.model, run.num_params, tokens, trained) / nonzero
+    columns["gflops"] = flops / 1e9
+    num_ranks = run.world_size or 1
     if run.matmul_flops:
-        columns["mfu"] = flops / nonzero / (run.matmul_flops * (run.world_size or 1))
+        columns["mfu"] = flops / (run.matmul_flops * num_ranks)
+    if peak := peak_flops(run.device_name or "", run.precision or ""):
+        columns["mfu_peak"] = flops / (peak * num_ranks)
+        if run.model and run.sequence_length:
+            attention = attention_flops(run.model, run.sequence_length) * tokens / nonzero
+            columns["mfu_attention"] = (flops + attention) / (peak * num_ranks)
     if any("memory_bytes" in step for step in steps):
         columns["memory_gb"] = _column(steps, "memory_bytes") / 1e9
     edges = np.unique(np.linspace(0, len(steps), min(len(steps), POINTS) + 1).astype(int))
@@ -232,15 +239,6 @@ def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | 
         high = np.maximum.reduceat(np.nan_to_num(loss, nan=-math.inf), begins)
         curves |= {"loss_low": _rounded(low), "loss_high": _rounded(high)}
     return curves
-
-
-def _flops(run: RunRecord, tokens: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Return the floating-point operations of each step: 6 for each weight and token (2 forward, 4 backward), in the
-    output projection trained tokens only, as they are computed. Attention's products, less than a tenth, are left
-    out."""
-    head = run.model.vocab_size * run.model.hidden_size if run.model else 0
-    lookup = 0 if run.model is None or run.model.tied else head  # an embedding of its own is read, not multiplied
-    return 6.0 * (max(run.num_params - head - lookup, 0) * tokens + head * trained)
 
 
 def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

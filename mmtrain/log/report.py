@@ -312,10 +312,11 @@ def _preference(plots: _Plotter) -> Iterator[Plot]:
 
 def _speed(plots: _Plotter) -> Iterator[Block]:
     rates = {"tokens_per_s": "tokens", "trained_per_s": "trained tokens", "padded_per_s": "positions, padded"}
+    use = {"mfu": "of the measured rate", "mfu_peak": "of the datasheet's", "mfu_attention": "attention counted"}
     yield Grid(
         [
             *plots.lines("Tokens a second", rates, floor=0),
-            *plots.lines("Use of the hardware (MFU)", {"mfu": "MFU"}, share=True, floor=0),
+            *plots.lines("Use of the hardware (MFU)", use, share=True, floor=0),
             *plots.lines("GFLOP a second", {"gflops": "GFLOP/s"}, floor=0),
             *plots.lines("Most memory so far, GB", {"memory_gb": "memory"}, floor=0),
         ]
@@ -323,7 +324,8 @@ def _speed(plots: _Plotter) -> Iterator[Block]:
     yield Note(
         "Padded: the positions a second that rows padded to their bucket would need for the same tokens; nothing is padded "
         "here. Work is counted as 6 operations a weight and token (attention's products left out), MFU against the rate of "
-        "a matrix product measured when the run began."
+        "a matrix product measured when the run began and, for cards whose datasheet is known, its rate, without attention "
+        "and with its products counted for all pairs of tokens of a sequence."
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -389,6 +390,8 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
         record.device_name = names.get(world.device.type) or torch.cuda.get_device_name(world.device)
         record.matmul_flops = preflight.matmul_flops(world.device, autocast_dtype(world.device))
         record.fill = _padded_fill(plan)
+        lengths = np.concatenate([np.diff(micro.cu_seqlens) for micro in plan.loader.batch(0)] or [np.ones(1)])
+        record.sequence_length = float((lengths.astype(np.float64) ** 2).sum() / lengths.sum())
     return record
 
 

@@ -3,7 +3,8 @@
     python tests/bench/gpu.py [--minimind CHECKOUT] [--fill 0.5] [--rehearse]
 
 The card's matmul rate, then: pretraining minimind2 at 512 in bf16 with compiled blocks as a share of that rate (causal
-FLOPs: 6 for every matrix weight and 6 L C T for attention, a token), recompilations over micro-batches whose documents
+FLOPs: 6 for every matrix weight and 6 L C T for attention, a token) and as the usual MFU (of the datasheet's peak, without
+attention and with 12 L C T for it), recompilations over micro-batches whose documents
 differ in number and length, its memory beside what preflight counts, dpo's memory for 8 pairs of 1,024 a side, and with a CHECKOUT MiniMind's own model on padded rows
 of which --fill is useful. --rehearse runs the same code on the CPU with the smallest sizes: its figures mean nothing.
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from mmdata.shards.loader import Limits, MicroBatch
+from mmtrain.log.flops import attention_flops, peak_flops
 from mmtrain.log.metrics import memory_bytes
 from mmtrain.model.batch import Batch, logps_of, to_device, token_logps_of
 from mmtrain.model.logps import CHUNK
@@ -111,6 +113,13 @@ def pretrain(name: str, device: torch.device, length: int, tokens: int, rate: fl
     predicted = 16 * shape.num_params + kept + 8 * CHUNK * shape.vocab_size
     row(f"pretrain {name} at {length}, {tokens:,} tokens a step", f"{tokens / seconds:,.0f} tokens/s")
     row("share of the matmul rate, causal FLOPs", f"{100 * flops * tokens / seconds / rate:.1f} %")
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    if peak := peak_flops(card, str(autocast_dtype(device)).removeprefix("torch.")):
+        counted = (6 * matrices, 6 * matrices + attention_flops(shape, length))
+        plain, full = (f"{100 * each * tokens / seconds / peak:.1f} %" for each in counted)
+        row(f"MFU of the datasheet's {peak / 1e12:.0f} TFLOP/s, attention not counted, counted", f"{plain}, {full}")
+    else:
+        row("MFU of the datasheet's peak", f"no peak is known of {card}")
     recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
     row("recompilations over 19 ragged micro-batches", str(recompiled))
     row("memory: predicted, measured", f"{predicted / 1e9:.2f} GB, {memory / 1e9:.2f} GB")
