@@ -1,8 +1,8 @@
 """Decode the rows of a packed dataset whose inputs are missing, from the token ids in its shards.
 
-Ids are split into messages at the control tokens with which messages begin. Reasoning, tools, tool calls and tool
-results, in the format of the chat templates of MiniMind, Qwen and Hermes, become fields of the messages. Any other text
-that the template added stays in the contents, and tokens that packing cut are missing.
+Ids are split at the control tokens with which messages begin. Reasoning, tools, tool calls and tool results, in the
+format of MiniMind's, Qwen's and Hermes' templates, become fields of the messages. Any other text that the template
+added stays in the contents, and tokens that packing cut are missing.
 """
 
 import json
@@ -24,9 +24,7 @@ _TOOLS = re.compile(r"(?:\A|\n\n)# Tools\n.*?<tools>\n(.*?)\n</tools>\n.*\Z", re
 
 
 def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Sequences]:
-    """Return the encoded rows at these places, (path of an input, line number). Places that are not in the dataset,
-    such as rows that packing left out, are missing in the result.
-    """
+    """Return the encoded rows at these places, (path of an input, line number), without those that packing left out."""
     encoded: dict[tuple[str, int], Sequences] = {}
     wanted: dict[str, list[int]] = {}
     for file, line in sorted(set(places)):
@@ -100,10 +98,8 @@ class RowDecoder:
 
 
 def _messages(role: str, content: str) -> list[Message]:
-    """Return the messages that a chat template rendered as one with this role and content. Several tool results are
-    rendered as one user message; they become one message each. Reasoning and tool calls are parsed from the content of
-    an assistant message. An empty system message gives no message.
-    """
+    """Return the messages that a chat template rendered as one with this role and content: each of several tool
+    results, and none for an empty system message. Reasoning and tool calls of an answer are parsed."""
     if role == "user" and content.startswith("<tool_response>"):
         return [Message("tool", answer) for answer in _ANSWER.findall(content)]
     if role == "system" and not content:

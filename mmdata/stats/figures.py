@@ -1,7 +1,5 @@
-"""Compute the numbers of a report ("figures") from tallies, and the warnings about them.
-
-All functions return plain dictionaries and lists of numbers and strings, which `mm stats --json` prints.
-"""
+"""Compute the numbers of a report ("figures") from tallies, and the warnings about them, as plain dictionaries and
+lists of numbers and strings, which `mm stats --json` prints."""
 
 import itertools
 from collections import Counter
@@ -37,9 +35,8 @@ NUM_TOP = 20  # entries of each list of the most frequent strings or tokens
 
 def token_figures(tally: Tally) -> Figures:
     """Return the figures of the tokens of a file: totals, share of trained tokens, characters per token, buckets and
-    lengths. If only a sample of the rows was tokenized, "tokens" and "loss_tokens" are extrapolated to all rows by the
-    number of characters, "buckets" and "lengths" describe the sample, and "sample" has both numbers of rows.
-    """
+    lengths. Of a sample of the rows, "tokens" and "loss_tokens" are extrapolated to all by the number of characters,
+    "buckets" and "lengths" describe the sample, and "sample" has both numbers of rows."""
     sums = tally.sums
     is_sample = "sampled_rows" in sums and sums["sampled_rows"] < sums["kept"]
     share = sums["sampled_characters"] / max(sums["characters"], 1) if is_sample else 1.0
@@ -64,9 +61,8 @@ def token_figures(tally: Tally) -> Figures:
 
 def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = True) -> Figures:
     """Return the figures of texts: lengths, languages, scripts, turns, openings, repeated phrases, system prompts,
-    tools, pairs. scans: the scans merged into `tally`; repeated phrases are searched for in their "random" rows.
-    is_whole: whether `tally` covers all rows; only then duplicates are included.
-    """
+    tools, pairs. scans: merged into `tally`; repeated phrases are searched for in their "random" rows. is_whole:
+    `tally` covers all rows; only then duplicates are included."""
     sample = [
         "\n".join(text for _, text in pieces_of(row.parsed())) for scan in scans for row in scan.shown.get("random", ())
     ]
@@ -113,9 +109,8 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
 
 
 def _pair_figures(rows: pl.DataFrame) -> Figures:
-    """Return how the lengths (in characters) of the two replies of the pairs differ, and how similar they are, in 10
-    bins of the Jaccard index. The ratio chosen / rejected is counted as 2 log2(ratio), rounded, from -8 (1/16) to 8.
-    """
+    """Return how the lengths (in characters) of pairs' replies differ, the ratio chosen / rejected as 2 log2(ratio),
+    rounded, from -8 (1/16) to 8, and how similar they are, in 10 bins of the Jaccard index."""
     chosen, rejected = (pl.col(f"{side}_characters").cast(pl.Int64) for side in ("chosen", "rejected"))
     longer = {
         "chosen": chosen > rejected,
@@ -138,12 +133,9 @@ def _pair_figures(rows: pl.DataFrame) -> Figures:
 
 
 def duplicate_figures(tally: Tally) -> Figures:
-    """Return the number of rows that are exact and near duplicates of an earlier row, and the number of rows compared.
-
-    An exact duplicate has the same roles and texts as an earlier row. A near duplicate is not exact, but the share of
-    equal entries of its MinHash signature and that of an earlier row is at least "near_from". "rows_compared" is the
-    number of rows with a computed signature.
-    """
+    """Return the number of rows that are exact duplicates of an earlier row (the same roles and texts) and near ones
+    (at least the share "near_from" of equal entries of the MinHash signatures), and of those with a computed signature,
+    "rows_compared"."""
     rows = tally.frame("rows").with_columns(is_exact=is_repeat(tally))
     signed = rows.filter("is_signed")
     entries = tally.frame("signatures")["entries"].to_numpy()
@@ -183,10 +175,9 @@ class LossRecord(msgspec.Struct):
 
 
 def read_losses(path: Path) -> pl.DataFrame:
-    """Return the loss of rows from the output of `mm eval --per-sequence`, JSON lines or parquet: a frame with the columns
-    file, line, tokens, nll, each row once. Sequences without trained tokens and rejected replies are left out. Raises
-    InputError if the file cannot be read, or a line is not such a record.
-    """
+    """Return the loss of rows from the output of `mm eval --per-sequence`, JSON lines or parquet: a frame of file,
+    line, tokens, nll, each row once, without sequences without trained tokens and rejected replies. Raises InputError
+    if the file cannot be read, or a line is not such a record."""
     fix, names = (
         "mm eval RUN --per-sequence FILE writes one, with file, line, tokens and nll",
         LossRecord.__struct_fields__,
@@ -209,9 +200,8 @@ def read_losses(path: Path) -> pl.DataFrame:
 
 
 def loss_figures(tally: Tally, losses: pl.DataFrame, inputs: Sequence[str]) -> Figures:
-    """Return the loss by language, length in characters, and source: for each the rows, trained tokens and nats per token.
-    losses: as `read_losses`. inputs: the paths of the files. "elsewhere": rows of `losses` that are not among the rows.
-    """
+    """Return rows, trained tokens and nats per token by language, length in characters, and source. losses: from
+    `read_losses`. inputs: paths of the files. "elsewhere": rows of `losses` that are not among the rows."""
     places = pl.DataFrame({"file": inputs}).with_row_index("input")
     keys = losses.join(places, on="file").with_columns(pl.col("line").cast(pl.UInt32))
     found = tally.frame("rows").join(keys, on=["input", "line"])
@@ -238,9 +228,7 @@ def loss_figures(tally: Tally, losses: pl.DataFrame, inputs: Sequence[str]) -> F
 
 def count_figures(tally: Tally, vocabulary: Vocabulary, kind: str) -> Figures:
     """Return the figures of tokens by role, turn and script, of shares of trained tokens, and of the use of the
-    vocabulary. tally: the counts of `count_tokens`. kind: the kind of the rows; "pair" adds lengths of prompts and
-    replies.
-    """
+    vocabulary. tally: of `count_tokens`. kind: of the rows; "pair" adds lengths of prompts and replies."""
     sequences, messages = (
         tally.frame("sequences", "tokens", *REPLIES),
         tally.frame("messages", "role", "turn", "tokens"),
@@ -279,10 +267,9 @@ def _script_figures(tally: Tally) -> dict[str, Figures]:
 
 
 def _vocabulary(tally: Tally, vocabulary: Vocabulary) -> Figures:
-    """Return how the vocabulary is used. "never": the number of ids other than control tokens that do not occur.
-    "never_ids": the first 60 of them. "cover": how many of the most frequent ids make up at least 50, 90 and 99 % of
-    all tokens. "by_rank": the count of the id at each of the "ranks" (1 is the most frequent id).
-    """
+    """Return how the vocabulary is used. "never": number of ids that do not occur, control tokens aside, and the first
+    60 of them in "never_ids". "cover": how many of the most frequent ids make up at least 50, 90 and 99 % of all
+    tokens. "by_rank": count of the id at each of the "ranks" (1: the most frequent)."""
     counts = tally.array("vocabulary", vocabulary.size)
     order = np.argsort(-counts, kind="stable")
     reached = np.cumsum(counts[order]) / max(1, counts.sum())
@@ -311,13 +298,11 @@ def _ranks(size: int) -> list[int]:
 
 
 def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: int = PACKED_FOR_CUTS) -> list[Figures]:
-    """Return what each length limit (in tokens) would cut and how much padding it would need: one dictionary per limit,
-    none without lengths. lengths: a frame with the columns value (length of a sequence in tokens) and count.
-
-    "tokens_beyond" counts the tokens after the limit; "tokens_in_longer_share" is the share of all tokens that are in
-    sequences longer than the limit. "padding_share": if each cut sequence is padded to the limit. "packed_fill": the
-    fill that packing reaches, measured on at most `tried` of the cut sequences; None for pairs.
-    """
+    """Return what each length limit (in tokens) would cut and how much padding it would need, a dictionary per limit.
+    lengths: a frame of value (length of a sequence in tokens) and count. "tokens_beyond": tokens after the limit.
+    "tokens_in_longer_share": share of all tokens that are in longer sequences. "padding_share": if each cut sequence is
+    padded to the limit. "packed_fill": what packing reaches, measured on at most `tried` cut sequences; None for
+    pairs."""
     values, counts = rounded_lengths(lengths)
     if not len(values):
         return []
@@ -344,10 +329,9 @@ def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: in
 
 
 def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int) -> float:
-    """Pack at most `tried` sequences, spread evenly over the distribution of lengths, and return the fill: the share of
-    the positions of all packs that hold tokens. lengths: int64, ascending, at most `limit`, the largest bucket; lengths
-    of 0 are ignored. counts: how often each occurs.
-    """
+    """Pack at most `tried` sequences, spread evenly over the distribution of lengths, and return the fill, the share of
+    positions with tokens. lengths: int64, ascending, at most `limit`, the largest bucket; 0 is ignored. counts: of
+    each."""
     lengths, counts = lengths[lengths > 0], counts[lengths > 0]
     total = int(counts.sum())
     at = np.linspace(0, total - 1, min(total, tried)).astype(np.int64)
@@ -358,9 +342,8 @@ def _packed_fill(lengths: np.ndarray, counts: np.ndarray, limit: int, tried: int
 def left_out_figures(
     left_out: Mapping[str, int], examples: Mapping[str, list[Figures]], num_rows: int
 ) -> list[Figures]:
-    """Return the rows left out, by reason, the most frequent first: number, share of `num_rows`, help and examples.
-    left_out: the number of rows by reason. examples: records of some of these rows by reason.
-    """
+    """Return the rows left out by reason, the most frequent first: number, share of `num_rows`, help and examples.
+    left_out: rows by reason. examples: records of some of them by reason."""
     return [
         {
             "reason": reason,
@@ -395,9 +378,8 @@ WARNINGS = {
 
 
 def warnings(figures: Mapping[str, Any]) -> list[Figures]:
-    """Return the warnings that apply, as [{"code", "values", "text"}], in the order of WARNINGS. figures: those of a
-    file or dataset; figures that were not measured give no warning.
-    """
+    """Return the warnings that apply, as [{"code", "values", "text"}], in the order of WARNINGS. figures: of a file or
+    dataset, as far as measured."""
     return [warning(code, **values) for code, values in _warnings_on(figures)]
 
 

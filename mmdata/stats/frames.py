@@ -45,12 +45,10 @@ Names = Sequence[str]
 def rows(path: str | Path, *, tokenizer: str | Path | None = None, workers: int = 1) -> pl.LazyFrame:
     """Return the usable rows of a jsonl file or packed dataset with the columns of `features.COLUMNS`.
 
-    tokenizer: the directory of the tokenizer for the columns of tokens of a file, which it does not have without one;
-    those of a dataset are read from its shards. Texts of a dataset are read from its inputs or, if one is missing or has changed, decoded from the shards.
-    workers: processes that read a file when a column needs all rows.
-
-    Raises InputError if the file has no usable row, DatasetError if the dataset is damaged. Columns of near duplicates
-    need the package rensa.
+    tokenizer: directory, for the columns of tokens of a file; those of a dataset are read from its shards, its texts
+    from its inputs or, if one is missing or has changed, also from the shards. workers: processes that read a file when
+    a column needs all rows. Raises InputError if the file has no usable row, DatasetError if the dataset is damaged.
+    Columns of near duplicates need the package rensa.
     """
     path = Path(path)
     if path.is_dir():
@@ -66,9 +64,8 @@ def rows(path: str | Path, *, tokenizer: str | Path | None = None, workers: int 
 
 
 def messages(path: str | Path) -> pl.LazyFrame:
-    """Return the messages of a jsonl file's usable rows, with the columns of `features.MESSAGE_COLUMNS`. Documents are
-    messages of the role "document"; the prompt of a pair comes once. Raises InputError if the file has no usable row.
-    """
+    """Return the messages of a jsonl file's usable rows, with `features.MESSAGE_COLUMNS`. Documents are messages of the
+    role "document"; the prompt of a pair comes once. Raises InputError if the file has no usable row."""
     path = Path(path)
     kind = find_kind(path)
 
@@ -88,9 +85,8 @@ def messages(path: str | Path) -> pl.LazyFrame:
 
 
 def samples(dataset: str | Path) -> pl.LazyFrame:
-    """Return the samples (packs or pairs) of a packed dataset with the columns of SAMPLE_COLUMNS. Raises DatasetError if
-    the dataset is missing or damaged.
-    """
+    """Return the samples (packs or pairs) of a packed dataset with SAMPLE_COLUMNS. Raises DatasetError if it is missing
+    or damaged."""
     opened = open_dataset(Path(dataset))
     types = {name: dtype for name, (dtype, _) in SAMPLE_COLUMNS.items()}
 

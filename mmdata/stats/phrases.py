@@ -19,12 +19,10 @@ _UNITS_AT_ONCE, _GROUPS = 2**18, 16
 
 
 def repeated_phrases(whole: Sequence[str], number: int) -> list[JsonObject]:
-    """Return at most `number` phrases that occur in several texts, the commonest first: [{"text", "count"}].
-
-    A unit is a word, a number, or any other single character (such as a Chinese one). Candidates are all n-grams of
-    GRAM_UNITS units that occur in at least two texts; `count` is the number of these texts. Overlapping n-grams of
-    nearly equal counts are joined to one longer phrase. Memory: about 20 bytes per unit.
-    """
+    """Return at most `number` phrases that occur in several texts, the commonest first: [{"text", "count"}]. A unit is
+    a word, a number, or any other single character (such as a Chinese one). Candidates are all n-grams of GRAM_UNITS
+    units that occur in at least two texts, `count` of them; overlapping ones of nearly equal counts are joined. Memory:
+    about 20 bytes per unit."""
     ids: dict[str, int] = {}
     stream, lengths = array("I"), []
     for text in whole:
@@ -47,9 +45,8 @@ def _window_hashes(units: np.ndarray) -> np.ndarray:
 
 
 def _repeated(hashes: np.ndarray, group: int, ends: np.ndarray, most: int) -> pl.DataFrame:
-    """Return the n-grams that occur in the most texts, at most `most` and in two texts at least: at (first position)
-    and count (of the texts). group: only n-grams whose hashes begin with these bits. ends: where each text ends.
-    """
+    """Return the n-grams that occur in the most texts, at most `most`, in two at least: at (first position) and count
+    (of texts). group: bits that the n-grams' hashes begin with. ends: where each text ends."""
     at = np.flatnonzero(hashes >> np.uint64(64 - _GROUPS.bit_length() + 1) == group)
     grams = pl.DataFrame({"gram": hashes[at], "at": at}).filter(pl.col("gram").is_duplicated())
     text = np.searchsorted(ends, grams["at"].to_numpy(), "right")
@@ -60,11 +57,10 @@ def _repeated(hashes: np.ndarray, group: int, ends: np.ndarray, most: int) -> pl
 
 
 def _join_grams(grams: Sequence[tuple[int, int]], stream: Sequence[int], number: int) -> list[list[int]]:
-    """Join n-grams to at most `number` phrases [begin, end, count], where begin and end (exclusive) index `stream`. An
-    n-gram is joined to a phrase if their counts differ by at most 5 % and it lies inside the phrase or exceeds it by
-    one unit at one end. An n-gram that shares a run of more than half its units with an earlier phrase is omitted.
-    grams: (position in `stream`, count), by descending count. stream: the ids of the units of all texts.
-    """
+    """Join n-grams to at most `number` phrases [begin, end, count], where begin and end (exclusive) index `stream`:
+    those inside a phrase or beyond it by one unit at one end, if the counts differ by at most 5 %. One that shares a
+    run of more than half its units with an earlier phrase is omitted. grams: (position in `stream`, count), by
+    descending count. stream: the ids of the units of all texts."""
     phrases: list[list[int]] = []
     for at, count in grams:
         window = stream[at : at + GRAM_UNITS]
@@ -86,8 +82,7 @@ def _overlap(units: Sequence[int], window: Sequence[int], least: int = GRAM_UNIT
 
 def _original(whole: Sequence[str], ends: Sequence[int], begin: int, end: int) -> str:
     """Return the original text of the units of one text from `begin` to `end` (exclusive), cut to 300 characters.
-    whole: the texts that were split into units. ends: the position in the stream of units at which each of them ends.
-    """
+    whole: the texts. ends: the position in the stream of units at which each of them ends."""
     number = bisect_right(ends, begin)
     first = ends[number - 1] if number else 0
     spans = [match.span() for match in islice(_UNITS.finditer(whole[number]), begin - first, end - first)]

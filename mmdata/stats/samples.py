@@ -1,7 +1,5 @@
 """Convert rows to the records that the report draws as chats: messages cut into tokens, with the trained tokens marked.
-
-Tokens that together form one character are shown as one piece. Only the beginning of a long row is included.
-"""
+Tokens that together form one character are one piece. Only the beginning of a long row is included."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -46,13 +44,11 @@ def records(
     """Return one record per row, for page.js; rows that can no longer be parsed are omitted.
 
     A record has why, file, line, characters and, if measured, loss, tokens and trained. Its `parts` are sections:
-    [{"name", "messages", "hidden"}], one for each side of a pair and its prompt, or one for each sequence. `hidden` is
-    the number of tokens that are not shown (without tokens: characters). A message is {"role", "text", "ids", "marks"}:
-    text is a list of pieces, ids the list of token ids of each piece, and marks has one character per piece: PLAIN,
-    TRAINED, CONTROL, or "3" for a trained control token.
-
-    Rows that are not encoded yet are encoded with `encoder`. Without an encoder or vocabulary, or if the encoder
-    rejects the row, each message is one piece without ids. `set_aside` then has the reason for the rejection.
+    [{"name", "messages", "hidden"}], one for each side of a pair and its prompt, or one for each sequence; `hidden`
+    tokens (without tokens: characters) are not shown. A message is {"role", "text", "ids", "marks"}: a list of pieces,
+    the token ids of each, and one character per piece: PLAIN, TRAINED, CONTROL, or "3" for a trained control token.
+    Rows not encoded yet are encoded with `encoder`. Without encoder or vocabulary, or if it rejects the row
+    (`set_aside` says why), each message is one piece without ids.
     """
     drawn = []
     for row in samples:
@@ -127,9 +123,8 @@ def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder
 
 
 def _plain_parts(pieces: Sequence[tuple[str, str]]) -> list[SampleRecord]:
-    """Return the sections of a row without tokens, at most MOST_CHARACTERS characters in all: one each for the prompt
-    and the replies of a pair. pieces: the (role, text) of each text, from `pieces_of`.
-    """
+    """Return the sections of a row without tokens, at most MOST_CHARACTERS characters in all: one, or prompt and
+    replies of a pair. pieces: from `pieces_of`."""
     parts: dict[str, list[SampleRecord]] = {}
     left = MOST_CHARACTERS
     hidden = 0
@@ -178,10 +173,9 @@ _SIDES = ("chosen", "rejected")
 
 
 def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, first_role: str) -> list[SampleRecord]:
-    """Split ids at the control tokens with which messages begin, and return the messages' records. These tokens and the
-    role names after them are not part of the text; messages without visible text are omitted. mask: bool, whether each
-    token is trained. first_role: the role of the tokens before the first such control token.
-    """
+    """Split ids at the control tokens with which messages begin, and return the messages' records, without these
+    tokens, the role names after them, and messages without visible text. mask: bool, whether each token is trained.
+    first_role: of the tokens before the first such control token."""
     messages = [{"role": first_role, "text": [], "ids": [], "marks": ""}]
     at = 0
     while at < len(ids):
@@ -195,9 +189,8 @@ def _messages(ids: Sequence[int], mask: np.ndarray, vocabulary: Vocabulary, firs
 
 
 def _add_piece(message: SampleRecord, ids: Sequence[int], at: int, mask: np.ndarray, vocabulary: Vocabulary) -> int:
-    """Append the token at position `at` to a message as a piece, and return the position of the next piece. If the
-    token ends inside a character, the piece includes up to three more tokens, until the character is complete.
-    """
+    """Append the token at position `at` to a message as a piece, and return the position of the next. If it ends inside
+    a character, up to three more tokens that complete it are included."""
     if vocabulary.control[ids[at]]:
         text, end = vocabulary.tokenizer.native.id_to_token(ids[at]) or "", at + 1
     else:

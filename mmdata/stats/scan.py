@@ -1,8 +1,8 @@
 """Read jsonl files or the shards of a dataset once, in one or several processes, and measure their rows and tokens.
 
 Rows are read from files or, if the inputs of a dataset are missing, decoded from its shards. The text of all rows is
-measured. The tokens of a jsonl file are counted in a sample of its rows, selected by line number, unless all are
-requested: tokenizing takes ten times as long as everything else. The number of processes does not change the results.
+measured, the tokens of a jsonl file in a sample by line number, unless all are requested: tokenizing takes ten times as
+long as everything else. The number of processes does not change the results.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,13 +63,11 @@ Losses = Mapping[str, Mapping[int, float]]  # mean loss of a row in nats per tok
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of an input, which may be shown in the report.
-
-    file, line: path of the input and line number, from 1. raw: the bytes of the line; empty if the row was decoded from
-    shards. row: the parsed row; None if it is to be parsed from `raw`, as `kind` and `columns` say. encoded: the token sequences of a row decoded
-    from shards. why: the reason for showing the row: "random", "longest", "shortest" or "loss"; "" if it is not shown.
-    characters: the length of its text. nll: its mean loss in nats per token, if `why` is "loss".
-    """
+    """One row of an input, which may be shown in the report. file, line: path of the input and line number, from 1.
+    raw: the line; empty if the row was decoded from shards. row: parsed; None if it is to be parsed from `raw`, as
+    `kind` and `columns` say. encoded: the token sequences of a row decoded from shards. why: it is shown: "random",
+    "longest", "shortest" or "loss"; "" if not. characters: length of its text. nll: mean loss in nats per token, for
+    "loss"."""
 
     file: str
     line: int
@@ -94,15 +92,11 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class ScanOptions:
-    """How the rows of files are read and counted. `scan_files` sets `share` and `most_signed`.
-
-    kind: rows of another kind are left out. tokenizer_dir: the tokenizer to count tokens with; None to count no tokens.
-    is_exact: tokenize all rows instead of a sample. wanted: rows to show, with their loss, by file and line number.
-    left_out: line numbers to skip, by file. not_selected: line numbers to leave out because the condition `where` does
-    not hold. share: the share of the rows that belongs to the sample, 0 to 1.
-    most_signed: for how many rows of a part MinHash signatures are computed. read: how
-    the files are read.
-    """
+    """How the rows of files are read and counted. `scan_files` sets `share` and `most_signed`. kind: rows of another
+    kind are left out. tokenizer_dir: None to count no tokens. is_exact: tokenize all rows instead of a sample. wanted:
+    rows to show, with their loss, by file and line number. left_out: line numbers to skip, by file. not_selected: those
+    to leave out because the condition `where` does not hold. share: of the rows in the sample, 0 to 1. most_signed:
+    rows of a part with MinHash signatures at most. read: how the files are read."""
 
     kind: str
     tokenizer_dir: Path | None = None
@@ -118,10 +112,8 @@ class ScanOptions:
 
 @dataclass(slots=True)
 class PartScan:
-    """What was measured of one part (a byte range of an input), and the rows of it that the report may show. input: the
-    number of the input, from 0. shown: rows by reason: "random" (a sample), "longest", "shortest", and "loss"
-    (`ScanOptions.wanted`).
-    """
+    """What was measured of one part (a byte range of an input), and its rows that the report may show. input: number of
+    the input, from 0. shown: rows by reason, see `SampleRow.why`."""
 
     input: int
     tally: Tally = field(default_factory=Tally)
@@ -154,9 +146,8 @@ class PartScan:
 
 
 def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions, place: Mapping[str, Any]) -> None:
-    """Add the columns of a batch's rows to the frame "rows" and those of its texts to "texts", count strings and
-    scripts, and append the MinHash signatures of the rows, unless the tally has enough of them. place: more columns.
-    """
+    """Add the columns of a batch's rows and texts to the frames "rows" and "texts", count strings and scripts, and
+    append MinHash signatures, unless the tally has enough. place: more columns."""
     num = len(batch.rows)
     tally.sums.update({"rows": num, "kept": num, "bytes": sum(map(len, batch.raws))})
     tally.sums["characters"] += sum(map(num_characters, batch.rows))
@@ -192,9 +183,8 @@ def _measure_rows(tally: Tally, batch: RowBatch, options: ScanOptions, place: Ma
 
 
 def drawn_lines(numbers: np.ndarray, file: int, share: float) -> np.ndarray:
-    """Return whether each line belongs to the sample: bool [N]. It depends on the file and line number alone. numbers:
-    uint64 [N], line numbers. file: the number of the input. share: the share of lines to select, 0 to 1.
-    """
+    """Return whether each line belongs to the sample, by file and line number alone: bool [N]. numbers: uint64 [N].
+    file: number of the input. share: of lines to select, 0 to 1."""
     if share >= 1:
         return np.ones(len(numbers), bool)
     mixed = (numbers + np.uint64(file) * np.uint64(2**40) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -219,9 +209,8 @@ def scan_files(
     progress: Progress = no_progress,
 ) -> list[PartScan]:
     """Count the rows of files of one kind, and their tokens if the options name a tokenizer. Return one scan per part,
-    whatever `workers` is. sha256s: the expected hash of each file; if one differs, nothing is counted and the result is
-    empty. progress: called with the bytes read and the bytes of all files.
-    """
+    whatever `workers` is. sha256s: expected hashes of the files; if one differs, the result is empty. progress: called
+    with the bytes read and in all."""
     total = sum(path.stat().st_size for path in paths)
     entries, parts = plan(list(paths), max(PART_BYTES, total // MOST_PARTS), options.read)
     if sha256s is not None and [entry.sha256 for entry in entries] != list(sha256s):
@@ -256,10 +245,9 @@ class _FileScanner:
         return scanned
 
     def _measure(self, part: Part, lines: Sequence[Line], scanned: PartScan) -> None:
-        """Parse a batch of lines and count the rows in `scanned`, with their tokens if they belong to the sample.
-        Invalid rows are counted as left out. So are rows that cannot be encoded, but only if all rows are encoded:
-        otherwise the number of rows left out would depend on the sample.
-        """
+        """Parse a batch of lines and count the rows in `scanned`, with the tokens of those in the sample. Invalid rows
+        are counted as left out; rows that cannot be encoded only if all are encoded, since the number would depend on
+        the sample."""
         file, options = str(part.path), self._options
         left_out = options.left_out.get(file, frozenset())
         rows: list[SampleRow] = []
@@ -310,9 +298,8 @@ def _set_aside(tally: Tally, line: Line, bad: BadRow, file: str) -> None:
 
 
 def scan_some(paths: Sequence[Path | None], dataset: Dataset, rows: Mapping[int, np.ndarray]) -> list[PartScan]:
-    """Count some rows of a dataset, read from its inputs at their byte offsets. Return one scan per part; none if an input
-    is missing, compressed or not jsonl. paths: the inputs, None if missing. rows: the indices of the rows, by part.
-    """
+    """Count some rows of a dataset, read from its inputs at their byte offsets, a scan per part; none if an input is
+    missing, compressed or not jsonl. paths: of inputs, None if missing. rows: indices of the rows, by part."""
     scanned = []
     for part in dataset.manifest.parts:
         if not part.kept:
@@ -328,9 +315,8 @@ def scan_some(paths: Sequence[Path | None], dataset: Dataset, rows: Mapping[int,
 
 
 def _rows_at(path: Path, dataset: Dataset, sources: Mapping[str, Any], chosen: np.ndarray) -> Iterator[SampleRow]:
-    """Yield rows of an input, read at the byte offsets that packing recorded; lines that are no valid rows are omitted.
-    sources: the provenance columns of a part. chosen: indices into these columns.
-    """
+    """Yield the valid rows of an input at the byte offsets that packing recorded. sources: the provenance columns of a
+    part. chosen: indices into these columns."""
     kind, columns = dataset.kind, dataset.manifest.arguments.columns
     with path.open("rb") as file:
         for i in chosen.tolist():
@@ -355,9 +341,8 @@ def scan_decoded(
     wanted: Losses | None = None,
     progress: Progress = no_progress,
 ) -> list[PartScan]:
-    """Count rows of a dataset, decoded from its shards. Return one scan per part. rows: the indices of the rows, by part.
-    wanted: rows to show, with their loss. progress: called with the rows decoded and the rows to decode.
-    """
+    """Count rows of a dataset, decoded from its shards, a scan per part. rows: indices of the rows, by part. wanted:
+    rows to show, with their loss. progress: called with the rows decoded and to decode."""
     parts = [part for part in dataset.manifest.parts if part.kept and len(rows[part.part])]
     total = sum(len(rows[part.part]) for part in parts)
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs) * total / max(dataset.manifest.totals.kept, 1)
@@ -403,10 +388,9 @@ def scan_shards(
     share: float = 1.0,
     workers: int = 1,
 ) -> Tally:
-    """Count the tokens of a dataset, or of about a share of its samples, from its shards. A share below 1, or a dataset
-    of at most 2^25 tokens, is read in this process, whatever `workers` is. rows: indices of the rows to count, by part;
-    None for all.
-    """
+    """Count the tokens of a dataset, or of about a share of its samples, from its shards. A share below 1, or at most
+    2^25 tokens, is read in this process, whatever `workers` is. rows: indices of the rows to count, by part; None for
+    all."""
     entries = dataset.manifest.shards
     total = sum(entry.tokens for entry in entries)
     workers = workers if share >= 1 and total > 2**25 else 1
@@ -442,9 +426,8 @@ def _count_shard(
 
 
 def _slices(batch: BatchColumns, bucket: int, share: float, stretches: int) -> Iterator[BatchColumns]:
-    """Yield views of a record batch of at most SLICE_TOKENS positions. With a share below 1, the batch is divided into
-    `stretches` ranges, and the slices are the first samples of each, at least one. bucket: padded length of a sample.
-    """
+    """Yield views of a record batch of at most SLICE_TOKENS positions. With a share below 1, they are the first samples
+    of `stretches` ranges, at least one of each. bucket: padded length of a sample."""
     number = num_rows(batch)
     step = max(1, SLICE_TOKENS // bucket) if share >= 1 else max(1, -(-number // stretches))
     for begin in range(0, number, step):

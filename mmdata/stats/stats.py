@@ -1,8 +1,8 @@
 """Measure a jsonl file or a packed dataset. The results are plain dictionaries for the terminal, JSON and HTML reports.
 
-The counts of a dataset that `mm pack` has stored (in stats.json and the manifest) are taken from there. Its tokens are
-counted in its shards. Its texts are read from its inputs or, if one of them is missing or has changed, decoded from its
-shards. A jsonl file is read once, at about 15 MB per second and core.
+What `mm pack` stored of a dataset (in stats.json and the manifest) is taken from there, tokens are counted in its
+shards, and texts read from its inputs or, if one is missing or has changed, decoded from its shards. A jsonl file is
+read once, at about 15 MB per second and core.
 """
 
 import itertools
@@ -63,11 +63,10 @@ QUICK_PARTS = 3  # about as many parts have their rows shown then
 
 @dataclass(slots=True)
 class Measured:
-    """The result of measuring a file or dataset. path: the file, or the directory of the dataset. figures: the numbers
-    and warnings of the report. samples: records of the rows that the report shows (`samples.records`). rows: a sample of the
-    rows and their columns (`samples.row_frame`). tokenizer: its directory and hash, if tokens were counted. hashes: uint64
-    [rows], the hash of each row's roles and texts; empty if not all texts were read.
-    """
+    """The result of measuring a file or dataset. path: of the file or directory. figures: numbers and warnings of the
+    report. samples: records of the rows that it shows (`samples.records`). rows: a sample of the rows and their columns
+    (`samples.row_frame`). tokenizer: its directory and hash, if tokens were counted. hashes: uint64 [rows], of each
+    row's roles and texts; empty if not all texts were read."""
 
     path: Path
     figures: Figures
@@ -78,9 +77,8 @@ class Measured:
 
 
 def dataset_stats(dataset: Dataset) -> Figures:
-    """Return the figures that `mm pack` wrote to stats.json, and the dataset's "path". DatasetError if the file is
-    missing or its size differs from the manifest.
-    """
+    """Return the figures in a dataset's stats.json, and its "path". DatasetError if the file is missing or not as in
+    the manifest."""
     path = dataset.dir / "stats.json"
     entry = next(file for file in dataset.manifest.files if file.path == "stats.json")
     check_size(path, entry.bytes, dataset.dir)
@@ -104,11 +102,10 @@ def measure_file(
     """Measure a jsonl file: everything that its report shows. InputError if the file has no valid row, UsageError if
     `where` is not a condition.
 
-    tokenizer_dir: None to count no tokens. is_exact: False counts the tokens of a large file in a sample of its rows,
-    extrapolated to all rows by the number of characters; `figures["sample"]` then has the size of the sample. losses:
-    of rows, as `figures.read_losses` returns them; the rows of highest loss are shown. where: a condition on the columns
-    of rows (docs/frames.md); rows for which it does not hold are counted as left out. progress: called with the bytes
-    read and the size of the file.
+    tokenizer_dir: None to count no tokens. is_exact: False counts the tokens of a large file in a sample of its rows
+    (its size: `figures["sample"]`), extrapolated by the number of characters. losses: from `figures.read_losses`; the
+    rows of highest loss are shown. where: a condition on the columns of rows (docs/frames.md), else counted as left
+    out. progress: called with the bytes read and the size of the file.
     """
     kind = find_kind(path, read=read)
     options = ScanOptions(kind, tokenizer_dir, is_exact, _highest(losses), read=read)
@@ -287,8 +284,8 @@ def _packed_figures(dataset: Dataset, is_quick: bool) -> Figures:
 def _scan_inputs(
     dataset: Dataset, rows: Mapping[int, np.ndarray], workers: int, wanted: Losses, progress: Progress
 ) -> list[PartScan]:
-    """Count the rows of the inputs, except those left out. Return none if an input is missing or has changed. rows: indices of the packed rows to
-    count, by part."""
+    """Count the rows of the inputs, except those left out; none if an input is missing or has changed. rows: indices of
+    the packed rows to count, by part."""
     paths = [path for path in _inputs(dataset) if path]
     if len(paths) < len(dataset.inputs):
         return []
@@ -322,9 +319,8 @@ def _rejected_rows(dataset: Dataset, part: PartRecord) -> Iterator[Figures]:
 
 
 def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
-    """Return records of the first NUM_EXAMPLES rows that packing left out for each reason: file, line, detail (what was
-    found) and raw (the beginning of the line).
-    """
+    """Return records of the first NUM_EXAMPLES rows that packing left out for each reason: file, line, detail and raw
+    (the beginning of the line)."""
     examples: dict[str, list[Figures]] = {}
     missing = {reason for part in dataset.manifest.parts for reason in part.left_out}
     for part in dataset.manifest.parts:
@@ -351,8 +347,7 @@ def _line_duplicates(dataset: Dataset) -> Figures:
 
 def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
     """Return figures of each input: rows, tokens, bytes and, if its texts were read, languages and exact duplicates.
-    scans: the scans of all rows, or empty if only a sample of the texts was read.
-    """
+    scans: of all rows, or empty."""
     file_of = {}
     for part in dataset.manifest.parts:
         if part.kept:
@@ -427,9 +422,8 @@ def _chosen(scans: Sequence[PartScan], num_random: int = NUM_RANDOM) -> list[Sam
 
 
 def contained(measured: Sequence[Measured]) -> list[Figures]:
-    """Return a warning for each path that has at least 1 % of its rows (equal roles and texts) in common with another
-    path; "exact" is the share of the path's rows. Paths whose rows have no hashes are not compared.
-    """
+    """Return a warning for each path that has at least 1 % of its rows (equal roles and texts), the share "exact", in
+    common with another path. Paths without hashes are not compared."""
     shared = []
     for one, other in itertools.permutations(measured, 2):
         if len(one.hashes) and len(other.hashes):

@@ -22,14 +22,11 @@ MOST_PENDING = 64  # frames of counted strings that may wait before equal string
 
 
 class Tally:
-    """What was measured of a set of rows, such as one part of a file.
-
-    sums: totals by name, such as the number of rows. counters: small counters by name, such as the number of rows left
-    out, by reason. arrays: int64 arrays by name, to which `add` adds. frames: by name, frames of equal columns in the
-    order of the rows. strings: by figure, frames of strings and their counts. examples: by reason, records of the first
-    NUM_EXAMPLES rows that were left out. missed: for each figure of strings, an upper bound of how much too small the
-    count of a string may be because of `trim`.
-    """
+    """What was measured of a set of rows, such as one part of a file. sums: totals by name. counters: small counters by
+    name, such as rows left out by reason. arrays: int64 arrays by name, to which `add` adds. frames: by name, frames of
+    equal columns in the order of the rows. strings: by figure, frames of strings and their counts. examples: by reason,
+    records of the first NUM_EXAMPLES rows left out. missed: for each figure of strings, an upper bound of how much too
+    small counts may be because of `trim`."""
 
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
@@ -67,8 +64,7 @@ class Tally:
 
     def trim(self) -> None:
         """Join the frames, and drop all but the NUM_STRINGS most frequent strings of each figure, to bound what is sent
-        to another process. The count of the most frequent string dropped is added to `missed[figure]`.
-        """
+        to another process. The largest count dropped is added to `missed[figure]`."""
         for figure in self.strings:
             counts = self.counted(figure)
             if len(counts) > NUM_STRINGS:
@@ -109,10 +105,8 @@ def counts_of(values: pl.Series) -> pl.DataFrame:
 
 
 def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lengths in `counts` (int64, ascending) and how often each occurs (int64). Lengths below EXACT_BELOW
-    are exact. Longer ones are rounded down to a multiple of a power of two that is less than 1/512 of the length.
-    counts: a frame with the columns value (a length) and count.
-    """
+    """Return the lengths in `counts`, a frame of value and count (int64, ascending), and how often each occurs (int64).
+    From EXACT_BELOW on they are rounded down to a multiple of a power of two that is less than 1/512 of the length."""
     octaves = (pl.col("value").clip(1) / EXACT_BELOW).log(2).ceil().cast(pl.Int64)
     step = pl.lit(2, pl.Int64).pow((octaves + 6).clip(0))
     rounded = pl.when(pl.col("value") < EXACT_BELOW).then("value").otherwise(pl.col("value") // step * step)
@@ -121,23 +115,19 @@ def rounded_lengths(counts: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lengths_by(frame: pl.DataFrame, key: str, value: str, order: Iterable[Any] = ()) -> Figures:
-    """Return the `length_figures` of the column `value` for each `key` other than null: first the keys in `order`, then
-    the others as they first occur.
-    """
+    """Return the `length_figures` of `value` for each `key` other than null: first the keys in `order`, then others as
+    they occur."""
     groups = frame.select(key, value).drop_nulls().partition_by(key, as_dict=True, maintain_order=True)
     found = {of[0]: group[value] for of, group in groups.items()}
     return {str(key): length_figures(counts_of(found[key])) for key in dict.fromkeys([*order, *found]) if key in found}
 
 
 def length_figures(counts: pl.DataFrame) -> Figures | None:
-    """Compute the statistics and the histogram of a distribution of lengths; None if `counts` is empty. counts: a frame
-    with the columns value (a length) and count.
-
-    The result has the keys count (of all items), total (sum of the lengths), mean, shortest, p50, p90, p99, longest,
-    edges and counts. Percentile pq is the smallest length such that at least q % of the items are not longer. counts[i]
-    is the number of lengths with edges[i] <= length < edges[i + 1]. Percentiles and histogram are computed from
-    `rounded_lengths`, the others exactly.
-    """
+    """Compute the statistics and the histogram of lengths; None if `counts` is empty. counts: a frame of value (a
+    length) and count. The result has the keys count (of all items), total (sum of the lengths), mean, shortest, p50,
+    p90, p99, longest, edges and counts. Percentile pq is the smallest length such that at least q % of the items are
+    not longer. counts[i] lengths are in edges[i] <= length < edges[i + 1]. Percentiles and histogram are of
+    `rounded_lengths`, the others exact."""
     if counts.is_empty():
         return None
     total = int((counts["value"] * counts["count"]).sum())

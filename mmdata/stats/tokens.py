@@ -25,14 +25,11 @@ _CONTINUES = 255  # in place of a script: no character begins in the token
 
 
 class Vocabulary:
-    """A tokenizer with properties of each of its V ids, as arrays and lists indexed by id. size: V. control: bool [V],
-    whether the id is a control token (a special token that only chat templates write). pieces: for each id the bytes of
-    its text, empty for control tokens and unused ids. bytes, characters: int64 [V], the number of bytes, and of
-    characters whose first byte is in the token. scripts: uint8 [V], an index into `text.SCRIPTS`, or 255 if no
-    character begins in the token.
-
-    It is pickled as the tokenizer's directory and loaded again in the other process.
-    """
+    """A tokenizer with properties of each of its V ids, by id. size: V. control: bool [V], special tokens that only
+    chat templates write. pieces: the bytes of each text, empty for control tokens and unused ids. bytes, characters:
+    int64 [V], the number of bytes, and of characters whose first byte is in the token. scripts: uint8 [V], an index
+    into `text.SCRIPTS`, or 255 if no character begins in the token. It is pickled as the tokenizer's directory and
+    loaded again in the other process."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -55,22 +52,19 @@ class Vocabulary:
 
     def _names_of(self, role: str) -> list[tuple[list[int], bool]]:
         """Return the ids that can follow a message's first control token to name `role`, as (ids, needs_end).
-        needs_end: whether the token after `ids` must begin with a newline; False for the sequence, if the tokenizer has
-        one, in which the newline is merged into the tokens of the name.
-        """
+        needs_end: a token that begins with a newline must follow; False where the newline is merged into the tokens of
+        the name."""
         alone, line = (self.tokenizer.encode_batch([text])[0].tolist() for text in (role, f"{role}\n"))
         return [(alone, True)] + ([(line, False)] if line[: len(alone)] != alone else [])
 
     def text(self, id: int) -> str:
-        """Return the text of an id for display: a control token's name; "" if unused; U+FFFD for bytes of incomplete
-        characters.
-        """
+        """Return the text of an id for display: a control token's name; "" if unused; U+FFFD for incomplete
+        characters."""
         return self.pieces[id].decode("utf-8", errors="replace") or self.tokenizer.native.id_to_token(id) or ""
 
     def roles(self, ids: np.ndarray, opens: np.ndarray) -> np.ndarray:
-        """Return the role of the message that each of N control tokens begins: int64 [N], indices into MESSAGE_ROLES; -1 where
-        no role name follows, for example at the end of a message. opens: the positions of the control tokens in `ids`.
-        """
+        """Return the role of the message that each of N control tokens begins: int64 [N], indices into MESSAGE_ROLES;
+        -1 if no role name follows. opens: positions of the control tokens in `ids`."""
         roles = np.full(len(opens), -1)
         for number, names in enumerate(self._names):
             for name, needs_end in names:
@@ -83,9 +77,8 @@ class Vocabulary:
         return roles
 
     def header(self, ids: Sequence[int], at: int) -> tuple[str, int] | None:
-        """Return the role of the message that begins at position `at`, and the position of the first token of its text;
-        None if `ids[at]` is not a control token or no role name follows it.
-        """
+        """Return the role of the message that begins at position `at`, and where its text begins; None if it is no
+        control token or no role name follows."""
         if not self.control[ids[at]]:
             return None
         for role, names in zip(MESSAGE_ROLES, self._names, strict=True):
@@ -108,10 +101,9 @@ def token_pieces(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
-    """Return the script of each token, uint8 [V]: an index into `text.SCRIPTS`. It is the script of most of the token's
-    characters, where spaces count only if there is nothing else. For a token without a complete character it is guessed
-    from the first byte that begins a character, and is _CONTINUES if there is no such byte.
-    """
+    """Return the script of each token, uint8 [V]: an index into `text.SCRIPTS`, of most of its characters, spaces only
+    if there is nothing else. Without a complete character it is guessed from the first byte that begins one, else
+    _CONTINUES."""
     whole = [piece.decode("utf-8", errors="ignore") for piece in pieces]
     lengths = np.fromiter(map(len, whole), np.int64, len(whole))
     counts = count_scripts(scripts_of(code_points("".join(whole))), lengths)
@@ -128,12 +120,10 @@ def _scripts(pieces: Sequence[bytes]) -> np.ndarray:
 
 
 def count_tokens(tally: Tally, sequences: Sequences, vocabulary: Vocabulary) -> None:
-    """Count the tokens of sequences or pairs in `tally`: the frame "sequences" (tokens; of pairs also prompt, chosen and
-    rejected), the share of trained tokens of each sequence, ids, scripts, and, except for pairs, the frame "messages"
-    (role, turn, tokens). The length of a pair is that of its longer side, prompt included. The shares of trained tokens
-    are those of both sides, each with its prompt. In the total of tokens and in the counts by id and script, the prompt
-    of a pair is counted once.
-    """
+    """Count the tokens of sequences or pairs in `tally`: the frame "sequences" (tokens; of pairs also prompt, chosen
+    and rejected), the share of trained tokens of each sequence, ids, scripts, and, except for pairs, the frame
+    "messages" (role, turn, tokens). The length of a pair is that of its longer side, prompt included; shares of trained
+    tokens are of both sides with the prompt, which counts once in the total and by id and script."""
     parts: dict[str, np.ndarray] = {}
     lengths, trained = sequences.lengths, sequences.num_loss
     if sequences.is_pairs:
@@ -158,9 +148,8 @@ def count_tokens(tally: Tally, sequences: Sequences, vocabulary: Vocabulary) -> 
 
 
 def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Add the tokens, characters and bytes of each script to the array "token scripts", int64 [scripts + 1, 3], whose
-    last row is that of control tokens.
-    """
+    """Add the tokens, characters and bytes of each script to the array "token scripts", int64 [scripts + 1, 3], last
+    those of control tokens."""
     scripts = vocabulary.scripts[ids]
     scripts[vocabulary.control[ids]] = len(SCRIPTS)
     begins = np.flatnonzero(scripts != _CONTINUES)
@@ -174,9 +163,8 @@ def _count_scripts(tally: Tally, ids: np.ndarray, vocabulary: Vocabulary) -> Non
 
 
 def _count_messages(tally: Tally, sequences: Sequences, vocabulary: Vocabulary) -> None:
-    """Count the tokens of each message. A message extends from the control token that begins it to the next such one,
-    or to the end of the sequence, and so includes tokens that the chat template adds.
-    """
+    """Count the tokens of each message, from the control token that begins it to the next such one or the end of the
+    sequence, with what the chat template adds."""
     ends = np.cumsum(sequences.lengths)
     opens = np.flatnonzero(vocabulary.control[sequences.ids])
     roles = vocabulary.roles(sequences.ids, opens)
@@ -191,9 +179,8 @@ def _count_messages(tally: Tally, sequences: Sequences, vocabulary: Vocabulary) 
 
 
 def with_turns(texts: pl.DataFrame, row: str) -> pl.DataFrame:
-    """Add the column turn: the number of an answer (role "assistant") in its row, from 1, at most NUM_TURNS; null for
-    other roles. row: the column that numbers the rows.
-    """
+    """Add the column turn: the number of an answer (role "assistant") in its row, from 1, at most NUM_TURNS; else null.
+    row: the column that numbers the rows."""
     is_answer = pl.col("role") == "assistant"
     turn = is_answer.cast(pl.UInt32).cum_sum().over(row).clip(upper_bound=NUM_TURNS)
     return texts.with_columns(turn=pl.when(is_answer).then(turn).cast(pl.UInt8))

@@ -39,9 +39,8 @@ def _two_names(one: Measured, other: Measured) -> tuple[Phrase, Phrase]:
 
 
 def comparable(figures: Figures) -> dict[str, float]:
-    """Return the figures of a dataset that can be compared with those of another, by English phrase: counts are
-    integers; shares (0 to 1) and means are floats. Figures that were not measured are missing.
-    """
+    """Return the figures of a dataset that can be compared with another's, as far as measured, by English phrase:
+    counts are integers; shares (0 to 1) and means are floats."""
     values: dict[str, float] = {"rows": figures["kept"], "left out": sum(figures["left_out"].values())}
     if "tokens" in figures:
         values |= {"tokens": figures["tokens"], "trained tokens": figures["loss_tokens"]}
@@ -78,10 +77,9 @@ def comparable(figures: Figures) -> dict[str, float]:
 
 
 def differences(one: Figures, other: Figures) -> list[dict[str, Any]]:
-    """Return [{"figure", "one", "other", "change", "differs"}] for all figures of either dataset. "change" is other /
-    one - 1, or None if a value is missing or the first is 0. "differs" is True if the values differ by more than 10 %
-    of the larger one (shares: by more than 0.02), or if one is missing.
-    """
+    """Return [{"figure", "one", "other", "change", "differs"}] for all figures of either dataset. "change": other / one
+    - 1, or None if a value is missing or the first is 0. "differs": by more than 10 % of the larger one (shares: by
+    more than 0.02), or one is missing."""
     left, right = comparable(one), comparable(other)
     compared = []
     for figure in dict.fromkeys([*left, *right]):
@@ -120,9 +118,8 @@ def _value(figure: str, value: float | None) -> str | None:
 
 
 def _change(compared: Figures) -> Phrase:
-    """Format a difference: in percentage points for shares, otherwise in percent; "=" for equal values, "new" if the
-    first is 0, and empty if a value is missing.
-    """
+    """Format a difference: in percentage points for shares, else in percent; "=" for equal values, "new" if the first
+    is 0, empty if one is missing."""
     one, other = compared["one"], compared["other"]
     if one is None or other is None:
         return as_name("")

@@ -51,9 +51,8 @@ Figures = Mapping[str, Any]
 def dataset_page(
     measured: Sequence[Measured], *, lang: str = "en", others: Sequence[Any] = (), command: str = ""
 ) -> str:
-    """Return the HTML page on one or several datasets or files. lang: "en" or "zh". others: warnings on all of them
-    together (`stats.contained`); used if there are several. command: how the page was made.
-    """
+    """Return the HTML page on datasets or files. lang: "en" or "zh". others: warnings on several together
+    (`stats.contained`). command: how the page was made."""
     made = how_made(measured, command)
     if len(measured) == 1:
         one = measured[0]
@@ -83,9 +82,8 @@ def _subtitle(figures: Figures) -> Phrase:
 
 
 def folded(number: int, measured: Measured) -> Section:
-    """Return one section with all sections on a path, each hidden until opened. number: makes its id unique on the
-    page.
-    """
+    """Return a section with all sections on a path, each hidden until opened. number: makes its id unique on the
+    page."""
     blocks = [Fold(section.title, section.blocks) for section in sections_of(measured)]
     return Section(f"data-{number}", name_of(measured), [Note(_subtitle(measured.figures)), *blocks])
 
@@ -128,19 +126,16 @@ def sections_of(measured: Measured) -> Iterator[Section]:
 
 
 def shares(title: str, counts: Mapping[str, int], *, unit: str = "rows", total: int = 0, caption: str = "") -> Table:
-    """Return a table of counts with their shares, as numbers and as bars. title: the heading of the column of keys.
-    unit: the heading of the counts. total: what the shares are of; 0: the sum of the counts. caption: the table's
-    title.
-    """
+    """Return a table of counts with their shares, as numbers and as bars. title, unit: headings of keys and counts.
+    total: what the shares are of; 0: the sum of the counts. caption: the table's title."""
     total = max(1, total or sum(counts.values()))
     columns = [Column(title, "word"), Column(unit, "count"), Column("share", "share"), Column("", "bar")]
     return Table(columns, [(key, count, count / total, count / total) for key, count in counts.items()], caption)
 
 
 def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = "", *, bar: bool = False) -> Table:
-    """Return a table of [{"text", "count"}], not empty, the most frequent first. unit: the heading of the counts.
-    first: the heading of the strings. bar: whether to draw the counts as bars, too.
-    """
+    """Return a table of [{"text", "count"}], not empty, the most frequent first. unit, first: headings of counts and
+    strings. bar: whether to draw the counts as bars, too."""
     columns = [Column(first, "code"), Column(unit, "count"), *([Column("", "bar")] if bar else [])]
     rows = [(item["text"], item["count"], item["count"] / items[0]["count"])[: len(columns)] for item in items]
     return Table(columns, rows, title, wrap=True)
@@ -338,9 +333,8 @@ def _named_lengths(groups: Figures) -> Iterator[tuple[page.Text, Figures]]:
 
 
 def _length_table(lengths: Figures) -> Table:
-    """Return the histogram of sequence lengths from `mm pack` (`mmdata.pack.summary.length_figures`) as a table, with
-    the share of all tokens in each bin. Each bin contains the lengths up to and including its "up_to".
-    """
+    """Return the histogram of `mmdata.pack.summary.length_figures` as a table, with each bin's share of all tokens.
+    Bins contain the lengths up to their "up_to"."""
     bins = lengths["histogram"]
     most, low, rows = max([1, *(each["sequences"] for each in bins)]), 1, []
     for each in bins:
@@ -365,9 +359,8 @@ def _unit_of(title: str) -> str:
 def overlaid(
     title: str, series: Mapping[str, Figures] | Sequence[tuple[page.Text, Figures]], *, marks: Sequence[float] = ()
 ) -> Plot:
-    """Return a plot of several histograms (`tally.length_figures` by name; empty ones are omitted) over the union of
-    their edges, each normalized to shares of its own count. marks: lengths at which vertical lines are drawn.
-    """
+    """Return a plot of several histograms (`tally.length_figures` by name; empty ones are omitted) over all their
+    edges, each in shares of its own count. marks: lengths at which vertical lines are drawn."""
     pairs = [(as_name(key), each) for key, each in series.items()] if isinstance(series, Mapping) else list(series)
     pairs = [(label, each) for label, each in pairs if each]
     edges = sorted({edge for _, each in pairs for edge in each["edges"]})
@@ -381,9 +374,8 @@ def overlaid(
 
 
 def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int) -> Plot:
-    """Return a histogram of shares. counts: how many items fall into each of len(counts) equal bins from 0 to 100 %.
-    unit: what is counted. num_ticks: the number of equal steps between the labels of the x axis.
-    """
+    """Return a histogram of shares. counts: of items in each of len(counts) equal bins from 0 to 100 %. unit: what is
+    counted. num_ticks: steps between labels of the x axis."""
     edges = [i / len(counts) for i in range(len(counts) + 1)]
     ticks = [(i / num_ticks, f"{100 * i // num_ticks} %") for i in range(num_ticks + 1)]
     return Plot(title, page.bars(edges, [(unit, counts)], ticks=ticks, unit=unit, x="share"), in_terminal=True)
@@ -431,8 +423,7 @@ def _packing(figures: Figures) -> Iterator[Block]:
 
 
 def _models(figures: Figures) -> Iterator[Block]:
-    """Yield the table of known models: parameters with this vocabulary, and tokens per parameter. Only documents have
-    it."""
+    """Yield, for documents, the table of known models: parameters with this vocabulary, and tokens per parameter."""
     if models := figures.get("models"):
         columns = [Column("model", "code"), Column("parameters", "count"), Column("tokens per parameter", "decimal2")]
         rows = [(name, each["parameters"], each["tokens_per_parameter"]) for name, each in models.items()]

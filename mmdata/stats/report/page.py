@@ -1,10 +1,10 @@
 """Building blocks of a report, and the HTML page that shows them. This module imports nothing else of the project.
 
-A report is a list of sections, and a section is a list of blocks: tables with typed columns, cards, plots, notes.
-Blocks contain figures and English phrases. `render` writes them as one HTML file, translated, with jinja2 (autoescape
-on). Style sheet, script and plotting library (uPlot, MIT license, in assets/) are part of the file, and its content
-security policy forbids network requests, except to its own server for a page that refreshes itself.
-`mmdata.commands.terminal.print_sections` prints the same blocks in the terminal.
+A report is a list of sections, and a section is a list of blocks: tables with typed columns, cards, plots, notes, of
+figures and English phrases. `render` writes them as one HTML file, translated, with jinja2 (autoescape on), style
+sheet, script and plotting library (uPlot, MIT license, in assets/), whose content security policy forbids network
+requests, except to its own server for a page that refreshes itself. `mmdata.commands.terminal.print_sections` prints
+the same blocks.
 """
 
 import itertools
@@ -29,13 +29,10 @@ _FOR_SCRIPT = (  # phrases that page.js uses; the page contains their translatio
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """An English phrase with placeholders, such as {rows}, which is translated when the page is written.
-
-    values: the value of each placeholder. Phrases among them are translated, and so are strings that are in the table
-    of translations. is_name: whether the text may come from the data. Such a text is shown as it is if it has no
-    translation; any other phrase must have one. key: the key of a name in the table of translations, if not the text
-    itself.
-    """
+    """An English phrase with placeholders, such as {rows}, which is translated when the page is written. values: of the
+    placeholders; phrases and strings in the table of translations are translated too. is_name: the text may come from
+    the data and is shown as it is without a translation, which any other phrase must have. key: of a name in the table
+    of translations, if not the text itself."""
 
     text: str
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +50,7 @@ def phrase(text: str, /, **values: Any) -> Phrase:
 
 def as_name(text: object, key: str = "") -> Phrase:
     """Return text from the data, such as a path or a role, as a `Phrase` that is translated only if the table of
-    translations has it, for example a language. key: the key to look up instead of the text.
-    """
+    translations has it. key: what to look up instead of the text."""
     return Phrase(str(text), is_name=True, key=key)
 
 
@@ -74,9 +70,8 @@ class Translation:
         self.explained: dict[str, str] = {}  # terms that `tip` was asked for, in the language of the page
 
     def __call__(self, text: Text) -> str:
-        """Return the translation of a text, or of a string as an English phrase, with its placeholders filled in.
-        KeyError if a phrase that is not a name has no translation.
-        """
+        """Return the translation of a text, a string as an English phrase, with its placeholders filled in. KeyError if
+        a phrase that is no name has none."""
         if isinstance(text, str):
             text = Phrase(text)
         if text.is_name or self.lang == "en" or not text.text:
@@ -186,9 +181,8 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; a row has one value per column. wrap: whether lines of the first column may be broken inside words.
-    marked: indices of the rows to highlight.
-    """
+    """A table; a row has one value per column. wrap: lines of the first column may be broken inside words. marked: rows
+    to highlight."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
@@ -242,9 +236,8 @@ class Strings:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot with a title and a note below it. spec: a JSON object for page.js, see docs/reports.md; phrases in it are
-    translated. in_terminal: whether the terminal prints it as a table of bars; only for a histogram of one series.
-    """
+    """A plot with a title and a note below it. spec: a JSON object for page.js, with phrases to translate, see
+    docs/reports.md. in_terminal: the terminal prints it as a table of bars; only for a histogram of one series."""
 
     title: Text
     spec: PlotSpec
@@ -252,9 +245,7 @@ class Plot:
     in_terminal: bool = False
 
     def as_table(self) -> Table:
-        """Return a histogram as a table: a row and a bar per non-empty bin. ValueError if it has not exactly one
-        series.
-        """
+        """Return a histogram as a table: a row and a bar per non-empty bin. ValueError unless it has one series."""
         (series,), edges = self.spec["series"], self.spec["edges"]
         is_share = isinstance(edges[1], float)
         ends = [f"{100 * edge:.0f} %" if is_share else f"{edge:,}" for edge in edges]
@@ -326,13 +317,10 @@ def bars(
     is_share: bool = False,
     names: Sequence[str] | None = None,
 ) -> PlotSpec:
-    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide.
-
-    edges: N + 1 ascending bin edges. series: (name, values) of each; number i of the N values belongs to the bin
-    between edges i and i + 1. ticks: (edge, label) on the x axis, by default at powers of two. marks: positions of
-    vertical lines; those outside the edges are omitted. unit: what the values count. x: what the edges are. is_share: whether the values are
-    shares from 0 to 1, not counts. names: the names of the bins, if the edges do not describe them.
-    """
+    """Return the spec of a histogram for `Plot`. All bins are drawn equally wide. edges: N + 1 ascending bin edges.
+    series: (name, N values) of each. ticks: (edge, label) on the x axis, by default at powers of two. marks: positions
+    of vertical lines; those outside the edges are omitted. unit: what the values count. x: what the edges are.
+    is_share: values are shares from 0 to 1. names: of the bins, if the edges do not describe them."""
     return {
         "kind": "bars",
         "edges": list(edges),
@@ -369,9 +357,8 @@ def asset(file: str) -> str:
 
 def script_json(value: Any, translation: Translation | None = None) -> str:
     """Return a value as JSON for a `<script>` element, with <, >, & and line separators escaped, so that no string in
-    it can end the element or begin a comment. translation: for the phrases in the value; without it they raise
-    TypeError. ValueError for NaN and infinity.
-    """
+    it can end the element or begin a comment. translation: for phrases in the value, else a TypeError. ValueError for
+    NaN and infinity."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=translation)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -380,9 +367,7 @@ def script_json(value: Any, translation: Translation | None = None) -> str:
 
 @cache
 def _template(file: str) -> Any:
-    """Load a jinja2 template from templates/. All values are escaped, except those that the template marks as safe:
-    assets and the output of `script_json`.
-    """
+    """Load a jinja2 template from templates/. All values are escaped, except assets and the output of `script_json`."""
     import jinja2
 
     directory = str(files("mmdata.stats.report").joinpath("templates"))
@@ -410,11 +395,10 @@ def render(
     axes: Mapping[str, Text] | None = None,
     made: Sequence[Text] = (),
 ) -> str:
-    """Return the report as the text of one HTML file. KeyError if a phrase has no translation. lang: "en" or "zh". made:
-    lines at its end about how it was made.
-    refresh_s: the page requests a newer version of itself from its server every so many seconds; None: never. axes: the
-    x axes among which the reader can choose for line plots: the key of each in the plots' specs, and its label.
-    """
+    """Return the report as the text of one HTML file. KeyError if a phrase has no translation. lang: "en" or "zh".
+    made: lines at its end about how it was made. refresh_s: the page requests a newer version of itself every so many
+    seconds; None: never. axes: the x axes to choose among for line plots: the key of each in the plots' specs, and its
+    label."""
     translation = Translation(lang)
     return _template("page.html").render(
         title=title, subtitle=subtitle, sections=sections, t=translation, refresh_s=refresh_s, axes=axes or {}, made=made,

@@ -9,9 +9,8 @@ from mmdata.tokenizer.toolkit.evaluate import Evaluation, TokenizerFigures
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Return the ends of these paths ("/" between parts), as short as possible but long enough that different paths
-    have different ends. All have the same number of parts, or fewer if the path has fewer.
-    """
+    """Return the ends of these paths ("/" between parts), as short as lets different paths have different ends, all
+    with the same number of parts, or fewer if the path has fewer."""
     parts = [name.rstrip("/").split("/") for name in names]
     for depth in range(1, max(map(len, parts)) + 1):
         short = ["/".join(each[-depth:]) for each in parts]
@@ -21,9 +20,8 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def tables(figures: Evaluation) -> list[Table]:
-    """Return the five tables of the report: bytes per token by language and by file, characters per token by language,
-    use of the vocabulary with round trips and speed, and what each tokenizer means for a model.
-    """
+    """Return the tables of the report: bytes per token by language and by file, characters per token by language, use
+    of the vocabulary with round trips and speed, and what each tokenizer means for a model."""
     each = figures.tokenizers
     rows_by_title = {
         "bytes per token, by language": _rate_rows(each, "by_language", "bytes_per_token"),
@@ -40,9 +38,8 @@ def tables(figures: Evaluation) -> list[Table]:
 
 
 def _rate_rows(each: Sequence[TokenizerFigures], group: str, rate: str) -> list[list[Any]]:
-    """Return one row per language or file, with the rate of each tokenizer, and a last row for all text. group:
-    "by_language" or "by_file". rate: a field of `Rates`, such as "bytes_per_token".
-    """
+    """Return a row per language or file, with the rate of each tokenizer, and a last row for all text. group:
+    "by_language" or "by_file". rate: a field of `Rates`."""
     groups = [getattr(one, group) for one in each]
     kinds = list(groups[0])
     labels = kinds if group == "by_language" else short_names(kinds)
@@ -75,8 +72,7 @@ _USE: dict[str, Callable[[TokenizerFigures], str]] = {
 
 def _model_rows(each: Sequence[TokenizerFigures], step_tokens: int) -> Iterator[list[Any]]:
     """Yield table rows: tokens and optimizer steps (of `step_tokens` tokens) per gigabyte of text, compute relative to
-    the tokenizer with the fewest tokens, and, for each model preset, its parameters and the embedding's share of them.
-    """
+    the tokenizer with the fewest tokens, and each model preset's parameters and the embedding's share of them."""
     least = min(one.tokens_per_gigabyte for one in each)
     yield ["tokens of a GB of text", *(f"{one.tokens_per_gigabyte / 1e6:,.0f} M" for one in each)]
     steps = phrase("steps per epoch of a GB ({tokens} tokens each)", tokens=f"{step_tokens:,}")
@@ -117,9 +113,8 @@ def sections(figures: Evaluation) -> Iterator[Section]:
 
 
 def _lists(label: Text, one: TokenizerFigures) -> Iterator[Block]:
-    """Yield tables of a tokenizer's longest tokens, tokens that never occur in the text, and texts changed by encoding
-    and decoding (a round trip); empty tables are omitted. label: the name of the tokenizer.
-    """
+    """Yield tables, unless empty, of a tokenizer's longest tokens, tokens that never occur in the text, and texts
+    changed by a round trip. label: name of the tokenizer."""
     token = Column("token", "code")
     columns = [token, Column("id", "count"), Column("bytes", "count"), Column("times", "count")]
     for title, tokens in (("longest tokens", one.longest_tokens), ("never in this text", one.glitch_prone_tokens)):
