@@ -367,13 +367,12 @@ def test_a_flipped_byte_is_refused_with_its_shard_and_the_repair_command(
 ) -> None:
     shutil.copytree(datasets["document"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
-    dataset.check_bytes()
     shard = dataset.manifest.shards[1].path
     content = bytearray((tmp_path / "copy" / shard).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "copy" / shard).write_bytes(content)
     with pytest.raises(DatasetError, match=shard) as caught:
-        open_dataset(tmp_path / "copy").check_bytes()
+        open_dataset(tmp_path / "copy")
     assert caught.value.fix == f"mm verify {tmp_path / 'copy'} --repair"
 
 
@@ -385,13 +384,12 @@ def test_bytes_are_read_once_for_each_state_of_a_file(
     monkeypatch.setattr(checksums, "sha256_of", lambda path: (read.append(path), real(path))[1])
     shutil.copytree(datasets["pair"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
-    dataset.check_bytes()
-    assert len(read) == len(dataset.manifest.shards)
-    dataset.check_bytes()
-    assert len(read) == len(dataset.manifest.shards)
+    assert len(read) == len(dataset.manifest.all_files)
+    open_dataset(tmp_path / "copy")
+    assert len(read) == len(dataset.manifest.all_files)
     (tmp_path / "copy" / dataset.manifest.shards[0].path).touch()
-    dataset.check_bytes()
-    assert len(read) == len(dataset.manifest.shards) + 1
+    open_dataset(tmp_path / "copy")
+    assert len(read) == len(dataset.manifest.all_files) + 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer"])

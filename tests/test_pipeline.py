@@ -255,10 +255,10 @@ def test_without_a_val_fraction_all_rows_are_for_training(tmp_path: Path, pack_t
 def test_packing_again_does_nothing(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "document", 30)
     first = pack_to(path)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("[!.]*")}
     again = pack_to(path, workers=2)
     assert not first.up_to_date and again.up_to_date and again.digest == first.digest
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("[!.]*")}
 
 
 @pytest.mark.parametrize("change", ["input", "argument", "damage"])

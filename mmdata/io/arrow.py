@@ -143,19 +143,26 @@ def take(columns: Sequence[Ragged], rows: Sequence[np.ndarray]) -> Ragged:
     return ragged(np.concatenate(values), ends - begins)
 
 
-def read_arrow(path: Path) -> ArrowFile:
-    """Map an Arrow file to memory; values are not checked. Raises ValueError if it is empty, not Arrow or has nulls."""
+def read_arrow(path: Path, *, is_checked: bool = False) -> ArrowFile:
+    """Map an Arrow file to memory. Raises ValueError if it is empty, not Arrow, has nulls or columns of other types than
+    `write_arrow` writes. is_checked: also check all offsets, without which reading a damaged file may fail later."""
     import pyarrow as pa
 
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError when empty
     if mapped[: len(MAGIC)] != MAGIC or mapped[-len(MAGIC) :] != MAGIC:
         raise ValueError("not an Arrow file")
-    reader = pa.ipc.open_file(pa.py_buffer(mapped))
-    metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
-    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    names = reader.schema.names
-    return ArrowFile(metadata, tuple({n: _view(b.column(i)) for i, n in enumerate(names)} for b in batches))
+    try:
+        reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        if is_checked:
+            for batch in batches:
+                batch.validate(full=True)
+        names = reader.schema.names
+        return ArrowFile(metadata, tuple({n: _view(b.column(i)) for i, n in enumerate(names)} for b in batches))
+    except (ArithmeticError, LookupError, MemoryError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"not an Arrow file that can be read ({error})") from error  # pyarrow's own are among these
 
 
 def _view(array: Any) -> np.ndarray | Ragged:
@@ -172,5 +179,6 @@ def _view(array: Any) -> np.ndarray | Ragged:
         return np.frombuffer(buffers[1], dtype, n, at * dtype.itemsize)
     offsets = np.frombuffer(buffers[1], np.int32, n + 1, at * 4)
     values = _view(array.values)
-    assert isinstance(values, np.ndarray)
+    if not isinstance(values, np.ndarray):
+        raise TypeError("lists of lists")
     return Ragged(values, offsets)

@@ -37,15 +37,17 @@ class FileInfo(NamedTuple):
 # --- reading
 
 
-def check_regular(path: Path, most: int | None = None) -> None:
-    """Raise OSError unless a path is a regular file, or a link to one, of at most `most` bytes. Opening a pipe would
-    wait for a writer, and a device may have no end.
-    """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+def check_regular(path: Path | str, most: int | None = None) -> os.stat_result:
+    """Return the `os.stat` of a path. Raises OSError unless it is a regular file, or a link to one, of at most `most`
+    bytes: opening a pipe would wait for a writer, and a device may have no end."""
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if most is not None and found.st_size > most:
         raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes, expected at most {most:,}", str(path))
+    return found
 
 
 def read_bytes(path: Path, most: int = MAX_WHOLE_BYTES) -> bytes:

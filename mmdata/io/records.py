@@ -52,7 +52,10 @@ def decode_record(content: bytes | str, kind: type[Record], place: str, error: t
     match. place: where the text comes from, such as a file and line; the error message begins with it.
     """
     try:
-        value = json.loads(content)
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError for half a pair of surrogates
         if isinstance(value, dict) and (seal := value.pop(SEAL, None)) not in (None, actual := _hash_of(value)):
             raise error(f"{place}: damaged or edited: its {SEAL} is {seal}, its content gives {actual}", fix)
         return convert_record(value, kind)

@@ -6,15 +6,16 @@ not detect deliberate forgery.
 """
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from mmdata.errors import DatasetError
-from mmdata.io.files import locked, sha256_of, write_json
+from mmdata.io.files import check_regular, locked, sha256_of, write_json
 from mmdata.io.records import FileEntry, plain, read_record
 
 VERIFIED_NAME = ".verified.json"
@@ -23,39 +24,52 @@ MAX_THREADS = 4  # hashing releases the GIL; more readers than this hardly help 
 
 
 class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
-    """A file when it was last hashed: inode, modification time in ns, size in bytes, and the sha256 it had."""
+    """A file when it was last read: inode, modification time in ns, size in bytes, the sha256 it had, and the
+    `Manifest.content_digest` with which its content was compared."""
 
     inode: int
     mtime_ns: int
     size: int
     sha256: str
+    against: str = ""
 
 
-def check(directory: Path, files: Sequence[FileEntry]) -> list[tuple[str, str]]:
-    """Return (path, actual sha256) of each file whose content differs from its record. A file is hashed only if its
-    inode, modification time, size or recorded sha256 has changed since it was last verified. Another process that
-    checks the same dataset waits. files: with paths relative to `directory`. Raises FileNotFoundError for a missing
-    file."""
-    wrong: list[tuple[str, str]] = []
+def check(
+    directory: Path, files: Sequence[FileEntry], against: str, problem_of: Callable[[FileEntry], str]
+) -> list[tuple[str, str]]:
+    """Return (path, what is wrong) of each file that is not as its record says. A file is read only if its inode,
+    modification time or size, its record or `against` has changed since it was last found right. Another process that
+    checks the same dataset waits. files: with paths relative to `directory`. problem_of: returns what is wrong with a
+    file of the recorded hash, "" if nothing is."""
+
+    def wrong(file: FileEntry) -> str:
+        digest = sha256_of(directory / file.path)
+        if digest != file.sha256:
+            return f"its bytes have changed since it was packed (sha256 {digest})"
+        return problem_of(file)
+
+    states: dict[str, VerifiedFile] = {}  # before reading, so that a write meanwhile is noticed
+    found: dict[str, str] = {}
+    for file in files:
+        try:
+            states[file.path] = _state(directory, file, against)
+        except OSError as error:
+            found[file.path] = "is missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    if found or states.items() <= _read(directory).items():
+        return list(found.items())
     with _exclusive(directory):
         verified = _read(directory)
-        todo = [file for file in files if verified.get(file.path) != _state(directory, file)]
-        states = [_state(directory, file) for file in todo]  # before reading, so that a write meanwhile is noticed
+        todo = [file for file in files if verified.get(file.path) != states[file.path]]
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            digests = pool.map(lambda file: sha256_of(directory / file.path), todo)
-            for file, state, digest in zip(todo, states, digests, strict=True):
-                if digest == file.sha256:
-                    verified[file.path] = state
-                else:
-                    wrong.append((file.path, digest))
+            found = {file.path: what for file, what in zip(todo, pool.map(wrong, todo), strict=True)}
         if todo:
-            _write(directory, verified)
-    return wrong
+            _write(directory, {**verified, **{path: states[path] for path, what in found.items() if not what}})
+    return [(path, what) for path, what in found.items() if what]
 
 
-def mark_verified(directory: Path, files: Sequence[FileEntry]) -> None:
-    """Record that all of these files were found to be as their records say. The records of other files are removed."""
-    _write(directory, {file.path: _state(directory, file) for file in files})
+def mark_verified(directory: Path, files: Sequence[FileEntry], against: str) -> None:
+    """Record that all of these files were found right, see `check`. The records of other files are removed."""
+    _write(directory, {file.path: _state(directory, file, against) for file in files})
 
 
 def difference(directory: Path, file: FileEntry) -> str:
@@ -69,9 +83,13 @@ def difference(directory: Path, file: FileEntry) -> str:
     return "" if digest == file.sha256 else f"sha256 is {digest}, expected {file.sha256}"
 
 
-def _state(directory: Path, file: FileEntry) -> VerifiedFile:
-    stat = (directory / file.path).stat()
-    return VerifiedFile(stat.st_ino, stat.st_mtime_ns, stat.st_size, file.sha256)
+def _state(directory: Path, file: FileEntry, against: str) -> VerifiedFile:
+    """Return the state of a file. Raises OSError unless it is a regular file of the recorded size: reading past the end
+    of a mapped file that is too short crashes the process."""
+    found = check_regular(os.path.join(directory, file.path))
+    if found.st_size != file.bytes:
+        raise OSError(errno.EINVAL, f"has {found.st_size:,} bytes, expected {file.bytes:,}")
+    return VerifiedFile(found.st_ino, found.st_mtime_ns, found.st_size, file.sha256, against)
 
 
 def _read(directory: Path) -> dict[str, VerifiedFile]:

@@ -1,9 +1,12 @@
 """Convert sequences to the columns of a shard and back. The two share no code, so that reading back checks both."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from mmdata.encode.sequences import PAIR_MARKS, Sequences, pair_sequences, ranges, take
-from mmdata.io.arrow import ArrowFile, BatchColumns, ragged
+from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, ragged
+from mmdata.shards.manifest import Manifest, PartRecord, ShardRecord
 
 
 def columns_of(
@@ -87,3 +90,146 @@ def _read_pairs(file: ArrowFile) -> Sequences:
     marks[ends - 1] = np.concatenate([sizes[:, 1], sizes[:, 2]])
     marks[ranges(ends - num_marks, stored)] = np.concatenate([column.values for column in spans])
     return pair_sequences(ids, sizes, marks, num_marks)
+
+
+# --- checks
+
+
+LISTS = ("ids", "doc_len", "span", "doc", "prompt", "chosen", "rejected", "chosen_span", "rejected_span")
+PACK_COLUMNS = ("ids", "doc_len", "span", "n_loss", "doc")
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "chosen_span", "rejected_span", "n_chosen", "n_rejected", "doc")
+SOURCE_COLUMNS = ("file", "line", "offset", "sha", "first")
+
+
+def shard_problems(file: ArrowFile, manifest: Manifest, shard: ShardRecord, part: PartRecord) -> Iterator[str]:
+    """Yield how a shard differs from its record, or from what a shard is: columns, ids, lengths, spans, and counts. It
+    ends at a wrong column. Hashes are not compared. part: that of the shard."""
+    yield from _check_metadata(file, manifest, shard)
+    is_pair = manifest.kind == "pair"
+    names = PAIR_COLUMNS if is_pair else PACK_COLUMNS
+    yield from (wrong := list(_check_types(file, names, [name for name in LISTS if name != "doc" or not is_pair])))
+    if wrong:
+        return
+    if file.num_rows != shard.samples:
+        yield f"holds {file.num_rows:,} samples, expected {shard.samples:,}"
+    yield from _check_ids(file, manifest)
+    yield from (_check_pairs if is_pair else _check_packs)(file, shard)
+    ordinals = file.column("doc") if is_pair else file.column("doc").values
+    if len(ordinals) and int(ordinals.max()) >= part.sequences:
+        yield f"sequence {ordinals.max():,} is beyond the {part.sequences:,} of its part"
+
+
+def source_problems(file: ArrowFile, manifest: Manifest, part: PartRecord) -> Iterator[str]:
+    """Yield how the file that says where the rows of a part came from differs from what it must be."""
+    yield from (wrong := list(_check_types(file, SOURCE_COLUMNS, ())))
+    if wrong:
+        return
+    if file.num_rows != part.kept:
+        yield f"names {file.num_rows:,} rows, expected {part.kept:,}"
+    first, sha = file.column("first").astype(np.int64), file.column("sha")
+    if sha.ndim != 2 or sha.shape[1] != 8:
+        yield "sha is not 8 bytes"
+    if file.column("file").max() >= len(manifest.inputs):
+        yield f"names input {file.column('file').max()}, there are {len(manifest.inputs)}"
+    if first[0] != 0 or first[-1] >= part.sequences or (np.diff(first) < 0).any():
+        yield f"first sequences of rows do not ascend from 0 to below {part.sequences:,}"
+
+
+def _check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord) -> Iterator[str]:
+    for key, expected in manifest.shard_metadata(shard.bucket).items():
+        if (actual := file.metadata.get(f"mm.{key}")) != expected:
+            yield f"{key} is {actual}, expected {expected}"
+
+
+def _check_types(file: ArrowFile, names: Sequence[str], lists: Sequence[str]) -> Iterator[str]:
+    """Yield what is missing: rows, or columns of unsigned numbers; `lists` are those with a list in each row."""
+    if not file.num_rows:
+        yield "has no rows"
+        return
+    for batch in file.batches:
+        for name in names:
+            column = batch.get(name)
+            values = column.values if isinstance(column, Ragged) else column
+            if values is None or isinstance(column, Ragged) != (name in lists) or values.dtype.kind != "u":
+                yield f"the column {name} is {'missing' if values is None else 'of another type'}"
+            elif isinstance(column, Ragged) and (column.offsets[0] != 0 or column.offsets[-1] != len(column.values)):
+                yield f"the lists of the column {name} do not have all of its values"
+
+
+def _check_ids(file: ArrowFile, manifest: Manifest) -> Iterator[str]:
+    """Yield a description for each id column that has a token id outside the vocabulary."""
+    vocab_size = manifest.tokenizer.vocab_size
+    for name in ("prompt", "chosen", "rejected") if manifest.kind == "pair" else ("ids",):
+        values = file.column(name).values
+        if len(values) and values.max() >= vocab_size:
+            yield f"token {values.max()} in {name} is outside the vocabulary of {vocab_size:,}"
+
+
+def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
+    """Yield the differences found in a shard of packs: lengths, buckets, spans and counts."""
+    ids, doc_len, doc, span = (file.column(name) for name in ("ids", "doc_len", "doc", "span"))
+    num_loss = file.column("n_loss").astype(np.int64)
+    lengths = ids.lengths()
+    if not np.array_equal(_row_sums(doc_len), lengths):
+        yield "doc_len does not sum to the ids of its pack"
+    if lengths.max() > shard.bucket:
+        yield f"a pack of {lengths.max():,} tokens is longer than its bucket"
+    if not doc_len.lengths().all():
+        yield "a pack has no sequences"
+    if not np.array_equal(doc_len.lengths(), doc.lengths()):
+        yield "doc and doc_len differ in length"
+    if not np.array_equal(_check_spans(span, lengths), num_loss):
+        yield "spans are out of place, or do not sum to n_loss"
+    elif not _are_inside(span, ids, doc_len):
+        yield "a span is in two sequences"
+    yield from _check_counts(shard, int(lengths.sum()), int(num_loss.sum()), len(doc.values))
+
+
+def _are_inside(span: Ragged, ids: Ragged, doc_len: Ragged) -> bool:
+    """Return whether each span is inside one sequence. The spans must be inside their packs."""
+    ends = np.cumsum(doc_len.values, dtype=np.int64)
+    begins = np.repeat(ids.offsets[:-1].astype(np.int64) - ids.offsets[0], span.lengths())  # of the pack of each value
+    at = span.values.astype(np.int64) + begins
+    first, last = (np.searchsorted(ends, places, side="right") for places in (at[0::2], at[1::2] - 1))
+    return bool(np.array_equal(first, last))
+
+
+def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
+    """Yield the differences found in a shard of pairs: lengths, buckets, spans and counts."""
+    prompt = file.column("prompt").lengths()
+    tokens, loss = int(prompt.sum()), 0
+    for side in ("chosen", "rejected"):
+        lengths, span = file.column(side).lengths(), file.column(f"{side}_span")
+        num_loss = file.column(f"n_{side}").astype(np.int64)
+        if (prompt + lengths).max() > shard.bucket:
+            yield f"prompt and {side} are longer than the bucket"
+        expected = np.where(span.lengths() == 0, lengths, _check_spans(span, lengths))
+        if not np.array_equal(expected, num_loss):
+            yield f"{side}_span is out of place, or does not sum to n_{side}"
+        tokens, loss = tokens + int(lengths.sum()), loss + int(num_loss.sum())
+    yield from _check_counts(shard, tokens, loss, file.num_rows)
+
+
+def _check_counts(shard: ShardRecord, tokens: int, loss_tokens: int, sequences: int) -> Iterator[str]:
+    for name, actual in (("tokens", tokens), ("loss_tokens", loss_tokens), ("sequences", sequences)):
+        if actual != (expected := getattr(shard, name)):
+            yield f"holds {actual:,} {name}, expected {expected:,}"
+
+
+def _row_sums(column: Ragged) -> np.ndarray:
+    sums = np.concatenate([[0], np.cumsum(column.values, dtype=np.int64)])
+    return sums[column.offsets[1:]] - sums[column.offsets[:-1]]
+
+
+def _check_spans(span: Ragged, lengths: np.ndarray) -> np.ndarray:
+    """Return the trained tokens of every row, int64 [rows], or -1 if its spans (begin, end, …) are odd in number, not
+    ascending, or outside 0..length. lengths: tokens of each row."""
+    values = span.values.astype(np.int64)
+    is_end = np.arange(len(values)) % 2 == 1
+    totals = _row_sums(Ragged(np.where(is_end, values, -values), span.offsets))
+    row = np.repeat(np.arange(len(lengths)), span.lengths())
+    is_wrong = values > lengths[row]
+    is_wrong[1:] |= (row[1:] == row[:-1]) & np.where(is_end[1:], values[1:] <= values[:-1], values[1:] < values[:-1])
+    totals[row[is_wrong]] = -1
+    totals[span.lengths() % 2 == 1] = -1
+    return totals

@@ -1,13 +1,13 @@
 """Read packed datasets as views of memory-mapped shards; nothing is copied. shards/README.md specifies the format.
 
-Opening a dataset compares file sizes, Arrow's magic bytes, schema metadata and tokenizer with the manifest, about 0.1
-ms a shard. `Dataset.check_bytes` also hashes the shards that have changed since they were last hashed, and `verify`
-(verify.py) hashes every file.
+Opening a dataset compares every file with the manifest. A file is read only the first time that a state of it is seen
+(module `checksums`); after that opening takes about 0.1 ms a shard. `verify` (verify.py) reads every file again.
 """
 
 import hashlib
+import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,22 @@ import numpy as np
 
 from mmdata.encode.sequences import Sequences, TokenSequence, join, reorder
 from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, num_rows, read_arrow
-from mmdata.io.files import sha256_of
+from mmdata.io.records import FileEntry
 from mmdata.shards import checksums
-from mmdata.shards.columns import read_back
-from mmdata.shards.manifest import SPLITS, Manifest, PartRecord, ShardRecord, damaged, read_manifest
+from mmdata.shards.columns import read_back, shard_problems, source_problems
+from mmdata.shards.manifest import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    PartRecord,
+    ShardRecord,
+    check_sums,
+    damaged,
+    read_manifest,
+)
 
+TOKENIZER = "tokenizer/tokenizer.json"
+OPTIONAL = ("sources/", "rejected/", "stats.json")  # a dataset without these files can be trained on
 REPORT = "report.html"  # in the dataset's directory, but not listed in the manifest and not part of the dataset
 TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
 SOURCES_PER_BATCH = 2**20
@@ -218,32 +229,22 @@ class Dataset:
         self._splits = {name: Split(self, name) for name in SPLITS}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_dataset, (self.dir,)
+        return _open_again, (self.dir,)
 
     def split(self, name: str) -> Split:
         """Return the split "train" or "val". It may have no samples."""
         return self._splits[name]
 
     def open_shard(self, shard: ShardRecord) -> ArrowFile:
-        """Return a memory-mapped shard, mapped at the first call only. Raises DatasetError if the file is missing, no
-        Arrow file, of another size than in the manifest, or of another dataset."""
+        """Return a memory-mapped shard, mapped at the first call only. Raises DatasetError if it is no Arrow file."""
         if shard.path not in self._files:
             path = self.dir / shard.path
-            check_size(path, shard.bytes, self.dir)
             try:
                 file = read_arrow(path)
             except ValueError as error:
                 raise damaged(self.dir, f"{path}: {error}") from error
-            check_metadata(file, self.manifest, shard, self.dir)
             self._files[shard.path] = file
         return self._files[shard.path]
-
-    def check_bytes(self) -> None:
-        """Raise DatasetError if a shard's content has changed since packing. Reads only files changed since the last
-        check."""
-        files = [shard.file for shard in self.manifest.shards]
-        for path, digest in checksums.check(self.dir, files):
-            raise damaged(self.dir, f"{self.dir / path}: its bytes have changed since it was packed (sha256 {digest})")
 
 
 def _allow_open_files(count: int) -> None:
@@ -259,33 +260,50 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord, directory: Path) -> None:
-    """Raise DatasetError if the metadata in the schema of a shard differs from the manifest."""
-    for key, expected in manifest.shard_metadata(shard.bucket).items():
-        if (actual := file.metadata.get(f"mm.{key}")) != expected:
-            raise damaged(directory, f"{directory / shard.path}: {key} is {actual}, expected {expected}")
-
-
-def check_size(path: Path, num_bytes: int, directory: Path) -> None:
-    """Raise DatasetError unless the file has `num_bytes` bytes: reading past the end of a mapped file crashes the
-    process."""
-    try:
-        actual = path.stat().st_size
-    except FileNotFoundError:
-        raise damaged(directory, f"{path} is missing") from None
-    if actual != num_bytes:
-        raise damaged(directory, f"{path} has {actual:,} bytes, expected {num_bytes:,}")
-
-
 def open_dataset(directory: Path) -> Dataset:
-    """Open a packed dataset. Raises DatasetError if its manifest is missing or invalid, a shard is missing or has the
-    wrong size, or its tokenizer.json is not the one it was packed with."""
+    """Open a packed dataset, after comparing its files with the manifest: their hashes, and the structure, value ranges
+    and counts of Arrow files. Files are read only the first time that a state of them is seen (about 1 GB/s a thread).
+    Sources, statistics and rows left out may be missing. Raises DatasetError, which names the file."""
     manifest = read_manifest(directory)
-    path = directory / "tokenizer" / "tokenizer.json"
-    actual = sha256_of(path) if path.exists() else "missing"
-    if actual != manifest.tokenizer.sha256:
-        raise damaged(directory, f"{path}: sha256 is {actual}, expected {manifest.tokenizer.sha256}")
+    for what in check_sums(manifest):
+        raise damaged(directory, f"{directory / MANIFEST}: {what}")
+    files = [
+        file
+        for file in manifest.all_files
+        if not file.path.startswith(OPTIONAL) or os.path.exists(os.path.join(directory, file.path))
+    ]
+    if (TOKENIZER, manifest.tokenizer.sha256) not in {(file.path, file.sha256) for file in files}:
+        raise damaged(directory, f"{directory / MANIFEST}: the sha256 of {TOKENIZER} is missing or another one")
+    for path, what in checksums.check(directory, files, manifest.content_digest, content_check(directory, manifest)):
+        raise damaged(directory, f"{directory / path}: {what}")
     return Dataset(directory, manifest)
+
+
+def _open_again(directory: Path) -> Dataset:
+    """Open a dataset that another process has opened already."""
+    return Dataset(directory, read_manifest(directory))
+
+
+def content_check(directory: Path, manifest: Manifest) -> Callable[[FileEntry], str]:
+    """Return a function that returns the first problem of an Arrow file of a dataset whose hash is right: "" for none,
+    and for other files."""
+    parts = {part.part: part for part in manifest.parts}
+    shards = {shard.path: shard for shard in manifest.shards}
+    sources = {sources_path(part.part): part for part in manifest.parts}
+
+    def problem_of(file: FileEntry) -> str:
+        if file.path not in shards and file.path not in sources:
+            return ""
+        try:
+            opened = read_arrow(directory / file.path, is_checked=True)
+        except ValueError as error:
+            return str(error)
+        if file.path in sources:
+            return next(source_problems(opened, manifest, sources[file.path]), "")
+        shard = shards[file.path]
+        return next(shard_problems(opened, manifest, shard, parts[shard.part]), "")
+
+    return problem_of
 
 
 # --- from samples back to rows

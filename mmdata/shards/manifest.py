@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -209,6 +209,11 @@ class Manifest(DatasetHeader, frozen=True, kw_only=True):
                 raise ValueError(f"{shard.path} has no samples")
 
     @property
+    def content_digest(self) -> str:
+        """The sha256 of all fields, in hex digits: what files were compared with."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+    @property
     def all_files(self) -> list[FileEntry]:
         """All files of the dataset except the manifest."""
         return [*self.files, *(shard.file for shard in self.shards)]
@@ -219,6 +224,29 @@ def dataset_digest(kind: str, max_len: int, shards: Sequence[ShardRecord]) -> st
     shards, in any order."""
     lines = sorted((s.split, s.bucket, s.part, s.samples, s.token_digest) for s in shards)
     return hashlib.sha256(json.dumps([kind, max_len, lines]).encode()).hexdigest()
+
+
+def check_sums(manifest: Manifest) -> Iterator[str]:
+    """Yield the differences between sums that must be equal within the manifest."""
+    totals, parts, shards = manifest.totals, manifest.parts, manifest.shards
+    sums = {
+        "rows": totals.kept + sum(totals.left_out.values()),
+        "tokens_in": totals.tokens + sum(totals.cut.values()),
+        "kept": sum(shard.rows for shard in shards),
+        **{
+            name: sum(getattr(shard, name) for shard in shards)
+            for name in ("tokens", "loss_tokens", "sequences", "samples")
+        },
+    }
+    for name, actual in sums.items():
+        if actual != (total := getattr(totals, name)):
+            yield f"its {name} sum to {actual:,}, its total says {total:,}"
+    for name in ("rows", "kept", "tokens_in", "tokens", "sequences"):
+        if (actual := sum(getattr(part, name) for part in parts)) != (total := getattr(totals, name)):
+            yield f"{name} of its parts sum to {actual:,}, its total says {total:,}"
+    digest = dataset_digest(manifest.kind, manifest.max_len, shards)
+    if digest != manifest.dataset_digest:
+        yield f"dataset_digest is {manifest.dataset_digest}, its shards give {digest}"
 
 
 def damaged(directory: Path, message: str) -> DatasetError:
