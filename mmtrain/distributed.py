@@ -59,6 +59,12 @@ class World:
                 raise _lost_rank(self.rank, error) from error
         return tensor
 
+    def gather(self, *numbers: int) -> list[tuple[int, ...]]:
+        """Return the numbers of every rank, by rank. Every rank must call this, with equally many."""
+        table = torch.zeros(self.size, len(numbers), dtype=torch.int64, device=self.device)
+        table[self.rank] = torch.tensor(numbers)
+        return [tuple(row) for row in self.sum(table).tolist()]
+
     def wait(self) -> None:
         """Wait until every rank has called this (a barrier)."""
         self.sum(torch.zeros(1, device=self.device))
@@ -70,24 +76,21 @@ class World:
             if error is not None:
                 raise error
             return
-        codes = torch.zeros(self.size, device=self.device)
-        codes[self.rank] = error.exit_code if error is not None else 0
-        failed = self.sum(codes).nonzero()[:, 0].tolist()
-        if failed and failed[0] == self.rank:
+        codes = self.gather(error.exit_code if error is not None else 0)
+        failed = [(rank, code) for rank, (code,) in enumerate(codes) if code]
+        if failed and failed[0][0] == self.rank:
             assert error is not None
             raise error
         if failed:
-            raise SystemExit(int(codes[failed[0]].item()))
+            raise SystemExit(failed[0][1])
 
     def agree_same(self, facts: Mapping[str, object]) -> None:
         """Raise TrainError unless all ranks pass equal facts, compared by their text: on the first rank one that names
         the ranks with other facts than most, SystemExit on the others. Every rank must call this, with equal keys."""
         if self.size == 1:
             return
-        table = torch.zeros(self.size, len(facts), dtype=torch.int64, device=self.device)
         digests = [hashlib.sha256(str(value).encode()).digest()[:7] for value in facts.values()]
-        table[self.rank] = torch.tensor([int.from_bytes(digest, "big") for digest in digests])
-        rows = [tuple(row) for row in self.sum(table).tolist()]
+        rows = self.gather(*(int.from_bytes(digest, "big") for digest in digests))
         usual = Counter(rows).most_common(1)[0][0]
         others = [
             f"rank {number} has other {', '.join(n for n, a, b in zip(facts, row, usual, strict=True) if a != b)}"

@@ -185,29 +185,18 @@ class Split:
         columns, i = self._at(bucket, i)
         if self.kind == "pair":
             return pair_view(columns, i)
-        return PackView(
-            columns["ids"].row(i),
-            columns["doc_len"].row(i),
-            columns["span"].row(i),
-            int(columns["n_loss"][i]),
-            columns["doc"].row(i),
-        )
+        ids, doc_len, span, doc = (columns[name].row(i) for name in (*PACK_LISTS, "doc"))
+        return PackView(ids, doc_len, span, int(columns["n_loss"][i]), doc)
 
 
 def pair_view(columns: BatchColumns, i: int) -> PairView:
     """Return row i of a shard of pairs. An empty stored span list is returned as one span over the whole reply."""
-    chosen, rejected = columns["chosen"].row(i), columns["rejected"].row(i)
-    chosen_span, rejected_span = columns["chosen_span"].row(i), columns["rejected_span"].row(i)
-    return PairView(
-        columns["prompt"].row(i),
-        chosen,
-        rejected,
-        chosen_span if len(chosen_span) else np.array([0, len(chosen)], chosen_span.dtype),
-        rejected_span if len(rejected_span) else np.array([0, len(rejected)], rejected_span.dtype),
-        int(columns["n_chosen"][i]),
-        int(columns["n_rejected"][i]),
-        int(columns["doc"][i]),
+    prompt, *replies, chosen_span, rejected_span = (columns[name].row(i) for name in PAIR_LISTS)
+    spans = (
+        span if len(span) else np.array([0, len(reply)], span.dtype)
+        for span, reply in zip((chosen_span, rejected_span), replies, strict=True)
     )
+    return PairView(prompt, *replies, *spans, *(int(columns[name][i]) for name in ("n_chosen", "n_rejected", "doc")))
 
 
 class Dataset:

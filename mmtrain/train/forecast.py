@@ -67,7 +67,7 @@ def forecast(
     micros = [micros[0] for step in range(PROBES) if (micros := loader.batch(step))]
     if most_tokens is not None:
         micros = _within(micros, most_tokens)
-    num_probes = int(max(1, _most(len(micros), world)))
+    num_probes = max(1, *(number for (number,) in world.gather(len(micros))))
     batches = [to_device(micro, world.device, loader.limits) for micro in micros]
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -115,13 +115,6 @@ def _within(micros: list[MicroBatch], most_tokens: int) -> list[MicroBatch]:
         if not kept or sum(len(each.ids) for each in (*kept, micro)) <= most_tokens:
             kept.append(micro)
     return kept
-
-
-def _most(number: int, world: World) -> int:
-    """Return the largest of the ranks' numbers."""
-    numbers = torch.zeros(world.size, dtype=torch.float64, device=world.device)
-    numbers[world.rank] = number
-    return int(world.sum(numbers).max())
 
 
 def lines(forecast: Forecast, lr: float) -> list[str]:

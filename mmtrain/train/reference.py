@@ -224,9 +224,7 @@ def _cached(paths: tuple[Path, ...], key: Mapping[str, str], world: World, say: 
                 logps, number = load(path, key), i
             except CheckpointError as error:
                 say(f"{error.message}: refused, and computed again")
-    numbers = torch.zeros(world.size, device=world.device)
-    numbers[world.rank] = number + 1
-    if len(set(world.sum(numbers).tolist())) > 1:  # ranks would use different files, so none is used
+    if len(set(world.gather(number))) > 1:  # ranks would use different files, so none is used
         return None
     if logps is not None:
         say(f"reference logps of {sum(map(len, logps.values())):,} pairs taken from {paths[number]}")
