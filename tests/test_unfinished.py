@@ -150,12 +150,12 @@ def test_what_has_changed_is_named_and_the_pack_begun_anew(
     assert named in notes[0] and "begun anew" in notes[0] and packed_parts[0] == 0
 
 
-def test_a_budget_may_change_without_packing_again(
-    tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult], packed_parts: list[int]
+def test_limits_for_bad_rows_may_change_without_packing_again(
+    pack_to: Callable[..., PackResult], packed_parts: list[int]
 ) -> None:
-    leave_half(pack_to, max_bad="0.01")
+    leave_half(pack_to, max_bad="0.01", on_bad="fail")
     done = len(packed_parts) - 1
-    pack_to(max_bad="0.5")
+    pack_to(max_bad="0.5", on_bad="quarantine")
     assert packed_parts[done + 1] == done
 
 
@@ -182,12 +182,76 @@ def test_a_full_disk_keeps_the_finished_parts(
     assert tree(tmp_path / "out") == undisturbed
 
 
-def test_an_unusable_input_leaves_nothing(tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult]) -> None:
-    with rows.open("a") as file:
-        file.write("not json\n")
+def test_an_unusable_input_leaves_nothing_if_nothing_was_done(
+    tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult]
+) -> None:
+    rows.write_text("not json\n" + rows.read_text())
     with pytest.raises(InputError):
         pack_to(on_bad="fail")
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_finished_parts_and_rejected_rows_outlive_bad_rows(
+    tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult], packed_parts: list[int]
+) -> None:
+    rows.write_text("not json\n" + rows.read_text())
+    notes: list[str] = []
+    with pytest.raises(InputError):
+        pack_to(max_bad="0", note=notes.append)
+    staged = tmp_path / ".out.packing" / "dataset"
+    assert f"kept in {staged}" in notes[-1] and (staged / "rejected" / "part-00000.jsonl").exists()
+    packed_parts.clear()
+    assert pack_to(max_bad="0.1").kept == 200 and not packed_parts
+
+
+def test_an_input_that_is_gone_for_a_moment_keeps_the_finished_parts(
+    rows: Path, pack_to: Callable[..., PackResult], packed_parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = parts.iter_lines
+
+    def lacking(path: Path, begin: int = 0, *arguments: Any, **more: Any) -> Any:
+        if begin > 2 * PART_BYTES:
+            raise InputError(f"{path}: stale file handle")
+        return real(path, begin, *arguments, **more)
+
+    monkeypatch.setattr(parts, "iter_lines", lacking)
+    with pytest.raises(InputError, match="stale"):
+        pack_to()
+    monkeypatch.setattr(parts, "iter_lines", real)
+    done, _ = len(packed_parts) - 1, packed_parts.clear()
+    assert pack_to().kept == 200 and packed_parts[0] == done > 1
+
+
+def test_files_of_other_nodes_are_looked_at_before_publishing(
+    tmp_path: Path,
+    pack_to: Callable[..., PackResult],
+    undisturbed: dict[str, bytes],
+    packed_parts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, staged = parts.PartPacker._pack, tmp_path / ".out.packing" / "dataset"
+
+    def elsewhere(self: parts.PartPacker, part: parts.Part, tick: Any) -> Any:
+        """Part 1 is written to a disk of its node, part 2 arrives with other bytes."""
+        result = real(self, part, tick)
+        result.host = f"node-{part.number}"
+        files = [staged / file.path for file in result.all_files]
+        if part.number == 1:
+            files[0].unlink()
+        if part.number == 2:
+            files[0].write_bytes(bytes(files[0].stat().st_size))
+        return result
+
+    monkeypatch.setattr(parts.PartPacker, "_pack", elsewhere)
+    with pytest.raises(
+        DatasetError, match=r"files of 2 of .* nothing is published.*missing .packed on node-1.*node-2"
+    ) as e:
+        pack_to()
+    assert "share" in e.value.fix and not (tmp_path / "out").exists()
+    monkeypatch.setattr(parts.PartPacker, "_pack", real)
+    packed_parts.clear()
+    pack_to()
+    assert packed_parts == [1, 2] and tree(tmp_path / "out") == undisturbed
 
 
 # --- killed

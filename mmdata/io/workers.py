@@ -6,15 +6,21 @@ first one noticed. After an error or Ctrl-C, a local worker process stops the ne
 """
 
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
+
+import numpy as np
 
 from mmdata.errors import MMError, UsageError, needs
 from mmdata.io.files import no_progress
@@ -26,6 +32,7 @@ Tick = Callable[..., None]  # called with what was added since the last call: (u
 COUNTS = 4  # units, and up to three other counts
 POLL_S = 0.2
 ENGINES = ("local", "ray")
+RAY_TASKS = 200  # that are begun and not done at most, or 4 for each core of the cluster if that is more
 RAY_RETRIES = 2  # of a job whose machine or process died; an exception of the job itself is not retried
 
 
@@ -116,13 +123,18 @@ def _children_without_ctrl_c() -> Iterator[None]:
 
 def _wait(futures: Sequence[Future[Any]], counts: Any, total: int, progress: CountedProgress) -> None:
     """Wait until all are done or one has failed, calling `progress` every POLL_S seconds. counts: COUNTS for each job."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
-        done_units, *more = (sum(counts[n::COUNTS]) for n in range(COUNTS))
-        progress(done_units, total, *more)
-        if any(future.exception() for future in done):
-            return
+    done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+    for future in futures:
+        future.add_done_callback(done.put)
+    left, shown = len(futures), time.monotonic()
+    sums = np.frombuffer(counts, np.int64).reshape(-1, COUNTS)
+    while left:
+        with contextlib.suppress(queue.Empty):
+            left -= 1 if not done.get(timeout=POLL_S).exception() else left
+        if not left or time.monotonic() - shown > POLL_S:
+            shown = time.monotonic()
+            done_units, *more = sums.sum(0).tolist()
+            progress(done_units, total, *more)
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:
@@ -197,7 +209,7 @@ def _run_on_ray(
 ) -> list[Result]:
     """Run each job as a ray task on one core and return the results in the order of the jobs. One whose machine or
     process dies is run again elsewhere, at most RAY_RETRIES times, so jobs must be repeatable, and their files must
-    have the same paths on all machines. address: of the cluster, None starts one here with `workers` CPUs, unless ray
+    have the same paths on all machines; relative ones are of this process's directory. address: of the cluster, None starts one here with `workers` CPUs, unless ray
     is already initialized. Raises MMError if it cannot connect."""
     with needs("--engine ray needs ray", "ray"):
         import ray
@@ -207,42 +219,57 @@ def _run_on_ray(
         options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise MMError(f"no ray at {address}: {error}", "`ray status` shows clusters; --ray-address auto") from None
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            place = f"at {address}" if address else "on this machine"
+            fix = "if this names no other cause: `ray status` shows clusters, --ray-address auto takes the one here"
+            raise MMError(f"cannot connect to ray {place}: {str(error).strip() or type(error).__name__}", fix) from None
     try:
         task = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_work_on_ray)
-        shared = ray.put(make)
-        return _gather(ray, [task.remote(shared, job) for job in jobs], total, progress)
+        shared = ray.put((make, os.getcwd()))
+        return _gather(ray, lambda job: task.remote(shared, job), jobs, total, progress)
     finally:
         if is_ours:
             ray.shutdown()
 
 
-def _gather(ray: Any, tasks: Sequence[Any], total: int, progress: CountedProgress) -> list[Any]:
-    """Return the results of all ray tasks in order. The first error noticed is raised without waiting for others: an
-    MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker died."""
-    pending, done = list(tasks), [0] * COUNTS
-    results: dict[Any, Any] = {}
-    while pending:
-        ready, pending = ray.wait(pending, timeout=POLL_S)
+def _gather(
+    ray: Any, begin: Callable[[Any], Any], jobs: Sequence[Any], total: int, progress: CountedProgress
+) -> list[Any]:
+    """Return the results of all jobs in order. begin: starts the task of a job. The first error noticed is raised
+    without waiting for others: an MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker
+    died."""
+    most = max(RAY_TASKS, 4 * int(ray.cluster_resources().get("CPU", 1)))
+    todo, running, done = iter(enumerate(jobs)), {}, [0] * COUNTS
+    results: list[Any] = [None] * len(jobs)
+    while True:
+        running |= {begin(job): number for number, job in itertools.islice(todo, most - len(running))}
+        if not running:
+            return results
+        ready, _ = ray.wait(list(running), num_returns=len(running), timeout=POLL_S)
         for task in ready:
             try:
-                results[task], counts = ray.get(task)
+                results[running.pop(task)], counts = ray.get(task)
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, MMError) else error) from None
             except ray.exceptions.RayError as error:
                 raise MMError(f"a ray worker died: {error}", "look at `ray logs`; run again to go on") from None
             _add(done, 0, counts)
         progress(done[0], total, *done[1:])
-    return [results[task] for task in tasks]
 
 
-def _work_on_ray(make: Callable[[], Any], job: Any) -> tuple[Any, list[int]]:
-    """Run one job in a ray worker process; return its result and its COUNTS summed counts. The work function is created
-    once in a process for all tasks with an equal `make`."""
-    key = pickle.dumps(make)
-    if _state.get("key") != key:
-        _share_cores(os.cpu_count() or 1)  # ray reserves one core for a task
-        _state.update(key=key, work=make())
+def _work_on_ray(shared: tuple[Callable[[], Any], str], job: Any) -> tuple[Any, list[int]]:
+    """Run one job in a ray worker process; return its result and its COUNTS summed counts. shared: `make`, and the
+    directory that relative paths are of. The work function is created once in a process for all tasks with an equal
+    `make`. An MMError names the node."""
+    make, directory = shared
+    with contextlib.suppress(OSError):  # a node may lack it: absolute paths are found all the same
+        os.chdir(directory)
     done = [0] * COUNTS
-    return _state["work"](job, lambda *counts: _add(done, 0, counts)), done
+    try:
+        key = pickle.dumps(make)
+        if _state.get("key") != key:
+            _share_cores(os.cpu_count() or 1)  # ray reserves one core for a task
+            _state.update(key=key, work=make())
+        return _state["work"](job, lambda *counts: _add(done, 0, counts)), done
+    except MMError as error:
+        raise type(error)(f"{error.message} (on node {socket.gethostname()})", error.fix) from None

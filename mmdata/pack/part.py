@@ -5,6 +5,7 @@ The files depend only on the part's bytes and the settings. Memory is bounded by
 
 import base64
 import gc
+import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,13 @@ class PartResult(msgspec.Struct):
     files: list[FileEntry] = []
     encoder: str = ""  # name and version
     compared: Count = 0  # rows that were also encoded the slow way: rendered by jinja2, one by one with tokenizers
+    host: str = ""  # that wrote the files
     warning: str = ""  # why an installed fast encoder was not used; otherwise empty
+
+    @property
+    def all_files(self) -> list[FileEntry]:
+        """All files of the part."""
+        return [*(shard.file for shard in self.shards), *self.files]
 
 
 class RejectedRow(msgspec.Struct, omit_defaults=True):
@@ -214,6 +221,7 @@ class PartPacker:
         for is_val, split in enumerate(SPLITS):
             self._write_split(part, result, rows, split, np.flatnonzero(rows.is_val == bool(is_val)))
         self._write_sources(part, result, collected, rows.first)
+        result.host = socket.gethostname()
         _prove(self._settings, result, rows.flat)
         return result
 
@@ -356,7 +364,7 @@ class PartPacker:
         directory = self._settings.dir
         if collected.lines:
             columns = {
-                "file": np.full(len(collected.lines), part.input, np.uint16),
+                "file": np.full(len(collected.lines), part.input, np.uint16 if part.input < 2**16 else np.uint32),
                 "line": np.array(collected.lines, np.uint32),
                 "offset": np.array(collected.offsets, np.uint64),
                 "sha": np.frombuffer(b"".join(collected.shas), np.uint8).reshape(-1, 8),

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,10 +99,6 @@ class _Job:
         )
 
 
-class UnfinishedError(DatasetError):
-    """Raised with --finish if shards have not packed all of their parts."""
-
-
 def pack(
     inputs: Sequence[Path],
     out: Path,
@@ -136,7 +132,7 @@ def pack(
         return _result(out, manifest, start, up_to_date=True)
     if share:
         return _pack_shard(job, share, start)
-    with _disk_errors(out), only_writer(job.out) as staging, _keep_or_remove_parts(staging, job):
+    with _disk_errors(out), only_writer(job.out) as staging, _keep_parts(staging, job):
         done = _resume(staging, job)
         if options.finish:
             _check_all_done(job, done)
@@ -144,8 +140,9 @@ def pack(
         results = _pack_parts(staging, job, job.parts, done)
         _check_left_out(staging, job, results)
         _check_unknown(job, results)
-        _check_unchanged(job)
+        _check_unchanged(staging, job, job.parts)
         _note_encoders(results, job)
+        _check_files(staging, job, results)
         manifest = _publish(staging, job, results)
     return _result(out, manifest, start)
 
@@ -167,7 +164,7 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
         done = staging.finished([part.number for part in own])
         _check_disk(job, [part for part in own if part.number not in done])
         results = _pack_parts(staging, job, own, done)
-        _check_unchanged(job)
+        _check_unchanged(staging, job, own)
         left = len(job.parts) - len(staging.recorded())
     manifest = msgspec.structs.replace(manifest_of(job.header, results, []), encoders=[], dataset_digest="")
     return _result(job.out, manifest, start, parts_left=left)
@@ -435,26 +432,43 @@ def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
 
 
 @contextlib.contextmanager
-def _keep_or_remove_parts(staging: Staging, job: _Job) -> Iterator[None]:
-    """If the block raises, keep the finished parts for the next call, as after a kill. Remove them if none is finished
-    or the error would recur (unusable inputs, options or tokenizer), except UnfinishedError."""
+def _keep_parts(staging: Staging, job: _Job) -> Iterator[None]:
+    """If the block raises, keep the finished parts and the rows left out for the next call, which begins anew only if
+    the bytes would be others; without a finished part remove the hidden directory."""
     try:
         yield
-    except BaseException as error:
-        is_unusable = isinstance(error, (InputError, UsageError, TokenizerError, DatasetError))
-        num_done = len(staging.recorded())
-        if num_done and (not is_unusable or isinstance(error, UnfinishedError)):
-            job.note(f"{num_done:,} of {len(job.parts):,} parts are done and kept: the same command goes on from there")
+    except BaseException:
+        with contextlib.suppress(InputError, OSError):  # an OSError does not show that one has changed
+            _check_unchanged(staging, job, job.parts)
+        if num_done := len(staging.recorded()):
+            job.note(
+                f"{num_done:,} of {len(job.parts):,} parts are done and kept in {staging.dataset}: the same command goes "
+                "on from there"
+            )
         else:
             staging.clear()
         raise
+
+
+def _check_files(staging: Staging, job: _Job, results: Sequence[PartResult]) -> None:
+    """Raise DatasetError, naming the hosts that wrote them, if files of the parts are not in the dataset that is to be
+    published. These parts will be packed again."""
+    if wrong := staging.differences(results):
+        staging.forget(result.number for result, _ in wrong)
+        named = [f"{what} (packed on {result.host})" for result, what in wrong[:4]]
+        more = f" and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
+        raise DatasetError(
+            f"{staging.dataset} lacks files of {len({result.number for result, _ in wrong}):,} of {len(job.parts):,} "
+            f"parts, so nothing is published: {'; '.join(named)}{more}",
+            "give an --out on a file system that all nodes share, under the same path",
+        )
 
 
 def _check_all_done(job: _Job, done: Collection[int]) -> None:
     missing = [part.number for part in job.parts if part.number not in done]
     if missing:
         names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        raise UnfinishedError(
+        raise DatasetError(
             f"{len(missing):,} of {len(job.parts):,} parts of {job.out} are not packed yet: {names}",
             "run the shards that pack them (part k belongs to shard k mod n + 1), or leave --finish out to pack them here",
         )
@@ -540,9 +554,11 @@ def _states(inputs: Sequence[Path]) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in inputs)]
 
 
-def _check_unchanged(job: _Job) -> None:
+def _check_unchanged(staging: Staging, job: _Job, parts: Iterable[Part]) -> None:
+    """Raise InputError if an input has changed since it was hashed; these parts will then be packed again."""
     for path, before, after in zip(job.inputs, job.states, _states(job.inputs), strict=True):
         if before != after:
+            staging.forget(part.number for part in parts)
             raise InputError(f"{path} changed while it was packed", "pack again when nothing writes to it any more")
 
 

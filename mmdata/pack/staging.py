@@ -12,10 +12,9 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +44,9 @@ class PackKey(DatasetHeader, frozen=True, kw_only=True):
         more += ["polars"] if header.arguments.where else []
         versions = {name: version(name) for name in (*PACKAGES, *more)}
         values = msgspec.structs.asdict(header)
-        values["arguments"] = msgspec.structs.replace(header.arguments, max_bad=None, max_bad_by_reason={})
+        values["arguments"] = msgspec.structs.replace(
+            header.arguments, max_bad=None, max_bad_by_reason={}, on_bad="quarantine"
+        )
         return cls(**values, versions=versions)
 
     def differences(self, before: "PackKey") -> list[str]:
@@ -121,23 +122,39 @@ class Staging:
     def finished(self, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
         """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). numbers: the
         parts to check; None means all. Unreadable records, and those of bad files, are removed."""
-        results = {}
+        results: dict[int, PartResult] = {}
+        chosen = None if numbers is None else set(numbers)
         for number in self.recorded():
-            if numbers is not None and number not in numbers:
-                continue
-            with contextlib.suppress(DatasetError):
-                result = read_record(self._record_path(number), PartResult, DatasetError, "")
-                files = [*(shard.file for shard in result.shards), *result.files]
-                with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
-                    is_intact = not any(pool.map(partial(checksums.difference, self.dataset), files))
-                if is_intact:
-                    results[number] = result
-                    continue
-            self._record_path(number).unlink(missing_ok=True)
-        return results
+            if chosen is None or number in chosen:
+                with contextlib.suppress(DatasetError):
+                    results[number] = read_record(self._record_path(number), PartResult, DatasetError, "")
+                if number not in results:
+                    self.forget([number])
+        bad = {result.number for result, _ in self.differences(results.values(), is_hashed=True)}
+        self.forget(bad)
+        return {number: result for number, result in results.items() if number not in bad}
+
+    def differences(self, results: Iterable[PartResult], *, is_hashed: bool = False) -> list[tuple[PartResult, str]]:
+        """Return (its part, what is wrong in words) for each file of these parts that is missing or has another size.
+        Those that other hosts wrote are hashed too, or all with `is_hashed`."""
+        here = socket.gethostname()
+
+        def difference(task: tuple[PartResult, FileEntry]) -> str:
+            result, file = task
+            return checksums.difference(self.dataset, file, is_hashed=is_hashed or result.host != here)
+
+        tasks = [(result, file) for result in results for file in result.all_files]
+        with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
+            found = list(pool.map(difference, tasks))
+        return [(result, f"{file.path} {what}") for (result, file), what in zip(tasks, found, strict=True) if what]
 
     def _record_path(self, part: int) -> Path:
         return self.dir / "done" / f"{part:05d}.json"
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Remove the records of these parts, so that they are packed again."""
+        for number in numbers:
+            self._record_path(number).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the hidden directory, records first: a part whose files are partly removed must not pass for finished."""

@@ -72,14 +72,14 @@ def mark_verified(directory: Path, files: Sequence[FileEntry], against: str) -> 
     _write(directory, {file.path: _state(directory, file, against) for file in files})
 
 
-def difference(directory: Path, file: FileEntry) -> str:
+def difference(directory: Path, file: FileEntry, *, is_hashed: bool = True) -> str:
     """Return in words how a file differs from its record, "" if it does not. It is read only if its size is right."""
     path = directory / file.path
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != file.bytes:
         return f"has {size:,} bytes, expected {file.bytes:,}"
-    digest = sha256_of(path)
+    digest = sha256_of(path) if is_hashed else file.sha256
     return "" if digest == file.sha256 else f"sha256 is {digest}, expected {file.sha256}"
 
 
