@@ -33,6 +33,18 @@ def test_a_file_read_whole_is_foreseen_exactly(tmp_path: Path, tokenizer_dir: Pa
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".jsonl"] == ["rows.jsonl"]
 
 
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_a_condition_is_foreseen(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", kind, 200)
+    where = "not duplicate and tokens > 30 and characters < avg(characters)"
+    options = PackOptions(tokenizer=tokenizer_dir, max_len=512, where=where, max_bad="1")
+    found = estimate([path], options, max_lens=[512])
+    packed = pack([path], tmp_path / "packed", options)
+    assert found.rows_not_selected == packed.left_out["not selected"] > 0 and found.rows == 200
+    assert (found.outlooks[0].tokens, found.outlooks[0].loss_tokens) == (packed.tokens, packed.loss_tokens)
+    assert survey([path], options).rows == 200 - found.rows_not_selected
+
+
 def test_a_sample_foresees_the_whole(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmdata.pack.estimate.LEAST_BYTES", 30_000)
     monkeypatch.setattr("mmdata.pack.estimate.BLOCK_BYTES", 2_000)
@@ -69,7 +81,7 @@ def test_the_command_says_it_and_writes_nothing(
     said = capsys.readouterr()
     assert "steps an epoch" in said.out and "--dedup" not in said.err
     cli.app(["pack", str(path), "--plan", "--dedup", "exact", "--tokenizer", str(tokenizer_dir)], standalone_mode=False)
-    assert "note: rows that --where, --dedup" in capsys.readouterr().err
+    assert "note: rows that --dedup and" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

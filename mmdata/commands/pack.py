@@ -317,8 +317,8 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
     from mmdata.pack.pipeline import common_kind
     from mmtrain.sizing import batch_for
 
-    if options.dedup or options.exclude or options.where is not None:
-        say("note: rows that --where, --dedup and --exclude would leave out are counted here: only packing finds them")
+    if options.dedup or options.exclude:
+        say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
     estimates = []
     for inputs in [files] if is_one else [[path] for path in files]:
         stage = stage_of(common_kind(inputs, options.reading))
@@ -341,6 +341,7 @@ def print_estimate(estimate: "Estimate") -> None:
     result(
         f"{', '.join(estimate.inputs)}: about {estimate.rows:,} rows of kind {estimate.kind} in {size(estimate.bytes)} "
         f"(read {size(estimate.read_bytes)}); {estimate.rows_left_out:,} cannot be used"
+        + (f", {estimate.rows_not_selected:,} are not selected" if estimate.rows_not_selected else "")
     )
     head = ("max-len", "tokens", "trained", "padding", "cut rows", "too long", "disk", "time", "steps an epoch")
     rows = (

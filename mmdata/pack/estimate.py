@@ -13,9 +13,10 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from mmdata.encode.encoder import EncodedRows, RowEncoder
@@ -27,7 +28,7 @@ from mmdata.io.tables import num_rows
 from mmdata.options import check
 from mmdata.pack.options import PART_BYTES, PackOptions, packing_tokenizer
 from mmdata.pack.packing import buckets_for, pack
-from mmdata.pack.pipeline import COMPRESSION, common_kind
+from mmdata.pack.pipeline import COMPRESSION, arguments_of, common_kind
 from mmdata.shards import dataset
 from mmdata.tokenizer.encoders import choose
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -68,7 +69,9 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimates for packing some inputs. bytes: their decompressed size. rows, rows_left_out: estimated, too."""
+    """Estimates for packing some inputs. bytes: their decompressed size. The numbers of rows are
+    estimated, too.
+    """
 
     inputs: list[str]
     kind: str
@@ -77,6 +80,7 @@ class Estimate:
     bytes: int
     read_bytes: int
     rows: int
+    rows_not_selected: int  # for which `where` does not hold
     rows_left_out: int  # that are not valid rows, whatever the length limit is
     outlooks: list[Outlook]
     batch_tokens: int | None
@@ -84,13 +88,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """The lines read from one input."""
+    """The lines read from one input, without those that `where` leaves out."""
 
-    raws: list[bytes]
+    path: Path
+    lines: list[Line]
     num_bad: int  # lines that are not valid rows of the inputs' row kind
     read_bytes: int
     total_bytes: int
     cpu_s: float  # processor time spent reading
+    num_not_selected: int = 0
+
+    @property
+    def raws(self) -> list[bytes]:
+        return [line.raw for line in self.lines]
 
     @property
     def factor(self) -> float:
@@ -119,22 +129,25 @@ class Survey:
 
 
 def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
-    """Return the sizes of the inputs. Raises the errors of `estimate`, but none if no row can be used."""
+    """Return the sizes of the inputs' rows for which `where` holds. Raises the errors of `estimate`, but none if no row
+    can be used.
+    """
     kind = common_kind(inputs, options.reading)
-    tokenizer, _ = packing_tokenizer(options, kind)
+    tokenizer, changes = packing_tokenizer(options, kind)
     takes = RowEncoder(
         tokenizer, max_len=UNCUT, era=options.era, train_on=options.train_on, seed=options.seed, on_lost=options.on_lost,
         columns=Columns.parse(options.mapping), encoder=choose(tokenizer, options.encoder),
     )  # fmt: skip
-    samples = [_read(path, kind, options.reading, LEAST_BYTES) for path in inputs]
+    samples = _selected([_read(path, kind, options.reading, LEAST_BYTES) for path in inputs], kind, options, changes)
     lengths, weights = [np.empty(0, np.int64)], [np.empty(0)]
     for sample in samples:
-        for i in range(0, len(sample.raws), ROWS_PER_CALL):
-            lengths.append(takes.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind).sequences.widths())
+        for i in range(0, len(sample.lines), ROWS_PER_CALL):
+            raws = [line.raw for line in sample.lines[i : i + ROWS_PER_CALL]]
+            lengths.append(takes.encode_lines(raws, kind).sequences.widths())
             weights.append(np.full(len(lengths[-1]), sample.factor))
     every = np.concatenate(lengths)
     order = np.argsort(every, kind="stable")
-    rows = round(sum((len(sample.raws) - sample.num_bad) * sample.factor for sample in samples))
+    rows = round(sum((len(sample.lines) - sample.num_bad) * sample.factor for sample in samples))
     return Survey(rows, every[order], np.concatenate(weights)[order])
 
 
@@ -164,9 +177,10 @@ def estimate(
     row can be used, and the errors of `pack` for invalid options or tokenizers."""
     check(options)
     kind, workers = common_kind(inputs, options.reading), options.workers or 1
-    tokenizer, _ = packing_tokenizer(options, kind)
+    tokenizer, changes = packing_tokenizer(options, kind)
     chosen = choose(tokenizer, options.encoder)
-    samples = [_read(path, kind, options.reading) for path in inputs]
+    read = [_read(path, kind, options.reading) for path in inputs]
+    samples = _selected(read, kind, options, changes)
     found = []
     for max_len in max_lens:
         takes = RowEncoder(
@@ -185,7 +199,8 @@ def estimate(
         workers=workers,
         bytes=sum(sample.total_bytes for sample in samples),
         read_bytes=sum(sample.read_bytes for sample in samples),
-        rows=round(sum(len(sample.raws) * sample.factor for sample in samples)),
+        rows=round(sum(len(sample.lines) * sample.factor for sample in read)),
+        rows_not_selected=round(sum(one.num_not_selected * one.factor for one in samples)),
         rows_left_out=round(sum(sample.num_bad * sample.factor for sample in samples)),
         outlooks=found,
         batch_tokens=max((outlook.batch_tokens or 0 for outlook in found), default=0) or None,
@@ -199,15 +214,30 @@ def _read(path: Path, kind: str, read: ReadOptions, most_bytes: int = MOST_BYTES
     """Read a sample of an input's lines, about `most_bytes` at most, and count those that are no rows of this kind."""
     start = time.process_time()
     lines, num_read, total = _lines_of(path, read, most_bytes)
-    raws = [line.raw for line in lines]
     spent = time.process_time() - start
     num_bad, columns = 0, Columns.parse(read.mapping)
-    for raw in raws:
+    for line in lines:
         try:
-            parse_row(raw, kind, columns=columns)
+            parse_row(line.raw, kind, columns=columns)
         except BadRow:
             num_bad += 1
-    return _Sample(raws, num_bad, num_read, total, spent)
+    return _Sample(path, lines, num_bad, num_read, total, spent)
+
+
+def _selected(samples: list[_Sample], kind: str, options: PackOptions, changes: Mapping[str, str]) -> list[_Sample]:
+    """Return the samples without the rows for which `options.where` does not hold, as if there were no other rows. Of a
+    large file, line numbers are those in the blocks that were read. changes: of the tokenizer, by `packing_tokenizer`.
+    """
+    if options.where is None:
+        return samples
+    from mmdata.pack.filter.screen import lines_kept  # with polars, which takes a moment to load
+
+    arguments = msgspec.structs.replace(arguments_of(options), **changes)
+    kept = lines_kept([(sample.path, sample.lines) for sample in samples], kind, options.tokenizer, arguments)
+    return [
+        replace(sample, lines=lines, num_not_selected=len(sample.lines) - len(lines))
+        for sample, lines in zip(samples, kept, strict=True)
+    ]
 
 
 def _lines_of(path: Path, read: ReadOptions, most_bytes: int) -> tuple[list[Line], int, int]:
@@ -269,12 +299,10 @@ def _outlook(
     widths: list[np.ndarray] = []
     cpu_s = 0.0
     for sample in samples:
-        _ = encoder.encode_lines(sample.raws[:1], kind)  # not timed: the first call prepares the template
+        raws = sample.raws
+        _ = encoder.encode_lines(raws[:1], kind)  # not timed: the first call prepares the template
         start = time.process_time()
-        batches = [
-            encoder.encode_lines(sample.raws[i : i + ROWS_PER_CALL], kind)
-            for i in range(0, len(sample.raws), ROWS_PER_CALL)
-        ]
+        batches = [encoder.encode_lines(raws[i : i + ROWS_PER_CALL], kind) for i in range(0, len(raws), ROWS_PER_CALL)]
         cpu_s += (sample.cpu_s + (time.process_time() - start)) * sample.factor
         widths += [
             np.resize(batch.sequences.widths(), _scaled(len(batch.sequences), sample, samples)) for batch in batches

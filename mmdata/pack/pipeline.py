@@ -124,7 +124,7 @@ def pack(
     check(options)
     share = options.share
     out = Path(out)
-    arguments = _arguments(options, *parse_budget(options.max_bad))
+    arguments = arguments_of(options)
     _check_inputs(inputs := [remote.file_at(path) for path in inputs])
     is_rerun = _is_dataset(out)
     job = _plan_job(inputs, out, options, arguments, progress, watch, note)
@@ -258,9 +258,10 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
             raise InputError(f"{path} is empty", "give a file with one JSON object a line")
 
 
-def _arguments(options: PackOptions, max_bad: float | None, by_reason: dict[str, float]) -> PackArguments:
+def arguments_of(options: PackOptions) -> PackArguments:
     """Return the options as the manifest records them, limits parsed. Raises as `dedup.check_options` does, and
     UsageError if `where` is no condition."""
+    max_bad, by_reason = parse_budget(options.max_bad)
     dedup.check_options(options.dedup, options.exclude)
     if options.where is not None:
         from mmdata.pack.filter.frames import check_names

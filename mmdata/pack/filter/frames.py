@@ -78,20 +78,21 @@ class PartColumns:
 
     def __call__(self, part: Part, tick: Tick) -> pl.DataFrame:
         """Read a part. tick: called with the bytes read since the last call."""
-        frames, reported = [self._of_lines([], part)], 0
+        fields = Columns.parse(part.read.mapping)
+        frames, reported = [self.of_lines([], part.path, fields)], 0
         for lines in batches(part):
-            frames.append(self._of_lines(lines, part))
+            frames.append(self.of_lines(lines, part.path, fields))
             done = part.bytes_done(lines[-1])
             tick(done - reported)
             reported = done
         tick(part.num_bytes - reported)
         return pl.concat(frames)
 
-    def _of_lines(self, lines: Sequence[Line], part: Part) -> pl.DataFrame:
+    def of_lines(self, lines: Sequence[Line], path: Path, fields: Columns) -> pl.DataFrame:
+        """Return a frame of lines of a file, as a call returns it of a part. fields: where the rows have their texts."""
         rows: list[Row] = []
         reasons: list[str | None] = []
         good: list[int] = []
-        fields = Columns.parse(part.read.mapping)
         for i, line in enumerate(lines):
             try:
                 rows.append(parse_row(line.raw, self._reader.kind, columns=fields))
@@ -104,7 +105,7 @@ class PartColumns:
             "line": pl.Series([line.number for line in lines], dtype=pl.Int64),
             "reason": pl.Series(reasons, dtype=pl.String),
         }
-        frame = pl.DataFrame(places).with_columns(pl.lit(str(part.path)).alias("file"))
+        frame = pl.DataFrame(places).with_columns(pl.lit(str(path)).alias("file"))
         columns = self.of_rows(rows, [lines[i].raw for i in good]).with_columns(at=pl.Series(good, dtype=pl.Int64))
         every = pl.DataFrame({"at": pl.Series(range(len(lines)), dtype=pl.Int64)})
         return pl.concat(

@@ -10,12 +10,16 @@ import polars as pl
 
 from mmdata.encode.rows import NOT_SELECTED
 from mmdata.io.files import write_bytes
+from mmdata.io.lines import Line
 from mmdata.io.records import write_record
 from mmdata.io.workers import Tick
 from mmdata.pack import dedup
 from mmdata.pack.filter.frames import PartColumns, RowReader, with_groups
 from mmdata.pack.filter.where import Where
 from mmdata.pack.part import Part, PartSettings, screened_path
+from mmdata.shards.manifest import PackArguments
+
+ROWS_AT_ONCE = 1000  # rows whose columns are computed at once
 
 
 def screen(
@@ -54,6 +58,25 @@ def _not_selected(
     for number, line in frame.filter(is_out).select("part", "line").iter_rows():
         found[number][line] = (NOT_SELECTED, where.text)
     return found
+
+
+def lines_kept(
+    files: Sequence[tuple[Path, Sequence[Line]]], kind: str, tokenizer_dir: Path | None, arguments: PackArguments
+) -> list[list[Line]]:
+    """Return the lines of each file without the rows for which `arguments.where` does not hold among all these lines.
+    Lines that are no valid rows stay.
+    """
+    where, fields = Where(arguments.where or "true"), arguments.columns
+    reader = RowReader(kind, where.names, tokenizer_dir, arguments)
+    read = PartColumns(reader)
+    batches = [
+        read.of_lines(lines[i : i + ROWS_AT_ONCE], path, fields)
+        for path, lines in files
+        for i in range(0, max(len(lines), 1), ROWS_AT_ONCE)
+    ]
+    frame = with_groups(pl.concat(batches), reader.makers())
+    is_kept = iter((frame["reason"].is_not_null() | where.holds(frame)).to_list())
+    return [[line for line in lines if next(is_kept)] for _, lines in files]
 
 
 class _ColumnWriter:
