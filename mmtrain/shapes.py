@@ -36,7 +36,9 @@ class ModelConfig:
     and keys are normalised too. max_positions: largest sequence length in tokens. own_head_size: width of a head if it
     is not `hidden_size / num_heads`. tied: whether the output projection is the embedding. qkv_bias: whether the
     projections to queries, keys and values have biases. layers_without_rope: numbers of the layers, from 0, that do not
-    rotate queries and keys. num_padding: last rows of the embedding, which no token uses.
+    rotate queries and keys. num_padding: last rows of the embedding, which no token uses. num_experts: feed-forward layers
+    of a mixture of experts in each block, of which each token takes `experts_per_token`; 0 for a dense model. norm_experts:
+    whether the weights of a token's experts add up to 1.
     """
 
     vocab_size: Count
@@ -55,6 +57,9 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     layers_without_rope: tuple[Count, ...] = ()
     num_padding: Count = 0
+    num_experts: Count = 0
+    experts_per_token: Positive = 1
+    norm_experts: bool = True
 
     @property
     def head_size(self) -> int:
@@ -64,9 +69,10 @@ class ModelConfig:
     @property
     def text(self) -> str:
         """Return the sizes in words."""
+        experts = f"{self.num_experts} experts of " if self.num_experts else ""
         return (
             f"{self.num_layers} layers, width {self.hidden_size}, {self.num_heads} query and {self.num_kv_heads} key heads "
-            f"of {self.head_size}, feed-forward {self.ffn_size}, vocabulary {self.vocab_size:,}"
+            f"of {self.head_size}, feed-forward {experts}{self.ffn_size}, vocabulary {self.vocab_size:,}"
         )
 
     @property
@@ -75,7 +81,7 @@ class ModelConfig:
         width, q_size, kv_size = (self.hidden_size, *(n * self.head_size for n in (self.num_heads, self.num_kv_heads)))
         attention = 2 * width * (q_size + kv_size) + 2 * self.head_size * self.qk_norm
         attention += (q_size + 2 * kv_size) * self.qkv_bias
-        block = attention + 3 * width * self.ffn_size + 2 * width
+        block = attention + 3 * width * self.ffn_size * max(1, self.num_experts) + width * (2 + self.num_experts)
         return self.vocab_size * width * (2 - self.tied) + self.num_layers * block + width
 
 

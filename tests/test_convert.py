@@ -145,7 +145,10 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 BAD = {
-    "experts": ({**weights(SHAPE), "model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(2, 2)}, r"\(MoE\)"),
+    "experts": (
+        {**weights(SHAPE), "model.layers.0.mlp.shared_experts.0.up_proj.weight": torch.ones(2, 2)},
+        r"\(MoE\) with another structure",
+    ),
     "seed experts": (
         {**seed_weights(SHAPE), "layers.0.feed_forward.experts.0.w1.weight": torch.ones(2, 2)},
         r"\(MoE\)",
@@ -234,8 +237,9 @@ def hf(path: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "qwen3_moe"}, r"\(MoE\)"),
-        ({"use_moe": True}, r"\(MoE\)"),
+        ({"model_type": "qwen2_moe"}, r"\(MoE\) with another structure"),
+        ({"num_local_experts": 8}, r"\(MoE\) with another structure"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "experts in some of the layers only"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling 'llama3'"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),

@@ -103,6 +103,46 @@ def test_logits_answers_and_exports_are_those_of_transformers(name: str, tokeniz
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.weights.items())
 
 
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 96,
+            "head_dim": 16,
+        },
+        {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False, "moe_intermediate_size": 48},
+    ],
+)
+def test_mixtures_of_experts_answer_as_in_transformers_and_are_not_trained_or_exported(
+    experts: dict[str, Any], data: Data, tmp_path: Path
+) -> None:
+    """The first is minimind-3-moe's structure, also read from MiniMind's own file of weights."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = {"tie_word_embeddings": True, "rope_parameters": rope, "max_position_embeddings": 32768, **experts}
+    theirs = transformers_model("qwen3_moe", tmp_path / "hf", data.tokenizer, **config)
+    made = import_model(tmp_path / "hf", tmp_path / "run")
+    assert made.num_params == made.shape.num_params == theirs.num_parameters()
+    model, tok = open_model(tmp_path / "run")
+    assert sum(p.numel() for p in model.parameters()) == made.num_params
+    ids = torch.randint(300, (90,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+    assert (logits(model, ids) - expected).abs().max() < 1e-4
+    row = Engine(model, tok).answer([ids[:70].tolist()], Sampling(max_new_tokens=8, temperature=0))[0]
+    said = theirs.generate(ids[None, :70], do_sample=False, max_new_tokens=8, eos_token_id=tok.eos_id, pad_token_id=0)
+    assert said[0, 70:].tolist() == row.ids + [tok.eos_id] * (row.finish_reason == "stop")
+    if experts["norm_topk_prob"]:
+        torch.save(model.state_dict(), tmp_path / "full_sft_64_moe.pth")
+        assert open_model(tmp_path / "full_sft_64_moe.pth", tokenizer_dir=data.tokenizer)[0].config == model.config
+    with pytest.raises(UsageError, match="is a mixture of experts, which mm does not export"):
+        export(tmp_path / "run", tmp_path / "out", format="hf")
+    with pytest.raises(CheckpointError, match="is a mixture of experts, which mm does not train"):
+        train(config_of("sft", data, tmp_path / "sft", init=tmp_path / "run", model=None))
+
+
 @pytest.mark.parametrize("name", ["llama-3.2", "llama-2", "smollm3", "qwen2.5", "qwen3"])
 def test_gguf_files_name_the_architecture_and_hold_every_tensor(name: str, tokenizer: Path, tmp_path: Path) -> None:
     import gguf
@@ -143,7 +183,9 @@ SIZES = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hi
 @pytest.mark.parametrize("model_type", [name for name in DEFAULTS if name != "minimind"])
 def test_missing_keys_take_transformers_defaults(model_type: str, tokenizer: Path, tmp_path: Path) -> None:
     window = {"sliding_window": None} if model_type == "mistral" else {}
-    sizes = {"num_key_value_heads": 4, **({"head_dim": 128} if model_type == "qwen3" else {}), **window}
+    sizes = {"num_key_value_heads": 4, **({"head_dim": 128} if "qwen3" in model_type else {}), **window}
+    if model_type == "qwen3_moe":
+        sizes |= {"num_experts": 10, "moe_intermediate_size": 96}
     theirs = transformers_model(model_type, tmp_path / "hf", tokenizer, **sizes)
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
@@ -156,6 +198,8 @@ def test_missing_keys_take_transformers_defaults(model_type: str, tokenizer: Pat
     assert model.config.max_positions == known.max_positions == default.max_position_embeddings
     assert (known.num_heads, known.tied) == (default.num_attention_heads, default.tie_word_embeddings)
     assert (known.norm_eps, known.rope_theta) == (default.rms_norm_eps, default.default_theta)
+    if model_type == "qwen3_moe":
+        assert (known.experts_per_token, known.norm_experts) == (default.num_experts_per_tok, default.norm_topk_prob)
     assert known.sliding_window == (default.sliding_window if model_type == "mistral" else None)
 
 

@@ -36,6 +36,10 @@ class HFConfig(Struct):
     model_type: str | None = None
     use_moe: bool | None = None
     num_local_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool | None = None
+    mlp_only_layers: list[int] | None = None
+    decoder_sparse_step: int | None = None
     num_attention_heads: int | None = None
     n_heads: int | None = None
     head_dim: int | None = None
@@ -69,6 +73,8 @@ class _Defaults:
     max_positions: int = 32768
     tied: bool = False
     sliding_window: int | None = None
+    experts_per_token: int = 1
+    norm_experts: bool = True
 
 
 # The values of model_type that mm reads. (A MiniMind model with query norms has an epsilon of 1e-6.)
@@ -77,6 +83,7 @@ DEFAULTS = {
     "mistral": _Defaults(max_positions=131072, sliding_window=4096),
     "qwen2": _Defaults(),
     "qwen3": _Defaults(),
+    "qwen3_moe": _Defaults(experts_per_token=8, norm_experts=False),
     "smollm3": _Defaults(num_heads=16, rope_theta=2e6, tied=True),
     "minimind": _Defaults(num_heads=8, rope_theta=1e6, norm_eps=1e-5, tied=True),
 }
@@ -88,8 +95,9 @@ def read_config(path: Path) -> HFConfig:
         fix = "give a run, a .pth file or a Hugging Face directory"
         raise CheckpointError(f"{path} holds neither a run nor a config.json", fix)
     config = read_record(path / "config.json", HFConfig, CheckpointError, "copy or download it again")
-    if config.use_moe or "moe" in str(config.model_type) or config.num_local_experts:
-        raise mixture_of_experts(path)
+    is_moe = "moe" in str(config.model_type) or config.num_local_experts
+    if is_moe and config.model_type != "qwen3_moe":
+        raise other_experts(path)
     if config.model_type not in DEFAULTS:
         problem = f"{path}: model_type {config.model_type!r} is not supported"
         raise CheckpointError(problem, f"import a model of type {', '.join(DEFAULTS)}")
@@ -107,6 +115,7 @@ def read_config(path: Path) -> HFConfig:
         (config.hidden_act not in ("silu", "swish"), f"activation {config.hidden_act!r}"),
         (config.attention_bias, "attention_bias (biases of all attention projections)"),
         (config.mlp_bias, "mlp_bias"),
+        (config.mlp_only_layers or config.decoder_sparse_step not in (None, 1), "experts in some of the layers only"),
         (config.quantization_config is not None, "quantized weights"),
         (any(kind != "full_attention" for kind in config.layer_types or ()), "sliding window attention"),
         (
@@ -133,7 +142,10 @@ def shape_of_weights(weights: Mapping[str, Tensor], path: Path, config: HFConfig
     head size. path: for messages. Raise CheckpointError if a required tensor is missing, or the head size is odd or
     does not divide the query and key rows."""
     first = "model.layers.0."
-    needed = ("model.embed_tokens", *(f"{first}{x}" for x in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")))
+    experts = {match[1] for name in weights if (match := re.match(rf"{re.escape(first)}mlp\.experts\.(\d+)\.", name))}
+    mlp = "mlp.experts.0" if experts else "mlp"
+    parts = ("self_attn.q_proj", "self_attn.k_proj", f"{mlp}.gate_proj")
+    needed = ("model.embed_tokens", *(f"{first}{part}" for part in parts))
     if missing := [name for name in needed if f"{name}.weight" not in weights]:
         raise CheckpointError(f"{path}: no {missing[0]}.weight: not a model of this kind", "import a Llama-like model")
     embedding, q, k, gate = (weights[f"{name}.weight"] for name in needed)
@@ -171,6 +183,9 @@ def shape_of_weights(weights: Mapping[str, Tensor], path: Path, config: HFConfig
         qkv_bias=f"{first}self_attn.q_proj.bias" in weights,
         rope_scaling=scaling,
         layers_without_rope=_layers_without_rope(config, 1 + max(layers)),
+        num_experts=len(experts),
+        experts_per_token=(config.num_experts_per_tok or defaults.experts_per_token) if experts else 1,
+        norm_experts=defaults.norm_experts if config.norm_topk_prob is None or not experts else config.norm_topk_prob,
     )
 
 
@@ -191,10 +206,10 @@ def _layers_without_rope(config: HFConfig, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer, does in enumerate(rotates[:num_layers]) if not does)
 
 
-def mixture_of_experts(path: Path) -> CheckpointError:
-    """Return the error for a mixture of experts, which this model cannot be. path: the checkpoint."""
-    problem = f"{path} is a mixture of experts (MoE), which this model is not"
-    return CheckpointError(problem, "import a dense model (MiniMind: without _moe)")
+def other_experts(path: Path) -> CheckpointError:
+    """Return the error for a mixture of experts other than minimind-3-moe's and Qwen3's. path: the checkpoint."""
+    problem = f"{path} is a mixture of experts (MoE) with another structure than minimind-3-moe's"
+    return CheckpointError(problem, "import minimind-3-moe, a model of type qwen3_moe, or a dense model")
 
 
 # --- writing

@@ -99,6 +99,10 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
         raise UsageError(f"{out} is not empty and no export of mm", "choose another --out")
     weights = checkpoint.find(path)
     model = _without_padding(checkpoint.load_model(weights.dir)[0].eval())
+    if model.config.num_experts:
+        raise UsageError(
+            f"{path} is a mixture of experts, which mm does not export", "use the files it was imported from"
+        )
     tokenizer = run_tokenizer(weights.run_dir, model.config.vocab_size)
     source = _Source(weights, read_run(weights.run_dir), model, tokenizer)
     writer: Callable[[_Source, Path, str], tuple[list[str], float | None]]

@@ -2,7 +2,7 @@
 types in `DEFAULTS`. `import_model` converts such a model to a run; `open_model` opens any model that a command accepts.
 
 Reading is strict. A missing or additional tensor is an error, and so is a feature that our model does not have, such as
-experts or sliding windows. From pickle files only tensors are read; a file that would run code is refused. Values are
+sliding windows. From pickle files only tensors are read; a file that would run code is refused. Values are
 not changed, only converted to fp32.
 """
 
@@ -26,7 +26,7 @@ from mmdata.io import files
 from mmdata.io.records import read_record, write_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
-from mmtrain.convert.architectures import DEFAULTS, HFConfig, mixture_of_experts, read_config, shape_of_weights
+from mmtrain.convert.architectures import DEFAULTS, HFConfig, other_experts, read_config, shape_of_weights
 from mmtrain.model.model import Model
 from mmtrain.records import RUN, RunRecord, TrainedOn, read_run
 from mmtrain.shapes import ModelConfig
@@ -189,11 +189,11 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 def _our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
     """Return the tensors under our names, without wrappers' prefixes and buffers that follow from the shape, and
-    whether they had MiniMind's names until April 2025. Raise CheckpointError for experts and LoRA adapters."""
+    whether they had MiniMind's names until April 2025. Raise CheckpointError for shared experts and LoRA adapters."""
     named = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
     named = {name: value for name, value in named.items() if not _TABLES.search(name)}
-    if any("experts." in name or name.endswith("mlp.gate.weight") for name in named):
-        raise mixture_of_experts(path)
+    if any("shared_expert" in name or "feed_forward.experts." in name for name in named):
+        raise other_experts(path)
     if any(".lora" in name for name in named):
         raise CheckpointError(f"{path} holds LoRA adapters, not a model", "merge them into their model first")
     is_seed = "tok_embeddings.weight" in named

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmtrain.model.model import Model, Rotary, rotate
+from mmtrain.model.model import Model, Rotary, mix_experts, rotate
 from mmtrain.shapes import ModelConfig
 
 # Input matrices (one matrix row per token) are padded to this many rows. Fewer rows run in another kernel of oneDNN,
@@ -54,8 +54,7 @@ class _Layer:
     head_norm: Tensor | None
     out: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: Linear  # the whole feed-forward layer
 
 
 class KVCache:
@@ -123,6 +122,20 @@ class Decoder:
             matrix = torch.cat([weights[f"{prefix}{name}_proj.weight"] for name in names])
             return _linear(matrix, torch.cat(biases) if biases else None)
 
+        def mlp(name: str) -> Linear:
+            gate_up, down = joined(f"{name}.gate", f"{name}.up"), joined(f"{name}.down")
+
+            def layer(x: Tensor) -> Tensor:
+                gate, up = gate_up(x).chunk(2, -1)
+                return down(F.silu(gate).mul_(up))
+
+            return layer
+
+        def experts() -> Linear:
+            gate = weights[f"{prefix}mlp.gate.weight"]
+            each = [mlp(f"mlp.experts.{number}") for number in range(config.num_experts)]
+            return lambda x: mix_experts(x, F.linear(x, gate), each, config)
+
         head_norm = None
         if config.qk_norm:
             norms = (weights[f"{prefix}self_attn.{x}_norm.weight"] for x in "qk")
@@ -134,8 +147,7 @@ class Decoder:
             head_norm,
             joined("self_attn.o"),
             weights[f"{prefix}post_attention_layernorm.weight"],
-            joined("mlp.gate", "mlp.up"),
-            joined("mlp.down"),
+            mlp("mlp") if not config.num_experts else experts(),
         )
 
     @torch.inference_mode()
@@ -153,8 +165,7 @@ class Decoder:
         table = self.rotary(torch.tensor(positions + [0] * num_pad, device=self.device), max(positions) + 1)
         for index, layer in enumerate(self.layers):
             x = x + layer.out(self._attend(layer, index, x, table, rows))
-            gate, up = layer.gate_up(self._normed(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            x = x + layer.mlp(self._normed(x, layer.mlp_norm))
         for cache, new in rows:
             cache.length += len(new)
         last = torch.tensor(counts, device=self.device).cumsum(0) - 1

@@ -7,6 +7,7 @@ of Llama checkpoints, so that exporting needs no renaming. What differs between 
 
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -273,6 +274,36 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class Experts(nn.Module):
+    """Mixture of experts: several MLPs, of which each token goes through a few (see `mix_experts`). Not trained by mm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output [T, C] for x [T, C]."""
+        return mix_experts(x, self.gate(x), list(self.experts), self.config)
+
+
+def mix_experts(
+    x: Tensor, scores: Tensor, experts: Sequence[Callable[[Tensor], Tensor]], config: ModelConfig
+) -> Tensor:
+    """Return for each row of x [T, C] the sum of the outputs of its `experts_per_token` most likely experts, weighted by
+    their probabilities, the softmax of `scores` [T, number of experts]; with `norm_experts` these add up to 1."""
+    weights, chosen = scores.softmax(-1, dtype=torch.float32).topk(config.experts_per_token)
+    if config.norm_experts:
+        weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for number, expert in enumerate(experts):
+        rows, places = (chosen == number).nonzero(as_tuple=True)
+        if len(rows):
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, places, None].to(x.dtype))
+    return out
+
+
 class Block(nn.Module):
     """One transformer block with pre-normalisation: x + attention(norm(x)), then x + MLP(norm(x))."""
 
@@ -281,7 +312,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.num_experts else MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: AttentionLayout | PairLayout) -> Tensor:
         """Return the block's output [T, C] for x [T, C]. cos, sin: [T, 1, D], of these positions."""

@@ -340,6 +340,9 @@ def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -
     DatasetError if sequences are too long for the model, UsageError for an unsuitable --model."""
     if start.source:
         shape = start.source.model_config
+        if shape.num_experts:
+            problem = f"{start.source.run_dir} is a mixture of experts, which mm does not train"
+            raise CheckpointError(problem, f"chat with it (mm chat {start.source.run_dir}), or train a dense model")
     else:
         shape = shape_from(settings, datasets[0].vocab_size)
     if start.growth:
