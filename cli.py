@@ -40,6 +40,7 @@ COMMANDS = {
     },
     "mmtrain.commands.project": {
         "run": "Execute a recipe: from raw data to an exported model.",
+        "lineage": "Show what a model or dataset was made from.",
     },
 }
 MODULES = {"import": "import_", "verify": "validate"}  # of commands whose module has another name

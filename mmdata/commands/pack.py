@@ -290,17 +290,21 @@ def send(directory: Path, url: str, *, quiet: bool) -> None:
 
 
 def write_report(directory: Path, *, is_new: bool) -> None:
-    """Write report.html into the dataset, from its recorded counts and a sample of its rows. A failure is printed as a
-    note and raises nothing. is_new: the dataset was packed just now; only then a report that exists is replaced."""
+    """Write report.html and the card README.md into the dataset, from its recorded counts and a sample of its rows. A
+    failure is printed as a note and raises nothing. is_new: the dataset was packed just now; only then a report that
+    exists is replaced."""
     from mmdata.io.files import write_text
+    from mmdata.shards.dataset import CARD
     from mmdata.stats import stats
-    from mmdata.stats.report import data
+    from mmdata.stats.report import card, data
 
     path = directory / data.FILE
     if path.exists() and not is_new:
         return
     try:
-        write_text(path, data.dataset_page([stats.measure_dataset(directory, is_quick=True)], command=same_command()))
+        measured = stats.measure_dataset(directory, is_quick=True)
+        write_text(path, data.dataset_page([measured], command=same_command()))
+        write_text(directory / CARD, card.dataset_card(directory, measured.figures))
     except (MMError, OSError) as error:
         say(f"note: no {path}: {error}")
     else:

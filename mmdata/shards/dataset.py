@@ -32,7 +32,7 @@ from mmdata.shards.manifest import (
 
 TOKENIZER = "tokenizer/tokenizer.json"
 OPTIONAL = ("sources/", "rejected/", "stats.json")  # a dataset without these files can be trained on
-REPORT = "report.html"  # in the dataset's directory, but not listed in the manifest and not part of the dataset
+REPORT, CARD = "report.html", "README.md"  # in the dataset's directory, but not in the manifest: no part of the dataset
 TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
 SOURCES_PER_BATCH = 2**20
 DIGEST_VALUES = 2**16  # number of values that are converted for a digest at once: they stay in the cache

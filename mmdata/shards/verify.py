@@ -44,7 +44,8 @@ def verify(directory: Path, progress: Progress = no_progress) -> list[Problem]:
                 problems.append(Problem(file.path, f"token_digest is {digest}, expected {expected}"))
         done += file.bytes
         progress(done, total)
-    listed = {MANIFEST, dataset.REPORT, checksums.VERIFIED_NAME, checksums.LOCK_NAME, *(file.path for file in files)}
+    beside = {dataset.REPORT, dataset.CARD, checksums.VERIFIED_NAME, checksums.LOCK_NAME}
+    listed = {MANIFEST, *beside, *(file.path for file in files)}
     present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     problems += [Problem(path, "is not in the manifest") for path in sorted(present - listed)]
     if not problems:

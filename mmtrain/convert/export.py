@@ -22,8 +22,8 @@ from torch import Tensor
 from mmdata.encode.rows import Message
 from mmdata.encode.template import Template, ending_of
 from mmdata.errors import CheckpointError, UsageError
-from mmdata.io.files import new_directory, write_json, write_text
-from mmdata.io.records import JsonObject
+from mmdata.io.files import new_directory, sha256_of, write_json, write_text
+from mmdata.io.records import JsonObject, write_record
 from mmdata.tokenizer.chat_template import CHATML
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
@@ -31,9 +31,10 @@ from mmtrain.checkpoint import Checkpoint
 from mmtrain.convert import gguf
 from mmtrain.convert.architectures import architecture_of, config_of
 from mmtrain.convert.foreign import model_with, run_tokenizer
+from mmtrain.lineage import EXPORT, ExportRecord, run_origin
 from mmtrain.model.embeddings import EMBEDDING, HEAD
 from mmtrain.model.model import Model
-from mmtrain.records import RUN, RunRecord, read_run
+from mmtrain.records import RunRecord, read_run
 from mmtrain.shapes import ModelConfig
 
 # By format: name of the dtype in the file -> dtype to which the weights are converted. The first one is the default.
@@ -43,7 +44,6 @@ DTYPES = {
     "minimind": {"f32": torch.float32, "f16": torch.float16},
 }
 TOLERANCE = 1e-4  # the largest allowed difference between logits in fp32, or share of the largest logit if that is more
-RECORD = "export.json"  # marks a directory as an export, which may be replaced
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     if format not in DTYPES or dtype not in DTYPES[format]:
         choices = "; ".join(f"--format {name} --dtype {'|'.join(dtypes)}" for name, dtypes in DTYPES.items())
         raise UsageError(f"--format {format} --dtype {dtype} is unknown", choices)
-    if out.exists() and not (out / RECORD).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / EXPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty and no export of mm", "choose another --out")
     weights = checkpoint.find(path)
     model = _without_padding(checkpoint.load_model(weights.dir)[0].eval())
@@ -110,9 +110,17 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
     with new_directory(out) as partial:
         checks, difference = writer(source, partial, dtype)
         checks += _ending_notes(tokenizer, format)
-        record = {"format": format, "dtype": dtype, "weights_sha256": weights.weights_sha256, "step": weights.step}
-        write_json(partial / RECORD, record, indent=2)
-    files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != RECORD)
+        paths = [path for suffix in ("safetensors", "gguf", "pth") for path in partial.glob(f"*.{suffix}")]
+        record = ExportRecord(
+            format=format,
+            dtype=dtype,
+            weights_sha256=weights.weights_sha256,
+            step=weights.step,
+            run=str(weights.run_dir),
+            files={path.name: sha256_of(path) for path in paths},
+        )
+        write_record(partial / EXPORT, record, indent=2)
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != EXPORT)
     num_bytes = sum((out / file).stat().st_size for file in files)
     num_params = source.shape.num_params
     return Exported(out, format, dtype, source.architecture, files, num_bytes, num_params, difference, checks)
@@ -289,37 +297,24 @@ def _plain(value: object) -> str:
 # --- the model card
 
 
-def _lineage(run_dir: Path, run: RunRecord) -> list[str]:
-    """Return a Markdown table row for the run and each run whose weights it started from, newest first, up to a run
-    that no longer exists."""
-    rows: list[str] = []
-    visited: set[Path] = set()
-    while run_dir.resolve() not in visited:
-        visited.add(run_dir.resolve())
-        data = ", ".join(f"{Path(each.dir).name} (`{each.digest[:16]}`)" for each in run.data) or "none"
-        begun = f"`{run.init.weights_sha256[:16]}`" if run.init else "new ones"
-        if run.imported:
-            begun = f"those of {Path(run.imported['from']).name} (`{run.imported['sha256'][:16]}`)"
-        rows.append(f"| {run_dir.resolve().name} | {run.stage} | {run.final_step or 0:,} | {data} | {begun} |")
-        parent = Path(run.init.dir).parent.parent if run.init and run.init.dir else None
-        if parent is None or not (parent / RUN).is_file():
-            break
-        run_dir, run = parent, read_run(parent)
-    return rows
-
-
 def model_card(source: _Source, dtype: str, *, gguf_file: str | None = None) -> str:
     """Return the README.md of an export: shape, hashes, training data and use. gguf_file: its name if the format is
     GGUF."""
     text = resources.files("mmtrain.convert").joinpath("templates/model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     ids, texts = ending_of(source.tokenizer)
+    origin = run_origin(source.checkpoint.run_dir, source.checkpoint.weights_sha256)
+    datasets, files = origin.all("dataset"), origin.all("file")
     return environment.from_string(text).render(
         source=source,
         ends=" or ".join(f"`{end}`" for end in [*map(source.tokenizer.native.id_to_token, ids), *map(repr, texts)]),
         shape=source.shape,
         name=source.checkpoint.run_dir.resolve().name,
-        rows=_lineage(source.checkpoint.run_dir, source.run),
+        origin=origin,
+        datasets=datasets,
+        files=files,
+        languages=sorted({language for dataset in datasets for language in dataset.facts.get("languages", [])}),
+        licences=sorted({file.facts["licence"] for file in files if "licence" in file.facts}),
         dtype=dtype,
         gguf_file=gguf_file,
     )
