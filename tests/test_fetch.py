@@ -1040,6 +1040,48 @@ def test_unicode_and_nested_names_arrive(hub: FakeHub, client: Client) -> None:
     assert [outcome.status for outcome in client.all(*names)] == ["kept"] * 3
 
 
+def test_any_dataset_of_the_hub_is_fetched_into_a_folder_of_its_name(hub: FakeHub, client: Client) -> None:
+    files = {
+        "data/train-0.jsonl": SMALL,
+        "data/train-1.jsonl.gz": LARGE,
+        "README.md": b"# x",
+        ".git": b"",
+        "x.bin": b"x",
+    }
+    hub.put("anna/talks-1.5", files)
+    hub.put("bob/talks-1.5", {"data/train-0.jsonl": LARGE})
+    outcomes = client.all("anna/talks-1.5", "bob/talks-1.5")
+    names = [f"anna/talks-1.5/data/train-{end}" for end in ("0.jsonl", "1.jsonl.gz")]
+    assert [outcome.name for outcome in outcomes] == [*names, "bob/talks-1.5/data/train-0.jsonl"]
+    assert [client.read(outcome.name) for outcome in outcomes] == [SMALL, LARGE, LARGE]
+    hub.forget()
+    assert {outcome.status for outcome in client.all(*names)} == {"kept"} and not hub.requests
+    assert {outcome.status for outcome in client.all(verify=True)} == {"kept"} and not hub.requests
+    (chosen,) = client.all("anna/talks-1.5", file=("*.md",))
+    assert (chosen.name, chosen.status) == ("anna/talks-1.5/README.md", "fetched")
+    hub.put("anna/talks-1.5", {"data/train-0.jsonl": LARGE})
+    assert client.one("anna/talks-1.5", file=("data/*0.jsonl",)).status == "kept"  # at the commit of mm.lock
+    assert client.one("anna/talks-1.5", file=("data/*0.jsonl",), update=True).status == "fetched"
+    assert client.read(names[0]) == LARGE
+
+
+def test_a_dataset_that_is_not_there_and_files_that_it_lacks_are_said(hub: FakeHub, client: Client) -> None:
+    hub.put("anna/talks", {"model.bin": SMALL})
+    for name, options, message in (
+        ("anna/none", {}, "anna/none"),
+        ("anna/talks", {}, "no file with rows"),
+        ("anna/talks", {"file": ("*.jsonl",)}, r"anna/talks has no \*.jsonl"),
+    ):
+        with pytest.raises(MMError, match=message):
+            client.plan(name, **options)
+    with pytest.raises(UsageError, match="--file needs a dataset"):
+        client.plan(file=("a.jsonl",))
+    with pytest.raises(UsageError, match="anna is no repository"):
+        client.plan("anna", file=("a.jsonl",))
+    with pytest.raises(UsageError, match="is no repository"):
+        client.plan("anna/talks", source=str(client.out.parent))
+
+
 def test_modelscope_needs_no_hub(hub: FakeHub, client: Client) -> None:
     files = {f"part_{number:03}.jsonl": SMALL for number in range(7)}
     hub.put(catalog.DATASET_REPO["modelscope"], files)

@@ -45,7 +45,8 @@ def fetch(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...", help="Known names, file names or globs. [default: the files that a first run needs]"
+            metavar="[NAME]...",
+            help="Known names, file names or globs, or OWNER/DATASET of the hub. [default: the files that a first run needs]",
         ),
     ] = None,
     *,
@@ -63,7 +64,7 @@ def fetch(
 ) -> None:
     """Fetch data files and tokenizers, verify them, and resume downloads that an earlier run did not finish.
 
-    Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch --list
+    Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch OWNER/DATASET
     """
     from mmdata.hub.fetch import clean as clean_up
     from mmdata.hub.fetch import fetch as fetch_files
@@ -143,9 +144,14 @@ def plan_values(to_do: "FetchPlan") -> dict[str, Any]:
         "files": files,
         "get_bytes": to_do.get_bytes,
         "free_bytes": to_do.free_bytes,
-        "licence": catalog.LICENCE,
+        "licence": catalog.licence_of(_repos(to_do)),
         "warnings": list(to_do.warnings),
     }
+
+
+def _repos(to_do: "FetchPlan") -> list[str]:
+    """Return the dataset repositories of a plan's files."""
+    return [item.want.repo.id for item in to_do.items if item.want.repo.kind == "dataset"]
 
 
 def print_plan(to_do: "FetchPlan") -> None:
@@ -161,7 +167,7 @@ def print_plan(to_do: "FetchPlan") -> None:
     for warning in to_do.warnings:
         say(f"note: {warning}")
     if to_do.get_bytes:
-        say(f"licence: {catalog.LICENCE}")
+        say(f"licence: {catalog.licence_of(_repos(to_do))}")
         free = f"{size(to_do.free_bytes)} free; `mm pack` needs about as much again"
         say(f"to fetch: {size(to_do.get_bytes)} into {to_do.options.out}, {free}")
     if to_do.get_bytes > ADVISE_CONNECTIONS_ABOVE_BYTES and to_do.options.connections == 1:
@@ -171,6 +177,8 @@ def print_plan(to_do: "FetchPlan") -> None:
 def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> None:
     """Print the outcome of each file in `out`, the bytes received in this time, and the next command, if a jsonl file
     was fetched or was there already. Failed files are only counted; their errors are printed by the caller."""
+    from mmdata.hub.catalog import holds_rows
+
     for outcome in outcomes:
         if not outcome.error:
             again = f", {outcome.failures} interruptions" if outcome.failures else ""
@@ -181,10 +189,10 @@ def print_fetched(outcomes: list["FetchOutcome"], out: Path, seconds: float) -> 
     fetched = [outcome for outcome in outcomes if not outcome.error]
     received = size(sum(outcome.received_bytes for outcome in outcomes))
     say(f"{len(fetched)} of {len(outcomes)} files are here; received {received} in {seconds:.1f} s")
-    data = [out / outcome.name for outcome in fetched if outcome.name.endswith(".jsonl")]
+    data = [out / outcome.name for outcome in fetched if holds_rows(outcome.name) and "tokenizer/" not in outcome.name]
     if len(fetched) < len(outcomes):
         next_command(same_command())  # it fetches what is missing
-    elif data and out == DATA_DIR:
+    elif data and out == DATA_DIR and all(path.parent == out for path in data):
         next_command(pack_command())
     elif data:
         tokenizer = f" --tokenizer {out / 'tokenizer'}" if (out / "tokenizer").is_dir() else ""

@@ -4,6 +4,7 @@ source lists other figures, `fetch` uses those and prints a warning."""
 
 import difflib
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 DATASET_REPO = {"hf": "jingyaogong/minimind_dataset", "modelscope": "gongjy/minimind_dataset"}
@@ -103,6 +104,10 @@ FILES = (
               note="gone from main since 2026-03; found through the history"),
 )  # fmt: skip
 
+# Names of files with rows, in any repository, without the suffix of a compression.
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv", ".txt")
+PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip")
+
 PRESETS = {
     "begin": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),  # what `mm fetch` without names downloads
     "zero": ("pretrain_t2t_mini", "sft_t2t_mini"),
@@ -135,6 +140,21 @@ def find(name: str) -> KnownFile | None:
 def find_glob(pattern: str) -> list[KnownFile]:
     """Return the known files whose key or local name matches a shell pattern, case-sensitively, in catalog order."""
     return [f for f in FILES if fnmatch.fnmatchcase(f.key, pattern) or fnmatch.fnmatchcase(f.name, pattern)]
+
+
+def holds_rows(path: str) -> bool:
+    """Return whether a file of this name is one that `mm pack` reads: by its suffix, and not a hidden or metadata file."""
+    parts = path.lower().split("/")
+    name = next((parts[-1].removesuffix(end) for end in PACKED if parts[-1].endswith(end)), parts[-1])
+    is_metadata = any(part.startswith(".") for part in parts) or name in ("dataset_infos.json", "state.json")
+    return name.endswith(DATA_FILES) and not is_metadata
+
+
+def licence_of(repos: Iterable[str]) -> str:
+    """Return what is known of the licences of dataset repositories."""
+    others = sorted({repo for repo in repos if repo and repo not in DATASET_REPO.values()})
+    known = [LICENCE] if not others or len(others) < len({*repos} - {""}) else []
+    return "; ".join([*known, *(f"see the page of {repo}" for repo in others)])
 
 
 def nearest(name: str, others: tuple[str, ...] = ()) -> list[str]:

@@ -19,6 +19,13 @@ class FetchOptions:
     preset: str | None = option(
         None, "Fetch a set of files with their tokenizer: begin, zero, full, seed or zero-seed.", FILES, metavar="NAME"
     )
+    file: tuple[str, ...] = option(
+        (),
+        "With OWNER/DATASET: a file or glob of that repository; may be repeated.",
+        FILES,
+        metavar="PATH",
+        default_text="all data files",
+    )
     everything: bool = option(False, "Fetch every file of the dataset's repository.", FILES, flag="--all")
     tokenizer: str | None = option(
         None,

@@ -8,6 +8,7 @@ whose size and times are as recorded counts as complete without being read; othe
 """
 
 import contextlib
+import fnmatch
 import re
 import shutil
 from collections import Counter
@@ -81,8 +82,8 @@ class FetchPlan:
 def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress = no_progress) -> FetchPlan:
     """Decide what to do so that the requested files are complete in `options.out`. May list repositories.
 
-    names: catalog keys, file names or shell patterns, to which the files of the options `preset`, `everything` and
-    `tokenizer` are added. If none of them is given, the preset "begin" is taken, or with `options.verify` every file in
+    names: catalog keys, file names, shell patterns, or other datasets as OWNER/NAME, to which the files of the options
+    `preset`, `everything` and `tokenizer` are added. If none of them is given, the preset "begin" is taken, or with `options.verify` every file in
     mm.lock. progress: called while a file is hashed. Raises UsageError for an unknown preset or tokenizer,
     NotFoundError for an unknown name, and AccessError, NetworkError or ConflictError where nothing can be planned.
     """
@@ -90,6 +91,8 @@ def plan(names: tuple[str, ...], options: FetchOptions, progress: Progress = no_
     if preset is not None and preset not in catalog.PRESETS:
         raise UsageError(f"no preset {preset!r}", f"one of {', '.join(catalog.PRESETS)}")
     planner = _Planner(options, progress)
+    if options.file and not names:
+        raise UsageError("--file needs a dataset", "mm fetch OWNER/DATASET --file PATH")
     planner.only_model = tokenizer is not None and not (names or preset or options.everything)
     if not names and not options.everything and tokenizer is None and preset is None:
         if options.verify and planner.lock.files:
@@ -138,6 +141,10 @@ class _Planner:
         entry = self.lock.files.get(name)
         if entry and entry.repo_kind == "model":
             return [WantedFile(name, entry.path, Repo(entry.repo, "model"), TOKENIZER_DIR)]
+        if entry and name == f"{entry.repo}/{entry.path}":
+            return [WantedFile(name, entry.path, Repo(entry.repo))]
+        if self.options.file or (re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not re.search(r"\.[a-z]\w*$", name)):
+            return self.repository(name)
         known = catalog.find(name)
         return [self._wanted(known.path if known else name, known)]
 
@@ -145,6 +152,29 @@ class _Planner:
         if known is None:
             return WantedFile(path, path, self.dataset)
         return WantedFile(known.name, path, self.dataset, known.stage, known, known.revisions.get(self.source.kind))
+
+    def repository(self, name: str) -> list[WantedFile]:
+        """Return the data files of another dataset repository, OWNER/NAME, or those that `options.file` names. They are
+        saved below OWNER/NAME in the output directory. Raises UsageError for a source without repositories, and
+        NotFoundError if a pattern matches nothing."""
+        if not self._is_repository or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UsageError(f"{name} is no repository", "name it OWNER/DATASET, with --source hf or modelscope")
+        repo = Repo(name)
+        try:
+            files = self.listing(repo, self.options.revision or self._locked_commit(repo) or self.main).files
+        except NotFoundError as error:
+            raise NotFoundError(error.message, f"check the name; {SHOW_NAMES}") from error
+        chosen = [path for path in files if catalog.holds_rows(path)]
+        if self.options.file:
+            matched = {pattern: fnmatch.filter(files, pattern) for pattern in self.options.file}
+            for pattern in (pattern for pattern, paths in matched.items() if not paths):
+                raise NotFoundError(f"{name} has no {pattern}", f"it has {', '.join([*files][:20])}")
+            chosen = [path for paths in matched.values() for path in paths]
+        if not chosen:
+            raise NotFoundError(
+                f"{name} has no file with rows", f"name one: --file PATH; it has {', '.join([*files][:20])}"
+            )
+        return [WantedFile(f"{name}/{path}", path, repo) for path in chosen if is_safe(path)]
 
     def _dataset_files(self) -> dict[str, Content]:
         """Return the files of the dataset repository at `--revision`, else the locked commit, else the main branch."""
