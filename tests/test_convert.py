@@ -200,8 +200,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             read(tmp_path / f"{name}.pth")
     with pytest.raises(CheckpointError, match="no such file"):
         read(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="neither a torch file"):
-        read(saved(tmp_path / "model.safetensors", {}))
+    for name, fix in (("model.safetensors", "its directory"), ("model.gguf", "the Hugging Face directory that")):
+        with pytest.raises(CheckpointError, match="neither a torch file") as caught:
+            open_model(saved(tmp_path / name, {}))
+        assert fix in str(caught.value.fix)
 
 
 def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:

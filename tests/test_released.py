@@ -4,66 +4,28 @@ import importlib.util
 import itertools
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign import make_sentencepiece, make_tokenizer, transformers_model
+from published import RELEASED
 from train_data import Data
 from train_runs import config_of
 
 from mmdata.errors import CheckpointError, UsageError
-from mmtrain.convert.architectures import DEFAULTS
+from mmtrain.convert.architectures import DEFAULTS, read_config, shape_of_weights
 from mmtrain.convert.export import export
 from mmtrain.convert.foreign import import_model, open_model, read
 from mmtrain.distributed import World
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.settings import Sampling
-from mmtrain.shapes import RopeScaling
+from mmtrain.model.model import Model
 from mmtrain.train.loop import train
 from mmtrain.train.optim import learning_rate
 from mmtrain.train.plan import make_plan
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
-@dataclass(frozen=True)
-class Released:
-    """A published model: its type, what its configuration says besides sizes, and what our shape then is."""
-
-    model_type: str
-    config: dict[str, Any]
-    shape: dict[str, Any]
-
-
-RELEASED = {
-    "llama-2": Released("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}, {"tied": False, "norm_eps": 1e-5}),
-    "tinyllama": Released("llama", {"num_key_value_heads": 1, "max_position_embeddings": 2048}, {"num_kv_heads": 1}),
-    "llama-3.2": Released(
-        "llama",
-        {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "head_dim": 16},
-        {"tied": True, "rope_theta": 5e5, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 64)},
-    ),
-    "smollm2": Released(
-        "llama",
-        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}},
-        {"tied": True, "rope_theta": 1e5},
-    ),
-    "smollm3": Released("smollm3", {"num_hidden_layers": 5}, {"layers_without_rope": (3,), "tied": True}),
-    "qwen2.5": Released("qwen2", {"tie_word_embeddings": True}, {"qkv_bias": True, "tied": True}),
-    "qwen2.5-7b": Released("qwen2", {"tie_word_embeddings": False}, {"qkv_bias": True, "tied": False}),
-    "qwen3": Released("qwen3", {"head_dim": 24, "tie_word_embeddings": True}, {"own_head_size": 24, "qk_norm": True}),
-    "mistral": Released("mistral", {"sliding_window": None, "head_dim": 12}, {"own_head_size": 12, "tied": False}),
-}
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -77,6 +39,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(path)
     return path
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_published_configurations_give_every_tensor_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    """In full size on torch's meta device; the numbers of parameters are the published ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    known = RELEASED[name]
+    (tmp_path / "config.json").write_text(json.dumps(known.published))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known.published)).state_dict()
+        shape = shape_of_weights(theirs, tmp_path, read_config(tmp_path), None)
+        ours = Model(shape).state_dict()
+    assert shape.num_params == known.num_params
+    if shape.tied:
+        del theirs["lm_head.weight"]
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -177,7 +156,7 @@ def test_a_smollm3_with_other_layers_than_llama_cpps_is_refused_as_gguf(tokenize
 
 
 # What a configuration must say at least; transformers has a default for everything else.
-SIZES = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+NEEDED = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
 @pytest.mark.parametrize("model_type", [name for name in DEFAULTS if name != "minimind"])
@@ -189,7 +168,7 @@ def test_missing_keys_take_transformers_defaults(model_type: str, tokenizer: Pat
     theirs = transformers_model(model_type, tmp_path / "hf", tokenizer, **sizes)
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in config.items() if key in {*SIZES, *window}}))
+    path.write_text(json.dumps({key: value for key, value in config.items() if key in {*NEEDED, *window}}))
     model = open_model(tmp_path / "hf")[0]
     ids = torch.arange(40) * 7 % 300
     with torch.no_grad():

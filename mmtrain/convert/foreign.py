@@ -85,9 +85,9 @@ class Imported:
 
 
 def is_foreign(path: Path) -> bool:
-    """Return whether `path` looks like a model of another program: its name ends in one of PICKLES, or it is a
-    directory with a config.json. Other paths are taken for runs or checkpoints."""
-    return path.suffix in PICKLES or (path / "config.json").is_file()
+    """Return whether `path` looks like a model of another program: a file of weights by its
+    name (some of which `read` refuses), or a directory with a config.json. Other paths are taken for runs or checkpoints."""
+    return path.suffix in (*PICKLES, ".gguf", ".safetensors") or (path / "config.json").is_file()
 
 
 def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
@@ -105,7 +105,7 @@ def read(path: Path, *, num_heads: int | None = None) -> ForeignModel:
     elif path.suffix not in PICKLES:
         raise CheckpointError(
             f"{path} is neither a torch file ({', '.join(PICKLES)}) nor a directory",
-            "of a safetensors file, give the directory that holds its config.json",
+            "of a GGUF file, give the Hugging Face directory that it was made from; of a safetensors file its directory",
         )
     else:
         config, tensors, tokenizer_dir = HFConfig("minimind"), _load(path), _tokenizer_beside(path)
