@@ -11,10 +11,10 @@ from pack_data import write_rows
 from mmdata.errors import DatasetError
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
-from mmdata.shards import checksums
+from mmdata.shards import checksums, order
 from mmdata.shards.dataset import Dataset, open_dataset
 from mmdata.shards.loader import Loader, MicroBatch, ahead
-from mmdata.shards.order import permute
+from mmdata.shards.order import permute, permute_each
 from mmdata.shards.pairs import make_loader
 
 KINDS = ("document", "conversation", "pair")
@@ -45,6 +45,19 @@ def test_permute_of_some_indices_is_the_whole_permutation_at_those() -> None:
     whole = permute(np.arange(1000), 1000, "key")
     some = np.array([999, 0, 17, 500])
     assert permute(some, 1000, "key").tolist() == whole[some].tolist()
+
+
+def test_indices_of_many_keys_are_permuted_at_once_as_each_key_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    for size in (1, 2, 90, 1000):
+        index, of = draw.integers(0, size, 5000), draw.integers(0, 1200, 5000)
+        expected = [permute(index[[i]], size, f"pass {of[i]}")[0] for i in range(300)]
+        calls: list[int] = []
+        real = order._mix
+        monkeypatch.setattr(order, "_mix", lambda x: (calls.append(1), real(x))[1])  # noqa: B023
+        assert permute_each(index, size, of, lambda k: f"pass {k}")[:300].tolist() == expected
+        monkeypatch.setattr(order, "_mix", real)
+        assert len(calls) <= 6 * 12  # not once a key: a tiny dataset with a large weight has thousands
 
 
 def test_the_order_is_shuffled_as_well_as_a_random_one() -> None:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pack_data import CONTROL, pack_with, write_rows
 from waiting import LONG_S
 
-from mmdata.errors import DatasetError, DiskError, InputError, UsageError
+from mmdata.errors import DatasetError, DiskError, InputError, MMError, UsageError
 from mmdata.pack import part as parts
 from mmdata.pack import staging
 from mmdata.pack.pipeline import PackResult
@@ -397,6 +398,22 @@ def test_ray_is_asked_for_by_name_and_its_absence_names_the_extra(
         pack_to(ray_address="auto")
 
 
+def test_the_reason_of_a_failed_connection_to_ray_is_said(
+    pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AuthenticationError(Exception): ...
+
+    def init(**_: Any) -> None:
+        raise AuthenticationError("the cluster wants a token")
+
+    exceptions = SimpleNamespace(RayError=AuthenticationError)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    with pytest.raises(MMError, match=r"cannot connect to ray at there:6379: the cluster wants a token"):
+        pack_to(engine="ray", ray_address="there:6379")
+
+
 RAY = """
 import sys
 from pathlib import Path
@@ -406,6 +423,21 @@ from mmdata.pack.pipeline import pack
 if __name__ == "__main__":
     rows, out, tokenizer, bad = map(Path, sys.argv[1:5])
     options = {"tokenizer": tokenizer, "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1, "engine": "ray"}
+    if sys.argv[5:]:
+        import os
+        from ray.cluster_utils import Cluster
+        here = os.getcwd()
+        os.chdir(sys.argv[5])
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        other = cluster.add_node(num_cpus=1)
+        os.chdir(here)
+        options["ray_address"] = cluster.address
+        def lose(done, total):
+            if 0 < done < total and other in cluster.worker_nodes:
+                cluster.remove_node(other, allow_graceful=False)
+        pack([rows], out, PackOptions(**options), progress=lose)
+        cluster.shutdown()
+        sys.exit(other in cluster.worker_nodes)
     pack([rows], out, PackOptions(workers=2, **options))
     try:
         pack([bad], out.with_name("bad"), PackOptions(workers=2, on_bad="fail", **options))
@@ -428,3 +460,20 @@ def test_ray_packs_the_same_bytes_and_a_tasks_error_is_its_own(
     assert done.returncode == 0, done.stderr
     assert f"{bad} line 201: not json" in done.stdout and "quarantine" in done.stdout
     assert tree(tmp_path / "out") == undisturbed and verify(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+def test_two_nodes_of_ray_started_elsewhere_pack_relative_paths_and_one_may_die(
+    tmp_path: Path, rows: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes]
+) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "script.py").write_text(RAY)
+    (tmp_path / "elsewhere").mkdir()
+    relative = os.path.relpath(tokenizer_dir, tmp_path)
+    command = [sys.executable, "script.py", rows.name, "out", relative, "none", "elsewhere"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LONG_S)
+    assert done.returncode == 0, done.stderr
+    packed = tree(tmp_path / "out")
+    assert {name for name in undisturbed if name.endswith(".arrow") and packed[name] != undisturbed[name]} == set()
+    assert verify(tmp_path / "out") == []

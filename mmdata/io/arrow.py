@@ -4,7 +4,6 @@ Columns are numbers, lists of numbers, or byte strings of a fixed width; not com
 give equal bytes. Arrow files have no checksum; readers can compare a file with the sha256 that writing returned.
 """
 
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,12 +147,12 @@ def read_arrow(path: Path, *, is_checked: bool = False) -> ArrowFile:
     `write_arrow` writes. is_checked: also check all offsets, without which reading a damaged file may fail later."""
     import pyarrow as pa
 
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError when empty
-    if mapped[: len(MAGIC)] != MAGIC or mapped[-len(MAGIC) :] != MAGIC:
+    with pa.memory_map(str(path)) as file:  # the map stays while it is used, and no file descriptor does
+        mapped = file.read_buffer()
+    if mapped[: len(MAGIC)].to_pybytes() != MAGIC or mapped[max(0, mapped.size - len(MAGIC)) :].to_pybytes() != MAGIC:
         raise ValueError("not an Arrow file")
     try:
-        reader = pa.ipc.open_file(pa.py_buffer(mapped))
+        reader = pa.ipc.open_file(mapped)
         metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         if is_checked:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 
@@ -34,16 +33,27 @@ def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
     for dataset in datasets:
         for path, hashes in _lines_by_file(dataset).items():
             lines[dataset.kind, path] = hashes
-    contained = []
     names = list(lines)
-    for inner, outer in permutations(range(len(names)), 2):
-        ours, theirs = lines[names[inner]], lines[names[outer]]
-        is_smaller = (len(ours), -inner) < (len(theirs), -outer)
-        if names[inner][0] != names[outer][0] or not is_smaller or len(ours) < FEW_ROWS:
+    contained = []
+    for kind in dict.fromkeys(kind for kind, _ in names):
+        files = [number for number, name in enumerate(names) if name[0] == kind]
+        if len(files) < 2:
             continue
-        shared = len(np.intersect1d(ours, theirs, assume_unique=True))
-        if shared >= CONTAINED * len(ours):
-            contained.append(Contained(names[inner][1], names[outer][1], shared, len(ours)))
+        every = np.concatenate([lines[names[number]] for number in files])
+        owners = np.repeat(files, [len(lines[names[number]]) for number in files])
+        order = np.argsort(every, kind="stable")
+        every, owners = every[order], owners[order]
+        for inner in files:
+            if (size := len(ours := lines[names[inner]])) < FEW_ROWS:
+                continue
+            low, high = (np.searchsorted(every, ours, side) for side in ("left", "right"))
+            at = np.repeat(high - np.cumsum(high - low), high - low) + np.arange((high - low).sum())
+            for outer, shared in zip(
+                *(each.tolist() for each in np.unique(owners[at], return_counts=True)), strict=True
+            ):
+                is_smaller = (size, -inner) < (len(lines[names[outer]]), -outer)
+                if is_smaller and shared >= CONTAINED * size:
+                    contained.append(Contained(names[inner][1], names[outer][1], shared, size))
     return contained
 
 

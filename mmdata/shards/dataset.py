@@ -6,9 +6,12 @@ Opening a dataset compares every file with the manifest. A file is read only the
 
 import hashlib
 import os
+import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +38,7 @@ OPTIONAL = ("sources/", "rejected/", "stats.json")  # a dataset without these fi
 REPORT, CARD = "report.html", "README.md"  # in the dataset's directory, but not in the manifest: no part of the dataset
 TOKENS_PER_BATCH = 2**25  # positions in a record batch: 65,536 samples of 512, 32,768 of 1024, …
 SOURCES_PER_BATCH = 2**20
+MAX_MAPPED = 2**13  # shards of a dataset that stay mapped at most; Linux allows a process 65,530 maps
 DIGEST_VALUES = 2**16  # number of values that are converted for a digest at once: they stay in the cache
 IGNORED = -100  # label of a token that is not trained on, which torch's cross entropy leaves out
 PACK_LISTS = ("ids", "doc_len", "span")  # the columns with the tokens of a pack; `doc` only says where they came from
@@ -125,15 +129,12 @@ class Split:
         self.buckets = dataset.buckets
         shards = [shard for shard in dataset.manifest.shards if shard.split == name]
         self.totals = SplitTotals(*(sum(getattr(shard, name) for shard in shards) for name in SplitTotals._fields))
-        self._batches: dict[int, list[BatchColumns]] = {bucket: [] for bucket in self.buckets}
-        self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # of each batch: its first sample
-        self._parts: dict[int, list[int]] = {bucket: [] for bucket in self.buckets}
+        self._open = dataset.open_shard
+        self._shards: dict[int, list[ShardRecord]] = {bucket: [] for bucket in self.buckets}
+        self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # of each shard: its first sample
         for shard in sorted(shards, key=lambda shard: shard.part):
-            begins = self._begins[shard.bucket]
-            for batch in dataset.open_shard(shard).batches:
-                self._batches[shard.bucket].append(batch)
-                begins.append(begins[-1] + num_rows(batch))
-                self._parts[shard.bucket].append(shard.part)
+            self._shards[shard.bucket].append(shard)
+            self._begins[shard.bucket].append(self._begins[shard.bucket][-1] + shard.samples)
 
     def num_samples(self, bucket: int | None = None) -> int:
         """Return the number of samples in a bucket, or in all buckets if it is None."""
@@ -150,15 +151,23 @@ class Split:
     def part_of(self, bucket: int, i: int) -> int:
         """Return the part that sample i of a bucket was packed from; the ordinals in its `doc` count within the
         part."""
-        return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
+        return self._shards[bucket][bisect_right(self._begins[bucket], i) - 1].part
 
-    def batches(self, bucket: int) -> list[tuple[int, BatchColumns]]:
-        """Return (index in the bucket of the first sample, columns by name) of each Arrow record batch of a bucket."""
-        return list(zip(self._begins[bucket], self._batches[bucket], strict=False))
+    def shard_begins(self, bucket: int) -> list[int]:
+        """Return the index in the bucket of the first sample of each of its shards."""
+        return self._begins[bucket][:-1]
+
+    def batches(self, bucket: int, shard: int) -> list[tuple[int, BatchColumns]]:
+        """Return (index in the bucket of the first sample, columns by name) of each Arrow record batch of shard number
+        `shard` of a bucket, counted from 0."""
+        batches = self._open(self._shards[bucket][shard]).batches
+        begins = accumulate(map(num_rows, batches[:-1]), initial=self._begins[bucket][shard])
+        return list(zip(begins, batches, strict=True))
 
     def list_lengths(self, name: str) -> np.ndarray:
         """Return the lengths of the list column `name`: int64 [num_samples], by sample number."""
-        lengths = [batch[name].lengths() for bucket in self.buckets for batch in self._batches[bucket]]
+        shards = (shard for bucket in self.buckets for shard in self._shards[bucket])
+        lengths = [batch[name].lengths() for shard in shards for batch in self._open(shard).batches]
         return np.concatenate(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
 
     def samples(self) -> Iterator[Any]:
@@ -167,8 +176,9 @@ class Split:
 
     def _at(self, bucket: int, i: int) -> tuple[BatchColumns, int]:
         """Return the record batch of sample i of a bucket, and the sample's row in it."""
-        at = bisect_right(self._begins[bucket], i) - 1
-        return self._batches[bucket][at], i - self._begins[bucket][at]
+        batches = self.batches(bucket, bisect_right(self._begins[bucket], i) - 1)
+        begin, columns = next(batch for batch in reversed(batches) if batch[0] <= i)
+        return columns, i - begin
 
     def columns(self, bucket: int, i: int) -> BatchColumns:
         """Return the columns of sample i of a bucket alone."""
@@ -213,8 +223,8 @@ class Dataset:
         self.tokenizer_sha256 = manifest.tokenizer.sha256
         self.tokenizer_dir = directory / "tokenizer"
         self.inputs = [file.path for file in manifest.inputs]  # paths as they were given to `mm pack`
-        _allow_open_files(len(manifest.shards))
-        self._files: dict[str, ArrowFile] = {}
+        self._files: OrderedDict[str, ArrowFile] = OrderedDict()  # that are mapped, the one used last at the end
+        self._lock = threading.Lock()  # a loader reads ahead in a thread
         self._splits = {name: Split(self, name) for name in SPLITS}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -224,29 +234,31 @@ class Dataset:
         """Return the split "train" or "val". It may have no samples."""
         return self._splits[name]
 
+    @cached_property
+    def shards_of(self) -> dict[int, list[ShardRecord]]:
+        """The shards of each part that has any."""
+        found: dict[int, list[ShardRecord]] = {}
+        for shard in self.manifest.shards:
+            found.setdefault(shard.part, []).append(shard)
+        return found
+
     def open_shard(self, shard: ShardRecord) -> ArrowFile:
-        """Return a memory-mapped shard, mapped at the first call only. Raises DatasetError if it is no Arrow file."""
-        if shard.path not in self._files:
-            path = self.dir / shard.path
-            try:
-                file = read_arrow(path)
-            except ValueError as error:
-                raise damaged(self.dir, f"{path}: {error}") from error
-            self._files[shard.path] = file
-        return self._files[shard.path]
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the limit of open files (often 1,024) to what `count` mapped shards need, as far as the system allows."""
-    try:
-        import resource
-    except ImportError:  # Windows, which has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * count + 256  # twice: a run may open a second dataset of this size
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        """Return a memory-mapped shard. The MAX_MAPPED shards used last stay mapped. Raises DatasetError if it is no
+        Arrow file, or has another number of samples than its record."""
+        with self._lock:
+            if (file := self._files.get(shard.path)) is None:
+                path = self.dir / shard.path
+                try:
+                    file = read_arrow(path)
+                except ValueError as error:
+                    raise damaged(self.dir, f"{path}: {error}") from error
+                if file.num_rows != shard.samples:
+                    raise damaged(self.dir, f"{path} holds {file.num_rows:,} samples, expected {shard.samples:,}")
+                self._files[shard.path] = file
+                if len(self._files) > MAX_MAPPED:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(shard.path)
+        return file
 
 
 def open_dataset(directory: Path) -> Dataset:
@@ -306,7 +318,7 @@ class PartRows:
         self.sources = open_sources(dataset, part.part)
         # Row i consists of the sequences numbered from _ends[i] to _ends[i + 1] (exclusive).
         self._ends = [*self.sources["first"].tolist(), part.sequences]
-        shards = [shard for shard in dataset.manifest.shards if shard.part == part.part and shard.split in splits]
+        shards = [shard for shard in dataset.shards_of.get(part.part, ()) if shard.split in splits]
         stored = [read_back(dataset.open_shard(shard), dataset.kind) for shard in shards]
         self._flat = join([flat for _, flat in stored])
         self._place = np.full(part.sequences, -1)  # of each sequence in _flat; -1 in another split

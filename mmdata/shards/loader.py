@@ -20,15 +20,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mmdata.errors import DatasetError
-from mmdata.io.arrow import Ragged, bounds, take
+from mmdata.io.arrow import BatchColumns, Ragged, bounds, ragged, take
 from mmdata.shards.dataset import Dataset, Split, loss_mask
-from mmdata.shards.order import Mixture, draws_per_epoch, permute
+from mmdata.shards.order import Mixture, draws_per_epoch, permute_each
 
 DEFAULT_MICRO_TOKENS = 32_768
 # Cells that are ordered at once (a block), so that the cost for a step is small. A block has BLOCK_CELLS for each rank,
-# or BLOCK_CELLS_A_RECORD_BATCH for each rank and record batch if that is more; MAX_BLOCK_CELLS at most for all ranks.
+# or BLOCK_CELLS_A_SHARD for each rank and shard if that is more; MAX_BLOCK_CELLS at most for all ranks.
 BLOCK_CELLS = 8192
-BLOCK_CELLS_A_RECORD_BATCH = 32
+BLOCK_CELLS_A_SHARD = 32
 MAX_BLOCK_CELLS = 2**18  # some 10 MB
 AHEAD = 2
 Made = TypeVar("Made")
@@ -87,11 +87,11 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """The N samples of some cells, ordered by cell. Token ids are views of the shards; lengths and spans are copies."""
+    """The N samples of some cells, ordered by cell. Token ids are read when needed; lengths and spans are copies."""
 
     numbers: np.ndarray  # int64 [N]
-    ids: list[np.ndarray]  # the ids of each record batch of the dataset, not only of these samples
-    places: np.ndarray  # int64 [N, 3]: for each sample the index in `ids`, and begin and end in that array
+    ids: Callable[[int, int], np.ndarray]  # returns the ids of a record batch of a shard, by their numbers
+    places: np.ndarray  # int64 [N, 4]: for each sample shard and record batch, and begin and end in those ids
     doc_len: Ragged
     span: Ragged  # positions count through all N samples, one after another
     begins: np.ndarray  # int64 [N], the first position of each sample in the same count
@@ -100,7 +100,7 @@ class _Samples:
     def assemble(self, cells: range, allocate: Callable[[int, Any], np.ndarray]) -> MicroBatch:
         """Return the samples of some cells, given by their indices in this object, as a micro-batch."""
         begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
-        pieces = [self.ids[batch][a:b] for batch, a, b in self.places[begin:end].tolist()]
+        pieces = [self.ids(shard, batch)[a:b] for shard, batch, a, b in self.places[begin:end].tolist()]
         spans = self.span.rows(begin, end) - self.begins[begin]
         return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
 
@@ -210,7 +210,7 @@ class Loader(BatchLoader):
         self._first_cells = np.array([group.first_cell for group in self._groups])
         self._first_samples = np.array([group.first_sample for group in self._groups], np.int64)
         self._tables = _Tables(self._groups)
-        block_cells = self._world_size * max(BLOCK_CELLS, BLOCK_CELLS_A_RECORD_BATCH * len(self._tables))
+        block_cells = self._world_size * max(BLOCK_CELLS, BLOCK_CELLS_A_SHARD * len(self._tables))
         self._steps_per_block = max(1, min(block_cells, MAX_BLOCK_CELLS) // self._cells_per_step)
         self._block: tuple[tuple[int, int], _Samples] | None = None  # the last block ordered
         return [sum(group.num_cells for group in self._groups if group.split is split) for split in self._splits]
@@ -292,10 +292,10 @@ class Loader(BatchLoader):
         for g, shuffled in enumerate(self._groups):
             if shuffled.samples_per_cell == 1:
                 continue
-            for number in np.unique(passes[group == g]).tolist():
-                at = np.flatnonzero((group == g) & (passes == number) & is_there)
-                key = f"{self._key}:{number}:bucket {g}"
-                index[at] = permute(index[at], shuffled.num_samples, key)
+            at = np.flatnonzero((group == g) & is_there)
+            index[at] = permute_each(
+                index[at], shuffled.num_samples, passes[at], lambda of_pass, g=g: f"{self._key}:{of_pass}:bucket {g}"
+            )
 
 
 def assemble(
@@ -321,33 +321,65 @@ def assemble(
 
 
 class _Tables:
-    """The columns of all record batches of all groups, as views. Its length is the number of record batches."""
+    """The shards of all groups, numbered from 0 in order; its length is how many there are. They are opened when they
+    are read."""
 
     def __init__(self, groups: Sequence[_Group]):
-        batches = [(g.first_sample + begin, columns) for g in groups for begin, columns in g.split.batches(g.bucket)]
-        self._first_samples = np.array([first for first, _ in batches], np.int64)
-        self._ids, self._doc_len, self._span = (
-            [columns[name] for _, columns in batches] for name in ("ids", "doc_len", "span")
-        )
-        self._values = [ids.values for ids in self._ids]
+        self._shards = [
+            (group, shard) for group in groups for shard in range(len(group.split.shard_begins(group.bucket)))
+        ]
+        begins = [np.array(g.split.shard_begins(g.bucket), np.int64) + g.first_sample for g in groups]
+        self._first_samples = np.concatenate([np.empty(0, np.int64), *begins])
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._shards)
+
+    def _batches(self, number: int) -> list[tuple[int, BatchColumns]]:
+        group, shard = self._shards[number]
+        return group.split.batches(group.bucket, shard)
+
+    def _ids(self, number: int, batch: int) -> np.ndarray:
+        return self._batches(number)[batch][1]["ids"].values
 
     def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
         """Return the samples with these numbers (int64 [N], over all datasets) in order. cell_ends: as in
         `_Samples`."""
-        at = np.searchsorted(self._first_samples, numbers, side="right") - 1
-        order = np.argsort(at, kind="stable")
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+        at = np.searchsorted(self._first_samples, ordered, side="right") - 1
+        used, begins = np.unique(at, return_index=True)
+        ends = [*begins[1:].tolist(), len(ordered)]
+        found = [
+            self._of_shard(shard, ordered[begin:end])
+            for shard, begin, end in zip(used.tolist(), begins.tolist(), ends, strict=True)
+        ]
         back = np.argsort(order)
-        used, firsts = np.unique(at[order], return_index=True)
-        rows = np.split((numbers - self._first_samples[at])[order], firsts[1:])
-        ids, doc_len, span = ([columns[i] for i in used.tolist()] for columns in (self._ids, self._doc_len, self._span))
-        begins, ends = (found[back] for found in bounds(ids, rows))
-        doc_len, span = (take([take(columns, rows)], [back]) for columns in (doc_len, span))
-        moved = np.cumsum(ends - begins) - (ends - begins)
+        places = np.concatenate([places for places, _ in found])[back]
+        doc_len, span = (
+            take([_joined(of_shards)], [back]) for of_shards in zip(*(lists for _, lists in found), strict=True)
+        )
+        lengths = places[:, 3] - places[:, 2]
+        moved = np.cumsum(lengths) - lengths
         span = Ragged(span.values + np.repeat(moved, span.lengths()), span.offsets)
-        return _Samples(numbers, self._values, np.stack([at, begins, ends], 1), doc_len, span, moved, cell_ends)
+        return _Samples(numbers, self._ids, places, doc_len, span, moved, cell_ends)
+
+    def _of_shard(self, shard: int, numbers: np.ndarray) -> tuple[np.ndarray, tuple[Ragged, Ragged]]:
+        """Return places, lengths and spans of samples of one shard, whose numbers (int64 [N]) are ascending."""
+        group = self._shards[shard][0]
+        batches = self._batches(shard)
+        firsts = np.array([begin for begin, _ in batches]) + group.first_sample
+        at = np.searchsorted(firsts, numbers, side="right") - 1
+        used, begins = np.unique(at, return_index=True)
+        rows = np.split(numbers - firsts[at], begins[1:])
+        ids, doc_len, span = ([batches[i][1][name] for i in used.tolist()] for name in ("ids", "doc_len", "span"))
+        places = np.stack([np.full(len(at), shard), at, *bounds(ids, rows)], 1)
+        return places, (take(doc_len, rows), take(span, rows))
+
+
+def _joined(columns: Sequence[Ragged]) -> Ragged:
+    """Return the rows of several list columns as one column."""
+    lengths = np.concatenate([column.lengths() for column in columns])
+    return ragged(np.concatenate([column.values for column in columns]), lengths)
 
 
 def digest_of(datasets: Sequence[Dataset], weights: Sequence[float] | None) -> str:

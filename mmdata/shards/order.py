@@ -6,7 +6,7 @@ integer arithmetic is used, so the order is the same on every machine and with e
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,17 +16,26 @@ FEISTEL_ROUNDS = 6
 
 
 def permute(index: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Return the image of each index (integers [N] in 0..size-1) under a pseudo-random permutation of 0..size-1
-    determined by `key`: int64 [N]. O(N) time and memory. A Feistel network on (index // low, index % low), applied
-    again while the result is out of range (cycle walking)."""
+    """Return the image of each index (integers [N] in 0..size-1) under the pseudo-random permutation of 0..size-1 that
+    `key` determines: int64 [N]. O(N) time and memory."""
+    return permute_each(index, size, np.zeros(len(index), np.int64), lambda _: key)
+
+
+def permute_each(index: np.ndarray, size: int, of: np.ndarray, key: Callable[[int], str]) -> np.ndarray:
+    """Return the image of each index (integers [N] in 0..size-1) under a permutation of 0..size-1 of its own, which is
+    determined by `key(of[i])`: int64 [N]. O(N) time and memory, whatever the number of keys. A Feistel network on
+    (index // low, index % low), applied again while the result is outside the range (cycle walking)."""
     high = math.isqrt(size - 1) + 1  # size <= high * low < size + high
     low = np.uint64(-(-size // high))
-    round_keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")[:FEISTEL_ROUNDS]
+    numbers, which = np.unique(of, return_inverse=True)
+    digests = b"".join(hashlib.sha512(key(number).encode()).digest() for number in numbers.tolist())
+    round_keys = np.frombuffer(digests, "<u8").reshape(-1, 8)[:, :FEISTEL_ROUNDS]
     result = np.array(index, np.uint64)
     todo = np.arange(len(result))
     while len(todo):
         left, right = np.divmod(result[todo], low)
-        for even, odd in round_keys.reshape(-1, 2):
+        keys = round_keys[which[todo]].T if len(numbers) > 1 else round_keys[0]
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
             left = (left + _mix(right ^ even)) % np.uint64(high)
             right = (right + _mix(left ^ odd)) % low
         result[todo] = left * low + right
@@ -78,8 +87,6 @@ class Mixture:
             local = drawn[at] - sum(self.draws[:number])
             if held != given:
                 passes[at], local = np.divmod(epoch * given + local, held)
-                for of_pass in np.unique(passes[at]).tolist():  # each pass has an order of its own
-                    own = passes[at] == of_pass
-                    local[own] = permute(local[own], held, f"{key}:dataset {number}:{of_pass}")
+                local = permute_each(local, held, passes[at], lambda of_pass, n=number: f"{key}:dataset {n}:{of_pass}")
             cell[at] = sum(self.cells[:number]) + local
         return cell, passes

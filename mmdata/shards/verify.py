@@ -58,6 +58,9 @@ def verify(directory: Path, progress: Progress = no_progress) -> list[Problem]:
 def _check_sequences(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     """Yield a Problem for each part of which a sequence is not stored exactly once, or whose sources file has another
     number of rows than were packed."""
+    shards: dict[int, list[str]] = {}
+    for shard in manifest.shards:
+        shards.setdefault(shard.part, []).append(shard.path)
     for part in manifest.parts:
         if not part.kept:
             continue
@@ -65,9 +68,8 @@ def _check_sequences(directory: Path, manifest: Manifest) -> Iterator[Problem]:
         if (actual := read_arrow(directory / path).num_rows) != part.kept:
             yield Problem(path, f"names {actual:,} rows, expected {part.kept:,}")
         ordinals = []
-        for shard in manifest.shards:
-            if shard.part == part.part:
-                doc = read_arrow(directory / shard.path).column("doc")
-                ordinals.append(doc.values if isinstance(doc, Ragged) else doc)
+        for shard in shards.get(part.part, ()):
+            doc = read_arrow(directory / shard).column("doc")
+            ordinals.append(doc.values if isinstance(doc, Ragged) else doc)
         if not np.array_equal(np.sort(np.concatenate(ordinals)), np.arange(part.sequences)):
             yield Problem(path, "a sequence of this part is missing from its shards, or is in them twice")

@@ -173,11 +173,7 @@ def _of_part(
 ) -> pl.DataFrame:
     """Return the columns of the packed rows of a part. read: returns those of their texts; None if none are needed."""
     sources = open_sources(dataset, part.part)
-    stored = [
-        read_back(dataset.open_shard(entry), dataset.kind)
-        for entry in dataset.manifest.shards
-        if entry.part == part.part
-    ]
+    stored = [read_back(dataset.open_shard(entry), dataset.kind) for entry in dataset.shards_of[part.part]]
     order = np.argsort(np.concatenate([ordinals for ordinals, _ in stored]), kind="stable")
     first = sources["first"].astype(np.int64)
     tokens, trained = (
