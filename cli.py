@@ -111,6 +111,8 @@ def main() -> None:
         if (described := describe(error)) is None:
             raise
         code = fail(described)
+    except MemoryError:
+        code = fail(MMError("there is not enough memory", "end other programs, or use smaller files or fewer workers"))
     sys.exit(code)
 
 
@@ -139,14 +141,18 @@ def interrupt(_number: int, _frame: object) -> None:
 
 
 def describe(error: OSError) -> MMError | None:
-    """Return the error to print for an OSError that the user can mend, else None. A full disk or exceeded quota becomes
-    DiskError; a missing file or permission, and a directory in place of a file or the reverse, InputError."""
+    """Return the error to print for an error of the system: DiskError for a full disk or exceeded quota, a device that
+    fails or cannot be written, InputError for every other. None if the error was not raised by the system."""
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskError(f"the disk is full while writing {name}", "free some space (`df -h .`) and run it again")
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return InputError(f"{name}: {error.strerror}", f"check the path and its permissions (`ls -ld {name}`)")
-    return None
+    if error.errno in (errno.EIO, errno.EROFS):
+        return DiskError(f"{name}: {error.strerror}", "check the disk (`dmesg | tail`), or use another one")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return InputError(f"{name}: {error.strerror}", "allow more (`ulimit -n 65536`) and run it again")
+    if error.errno is None:
+        return None
+    return InputError(f"{name}: {error.strerror}", f"check the path and its permissions (`ls -ld {name}`)")
 
 
 if __name__ == "__main__":

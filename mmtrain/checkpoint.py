@@ -261,7 +261,7 @@ def save_base(run_dir: Path, model: Model, init: Checkpoint | None) -> None:
 
 def load_base(run_dir: Path, model: Model) -> None:
     """Copy the weights of RUN/base.safetensors into a model without adapters."""
-    model.load_state_dict(load_file(run_dir / BASE))
+    model.load_state_dict(read_tensors(run_dir / BASE))
 
 
 def recover(run_dir: Path) -> None:
@@ -315,17 +315,29 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
 # --- reading
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, by name, on the CPU. Raises CheckpointError if it is damaged."""
+    try:
+        files.check_regular(path)
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError) as error:
+        raise CheckpointError(f"{path}: damaged or cut short ({error})", "copy or download it again") from error
+
+
 def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Load a checkpoint's weights (or LoRA adapters), optimizer state and random state, in place. Return the `extra`
     tensors of `Writer.save`, by name. A model for adapters must have some already. Raises CheckpointError if the
-    weights do not fit the model, and RuntimeError if the adapters do not."""
+    weights do not fit the model, or the random state is none, and RuntimeError if the adapters do not fit."""
     if checkpoint.is_adapted:
-        lora.load_adapters(model, load_file(checkpoint.dir / ADAPTERS))
+        lora.load_adapters(model, read_tensors(checkpoint.dir / ADAPTERS))
     else:
         load_weights(checkpoint, model)
-    tensors = load_file(checkpoint.dir / OPTIMIZER)
+    tensors = read_tensors(checkpoint.dir / OPTIMIZER)
     extra = {name.removeprefix(EXTRA): tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
-    torch.set_rng_state(tensors.pop("rng/cpu"))
+    try:
+        torch.set_rng_state(tensors.pop("rng/cpu"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.dir / OPTIMIZER}: its random state is missing or none ({error})") from error
     cuda_rng = tensors.pop("rng/cuda", None)
     if cuda_rng is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_rng)
@@ -339,8 +351,8 @@ def restore(checkpoint: Checkpoint, model: Model, optimizer: torch.optim.Optimiz
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Read a checkpoint's weights, by name, on the CPU. LoRA adapters are added to the base weights."""
     if not checkpoint.is_adapted:
-        return load_file(checkpoint.dir / WEIGHTS)
-    return lora.merge(load_file(checkpoint.run_dir / BASE), load_file(checkpoint.dir / ADAPTERS))
+        return read_tensors(checkpoint.dir / WEIGHTS)
+    return lora.merge(read_tensors(checkpoint.run_dir / BASE), read_tensors(checkpoint.dir / ADAPTERS))
 
 
 def load_weights(

@@ -40,6 +40,7 @@ def table_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[b
         if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"{path}: {len(names)} columns, but {', '.join(sorted(twice))} twice", "rename one")
         for first, batch in _batches(table, begin, end):
+            batch.validate(full=True)  # reading wrong offsets, as a damaged file has, could end the process
             low, high = max(begin - first, 0), batch.num_rows if end is None else min(end - first, batch.num_rows)
             step = max(1, batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1))
             for at in range(low, high, step):
@@ -89,7 +90,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
         else:
             yield pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}", "download the file again") from error
     finally:
         file.close()
@@ -145,9 +146,10 @@ def _json_rows(batch: Any) -> list[bytes]:
     if not batch.num_columns or not _are_simple(batch.schema):
         return [_json(_plain(row)) for row in batch.to_pylist()] if batch.num_columns else [b"{}"] * batch.num_rows
     import polars as pl
+    import pyarrow as pa
 
     lines = io.BytesIO()
-    frame = pl.from_arrow(batch)
+    frame = pl.from_arrow(pa.RecordBatch.from_arrays(batch.columns, names=batch.schema.names))  # without metadata
     assert isinstance(frame, pl.DataFrame)
     frame.write_ndjson(lines)
     rows = _without_nulls(lines.getvalue(), batch).split(b"\n")[:-1]

@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from mmdata.errors import TokenizerError
+from mmdata.io.files import read_bytes
 from mmdata.io.records import JsonObject
 from mmdata.tokenizer import chat_template as templates
 from mmdata.tokenizer.chat_template import CHATML, DEFAULT, FOLDER
@@ -42,7 +43,9 @@ class Tokenizer:
         self._config = config = _read_json(dir, files, "tokenizer_config.json")
         try:
             self.native = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-        except Exception as error:  # the native library raises bare Exception
+        except BaseException as error:  # the native library raises bare Exception, and panics as a BaseException
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise TokenizerError(f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", _AGAIN) from error
         self.native.no_padding()
         self.native.no_truncation()
@@ -82,7 +85,7 @@ class Tokenizer:
         files = {}
         for name in (*_FILES, *(f"{FOLDER}/{path.name}" for path in sorted((Path(dir) / FOLDER).glob("*.jinja")))):
             try:
-                files[name] = (Path(dir) / name).read_bytes()
+                files[name] = read_bytes(Path(dir) / name)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -254,7 +257,7 @@ def _read_json(dir: Path, files: dict[str, bytes], name: str) -> JsonObject:
     """Return the content of a JSON file, empty for a missing one. Raises TokenizerError if it is not a JSON object."""
     try:
         config = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{dir / name} is not JSON: {error}", _AGAIN) from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{dir / name} is not a JSON object", _AGAIN)

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 from msgspec import Struct
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
@@ -148,15 +146,7 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"{path} is a Git LFS pointer; the file that it stands for is not here",
             f"git -C {path.parent} lfs pull --include {path.name}    (or download the file itself)",
         )
-    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of a safetensors file by name. Raise CheckpointError if it is damaged."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or cut short ({error})", "copy or download it again") from error
+    return checkpoint.read_tensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
