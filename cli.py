@@ -10,11 +10,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmdata.commands.options import SETTINGS, add_lazily
+from mmdata.commands.options import DATA_DIR, HOME, SETTINGS, add_lazily
 from mmdata.commands.terminal import fail, result, say
 from mmdata.errors import DiskError, InputError, MMError, UsageError
 
@@ -41,6 +42,7 @@ COMMANDS = {
     "mmtrain.commands.project": {
         "run": "Execute a recipe: from raw data to an exported model.",
         "lineage": "Show what a model or dataset was made from.",
+        "doctor": "Check this machine and say what to mend.",
     },
 }
 MODULES = {"import": "import_", "verify": "validate"}  # of commands whose module has another name
@@ -98,7 +100,7 @@ def main() -> None:
     replace_unknown_characters()
     try:
         check_arguments(sys.argv[1:])
-        code = app(standalone_mode=True, prog_name="mm")
+        code = app(standalone_mode=True, prog_name="mm", default_map=project_defaults())
     except MMError as error:
         code = fail(error)
     except KeyboardInterrupt:
@@ -114,6 +116,19 @@ def main() -> None:
     except MemoryError:
         code = fail(MMError("there is not enough memory", "end other programs, or use smaller files or fewer workers"))
     sys.exit(code)
+
+
+def project_defaults() -> dict[str, Any]:
+    """Return the defaults of options that mm.toml, in the current directory or in MM_HOME, has for commands."""
+    path = next((path for path in (Path("mm.toml"), HOME / "mm.toml") if path.is_file()), None)
+    defaults: dict[str, Any] = {}
+    if path:
+        from mmtrain.commands.project.recipe import read_defaults
+
+        defaults = read_defaults(path, typer.main.get_command(app))
+    if HOME.parts:
+        defaults["fetch"] = {"out": str(DATA_DIR), **defaults.get("fetch", {})}
+    return defaults
 
 
 def replace_unknown_characters() -> None:

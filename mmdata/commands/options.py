@@ -15,6 +15,7 @@ function is its help text; a last paragraph `Example: mm ...` is printed at the 
 import difflib
 import inspect
 import operator
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -282,7 +283,9 @@ def _plain(value: Any) -> str:
 STEM = re.compile(
     r"(.+?)(?:\.(?:jsonl?|ndjson|parquet|arrow|feather|[ct]sv|tab|txt|text|md|gz|zst|xz|bz2|zip)(?:\..*)?)?"
 )  # file name without the suffixes of format and compression
-DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # where commands look by default
+# Where commands look by default. The environment is read once, at import: a process has one project.
+HOME = Path(os.environ["MM_HOME"]).absolute() if os.environ.get("MM_HOME") else Path()
+DATA_DIR, SHARDS_DIR, RUNS_DIR = HOME / "data", HOME / "shards", HOME / "runs"
 
 FILES_HELP = (
     "jsonl, JSON arrays, parquet, Arrow or csv, also compressed; - reads standard input. [default: data/*.jsonl]"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmdata.commands.options import Json
+from mmdata.commands.options import HOME, Json
 from mmdata.commands.terminal import next_command, print_json, result, say, size
 from mmdata.options import Option
 
@@ -40,7 +40,7 @@ def export(
     from mmtrain.convert.export import export as export_model
 
     start = time.monotonic()
-    directory = out or Path("exports") / f"{find(run).run_dir.resolve().name}-{format}"
+    directory = out or HOME / "exports" / f"{find(run).run_dir.resolve().name}-{format}"
     exported = export_model(run, directory, format=format, dtype=dtype)
     if as_json:
         print_json(exported)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdata.commands.options import SHARDS_DIR
-from mmtrain.commands.project.recipe import NEW_MODEL, Step
+from mmdata.commands.options import HOME
+from mmtrain.commands.project.recipe import NEW_MODEL, SHARDS_DIR, Step
 from mmtrain.commands.project.runner import DONE, Runner, resuming, without_options
 from mmtrain.config import stage_defaults
 
@@ -36,7 +36,7 @@ class Planner:
     scale: share of the rows that will be packed."""
 
     def __init__(self, runner: Runner, scale: float = 1.0) -> None:
-        self.runner, self.scale, self.root = runner, scale, Path(".") if scale < 1 else runner.root
+        self.runner, self.scale, self.root = runner, scale, HOME if scale < 1 else runner.root
         self.tokens: dict[str, int] = {}  # dataset -> tokens that packing will give
         self.files: dict[str, Step] = {}  # dataset -> the step that packs it
 

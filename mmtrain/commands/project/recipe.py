@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdata.commands.options import DATA_DIR, RUNS_DIR, SHARDS_DIR
 from mmdata.commands.pack import dataset_names
 from mmdata.commands.terminal import checking
 from mmdata.errors import InputError, MMError, UsageError
 from mmtrain.config import SHAPE_SETTINGS, STAGE_KINDS
 
+DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # in the directory that a recipe works in
 RECIPES = Path(__file__).parents[2] / "recipes"  # those that come with mm
 NEW_MODEL = {
     "model",
@@ -96,10 +96,7 @@ def find_recipe(name: str) -> Path:
 def read_recipe(path: Path, group: Any, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe and check every value of it as the command line would. group: the commands of mm. changes: texts
     TABLE.KEY=VALUE, applied first. Raise InputError for a file that is not TOML, UsageError for what is not known."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}", "a recipe is TOML: [COMMAND] and below it OPTION = VALUE") from error
+    table = _read_toml(path)
     for change in changes:
         _change(path, table, change)
     top = {key: table.pop(key) for key in TOP if key in table}
@@ -113,6 +110,31 @@ def read_recipe(path: Path, group: Any, changes: Iterable[str] = ()) -> Recipe:
     for step in steps:
         _check(path, group, step)
     return Recipe(path.stem, top.get("title", path.stem), steps, questions, float(top.get("price_per_hour", 0)))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}", "it is TOML: [COMMAND] and below it OPTION = VALUE") from error
+
+
+def read_defaults(path: Path, group: Any) -> dict[str, Any]:
+    """Return the defaults of options that mm.toml has, as nested dictionaries: command, parameter, value. Raise InputError
+    for a file that is not TOML, UsageError for a command or option that is not known."""
+    defaults: dict[str, Any] = {}
+    for key, table in _read_toml(path).items():
+        for name, names, values in _tables(path, group, (key,), table):
+            if name != ".".join(names):
+                raise UsageError(f"{path}: [{name}] is a step of a recipe", f"[{'.'.join(names)}] has the defaults")
+            command = _command(group, names)
+            _words(f"{path}: [{name}]", command, values)
+            place = defaults
+            for part in names:
+                place = place.setdefault(part, {})
+            known = _parameters(command)
+            place |= {known[key].name: value for key, value in values.items()}
+    return defaults
 
 
 def parsed(text: str) -> Any:
@@ -216,15 +238,19 @@ def _command(group: Any, names: tuple[str, ...]) -> Any:
     return group
 
 
-def _words(place: str, command: Any, values: Mapping[str, Any]) -> list[str]:
-    """Return the values as words of the command line of a command, arguments first. Raise UsageError for a key that is
-    no option of it, with the nearest one."""
+def _parameters(command: Any) -> dict[str, Any]:
+    """Return the parameters of a command by the keys that a recipe has for them."""
     known: dict[str, Any] = {}
     for parameter in command.params:
         names = [parameter.name] if parameter.param_type_name == "argument" else parameter.opts
-        known |= {
-            name.lstrip("-").replace("-", "_"): parameter for name in names if not name.startswith("-") or "--" in name
-        }
+        known |= {name.lstrip("-").replace("-", "_"): parameter for name in names if name[0] != "-" or name[1] == "-"}
+    return known
+
+
+def _words(place: str, command: Any, values: Mapping[str, Any]) -> list[str]:
+    """Return the values as words of the command line of a command, arguments first. Raise UsageError for a key that is
+    no option of it, with the nearest one."""
+    known = _parameters(command)
     arguments, options = [], []
     for key, value in values.items():
         if key not in known:

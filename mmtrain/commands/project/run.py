@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdata.commands.options import DATA_DIR, Json, Lang
+from mmdata.commands.options import HOME, Json, Lang
 from mmdata.commands.terminal import in_time, next_command, print_json, print_sections, same_command, say, size, table
 from mmdata.errors import UsageError
 from mmdata.options import Option
@@ -67,8 +67,8 @@ def run(
     if nproc > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("--nproc starts ranks, and torchrun has started some", "leave --nproc out")
     course = read_recipe(find_recipe(recipe), context.find_root().command, changes or ())
-    directory = out or Path("courses") / (course.name if scale == 1 else f"{course.name}-{scale:g}")
-    runner = Runner(course, Path(".") if scale == 1 else directory, directory, nproc)
+    directory = out or HOME / "courses" / (course.name if scale == 1 else f"{course.name}-{scale:g}")
+    runner = Runner(course, HOME if scale == 1 else directory, directory, nproc, context.find_root().default_map or {})
     steps = selected(course, begin, only)
     plans = Planner(runner, scale).plans(steps)
     if as_json and dry_run:
@@ -128,8 +128,9 @@ def scaled(runner: "Runner", steps: "list[Step]", scale: float) -> "list[Step]":
     """Fetch in the current directory, then fill the directory of a scaled recipe: samples of the files to be packed, and
     links to whatever else the steps read. Return the other steps."""
     from mmtrain.commands.project.planning import sample_rows
+    from mmtrain.commands.project.recipe import DATA_DIR
 
-    here, there = Path("."), runner.root
+    here, there = HOME, runner.root
     runner.root = here
     if code := runner.run([step for step in steps if step.command == ("fetch",)]):
         raise typer.Exit(code)

@@ -87,13 +87,14 @@ def launch(
 
 @dataclass
 class Runner:
-    """Executes a recipe in the directory `root`, with the record in `out`. nproc: ranks of training steps. group: the
-    commands of mm. launch: starts a command."""
+    """Executes a recipe in the directory `root`, with the record in `out`. nproc: ranks of training steps.
+    defaults: of options in mm.toml, by command. launch: starts a command."""
 
     recipe: Recipe
     root: Path
     out: Path
     nproc: int = 1
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     launch: Launch = field(default_factory=lambda: launch)
     rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
 
@@ -122,7 +123,8 @@ class Runner:
     def key(self, step: Step) -> str:
         """Return the hash of a step's words and of the content of what it reads."""
         found = {text: self.fingerprint(self.root / text) for text in step.inputs if (self.root / text).exists()}
-        return hashlib.sha256(json.dumps([step.argv, step.stdin, found]).encode()).hexdigest()
+        defaults = {step.command[0]: self.defaults[step.command[0]]} if step.command[0] in self.defaults else {}
+        return hashlib.sha256(json.dumps([step.argv, step.stdin, found, defaults], default=str).encode()).hexdigest()
 
     def outputs(self, step: Step) -> dict[str, str]:
         """Return the fingerprint of each path that the step writes; empty for what is missing."""
