@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, list[str]] = {
     "mmdata.commands": ["mmdata", "mmtrain.config", "mmtrain.shapes", "mmtrain.sizing"],
 }
 SHARED = [*(f"mmdata.{room}" for room in DATA), "mmdata.stats.report.page"]  # what mmtrain may take from mmdata
-_ORDER = ["shapes", "config", "records", "lineage", "sizing", "distributed", "model", "checkpoint"]
+_ORDER = ["shapes", "config", "resolve", "records", "lineage", "sizing", "distributed", "model", "checkpoint"]
 _ORDER += ["inference", "log", "train", "convert", "commands"]
 MAY_IMPORT |= {
     f"mmtrain.{room}": [*SHARED, *(f"mmtrain.{before}" for before in _ORDER[:index])]

@@ -10,17 +10,9 @@ import pytest
 
 from mmdata.errors import CheckpointError, UsageError
 from mmdata.options import options_of
-from mmtrain.config import (
-    LOSS_BETAS,
-    PRESET_SETTINGS,
-    STAGE_KINDS,
-    TrainOptions,
-    TrainSettings,
-    check_options,
-    resolve,
-    stage_defaults,
-)
+from mmtrain.config import LOSS_BETAS, STAGE_KINDS, TrainOptions, TrainSettings, stage_defaults
 from mmtrain.model.preference import LOSSES
+from mmtrain.resolve import PRESET_SETTINGS, check_options, resolve
 from mmtrain.shapes import MODEL_SHAPES
 
 

@@ -17,12 +17,13 @@ from mmdata.options import flag_of, options_of
 from mmdata.pack.options import PackOptions
 from mmtrain import checkpoint
 from mmtrain.commands.other_flags import OTHER_FLAGS
-from mmtrain.config import TrainOptions, resolve, shape_from
+from mmtrain.config import TrainOptions, shape_from
 from mmtrain.convert.export import export
 from mmtrain.convert.foreign import open_model, read
 from mmtrain.inference.engine import Engine
 from mmtrain.inference.settings import Sampling
 from mmtrain.model.model import Model
+from mmtrain.resolve import resolve
 from mmtrain.shapes import MODEL_SHAPES, ModelConfig, shape_of
 from mmtrain.train.loop import train
 

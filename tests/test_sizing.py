@@ -8,7 +8,8 @@ import pytest
 from train_data import Data, run_json
 from train_runs import config_of
 
-from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, resolve
+from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings
+from mmtrain.resolve import resolve
 from mmtrain.shapes import MODEL_SHAPES
 from mmtrain.sizing import LEAST_STEPS, MODELS, MOST_EPOCHS, fit_to_data, lines
 

@@ -15,7 +15,7 @@ from mmdata.shards.pairs import make_loader, saved_share
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
-from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, resolve, shape_from, stage_of
+from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, shape_from, stage_of
 from mmtrain.distributed import World
 from mmtrain.log import trackers
 from mmtrain.model import preference
@@ -24,6 +24,7 @@ from mmtrain.model.embeddings import Growth, plan_growth
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Stage
 from mmtrain.records import RUN, StartRecord, TrainedOn
+from mmtrain.resolve import resolve
 from mmtrain.shapes import ModelConfig
 from mmtrain.sizing import fit_to_data
 
