@@ -89,7 +89,9 @@ def test_pack_writes_the_report_and_the_dataset_stays_what_it_was(home: Path, mm
     fine(mm("pack data/sft_512.jsonl --out shards/other --no-report"))
     assert not (home / "shards/other/report.html").exists()
     one, other = (sorted(p.relative_to(d) for p in d.rglob("*")) for d in (page.parent, home / "shards/other"))
-    assert [path for path in one if path.name not in ("report.html", ".verified.json", ".verified.lock")] == other
+    assert [
+        path for path in one if path.name not in ("report.html", "README.md", ".verified.json", ".verified.lock")
+    ] == other
     for path in other:
         if (page.parent / path).is_file():
             assert (page.parent / path).read_bytes() == (home / "shards/other" / path).read_bytes()
