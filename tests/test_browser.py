@@ -280,6 +280,27 @@ def test_curves_zoom_together_and_change_their_axis(driver: Any, pages: Path) ->
     nothing_is_wrong(driver)
 
 
+def test_curves_are_smoothed_and_drawn_on_a_logarithmic_scale(driver: Any, pages: Path) -> None:
+    open_page(driver, f"file://{pages}/run-en.html")
+    values = (
+        "return [...document.querySelector('figure.plot').plot.data[1]].filter((y) => y !== null && y !== undefined)"
+    )
+    scale = "return document.querySelector('figure.plot').plot.scales.y.distr"
+    before = driver.execute_script(values)
+    assert driver.execute_script(scale) == 1
+    driver.execute_script(
+        "const s = document.getElementById('smooth'); s.value = 0.5; s.dispatchEvent(new Event('input'));"
+        "const l = document.getElementById('log'); l.checked = true; l.dispatchEvent(new Event('input'));"
+    )
+    after = driver.execute_script(values)
+    assert driver.execute_script(scale) == 3 and set(driver.execute_script(DRAWN)) == {"drawn"}
+    average, weight = 0.0, 0.0
+    for number in range(4):  # before a stage ends
+        average, weight = 0.5 * average + 0.5 * before[number], 0.5 * weight + 0.5
+        assert after[number] == pytest.approx(average / weight)
+    nothing_is_wrong(driver)
+
+
 MARKED = """
 const figure = document.querySelector("figure.plot"), plot = figure.plot, context = plot.ctx, box = plot.bbox;
 const said = [], real = context.fillText;

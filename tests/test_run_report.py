@@ -148,6 +148,24 @@ def test_every_kind_of_event_is_marked_and_explained(tmp_path: Path) -> None:
     assert {mark["color"] for mark in spec["marks"]} == {0, 1} and len(both.encode()) < 2_000_000
 
 
+def test_curves_of_two_stages_are_parted_and_changed_settings_come_first(tmp_path: Path) -> None:
+    make_run(tmp_path / "base", 20, stage="pretrain")
+    make_run(tmp_path / "next", 10, stage="sft", init=str(tmp_path / "base"))
+    html = report.run_page(history.figures([tmp_path / "next"]))
+    loss = json.loads(next(script for script in parsed(html).scripts if script.startswith('{"kind"')))["series"][0]
+    gap = loss["y"].index(None)
+    assert loss["y"].count(None) == 1
+    for places in loss["x"].values():
+        assert len(places) == len(loss["y"]) and places == sorted(places)
+        assert places[gap - 1] < places[gap] < places[gap + 1]
+    make_run(tmp_path / "one", 10)
+    (runs,) = history.figures([tmp_path / "one"])["chains"]
+    runs[-1]["settings"]["clip"] = {"value": 1.0, "from": "default"}
+    (section,) = (section for section in report.sections_of([runs]) if section.id == "settings")
+    changed, rest = section.blocks
+    assert [row[0] for row in changed.rows] == ["lr"] and [row[0] for row in rest.blocks[0].rows] == ["clip"]
+
+
 def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
     for name, number in (("a", 30), ("b", 20)):
         make_run(tmp_path / name, number, fill=0.9, matmul_flops=1e9)

@@ -105,7 +105,7 @@ def sections_of(chains: Chains) -> Iterator[Section]:
         if blocks := [block for runs in chains for block in make(runs)]:
             yield Section(id, title, blocks)
     yield Section(
-        "settings", "Settings and where they come from", [_settings([run for runs in chains for run in runs])]
+        "settings", "Settings and where they come from", list(_settings([r for runs in chains for r in runs]))
     )
     yield Section("lineage", "Lineage", [block for runs in chains for block in _lineage(runs)])
 
@@ -251,21 +251,27 @@ class _Plotter:
 
     def _joined(self, runs: Sequence[Run], curve: str) -> page.PlotSpec | None:
         """Return one curve over consecutive runs of a chain, None if it has no values: x values by axis, y values, and
-        the band from the lowest to the highest value if the curve was averaged."""
+        the band from the lowest to the highest value if the curve was averaged. Where another stage begins, a value
+        None parts the curves."""
         is_val = curve.startswith("val_")
         x: dict[str, list[Any]] = {axis: [] for axis in AXES}
         y: list[Any] = []
         low: list[Any] = []
         high: list[Any] = []
+        stage = None
         for run in runs:
             vals = [values for values in run["vals"] if curve in values]
             points = {axis: [values[axis] for values in vals] for axis in AXES} if is_val else run["curves"]
             values = [values[curve] for values in vals] if is_val else run["curves"].get(curve, [])
+            known = [i for i, value in enumerate(values) if value is not None]
+            gap = [None] if y and known and run["stage"] != stage else []
+            stage = run["stage"] if known else stage
             for axis, places in x.items():
-                places += [place + run["offset"][axis] for place in points.get(axis, [])[: len(values)]]
-            y += values
-            low += run["curves"].get(f"{curve}_low", values)
-            high += run["curves"].get(f"{curve}_high", values)
+                own = [points[axis][i] + run["offset"][axis] for i in known]
+                places += [*((places[-1] + own[0]) / 2 for _ in gap), *own]
+            for all_values, name in ((y, curve), (low, f"{curve}_low"), (high, f"{curve}_high")):
+                own = values if is_val else run["curves"].get(name, values)
+                all_values += [*gap, *(own[i] for i in known)]
         if not any(value is not None for value in y):
             return None
         band = {"low": low, "high": high} if low != y else {}
@@ -311,11 +317,12 @@ def _preference(plots: _Plotter) -> Iterator[Plot]:
 
 
 def _speed(plots: _Plotter) -> Iterator[Block]:
-    rates = {"tokens_per_s": "tokens", "trained_per_s": "trained tokens", "padded_per_s": "positions, padded"}
+    rates = {"tokens_per_s": "tokens", "trained_per_s": "trained tokens"}
     use = {"mfu": "of the measured rate", "mfu_peak": "of the datasheet's", "mfu_attention": "attention counted"}
     yield Grid(
         [
             *plots.lines("Tokens a second", rates, floor=0),
+            *plots.lines("Positions a second, if rows were padded", {"padded_per_s": "positions, padded"}, floor=0),
             *plots.lines("Use of the hardware (MFU)", use, share=True, floor=0),
             *plots.lines("GFLOP a second", {"gflops": "GFLOP/s"}, floor=0),
             *plots.lines("Most memory so far, GB", {"memory_gb": "memory"}, floor=0),
@@ -381,10 +388,18 @@ def _events(runs: Sequence[Run]) -> Iterator[Block]:
             yield Fold(phrase(title, number=len(rows)), [Table(columns, rows)], in_terminal=not is_save)
 
 
-def _settings(runs: Sequence[Run]) -> Table:
-    """Return a table of all settings that a run has a value for, with a column for each run: the value and its origin."""
-    settings = ((key, setting) for run in runs for key, setting in run["settings"].items())
+def _settings(runs: Sequence[Run]) -> Iterator[Block]:
+    """Yield tables of all settings that a run has a value for, with a column for each run, the value and its origin:
+    first of those that differ from their default in a run, then, collapsed, of the others."""
+    settings = [(key, setting) for run in runs for key, setting in run["settings"].items()]
     keys = dict.fromkeys(key for key, setting in settings if setting["value"] is not None)
+    changed = {key for key, setting in settings if setting["from"] != "default"}
+    yield _settings_table(runs, [key for key in keys if key in changed])
+    if rest := [key for key in keys if key not in changed]:
+        yield Fold(phrase("{number} settings at their defaults", number=len(rest)), [_settings_table(runs, rest)])
+
+
+def _settings_table(runs: Sequence[Run], keys: Sequence[str]) -> Table:
     rows = []
     for key in keys:
         cells = [run["settings"].get(key) or {"value": None} for run in runs]

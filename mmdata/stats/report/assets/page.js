@@ -39,6 +39,7 @@ const percent = (share) => (share === null || share === undefined ? "–" : trim
 
 // --- plots
 
+const controlOf = (id) => document.getElementById(id);
 const axisName = () => { const control = document.getElementById("axis"); return control ? control.value : null; };
 
 function colorOf(spec, i) {
@@ -141,22 +142,35 @@ function place(edges, value) {
   return edges.length - 1;
 }
 
+// The exponential moving average of a curve, corrected for its beginning; it starts anew after a gap (null).
+function smoothed(values, weight) {
+  let sum = 0, total = 0;
+  return values.map((value) => {
+    if (value === null) { sum = total = 0; return null; }
+    sum = weight * sum + (1 - weight) * value;
+    total = weight * total + 1 - weight;
+    return sum / total;
+  });
+}
+
 function linesOf(spec) {
   const axis = axisName() in (spec.axes || {}) ? axisName() : Object.keys(spec.axes)[0];
   const about = spec.axes[axis];
   const tables = [], series = [], bands = [];
+  const weight = spec.group && controlOf("smooth") ? Number(controlOf("smooth").value) : 0;
+  const isLog = spec.logy || (spec.group && controlOf("log") && controlOf("log").checked && spec.series.every((one) => one.y.every((value) => value === null || value > 0)));
   spec.series.forEach((one, i) => {
     const color = colorOf(spec, i);
     const xs = spec.scatter || one.x[axis];
-    const table = [xs, one.y];
-    const style = { label: one.name, stroke: color, width: one.faint ? 1 : 1.9, spanGaps: true,
+    const table = [xs, weight ? smoothed(one.y, weight) : one.y];
+    const style = { label: one.name, stroke: color, width: one.faint ? 1 : 1.9, spanGaps: false,
       dash: one.dash ? [5, 4] : undefined, points: { show: Boolean(one.points), size: 5, fill: color, stroke: color } };
     if (spec.scatter) Object.assign(style, { paths: () => null, points: { show: true, size: 4, width: 0, fill: color + "90" } });
     series.push(style);
     if (one.low) {
       const at = series.length;
       table.push(one.high, one.low);
-      const hidden = { label: one.name, stroke: "transparent", width: 0, spanGaps: true, points: { show: false }, band: true };
+      const hidden = { label: one.name, stroke: "transparent", width: 0, spanGaps: false, points: { show: false }, band: true };
       series.push({ ...hidden }, { ...hidden });
       bands.push({ series: [at + 1, at + 2], fill: color + "22" });
     }
@@ -169,7 +183,7 @@ function linesOf(spec) {
     data, axis, marks,
     options: {
       series: [{}, ...series], bands,
-      scales: { x: { time: false, distr: spec.logx ? 3 : 1 }, y: { distr: spec.logy ? 3 : 1, ...(spec.floor !== undefined ? { range: (_, low, high) => [Math.min(spec.floor, low), high > spec.floor ? high * 1.05 : spec.floor + 1] } : {}) } },
+      scales: { x: { time: false, distr: spec.logx ? 3 : 1 }, y: { distr: isLog ? 3 : 1, ...(spec.floor !== undefined && !isLog ? { range: (_, low, high) => [Math.min(spec.floor, low), high > spec.floor ? high * 1.05 : spec.floor + 1] } : {}) } },
       axes: [
         look({ size: 28, label: about.label || undefined, values: (_, splits) => splits.map((value) => (value === null ? "" : about.hours ? hours(value) : short(value))), space: 56 }),
         yAxis(spec),
@@ -608,8 +622,7 @@ function start() {
     if (node.open) node.querySelectorAll("figure.plot").forEach(draw);
   }));
 }
-const axis = document.getElementById("axis");
-if (axis) axis.onchange = drawAll;
+for (const id of ["axis", "smooth", "log"]) if (controlOf(id)) controlOf(id).oninput = drawAll;
 start();
 
 let width = innerWidth;
