@@ -462,7 +462,8 @@ def test_the_reports_assets_are_packaged() -> None:
         "zh.json",
         "terms.json",
     }
-    assert {path.name for path in (root / "mmdata/stats/report/templates").iterdir()} == {"page.html", "blocks.html"}
+    templates = {path.name for path in (root / "mmdata/stats/report/templates").iterdir()}
+    assert templates == {"page.html", "blocks.html", "dataset_card.md"}
 
 
 def test_every_reason_and_what_helps_is_translated() -> None:
