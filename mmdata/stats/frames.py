@@ -16,8 +16,8 @@ from polars.io.plugins import register_io_source
 
 from mmdata.encode.rows import BadRow, find_kind, parse_row
 from mmdata.io.workers import run_jobs
-from mmdata.pack.filter.features import COLUMNS, EXACT, MESSAGE_COLUMNS, NEAR, TOKENS, message_frame, schema
-from mmdata.pack.filter.frames import PartColumns, RowReader, iter_rows, token_columns, with_groups
+from mmdata.pack.filter.features import COLUMNS, MESSAGE_COLUMNS, TOKENS, message_frame, schema
+from mmdata.pack.filter.frames import PartColumns, RowReader, grouped, iter_rows, token_columns
 from mmdata.pack.part import Part, batches
 from mmdata.pack.pipeline import plan
 from mmdata.shards.columns import read_back
@@ -154,10 +154,7 @@ def _rows_of_dataset(dataset: Dataset, names: Names) -> Iterator[pl.DataFrame]:
             else partial(_texts_of_shards, text_reader, dataset)
         )
     frames = (_of_part(dataset, part, read) for part in parts)
-    if reader.makers() & {EXACT, NEAR}:
-        frames = iter([with_groups(pl.concat(frames), reader.makers())])
-    for frame in frames:
-        yield frame.select(names)
+    yield from (frame.select(names) for frame in grouped(frames, reader.makers()))
 
 
 def _plan_of(dataset: Dataset) -> tuple[list, list[Part]]:

@@ -3,6 +3,8 @@
 Makes its own jsonl file of seeded bilingual conversations outside the repository and deletes it; runs `mm stats FILE
 --html` on it in a process of its own with two workers, and prints wall time, the peak memory of all its processes together (sum
 of their resident sizes, sampled every 50 ms, so shared pages count more than once), and for comparison one pass of json.loads.
+With --like FILE the rows are those of conversations in FILEs, repeated with a number in front of each message. With
+--columns it collects all columns of `rows` instead, or those that are named.
 With --pack it packs the file instead, and prints how long the report takes beside the packing itself.
 """
 
@@ -60,6 +62,30 @@ def write_rows(path: Path, num_bytes: int) -> int:
     return number
 
 
+def repeat_rows(path: Path, files: list[Path], num_bytes: int) -> int:
+    """The conversations of files over and over, each message with the number of the repetition; gives their number."""
+    known = [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
+    number = written = 0
+    with path.open("wb") as file:
+        while written < num_bytes:
+            row, turn = known[number % len(known)], number // len(known)
+            messages = [{**message, "content": f"{turn} {message['content']}"} for message in row["conversations"]]
+            written += file.write(json.dumps({"conversations": messages}, ensure_ascii=False).encode() + b"\n")
+            number += 1
+    return number
+
+
+COLLECT = """
+import sys
+from mmdata.stats.frames import rows
+if __name__ == "__main__":
+    frame = rows(sys.argv[1], tokenizer=sys.argv[2] or None, workers=int(sys.argv[3]))
+    names = sys.argv[4:] or frame.collect_schema().names()
+    found = frame.select(names).collect()
+    print(found.shape, f"{found.estimated_size() / 1e6:.0f} MB", flush=True)
+"""
+
+
 def resident(pid: int) -> int:
     """Resident bytes of a process and those it started."""
     total = 0
@@ -76,7 +102,7 @@ def measured(command: list[str]) -> tuple[float, int, float]:
     """Wall seconds, peak resident bytes and CPU seconds of a command and its children."""
     before = os.times()
     start, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, resident(process.pid))
         time.sleep(0.05)
@@ -112,13 +138,24 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pack", action="store_true")
+    parser.add_argument("--like", type=Path, nargs="+")
+    parser.add_argument("--columns", nargs="*")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path, html = Path(scratch) / "rows.jsonl", Path(scratch) / "report.html"
-        number = write_rows(path, int(options.megabytes * 1e6))
+        num_bytes = int(options.megabytes * 1e6)
+        number = repeat_rows(path, options.like, num_bytes) if options.like else write_rows(path, num_bytes)
         size = path.stat().st_size / 1e6
         if options.pack:
             print(f"{size:.0f} MB, {number:,} rows: {packed(path, options.tokenizer, options.workers)}")
+            return
+        if options.columns is not None:
+            program = Path(scratch) / "collect.py"
+            program.write_text(COLLECT)
+            arguments = [str(path), str(options.tokenizer or ""), str(options.workers), *options.columns]
+            os.environ["PYTHONPATH"] = str(ROOT)
+            wall, peak, cpu = measured([sys.executable, str(program), *arguments])
+            print(f"{size:.0f} MB, {number:,} rows: columns in {wall:.1f} s, {cpu:.1f} s CPU, peak {peak / 1e6:.0f} MB")
             return
         start = time.monotonic()
         with path.open("rb") as file:

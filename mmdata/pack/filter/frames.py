@@ -1,6 +1,6 @@
 """Read files into polars frames of the columns of their rows, part by part, in any number of processes."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -86,7 +86,7 @@ class PartColumns:
             tick(done - reported)
             reported = done
         tick(part.num_bytes - reported)
-        return pl.concat(frames)
+        return pl.concat(frames, rechunk=True)
 
     def of_lines(self, lines: Sequence[Line], path: Path, fields: Columns) -> pl.DataFrame:
         """Return a frame of lines of a file, as a call returns it of a part. fields: where the rows have their texts."""
@@ -152,20 +152,43 @@ def with_groups(frame: pl.DataFrame, makers: Collection[str]) -> pl.DataFrame:
     without keys, such as unusable ones, have nulls."""
     if not {EXACT, NEAR} & set(makers):
         return frame
-    used = np.flatnonzero(frame[_KEYS].is_not_null().to_numpy())
+    groups = _groups(frame, makers)
+    return frame.drop(groups.columns, strict=False).hstack(groups)
+
+
+def grouped(frames: Iterable[pl.DataFrame], makers: Collection[str]) -> Iterator[pl.DataFrame]:
+    """Yield frames with the columns that `with_groups` adds to all of them together; none of them is copied."""
+    if not {EXACT, NEAR} & set(makers):
+        yield from frames
+        return
+    rest, keys = [], []
+    for frame in frames:
+        keys.append(frame.select(pl.selectors.by_name(_KEYS, _BANDS, require_all=False)))
+        rest.append(frame.drop(keys[-1].columns))
+    every, begin = pl.concat(keys, rechunk=True), 0
+    keys.clear()  # the copies of the parts, which are as large
+    groups = _groups(every, makers)
+    for frame in rest:
+        yield frame.hstack(groups[begin : begin + len(frame)])
+        begin += len(frame)
+
+
+def _groups(frame: pl.DataFrame, makers: Collection[str]) -> pl.DataFrame:
+    """Return the columns that `with_groups` adds."""
+    is_used = frame[_KEYS].is_not_null()
+    used = np.flatnonzero(is_used.to_numpy())
     own = np.arange(len(used))
-    keys = frame[_KEYS].gather(used).to_numpy()
+    keys = frame[_KEYS].filter(is_used).to_numpy()
     equal = first_of_equal([(own, (keys[:, 0], keys[:, 1]))], len(used))
-    columns = {"duplicate_group": used[equal], "duplicate": equal != own}
+    found = {"duplicate_group": used[equal], "duplicate": equal != own}
     if NEAR in makers:
-        bands = frame[_BANDS].gather(used).to_numpy()
+        bands = frame[_BANDS].filter(is_used).to_numpy()
         near = first_of_near([(own, (band,)) for band in bands.T], equal)[equal]
-        columns |= {"near_group": used[near], "near_duplicate": near != equal}
-    found = pl.DataFrame({"at": used, **columns})
-    places = pl.DataFrame({"at": np.arange(len(frame))})
-    return frame.drop(columns, strict=False).hstack(
-        places.join(found, on="at", how="left", maintain_order="left").drop("at")
-    )
+        found |= {"near_group": used[near], "near_duplicate": near != equal}
+    columns = {name: np.zeros(len(frame), values.dtype) for name, values in found.items()}
+    for name, values in found.items():
+        columns[name][used] = values
+    return pl.DataFrame(columns).select(pl.when(is_used).then(pl.all()))
 
 
 def without_keys(frame: pl.DataFrame, is_out: pl.Expr) -> pl.DataFrame:
@@ -191,8 +214,8 @@ def iter_rows(reader: RowReader, parts: Sequence[Part], run: Run) -> Iterator[pl
     """Yield frames of the usable rows with the reader's columns: one a part, or one in all if a column needs all
     rows."""
     if reader.makers() & {EXACT, NEAR}:
-        usable = [frame.filter(pl.col("reason").is_null()) for frame in _read(reader, parts, run)]
-        yield with_groups(pl.concat(usable), reader.makers()).select(reader.names)
+        usable = (frame.filter(pl.col("reason").is_null()) for frame in _read(reader, parts, run))
+        yield from (frame.select(reader.names) for frame in grouped(usable, reader.makers()))
         return
     for part in parts:
         (frame,) = _read(reader, [part], run)
