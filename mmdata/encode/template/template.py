@@ -19,6 +19,7 @@ from jinja2 import nodes
 
 from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
 from mmdata.encode.template.calls import CallForm, nested
+from mmdata.encode.template.limits import bounded
 from mmdata.encode.template.losses import Loss, loss_of, markup_of
 from mmdata.encode.template.segments import Segment, merged, span_of, stretches, without
 from mmdata.encode.template.traced import (
@@ -40,7 +41,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 ERAS = ("seed", "2", "3")
 TRAIN_ON = ("all", "assistant", "last")
 _RENDER_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the reasoning of an answer
 
@@ -84,6 +85,8 @@ class Template:
         self._find_control = lru_cache(1024)(lambda text: [match.span() for match in self._control.finditer(text)])
         try:
             environment = template_environment()
+            if "\0" in self.text:
+                raise jinja2.TemplateError("it contains a NUL character")
             self._compiled = environment.from_string(self.text)
             # jinja2 copies these for each rendering, which is slow for the ChainMap that they are.
             self._compiled.globals = dict(self._compiled.globals)
@@ -223,14 +226,17 @@ class Template:
         thinking = {} if think is None else {"open_thinking": think, "enable_thinking": think}
         sources: list[SourceText] = []
         try:
-            text = self._compiled.render(
-                messages=[self._as_dict(message, i, sources) for i, message in enumerate(messages)],
-                tools=traced([*map(nested, tools)] if self._has_nested_tools else tools, sources, -1, "tools") or None,
-                documents=None,
-                add_generation_prompt=is_prompt,
+            variables = {
+                "messages": [self._as_dict(message, i, sources) for i, message in enumerate(messages)],
+                "tools": traced([*map(nested, tools)] if self._has_nested_tools else tools, sources, -1, "tools")
+                or None,
+                "documents": None,
+                "add_generation_prompt": is_prompt,
                 **thinking,
                 **self._special,
-            )
+            }
+            with bounded(sum(len(source.text) for source in sources)):
+                text = self._compiled.render(variables)
         except _RENDER_ERRORS as error:
             raise BadRow("template refuses", plain_names(str(error))[:200]) from None
         return Rendering(text, origins_of(text), sources)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
 from jinja2.filters import do_mark_safe, make_attrgetter
+
+from mmdata.encode.template.limits import BoundedEnvironment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -296,25 +296,6 @@ class _Generation(jinja2.ext.Extension):
         return Traced(text, (*origins, Origin(0, len(text), GENERATION)))
 
 
-class _CodeGenerator(CodeGenerator):
-    """Compiles the template operator `a ~ b` to `concat`, which keeps origins."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat([")
-        for item in node.nodes:
-            self.write("str(")
-            self.visit(item, frame)
-            self.write("), ")
-        self.write("])")
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandboxed jinja2 environment that joins the pieces of a rendering with `concat`, which keeps origins."""
-
-    code_generator_class = _CodeGenerator
-    concat = staticmethod(concat)  # type: ignore[assignment]
-
-
 def _raise_exception(message: str) -> None:
     """The function `raise_exception` of chat templates."""
     raise jinja2.TemplateError(message)
@@ -323,10 +304,13 @@ def _raise_exception(message: str) -> None:
 def template_environment() -> jinja2.Environment:
     """Return a sandboxed jinja2 environment with the settings of transformers, which keeps the origins of strings.
     `strftime_now` writes a fixed date (`Tokenizer.amended`), so that a row has the same ids on any day."""
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    environment = BoundedEnvironment(
+        concat,
+        {"tojson": _tojson, "join": _join, "safe": _safe},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
     )
-    environment.filters |= {"tojson": _tojson, "join": _join, "safe": _safe}
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
