@@ -240,7 +240,7 @@ def _printed(block: "Block | list[Block]", translation: "Translation") -> "Itera
             cells = [[f"{'* ' if i in block.marked else '  '}{row[0]}", *row[1:]] for i, row in enumerate(cells)]
         names = [translation(column.name) for column in block.columns]
         left = {index for index, column in enumerate(block.columns) if not column.is_number}
-        title = translation(block.title) + (" (* differs)" if block.marked else "")
+        title = translation(block.title) + (f" (* {block.mark})" if block.marked else "")
         yield _grid(title.strip(), names, cells, left)
     elif isinstance(block, page.Cards) and block.items:
         cells = [[translation(label), value, translation(hint)] for label, value, hint in block.items]

@@ -189,6 +189,7 @@ class Table:
     title: Text = ""
     wrap: bool = False
     marked: Collection[int] = ()
+    mark: str = "differs"  # what is said of the marked rows: "differs" or "best"
 
     def texts(self, row: Sequence[Any], translation: Translation) -> list[str]:
         """Format the cells of a row as text. ValueError if the row has not one value per column."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmdata.stats.report import page
-from mmdata.stats.report.page import Block, Cards, Column, Grid, Note, Section, Table, Text, as_name, joined, phrase
+from mmdata.stats.report.page import Block, Column, Grid, Note, Section, Strings, Table, Text, as_name, joined, phrase
 from mmdata.tokenizer.toolkit.evaluate import Evaluation, TokenizerFigures
 
 
@@ -97,12 +97,19 @@ def sections(figures: Evaluation) -> Iterator[Section]:
     each = figures.tokenizers
     language, file, characters, use, model = tables(figures)
     names = [as_name(short) for short in short_names([one.name for one in each])]
-    cards: list[tuple[Text, str, Text]] = [
-        (label, f"{one.bytes_per_token:.3f}", "bytes per token") for label, one in zip(names, each, strict=True)
+    most = max(one.bytes_per_token for one in each)
+    columns = [Column("tokenizer", "code"), Column("vocabulary size", "count"), Column("bytes per token", "figure")]
+    rows = [
+        (label, one.vocab_size, f"{one.bytes_per_token:.3f}", one.bytes_per_token / most)
+        for label, one in zip(names, each, strict=True)
     ]
+    best = [i for i, one in enumerate(each) if one.bytes_per_token == most and len(each) > 1]
+    chart = Table([*columns, Column("", "bar")], rows, marked=best, mark="best")
     note = Note("More bytes in a token are fewer tokens, steps and seconds for the same text.")
-    yield Section("glance", "At a glance", [Cards(cards), note])
+    yield Section("glance", "At a glance", [chart, note])
     yield Section("compression", "Compression", [language, file, characters])
+    if figures.text.excerpts:
+        yield Section("splits", "The same text, split by each", list(_splits(figures, names)))
     yield Section("model", "What it means for a model", [model])
     note = Note(
         "Tokens that the text a model is trained on never becomes keep an embedding nobody trained. "
@@ -110,6 +117,15 @@ def sections(figures: Evaluation) -> Iterator[Section]:
     )
     lists = [block for label, one in zip(names, each, strict=True) for block in _lists(label, one)]
     yield Section("vocabulary", "Vocabulary", [use, note, Grid(lists)])
+
+
+def _splits(figures: Evaluation, names: Sequence[Text]) -> Iterator[Block]:
+    """Yield, for each excerpt of the text, its tokens by each tokenizer."""
+    for number, _ in enumerate(figures.text.excerpts):
+        for label, one in zip(names, figures.tokenizers, strict=True):
+            tokens = one.splits[number]
+            yield Note(joined([label, phrase("{tokens} tokens", tokens=len(tokens))]))
+            yield Strings(tokens)
 
 
 def _lists(label: Text, one: TokenizerFigures) -> Iterator[Block]:

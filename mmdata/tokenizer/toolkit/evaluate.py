@@ -21,6 +21,7 @@ from mmdata.tokenizer.vocabulary import legible, token_texts
 NUM_HOSTILE = 1000
 NUM_SHOWN = 10
 GIGABYTE = 1_000_000_000
+EXCERPT = range(40, 161)  # characters of a text that is shown as each tokenizer splits it
 _BATCH = 1000  # texts encoded by one native call
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _WORD = re.compile(r" ?[A-Za-z]+(?:'[a-z]+)?")
@@ -105,11 +106,13 @@ class TokenizerFigures:
     embedding: dict[str, EmbeddingShare]  # model preset -> its embedding with this vocabulary
     tokens_per_gigabyte: int  # tokens of 10^9 bytes of such text
     steps_per_gigabyte: int  # training steps that these tokens make
+    splits: list[list[str]]  # the excerpts of the text as tokens, in readable form
 
 
 @dataclass(frozen=True, slots=True)
 class TextFigures:
-    """The text drawn, out of `rows` rows with `found_bytes` bytes. `left_out`: file -> reason -> number of rows."""
+    """The text drawn, out of `rows` rows with `found_bytes` bytes. `left_out`: file -> reason -> number of rows.
+    `excerpts`: the beginning of a text in each language."""
 
     bytes: int
     characters: int
@@ -117,6 +120,7 @@ class TextFigures:
     rows: int
     left_out: dict[str, dict[str, int]]
     found_bytes: int
+    excerpts: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +145,12 @@ def evaluate(
     step. num_hostile: hostile strings to encode and decode. progress: called with the bytes measured so far and in all;
     the text counts once for each tokenizer."""
     groups = list(sample.groups())
+    excerpts = _excerpts(groups)
     total = sample.drawn_bytes * len(tokenizers)
     figures = []
     for index, tokenizer in enumerate(tokenizers):
         tick = partial(lambda begin, done: progress(begin + done, total), index * sample.drawn_bytes)
-        figures.append(_figures(tokenizer, groups, shapes, step_tokens, num_hostile, tick))
+        figures.append(_figures(tokenizer, groups, excerpts, shapes, step_tokens, num_hostile, tick))
     text = TextFigures(
         bytes=sample.drawn_bytes,
         characters=sum(len(text) for _, texts in groups for text in texts),
@@ -153,6 +158,7 @@ def evaluate(
         rows=sample.num_rows,
         left_out={name: dict(counts) for name, counts in sample.left_out.items()},
         found_bytes=sum(stratum.found_bytes for stratum in sample.strata),
+        excerpts=excerpts,
     )
     return Evaluation(text, step_tokens, figures)
 
@@ -192,6 +198,7 @@ class _Coder:
 def _figures(
     tokenizer: Tokenizer,
     groups: Groups,
+    excerpts: list[str],
     shapes: Mapping[str, Shape],
     step_tokens: int,
     num_hostile: int,
@@ -246,7 +253,19 @@ def _figures(
         embedding={name: _embedding(tokenizer.vocab_size, shape) for name, shape in shapes.items()},
         tokens_per_gigabyte=round(tokens_per_gigabyte),
         steps_per_gigabyte=round(tokens_per_gigabyte / step_tokens),
+        splits=[[legible(tokens[id] or b"") for id in tokenizer.encode_batch([text])[0]] for text in excerpts],
     )
+
+
+def _excerpts(groups: Groups) -> list[str]:
+    """Return the beginning of the first text of each language that is not very short, as one line."""
+    chosen: dict[str, str] = {}
+    for stratum, texts in groups:
+        for text in texts:
+            line = " ".join(text[: 2 * EXCERPT.stop].split())[: EXCERPT[-1]]
+            if stratum.language not in chosen and len(line) >= EXCERPT.start:
+                chosen[stratum.language] = line
+    return [chosen[language] for language in sorted(chosen)]
 
 
 def _count(pattern: re.Pattern[str], groups: Groups) -> Counter[str]:
