@@ -6,10 +6,12 @@ The commands are registered by name and summary alone; the module of a command i
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +48,7 @@ COMMANDS = {
     },
 }
 MODULES = {"import": "import_", "verify": "validate"}  # of commands whose module has another name
+LOCAL_ONLY = ("stats", "verify", "select", "show")  # commands that take paths and no URLs
 TOKENIZER_COMMANDS = {
     "train": "Train a tokenizer on the text of jsonl files.",
     "eval": "Compare tokenizers on the same text.",
@@ -140,7 +143,12 @@ def replace_unknown_characters() -> None:
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise UsageError for an argument that is not valid UTF-8, which Python decodes to lone surrogates, unless it is the
-    path of a file that exists."""
+    path of a file that exists, and for a URL in place of a file that a command would take for a path."""
+    if arguments and arguments[0] in LOCAL_ONLY:
+        for before, argument in pairwise(arguments):
+            if re.match("[a-z][a-z0-9]+://", argument) and not before.startswith("--"):
+                fix = "copy it to this machine first; mm pack and mm validate read URLs"
+                raise UsageError(f"mm {arguments[0]} reads files on this machine, not {argument}", fix)
     for number, argument in enumerate(arguments, 1):
         value = argument.partition("=")[2] if argument.startswith("--") else argument
         if any("\ud800" <= c <= "\udfff" for c in argument) and not os.path.exists(value):

@@ -3,9 +3,12 @@
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from command_line import Run, fine, refused
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from pack_data import write_rows
 
 from mmdata.errors import DatasetError, InputError, UsageError
@@ -57,6 +60,73 @@ def test_a_dataset_is_sent_whole_its_manifest_last_and_only_once(
     monkeypatch.setattr(type(memory), "put_file", lambda self, a, b, **more: memory.pipe(b, b"less"))
     with pytest.raises(DatasetError, match="other bytes"):
         remote.send(out, every, f"{bucket}/elsewhere")
+
+
+class Counted(AbstractFileSystem):
+    """A bucket of one file that counts what is read of it. Like an S3 client it raises errors of its own."""
+
+    protocol = "counted"
+    cachable = False
+    content = b""
+    num_read = 0
+    is_refused = False
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        if Counted.is_refused:
+            raise LookupError("no credentials")
+        if not path.endswith("rows.jsonl"):
+            raise FileNotFoundError(path)
+        return {"name": path, "size": len(Counted.content), "type": "file", "ETag": "1"}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        raise AssertionError(f"{path} was created")
+
+    def pipe_file(self, path: str, value: bytes, *_: Any, **__: Any) -> None:
+        raise FileNotFoundError("the bucket does not exist")
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        class File(AbstractBufferedFile):
+            def _fetch_range(self, start: int, end: int) -> bytes:
+                Counted.num_read += len(Counted.content[start:end])
+                return Counted.content[start:end]
+
+        self.info(path)
+        return File(self, path, mode, size=len(Counted.content), **options)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> str:
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    for name in ("content", "num_read", "is_refused"):
+        monkeypatch.setattr(Counted, name, getattr(Counted, name))
+    return "counted://bucket/rows.jsonl"
+
+
+def test_an_input_is_read_no_more_than_to_be_hashed_and_packed(
+    tmp_path: Path, tokenizer_dir: Path, counted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "READ_BYTES", 2**10)
+    monkeypatch.setattr("mmdata.io.streams.BUFFER_BYTES", 2**10)
+    Counted.content = write_rows(tmp_path / "rows.jsonl", "document", 3000).read_bytes()
+    pack([counted], tmp_path / "out", PackOptions(tokenizer=tokenizer_dir, max_len=256, part_bytes=200_000))
+    heads = (7 + 3) * 2**16  # by which each opening recognizes the format
+    assert 2 * len(Counted.content) <= Counted.num_read < 2.1 * len(Counted.content) + heads
+
+
+def test_a_storage_that_refuses_is_told_from_a_missing_file_and_nothing_is_created(
+    home: Path, mm: Run, counted: str
+) -> None:
+    Counted.content = (home / "data/pretrain_hq.jsonl").read_bytes()
+    assert "counted://bucket/none.jsonl: no such file" in refused(mm("pack counted://bucket/none.jsonl")).err
+    error = refused(mm("pack data/pretrain_hq.jsonl --out counted://mistyped/ds")).err
+    assert "counted://mistyped/ds cannot be written: the bucket does not exist" in error
+    assert not (home / "shards").exists()
+    fine(mm(f"validate {counted}"))
+    Counted.is_refused = True
+    for command in ("pack", "validate"):
+        assert f"{counted} cannot be read: no credentials" in refused(mm(f"{command} {counted}")).err
+    for command in ("stats", "verify", "show", "select"):
+        assert f"mm {command} reads files on this machine, not {counted}" in refused(mm(f"{command} {counted}")).err
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, tokenizer_dir: Path, bucket: str) -> None:

@@ -312,6 +312,10 @@ def data_files(files: list[Path] | None, *, is_read_once: bool = True) -> list[P
             if not is_read_once:
                 raise UsageError("standard input can be read only once", "write it to a file first")
         elif not path.is_file():
+            if not isinstance(path, Path):
+                raise InputError(f"{path}: no such file", f"see what is at {path.parent}")
+            if re.match("[a-z][a-z0-9]+:/[^/]", str(path)):  # a URL as a Path
+                raise UsageError(f"{path}: URLs are read by mm pack and mm validate", "copy it to this machine first")
             there = [file.name for file in path.parent.glob("*.jsonl*")]
             near = ", ".join(
                 str(path.with_name(name)) for name in difflib.get_close_matches(path.name, there, cutoff=0.7)

@@ -79,6 +79,8 @@ def pack(
 
     directory = (SHARDS_DIR / remote.file_at(out).name if remote.is_url(out) else Path(out)) if out else None
     paths = data_files([remote.file_at(file) for file in files or ()])
+    if out and remote.is_url(out) and not plan:
+        remote.check_writable(out)
     options = replace(
         options, tokenizer=tokenizer_dir(options.tokenizer), workers=options.workers or os.cpu_count() or 1
     )

@@ -35,7 +35,7 @@ MOST_NAMES = 10  # keys, and control strings, to print at most
 
 
 def validate(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help=FILES_HELP)] = None,
+    files: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help=FILES_HELP)] = None,
     on_bad: Annotated[
         str,
         Option("quarantine: count bad rows and continue; fail: stop at the first.", choices=("quarantine", "fail")),
@@ -58,10 +58,12 @@ def validate(
     """
     from mmdata.encode.rows import REASONS, asked_for, check_budget
     from mmdata.encode.validate import validate as validate_file
+    from mmdata.io import remote
 
     limit, limits = parse_budget(max_bad)
     validations, failures = [], []
-    for path in data_files(files):
+    paths = data_files([remote.file_at(file) for file in files or ()])
+    for path in paths:
 
         def stop(line: "Line", bad: "BadRow", path: Path = path) -> None:
             if bad.reason not in asked_for(read.kind):
@@ -83,7 +85,7 @@ def validate(
         print_json(validations)
     if failures:
         raise typer.Exit(failures[0])
-    next_command(pack_command(files or (), read))
+    next_command(pack_command(paths if files else (), read))
 
 
 def print_validation(validation: "Validation") -> None:

@@ -4,14 +4,15 @@ Inputs are streamed by byte range and not stored locally. Training memory-maps l
 be copied to this machine first; `bring_command` gives the command.
 """
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmdata.errors import DatasetError, InputError, UsageError
+from mmdata.errors import DatasetError, InputError, MMError, UsageError
 from mmdata.io.files import Progress, no_progress, sha256_of_stream
 from mmdata.io.records import FileEntry
 
@@ -50,25 +51,20 @@ class RemoteFile:
         """Open the file as a seekable binary stream. mode: must be "rb". buffering: bytes of one request, at least
         READ_BYTES. Raises InputError if it cannot be opened."""
         assert mode == "rb", mode
-        system, path = _system(self.url)
-        try:
-            return io.BufferedReader(system.open(path, "rb"), max(buffering, READ_BYTES))
-        except OSError as error:
-            raise _unreadable(self.url, error) from error
+        size = max(buffering, READ_BYTES)
+        with _told(self.url, "read") as (system, path):  # "none": a cache would read far ahead at every seek
+            return io.BufferedReader(_Told(self.url, system.open(path, "rb", block_size=size, cache_type="none")), size)
 
     def is_file(self) -> bool:
         """Return True if a file exists at this URL. Raises InputError if the storage cannot be asked."""
-        system, path = _system(self.url)
-        try:
-            return bool(system.isfile(path))
-        except OSError as error:
-            raise _unreadable(self.url, error) from error
+        with _told(self.url, "read") as (system, path):
+            return _info(system, path).get("type") == "file"
 
     def stat(self) -> Stat:
         """Return the size and a number that changes when the file is written again, if the storage gives ETag, etag,
         mtime, LastModified or created: a hash of the first of these."""
-        system, path = _system(self.url)
-        facts = system.info(path)
+        with _told(self.url, "read") as (system, path):
+            facts = system.info(path)
         state = next((facts[key] for key in ("ETag", "etag", "mtime", "LastModified", "created") if facts.get(key)), 0)
         return Stat(int(facts["size"]), int.from_bytes(hashlib.sha256(str(state).encode()).digest()[:8], "big"))
 
@@ -88,19 +84,29 @@ def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progre
     the directory; the one that makes it complete, such as a manifest, last. A file that is there already with the same
     size and sha256 is not sent. Each sent file is read back; DatasetError if its content differs. progress: called with
     the bytes done (sent or already there) and in all."""
-    system, root = _system(url)
     total, done, sent = sum(file.bytes for file in files), 0, 0
-    for file in files:
-        path = f"{root.rstrip('/')}/{file.path}"
-        if not _is_there(system, path, file):
-            system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            system.put_file(str(directory / file.path), path)
-            sent += file.bytes
+    with _told(url, "written") as (system, root):
+        for file in files:
+            path = f"{root.rstrip('/')}/{file.path}"
             if not _is_there(system, path, file):
-                raise DatasetError(f"{url}: {file.path} arrived with other bytes", "run the same command again")
-        done += file.bytes
-        progress(done, total)
+                _make_parent(system, path)
+                system.put_file(str(directory / file.path), path)
+                sent += file.bytes
+                if not _is_there(system, path, file):
+                    raise DatasetError(f"{url}: {file.path} arrived with other bytes", "run the same command again")
+            done += file.bytes
+            progress(done, total)
     return sent
+
+
+def check_writable(url: str) -> None:
+    """Raise InputError, with the storage's reason, unless files can be written at a URL: one is, and is removed. A bucket
+    that is missing is not created."""
+    with _told(url, "written") as (system, root):
+        path = f"{root.rstrip('/')}/.mm-check"
+        _make_parent(system, path)
+        system.pipe_file(path, b"written by mm to see whether it may")
+        system.rm_file(path)
 
 
 def bring_command(url: str, directory: Path) -> str:
@@ -111,7 +117,7 @@ def bring_command(url: str, directory: Path) -> str:
 
 def _is_there(system: Any, path: str, file: FileEntry) -> bool:
     """Return True if a file with the size and sha256 of `file` exists; the content is read only if the size matches."""
-    if not system.exists(path) or system.info(path)["size"] != file.bytes:
+    if _info(system, path).get("size") != file.bytes:
         return False
     with system.open(path, "rb") as stream:
         return sha256_of_stream(stream) == file.sha256
@@ -132,5 +138,60 @@ def _system(url: str) -> tuple[Any, str]:
         raise UsageError(f"{url}: {error}", "use s3://, gs://, hf://, https:// or a local path") from None
 
 
-def _unreadable(url: str, error: OSError) -> InputError:
-    return InputError(f"{url}: {error}", "check the URL and what you may read there")
+def _info(system: Any, path: str) -> dict[str, Any]:
+    """Return what the storage knows of a file, nothing if there is none. Unlike fsspec's `exists`, errors are raised."""
+    try:
+        return system.info(path)
+    except FileNotFoundError:
+        return {}
+
+
+def _make_parent(system: Any, path: str) -> None:
+    """Make the directory of a file, where the storage has directories: elsewhere this would create a missing bucket."""
+    names = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    if names & {"file", "local", "memory", "sftp", "ssh", "hdfs", "smb"}:
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+
+@contextlib.contextmanager
+def _told(url: str, what: str) -> Iterator[tuple[Any, str]]:
+    """Yield fsspec's filesystem for a URL and the path in it. Errors of the storage, whose clients have classes of their
+    own, become InputError with its reason. what: "read" or "written"."""
+    system, path = _system(url)
+    try:
+        yield system, path
+    except MMError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        fix = "check the bucket, the credentials and what they may do; mm creates no bucket"
+        raise InputError(f"{url} cannot be {what}: {reason}", fix) from error
+
+
+class _Told(io.RawIOBase):
+    """A file of fsspec as a raw stream, whose errors become InputError."""
+
+    def __init__(self, url: str, file: Any):
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with _told(self._url, "read"):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
