@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -32,18 +33,10 @@ from mmtrain.train.loop import TrainResult, train
 
 
 @pytest.fixture(scope="module")
-def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of runs: pretrain, sft and dpo, each from the one before."""
-    root = tmp_path_factory.mktemp("runs")
+def whole(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sft run with the settings of `config_of`, to compare interrupted ones with; it is not changed."""
     torch.set_num_threads(1)
-    for stage, source, settings in (
-        ("pretrain", data.pretrain, {"model": "tiny", "lr": 3e-3}),
-        ("sft", data.sft, {"lr": 3e-3}),
-        ("dpo", data.dpo, {"lr": 3e-4}),
-    ):
-        base = TrainOptions(stage, (source,), root / stage, epochs=2, batch_tokens=1024, device="cpu", runs_dir=root)
-        train(replace(base, **settings, quiet=True))
-    return root
+    return train(config_of("sft", data, tmp_path_factory.mktemp("whole") / "run", model="tiny", quiet=True)).run_dir
 
 
 def test_the_three_stages_follow_each_other_and_learn(runs: Path) -> None:
@@ -96,25 +89,23 @@ def test_killed_and_resumed_equals_undisturbed_to_the_last_bit(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_saved_and_resumable(number: int, data: Data, tmp_path: Path) -> None:
-    whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
-    train(replace(whole, quiet=True))
+def test_a_signal_ends_the_run_saved_and_resumable(number: int, whole: Path, data: Data, tmp_path: Path) -> None:
+    broken = config_of("sft", data, tmp_path / "broken", model="tiny")
     before = signal.getsignal(number)
     result = train(broken, log=at_step(4, lambda: os.kill(os.getpid(), number)))
     assert result.is_interrupted and result.final_step == 5 and signal.getsignal(number) == before
     assert run_json(broken.out)["status"] == "interrupted"
     assert result.checkpoint == checkpoint.find(broken.out).dir
     train(replace(broken, resume=True, quiet=True))
-    assert lines(broken.out) == lines(whole.out) and run_json(broken.out)["status"] == "finished"
+    assert lines(broken.out) == lines(whole) and run_json(broken.out)["status"] == "finished"
 
 
-def test_a_stop_file_ends_the_run_saved_and_resumable(data: Data, tmp_path: Path) -> None:
-    whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
-    train(replace(whole, quiet=True))
+def test_a_stop_file_ends_the_run_saved_and_resumable(whole: Path, data: Data, tmp_path: Path) -> None:
+    broken = config_of("sft", data, tmp_path / "broken", model="tiny")
     result = train(broken, log=at_step(4, (broken.out / "STOP").touch))
     assert result.is_interrupted and result.final_step == 5
     train(replace(broken, resume=True, quiet=True))
-    assert lines(broken.out) == lines(whole.out) and not (broken.out / "STOP").exists()
+    assert lines(broken.out) == lines(whole) and not (broken.out / "STOP").exists()
 
 
 def test_the_best_checkpoint_stays_when_later_ones_are_worse(
@@ -195,9 +186,8 @@ def test_a_wsd_run_is_lengthened(data: Data, tmp_path: Path) -> None:
     refused_run(UsageError, "has made 8 steps, more than 3", "more --steps", replace(longer, steps=3))
 
 
-def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
-    whole, broken = (config_of("sft", data, tmp_path / name, model="tiny") for name in ("whole", "broken"))
-    train(replace(whole, quiet=True))
+def test_kill_9_leaves_a_run_that_goes_on(whole: Path, data: Data, tmp_path: Path) -> None:
+    broken = config_of("sft", data, tmp_path / "broken", model="tiny")
     code = (
         "import os, signal, torch, pathlib\nfrom mmtrain.config import TrainOptions\nfrom mmtrain.train.loop import train\n"
         "from pathlib import PosixPath\ntorch.set_num_threads(1)\n"
@@ -206,24 +196,25 @@ def test_kill_9_leaves_a_run_that_goes_on(data: Data, tmp_path: Path) -> None:
     done = subprocess.run([*warm.command(), "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     train(replace(broken, resume=True, quiet=True))
-    assert lines(broken.out) == lines(whole.out)
+    assert lines(broken.out) == lines(whole)
 
 
-def test_resuming_a_finished_run_changes_nothing(runs: Path) -> None:
-    before = lines(runs / "sft"), run_json(runs / "sft")["result"]
-    result = train(TrainOptions("sft", (), runs / "sft", resume=True, device="cpu", quiet=True))
+def test_resuming_a_finished_run_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = lines(run), run_json(run)["result"]
+    result = train(TrainOptions("sft", (), run, resume=True, device="cpu", quiet=True))
     assert result.first_step == result.final_step and not result.is_interrupted
-    assert (lines(runs / "sft"), run_json(runs / "sft")["result"]) == before
+    assert (lines(run), run_json(run)["result"]) == before
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_said(data: Data, tmp_path: Path) -> None:
-    run = config_of("sft", data, tmp_path / "run", model="tiny")
-    whole = lines(train(replace(run, quiet=True)).run_dir)
+def test_a_damaged_newest_checkpoint_is_passed_over_and_said(whole: Path, data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, shutil.copytree(whole, tmp_path / "run"), model="tiny")
     newest = checkpoint.find(run.out).dir / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     said: list[str] = []
     result = train(replace(run, resume=True), log=said.append)
-    assert result.first_step == 6 and any("is damaged" in line for line in said) and lines(run.out) == whole
+    assert result.first_step == 6 and any("is damaged" in line for line in said)
+    assert lines(run.out) == lines(whole)
 
 
 def with_loss(monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Outcome]) -> None:
@@ -389,9 +380,8 @@ def test_a_run_is_not_overwritten(data: Data, runs: Path) -> None:
     refused_run(UsageError, "already holds a run", "--resume", config_of("sft", data, runs / "sft"))
 
 
-def test_resuming_with_other_data_or_settings_is_refused(data: Data, tmp_path: Path) -> None:
-    run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True)
-    train(run)
+def test_resuming_with_other_data_or_settings_is_refused(whole: Path, data: Data, tmp_path: Path) -> None:
+    run = config_of("sft", data, whole, model="tiny", quiet=True)
     again = replace(run, resume=True)
     refused_run(CheckpointError, "started with lr 0.002, now 0.1", "--lr", replace(again, lr=0.1))
     pack_to(data, "sft", tmp_path / "other", val_fraction=0.4)

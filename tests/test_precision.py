@@ -31,7 +31,7 @@ def fp16(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def half(data: Data, out: Path, **settings: Any) -> TrainOptions:
-    options = {"batch_tokens": 512, "val_every": 0, "report": False, "samples": False, **settings}
+    options = {"batch_tokens": 256, "val_every": 0, "report": False, "samples": False, **settings}
     return config_of("sft", data, out, model="tiny", **options)
 
 
