@@ -5,12 +5,14 @@
 The card's matmul rate, then: pretraining minimind2 at 512 in bf16 with compiled blocks as a share of that rate (causal
 FLOPs: 6 for every matrix weight and 6 L C T for attention, a token) and as the usual MFU (of the datasheet's peak, without
 attention and with 12 L C T for it), recompilations over micro-batches whose documents
-differ in number and length, its memory beside what preflight counts, dpo's memory for 8 pairs of 1,024 a side, and with a CHECKOUT MiniMind's own model on padded rows
+differ in number and length, its memory beside what preflight counts, dpo's memory for 8 pairs of 1,024 a side, the time to
+sum gradients with nccl where two cards are there, and with a CHECKOUT MiniMind's own model on padded rows
 of which --fill is useful. --rehearse runs the same code on the CPU with the smallest sizes: its figures mean nothing.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from mmdata.shards.loader import Limits, MicroBatch
+from mmtrain.distributed import World
 from mmtrain.log.flops import attention_flops, peak_flops
 from mmtrain.log.metrics import memory_bytes
 from mmtrain.model.batch import Batch, logps_of, to_device, token_logps_of
@@ -144,6 +147,20 @@ def preferences(name: str, device: torch.device, length: int) -> None:
     row(f"dpo {name}: 8 pairs of {length} a side, memory", f"{memory_bytes() / 1e9:.2f} GB")
 
 
+def sum_over_ranks(rank: int, store: str, kind: str, size: int) -> None:
+    """One of two ranks: sum vectors of a model's size as training does, check the sum and print the time."""
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
+    world, gradient = World(rank, 2, device), torch.full((size,), rank + 1.0, device=device)
+    world.sum(gradient)
+    assert bool((gradient == 3).all())
+    seconds = best_s(lambda: world.sum(gradient), device)
+    if world.is_first:
+        row(f"sum of {size:,} gradients over two ranks, {backend}", f"{1e3 * seconds:.1f} ms")
+    torch.distributed.destroy_process_group()
+
+
 def theirs(checkout: Path, device: torch.device, length: int, rows: int, fill: float) -> None:
     """MiniMind's own model of that shape (width 768, 16 layers), forward, backward, clip and AdamW as its trainer does."""
     sys.path.insert(0, str(checkout))
@@ -184,6 +201,13 @@ def main() -> None:
     name, tokens = ("tiny", 256) if options.rehearse else ("minimind2", 65_536)
     pretrain(name, device, 64 if options.rehearse else 512, tokens, rate)
     preferences(name, device, 16 if options.rehearse else 1024)
+    if options.rehearse or torch.cuda.device_count() > 1:
+        with tempfile.TemporaryDirectory() as directory:
+            size = MODEL_SHAPES["minimind2" if not options.rehearse else "demo"].num_params
+            arguments = (f"{directory}/store", device.type, size)
+            torch.multiprocessing.spawn(sum_over_ranks, arguments, nprocs=2)
+    else:
+        row("two ranks, nccl", "one card here: not measured")
     if options.minimind:
         theirs(options.minimind, device, 512, 128, options.fill)
 
