@@ -82,7 +82,9 @@ class TrainSettings:
         default_text="minimind2-small; for small data a smaller one",
     )
     depth: int | None = _shape_setting(
-        "Make a new model of N layers, 64 N wide, with N heads (nanochat's rule), instead of --model.", least=1
+        "Make a new model of N layers, 64 N wide, with N heads, instead of --model (nanochat's proportion; the loss depends "
+        "little on it, Kaplan et al. 2020).",
+        least=1,
     )
     layers: int | None = _shape_setting("Layers, instead of those of --model.", least=1)
     width: int | None = _shape_setting("Width of the model.", least=2)
