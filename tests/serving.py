@@ -56,6 +56,7 @@ class SayingEngine:
         self, tokenizer: Tokenizer, script: str, *, pause_s: float = 0.0, window: int = 512, max_rows: int = 8
     ):
         self.tokenizer, self.script, self.pause_s = tokenizer, script, pause_s
+        self.num_params = 104_030_976
         self.window, self.max_rows = window, max_rows
         self.rows: list[SaidRow] = []
         self.error: Exception | None = None

@@ -37,9 +37,10 @@ def texts(browser: Any, selector: str) -> list[str]:
 
 
 def until(browser: Any, is_so: Any) -> None:
+    from selenium.common.exceptions import StaleElementReferenceException as Redrawn
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, LONG_S, poll_frequency=0.05).until(lambda _: is_so())
+    WebDriverWait(browser, LONG_S, poll_frequency=0.05, ignored_exceptions=(Redrawn,)).until(lambda _: is_so())
 
 
 def ask(browser: Any, text: str) -> None:
@@ -102,6 +103,68 @@ def test_stop_ends_the_answer_here_and_on_the_server(browser: Any, tokenizer: To
         find(browser, "#stop").click()
         answered(browser)
         check_quiet(browser, address)
+
+
+MARKDOWN = """# Towns
+Two **towns**:
+
+1. Ulm, with
+   - a river
+   - `a tower`
+2. Bonn
+
+| town | people |
+|---|---:|
+| Ulm | 126,405 |
+| <b>Bonn</b> | 321,544 |
+
+> said
+- one
+- two
+---
+end"""
+
+
+def test_markdown_is_drawn_and_stays_text(browser: Any, tokenizer: Tokenizer) -> None:
+    with served(SayingEngine(tokenizer, MARKDOWN)) as address:
+        browser.get(address)
+        ask(browser, "towns?")
+        answered(browser)
+        assert texts(browser, ".assistant h3") == ["Towns"]
+        outline = "return [...document.querySelectorAll('.assistant .said > *')].map((e) => e.tagName).join(' ')"
+        assert browser.execute_script(outline) == "H3 P OL DIV BLOCKQUOTE UL HR P"
+        assert texts(browser, ".assistant ol > li > ul > li") == ["a river", "a tower"]
+        assert texts(browser, ".assistant th") == ["town", "people"]
+        assert texts(browser, ".assistant td") == ["Ulm", "126,405", "<b>Bonn</b>", "321,544"]
+        assert "104.0M parameters" in find(browser, "#facts").get_property("textContent")
+        check_quiet(browser, address)
+
+
+def test_a_question_is_changed_and_the_conversation_saved(browser: Any, tokenizer: Tokenizer) -> None:
+    with served(SayingEngine(tokenizer, "Yes.")) as address:
+        browser.get(address)
+        for text in ("first", "second"):
+            ask(browser, text)
+            until(browser, lambda text=text: text in texts(browser, ".user .said"))
+            answered(browser)
+        browser.execute_script(
+            "document.querySelector('.user .foot button:last-child').click()"
+        )  # hidden until hovered
+        assert find(browser, "#text").get_property("value") == "first"
+        assert texts(browser, ".user .said") == ["first", "second"]  # nothing is lost before the new one is sent
+        ask(browser, " changed")
+        until(browser, lambda: texts(browser, ".user .said") == ["first changed"])
+        answered(browser)
+        browser.execute_script(
+            "URL.createObjectURL = (blob) => { blob.text().then((text) => { window.saved = text; }); return '#'; };"
+            "document.getElementById('save').click()"
+        )
+        until(browser, lambda: browser.execute_script("return window.saved"))
+        row = json.loads(browser.execute_script("return window.saved"))
+        assert [(m["role"], m["content"]) for m in row["messages"]] == [
+            ("user", "first changed"),
+            ("assistant", "Yes."),
+        ]
 
 
 def test_thinking_and_calls_have_places_of_their_own(browser: Any, tokenizer: Tokenizer) -> None:

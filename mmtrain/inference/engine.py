@@ -115,6 +115,7 @@ class Engine:
         self.decoder = Decoder(model)
         self.tokenizer = tokenizer
         self.ending = ending_of(tokenizer)
+        self.num_params = model.config.num_params
         self.window = min(window or model.config.max_positions, model.config.max_positions)
         self._max_rows = max_rows
         self._remember = remember

@@ -81,7 +81,9 @@ class Service:
     @property
     def card(self) -> ModelCard:
         """The description of the model in the response of /v1/models."""
-        return ModelCard(self.name, self.started, self.engine.window, self.knows_thinking)
+        engine = self.engine
+        figures = (engine.num_params, engine.tokenizer.vocab_size)
+        return ModelCard(self.name, self.started, engine.window, self.knows_thinking, *figures)
 
 
 def check_installed() -> None:

@@ -95,12 +95,14 @@ class Completion(Struct):
 
 
 class ModelCard(Struct):
-    """The description of the model in /v1/models. context_length: the window in tokens."""
+    """The description of the model in /v1/models. context_length: the window in tokens. parameters: their number."""
 
     id: str
     created: int
     context_length: int
     knows_thinking: bool
+    parameters: int
+    vocab_size: int
     object: str = "model"
     owned_by: str = "mm"
 

@@ -7,7 +7,7 @@ const WORDS = {
     stop: "Stop", close: "Close", system: "System prompt", temperature: "Temperature", repetition: "Repetition penalty",
     max_tokens: "Longest answer, tokens", seed: "Seed", random: "random", api_key: "API key", theme: "Theme", as_system: "As the system",
     light: "Light", dark: "Dark", language: "Language", defaults: "Back to the defaults", empty: "Ask anything. Answers come from the model on this machine.",
-    copy: "Copy", copied: "Copied", again: "Answer again", thought: "Thinking", call: "Tool call", remove: "Delete",
+    copy: "Copy", copied: "Copied", edit: "Edit", save: "Save", save_hint: "Save this conversation as a row for mm pack", parameters: "parameters", window: "window", vocabulary: "vocabulary", again: "Answer again", thought: "Thinking", call: "Tool call", remove: "Delete",
     cut: "cut at the longest answer", stopped: "stopped", tokens: "tokens", offline: "The server does not answer. Is `mm serve` still running?",
     think: "Thinking", as_model: "As the model does", yes: "On", no: "Off",
     key_needed: "This server wants an API key: enter it in the settings.",
@@ -17,7 +17,7 @@ const WORDS = {
     stop: "停止", close: "关闭", system: "系统提示词", temperature: "温度", repetition: "重复惩罚",
     max_tokens: "最长回答（token 数）", seed: "随机种子", random: "随机", api_key: "API 密钥", theme: "外观", as_system: "跟随系统",
     light: "浅色", dark: "深色", language: "语言", defaults: "恢复默认值", empty: "请提问。回答由本机上的模型生成。",
-    copy: "复制", copied: "已复制", again: "重新回答", thought: "思考过程", call: "工具调用", remove: "删除",
+    copy: "复制", copied: "已复制", edit: "修改", save: "保存", save_hint: "将此对话保存为 mm pack 可读的一行", parameters: "参数", window: "窗口", vocabulary: "词表", again: "重新回答", thought: "思考过程", call: "工具调用", remove: "删除",
     cut: "已达最长回答长度", stopped: "已停止", tokens: "token", offline: "服务器没有响应，mm serve 还在运行吗？",
     think: "思考", as_model: "由模型决定", yes: "开启", no: "关闭",
     key_needed: "此服务器需要 API 密钥：请在设置中填写。",
@@ -58,7 +58,7 @@ function button(text, act) {
   return made;
 }
 
-// --- text with the little markup that models write: fenced code, `code`, **bold** ---------------------------------------
+// --- text with the Markdown that models write: code, bold, headings, lists, quotes, tables ------------------------------
 
 function inline(into, text) {
   for (const piece of text.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)) {
@@ -76,14 +76,58 @@ function show(into, text) {
       pre.append(element("code", "", block.replace(/\n$/, "")));
       into.append(pre);
     } else {
-      for (const part of block.split(/\n{2,}/)) {
-        if (!part.trim()) continue;
-        const p = element("p");
-        inline(p, part.replace(/^\n+|\n+$/g, ""));
-        into.append(p);
-      }
+      markdown(into, block.split("\n"));
     }
   });
+}
+
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const BORDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/; // the line below the headings of a table
+const KINDS = [["heading", /^#{1,6}\s+(.*)$/], ["rule", /^\s*([-*_])(\s*\1){2,}\s*$/], ["item", ITEM], ["quote", /^>\s?(.*)$/]];
+
+function kindOf(lines, i) {
+  if (lines[i].includes("|") && lines[i + 1]?.includes("|") && BORDER.test(lines[i + 1])) return "table";
+  return KINDS.find(([, pattern]) => pattern.test(lines[i]))?.[0] ?? (lines[i].trim() ? "text" : "");
+}
+
+function markdown(into, lines) {
+  for (let i = 0; i < lines.length; ) {
+    const kind = kindOf(lines, i), begin = i++;
+    if (kind === "table") while (i < lines.length && lines[i].includes("|")) i++;
+    else if (kind === "item") while (i < lines.length && (kindOf(lines, i) === "item" || /^\s+\S/.test(lines[i]))) i++;
+    else if (kind === "text" || kind === "quote") while (i < lines.length && kindOf(lines, i) === kind) i++;
+    const part = lines.slice(begin, i);
+    if (kind === "heading") inline(into.appendChild(element("h3")), part[0].replace(/^#+\s+/, ""));
+    else if (kind === "rule") into.append(element("hr"));
+    else if (kind === "table") into.append(tableOf(part));
+    else if (kind === "item") list(into, part);
+    else if (kind) inline(into.appendChild(element(kind === "quote" ? "blockquote" : "p")), part.map((line) => (kind === "quote" ? line.replace(/^>\s?/, "") : line)).join("\n"));
+  }
+}
+
+// Lines that are indented more than the first item belong to the item before them, as text or as a list inside it.
+function list(into, lines) {
+  const [, indent, mark] = lines[0].match(ITEM);
+  const made = element(/\d/.test(mark) ? "ol" : "ul");
+  if (/\d/.test(mark)) made.start = parseInt(mark);
+  for (let i = 0; i < lines.length; ) {
+    const item = element("li"), match = lines[i++].match(ITEM), inner = [];
+    inline(item, match ? match[3] : lines[i - 1].trim());
+    while (i < lines.length && !(lines[i].match(ITEM)?.[1].length <= indent.length)) inner.push(lines[i++]);
+    if (inner.length) markdown(item, inner.map((line) => (ITEM.test(line) ? line : line.trim())));
+    made.append(item);
+  }
+  into.append(made);
+}
+
+function tableOf([head, , ...rows]) {
+  const table = element("table"), box = element("div", "table");
+  [head, ...rows].forEach((row, i) => {
+    const line = table.appendChild(element("tr"));
+    for (const cell of row.trim().replace(/^\||\|$/g, "").split("|")) inline(line.appendChild(element(i ? "td" : "th")), cell.trim());
+  });
+  box.append(table);
+  return box;
 }
 
 // --- messages -----------------------------------------------------------------------------------------------------------
@@ -128,6 +172,7 @@ class View {
       setTimeout(() => (copy.textContent = t("copy")), 1200);
     });
     if (content && navigator.clipboard) this.foot.append(copy);
+    if (role === "user") this.foot.append(button(t("edit"), () => edit(this.message)));
     if (role === "assistant" && isLast) this.foot.append(button(t("again"), again));
     if (figures) this.foot.append(element("span", "figures", figures));
   }
@@ -164,6 +209,7 @@ function drawList() {
 
 function open(conversation) {
   running?.abort();
+  if (edited) { edited = null; $("text").value = ""; fit(); }
   current = conversation;
   closeSidebar();
   draw();
@@ -283,6 +329,31 @@ function again() {
   answer();
 }
 
+// The message to ask instead of, with all that follows it; nothing is lost until the new one is sent.
+let edited = null;
+
+function edit(message) {
+  if (running) return;
+  edited = message;
+  $("text").value = message.content;
+  fit();
+  $("text").focus();
+}
+
+// Saves the conversation as one row of jsonl.
+function save() {
+  if (!current?.messages.length) return;
+  const system = settings.system ? [{ role: "system", content: settings.system }] : [];
+  const said = current.messages.filter((message) => !message.error).map(({ role, content, reasoning_content, tool_calls }) => ({
+    role, content, ...(reasoning_content && { reasoning_content }), ...(tool_calls?.length && { tool_calls }),
+  }));
+  const link = element("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify({ messages: [...system, ...said] }) + "\n"], { type: "application/jsonl" }));
+  link.download = "conversation.jsonl";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
 function busy(is) {
   $("send").hidden = is;
   $("stop").hidden = !is;
@@ -293,6 +364,8 @@ function ask() {
   const content = $("text").value.trim();
   if (!content || running) return;
   current ??= { id: crypto.randomUUID?.() ?? String(Math.random()), messages: [] };
+  if (edited && current.messages.includes(edited)) current.messages.splice(current.messages.indexOf(edited));
+  edited = null;
   if (current.messages.at(-1)?.error) current.messages.splice(-1); // a message that failed is not part of the conversation
   current.messages.push({ role: "user", content });
   $("text").value = "";
@@ -324,6 +397,8 @@ function apply() {
   for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
   for (const node of document.querySelectorAll("[data-t-label]")) node.setAttribute("aria-label", t(node.dataset.tLabel));
   for (const node of document.querySelectorAll("[data-t-placeholder]")) node.placeholder = t(node.dataset.tPlaceholder);
+  $("save").title = t("save_hint");
+  facts();
   for (const input of $("settings").querySelectorAll("[name]")) input.value = settings[input.name];
   if (!running) draw();
   drawList();
@@ -336,13 +411,14 @@ $("text").addEventListener("keydown", (event) => {
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("new").addEventListener("click", () => open(null));
+$("save").addEventListener("click", save);
 $("menu").addEventListener("click", () => {
   $("sidebar").classList.add("open");
   $("shade").hidden = false;
   $("menu").setAttribute("aria-expanded", "true");
 });
 $("shade").addEventListener("click", closeSidebar);
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") closeSidebar(); });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") { closeSidebar(); if (edited) { edited = null; $("text").value = ""; fit(); } } });
 $("tune").addEventListener("click", () => $("settings").showModal());
 $("settings").addEventListener("change", (event) => {
   const { name, type, value } = event.target;
@@ -362,12 +438,19 @@ $("defaults").addEventListener("click", () => {
 apply();
 fit();
 
+function facts() {
+  if (!model.parameters) return;
+  const millions = (model.parameters / 1e6).toFixed(1) + "M";
+  $("facts").textContent = `${millions} ${t("parameters")} · ${t("window")} ${model.context_length.toLocaleString()} · ${t("vocabulary")} ${model.vocab_size.toLocaleString()}`;
+}
+
 async function meet() {
   try {
     const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) throw new Error(await complaint(response));
     model = (await response.json()).data[0];
     $("model").textContent = model.id;
+    facts();
     $("think").hidden = !model.knows_thinking;
   } catch (error) {
     $("model").textContent = error instanceof TypeError ? t("offline") : error.message;
