@@ -117,8 +117,32 @@ def test_lists_of_messages_are_rows_and_not_an_array_of_rows(tmp_path: Path) -> 
     assert rows_in(path) == [[1, 2], ["a"], {"text": "a"}]
     path.write_text("[{}]\n" + json.dumps({"text": "a"}))  # a bad first row
     assert rows_in(path) == [[{}], {"text": "a"}]
-    path.write_text(json.dumps(talks[0], indent=1))
-    assert "jq -c ." in refusal(path).fix
+
+
+@pytest.mark.parametrize("indent", [0, 2])
+def test_lists_of_messages_over_several_lines_are_rows(
+    tmp_path: Path, indent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talks = [row["conversations"] for row in TALKS]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(talks[0], indent=indent))
+    assert rows_in(path) == talks[:1]
+    path.write_bytes(codecs.BOM_UTF8 + "\n".join(json.dumps(talk, indent=indent) for talk in talks).encode())
+    monkeypatch.setattr(lines, "BUFFER_BYTES", 50)
+    assert rows_in(path) == talks
+    _, parts = plan([path], 300)
+    found = [line for p in parts for line in iter_lines(path, p.begin, p.end, first_number=p.first_line)]
+    assert len(parts) > 2 and found == list(iter_lines(path))
+    text = path.read_bytes()
+    path.write_bytes(
+        text.replace(b'"role": "user"', b'"role" "user"', 2).replace(b'"role" "user"', b'"role": "user"', 1)
+    )
+    kinds = [len(list(iter_lines(path))), sum(not lines._is_json(line.raw) for line in iter_lines(path))]
+    assert kinds == [len(talks), 1]
+    path.write_bytes(text[:-3])
+    assert "damaged or cut off" in refusal(path).message
+    path.write_bytes(text + b"\n{}")
+    assert "text after the end" in refusal(path).message
 
 
 @pytest.mark.parametrize("indent", [None, 2])

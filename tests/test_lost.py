@@ -22,8 +22,11 @@ from mmdata.encode.template import Template
 from mmdata.encode.template.losses import Loss
 from mmdata.errors import InputError, TokenizerError
 from mmdata.io.options import ReadOptions
+from mmdata.pack.estimate import estimate
+from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset
+from mmdata.stats.stats import measure_file
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -413,6 +416,11 @@ def test_packing_warns_of_unknown_characters_and_refuses_many(kind: str, tmp_pat
     assert (packed := pack(0, "none")).kept == 50 and packed.unknown_share is None and "unknown" not in str(notes)
     few = pack(1, "few")
     assert few.kept == 50 and few.unknown_share and 0.001 < few.unknown_share < 0.01
+    figures = measure_file(tmp_path / "few.jsonl", tmp_path / "bert").figures
+    assert figures["unknown_bytes"] / figures["text_bytes"] == few.unknown_share
+    assert any(one["code"] == "unknown characters" for one in figures["warnings"])
+    planned = estimate([tmp_path / "few.jsonl"], PackOptions(tokenizer=tmp_path / "bert"))
+    assert [one.unknown_share for one in planned.outlooks] == [few.unknown_share] * len(planned.outlooks)
     assert any("does not know 6 of" in note for note in notes)
     with pytest.raises(TokenizerError, match="does not know 300 of") as caught:
         pack(50, "many")

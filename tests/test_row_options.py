@@ -36,6 +36,23 @@ def mixed(tmp_path: Path) -> Path:
 MAP = "--map prompt=ask --map chosen=good --map rejected=bad"
 
 
+def test_a_mapped_column_that_no_row_has_is_said(home: Path, mm: Run, asked: Path) -> None:
+    said = "--map system=frame: no row has a value in this column"
+    assert said in fine(mm(f"validate {asked} {MAP} --map system=frame")).out
+    assert said in fine(mm(f"pack {asked} {MAP} --map system=frame --out shards/s --workers 2 --no-report")).err
+    found = fine(mm(f"validate {asked} {MAP} --map system=mood"))
+    assert "no row has a value" not in found.out
+
+
+def test_stats_of_a_file_of_which_most_rows_cannot_be_used_is_an_error(home: Path, mm: Run, tmp_path: Path) -> None:
+    half = write(tmp_path / "half.jsonl", [{"text": "boat"}, {"text": ""}] * 4)
+    most = write(tmp_path / "most.jsonl", [{"text": "boat"}, {"text": ""}, {"text": None}] * 4)
+    fine(mm(f"stats {half}"))
+    refused(mm(f"stats {most}"), "8 of 12 rows cannot be used")
+    fine(mm(f"stats {most} --max-bad 70%"))
+    refused(mm(f"stats {half} --max-bad '90%,empty content=0'"), "4 of 8 rows: empty content")
+
+
 def test_a_mapping_is_recorded_and_decides_what_is_up_to_date(home: Path, mm: Run, asked: Path) -> None:
     told = refused(
         mm(f"pack {asked} --out shards/asked"), "asked.jsonl: none of its first 10 rows", "line 1", "`ask` (a string)"

@@ -8,7 +8,7 @@ import pytest
 from mmdata.encode.rows import BadRow
 from mmdata.encode.validate import NUM_PLACES, Place, validate
 from mmdata.errors import InputError
-from mmdata.io.lines import Line
+from mmdata.io.lines import Line, place_of
 
 
 def talk(question: str, answer: str, **extra: object) -> str:
@@ -28,6 +28,20 @@ def test_rows_in_are_rows_good_and_rows_left_out_by_reason(tmp_path: Path) -> No
     assert found.places["empty content"] == [Place(26, len("\n".join(lines[:25])) + 1, "message 2 (assistant)")]
     assert found.extra_keys == {"id": 20}
     assert found.num_bytes == path.stat().st_size
+
+
+def test_rows_that_are_no_lines_are_called_rows(tmp_path: Path) -> None:
+    for name, content, unit in (
+        ("rows.jsonl", '{"text": ""}\n', "line 1"),
+        ("rows.json", '[{"text": ""}]', "row 1"),
+        ("rows.csv", 'text,n\n" ",1\n', "row 1"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=f"; {unit} is left out"):
+            validate(tmp_path / name)
+        assert validate(tmp_path / name, kind="document").first_bad.startswith(unit)
+        assert place_of(tmp_path / name, 1) == f"{tmp_path / name} {unit}"
+    assert place_of("gone.parquet", 3) == "gone.parquet line 3"
 
 
 def test_control_strings_in_content_are_counted_and_boundary_marks_are_not(tmp_path: Path) -> None:

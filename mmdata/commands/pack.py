@@ -365,6 +365,14 @@ def print_estimate(estimate: "Estimate") -> None:
         for limit in estimate.outlooks
     )
     table("", head, rows)
+    from mmdata.pack.pipeline import UNKNOWN_REFUSED
+
+    if share := max(limit.unknown_share for limit in estimate.outlooks):
+        refused = f", which `mm pack` refuses without --allow-unknown (allowed: {UNKNOWN_REFUSED:.0%})"
+        result(
+            f"unknown characters, which are lost: {share:.2%} of the bytes of the texts"
+            + refused * (share > UNKNOWN_REFUSED)
+        )
     batches = sorted({limit.batch_tokens or 0 for limit in estimate.outlooks})
     step = f"a step takes {' to '.join(f'{batch:,}' for batch in dict.fromkeys((batches[0], batches[-1])))} tokens"
     say(f"{estimate.workers} workers, {estimate.encoder}; {step}; nothing was written")

@@ -56,6 +56,7 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
     """Print a sample of a packed dataset, with the file and line of each of its sequences. Raise UsageError if there is
     none. index: from 0; None is 0. split: "all" stands for "train". as_json: print the sample as JSON, without an index
     every source row of the split as a JSON line."""
+    from mmdata.io.lines import place_of
     from mmdata.shards.dataset import open_dataset, sample_rows, source_rows
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
         return
     decode = Tokenizer.load(dataset.tokenizer_dir).decode
     for record in records:
-        result(f"{record['file']} line {record['line']}")
+        result(place_of(record["file"], record["line"], dataset.manifest.arguments.reading))
         for ids_key, mask_key, title in SEQUENCES:
             if ids_key in record:
                 ids = record[ids_key]
@@ -97,7 +98,7 @@ def show_file(
     Raise UsageError if the file has fewer rows. tokenizer: its directory. max_len: longest sequence in tokens."""
     from mmdata.encode.encoder import RowEncoder, preview
     from mmdata.encode.rows import LEFT_OUT, REASONS, Columns, find_kind
-    from mmdata.io.lines import iter_lines
+    from mmdata.io.lines import iter_lines, place_of
     from mmdata.shards.dataset import sequence_records
     from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -112,7 +113,7 @@ def show_file(
         if as_json:
             print_json({**place, "reason": row.bad.reason, "detail": row.bad.detail})
             return
-        result(f"{path} line {line.number} would be left out: {row.bad}")
+        result(f"{place_of(path, line.number, read)} would be left out: {row.bad}")
         say(f"fix: {REASONS[row.bad.reason]}")
     else:
         records = sequence_records(row.encoded.sequences)
@@ -120,7 +121,7 @@ def show_file(
             print_json([{**place, **record} for record in records])
             return
         cut = "".join(f", {count:,} cut: {reason}" for reason, count in row.encoded.cut.items())
-        result(f"{path} line {line.number}: {row.encoded.num_tokens:,} tokens{cut}")
+        result(f"{place_of(path, line.number, read)}: {row.encoded.num_tokens:,} tokens{cut}")
         for record in records if with_ids else ():
             for name, values in record.items():
                 result(f"{name}: {' '.join(map(str, values))}")

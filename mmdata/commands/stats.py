@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdata.commands.options import REPORT, Html, Json, Lang, TokenizerDir, Workers, optional_tokenizer
-from mmdata.commands.terminal import next_command, print_json, print_sections, progress, result, same_command, say, size
-from mmdata.errors import UsageError
+from mmdata.commands.terminal import (
+    fail,
+    next_command,
+    print_json,
+    print_sections,
+    progress,
+    result,
+    same_command,
+    say,
+    size,
+)
+from mmdata.errors import MMError, UsageError
 from mmdata.io.options import READING, ReadOptions
 from mmdata.options import Option
 from mmtrain.shapes import MODEL_SHAPES, shape_of
@@ -41,6 +51,15 @@ def stats(
         ),
     ] = None,
     lang: Lang = "en",
+    max_bad: Annotated[
+        str | None,
+        Option(
+            "End with an error if a larger share of a file's rows cannot be used; also by reason: '1%,not json=0'.",
+            READING,
+            metavar="SHARE",
+            default_text="50%",
+        ),
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +67,9 @@ def stats(
 
     Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
     """
+    from mmdata.encode.rows import MOST_FAILED, check_budget
     from mmdata.io.files import write_text
+    from mmdata.pack.options import parse_budget
     from mmdata.stats.figures import read_losses
     from mmdata.stats.report.compare import compare_page, differences
     from mmdata.stats.report.data import dataset_page
@@ -56,6 +77,7 @@ def stats(
 
     every = [*paths, *([compare] if compare else [])]
     check_paths(every, is_comparison=compare is not None, exact=exact)
+    limit, limits = parse_budget(max_bad)
     row_losses = read_losses(losses) if losses else None
     directory = optional_tokenizer(tokenizer)
     measured = []
@@ -89,6 +111,16 @@ def stats(
     elif not as_json:
         other = f" --compare {compare}" if compare else ""
         next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
+    failures = []
+    for one in measured:
+        try:
+            if one.path.is_file():
+                shares = MOST_FAILED if limit is None else limit, limits
+                check_budget(one.figures["left_out"], one.figures["rows"], *shares, kind=read.kind)
+        except MMError as error:
+            failures.append(fail(error))
+    if failures:
+        raise typer.Exit(failures[0])
 
 
 def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool) -> None:

@@ -59,6 +59,7 @@ def validate(
     from mmdata.encode.rows import REASONS, asked_for, check_budget
     from mmdata.encode.validate import validate as validate_file
     from mmdata.io import remote
+    from mmdata.io.lines import place_of, unit_of
 
     limit, limits = parse_budget(max_bad)
     validations, failures = [], []
@@ -68,14 +69,14 @@ def validate(
         def stop(line: "Line", bad: "BadRow", path: Path = path) -> None:
             if bad.reason not in asked_for(read.kind):
                 fix = f"{REASONS[bad.reason]}; --on-bad quarantine goes on"
-                raise InputError(f"{path} line {line.number}: {bad}", fix)
+                raise InputError(f"{place_of(path, line.number, read)}: {bad}", fix)
 
         try:
             with progress(f"validate {path}", quiet=as_json) as update:
                 validation = validate_file(path, read=read, on_bad=stop if on_bad == "fail" else None, progress=update)
             validations.append(validation)
             if not as_json:
-                print_validation(validation)
+                print_validation(validation, unit_of(path, read))
             if not validation.num_good and limit != 1:
                 raise InputError(f"{path}: no row can be used; {validation.first_bad}", "mm validate --help")
             check_budget(validation.reasons, validation.num_rows, limit, limits, kind=read.kind)
@@ -88,7 +89,7 @@ def validate(
     next_command(pack_command(paths if files else (), read))
 
 
-def print_validation(validation: "Validation") -> None:
+def print_validation(validation: "Validation", unit: str) -> None:
     """Print the kind and counts of a file, a table of reasons with their first lines and what helps, and, if there are
     any, the keys that were ignored and the control strings in the rows' content."""
     from mmdata.encode.rows import REASONS
@@ -101,12 +102,14 @@ def print_validation(validation: "Validation") -> None:
         (reason, count, percent(count, num_rows), ", ".join(str(place.line) for place in validation.places[reason]))
         for reason, count in reasons
     )
-    table("", ("reason", "rows", "share", "first lines"), rows)
+    table("", ("reason", "rows", "share", f"first {unit}s"), rows)
     for reason, _ in reasons:
         place = validation.places[reason][0]
-        result(f"{reason}: {REASONS[reason]}" + (f" (line {place.line}: {place.detail})" if place.detail else ""))
+        result(f"{reason}: {REASONS[reason]}" + (f" ({unit} {place.line}: {place.detail})" if place.detail else ""))
     for line in ignored_keys(validation.extra_keys):
         result(line)
+    for entry in validation.unused_columns:
+        result(f"--map {entry}: no row has a value in this column")
     if validation.control_strings:
         strings = counted(validation.control_strings.most_common(MOST_NAMES))
         result(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmdata.encode.rows import LOOK_AT, BadRow, Columns, Row, explain, kind_of_lines, parse_row, texts_of
 from mmdata.io.files import Progress, no_progress
-from mmdata.io.lines import Line, format_of, iter_lines
+from mmdata.io.lines import Line, format_of, iter_lines, unit_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 
 NUM_PLACES = 3  # bad rows of each reason whose places are recorded
@@ -33,7 +33,7 @@ class Validation:
     sum of `reasons`. num_bytes: read, decompressed. reasons: reason -> bad rows. places: reason -> the first NUM_PLACES
     bad rows. extra_keys: ignored key, metadata included -> occurrences in good rows. first_bad: line and fault of the
     first bad row, or empty. control_strings: special-token string -> occurrences in the texts of good rows.
-    num_rows_with_control: good rows with such strings."""
+    num_rows_with_control: good rows with such strings. unused_columns: see `Columns.unused`."""
 
     path: Path
     kind: str
@@ -46,6 +46,7 @@ class Validation:
     control_strings: Counter[str] = field(default_factory=Counter)
     num_rows_with_control: int = 0
     first_bad: str = ""
+    unused_columns: list[str] = field(default_factory=list)
 
 
 def validate(
@@ -67,7 +68,7 @@ def validate(
     kind = kind or read.kind
     if kind is None:
         head = list(islice(lines, LOOK_AT))
-        kind = kind_of_lines(head, path, columns)
+        kind = kind_of_lines(head, path, read)
         lines = chain(head, lines)
     counts = Validation(path, kind)
     total = path.stat().st_size if format_of(path, read).has_offsets else 0
@@ -78,7 +79,9 @@ def validate(
             row = parse_row(line.raw, kind, extra_keys=counts.extra_keys, columns=columns)
         except BadRow as bad:
             _note(counts, line, bad)
-            counts.first_bad = counts.first_bad or f"line {line.number} {explain(line.raw, bad, columns)}"
+            counts.first_bad = (
+                counts.first_bad or f"{unit_of(path, read)} {line.number} {explain(line.raw, bad, columns)}"
+            )
             if on_bad:
                 on_bad(line, bad)
         else:
@@ -89,6 +92,7 @@ def validate(
         if not counts.num_rows % _TICK_ROWS:
             progress(counts.num_bytes, total)
     progress(counts.num_bytes, total)
+    counts.unused_columns = columns.unused
     return counts
 
 

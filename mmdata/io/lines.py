@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from mmdata.errors import InputError
+from mmdata.errors import InputError, MMError
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.streams import BUFFER_BYTES, DAMAGED, Stream, damaged, open_stream
 from mmdata.io.tables import csv_rows, table_rows
 
-JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT, TABLE = "jsonl", "array", "csv", "text", "whole text", "table"
+JSONL, ARRAY, LISTS, CSV = "jsonl", "array", "lists of messages", "csv"
+TEXT, WHOLE_TEXT, TABLE = "text", "whole text", "table"
 _SEPARATORS = {
     "csv": ",;\t|",
     "tsv": "\t",
@@ -45,8 +46,8 @@ class Line(NamedTuple):
 
 
 class FileFormat(NamedTuple):
-    """The format of a file: JSONL, ARRAY, CSV, TEXT, WHOLE_TEXT or TABLE. is_plain: not compressed, decoded from
-    another encoding, or a pipe, so that it can be read from any row on. is_packed: compressed."""
+    """The format of a file: JSONL, ARRAY, LISTS (of messages, each over several lines), CSV, TEXT, WHOLE_TEXT or TABLE.
+    is_plain: not compressed, decoded from another encoding, or a pipe, so that it can be read from any row on. is_packed: compressed."""
 
     kind: str
     is_plain: bool
@@ -71,6 +72,19 @@ def format_of(path: Path, options: ReadOptions = DEFAULT_READING) -> FileFormat:
     stream = open_stream(path, options.encoding)
     stream.file.close()
     return FileFormat(_kind_of(path, stream, options), stream.is_plain or stream.is_table, stream.is_packed)
+
+
+def unit_of(path: Path, options: ReadOptions = DEFAULT_READING) -> str:
+    """Return what the rows of a file are called that are numbered from 1: "line" or, if a row is not a line, "row"."""
+    try:
+        return "line" if format_of(path, options).kind in (JSONL, TEXT) else "row"
+    except MMError:  # the file is gone, or was read with other options
+        return "line"
+
+
+def place_of(path: Path | str, number: int, options: ReadOptions = DEFAULT_READING) -> str:
+    """Return in words where a row is, such as "FILE line 3"."""
+    return f"{path} {unit_of(Path(path) if isinstance(path, str) else path, options)} {number}"
 
 
 def iter_lines(
@@ -107,8 +121,11 @@ def _lines(
         if text.strip():
             yield Line(1, 0, _document(text.replace(b"\r\n", b"\n")))
         return
-    if kind in (ARRAY, CSV):
-        rows = _array_rows(path, file, begin) if kind == ARRAY else csv_rows(path, file, _separator(stream), begin)
+    if kind in (ARRAY, LISTS, CSV):
+        if kind == CSV:
+            rows = csv_rows(path, file, _separator(stream), begin)
+        else:
+            rows = _array_rows(path, file, begin, is_bare=kind == LISTS)
         for number, (offset, raw) in enumerate(rows, first_number):
             if end is not None and offset >= end:
                 return
@@ -151,7 +168,10 @@ def _kind_of(path: Path, stream: Stream, options: ReadOptions) -> str:
     if is_list and _is_array(head):
         return ARRAY
     if is_list or re.match(rb'\{\s*["}]', head):
-        if head.partition(b"\n")[0].rstrip() in (b"[", b"{"):
+        line, line_end, _ = head.partition(b"\n")
+        if is_list and line_end and not line.rstrip().endswith(b"]") and not _is_json(line):
+            return LISTS
+        if line.rstrip() == b"{":
             raise InputError(
                 f"{path}: its first row is spread over several lines",
                 f"jq -c . {path} > NEW.jsonl; if it holds the rows in a list: jq -c '.KEY[]'",
@@ -186,32 +206,38 @@ def _is_array(head: bytes) -> bool:
         return True
     if isinstance(first, dict) and not any(keys.isdisjoint(first) for keys in _MESSAGE_KEYS):
         return False
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+    if not _is_json(line):
         return True
     following = rest.lstrip(_SPACE)
     return not following.startswith(b"{") if isinstance(first, (dict, list)) else not following
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 _MESSAGE_KEYS = ({"role", "from"}, {"content", "value", "tool_calls", "function_call"})
 
 
-def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]]:
-    """Yield offset and JSON (without line breaks outside strings) of each element of one or more JSON arrays. begin: 0,
-    or the offset of an element. Memory: twice the longest element, and BUFFER_BYTES."""
+def _array_rows(path: Path, file: Any, begin: int, *, is_bare: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and JSON (without line breaks outside strings) of each element of one or more JSON arrays, or, with
+    is_bare, of these arrays themselves. begin: 0, or the offset of such a row. Memory: twice the longest element, and BUFFER_BYTES."""
     if begin:
         file.seek(begin)
     base, buffer = begin, b""  # the buffer's offset in the file
     start = at = 0  # in the buffer: the beginning of an element, and where to look for its next bracket or comma
-    is_open, depth, number = begin > 0, 0, 0  # inside an array; brackets that are open in the element
+    is_open, depth, number = begin > 0 and not is_bare, 0, 0  # inside an array; brackets that are open in the element
     while True:
         if not is_open and (found := _CONTENT.search(buffer, start)):
             if found[0] != b"[":
                 where = f"byte {base + found.start():,}"
                 raise InputError(f"{path}: {where}: text after the end of the JSON array", "use one array, or jsonl")
-            is_open, start = True, found.end()
-            at = start
+            is_open, at, depth = True, found.end(), int(is_bare)
+            start = found.start() if is_bare else at
         match = (_INSIDE if depth else _OUTSIDE).match(buffer, at) if is_open else None
         if match:
             mark, at = match[1], match.end()
@@ -219,6 +245,10 @@ def _array_rows(path: Path, file: Any, begin: int) -> Iterator[tuple[int, bytes]
                 depth += 1
             elif depth:
                 depth -= 1
+                if is_bare and not depth:
+                    number += 1
+                    yield base + start, _on_one_line(buffer[start:at])
+                    is_open, start = False, at
             else:
                 raw = buffer[start : at - 1]
                 if element := raw.strip(_SPACE) or (b"" if mark == b"]" else b" "):

@@ -24,7 +24,7 @@ import numpy as np
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, OVERLAP, BadRow, parse_row, row_hash, texts_of
 from mmdata.errors import DatasetError, InputError, needs
 from mmdata.io.files import sha256_of, write_bytes
-from mmdata.io.lines import iter_lines
+from mmdata.io.lines import iter_lines, place_of
 from mmdata.io.options import ReadOptions
 from mmdata.io.records import read_record, write_record
 from mmdata.io.workers import Tick
@@ -186,7 +186,7 @@ class _Keys:
     def place(self, row: int) -> str:
         """Return the input file and line number of a row, in words."""
         part = self._parts[int(np.searchsorted(self.begins, row, side="right")) - 1]
-        return f"{part.path} line {self.lines[row]}"
+        return f"{part.path} {'row' if part.is_table else 'line'} {self.lines[row]}"
 
     def slices(self, name: str, columns: slice) -> Iterator[KeySlice]:
         """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; equal keys are in one
@@ -251,7 +251,7 @@ class Excluded:
                         self.num_short += 1
                         continue
                     texts.append(text)
-                    self._places.append(f"{path} line {line.number}")
+                    self._places.append(place_of(path, line.number))
         grams, ends = gram_hashes(texts, EXCLUDE_N) if texts else (np.zeros(0, np.uint64), np.zeros(1, np.int64))
         of = np.repeat(np.arange(len(texts)), np.diff(ends))
         pairs = np.unique(np.stack([grams, of.astype(np.uint64)], axis=1), axis=0)  # an n-gram counts once for a text

@@ -65,6 +65,7 @@ class Outlook:
     seconds: float
     steps_per_epoch: int | None
     batch_tokens: int | None = None
+    unknown_share: float = 0.0  # of the bytes of the texts, which the tokenizer does not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +331,7 @@ def _outlook(
         seconds=START_S + total / SCAN_RATE + cpu_s * (1 + PROVE_SHARE) / workers,
         steps_per_epoch=math.ceil(train_tokens / step_tokens) if step_tokens else None,
         batch_tokens=step_tokens,
+        unknown_share=sums["unknown_bytes"] / max(1, sums["text_bytes"]),
     )
 
 
@@ -355,6 +357,8 @@ def _counts(batch: EncodedRows, max_len: int) -> dict[str, int]:
         "cut_tokens": batch.cut.total(),
         "rows_cut": batch.rows_cut + len(np.unique(row_of[is_split])),
         "rows_too_long": too_long,
+        "text_bytes": batch.text_bytes,
+        "unknown_bytes": batch.unknown_bytes,
     }
 
 

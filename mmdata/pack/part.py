@@ -22,7 +22,7 @@ from mmdata.encode.sequences import Sequences, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import write_bytes
-from mmdata.io.lines import Line, iter_lines
+from mmdata.io.lines import Line, iter_lines, place_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import Count, FileEntry, plain, read_record
 from mmdata.io.workers import Tick
@@ -106,6 +106,7 @@ class PartResult(msgspec.Struct):
     files: list[FileEntry] = []
     encoder: str = ""  # name and version
     compared: Count = 0  # rows that were also encoded the slow way: rendered by jinja2, one by one with tokenizers
+    unused_columns: list[str] = []  # `Columns.unused` of the rows that were read
     host: str = ""  # that wrote the files
     warning: str = ""  # why an installed fast encoder was not used; otherwise empty
 
@@ -214,6 +215,7 @@ class PartPacker:
             result = PartResult(part.number, warning=f"{part.path} line {error}; this part is packed the slow way")
             collected = self._collect(part, result, _no_tick, self._reference)
         rows = collected.rows()
+        result.unused_columns = self._fast.columns.unused
         result.sequences = len(rows.flat)
         result.tokens = int(rows.flat.lengths.sum())
         widths, counts = np.unique(rows.flat.widths(), return_counts=True)
@@ -283,7 +285,7 @@ class PartPacker:
         if is_lost or (self._arguments.on_bad == "fail" and bad.reason not in (TOO_LONG, *asked)):
             option = "--on-lost set-aside" if is_lost else "--on-bad quarantine"
             raise InputError(
-                f"{part.path} line {line.number}: {bad}",
+                f"{place_of(part.path, line.number, part.read)}: {bad}",
                 f"{REASONS[bad.reason]}; or `mm pack {part.path} {option}` sets such rows aside",
             )
         result.left_out[bad.reason] += 1

@@ -25,7 +25,7 @@ from mmdata.encode.encoder import DEFAULT_ON_LOST
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
 from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write_json
-from mmdata.io.lines import TABLE, format_of, iter_lines
+from mmdata.io.lines import TABLE, format_of, iter_lines, place_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import FileEntry, decode_record, write_record
 from mmdata.io.tables import row_ranges
@@ -140,6 +140,9 @@ def pack(
         results = _pack_parts(staging, job, job.parts, done)
         _check_left_out(staging, job, results)
         _check_unknown(job, results)
+        for entry in results[0].unused_columns if results else ():
+            if all(entry in result.unused_columns for result in results):
+                job.note(f"warning: --map {entry}: no row has a value in this column")
         _check_unchanged(staging, job, job.parts)
         _note_encoders(results, job)
         _check_files(staging, job, results)
@@ -521,21 +524,22 @@ def _check_left_out(staging: Staging, job: _Job, results: Sequence[PartResult]) 
         reason = left_out.most_common(1)[0][0] if left_out else "no row"
         names = ", ".join(str(path) for path in job.inputs)
         fix = rows.HELP.get(reason, "give a file with one JSON object a line")
-        first = _first_rejected(staging, results, job.header.arguments.columns)
+        first = _first_rejected(staging, results, job.options.reading)
         raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}{first}", fix)
     arguments = job.header.arguments
     rows.check_budget(left_out, num_rows, arguments.max_bad, arguments.max_bad_by_reason, kind=job.options.kind)
 
 
-def _first_rejected(staging: Staging, results: Sequence[PartResult], columns: rows.Columns) -> str:
+def _first_rejected(staging: Staging, results: Sequence[PartResult], read: ReadOptions) -> str:
     """Return, for an error message, where the first row is that was left out, and what is wrong with it."""
+    columns = rows.Columns.parse(read.mapping)
     for result in results:
         for entry in result.files:
             if entry.path.startswith("rejected/"):
                 with (staging.dataset / entry.path).open("rb") as file:
                     row = decode_record(file.readline(), RejectedRow, entry.path, DatasetError, "pack again")
                 bad = rows.BadRow(row.reason, row.detail)
-                return f"; {row.file} line {row.line} {rows.explain(row.raw.encode(), bad, columns)}"
+                return f"; {place_of(row.file, row.line, read)} {rows.explain(row.raw.encode(), bad, columns)}"
     return ""
 
 

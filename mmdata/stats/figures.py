@@ -56,6 +56,8 @@ def token_figures(tally: Tally) -> Figures:
         },
         "lengths": summary.length_figures(by_length),
     }
+    if sums["unknown_bytes"]:
+        figures |= {name: round(sums[name] / max(share, 1e-12)) for name in ("text_bytes", "unknown_bytes")}
     return figures | ({"sample": {"rows": sums["sampled_rows"], "of": sums["kept"]}} if is_sample else {})
 
 
@@ -370,6 +372,7 @@ WARNINGS = {
     "alike": "{share} of the pairs have two answers that are nearly the same",
     "little trained": "only {share} of the tokens are trained on",
     "low fill": "packs are only {share} full",
+    "unknown characters": "the tokenizer does not know {share} of the bytes of the texts: they are lost",
     "unused vocabulary": "{share} of the vocabulary never occurs in these {tokens} tokens",
     "one opening": "{share} of the texts or answers begin with the same words: {text}",
     "few val rows": "only {number} rows are held out for validation",
@@ -409,6 +412,8 @@ def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
         yield "little trained", {"share": percent(figures["trained_share"])}
     if figures["kind"] != "pair" and figures.get("fill", 1) < 0.9:
         yield "low fill", {"share": percent(figures["fill"])}
+    if figures.get("unknown_bytes", 0) > 0.001 * figures.get("text_bytes", 0):
+        yield "unknown characters", {"share": percent(figures["unknown_bytes"] / figures["text_bytes"])}
     used = figures.get("vocabulary")
     if used and used["counted"] >= 100 * used["size"] and used["never"] > 0.02 * used["size"]:
         yield (

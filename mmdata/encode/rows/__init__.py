@@ -15,6 +15,7 @@ from mmdata.encode.rows.reasons import (
     HELP,
     LEFT_OUT,
     LOST,
+    MOST_FAILED,
     NEAR_DUPLICATE,
     NOT_SELECTED,
     OF_THE_RUN,

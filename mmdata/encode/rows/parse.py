@@ -12,7 +12,7 @@ from mmdata.encode.rows.reasons import REASONS, BadRow
 from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
 from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, Columns, describe
 from mmdata.errors import InputError
-from mmdata.io.lines import Line, iter_lines
+from mmdata.io.lines import Line, iter_lines, unit_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import JsonObject
 
@@ -79,12 +79,13 @@ def find_kind(path: Path, read: ReadOptions = DEFAULT_READING) -> str:
     InputError if it cannot be read or is empty, if none of these lines is a valid row, or if kinds are mixed."""
     if read.kind:
         return read.kind
-    return kind_of_lines(islice(iter_lines(path, options=read), LOOK_AT), path, Columns.parse(read.mapping))
+    return kind_of_lines(islice(iter_lines(path, options=read), LOOK_AT), path, read)
 
 
-def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = DEFAULT_COLUMNS) -> str:
-    """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines. path:
-    for messages. Raises InputError if there are no lines or valid rows, or if no kind has 90%."""
+def kind_of_lines(lines: Iterable[Line], path: Path, read: ReadOptions = DEFAULT_READING) -> str:
+    """Return the kind ("document", "conversation" or "pair") of at least 90% of the valid rows among these lines. path,
+    read: for messages. Raises InputError if there are no lines or valid rows, or if no kind has 90%."""
+    columns = Columns.parse(read.mapping)
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     first = None
@@ -100,8 +101,10 @@ def kind_of_lines(lines: Iterable[Line], path: Path, columns: Columns = DEFAULT_
         )
     if first and not kinds:
         line, bad = first
-        message = f"{path}: none of its first {reasons.total()} rows can be used; line {line.number}"
-        raise InputError(f"{message} {explain(line.raw, bad, columns)}", REASONS[bad.reason])
+        message = f"{path}: none of its first {reasons.total()} rows can be used"
+        raise InputError(
+            f"{message}; {unit_of(path, read)} {line.number} {explain(line.raw, bad, columns)}", REASONS[bad.reason]
+        )
     kind, count = kinds.most_common(1)[0]
     if count < 0.9 * kinds.total():
         counts = ", ".join(f"{n} {k}" for k, n in kinds.most_common())

@@ -119,7 +119,7 @@ class Columns:
         key = (kind, *values)
         if (known := self._rows.get(key)) and None not in values.values():
             return known
-        found, others = _assigned(values, self._row_table)
+        found, others = self._assigned(values, self._row_table)
         if "input" in found and "prompt" not in found:
             found["prompt"] = found.pop("input")
         is_known = bool(found)
@@ -138,7 +138,7 @@ class Columns:
         key = (*values,)
         if (known := self._messages.get(key)) and None not in values.values():
             return known
-        assigned = _assigned(values, self._message_table)
+        assigned = self._assigned(values, self._message_table)
         if len(assigned[0]) + len(assigned[1]) == len(values) and len(self._messages) < MOST_KNOWN:
             self._messages[key] = assigned
         return assigned
@@ -146,6 +146,11 @@ class Columns:
     def of_turn(self, values: JsonObject) -> tuple[dict[str, str], list[str]]:
         """Return field -> key for an object that holds a question and its answer, and all other keys."""
         return _assigned(values, _TURN_TABLE)
+
+    @property
+    def unused(self) -> list[str]:
+        """The entries of the mapping, as FIELD=COLUMN, whose column no row or message has had so far."""
+        return [f"{name}={column}" for name, column in self.mapping.items() if name not in self._seen]
 
     def known(self, column: str) -> bool:
         """Return whether a field of rows is read from a column of this name."""
@@ -184,6 +189,17 @@ class Columns:
     def _schemas(self) -> tuple[Schema, ...]:
         """SCHEMAS, but those that need mapped fields first: who maps a field wants it to be read."""
         return tuple(sorted(SCHEMAS, key=lambda schema: -sum(name in self.mapping for name in schema.required)))
+
+    def _assigned(self, values: JsonObject, table: Mapping[str, tuple[str, int]]) -> tuple[dict[str, str], list[str]]:
+        assigned = _assigned(values, table)
+        if self.mapping:
+            self._seen.update(assigned[0])
+        return assigned
+
+    @cached_property
+    def _seen(self) -> set[str]:
+        """The fields whose columns were found in a row or message."""
+        return set()
 
     # The assignments of rows and messages without null, by kind and keys: most rows of a file have the same keys.
 

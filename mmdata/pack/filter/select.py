@@ -22,6 +22,7 @@ import polars as pl
 from mmdata.encode.rows import DUPLICATE, NEAR_DUPLICATE, NOT_SELECTED, OVERLAP, REASONS, Columns, parse_row, texts_of
 from mmdata.errors import InputError, UsageError, needs
 from mmdata.io.files import Progress, atomic_path, no_progress, write_bytes
+from mmdata.io.lines import place_of
 from mmdata.io.tables import SELECTED
 from mmdata.io.workers import run_jobs
 from mmdata.pack import dedup
@@ -70,7 +71,7 @@ class Selection:
             text = " ".join(" ".join(texts_of(parse_row(raw, self.kind, columns=columns)))[: 2 * EXAMPLE].split())[
                 :EXAMPLE
             ]
-            found.setdefault(row["detail"], []).append((f"{row['file']} line {row['line']}", text))
+            found.setdefault(row["detail"], []).append((place_of(row["file"], row["line"], self.parts[0].read), text))
         return found
 
 
