@@ -4,8 +4,18 @@
 exception that ends a command is a bug of mm and shows its traceback.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Characters that move the cursor, colour or reorder text, or are no text; newlines and tabs are not among them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str) -> str:
+    """Return a text in which control characters are written as escapes, such as \\x1b: what a terminal shows of data,
+    names and paths is data, and never moves its cursor or changes its colours."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1].replace("\\\\", "\\"), text)
 
 
 class MMError(Exception):

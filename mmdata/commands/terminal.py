@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mmdata.errors import MMError
+from mmdata.errors import MMError, shown
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -79,15 +79,16 @@ def _peak_memory() -> str:
     return ""
 
 
-def say(text: str = "") -> None:
-    """Print one line to stderr, unless the command is quiet; on a terminal it is wrapped between words."""
+def say(text: str = "", *, is_styled: bool = False) -> None:
+    """Print one line to stderr, unless the command is quiet; on a terminal it is wrapped between words. is_styled: the
+    text has escapes for colours of its own."""
     if not OUTPUT.quiet:
-        print(_wrapped(text, sys.stderr), file=sys.stderr, flush=True)
+        print(_wrapped(text if is_styled else shown(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def result(text: str = "") -> None:
     """Print one line to stdout; on a terminal it is wrapped between words."""
-    print(_wrapped(text, sys.stdout), flush=True)
+    print(_wrapped(shown(text), sys.stdout), flush=True)
 
 
 def _wrapped(text: str, stream: TextIO) -> str:
@@ -160,7 +161,7 @@ def fail(error: MMError) -> int:
     if OUTPUT.verbose:
         traceback.print_exception(error)
     for line in (f"error: {error.message}", *([f"fix: {error.fix}"] if error.fix else [])):
-        print(_wrapped(line, sys.stderr), file=sys.stderr, flush=True)
+        print(_wrapped(shown(line), sys.stderr), file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -271,7 +272,7 @@ def _grid(title: str, names: Sequence[str], cells: Iterable[Sequence[str]], left
     for index, name in enumerate(names):
         grid.add_column(name, justify="left" if index in left else "right", overflow="fold")
     for row in cells:
-        grid.add_row(*row)
+        grid.add_row(*map(shown, row))
     return grid
 
 
@@ -300,7 +301,7 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
     is_coloured = console.is_terminal and not console.no_color
     text = Text()
     for piece, style, uncoloured in pieces:
-        text.append(piece if is_coloured else uncoloured, style=style if is_coloured else "")
+        text.append(shown(piece if is_coloured else uncoloured), style=style if is_coloured else "")
     console.print(text)
 
 
@@ -319,7 +320,11 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_WIDTH), TextColumn("{task.fields[words]}"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=BAR_WIDTH),
+            TextColumn("{task.fields[words]}", markup=False),
+        )
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True) as bars:
             tasks: list[Any] = []
@@ -328,7 +333,7 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
                 while len(tasks) <= row:
                     tasks.append(bars.add_task("", words=""))
                 words = fitting(words, console.width - len(label) - BAR_WIDTH - 2)
-                bars.update(tasks[row], description=label, completed=done, total=total or None, words=words)
+                bars.update(tasks[row], description=shown(label), completed=done, total=total or None, words=words)
 
             yield draw_bar
     else:

@@ -17,7 +17,7 @@ import typer
 
 from mmdata.commands.options import RUNS_DIR
 from mmdata.commands.terminal import json_text, result, say
-from mmdata.errors import CheckpointError, MMError, UsageError
+from mmdata.errors import CheckpointError, MMError, UsageError, shown
 from mmdata.options import Option
 from mmtrain.commands.eval import run_metadata
 from mmtrain.commands.other_flags import OTHER_FLAGS
@@ -341,18 +341,18 @@ class StreamPrinter:
             if piece.kind != self._kind:
                 self._begin(piece.kind)
             if piece.kind == "reasoning":
-                print(piece.text, end="", file=sys.stderr, flush=True)
+                print(shown(piece.text), end="", file=sys.stderr, flush=True)
             elif piece.kind == "call":
                 result(f"tool call: {piece.call['name']} {piece.call['arguments']}")
                 self._kind = "called"
             else:
-                print(piece.text, end="", flush=True)
+                print(shown(piece.text), end="", flush=True)
 
     def _begin(self, kind: str) -> None:
         """End the line being printed, if any, and begin one of this kind: reasoning, content, call, or "" for none."""
         is_colored = sys.stderr.isatty()
         if self._kind == "reasoning":
-            say(PLAIN if is_colored else "")
+            say(PLAIN if is_colored else "", is_styled=True)
         elif self._kind == "content":
             result()
         if kind == "reasoning":
@@ -370,7 +370,7 @@ def print_speed(answer: Answer) -> None:
         cut = {"length": ", cut at its longest", "cancelled": ", cut short"}.get(answer.finish_reason or "", "")
         speed = f"{answer.tokens_per_s:.1f} tokens/s, {answer.seconds_to_first:.2f} s to the first"
         tokens = f"{answer.tokens} token{'s' if answer.tokens != 1 else ''}"
-        say(f"{DIM}[{tokens}, {speed}{cut}]{PLAIN}")
+        say(f"{DIM}[{tokens}, {speed}{cut}]{PLAIN}", is_styled=True)
 
 
 def print_side_by_side(answers: dict[str, Answer]) -> None:
@@ -388,7 +388,7 @@ def print_side_by_side(answers: dict[str, Answer]) -> None:
     grid = Table(expand=True, show_lines=False)
     for name, answer in answers.items():
         grid.add_column(f"{name} ({answer.tokens_per_s:.1f} tokens/s)", ratio=1, overflow="fold")
-    grid.add_row(*texts.values())
+    grid.add_row(*map(shown, texts.values()))
     console.print(grid)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mmdata.errors import shown
 from mmdata.io.files import Progress
 
 SOON_S, AGAIN_S = 1.5, 10.0  # seconds until the first line about a phase, and between the next ones
@@ -49,7 +50,7 @@ class Console:
             with self._lock:
                 self._clear()
                 width = shutil.get_terminal_size().columns - 1
-                print(text()[:width], end="", file=sys.stderr, flush=True)
+                print(shown(text()[:width]), end="", file=sys.stderr, flush=True)
                 self._drawn = time.monotonic()
 
     @contextmanager
@@ -94,7 +95,7 @@ def print_line(text: str) -> None:
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         text = textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def bar(share: float) -> str:
