@@ -33,7 +33,9 @@ def shaped(vocab_size: int = 6400, **given: Any) -> ModelConfig:
     return shape_from(resolve(TrainOptions("pretrain", (), Path("run"), **given))[0], vocab_size)
 
 
-@pytest.mark.parametrize(("name", "size"), [("minimind2", 104_030_976), ("minimind3", 63_912_192)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("minimind2", 104_030_976), ("minimind2-small", 25_829_888), ("minimind3", 63_912_192)]
+)
 def test_the_vocabulary_is_the_tokenizers(name: str, size: int) -> None:
     assert shaped(model=name).num_params == size
     for vocab_size in (300, 4096, 8192):
