@@ -295,9 +295,13 @@ def test_ten_training_steps_have_the_losses_of_a_plain_transformers_loop(name: s
     assert expected[-1] < expected[0]
 
 
-def test_adapters_and_preferences_train_on_released_architectures(data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [name if name == "qwen2.5" else pytest.param(name, marks=pytest.mark.slow) for name in RELEASED]
+)
+def test_adapters_and_preferences_train_on_released_architectures(name: str, data: Data, tmp_path: Path) -> None:
     """The check at step 0 of dpo and the comparison of the export with transformers raise if a part was left out."""
-    transformers_model("qwen2", tmp_path / "hf", data.tokenizer)
+    known = RELEASED[name]
+    transformers_model(known.model_type, tmp_path / "hf", data.tokenizer, **known.config)
     import_model(tmp_path / "hf", tmp_path / "start")
     options = config_of("sft", data, tmp_path / "sft", init=tmp_path / "start", model=None, steps=2, lora=4, lr=1e-2)
     train(options)
@@ -305,7 +309,8 @@ def test_adapters_and_preferences_train_on_released_architectures(data: Data, tm
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if name.endswith("_proj.weight")}
     train(config_of("dpo", data, tmp_path / "dpo", init=tmp_path / "sft", model=None, steps=2))
-    assert export(tmp_path / "dpo", tmp_path / "out", format="hf").architecture == "Qwen2ForCausalLM"
+    architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}.get(known.model_type, "Llama")
+    assert export(tmp_path / "dpo", tmp_path / "out", format="hf").architecture == f"{architecture}ForCausalLM"
 
 
 @pytest.mark.slow
