@@ -2,6 +2,7 @@ import contextlib
 import errno
 import gzip
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_data import pack_with, write_rows
@@ -22,6 +24,7 @@ from waiting import LONG_S, wait_until
 
 from mmdata.encode.rows import parse_row, row_hash
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, TokenizerError, UsageError
+from mmdata.io import lines
 from mmdata.io.lines import iter_lines
 from mmdata.io.workers import Tick, run_jobs
 from mmdata.pack import part as parts
@@ -31,6 +34,7 @@ from mmdata.pack.packing import Packing
 from mmdata.pack.packing import pack as real_pack
 from mmdata.pack.pipeline import PackResult, pack
 from mmdata.shards.dataset import open_dataset, source_rows
+from mmdata.shards.manifest import read_manifest
 from mmdata.shards.verify import verify
 
 KINDS = ("document", "conversation", "pair")
@@ -189,6 +193,31 @@ def test_the_digest_is_of_the_tokens_and_not_of_names_or_file_bytes(
     lines = plain.read_text().splitlines()
     plain.write_text("\n".join(lines[:-1]) + "\n")
     assert pack_to(plain, out="less").digest != digests[0]
+
+
+@pytest.mark.parametrize(
+    ("compress", "name"), [(gzip.compress, "gz"), (zstandard.compress, "zst"), (lzma.compress, "xz")]
+)
+def test_a_compressed_file_is_cut_into_the_parts_of_its_text(
+    tmp_path: Path, pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch, compress: Any, name: str
+) -> None:
+    plain = write_rows(tmp_path / "a.jsonl", "conversation", 90)
+    packed = tmp_path / f"a.jsonl.{name}"
+    packed.write_bytes(compress(plain.read_bytes()))
+    opened: list[Any] = []
+    real = lines.open_stream
+    monkeypatch.setattr(lines, "open_stream", lambda *a: (opened.append(1), real(*a))[1])
+    whole, cut = (pack_to(path, out=f"of-{path.name}", part_bytes=3000) for path in (plain, packed))
+    assert cut.digest == whole.digest and cut.kept == 90
+    records = read_manifest(tmp_path / f"of-{packed.name}").parts
+    assert records == read_manifest(tmp_path / f"of-{plain.name}").parts and len(records) > 5
+    opened.clear()
+    pack_to(packed, out="again", part_bytes=3000)
+    assert len(opened) == 3  # for the kind, the format, and once for all parts: it is decompressed once a process
+    some = pipeline.plan([packed], 3000)[1][3]
+    assert list(iter_lines(packed, some.begin, some.end, first_number=some.first_line)) == [
+        line for line in iter_lines(plain) if some.begin <= line.offset < some.end
+    ]
 
 
 @given(data=st.data())

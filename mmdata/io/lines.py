@@ -7,6 +7,7 @@ and Arrow (see `tables`). The format is recognized by the content; csv and plain
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,12 @@ class FileFormat(NamedTuple):
     @property
     def is_lines(self) -> bool:
         """True if rows may be read from any line start on, for JSONL and TEXT."""
-        return self.is_plain and self.kind in (JSONL, TEXT)
+        return self.is_plain and self.has_lines
+
+    @property
+    def has_lines(self) -> bool:
+        """True if the rows are lines, possibly compressed or in another encoding."""
+        return self.kind in (JSONL, TEXT)
 
     @property
     def has_offsets(self) -> bool:
@@ -97,20 +103,59 @@ def iter_lines(
 ) -> Iterator[Line]:
     """Yield the rows of `path` that begin in [begin, end), in order. Blank lines are counted but not yielded; a byte
     order mark and the line ends (`\\n`, `\\r\\n`) are removed. begin, end: byte offsets of rows; in a table, numbers of
-    rows from 0; None means the end. A begin other than 0 needs a plain file. first_number: of the first row read.
-    Raises InputError if the file cannot be read, is damaged, cut off or of no supported format."""
-    stream = open_stream(path, options.encoding)
+    rows from 0; None means the end. A begin other than 0 needs a plain file or lines; of a compressed file, what comes
+    before is decompressed and passed over, except what this process has read before. first_number: of the first row
+    read. Raises InputError if the file cannot be read, is damaged, cut off or of no supported format."""
+    kept = _take_kept(path, begin, options) if begin else None
+    stream = kept.stream if kept else open_stream(path, options.encoding)
     try:
-        yield from _lines(path, stream, begin, end, first_number, options)
+        yield from _lines(path, stream, begin, end, first_number, options, kept)
     except DAMAGED as error:
         raise damaged(path, error) from error
     finally:
-        if str(path) != "-":
+        if str(path) != "-" and not any(other.stream is stream for other in _kept):
             stream.file.close()
 
 
+class _Kept(NamedTuple):
+    """A file that is read from its beginning, after reading a range of its lines. raw: the line at `offset`, which was
+    the first one behind the range. key: identifies the file and how it is read."""
+
+    key: tuple[Any, ...]
+    stream: Stream
+    offset: int
+    raw: bytes
+
+
+_kept: list[_Kept] = []  # of this process: one, or none
+
+
+def _key(path: Path, options: ReadOptions) -> tuple[Any, ...]:
+    stat = path.stat()
+    return (str(path), stat.st_size, stat.st_mtime_ns, options)
+
+
+def _take_kept(path: Path, begin: int, options: ReadOptions) -> _Kept | None:
+    """Return the kept file if it is this one and the range from `begin` on is not passed yet."""
+    if _kept and _kept[0].key == _key(path, options) and _kept[0].offset <= begin:
+        return _kept.pop()
+    return None
+
+
+def _keep(kept: _Kept) -> None:
+    while _kept:
+        _kept.pop().stream.file.close()
+    _kept.append(kept)
+
+
 def _lines(
-    path: Path, stream: Stream, begin: int, end: int | None, first_number: int, options: ReadOptions
+    path: Path,
+    stream: Stream,
+    begin: int,
+    end: int | None,
+    first_number: int,
+    options: ReadOptions,
+    kept: _Kept | None,
 ) -> Iterator[Line]:
     kind, file = _kind_of(path, stream, options), stream.file
     if kind == TABLE:
@@ -131,13 +176,18 @@ def _lines(
                 return
             yield Line(number, offset, raw)
         return
-    if begin:
-        file.seek(begin)
-    offset = begin
-    for number, raw in enumerate(file, first_number):
+    offset, number = kept.offset if kept else 0, first_number - 1
+    if begin and stream.is_plain:
+        offset = file.seek(begin)
+    for raw in chain([kept.raw], file) if kept else file:
         if end is not None and offset >= end:
+            if not stream.is_plain:
+                _keep(_Kept(_key(path, options), stream, offset, raw))
             return
         start, offset = offset, offset + len(raw)
+        if start < begin:
+            continue
+        number += 1
         if start == 0:
             raw = raw.removeprefix(_BOM)
         raw = raw.rstrip(b"\r\n")

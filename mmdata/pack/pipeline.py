@@ -28,6 +28,7 @@ from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write
 from mmdata.io.lines import TABLE, format_of, iter_lines, place_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import FileEntry, decode_record, write_record
+from mmdata.io.streams import DAMAGED, damaged, open_stream
 from mmdata.io.tables import row_ranges
 from mmdata.options import check
 from mmdata.pack import dedup
@@ -332,23 +333,27 @@ def plan(
     inputs: Sequence[Path], part_bytes: int, read: ReadOptions = DEFAULT_READING
 ) -> tuple[list[FileEntry], list[Part]]:
     """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
-    the first row at or after a multiple of `part_bytes`, one of a table after whole row groups of up to `part_bytes`. A
-    file that is read from the beginning, such as a compressed one, is one part."""
+    the first row at or after a multiple of `part_bytes` (of its decompressed UTF-8 text), one of a table after whole row
+    groups of up to `part_bytes`. A compressed JSON array or csv file is one part."""
     records: list[FileEntry] = []
     parts: list[Part] = []
     for number, path in enumerate(inputs):
         form = format_of(path, read)
-        sha256, num_bytes, cuts = _scan(path, part_bytes)
+        with path.open("rb") as file:
+            sha256, num_bytes, cuts = _scan(file, part_bytes)
         records.append(FileEntry(str(path), num_bytes, sha256))
-        if form.has_offsets and not form.is_lines:
-            cuts = _row_starts(path, part_bytes, read)
-        if form.has_offsets:
-            ends = [begin for begin, _ in cuts[1:]] + [num_bytes]
-            ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(cuts, ends, strict=True)]
-        elif form.is_plain:
+        if form.is_plain and not form.has_offsets:
             ranges = [(begin, end, begin + 1, size) for begin, end, size in row_ranges(path, part_bytes)]
         else:
-            ranges = [(0, None, 1, num_bytes)]
+            num_text = num_bytes
+            if not form.has_offsets:
+                num_text, cuts = _text_cuts(path, part_bytes, read) if form.has_lines else (num_bytes, [(0, 1)])
+            elif not form.is_lines:
+                cuts = _row_starts(path, part_bytes, read)
+            ends = [begin for begin, _ in cuts[1:]] + [num_text]
+            ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(cuts, ends, strict=True)]
+            if not form.has_offsets and len(cuts) == 1:
+                ranges = [(0, None, 1, num_bytes)]
         for each in ranges:
             parts.append(Part(len(parts), number, path, *each, read, form.kind == TABLE))
     return records, parts
@@ -364,22 +369,33 @@ def _row_starts(path: Path, part_bytes: int, read: ReadOptions) -> list[tuple[in
     return cuts
 
 
-def _scan(path: Path, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]:
-    """Return the sha256 of a file, its size, and for each part (offset of its first byte, number of its first line)."""
+def _text_cuts(path: Path, part_bytes: int, read: ReadOptions) -> tuple[int, list[tuple[int, int]]]:
+    """Return size and parts, as `_scan` does, of the decompressed UTF-8 text of a file."""
+    stream = open_stream(path, read.encoding)
+    try:
+        return _scan(stream.file, part_bytes)[1:]
+    except DAMAGED as error:
+        raise damaged(path, error) from error
+    finally:
+        stream.file.close()
+
+
+def _scan(file: Any, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]:
+    """Return the sha256 of a binary stream, its size, and for each part (offset of its first byte, number of its first
+    line)."""
     digest = hashlib.sha256()
     cuts = [(0, 1)]
     position, newlines, target = 0, 0, part_bytes
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-            at = 0
-            while (newline := chunk.find(b"\n", max(at, target - 1 - position))) >= 0:
-                newlines += chunk.count(b"\n", at, newline + 1)
-                at = newline + 1
-                cuts.append((position + at, newlines + 1))
-                target = ((position + at) // part_bytes + 1) * part_bytes
-            newlines += chunk.count(b"\n", at)
-            position += len(chunk)
+    while chunk := file.read(READ_BYTES):
+        digest.update(chunk)
+        at = 0
+        while (newline := chunk.find(b"\n", max(at, target - 1 - position))) >= 0:
+            newlines += chunk.count(b"\n", at, newline + 1)
+            at = newline + 1
+            cuts.append((position + at, newlines + 1))
+            target = ((position + at) // part_bytes + 1) * part_bytes
+        newlines += chunk.count(b"\n", at)
+        position += len(chunk)
     return digest.hexdigest(), position, [cut for cut in cuts if cut[0] < position]
 
 
