@@ -307,7 +307,7 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     return tensors
 

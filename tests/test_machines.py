@@ -28,7 +28,7 @@ from mmtrain.model.model import Model
 from mmtrain.model.precision import LossScale
 from mmtrain.shapes import shape_of
 from mmtrain.train import optim
-from mmtrain.train.loop import _add_up
+from mmtrain.train.loop import _add_up, train
 from mmtrain.train.plan import make_plan
 
 META = torch.device("meta")
@@ -167,6 +167,19 @@ def test_auto_takes_apples_gpu_where_torch_sees_one(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match="2 ranks on MPS"):
         join("auto")
     assert not distributed.dist.is_initialized()
+
+
+def test_a_run_on_the_cpu_does_not_touch_a_card_that_is_there(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*_: Any, **__: Any) -> None:
+        raise AssertionError("the card is used")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("max_memory_allocated", "memory_allocated", "mem_get_info", "get_rng_state", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    result = train(config_of("sft", data, tmp_path / "run", model="tiny", steps=1, quiet=True))
+    assert result.final_step == 1 and result.peak_bytes > 10**7
 
 
 def test_commands_work_without_posix_only_modules(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:

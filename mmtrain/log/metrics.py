@@ -155,7 +155,7 @@ def dataset_lines(record: Figures) -> list[str]:
 def memory_bytes() -> int:
     """Return the peak memory so far: that allocated by torch on the CUDA device, else the resident memory of this
     process (where the system keeps no peak, the present one)."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:
         import resource
