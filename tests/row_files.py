@@ -48,6 +48,40 @@ def parquet(rows: Rows, **options: Any) -> bytes:
     return content.getvalue()
 
 
+def raw_table(rows: Sequence[Any]) -> bytes:
+    """Any rows, also those that no typed columns could hold, as JSON in a column of the table that `mm select` writes."""
+    names = {"file": "rows", "line": 0}
+    return parquet([names | {"row": json.dumps(row, ensure_ascii=False)} for row in rows])
+
+
+def signature(value: Any) -> str:
+    """The types in a JSON value: rows of one signature fit in typed columns, unless lists in them hold several types."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(key)}:{signature(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + "|".join(sorted({signature(item) for item in value})) + "]"
+    return "large" if isinstance(value, int) and abs(value) >= 2**63 else type(value).__name__
+
+
+def typed_tables(rows: Sequence[Any]) -> tuple[list[tuple[list[int], bytes]], list[int]]:
+    """Parquet files of all rows that typed columns hold exactly, with the indices of their rows; and the other indices.
+    Not exact are values that are no objects, objects without keys, integers of more than 64 bits, lists of several types
+    and surrogates.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(signature(row), []).append(i)
+    files, others = [], []
+    for group in groups.values():
+        try:
+            if not isinstance(rows[group[0]], dict) or not rows[group[0]]:
+                raise pa.ArrowInvalid("no columns")
+            files.append((group, parquet([rows[i] for i in group])))
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+            others += group
+    return files, others
+
+
 def arrow(rows: Rows, make: Callable[..., Any], rows_per_batch: int = 3) -> bytes:
     content = io.BytesIO()
     columns = table(rows)
