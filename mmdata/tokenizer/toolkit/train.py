@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmdata.errors import MMError, TokenizerError, UsageError
 from mmdata.io.files import info_of_bytes, new_directory, no_progress, sha256_of, write_bytes
-from mmdata.io.records import plain, read_record
+from mmdata.io.records import read_record, sealed
 from mmdata.options import check
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.toolkit import unigram
@@ -100,7 +100,7 @@ def train_to(files: Sequence[Path], out: Path, options: TokenizerOptions, *, pha
     written, sample = _in_child(files, options, phase)
     digests = {name: info_of_bytes(content).sha256 for name, content in written.items()}
     record = msgspec.structs.replace(record, corpus=sample.strata, files=digests)
-    publish(out, written | {RECORD: (json.dumps(plain(record), ensure_ascii=False, indent=1) + "\n").encode()})
+    publish(out, written | {RECORD: (json.dumps(sealed(record), ensure_ascii=False, indent=1) + "\n").encode()})
     tokenizer = Tokenizer.load(out)
     return Trained(
         out,
