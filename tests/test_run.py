@@ -239,12 +239,11 @@ def test_killed_at_ten_moments_and_run_again_the_weights_are_the_same(
 @pytest.mark.slow
 def test_an_mm_run_that_is_killed_leaves_no_process_behind(tiny: Path) -> None:
     """With real processes: `mm run` gets SIGKILL while a step trains; the next one ends that step and goes on with it."""
-    root = Path(cli.__file__).parent
     text = (
         TINY.replace("steps = 4\n", "steps = 400\n").partition("[train.sft]")[0].replace(' "data/sft_512.jsonl",', "")
     )
     (tiny / "tiny.toml").write_text(text, encoding="utf-8")
-    command = [sys.executable, str(root / "cli.py"), "run", "tiny.toml", "--set", "questions=[]"]
+    command = [sys.executable, str(runner.PROGRAM), "run", "tiny.toml", "--set", "questions=[]"]
 
     def step() -> dict[str, Any]:
         path = tiny / "courses/tiny/course.json"
@@ -262,6 +261,20 @@ def test_an_mm_run_that_is_killed_leaves_no_process_behind(tiny: Path) -> None:
     assert step()["status"] == "done" and step()["attempts"] == 2 and step()["key"] == key
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.slow
+def test_under_torchrun_training_steps_use_every_rank(tiny: Path) -> None:
+    (tiny / "tiny.toml").write_text(TINY.partition("[train.dpo]")[0], encoding="utf-8")
+    words = ["--nproc-per-node", "2", str(runner.PROGRAM), "run", "tiny.toml", "--set", "questions=[]"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    environment = {**os.environ, "PYTHONPATH": str(runner.PROGRAM.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for stage in ("pretrain", "sft"):
+        assert json.loads((tiny / "runs" / stage / "run.json").read_text())["world_size"] == 2
+    steps = json.loads((tiny / "courses/tiny/course.json").read_text())["steps"]
+    assert {step["status"] for step in steps.values()} == {"done"}
 
 
 @pytest.mark.slow

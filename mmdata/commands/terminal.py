@@ -29,6 +29,7 @@ BAR_WIDTH = 12  # characters of a bar of progress
 CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
+SWITCHES = ("--plan", "--dry-run", "--json")  # options without a value that are taken from a command line
 MOST_KEYS = 10  # ignored keys of rows in a line
 
 
@@ -117,22 +118,19 @@ def next_command(command: str) -> None:
 def same_command(*without: str, add: str = "") -> str:
     """Return this process's command line without the options in `without` and their values, and with `add` at the
     end."""
-    words = sys.argv[1:]
-    for name in without:
-        words = without_option(words, name, has_value=name not in ("--plan", "--dry-run", "--json"))
-    return " ".join(filter(None, ["mm", shlex.join(words), add]))
+    return " ".join(filter(None, ["mm", shlex.join(without_option(sys.argv[1:], *without)), add]))
 
 
-def without_option(arguments: Sequence[str], name: str, *, has_value: bool = True) -> list[str]:
-    """Return command-line arguments without any `NAME VALUE` (two arguments) and `NAME=VALUE` (one) of the option
-    `name`; without `has_value` only `NAME`."""
+def without_option(arguments: Sequence[str], *names: str) -> list[str]:
+    """Return command-line arguments without any `NAME VALUE` (two arguments) and `NAME=VALUE` (one) of the options
+    `names`; of those in SWITCHES only `NAME`."""
     kept = []
     words = iter(arguments)
     for word in words:
-        if word == name:
-            if has_value:
+        if word in names:
+            if word not in SWITCHES:
                 next(words, None)
-        elif not word.startswith(f"{name}="):
+        elif word.partition("=")[0] not in names:
             kept.append(word)
     return kept
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.commands.options import HOME
+from mmdata.commands.terminal import without_option
 from mmtrain.commands.project.recipe import NEW_MODEL, SHARDS_DIR, Step
-from mmtrain.commands.project.runner import DONE, Runner, resuming, without_options
+from mmtrain.commands.project.runner import ALONE, DONE, Runner, resuming
 from mmtrain.config import stage_defaults
 
 SAMPLE_ROWS = 400  # of a file that is not packed yet, to measure training on
@@ -61,7 +62,7 @@ class Planner:
 
     def _ask(self, argv: list[str]) -> Any:
         """Return what a command prints as JSON; None if it fails."""
-        ended = self.runner.launch(argv, self.root, is_captured=True, is_quiet=True)
+        ended = self.runner.launch(argv, self.root, is_captured=True, is_quiet=True, changes=ALONE)
         with suppress(ValueError):
             return json.loads(ended.out) if ended.code == 0 else None
 
@@ -92,25 +93,25 @@ class Planner:
         if known and known.status != DONE and any(run.glob("checkpoints/step-*")):
             return self._needs(resuming(argv))
         if run.exists():  # it will be begun again
-            argv = [*without_options(argv, ("--out",)), "--out", f"{step.outputs[0]}.new"]
+            argv = [*without_option(argv, "--out"), "--out", f"{step.outputs[0]}.new"]
         if init and not (self.root / init).exists():
-            argv = [*without_options(argv, ("--init",)), *model]
+            argv = [*without_option(argv, "--init"), *model]
         data = [self._dataset(text) for text in _listed(step.values.get("data"))]
         packed = [path for path in data if (self.root / path / "manifest.json").exists()]
         if data and len(packed) == len(data) and self.scale == 1:
             return self._needs(argv)
-        if not all(path in self.tokens for path in data):
+        if not data or any(path not in self.tokens for path in data):
             return {"note": "known when its data is packed"}
         with tempfile.TemporaryDirectory() as temporary:
             sample = Path(temporary) / "sample"
             source = self.files[data[0]]
             file = self.root / dict(zip(source.places, source.values["files"], strict=False))[data[0]]
             sample_rows(file, sample.with_suffix(".jsonl"), most=SAMPLE_ROWS)
-            words = [*without_options(list(source.argv), ("--out",)), "--out", str(sample), "--no-report"]
+            words = [*without_option(list(source.argv), "--out"), "--out", str(sample), "--no-report"]
             words = [word for word in words if word not in source.values["files"]]
             if self._ask(["pack", str(sample.with_suffix(".jsonl")), *words[1:], "--json"]) is None:
                 return {"note": "known when its data is packed"}
-            words = [*without_options(argv, ("--data",)), "--data", str(sample)]
+            words = [*without_option(argv, "--data"), "--data", str(sample)]
             return self._needs(words, _run_tokens(step, sum(self.tokens[path] for path in data)))
 
     def _dataset(self, text: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdata.commands.terminal import say
+from mmdata.commands.terminal import say, without_option
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmtrain.commands.project.recipe import Recipe, Step
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COURSE = "course.json"
 PROGRAM = Path(__file__).parents[3] / "cli.py"
 DONE, RUNNING, INTERRUPTED, FAILED = "done", "running", "interrupted", "failed"
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+ALONE: Mapping[str, str | None] = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))  # no rank
 WAIT_S = 0.5  # between looks at the record, on ranks that wait for the first one
 Launch = Callable[..., "Ended"]
 
@@ -195,7 +195,7 @@ class Runner:
         self.record.steps[step.name] = record
         self.write()
         say(f"-- {step.name}: mm {' '.join(argv)}")
-        environment: dict[str, str | None] = dict.fromkeys(RANK_VARIABLES)
+        environment = ALONE
         if step.command == ("train",):
             environment = self._ranks(number)
             argv += ["--nproc", str(self.nproc)] if self.nproc > 1 else []
@@ -251,13 +251,13 @@ class Runner:
         without a checkpoint is begun again; one of other settings or data is moved aside. Raise CheckpointError for a
         run that the recipe did not make."""
         argv = list(step.argv)
-        if step.command != ("train",) or self.rank:
+        if step.command != ("train",):
             return argv
         run = self.root / step.outputs[0]
-        if not (run / "run.json").exists():
-            return argv
         if interrupted and any(run.glob("checkpoints/step-*")):
             return resuming(argv)
+        if self.rank or not (run / "run.json").exists():
+            return argv
         if interrupted:
             shutil.rmtree(run)
         elif step.name in self.record.steps:
@@ -288,19 +288,9 @@ class Runner:
         return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def without_options(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return command-line words without some options and their values."""
-    from mmdata.commands.terminal import without_option
-
-    words = list(argv)
-    for name in names:
-        words = without_option(words, name)
-    return words
-
-
 def resuming(argv: Sequence[str]) -> list[str]:
     """Return the words of `mm train` that resume the run which others began."""
-    return [*without_options(argv, ("--init", "--resize-embeddings")), "--resume"]
+    return [*without_option(argv, "--init", "--resize-embeddings"), "--resume"]
 
 
 @contextmanager
