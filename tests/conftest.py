@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,16 @@ def runs(built_once: Build, data: "Data") -> Path:
     from train_runs import three_stages
 
     return built_once("runs", lambda out: three_stages(data, out))
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow models under the names of the known ones, for tests that train with the defaults."""
+    from mmtrain.shapes import MODEL_SHAPES
+
+    for name, shape in MODEL_SHAPES.items():
+        narrow = replace(shape, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=64)
+        monkeypatch.setitem(MODEL_SHAPES, name, narrow)
 
 
 # --- browsers

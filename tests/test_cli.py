@@ -194,10 +194,12 @@ def test_every_command_has_an_example_in_its_help(mm: Run) -> None:
 
 @pytest.mark.parametrize("num_each", [2, pytest.param(demo.NUM_EACH, marks=pytest.mark.slow)])
 def test_the_demo_goes_through_all_stages_and_scores_each(
-    num_each: int, home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
+    num_each: int, home: Path, mm: Run, narrow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too short to learn anything; that it learns is measured by `mm demo` itself. With all questions if slow tests run."""
     monkeypatch.setattr(demo, "NUM_EACH", num_each)
+    texts = demo.tokenizer_texts
+    monkeypatch.setattr(demo, "tokenizer_texts", lambda splits: texts(splits)[::30])
     in_process(monkeypatch)
     refused(mm("demo --out data --minutes 0.01"), "data")
     (home / "d/runs/old").mkdir(parents=True)

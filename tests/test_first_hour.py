@@ -23,7 +23,6 @@ from train_data import Data
 import cli
 from mmdata.commands.terminal import next_command, without_option
 from mmdata.hub import catalog
-from mmtrain.shapes import MODEL_SHAPES
 
 DATASET = catalog.DATASET_REPO["hf"]
 ROWS = 60
@@ -64,12 +63,9 @@ def hub(data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipes", [["minimind2", "lora"], ["minimind3"], ["zero"]], ids=str)
 def test_a_recipe_runs_to_its_end(
-    recipes: list[str], hub: FakeHub, tmp_path: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
+    recipes: list[str], hub: FakeHub, tmp_path: Path, mm: Run, narrow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it stands, with narrow models under the models' names."""
-    for name, shape in MODEL_SHAPES.items():
-        narrow = replace(shape, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=64)
-        monkeypatch.setitem(MODEL_SHAPES, name, narrow)
     monkeypatch.chdir(tmp_path)
     in_process(monkeypatch)
     for recipe in recipes:
@@ -163,7 +159,7 @@ def test_what_comes_next_does(home: Path, hub: FakeHub, mm: Run, monkeypatch: py
         ("train dpo --resume --out runs/sft-1", "train sft --out runs/sft-1 --resume"),
     ],
 )
-def test_what_helps_does(line: str, helps: str, home: Path, runs: Path, data: Data, mm: Run) -> None:
+def test_what_helps_does(line: str, helps: str, home: Path, runs: Path, data: Data, mm: Run, narrow: None) -> None:
     if "shards" in f"{line} {helps}" or "runs" in line:
         shutil.copytree(data.sft, home / "shards/sft_512")
     if "runs" in line:

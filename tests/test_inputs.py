@@ -191,14 +191,13 @@ def test_rows_of_all_schemas_have_the_same_outcome_in_every_encoding(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
 def test_many_rows_of_all_schemas_have_the_same_outcome(tmp_path: Path, pack_to: Packer, kind: str) -> None:
-    texts_outcomes(tmp_path, pack_to, kind, 7000, 1)
+    texts_outcomes(tmp_path, pack_to, kind, 2000, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_many_random_rows_give_the_same_dataset_in_every_format(tmp_path: Path, pack_to: Packer, kind: str) -> None:
-    for seed in range(1, 3):
-        outcomes(tmp_path, pack_to, kind, 1500, seed)
+    outcomes(tmp_path, pack_to, kind, 1000, 1)
 
 
 def test_several_workers_share_one_table_array_or_csv(tmp_path: Path, pack_to: Packer) -> None:

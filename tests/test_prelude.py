@@ -18,27 +18,22 @@ from mmtrain.train.loop import train
 
 
 @pytest.fixture(scope="module")
-def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sft runs to start from, and a pair dataset of our own."""
-    root = tmp_path_factory.mktemp("runs")
-    torch.set_num_threads(1)
-    for name, steps in (("sft", 6), ("other", 3)):
-        train(
-            TrainOptions("sft", (data.sft,), root / name, model="tiny", steps=steps, lr=3e-3, device="cpu", quiet=True)
-        )
-    pack_to(data, "dpo", root / "dpo", val_fraction=0.2)
-    return root
+def pairs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair dataset of our own."""
+    out = tmp_path_factory.mktemp("pairs") / "dpo"
+    pack_to(data, "dpo", out, val_fraction=0.2)
+    return out
 
 
 @pytest.fixture
-def dpo(runs: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def dpo(runs: Path, pairs: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Run two steps of dpo with options; gives what it said."""
     numbers = iter(range(100))
 
     def run(**options: Any) -> list[str]:
         said: list[str] = []
         base: dict[str, Any] = {"steps": 2, "batch_tokens": 512, "lr": 1e-4, "device": "cpu", "init": runs / "sft"}
-        base |= {"data": (runs / "dpo",), "out": tmp_path / f"run-{next(numbers)}"} | options
+        base |= {"data": (pairs,), "out": tmp_path / f"run-{next(numbers)}"} | options
         train(TrainOptions(stage="dpo", **base), log=said.append)
         return said
 
@@ -63,7 +58,7 @@ def test_another_weight_or_dataset_or_precision_computes_anew(
     dpo: Callable[..., list[str]], runs: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dpo()
-    assert computed(dpo(init=runs / "other"))
+    assert computed(dpo(init=runs / "pretrain"))
     pack_to(data, "dpo", tmp_path / "dpo", val_fraction=0.3)
     assert computed(dpo(data=(tmp_path / "dpo",)))
     assert not computed(dpo())
@@ -72,9 +67,9 @@ def test_another_weight_or_dataset_or_precision_computes_anew(
     assert computed(dpo())
 
 
-def test_a_truncated_cache_is_refused_said_and_replaced(dpo: Callable[..., list[str]], runs: Path) -> None:
+def test_a_truncated_cache_is_refused_said_and_replaced(dpo: Callable[..., list[str]], pairs: Path) -> None:
     dpo()
-    caches = list((runs / "dpo.reference").glob("*.arrow"))
+    caches = list(pairs.with_name("dpo.reference").glob("*.arrow"))
     for path in caches:
         path.write_bytes(path.read_bytes()[:-40])
     said = dpo()
@@ -86,14 +81,14 @@ def test_another_run_can_be_the_reference_and_is_held_against_its_cache(
     dpo: Callable[..., list[str]], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = tmp_path / "one"
-    assert computed(dpo(reference=str(runs / "other"), out=one))
+    assert computed(dpo(reference=str(runs / "pretrain"), out=one))
     first = json.loads((one / "metrics.jsonl").read_text().splitlines()[0])
     assert first["margin_size"] > 0 and abs(first["chosen_drift"]) > 1  # the policy is not this reference
-    assert not computed(dpo(reference=str(runs / "other")))
+    assert not computed(dpo(reference=str(runs / "pretrain")))
     load = reference.load
     monkeypatch.setattr(reference, "load", lambda *a: {k: v + 1 for k, v in load(*a).items()})
     with pytest.raises(CheckpointError, match="away from what the reference's weights give"):
-        dpo(reference=str(runs / "other"))
+        dpo(reference=str(runs / "pretrain"))
 
 
 @pytest.mark.parametrize("options", [{"reference": "none"}, {"loss": "simpo"}, {"loss": "orpo"}])
@@ -154,8 +149,8 @@ def test_share_prompt_changes_nothing_but_the_work(dpo: Callable[..., list[str]]
     assert found[0][0]["tokens"] < found[1][0]["tokens"]
 
 
-def test_contradicting_options_are_refused(dpo: Callable[..., list[str]], runs: Path, data: Data) -> None:
+def test_contradicting_options_are_refused(dpo: Callable[..., list[str]], tmp_path: Path, data: Data) -> None:
     with pytest.raises(UsageError, match="belongs to dpo"):
-        train(TrainOptions("sft", (data.sft,), runs / "x", model="tiny", loss="ipo", device="cpu"))
+        train(TrainOptions("sft", (data.sft,), tmp_path / "x", model="tiny", loss="ipo", device="cpu"))
     with pytest.raises(UsageError, match="needs --label-smoothing"):
         dpo(loss="robust")

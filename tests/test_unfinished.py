@@ -302,7 +302,7 @@ def start(tmp_path: Path, tokenizer_dir: Path, workers: int, die_at: int = 0) ->
 
 
 @pytest.mark.parametrize(
-    ("kills", "workers"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.slow, id="20 kills, two workers")]
+    ("kills", "workers"), [(2, 1), pytest.param(8, 2, marks=pytest.mark.slow, id="8 kills, two workers")]
 )
 def test_a_pack_killed_again_and_again_ends_with_the_same_bytes(
     tmp_path: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes], pack_to: Any, kills: int, workers: int
