@@ -3,23 +3,18 @@
 The commands are registered by name and summary alone; the module of a command is imported only when it is called.
 """
 
-import errno
-import io
 import os
-import re
 import signal
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mmdata.commands.options import DATA_DIR, HOME, SETTINGS, add_lazily
-from mmdata.commands.terminal import fail, result, say
-from mmdata.errors import DiskError, InputError, MMError, UsageError
+from mmdata.commands.options import DATA_DIR, HOME, SETTINGS, add_lazily, check_arguments
+from mmdata.commands.terminal import fail, replace_unknown_characters, result, say
+from mmdata.errors import MMError, of_system
 
 COMMANDS = {
     "mmdata.commands": {
@@ -48,7 +43,6 @@ COMMANDS = {
     },
 }
 MODULES = {"import": "import_", "verify": "validate"}  # of commands whose module has another name
-LOCAL_ONLY = ("stats", "verify", "select", "show")  # commands that take paths and no URLs
 TOKENIZER_COMMANDS = {
     "train": "Train a tokenizer on the text of jsonl files.",
     "eval": "Compare tokenizers on the same text.",
@@ -96,7 +90,7 @@ app.add_typer(tokenizers, name="tokenizer")
 
 
 def main() -> None:
-    """Run the command in `sys.argv` and exit with its code: that of an `MMError`, or of an `OSError` that `describe`
+    """Run the command in `sys.argv` and exit with its code: that of an `MMError`, or of an `OSError` that `of_system`
     recognizes, both printed to stderr as an error and a fix; 130 for Ctrl-C and SIGTERM; 0 when the reader of stdout
     has gone (`mm show DIR | head`). Any other exception is raised with its traceback."""
     signal.signal(signal.SIGTERM, interrupt)
@@ -113,7 +107,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if (described := describe(error)) is None:
+        if (described := of_system(error)) is None:
             raise
         code = fail(described)
     except MemoryError:
@@ -134,48 +128,9 @@ def project_defaults() -> dict[str, Any]:
     return defaults
 
 
-def replace_unknown_characters() -> None:
-    """Let stdout and stderr print a character that their encoding lacks as "?", instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise UsageError for an argument that is not valid UTF-8, which Python decodes to lone surrogates, unless it is the
-    path of a file that exists, and for a URL in place of a file that a command would take for a path."""
-    if arguments and arguments[0] in LOCAL_ONLY:
-        for before, argument in pairwise(arguments):
-            if re.match("[a-z][a-z0-9]+://", argument) and not before.startswith("--"):
-                fix = "copy it to this machine first; mm pack and mm validate read URLs"
-                raise UsageError(f"mm {arguments[0]} reads files on this machine, not {argument}", fix)
-    for number, argument in enumerate(arguments, 1):
-        value = argument.partition("=")[2] if argument.startswith("--") else argument
-        if any("\ud800" <= c <= "\udfff" for c in argument) and not os.path.exists(value):
-            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            raise UsageError(
-                f"argument {number} is not valid UTF-8: {shown}", "check the terminal's encoding (`locale`)"
-            )
-
-
 def interrupt(_number: int, _frame: object) -> None:
     """Handle SIGTERM as Ctrl-C, so that the running command cleans up."""
     raise KeyboardInterrupt
-
-
-def describe(error: OSError) -> MMError | None:
-    """Return the error to print for an error of the system: DiskError for a full disk or exceeded quota, a device that
-    fails or cannot be written, InputError for every other. None if the error was not raised by the system."""
-    name = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(f"the disk is full while writing {name}", "free some space (`df -h .`) and run it again")
-    if error.errno in (errno.EIO, errno.EROFS):
-        return DiskError(f"{name}: {error.strerror}", "check the disk (`dmesg | tail`), or use another one")
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return InputError(f"{name}: {error.strerror}", "allow more (`ulimit -n 65536`) and run it again")
-    if error.errno is None:
-        return None
-    return InputError(f"{name}: {error.strerror}", f"check the path and its permissions (`ls -ld {name}`)")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 exception that ends a command is a bug of mm and shows its traceback.
 """
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,21 @@ class DiskError(MMError):
     """A file cannot be written: the disk is full, or permission is missing."""
 
     exit_code = 7
+
+
+def of_system(error: OSError) -> MMError | None:
+    """Return the error to print for an error of the system: DiskError for a full disk or exceeded quota, a device that
+    fails or cannot be written, InputError for every other. None if the error was not raised by the system."""
+    name = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(f"the disk is full while writing {name}", "free some space (`df -h .`) and run it again")
+    if error.errno in (errno.EIO, errno.EROFS):
+        return DiskError(f"{name}: {error.strerror}", "check the disk (`dmesg | tail`), or use another one")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return InputError(f"{name}: {error.strerror}", "allow more (`ulimit -n 65536`) and run it again")
+    if error.errno is None:
+        return None
+    return InputError(f"{name}: {error.strerror}", f"check the path and its permissions (`ls -ld {name}`)")
 
 
 # --- downloads (`mm fetch`)

@@ -264,3 +264,7 @@ def test_modules_of_posix_systems_are_not_imported_at_a_top() -> None:
     for module in modules():
         taken = {other.split(".")[0] for other in module.top_imports} & posix
         assert not taken, f"{module.name} imports {taken} at its top, which Windows does not have"
+
+
+def test_the_command_line_only_registers_and_catches() -> None:
+    assert len((ROOT / "cli.py").read_text(encoding="utf-8").splitlines()) <= 150

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property, partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
@@ -359,3 +360,25 @@ def tokenizer_dir(path: Path | None) -> Path:
         f"no tokenizer given and no {DATA_DIR}/tokenizer here",
         "`mm fetch --tokenizer minimind-3` brings one, or name a directory: --tokenizer DIR",
     )
+
+
+# --- the arguments of the command line
+
+LOCAL_ONLY = ("stats", "verify", "select", "show")  # commands that take paths and no URLs
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an argument that is not valid UTF-8, which Python decodes to lone surrogates, unless it is the
+    path of a file that exists, and for a URL in place of a file that a command would take for a path."""
+    if arguments and arguments[0] in LOCAL_ONLY:
+        for before, argument in pairwise(arguments):
+            if re.match("[a-z][a-z0-9]+://", argument) and not before.startswith("--"):
+                fix = "copy it to this machine first; mm pack and mm validate read URLs"
+                raise UsageError(f"mm {arguments[0]} reads files on this machine, not {argument}", fix)
+    for number, argument in enumerate(arguments, 1):
+        value = argument.partition("=")[2] if argument.startswith("--") else argument
+        if any("\ud800" <= c <= "\udfff" for c in argument) and not os.path.exists(value):
+            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise UsageError(
+                f"argument {number} is not valid UTF-8: {shown}", "check the terminal's encoding (`locale`)"
+            )

@@ -1,6 +1,7 @@
 """Output to the terminal: results go to stdout; messages, progress and errors go to stderr. Only the commands use this
 module. Rich is imported where it is needed, so that `mm --help` starts fast."""
 
+import io
 import json
 import os
 import re
@@ -385,3 +386,10 @@ def progress(label: str, *, unit: str = "bytes", quiet: bool = False) -> Iterato
             draw(label, done, total, f"{amount} ({percent(done, total)}){rate.time_left(done, total)}")
 
         yield update
+
+
+def replace_unknown_characters() -> None:
+    """Let stdout and stderr print a character that their encoding lacks as "?", instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -8,7 +8,7 @@ of one command follow each other.
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,17 +112,17 @@ def read_recipe(path: Path, group: Any, changes: Iterable[str] = ()) -> Recipe:
     return Recipe(path.stem, top.get("title", path.stem), steps, questions, float(top.get("price_per_hour", 0)))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> Values:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}", "it is TOML: [COMMAND] and below it OPTION = VALUE") from error
 
 
-def read_defaults(path: Path, group: Any) -> dict[str, Any]:
+def read_defaults(path: Path, group: Any) -> Values:
     """Return the defaults of options that mm.toml has, as nested dictionaries: command, parameter, value. Raise InputError
     for a file that is not TOML, UsageError for a command or option that is not known."""
-    defaults: dict[str, Any] = {}
+    defaults: Values = {}
     for key, table in _read_toml(path).items():
         for name, names, values in _tables(path, group, (key,), table):
             if name != ".".join(names):
@@ -145,7 +145,7 @@ def parsed(text: str) -> Any:
         return text
 
 
-def _change(path: Path, table: dict[str, Any], change: str) -> None:
+def _change(path: Path, table: Values, change: str) -> None:
     """Set the value that a text TABLE.KEY=VALUE names. Raise UsageError if the recipe has no such table."""
     name, equals, text = change.partition("=")
     *tables, key = name.split(".")
@@ -170,7 +170,7 @@ def _unknown(place: str, name: str, known: Iterable[str]) -> UsageError:
 
 def _tables(
     path: Path, group: Any, names: tuple[str, ...], table: Any
-) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
+) -> Iterator[tuple[str, tuple[str, ...], Values]]:
     """Yield the steps of a table as (name, command, values). names: the table's own, such as ("tokenizer", "train")."""
     commands = group.commands
     for name in names[:-1]:
@@ -238,16 +238,16 @@ def _command(group: Any, names: tuple[str, ...]) -> Any:
     return group
 
 
-def _parameters(command: Any) -> dict[str, Any]:
+def _parameters(command: Any) -> Values:
     """Return the parameters of a command by the keys that a recipe has for them."""
-    known: dict[str, Any] = {}
+    known: Values = {}
     for parameter in command.params:
         names = [parameter.name] if parameter.param_type_name == "argument" else parameter.opts
         known |= {name.lstrip("-").replace("-", "_"): parameter for name in names if name[0] != "-" or name[1] == "-"}
     return known
 
 
-def _words(place: str, command: Any, values: Mapping[str, Any]) -> list[str]:
+def _words(place: str, command: Any, values: Values) -> list[str]:
     """Return the values as words of the command line of a command, arguments first. Raise UsageError for a key that is
     no option of it, with the nearest one."""
     known = _parameters(command)
