@@ -157,10 +157,14 @@ class Split:
         """Return the index in the bucket of the first sample of each of its shards."""
         return self._begins[bucket][:-1]
 
+    def shard(self, bucket: int, number: int) -> ArrowFile:
+        """Return a shard of a bucket, by its number from 0."""
+        return self._open(self._shards[bucket][number])
+
     def batches(self, bucket: int, shard: int) -> list[tuple[int, BatchColumns]]:
         """Return (index in the bucket of the first sample, columns by name) of each Arrow record batch of shard number
         `shard` of a bucket, counted from 0."""
-        batches = self._open(self._shards[bucket][shard]).batches
+        batches = self.shard(bucket, shard).batches
         begins = accumulate(map(num_rows, batches[:-1]), initial=self._begins[bucket][shard])
         return list(zip(begins, batches, strict=True))
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from mmdata.errors import DatasetError
 from mmdata.io.arrow import BatchColumns, Ragged, bounds, ragged, take
-from mmdata.shards.dataset import Dataset, Split, loss_mask
+from mmdata.shards.dataset import MAX_MAPPED, Dataset, Split, loss_mask
 from mmdata.shards.order import Mixture, draws_per_epoch, permute_each
 
 DEFAULT_MICRO_TOKENS = 32_768
@@ -31,6 +32,7 @@ BLOCK_CELLS = 8192
 BLOCK_CELLS_A_SHARD = 32
 MAX_BLOCK_CELLS = 2**18  # some 10 MB
 AHEAD = 2
+MOST_BATCHES = 2**16  # record batches of a shard, by which they are numbered over all shards
 Made = TypeVar("Made")
 
 
@@ -90,8 +92,8 @@ class _Samples:
     """The N samples of some cells, ordered by cell. Token ids are read when needed; lengths and spans are copies."""
 
     numbers: np.ndarray  # int64 [N]
-    ids: Callable[[int, int], np.ndarray]  # returns the ids of a record batch of a shard, by their numbers
-    places: np.ndarray  # int64 [N, 4]: for each sample shard and record batch, and begin and end in those ids
+    ids: Callable[[int], np.ndarray]  # returns the ids of a record batch, by its number
+    places: np.ndarray  # int64 [N, 3]: for each sample the record batch, and begin and end in its ids
     doc_len: Ragged
     span: Ragged  # positions count through all N samples, one after another
     begins: np.ndarray  # int64 [N], the first position of each sample in the same count
@@ -100,7 +102,8 @@ class _Samples:
     def assemble(self, cells: range, allocate: Callable[[int, Any], np.ndarray]) -> MicroBatch:
         """Return the samples of some cells, given by their indices in this object, as a micro-batch."""
         begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
-        pieces = [self.ids(shard, batch)[a:b] for shard, batch, a, b in self.places[begin:end].tolist()]
+        ids = self.ids
+        pieces = [ids(batch)[a:b] for batch, a, b in self.places[begin:end].tolist()]
         spans = self.span.rows(begin, end) - self.begins[begin]
         return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
 
@@ -330,6 +333,7 @@ class _Tables:
         ]
         begins = [np.array(g.split.shard_begins(g.bucket), np.int64) + g.first_sample for g in groups]
         self._first_samples = np.concatenate([np.empty(0, np.int64), *begins])
+        self._ids = lru_cache(MAX_MAPPED)(self._read_ids)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -338,8 +342,10 @@ class _Tables:
         group, shard = self._shards[number]
         return group.split.batches(group.bucket, shard)
 
-    def _ids(self, number: int, batch: int) -> np.ndarray:
-        return self._batches(number)[batch][1]["ids"].values
+    def _read_ids(self, number: int) -> np.ndarray:
+        number, batch = divmod(number, MOST_BATCHES)
+        group, shard = self._shards[number]
+        return group.split.shard(group.bucket, shard).batches[batch]["ids"].values
 
     def samples(self, numbers: np.ndarray, cell_ends: np.ndarray) -> _Samples:
         """Return the samples with these numbers (int64 [N], over all datasets) in order. cell_ends: as in
@@ -358,7 +364,7 @@ class _Tables:
         doc_len, span = (
             take([_joined(of_shards)], [back]) for of_shards in zip(*(lists for _, lists in found), strict=True)
         )
-        lengths = places[:, 3] - places[:, 2]
+        lengths = places[:, 2] - places[:, 1]
         moved = np.cumsum(lengths) - lengths
         span = Ragged(span.values + np.repeat(moved, span.lengths()), span.offsets)
         return _Samples(numbers, self._ids, places, doc_len, span, moved, cell_ends)
@@ -372,7 +378,7 @@ class _Tables:
         used, begins = np.unique(at, return_index=True)
         rows = np.split(numbers - firsts[at], begins[1:])
         ids, doc_len, span = ([batches[i][1][name] for i in used.tolist()] for name in ("ids", "doc_len", "span"))
-        places = np.stack([np.full(len(at), shard), at, *bounds(ids, rows)], 1)
+        places = np.stack([shard * MOST_BATCHES + at, *bounds(ids, rows)], 1)
         return places, (take(doc_len, rows), take(span, rows))
 
 
