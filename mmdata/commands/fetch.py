@@ -67,7 +67,6 @@ def fetch(
     Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch OWNER/DATASET
     """
     from mmdata.hub.fetch import clean as clean_up
-    from mmdata.hub.fetch import fetch as fetch_files
     from mmdata.hub.fetch import overview
     from mmdata.hub.plan import plan
 
@@ -92,10 +91,7 @@ def fetch(
         say("nothing fetched")
         return
     start = time.monotonic()
-    with fetch_progress(quiet=mute) as watch:
-        outcomes = fetch_files(
-            to_do, watch=watch, on_wait=None if mute else lambda name: say(f"{name}: another process is fetching it")
-        )
+    outcomes = fetch_planned(to_do, quiet=mute)
     seconds = time.monotonic() - start
     if as_json:
         values = [{**plain(outcome), "error": outcome.error and outcome.error.message} for outcome in outcomes]
@@ -103,6 +99,16 @@ def fetch(
     elif not quiet:
         print_fetched(outcomes, options.out, seconds)
     end_with(outcomes)
+
+
+def fetch_planned(to_do: "FetchPlan", *, quiet: bool) -> list["FetchOutcome"]:
+    """Fetch the files of a plan, and show progress; return what became of each."""
+    from mmdata.hub.fetch import fetch as fetch_files
+
+    with fetch_progress(quiet=quiet) as watch:
+        return fetch_files(
+            to_do, watch=watch, on_wait=None if quiet else lambda name: say(f"{name}: another process is fetching it")
+        )
 
 
 def end_with(files: "Sequence[FetchItem | FetchOutcome]") -> None:

@@ -67,34 +67,23 @@ def stats(
 
     Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
     """
-    from mmdata.encode.rows import MOST_FAILED, check_budget
     from mmdata.io.files import write_text
     from mmdata.pack.options import parse_budget
     from mmdata.stats.figures import read_losses
     from mmdata.stats.report.compare import compare_page, differences
     from mmdata.stats.report.data import dataset_page
-    from mmdata.stats.stats import contained, measure_dataset, measure_file
+    from mmdata.stats.stats import contained
 
     every = [*paths, *([compare] if compare else [])]
     check_paths(every, is_comparison=compare is not None, exact=exact)
-    limit, limits = parse_budget(max_bad)
-    row_losses = read_losses(losses) if losses else None
-    directory = optional_tokenizer(tokenizer)
-    measured = []
-    for path in every:
-        with progress(f"read {path}", quiet=as_json) as update:
-            options = {
-                "workers": workers or os.cpu_count() or 1,
-                "losses": row_losses,
-                "where": where,
-                "progress": update,
-            }
-            if path.is_dir():
-                measured.append(measure_dataset(path, **options))
-            else:
-                measured.append(measure_file(path, directory, is_exact=exact, read=read, **options))
-    for one in measured:
-        add_models(one.figures)
+    budget = parse_budget(max_bad)
+    options = {
+        "workers": workers or os.cpu_count() or 1,
+        "losses": read_losses(losses) if losses else None,
+        "where": where,
+    }
+    of_files = {"tokenizer_dir": optional_tokenizer(tokenizer), "is_exact": exact, "read": read}
+    measured = [measure(path, options, of_files, quiet=as_json) for path in every]
     overlaps = contained(measured)
     if html:
         page = compare_page(*measured, lang=lang, others=overlaps, command=same_command()) if compare else None
@@ -111,16 +100,7 @@ def stats(
     elif not as_json:
         other = f" --compare {compare}" if compare else ""
         next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
-    failures = []
-    for one in measured:
-        try:
-            if one.path.is_file():
-                shares = MOST_FAILED if limit is None else limit, limits
-                check_budget(one.figures["left_out"], one.figures["rows"], *shares, kind=read.kind)
-        except MMError as error:
-            failures.append(fail(error))
-    if failures:
-        raise typer.Exit(failures[0])
+    end_if_unusable(measured, budget, read.kind)
 
 
 def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool) -> None:
@@ -130,6 +110,39 @@ def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool) -> N
         raise UsageError(problem, "mm stats ONE --compare OTHER")
     if exact and not any(path.is_file() for path in paths):
         raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
+
+
+def measure(path: Path, options: dict[str, Any], of_files: dict[str, Any], *, quiet: bool) -> "Measured":
+    """Measure a packed dataset or a file of rows, and show progress. `of_files`: the further options for a file."""
+    from mmdata.stats.stats import measure_dataset, measure_file
+
+    with progress(f"read {path}", quiet=quiet) as update:
+        if path.is_dir():
+            measured = measure_dataset(path, **options, progress=update)
+        else:
+            measured = measure_file(path, **options, **of_files, progress=update)
+    add_models(measured.figures)
+    return measured
+
+
+def end_if_unusable(
+    measured: "Sequence[Measured]", budget: tuple[float | None, dict[str, float]], kind: str | None
+) -> None:
+    """End the command with an error if more of a file's rows than the budget allows (see parse_budget) cannot be used;
+    name each such file's error. kind: the kind of rows that the user named."""
+    from mmdata.encode.rows import MOST_FAILED, check_budget
+
+    limit, limits = budget
+    failures = []
+    for one in measured:
+        try:
+            if one.path.is_file():
+                shares = MOST_FAILED if limit is None else limit, limits
+                check_budget(one.figures["left_out"], one.figures["rows"], *shares, kind=kind)
+        except MMError as error:
+            failures.append(fail(error))
+    if failures:
+        raise typer.Exit(failures[0])
 
 
 def add_models(figures: dict[str, Any]) -> None:

@@ -51,10 +51,7 @@ def train(
 
     Example: mm train sft --data shards/sft_512 --epochs 2 --lr 1e-4
     """
-    if stage not in STAGE_KINDS:
-        raise UsageError(f"stage {stage!r} is unknown", "mm train pretrain, mm train sft or mm train dpo")
-    if reference_free and settings["reference"]:
-        raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
+    check_flags(stage, settings, reference_free=reference_free)
     if nproc > 1:
         from mmtrain.distributed import launch
 
@@ -63,9 +60,6 @@ def train(
     from mmtrain.train.loop import train as train_stage
     from mmtrain.train.run import needs_of
 
-    if (model := settings["model"]) and Path(model).exists():
-        problem = f"--model {model}: a model's shape is expected, not its weights"
-        raise UsageError(problem, f"mm train {stage} --init {model}")
     if settings["reference"] or reference_free:
         settings["reference"] = "none" if reference_free else str(Path(settings["reference"]))
     paths, weights = weighted(data or [])
@@ -87,6 +81,17 @@ def train(
     trained = train_stage(options)
     if rank() == 0:
         print_json(trained) if as_json else print_trained(trained)
+
+
+def check_flags(stage: str, settings: dict[str, Any], *, reference_free: bool) -> None:
+    """Raise UsageError if the stage is unknown, --reference contradicts another option, or --model names weights."""
+    if stage not in STAGE_KINDS:
+        raise UsageError(f"stage {stage!r} is unknown", "mm train pretrain, mm train sft or mm train dpo")
+    if reference_free and settings["reference"]:
+        raise UsageError("--reference and --reference-free contradict each other", "leave one of them out")
+    if (model := settings["model"]) and Path(model).exists():
+        problem = f"--model {model}: a model's shape is expected, not its weights"
+        raise UsageError(problem, f"mm train {stage} --init {model}")
 
 
 def newest_dataset(stage: str) -> Path:
