@@ -1,14 +1,14 @@
 """Where an export, run or dataset comes from: a tree from the hash of its content back to the hashes of the raw files, as
 their records have it, and compared with what is on the disk. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mmdata.errors import CheckpointError, UsageError
+from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.hub import catalog
 from mmdata.hub.lockfile import read_lock
 from mmdata.io.files import sha256_of
@@ -76,12 +76,13 @@ def origin_of(path: Path, *, is_checked: bool = False) -> LineageNode:
     if (path / RUN).is_file():
         return run_origin(path, "", is_checked)
     if (path / MANIFEST).is_file():
-        return _dataset(path, "", is_checked)
+        return _dataset(path, str(path), "", is_checked)
     raise UsageError(f"{path} is no run, export or packed dataset", "name the directory of one, such as runs/sft-1")
 
 
-def run_origin(path: Path, weights: str = "", is_checked: bool = False) -> LineageNode:
-    """Return the tree of a run. weights: the hash of those that something else was made from; empty: the newest."""
+def run_origin(path: Path, weights: str = "", is_checked: bool = False, seen: Collection[Path] = ()) -> LineageNode:
+    """Return the tree of a run. weights: the hash of those that something else was made from; empty: the newest. seen:
+    runs above this one in the tree."""
     run = read_run(path)
     states = {state.weights_sha256: state for state in _checkpoints(path)}
     newest = newest_state(path)
@@ -90,26 +91,18 @@ def run_origin(path: Path, weights: str = "", is_checked: bool = False) -> Linea
     if is_checked:
         found = states.get(sha256)
         state = _worst(_weights_states(path, found)) if found else MISSING
-    sources = []
-    for each in run.data:
-        place = _located(each.dir, path)
-        facts = {"share": each.share} if each.share != 1 else {}
-        if (place / MANIFEST).is_file():
-            sources.append(_dataset(place, each.digest, is_checked))
-            sources[-1].facts |= facts
-        else:
-            missing = MISSING if is_checked else ""
-            sources.append(LineageNode(kind="dataset", name=each.dir, sha256=each.digest, facts=facts, state=missing))
+    sources = [_dataset(_located(each.dir, path), each.dir, each.digest, is_checked) for each in run.data]
     if run.init and run.init.dir:
         parent = _located(run.init.dir, path)
         parent = parent.parent.parent if parent.parent.name == "checkpoints" else parent
         if not (parent / RUN).is_file() and (path.resolve().parent / parent.name / RUN).is_file():
             parent = path.resolve().parent / parent.name
-        if (parent / RUN).is_file() and parent.resolve() != path.resolve():
-            sources.append(run_origin(parent, run.init.weights_sha256, is_checked))
-        else:
-            missing = MISSING if is_checked else ""
-            sources.append(LineageNode(kind="run", name=str(parent), sha256=run.init.weights_sha256, state=missing))
+        below = {*seen, path.resolve()}
+        node = LineageNode(kind="run", name=str(parent), sha256=run.init.weights_sha256, state=MISSING * is_checked)
+        with suppress(CheckpointError):  # without a record that can be read it is a leaf
+            if parent.resolve() not in below and (parent / RUN).is_file():
+                node = run_origin(parent, run.init.weights_sha256, is_checked, below)
+        sources.append(node)
     if run.imported:
         sources.append(LineageNode(kind="file", name=Path(run.imported["from"]).name, sha256=run.imported["sha256"]))
     return LineageNode(
@@ -133,9 +126,18 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value not in ("", None, {})}
 
 
-def _dataset(path: Path, digest: str, is_checked: bool) -> LineageNode:
-    """Return the tree of a packed dataset. digest: that the dataset had when something was made from it."""
-    manifest = read_manifest(path)
+def _dataset(path: Path, name: str, digest: str, is_checked: bool) -> LineageNode:
+    """Return the tree of a packed dataset; only a leaf with its recorded name if it is not there, or is another one now.
+    digest: that it had when something was made from it; empty for the present one."""
+    try:
+        manifest = read_manifest(path)
+    except DatasetError:
+        if not digest:
+            raise
+        state = CHANGED if (path / MANIFEST).is_file() else MISSING
+        return LineageNode(kind="dataset", name=name, sha256=digest, state=state * is_checked)
+    if digest not in ("", manifest.dataset_digest):
+        return LineageNode(kind="dataset", name=name, sha256=digest, state=CHANGED * is_checked)
     totals, tokenizer = manifest.totals, manifest.tokenizer
     facts = {
         **{name: getattr(totals, name) for name in ("rows", "kept", "tokens", "loss_tokens", "left_out")},
@@ -146,15 +148,17 @@ def _dataset(path: Path, digest: str, is_checked: bool) -> LineageNode:
     state = ""
     if is_checked:
         states = [_state(path / each.path, each.sha256, True) for each in manifest.all_files]
-        state = CHANGED if digest not in ("", manifest.dataset_digest) else _worst(states)
+        state = _worst(states)
     sources = [_file(path, each.path, each.sha256, each.bytes, is_checked) for each in manifest.inputs]
     about = {"template": tokenizer.template_sha256, "vocabulary": tokenizer.vocab_size, **_source(path, manifest)}
     state_of = _state(path / "tokenizer" / "tokenizer.json", tokenizer.sha256, is_checked)
     sources.append(
         LineageNode(kind="tokenizer", name="tokenizer", sha256=tokenizer.sha256, facts=about, state=state_of)
     )
-    name, sha256 = path.resolve().name, digest or manifest.dataset_digest
-    return LineageNode(kind="dataset", name=name, sha256=sha256, facts=facts, state=state, sources=sources)
+    sha256 = manifest.dataset_digest
+    return LineageNode(
+        kind="dataset", name=path.resolve().name, sha256=sha256, facts=facts, state=state, sources=sources
+    )
 
 
 def _file(dataset: Path, name: str, sha256: str, num_bytes: int, is_checked: bool) -> LineageNode:

@@ -75,6 +75,11 @@ def test_a_model_is_traced_to_its_raw_files_and_compared_with_the_disk(project: 
         assert CHANGED in {node.state for node in origin_of(Path("runs/sft"), is_checked=True).all(kind)}
         assert mm("lineage runs/sft --check").code == 1
         (project / path).write_bytes(kept)
+    fine(mm("pack data/sft_512.jsonl --max-len 64"))  # another dataset in the place of the one trained on
+    (changed,) = (node for node in origin_of(Path("runs/sft"), is_checked=True).sources if node.kind == "dataset")
+    assert changed.state == CHANGED and changed.sha256 == dataset.sha256 and not changed.facts
+    (project / "runs/pretrain/run.json").write_text("{")
+    assert origin_of(Path("runs/sft"), is_checked=True).sources[1].state == MISSING
     shutil.rmtree(project / "runs/pretrain")
     assert origin_of(Path("runs/sft"), is_checked=True).sources[1].state == MISSING
     refused(mm("lineage data"), "data is no run, export or packed dataset")
