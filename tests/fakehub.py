@@ -465,16 +465,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         while begin < min(end, stop):
             count = 16 if kind == "drip" else min(CHUNK_BYTES, min(end, stop) - begin)
             if fault is None and isinstance(data, OnDisk):
+                self.entry.sent += count  # counted first: who has received the last byte may ask at once
                 moved = data.send(self.connection, begin, count)
-                self.entry.sent, begin, sent = self.entry.sent + moved, begin + moved, sent + moved
+                self.entry.sent, begin, sent = self.entry.sent + moved - count, begin + moved, sent + moved
                 self._pace(start, sent)
                 continue
             piece = data.read(begin, count)
             if fault and kind == "flip" and begin <= fault.after < begin + len(piece):
                 at = fault.after - begin
                 piece = piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
-            self.wfile.write(piece)
             self.entry.sent += len(piece)
+            try:
+                self.wfile.write(piece)
+            except OSError:
+                self.entry.sent -= len(piece)
+                raise
             begin, sent = begin + len(piece), sent + len(piece)
             if kind == "drip":
                 self.hub.closing.wait(0.02)
