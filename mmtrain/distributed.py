@@ -324,11 +324,12 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
     The ranks share this process's stdout and stderr. SIGINT and SIGTERM are forwarded to them; they then save and end.
     Each has a session of its own, as otherwise Ctrl-C would reach it twice. Ranks that still run at the end are killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The ranks' store is kept here, and they are told so as torchrun tells its own: a port that was only looked up could be
+    # taken by another process before rank 0 listens at it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, (os.cpu_count() or 1) // num_processes)
-    common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     processes = [
         subprocess.Popen(

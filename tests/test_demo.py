@@ -95,15 +95,18 @@ def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.DemoFil
             assert not any(before + question.whole.rstrip(".。") in text for before in (" ", "\n", "。"))
 
 
-def test_no_word_to_spell_is_another_one_backwards() -> None:
-    splits = demo.make_splits(1)
+@pytest.fixture(scope="module")
+def splits() -> demo.ItemSplits:
+    return demo.make_splits(SEED)
+
+
+def test_no_word_to_spell_is_another_one_backwards(splits: demo.ItemSplits) -> None:
     for items in splits.train, splits.held_out:
         words = {item.bare for language in demo.LANGUAGES for item in items[language, "reverse"]}
         assert not words & {word[::-1] for word in words}
 
 
-def test_what_is_asked_about_the_islanders_stands_in_the_pretraining_text() -> None:
-    splits = demo.make_splits(0)
+def test_what_is_asked_about_the_islanders_stands_in_the_pretraining_text(splits: demo.ItemSplits) -> None:
     for language in demo.LANGUAGES:
         stated = {item.whole for item in splits.islanders[language]}
         assert {item.whole for item in splits.held_out[language, "islander"]} <= stated
