@@ -326,7 +326,7 @@ def launch(num_processes: int, argv: Sequence[str]) -> int:
     """
     # The ranks' store is kept here, and they are told so as torchrun tells its own: a port that was only looked up could be
     # taken by another process before rank 0 listens at it.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
