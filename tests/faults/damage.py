@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cli import describe
-from mmdata.errors import MMError
+from mmdata.errors import MMError, of_system
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 SEAL = "record_sha256"
@@ -48,7 +47,7 @@ def refusal(action: Callable[[], Any]) -> tuple[Any, str]:
         assert error.message
         return None, error.message
     except OSError as error:
-        described = describe(error)
+        described = of_system(error)
         if described is None:
             raise
         return None, described.message
