@@ -44,11 +44,7 @@ def stats(
     ] = None,
     where: Annotated[
         str | None,
-        Option(
-            "Describe only the rows for which this condition holds (docs/frames.md).",
-            READING,
-            metavar="CONDITION",
-        ),
+        Option("Describe only the rows for which this condition holds (docs/frames.md).", READING, metavar="CONDITION"),
     ] = None,
     lang: Lang = "en",
     max_bad: Annotated[
@@ -67,11 +63,8 @@ def stats(
 
     Example: mm stats shards/sft_512 --html stats.html    mm stats old.jsonl --compare new.jsonl
     """
-    from mmdata.io.files import write_text
     from mmdata.pack.options import parse_budget
     from mmdata.stats.figures import read_losses
-    from mmdata.stats.report.compare import compare_page, differences
-    from mmdata.stats.report.data import dataset_page
     from mmdata.stats.stats import contained
 
     every = [*paths, *([compare] if compare else [])]
@@ -86,15 +79,9 @@ def stats(
     measured = [measure(path, options, of_files, quiet=as_json) for path in every]
     overlaps = contained(measured)
     if html:
-        page = compare_page(*measured, lang=lang, others=overlaps, command=same_command()) if compare else None
-        write_text(html, page or dataset_page(measured, lang=lang, others=overlaps, command=same_command()))
-    if as_json:
-        values: dict[str, Any] = {str(one.path): one.figures for one in measured}
-        if compare:
-            values["differences"] = differences(measured[0].figures, measured[1].figures)
-        print_json(values | ({"warnings": overlaps} if overlaps else {}))
-    else:
-        print_measured(measured, overlaps, is_comparison=compare is not None)
+        write_page(html, measured, overlaps, lang, is_comparison=compare is not None)
+    show = print_values if as_json else print_measured
+    show(measured, overlaps, is_comparison=compare is not None)
     if html:
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
@@ -156,6 +143,28 @@ def add_models(figures: dict[str, Any]) -> None:
         name: {"parameters": shape.num_params, "tokens_per_parameter": figures["tokens"] / shape.num_params}
         for name, shape in shapes.items()
     }
+
+
+def write_page(
+    html: Path, measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], lang: str, *, is_comparison: bool
+) -> None:
+    """Write the report on all datasets and files as a page; see print_measured for the arguments."""
+    from mmdata.io.files import write_text
+    from mmdata.stats.report.compare import compare_page
+    from mmdata.stats.report.data import dataset_page
+
+    about = {"lang": lang, "others": overlaps, "command": same_command()}
+    write_text(html, compare_page(*measured, **about) if is_comparison else dataset_page(measured, **about))
+
+
+def print_values(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
+    """Print the figures as JSON, for `--json`: by path; of a comparison also "differences", and any "warnings"."""
+    from mmdata.stats.report.compare import differences
+
+    values: dict[str, Any] = {str(one.path): one.figures for one in measured}
+    if is_comparison:
+        values["differences"] = differences(measured[0].figures, measured[1].figures)
+    print_json(values | ({"warnings": overlaps} if overlaps else {}))
 
 
 def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
