@@ -144,7 +144,14 @@ class PackOptions(ReadOptions):
         metavar="I/N",
     )
     finish: bool = option(False, "Publish the dataset from what all --shard runs packed.", MACHINES)
-    part_bytes: int = PART_BYTES  # size of a part in bytes of input; not a command-line option
+    part_bytes: int = option(
+        PART_BYTES,
+        "Bytes of input in a part, and so about in its shards; larger ones for terabytes, as a worker holds one in memory.",
+        MACHINES,
+        flag="--part-size",
+        metavar="BYTES",
+        least=1,
+    )
 
     @property
     def share(self) -> tuple[int, int] | None:

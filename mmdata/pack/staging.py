@@ -65,7 +65,7 @@ class PackKey(DatasetHeader, frozen=True, kw_only=True):
         ):
             for key in dict.fromkeys([*new, *old]):
                 if old.get(key) != new.get(key):
-                    name = key.replace("_", "-") if label == "--" else key
+                    name = key.replace("part_bytes", "part_size").replace("_", "-") if label == "--" else key
                     words.append(f"{label}{name} was {old.get(key)}, now {new.get(key)}")
         if not words and before != self:
             words.append("it was begun by another version of mm")
