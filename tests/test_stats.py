@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmdata.errors import InputError
+from mmdata.io.records import plain
 from mmdata.pack.pipeline import PackResult
 from mmdata.pack.summary import length_figures
 from mmdata.shards.dataset import open_dataset, source_rows
@@ -12,7 +13,7 @@ from mmdata.stats.stats import dataset_stats, measure_dataset, measure_file
 
 def test_length_figures_are_those_of_the_lengths() -> None:
     lengths = np.random.default_rng(0).integers(3, 200, 1001)
-    figures = length_figures(np.bincount(lengths))
+    figures = plain(length_figures(np.bincount(lengths)))
     ordered = np.sort(lengths)
     assert (figures["shortest"], figures["longest"]) == (ordered[0], ordered[-1])
     assert figures["p50"] == ordered[500] and figures["p90"] == ordered[900]

@@ -27,7 +27,7 @@ from mmdata.io import remote, workers
 from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write_json
 from mmdata.io.lines import TABLE, format_of, iter_lines, place_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
-from mmdata.io.records import FileEntry, decode_record, write_record
+from mmdata.io.records import FileEntry, decode_record, plain, write_record
 from mmdata.io.streams import DAMAGED, damaged, open_stream
 from mmdata.io.tables import row_ranges
 from mmdata.options import check
@@ -208,7 +208,9 @@ def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Mani
         FileEntry(path, *write_bytes(staging.dataset / path, content))
         for path, content in ((f"tokenizer/{name}", content) for name, content in job.tokenizer.files.items())
     ]
-    files.append(FileEntry("stats.json", *write_json(staging.dataset / "stats.json", stats_of(manifest, results))))
+    files.append(
+        FileEntry("stats.json", *write_json(staging.dataset / "stats.json", plain(stats_of(manifest, results))))
+    )
     manifest = manifest_of(job.header, results, files)
     write_record(staging.dataset / MANIFEST, manifest)
     staging.publish({MANIFEST, *(file.path for file in manifest.all_files)})

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmdata.errors import DatasetError, InputError, TokenizerError
 from mmdata.io import remote
 from mmdata.io.files import Progress, info_of_bytes, move_into_place, no_progress, write_bytes, write_json
-from mmdata.io.records import FileEntry
+from mmdata.io.records import FileEntry, plain
 from mmdata.io.workers import run_jobs
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.pack.pipeline import plan
@@ -99,7 +99,7 @@ def _rebuild(
     total = sum(part.num_bytes for part in todo)
     results: list[PartResult] = run_parts(partial(PartPacker, settings), todo, total=total, progress=progress)
     if needs_stats:
-        write_json(settings.dir / STATS, stats_of(manifest, results))
+        write_json(settings.dir / STATS, plain(stats_of(manifest, results)))
     for file in rebuilt:
         if difference(settings.dir, file):
             raise DatasetError(

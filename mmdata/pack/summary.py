@@ -8,17 +8,21 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from mmdata.io.records import FileEntry, plain
+from mmdata.io.records import FileEntry
 from mmdata.pack.packing import buckets_for
 from mmdata.pack.part import PartResult
 from mmdata.shards.manifest import (
     SPLITS,
     DatasetHeader,
+    DatasetStats,
     DatasetTotals,
     EncoderRecord,
+    LengthBin,
+    LengthFigures,
     Manifest,
     PackArguments,
     PartRecord,
+    ShardFigures,
     ShardRecord,
     TokenizerRecord,
     dataset_digest,
@@ -117,7 +121,7 @@ def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> Dat
 # --- stats.json
 
 
-def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any]:
+def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> DatasetStats:
     """Return the content of stats.json. manifest: must have its totals and shards. results: those of all its parts."""
     kind, totals, shards = manifest.kind, manifest.totals, manifest.shards
     characters = sum(result.characters for result in results)
@@ -125,27 +129,25 @@ def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> dict[str, Any
     for length, count in total_of(result.lengths for result in results).items():
         counts[length] += count
     fill = fill_of(kind, shards)
-    return {
-        "kind": kind,
-        "max_len": manifest.max_len,
-        "dataset_digest": manifest.dataset_digest,
-        **plain(totals),
-        "trained_share": totals.loss_tokens / max(1, totals.tokens),
-        "characters": characters,
-        "characters_per_token": characters / max(1, totals.tokens_in),
-        "fill": fill,
-        "waste": 1 - fill,
-        "splits": {name: _figures(kind, [s for s in shards if s.split == name]) for name in SPLITS},
-        "buckets": {
-            str(bucket): _figures(kind, [s for s in shards if s.bucket == bucket]) for bucket in manifest.buckets
-        },
-        "lengths": length_figures(counts),
-    }
+    return DatasetStats(
+        kind=kind,
+        max_len=manifest.max_len,
+        dataset_digest=manifest.dataset_digest,
+        **msgspec.structs.asdict(totals),
+        trained_share=totals.loss_tokens / max(1, totals.tokens),
+        characters=characters,
+        characters_per_token=characters / max(1, totals.tokens_in),
+        fill=fill,
+        waste=1 - fill,
+        splits={name: _figures(kind, [s for s in shards if s.split == name]) for name in SPLITS},
+        buckets={str(bucket): _figures(kind, [s for s in shards if s.bucket == bucket]) for bucket in manifest.buckets},
+        lengths=length_figures(counts),
+    )
 
 
-def _figures(kind: str, shards: Sequence[ShardRecord]) -> dict[str, float]:
+def _figures(kind: str, shards: Sequence[ShardRecord]) -> ShardFigures:
     names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
-    return {**{name: sum(getattr(shard, name) for shard in shards) for name in names}, "fill": fill_of(kind, shards)}
+    return ShardFigures(**{name: sum(getattr(s, name) for s in shards) for name in names}, fill=fill_of(kind, shards))
 
 
 def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
@@ -155,28 +157,25 @@ def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
     return sum(shard.model_tokens for shard in shards) / max(1, positions)
 
 
-def length_figures(counts: np.ndarray) -> dict[str, Any]:
-    """Return number of sequences, tokens, mean, shortest, longest, quantiles (p50, p90, p99) and a histogram by powers
-    of two. counts: int64 [longest + 1], sequences of each length."""
+def length_figures(counts: np.ndarray) -> LengthFigures:
+    """Return the figures of lengths, with a histogram with boundaries at powers of two. counts: int64 [longest + 1], the
+    number of sequences of each length.
+    """
     total = int(counts.sum())
     tokens = counts * np.arange(len(counts))
     reached = np.cumsum(counts)
-    quantiles = {f"p{q}": int(np.searchsorted(reached, max(1, -(-total * q // 100)))) for q in (50, 90, 99)}
-    present = np.flatnonzero(counts)
+    p50, p90, p99 = (int(np.searchsorted(reached, -(-total * q // 100))) if total else 0 for q in (50, 90, 99))
+    present = np.flatnonzero(counts) if total else np.zeros(1, np.int64)
     edges = [0, *(2**k for k in range(5, 31) if 2**k < len(counts) - 1), len(counts) - 1]
-    return {
-        "sequences": total,
-        "tokens": int(tokens.sum()),
-        "mean": float(tokens.sum() / max(1, total)),
-        "shortest": int(present[0]) if total else 0,
-        **(quantiles if total else dict.fromkeys(quantiles, 0)),
-        "longest": int(present[-1]) if total else 0,
-        "histogram": [
-            {
-                "up_to": high,
-                "sequences": int(counts[low + 1 : high + 1].sum()),
-                "tokens": int(tokens[low + 1 : high + 1].sum()),
-            }
-            for low, high in itertools.pairwise(edges)
-        ],
-    }
+    bins = ((slice(low + 1, high + 1), high) for low, high in itertools.pairwise(edges))
+    return LengthFigures(
+        sequences=total,
+        tokens=int(tokens.sum()),
+        mean=float(tokens.sum() / max(1, total)),
+        shortest=int(present[0]),
+        p50=p50,
+        p90=p90,
+        p99=p99,
+        longest=int(present[-1]),
+        histogram=[LengthBin(high, int(counts[within].sum()), int(tokens[within].sum())) for within, high in bins],
+    )

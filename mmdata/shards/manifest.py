@@ -184,6 +184,71 @@ class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
     unknown_bytes: Count | msgspec.UnsetType = msgspec.UNSET
 
 
+class LengthBin(msgspec.Struct, frozen=True):
+    """The sequences of lengths up to `up_to` that are longer than those of the bin before, and their tokens."""
+
+    up_to: Count
+    sequences: Count
+    tokens: Count
+
+
+class LengthFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """The lengths of sequences, in tokens; pq is a length that at least q % of them do not exceed."""
+
+    sequences: Count
+    tokens: Count
+    mean: float
+    shortest: Count
+    p50: Count
+    p90: Count
+    p99: Count
+    longest: Count
+    histogram: list[LengthBin]
+
+
+class ShardFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of several shards, and the share of their positions that hold tokens."""
+
+    samples: Count
+    sequences: Count
+    rows: Count
+    tokens: Count
+    loss_tokens: Count
+    fill: float
+
+
+class DatasetStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of stats.json: the fields of `DatasetTotals` in their order, and what is computed from them. Shares
+    are from 0 to 1."""
+
+    kind: str
+    max_len: Count
+    dataset_digest: str
+    rows: Count
+    kept: Count
+    left_out: dict[str, Count]
+    tokens_in: Count
+    tokens: Count
+    cut: dict[str, Count]
+    loss_tokens: Count
+    control_strings: dict[str, Count] = {}  # special tokens' texts in content, packed as text
+    sequences: Count
+    samples: Count
+    val_rows: Count
+    extra_keys: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
+    not_written: dict[str, Count] | msgspec.UnsetType = msgspec.UNSET
+    text_bytes: Count | msgspec.UnsetType = msgspec.UNSET
+    unknown_bytes: Count | msgspec.UnsetType = msgspec.UNSET
+    trained_share: float
+    characters: Count
+    characters_per_token: float
+    fill: float
+    waste: float
+    splits: dict[str, ShardFigures]
+    buckets: dict[str, ShardFigures]
+    lengths: LengthFigures
+
+
 class Manifest(DatasetHeader, frozen=True, kw_only=True):
     """The content of manifest.json."""
 

@@ -13,7 +13,7 @@ import polars as pl
 
 from mmdata.encode import rows
 from mmdata.errors import InputError
-from mmdata.io.records import decode_record
+from mmdata.io.records import decode_record, plain
 from mmdata.pack import summary
 from mmdata.pack.filter.features import pieces_of
 from mmdata.pack.filter.shingles import NEAR, near_duplicates
@@ -54,7 +54,7 @@ def token_figures(tally: Tally) -> Figures:
             name: {"sequences": int(by_length[low + 1 : high + 1].sum())}
             for name, (low, high) in zip(names, itertools.pairwise(edges), strict=True)
         },
-        "lengths": summary.length_figures(by_length),
+        "lengths": plain(summary.length_figures(by_length)),
     }
     if sums["unknown_bytes"]:
         figures |= {name: round(sums[name] / max(share, 1e-12)) for name in ("text_bytes", "unknown_bytes")}

@@ -17,17 +17,18 @@ import polars as pl
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import NOT_SELECTED, find_kind
 from mmdata.encode.sequences import Sequences
-from mmdata.errors import InputError
+from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow
 from mmdata.io.files import Progress, no_progress
 from mmdata.io.options import DEFAULT_READING, ReadOptions
+from mmdata.io.records import plain, read_record
 from mmdata.options import options_of
 from mmdata.pack.filter.select import select
 from mmdata.pack.filter.where import Where
 from mmdata.pack.options import SelectOptions
 from mmdata.pack.packing import BUCKETS
 from mmdata.shards.dataset import Dataset, open_dataset, open_sources, sources_path
-from mmdata.shards.manifest import PartRecord, damaged
+from mmdata.shards.manifest import DatasetStats, PartRecord
 from mmdata.shards.pairs import make_loader
 from mmdata.stats import frames, scan
 from mmdata.stats.decoded import encoded_at
@@ -77,11 +78,10 @@ class Measured:
 
 
 def dataset_stats(dataset: Dataset) -> Figures:
-    """Return the figures in a dataset's stats.json, and its "path". DatasetError if the file is missing."""
+    """Return the figures in a dataset's stats.json, and its "path". DatasetError if the file is missing or no such record."""
     path = dataset.dir / "stats.json"
-    if not path.exists():
-        raise damaged(dataset.dir, f"{path} is missing")
-    return {"path": str(dataset.dir), **json.loads(path.read_bytes())}
+    stored = read_record(path, DatasetStats, DatasetError, f"mm verify {dataset.dir} --repair")
+    return {"path": str(dataset.dir), **plain(stored)}
 
 
 # --- a jsonl file
