@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,19 @@ from command_line import Run, fine, refused
 
 
 @pytest.fixture
-def trained(home: Path, mm: Run) -> Path:
+def trained(home: Path, mm: Run, built_once: Callable[..., Path]) -> Path:
     """The same directory with a small sft run."""
-    fine(mm("pack data/sft_512.jsonl --val-fraction 0.1"))
-    fine(mm("pack data/dpo.jsonl --val-fraction 0.1"))
-    fine(mm("train sft --model tiny --steps 2 --quiet"))
+
+    def build(out: Path) -> None:
+        fine(mm("pack data/sft_512.jsonl --val-fraction 0.1"))
+        fine(mm("pack data/dpo.jsonl --val-fraction 0.1"))
+        fine(mm("train sft --model tiny --steps 2 --quiet"))
+        for name in ("shards", "runs"):
+            shutil.move(home / name, out / name)
+
+    made = built_once("after", build)
+    for name in ("shards", "runs"):
+        shutil.copytree(made / name, home / name)
     return home
 
 
