@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+import endings
 import openai
 import pytest
 from serving import SayingEngine, random_engine, served, small_tokenizer
@@ -308,6 +309,18 @@ def test_thinking_words_and_calls_stand_apart(tokenizer: Tokenizer, stream: bool
         ]
         plain = client(address).chat.completions.create(model="runs-a", messages=HELLO).choices[0]
         assert "<tool_call>" in (plain.message.content or "") and plain.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("name", "is_said"), [("qwen_base", True), ("named", False)])
+def test_tools_that_the_template_leaves_out_are_said(name: str, is_said: bool) -> None:
+    with served(SayingEngine(endings.tokenizer(name), "yes", window=2048)) as address:
+        for stream in (False, True):
+            asked = client(address).chat.completions.with_raw_response
+            headers = [
+                asked.create(model="runs-a", messages=HELLO, stream=stream, **tools).headers
+                for tools in ({"tools": TOOLS}, {})
+            ]
+            assert ["writes no tools" in one.get("warning", "") for one in headers] == [is_said, False]
 
 
 def test_thinking_that_the_prompt_opened_is_told_apart(tokenizer: Tokenizer) -> None:

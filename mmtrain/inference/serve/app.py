@@ -46,6 +46,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+NO_TOOLS = '299 - "the chat template of this model writes no tools: it does not see those of the request"'
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # When old turns are dropped and the request has no max_tokens, this many tokens are left free for the answer, or half
 # the window if that is less.
@@ -77,6 +78,16 @@ class Service:
             self.template.prompt_ids(self.engine.tokenizer, hello, think=on) for on in (True, False)
         )
         return with_thinking != without
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the chat template writes the tools of a request into the prompt."""
+        hello: list[Message] = [Message("user", "hello")]
+        function = {"name": "lookup", "description": "Look it up.", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        return self.template.prompt_ids(self.engine.tokenizer, hello, tools) != self.template.prompt_ids(
+            self.engine.tokenizer, hello
+        )
 
     @property
     def card(self) -> ModelCard:
@@ -282,12 +293,15 @@ async def _complete(service: Service, read: Callable[[Any, Sequence[str]], Reque
     if request.think and not service.knows_thinking:
         raise RequestError("this model's chat template has no thinking", param="chat_template_kwargs")
     generation = await asyncio.to_thread(_Generation, service, request)
+    headers = {"Warning": NO_TOOLS} if request.tools and not service.knows_tools else {}
     if not request.stream:
-        return _json(await generation.whole(http))
+        response = _json(await generation.whole(http))
+        response.headers.update(headers)
+        return response
     deltas = generation.deltas()
     first = await anext(deltas)  # an error before the first token becomes an error response, not an event of a stream
     events = generation.events(first, deltas)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"} | headers)
 
 
 class _Generation:
