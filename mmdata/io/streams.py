@@ -37,6 +37,7 @@ _ICONV = {  # where iconv's name is not Python's in capitals
     "cp932": "SHIFT_JIS", "cp949": "EUC-KR", "euc_jis_2004": "EUC-JP", "utf_16_le": "UTF-16LE", "utf_16_be": "UTF-16BE",
 }  # fmt: skip
 _TYPOGRAPHIC = "«»„“”‘’–—…°€§·©®™¿¡"  # beside letters, the usual characters of western European texts beyond ASCII
+_LITTLE_TEXT = 200  # bytes beyond ASCII; with fewer, the guess of an encoding is often wrong
 _FEW_CHARACTERS = 20  # text in another encoding may be valid UTF-8 by chance with fewer characters beyond ASCII
 # A file is taken to be in another encoding, rather than damaged, if this share of its first lines is not UTF-8, or this
 # number of them and no line has a valid character beyond ASCII.
@@ -238,7 +239,9 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
         source = f"{_UNPACK[packed]} {name} | {iconv}" if packed else f"{iconv} {name}"
         stem, _, suffix = Path(str(path)).name.partition(".")
         new = shlex.quote(f"{stem}.utf8.{suffix.rpartition('.')[0] if packed else suffix}".rstrip("."))
-        raise InputError(f"{path} is not UTF-8: it fits {fits}", f"--encoding {fits}, or convert it: {source} > {new}")
+        few = sum(byte > 127 for byte in head) < _LITTLE_TEXT and b"\0" not in head
+        guess = ", as far as so little text shows: look at its rows" if few else ""
+        raise InputError(f"{path} is not UTF-8: it fits {fits}{guess}", f"--encoding {fits}, or convert it: {source} > {new}")
     if is_binary:
         raise InputError(f"{path} is a binary file", "give jsonl, a JSON array, parquet, Arrow or csv")
     return None
