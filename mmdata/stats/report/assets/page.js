@@ -497,7 +497,7 @@ function tabulate(table, number) {
   if (body.rows.length > 1)
     sortable(heads, (column, sign) => body.append(...[...body.rows].sort((one, other) => ordered(valueOf(one.cells[column]), valueOf(other.cells[column]), sign))));
   const named = heads.map((head) => head.textContent.trim()), rows = () => [named, ...[...body.rows].map((row) => [...row.cells].map(valueOf))].map((row) => row.filter((_, i) => named[i] || i === 0));
-  table.parentNode.after(exporting(`${document.title}-${number + 1}`, rows));
+  table.after(exporting(`${document.title}-${number + 1}`, rows));
 }
 
 // Reads a filter: returns [test of a value, condition for --where], null if it cannot be read.
