@@ -134,7 +134,7 @@ def test_two_ranks_train_like_one_with_muon(data: Data, tmp_path: Path) -> None:
     assert_alike(one.out, two.out, 1e-4)
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])  # of one rank: test_loop.py
+@pytest.mark.parametrize("num_ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_nan_on_one_rank_skips_the_step_on_all(num_ranks: int, data: Data, tmp_path: Path) -> None:
     run = config_of("pretrain", data, tmp_path / "run", model="tiny", val_every=0)
     done = run_ranks(run, num_ranks, inject="nan")
@@ -169,7 +169,10 @@ def test_two_ranks_prefer_like_one_and_resume_alone(data: Data, tmp_path: Path) 
     [
         ("sft", 2, 1, "stop"),
         ("pretrain", 2, 3, "sigterm"),
-        pytest.param("pretrain", 1, 2, "stop", marks=pytest.mark.slow),
+        pytest.param("pretrain", 1, 2, "sigterm", marks=pytest.mark.slow),
+        pytest.param("sft", 1, 2, "stop", marks=pytest.mark.slow),
+        pytest.param("pretrain", 2, 1, "sigterm", marks=pytest.mark.slow),
+        pytest.param("sft", 2, 3, "stop", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_at_another_world_size_equals_undisturbed_and_sees_every_sample_once(

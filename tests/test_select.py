@@ -86,8 +86,8 @@ def test_conditions_choose_what_a_loop_chooses(tmp_path: Path, tokenizer_dir: Pa
 
 
 @pytest.mark.slow
-def test_conditions_choose_what_a_loop_chooses_of_1000_rows(tmp_path: Path, tokenizer_dir: Path) -> None:
-    check_conditions(write_rows(tmp_path / "rows.jsonl", "conversation", 1000, seed=8), tokenizer_dir)
+def test_conditions_choose_what_a_loop_chooses_of_5000_rows(tmp_path: Path, tokenizer_dir: Path) -> None:
+    check_conditions(write_rows(tmp_path / "rows.jsonl", "conversation", 5000, seed=8), tokenizer_dir)
 
 
 HOSTILE = [
