@@ -202,7 +202,8 @@ ELSEWHERE = (
     "--follow",
     "--lm-eval",
     "--from 6000",
-)  # long, or of files that are not here
+    "doctor",
+)  # long, of files that are not here, or of the network
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def test_compare_marks_what_differs(home: Path, mm: Run) -> None:
     assert "100 % of half.jsonl is also in sft_512.jsonl" in json.dumps(json.loads(ran.out)["warnings"])
     html = Path("page.html").read_text(encoding="utf-8")
     assert re.search(
-        r'<tr class=differs><td class=short>rows</td>\s*<td class="num">240</td>\s*<td class="num">120</td>', html
+        r'<tr class="differs"><td class=short>rows</td>\s*<td class="num">240</td>\s*<td class="num">120</td>', html
     )
     assert "-50.0 %" in fine(mm("stats data/sft_512.jsonl --compare data/half.jsonl")).out
 

@@ -64,7 +64,7 @@ def fetch(
 ) -> None:
     """Fetch data files and tokenizers, verify them, and resume downloads that an earlier run did not finish.
 
-    Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch OWNER/DATASET
+    Example: mm fetch    mm fetch pretrain_hq sft_512 dpo --connections 4    mm fetch --list
     """
     from mmdata.hub.fetch import clean as clean_up
     from mmdata.hub.fetch import overview
