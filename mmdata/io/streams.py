@@ -241,7 +241,9 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
         new = shlex.quote(f"{stem}.utf8.{suffix.rpartition('.')[0] if packed else suffix}".rstrip("."))
         few = sum(byte > 127 for byte in head) < _LITTLE_TEXT and b"\0" not in head
         guess = ", as far as so little text shows: look at its rows" if few else ""
-        raise InputError(f"{path} is not UTF-8: it fits {fits}{guess}", f"--encoding {fits}, or convert it: {source} > {new}")
+        raise InputError(
+            f"{path} is not UTF-8: it fits {fits}{guess}", f"--encoding {fits}, or convert it: {source} > {new}"
+        )
     if is_binary:
         raise InputError(f"{path} is a binary file", "give jsonl, a JSON array, parquet, Arrow or csv")
     return None
