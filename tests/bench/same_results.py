@@ -39,8 +39,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def manifest_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "manifest.json").read_bytes())
+def record_of(path: Path) -> dict[str, Any]:
+    """A record without its hash of itself, which older checkouts do not write."""
+    record = json.loads(path.read_bytes())
+    record.pop("record_sha256", None)
+    return record
 
 
 def results(checkout: Path, data: Path, home: Path) -> dict[str, Any]:
@@ -55,8 +58,10 @@ def results(checkout: Path, data: Path, home: Path) -> dict[str, Any]:
             except SystemExit as refused:
                 found[f"{tokenizer.name} {file.stem} digest"] = "refused: " + str(refused).split("error: ")[-1]
                 continue
-            found[f"{tokenizer.name} {file.stem} digest"] = manifest_of(out)["dataset_digest"]
-            found[f"{tokenizer.name} {file.stem} manifest"] = digest(out / "manifest.json")
+            found[f"{tokenizer.name} {file.stem} digest"] = record_of(out / "manifest.json")["dataset_digest"]
+            found[f"{tokenizer.name} {file.stem} manifest"] = hashlib.sha256(
+                json.dumps(record_of(out / "manifest.json")).encode()
+            ).hexdigest()[:16]
         init = ""
         for stage, name in STAGES.items():
             run = home / "runs" / f"{tokenizer.name}-{stage}"
@@ -71,8 +76,7 @@ def results(checkout: Path, data: Path, home: Path) -> dict[str, Any]:
             found[f"{tokenizer.name} {stage} losses"] = [{k: s[k] for k in kept if k in s} for s in steps]
             weights = max(run.glob("checkpoints/step-*/model.safetensors"))
             found[f"{tokenizer.name} {stage} weights"] = digest(weights)
-            settings = json.loads((run / "run.json").read_bytes())
-            found[f"{tokenizer.name} {stage} run.json keys"] = sorted(settings)
+            found[f"{tokenizer.name} {stage} run.json keys"] = sorted(record_of(run / "run.json"))
             init = str(run)
             for prompt in PROMPTS:
                 chat = f"chat {run} --temperature 0 --max-new-tokens 24 --prompt"
