@@ -57,7 +57,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 NUM_RANDOM, NUM_RANDOM_QUICK = 60, 24  # rows of the random sample that are shown, and in the report of `mm pack`
 NUM_TABLED = 2000  # rows of it whose columns the report shows
 # `mm pack` measures only a share of the rows for its report, so that the report takes little of its time.
-QUICK_BYTES = (2**17, 2**20)  # least and greatest size of this share, in bytes of the inputs
+QUICK_BYTES = (2**19, 2**20)  # least and greatest size of this share, in bytes of the inputs
 QUICK_SHARE = 1 / 2000  # the share itself, between these limits
 QUICK_PARTS = 3  # about as many parts have their rows shown then
 
