@@ -174,8 +174,8 @@ def measure_dataset(
 
     is_quick: take the counts that `mm pack` stored, and measure texts and tokens in a sample of the rows. losses: as in
     `measure_file`. where: a condition on the columns of rows; the figures are those of the rows for which it holds, and
-    none are of packing. InputError if there are none. progress: called with the bytes of the inputs read so far and in all, or with rows if they are
-    decoded from shards. `figures["texts_from"]` is "inputs" if texts were read from the inputs, and "shards" if they
+    none are of packing. InputError if there are none. progress: called with the bytes of the inputs read so far and in
+    all, or with rows if they are decoded from shards. `figures["texts_from"]` is "inputs" if texts were read from the inputs, and "shards" if they
     were decoded because an input is missing or has changed or, with is_quick, is compressed.
     """
     dataset = open_dataset(directory)
