@@ -15,6 +15,8 @@ from mmtrain.shapes import ModelConfig, shape_of
 LEAST_STEPS = {"pretrain": 300, "sft": 100, "dpo": 100}
 SHORT_STEPS = 50  # a run of fewer steps gets a warning
 LEAST_BATCH_TOKENS = {"pretrain": 4096, "sft": 2048, "dpo": 4096}
+# Where even the most epochs give fewer than FEW_STEPS steps of LEAST_BATCH_TOKENS, batches become smaller still.
+FEW_STEPS, FEWEST_BATCH_TOKENS = 100, 512
 MOST_EPOCHS = {"pretrain": 10.0, "sft": 20.0, "dpo": 3.0}
 VALIDATIONS = 10  # of a run of fewer than VALIDATIONS times the default --val-every steps
 MODELS = ("minimind2-small", "mini", "demo", "tiny")  # from the largest to the smallest
@@ -48,6 +50,11 @@ def fit_to_data(
         needed = math.ceil(least_steps * batch / max(1, tokens_per_epoch))
         passes = max(passes, min(MOST_EPOCHS[stage], needed))
         origins["epochs"] = f"data: about {least_steps} steps, at most {MOST_EPOCHS[stage]:g} epochs"
+        if origins["batch_tokens"].startswith("data") and steps() < FEW_STEPS:
+            batch = halved(
+                batch, round(passes * tokens_per_epoch), FEW_STEPS, max(FEWEST_BATCH_TOKENS, least_batch_tokens)
+            )
+            origins["batch_tokens"] = f"data: about {FEW_STEPS} steps, at least {FEWEST_BATCH_TOKENS} tokens"
     settings = replace(settings, batch_tokens=batch, epochs=None if settings.steps else passes)
     if origins["val_every"] == "default" and 2 * VALIDATIONS <= steps() < VALIDATIONS * settings.val_every:
         settings = replace(settings, val_every=steps() // VALIDATIONS)
@@ -68,8 +75,12 @@ def fit_to_data(
 def batch_for(stage: str, num_tokens: int, most: int, least: int = 0) -> int:
     """Return the tokens of a step: `most`, halved until a run of `num_tokens` tokens has LEAST_STEPS steps, but not below
     LEAST_BATCH_TOKENS or `least`."""
-    batch = most
-    while num_tokens / batch <= LEAST_STEPS[stage] - 1 and batch // 2 >= max(LEAST_BATCH_TOKENS[stage], least):
+    return halved(most, num_tokens, LEAST_STEPS[stage], max(LEAST_BATCH_TOKENS[stage], least))
+
+
+def halved(batch: int, num_tokens: int, num_steps: int, least: int) -> int:
+    """Return `batch`, halved until `num_tokens` tokens give `num_steps` steps, but not below `least`."""
+    while num_tokens / batch <= num_steps - 1 and batch // 2 >= least:
         batch //= 2
     return batch
 

@@ -46,6 +46,18 @@ def test_small_data_gives_enough_steps_or_the_most_passes(stage: str, tokens: in
         assert 10 <= steps / settings.val_every < 20
 
 
+@pytest.mark.parametrize(("stage", "tokens"), [("sft", 4000), ("dpo", 18_000), ("pretrain", 6000)])
+def test_very_short_rows_give_smaller_batches_where_the_most_epochs_do_not_give_100_steps(
+    stage: str, tokens: int
+) -> None:
+    settings, origins = fitted(stage, tokens)
+    assert settings.epochs == MOST_EPOCHS[stage] and settings.batch_tokens in (512, 1024)
+    assert 100 <= settings.epochs * tokens / settings.batch_tokens < 200
+    assert origins["batch_tokens"] == "data: about 100 steps, at least 512 tokens"
+    assert fitted(stage, tokens // 20)[0].batch_tokens == 512
+    assert fitted(stage, tokens, batch_tokens=8192)[0].batch_tokens == 8192
+
+
 def test_every_rank_gets_a_sequence() -> None:
     assert fitted("sft", 10_000, least=8192)[0].batch_tokens == 8192
 

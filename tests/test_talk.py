@@ -20,10 +20,11 @@ from waiting import LONG_S
 from mmdata.encode.rows import Conversation, Message, parse_row
 from mmdata.encode.template import Template
 from mmdata.errors import UsageError
-from mmtrain.commands.chat import Session, Speaker, piped_lines
+from mmtrain.commands.chat import Session, Speaker, chat, piped_lines
+from mmtrain.commands.serve import serve
 from mmtrain.convert.foreign import import_model, open_model
 from mmtrain.inference.chat import Chat
-from mmtrain.inference.settings import Sampling
+from mmtrain.inference.settings import Sampling, ServeOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 THOUGHT = "<think>\nhm\n</think>\n\nIt is 3."
@@ -49,6 +50,27 @@ class Scripted:
 def session(*chats: Any, **options: Any) -> Session:
     speakers = [Speaker(f"model {i}", chat) for i, chat in enumerate(chats)]
     return Session(speakers, Sampling(seed=5), **options)
+
+
+def test_what_is_loaded_is_said_before_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loading: list[str] = []
+
+    def load(*_: Any, **__: Any) -> None:
+        loading.append(capsys.readouterr().err)
+        raise UsageError("enough", "")
+
+    monkeypatch.setattr("mmtrain.commands.chat.open_speaker", load)
+    monkeypatch.setattr("mmtrain.commands.chat.newest_finished_run", load)
+    monkeypatch.setattr("mmtrain.convert.foreign.open_model", load)
+    with pytest.raises(UsageError, match="enough"):
+        chat([Path("runs/a"), Path("b.pth")], compare=True)
+    with pytest.raises(UsageError, match="enough"):
+        chat()
+    with pytest.raises(UsageError, match="enough"):
+        serve(Path("runs/a"), options=ServeOptions())
+    assert loading == ["loading runs/a and b.pth\n", "loading the newest run under runs/\n", "loading runs/a\n"]
 
 
 def test_words_go_to_stdout_and_thinking_beside_them(capsys: pytest.CaptureFixture[str]) -> None:

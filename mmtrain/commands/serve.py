@@ -8,7 +8,7 @@ import typer
 
 from mmdata.commands.terminal import say
 from mmdata.errors import UsageError
-from mmtrain.commands.chat import newest_finished_run
+from mmtrain.commands.chat import newest_finished_run, say_loading
 from mmtrain.config import STAGE_KINDS
 from mmtrain.inference.settings import ServeOptions
 
@@ -28,6 +28,7 @@ def serve(
 
     Example: mm serve runs/dpo-1 --port 8000    mm serve --host 0.0.0.0 --api-key SECRET
     """
+    say_loading([run] if run else ())
     from mmdata.encode.template import Template
     from mmtrain.convert.foreign import open_model
     from mmtrain.inference.engine import Engine
