@@ -1,0 +1,70 @@
+"""Each listed English page has its Chinese one, with the same code, as many headings and tables, and links that lead there and back."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+LISTED = ["dpo"]  # pages of docs/ whose translation is complete
+PAIRS = [(DOCS / f"{page}.md", DOCS / "zh" / f"{page}.md") for page in LISTED]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[str, list[str]]]:
+    """Language and lines of the fenced blocks, without comments, which are translated."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    bare = [(language, [re.sub(r"(^|\s+)#(\s.*)?$", "", line).rstrip() for line in code.splitlines()]) for language, code in found]
+    return [(language, [line for line in lines if line]) for language, lines in bare]
+
+
+def text(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def targets(page: Path) -> list[tuple[Path, str]]:
+    """File and anchor of the links to other pages."""
+    links = re.findall(r"\]\(([^)\s:]*)\)", text(page))
+    return [(Path(os.path.normpath(page.parent / path)) if path else page, anchor) for path, _, anchor in (link.partition("#") for link in links)]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub gives the headings: lower case, letters, digits and hyphens."""
+    headings = (line.lstrip("# ").lower() for line in re.findall(r"^#+ .*", text(page), re.M))
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+finished = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: page.name)
+
+
+@finished
+def test_the_chinese_page_has_the_code_headings_and_tables_of_the_english_one(english: Path, chinese: Path) -> None:
+    assert blocks(chinese) == blocks(english)
+    for pattern in (r"^#+(?= )", r"^ *\|(?=.*\|)", r"^ *(?:- |\d\. )"):  # levels of headings, lines of tables, items
+        assert re.findall(pattern, text(chinese), re.M) == re.findall(pattern, text(english), re.M), pattern
+
+
+@finished
+def test_both_pages_name_the_same_options_and_files(english: Path, chinese: Path) -> None:
+    """Code in the text: what one page says of an option, a key or a file, the other says too."""
+    code = [set(re.findall(r"`([^`\n]*)`", text(page))) for page in (english, chinese)]
+    assert sorted(code[0] - code[1]) == [] and sorted(code[1] - code[0]) == []
+
+
+@finished
+def test_the_pages_link_to_each_other_and_chinese_ones_to_chinese_ones(english: Path, chinese: Path) -> None:
+    for page, label, other in ((english, "中文", chinese), (chinese, "English", english)):
+        link = f"[{label}]({os.path.relpath(other, page.parent)})"
+        assert link in page.read_text(encoding="utf-8").split("\n\n")[1], f"{name(page)}: {link} below the title"
+    linked = targets(chinese)
+    for path, anchor in linked:
+        assert path.exists(), path
+        assert not anchor or path.suffix != ".md" or anchor in anchors(path), (name(path), anchor)
+    translated = {pair[0] for pair in PAIRS} - {english}
+    assert [name(path) for path, _ in linked if path in translated] == []
