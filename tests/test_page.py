@@ -89,8 +89,8 @@ def test_values_are_written_by_the_kind_of_their_column() -> None:
         "bytes": (1234, "1.2 kB"),
         "hours": (0.5, "30 m 00 s"),
         "bar": (0.1, "███"),
-        "noted": ([("a", "tokens"), ("b", "")], "a 词元 b"),
-        "word": ("tokens", "词元"),
+        "noted": ([("a", "rows"), ("b", "")], "a 行数 b"),
+        "word": ("trained tokens", "参与训练的 token"),
         "text": ("tokens", "tokens"),
     }
     for kind, (value, text) in shown.items():

@@ -17,7 +17,7 @@ const WORDS = {
     stop: "停止", close: "关闭", system: "系统提示词", temperature: "温度", repetition: "重复惩罚",
     max_tokens: "最长回答（token 数）", seed: "随机种子", random: "随机", api_key: "API 密钥", theme: "外观", as_system: "跟随系统",
     light: "浅色", dark: "深色", language: "语言", defaults: "恢复默认值", empty: "请提问。回答由本机上的模型生成。",
-    copy: "复制", copied: "已复制", edit: "修改", save: "保存", save_hint: "将此对话保存为 mm pack 可读的一行", parameters: "参数", window: "窗口", vocabulary: "词表", again: "重新回答", thought: "思考过程", call: "工具调用", remove: "删除",
+    copy: "复制", copied: "已复制", edit: "编辑", save: "保存", save_hint: "将此对话保存为 mm pack 可读的一行", parameters: "参数", window: "窗口", vocabulary: "词表", again: "重新回答", thought: "思考过程", call: "工具调用", remove: "删除",
     cut: "已达最长回答长度", stopped: "已停止", tokens: "token", offline: "服务器没有响应，mm serve 还在运行吗？",
     think: "思考", as_model: "由模型决定", yes: "开启", no: "关闭",
     key_needed: "此服务器需要 API 密钥：请在设置中填写。",
