@@ -251,22 +251,32 @@ def _typer_parameter(name: str, annotation: Any, default: Any, declaration: Opti
 
 def _help(annotation: Any, default: Any, declaration: Option) -> str:
     """Return the help text of an option, followed in brackets by its choices (unless the name of the value shows them),
-    default and range. The default is, if known, the declaration's `default_text`, else its defaults by stage, else
-    `default` unless the option is a flag. Bounds from LARGE_BOUND on are left out."""
-    shown = declaration.default_text
-    by_stage = {
-        stage: _plain(value) for stage, value in (declaration.by_stage or {}).items() if value not in (None, "")
-    }
-    if not shown and by_stage:
-        is_same = len(set(by_stage.values())) == 1
-        shown = next(iter(by_stage.values())) if is_same else ", ".join(f"{k} {value}" for k, value in by_stage.items())
-    if not shown and default not in (None, Parameter.empty) and annotation is not bool:
-        shown = _plain(default)
+    default and range. Bounds from LARGE_BOUND on are left out."""
+    shown = default_text(annotation, default, declaration)
     is_listed = not declaration.choices or _choices(declaration) or declaration.metavar
     notes = [] if is_listed else [f"one of {', '.join(declaration.choices)}"]
     notes += [f"default: {shown}"] if shown else []
-    notes += [f"{words} {bound:.12g}" for words, bound, _ in bounds(declaration) if abs(bound) < LARGE_BOUND]
+    notes += range_texts(declaration)
     return f"{declaration.help} [{'; '.join(notes)}]" if notes else declaration.help
+
+
+def default_text(annotation: Any, default: Any, declaration: Option) -> str:
+    """Return an option's default in words: the declaration's `default_text`, else its defaults by stage, else `default`
+    unless the option is a flag; empty if there is none. annotation: type of the value."""
+    by_stage = {
+        stage: _plain(value) for stage, value in (declaration.by_stage or {}).items() if value not in (None, "")
+    }
+    if declaration.default_text:
+        return declaration.default_text
+    if by_stage:
+        is_same = len(set(by_stage.values())) == 1
+        return next(iter(by_stage.values())) if is_same else ", ".join(f"{k} {value}" for k, value in by_stage.items())
+    return "" if default in (None, (), Parameter.empty) or annotation is bool else _plain(default)
+
+
+def range_texts(declaration: Option) -> list[str]:
+    """Return the bounds of an option in words, such as "at least 1"; those from LARGE_BOUND on are left out."""
+    return [f"{words} {bound:.12g}" for words, bound, _ in bounds(declaration) if abs(bound) < LARGE_BOUND]
 
 
 def _choices(declaration: Option) -> str:

@@ -1,0 +1,152 @@
+"""The README and the pages of docs/ say what is true: links lead somewhere, options exist, every command would be
+accepted as it stands, the tree is the tree, and the commands of the first pages run."""
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from command_line import Run, fine
+
+import cli
+from mmdata.commands.terminal import checking
+from mmtrain.commands.other_flags import OTHER_FLAGS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "shards" / "README.md"])
+APP: Any = typer.main.get_command(cli.app)
+SHELLS = ("", "sh", "bash", "console")  # languages of fenced blocks that hold commands
+ENDS = {"|", ">", ">>", "<", "&&", ";", "&"}  # words of the shell after which a command's own words end
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@cache
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of each fenced block."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@cache
+def prose(page: Path) -> str:
+    """The text of a page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def lines_of(page: Path) -> Iterator[str]:
+    """The lines of a page's shell blocks, without prompts; of a block with prompts only those behind one."""
+    for language, text in blocks(page):
+        if language in SHELLS:
+            lines = re.sub(r" *\\\n\s*", " ", text).splitlines()
+            typed = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
+            yield from typed or (line.strip() for line in lines)
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """The words behind `mm` of each command line; `torchrun … -m cli train` is one of them."""
+    for line in lines_of(page):
+        if line.startswith(("mm ", "torchrun ")):
+            words = shlex.split(line, comments=True)
+            end = next((at for at, word in enumerate(words) if word in ENDS), len(words))
+            yield words[words.index("cli") + 1 if words[0] == "torchrun" else 1 : end]
+
+
+def command_at(words: list[str]) -> Any:
+    """The command, or group of commands, that the words begin with; None if there is none of that name."""
+    command = APP
+    for word in words:
+        if not hasattr(command, "commands") or not re.match("[a-z]", word):
+            break
+        command = command.commands.get(word)
+    return command
+
+
+def flags_of(command: Any) -> set[str]:
+    if hasattr(command, "commands"):
+        return {"--help", "-h"}.union(*(flags_of(each) for each in command.commands.values()))
+    return {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    names = [re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", each).lower()).replace(" ", "-") for each in headings]
+    return {f"{name}-{names[:at].count(name)}" if name in names[:at] else name for at, name in enumerate(names)}
+
+
+@every_page
+def test_every_link_and_anchor_of_a_page_exists(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose(page)):
+        path, _, anchor = "".join(target).partition("#")
+        if not re.match("[a-z]+:", path):
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), f"{page.name}: {path}"
+            assert not anchor or anchor in anchors_of(there), f"{page.name}: {path}#{anchor}"
+
+
+@every_page
+def test_every_command_on_a_page_would_be_accepted(page: Path) -> None:
+    for words in commands_of(page):
+        try:
+            with checking():
+                APP.main(list(words), standalone_mode=False)
+        except Exception as error:
+            pytest.fail(f"{page.name}: mm {shlex.join(words)}: {getattr(error, 'message', error)}")
+
+
+@every_page
+def test_every_command_and_option_that_a_text_names_exists(page: Path) -> None:
+    """In `code` that begins with mm or an option. Options of MiniMind's scripts are those that mm knows to answer."""
+    known = flags_of(APP) | OTHER_FLAGS.keys() | {"--version", "--install-completion"}
+    for span in re.findall(r"`([^`\n]+)`", prose(page)):
+        words = span.split()
+        flags = {word.split("=")[0].strip(".,;:()") for word in re.split(r"[\s/|]+", span) if word.startswith("--")}
+        if span.startswith("--"):
+            assert flags <= known, f"{page.name}: {span}"
+        elif words[:1] == ["mm"] and len(words) > 1 and re.match("[a-z]", words[1]):
+            command = command_at(words[1:])
+            assert command, f"{page.name}: {span}"
+            assert flags <= flags_of(command) | {"--help"}, f"{page.name}: {span}"
+
+
+def test_the_reference_is_what_the_program_declares() -> None:
+    path = ROOT / "docs" / "reference.py"
+    spec = importlib.util.spec_from_file_location("reference", path)
+    assert spec and spec.loader
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == reference.text(), "run python docs/reference.py"
+
+
+def test_every_command_of_mm_stands_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in APP.commands if f"`mm {name}" not in text] == []
+
+
+def test_the_readme_begins_with_set_up_and_four_commands() -> None:
+    head = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+    assert any(line.startswith("make demo") for line in head) and any(line.startswith("make test") for line in head)
+    assert sum(line.startswith("mm ") for line in head) >= 4
+
+
+def test_the_readmes_commands_run(home: Path, mm: Run) -> None:
+    """As they stand, on small data: fetch needs a network and the model a minute, so the data is here and the model tiny."""
+    lines = [
+        line.split("#")[0].replace("--model minimind2-small", "--model tiny") for line in lines_of(ROOT / "README.md")
+    ]
+    lines = [line for line in lines if line.startswith("mm ")]
+    assert [line.split()[1] for line in lines] == ["fetch", "pack", "train", "train", "train", "chat"]
+    for line in lines[1:-1]:
+        fine(mm(f"{line.removeprefix('mm ')}{' --steps 1 --quiet' if ' train ' in line else ''}"))
+    fine(mm(f"{lines[-1].removeprefix('mm ')} --prompt hello --max-new-tokens 2"))
+
+
+def test_the_readmes_tree_names_every_folder() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = {path.parent.relative_to(ROOT) for top in ("mmdata", "mmtrain") for path in (ROOT / top).rglob("*.py")}
+    assert [str(path) for path in sorted(folders) if f"{path.name}/ " not in text] == []
