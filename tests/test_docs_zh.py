@@ -1,4 +1,4 @@
-"""Each listed English page has its Chinese one, with the same code, as many headings and tables, and links that lead there and back."""
+"""Each Chinese page has its English one, with the same code, as many headings and tables, and links that lead there and back."""
 
 import os
 import re
@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-LISTED = ["data", "dpo", "eval", "frames", "reports"]  # pages of docs/ whose translation is complete
-PAIRS = [(DOCS / f"{page}.md", DOCS / "zh" / f"{page}.md") for page in LISTED]
-PAIRS.append((ROOT / "shards" / "README.md", DOCS / "zh" / "format.md"))
+ELSEWHERE = {"format.md": ROOT / "shards" / "README.md"}  # English pages that do not stand in docs/
+PAGES = {page: page.relative_to(DOCS / "zh") for page in sorted((DOCS / "zh").rglob("*.md"))}
+PAIRS = [(ELSEWHERE.get(str(path), DOCS / path), page) for page, path in PAGES.items()]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 
 
