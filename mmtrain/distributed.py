@@ -1,8 +1,9 @@
 """The ranks (processes) of a distributed run: join a run, sum tensors over all ranks, and start the ranks of one
 machine with `launch`. Everything here also works in a single process without distributed training.
 
-Gradients and counts are summed by all-reduce of one flat tensor, so a rank with fewer micro-batches than others, or
-none, takes part in the same way. If a rank fails or freezes, the others end within a minute, after an error is printed.
+Gradients and counts are summed by all-reduce of parts of one flat tensor, so a rank with fewer micro-batches than
+others, or none, takes part in the same way. If a rank fails or freezes, the others end within a minute, after an error
+is printed.
 """
 
 import _thread
@@ -20,12 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from mmdata.errors import MMError, TrainError, UsageError
@@ -33,6 +35,7 @@ from mmdata.errors import MMError, TrainError, UsageError
 GRACE_S = 20  # seconds that other ranks have to end by themselves after one has failed; then they are killed
 BEAT_S, MISSED_BEATS = 3.0, 12  # how often a rank shows that it runs; beats after which a silent one is given up
 BLOCKED_S = 15  # seconds after a signal until a process is ended whose main thread does not come back to Python
+CHUNK_BYTES = 25 * 2**20  # of a gradient that are summed over ranks at a time, at least; what torch's DDP takes
 CLEAN_UP_S = 10  # seconds that the last words of a process may take that is ended while its main thread is blocked
 
 
@@ -53,11 +56,35 @@ class World:
         """Sum a tensor over all ranks, in place, and return it. Every rank must call this, with equal shape and type.
         Raises TrainError if another rank has stopped."""
         if self.size > 1:
-            try:
+            with self._lost_rank():
                 dist.all_reduce(tensor)
-            except RuntimeError as error:  # gloo notices a closed connection at once
-                raise _lost_rank(self.rank, error) from error
         return tensor
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Start what `sum` does and return a function that waits for it; on CUDA only the device waits. Several sums
+        may be under way: every rank must start them in the same order. Both raise as `sum` does."""
+        with self._lost_rank():
+            work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            with self._lost_rank():
+                work.wait()
+
+        return wait
+
+    @contextlib.contextmanager
+    def _lost_rank(self) -> Iterator[None]:
+        """Turn torch's error for a lost connection to another rank into a TrainError. First sleeps for 2 seconds, so that
+        the error of the other rank is printed before this one."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo notices a closed connection at once
+            time.sleep(2)
+            raise TrainError(
+                f"rank {self.rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
+                "see the first error above; then go on with --resume",
+            ) from error
 
     def gather(self, *numbers: int) -> list[tuple[int, ...]]:
         """Return the numbers of every rank, by rank. Every rank must call this, with equally many."""
@@ -111,14 +138,67 @@ class World:
         self.agree(error)
 
 
-def _lost_rank(rank: int, error: RuntimeError) -> TrainError:
-    """Return the TrainError for a lost connection to another rank, with torch's reason `error`. First sleeps for 2
-    seconds, so that the error of the other rank is printed before this one."""
-    time.sleep(2)
-    return TrainError(
-        f"rank {rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
-        "see the first error above; then go on with --resume",
-    )
+class GradientSum:
+    """Sums the flat gradient of a model over all ranks in chunks, each as soon as the backward pass of a rank's last
+    micro-batch has completed it, while the pass goes on.
+
+    A backward pass completes gradients from the last parameter to the first, more or less. So chunks are cut from the
+    end of the vector, at least CHUNK_BYTES of whole parameters each, and every rank starts each of them once a step, in
+    this order, whatever micro-batches it has. In a single process nothing is summed.
+    """
+
+    def __init__(self, world: World, gradient: Tensor, parameters: Sequence[nn.Parameter]):
+        """gradient: the flat gradient of the trainable `parameters`, in their order (see `optim.flat_gradient`)."""
+        self._world = world
+        self._chunks: list[Tensor] = []
+        self._num_parameters: list[int] = []  # of each chunk
+        self._incomplete: list[int] = []  # parameters of each chunk without final gradient; empty: none is final
+        self._waits: list[Callable[[], None]] = []  # of the chunks that have been started, the first ones
+        self._summed: list[Tensor] = []  # their sums, if the passes have to run again
+        begin = end = gradient.numel()
+        count = 0
+        for parameter in reversed(parameters) if world.size > 1 else ():
+            parameter.register_post_accumulate_grad_hook(partial(self._complete, len(self._chunks)))
+            begin, count = begin - parameter.numel(), count + 1
+            if begin == 0 or (end - begin) * gradient.itemsize >= CHUNK_BYTES:
+                self._chunks.append(gradient[begin:end])
+                self._num_parameters.append(count)
+                end, count = begin, 0
+
+    def start(self) -> None:
+        """Sum from here on what the backward pass completes. Called before the pass of this rank's last micro-batch."""
+        if not self._summed:
+            self._incomplete = self._num_parameters.copy()
+
+    def _complete(self, chunk: int, _parameter: Tensor) -> None:
+        if self._incomplete:
+            self._incomplete[chunk] -= 1
+            while len(self._waits) < len(self._chunks) and self._incomplete[len(self._waits)] == 0:
+                self._start_next()
+
+    def _start_next(self) -> None:
+        self._waits.append(self._world.start_sum(self._chunks[len(self._waits)]))
+
+    def run_again(self) -> None:
+        """Keep the sums that have been started, as the passes of this step will run again from a gradient of zeros.
+        They are kept in host memory, because the device's has run out."""
+        self._incomplete = []
+        if not self._summed:
+            for wait, chunk in zip(self._waits, self._chunks, strict=False):
+                wait()
+                self._summed.append(chunk.to("cpu", copy=True))
+
+    def finish(self) -> None:
+        """Start the chunks that have not been started, and wait for all: the gradient is then the sum over ranks. Every
+        rank must call this once a step, after its last micro-batch, if any. Raises TrainError if another rank has
+        stopped."""
+        while len(self._waits) < len(self._chunks):
+            self._start_next()
+        for wait in self._waits:
+            wait()
+        for chunk, value in zip(self._chunks, self._summed, strict=False):
+            chunk.copy_(value)
+        self._incomplete, self._waits, self._summed = [], [], []
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -7,20 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm
 from train_data import Data, run_json
 from waiting import LONG_S, wait_until
 
 from mmdata.errors import UsageError
 from mmdata.shards.dataset import open_dataset
-from mmtrain import checkpoint
+from mmtrain import checkpoint, distributed
 from mmtrain.config import TrainOptions
-from mmtrain.distributed import World, choose_device, launch
+from mmtrain.distributed import GradientSum, World, choose_device, launch
+from mmtrain.train import optim
 from mmtrain.train.loop import train
 from mmtrain.train.plan import make_plan
 from mmtrain.train.run import facts_of
@@ -36,6 +39,7 @@ from mmtrain.config import TrainOptions
 torch.set_num_threads(1)
 distributed.BEAT_S = 0.05 if sys.argv[2] == "freeze" else 100
 distributed.BLOCKED_S = 0.5
+distributed.CHUNK_BYTES = 2000  # 22 chunks of the tiny model's gradient
 make_plan = loop.make_plan
 def plan(options, world):
     from dataclasses import replace
@@ -62,11 +66,11 @@ def step(run, step, stop):
 loop._run_step = step
 add_up = loop._add_up
 def poisoned(run, micros):
-    import math
-    sums = add_up(run, micros)
     calls.append(1)
-    if len(calls) == 3 and sys.argv[2] == "nan" and run.world.rank == run.world.size - 1:
-        run.gradient[7] = math.nan
+    is_nan = len(calls) == 3 and sys.argv[2] == "nan" and run.world.rank == run.world.size - 1
+    hook = next(run.model.parameters()).register_hook(lambda grad: grad * float("nan") if is_nan else grad)
+    sums = add_up(run, micros)
+    hook.remove()
     with (run.plan.out / f"seen-{run.world.rank}.txt").open("a") as file:
         file.writelines(f"{sample}\\n" for micro in micros for sample in micro.samples)
     return sums
@@ -312,3 +316,67 @@ def test_two_nodes_of_torchrun_train_like_one_process(data: Data, tmp_path: Path
     assert [group.returncode for group in groups] == [0, 0], errors
     assert run_json(nodes.out)["world_size"] == 2
     assert_alike(one.out, nodes.out)
+
+
+class Twice(World):
+    """Two ranks of which the other has the same gradient: a sum doubles it. Notes what is started and waited for."""
+
+    def start_sum(self, tensor: torch.Tensor) -> Callable[[], None]:
+        started.append((len(tensor), bool(tensor.isfinite().all())))
+        return lambda: [tensor.mul_(2)].clear()
+
+
+started: list[tuple[int, bool]] = []
+
+
+def test_chunks_of_the_gradient_are_summed_as_soon_as_they_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CHUNK_BYTES", 100)
+    started.clear()
+    layers = [torch.nn.Linear(5, 5) for _ in range(4)]
+    model = torch.nn.Sequential(*layers)
+    gradient = optim.flat_gradient(model)
+    summing = GradientSum(Twice(0, 2, torch.device("cpu")), gradient, list(model.parameters()))
+    at_first, fails_at = [], [0]
+
+    def noted(grad: torch.Tensor) -> None:
+        at_first.append(len(started))
+
+    def fails(grad: torch.Tensor) -> None:
+        fails_at[0] -= 1
+        if fails_at[0] == 0:
+            raise MemoryError
+
+    layers[0].weight.register_hook(noted)
+    layers[1].weight.register_hook(fails)
+
+    def passes() -> None:
+        gradient.zero_()
+        for number in range(3):
+            loss = (number + model(torch.ones(1, 5))).square().sum()
+            if number == 2:
+                summing.start()
+            loss.backward()
+
+    def step(*failures: int) -> list[tuple[int, bool]]:
+        """Memory runs out in these micro-batches of the first, second … try."""
+        started.clear()
+        for failure in failures:
+            fails_at[0] = failure
+            with pytest.raises(MemoryError):
+                passes()
+            summing.run_again()
+        passes()
+        summing.finish()
+        return started.copy()
+
+    for number in range(3):
+        (number + model(torch.ones(1, 5))).square().sum().backward()
+    expected = 2 * gradient
+    in_order = [(30, True)] * 4
+    for failures in ((), (1,), (3,), (2, 3, 1, 3), ()):
+        assert step(*failures) == in_order and torch.equal(gradient, expected), failures
+        assert at_first[-1] == (3 if 3 not in failures else 2), "before the backward pass reached the first layer"
+    gradient.zero_()  # a rank without micro-batches
+    started.clear()
+    summing.finish()
+    assert started == in_order and not gradient.any()

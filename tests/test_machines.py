@@ -20,7 +20,7 @@ from train_runs import config_of
 from mmdata.errors import UsageError
 from mmdata.shards.loader import Limits, MicroBatch
 from mmtrain import distributed
-from mmtrain.distributed import World, choose_device, join
+from mmtrain.distributed import GradientSum, World, choose_device, join
 from mmtrain.inference.evaluate import _pair_sums, _text_sums
 from mmtrain.model import precision
 from mmtrain.model.batch import to_device, token_logps_of
@@ -87,6 +87,7 @@ def test_every_stage_runs_on_a_device_without_fp64(
         world=World(0, 1, META),
         model=model,
         gradient=optim.flat_gradient(model),
+        gradient_sum=GradientSum(World(0, 1, META), torch.empty(0), []),
         scale=LossScale(torch.float32, META),
         ref={"train": torch.zeros(plan.loader.num_samples, 2, dtype=torch.float64)} if plan.is_pairs else {},
         most_tokens=None,

@@ -216,8 +216,8 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
     sums = _accumulate(run, step)
     is_asked = stop.is_set or (run.world.is_first and (run.plan.out / STOP_FILE).exists())
     asked = torch.tensor([float(is_asked)], dtype=sums.dtype).to(sums.device, non_blocking=sums.is_cuda)
+    run.gradient_sum.finish()
     figures = run.world.sum(torch.cat([sums, asked]))
-    run.world.sum(run.gradient)
     lr = optim.learning_rate(
         step, run.plan.num_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup
     )
@@ -238,10 +238,11 @@ def _run_step(run: ActiveRun, step: int, stop: StopSignals) -> InFlight:
 
 
 def _accumulate(run: ActiveRun, step: int) -> Tensor:
-    """Run the forward and backward passes of this rank's micro-batches of a step; `run.gradient` gets the sum. Returns
-    float64 sums [4 + number of the stage's figures]: loss, count (trained tokens or pairs), tokens, trained tokens,
-    then the figures. If memory runs out, the largest allowed micro-batch is halved and the step run again, with the
-    same gradient, as it is a sum. Raises TrainError if a single sequence does not fit in memory."""
+    """Run the forward and backward passes of this rank's micro-batches of a step; `run.gradient` gets the sum, which
+    `run.gradient_sum` begins to sum over ranks during the last pass. Returns float64 sums [4 + number of the stage's
+    figures]: loss, count (trained tokens or pairs), tokens, trained tokens, then the figures. If memory runs out, the
+    largest allowed micro-batch is halved and the step run again, with the same gradient, as it is a sum. Raises
+    TrainError if a single sequence does not fit in memory."""
     micros, num_halved = next(run.batches), 0
     while True:
         try:
@@ -251,6 +252,7 @@ def _accumulate(run: ActiveRun, step: int) -> Tensor:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
+        run.gradient_sum.run_again()
         _halve(run, reason)  # not in the except block, where the error still keeps tensors in memory
         num_halved += 1
     if num_halved:
@@ -279,6 +281,8 @@ def _add_up(run: ActiveRun, micros: Sequence[MicroBatch]) -> Tensor:
         ref = run.ref["train"][batch.samples].to(device, widest(device)) if "train" in run.ref else None
         with autocast(device):
             outcome = stage.loss(run.model, batch, ref, run.plan.objective)
+        if number == len(pieces) - 1:
+            run.gradient_sum.start()
         (outcome.loss * run.scale.value if run.scale.is_on else outcome.loss).backward()
         counts = torch.tensor([outcome.count, batch.num_tokens, batch.num_trained], dtype=widest(device))
         figures = [wide(outcome.figures[name]).view(1) for name in stage.figures]

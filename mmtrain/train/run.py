@@ -101,6 +101,7 @@ class ActiveRun:
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     gradient: Tensor  # one vector with the gradients of all trainable parameters
+    gradient_sum: distributed.GradientSum  # over all ranks
     scale: LossScale
     average: Average | None  # None without --ema
     log: metrics.MetricsLog
@@ -191,6 +192,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         world.agree_same({"weights": checkpoint.weights_digest(model)})
     record = _resumed_record(plan, world) if resumed else _new_record(plan, world, model, options.report)
     record.preflight = needs.as_json()
+    gradient = optim.flat_gradient(model)
     writer = checkpoint.Writer(out, keep_last=settings.keep_last, is_active=world.is_first)
     run = ActiveRun(
         plan,
@@ -198,7 +200,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         model,
         tokenizer,
         optimizer,
-        optim.flat_gradient(model),
+        gradient,
+        distributed.GradientSum(world, gradient, [p for p in model.parameters() if p.requires_grad]),
         scale,
         average,
         *_open_logs(plan, options, world, record, console, tokenizer),
