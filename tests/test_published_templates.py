@@ -277,6 +277,15 @@ def test_calls_and_tools_as_minimind_writes_them_are_rendered_as_openais_are(nam
     assert not found.bad and is_equal(found.sequences, nested.sequences)
 
 
+def test_an_added_end_of_turn_stands_after_the_calls_that_end_a_row() -> None:
+    own = tokenizer("glm4.5").amended(end_of_turn="</s>")
+    row = parsed({"messages": [ASK, CALLS, result("call-0001", "7"), DONE, ASK, CALLS]})
+    assert RowEncoder(tokenizer("glm4.5"), max_len=999).encode([row]).bad[0].reason == CUT
+    assert not RowEncoder(own, max_len=999).encode([row]).bad
+    calls, answer, last = trained_parts(Template(own), row)
+    assert calls.endswith("</tool_call><|observation|>") and answer.endswith("Seven.</s>") and last.endswith("</tool_call></s>")
+
+
 def test_an_error_of_a_template_names_what_it_was_given() -> None:
     row = parsed({"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f"}]}, result("x", "7"), DONE]})
     assert encoder("mistral").encode([row]).bad[0].detail == "ids have length 9"

@@ -1,6 +1,7 @@
 """The chat templates in the files of a tokenizer, and the changes of `mm pack` to them: a token after each answer, a
 fixed date, and a generation prompt. A changed template is part of the dataset's tokenizer, and so of runs and exports.
-The first two changes are a line in front of the template, ending with a newline, which jinja2 drops after a tag."""
+A change is a line in front of the template, ending with a newline, which jinja2 drops after a tag, or an expression
+after it."""
 
 import datetime
 import json
@@ -28,6 +29,7 @@ _END_OF_TURN = (
     "{%%- else -%%}{%%- set mm.messages = mm.messages + [m] -%%}{%%- endif -%%}{%%- endfor -%%}"
     "{%%- set messages = mm.messages %%}\n"
 )
+_AFTER_CALLS = "{{ %s if messages[-1].role == 'assistant' and messages[-1].tool_calls else '' }}"
 _DATE = "{%%- macro strftime_now(format) -%%}{{ %s[format] }}{%%- endmacro %%}\n"
 _DEFINITION = "macro strftime_now"
 _CALL = re.compile(r"\bstrftime_now\s*\(\s*(?:\"([^\"]*)\"|'([^']*)')?")
@@ -64,18 +66,24 @@ def changed(config: JsonObject, files: Mapping[str, bytes], change: Callable[[st
 
 
 def with_end_of_turn(template: str, token: str) -> str:
-    """Return a template that writes `token` after the content of each answer without tool calls."""
-    line = _END_OF_TURN % json.dumps(token, ensure_ascii=False)
-    return template if line in template else line + template
+    """Return a template that writes `token` after each answer, after tool calls only if they end the conversation: the
+    header of a tool's answer ends others."""
+    line, after_calls = (part % json.dumps(token, ensure_ascii=False) for part in (_END_OF_TURN, _AFTER_CALLS))
+    if line in template:
+        return template
+    return line + (_appended(template, after_calls) if "tool_calls" in template else template)
 
 
 def with_generation_prompt(template: str, header: str) -> str:
     """Return a template that writes `header`, the beginning of an answer, at the end of prompts, if it wrote none."""
     if "add_generation_prompt" in template:
         return template
-    text = json.dumps(header, ensure_ascii=False)
-    # jinja2 drops one newline at the end of a template.
-    return template.removesuffix("\n") + "{{ " + text + " if add_generation_prompt else '' }}"
+    return _appended(template, "{{ %s if add_generation_prompt else '' }}" % json.dumps(header, ensure_ascii=False))
+
+
+def _appended(template: str, expression: str) -> str:
+    """Return a template with an expression after it. jinja2 drops one newline at the end of a template."""
+    return template.removesuffix("\n") + expression
 
 
 def asks_for_date(template: str) -> bool:

@@ -5,7 +5,7 @@ so what a user writes never becomes a control id."""
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,25 +41,20 @@ class Tokenizer:
         self.files = files
         self.sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         self._config = config = _read_json(dir, files, "tokenizer_config.json")
-        try:
-            self.native = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-        except BaseException as error:  # the native library raises bare Exception, and panics as a BaseException
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise TokenizerError(f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", _AGAIN) from error
-        self.native.no_padding()
-        self.native.no_truncation()
-        self.native.post_processor = None  # it would add tokens and trim offsets; templates write special tokens
         self.special_tokens = {
             name: token
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
             if (token := _token_text(config.get(name)))
         }
-        named = [*self.special_tokens.values(), *_extra_tokens(config)]
-        self.native.add_special_tokens([token for token in named if self.native.token_to_id(token) is not None])
+        named = *self.special_tokens.values(), *_extra_tokens(config)
+        try:
+            self.native, self.vocab_size = _parsed(files["tokenizer.json"], named)
+        except BaseException as error:  # the native library raises bare Exception, and panics as a BaseException
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise TokenizerError(f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", _AGAIN) from error
         self.added = self.native.get_added_tokens_decoder()
         self.control_tokens = {token.content: id for id, token in sorted(self.added.items()) if token.special}
-        self.vocab_size = max(self.native.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_token = self.special_tokens.get("bos_token", "")
         self.eos_token = self.special_tokens.get("eos_token", "")
         self.bos_id, self.eos_id, self.pad_id = (
@@ -118,12 +113,10 @@ class Tokenizer:
         is_same = all(change(text) == text for text in self.chat_templates.values())
         return self if is_same else Tokenizer(self.dir, templates.changed(self._config, self.files, change))
 
-    @cached_property
+    @property
     def _definition(self) -> JsonObject:
         """The content of tokenizer.json, without the vocabulary and the merges."""
-        definition = json.loads(self.files["tokenizer.json"])
-        definition["model"] = {k: v for k, v in definition["model"].items() if k not in ("vocab", "merges")}
-        return definition
+        return _definition_in(self.files["tokenizer.json"])
 
     @property
     def decoder(self) -> str:
@@ -133,9 +126,18 @@ class Tokenizer:
     @cached_property
     def is_exact(self) -> bool:
         """Whether the pieces of text between control tokens, encoded alone, get the same ids as all at once: True for
-        byte-level tokenizers that neither normalize text nor strip spaces next to added tokens."""
+        byte-level tokenizers that do not strip spaces next to added tokens, and find these before they normalize
+        text (to NFC, as Qwen's do) or do not normalize it."""
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
-        return is_plain and self._definition.get("normalizer") is None and self.decoder == "ByteLevel"
+        forms = [one["type"] for one in self._normalizers]
+        is_normal = not forms or (set(forms) == {"NFC"} and not any(token.normalized for token in self.added.values()))
+        return is_plain and is_normal and self.decoder == "ByteLevel"
+
+    @property
+    def _normalizers(self) -> list[JsonObject]:
+        """The normalizers of tokenizer.json, those of a sequence one by one."""
+        normalizer = self._definition.get("normalizer") or {}
+        return normalizer.get("normalizers", [normalizer] * bool(normalizer))
 
     @cached_property
     def unknown_id(self) -> int | None:
@@ -148,8 +150,8 @@ class Tokenizer:
     def may_lose_text(self) -> bool:
         """Whether characters may be dropped or become the unknown token: not with a token for each byte and a
         normalizer that drops no characters."""
-        vocab, normalizer = self.native.get_vocab(), self._definition.get("normalizer") or {}
-        for one in normalizer.get("normalizers", [normalizer] * bool(normalizer)):
+        vocab = self.native.get_vocab()
+        for one in self._normalizers:
             replaces_space = one.get("pattern") == {"String": " "} and one.get("content")
             if one["type"] not in _KEEPING and not replaces_space:
                 return True
@@ -251,6 +253,26 @@ def train_bpe(
     tokenizer = Tokenizer(out_dir, files)
     tokenizer.save(out_dir)
     return tokenizer
+
+
+@lru_cache(maxsize=2)
+def _parsed(content: bytes, named: tuple[str, ...]) -> tuple[tokenizers.Tokenizer, int]:
+    """Return the native tokenizer of a tokenizer.json and its `vocab_size`. Cached, because large ones take a second.
+    named: texts that become special tokens if the tokenizer knows them."""
+    native = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    native.no_padding()
+    native.no_truncation()
+    native.post_processor = None  # it would add tokens and trim offsets; templates write special tokens
+    native.add_special_tokens([token for token in named if native.token_to_id(token) is not None])
+    return native, max(native.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+@lru_cache(maxsize=2)
+def _definition_in(content: bytes) -> JsonObject:
+    """Return the content of a tokenizer.json, without the vocabulary and the merges."""
+    definition = json.loads(content)
+    definition["model"] = {k: v for k, v in definition["model"].items() if k not in ("vocab", "merges")}
+    return definition
 
 
 def _read_json(dir: Path, files: dict[str, bytes], name: str) -> JsonObject:
