@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +21,11 @@ from pack_data import CONTROL, pack_with, write_rows
 from waiting import LONG_S
 
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, UsageError
+from mmdata.io import remote, workers
 from mmdata.pack import part as parts
-from mmdata.pack import staging
+from mmdata.pack import pipeline, staging
 from mmdata.pack.pipeline import PackResult
+from mmdata.shards.manifest import every_file
 from mmdata.shards.verify import verify
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
@@ -364,6 +368,56 @@ def test_shards_of_a_pack_finish_as_one(
     result = pack_to(finish=True)
     assert result.parts_left is None and result.kept == 200
     assert tree(tmp_path / "out") == undisturbed and not list(tmp_path.glob(".out*"))
+
+
+def test_shards_read_each_input_once_and_read_it_again_when_it_has_changed(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [write_rows(tmp_path / f"{number}.jsonl", "document", 20 + number) for number in range(4)]
+    read: list[str] = []
+    real = pipeline._scan
+    monkeypatch.setattr(pipeline, "_scan", lambda file, size: [read.append(Path(file.name).stem)] and real(file, size))
+    options: dict[str, Any] = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES}
+    whole = pack_with(files, tmp_path / "whole", **options)
+    assert read == ["0", "1", "2", "3"]
+    for share, order in (("2/3", ["1", "2", "0", "3"]), ("1/3", []), ("3/3", [])):
+        read.clear()
+        pack_with(files, tmp_path / "out", shard=share, **options)
+        assert read == order
+    assert pack_with(files, tmp_path / "out", finish=True, **options).digest == whole.digest and not read
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    pack_with(files, tmp_path / "new", shard="1/2", **options)
+    files[2].write_text(files[2].read_text() + '{"text": "more"}\n')
+    read.clear()
+    with pytest.raises(DatasetError, match=r"2.jsonl has changed"):
+        pack_with(files, tmp_path / "new", shard="2/2", **options)
+    assert read == ["2"]
+
+
+def test_the_workers_hash_large_inputs_and_files_and_send_them(
+    tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a job that runs in any process."""
+    jobs: list[tuple[str, int]] = []
+
+    def elsewhere(make: Any, todo: Any, *, total: int, **more: Any) -> list[Any]:
+        make, todo = pickle.loads(pickle.dumps((make, todo)))
+        if make.func is partial:
+            jobs.append((make.args[0].__name__, len(todo)))
+        return workers.run_jobs(make, todo, total=total, **more)
+
+    for module in (workers, staging):
+        monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(remote, "SEND_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "run_with", lambda options: elsewhere)
+    pack_to(shard="1/2")
+    pack_to()
+    assert tree(tmp_path / "out") == undisturbed
+    files = every_file(tmp_path / "out")
+    remote.send(tmp_path / "out", files, f"file://{tmp_path}/sent", run=elsewhere)
+    assert tree(tmp_path / "sent") == undisturbed
+    parts = [("_cut", 1), ("_differences", 0), ("_cut", 1), ("_differences", 9), ("_differences", 0)]
+    assert jobs[:-1] == parts and jobs[-1][0] == "_send" and jobs[-1][1] > 20
 
 
 def test_a_missing_shard_is_named_and_the_others_are_kept(

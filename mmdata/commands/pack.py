@@ -92,7 +92,7 @@ def pack(
     jobs = [(paths, directory)] if directory else [([path], SHARDS_DIR / names[i]) for i, path in enumerate(paths)]
     results, failures = pack_all(jobs, options, with_report=not no_report, as_json=as_json)
     if out and remote.is_url(out) and results[0].parts_left is None:
-        send(results[0].out, out, quiet=as_json)
+        send(results[0].out, out, options, quiet=as_json)
     if as_json:
         print_json(results)
     warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(paths) > 1])
@@ -279,14 +279,15 @@ def warn_of_contained(datasets: list[Path]) -> None:
         say(f"warning: {rows}; to train on both, take them once: {once}")
 
 
-def send(directory: Path, url: str, *, quiet: bool) -> None:
-    """Copy a packed dataset to a URL, read each file back to verify its hash, and print the command that downloads it.
-    Raise DatasetError if a file arrives with other bytes."""
+def send(directory: Path, url: str, options: PackOptions, *, quiet: bool) -> None:
+    """Copy a packed dataset to a URL with the workers of the options, read each file back to verify its hash, and print
+    the command that downloads it. Raise DatasetError if a file arrives with other bytes."""
     from mmdata.io import remote
+    from mmdata.pack.pipeline import run_with
     from mmdata.shards.manifest import every_file
 
     with progress(f"send {directory}", quiet=quiet) as update:
-        num_bytes = remote.send(directory, every_file(directory), url, progress=update)
+        num_bytes = remote.send(directory, every_file(directory), url, update, run_with(options))
     say(f"{url} holds {directory}: {size(num_bytes)} sent, every file read back and hashed")
     say(f"to train on it elsewhere: {remote.bring_command(url, directory)}")
 

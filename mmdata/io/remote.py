@@ -7,16 +7,19 @@ be copied to this machine first; `bring_command` gives the command.
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdata.errors import DatasetError, InputError, MMError, UsageError
 from mmdata.io.files import Progress, no_progress, sha256_of_stream
 from mmdata.io.records import FileEntry
+from mmdata.io.workers import Tick, run_jobs
 
 READ_BYTES = 4 * 2**20
+SEND_BYTES = 2**28  # of files that one process sends after each other: some seconds
 _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf download"}
 
 
@@ -79,12 +82,31 @@ def file_at(text: object) -> Any:
     return text if isinstance(text, (Path, RemoteFile)) else RemoteFile(str(text)) if is_url(text) else Path(str(text))
 
 
-def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progress = no_progress) -> int:
-    """Copy files of a local directory to a URL, in the given order, and return the bytes sent. files: paths relative to
-    the directory; the one that makes it complete, such as a manifest, last. A file that is there already with the same
-    size and sha256 is not sent. Each sent file is read back; DatasetError if its content differs. progress: called with
-    the bytes done (sent or already there) and in all."""
-    total, done, sent = sum(file.bytes for file in files), 0, 0
+def send(
+    directory: Path,
+    files: Sequence[FileEntry],
+    url: str,
+    progress: Progress = no_progress,
+    run: Callable[..., list[Any]] = run_jobs,
+) -> int:
+    """Copy files of a local directory to a URL and return the bytes sent. files: paths relative to the directory; the
+    last one makes it complete, such as a manifest, and is sent when all others are there. A file that is there already
+    with the same size and sha256 is not sent. Each sent file is read back; DatasetError if its content differs.
+    progress: called with the bytes done (sent or already there) and in all. run: calls `run_jobs`, of which each job is
+    some files of SEND_BYTES together."""
+    groups: list[list[FileEntry]] = [[]]
+    for file in files[:-1]:
+        if sum(each.bytes for each in groups[-1]) >= SEND_BYTES:
+            groups.append([])
+        groups[-1].append(file)
+    make = partial(partial, _send, directory, url)
+    total = sum(file.bytes for file in files)
+    return sum(run(make, groups, total=total, progress=progress) + run_jobs(make, [files[-1:]], total=total))
+
+
+def _send(directory: Path, url: str, files: Sequence[FileEntry], tick: Tick) -> int:
+    """Send some files, see `send`, and return the bytes sent."""
+    sent = 0
     with _told(url, "written") as (system, root):
         for file in files:
             path = f"{root.rstrip('/')}/{file.path}"
@@ -94,8 +116,7 @@ def send(directory: Path, files: Sequence[FileEntry], url: str, progress: Progre
                 sent += file.bytes
                 if not _is_there(system, path, file):
                     raise DatasetError(f"{url}: {file.path} arrived with other bytes", "run the same command again")
-            done += file.bytes
-            progress(done, total)
+            tick(file.bytes)
     return sent
 
 

@@ -31,6 +31,7 @@ CountedProgress = Callable[..., None]  # called with (units done, units in all, 
 Tick = Callable[..., None]  # called with what was added since the last call: (units, *other counts)
 COUNTS = 4  # units, and up to three other counts
 POLL_S = 0.2
+LARGE_BYTES = 2**30  # that one process reads in about a second: less is not worth to start others for
 ENGINES = ("local", "ray")
 RAY_TASKS = 200  # that are begun and not done at most, or 4 for each core of the cluster if that is more
 RAY_RETRIES = 2  # of a job whose machine or process died; an exception of the job itself is not retried

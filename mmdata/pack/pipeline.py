@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +28,14 @@ from mmdata.io import remote, workers
 from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write_json
 from mmdata.io.lines import TABLE, format_of, iter_lines, place_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
-from mmdata.io.records import FileEntry, decode_record, plain, write_record
+from mmdata.io.records import FileEntry, decode_record, plain, read_record, write_record
 from mmdata.io.streams import DAMAGED, damaged, open_stream
 from mmdata.io.tables import row_ranges
 from mmdata.options import check
 from mmdata.pack import dedup
 from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
 from mmdata.pack.part import Part, PartResult, PartSettings, RejectedRow
-from mmdata.pack.staging import PackKey, RecordingPacker, Staging, one_of_several, only_writer
+from mmdata.pack.staging import PackKey, RecordingPacker, Run, Staging, one_of_several, only_writer
 from mmdata.pack.summary import fill_of, header_of, manifest_of, stats_of, total_of
 from mmdata.shards.dataset import id_dtype, open_dataset
 from mmdata.shards.manifest import MANIFEST, DatasetHeader, ExcludedFile, Manifest, PackArguments
@@ -93,11 +94,9 @@ class _Job:
     watch: Watch
     note: Note
 
-    def run(self, *arguments: Any, **more: Any) -> list[Any]:
-        options = self.options
-        return workers.run_jobs(
-            *arguments, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address, **more
-        )
+    @property
+    def run(self) -> Run:
+        return run_with(self.options)
 
 
 def pack(
@@ -146,7 +145,7 @@ def pack(
                 job.note(f"warning: --map {entry}: no row has a value in this column")
         _check_unchanged(staging, job, job.parts)
         _note_encoders(results, job)
-        _check_files(staging, job, results)
+        _check_files(staging, job, results, done)
         manifest = _publish(staging, job, results)
     return _result(out, manifest, start)
 
@@ -165,7 +164,7 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
             )
         if begun is None:
             staging.begin(key)
-        done = staging.finished([part.number for part in own])
+        done = staging.finished(job.run, [part.number for part in own])
         _check_disk(job, [part for part in own if part.number not in done])
         results = _pack_parts(staging, job, own, done)
         _check_unchanged(staging, job, own)
@@ -312,9 +311,13 @@ def _plan_job(
     if options.encoder != "auto":
         choose(tokenizer, options.encoder)  # raises an error here instead of in every worker
     states = _states(inputs)
-    records, parts = plan(inputs, options.part_bytes, options.reading)
-    header = header_of(kind, options.max_len, tokenizer, records, arguments)
     place = Path(os.path.realpath(out))
+    is_one_of_several = options.share or options.finish
+    found = Staging(place).dir / "inputs" if is_one_of_several else None
+    records, parts = plan(
+        inputs, options.part_bytes, options.reading, run=run_with(options), share=options.share, found=found
+    )
+    header = header_of(kind, options.max_len, tokenizer, records, arguments)
     return _Job(inputs, place, options, tokenizer, states, parts, header, progress, watch, note)
 
 
@@ -331,34 +334,82 @@ def common_kind(inputs: Sequence[Path], read: ReadOptions = DEFAULT_READING) -> 
     return first
 
 
+class _Cuts(msgspec.Struct):
+    """An input as `plan` cuts it. state: its size and modification time. ranges: (begin, end, first line, bytes) of each
+    part, as in `Part`."""
+
+    state: tuple[int, int]
+    entry: FileEntry
+    ranges: list[tuple[int, int | None, int, int]]
+    is_table: bool
+
+
 def plan(
-    inputs: Sequence[Path], part_bytes: int, read: ReadOptions = DEFAULT_READING
+    inputs: Sequence[Path],
+    part_bytes: int,
+    read: ReadOptions = DEFAULT_READING,
+    *,
+    run: Run = workers.run_jobs,
+    share: tuple[int, int] | None = None,
+    found: Path | None = None,
 ) -> tuple[list[FileEntry], list[Part]]:
     """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
     the first row at or after a multiple of `part_bytes` (of its decompressed UTF-8 text), one of a table after whole row
-    groups of up to `part_bytes`. A compressed JSON array or csv file is one part."""
-    records: list[FileEntry] = []
+    groups of up to `part_bytes`. A compressed JSON array or csv file is one part.
+
+    run: calls `workers.run_jobs`; it is used for inputs of workers.LARGE_BYTES together, each of which is a job. found:
+    directory in which shards of a pack leave for each other what they found of an input; the shard `share` (i, n) looks
+    first at the inputs i - 1, i - 1 + n, …, so that n shards that run at the same time divide the inputs.
+    """
+    first, count = (share[0] - 1, share[1]) if share else (0, 1)
+    order = sorted(range(len(inputs)), key=lambda k: ((k - first) % count, k))
+    total = sum(path.stat().st_size for path in inputs)
+    run = run if total >= workers.LARGE_BYTES else workers.run_jobs
+    make = partial(partial, _cut, part_bytes, read, found)
+    cuts: dict[int, _Cuts] = dict(zip(order, run(make, [inputs[k] for k in order], total=total), strict=True))
     parts: list[Part] = []
     for number, path in enumerate(inputs):
-        form = format_of(path, read)
-        with path.open("rb") as file:
-            sha256, num_bytes, cuts = _scan(file, part_bytes)
-        records.append(FileEntry(str(path), num_bytes, sha256))
-        if form.is_plain and not form.has_offsets:
-            ranges = [(begin, end, begin + 1, size) for begin, end, size in row_ranges(path, part_bytes)]
-        else:
-            num_text = num_bytes
-            if not form.has_offsets:
-                num_text, cuts = _text_cuts(path, part_bytes, read) if form.has_lines else (num_bytes, [(0, 1)])
-            elif not form.is_lines:
-                cuts = _row_starts(path, part_bytes, read)
-            ends = [begin for begin, _ in cuts[1:]] + [num_text]
-            ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(cuts, ends, strict=True)]
-            if not form.has_offsets and len(cuts) == 1:
-                ranges = [(0, None, 1, num_bytes)]
-        for each in ranges:
-            parts.append(Part(len(parts), number, path, *each, read, form.kind == TABLE))
-    return records, parts
+        for each in cuts[number].ranges:
+            parts.append(Part(len(parts), number, path, *each, read, cuts[number].is_table))
+    return [cuts[number].entry for number in range(len(inputs))], parts
+
+
+def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, _tick: workers.Tick) -> _Cuts:
+    """Return what `plan` needs of an input, from its record in `found` if the input has not changed since."""
+    (state,) = _states([path])
+    name = hashlib.sha256(repr((str(path), part_bytes, read)).encode()).hexdigest()
+    if found:
+        with contextlib.suppress(DatasetError):
+            cuts = read_record(found / f"{name}.json", _Cuts, DatasetError, "")
+            if cuts.state == state:
+                return cuts
+    form = format_of(path, read)
+    with path.open("rb") as file:
+        sha256, num_bytes, starts = _scan(file, part_bytes)
+    ranges: list[tuple[int, int | None, int, int]]
+    if form.is_plain and not form.has_offsets:
+        ranges = [(begin, end, begin + 1, size) for begin, end, size in row_ranges(path, part_bytes)]
+    else:
+        num_text = num_bytes
+        if not form.has_offsets:
+            num_text, starts = _text_cuts(path, part_bytes, read) if form.has_lines else (num_bytes, [(0, 1)])
+        elif not form.is_lines:
+            starts = _row_starts(path, part_bytes, read)
+        ends = [begin for begin, _ in starts[1:]] + [num_text]
+        ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(starts, ends, strict=True)]
+        if not form.has_offsets and len(starts) == 1:
+            ranges = [(0, None, 1, num_bytes)]
+    cuts = _Cuts(state, FileEntry(str(path), num_bytes, sha256), ranges, form.kind == TABLE)
+    if found:
+        write_record(found / f"{name}.json", cuts)
+    return cuts
+
+
+def run_with(options: PackOptions) -> Run:
+    """Return `workers.run_jobs` with the engine and the workers of the options."""
+    return partial(
+        workers.run_jobs, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address
+    )
 
 
 def _row_starts(path: Path, part_bytes: int, read: ReadOptions) -> list[tuple[int, int]]:
@@ -447,7 +498,7 @@ def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
         staging.clear()
         staging.begin(key)
         return {}
-    done = staging.finished()
+    done = staging.finished(job.run)
     if done:
         job.note(f"{job.out}: going on with an unfinished pack, {len(done):,} of {len(job.parts):,} parts are done")
     return done
@@ -472,10 +523,13 @@ def _keep_parts(staging: Staging, job: _Job) -> Iterator[None]:
         raise
 
 
-def _check_files(staging: Staging, job: _Job, results: Sequence[PartResult]) -> None:
+def _check_files(staging: Staging, job: _Job, results: Sequence[PartResult], hashed: Collection[int]) -> None:
     """Raise DatasetError, naming the hosts that wrote them, if files of the parts are not in the dataset that is to be
-    published. These parts will be packed again."""
-    if wrong := staging.differences(results):
+    published. These parts will be packed again. Files that other hosts wrote are hashed, unless their part is one of
+    `hashed`."""
+    here = socket.gethostname()
+    elsewhere = {result.number for result in results if result.host != here}
+    if wrong := staging.differences(results, job.run, elsewhere - set(hashed)):
         staging.forget(result.number for result, _ in wrong)
         named = [f"{what} (packed on {result.host})" for result, what in wrong[:4]]
         more = f" and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""

@@ -12,22 +12,25 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from mmdata.errors import DatasetError
 from mmdata.io.files import AlreadyLockedError, locked, replace_directory, restore_directory
 from mmdata.io.records import FileEntry, plain, read_record, write_record
-from mmdata.io.workers import Tick
+from mmdata.io.workers import LARGE_BYTES, Tick
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.shards import checksums
 from mmdata.shards.manifest import DatasetHeader
 
+Run = Callable[..., list[Any]]  # calls `workers.run_jobs`
 PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions may write other tokens or bytes
 
 
@@ -119,9 +122,10 @@ class Staging:
         """Return the numbers of the parts that were recorded as finished, ascending. Their files are not checked."""
         return sorted(int(path.stem) for path in (self.dir / "done").glob("*.json") if path.stem.isdigit())
 
-    def finished(self, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
-        """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). numbers: the
-        parts to check; None means all. Unreadable records, and those of bad files, are removed."""
+    def finished(self, run: Run, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
+        """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). run: as in
+        `differences`. numbers: the parts to check; None means all. Unreadable records, and those of bad files, are
+        removed."""
         results: dict[int, PartResult] = {}
         chosen = None if numbers is None else set(numbers)
         for number in self.recorded():
@@ -130,23 +134,26 @@ class Staging:
                     results[number] = read_record(self._record_path(number), PartResult, DatasetError, "")
                 if number not in results:
                     self.forget([number])
-        bad = {result.number for result, _ in self.differences(results.values(), is_hashed=True)}
+        bad = {result.number for result, _ in self.differences(list(results.values()), run, results)}
         self.forget(bad)
         return {number: result for number, result in results.items() if number not in bad}
 
-    def differences(self, results: Iterable[PartResult], *, is_hashed: bool = False) -> list[tuple[PartResult, str]]:
-        """Return (its part, what is wrong in words) for each file of these parts that is missing or has another size.
-        Those that other hosts wrote are hashed too, or all with `is_hashed`."""
-        here = socket.gethostname()
-
-        def difference(task: tuple[PartResult, FileEntry]) -> str:
-            result, file = task
-            return checksums.difference(self.dataset, file, is_hashed=is_hashed or result.host != here)
-
-        tasks = [(result, file) for result in results for file in result.all_files]
+    def differences(
+        self, results: Sequence[PartResult], run: Run, hashed: Collection[int]
+    ) -> list[tuple[PartResult, str]]:
+        """Return (its part, what is wrong in words) for each file of these parts that is missing or has another size,
+        and for the parts `hashed` (numbers) also another hash. run: calls `workers.run_jobs`; it is used to hash files
+        of LARGE_BYTES together, which other processes or machines then read."""
         with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
-            found = list(pool.map(difference, tasks))
-        return [(result, f"{file.path} {what}") for (result, file), what in zip(tasks, found, strict=True) if what]
+            found = list(pool.map(partial(_differences, self.dataset, False), results))
+            some = [n for n, result in enumerate(results) if not found[n] and result.number in hashed]
+            parts = [results[n] for n in some]
+            if (total := sum(file.bytes for result in parts for file in result.all_files)) < LARGE_BYTES:
+                wrong = list(pool.map(partial(_differences, self.dataset, True), parts))
+            else:
+                wrong = run(partial(partial, _differences, self.dataset, True), parts, total=total)
+        found = [*zip(results, found, strict=True), *zip(parts, wrong, strict=True)]
+        return [(result, what) for result, several in found for what in several]
 
     def _record_path(self, part: int) -> Path:
         return self.dir / "done" / f"{part:05d}.json"
@@ -169,6 +176,12 @@ class Staging:
                 path.unlink()  # left by a writer that was killed
         replace_directory(self.dataset, self.out, _sibling(self.out, "replaced"))
         shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def _differences(dataset: Path, is_hashed: bool, result: PartResult, _tick: Tick | None = None) -> list[str]:
+    """Return what is wrong with the files of a part."""
+    checked = ((file.path, checksums.difference(dataset, file, is_hashed=is_hashed)) for file in result.all_files)
+    return [f"{path} {what}" for path, what in checked if what]
 
 
 class RecordingPacker:
