@@ -1,5 +1,7 @@
-"""Writes docs/reference.md from the declarations of the commands and their options: `python docs/reference.py`."""
+"""Writes docs/reference.md from the declarations of the commands and their options, and docs/zh/reference.md from that
+and the phrases of docs/zh/reference.json: `python docs/reference.py`."""
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from mmdata.commands.options import OUTPUT_OPTIONS, LazyCommand, default_text, r
 from mmdata.options import Option, options_of  # noqa: E402
 
 HEAD = """# Commands and options
+
+[中文](zh/reference.md)
 
 Every command of mm with its arguments and options, as `mm COMMAND --help` prints them. This page is written by
 `python docs/reference.py` from the program's declarations; do not edit it.
@@ -106,5 +110,49 @@ def text() -> str:
     return "\n".join(lines) + "\n"
 
 
+class Phrases(dict[str, str]):
+    """English phrases and their Chinese."""
+
+    def __missing__(self, english: str) -> str:
+        raise LookupError(f"docs/zh/reference.json has no Chinese for: {english}")
+
+
+def chinese(english: str, phrases: Phrases) -> str:
+    """The page in Chinese: code, names and numbers stay as they are. Raises LookupError for a missing phrase."""
+
+    def cell(words: str) -> str:
+        if words in phrases or not re.search("[a-zA-Z]", words) or re.fullmatch(r"\S+|(`[^`]*`(, )?)+", words):
+            return phrases.get(words, words)
+        bounds = [re.fullmatch(r"(at least|at most|greater than|below) ([\d.]+)", part) for part in words.split(", ")]
+        if not any(bounds):
+            return phrases[words]
+        parts = zip(words.split(", "), bounds, strict=True)
+        return "，".join(f"{phrases[bound[1]]} {bound[2]}" if bound else phrases[part] for part, bound in parts)
+
+    blocks = []
+    for block in english.rstrip().split("\n\n"):
+        if block.startswith("| "):
+            rows = [[each.strip() for each in re.split(r"(?<!\\)\|", row)[1:-1]] for row in block.splitlines()]
+            lines = [f"| {name} | " + " | ".join(cell(each) for each in cells) + " |" for name, *cells in rows[2:]]
+            block = "\n".join(["| 选项 | 取值 | 默认 | 作用 |", "|---|---|---|---|", *lines])
+        elif block.startswith("- "):
+            items = [re.split(r"(?<=`): ", item, maxsplit=1) for item in block.split("\n")]
+            block = "\n".join(f"{name}：{phrases[words]}" for name, words in items)
+        elif not block.startswith(("## ", "    ", "```", "[fetch]")):
+            words = " ".join(block.split())
+            block = f"**{phrases[words[2:-2]]}**" if words.startswith("**") else phrases[words]
+        blocks.append(block)
+    return "\n\n".join(blocks) + "\n"
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Path and text of the page in English, then in Chinese."""
+    english, docs = text(), ROOT / "docs"
+    yield docs / "reference.md", english
+    phrases = json.loads((docs / "zh" / "reference.json").read_text(encoding="utf-8"))
+    yield docs / "zh" / "reference.md", chinese(english, Phrases(phrases))
+
+
 if __name__ == "__main__":
-    (ROOT / "docs" / "reference.md").write_text(text(), encoding="utf-8")
+    for path, content in pages():
+        path.write_text(content, encoding="utf-8")
