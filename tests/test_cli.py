@@ -216,13 +216,15 @@ def test_the_demo_goes_through_all_stages_and_scores_each(
     assert not (home / "d/runs/old").exists()
 
 
-def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run) -> None:
+def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (home / "data" / "sft_512.jsonl").read_text().splitlines()
     (home / "data" / "part.jsonl").write_text("\n".join(lines[:20]) + "\n")
     done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report"))
     assert "rows of data/part.jsonl stand in data/sft_512.jsonl too" in done.err
     done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report --out shards/once --dedup exact"))
     assert "warning" not in done.err and "duplicate" in done.out
+    monkeypatch.setattr("mmdata.commands.pack.MOST_COMPARED", 19)
+    assert "rows are too many to compare" in fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report")).err
 
 
 def test_shards_of_a_pack_and_weights_by_the_command_line(home: Path, mm: Run) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mmdata.pack.estimate import Estimate
     from mmdata.pack.pipeline import PackResult
 
+MOST_COMPARED = 10**8  # rows whose hashes are compared to find files in others: 2.4 GB of memory
 MOST_NAMES = 10  # control strings to print at most
 
 
@@ -95,7 +96,8 @@ def pack(
         send(results[0].out, out, options, quiet=as_json)
     if as_json:
         print_json(results)
-    warn_of_contained([packed.out for packed in results if packed.parts_left is None and len(paths) > 1])
+    if len(paths) > 1:
+        warn_of_contained([packed for packed in results if packed.parts_left is None])
     if results and results[-1].parts_left is None:
         first = min(results, key=lambda packed: list(STAGE_KINDS.values()).index(packed.kind))
         next_command(f"mm train {stage_of(first.kind)} --data {first.out}")
@@ -268,12 +270,16 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
             say(f"{reason}: {HELP[reason]}")
 
 
-def warn_of_contained(datasets: list[Path]) -> None:
-    """Warn of each input file of which most rows are also in another one: a model would see them twice."""
+def warn_of_contained(results: "list[PackResult]") -> None:
+    """Warn of each input file of which most rows are also in another one: a model would see them twice. More than
+    MOST_COMPARED rows are not compared, as that would take more memory than packing."""
     from mmdata.shards.checks import find_contained
     from mmdata.shards.dataset import open_dataset
 
-    for pair in find_contained([open_dataset(path) for path in datasets]):
+    if (num_rows := sum(packed.kept for packed in results)) > MOST_COMPARED:
+        say(f"note: {num_rows:,} rows are too many to compare files with each other; --dedup exact takes rows once")
+        return
+    for pair in find_contained([open_dataset(packed.out) for packed in results]):
         once = f"mm pack {pair.inner} {pair.outer} --out {SHARDS_DIR}/NAME --dedup exact"
         rows = f"{pair.rows:,} of {pair.of:,} rows of {pair.inner} stand in {pair.outer} too"
         say(f"warning: {rows}; to train on both, take them once: {once}")

@@ -13,10 +13,11 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -49,6 +50,8 @@ UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.001, 0.01  # share of bytes that the tokeniz
 COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
+Found = TypeVar("Found")
+AT_ONCE = 32  # requests to the storage of inputs at URLs
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,11 +259,22 @@ def _check_inputs(inputs: Sequence[Path]) -> None:
     """Raise UsageError if there are no inputs, and InputError if one is not a file or is empty."""
     if not inputs:
         raise UsageError("no input file", "mm pack FILE.jsonl")
-    for path in inputs:
+
+    def look(path: Path) -> None:
         if str(path) == "-" or not path.is_file():
             raise InputError(f"{path} is not a file", "name jsonl files; `mm fetch` downloads the known ones")
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty", "give a file with one JSON object a line")
+
+    _of_each(look, inputs)
+
+
+def _of_each(look: Callable[[Path], Found], inputs: Sequence[Path]) -> list[Found]:
+    """Return look(input) of each input; AT_ONCE at a time if some are at URLs, whose storage lets each look wait."""
+    if not any(isinstance(path, remote.RemoteFile) for path in inputs):
+        return [look(path) for path in inputs]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(look, inputs))
 
 
 def arguments_of(options: PackOptions) -> PackArguments:
@@ -323,9 +337,9 @@ def _plan_job(
 
 def common_kind(inputs: Sequence[Path], read: ReadOptions = DEFAULT_READING) -> str:
     """Return the row kind of the inputs. Raises InputError if they have different kinds."""
-    kinds = {path: rows.find_kind(path, read=read) for path in inputs}
-    first = kinds[inputs[0]]
-    for path, other in kinds.items():
+    kinds = _of_each(partial(rows.find_kind, read=read), inputs)
+    first = kinds[0]
+    for path, other in zip(inputs, kinds, strict=True):
         if other != first:
             raise InputError(
                 f"{path} holds {other} rows, {inputs[0]} {first} rows",
@@ -363,7 +377,7 @@ def plan(
     """
     first, count = (share[0] - 1, share[1]) if share else (0, 1)
     order = sorted(range(len(inputs)), key=lambda k: ((k - first) % count, k))
-    total = sum(path.stat().st_size for path in inputs)
+    total = sum(size for size, _ in _states(inputs))
     run = run if total >= workers.LARGE_BYTES else workers.run_jobs
     make = partial(partial, _cut, part_bytes, read, found)
     cuts: dict[int, _Cuts] = dict(zip(order, run(make, [inputs[k] for k in order], total=total), strict=True))
@@ -628,7 +642,7 @@ def _check_unknown(job: _Job, results: Sequence[PartResult]) -> None:
 
 
 def _states(inputs: Sequence[Path]) -> list[tuple[int, int]]:
-    return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in inputs)]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in _of_each(lambda path: path.stat(), inputs)]
 
 
 def _check_unchanged(staging: Staging, job: _Job, parts: Iterable[Part]) -> None:
