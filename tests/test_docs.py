@@ -106,7 +106,8 @@ def test_every_command_and_option_that_a_text_names_exists(page: Path) -> None:
     known = flags_of(APP) | OTHER_FLAGS.keys() | {"--version", "--install-completion"}
     for span in re.findall(r"`([^`\n]+)`", prose(page)):
         words = span.split()
-        flags = {word.split("=")[0].strip(".,;:()") for word in re.split(r"[\s/|]+", span) if word.startswith("--")}
+        options = (word for word in re.split(r"[\s/|]+", span) if re.match("--[a-z]", word))
+        flags = {word.split("=")[0].strip(".,;:()") for word in options}
         if span.startswith("--"):
             assert flags <= known, f"{page.name}: {span}"
         elif words[:1] == ["mm"] and len(words) > 1 and re.match("[a-z]", words[1]):

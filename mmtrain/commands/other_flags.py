@@ -15,6 +15,9 @@ OTHER_FLAGS: Mapping[str, str] = {
     **dict.fromkeys(
         ("--model_name_or_path", "--from_weight"), "--init RUN, which `mm import` makes of another's model"
     ),
+    **dict.fromkeys(
+        ("--load", "--load_from", "--weight", "--lora_weight"), "mm chat RUN: a run, a .pth or a Hugging Face directory"
+    ),
     "--model_mode": "mm chat RUN, or mm train STAGE: a run knows its stage",
     "--learning_rate": "--lr X",
     "--num_train_epochs": "--epochs N",
@@ -26,12 +29,19 @@ OTHER_FLAGS: Mapping[str, str] = {
     **dict.fromkeys(("--grad_clip", "--max_grad_norm"), "--clip X"),
     **dict.fromkeys(("--warmup_iters", "--warmup_steps", "--warmup_ratio"), "--warmup X, a share of the steps"),
     "--lr_scheduler_type": "--schedule NAME",
-    **dict.fromkeys(("--out_dir", "--output_dir", "--save_dir"), "--out RUN"),
+    **dict.fromkeys(("--out_dir", "--output_dir", "--save_dir", "--save_weight"), "--out RUN"),
     **dict.fromkeys(("--from_resume", "--resume_from_checkpoint"), "--resume"),
     "--gradient_checkpointing": "--checkpoint-activations",
     **dict.fromkeys(("--lora_name", "--lora_r", "--use_peft"), "--lora RANK"),
     **dict.fromkeys(
         ("--dtype", "--bf16", "--fp16"), "leave it out: matrices are multiplied in what the device is made for"
     ),
-    "--ddp": "--nproc N",
+    **dict.fromkeys(("--ddp", "--local_rank"), "--nproc N, or start mm with torchrun"),
+    "--num_workers": "leave it out: a thread reads the batches from the packed dataset",
+    "--use_compile": "leave it out: blocks are compiled on CUDA, unless --no-compile is given",
+    "--use_moe": "leave it out: mixtures of experts can be imported and asked, not trained",
+    **dict.fromkeys(("--history_cnt", "--historys"), "leave it out: --window N tokens of the conversation are remembered"),
+    "--max_new_tokens": "--max-new-tokens N",
+    "--top_p": "--top-p X",
+    "--open_thinking": "--think",
 }
