@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,7 @@ from mmtrain.shapes import MODEL_SHAPES, shape_of
 
 if TYPE_CHECKING:
     from mmdata.stats.stats import Measured
+    from mmdata.stats.tally import Figures
 
 
 def stats(
@@ -99,7 +100,7 @@ def check_paths(paths: Sequence[Path], *, is_comparison: bool, exact: bool) -> N
         raise UsageError("--exact is for files of rows; a packed dataset's figures are exact", "leave --exact out")
 
 
-def measure(path: Path, options: dict[str, Any], of_files: dict[str, Any], *, quiet: bool) -> "Measured":
+def measure(path: Path, options: "Figures", of_files: "Figures", *, quiet: bool) -> "Measured":
     """Measure a packed dataset or a file of rows, and show progress. `of_files`: the further options for a file."""
     from mmdata.stats.stats import measure_dataset, measure_file
 
@@ -132,7 +133,7 @@ def end_if_unusable(
         raise typer.Exit(failures[0])
 
 
-def add_models(figures: dict[str, Any]) -> None:
+def add_models(figures: "Figures") -> None:
     """Add to the figures of documents, as "models", what known models are with this vocabulary and these tokens."""
     if figures["kind"] != "document" or "vocabulary" not in figures:
         return
@@ -146,7 +147,7 @@ def add_models(figures: dict[str, Any]) -> None:
 
 
 def write_page(
-    html: Path, measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], lang: str, *, is_comparison: bool
+    html: Path, measured: "Sequence[Measured]", overlaps: "list[Figures]", lang: str, *, is_comparison: bool
 ) -> None:
     """Write the report on all datasets and files as a page; see print_measured for the arguments."""
     from mmdata.io.files import write_text
@@ -157,17 +158,17 @@ def write_page(
     write_text(html, compare_page(*measured, **about) if is_comparison else dataset_page(measured, **about))
 
 
-def print_values(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
+def print_values(measured: "Sequence[Measured]", overlaps: "list[Figures]", *, is_comparison: bool) -> None:
     """Print the figures as JSON, for `--json`: by path; of a comparison also "differences", and any "warnings"."""
     from mmdata.stats.report.compare import differences
 
-    values: dict[str, Any] = {str(one.path): one.figures for one in measured}
+    values: Figures = {str(one.path): one.figures for one in measured}
     if is_comparison:
         values["differences"] = differences(measured[0].figures, measured[1].figures)
     print_json(values | ({"warnings": overlaps} if overlaps else {}))
 
 
-def print_measured(measured: "Sequence[Measured]", overlaps: list[dict[str, Any]], *, is_comparison: bool) -> None:
+def print_measured(measured: "Sequence[Measured]", overlaps: "list[Figures]", *, is_comparison: bool) -> None:
     """Print a report on each dataset or file, then the warnings about rows that several of them share. is_comparison:
     `measured` has two entries, whose differences follow."""
     from mmdata.stats.report.compare import side_by_side

@@ -380,7 +380,7 @@ WARNINGS = {
 }
 
 
-def warnings(figures: Mapping[str, Any]) -> list[Figures]:
+def warnings(figures: Figures) -> list[Figures]:
     """Return the warnings that apply, as [{"code", "values", "text"}], in the order of WARNINGS. figures: of a file or
     dataset, as far as measured."""
     return [warning(code, **values) for code, values in _warnings_on(figures)]
@@ -391,7 +391,7 @@ def warning(code: str, **values: Any) -> Figures:
     return {"code": code, "values": values, "text": WARNINGS[code].format(**values)}
 
 
-def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
+def _warnings_on(figures: Figures) -> Iterable[tuple[str, Figures]]:
     """Yield (code, values) of each warning that applies."""
     num_rows, kept = max(figures["rows"], 1), max(figures["kept"], 1)
     left_out = {reason: count for reason, count in figures["left_out"].items() if reason != rows.NOT_SELECTED}
@@ -428,7 +428,7 @@ def _warnings_on(figures: Mapping[str, Any]) -> Iterable[tuple[str, Figures]]:
         yield "few val rows", {"number": figures["val_rows"]}
 
 
-def _pair_warnings(pairs: Mapping[str, Any] | None) -> Iterable[tuple[str, Figures]]:
+def _pair_warnings(pairs: Figures | None) -> Iterable[tuple[str, Figures]]:
     """Yield (code, values) of the warnings on pairs that apply; none without figures of pairs."""
     if not pairs or not pairs["pairs"]:
         return

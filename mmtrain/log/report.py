@@ -28,9 +28,9 @@ from mmdata.stats.report.page import (
     joined,
     phrase,
 )
+from mmtrain.log.history import RunFigures
 
-Run = Mapping[str, Any]
-Chains = Sequence[Sequence[Run]]
+Chains = Sequence[Sequence[RunFigures]]
 AXES: dict[str, Text] = {"tokens": "tokens", "hours": "time", "step": "steps"}  # x axes of the plots, and their labels
 MOST_MARKS = 60  # the most events of one kind that a plot marks in a run; of more events, an even selection
 # Events that are marked on plots -> label of the mark; "" is a tick without a label.
@@ -80,7 +80,7 @@ def serve(make: Callable[[], str], port: int, *, on_start: Callable[[str], None]
         server.serve_forever()
 
 
-def run_page(figures: Mapping[str, Any], *, lang: str = "en", refresh_s: float | None = None) -> str:
+def run_page(figures: RunFigures, *, lang: str = "en", refresh_s: float | None = None) -> str:
     """Return the HTML page about chains of runs, whose curves share the plots. figures: from `history.figures`. lang:
     "en" or "zh". refresh_s: seconds after which an open page requests a newer version; None for never."""
     last = [runs[-1] for runs in figures["chains"]]
@@ -113,7 +113,7 @@ def sections_of(chains: Chains) -> Iterator[Section]:
 # --- at a glance
 
 
-def glance(run: Run) -> list[tuple[Text, str, Text]]:
+def glance(run: RunFigures) -> list[tuple[Text, str, Text]]:
     """Return the most important figures of a run, as (label, value, hint): step, losses, tokens, time and more."""
     last, params = run["last"], float(f"{run['params']:.4g}")
     cards: list[tuple[Text, str, Text]] = [
@@ -174,10 +174,10 @@ class _Plotter:
         marks = (mark for number, runs in enumerate(chains) for mark in self._marks(number, runs))
         self.marks = sorted(marks, key=lambda mark: mark["x"]["step"])
 
-    def runs(self, stages: Sequence[str] | None = None) -> list[Run]:
+    def runs(self, stages: Sequence[str] | None = None) -> list[RunFigures]:
         return [run for runs in self.chains for run in runs if not stages or run["stage"] in stages]
 
-    def _marks(self, number: int, runs: Sequence[Run]) -> Iterator[page.PlotSpec]:
+    def _marks(self, number: int, runs: Sequence[RunFigures]) -> Iterator[page.PlotSpec]:
         """Yield the marks of a chain on the x axis: the beginning of each run, with its stage, if there are several,
         and the runs' events. If there are several chains, the marks have the colour of their chain."""
         color = {} if len(self.chains) == 1 else {"color": number}
@@ -249,7 +249,7 @@ class _Plotter:
             for axis in AXES
         }
 
-    def _joined(self, runs: Sequence[Run], curve: str) -> page.PlotSpec | None:
+    def _joined(self, runs: Sequence[RunFigures], curve: str) -> page.PlotSpec | None:
         """Return one curve over consecutive runs of a chain, None if it has no values: x values by axis, y values, and
         the band from the lowest to the highest value if the curve was averaged. Where another stage begins, a value
         None parts the curves."""
@@ -339,10 +339,10 @@ def _speed(plots: _Plotter) -> Iterator[Block]:
 # --- samples, events, settings, lineage
 
 
-def _samples(runs: Sequence[Run]) -> Iterator[Block]:
+def _samples(runs: Sequence[RunFigures]) -> Iterator[Block]:
     """Yield, for each run, tables of the generated texts by prompt, the newest last, collapsed except for the last run."""
     for run in runs:
-        by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+        by_prompt: dict[str, list[RunFigures]] = {}
         for sample in run["samples"]:
             by_prompt.setdefault(sample["prompt"], []).append(sample)
         tables = Grid(
@@ -372,7 +372,7 @@ def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
     return [samples[i] for i in sorted(places)]
 
 
-def _events(runs: Sequence[Run]) -> Iterator[Block]:
+def _events(runs: Sequence[RunFigures]) -> Iterator[Block]:
     """Yield a table of the events other than saves, collapsed above 12 rows, and a collapsed table of the saves."""
     columns = [Column("run", "code"), Column("step", "count"), Column(""), Column("event", "word"), Column("note")]
     events = [(run, event) for run in runs for event in run["events"]]
@@ -388,7 +388,7 @@ def _events(runs: Sequence[Run]) -> Iterator[Block]:
             yield Fold(phrase(title, number=len(rows)), [Table(columns, rows)], in_terminal=not is_save)
 
 
-def _settings(runs: Sequence[Run]) -> Iterator[Block]:
+def _settings(runs: Sequence[RunFigures]) -> Iterator[Block]:
     """Yield tables of all settings that a run has a value for, with a column for each run, the value and its origin:
     first of those that differ from their default in a run, then, collapsed, of the others."""
     settings = [(key, setting) for run in runs for key, setting in run["settings"].items()]
@@ -399,7 +399,7 @@ def _settings(runs: Sequence[Run]) -> Iterator[Block]:
         yield Fold(phrase("{number} settings at their defaults", number=len(rest)), [_settings_table(runs, rest)])
 
 
-def _settings_table(runs: Sequence[Run], keys: Sequence[str]) -> Table:
+def _settings_table(runs: Sequence[RunFigures], keys: Sequence[str]) -> Table:
     rows = []
     for key in keys:
         cells = [run["settings"].get(key) or {"value": None} for run in runs]
@@ -413,7 +413,7 @@ def _setting(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _lineage(runs: Sequence[Run]) -> Iterator[Block]:
+def _lineage(runs: Sequence[RunFigures]) -> Iterator[Block]:
     """Yield a table of each run's start weights and data, then the last run's configuration and software versions."""
     columns = [Column("run", "code"), Column("stage", "word"), Column("from", "code"), Column("weights", "code")]
     rows = []

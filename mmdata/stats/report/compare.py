@@ -1,15 +1,14 @@
 """The report that compares two datasets or files side by side, from figures that were measured before."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmdata.stats.report import page
 from mmdata.stats.report.data import CUTS, folded, how_made, name_of, overlaid, warned
 from mmdata.stats.report.page import Block, Column, Grid, Phrase, Section, Table, as_name, joined, phrase
 from mmdata.stats.stats import Measured
+from mmdata.stats.tally import Figures
 from mmdata.tokenizer.scripts import LANGUAGES
-
-Figures = Mapping[str, Any]
 
 
 def compare_page(
@@ -76,7 +75,7 @@ def comparable(figures: Figures) -> dict[str, float]:
     return values
 
 
-def differences(one: Figures, other: Figures) -> list[dict[str, Any]]:
+def differences(one: Figures, other: Figures) -> list[Figures]:
     """Return [{"figure", "one", "other", "change", "differs"}] for all figures of either dataset. "change": other / one
     - 1, or None if a value is missing or the first is 0. "differs": by more than 10 % of the larger one (shares: by
     more than 0.02), or one is missing."""

@@ -36,6 +36,7 @@ from mmdata.stats.report.page import (
     size,
 )
 from mmdata.stats.stats import Measured
+from mmdata.stats.tally import Figures
 
 FILE = REPORT
 MOST_STRINGS = 40  # rows of the table of control strings
@@ -45,7 +46,6 @@ FROM_SHARDS = (
     "them, and what the template added may be."
 )
 _SPREAD = ("shortest", "p50", "p90", "p99", "longest")  # keys of the statistics shown in the table of lengths
-Figures = Mapping[str, Any]
 
 
 def dataset_page(

@@ -271,7 +271,7 @@ class RowTable:
 
     columns: Sequence[tuple[str, Text, bool, Sequence[Any]]]
 
-    def spec(self, translation: Translation) -> list[dict[str, Any]]:
+    def spec(self, translation: Translation) -> list[PlotSpec]:
         """Return the columns as JSON objects for page.js."""
         return [
             {"name": name, "help": translation(help), "share": is_share, "values": values}

@@ -3,9 +3,9 @@
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ class StepPlan:
     """What a step is expected to take: seconds, bytes to download, of disk and of memory; None where it is not known.
     state: done, interrupted or to do. note: why something is not known."""
 
-    step: str
-    state: str
+    step: str = ""
+    state: str = "to do"
     seconds: float | None = None
     download_bytes: int | None = None
     disk_bytes: int | None = None
@@ -57,8 +57,8 @@ class Planner:
                 continue
             state = known.status if known and known.status != DONE else "to do"
             plan = {"fetch": self._fetch, "pack": self._pack, "train": self._train}.get(step.command[0])
-            found = plan(step, model) if plan else {}
-            yield StepPlan(step.name, state, **found)
+            found = plan(step, model) if plan else StepPlan()
+            yield replace(found, step=step.name, state=state)
 
     def _ask(self, argv: list[str]) -> Any:
         """Return what a command prints as JSON; None if it fails."""
@@ -66,25 +66,25 @@ class Planner:
         with suppress(ValueError):
             return json.loads(ended.out) if ended.code == 0 else None
 
-    def _fetch(self, step: Step, _: list[str]) -> dict[str, Any]:
+    def _fetch(self, step: Step, _: list[str]) -> StepPlan:
         found = self._ask([*step.argv, "--dry-run", "--json"])
         if found is None:
-            return {"note": f"no answer: see mm {' '.join(step.argv)} --dry-run"}
-        return {"download_bytes": found["get_bytes"], "disk_bytes": found["get_bytes"]}
+            return StepPlan(note=f"no answer: see mm {' '.join(step.argv)} --dry-run")
+        return StepPlan(download_bytes=found["get_bytes"], disk_bytes=found["get_bytes"])
 
-    def _pack(self, step: Step, _: list[str]) -> dict[str, Any]:
+    def _pack(self, step: Step, _: list[str]) -> StepPlan:
         if missing := [file for file in step.values["files"] if not (self.root / file).is_file()]:
-            return {"note": f"known when {missing[0]} is here"}
+            return StepPlan(note=f"known when {missing[0]} is here")
         found = self._ask([*step.argv, "--plan", "--json"])
         if found is None:
-            return {"note": f"no plan: see mm {' '.join(step.argv)} --plan"}
+            return StepPlan(note=f"no plan: see mm {' '.join(step.argv)} --plan")
         wanted = step.values.get("max_len")
         chosen = [next((o for o in one["outlooks"] if o["max_len"] == wanted), one["outlooks"][-1]) for one in found]
         self.tokens |= {place: round(self.scale * o["tokens"]) for place, o in zip(step.places, chosen, strict=False)}
         disk_bytes, seconds = (self.scale * sum(o[name] for o in chosen) for name in ("disk_bytes", "seconds"))
-        return {"seconds": seconds, "disk_bytes": round(disk_bytes)}
+        return StepPlan(seconds=seconds, disk_bytes=round(disk_bytes))
 
-    def _train(self, step: Step, model: list[str]) -> dict[str, Any]:
+    def _train(self, step: Step, model: list[str]) -> StepPlan:
         """Return the needs of a training step. If its data is not packed yet, those of a sample of it are taken, with the
         time of all its tokens; if the run that it starts from is not there yet, the shape of the first model."""
         argv = list(step.argv)
@@ -101,7 +101,7 @@ class Planner:
         if data and len(packed) == len(data) and self.scale == 1:
             return self._needs(argv)
         if not data or any(path not in self.tokens for path in data):
-            return {"note": "known when its data is packed"}
+            return StepPlan(note="known when its data is packed")
         with tempfile.TemporaryDirectory() as temporary:
             sample = Path(temporary) / "sample"
             source = self.files[data[0]]
@@ -110,7 +110,7 @@ class Planner:
             words = [*without_option(list(source.argv), "--out"), "--out", str(sample), "--no-report"]
             words = [word for word in words if word not in source.values["files"]]
             if self._ask(["pack", str(sample.with_suffix(".jsonl")), *words[1:], "--json"]) is None:
-                return {"note": "known when its data is packed"}
+                return StepPlan(note="known when its data is packed")
             words = [*without_option(argv, "--data"), "--data", str(sample)]
             return self._needs(words, _run_tokens(step, sum(self.tokens[path] for path in data)))
 
@@ -120,16 +120,15 @@ class Planner:
         places = [place for name in names if name for place in (name, str(SHARDS_DIR / name))]
         return next((place for place in places if place in self.files or (self.root / place).is_dir()), text)
 
-    def _needs(self, argv: list[str], tokens: int = 0) -> dict[str, Any]:
+    def _needs(self, argv: list[str], tokens: int = 0) -> StepPlan:
         """Return what `mm train --plan` says. tokens: of the whole run; 0: those of the data asked for."""
-        found: Mapping[str, Any] | None = self._ask([*argv, "--plan", "--json"])
+        found = self._ask([*argv, "--plan", "--json"])
         if found is None:
-            return {"note": f"no plan: see mm {' '.join(argv)} --plan"}
+            return StepPlan(note=f"no plan: see mm {' '.join(argv)} --plan")
         seconds = (tokens / found["tokens_per_s"] if tokens else found["seconds"]) / self.runner.nproc
         tokens = tokens or found["run_tokens"]
         note = f"{found['num_params'] / 1e6:,.1f}M parameters, {tokens / 1e6:,.1f}M tokens"
-        needs = {"disk_bytes": found["disk_bytes"], "memory_bytes": found["peak_bytes"], "note": note}
-        return {"seconds": seconds, **needs}
+        return StepPlan(seconds=seconds, disk_bytes=found["disk_bytes"], memory_bytes=found["peak_bytes"], note=note)
 
 
 def _run_tokens(step: Step, tokens: int) -> int:
