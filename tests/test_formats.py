@@ -230,19 +230,48 @@ def test_names_and_texts_of_a_table_survive_whatever_is_in_them(columns: dict[st
     assert [{name: text for name, text in row.items() if text is not None} for row in found] == without
 
 
-def test_values_of_all_types_become_json(tmp_path: Path) -> None:
+MESSAGE = pa.struct([("role", pa.dictionary(pa.int32(), pa.string())), ("n", pa.int64())])
+ABSENT = object()
+TYPES: list[tuple[Any, list[Any]]] = [  # a column, and its values as JSON has them
+    (pa.array([0.1, None, float("nan")], pa.float32()), [0.1, ABSENT, ABSENT]),
+    (pa.array([1e20, float("inf"), 0.1]), [1e20, ABSENT, 0.1]),
+    (pa.array([2**64 - 1, None, 2**60], pa.uint64()), [2**64 - 1, ABSENT, 2**60]),
+    (pa.array([True, False, None]), [True, False, ABSENT]),
+    (pa.array([Decimal("1.50"), None, Decimal(2)]), ["1.50", ABSENT, "2.00"]),
+    (pa.array([date(2026, 1, 2), None, None]), ["2026-01-02", ABSENT, ABSENT]),
+    (pa.array(["灯".encode(), None, b""]), ["灯", ABSENT, ""]),
+    (pa.array(["x", None, "y"]).dictionary_encode(), ["x", ABSENT, "y"]),
+    (pa.array(["x", None, 'y"' * 20], pa.large_string()), ["x", ABSENT, 'y"' * 20]),
+    (pa.nulls(3), [ABSENT, ABSENT, ABSENT]),
+    (pa.array([[None], [], None], pa.list_(pa.null())), [[None], [], ABSENT]),
+    (pa.array([["a", "b"], None, ["c", None]], pa.list_(pa.string(), 2)), [["a", "b"], ABSENT, ["c", None]]),
+    (
+        pa.array([[{"role": "user", "n": 1}, None], None, [{"role": None, "n": 2}]], pa.list_(MESSAGE)),
+        [[{"role": "user", "n": 1}, None], ABSENT, [{"n": 2}]],
+    ),
+    (
+        pa.array([[[{"role": "x"}], None], [None], [[None], []]], pa.large_list(pa.large_list(MESSAGE))),
+        [[[{"role": "x"}], None], [None], [[None], []]],
+    ),
+    (pa.array([{}, None, {}], pa.struct([])), [{}, ABSENT, {}]),
+    (pa.array([[("k", 1), ("j", None)], [], None], pa.map_(pa.string(), pa.int64())), [{"k": 1}, {}, ABSENT]),
+    (
+        pa.array([{"m": [("k", 1)]}, None, {"m": None}], pa.struct([("m", pa.map_(pa.string(), pa.int64()))])),
+        [{"m": {"k": 1}}, ABSENT, {}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("column", "expected"), TYPES, ids=[str(column.type) for column, _ in TYPES])
+def test_values_of_all_types_become_json(column: Any, expected: list[Any]) -> None:
+    batch = pa.record_batch([column, pa.array(["0", "1", "2"])], names=["value", "row"])
+    rows = [{"row": str(n)} if value is ABSENT else {"value": value, "row": str(n)} for n, value in enumerate(expected)]
+    assert [json.loads(raw) for raw in tables._json_rows(batch)] == rows
+    assert [json.loads(raw) for raw in tables._json_rows(batch.slice(1, 2))] == rows[1:]
+
+
+def test_bytes_that_are_no_text_are_no_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    row = {"i": 2**60, "f": 0.1, "nan": float("nan"), "b": True, "d": date(2026, 1, 2), "n": Decimal("1.50")}
-    schema = pa.schema([("m", pa.map_(pa.string(), pa.int64())), ("c", pa.dictionary(pa.int32(), pa.string()))])
-    columns = pa.Table.from_pylist([row]).append_column(
-        schema.field("m"), pa.array([[("k", 1)]], schema.field("m").type)
-    )
-    columns = columns.append_column(schema.field("c"), pa.array(["x"]).dictionary_encode())
-    pq.write_table(columns.append_column("bytes", pa.array([b"\xe7\x81\xaf"])), path)
-    expected = {"i": 2**60, "f": 0.1, "b": True, "d": "2026-01-02", "n": "1.50", "m": {"k": 1}, "c": "x", "bytes": "灯"}
-    assert rows_in(path) == [expected]
-    pq.write_table(columns.drop_columns(["m", "c"]), path)
-    assert rows_in(path) == [{key: expected[key] for key in ("i", "f", "b", "d", "n")}]
     pq.write_table(pa.table({"text": ["a"], "image": [b"\xff\xd8"]}), path)
     (line,) = iter_lines(path)
     with pytest.raises(BadRow, match="bad UTF-8"):
@@ -368,7 +397,7 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
         path.write_bytes(content)
         error = refusal(path)
         assert f"fits {fits}" in error.message and f"--encoding {fits}" in error.fix and command in error.fix
-        read = {"encoding": encoding if encoding.startswith("utf") else fits}
+        read: dict[str, Any] = {"encoding": encoding if encoding.startswith("utf") else fits}
         assert rows_in(path, **read) == [json.loads(line) for line in text.splitlines()]
         assert not format_of(path, ReadOptions(**read)).is_plain
 

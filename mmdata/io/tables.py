@@ -1,16 +1,16 @@
 """Read the rows of tables as JSON objects, one line of bytes each: parquet, Arrow files and streams, and csv. Nulls are
 left out of objects, since a table has a value, or null, for every key of every row.
 
-Parquet and Arrow are read one record batch at a time and converted by polars, so that memory is bounded by the size of
-a batch, not by that of a row group or file.
+Parquet and Arrow are read one record batch at a time, so that memory is bounded by the size of a batch, not by that of a
+row group or file.
 """
 
 import contextlib
 import csv
-import io
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,8 @@ import orjson
 
 from mmdata.errors import InputError
 
-BATCH_ROWS, BATCH_BYTES = 4096, 2**21  # most rows, and about the most bytes, that are read and converted at once
+BATCH_ROWS, BATCH_BYTES = 4096, 2**20  # most rows, and about the most bytes, that are read at once
+CONVERTED_BYTES = 2**18  # about the most bytes that are converted at once; Python's objects take several times as much
 SELECTED = ["file", "line", "row"]  # the columns of a parquet file that `mm select` writes
 MOST_RANGES = 8  # of one row group: to read one, all rows of the group before it have to be decoded, too
 _BOM = b"\xef\xbb\xbf"
@@ -42,7 +43,7 @@ def table_rows(path: Path, begin: int = 0, end: int | None = None) -> Iterator[b
         for first, batch in _batches(table, begin, end):
             batch.validate(full=True)  # reading wrong offsets, as a damaged file has, could end the process
             low, high = max(begin - first, 0), batch.num_rows if end is None else min(end - first, batch.num_rows)
-            step = max(1, batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1))
+            step = max(1, batch.num_rows * CONVERTED_BYTES // max(batch.nbytes, 1))
             for at in range(low, high, step):
                 yield from _json_rows(batch.slice(at, min(step, high - at)))
 
@@ -94,6 +95,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: damaged or cut off: {error}", "download the file again") from error
     finally:
         file.close()
+        pa.default_memory_pool().release_unused()  # tens of MB that packing takes next
 
 
 def _is_parquet(table: Any) -> bool:
@@ -143,67 +145,40 @@ def _json_rows(batch: Any) -> list[bytes]:
     """Convert the rows of a record batch. The rows of a file that `mm select` wrote are in its column `row`."""
     if batch.schema.names == SELECTED:
         return [row if isinstance(row, bytes) else row.encode() for row in batch.column("row").to_pylist()]
-    if not batch.num_columns or not _are_simple(batch.schema):
-        return [_json(_plain(row)) for row in batch.to_pylist()] if batch.num_columns else [b"{}"] * batch.num_rows
-    import polars as pl
-    import pyarrow as pa
-
-    lines = io.BytesIO()
-    frame = pl.from_arrow(pa.RecordBatch.from_arrays(batch.columns, names=batch.schema.names))  # without metadata
-    assert isinstance(frame, pl.DataFrame)
-    frame.write_ndjson(lines)
-    rows = _without_nulls(lines.getvalue(), batch).split(b"\n")[:-1]
-    assert len(rows) == batch.num_rows
-    return rows
+    return list(map(_json, _objects(batch.schema.names, batch.columns, batch.num_rows)))
 
 
-def _are_simple(fields: Any) -> bool:
-    """Return whether all fields of a schema or struct have a simple type, and names that JSON writes as they are."""
-    return all(_is_simple(field.type) and not {'"', "\\"} & set(field.name) for field in fields)
+def _objects(names: list[str], columns: list[Any], count: int) -> list[Any]:
+    """Return `count` objects with the values of these columns that are not null."""
+    if not names:
+        return [{} for _ in range(count)]
+    values = [_values(column) for column in columns]
+    if any(None in of_column for of_column in values):
+        rows = zip(*values, strict=True)
+        return [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
 
 
-def _is_simple(kind: Any) -> bool:
-    """Return whether polars writes values of an Arrow type as JSON: not binary ones, maps and those of extensions."""
+def _values(array: Any) -> list[Any]:
+    """Return the values of an Arrow array as JSON has them, without nulls in objects."""
     import pyarrow.types as types
 
+    kind = array.type
     if types.is_struct(kind):
-        return kind.num_fields > 0 and _are_simple(map(kind.field, range(kind.num_fields)))
-    if types.is_list(kind) or types.is_large_list(kind):
-        return _is_simple(kind.value_type)
-    return (
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or types.is_boolean(kind)
-        or types.is_integer(kind)
-        or types.is_float32(kind)
-        or types.is_float64(kind)
-    )
-
-
-def _without_nulls(text: bytes, batch: Any) -> bytes:
-    """Remove the keys whose value is null from the compact JSON of a record batch. (In a string a backslash stands
-    before each quote, so it is not taken for a key.)"""
-    import pyarrow.types as types
-
-    names: dict[bytes, bool] = {}  # of fields with nulls -> whether they are the last ones of an object
-    fields = [(name, batch.column(i), i == batch.num_columns - 1) for i, name in enumerate(batch.schema.names)]
-    while fields:
-        name, array, is_last = fields.pop()
-        if array.null_count or types.is_floating(array.type):  # polars writes NaN as null
-            key = json.dumps(name, ensure_ascii=False).encode()
-            names[key] = names.get(key, False) or is_last
-        while types.is_list(array.type) or types.is_large_list(array.type):
-            array = array.flatten()
-        if types.is_struct(array.type):
-            last = array.type.num_fields - 1
-            fields += [(array.type.field(i).name, child, i == last) for i, child in enumerate(array.flatten())]
-    for name in names:
-        text = text.replace(name + b":null,", b"")
-    for name, is_last in names.items():
-        if is_last:
-            text = text.replace(b",%b:null}" % name, b"}").replace(b"{%b:null}" % name, b"{}")
-    return text
+        rows = _objects([kind.field(i).name for i in range(kind.num_fields)], array.flatten(), len(array))
+    elif types.is_list(kind) or types.is_large_list(kind):
+        items = iter(_values(array.flatten()))
+        rows = [list(islice(items, length or 0)) for length in array.value_lengths().to_pylist()]
+    elif types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind) or types.is_boolean(kind):
+        return array.to_pylist()
+    else:
+        if types.is_float32(kind):
+            array = array.cast("string").cast("float64")  # 0.1 stays 0.1
+        values = array.to_pylist()
+        return [_plain(dict(value) if value == [] and types.is_map(kind) else value) for value in values]
+    if array.null_count:
+        return [row if is_valid else None for row, is_valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
+    return rows
 
 
 def _plain(value: Any) -> Any:
