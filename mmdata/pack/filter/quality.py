@@ -152,8 +152,8 @@ def _of_c4(lines: Sequence[str]) -> tuple[int, int, int]:
 
 
 class Words:
-    """The words of texts, end to end. tokens: int64 [W], equal for equal words. of: int64 [W], the text of each. ends:
-    int64 [texts], where the words of each text end. lengths: int64 [distinct words], their characters."""
+    """The words of texts, end to end. tokens: int64 [W], equal for equal words. of: int64 [W], the text of each. counts,
+    ends: int64 [texts], the number of words of each text and where they end. lengths: int64 [distinct words], their characters."""
 
     def __init__(self, texts: Sequence[str]):
         self.texts = texts
@@ -190,40 +190,54 @@ class Words:
     def gram_frame(self) -> pl.DataFrame:
         """Return the columns of GRAMS, one row per text."""
         characters = np.maximum(np.fromiter(map(len, self.texts), np.int64, len(self.texts)), 1)
-        top = {f"top_{n}_gram": self._top(n) / characters for n in TOP_GRAMS}
-        return pl.DataFrame({**top, **{f"repeated_{n}_grams": self._repeated(n) / characters for n in REPEATED_GRAMS}})
+        columns = {}
+        at = np.arange(len(self.tokens))
+        for n in range(min(TOP_GRAMS), max(REPEATED_GRAMS) + 1):
+            hashes, at = self._grams(at, n)
+            if n in TOP_GRAMS:
+                columns[f"top_{n}_gram"] = self._top(hashes, at, n) / characters
+            if n in REPEATED_GRAMS:
+                columns[f"repeated_{n}_grams"] = self._repeated(hashes, at, n) / characters
+        return pl.DataFrame(columns)
 
-    def _grams(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a hash of each run of n words in one text, equal only in the same text, the position of its first
-        word, and the order that sorts hashes and then positions."""
-        hashes = np.zeros(max(len(self.tokens) - n + 1, 0), np.uint64)
+    def _grams(self, at: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the hashes, sorted, and the positions of the first words of the runs of n words that occur more than
+        once in a text. Hashes are equal only in the same text; positions of equal ones ascend. at: positions that
+        contain those of all repeated runs of n - 1 words, for no others begin a repeated run of n."""
+        of = self.of[at]
+        is_inside = at + n <= self.ends[of]
+        at, of = at[is_inside], of[is_inside]
+        hashes = np.zeros(len(at), np.uint64)
         for k in range(n):
             hashes *= np.uint64(0x9E3779B97F4A7C15)
-            hashes += self.tokens[k : k + len(hashes)].view(np.uint64) + np.uint64(1)
-        of = self.of[: len(hashes)]
+            hashes += self.tokens[at + k].view(np.uint64) + np.uint64(1)
         hashes = (hashes ^ hashes >> np.uint64(31)) * np.uint64(0xD6E8FEB86659FD93) + of.view(np.uint64)
-        at = np.flatnonzero(np.arange(len(hashes)) + n <= self.ends[of])
-        hashes = hashes[at]
-        return hashes, at, np.argsort(hashes, kind="stable")
+        order = np.lexsort((at, hashes))
+        hashes, at = hashes[order], at[order]
+        is_same = hashes[1:] == hashes[:-1]
+        is_repeated = np.zeros(len(hashes), bool)
+        is_repeated[1:] |= is_same
+        is_repeated[:-1] |= is_same
+        return hashes[is_repeated], at[is_repeated]
 
-    def _top(self, n: int) -> np.ndarray:
+    def _top(self, hashes: np.ndarray, at: np.ndarray, n: int) -> np.ndarray:
         """Return the characters in all occurrences of each text's most frequent (first of equals) run of n words,
-        joined by spaces: int64 [texts]."""
-        hashes, at, order = self._grams(n)
-        begins = np.flatnonzero(np.diff(hashes[order], prepend=hashes[order][:1] + np.uint64(1)))
-        counts, first = np.diff(begins, append=len(order)), at[order[begins]]
+        joined by spaces: int64 [texts]. hashes, at: of `_grams`."""
+        found = np.zeros(len(self.texts), np.int64)
+        whole = np.flatnonzero(self.counts >= n)  # if no run is repeated, the first is the most frequent
+        found[whole] = self._characters((self.ends - self.counts)[whole], n) + n - 1
+        begins = np.flatnonzero(np.diff(hashes, prepend=hashes[:1] + np.uint64(1)))
+        counts, first = np.diff(begins, append=len(hashes)), at[begins]
         best = np.lexsort((first, -counts, self.of[first]))
         best = best[np.flatnonzero(np.diff(self.of[first[best]], prepend=-1))]
-        found = np.zeros(len(self.texts), np.int64)
         found[self.of[first[best]]] = (self._characters(first[best], n) + n - 1) * counts[best]
         return found
 
-    def _repeated(self, n: int) -> np.ndarray:
+    def _repeated(self, hashes: np.ndarray, at: np.ndarray, n: int) -> np.ndarray:
         """Return the characters in runs of n words that came before in their text, searched from left to right and on
-        behind each: int64 [texts]."""
-        hashes, at, order = self._grams(n)
-        is_same = hashes[order][1:] == hashes[order][:-1]
-        later, earlier = at[order[1:][is_same]], at[order[:-1][is_same]]
+        behind each: int64 [texts]. hashes, at: of `_grams`."""
+        is_same = hashes[1:] == hashes[:-1]
+        later, earlier = at[1:][is_same], at[:-1][is_same]
         before = dict(zip(later.tolist(), earlier.tolist(), strict=True))  # the last equal run before each run
         skipped: set[int] = set()
         places, end = [], 0
