@@ -258,7 +258,8 @@ def _is_other_than_utf8(head: bytes) -> bool:
         if not line.isascii():
             text = line.decode(errors="replace")
             text = text[:-1] if number == len(lines) else text  # the last character may be cut off
-            is_bad = 2 * text.count("\ufffd") > sum(character > "\x7f" for character in text)
+            broken = text.count("\ufffd")
+            is_bad = broken > 0 and 2 * broken > sum(character > "\x7f" for character in text)
             bad, good = bad + is_bad, good + (not is_bad)
     return (not good and bad >= _FEW_LINES) or bad > max(good, _BAD_SHARE * len(lines))
 
