@@ -420,6 +420,16 @@ def test_the_workers_hash_large_inputs_and_files_and_send_them(
     assert jobs[:-1] == parts and jobs[-1][0] == "_send" and jobs[-1][1] > 20
 
 
+def test_more_parts_than_a_manifest_can_hold_are_refused_with_a_size_that_fits(
+    tmp_path: Path, pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MOST_PARTS", 8)
+    with pytest.raises(UsageError, match="17 parts: more than 8") as caught:
+        pack_to()
+    assert not list(tmp_path.glob("*out*"))
+    pack_to(part_bytes=int(caught.value.fix.split()[-1]))
+
+
 def test_a_missing_shard_is_named_and_the_others_are_kept(
     tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
 ) -> None:

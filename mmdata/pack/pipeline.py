@@ -8,6 +8,7 @@ written, checked and synced.
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -51,6 +52,7 @@ COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
 Found = TypeVar("Found")
+MOST_PARTS = 200_000  # with records of 2 kB each the manifest stays below what is read of a JSON file
 AT_ONCE = 32  # requests to the storage of inputs at URLs
 
 
@@ -118,10 +120,11 @@ def pack(
     tokens and rows left out so far. note: called with sentences for the user. If `options.shard` is "i/n", only every
     n-th part is packed and nothing is published; `options.finish` publishes what all shards have packed.
 
-    Raises UsageError for invalid options; InputError for a missing input, inputs of different kinds, no usable row, or
-    more bad rows than `options.max_bad` allows; TokenizerError; DatasetError if `out` is neither empty nor a dataset,
-    or another process is packing to it; DiskError if the disk is full. After any error `out` is unchanged. After a
-    kill, Ctrl-C or a full disk the same call continues with the parts that are not finished.
+    Raises UsageError for invalid options or more than MOST_PARTS parts; InputError for a missing input, inputs of
+    different kinds, no usable row, or more bad rows than `options.max_bad` allows; TokenizerError; DatasetError if
+    `out` is neither empty nor a dataset, or another process is packing to it; DiskError if the disk is full. After any
+    error `out` is unchanged. After a kill, Ctrl-C or a full disk the same call continues with the parts that are not
+    finished.
     """
     start = time.monotonic()
     check(options)
@@ -331,6 +334,11 @@ def _plan_job(
     records, parts = plan(
         inputs, options.part_bytes, options.reading, run=run_with(options), share=options.share, found=found
     )
+    if len(parts) > MOST_PARTS:
+        enough = options.part_bytes * 2 ** math.ceil(math.log2(2 * len(parts) / MOST_PARTS))
+        raise UsageError(
+            f"{len(parts):,} parts: more than {MOST_PARTS:,}", f"larger parts, such as --part-size {enough}"
+        )
     header = header_of(kind, options.max_len, tokenizer, records, arguments)
     return _Job(inputs, place, options, tokenizer, states, parts, header, progress, watch, note)
 
