@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import row_files
 from command_line import Run, fine, refused
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -40,8 +41,24 @@ def test_a_mapped_column_that_no_row_has_is_said(home: Path, mm: Run, asked: Pat
     said = "--map system=frame: no row has a value in this column"
     assert said in fine(mm(f"validate {asked} {MAP} --map system=frame")).out
     assert said in fine(mm(f"pack {asked} {MAP} --map system=frame --out shards/s --workers 2 --no-report")).err
-    found = fine(mm(f"validate {asked} {MAP} --map system=mood"))
-    assert "no row has a value" not in found.out
+    for command in ("stats", "stats --workers 2"):
+        assert said in fine(mm(f"{command} {asked} {MAP} --map system=frame")).out
+    figures = json.loads(fine(mm(f"stats {asked} {MAP} --map system=frame --json")).out)[str(asked)]
+    assert figures["unused_columns"] == ["system=frame"]
+    for command in ("validate", "stats"):
+        assert "no row has a value" not in fine(mm(f"{command} {asked} {MAP} --map system=mood")).out
+
+
+def test_a_place_in_a_table_is_a_row(home: Path, mm: Run, tmp_path: Path) -> None:
+    """In figures of a file and of its dataset, and in the report's samples; a place in jsonl stays a line."""
+    rows = [{"text": "boat"}] * 4 + [{"text": " "}, {"text": "rope"}]
+    for name, unit in (("rows.parquet", "row"), ("pretty.json", "row"), ("rows.jsonl", "line")):
+        path = row_files.write(tmp_path, name, rows)
+        assert f"{path} {unit} 5" in fine(mm(f"stats {path} --html page.html")).out
+        assert ('"unit":"row"' in Path("page.html").read_text()) == (unit == "row")
+        fine(mm(f"pack {path} --out shards/{name} --no-report"))
+        assert f"{path} {unit} 5" in fine(mm(f"stats shards/{name}")).out
+        assert f"{unit} 5" in fine(mm(f"validate {path}")).out
 
 
 def test_stats_of_a_file_of_which_most_rows_cannot_be_used_is_an_error(home: Path, mm: Run, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
     rows, texts, sums = tally.frame("rows"), tally.frame("texts"), tally.sums
     languages, turns = (dict(rows[name].value_counts().rows()) for name in ("language", "turns"))
     has_conversations = bool(turns.keys() - {0})
+    unused = [entry for entry, count in tally.counters["unused_columns"].items() if count == len(scans)]
     figures: Figures = {
         "characters_by": {
             "row": length_figures(counts_of(rows["length"])),
@@ -101,6 +102,7 @@ def text_figures(tally: Tally, scans: Sequence[PartScan], *, is_whole: bool = Tr
         "reasoning": int(rows["reasoning_messages"].sum()),
         "rows_with_control": sums["rows_with_control"],
         "extra_keys": dict(tally.counters["extra_keys"].most_common(NUM_TOP)),
+        **({"unused_columns": unused} if unused else {}),
         "text_rows": sums["kept"],
     }
     if "similarity" in rows.columns:
@@ -363,6 +365,7 @@ def left_out_figures(
 # The sentence of each warning code. The values of {…} are filled in by `warning`; HTML reports translate the sentences.
 WARNINGS = {
     "left out": "{share} of the rows were left out, most of them for: {reason}",
+    "unused column": "--map {entry}: no row has a value in this column",
     "cut": "{share} of the tokens were cut to fit the length limit",
     "exact duplicates": "{share} of the rows repeat an earlier row word for word",
     "near duplicates": "{share} of the rows nearly repeat an earlier row",
@@ -398,6 +401,8 @@ def _warnings_on(figures: Figures) -> Iterable[tuple[str, Figures]]:
     if sum(left_out.values()) > 0.001 * num_rows:
         reason = max(left_out, key=lambda r: left_out[r])
         yield "left out", {"share": percent(sum(left_out.values()) / num_rows), "reason": reason}
+    for entry in figures.get("unused_columns", ()):
+        yield "unused column", {"entry": entry}
     if sum(figures.get("cut", {}).values()) > 0.001 * max(figures.get("tokens_in", 0), 1):
         yield "cut", {"share": percent(sum(figures["cut"].values()) / figures["tokens_in"])}
     repeated = figures.get("duplicates") or {"exact": 0, "near": 0, "rows": 0}

@@ -226,6 +226,7 @@ class _FileScanner:
 
     def __init__(self, options: ScanOptions):
         self._options = options
+        self._columns = Columns.parse(options.read.mapping)
         self._encoder = self._vocabulary = None
         if options.tokenizer_dir:
             tokenizer = Tokenizer.load(options.tokenizer_dir)
@@ -241,6 +242,7 @@ class _FileScanner:
             tick(done - reported)
             reported = done
         tick(part.num_bytes - reported)
+        scanned.tally.counters["unused_columns"].update(self._columns.unused)
         scanned.tally.trim()
         return scanned
 
@@ -251,7 +253,7 @@ class _FileScanner:
         file, options = str(part.path), self._options
         left_out = options.left_out.get(file, frozenset())
         rows: list[SampleRow] = []
-        extra_keys, columns = scanned.tally.counters["extra_keys"], Columns.parse(options.read.mapping)
+        extra_keys, columns = scanned.tally.counters["extra_keys"], self._columns
         for line in lines:
             if line.number in left_out:
                 continue

@@ -20,6 +20,7 @@ from mmdata.encode.sequences import Sequences
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow
 from mmdata.io.files import Progress, no_progress
+from mmdata.io.lines import unit_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import plain, read_record
 from mmdata.options import options_of
@@ -132,14 +133,20 @@ def measure_file(
     vocabulary = Vocabulary(Tokenizer.load(tokenizer_dir)) if tokenizer_dir else None
     figures |= _figures_of_rows(tally, scans, vocabulary, kind)
     figures |= _loss_figures(tally, losses, [str(path)])
-    figures["set_aside"] = left_out_figures(left_out, tally.examples, figures["rows"])
+    examples = {reason: _with_units(rows, read) for reason, rows in tally.examples.items()}
+    figures["set_aside"] = left_out_figures(left_out, examples, figures["rows"])
     figures["warnings"] = warnings(figures)
     encoder = RowEncoder(vocabulary.tokenizer, max_len=UNCUT) if vocabulary else None
     repeats = repeats_of(tally, [str(path)])
     frame = row_frame(_random(scans, NUM_TABLED), kind, repeats, losses, tokenizer_dir)
-    return Measured(
-        path, figures, records(_chosen(scans), vocabulary, encoder), frame, _named(vocabulary), hashes_of(tally)
-    )
+    samples = _with_units(records(_chosen(scans), vocabulary, encoder), read)
+    return Measured(path, figures, samples, frame, _named(vocabulary), hashes_of(tally))
+
+
+def _with_units(rows: list[Figures], read: ReadOptions) -> list[Figures]:
+    """Return records of rows with "unit", what their file's rows are called, where they are not lines."""
+    units = {file: unit_of(Path(file), read) for file in {row["file"] for row in rows}}
+    return [row if units[row["file"]] == "line" else {**row, "unit": units[row["file"]]} for row in rows]
 
 
 def _figures_of_rows(tally: Tally, scans: Sequence[PartScan], vocabulary: Vocabulary | None, kind: str) -> Figures:
@@ -231,7 +238,8 @@ def measure_dataset(
     ids = encoded_at(dataset, [(row.file, row.line) for row in [*chosen, *drawn] if not row.encoded])
     chosen, drawn = ([_with_ids(row, ids) for row in some] for some in (chosen, drawn))
     frame = row_frame(drawn, dataset.kind, repeats_of(tally, dataset.inputs), losses, None)
-    return Measured(directory, figures, records(chosen, vocabulary), frame, _named(vocabulary), hashes)
+    samples = _with_units(records(chosen, vocabulary), dataset.manifest.arguments.reading)
+    return Measured(directory, figures, samples, frame, _named(vocabulary), hashes)
 
 
 def _with_ids(row: SampleRow, ids: Mapping[tuple[str, int], Sequences]) -> SampleRow:
@@ -331,8 +339,8 @@ def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
             if len(of_reason) == NUM_EXAMPLES:
                 missing.discard(record["reason"])
             if not missing:
-                return examples
-    return examples
+                break
+    return {reason: _with_units(rows, dataset.manifest.arguments.reading) for reason, rows in examples.items()}
 
 
 def _line_duplicates(dataset: Dataset) -> Figures:

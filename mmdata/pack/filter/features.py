@@ -40,7 +40,7 @@ def _declared() -> dict[str, ColumnInfo]:
     groups = {
         "": {
             "file": (pl.String, "path of the input"),
-            "line": (count, "line number, from 1"),
+            "line": (count, "number of the line, or of the row of a table, from 1"),
         },
         TOKENS: {
             "tokens": (count, "tokens of the row's sequences (of a pair, the prompt and both replies)"),

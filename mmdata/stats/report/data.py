@@ -617,7 +617,7 @@ def _set_aside(figures: Figures) -> Iterator[Block]:
     for item in figures["set_aside"]:
         rows = []
         for example in item["examples"]:
-            place = joined([as_name(example["file"]), "line", as_name(example["line"])], " ")
+            place = joined([as_name(example["file"]), example.get("unit", "line"), as_name(example["line"])], " ")
             rows.append(
                 (joined([place, as_name(example["detail"])], ": ") if example["detail"] else place, example["raw"])
             )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 LANGS = ("en", "zh")
 _FOR_SCRIPT = (  # phrases that page.js uses; the page contains their translations
-    "reset zoom", "trained", "not trained", "control token", "line", "characters", "tokens", "more tokens not shown",
+    "reset zoom", "trained", "not trained", "control token", "line", "row", "characters", "tokens", "more tokens not shown",
     "more characters not shown", "loss", "random", "longest", "shortest", "highest loss", "system", "user", "assistant",
     "tool", "document", "prompt", "chosen", "rejected", "all", "no data", "auto", "light", "dark", "share", "yes", "no",
     "rows", "copy", "copied", "columns",

@@ -388,7 +388,7 @@ function browse(box) {
 }
 
 function sampleOf(sample) {
-  const facts = [say(WHYS[sample.why]), `${sample.file} ${say("line")} ${sample.line}`, `${whole(sample.characters)} ${say("characters")}`];
+  const facts = [say(WHYS[sample.why]), `${sample.file} ${say(sample.unit || "line")} ${sample.line}`, `${whole(sample.characters)} ${say("characters")}`];
   if (sample.tokens !== undefined) facts.push(`${whole(sample.tokens)} ${say("tokens")}`, `${say("trained")}: ${whole(sample.trained)}`);
   if (sample.loss !== undefined) facts.push(`${say("loss")} ${trim(sample.loss)}`);
   if (sample.set_aside) facts.push(sample.set_aside);
