@@ -1,12 +1,13 @@
 """Makes docs/images/*.png: `python docs/screenshots.py [DIR]`. Needs the dev extra, Chromium and its driver.
 
 Everything shown is made here, in DIR (kept; a temporary directory unless given): the demo's corpus, packed, and a short pretrain,
-sft and dpo run on it, a minute on two cores.
+sft and dpo run on it, and in DIR/lessons the runs of docs/learn/5-pretraining.md; two minutes on two cores.
 """
 
 import base64
 import json
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,20 @@ def make(work: Path) -> None:
     mm(work, "report", "runs/dpo-1", "--html", "run-zh.html", "--lang", "zh")
 
 
+def make_lessons(work: Path) -> None:
+    """The runs of docs/learn/5-pretraining.md, by its own commands, on the demo's whole corpus."""
+    page = (ROOT / "docs" / "learn" / "5-pretraining.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("mm ")]
+    work.mkdir(exist_ok=True)
+    mm(work, "demo", "--corpus", "data")
+    mm(work, "pack", "data/pretrain_hq.jsonl", "--max-len", "512", "--val-fraction", "0.01")
+    rows = (work / "data" / "pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (work / "few.jsonl").write_text("".join(rows[:200]), encoding="utf-8")
+    for words in commands:
+        if "--out" in words or "--html" in words or words[0] == "pack":
+            mm(work, *words)
+
+
 def open_browser() -> Any:
     """Headless Chromium."""
     from selenium import webdriver
@@ -118,6 +133,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "run-zh.html").exists():
         make(work)
+    if not (work / "lessons" / "few.html").exists():
+        make_lessons(work / "lessons")
     IMAGES.mkdir(exist_ok=True)
     driver = open_browser()
     try:
@@ -126,6 +143,8 @@ def main() -> None:
         shoot(driver, work / "dpo-zh.html", "data-phone-zh.png", width=390, height=1500)
         shoot(driver, work / "run-en.html", "run-glance.png", width=1100, height=1350)
         shoot(driver, work / "run-zh.html", "run-phone-zh.png", width=390, height=1500, theme="dark")
+        for page, image in (("rates.html", "learn-rates.png"), ("few.html", "learn-overfit.png")):
+            shoot(driver, work / "lessons" / page, image, width=860, height=340, at="#curves figure")
     finally:
         driver.quit()
     print(json.dumps({"images": sum(p.stat().st_size for p in IMAGES.iterdir())}))
