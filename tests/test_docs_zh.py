@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_the_chinese_page_has_the_code_headings_and_tables_of_the_english_one(en
 def test_both_pages_name_the_same_options_and_files(english: Path, chinese: Path) -> None:
     """Code in the text: what one page says of an option, a key or a file, the other says too."""
     assert sorted(code(english) ^ code(chinese)) == []
+
+
+@finished
+def test_the_chinese_page_has_every_number_of_the_english_one(english: Path, chinese: Path) -> None:
+    """Numbers in digits, outside of code blocks and addresses; the Chinese page may have more, as of months."""
+    of = [
+        Counter(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\]\([^)]*\)", "", text(page)))) for page in (english, chinese)
+    ]
+    assert of[0] - of[1] == Counter()
 
 
 @finished
