@@ -18,6 +18,7 @@ from filelock import FileLock
 from hypothesis import is_hypothesis_test, settings
 
 if TYPE_CHECKING:  # the controller of the workers builds nothing and starts faster without them
+    from fakehub import FakeHub
     from selenium.webdriver.remote.webdriver import WebDriver
     from train_data import Data
 
@@ -132,6 +133,46 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, shape in MODEL_SHAPES.items():
         narrow = replace(shape, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, ffn_size=64)
         monkeypatch.setitem(MODEL_SHAPES, name, narrow)
+
+
+# --- downloads
+
+
+@pytest.fixture
+def hub(data: "Data", monkeypatch: pytest.MonkeyPatch) -> "Iterator[FakeHub]":
+    """A hub with the files of the catalog, each with rows of its stage, and both of its dpo.jsonl in the history."""
+    from fakehub import Bytes, FakeHub
+    from huggingface_hub.utils import close_session
+
+    from mmdata.hub import catalog
+
+    dataset = catalog.DATASET_REPO["hf"]
+
+    sources = {"pretrain": "pretrain", "sft": "sft", "lora": "sft", "dpo": "dpo"}
+    known = [known for known in catalog.FILES if known.stage in sources]
+    contents = {
+        each.key: b"".join(
+            (data.tokenizer.parent / f"{sources[each.stage]}.jsonl").read_bytes().splitlines(keepends=True)[: 60 + n]
+        )
+        for n, each in enumerate(known)
+    }
+    sizes = {
+        each.key: replace(each, num_bytes=len(content), about_bytes=None, sha256=Bytes(content).sha256, revisions={})
+        for each, content in zip(known, contents.values(), strict=True)
+    }
+    monkeypatch.setattr(catalog, "FILES", tuple(sizes.get(each.key, each) for each in catalog.FILES))
+    with FakeHub() as hub:
+        hub.put(dataset, {each.path: contents[each.key] for each in known}, commit=catalog.OLD["hf"])
+        hub.put(dataset, {each.path: contents[each.key] for each in known if each.key != "dpo_v1"})
+        for name in ("minimind-2", "minimind-3"):
+            tokenizer = catalog.TOKENIZERS.get(name)
+            assert tokenizer
+            files: dict[str, bytes | Bytes] = {path.name: path.read_bytes() for path in data.tokenizer.iterdir()}
+            hub.put(tokenizer.repo["hf"], files, kind="models", commit=tokenizer.revision or "")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield hub
+        close_session()
 
 
 # --- browsers

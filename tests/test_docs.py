@@ -3,9 +3,12 @@ accepted as it stands, the tree is the tree, and the commands of the first pages
 
 import importlib.util
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,17 @@ from typing import Any
 import pytest
 import typer
 from command_line import Run, fine
+from fakehub import FakeHub
+from recipe_runs import in_process
 
 import cli
 from mmdata.commands.terminal import checking
 from mmtrain.commands.other_flags import OTHER_FLAGS
+from mmtrain.convert import export
+from mmtrain.shapes import MODEL_SHAPES, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "shards" / "README.md"])
 APP: Any = typer.main.get_command(cli.app)
 SHELLS = ("", "sh", "bash", "console")  # languages of fenced blocks that hold commands
@@ -39,22 +47,24 @@ def prose(page: Path) -> str:
     return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def lines_of(page: Path) -> Iterator[str]:
-    """The lines of a page's shell blocks, without prompts; of a block with prompts only those behind one."""
-    for language, text in blocks(page):
-        if language in SHELLS:
-            lines = re.sub(r" *\\\n\s*", " ", text).splitlines()
-            typed = [line.strip().removeprefix("$ ") for line in lines if line.strip().startswith("$ ")]
-            yield from typed or (line.strip() for line in lines)
+def lines_of(text: str) -> list[str]:
+    """The command lines of a shell block, without prompts; of a block with prompts only those behind one."""
+    lines = [line.strip() for line in re.sub(r" *\\\n\s*", " ", text).splitlines()]
+    return [line[2:] for line in lines if line.startswith("$ ")] or lines
 
 
-def commands_of(page: Path) -> Iterator[list[str]]:
-    """The words behind `mm` of each command line; `torchrun … -m cli train` is one of them."""
-    for line in lines_of(page):
-        if line.startswith(("mm ", "torchrun ")):
-            words = shlex.split(line, comments=True)
-            end = next((at for at, word in enumerate(words) if word in ENDS), len(words))
-            yield words[words.index("cli") + 1 if words[0] == "torchrun" else 1 : end]
+def words_of(line: str) -> list[str]:
+    """The words behind `mm`, or behind `-m cli` of a line with torchrun; none of another line."""
+    if not line.startswith(("mm ", "torchrun ")):
+        return []
+    words = shlex.split(line, comments=True)
+    end = next((at for at, word in enumerate(words) if word in ENDS), len(words))
+    return words[words.index("cli") + 1 if words[0] == "torchrun" else 1 : end]
+
+
+def commands_of(page: Path) -> list[str]:
+    """The command lines of a page."""
+    return [line for language, text in blocks(page) if language in SHELLS for line in lines_of(text)]
 
 
 def command_at(words: list[str]) -> Any:
@@ -92,7 +102,7 @@ def test_every_link_and_anchor_of_a_page_exists(page: Path) -> None:
 
 @every_page
 def test_every_command_on_a_page_would_be_accepted(page: Path) -> None:
-    for words in commands_of(page):
+    for words in filter(None, map(words_of, commands_of(page))):
         try:
             with checking():
                 APP.main(list(words), standalone_mode=False)
@@ -129,12 +139,12 @@ def test_the_reference_is_what_the_program_declares() -> None:
 
 
 def test_every_command_of_mm_stands_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     assert [name for name in APP.commands if f"`mm {name}" not in text] == []
 
 
 def test_the_readme_begins_with_set_up_and_four_commands() -> None:
-    head = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+    head = README.read_text(encoding="utf-8").splitlines()[:25]
     assert any(line.startswith("make demo") for line in head) and any(line.startswith("make test") for line in head)
     assert sum(line.startswith("mm ") for line in head) >= 4
 
@@ -152,6 +162,122 @@ def test_the_readmes_commands_run(home: Path, mm: Run) -> None:
 
 
 def test_the_readmes_tree_names_every_folder() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     folders = {path.parent.relative_to(ROOT) for top in ("mmdata", "mmtrain") for path in (ROOT / top).rglob("*.py")}
     assert [str(path) for path in sorted(folders) if f"{path.name}/ " not in text] == []
+
+
+# --- the commands of pages run, in order, as they stand but for what makes them quick
+
+STAGES = ("pack", "train pretrain --steps 2 --quiet", "train sft --steps 2 --quiet", "train dpo --steps 2 --quiet")
+DOWNLOADS: tuple[str, ...] = ("fetch --preset begin",)
+BEFORE = {  # page -> commands that its reader has typed before
+    "getting-started.md": (*DOWNLOADS, *STAGES),
+    "faq.md": (
+        *DOWNLOADS,
+        "fetch pretrain_hq sft_512",
+        *STAGES,
+        "tokenizer train data/dpo.jsonl --out data/tokenizer-mine",
+    ),
+    "how-to/own-data.md": (),
+    "how-to/own-tokenizer.md": ("fetch pretrain_hq sft_512",),
+    "how-to/own-shape.md": (*DOWNLOADS, "pack"),
+    "how-to/several-cards.md": (*DOWNLOADS, *STAGES),
+    "how-to/several-machines.md": (
+        "fetch --preset zero --out other",
+        "fetch pretrain_hq sft_512 --tokenizer minimind-3",
+        "pack",
+    ),
+    "how-to/from-minimind.md": (),
+    "how-to/exporting.md": (*DOWNLOADS, *STAGES),
+}
+ADDED = {
+    "chat": "--max-new-tokens 2",
+    "train": "--steps 2 --quiet",
+    "report": "--quiet",
+}  # where the line has no such option
+CHANGED = {  # so that a line needs no large model, no card and no other machine
+    "--scale 0.01": "--scale 0.9",
+    "/mnt/other/data": "other",
+    "--layers 12 --width 640": "--layers 2 --width 64",
+    "--depth 6": "--depth 1",
+    "--model minimind2 --nproc": "--model tiny --nproc",
+}
+NOT_RUN = (
+    "mm demo",
+    "mm serve",
+    "mm doctor",
+    "--lm-eval",
+    "HOST",
+)  # minutes, a server, this machine's state, the network
+
+
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One small shape under the names of all models, which can be exported for MiniMind although its vocabulary is smaller."""
+    for name in MODEL_SHAPES:
+        monkeypatch.setitem(MODEL_SHAPES, name, ModelConfig(0, 64, 1, 8, 2, 192))
+    monkeypatch.setattr(export, "_not_minimind", lambda shape: [])
+
+
+def quick(line: str) -> str:
+    """The line with what makes it quick, without `mm`."""
+    for old, new in CHANGED.items():
+        line = line.replace(old, new)
+    words = words_of(line)
+    added = shlex.split(ADDED.get(words[0], ""))
+    if words[0] == "chat" and "--prompt" not in words:
+        added += ["--prompt", "hello"]
+    if words[0] == "train" and {"--plan", "--steps", "--epochs"} & set(words):
+        added = []
+    return shlex.join([*words, *added])
+
+
+def bring(line: str, mm: Run) -> None:
+    """Make what a line takes for granted: the demo's directory, or MiniMind's .pth and tokenizer."""
+    if " demo/" in line and not Path("demo").exists():
+        for made in ("runs", "shards"):
+            shutil.move(made, f"demo/{made}")
+        for old, new in (("pretrain-1", "pretrain_hq"), ("sft-1", "sft_512"), ("dpo-1", "dpo")):
+            Path("demo/runs", old).rename(Path("demo/runs", new))
+        Path("demo/shards/sft_t2t_mini").rename("demo/shards/sft_512")
+    if " out/" in line and not Path("out").exists():
+        fine(mm("export runs/sft-1 --format minimind --out out"))
+        next(Path("out").glob("*.pth")).rename("out/full_sft_768.pth")
+        shutil.copytree("data/tokenizer", "model")
+
+
+def start(line: str) -> "subprocess.Popen[bytes]":
+    """Start a line with torchrun, for two steps."""
+    words = shlex.split(line.replace("--steps 10", "").replace("29500", "29561"))
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:], "--steps", "2", "--no-samples"]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEFORE)
+def test_the_commands_of_a_page_run(
+    name: str, hub: FakeHub, tmp_path: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    in_process(monkeypatch)
+    small_models(monkeypatch)
+    for line in BEFORE[name]:
+        fine(mm(line))
+    for language, text in blocks(ROOT / "docs" / name):
+        if language == "python":
+            exec(compile(text, name, "exec"), {})
+        if language == "toml":
+            Path("my.toml").write_text(text)
+        ranks = []
+        for line in lines_of(text) if language in SHELLS else ():
+            if any(word in line for word in NOT_RUN):
+                continue
+            if line.startswith("torchrun "):
+                ranks.append(start(line))
+            elif line.startswith("cp "):
+                shutil.copy(*line.split()[1:])
+            elif line.startswith("mm "):
+                bring(line, mm)
+                fine(mm(quick(line)))
+        assert [rank.wait(timeout=300) for rank in ranks] == [0] * len(ranks)

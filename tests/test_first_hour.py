@@ -9,55 +9,18 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from command_line import Ran, Run, fine, refused
-from fakehub import Bytes, FakeHub
+from fakehub import FakeHub
 from recipe_runs import in_process
 from train_data import Data
 
 import cli
 from mmdata.commands.terminal import next_command, without_option
-from mmdata.hub import catalog
-
-DATASET = catalog.DATASET_REPO["hf"]
-ROWS = 60
-
-
-@pytest.fixture
-def hub(data: Data, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with the files of the catalog, each with rows of its stage, and both of its dpo.jsonl in the history."""
-    from huggingface_hub.utils import close_session
-
-    sources = {"pretrain": "pretrain", "sft": "sft", "lora": "sft", "dpo": "dpo"}
-    known = [known for known in catalog.FILES if known.stage in sources]
-    contents = {
-        each.key: b"".join(
-            (data.tokenizer.parent / f"{sources[each.stage]}.jsonl").read_bytes().splitlines(keepends=True)[: ROWS + n]
-        )
-        for n, each in enumerate(known)
-    }
-    sizes = {
-        each.key: replace(each, num_bytes=len(content), about_bytes=None, sha256=Bytes(content).sha256, revisions={})
-        for each, content in zip(known, contents.values(), strict=True)
-    }
-    monkeypatch.setattr(catalog, "FILES", tuple(sizes.get(each.key, each) for each in catalog.FILES))
-    with FakeHub() as hub:
-        hub.put(DATASET, {each.path: contents[each.key] for each in known}, commit=catalog.OLD["hf"])
-        hub.put(DATASET, {each.path: contents[each.key] for each in known if each.key != "dpo_v1"})
-        for name in ("minimind-2", "minimind-3"):
-            tokenizer = catalog.TOKENIZERS.get(name)
-            assert tokenizer
-            files: dict[str, bytes | Bytes] = {path.name: path.read_bytes() for path in data.tokenizer.iterdir()}
-            hub.put(tokenizer.repo["hf"], files, kind="models", commit=tokenizer.revision or "")
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-        yield hub
-        close_session()
 
 
 @pytest.mark.slow
