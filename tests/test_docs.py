@@ -138,6 +138,16 @@ def test_the_reference_is_what_the_program_declares() -> None:
     assert [english for english, chinese in phrases.items() if chinese not in content] == [], "no longer used: remove"
 
 
+@pytest.mark.parametrize("folder", ["docs", "docs/zh"])
+def test_the_index_names_every_page(folder: str) -> None:
+    index = ROOT / folder / "README.md"
+    named = index.read_text(encoding="utf-8")
+    pages = [str(page.relative_to(index.parent)) for page in PAGES if page.is_relative_to(index.parent)]
+    assert [
+        page for page in pages if not page.endswith("README.md") and f"]({page})" not in named and page[:3] != "zh/"
+    ] == []
+
+
 def test_every_command_of_mm_stands_in_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
     assert [name for name in APP.commands if f"`mm {name}" not in text] == []
