@@ -162,7 +162,8 @@ def test_the_readme_begins_with_set_up_and_four_commands() -> None:
 def test_the_readmes_commands_run(home: Path, mm: Run) -> None:
     """As they stand, on small data: fetch needs a network and the model a minute, so the data is here and the model tiny."""
     lines = [
-        line.split("#")[0].replace("--model minimind2-small", "--model tiny") for line in lines_of(ROOT / "README.md")
+        line.split("#")[0].replace("--model minimind2-small", "--model tiny")
+        for line in commands_of(ROOT / "README.md")
     ]
     lines = [line for line in lines if line.startswith("mm ")]
     assert [line.split()[1] for line in lines] == ["fetch", "pack", "train", "train", "train", "chat"]
