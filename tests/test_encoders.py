@@ -68,7 +68,7 @@ def test_a_character_that_the_libraries_split_differently_gets_the_references_id
 
 def test_hostile_strings_are_compared_although_some_hold_that_character(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = eras.tokenizer("era3")
-    native = encoders._native(tokenizer.native.to_str())
+    native = encoders._native(tokenizer.native)
 
     class Wrong:
         def encode_batch_flat(self, texts: list[str], **options: bool) -> Any:

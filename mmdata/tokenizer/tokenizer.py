@@ -150,16 +150,17 @@ class Tokenizer:
     def may_lose_text(self) -> bool:
         """Whether characters may be dropped or become the unknown token: not with a token for each byte and a
         normalizer that drops no characters."""
-        vocab = self.native.get_vocab()
         for one in self._normalizers:
             replaces_space = one.get("pattern") == {"String": " "} and one.get("content")
             if one["type"] not in _KEEPING and not replaces_space:
                 return True
         if self.decoder == "ByteLevel":
-            return not vocab.keys() >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        return not (
-            self._definition["model"].get("byte_fallback") and vocab.keys() >= {f"<0x{n:02X}>" for n in range(256)}
-        )
+            return not self._knows_all(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        falls_back = self._definition["model"].get("byte_fallback")
+        return not (falls_back and self._knows_all(f"<0x{n:02X}>" for n in range(256)))
+
+    def _knows_all(self, tokens: Iterable[str]) -> bool:
+        return all(self.native.token_to_id(token) is not None for token in tokens)
 
     def count_lost_bytes(self, texts: Sequence[str], *, control: bool = False) -> int:
         """Return the UTF-8 bytes of the texts, without white space, that no or the unknown token stands for; see
