@@ -263,12 +263,12 @@ def test_what_is_left_out_on_purpose_is_counted_with_the_rows_that_are_packed(
 
 
 def test_rows_of_roles_and_contents_alone_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a template of blocks writes was learned from test conversations: rows of this kind are never rendered."""
+    """What the template writes of rows of this kind was learned from the first of them: the others are not rendered."""
     encoder = RowEncoder(eras.tokenizer("era3"), max_len=99)
     lines = [
         json.dumps({"messages": [ASK, {**TELL, **more}]}).encode() for more in ({}, {"weight": 1}, {"name": "Eve"})
     ]
-    assert encoder._fast
+    encoder.encode_lines(lines, "conversation")
     looked_at: list[Conversation] = []
     monkeypatch.setattr(Template, "losses", lambda self, conversation: looked_at.append(conversation) or [])
     encoder.encode_lines(lines, "conversation")

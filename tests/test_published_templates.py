@@ -283,7 +283,11 @@ def test_an_added_end_of_turn_stands_after_the_calls_that_end_a_row() -> None:
     assert RowEncoder(tokenizer("glm4.5"), max_len=999).encode([row]).bad[0].reason == CUT
     assert not RowEncoder(own, max_len=999).encode([row]).bad
     calls, answer, last = trained_parts(Template(own), row)
-    assert calls.endswith("</tool_call><|observation|>") and answer.endswith("Seven.</s>") and last.endswith("</tool_call></s>")
+    assert (
+        calls.endswith("</tool_call><|observation|>")
+        and answer.endswith("Seven.</s>")
+        and last.endswith("</tool_call></s>")
+    )
 
 
 def test_an_error_of_a_template_names_what_it_was_given() -> None:

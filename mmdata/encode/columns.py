@@ -53,7 +53,7 @@ for _before, _role in (
     (TOOL, ASSISTANT),
 ):  # fmt: skip
     _MAY_FOLLOW[_before, _role] = True
-to_json = json.JSONEncoder(ensure_ascii=False).encode  # the same text as the `tojson` filter of chat templates
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class ToolSpecs:
     def canonical(self) -> str:
         """The tools as text for the row's hash: JSON with sorted keys, preceded by its length."""
         return canonical_tools(self.specs)
-
-    @cached_property
-    def rendered(self) -> str:
-        """The tools as chat templates write them: a newline and one line of JSON for each."""
-        return "".join([f"\n{to_json(tool)}" for tool in self.specs])
 
 
 @dataclass(frozen=True)
@@ -194,14 +189,10 @@ class TextCodes:
 
     def set(self, at: int, text: str) -> None:
         """Replace the string of element `at` by `text`."""
-        self.codes[at] = self._code(text)
+        self.codes[at] = self.code(text)
 
-    def prepend(self, at: np.ndarray, text: str) -> None:
-        """Put `text` before the strings of the elements `at` (indices)."""
-        for code in np.unique(self.codes[at]).tolist():
-            self.codes[at[self.codes[at] == code]] = self._code(text + self.table[code])
-
-    def _code(self, text: str) -> int:
+    def code(self, text: str) -> int:
+        """Return the index of `text` in the table, to which it is added if it is new."""
         code = self._code_of.setdefault(text, len(self.table))
         if code == len(self.table):
             self.table.append(text)
@@ -339,7 +330,7 @@ def _plain_objects(read: Callable[[Any, str], tuple[JsonObject, ...]], text: str
     except BadRow:
         return None
     may_hold = "<" in text or "\\u" in text
-    return None if may_hold and CONTROL.search(to_json(objects)) else objects
+    return None if may_hold and CONTROL.search(_to_json(objects)) else objects
 
 
 def _read(raws: Sequence[bytes], names: Sequence[str]) -> tuple[np.ndarray, list[Any]]:

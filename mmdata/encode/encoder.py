@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmdata.encode.blocks import learn
 from mmdata.encode.columns import columns_of, read_lines
 from mmdata.encode.encoded import EncodedRows
 from mmdata.encode.fast import FastEncoder
@@ -49,8 +48,8 @@ MOST_BYTES = 2**30
 # The share of rows that keep empty think blocks, which is that of MiniMind. A model that was never trained on an empty
 # think block could not answer a prompt that ends with one.
 EMPTY_THINK_KEPT = 0.2
-# A token of this form cannot arise where a content and the template's text meet.
-_BRACKETED = re.compile(r"<[^<>\s]+>")
+# Two tokens of this form cannot overlap, so that each one that the template writes is found.
+_BRACKETED = re.compile(r"[<\[][^<>\[\]]+[>\]]")
 
 
 class RowEncoder:
@@ -119,14 +118,12 @@ class RowEncoder:
 
     @cached_property
     def _fast(self) -> FastEncoder | None:
-        """The encoder of rows in columns. None, for jinja2, if the template does not write blocks, if the ids of a text
-        may depend on control tokens next to it, or if the tokenizer may lose text."""
+        """The encoder of rows in columns. None, for jinja2, if the ids of a text may depend on control tokens next to it,
+        or if the tokenizer may lose text."""
         is_possible = self.tokenizer.is_exact and not self.tokenizer.may_lose_text and not self._is_reference
-        is_possible = is_possible and all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens))
-        blocks = learn(self.template) if is_possible else None
-        if blocks is None:
+        if not is_possible or not all(map(_BRACKETED.fullmatch, self.tokenizer.control_tokens)):
             return None
-        return FastEncoder(self.tokenizer, blocks, self.encoder, max_len=self.max_len, train_on=self.train_on)
+        return FastEncoder(self.tokenizer, self.template, self.encoder, max_len=self.max_len, train_on=self.train_on)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode a batch with only pairs or none. Unusable rows raise no error; they are in `bad` of the result."""

@@ -1,5 +1,5 @@
 """Encoding of conversations and pairs from text that jinja2 rendered: slow, for every template. Rows that the module
-`blocks` cannot render are encoded here, and the ids of the others are checked against this module's.
+`fast` cannot encode are encoded here, and the ids of the others are checked against this module's.
 
 The text between two control tokens is encoded as one string, which gives the same ids as the whole rendering at once.
 Training may begin inside such a string: if the ids of the untrained beginning alone are the first ids of the whole

@@ -78,7 +78,8 @@ def with_generation_prompt(template: str, header: str) -> str:
     """Return a template that writes `header`, the beginning of an answer, at the end of prompts, if it wrote none."""
     if "add_generation_prompt" in template:
         return template
-    return _appended(template, "{{ %s if add_generation_prompt else '' }}" % json.dumps(header, ensure_ascii=False))
+    text = json.dumps(header, ensure_ascii=False)
+    return _appended(template, "{{ " + text + " if add_generation_prompt else '' }}")
 
 
 def _appended(template: str, expression: str) -> str:

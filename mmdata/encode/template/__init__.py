@@ -1,7 +1,8 @@
 """Rendering of conversations by a tokenizer's chat template.
 
 Modules: `template` (rendering, and cutting into segments), `segments`, `turns` (what a template writes around answers),
-`calls` (forms of tool calls), `traced` (strings that record their origin), and `losses` (what a template leaves out).
+`calls` (forms of tool calls), `traced` (strings that record their origin), `stand_ins` (strings that record what a template
+asks of them), and `losses` (what a template leaves out).
 """
 
 from mmdata.encode.template.segments import Segment, stretches

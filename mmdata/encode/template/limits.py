@@ -172,7 +172,7 @@ def _bounded_filter(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-class _CountingGenerator(CodeGenerator):
+class CountingGenerator(CodeGenerator):
     """Compiles loops to count their iterations, and `a ~ b` to the environment's `concat`."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
@@ -193,7 +193,7 @@ class _CountingGenerator(CodeGenerator):
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """A sandboxed environment whose templates are bounded. joined: concatenates texts."""
 
-    code_generator_class = _CountingGenerator
+    code_generator_class = CountingGenerator
     counted = staticmethod(_counted)
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 

@@ -3,11 +3,12 @@
 The text is that of transformers' `apply_chat_template`, character for character. Which part of it came from which
 message, and what is left out, is known from strings that record their origin (module `traced`), not from searching for
 the messages' text. What the template writes around an answer is found by rendering a short test conversation. A row
-whose rendering cannot be cut by these rules raises `BadRow`. jinja2 takes 0.1 to 0.3 ms per row; the module `blocks`
-renders the usual templates without it.
+whose rendering cannot be cut by these rules raises `BadRow`. jinja2 takes 0.1 to 0.3 ms per row; the module `forms`
+learns from one rendering those of all rows that differ only in what their texts say.
 """
 
 import contextlib
+import copy
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ from jinja2 import nodes
 
 from mmdata.encode.rows import BadRow, Conversation, Message, texts_of
 from mmdata.encode.template.calls import CallForm, nested
-from mmdata.encode.template.limits import bounded
+from mmdata.encode.template.limits import BoundedEnvironment, bounded
 from mmdata.encode.template.losses import Loss, loss_of, markup_of
 from mmdata.encode.template.segments import Segment, merged, span_of, stretches, without
+from mmdata.encode.template.stand_ins import RecordingEnvironment
 from mmdata.encode.template.traced import (
     GENERATION,
     Rendering,
@@ -87,10 +89,8 @@ class Template:
             environment = template_environment()
             if "\0" in self.text:
                 raise jinja2.TemplateError("it contains a NUL character")
-            self._compiled = environment.from_string(self.text)
-            # jinja2 copies these for each rendering, which is slow for the ChainMap that they are.
-            self._compiled.globals = dict(self._compiled.globals)
-            self.tree = tree = environment.parse(self.text)
+            self._compile(environment)
+            tree = environment.parse(self.text)
             self._markup = markup_of(tree)
             names = {node.attr for node in tree.find_all(nodes.Getattr)} | {n.value for n in tree.find_all(nodes.Const)}
             self._reasoning_name = next((n for n in _REASONING_NAMES if n in names), _REASONING_NAMES[0])
@@ -200,6 +200,19 @@ class Template:
         return ids
 
     # --- rendering
+
+    def _compile(self, environment: BoundedEnvironment) -> None:
+        self._compiled = environment.from_string(self.text)
+        # jinja2 copies these for each rendering, which is slow for the ChainMap that they are.
+        self._compiled.globals = dict(self._compiled.globals)
+
+    def recording(self, environment: RecordingEnvironment) -> "Template":
+        """Return a copy that renders in an environment which records what the template asks of stand-ins."""
+        template = copy.copy(self)
+        template._last, template._writes_last_reasoning = None, self._writes_last_reasoning
+        template.for_tools = self.for_tools and self.for_tools.recording(environment)
+        template._compile(environment)
+        return template
 
     def control_tokens_in(self, text: str) -> list[str]:
         """Return the tokenizer's special tokens that occur in `text`, in order of position."""

@@ -130,7 +130,9 @@ def _clipped(origin: Origin, begin: int, end: int) -> Origin:
 
 def concat(parts: Iterable[str]) -> str:
     """Join strings without a separator. The result is a `Traced` string if at least one part has origins."""
-    parts = list(parts)
+    parts = [part for part in parts if part]
+    if len(parts) == 1:
+        return parts[0]
     origins: list[Origin] = []
     offset = 0
     for part in parts:
@@ -169,14 +171,14 @@ def missing_parts(text: str, sources: Iterable[SourceText]) -> Iterator[tuple[So
 # --- values of the conversation
 
 
-class _Object(dict):
+class TracedObject(dict):
     """A JSON object with traced strings, which keep their origins when it is written as text."""
 
     def __str__(self) -> str:
         return _written(self, repr, repr)
 
 
-class _List(list):
+class TracedList(list):
     """A JSON list with traced strings, which keep their origins when it is written as text."""
 
     def __str__(self) -> str:
@@ -186,17 +188,19 @@ class _List(list):
 def plain_names(message: str) -> str:
     """Return the message of an error of jinja2 without the names of this module's classes."""
     return re.sub(
-        rf"{re.escape(__name__)}\._(Object|List)", lambda m: {"Object": "dict", "List": "list"}[m[1]], message
+        rf"{re.escape(__name__)}\.Traced(Object|List)", lambda m: {"Object": "dict", "List": "list"}[m[1]], message
     )
 
 
 def traced(value: Any, sources: list[SourceText], message: int, field: str, path: tuple[str, ...] = ()) -> Any:
-    """Copy JSON data, tuples as lists, with an origin for every string and key, and append their sources to
-    `sources`."""
+    """Copy JSON data, tuples as lists, with an origin for every string and key, and append their sources to `sources`.
+    A stand-in makes its own copy."""
+    if hasattr(value, "with_source"):
+        return value.with_source(message, field, path, sources)
     if isinstance(value, str):
         return _traced_text(SourceText(message, field, value, path), sources)
     if isinstance(value, dict):
-        return _Object(
+        return TracedObject(
             (
                 _traced_text(SourceText(message, field, key, path, True), sources),
                 traced(item, sources, message, field, (*path, key)),
@@ -204,7 +208,7 @@ def traced(value: Any, sources: list[SourceText], message: int, field: str, path
             for key, item in value.items()
         )
     if isinstance(value, (list, tuple)):
-        return _List(traced(item, sources, message, field, path) for item in value)
+        return TracedList(traced(item, sources, message, field, path) for item in value)
     return value
 
 
@@ -244,6 +248,21 @@ def _quoted(string: str, quote: Callable[[str], str]) -> str:
 
 # --- jinja2
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def plain_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return what the filter `tojson` writes, without origins."""
+    if indent is None and not (ensure_ascii or separators or sort_keys):
+        return _to_json(value)  # the same, faster
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
 
 def _tojson(
     value: Any,
@@ -255,7 +274,7 @@ def _tojson(
     """The filter `tojson` of transformers, without HTML escapes."""
 
     def write(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+        return plain_json(value, ensure_ascii, indent, separators)
 
     return _written(_sorted(value) if sort_keys else value, write, write)
 
@@ -301,10 +320,10 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def template_environment() -> jinja2.Environment:
+def template_environment(kind: type[BoundedEnvironment] = BoundedEnvironment) -> BoundedEnvironment:
     """Return a sandboxed jinja2 environment with the settings of transformers, which keeps the origins of strings.
     `strftime_now` writes a fixed date (`Tokenizer.amended`), so that a row has the same ids on any day."""
-    environment = BoundedEnvironment(
+    environment = kind(
         concat,
         {"tojson": _tojson, "join": _join, "safe": _safe},
         trim_blocks=True,
