@@ -161,21 +161,18 @@ def test_the_readme_begins_with_set_up_and_four_commands() -> None:
 
 def test_the_readmes_commands_run(home: Path, mm: Run) -> None:
     """As they stand, on small data: fetch needs a network and the model a minute, so the data is here and the model tiny."""
-    lines = [
-        line.split("#")[0].replace("--model minimind2-small", "--model tiny")
-        for line in commands_of(ROOT / "README.md")
-    ]
-    lines = [line for line in lines if line.startswith("mm ")]
-    assert [line.split()[1] for line in lines] == ["fetch", "pack", "train", "train", "train", "chat"]
+    words = [shlex.join(words_of(line)) for line in commands_of(README) if line.startswith("mm ")]
+    lines = [line.replace("--model minimind2-small", "--model tiny") for line in words]
+    assert [line.split()[0] for line in lines] == ["fetch", "pack", "train", "train", "train", "chat"]
     for line in lines[1:-1]:
-        fine(mm(f"{line.removeprefix('mm ')}{' --steps 1 --quiet' if ' train ' in line else ''}"))
-    fine(mm(f"{lines[-1].removeprefix('mm ')} --prompt hello --max-new-tokens 2"))
+        fine(mm(f"{line} --steps 1 --quiet" if line.startswith("train") else line))
+    fine(mm(f"{lines[-1]} --prompt hello --max-new-tokens 2"))
 
 
 def test_the_readmes_tree_names_every_folder() -> None:
     text = README.read_text(encoding="utf-8")
     folders = {path.parent.relative_to(ROOT) for top in ("mmdata", "mmtrain") for path in (ROOT / top).rglob("*.py")}
-    assert [str(path) for path in sorted(folders) if f"{path.name}/ " not in text] == []
+    assert [str(path) for path in sorted(folders) if f"{path.name}/" not in text] == []
 
 
 # --- the commands of pages run, in order, as they stand but for what makes them quick
