@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ make_plan = loop.make_plan
 def plan(options, world):
     from dataclasses import replace
     is_other = world.rank == 1 and sys.argv[2] == "other"
+    if world.rank == 1 and sys.argv[2] == "older":
+        options = replace(options, out=options.out.with_name("older"))
     return make_plan(replace(options, lr=0.5, data=options.data * 2) if is_other else options, world)
 loop.make_plan = plan
 run_step = loop._run_step
@@ -57,9 +59,13 @@ def step(run, step, stop):
         import os, signal, threading
         run.writer.wait()
         if run.world.rank == 1:
+            (run.plan.out / "frozen").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
         elif sys.argv[2] == "frozen and SIGTERM":
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    if step == 3 and sys.argv[2] == "killed" and run.world.rank == 1:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
     if step == 3 and sys.argv[2] == "stop" and run.world.is_first:
         (run.plan.out / loop.STOP_FILE).touch()
     return run_step(run, step, stop)
@@ -291,31 +297,100 @@ def test_alone_an_agreement_is_the_error_itself() -> None:
 TORCHRUN = "from torch.distributed.run import main; main()"
 
 
+class Nodes:
+    """Two torchrun groups of one rank each on this machine, as on two machines: they meet at a port."""
+
+    def __init__(self, config: TrainOptions, inject: str, place: Path) -> None:
+        script = place / "rank.py"
+        script.write_text(RANK)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        python = warm.command()
+        options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command = ["--no-python", *python, script, repr(config), inject]
+        self.groups = [
+            subprocess.Popen(
+                [*python, "-c", TORCHRUN, *options, "--node-rank", rank, *command],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+
+    def end(self, node: int) -> tuple[int, str]:
+        """Exit code and stderr of a node's group."""
+        errors = self.groups[node].communicate(timeout=LONG_S)[1]
+        return self.groups[node].returncode, errors
+
+
+@pytest.fixture
+def start_nodes(tmp_path: Path) -> Iterator[Callable[[TrainOptions, str], Nodes]]:
+    """Starts nodes, which are killed when the test ends."""
+    started: list[Nodes] = []
+
+    def start(config: TrainOptions, inject: str = "") -> Nodes:
+        started.append(Nodes(config, inject, tmp_path))
+        return started[-1]
+
+    yield start
+    for group in (group for nodes in started for group in nodes.groups):
+        group.kill()
+
+
 @pytest.mark.slow
-def test_two_nodes_of_torchrun_train_like_one_process(data: Data, tmp_path: Path) -> None:
-    """Two torchrun groups on this machine, as on two machines: they meet at a port and know each other by node rank."""
-    one, nodes = (config_of("pretrain", data, tmp_path / name, model="tiny") for name in ("one", "nodes"))
+def test_two_nodes_of_torchrun_train_like_one_process(
+    data: Data, tmp_path: Path, start_nodes: Callable[..., Nodes]
+) -> None:
+    one, two = (config_of("pretrain", data, tmp_path / name, model="tiny") for name in ("one", "nodes"))
     train(one)
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    python = warm.command()
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    groups = [
-        subprocess.Popen(
-            [*python, "-c", TORCHRUN, *options, "--node-rank", rank, "--no-python", *python, script, repr(nodes), ""],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    errors = [group.communicate(timeout=LONG_S)[1] for group in groups]
-    assert [group.returncode for group in groups] == [0, 0], errors
-    assert run_json(nodes.out)["world_size"] == 2
-    assert_alike(one.out, nodes.out)
+    nodes = start_nodes(two)
+    assert [nodes.end(node)[0] for node in (0, 1)] == [0, 0]
+    assert run_json(two.out)["world_size"] == 2
+    assert_alike(one.out, two.out)
+
+
+@pytest.mark.slow
+def test_a_node_of_torchrun_that_is_killed_ends_the_other_and_the_run_goes_on(
+    data: Data, tmp_path: Path, start_nodes: Callable[..., Nodes]
+) -> None:
+    one, two = (config_of("pretrain", data, tmp_path / name, model="tiny") for name in ("one", "nodes"))
+    train(one)
+    nodes = start_nodes(two, "killed")
+    codes, errors = zip(*(nodes.end(node) for node in (0, 1)), strict=True)
+    assert 0 not in codes and "error on rank 0: rank 0: another rank stopped" in errors[0], errors
+    assert run_json(two.out)["status"] == "failed" and checkpoint.find(two.out).step == 3
+    train(replace(two, resume=True))
+    assert_alike(one.out, two.out)
+
+
+@pytest.mark.slow
+def test_a_node_of_torchrun_that_freezes_ends_the_other_with_the_last_checkpoint_named(
+    data: Data, tmp_path: Path, start_nodes: Callable[..., Nodes]
+) -> None:
+    config = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    nodes = start_nodes(config, "freeze")
+    code, errors = nodes.end(0)
+    os.kill(int((config.out / "frozen").read_text()), signal.SIGKILL)
+    assert nodes.end(1)[0] != 0 and code != 0
+    assert "rank 0: rank 1 has not answered" in errors and f"last checkpoint: {config.out}" in errors, errors
+    assert run_json(config.out)["status"] == "failed" and checkpoint.find(config.out).step == 3
+
+
+@pytest.mark.slow
+def test_a_node_of_torchrun_with_an_older_checkpoint_is_named_before_the_first_step(
+    data: Data, tmp_path: Path, start_nodes: Callable[..., Nodes]
+) -> None:
+    config = config_of("pretrain", data, tmp_path / "run", model="tiny")
+    train(config)
+    shutil.copytree(config.out, tmp_path / "older")
+    shutil.rmtree(tmp_path / "older" / "checkpoints" / "step-6")
+    before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+    nodes = start_nodes(replace(config, resume=True), "older")
+    codes, errors = zip(*(nodes.end(node) for node in (0, 1)), strict=True)
+    assert 0 not in codes and "rank 1 has other step, weights than rank 0" in errors[0], errors
+    assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 
 class Twice(World):
