@@ -50,10 +50,10 @@ def fit_to_data(
         needed = math.ceil(least_steps * batch / max(1, tokens_per_epoch))
         passes = max(passes, min(MOST_EPOCHS[stage], needed))
         origins["epochs"] = f"data: about {least_steps} steps, at most {MOST_EPOCHS[stage]:g} epochs"
-        if origins["batch_tokens"].startswith("data") and steps() < FEW_STEPS:
-            batch = halved(
-                batch, round(passes * tokens_per_epoch), FEW_STEPS, max(FEWEST_BATCH_TOKENS, least_batch_tokens)
-            )
+        least = max(FEWEST_BATCH_TOKENS, least_batch_tokens)
+        smaller = halved(batch, round(passes * tokens_per_epoch), FEW_STEPS, least)
+        if smaller != batch and origins["batch_tokens"].startswith("data"):
+            batch = smaller
             origins["batch_tokens"] = f"data: about {FEW_STEPS} steps, at least {FEWEST_BATCH_TOKENS} tokens"
     settings = replace(settings, batch_tokens=batch, epochs=None if settings.steps else passes)
     if origins["val_every"] == "default" and 2 * VALIDATIONS <= steps() < VALIDATIONS * settings.val_every:
