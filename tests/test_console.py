@@ -68,6 +68,9 @@ def test_the_live_line_is_drawn_over_and_gives_way_to_lines(monkeypatch: pytest.
     assert terminal.getvalue() == (
         f"step 1 {'=' * 32}\r\033[2Kstep 2\r\033[2Ka line of more than forty characters is\n  wrapped between words\n"
     )
+    out.live(lambda: "step 3")
+    out.close()
+    assert terminal.getvalue().endswith("step 3\r\033[2K")
     Console(None, is_live=True).live(lambda: "never")
     Console(console.print_line).live(lambda: "never")
     assert "never" not in terminal.getvalue()

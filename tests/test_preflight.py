@@ -9,6 +9,7 @@ import torch
 from train_data import Data
 
 from mmdata.errors import DiskError, TrainError
+from mmdata.shards.loader import MicroBatch
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.train import preflight
@@ -29,6 +30,24 @@ def test_a_forecast_counts_every_part_and_writes_nothing(run: TrainOptions) -> N
     assert few.parts["checkpoint copy"] == 12 * few.num_params and few.disk_bytes == 4 * 12 * few.num_params
     assert 3 < many.parts["activations"] / few.parts["activations"] < 5
     assert few.peak_bytes == sum(few.parts.values()) and few.num_steps == 2 and few.seconds > 0
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(1e-4, 2048), (0.3, 512)])
+def test_the_speed_is_that_of_larger_batches_where_they_do_not_take_long(
+    run: TrainOptions, monkeypatch: pytest.MonkeyPatch, seconds: float, measured: int
+) -> None:
+    """Small batches are slower by the token: a plan that only knew them would promise a longer run."""
+    passes: list[int] = []
+
+    def take(model: object, micro: MicroBatch) -> float:
+        passes.append(len(micro.ids))
+        return seconds * (1 + len(micro.ids) / 512)
+
+    monkeypatch.setattr(preflight, "_pass_seconds", take)
+    needs = needs_of(replace(run, batch_tokens=2048, micro_tokens=2048))
+    assert len(passes) == 1 + (measured == 2048)
+    assert passes[-1] == pytest.approx(measured, rel=0.2)
+    assert needs.tokens_per_s == pytest.approx(passes[-1] / (seconds * (1 + passes[-1] / 512)))
 
 
 def test_what_autograd_keeps_is_counted(run: TrainOptions) -> None:

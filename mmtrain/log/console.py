@@ -53,6 +53,11 @@ class Console:
                 print(shown(text()[:width]), end="", file=sys.stderr, flush=True)
                 self._drawn = time.monotonic()
 
+    def close(self) -> None:
+        """Remove the live line."""
+        with self._lock:
+            self._clear()
+
     @contextmanager
     def phase(self, label: str, unit: str = "", *, seconds: float = 0.0) -> Iterator[Progress]:
         """Context manager of work that may take long; yields `update(done, total)`. If it takes more than SOON_S, its
@@ -80,8 +85,7 @@ class Console:
         finally:
             is_over.set()
             thread.join()
-            with self._lock:
-                self._clear()
+            self.close()
 
     def _clear(self) -> None:
         """Remove the live line, if one is drawn."""

@@ -78,7 +78,8 @@ class MetricsLog:
             self.console.say(line)
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close metrics.jsonl, and remove the live line."""
+        self.console.close()
         if self._file is not None:
             self._file.close()
 

@@ -1,5 +1,5 @@
 """Forecast, before the first step, how much memory, time and disk space a run will need. A probe runs the model forward
-and backward on a few hundred tokens of the run's data, counts the bytes that autograd keeps per token and measures the
+and backward on some tokens of the run's data, counts the bytes that autograd keeps per token and measures the
 speed. It changes no weights, draws no random numbers, and takes seconds at most."""
 
 import shutil
@@ -27,7 +27,7 @@ from mmtrain.shapes import TOKENS_PER_PARAM, ModelConfig, shape_of
 from mmtrain.sizing import MODELS
 from mmtrain.train.plan import TrainPlan
 
-PROBE_TOKENS = 512  # approximate size of the probe's batch
+PROBE_TOKENS, SPEED_TOKENS = 512, 4096  # approximate sizes of the probe's batches for memory and for speed
 SLOW_S = 1.0  # a first pass of the probe that takes longer is not repeated
 PROBE_S, PROBE_SHARE = 5.0, 0.03  # longest time of dpo's trial steps in seconds, and as a share of the run if more
 NUM_TRIALS = 4  # trial steps of dpo's forecast
@@ -129,8 +129,8 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
     built. reference_tokens: of pairs whose reference logps are to be computed. Ranks on a CPU share its memory
     equally."""
     device, settings = world.device, plan.settings
-    micro = _probe_batch(plan)
-    kept, weights_copy, seconds = _probe(model, micro, plan.is_pairs)
+    larger, micro = _probe_batches(plan)
+    kept, weights_copy, seconds_per_token = _probe(model, micro, larger, plan.is_pairs)
     if model.checkpoints_blocks:  # memory: the input of every block, and the activations of one block
         kept = kept / plan.shape.num_layers + 4 * plan.shape.hidden_size * plan.shape.num_layers
     fixed, saved = _fixed_bytes(plan, model, base_bytes, weights_copy)
@@ -145,7 +145,7 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
     validations = (-(-num_left // settings.val_every) if settings.val_every else 1) + plan.is_pairs
     held_out = plan.val_loader.tokens_per_epoch + (plan.guard.tokens_per_epoch if plan.guard else 0)
     val_tokens = held_out * validations / 3  # a forward pass is a third of the work
-    tokens_per_s = len(micro.ids) / seconds * world.size
+    tokens_per_s = world.size / seconds_per_token
     run_s = (run_tokens * num_left / plan.num_steps + val_tokens) / tokens_per_s
     reference_s = reference_tokens / 3 / tokens_per_s
     forecast_s = 0.0
@@ -265,24 +265,33 @@ def micro_width(plan: TrainPlan) -> float:
 # --- the probe
 
 
-def _probe_batch(plan: TrainPlan) -> MicroBatch:
-    """Return about PROBE_TOKENS tokens of the run's first step, as whole sequences or pairs."""
-    micros = plan.loader.batch(0) or [next(plan.loader.micro_batches())]
-    return cut(micros[0], PROBE_TOKENS, plan.is_pairs)[0]
+def _probe_batches(plan: TrainPlan) -> tuple[MicroBatch, MicroBatch]:
+    """Return about SPEED_TOKENS and about PROBE_TOKENS tokens of the run's first step, as whole sequences or pairs."""
+    micro = (plan.loader.batch(0) or [next(plan.loader.micro_batches())])[0]
+    larger, smaller = (cut(micro, tokens, plan.is_pairs)[0] for tokens in (SPEED_TOKENS, PROBE_TOKENS))
+    return larger, smaller
 
 
-def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int, float]:
+def _probe(model: Model, micro: MicroBatch, larger: MicroBatch, is_pairs: bool) -> tuple[float, int, float]:
     """Measure forward and backward passes on `micro`, and by comparison with half of it the bytes that autograd keeps
-    per token and in any case (half-precision copies of weights). Return both and the seconds of a pass. Leaves no
-    gradients."""
-    device = model.head_weight.device
+    per token and in any case (half-precision copies of weights). Return both and the seconds of a pass per token,
+    measured on the `larger` micro-batch unless that would take more than SLOW_S. Leaves no gradients."""
     half = cut(micro, max(1, len(micro.ids) // 2), is_pairs)[0]
     few, many = (kept_bytes(model, part) for part in (half, micro))
     num_more = len(micro.ids) - len(half.ids)
     per_token = (many - few) / num_more if num_more else many / len(micro.ids)
+    seconds = _pass_seconds(model, micro) / len(micro.ids)
+    if len(micro.ids) < len(larger.ids) < SLOW_S / seconds:
+        seconds = _pass_seconds(model, larger) / len(larger.ids)
+    return per_token, max(0, int(many - per_token * len(micro.ids))), seconds
+
+
+def _pass_seconds(model: Model, micro: MicroBatch) -> float:
+    """Return the seconds of a forward and backward pass, after one that warms up, unless that takes more than SLOW_S."""
+    device = model.head_weight.device
     batch = to_device(micro, device)
     times: list[float] = []
-    while len(times) < (1 if times and times[0] > SLOW_S else 2):  # the first warms up, unless it is slow anyway
+    while len(times) < (1 if times and times[0] > SLOW_S else 2):
         begun = time.perf_counter()
         with autocast(device):
             loss = -token_logps_of(model, batch).sum()
@@ -290,7 +299,7 @@ def _probe(model: Model, micro: MicroBatch, is_pairs: bool) -> tuple[float, int,
         _synchronize(device)
         times.append(time.perf_counter() - begun)
     model.zero_grad(set_to_none=True)
-    return per_token, max(0, int(many - per_token * len(micro.ids))), min(times)
+    return min(times)
 
 
 def kept_bytes(model: Model, micro: MicroBatch) -> int:
