@@ -3,7 +3,9 @@
 import hashlib
 import multiprocessing
 import os
+import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -68,6 +70,19 @@ def test_content_is_synced_before_the_rename_and_the_directory_after_it(
     write_text(path, "x")
     (partial, was_there), (directory, is_there) = states
     assert partial.name.startswith(".a.txt.") and not was_there and directory == tmp_path and is_there
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal 0 to ask with whether a process is alive")
+def test_what_killed_processes_left_of_a_file_is_removed_by_the_next_that_writes(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host, names = socket.gethostname(), ("alive", "ended", "elsewhere", "unnamed")
+    pids = (f"{host}-{os.getppid()}", f"{host}-{ended.pid}", f"other-{ended.pid}", f"{host}-x")
+    paths = {name: tmp_path / f".{name}.{pid}.partial" for name, pid in zip(names, pids, strict=True)}
+    for path in paths.values():
+        path.touch()
+    write_text(tmp_path / "new", "text")
+    assert [name for name, path in paths.items() if path.exists()] == ["alive", "elsewhere", "unnamed"]
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ target. Readers therefore see either the old or the new content and never a part
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     directories are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partials(path.parent)
     partial = partial_path(path)
     try:
         yield partial
@@ -104,6 +107,22 @@ def write_unsynced(path: Path, text: str) -> None:
 def partial_path(path: Path) -> Path:
     """Return the hidden path `.NAME.HOST-PID.partial` next to `path`, which this process writes to before renaming."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+@cache
+def _remove_partials(directory: Path) -> None:
+    """Remove the hidden files that killed processes of this machine have left in a directory; once for each directory,
+    so that writing many files stays cheap."""
+    if os.name == "nt":
+        return  # there is no signal 0 to ask with whether a process is alive
+    for path in directory.glob(f".*.{glob.escape(socket.gethostname())}-*.partial"):
+        pid = path.name.removesuffix(".partial").rpartition("-")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            continue  # named by something else, or a process of another user
 
 
 def move_into_place(source: Path, target: Path) -> None:
