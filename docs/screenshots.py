@@ -33,7 +33,7 @@ def mm(work: Path, *words: str) -> None:
 
 def make(work: Path) -> None:
     """The demo's corpus with some flaws, packed; three short runs."""
-    from mmdata import demo
+    from mmdata.demo import corpus as demo
     from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
     corpus = demo.write_corpus(work / "data", seed=3, minutes=0.4)
