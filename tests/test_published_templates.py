@@ -1,6 +1,7 @@
 """Ids and masks with reductions of the chat templates that models are published with, against transformers."""
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -11,7 +12,7 @@ import eras
 import pytest
 
 from mmdata.encode.encoder import EncodedRows, RowEncoder
-from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation, parse_row
+from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, BadRow, Conversation, Message, parse_row
 from mmdata.encode.sequences import TokenSequence, is_equal
 from mmdata.encode.template import Template
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -294,3 +295,83 @@ def test_an_error_of_a_template_names_what_it_was_given() -> None:
     row = parsed({"messages": [ASK, {**CALLS, "tool_calls": [{"name": "f"}]}, result("x", "7"), DONE]})
     assert encoder("mistral").encode([row]).bad[0].detail == "ids have length 9"
     assert encoder("glm4.5").encode([row]).bad[0].detail == "'dict object' has no attribute 'arguments'"
+
+
+# --- rows in columns
+
+# What a template may strip, search for, split or escape, and what tokenizers join or compose.
+PIECES = [
+    "a",
+    "b c",
+    "\n",
+    "\n\n",
+    " ",
+    "\t",
+    "é",
+    "e\u0301",
+    "\u0338",
+    "한",
+    "👩‍👩‍👧",
+    "\u2028",
+    "{",
+    '"',
+    "\\",
+    "<",
+    ">",
+    "|>",
+    "<think>",
+    "</think>",
+]
+PIECES += ["<tool_response>", "</tool_response>", "/think", "/no_think", "<|im_end|>", "</s>", "[INST]", "<|eot_id|>", "<end_of_turn>"]  # fmt: skip
+
+
+def random_rows(seed: int, number: int) -> list[Conversation]:
+    """Rows with up to four turns, a system message or none, and hostile contents, some of them with reasoning."""
+    draw = random.Random(seed)
+
+    def text() -> str:
+        pieces = PIECES[: draw.choice((4, 18, 18, len(PIECES)))]
+        return "".join(draw.choices(pieces, k=draw.choice((1, 2, 3, 9))))
+
+    rows = []
+    for _ in range(number):
+        messages = [Message("system", draw.choice(("", text())))] if draw.random() < 0.4 else []
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            reasoning = draw.choice((None, None, None, None, None, "", "Hm.\n"))
+            messages += [Message("user", f"{text()}x"), Message("assistant", f"{text()}y{text()}", reasoning)]
+        rows.append(Conversation(tuple(messages)))
+    return rows
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_random_rows_are_encoded_in_columns_as_one_by_one_and_by_transformers(name: str) -> None:
+    rows = random_rows(7, 40)
+    for max_len, train_on in ((9999, "assistant"), (70, "last"), (9999, "all")):
+        options: Any = {"max_len": max_len, "train_on": train_on, "on_lost": "warn"}
+        have, want = (RowEncoder(tokenizer(name), is_reference=slow, **options).encode(rows) for slow in (False, True))
+        assert {n: str(bad) for n, bad in have.bad.items()} == {n: str(bad) for n, bad in want.bad.items()}
+        assert is_equal(have.sequences, want.sequences)
+        assert (have.num_tokens, have.cut, have.not_written) == (want.num_tokens, want.cut, want.not_written)
+    used = [row for n, row in enumerate(rows) if have.num_sequences[n]]
+    for row, sequence in zip(used, have.sequences, strict=True):
+        assert isinstance(sequence, TokenSequence)
+        if not encoder(name).template.control_strings(row):
+            messages = [
+                {key: value for key, value in message._asdict().items() if value not in (None, ()) and key != "weight"}
+                for message in row.messages
+            ]
+            assert sequence.ids.tolist() == their_ids(name, {"messages": messages})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_plain_rows_are_not_rendered_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = RowEncoder(tokenizer(name), max_len=9999)
+    system = [] if name in ("gemma2", "mistral") else [{"role": "system", "content": "Be brief."}]
+    lines = [
+        json.dumps({"messages": [*first, *answered() * turns]}).encode()
+        for first in ([], system)
+        for turns in (1, 2, 3)
+    ]
+    assert not own.encode_lines(lines, "conversation").bad
+    monkeypatch.setattr(own._reference, "encode", lambda rows, _: [BadRow("wrong types")] * len(rows))
+    assert not own.encode_lines(lines, "conversation").bad

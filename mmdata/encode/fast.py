@@ -8,7 +8,7 @@ the trained ranges follow from their positions. Rows that fail such a check are 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -33,6 +33,8 @@ from mmdata.encode.template import Template
 from mmdata.encode.template.stand_ins import Edits, Slot, edited
 from mmdata.tokenizer.encoders import Encoder
 from mmdata.tokenizer.tokenizer import Tokenizer
+
+MOST_PREFIX = 64  # tokens of a `_Prefix`
 
 
 @dataclass
@@ -60,6 +62,27 @@ class _Tokens:
         return self.ids[self.begins[number] : self.begins[number] + self.lengths[number]]
 
 
+@dataclass
+class _Prefix:
+    """A text between a control token and an edge of a trained range, or None for an edge at the control token itself.
+    ids: the ways in which it was tokenized so far, alone and before other texts."""
+
+    text: str | None
+    ids: list[np.ndarray] = field(default_factory=list)
+
+    def learn(self, ids: np.ndarray, tokenizer: Tokenizer) -> bool:
+        """Add the ids with which a longer text begins as one more way; return False if no token ends where this does.
+        Text that is normalized counts only up to a space, which is composed with nothing."""
+        left, number = len((self.text or "").encode()), 0
+        if not tokenizer.keeps_text and not (self.text or "").isspace():
+            return False
+        while left > 0 and number < len(ids):
+            left -= tokenizer.num_bytes(int(ids[number]))
+            number += 1
+        self.ids += [ids[:number]] * (left == 0)
+        return left == 0
+
+
 class FastEncoder:
     """Encodes rows in columns with one tokenizer and its chat template. max_len: the most tokens of a sequence.
     train_on: see `RowEncoder`."""
@@ -73,10 +96,7 @@ class FastEncoder:
         self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
         self._is_control[control_ids] = True
         self._first_control, self._last_control = min(control_ids, default=1), max(control_ids, default=0)
-        # The texts between a control token and an edge of a trained range, and their ids. The first stands for an edge
-        # that is no text's end but the place of the control token.
-        self._prefixes: dict[str | None, int] = {None: 0, "": 1}
-        self._prefix_ids = [np.empty(0, np.uint32)] * 2
+        self._prefixes = [_Prefix(None)]
         self._layout = lru_cache(None)(self._make_layout)
 
     def encode(self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows) -> np.ndarray:
@@ -169,10 +189,11 @@ class FastEncoder:
         return np.array(controls, np.uint32), np.array(spans, np.int64).reshape(-1, 4)
 
     def _prefix(self, text: str | None) -> int:
-        if text not in self._prefixes:
-            self._prefixes[text] = len(self._prefix_ids)
-            self._prefix_ids.append(self._encoder.encode([text or ""], False)[0])
-        return self._prefixes[text]
+        """Return the number of the text between a control token and an edge, an index of `_prefixes`."""
+        known = [prefix.text for prefix in self._prefixes]
+        if text not in known:
+            self._prefixes.append(_Prefix(text, [self._encoder.encode([text or ""], False)[0]]))
+        return known.index(text) if text in known else len(known)
 
     def _table(self, forms: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the control ids (column 0) or edges (1) of these forms end to end, and the number of each's."""
@@ -201,7 +222,7 @@ class FastEncoder:
         places[firsts] -= 1
         is_good[np.repeat(np.arange(len(ends)), sizes - 2)[ids[at] != expected]] = False
         tokens = _Tokens(ids, ends - lengths, lengths, forms, places, firsts)
-        is_good[is_good] = self._has_prefixes(tokens.only(is_good))
+        is_good[is_good] = self._spans(tokens.only(is_good))[2]
         return tokens, is_good
 
     def _control_places(self, ids: np.ndarray) -> np.ndarray:
@@ -213,30 +234,32 @@ class FastEncoder:
         at = np.flatnonzero(ids - np.uint32(self._first_control) <= width)  # smaller ids wrap around and get large
         return at[self._is_control[ids[at]]]
 
-    def _has_prefixes(self, tokens: _Tokens) -> np.ndarray:
-        """Return bool [T]: False for texts in which the ids after a control token are not those of the prefix that an
-        edge of a trained range has, so that the edge is no token's, or in which no token is trained."""
+    def _spans(self, tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return each text's trained ranges (int64 [S, 2], from its first id), their number (int64 [T]), and bool [T]:
+        False if an edge of one is inside a token, or no token is trained. The first token of a text never is, because
+        no token comes before it."""
         edges, counts = self._table(tokens.forms, 1)
         text_of = np.repeat(np.arange(len(counts)), 2 * counts)
         numbers, prefixes = edges.reshape(-1, 2).T
+        places = tokens.places[tokens.first_places[text_of] + numbers]
         is_good = np.ones(len(counts), bool)
-        for code in np.unique(prefixes[prefixes > 1]).tolist():
-            prefix, texts = self._prefix_ids[code], text_of[prefixes == code]
-            begins = tokens.places[tokens.first_places[texts] + numbers[prefixes == code]] + 1
-            places = np.minimum(begins[:, None] + np.arange(len(prefix)), len(tokens.ids) - 1)
-            is_good[texts[(tokens.ids[places] != prefix).any(axis=1)]] = False
-        spans, _ = self._spans(tokens)
+        for code in np.unique(prefixes[prefixes > 0]).tolist():
+            left, tried = np.flatnonzero(prefixes == code), 0
+            places[left] += 1
+            while len(left):
+                if tried == len(self._prefixes[code].ids):
+                    if not self._prefixes[code].learn(tokens.ids[places[left[0]] :][:MOST_PREFIX], self._tokenizer):
+                        is_good[text_of[left[0]]] = False
+                        left = left[1:]
+                    continue
+                prefix = self._prefixes[code].ids[tried]
+                at = np.minimum(places[left, None] + np.arange(len(prefix)), len(tokens.ids) - 1)
+                is_same = (tokens.ids[at] == prefix).all(axis=1)
+                places[left[is_same]] += len(prefix)
+                left, tried = left[~is_same], tried + 1
+        spans = np.maximum((places - tokens.begins[text_of]).reshape(-1, 2), (1, 0))
         is_good[text_of[::2][spans[:, 0] >= spans[:, 1]]] = False
-        return is_good
-
-    def _spans(self, tokens: _Tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Return each text's trained ranges (int64 [S, 2], from its first id) and their number (int64 [T]). The first
-        token of a text is never trained, because no token comes before it."""
-        edges, counts = self._table(tokens.forms, 1)
-        text_of = np.repeat(np.arange(len(counts)), counts)[:, None]
-        sizes = np.array([-1, *map(len, self._prefix_ids[1:])])
-        places = tokens.places[tokens.first_places[text_of] + edges[:, 0::2]] + 1 + sizes[edges[:, 1::2]]
-        return np.maximum(places - tokens.begins[text_of], (1, 0)), counts
+        return spans, counts, is_good
 
     # --- tokens -> sequences
 
@@ -258,12 +281,12 @@ class FastEncoder:
                 out.bad[int(at[text])] = BadRow("too long", too_long(int(whole[text]), self._max_len))
         is_cut = tokens.lengths < whole
         if is_cut.any():
-            is_done[is_cut] = self._has_prefixes(tokens.only(is_cut))
+            is_done[is_cut] = self._spans(tokens.only(is_cut))[2]
             is_kept &= is_done
             for length in (whole - tokens.lengths)[is_cut & is_kept].tolist():
                 out.add_cut(length)
         tokens, whole, at = tokens.only(is_kept), whole[is_kept], at[is_kept]
-        spans, num_spans = self._spans(tokens)
+        spans, num_spans, _ = self._spans(tokens)
         ids = tokens.ids
         if tokens.lengths.sum() != len(ids):
             ids = take(ids, tokens.begins, tokens.lengths)
@@ -292,7 +315,7 @@ class FastEncoder:
         tokens, at = tokens.only(np.tile(is_kept, 2)), at[is_kept]
         lengths, shared, same = lengths[:, is_kept], shared[is_kept], same[is_kept]
         half = len(at)
-        spans, num_spans = self._spans(tokens)
+        spans, num_spans, _ = self._spans(tokens)
         first = spans[np.cumsum(num_spans) - num_spans, 0]
         prompts = np.minimum(np.minimum(first[:half], first[half:] + shared), same)
         offsets = prompts - shared  # number of ids at the beginning of a rejected text that belong to the prompt

@@ -129,9 +129,18 @@ class Tokenizer:
         byte-level tokenizers that do not strip spaces next to added tokens, and find these before they normalize
         text (to NFC, as Qwen's do) or do not normalize it."""
         is_plain = not any(token.lstrip or token.rstrip or token.single_word for token in self.added.values())
-        forms = [one["type"] for one in self._normalizers]
-        is_normal = not forms or (set(forms) == {"NFC"} and not any(token.normalized for token in self.added.values()))
-        return is_plain and is_normal and self.decoder == "ByteLevel"
+        is_composed = {one["type"] for one in self._normalizers} == {"NFC"}
+        is_normal = is_composed and not any(token.normalized for token in self.added.values())
+        return is_plain and (is_normal or self.keeps_text) and self.decoder == "ByteLevel"
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether text is not normalized."""
+        return not self._normalizers
+
+    def num_bytes(self, id: int) -> int:
+        """Return the number of UTF-8 bytes that a token of a byte-level tokenizer stands for."""
+        return len(self.added[id].content.encode()) if id in self.added else len(self.native.id_to_token(id) or "")
 
     @property
     def _normalizers(self) -> list[JsonObject]:
