@@ -28,9 +28,13 @@ def trained(home: Path, mm: Run, built_once: Callable[..., Path]) -> Path:
 
 def test_a_model_goes_out_and_comes_back(trained: Path, mm: Run) -> None:
     ran = fine(mm("export runs/sft-1"))
+    ways = ["mm chat exports/sft-1-hf", "hf upload sft-1 exports/sft-1-hf", "mm export runs/sft-1 --format gguf"]
+    assert f"next: {'    or    '.join(ways)}\n" in ran.err
     assert "logits differ by at most" in ran.out and "wrote exports/sft-1-hf: LlamaForCausalLM" in ran.out
     ran = fine(mm("export runs/sft-1 --format gguf --dtype q8_0 --out g"))
     assert (trained / "g" / "sft-1-q8_0.gguf").is_file() and "next: llama-cli -m g/sft-1-q8_0.gguf" in ran.err
+    assert "    or    ollama create sft-1 -f g/Modelfile\n" in ran.err
+    assert (trained / "g/Modelfile").read_text().startswith("FROM ./sft-1-q8_0.gguf\nPARAMETER stop ")
     ran = fine(mm("import exports/sft-1-hf --out runs/back"))
     assert "every value as it was" in ran.out
     asked = "--prompt 'one and two?' --max-new-tokens 4 --temperature 0 --json"

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mmdata.commands.options import HOME, Json
-from mmdata.commands.terminal import next_command, print_json, result, say, size
+from mmdata.commands.terminal import next_command, print_json, result, size
 from mmdata.options import Option
 
 
@@ -37,10 +37,12 @@ def export(
     Example: mm export runs/dpo-1 --format gguf --dtype q8_0 --out exports/dpo-1-gguf
     """
     from mmtrain.checkpoint import find
+    from mmtrain.convert.export import MODELFILE
     from mmtrain.convert.export import export as export_model
 
     start = time.monotonic()
-    directory = out or HOME / "exports" / f"{find(run).run_dir.resolve().name}-{format}"
+    name = find(run).run_dir.resolve().name
+    directory = out or HOME / "exports" / f"{name}-{format}"
     exported = export_model(run, directory, format=format, dtype=dtype)
     if as_json:
         print_json(exported)
@@ -52,6 +54,8 @@ def export(
     result(f"wrote {exported.out}: {what}, in {time.monotonic() - start:.1f} s")
     if format == "gguf":
         file = next(file for file in exported.files if file.endswith(".gguf"))
-        say(f"next: llama-cli -m {exported.out / file}    (llama.cpp's own program)")
+        modelfile = exported.out / MODELFILE
+        next_command(f"llama-cli -m {exported.out / file}    or    ollama create {name} -f {modelfile}")
     elif format == "hf":
-        next_command(f"mm chat {exported.out}    or    mm import {exported.out}")
+        upload = f"hf upload {name} {exported.out}"
+        next_command(f"mm chat {exported.out}    or    {upload}    or    mm export {run} --format gguf")

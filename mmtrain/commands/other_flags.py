@@ -40,7 +40,9 @@ OTHER_FLAGS: Mapping[str, str] = {
     "--num_workers": "leave it out: a thread reads the batches from the packed dataset",
     "--use_compile": "leave it out: blocks are compiled on CUDA, unless --no-compile is given",
     "--use_moe": "leave it out: mixtures of experts can be imported and asked, not trained",
-    **dict.fromkeys(("--history_cnt", "--historys"), "leave it out: --window N tokens of the conversation are remembered"),
+    **dict.fromkeys(
+        ("--history_cnt", "--historys"), "leave it out: --window N tokens of the conversation are remembered"
+    ),
     "--max_new_tokens": "--max-new-tokens N",
     "--top_p": "--top-p X",
     "--open_thinking": "--think",

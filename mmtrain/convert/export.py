@@ -43,6 +43,7 @@ DTYPES = {
     "gguf": {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32},
     "minimind": {"f32": torch.float32, "f16": torch.float16},
 }
+MODELFILE = "Modelfile"  # what `ollama create` reads
 TOLERANCE = 1e-4  # the largest allowed difference between logits in fp32, or share of the largest logit if that is more
 
 
@@ -229,11 +230,16 @@ def _compare_hf(source: _Source, weights: dict[str, Tensor], out: Path) -> tuple
 
 
 def _write_gguf(source: _Source, out: Path, dtype: str) -> tuple[list[str], float | None]:
-    """Write RUN-DTYPE.gguf, read it again to compare each tensor, and write the model card. Return sentences for the
-    user, and None, since no logits are compared."""
+    """Write RUN-DTYPE.gguf, read it again to compare each tensor, and write Ollama's Modelfile and the model card.
+    Return sentences for the user, and None, since no logits are compared."""
     name = re.sub(r"[^\w.-]+", "-", source.checkpoint.run_dir.resolve().name) or "model"
     path = out / f"{name}-{dtype}.gguf"
     checks = gguf.write(path, source.model.state_dict(), source.shape, source.tokenizer, dtype=dtype, name=name)
+    ids, texts = ending_of(source.tokenizer)
+    stops = [json.dumps(end, ensure_ascii=False) for end in [*map(source.tokenizer.native.id_to_token, ids), *texts]]
+    write_text(
+        out / MODELFILE, "\n".join([f"FROM ./{path.name}", *(f"PARAMETER stop {stop}" for stop in stops)]) + "\n"
+    )
     write_text(out / "README.md", model_card(source, dtype, gguf_file=path.name))
     return checks, None
 
