@@ -87,6 +87,24 @@ def test_an_encoder_with_other_ids_is_not_taken_and_says_on_which_text(monkeypat
     assert "'ll" in str(check(eras.tokenizer("era3")).difference)
 
 
+def test_fastokens_is_loaded_anew_before_its_words_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, loaded = eras.tokenizer("era3"), []
+    native = encoders._native(tokenizer.native)
+
+    def load(_: Any) -> Any:
+        loaded.append(1)
+        return native
+
+    load.cache_clear = lambda: loaded.append(0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(encoders, "_native", load)
+    monkeypatch.setattr(encoders, "RENEWED", 10)
+    monkeypatch.setattr(encoders, "RENEWED_PER_ID", 0)
+    encode = encoders._fastokens(tokenizer)
+    for text, renewals in (("eight ch", 0), ("four", 0), ("longer than ten", 1), ("", 2), ("a", 2)):
+        assert np.array_equal(encode([text], False)[0], tokenizer.encode_batch([text], control=False)[0])
+        assert loaded == [1, *[0, 1] * renewals], text
+
+
 def test_a_native_refusal_is_a_difference_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(tokenizer: Tokenizer) -> Any:
         raise ValueError("unknown pre-tokenizer")

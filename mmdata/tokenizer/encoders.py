@@ -22,6 +22,8 @@ Encode = Callable[[Sequence[str], bool], tuple[np.ndarray, np.ndarray]]
 REFERENCE = "tokenizers"
 NAMES = ("auto", REFERENCE, "fastokens")  # the choices of --encoder
 NUM_HOSTILE = 1000
+RENEWED = 2**26  # characters after which fastokens is loaded anew, which takes about 1 % of the time of encoding them
+RENEWED_PER_ID = 6000  # the same for each token of a large vocabulary, which takes longer to load
 _DISPUTED = "\u180e"  # white space in the regular expressions of one library and not in those of the other
 
 
@@ -145,10 +147,20 @@ def _native(native: Any) -> Any:
 def _fastokens(tokenizer: Tokenizer) -> Encode:
     """Return the `Encode` function of fastokens. Texts with the character _DISPUTED, which it splits differently, are
     encoded by the reference; all others in the batch are not, so that `check` compares them.
+
+    fastokens remembers every word that it has seen, in about 95 bytes each, and does not say how many: so it is loaded
+    anew after every RENEWED characters, and memory stays bounded.
     """
-    native = _native(tokenizer.native)
+    native: Any = _native(tokenizer.native)
+    left = most = max(RENEWED, RENEWED_PER_ID * tokenizer.vocab_size)
 
     def fast(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal native, left
+        if left < 0:
+            native = None
+            _native.cache_clear()
+            native, left = _native(tokenizer.native), most
+        left -= sum(map(len, texts))
         ids, offsets = native.encode_batch_flat(list(texts), split_special_tokens=not control)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64)
 
