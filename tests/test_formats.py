@@ -360,6 +360,7 @@ def test_plain_text_is_read_when_an_option_says_how(tmp_path: Path) -> None:
 CHINESE = "".join('{"text": "今天天气很好，我们去公园散步吧。"}\n' for _ in range(3))
 FRENCH = "".join('{"text": "Le café était fermé à Noël, où êtes-vous allés ? Ça va très bien."}\n' for _ in range(3))
 GERMAN = "".join('{"text": "Die Straße ist schön und größer als früher, „sagt“ er – Übermut."}\n' for _ in range(3))
+TRADITIONAL = "".join('{"text": "今天天氣很好，我們去公園散步吧。燈塔在海邊。"}\n' for _ in range(5))
 JAPANESE = "".join('{"text": "今日はとても良い天気ですね。散歩に行きましょう。カメラを持って。"}\n' for _ in range(3))
 KOREAN = "".join('{"text": "오늘은 날씨가 매우 좋습니다. 산책하러 갑시다."}\n' for _ in range(3))
 ONE_WORD = "".join(
@@ -381,6 +382,8 @@ RUSSIAN = "".join('{"text": "Привет, как дела? Сегодня хо�
         ("GERMAN", "cp1252", "cp1252", "CP1252"),
         ("RUSSIAN", "cp1251", "cp1251", "CP1251"),
         ("JAPANESE", "shift_jis", "cp932", "SHIFT_JIS"),
+        ("JAPANESE", "iso2022_jp", "iso2022_jp", "ISO-2022-JP"),
+        ("TRADITIONAL", "big5", "big5", "BIG5"),
         ("JAPANESE", "euc_jp", "euc_jis_2004", "EUC-JP"),
         ("KOREAN", "euc_kr", "cp949", "EUC-KR"),
         ("ONE_WORD", "gbk", "gb18030", "GB18030"),
@@ -400,6 +403,28 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(
         read: dict[str, Any] = {"encoding": encoding if encoding.startswith("utf") else fits}
         assert rows_in(path, **read) == [json.loads(line) for line in text.splitlines()]
         assert not format_of(path, ReadOptions(**read)).is_plain
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "fits"),
+    [
+        ("CHINESE", "gbk", "gb18030"),
+        ("TRADITIONAL", "big5", "big5"),
+        ("JAPANESE", "shift_jis", "cp932"),
+        ("FRENCH", "latin-1", "cp1252"),
+        ("KOREAN", "euc_kr", "cp949"),
+    ],
+)
+def test_an_encoding_guessed_from_little_text_is_called_a_guess(
+    tmp_path: Path, text: str, encoding: str, fits: str
+) -> None:
+    path, line = tmp_path / "rows.jsonl", globals()[text].partition("\n")[0] + "\n"
+    for count, guess in ((1, ", as far as so little text shows: look at its rows"), (40, "")):
+        path.write_bytes((line * count).encode(encoding))
+        assert refusal(path).message == f"{path} is not UTF-8: it fits {fits}{guess}"
+    for utf_16, known in (("utf-16", "utf-16"), ("utf-16-le", "utf_16_le")):  # by its zeros, no guess
+        path.write_bytes(line.encode(utf_16))
+        assert refusal(path).message == f"{path} is not UTF-8: it fits {known}"
 
 
 def test_every_text_format_is_read_in_another_encoding(tmp_path: Path) -> None:

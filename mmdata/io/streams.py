@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import shlex
 import sys
 import unicodedata
@@ -34,8 +35,9 @@ _BOMS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _ICONV = {  # where iconv's name is not Python's in capitals
-    "cp932": "SHIFT_JIS", "cp949": "EUC-KR", "euc_jis_2004": "EUC-JP", "utf_16_le": "UTF-16LE", "utf_16_be": "UTF-16BE",
+    "iso2022_jp": "ISO-2022-JP", "cp932": "SHIFT_JIS", "cp949": "EUC-KR", "euc_jis_2004": "EUC-JP", "utf_16_le": "UTF-16LE", "utf_16_be": "UTF-16BE",
 }  # fmt: skip
+_ISO_2022_JP = re.compile(rb"\x1b\$[@B]")  # to two bytes a character, all of them ASCII
 _TYPOGRAPHIC = "«»„“”‘’–—…°€§·©®™¿¡"  # beside letters, the usual characters of western European texts beyond ASCII
 _LITTLE_TEXT = 200  # bytes beyond ASCII; with fewer, the guess of an encoding is often wrong
 _FEW_CHARACTERS = 20  # text in another encoding may be valid UTF-8 by chance with fewer characters beyond ASCII
@@ -230,7 +232,8 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
         if "\ufffd" not in text[:-1] and sum(character > "\x7f" for character in text) >= _FEW_CHARACTERS:
             raise InputError(f"{path} is UTF-8, not {encoding}", "read it without --encoding, apart from the others")
         return codec
-    fits = next((name for bom, name in _BOMS.items() if head.startswith(bom)), None)
+    fits = next((name for mark, name in _BOMS.items() if head.startswith(mark)), None)
+    fits = fits or ("iso2022_jp" if _ISO_2022_JP.search(head) else None)
     is_binary = b"\0" in head[:64]
     if not fits and (is_binary or _is_other_than_utf8(head)):
         fits = guess_encoding(head)
