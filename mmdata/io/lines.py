@@ -188,9 +188,7 @@ def _lines(
         if start < begin:
             continue
         number += 1
-        if start == 0:
-            raw = raw.removeprefix(_BOM)
-        raw = raw.rstrip(b"\r\n")
+        raw = raw.removeprefix(_BOM).rstrip(b"\r\n")  # also where files were joined
         if raw and not raw.isspace():
             yield Line(number, start, _document(raw) if kind == TEXT else raw)
 

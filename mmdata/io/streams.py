@@ -37,6 +37,7 @@ _BOMS = {
 _ICONV = {  # where iconv's name is not Python's in capitals
     "iso2022_jp": "ISO-2022-JP", "cp932": "SHIFT_JIS", "cp949": "EUC-KR", "euc_jis_2004": "EUC-JP", "utf_16_le": "UTF-16LE", "utf_16_be": "UTF-16BE",
 }  # fmt: skip
+_FEW_ZEROS = 4  # zero bytes; text in UTF-16 has more
 _ISO_2022_JP = re.compile(rb"\x1b\$[@B]")  # to two bytes a character, all of them ASCII
 _TYPOGRAPHIC = "«»„“”‘’–—…°€§·©®™¿¡"  # beside letters, the usual characters of western European texts beyond ASCII
 _LITTLE_TEXT = 200  # bytes beyond ASCII; with fewer, the guess of an encoding is often wrong
@@ -191,6 +192,7 @@ def _only_member(path: Path, file: Any) -> tuple[str, Any]:
         raise InputError(f"{path}: a zip cannot be read from a pipe", "write it to a file first")
     archive = zipfile.ZipFile(file)
     members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
+    members = [m for m in members if not m.filename.rpartition("/")[2].startswith(".")]
     if len(members) != 1:
         names = ", ".join(member.filename for member in members[:5]) + (", …" if len(members) > 5 else "")
         unpack = f"unzip {shlex.quote(str(path))} -d DIR, then name the files that you want"
@@ -248,7 +250,8 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
             f"{path} is not UTF-8: it fits {fits}{guess}", f"--encoding {fits}, or convert it: {source} > {new}"
         )
     if is_binary:
-        raise InputError(f"{path} is a binary file", "give jsonl, a JSON array, parquet, Arrow or csv")
+        at = f"byte {head.index(0) + 1:,} is zero"
+        raise InputError(f"{path} is a binary file, no text: {at}", "give jsonl, a JSON array, parquet, Arrow or csv")
     return None
 
 
@@ -271,9 +274,9 @@ def guess_encoding(data: bytes) -> str | None:
     """Return the encoding that text which is not UTF-8 seems to be in, as Python names it; None if none fits."""
     from charset_normalizer import from_bytes
 
-    found = [
-        match for match in from_bytes(data) if b"\0" in data or not match.encoding.startswith(("utf_16", "utf_32"))
-    ]
+    zeros = [data[half::2].count(0) for half in (0, 1)]
+    is_wide = sum(zeros) >= _FEW_ZEROS and max(zeros) > 10 * min(zeros)  # the upper bytes of ASCII
+    found = [match for match in from_bytes(data) if is_wide == match.encoding.startswith(("utf_16", "utf_32"))]
     if not found or found[0].encoding in ("ascii", "utf_8"):
         return None
     best = found[0].encoding

@@ -226,7 +226,7 @@ def csv_rows(path: Path, file: Any, separator: str, begin: int) -> Iterator[tupl
     quotes = "put cells that hold quotes, separators or line breaks in quotes, and double the quotes in them"
     header: list[str] = []
     try:
-        header = next(records, [])
+        header = [name or f"column {number}" for number, name in enumerate(next(records, []), 1)]
         if twice := {name for name in header if header.count(name) > 1}:
             raise InputError(f"{path}: its header names {', '.join(sorted(twice))} twice", "rename one")
         if begin:

@@ -21,6 +21,7 @@ ROLES = {role: role for role in _PLAIN_ROLES} | {
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
     **dict.fromkeys(_CALL_ROLES, "assistant"),
 }  # fmt: skip
+EMPTY: tuple[Any, ...] = ("", [], {})  # values that say nothing, like null
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _WEIGHTS = {"weight": 1, "train": 1, "loss": 1, "masked": 0}  # field -> its value for a message that is trained on
 # A speaker at the beginning of a line in a transcript, as in Anthropic's hh-rlhf files.
@@ -106,7 +107,7 @@ class MessageReader:
             if len(turn) == 2:
                 messages.append(Message("user", _content(item[turn["prompt"]], number)))
                 messages.append(Message("assistant", _content(item[turn["completion"]], number)))
-                self.keys += others
+                self.keys += [key for key in others if item[key] not in EMPTY]
                 return ()
             raise BadRow("wrong types", f"message {number}: no role, found " + (", ".join(item)[:100] or "no key"))
         if others:
@@ -116,7 +117,7 @@ class MessageReader:
             if is_empty and not all(map(is_metadata, others)):
                 listed = ", ".join(f"`{key}`" for key in (*found.values(), *others))[:200]
                 raise BadRow("missing field", f"message {number}: no content, found {listed}")
-            self.keys += others
+            self.keys += [key for key in others if item[key] not in EMPTY]
         messages.append(_message(item, found, number))
         if "tools" in found and item[found["tools"]]:
             return objects_of(item[found["tools"]], f"message {number}: tools")
@@ -185,22 +186,26 @@ def _weight(item: JsonObject, found: Mapping[str, str], number: int) -> int:
 
 
 def _content(value: Any, number: int) -> str:
-    """Return a content as text: a string, null (empty), or a list of strings and text parts, joined. Raises BadRow
-    otherwise."""
+    """Return a content as text: a string, null (empty), a text part, or a list of strings and text parts, joined.
+    Raises BadRow otherwise."""
     if type(value) is str:
         return value
     if value is None:
         return ""
     where = f"message {number}: content"
+    if type(value) is dict and "text" in value:
+        value = [value]
     if type(value) is not list:
         raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a string")
     texts = []
     for part in value:
         text = part
         if type(part) is dict:
-            if (form := part.get("type")) not in _TEXT_PARTS:
+            if (form := part.get("type") or ("text" if "text" in part else None)) not in _TEXT_PARTS:
                 raise BadRow("content is not text", f"{where}: a part of type {json.dumps(form)[:50]}")
             text = part.get("text")
+        if text is None and part is not None:
+            continue
         if type(text) is not str:
             raise BadRow("wrong types", f"{where}: a part with {json_type(text)}, expected a string")
         texts.append(text)
@@ -208,13 +213,15 @@ def _content(value: Any, number: int) -> str:
 
 
 def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tools or tool calls as a tuple of JSON objects, from a list of objects, one object, or the JSON text of
-    either. Raises BadRow for anything else, or if it is nested deeper than MAX_DEPTH levels. where: the field, for
+    """Return tools or tool calls as a tuple of JSON objects, from a list of objects, one object, null, or the JSON text
+    of one of these. Raises BadRow for anything else, or if it is nested deeper than MAX_DEPTH levels. where: the field, for
     errors."""
     if type(value) is str:
         value = _from_text(value, where)
     if type(value) is dict:
         value = [value]
+    if value is None:
+        return ()
     if type(value) is not list or not all(type(item) is dict for item in value):
         raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a list of objects")
     if _is_deep(value, MAX_DEPTH):
@@ -223,14 +230,14 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
-    """Return tool calls as `objects_of` does, with JSON text in arguments decoded. Raises BadRow also for a call
-    without a name, and for arguments that are another string."""
+    """Return tool calls as `objects_of` does, with JSON text in arguments decoded, and no arguments as an empty object.
+    Raises BadRow also for a call without a name, and for arguments that are another string."""
     calls = []
     for call in objects_of(value, where):
         function = call.get("function") or call
         if type(function) is not dict or type(function.get("name")) is not str:
             raise BadRow("wrong types", f"{where}: a call without a name")
-        if type(text := function.get("arguments")) is str:
+        if (text := function.get("arguments")) is None or type(text) is str:
             decoded = {**function, "arguments": _from_text(text or "{}", f"{where}: arguments")}
             call = decoded if function is call else {**call, "function": decoded}
         calls.append(call)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.encode.rows.load import json_type, load
-from mmdata.encode.rows.messages import MessageReader, Messages, is_transcript, objects_of
+from mmdata.encode.rows.messages import EMPTY, MessageReader, Messages, is_transcript, objects_of
 from mmdata.encode.rows.reasons import REASONS, BadRow
 from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
 from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, Columns, describe
@@ -158,6 +158,8 @@ def _ignored(values: JsonObject, keys: Iterable[str], columns: Columns, row: Row
     texts = None
     for key in keys:
         value = values[key]
+        if value in EMPTY:
+            continue
         if columns.known(key) and not isinstance(value, int | float):
             texts = texts or list(texts_of(row))
             if all(any(said in text for text in texts) for said in _strings(value)):

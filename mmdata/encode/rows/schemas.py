@@ -114,7 +114,7 @@ class Columns:
 
     def of_row(self, values: JsonObject, kind: str | None) -> "Assignment":
         """Return the fields of a row's columns that are not null, and its schema. An `input` without a prompt is the
-        prompt; a string that is the only one, apart from metadata, is the text. Raises BadRow if no schema fits, or
+        prompt; a string that is the only one, apart from metadata, is the text, unless there are lists of objects. Raises BadRow if no schema fits, or
         none of the given kind."""
         key = (kind, *values)
         if (known := self._rows.get(key)) and None not in values.values():
@@ -123,7 +123,7 @@ class Columns:
         if "input" in found and "prompt" not in found:
             found["prompt"] = found.pop("input")
         is_known = bool(found)
-        if not found and "text" not in self.mapping:
+        if not found and "text" not in self.mapping and not any(map(_holds_rows, values.values())):
             texts = [column for column in others if type(values[column]) is str and not is_metadata(column)]
             if len(texts) == 1:
                 found["text"] = texts[0]
@@ -166,7 +166,8 @@ class Columns:
         if fitting:
             raise BadRow("another kind", f"found a {fitting[0].kind}, expected a {kind}")
         if "prompt" in found and not found.keys() - {"prompt", "input", "history", "system", "tools"}:
-            raise BadRow("prompt only", f"found {_listed(found.values())} without an answer")
+            unread = f"; no field is read from {_listed(others)}" if others else ""
+            raise BadRow("prompt only", f"found {_listed(found.values())} without an answer{unread}")
         part = next((schema for schema in SCHEMAS if found.keys() & set(schema.required)), None)
         if not part:
             raise BadRow("unknown fields", f"found {_listed((*found.values(), *others))}")
@@ -263,8 +264,16 @@ def describe(values: JsonObject, bad: BadRow, columns: Columns = DEFAULT_COLUMNS
     except BadRow as none:
         schema, lacks = columns.nearest(values)
         options = " ".join(f"--map {name}=COLUMN" for name in lacks)
-        return f"{none.reason}; {fields}; the nearest schema is {schema.name} and lacks {_listed(lacks)} ({options})"
+        lists = [key for key, value in values.items() if _holds_rows(value)]
+        inside = f"; if `{lists[0]}` holds the rows: jq -c '.{lists[0]}[]' FILE > NEW.jsonl" if len(lists) == 1 else ""
+        near = f"the nearest schema is {schema.name} and lacks {_listed(lacks)} ({options})"
+        return f"{none.reason}; {fields}; {near}{inside}"
     return f"{bad}; {fields}"
+
+
+def _holds_rows(value: Any) -> bool:
+    """Return whether a value is a list of objects, as messages and rows are."""
+    return type(value) is list and bool(value) and type(value[0]) is dict
 
 
 def _listed(names: Iterable[Any]) -> str:
