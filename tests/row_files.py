@@ -122,7 +122,7 @@ FORMATS: dict[str, Callable[[Rows], bytes]] = {
     "rows.jsonl.zst": lambda rows: zstandard.compress(jsonl(rows)),
     "rows.jsonl.xz": lambda rows: lzma.compress(jsonl(rows)),
     "rows.jsonl.bz2": lambda rows: bz2.compress(jsonl(rows)),
-    "rows.zip": lambda rows: zipped(jsonl(rows), "folder/rows.jsonl"),
+    "rows.zip": lambda rows: zipped(jsonl(rows), "folder/", "__MACOSX/._rows", "folder/rows.jsonl", ".DS_Store"),
     "line.json": array,
     "pretty.json": lambda rows: array(rows, indent=2),
     "array.json.gz": lambda rows: gzip.compress(array(rows, indent=1)),

@@ -333,6 +333,17 @@ def test_a_csv_that_is_no_table_is_refused_at_its_line(tmp_path: Path, content: 
     assert words in refusal(path).message
 
 
+def test_columns_without_a_name_are_named_by_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for content, row in (
+        (",text\n0,a\n", {"column 1": "0", "text": "a"}),
+        ("text,,\na,b,c\n", {"text": "a", "column 2": "b", "column 3": "c"}),
+        ("text,,\na,,\n", {"text": "a"}),
+    ):
+        path.write_text(content)
+        assert rows_in(path) == [row]
+
+
 def test_plain_text_is_read_when_an_option_says_how(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(codecs.BOM_UTF8 + '第一行\r\n\n{second} "line"\n\xe9\n'.encode() + b"\xff\n")
@@ -459,6 +470,16 @@ def test_a_wrong_encoding_is_refused(tmp_path: Path) -> None:
             list(iter_lines(path, options=ReadOptions(encoding=name)))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b'{"text": "a"}\n\0\0\0\n{"text": "b"}\n', b'{"text": "a"}\n' + bytes(4096), b'{"text": "a\0b"}\n' * 9],
+)
+def test_zero_bytes_are_no_encoding(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert refusal(path).message == f"{path} is a binary file, no text: byte {content.index(0) + 1} is zero"
+
+
 # --- what is no rows
 
 
@@ -474,7 +495,7 @@ def tar_of(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "word", "fix"),
     [
-        (zipped(b"{}", "a.jsonl", "b.jsonl", "c.jsonl"), "3 files (a.jsonl, b.jsonl, c.jsonl)", "unzip"),
+        (zipped(b"{}", "a.jsonl", "b.jsonl", "c.jsonl", ".hidden"), "3 files (a.jsonl, b.jsonl, c.jsonl)", "unzip"),
         (
             zipped(b"{}", *(f"{n}.jsonl" for n in range(9))),
             "9 files (0.jsonl, 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl, …)",

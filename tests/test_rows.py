@@ -102,9 +102,9 @@ def test_every_schema_of_a_pair_gives_the_same_row(row: dict[str, Any]) -> None:
 
 
 def test_the_rows_that_the_documentation_shows_are_rows() -> None:
-    blocks = (HERE.parent / "docs" / "data.md").read_text(encoding="utf-8").split("\n\n")
+    blocks = (HERE.parent / "docs" / "data.md").read_text(encoding="utf-8").split("\n```")
     kinds: Counter[str] = Counter()
-    for block in (block for block in blocks if block.startswith("    {")):
+    for block in (block.partition("\n")[2] for block in blocks if block.partition("\n")[2].startswith("{")):
         text = block.replace("[…]", '[{"role": "assistant", "content": "no"}]').replace(
             "{…}", '{"from": "gpt", "value": "no"}'
         )
@@ -223,7 +223,7 @@ def test_texts_of_a_pair_name_the_prompt_once() -> None:
 
 # ---- lines
 
-TEXT = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9"}\n{"text": "last"}'
+TEXT = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"text": "\xc3\xa9"}\n\xef\xbb\xbf{"text": "last"}'
 LINES = [(1, 0, b'{"text": "a"}'), (4, 24, b'{"text": "\xc3\xa9"}'), (5, 39, b'{"text": "last"}')]
 
 

@@ -232,7 +232,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "u"}}
 
 
 @pytest.mark.parametrize(
-    "content", [[IMAGE], [{"type": "text", "text": "see"}, IMAGE], [{"type": "input_audio"}], [{"text": "a"}]]
+    "content", [[IMAGE], [{"type": "text", "text": "see"}, IMAGE], [{"type": "input_audio"}], [{"content": "a"}]]
 )
 def test_content_that_is_no_text_is_refused_by_that_name(content: Any) -> None:
     for raw in rows_of(content):
@@ -243,6 +243,58 @@ def test_content_that_is_no_text_is_refused_by_that_name(content: Any) -> None:
     assert parse_row(json.dumps({"messages": [USER, ANSWER], "images": []}).encode()) == talk("Hi", "Hello")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"text": "a"}, {"type": None, "text": "b"}],
+        [{"type": "text", "text": "ab"}, {"type": "text", "text": None}],
+        {"type": "text", "text": "ab"},
+        {"text": "ab"},
+        ["a", {"type": "input_text", "text": "b", "annotations": []}],
+    ],
+)
+def test_text_parts_are_text_however_they_are_given(content: Any) -> None:
+    for raw in rows_of(content)[:2]:
+        keys: Counter[str] = Counter()
+        found = parse_row(raw, extra_keys=keys)
+        assert isinstance(found, Conversation) and "ab" in [m.content for m in found.messages] and not keys
+
+
+@pytest.mark.parametrize("name", ["tools", "tool_calls"])
+@pytest.mark.parametrize("nothing", [None, "null", "[]", [], ""])
+def test_no_tools_and_calls_are_given_in_several_ways(name: str, nothing: Any) -> None:
+    on_row, on_message = ({name: nothing}, {}) if name == "tools" else ({}, {name: nothing})
+    row = {"messages": [USER, {**ANSWER, **on_message}], **on_row}
+    assert parse_row(json.dumps(row).encode()) == talk("Hi", "Hello")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}, {"arguments": {}}]
+)
+def test_a_call_without_arguments_has_none(arguments: dict[str, Any]) -> None:
+    for call in ({"name": "f", **arguments}, {"type": "function", "function": {"name": "f", **arguments}}):
+        found = parse_row(json.dumps({"messages": [USER, {**ANSWER, "tool_calls": [call]}]}).encode())
+        assert isinstance(found, Conversation)
+        (made,) = found.messages[1].tool_calls
+        assert made.get("function", made) == {"name": "f", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversation_a": [USER, ANSWER], "conversation_b": [USER], "winner": "model_a"},
+        {"turns_of_both": [{"user": "Hi"}], "remark": "good"},
+        {"candidates": [{"reply": "a"}, {"reply": "b"}], "asked": "Which?"},
+    ],
+)
+def test_a_lone_string_beside_lists_of_objects_is_no_document(row: Any) -> None:
+    with pytest.raises(BadRow, match="unknown fields"):
+        parse_row(json.dumps(row).encode())
+    assert parse_row(json.dumps(row).encode(), columns=Columns({"text": list(row)[-1]})) == Document(
+        list(row.values())[-1]
+    )
+
+
 # row -> keys that are ignored and counted
 IGNORED: list[tuple[Any, dict[str, int]]] = [
     ({"messages": [USER, ANSWER], "mood": "good", "id": 7}, {"mood": 1, "id": 1}),
@@ -250,6 +302,8 @@ IGNORED: list[tuple[Any, dict[str, int]]] = [
     ({"messages": [{**USER, "text": "x"}, {**ANSWER, "from": "gpt"}]}, {"text": 1, "from": 1}),
     ({"conversations": [{**USER, "text": "x"}, ANSWER]}, {"text": 1}),
     ({"messages": [USER, ANSWER], "mood": None, "tools": [], "system": ""}, {}),
+    ({"messages": [{**USER, "mood": "", "notes": []}, ANSWER], "mood": {}, "notes": "", "images": []}, {}),
+    ({"messages": [said("user", [{"type": "text", "text": "Hi", "mood": 1, "cite": None}]), ANSWER]}, {"mood": 1}),
     ({"text": "a", "mood": 1}, {"mood": 1}),
     ({"text": "a", "prompt": "Write."}, {"prompt": 1}),
     ({"prompt": "Hi", "messages": [USER, ANSWER]}, {}),  # it is said in the messages

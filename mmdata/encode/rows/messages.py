@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmdata.encode.rows.load import MAX_DEPTH, json_type, load
@@ -63,8 +63,8 @@ class MessageReader:
                 tools += self._add(item, number, messages)
             elif type(item) is list and len(item) == 2:
                 messages += [
-                    Message("user", _content(item[0], number)),
-                    Message("assistant", _content(item[1], number)),
+                    Message("user", self._content(item[0], number)),
+                    Message("assistant", self._content(item[1], number)),
                 ]
             else:
                 raise BadRow("wrong types", f"message {number}: found {json_type(item)}, expected an object")
@@ -105,9 +105,9 @@ class MessageReader:
         if "role" not in found:
             turn, others = self._columns.of_turn(item)
             if len(turn) == 2:
-                messages.append(Message("user", _content(item[turn["prompt"]], number)))
-                messages.append(Message("assistant", _content(item[turn["completion"]], number)))
-                self.keys += [key for key in others if item[key] not in EMPTY]
+                messages.append(Message("user", self._content(item[turn["prompt"]], number)))
+                messages.append(Message("assistant", self._content(item[turn["completion"]], number)))
+                self._ignore(item, others)
                 return ()
             raise BadRow("wrong types", f"message {number}: no role, found " + (", ".join(item)[:100] or "no key"))
         if others:
@@ -117,11 +117,68 @@ class MessageReader:
             if is_empty and not all(map(is_metadata, others)):
                 listed = ", ".join(f"`{key}`" for key in (*found.values(), *others))[:200]
                 raise BadRow("missing field", f"message {number}: no content, found {listed}")
-            self.keys += [key for key in others if item[key] not in EMPTY]
-        messages.append(_message(item, found, number))
+            self._ignore(item, others)
+        messages.append(self._message(item, found, number))
         if "tools" in found and item[found["tools"]]:
             return objects_of(item[found["tools"]], f"message {number}: tools")
         return ()
+
+    def _message(self, item: JsonObject, found: Mapping[str, str], number: int) -> Message:
+        """Return a message from an object. Raises BadRow if a field has a wrong type or the role is unknown. found: field
+        (MESSAGE_FIELDS) -> its key. number: of the message, from 1, for errors."""
+        name = item[found["role"]]
+        if type(name) is not str:
+            raise BadRow("wrong types", f"message {number}: role: found {json_type(name)}, expected a string")
+        if name not in ROLES:
+            name = name.lower()
+            if name not in ROLES:
+                raise BadRow("unknown role", f'message {number}: found "{name[:50]}"')
+        content = item[found["content"]] if "content" in found else None
+        calls = None
+        if name in _CALL_ROLES:
+            content, calls = "", calls_of(content, f"message {number}: {name}")
+        elif type(content) is not str:
+            content = self._content(content, number)
+        if len(found) == 2 and "content" in found and not calls:
+            return Message(ROLES[name], content)
+        reasoning = _string(item, found, "reasoning_content", number) if "reasoning_content" in found else None
+        speaker = _string(item, found, "name", number) or None if "name" in found else None
+        call_id = _string(item, found, "tool_call_id", number) or None if "tool_call_id" in found else None
+        if not calls and "tool_calls" in found and item[found["tool_calls"]]:
+            calls = calls_of(item[found["tool_calls"]], f"message {number}: tool_calls")
+        weight = 1 if _WEIGHTS.keys().isdisjoint(found) else _weight(item, found, number)
+        return Message(ROLES[name], content, reasoning, calls or (), speaker, call_id, weight)
+
+    def _content(self, value: Any, number: int) -> str:
+        """Return a content as text: a string, null (empty), a text part, or a list of strings and text parts, joined.
+        Raises BadRow otherwise."""
+        if type(value) is str:
+            return value
+        if value is None:
+            return ""
+        where = f"message {number}: content"
+        if type(value) is dict and "text" in value:
+            value = [value]
+        if type(value) is not list:
+            raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a string")
+        texts = []
+        for part in value:
+            text = part
+            if type(part) is dict:
+                if (form := part.get("type") or ("text" if "text" in part else None)) not in _TEXT_PARTS:
+                    raise BadRow("content is not text", f"{where}: a part of type {json.dumps(form)[:50]}")
+                self._ignore(part, part.keys() - {"type", "text"})
+                text = part.get("text")
+            if text is None and part is not None:
+                continue
+            if type(text) is not str:
+                raise BadRow("wrong types", f"{where}: a part with {json_type(text)}, expected a string")
+            texts.append(text)
+        return "".join(texts)
+
+    def _ignore(self, item: JsonObject, keys: Iterable[str]) -> None:
+        """Note the keys of a message or content part that say something and are not read."""
+        self.keys += [key for key in keys if item[key] is not None and item[key] not in EMPTY]
 
 
 def is_transcript(text: str) -> bool:
@@ -137,33 +194,6 @@ def transcript(text: str) -> list[JsonObject]:
     return [
         {"role": roles[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2], strict=True)
     ]
-
-
-def _message(item: JsonObject, found: Mapping[str, str], number: int) -> Message:
-    """Return a message from an object. Raises BadRow if a field has a wrong type or the role is unknown. found: field
-    (MESSAGE_FIELDS) -> its key. number: of the message, from 1, for errors."""
-    name = item[found["role"]]
-    if type(name) is not str:
-        raise BadRow("wrong types", f"message {number}: role: found {json_type(name)}, expected a string")
-    if name not in ROLES:
-        name = name.lower()
-        if name not in ROLES:
-            raise BadRow("unknown role", f'message {number}: found "{name[:50]}"')
-    content = item[found["content"]] if "content" in found else None
-    calls = None
-    if name in _CALL_ROLES:
-        content, calls = "", calls_of(content, f"message {number}: {name}")
-    elif type(content) is not str:
-        content = _content(content, number)
-    if len(found) == 2 and "content" in found and not calls:
-        return Message(ROLES[name], content)
-    reasoning = _string(item, found, "reasoning_content", number) if "reasoning_content" in found else None
-    speaker = _string(item, found, "name", number) or None if "name" in found else None
-    call_id = _string(item, found, "tool_call_id", number) or None if "tool_call_id" in found else None
-    if not calls and "tool_calls" in found and item[found["tool_calls"]]:
-        calls = calls_of(item[found["tool_calls"]], f"message {number}: tool_calls")
-    weight = 1 if _WEIGHTS.keys().isdisjoint(found) else _weight(item, found, number)
-    return Message(ROLES[name], content, reasoning, calls or (), speaker, call_id, weight)
 
 
 def _string(item: JsonObject, found: Mapping[str, str], field: str, number: int) -> str:
@@ -183,33 +213,6 @@ def _weight(item: JsonObject, found: Mapping[str, str], number: int) -> int:
     if len(weights) > 1:
         raise BadRow("unusable weight", f"message {number}: {' and '.join(given)} differ")
     return weights.pop()
-
-
-def _content(value: Any, number: int) -> str:
-    """Return a content as text: a string, null (empty), a text part, or a list of strings and text parts, joined.
-    Raises BadRow otherwise."""
-    if type(value) is str:
-        return value
-    if value is None:
-        return ""
-    where = f"message {number}: content"
-    if type(value) is dict and "text" in value:
-        value = [value]
-    if type(value) is not list:
-        raise BadRow("wrong types", f"{where}: found {json_type(value)}, expected a string")
-    texts = []
-    for part in value:
-        text = part
-        if type(part) is dict:
-            if (form := part.get("type") or ("text" if "text" in part else None)) not in _TEXT_PARTS:
-                raise BadRow("content is not text", f"{where}: a part of type {json.dumps(form)[:50]}")
-            text = part.get("text")
-        if text is None and part is not None:
-            continue
-        if type(text) is not str:
-            raise BadRow("wrong types", f"{where}: a part with {json_type(text)}, expected a string")
-        texts.append(text)
-    return "".join(texts)
 
 
 def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
