@@ -303,7 +303,10 @@ IGNORED: list[tuple[Any, dict[str, int]]] = [
     ({"conversations": [{**USER, "text": "x"}, ANSWER]}, {"text": 1}),
     ({"messages": [USER, ANSWER], "mood": None, "tools": [], "system": ""}, {}),
     ({"messages": [{**USER, "mood": "", "notes": []}, ANSWER], "mood": {}, "notes": "", "images": []}, {}),
-    ({"messages": [said("user", [{"type": "text", "text": "Hi", "mood": 1, "cite": None}]), ANSWER]}, {"mood": 1}),
+    (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "Hi", "mood": 1, "cite": None}]}, ANSWER]},
+        {"mood": 1},
+    ),
     ({"text": "a", "mood": 1}, {"mood": 1}),
     ({"text": "a", "prompt": "Write."}, {"prompt": 1}),
     ({"prompt": "Hi", "messages": [USER, ANSWER]}, {}),  # it is said in the messages
