@@ -114,10 +114,10 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def served(engine: Any, *, max_waiting: int = 64, **options: Any) -> Iterator[str]:
+def served(engine: Any, *, max_waiting: int = 64, prompts: tuple[str, ...] = (), **options: Any) -> Iterator[str]:
     """The base address of a service of `engine`; it has ended when the block has."""
     service = Service(
-        "runs-a", Template(engine.tokenizer), Worker(engine, max_waiting=max_waiting), ServeOptions(**options)
+        "runs-a", Template(engine.tokenizer), Worker(engine, max_waiting=max_waiting), ServeOptions(**options), prompts
     )
     listening = listen("127.0.0.1", 0)
     server = _Server(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=60))

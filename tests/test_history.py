@@ -162,6 +162,14 @@ def test_an_event_between_two_logged_steps_stands_at_the_earlier_one(tmp_path: P
     assert [(event["step"], event["tokens"]) for event in events] == list(zip((0, 2, 4), tokens, strict=True))
 
 
+def test_the_prompts_of_a_run_are_those_of_its_sample_answers(tmp_path: Path) -> None:
+    samples = [history.Sample(step, prompt, "…") for step in (2, 4) for prompt in ("2 + 3?", "你好")]
+    history.append(tmp_path / history.SAMPLES, samples)
+    for path in (tmp_path, tmp_path / "checkpoints/step-4"):
+        assert history.sample_prompts(path) == ["2 + 3?", "你好"]
+    assert history.sample_prompts(tmp_path / "model.pth") == []
+
+
 def test_cutting_a_file_leaves_whole_lines(tmp_path: Path) -> None:
     """A last record without a newline is kept, and what is appended then begins a line of its own."""
     path = tmp_path / "events.jsonl"

@@ -167,6 +167,17 @@ def test_a_question_is_changed_and_the_conversation_saved(browser: Any, tokenize
         ]
 
 
+def test_prompts_of_the_models_own_kind_are_proposed(browser: Any, tokenizer: Tokenizer) -> None:
+    with served(SayingEngine(tokenizer, "Yes."), prompts=("2 + 3?", HOSTILE)) as address:
+        browser.get(address)
+        until(browser, lambda: len(texts(browser, ".proposed button")) == 2)
+        find(browser, ".proposed button").click()
+        until(browser, lambda: texts(browser, ".user .said") == ["2 + 3?"])
+        answered(browser)
+        assert texts(browser, ".proposed button") == [] and texts(browser, ".assistant .said") == ["Yes."]
+        check_quiet(browser, address)
+
+
 def test_thinking_and_calls_have_places_of_their_own(browser: Any, tokenizer: Tokenizer) -> None:
     with served(SayingEngine(tokenizer, "<think>\nhm\n</think>\n\nYes.")) as address:
         browser.get(address)

@@ -35,6 +35,7 @@ def serve(
     from mmtrain.inference.serve.app import LOOPBACK, Service, check_installed
     from mmtrain.inference.serve.app import serve as serve_forever
     from mmtrain.inference.serve.worker import Worker
+    from mmtrain.log.history import sample_prompts
 
     check_installed()
     run = run or newest_finished_run("serve", tuple(STAGE_KINDS)[::-1])
@@ -48,6 +49,6 @@ def serve(
             raise UsageError(f"--cors {origin} is no origin", "--cors https://HOST, without a path; or --cors '*'")
     engine = Engine(model, tokenizer, max_rows=options.max_rows, window=options.window, remember=8)
     worker = Worker(engine, max_waiting=options.max_waiting)
-    service = Service(options.name or run.resolve().name, Template(tokenizer), worker, options)
+    service = Service(options.name or run.resolve().name, Template(tokenizer), worker, options, sample_prompts(run))
     serve_forever(service, lambda url: say(f"{service.name}: chat at {url}/, OpenAI clients at {url}/v1; Ctrl-C ends"))
     say("stopped")

@@ -62,6 +62,12 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
     return _records(path.read_bytes().splitlines(), kind) if path.exists() else []
 
 
+def sample_prompts(path: Path) -> list[str]:
+    """Return the different prompts of the sample answers of a run, given by its directory or a checkpoint's."""
+    directory = next((each for each in (path, path.parent.parent) if (each / SAMPLES).exists()), path)
+    return list(dict.fromkeys(sample.prompt for sample in read_records(directory / SAMPLES, Sample)))
+
+
 def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
     """Return the records of type `kind` in lines of JSON; lines that are none or have no step are skipped."""
     records = []

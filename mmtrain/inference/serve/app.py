@@ -57,12 +57,14 @@ POLL_S = 0.5  # seconds between checks whether a client is still connected
 
 @dataclass(frozen=True)
 class Service:
-    """The model that is served, and the limits on requests. `name` is the model's name in the API."""
+    """The model that is served, and the limits on requests. `name` is the model's name in the API, `prompts` what the
+    chat page proposes to ask."""
 
     name: str
     template: Template
     worker: Worker
     options: ServeOptions
+    prompts: Sequence[str] = ()
     started: int = field(default_factory=lambda: int(time.time()))  # Unix time
 
     @property
@@ -94,7 +96,7 @@ class Service:
         """The description of the model in the response of /v1/models."""
         engine = self.engine
         figures = (engine.num_params, engine.tokenizer.vocab_size)
-        return ModelCard(self.name, self.started, engine.window, self.knows_thinking, *figures)
+        return ModelCard(self.name, self.started, engine.window, self.knows_thinking, *figures, self.prompts)
 
 
 def check_installed() -> None:

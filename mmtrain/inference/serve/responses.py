@@ -95,7 +95,8 @@ class Completion(Struct):
 
 
 class ModelCard(Struct):
-    """The description of the model in /v1/models. context_length: the window in tokens. parameters: their number."""
+    """The description of the model in /v1/models. context_length: the window in tokens. parameters: their number.
+    prompts: what the chat page proposes to ask."""
 
     id: str
     created: int
@@ -103,6 +104,7 @@ class ModelCard(Struct):
     knows_thinking: bool
     parameters: int
     vocab_size: int
+    prompts: Sequence[str] = ()
     object: str = "model"
     owned_by: str = "mm"
 

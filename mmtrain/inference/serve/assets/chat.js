@@ -184,7 +184,11 @@ function draw() {
   const log = $("log");
   log.replaceChildren();
   views = (current?.messages ?? []).map((message) => new View(message));
-  if (!views.length) log.append(element("p", "empty", t("empty")));
+  if (!views.length) {
+    const proposed = element("div", "proposed");
+    for (const prompt of model.prompts ?? []) proposed.append(button(prompt, () => { $("text").value = prompt; ask(); }));
+    log.append(element("p", "empty", t("empty")), proposed);
+  }
   views.forEach((view, i) => {
     view.finish(i === views.length - 1);
     log.append(view.root);
@@ -451,6 +455,7 @@ async function meet() {
     model = (await response.json()).data[0];
     $("model").textContent = model.id;
     facts();
+    if (!views.length && !running) draw();
     $("think").hidden = !model.knows_thinking;
   } catch (error) {
     $("model").textContent = error instanceof TypeError ? t("offline") : error.message;
