@@ -67,6 +67,11 @@ class ToolSpecs:
         """The tools as text for the row's hash: JSON with sorted keys, preceded by its length."""
         return canonical_tools(self.specs)
 
+    @cached_property
+    def written(self) -> dict[Any, str]:
+        """What a template writes of the tools, kept by those who make it."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Conversations:
@@ -159,14 +164,19 @@ class Conversations:
             digests = [sha256(text).digest() for text in _bytes_of(texts)]
         return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
-    def only(self, is_kept: np.ndarray) -> "Conversations":
-        """Return the conversations where `is_kept` (bool [R], equal for both sides of a pair) is True."""
-        if is_kept.all():
+    def only(self, is_kept: np.ndarray, counts: np.ndarray | None = None) -> "Conversations":
+        """Return the conversations where `is_kept` (bool [R], equal for both sides of a pair) is True. counts: int64
+        [conversations], how many of the first messages of each to keep; None for all."""
+        if is_kept.all() and counts is None:
             return self
         of_message = is_kept[self.row_of]
+        if counts is not None:
+            left = np.zeros(len(self), np.int64)
+            left[is_kept] = counts
+            of_message = np.arange(len(self.roles)) < (self.begins + left)[self.row_of]
         row, message = np.cumsum(is_kept) - 1, np.cumsum(of_message) - 1
         return Conversations(
-            self.counts[is_kept],
+            self.counts[is_kept] if counts is None else counts,
             self.roles[of_message],
             self.contents.filter(truths(of_message)),
             {int(message[i]): extra for i, extra in self.extras.items() if of_message[i]},

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from mmdata.encode.columns import (
+    ASSISTANT,
     SPACE,
+    TOOL,
     Conversations,
     TextCodes,
+    ToolSpecs,
     as_numpy,
     byte_sizes,
     compute,
@@ -34,29 +37,31 @@ from mmdata.encode.template.stand_ins import Edits, Slot, edited
 from mmdata.tokenizer.encoders import Encoder
 from mmdata.tokenizer.tokenizer import Tokenizer
 
+NO_TOOLS = ToolSpecs(())
 MOST_PREFIX = 64  # tokens of a `_Prefix`
 
 
 @dataclass
 class _Tokens:
     """The token ids of T rendered texts. ids: uint32 [total ids], of all texts. begins, lengths: int64 [T], where in
-    `ids` each text begins, and its number of ids. forms: int64 [T], the number of each text's form. places: int64, for
-    all texts the place in `ids` before the text, those of its control tokens, and its end. first_places: int64 [T],
-    where in `places` those of each text begin."""
+    `ids` each text begins, and its number of ids. num_shared: int64 [T], in a pair's chosen text, the ids at its
+    beginning that the rejected text lacks. spans, num_spans: int64 [S, 2] and [T], the trained ranges of each text, from
+    its first id."""
 
     ids: np.ndarray
     begins: np.ndarray
     lengths: np.ndarray
-    forms: np.ndarray
-    places: np.ndarray
-    first_places: np.ndarray
+    num_shared: np.ndarray
+    spans: np.ndarray
+    num_spans: np.ndarray
 
     def only(self, is_kept: np.ndarray) -> "_Tokens":
-        """Return the texts where `is_kept` (bool [T]) is True. `ids` and `places` remain those of all texts."""
-        begins, lengths, forms, firsts = (
-            each[is_kept] for each in (self.begins, self.lengths, self.forms, self.first_places)
+        """Return the texts where `is_kept` (bool [T]) is True. `ids` remain those of all texts."""
+        begins, lengths, num_shared, num_spans = (
+            each[is_kept] for each in (self.begins, self.lengths, self.num_shared, self.num_spans)
         )
-        return _Tokens(self.ids, begins, lengths, forms, self.places, firsts)
+        spans = self.spans[np.repeat(is_kept, self.num_spans)]
+        return _Tokens(self.ids, begins, lengths, num_shared, spans, num_spans)
 
     def text(self, number: int) -> np.ndarray:
         return self.ids[self.begins[number] : self.begins[number] + self.lengths[number]]
@@ -103,29 +108,38 @@ class FastEncoder:
         """Encode rows and add them to `out`. Return bool [R], or [P] for pairs: True for rows that must go through
         jinja2. at: int64 [rows], the index of each row in the batch. keeps: bool [rows], rows that keep the empty think
         blocks."""
-        sides, rows = 1 + columns.is_pairs, np.arange(len(at))
+        tokens, is_good = self._tokens(columns, keeps)
+        rows = np.flatnonzero(is_good)
+        if columns.is_pairs:
+            self._add_pairs(at[rows], tokens, out)
+            return ~is_good
+        is_long = tokens.lengths > self._max_len
+        self._add(at[rows[~is_long]], tokens.only(~is_long), tokens.lengths[~is_long], out)
+        if is_long.any():
+            long = np.zeros(len(at), bool)
+            long[rows[is_long]] = True
+            is_good[long] = self._add_cut(at[long], columns.only(long), keeps[long], tokens.lengths[is_long], out)
+        return ~is_good
+
+    def _tokens(self, columns: Conversations, keeps: np.ndarray) -> tuple[_Tokens, np.ndarray]:
+        """Encode rows whole, and return the tokens of those that need no jinja2, for pairs of all chosen sides, then of
+        all rejected ones, and bool [rows], False for the others."""
+        sides = 1 + columns.is_pairs
         first = np.tile(columns.num_shared, 2) if columns.is_pairs else np.zeros(len(columns), np.int64)
         forms = self._forms.find(columns, np.tile(keeps, sides), first)
         is_good = self._of_both_sides(forms != ODD, sides)
         is_good = self._of_both_sides(is_good & self._is_fit(columns, forms[is_good]), sides)
-        columns, forms, rows, first = columns.only(is_good), forms[is_good], rows[is_good[: len(at)]], first[is_good]
-        begins = np.zeros(len(forms), np.int64)  # the first message that is written
-        skipped = np.zeros(len(rows), np.int64)
+        columns, forms, first = columns.only(is_good), forms[is_good], first[is_good]
+        begins, skipped = np.zeros((2, len(forms)), np.int64)  # the first message that is written
         if columns.is_pairs:
-            half = len(rows)
+            half = len(forms) // 2
             for i, pair in enumerate(zip(forms[:half].tolist(), forms[half:].tolist(), first.tolist(), strict=False)):
                 forms[half + i], skipped[i] = self._forms.rest(*pair)
-            begins[half:] = np.where(skipped, first[:half], 0)
-        tokens, is_good = self._locate(self._texts(columns, forms, begins), forms)
-        is_good = self._of_both_sides(is_good, sides)
-        tokens, rows, skipped = tokens.only(is_good), rows[is_good[: len(rows)]], skipped[is_good[: len(rows)]]
-        is_added = np.zeros(len(at), bool)
-        if columns.is_pairs:
-            self._add_pairs(at[rows], tokens, skipped, out)
-            is_added[rows] = True
-        else:
-            is_added[rows[self._add_conversations(at[rows], tokens, out)]] = True
-        return ~is_added
+            begins[half:] = np.where(skipped[:half], first[:half], 0)
+        tokens, is_located = self._locate(self._texts(columns, forms, begins), forms, skipped)
+        is_located = self._of_both_sides(is_located, sides)
+        is_good[is_good] = is_located
+        return tokens.only(is_located), is_good[: len(keeps)]
 
     @staticmethod
     def _of_both_sides(is_good: np.ndarray, sides: int) -> np.ndarray:
@@ -160,13 +174,12 @@ class FastEncoder:
         tails.codes[ends - 1] = np.array([tails.code(_fixed(form.heads[-1])) for form in found], np.int32)[of]
         has_slots = np.array([form.has_slots for form in found], bool)[of]
         for row in np.flatnonzero(has_slots).tolist():
-            begin = int(columns.begins[row])
-            messages = (columns.extras[at] for at in range(begin, ends[row]) if at in columns.extras)
-            values = leaves(columns.tools[row].specs if row in columns.tools else (), messages)
-            for n, head in enumerate(found[of[row]].heads):
+            begin, end, tools = int(columns.begins[row]), int(ends[row]), columns.tools.get(row, NO_TOOLS)
+            values = leaves(tools.specs, (columns.extras[at] for at in range(begin, end) if at in columns.extras))
+            for at, head in enumerate(found[of[row]].heads, begin):
                 if any(isinstance(piece, Slot) for piece in head):
-                    codes, at = (heads, begin + n) if begin + n < ends[row] else (tails, begin + n - 1)
-                    codes.set(at, _filled(head, values))
+                    codes, at = (heads, at) if at < end else (tails, end - 1)
+                    codes.set(at, "".join(p if isinstance(p, str) else _written(p, values, tools) for p in head))
         contents = columns.contents
         for each, code in kinds.items():
             if each:
@@ -203,9 +216,10 @@ class FastEncoder:
         sizes = np.array([len(table) for table in tables], np.int64)[of]
         return values.reshape(-1, 4) if column else values, sizes
 
-    def _locate(self, texts: list[str], forms: np.ndarray) -> tuple[_Tokens, np.ndarray]:
+    def _locate(self, texts: list[str], forms: np.ndarray, skipped: np.ndarray) -> tuple[_Tokens, np.ndarray]:
         """Encode texts and find their control tokens. Return these and bool [T], False for texts with other control
-        tokens than their form's, or of which the ids before a trained range are not those of the text before it."""
+        tokens than their form's, with an edge of a trained range inside a token, or without trained tokens. skipped:
+        int64 [T], the control tokens in the beginning of a chosen text that the rejected one lacks."""
         ids, ends = self._encoder.encode(texts, True)
         lengths = np.diff(ends, prepend=0)
         at = self._control_places(ids)
@@ -213,16 +227,22 @@ class FastEncoder:
         expected, counts = self._table(forms, 0)
         is_good = np.bincount(text_of, minlength=len(ends)) == counts
         at, expected = at[is_good[text_of]], expected[np.repeat(is_good, counts)]
+        # For all texts, the place before the text, those of its control tokens, and its end.
         sizes = 2 + counts * is_good
-        places, firsts = np.full(sizes.sum(), -1), np.cumsum(sizes) - sizes
-        places[firsts], places[firsts + sizes - 1] = ends - lengths, ends
+        firsts = np.cumsum(sizes) - sizes
+        places = np.empty(sizes.sum(), np.int64)
         is_control = np.ones(len(places), bool)
         is_control[firsts] = is_control[firsts + sizes - 1] = False
-        places[is_control] = at
-        places[firsts] -= 1
+        places[firsts], places[firsts + sizes - 1], places[is_control] = ends - lengths - 1, ends, at
         is_good[np.repeat(np.arange(len(ends)), sizes - 2)[ids[at] != expected]] = False
-        tokens = _Tokens(ids, ends - lengths, lengths, forms, places, firsts)
-        is_good[is_good] = self._spans(tokens.only(is_good))[2]
+        num_shared = np.where(skipped, places[np.minimum(firsts + skipped + 1, len(places) - 1)] - (ends - lengths), 0)
+        edges, num_spans = self._table(forms[is_good], 1)
+        spans, is_whole = self._spans(ids, places, np.repeat(firsts[is_good], num_spans), edges)
+        spans = np.maximum(spans - np.repeat((ends - lengths)[is_good], num_spans)[:, None], (1, 0))
+        is_whole &= spans[:, 0] < spans[:, 1]  # the first token is never trained: no token comes before it
+        tokens = _Tokens(ids, ends - lengths, lengths, num_shared, spans, np.zeros_like(lengths))
+        tokens.num_spans[is_good] = num_spans
+        is_good[np.repeat(np.flatnonzero(is_good), num_spans)[~is_whole]] = False
         return tokens, is_good
 
     def _control_places(self, ids: np.ndarray) -> np.ndarray:
@@ -234,88 +254,87 @@ class FastEncoder:
         at = np.flatnonzero(ids - np.uint32(self._first_control) <= width)  # smaller ids wrap around and get large
         return at[self._is_control[ids[at]]]
 
-    def _spans(self, tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each text's trained ranges (int64 [S, 2], from its first id), their number (int64 [T]), and bool [T]:
-        False if an edge of one is inside a token, or no token is trained. The first token of a text never is, because
-        no token comes before it."""
-        edges, counts = self._table(tokens.forms, 1)
-        text_of = np.repeat(np.arange(len(counts)), 2 * counts)
+    def _spans(
+        self, ids: np.ndarray, places: np.ndarray, firsts: np.ndarray, edges: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places in `ids` of the edges of S ranges (int64 [S, 2]), and bool [S], False if one is inside a
+        token. firsts: int64 [S], where in `places` the control tokens of each range's text begin."""
         numbers, prefixes = edges.reshape(-1, 2).T
-        places = tokens.places[tokens.first_places[text_of] + numbers]
-        is_good = np.ones(len(counts), bool)
+        found = places[np.repeat(firsts, 2) + numbers]
+        is_whole = np.ones(len(found), bool)
         for code in np.unique(prefixes[prefixes > 0]).tolist():
-            left, tried = np.flatnonzero(prefixes == code), 0
-            places[left] += 1
+            left, tried, prefix = np.flatnonzero(prefixes == code), 0, self._prefixes[code]
+            found[left] += 1
             while len(left):
-                if tried == len(self._prefixes[code].ids):
-                    if not self._prefixes[code].learn(tokens.ids[places[left[0]] :][:MOST_PREFIX], self._tokenizer):
-                        is_good[text_of[left[0]]] = False
+                if tried == len(prefix.ids):
+                    if not prefix.learn(ids[found[left[0]] :][:MOST_PREFIX], self._tokenizer):
+                        is_whole[left[0]] = False
                         left = left[1:]
                     continue
-                prefix = self._prefixes[code].ids[tried]
-                at = np.minimum(places[left, None] + np.arange(len(prefix)), len(tokens.ids) - 1)
-                is_same = (tokens.ids[at] == prefix).all(axis=1)
-                places[left[is_same]] += len(prefix)
+                size = len(prefix.ids[tried])
+                at = np.minimum(found[left, None] + np.arange(size), len(ids) - 1)
+                is_same = (ids[at] == prefix.ids[tried]).all(axis=1)
+                found[left[is_same]] += size
                 left, tried = left[~is_same], tried + 1
-        spans = np.maximum((places - tokens.begins[text_of]).reshape(-1, 2), (1, 0))
-        is_good[text_of[::2][spans[:, 0] >= spans[:, 1]]] = False
-        return spans, counts, is_good
+        return found.reshape(-1, 2), is_whole[0::2] & is_whole[1::2]
 
     # --- tokens -> sequences
 
-    def _add_conversations(self, at: np.ndarray, tokens: _Tokens, out: EncodedRows) -> np.ndarray:
-        """Add conversations with their trained ranges. A text longer than `max_len` is cut after its last whole turn (a
-        user message and all up to its final answer) that fits; without any the row is bad. Return bool [T], False for
-        texts that must go through jinja2, because what is left of them would be written otherwise."""
-        whole = tokens.lengths.copy()
-        is_done, is_kept = np.ones((2, len(at)), bool)
-        for text in np.flatnonzero(whole > self._max_len).tolist():
-            cuts = self._forms.cuts(int(tokens.forms[text]))
-            numbers = np.array([number for number, _ in cuts or ()], np.int64)
-            ends = tokens.places[tokens.first_places[text] + 1 + numbers] - tokens.begins[text]
-            if cuts and (fitting := int((ends <= self._max_len).sum())):
-                tokens.lengths[text], tokens.forms[text] = ends[fitting - 1], cuts[fitting - 1][1]
-                continue
-            is_kept[text], is_done[text] = False, cuts is not None
-            if cuts is not None:
-                out.bad[int(at[text])] = BadRow("too long", too_long(int(whole[text]), self._max_len))
-        is_cut = tokens.lengths < whole
-        if is_cut.any():
-            is_done[is_cut] = self._spans(tokens.only(is_cut))[2]
-            is_kept &= is_done
-            for length in (whole - tokens.lengths)[is_cut & is_kept].tolist():
-                out.add_cut(length)
-        tokens, whole, at = tokens.only(is_kept), whole[is_kept], at[is_kept]
-        spans, num_spans, _ = self._spans(tokens)
+    @staticmethod
+    def _add(at: np.ndarray, tokens: _Tokens, num_tokens: np.ndarray, out: EncodedRows) -> None:
+        """Add conversations with their trained ranges. num_tokens: int64 [rows], before cutting."""
         ids = tokens.ids
         if tokens.lengths.sum() != len(ids):
             ids = take(ids, tokens.begins, tokens.lengths)
-        out.add(at, Sequences(ids, tokens.lengths, spans.reshape(-1), 2 * num_spans), int(whole.sum()))
-        return is_done
+        sequences = Sequences(ids, tokens.lengths, tokens.spans.reshape(-1), 2 * tokens.num_spans)
+        out.add(at, sequences, int(num_tokens.sum()))
 
-    def _add_pairs(self, at: np.ndarray, tokens: _Tokens, skipped: np.ndarray, out: EncodedRows) -> None:
+    def _add_cut(
+        self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, num_tokens: np.ndarray, out: EncodedRows
+    ) -> np.ndarray:
+        """Add conversations longer than `max_len`, each cut after its last whole turn (a user message and all up to its
+        final answer) that fits, which is found by bisection; without any the row is bad. Return bool [rows], False for
+        those that must go through jinja2. num_tokens: int64 [rows], before cutting."""
+        may_end = (columns.roles == ASSISTANT) & ~np.roll(columns.is_first, -1) & (np.roll(columns.roles, -1) != TOOL)
+        row_of = columns.row_of[may_end]
+        sizes = 1 + np.flatnonzero(may_end) - columns.begins[row_of]  # messages up to the end of each turn
+        high = np.bincount(row_of, minlength=len(at))
+        firsts, low, is_good = np.cumsum(high) - high, np.zeros_like(high), np.ones(len(at), bool)
+        found = []  # rows, turns and tokens that fit
+        while (is_open := is_good & (low < high)).any():
+            middle = ((low + high) // 2)[is_open]
+            tokens, is_done = self._tokens(columns.only(is_open, sizes[firsts[is_open] + middle]), keeps[is_open])
+            rows, middle, fits = np.flatnonzero(is_open)[is_done], middle[is_done], tokens.lengths <= self._max_len
+            low[rows[fits]], high[rows[~fits]] = middle[fits] + 1, middle[~fits]
+            found.append((rows[fits], middle[fits] + 1, tokens.only(fits)))
+            is_good[is_open] = is_done
+        for row in np.flatnonzero(is_good & (low == 0)).tolist():
+            out.bad[int(at[row])] = BadRow("too long", too_long(int(num_tokens[row]), self._max_len))
+        for rows, turns, tokens in found:
+            is_best = is_good[rows] & (low[rows] == turns)
+            rows, tokens = rows[is_best], tokens.only(is_best)
+            for dropped in (num_tokens[rows] - tokens.lengths).tolist():
+                out.add_cut(dropped)
+            self._add(at[rows], tokens, num_tokens[rows], out)
+        return is_good
+
+    def _add_pairs(self, at: np.ndarray, tokens: _Tokens, out: EncodedRows) -> None:
         """Add pairs, divided into prompt and replies, with their trained ranges. Pairs with a side longer than
-        `max_len`, or with equal sides, are bad. tokens: the texts of all chosen sides, then of all rejected sides.
-        skipped: int64 [P], the control tokens in the beginning of the chosen side that the rejected text lacks."""
+        `max_len`, or with equal sides, are bad. tokens: the texts of all chosen sides, then of all rejected sides."""
         half = len(at)
-        ends = tokens.places[tokens.first_places[:half] + skipped + 1]
-        shared = np.where(skipped, ends - tokens.begins[:half], 0)
+        shared = tokens.num_shared[:half]
         lengths = np.stack([tokens.lengths[:half], tokens.lengths[half:] + shared])
         longest = lengths.max(axis=0, initial=0)
         is_kept = longest <= self._max_len
         for i in np.flatnonzero(~is_kept).tolist():
             out.bad[int(at[i])] = BadRow("too long", too_long_pair(int(longest[i]), self._max_len))
-        same = [
-            size + common_length(tokens.text(i)[size:], tokens.text(half + i)) for i, size in enumerate(shared.tolist())
-        ]
-        same = np.array(same, np.int64)
+        same = shared + [common_length(tokens.text(i)[shared[i] :], tokens.text(half + i)) for i in range(half)]
         for i in np.flatnonzero((lengths == same).all(axis=0)).tolist():
             out.bad[int(at[i])] = BadRow("chosen equal to rejected", SAME_RENDERING)
             is_kept[i] = False
         tokens, at = tokens.only(np.tile(is_kept, 2)), at[is_kept]
         lengths, shared, same = lengths[:, is_kept], shared[is_kept], same[is_kept]
-        half = len(at)
-        spans, num_spans, _ = self._spans(tokens)
+        half, spans, num_spans = len(at), tokens.spans, tokens.num_spans
         first = spans[np.cumsum(num_spans) - num_spans, 0]
         prompts = np.minimum(np.minimum(first[:half], first[half:] + shared), same)
         offsets = prompts - shared  # number of ids at the beginning of a rejected text that belong to the prompt
@@ -344,9 +363,13 @@ def _fixed(head: Pieces) -> str:
     return "" if any(isinstance(piece, Slot) for piece in head) else "".join(map(str, head))
 
 
-def _filled(head: Pieces, values: Sequence[Any]) -> str:
-    """Return a text of a form with the values of a row in its slots."""
-    return "".join(edited(values[piece.leaf], piece.edits) if isinstance(piece, Slot) else piece for piece in head)
+def _written(slot: Slot, values: Sequence[Any], tools: ToolSpecs) -> str:
+    """Return what the template writes in a slot. values: the row's `leaves`, first its tools."""
+    if slot.leaf >= len(tools.specs):
+        return edited(values[slot.leaf], slot.edits)
+    if slot not in tools.written:
+        tools.written[slot] = edited(values[slot.leaf], slot.edits)
+    return tools.written[slot]
 
 
 def _edited_where(contents: Any, is_edited: np.ndarray, edits: Edits) -> Any:

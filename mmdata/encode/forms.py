@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmdata.encode.columns import ASSISTANT, ROLES, TOOL, Conversations, byte_sizes
+from mmdata.encode.columns import ROLES, Conversations, byte_sizes
 from mmdata.encode.rows import BadRow, Conversation, Message
 from mmdata.encode.template import Segment, Template, stretches
 from mmdata.encode.template.stand_ins import Edits, Record, RecordingEnvironment, Slot, StandIn, StandInObject
@@ -40,15 +40,13 @@ class Form:
     """What the template writes for all conversations of one form. heads: before the content of each message, and after
     the last; slots are of texts that are no contents, by their index. edits: what it does to each content. literals:
     strings that a row of this form may not have. controls: the control tokens that it writes. spans: where trained
-    ranges begin and end. key, example: what the form was learned from."""
+    ranges begin and end."""
 
     heads: tuple[Pieces, ...]
     edits: tuple[Edits, ...]
     literals: frozenset[str]
     controls: tuple[str, ...]
     spans: tuple[tuple[Edge, Edge], ...]
-    key: Key
-    example: Conversation
 
     @cached_property
     def has_slots(self) -> bool:
@@ -64,7 +62,6 @@ class Forms:
         self._numbers: dict[Key, int] = {}
         self._rests: dict[tuple[int, int, int], tuple[int, int]] = {}
         self._codes: dict[str, int] = {}
-        self._cuts: dict[int, list[tuple[int, int]] | None] = {}
         self._num_rows = 0
         self.forms: list[Form] = []
 
@@ -109,39 +106,6 @@ class Forms:
             number = self._numbers[key] = ODD if form is None else len(self.forms)
             self.forms += [] if form is None else [form]
         return number
-
-    def cuts(self, number: int) -> list[tuple[int, int]] | None:
-        """Return the places where a conversation of this form may be cut, after whole turns: how many control tokens
-        stand before each, and the number of the form of what is left. None if the template does not write each of
-        these as the whole one begins."""
-        if number not in self._cuts:
-            self._cuts[number] = self._find_cuts(self.forms[number])
-        return self._cuts[number]
-
-    def _find_cuts(self, form: Form) -> list[tuple[int, int]] | None:
-        cuts = []
-        messages = form.example.messages
-        for size, (last, following) in enumerate(itertools.pairwise(messages), 1):
-            if last.role != ROLES[ASSISTANT] or following.role == ROLES[TOOL]:
-                continue
-            left = Conversation(messages[:size], form.example.tools)
-            number = self._number((form.key[0][: 2 * size], *form.key[1:]), lambda left=left: left)
-            if number == ODD or not self._begins_with(form, self.forms[number]):
-                return None
-            cuts.append((len(self.forms[number].controls), number))
-        return cuts
-
-    def _begins_with(self, whole: Form, part: Form) -> bool:
-        """Return whether a rendering of `whole` begins with one of `part`, and a control token follows."""
-        size = len(part.edits)
-        head, tail = whole.heads[size], part.heads[size]
-        if whole.heads[:size] != part.heads[:size] or whole.edits[:size] != part.edits:
-            return False
-        pieces, text = (tail[:-1], tail[-1]) if tail and isinstance(tail[-1], str) else (tail, "")
-        following = head[len(pieces)] if len(head) > len(pieces) else None
-        if head[: len(pieces)] != pieces or not isinstance(following, str) or not following.startswith(text):
-            return False
-        return part.literals <= whole.literals and self._control_in(following[len(text) :]) == 0
 
     def _control_in(self, text: str) -> int:
         """Return where the first control token in a text of the template begins; -1 without one."""
@@ -195,7 +159,7 @@ class Forms:
         if written is None or not spans:
             return None
         controls = tuple(part.text for part in segments if part.is_control)
-        return Form(*written, frozenset(record.literals), controls, spans, key, example)
+        return Form(*written, frozenset(record.literals), controls, spans)
 
 
 def leaves(tools: Sequence[JsonObject], messages: Iterable[Message]) -> list[Any]:
