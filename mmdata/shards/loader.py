@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -32,7 +31,7 @@ BLOCK_CELLS = 8192
 BLOCK_CELLS_A_SHARD = 32
 MAX_BLOCK_CELLS = 2**18  # some 10 MB
 AHEAD = 2
-MOST_BATCHES = 2**16  # record batches of a shard, by which they are numbered over all shards
+AT_ONCE = MAX_MAPPED // 8  # shards from which lengths and spans are taken at a time
 Made = TypeVar("Made")
 
 
@@ -92,7 +91,7 @@ class _Samples:
     """The N samples of some cells, ordered by cell. Token ids are read when needed; lengths and spans are copies."""
 
     numbers: np.ndarray  # int64 [N]
-    ids: Callable[[int], np.ndarray]  # returns the ids of a record batch, by its number
+    ids: "_Ids"
     places: np.ndarray  # int64 [N, 3]: for each sample the record batch, and begin and end in its ids
     doc_len: Ragged
     span: Ragged  # positions count through all N samples, one after another
@@ -103,7 +102,7 @@ class _Samples:
         """Return the samples of some cells, given by their indices in this object, as a micro-batch."""
         begin, end = int(self.cell_ends[cells.start]), int(self.cell_ends[cells.stop])
         ids = self.ids
-        pieces = [ids(batch)[a:b] for batch, a, b in self.places[begin:end].tolist()]
+        pieces = [ids[batch][a:b] for batch, a, b in self.places[begin:end].tolist()]
         spans = self.span.rows(begin, end) - self.begins[begin]
         return assemble(pieces, self.doc_len.rows(begin, end), spans, self.numbers[begin:end], allocate)
 
@@ -323,6 +322,21 @@ def assemble(
     return MicroBatch(ids, mask, cu_seqlens, int(lengths.max()), numbers, num_loss, shared)
 
 
+class _Ids(dict[int, np.ndarray]):
+    """The ids of record batches, by number, read when they are missing; all are dropped when MAX_MAPPED have been read.
+    There is a look-up for each sample, so it is a plain dict, and the numbers are dense: multiples of 2^16 collide."""
+
+    def __init__(self, read: Callable[[int], np.ndarray]):
+        super().__init__()
+        self._read = read
+
+    def __missing__(self, number: int) -> np.ndarray:
+        if len(self) >= MAX_MAPPED:
+            self.clear()
+        self[number] = found = self._read(number)
+        return found
+
+
 class _Tables:
     """The shards of all groups, numbered from 0 in order; its length is how many there are. They are opened when they
     are read."""
@@ -333,7 +347,7 @@ class _Tables:
         ]
         begins = [np.array(g.split.shard_begins(g.bucket), np.int64) + g.first_sample for g in groups]
         self._first_samples = np.concatenate([np.empty(0, np.int64), *begins])
-        self._ids = lru_cache(MAX_MAPPED)(self._read_ids)
+        self._ids = _Ids(self._read_ids)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -343,7 +357,7 @@ class _Tables:
         return group.split.batches(group.bucket, shard)
 
     def _read_ids(self, number: int) -> np.ndarray:
-        number, batch = divmod(number, MOST_BATCHES)
+        batch, number = divmod(number, len(self))
         group, shard = self._shards[number]
         return group.split.shard(group.bucket, shard).batches[batch]["ids"].values
 
@@ -354,10 +368,10 @@ class _Tables:
         ordered = numbers[order]
         at = np.searchsorted(self._first_samples, ordered, side="right") - 1
         used, begins = np.unique(at, return_index=True)
-        ends = [*begins[1:].tolist(), len(ordered)]
+        ends = [*begins[AT_ONCE::AT_ONCE].tolist(), len(ordered)]
         found = [
-            self._of_shard(shard, ordered[begin:end])
-            for shard, begin, end in zip(used.tolist(), begins.tolist(), ends, strict=True)
+            self._of_shards(used[n : n + AT_ONCE].tolist(), ordered[begins[n] : end])
+            for n, end in zip(range(0, len(used), AT_ONCE), ends, strict=True)
         ]
         back = np.argsort(order)
         places = np.concatenate([places for places, _ in found])[back]
@@ -369,21 +383,26 @@ class _Tables:
         span = Ragged(span.values + np.repeat(moved, span.lengths()), span.offsets)
         return _Samples(numbers, self._ids, places, doc_len, span, moved, cell_ends)
 
-    def _of_shard(self, shard: int, numbers: np.ndarray) -> tuple[np.ndarray, tuple[Ragged, Ragged]]:
-        """Return places, lengths and spans of samples of one shard, whose numbers (int64 [N]) are ascending."""
-        group = self._shards[shard][0]
-        batches = self._batches(shard)
-        firsts = np.array([begin for begin, _ in batches]) + group.first_sample
+    def _of_shards(self, shards: Sequence[int], numbers: np.ndarray) -> tuple[np.ndarray, tuple[Ragged, Ragged]]:
+        """Return places, lengths and spans of samples of these shards, whose numbers (int64 [N]) are ascending."""
+        batches = [
+            (i * len(self) + shard, self._shards[shard][0].first_sample + begin, columns)
+            for shard in shards
+            for i, (begin, columns) in enumerate(self._batches(shard))
+        ]
+        batch, firsts = (np.array([each[n] for each in batches]) for n in (0, 1))
         at = np.searchsorted(firsts, numbers, side="right") - 1
         used, begins = np.unique(at, return_index=True)
         rows = np.split(numbers - firsts[at], begins[1:])
-        ids, doc_len, span = ([batches[i][1][name] for i in used.tolist()] for name in ("ids", "doc_len", "span"))
-        places = np.stack([shard * MOST_BATCHES + at, *bounds(ids, rows)], 1)
+        ids, doc_len, span = ([batches[i][2][name] for i in used.tolist()] for name in ("ids", "doc_len", "span"))
+        places = np.stack([batch[at], *bounds(ids, rows)], 1)
         return places, (take(doc_len, rows), take(span, rows))
 
 
 def _joined(columns: Sequence[Ragged]) -> Ragged:
     """Return the rows of several list columns as one column."""
+    if len(columns) == 1:
+        return columns[0]
     lengths = np.concatenate([column.lengths() for column in columns])
     return ragged(np.concatenate([column.values for column in columns]), lengths)
 
