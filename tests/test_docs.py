@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import typer
 from command_line import Run, fine
+from conftest import Build
 from fakehub import FakeHub
 from recipe_runs import in_process
 
@@ -178,46 +179,35 @@ def test_the_readmes_tree_names_every_folder() -> None:
 # --- the commands of pages run, in order, as they stand but for what makes them quick
 
 STAGES = ("pack", "train pretrain --steps 2 --quiet", "train sft --steps 2 --quiet", "train dpo --steps 2 --quiet")
-DOWNLOADS: tuple[str, ...] = ("fetch --preset begin",)
+MINI, SEED_ERA = "fetch --preset begin", "fetch pretrain_hq sft_512 --tokenizer minimind-3"
 BEFORE = {  # page -> commands that its reader has typed before
-    "getting-started.md": (*DOWNLOADS, *STAGES),
-    "faq.md": (
-        *DOWNLOADS,
-        "fetch pretrain_hq sft_512",
-        *STAGES,
-        "tokenizer train data/dpo.jsonl --out data/tokenizer-mine",
-    ),
+    "getting-started.md": (),
+    "faq.md": (MINI, SEED_ERA, *STAGES, "tokenizer train data/dpo.jsonl --out data/tokenizer-mine"),
     "how-to/own-data.md": (),
-    "how-to/own-tokenizer.md": ("fetch pretrain_hq sft_512",),
-    "how-to/own-shape.md": (*DOWNLOADS, "pack"),
-    "how-to/several-cards.md": (*DOWNLOADS, *STAGES),
-    "how-to/several-machines.md": (
-        "fetch --preset zero --out other",
-        "fetch pretrain_hq sft_512 --tokenizer minimind-3",
-        "pack",
-    ),
+    "how-to/own-tokenizer.md": (SEED_ERA,),
+    "how-to/own-shape.md": (MINI, "pack"),
+    "how-to/several-cards.md": (MINI, *STAGES),
+    "how-to/several-machines.md": ("fetch --preset zero --out other", SEED_ERA, "pack"),
     "how-to/from-minimind.md": (),
-    "how-to/exporting.md": (*DOWNLOADS, *STAGES),
+    "how-to/exporting.md": (MINI, *STAGES),
+    **{f"learn/{page.name}": () for page in PAGES if page.parent == ROOT / "docs" / "learn"},
 }
-ADDED = {
-    "chat": "--max-new-tokens 2",
-    "train": "--steps 2 --quiet",
-    "report": "--quiet",
-}  # where the line has no such option
-CHANGED = {  # so that a line needs no large model, no card and no other machine
+CHANGED = {  # so that a line needs no large model, no card, no port in use and no other machine
     "--scale 0.01": "--scale 0.9",
     "/mnt/other/data": "other",
     "--layers 12 --width 640": "--layers 2 --width 64",
     "--depth 6": "--depth 1",
     "--model minimind2 --nproc": "--model tiny --nproc",
+    "29500": "29561",
 }
+SHELL = ("cp ", "head ", "tail ", "cat ")  # lines that bash runs
 NOT_RUN = (
     "mm demo",
     "mm serve",
     "mm doctor",
     "--lm-eval",
     "HOST",
-)  # minutes, a server, this machine's state, the network
+)  # minutes, a server, this machine's state, a network
 
 
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,65 +217,64 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_not_minimind", lambda shape: [])
 
 
+def statements_of(text: str) -> list[str]:
+    """The statements of a shell block: lines, or several of a document (<<'EOF')."""
+    whole = re.findall(r"^[^\n]*<<'EOF'.*?^EOF$|^[^\n]+$", re.sub(r" *\\\n\s*", " ", text), re.M | re.S)
+    return [statement if "<<" in statement else statement.strip() for statement in whole]
+
+
 def quick(line: str) -> str:
-    """The line with what makes it quick, without `mm`."""
+    """The line with what makes it quick."""
     for old, new in CHANGED.items():
         line = line.replace(old, new)
     words = words_of(line)
-    added = shlex.split(ADDED.get(words[0], ""))
-    if words[0] == "chat" and "--prompt" not in words:
-        added += ["--prompt", "hello"]
-    if words[0] == "train" and {"--plan", "--steps", "--epochs"} & set(words):
-        added = []
-    return shlex.join([*words, *added])
+    if words[:1] == ["train"] and "--plan" not in words:
+        line = re.sub(r" --(steps|epochs) [\d.]+", "", line.split("#")[0]) + " --steps 2 --no-samples"
+    elif words[:1] == ["chat"]:
+        line = line.split("#")[0] + " --max-new-tokens 2" + (" --prompt hello" if "--prompt" not in words else "")
+    return line
 
 
-def bring(line: str, mm: Run) -> None:
-    """Make what a line takes for granted: the demo's directory, or MiniMind's .pth and tokenizer."""
-    if " demo/" in line and not Path("demo").exists():
-        for made in ("runs", "shards"):
-            shutil.move(made, f"demo/{made}")
-        for old, new in (("pretrain-1", "pretrain_hq"), ("sft-1", "sft_512"), ("dpo-1", "dpo")):
-            Path("demo/runs", old).rename(Path("demo/runs", new))
-        Path("demo/shards/sft_t2t_mini").rename("demo/shards/sft_512")
-    if " out/" in line and not Path("out").exists():
-        fine(mm("export runs/sft-1 --format minimind --out out"))
-        next(Path("out").glob("*.pth")).rename("out/full_sft_768.pth")
-        shutil.copytree("data/tokenizer", "model")
-
-
-def start(line: str) -> "subprocess.Popen[bytes]":
-    """Start a line with torchrun, for two steps."""
-    words = shlex.split(line.replace("--steps 10", "").replace("29500", "29561"))
-    command = [sys.executable, "-m", "torch.distributed.run", *words[1:], "--steps", "2", "--no-samples"]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def run(statement: str, mm: Run) -> "subprocess.Popen[bytes] | None":
+    """Execute a statement; return the process of one with torchrun, which waits for others."""
+    if statement.startswith("python - <<"):
+        exec(compile(statement.split("\n", 1)[1].removesuffix("EOF"), "<page>", "exec"), {})
+    elif statement.startswith(SHELL):
+        subprocess.run(["bash", "-c", statement], check=True, stdout=subprocess.DEVNULL)
+    elif statement.startswith("torchrun "):
+        command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(quick(statement))[1:]]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    elif statement.startswith("mm "):
+        if " out/" in statement and not Path("out").exists():  # MiniMind's .pth, and its tokenizer in model/
+            fine(mm("export runs/sft-1 --format minimind --out out"))
+            next(Path("out").glob("*.pth")).rename("out/full_sft_768.pth")
+            shutil.copytree("data/tokenizer", "model")
+        fine(mm(shlex.join(words_of(quick(statement)))))
+    return None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_commands_of_a_page_run(
-    name: str, hub: FakeHub, tmp_path: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
+    name: str, hub: FakeHub, tmp_path: Path, mm: Run, built_once: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    Path("recipes").symlink_to(ROOT / "recipes")
     in_process(monkeypatch)
     small_models(monkeypatch)
     for line in BEFORE[name]:
         fine(mm(line))
+    if name.startswith(("learn/", "getting")):
+        made = built_once("short_demo", lambda out: fine(mm(f"demo --minutes 0.1 --out {out / 'demo'}")))
+        shutil.copytree(made / "demo", "demo")
+    if name.startswith("learn/"):
+        monkeypatch.chdir("demo")
     for language, text in blocks(ROOT / "docs" / name):
         if language == "python":
             exec(compile(text, name, "exec"), {})
-        if language == "toml":
+        elif language == "toml":
             Path("my.toml").write_text(text)
-        ranks = []
-        for line in lines_of(text) if language in SHELLS else ():
-            if any(word in line for word in NOT_RUN):
-                continue
-            if line.startswith("torchrun "):
-                ranks.append(start(line))
-            elif line.startswith("cp "):
-                shutil.copy(*line.split()[1:])
-            elif line.startswith("mm "):
-                bring(line, mm)
-                fine(mm(quick(line)))
-        assert [rank.wait(timeout=300) for rank in ranks] == [0] * len(ranks)
+        elif language in SHELLS:
+            statements = [each for each in statements_of(text) if not any(word in each for word in NOT_RUN)]
+            ranks = [rank for each in statements if (rank := run(each, mm))]
+            assert [rank.wait(timeout=300) for rank in ranks] == [0] * len(ranks)
