@@ -10,7 +10,7 @@ from mmdata.encode.rows.load import json_type, load
 from mmdata.encode.rows.messages import EMPTY, MessageReader, Messages, is_transcript, objects_of
 from mmdata.encode.rows.reasons import REASONS, BadRow
 from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
-from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, Columns, describe
+from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, ROW_FIELDS, Columns, describe
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines, unit_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
@@ -43,7 +43,7 @@ def parse_row(
                 raise BadRow("another kind", "found a document, expected a conversation")
             if extra_keys is not None and len(found) + len(others) > 1:
                 left = [column for field, column in found.items() if field != "text"]
-                extra_keys.update(_ignored(values, others + left, columns, row))
+                _count_ignored(values, others + left, columns, row, extra_keys)
             return row
         found = {"messages" if field == "text" else field: column for field, column in found.items()}
     if others:
@@ -51,9 +51,12 @@ def parse_row(
     dialogue = _Dialogue(values, found, columns)
     row = dialogue.pair() if schema.kind == "pair" else dialogue.conversation(is_prompted="prompt" in schema.required)
     if extra_keys is not None and (others or dialogue.keys or len(found) > len(dialogue.used)):
-        left = [column for field, column in found.items() if field not in dialogue.used]
-        extra_keys.update(dialogue.keys)
-        extra_keys.update(_ignored(values, others + left, columns, row))
+        for key in dialogue.keys:
+            extra_keys[key] += 1
+        left = others
+        if len(found) > len(dialogue.used):
+            left = others + [column for field, column in found.items() if field not in dialogue.used]
+        _count_ignored(values, left, columns, row, extra_keys)
     return row
 
 
@@ -64,7 +67,7 @@ def _plain(values: JsonObject, kind: str | None) -> Document | Conversation | No
     if column == "text" and kind != "conversation" and kind != "pair" and type(value) is str:
         is_whole = value and not value.isspace() and (kind == "document" or not is_transcript(value))
         return Document(value) if is_whole else None
-    if column == "conversations" and kind != "document" and kind != "pair" and type(value) is list:
+    if column in ROW_FIELDS["messages"] and kind != "document" and kind != "pair" and type(value) is list:
         reader = MessageReader(DEFAULT_COLUMNS)
         messages, tools = reader.read(value, column)
         if reader.keys or messages[-1].content == PLACEHOLDER:
@@ -148,23 +151,23 @@ def _check_others(values: JsonObject, others: Iterable[str], kind: str) -> None:
     """Raise BadRow if a row with messages has keys without which the messages are not complete."""
     if "gt" in others and kind == "conversation":
         raise BadRow("prompt only", "found `gt`, the answer a reward is computed from")
-    if media := [column for column in others if column in MEDIA and values[column]]:
+    if not MEDIA.isdisjoint(others) and (media := [name for name in others if name in MEDIA and values[name]]):
         raise BadRow("content is not text", f"`{media[0]}`")
 
 
-def _ignored(values: JsonObject, keys: Iterable[str], columns: Columns, row: Row) -> Iterator[str]:
-    """Yield the keys that say something else than the row. A column that could hold a field is not ignored if its
+def _count_ignored(values: JsonObject, keys: Iterable[str], columns: Columns, row: Row, counts: Counter[str]) -> None:
+    """Count the keys that say something else than the row. A column that could hold a field is not ignored if its
     strings are all in the row's texts, as `prompt` is that repeats the first message."""
     texts = None
     for key in keys:
         value = values[key]
-        if value in EMPTY:
+        if type(value) is not int and value in EMPTY:
             continue
         if columns.known(key) and not isinstance(value, int | float):
             texts = texts or list(texts_of(row))
             if all(any(said in text for text in texts) for said in _strings(value)):
                 continue
-        yield key
+        counts[key] += 1
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -201,7 +204,8 @@ class _Dialogue(MessageReader):
             if messages[-1].content == PLACEHOLDER and messages[-1].role == "assistant":
                 raise BadRow("prompt only", f"the last answer is the placeholder {PLACEHOLDER}")
             messages = self._with_history(messages)
-        messages, tools = self._with_row_fields(messages, tools)
+        if len(self._found) > 1:
+            messages, tools = self._with_row_fields(messages, tools)
         _check_turns(messages, "")
         return Conversation(messages, tools)
 
@@ -229,8 +233,8 @@ class _Dialogue(MessageReader):
         self.used.add(field)
         column = self._found[field]
         value = self._values[column]
-        if field == "completion" and type(value) is str:
-            return (Message("assistant", value),), ()  # also if it looks like a transcript
+        if reply_role and type(value) is str and (field == "completion" or not is_transcript(value)):
+            return (Message(reply_role, value),), ()  # a completion also if it looks like a transcript
         return self.read(value, column, reply_role)
 
     def _context(self) -> Messages:
