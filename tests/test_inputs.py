@@ -191,7 +191,7 @@ def test_rows_of_all_schemas_have_the_same_outcome_in_every_encoding(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["document", "conversation", "pair"])
 def test_many_rows_of_all_schemas_have_the_same_outcome(tmp_path: Path, pack_to: Packer, kind: str) -> None:
-    texts_outcomes(tmp_path, pack_to, kind, 2000, 1)
+    texts_outcomes(tmp_path, pack_to, kind, 7000, 1)
 
 
 @pytest.mark.slow
