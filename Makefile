@@ -17,7 +17,7 @@ test: .venv/installed-dev
 # Damage, greedy templates, failing disks and kills, with a new seed each time; FAULTS_SEED=N repeats a run.
 faults: .venv/installed-dev
 	@seed=$${FAULTS_SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "FAULTS_SEED=$$seed"; \
-	FAULTS_SEED=$$seed timeout 1200 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" tests/faults
+	FAULTS_SEED=$$seed timeout 3600 $(BIN)/python -m pytest -n 2 -m "not gpu and not network" tests/faults
 
 .venv/installed .venv/installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'mm needs Python 3.11 or newer'"

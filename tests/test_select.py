@@ -95,13 +95,15 @@ HOSTILE = [
     "characters > 1)", "characters >", "select 1", "exists (select 1)", "characters > (select max(characters) from rows)",
     "null", "1", "charakters > 1", "rows.characters > 1", "characters.x > 1", "read_csv('/etc/passwd')", "\0", "'", "--", "$1",
     "duplicate + 1", "line > interval '1 day' + 'x'", "characters > 1 " * 1000, "(" * 900, "not " * 200 + "duplicate", "\ud83d\ude00",
+    "characters between 20 and " * 11 + "5", "nullif(" * 40 + "line" + ", 1)" * 40 + " > 1", "least() = 1",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("where", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_condition_is_one_clear_error(where: str) -> None:
+def test_a_hostile_condition_is_one_clear_error(where: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError) as caught:
         Where(where)
+    assert capfd.readouterr() == ("", "")
     assert len(caught.value.message) < 400 and "\n" not in caught.value.message and caught.value.fix
 
 
