@@ -160,7 +160,9 @@ def test_curves_of_two_stages_are_parted_and_changed_settings_come_first(tmp_pat
         assert places[gap - 1] < places[gap] < places[gap + 1]
     make_run(tmp_path / "one", 10)
     (runs,) = history.figures([tmp_path / "one"])["chains"]
-    runs[-1]["settings"]["clip"] = {"value": 1.0, "from": "default"}
+    of_dpo = {"beta": {"value": 0.0, "from": "default"}, "guard": {"value": "", "from": "default"}}
+    assert runs[-1]["stage"] != "dpo"  # whose settings are not shown for another stage
+    runs[-1]["settings"] |= {"clip": {"value": 1.0, "from": "default"}, **of_dpo}
     (section,) = (section for section in report.sections_of([runs]) if section.id == "settings")
     changed, rest = section.blocks
     assert [row[0] for row in changed.rows] == ["lr"] and [row[0] for row in rest.blocks[0].rows] == ["clip"]

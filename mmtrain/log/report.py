@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from mmdata.errors import MMError, UsageError
+from mmdata.options import options_of
 from mmdata.stats.report import page
 from mmdata.stats.report.page import (
     Block,
@@ -28,6 +29,7 @@ from mmdata.stats.report.page import (
     joined,
     phrase,
 )
+from mmtrain.config import TrainSettings
 from mmtrain.log.history import RunFigures
 
 Chains = Sequence[Sequence[RunFigures]]
@@ -390,21 +392,27 @@ def _events(runs: Sequence[RunFigures]) -> Iterator[Block]:
 
 def _settings(runs: Sequence[RunFigures]) -> Iterator[Block]:
     """Yield tables of all settings that a run has a value for, with a column for each run, the value and its origin:
-    first of those that differ from their default in a run, then, collapsed, of the others."""
-    settings = [(key, setting) for run in runs for key, setting in run["settings"].items()]
-    keys = dict.fromkeys(key for key, setting in settings if setting["value"] is not None)
-    changed = {key for key, setting in settings if setting["from"] != "default"}
-    yield _settings_table(runs, [key for key in keys if key in changed])
+    first of those that differ from their default in a run, then, collapsed, of the others. Empty values, and settings
+    that a run's stage does not accept, have none."""
+    stages = {name: known.stages for name, known in options_of(TrainSettings)}
+    columns = [
+        {
+            key: (_setting(setting["value"]), setting["from"])
+            for key, setting in run["settings"].items()
+            if setting["value"] not in (None, "") and run["stage"] in (stages.get(key) or [run["stage"]])
+        }
+        for run in runs
+    ]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    changed = {key for column in columns for key, (_, origin) in column.items() if origin != "default"}
+
+    def table(keys: Sequence[str]) -> Table:
+        rows = [(key, *([column.get(key, ("–", ""))] for column in columns)) for key in keys]
+        return Table([Column("", "code"), *(Column(as_name(run["name"]), "noted") for run in runs)], rows)
+
+    yield table([key for key in keys if key in changed])
     if rest := [key for key in keys if key not in changed]:
-        yield Fold(phrase("{number} settings at their defaults", number=len(rest)), [_settings_table(runs, rest)])
-
-
-def _settings_table(runs: Sequence[RunFigures], keys: Sequence[str]) -> Table:
-    rows = []
-    for key in keys:
-        cells = [run["settings"].get(key) or {"value": None} for run in runs]
-        rows.append([key, *([("–", "")] if c["value"] is None else [(_setting(c["value"]), c["from"])] for c in cells)])
-    return Table([Column("", "code"), *(Column(as_name(run["name"]), "noted") for run in runs)], rows)
+        yield Fold(phrase("{number} settings at their defaults", number=len(rest)), [table(rest)])
 
 
 def _setting(value: Any) -> str:
