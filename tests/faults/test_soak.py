@@ -29,7 +29,9 @@ def test_a_long_run_keeps_its_memory_and_files(data: Data, tmp_path: Path) -> No
             step = int(words[1].partition("/")[0])
             seen[step] = (process.memory_info().rss, process.num_fds(), len(gc.get_objects()))
 
-    options = config_of("sft", data, tmp_path / "run", model="tiny", steps=STEPS, save_every=5, val_every=5, keep_last=2)
+    options = config_of(
+        "sft", data, tmp_path / "run", model="tiny", steps=STEPS, save_every=5, val_every=5, keep_last=2
+    )
     train(options, log=watch)
     (middle, files, objects), (end, files_at_end, objects_at_end) = seen[STEPS // 2], seen[STEPS]
     assert files_at_end == files and objects_at_end - objects < STEPS
