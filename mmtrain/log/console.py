@@ -60,8 +60,8 @@ class Console:
 
     @contextmanager
     def phase(self, label: str, unit: str = "", *, seconds: float = 0.0) -> Iterator[Progress]:
-        """Context manager of work that may take long; yields `update(done, total)`. If it takes more than SOON_S, its
-        progress is shown. unit: what is counted, such as "pairs". seconds: how long it will take, 0 if unknown."""
+        """Context manager of work that may take long; yields `update(done, total)`. Its progress is shown if it takes
+        more than SOON_S, on a terminal at once. unit: what is counted, such as "pairs". seconds: how long it will take, 0 if unknown."""
         begun, is_over = time.monotonic(), threading.Event()
         counts = [0, 0]
 
@@ -69,7 +69,7 @@ class Console:
             counts[:] = done, total
 
         def watch() -> None:
-            wait = SOON_S
+            wait = DRAW_S if self.is_live else SOON_S
             while not is_over.wait(wait):
                 text = f"{label}: {_progress(counts[0], counts[1], unit, time.monotonic() - begun, seconds)}"
                 wait = DRAW_S if self.is_live else AGAIN_S
