@@ -3,9 +3,11 @@
     python tests/bench/pack.py --rows DIR --tokenizer DIR [--minimind CHECKOUT] [--megabytes 200] [--slice 12] [--memory]
     python tests/bench/pack.py --rows DIR --tokenizer DIR --kinds sft pretrain dpo --by-turns CHECKOUT [--rounds 3]
     python tests/bench/pack.py --rows DIR --tokenizer DIR --megabytes 60 --formats [--rounds 3]
+    python tests/bench/pack.py --rows DIR --tokenizer DIR --megabytes 4 --templates tests/fixtures/published --by-turns CHECKOUT
 
 With --by-turns, `mm pack` of this checkout and of another run in turns on the same file, --rounds times each, with one
-worker and with two; the table shows the median rate of both and their ratio. With --formats, the same rows are packed as jsonl, parquet
+worker and with two; the table shows the median rate of both and their ratio. With --templates, the turns of the sft rows, without
+tools and reasoning, are packed with the tokenizer and each chat template of a folder, with one worker. With --formats, the same rows are packed as jsonl, parquet
 (zstd), a pretty JSON array and, where they are flat, csv, in turns; rates are of MB of jsonl.
 
 DIR holds real rows: every sft*.jsonl, pretrain*.jsonl or dpo*.jsonl in it is repeated up to --megabytes, in another order
@@ -21,6 +23,7 @@ a pool of 2 that loads, encodes and appends eod line by line, one writer of a fl
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -398,6 +401,63 @@ def by_turns(name: str, path: Path, options: argparse.Namespace, root: Path) -> 
     shutil.rmtree(out)
 
 
+MARK = re.compile(r"<\|\w+\|>|<｜[^<｜]+｜>|\[/?[A-Z_]{4,}\]|\[gMASK\]|<(?:start|end)_of_turn>|<sop>|</?s>")
+
+
+def with_template(tokenizer: Path, template: str, out: Path) -> Path:
+    """The tokenizer with another chat template, of which the tokens that it writes are special."""
+    shutil.copytree(tokenizer, out, copy_function=shutil.copyfile)
+    data, config = (json.loads((out / f"tokenizer{name}.json").read_bytes()) for name in ("", "_config"))
+    known = {token["content"] for token in data["added_tokens"]}
+    free = 1 + max([*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])])
+    names = dict.fromkeys([*MARK.findall(template), "<|system|>", "<|user|>", "<|assistant|>", "<s>", "</s>"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    new = [{"id": free + n, "content": name, **flags, "special": True} for n, name in enumerate(names.keys() - known)]
+    data["added_tokens"] += new
+    config |= {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"}
+    for name, content in (("", data), ("_config", config)):
+        (out / f"tokenizer{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return out
+
+
+def plain_turns(sources: list[Path], out: Path) -> Path:
+    """The turns of rows, a user's message and an answer each, without anything else."""
+    with out.open("w", encoding="utf-8") as file:
+        for line in (line for path in sources for line in path.read_text(encoding="utf-8").splitlines()):
+            said = [{"role": m["role"], "content": m["content"]} for m in json.loads(line)["conversations"]]
+            pairs = [pair for pair in itertools.pairwise(said) if [m["role"] for m in pair] == ["user", "assistant"]]
+            messages = [m for pair in pairs for m in pair if all(m["content"].strip() for m in pair)]
+            if messages:
+                file.write(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n")
+    return out
+
+
+def templates(name: str, path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
+    """CPU seconds of `mm pack` with each template, here and in another checkout, by turns."""
+    megabytes = path.stat().st_size / 1e6
+    for template in sorted(options.templates.glob("*.jinja")):
+        tokenizer = with_template(options.tokenizer, template.read_text(encoding="utf-8"), root / template.stem)
+        spent: dict[Path, list[float]] = {ROOT: [], options.by_turns or ROOT: []}
+        digests = set()
+        for _ in range(options.rounds):
+            for checkout, of in spent.items():
+                before = children_cpu_s()
+                try:
+                    pack(path, root / "out", tokenizer, 1, checkout)
+                except AssertionError:  # a template that ends no answer
+                    continue
+                of.append(children_cpu_s() - before)
+                digests.add(json.loads((root / "out" / "manifest.json").read_bytes())["dataset_digest"])
+        if all(spent.values()):
+            here, there = (statistics.median(of) for of in (spent[ROOT], spent[options.by_turns or ROOT]))
+            figures = f"{here:.1f} s CPU, {megabytes / here:.2f} MB/s; other checkout {there:.1f} s, {megabytes / there:.2f} MB/s"
+            same = "the same dataset" if len(digests) == 1 else "OTHER DATASETS"
+            yield (
+                f"`mm pack`, {name}, {megabytes:.1f} MB, {template.stem}",
+                f"{figures}: {there / here:.1f} times; {same}",
+            )
+
+
 def formats(name: str, path: Path, options: argparse.Namespace, root: Path) -> Iterator[tuple[str, str]]:
     """The same rows in several formats by turns: rate, share of jsonl's, and peak memory."""
     import csv
@@ -474,6 +534,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["sft", "pretrain"])
     parser.add_argument("--by-turns", type=Path, metavar="CHECKOUT", help="only compare with another checkout")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each with --by-turns and --formats")
+    parser.add_argument("--templates", type=Path, metavar="DIR", help="only pack with the chat templates of a folder")
     parser.add_argument("--formats", action="store_true", help="only compare the same rows in several formats")
     parser.add_argument("--memory", action="store_true", help="also pack 1 GB and watch the memory")
     parser.add_argument("--only-peers", type=float, metavar="RATE", help="only the peers, against this rate of mm's")
@@ -483,11 +544,15 @@ def main() -> None:
         for name in options.kinds:
             path = root / f"{name}.jsonl"
             if not path.exists():
-                write_corpus(sorted(options.rows.glob(f"{name}*.jsonl")), path, int(options.megabytes * 1e6))
-            rows = by_turns if options.by_turns else formats if options.formats else measure
+                sources = sorted(options.rows.glob(f"{name}*.jsonl"))
+                if options.templates:
+                    sources = [plain_turns(sources, root / "plain.jsonl")]
+                write_corpus(sources, path, int(options.megabytes * 1e6))
+            only = formats if options.formats else measure
+            rows = templates if options.templates else by_turns if options.by_turns else only
             for what, figure in rows(name, path, options, root):
                 print(f"| {what} | {figure} |", flush=True)
-            if options.memory and name == "sft" and not (options.by_turns or options.formats):
+            if options.memory and name == "sft" and rows is measure:
                 for what, figure in memory(path, options, root):
                     print(f"| {what} | {figure} |", flush=True)
 
