@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -541,3 +542,67 @@ def test_two_nodes_of_ray_started_elsewhere_pack_relative_paths_and_one_may_die(
     packed = tree(tmp_path / "out")
     assert {name for name in undisturbed if name.endswith(".arrow") and packed[name] != undisturbed[name]} == set()
     assert verify(tmp_path / "out") == []
+
+
+NODES = """
+import os, socket, sys
+from dataclasses import replace
+from pathlib import Path
+from mmdata.errors import MMError
+from mmdata.pack import pipeline, staging
+from mmdata.pack.options import PackOptions
+
+class NodePacker(staging.RecordingPacker):
+    def __init__(self, settings, out):
+        if os.environ.get("NODE") == "own disk":
+            out = out.with_name("disk") / out.name
+            settings = replace(settings, dir=staging.Staging(out).dataset)
+            socket.gethostname = lambda: "node-2"
+        super().__init__(settings, out)
+
+    def __call__(self, part, tick):
+        if os.environ.get("NODE") == "no input":
+            part = replace(part, path=part.path.with_name("absent.jsonl"))
+        return super().__call__(part, tick)
+
+def main(rows, out, tokenizer, kind):
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1, env_vars={"NODE": kind})
+    pipeline.RecordingPacker = NodePacker
+    options = {"tokenizer": Path(tokenizer), "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1}
+    try:
+        pipeline.pack([Path(rows)], Path(out), PackOptions(engine="ray", ray_address=cluster.address, **options))
+    except MMError as error:
+        print(type(error).__name__, error.message, "|", error.fix)
+    cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (
+            "own disk",
+            r"DatasetError .* lacks files of \d+ of 17 parts.* is missing .packed on node-2.* all nodes share",
+        ),
+        ("no input", r"InputError .*absent.jsonl.*\(on node "),
+    ],
+)
+def test_a_node_of_ray_that_lacks_the_output_or_the_input_is_named_and_nothing_is_published(
+    kind: str, error: str, tmp_path: Path, rows: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes],
+    pack_to: Callable[..., PackResult], packed_parts: list[int],
+) -> None:  # fmt: skip
+    pytest.importorskip("ray")
+    (tmp_path / "nodes.py").write_text(NODES)
+    arguments = [str(rows), str(tmp_path / "out"), str(tokenizer_dir), kind]
+    command = [sys.executable, "-c", "import nodes, sys; nodes.main(*sys.argv[1:])", *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LONG_S)
+    assert done.returncode == 0 and re.search(error, done.stdout), done
+    assert not (tmp_path / "out").exists()
+    packed_parts.clear()
+    pack_to()
+    assert tree(tmp_path / "out") == undisturbed
+    assert len(packed_parts) < 17 or kind == "no input", "what the first node had done is kept; an error may come first"
