@@ -141,7 +141,15 @@ def test_options_of_other_programs_are_answered_with_ones_that_exist(mm: Run) ->
     }
     for flag, fix in OTHER_FLAGS.items():
         for named in re.findall(r"--[a-z][a-z-]*", fix):
-            assert named in known | {"--data", "--out", "--nproc", "--window", "--max-new-tokens", "--top-p", "--think"}, (flag, named)
+            assert named in known | {
+                "--data",
+                "--out",
+                "--nproc",
+                "--window",
+                "--max-new-tokens",
+                "--top-p",
+                "--think",
+            }, (flag, named)
     refused(mm("train pretrain --n_layers 16 --dim 768"), "mm train has no option --n_layers", "fix: --layers N")
     refused(mm("train sft --batch_size=32"), "--batch-tokens N: sequences per step")
     refused(mm("chat --model_mode 1"), "mm chat RUN")
