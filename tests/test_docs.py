@@ -254,6 +254,9 @@ def run(statement: str, mm: Run) -> "subprocess.Popen[bytes] | None":
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # short scripts
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_commands_of_a_page_run(
     name: str, hub: FakeHub, tmp_path: Path, mm: Run, built_once: Build, monkeypatch: pytest.MonkeyPatch
@@ -265,7 +268,7 @@ def test_the_commands_of_a_page_run(
     for line in BEFORE[name]:
         fine(mm(line))
     if name.startswith(("learn/", "getting")):
-        made = built_once("short_demo", lambda out: fine(mm(f"demo --minutes 0.1 --out {out / 'demo'}")))
+        made = built_once("short_demo", lambda out: fine(mm(f"demo --minutes 0.15 --out {out / 'demo'}")))
         shutil.copytree(made / "demo", "demo")
     if name.startswith("learn/"):
         monkeypatch.chdir("demo")
