@@ -7,6 +7,13 @@ import pytest
 from command_line import Run, fine, refused
 
 
+def test_what_comes_after_training_reads_the_files_in_the_same_way(home: Path, mm: Run) -> None:
+    (home / "data/faq.csv").write_text("ask,reply\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(200)))
+    line = "tokenizer train data/faq.csv --map prompt=ask --map completion=reply --vocab-size 300 --out data/mine"
+    following = fine(mm(line)).err.split("next: mm ")[1].split("    or    mm ")
+    assert [fine(mm(each)).code for each in following] == [0, 0]
+
+
 @pytest.fixture
 def trained(home: Path, mm: Run) -> Path:
     """data/tokenizer-300, trained as a user would."""

@@ -1,5 +1,6 @@
 """`mm tokenizer`: train, measure, compare, check, show and extend tokenizers."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,18 +83,17 @@ def train(
     from mmdata.tokenizer.toolkit.train import train_to
 
     directory = out or DATA_DIR / f"tokenizer-{options['vocab_size']}"
+    chosen = TokenizerOptions(**options, weights=weights_of(weight))
     with phase_progress(quiet=quiet or as_json) as phase:
-        paths = data_files(files, is_read_once=False)
-        trained = train_to(paths, directory, TokenizerOptions(**options, weights=weights_of(weight)), phase=phase)
+        trained = train_to(data_files(files, is_read_once=False), directory, chosen, phase=phase)
     if as_json:
         print_json(trained)
     else:
         print_trained(trained)
-    texts = " ".join(map(str, files or ()))
-    next_command(
-        f"mm tokenizer eval {directory}{''.join(f' --data {path}' for path in files or ())}    or    "
-        f"mm pack {texts}{' ' if texts else ''}--tokenizer {directory}"
-    )
+    paths, reading = list(map(str, files or ())), shlex.join(chosen.flags)
+    data = " ".join(f"--data {path}" for path in paths)
+    evaluate, pack = ["mm tokenizer eval", str(directory), data, reading], ["mm pack", *paths, reading]
+    next_command(f"{' '.join(filter(None, evaluate))}    or    {' '.join(filter(None, pack))} --tokenizer {directory}")
 
 
 def eval_(
