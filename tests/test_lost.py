@@ -20,6 +20,7 @@ from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation,
 from mmdata.encode.sequences import PairSequence, TokenSequence, is_equal
 from mmdata.encode.template import Template
 from mmdata.encode.template.losses import Loss
+from mmdata.encode.validate import validate
 from mmdata.errors import InputError, TokenizerError
 from mmdata.io.options import ReadOptions
 from mmdata.pack.estimate import estimate
@@ -419,6 +420,10 @@ def test_packing_warns_of_unknown_characters_and_refuses_many(kind: str, tmp_pat
     figures = measure_file(tmp_path / "few.jsonl", tmp_path / "bert").figures
     assert figures["unknown_bytes"] / figures["text_bytes"] == few.unknown_share
     assert any(one["code"] == "unknown characters" for one in figures["warnings"])
+    validated = validate(
+        tmp_path / "few.jsonl", encode=RowEncoder(Tokenizer.load(tmp_path / "bert"), max_len=64).encode
+    )
+    assert validated.num_good == 50 and validated.unknown_bytes / validated.text_bytes == few.unknown_share
     planned = estimate([tmp_path / "few.jsonl"], PackOptions(tokenizer=tmp_path / "bert"))
     assert [one.unknown_share for one in planned.outlooks] == [few.unknown_share] * len(planned.outlooks)
     assert any("does not know 6 of" in note for note in notes)

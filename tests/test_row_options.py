@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import row_files
+import schema_rows
 from command_line import Run, fine, refused
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -132,6 +133,35 @@ def test_show_and_stats_read_by_the_mapping_too(home: Path, mm: Run, asked: Path
     told = fine(mm(f"validate {asked} {MAP}")).out
     assert "mood (10)" in told and "metadata ignored: id (10)" in told
     refused(mm(f"stats {asked} --map prompt:ask"), "--map prompt:ask is not FIELD=COLUMN")
+
+
+@pytest.mark.parametrize(
+    "kind", ["conversation", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pair", "document"))]
+)
+def test_validate_pack_and_stats_count_the_same(home: Path, mm: Run, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"".join(one.raw + b"\n" for one in schema_rows.rows(100, 5)))
+    options = f"{path} --kind {kind} --tokenizer data/tokenizer --max-bad 100% --json"
+    (validated,) = json.loads(fine(mm(f"validate {options}")).out)
+    (packed,) = json.loads(fine(mm(f"pack {options} --out shards/mixed --no-report --max-len 4096")).out)
+    stats = json.loads(fine(mm(f"stats {options}")).out)[str(path)]
+    stored = json.loads(fine(mm("stats shards/mixed --json")).out)["shards/mixed"]
+    assert len(packed["left_out"]) > 4 and packed["extra_keys"]
+    assert packed["left_out"] == validated["reasons"] == stats["left_out"] == stored["left_out"]
+    assert packed["not_written"] == validated["not_written"] == stats.get("not_written", {})
+    assert packed["extra_keys"] == validated["extra_keys"]
+    assert stats["extra_keys"].items() <= packed["extra_keys"].items()
+
+
+def test_stats_and_validate_say_what_a_tokenizer_leaves_out(home: Path, mm: Run, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "rope?"}, {"role": "assistant", "content": "sail", "reasoning_content": "wind"}]
+    path = write(tmp_path / "reasons.jsonl", [{"messages": talk}] * 3)
+    fine(mm(f"validate {path}"))
+    for command in ("validate", "stats"):
+        told = refused(
+            mm(f"{command} {path} --tokenizer data/tokenizer"), "no row can be used", "reasoning lost", "wind"
+        )
+    assert f"mm validate {path} --tokenizer data/tokenizer" in told.err
 
 
 def test_when_every_row_fails_the_first_is_explained(home: Path, mm: Run, tmp_path: Path) -> None:

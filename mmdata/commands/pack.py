@@ -19,6 +19,7 @@ from mmdata.commands.terminal import (
     fail,
     ignored_keys,
     in_time,
+    left_out_parts,
     meter,
     next_command,
     percent,
@@ -249,10 +250,8 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
         strings = sorted(packed.control_strings.items(), key=lambda item: (-item[1], item[0]))
         more = f" and {len(strings) - MOST_NAMES:,} others" if len(strings) > MOST_NAMES else ""
         write(f"control strings in content, packed as plain text: {counted(strings[:MOST_NAMES])}{more}")
-    for reason, rows in packed.not_written.items():
-        write(f"the chat template leaves out of {rows:,} rows: {reason.removesuffix(' lost')}")
-    if packed.unknown_share is not None:
-        write(f"unknown characters, which are lost: {100 * packed.unknown_share:.2g}% of the bytes of the texts")
+    for line in left_out_parts(packed.not_written, packed.unknown_share):
+        write(line)
     if packed.parts_left is not None:
         rest = f"{packed.parts_left:,} parts of others are left"
         write(f"packed this shard of {packed.out} in {packed.seconds:.1f} s; {rest}")

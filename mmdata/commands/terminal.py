@@ -203,6 +203,15 @@ def ignored_keys(counts: Mapping[str, int]) -> Iterator[str]:
             yield f"{title}: {counted(list(keys.items())[:MOST_KEYS])}{more}"
 
 
+def left_out_parts(not_written: Mapping[str, int], unknown_share: float | None) -> Iterator[str]:
+    """Yield a line for each reason why the chat template leaves out a part of rows that are used, and one on characters
+    that the tokenizer does not know. unknown_share: of the bytes of the texts; None if it knows all."""
+    for reason, rows in not_written.items():
+        yield f"the chat template leaves out of {rows:,} rows: {reason.removesuffix(' lost')}"
+    if unknown_share is not None:
+        yield f"unknown characters, which are lost: {100 * unknown_share:.2g}% of the bytes of the texts"
+
+
 # --- tables and text
 
 

@@ -13,6 +13,7 @@ from mmdata.commands.terminal import (
     counted,
     fail,
     ignored_keys,
+    left_out_parts,
     next_command,
     percent,
     print_json,
@@ -22,7 +23,7 @@ from mmdata.commands.terminal import (
     table,
 )
 from mmdata.errors import InputError, MMError, UsageError
-from mmdata.io.options import ReadOptions
+from mmdata.io.options import READING, ReadOptions
 from mmdata.options import Option
 from mmdata.pack.options import parse_budget
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mmdata.encode.validate import Validation
     from mmdata.io.lines import Line
 
+MAX_LEN = 2**24  # tokens; no row is longer
 MOST_NAMES = 10  # keys, and control strings, to print at most
 
 
@@ -50,6 +52,10 @@ def validate(
     ] = None,
     *,
     read: ReadOptions,
+    tokenizer: Annotated[
+        Path | None,
+        Option("Also count what this tokenizer and its chat template leave out of the rows.", READING, metavar="DIR"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Report the kind of rows in each file, and how many rows cannot be used, by reason.
@@ -62,6 +68,12 @@ def validate(
     from mmdata.io.lines import place_of, unit_of
 
     limit, limits = parse_budget(max_bad)
+    encode = None
+    if tokenizer:
+        from mmdata.encode.encoder import RowEncoder
+        from mmdata.tokenizer.tokenizer import Tokenizer
+
+        encode = RowEncoder(Tokenizer.load(tokenizer), max_len=MAX_LEN).encode
     validations, failures = [], []
     paths = data_files([remote.file_at(file) for file in files or ()])
     for path in paths:
@@ -73,7 +85,8 @@ def validate(
 
         try:
             with progress(f"validate {path}", quiet=as_json) as update:
-                validation = validate_file(path, read=read, on_bad=stop if on_bad == "fail" else None, progress=update)
+                on_row = stop if on_bad == "fail" else None
+                validation = validate_file(path, read=read, encode=encode, on_bad=on_row, progress=update)
             validations.append(validation)
             if not as_json:
                 print_validation(validation, unit_of(path, read))
@@ -106,7 +119,8 @@ def print_validation(validation: "Validation", unit: str) -> None:
     for reason, _ in reasons:
         place = validation.places[reason][0]
         result(f"{reason}: {REASONS[reason]}" + (f" ({unit} {place.line}: {place.detail})" if place.detail else ""))
-    for line in ignored_keys(validation.extra_keys):
+    share = validation.unknown_bytes / validation.text_bytes if validation.unknown_bytes else None
+    for line in (*ignored_keys(validation.extra_keys), *left_out_parts(validation.not_written, share)):
         result(line)
     for entry in validation.unused_columns:
         result(f"--map {entry}: no row has a value in this column")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
+from mmdata.encode.encoded import EncodedRows
 from mmdata.encode.rows import LOOK_AT, BadRow, Columns, Row, explain, kind_of_lines, parse_row, texts_of
 from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import Line, format_of, iter_lines, unit_of
@@ -33,7 +34,8 @@ class Validation:
     sum of `reasons`. num_bytes: read, decompressed. reasons: reason -> bad rows. places: reason -> the first NUM_PLACES
     bad rows. extra_keys: ignored key, metadata included -> occurrences in good rows. first_bad: line and fault of the
     first bad row, or empty. control_strings: special-token string -> occurrences in the texts of good rows.
-    num_rows_with_control: good rows with such strings. unused_columns: see `Columns.unused`."""
+    num_rows_with_control: good rows with such strings. unused_columns: see `Columns.unused`. not_written, text_bytes,
+    unknown_bytes: as in `EncodedRows`, if rows are encoded."""
 
     path: Path
     kind: str
@@ -47,6 +49,9 @@ class Validation:
     num_rows_with_control: int = 0
     first_bad: str = ""
     unused_columns: list[str] = field(default_factory=list)
+    not_written: Counter[str] = field(default_factory=Counter)
+    text_bytes: int = 0
+    unknown_bytes: int = 0
 
 
 def validate(
@@ -54,13 +59,15 @@ def validate(
     *,
     kind: str | None = None,
     read: ReadOptions = DEFAULT_READING,
+    encode: Callable[[list[Row]], EncodedRows] | None = None,
     on_bad: Callable[[Line, BadRow], None] | None = None,
     progress: Progress = no_progress,
 ) -> Validation:
     """Read every row of a file (`-`: standard input) and count the bad rows by reason. Raises InputError if the file is
     missing or damaged. Without `kind`, also if it is empty, or if its first rows are all invalid or of mixed kinds.
 
-    kind: "document", "conversation" or "pair"; None: that of the options `read`, or of the first rows. on_bad: called
+    kind: "document", "conversation" or "pair"; None: that of the options `read`, or of the first rows. encode: that of
+    a RowEncoder; rows of which its template leaves something out, or that it cannot encode, are bad. on_bad: called
     with every bad line and its error; may raise to stop. progress: called every _TICK_ROWS rows and at the end, with
     the bytes read and the size of the file (0 if unknown: compressed, or standard input).
     """
@@ -72,25 +79,42 @@ def validate(
         lines = chain(head, lines)
     counts = Validation(path, kind)
     total = path.stat().st_size if format_of(path, read).has_offsets else 0
+    good: list[tuple[Line, Row]] = []
+
+    def set_aside(line: Line, bad: BadRow) -> None:
+        _note(counts, line, bad)
+        counts.first_bad = counts.first_bad or f"{unit_of(path, read)} {line.number} {explain(line.raw, bad, columns)}"
+        if on_bad:
+            on_bad(line, bad)
+
+    def encode_good() -> None:
+        if encode and good:
+            encoded = encode([row for _, row in good])
+            counts.not_written += encoded.not_written
+            counts.text_bytes += encoded.text_bytes
+            counts.unknown_bytes += encoded.unknown_bytes
+            for i, bad in encoded.bad.items():
+                counts.num_good -= 1
+                set_aside(good[i][0], bad)
+        good.clear()
+
     for line in lines:
         counts.num_rows += 1
         counts.num_bytes = max(line.offset, counts.num_bytes) + len(line.raw)
         try:
             row = parse_row(line.raw, kind, extra_keys=counts.extra_keys, columns=columns)
         except BadRow as bad:
-            _note(counts, line, bad)
-            counts.first_bad = (
-                counts.first_bad or f"{unit_of(path, read)} {line.number} {explain(line.raw, bad, columns)}"
-            )
-            if on_bad:
-                on_bad(line, bad)
+            set_aside(line, bad)
         else:
             counts.num_good += 1
+            good.append((line, row))
             strings = control_strings(line.raw, row)
             counts.control_strings.update(strings)
             counts.num_rows_with_control += bool(strings)
         if not counts.num_rows % _TICK_ROWS:
+            encode_good()
             progress(counts.num_bytes, total)
+    encode_good()
     progress(counts.num_bytes, total)
     counts.unused_columns = columns.unused
     return counts

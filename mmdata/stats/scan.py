@@ -285,6 +285,7 @@ class _FileScanner:
         characters = [num_characters(row) for i, row in enumerate(parsed) if i not in encoded.bad]
         tally.sums.update({"sampled_rows": len(characters), "sampled_characters": sum(characters)})
         tally.sums.update({"text_bytes": encoded.text_bytes, "unknown_bytes": encoded.unknown_bytes})
+        tally.counters["not_written"] += encoded.not_written
         if len(encoded.sequences):
             count_tokens(tally, encoded.sequences, self._vocabulary)
         return encoded.bad

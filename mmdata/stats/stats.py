@@ -116,9 +116,13 @@ def measure_file(
         options = replace(options, not_selected=frozenset(left_out), where=where)
     scans = scan.scan_files([path], options, workers=workers, progress=progress)
     tally = _merged(scans)
-    if not tally.sums["kept"]:
-        raise InputError(f"{path}: no row can be used", f"`mm validate {path}` lists the reasons")
     left_out = tally.counters["left_out"]
+    if not tally.sums["kept"]:
+        reason = max(left_out, key=lambda name: left_out[name])
+        first = tally.examples[reason][0]
+        place = f"{unit_of(path, read)} {first['line']}: {reason}: {first['detail']}"
+        more = f" --tokenizer {tokenizer_dir}" if tokenizer_dir else ""
+        raise InputError(f"{path}: no row can be used; {place}", f"`mm validate {path}{more}` lists the reasons")
     figures: Figures = {
         "path": str(path),
         "kind": kind,
@@ -130,6 +134,9 @@ def measure_file(
         "bytes": tally.sums["bytes"],
         "control_strings": dict(sorted(tally.counters["control_strings"].items())),
     }
+    if lost := tally.counters["not_written"]:  # of the sample whose tokens are counted
+        scale = tally.sums["kept"] / max(tally.sums["sampled_rows"], 1)
+        figures["not_written"] = {reason: round(count * scale) for reason, count in sorted(lost.items())}
     vocabulary = Vocabulary(Tokenizer.load(tokenizer_dir)) if tokenizer_dir else None
     figures |= _figures_of_rows(tally, scans, vocabulary, kind)
     figures |= _loss_figures(tally, losses, [str(path)])
