@@ -28,6 +28,7 @@ from mmdata.options import Option
 from mmdata.pack.options import parse_budget
 
 if TYPE_CHECKING:
+    from mmdata.encode.encoder import RowEncoder
     from mmdata.encode.rows import BadRow
     from mmdata.encode.validate import Validation
     from mmdata.io.lines import Line
@@ -68,12 +69,7 @@ def validate(
     from mmdata.io.lines import place_of, unit_of
 
     limit, limits = parse_budget(max_bad)
-    encode = None
-    if tokenizer:
-        from mmdata.encode.encoder import RowEncoder
-        from mmdata.tokenizer.tokenizer import Tokenizer
-
-        encode = RowEncoder(Tokenizer.load(tokenizer), max_len=MAX_LEN).encode
+    encode = row_encoder(tokenizer).encode if tokenizer else None
     validations, failures = [], []
     paths = data_files([remote.file_at(file) for file in files or ()])
     for path in paths:
@@ -100,6 +96,14 @@ def validate(
     if failures:
         raise typer.Exit(failures[0])
     next_command(pack_command(paths if files else (), read))
+
+
+def row_encoder(tokenizer: Path) -> "RowEncoder":
+    """Return an encoder of rows of any length."""
+    from mmdata.encode.encoder import RowEncoder
+    from mmdata.tokenizer.tokenizer import Tokenizer
+
+    return RowEncoder(Tokenizer.load(tokenizer), max_len=MAX_LEN)
 
 
 def print_validation(validation: "Validation", unit: str) -> None:

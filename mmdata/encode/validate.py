@@ -53,6 +53,13 @@ class Validation:
     text_bytes: int = 0
     unknown_bytes: int = 0
 
+    def add(self, encoded: EncodedRows) -> None:
+        """Count what was found when good rows were encoded."""
+        self.num_good -= len(encoded.bad)
+        self.not_written += encoded.not_written
+        self.text_bytes += encoded.text_bytes
+        self.unknown_bytes += encoded.unknown_bytes
+
 
 def validate(
     path: Path,
@@ -89,12 +96,8 @@ def validate(
 
     def encode_good() -> None:
         if encode and good:
-            encoded = encode([row for _, row in good])
-            counts.not_written += encoded.not_written
-            counts.text_bytes += encoded.text_bytes
-            counts.unknown_bytes += encoded.unknown_bytes
+            counts.add(encoded := encode([row for _, row in good]))
             for i, bad in encoded.bad.items():
-                counts.num_good -= 1
                 set_aside(good[i][0], bad)
         good.clear()
 
