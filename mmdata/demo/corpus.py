@@ -12,7 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmdata.demo.items import LANGUAGES, SUBJECTS, Item, Items, ItemSplits, demo_texts, make_splits, word_items
+from mmdata.demo.items import (
+    LANGUAGES,
+    SUBJECTS,
+    TALK,
+    Item,
+    Items,
+    ItemSplits,
+    demo_texts,
+    make_splits,
+    plain_text,
+    spoken,
+    word_items,
+)
 from mmdata.io.files import atomic_path
 from mmdata.io.records import convert_record
 
@@ -42,8 +54,8 @@ CHAT_WEIGHTS = {
     "reverse": 1.0,
     "islander": 2.0,
     "recall": 1.5,
-    "talk": 2.5,
-    "else": 3.0,
+    "talk": 3.5,
+    "else": 4.5,
 }
 
 
@@ -76,11 +88,11 @@ def _conversation(splits: ItemSplits, rng: random.Random, num_items: int) -> lis
         if subject == "recall" and recall:
             continue  # at most one boat per conversation, so that the question at its end has one answer
         item = rng.choice(splits.train[language, subject])
-        messages += _turn(item, rng)
+        messages += _turn(item, splits, rng)
         if subject == "recall":
-            recall = _turn(rng.choice(item.then), rng)
+            recall = _turn(rng.choice(item.then), splits, rng)
         elif item.then and rng.random() < 0.5:
-            messages += _turn(rng.choice(item.then), rng)
+            messages += _turn(rng.choice(item.then), splits, rng)
     return messages + recall
 
 
@@ -111,25 +123,36 @@ def _question(items: Items, splits: ItemSplits, rng: random.Random, language: st
     if subject == "follow-up":
         base = rng.choice(("sum", "compare", "spell", "islander"))
         item = rng.choice([item for item in items[language, base] if item.then])
-        before = _turn(item, rng)
+        before = _turn(item, splits, rng)
         item = rng.choice(item.then)
     elif subject == "recall":
         item = rng.choice(items[language, "recall"])
-        before = _turn(item, rng)
+        before = _turn(item, splits, rng)
         for _ in range(rng.randint(1, 4)):
             other = rng.choice([subject for subject in CHAT_WEIGHTS if subject != "recall"])
-            before += _turn(rng.choice(splits.train[language, other]), rng)
+            before += _turn(rng.choice(splits.train[language, other]), splits, rng)
         item = rng.choice(item.then)
     else:
         item = rng.choice(items[language, subject])
     return Question(subject, language, (*before, {"role": "user", "content": item.ask}), item.bare, item.whole)
 
 
-def _turn(item: Item, rng: random.Random) -> list[Message]:
-    """Return a question, half of the time in other words if it has any, a quarter carelessly typed, and its answer."""
-    ask = rng.choice(item.wordings) if item.wordings and rng.random() < 0.5 else item.ask
+def _turn(item: Item, splits: ItemSplits, rng: random.Random) -> list[Message]:
+    """Return a question and its answer. The question is mostly in other words if it has any; those that people type
+    first sometimes have words before and after them, and a quarter is carelessly typed, unless that gives a held-out
+    question."""
+    ask, texts = item.ask, demo_texts()
+    if item.wordings and rng.random() < 0.8:
+        ask = spoken(rng.choice(item.wordings), item.values, rng)
+    if item.subject in ("sum", "talk", "else"):
+        if rng.random() < 0.2:
+            ask = rng.choice(texts.before[item.language]) + ask[0].lower() + ask[1:]
+        if rng.random() < 0.2:
+            ask = ask.rstrip("?!.？！。") + rng.choice(texts.after[item.language])
     if rng.random() < 0.25:
         ask = (ask[0].lower() + ask[1:]).rstrip("?!.？！。")
+    if plain_text(ask) in splits.withheld:
+        ask = item.ask
     answer = rng.choice((item.bare, item.whole))
     return [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
 
@@ -140,21 +163,22 @@ def _by_weight(rng: random.Random, weights: dict[str, float]) -> str:
 
 def tokenizer_texts(splits: ItemSplits) -> list[str]:
     """Return the texts that the demo's tokenizer is trained on: training items and facts, without words to spell, whose
-    letters BPE would merge. Single letters are repeated LETTERS_REPEATED times, so that each Chinese character (three
-    bytes) becomes a token before phrases do."""
+    letters BPE would merge; each text once. Single letters, and the answers that many questions share, are repeated
+    LETTERS_REPEATED times, so that each Chinese character (three bytes) becomes a token before phrases do."""
     texts = demo_texts()
-    lines = ["user\n", "assistant\n"] * LETTERS_REPEATED
+    answers = [text for phrases in texts.phrases.values() for name in (*TALK, "else") for text in phrases[name][1:3]]
+    lines = ["user\n", "assistant\n", *answers, *sorted(set("".join(answers)))] * LETTERS_REPEATED
     for language, letters in (("en", texts.consonants + texts.vowels), ("zh", texts.hanzi)):
         for items in word_items(letters, language).values():
             lines += [text for item in items for text in _texts_of(item)] * LETTERS_REPEATED
         for subject in ("sum", "compare", "convert", "islander", "recall", "talk", "else"):
-            lines += [text for item in dict.fromkeys(splits.train[language, subject]) for text in _texts_of(item)]
+            lines += dict.fromkeys(text for item in splits.train[language, subject] for text in _texts_of(item))
         lines += [text for item in splits.islanders[language] for text in (item.whole, item.other)]
     return lines
 
 
 def _texts_of(item: Item) -> Iterator[str]:
-    yield from (item.ask, item.bare, item.whole, item.other, *item.wordings[:3])
+    yield from (item.ask, item.bare, item.whole, item.other)
     yield from (text for follow_up in item.then[:1] for text in (follow_up.ask, follow_up.whole))
 
 

@@ -3,14 +3,15 @@
 Some keys are held out, and training rows are made from the others, so that neither a held-out question nor the fact that
 it asks about is trained on. For the islanders (invented people) only a wording of the question is held out: the fact is
 part of the pretraining text. Two subjects are for what people type first: "talk" is greetings, thanks, and questions
-about the model itself, and "else" is questions that the model has to say it cannot answer; of both, wordings are held
-out. Sums of one-digit numbers, which people try first, are all trained on.
+about the model itself, and "else" is questions that the model has to say it cannot answer; of both, some of the questions
+that are drawn from their wordings are held out. Sums of one-digit numbers, which people try first, are all trained on.
 """
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,14 +22,17 @@ from mmdata.io.records import convert_record
 LANGUAGES = ("en", "zh")
 SUBJECTS = ("sum", "compare", "convert", "spell", "reverse", "islander", "follow-up", "recall", "talk", "else")
 TALK = ("hello", "thanks", "bye", "who", "can")  # the phrases of the subject "talk"
+# Questions of the subjects "talk" and "else" drawn from a wording: if it is one question, has fields, has alternatives.
+NUM_ASKED = (10, 30, 150)
+ALTERNATIVES = re.compile(r"\(([^()|]*\|[^()]*)\)")
 
 
 class DemoTexts(msgspec.Struct, frozen=True):
     """The content of demo.json: the phrases, names and words of the demo's data, in English and Chinese.
 
     `phrases` maps a language and a phrase name to format strings: the question, the bare answer, the whole sentence,
-    the sentence in other words (may be empty), and for some phrases the question in other words, any number of them.
-    "smaller", "more" and "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a
+    the sentence in other words (may be empty), and for some phrases the question in other words, any number of them,
+    in which "(a|b|)" stands for a, b or nothing. "smaller", "more" and "turned" follow up a comparison, a sum and a spelling. "boat" tells the colour and name of a
     boat; "colour" and "name" ask for them.
     """
 
@@ -44,6 +48,14 @@ class DemoTexts(msgspec.Struct, frozen=True):
     birds: list[tuple[str, str]]  # names of boats, in English and Chinese
     things: list[tuple[str, str]]  # what the model knows nothing about, in English and Chinese; `places` likewise
     places: list[tuple[str, str]]
+    # By language: what may stand before and after a question, the numbers from 0 in words, and for questions that the
+    # model cannot answer nouns, verbs, and syllables of words that do not exist.
+    before: dict[str, list[str]]
+    after: dict[str, list[str]]
+    numbers: dict[str, list[str]]
+    nouns: dict[str, list[str]]
+    verbs: dict[str, list[str]]
+    syllables: dict[str, list[str]]
 
 
 @cache
@@ -57,7 +69,7 @@ class Item:
     """A question (`ask`) with its answers: `bare`, `whole` sentence, and that in other words (`other`, may be empty).
 
     `then` has the questions that may follow it in a conversation, `wordings` the question in other words that training
-    rows use too. `language` is "en" or "zh".
+    rows use too, to be filled with `values` by `spoken`. `language` is "en" or "zh".
     """
 
     subject: str
@@ -68,6 +80,7 @@ class Item:
     other: str
     then: tuple["Item", ...] = ()
     wordings: tuple[str, ...] = ()
+    values: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 Items = dict[tuple[str, str], list[Item]]  # by language and subject
@@ -90,6 +103,18 @@ def make_item(
     return Item(subject or phrase, language, ask, bare, whole, other, tuple(then))
 
 
+def spoken(wording: str, values: Mapping[str, object], rng: random.Random) -> str:
+    """Return a wording with one of each group of alternatives "(a|b|)", and with `values` in its fields."""
+    while ALTERNATIVES.search(wording):
+        wording = ALTERNATIVES.sub(lambda match: rng.choice(match[1].split("|")), wording)
+    return wording.format_map(values).strip()
+
+
+def plain_text(text: str) -> str:
+    """Return a text without its case, spaces and punctuation, by which questions are compared."""
+    return "".join(character for character in text.casefold() if character.isalnum() or character in "+=")
+
+
 def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
     """Return a question "What is a + b?" for each key (a, b), with its other wordings. "And n more?", n below 10, may
     follow if (a + b, n) is among `keys` too, so that no held-out sum is asked for."""
@@ -99,9 +124,12 @@ def sum_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
         if n < 10:
             more.setdefault(total, []).append(_sum("more", total, n, language, subject="follow-up"))
     items = {}
+    wordings = tuple(demo_texts().phrases[language]["sum"][4:])
+    words = dict(enumerate(demo_texts().numbers[language]))
     for a, b in distinct:
-        wordings = tuple(text.format(a=a, b=b) for text in demo_texts().phrases[language]["sum"][4:])
-        items[a, b] = replace(_sum("sum", a, b, language), then=tuple(more.get(a + b, ())), wordings=wordings)
+        values = {"a": a, "b": b, "A": words.get(a, a), "B": words.get(b, b)}
+        then = tuple(more.get(a + b, ()))
+        items[a, b] = replace(_sum("sum", a, b, language), then=then, wordings=wordings, values=values)
     return [items[key] for key in keys]
 
 
@@ -156,14 +184,10 @@ def word_items(words: Sequence[str], language: str) -> dict[str, list[Item]]:
     return {"spell": spell, "reverse": reverse}
 
 
-def else_items(keys: Sequence[tuple[int, int]], language: str) -> list[Item]:
-    """Return the item of each key (wording, index of a thing or place)."""
-    place, texts = LANGUAGES.index(language), demo_texts()
-    items = []
-    for wording, index in keys:
-        values = {"thing": texts.things[index][place], "place": texts.places[index % len(texts.places)][place]}
-        items.append(make_item("else", language, values, wording=wording))
-    return items
+def asked_items(keys: Sequence[tuple[str, str]], language: str, subject: str) -> list[Item]:
+    """Return the item of each key (phrase, question)."""
+    phrases = demo_texts().phrases[language]
+    return [Item(subject, language, ask, phrases[phrase][1], phrases[phrase][2], "") for phrase, ask in keys]
 
 
 def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language: str) -> list[Item]:
@@ -192,11 +216,13 @@ def islander_items(facts: Facts, keys: Sequence[tuple[int, str, int]], language:
 
 @dataclass(frozen=True, slots=True)
 class ItemSplits:
-    """Items to train on and held-out ones, by language and subject. `islanders`: every fact about them once."""
+    """Items to train on and held-out ones, by language and subject. `islanders`: every fact about them once. `withheld`:
+    the held-out questions of "talk" and "else" as `plain_text`."""
 
     train: Items
     held_out: Items
     islanders: dict[str, list[Item]]
+    withheld: frozenset[str]
 
 
 # Number of keys held out, by subject, and of "words" (to spell and reverse), "talk" and "else" in each language.
@@ -221,11 +247,8 @@ def make_splits(seed: int) -> ItemSplits:
         "convert": [(unit, n) for unit in range(len(texts.units)) for n in range(10, 100)],
         "recall": [(colour, bird) for colour in range(len(texts.colours)) for bird in range(len(texts.birds))],
         **{f"words {name}": _words(rng, name) for name in LANGUAGES},
-        **{
-            f"talk {name}": [(phrase, n) for phrase in TALK for n in range(len(texts.phrases[name][phrase]) - 3)]
-            for name in LANGUAGES
-        },
-        **{f"else {name}": list(_else_keys(name)) for name in LANGUAGES},
+        **{f"talk {name}": _asked_keys(rng, name, TALK) for name in LANGUAGES},
+        **{f"else {name}": _asked_keys(rng, name, ("else",)) for name in LANGUAGES},
     }
     for all_keys in keys.values():
         rng.shuffle(all_keys)
@@ -236,18 +259,36 @@ def make_splits(seed: int) -> ItemSplits:
     train_keys = {name: all_keys[num_held_out[name] :] for name, all_keys in keys.items()}
     train_keys["sum"] = [key for key in train_keys["sum"] for _ in range(SUM_REPEATED[sum(n < 10 for n in key)])]
     train_keys["islander"] = sorted(asked - held_asked)
+    asked_about = [f"{subject} {name}" for subject in ("talk", "else") for name in LANGUAGES]
+    withheld = frozenset(plain_text(ask) for name in asked_about for _, ask in held_keys[name])
+    for name in asked_about:
+        train_keys[name] = [key for key in train_keys[name] if plain_text(key[1]) not in withheld]
     stated = [key for key in sorted(asked) if key[2] == 0]
     islanders = {language: islander_items(facts, stated, language) for language in LANGUAGES}
-    return ItemSplits(make_items(train_keys, facts), make_items(held_keys, facts), islanders)
+    return ItemSplits(make_items(train_keys, facts), make_items(held_keys, facts), islanders, withheld)
 
 
-def _else_keys(language: str) -> Iterator[tuple[int, int]]:
-    """Yield (wording, index of a thing or place) for each different question of the phrase "else"."""
+def _asked_keys(rng: random.Random, language: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Draw NUM_ASKED questions from each wording of the phrases `names`; return (phrase, question) of each, equal ones
+    several times."""
     texts = demo_texts()
-    ask, _, _, _, *reworded = texts.phrases[language]["else"]
-    for wording, text in enumerate([ask, *reworded]):
-        num_things = len(texts.things) if "{thing}" in text else len(texts.places) if "{place}" in text else 1
-        yield from ((wording, index) for index in range(num_things))
+
+    def values() -> dict[str, object]:
+        """Draw what the fields of a wording may hold."""
+        place, small = LANGUAGES.index(language), {name: rng.randrange(100) for name in "abc"}
+        kinds = {"thing": texts.things, "place": texts.places}
+        drawn = {name: rng.choice(pairs)[place] for name, pairs in kinds.items()}
+        drawn |= {"verb": rng.choice(texts.verbs[language]), "noun": rng.choice(texts.nouns[language])}
+        noise = "".join(rng.choice(texts.syllables[language]) for _ in range(rng.randint(2, 4)))
+        return {**small, **drawn, "noise": noise, "big": rng.randint(100, 9999), "year": rng.randint(1000, 2100)}
+
+    keys = []
+    for name in names:
+        ask, _, _, _, *reworded = texts.phrases[language][name]
+        for text in (ask, *reworded):
+            number = NUM_ASKED[2 if "|" in text else 1 if "{" in text else 0]
+            keys += [(name, spoken(text, values(), rng)) for _ in range(number)]
+    return keys
 
 
 def make_items(keys: dict[str, list], facts: Facts) -> Items:
@@ -263,8 +304,7 @@ def make_items(keys: dict[str, list], facts: Facts) -> Items:
             "convert": convert_items(keys["convert"], language),
             "recall": boat_items(keys["recall"], language),
             "islander": islander_items(facts, keys["islander"], language),
-            "talk": [make_item(name, language, {}, subject="talk", wording=n) for name, n in keys[f"talk {language}"]],
-            "else": else_items(keys[f"else {language}"], language),
+            **{name: asked_items(keys[f"{name} {language}"], language, name) for name in ("talk", "else")},
             **word_items(keys[f"words {language}"], language),
         }
         items |= {(language, subject): each for subject, each in by_subject.items()}
