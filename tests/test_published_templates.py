@@ -28,13 +28,14 @@ PUBLISHED = {path.stem: path.read_text(encoding="utf-8") for path in sorted((era
 MARK = re.compile(r"<\|\w+\|>|<｜[^<｜]+｜>|\[/?[A-Z_]{4,}\]|\[gMASK\]|<(?:start|end)_of_turn>|<sop>|</?s>")
 
 
-def directory(root: Path, template: str) -> Path:
+def directory(root: Path, template: str, normalizer: str | None = None) -> Path:
     """A tokenizer with this template, of which the tokens that it writes are special."""
     data = json.loads((eras.HERE / "golden" / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     known = {token["content"]: token for token in data["added_tokens"]}
     free = 1 + max(*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"]))
     names = [name for name in dict.fromkeys([*MARK.findall(template), "<|system|>", "<|user|>", "<|assistant|>"]) if name not in known]  # fmt: skip
     data["added_tokens"] += [{**known["<s>"], "id": free + n, "content": name} for n, name in enumerate(names)]
+    data["normalizer"] = normalizer and {"type": normalizer}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}  # fmt: skip
     root.mkdir(exist_ok=True)
     (root / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
@@ -368,6 +369,26 @@ def test_random_rows_are_encoded_in_columns_as_one_by_one_and_by_transformers(na
                 for message in row.messages
             ]
             assert sequence.ids.tolist() == their_ids(name, {"messages": messages})
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3.2", "mistral"])
+def test_rows_of_a_tokenizer_that_composes_characters_are_encoded_in_pieces_as_at_once(
+    name: str, tmp_path: Path
+) -> None:
+    """Normalized to NFC, as Qwen's tokenizers do; also with characters that would be composed with a token's last one."""
+    from transformers import AutoTokenizer
+
+    own, whole = (Tokenizer.load(directory(tmp_path, PUBLISHED[name], "NFC")) for _ in range(2))
+    whole.__dict__["is_exact"] = False
+    rows = [row for row in random_rows(9, 40) if not encoder(name).template.control_strings(row)]
+    have, want = (RowEncoder(each, max_len=9999, on_lost="warn").encode(rows) for each in (own, whole))
+    assert own.is_exact and have.bad.keys() == want.bad.keys() and is_equal(have.sequences, want.sequences)
+    native = AutoTokenizer.from_pretrained(tmp_path)
+    used = [row for n, row in enumerate(rows) if have.num_sequences[n]]
+    for row, sequence in zip(used, have.sequences, strict=True):
+        text = "".join(part.text for part in encoder(name).template.segments(row))
+        assert isinstance(sequence, TokenSequence)
+        assert sequence.ids.tolist() == native(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -30,9 +30,9 @@ Edge = tuple[int, str | None]
 Key = tuple[bytes, int, bool, int]  # see `Forms.find`
 ODD = -1
 _EMPTY, _EXTRAS = len(ROLES), 2 * len(ROLES)  # added to the code of a role; the first code of messages with more
-# The most forms that are learned, without those that a quarter of the rows may have: learning one takes as long as
-# encoding a few rows with jinja2.
-MOST = 256
+# The most forms that are learned, and one more for every 16 rows: learning one takes as long as encoding a few rows with
+# jinja2. MOST_CODES: the most kinds of messages with reasoning or calls.
+MOST, MOST_CODES = 256, 2**15
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ class Forms:
         codes[byte_sizes(columns.contents) == 0] += _EMPTY
         odd_rows = set()
         for at, message in columns.extras.items():
-            kinds = repr(_mapped(message, type)[2:]) + str(codes[at])
-            codes[at] = self._codes.setdefault(kinds, _EXTRAS + len(self._codes))
-            if message.has_marks or len(self._codes) > 2**15:
+            if message.has_marks or len(self._codes) == MOST_CODES:
                 odd_rows.add(int(columns.row_of[at]))
+            else:
+                kinds = repr(_mapped(message, type)[2:]) + str(codes[at])
+                codes[at] = self._codes.setdefault(kinds, _EXTRAS + len(self._codes))
         self._num_rows += len(columns)
         whole, ends = codes.tobytes(), np.cumsum(columns.counts).tolist()
         numbers = np.full(len(columns), ODD)
@@ -100,7 +101,7 @@ class Forms:
         """Return the number of a form, which is learned from a conversation if it is new, or ODD."""
         number = self._numbers.get(key)
         if number is None:
-            if len(self._numbers) > MOST + self._num_rows // 4:
+            if len(self._numbers) > MOST + self._num_rows // 16:
                 return ODD
             form = self._learn(key, example())
             number = self._numbers[key] = ODD if form is None else len(self.forms)

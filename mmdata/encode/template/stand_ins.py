@@ -198,8 +198,9 @@ class RecordingEnvironment(BoundedEnvironment):
         self.tests = {name: self._watched_test(name, run) for name, run in self.tests.items()}
 
     def plain(self, value: Any) -> Any:
-        """Return a value of which a part is asked for."""
+        """Return a value of which a part, or each item, is asked for."""
         self._check(not isinstance(value, Traced | StandInObject))
+        self._check(not isinstance(value, dict) or _has_fixed_keys(value))
         return value
 
     def counted(self, values: Any) -> Any:  # type: ignore[override]
@@ -228,7 +229,7 @@ class RecordingEnvironment(BoundedEnvironment):
             elif isinstance(value, StandInObject):
                 self._check(name in ("default", "d"))
             else:
-                self._check(name in _OF_LISTS or not _holds_text(value))
+                self._check((name in _OF_LISTS and self.plain(value) is value) or not _holds_text(value))
             return run(*arguments, **options)
 
         return watched
