@@ -377,7 +377,9 @@ def test_shards_read_each_input_once_and_read_it_again_when_it_has_changed(
     files = [write_rows(tmp_path / f"{number}.jsonl", "document", 20 + number) for number in range(4)]
     read: list[str] = []
     real = pipeline._scan
-    monkeypatch.setattr(pipeline, "_scan", lambda file, size: [read.append(Path(file.name).stem)] and real(file, size))
+    monkeypatch.setattr(
+        pipeline, "_scan", lambda file, *more: [read.append(Path(file.name).stem)] and real(file, *more)
+    )
     options: dict[str, Any] = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES}
     whole = pack_with(files, tmp_path / "whole", **options)
     assert read == ["0", "1", "2", "3"]
@@ -411,7 +413,9 @@ def test_the_workers_hash_large_inputs_and_files_and_send_them(
         monkeypatch.setattr(module, "LARGE_BYTES", 0)
     monkeypatch.setattr(remote, "SEND_BYTES", 1000)
     monkeypatch.setattr(pipeline, "run_with", lambda options: elsewhere)
-    pack_to(shard="1/2")
+    seen: list[tuple[int, int]] = []
+    pack_to(shard="1/2", progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (seen[0][1], (tmp_path / "rows.jsonl").stat().st_size), "hashed in one go, and said"
     pack_to()
     assert tree(tmp_path / "out") == undisturbed
     files = every_file(tmp_path / "out")

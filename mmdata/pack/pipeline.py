@@ -332,7 +332,13 @@ def _plan_job(
     is_one_of_several = options.share or options.finish
     found = Staging(place).dir / "inputs" if is_one_of_several else None
     records, parts = plan(
-        inputs, options.part_bytes, options.reading, run=run_with(options), share=options.share, found=found
+        inputs,
+        options.part_bytes,
+        options.reading,
+        run=run_with(options),
+        share=options.share,
+        found=found,
+        progress=progress,
     )
     if len(parts) > MOST_PARTS:
         enough = options.part_bytes * 2 ** math.ceil(math.log2(2 * len(parts) / MOST_PARTS))
@@ -374,21 +380,25 @@ def plan(
     run: Run = workers.run_jobs,
     share: tuple[int, int] | None = None,
     found: Path | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[list[FileEntry], list[Part]]:
     """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
     the first row at or after a multiple of `part_bytes` (of its decompressed UTF-8 text), one of a table after whole row
     groups of up to `part_bytes`. A compressed JSON array or csv file is one part.
 
-    run: calls `workers.run_jobs`; it is used for inputs of workers.LARGE_BYTES together, each of which is a job. found:
-    directory in which shards of a pack leave for each other what they found of an input; the shard `share` (i, n) looks
+    run: calls `workers.run_jobs`; it is used for inputs of workers.LARGE_BYTES together, each of which is a job, and
+    then `progress` is called with the bytes hashed so far and in all. found: directory in which shards of a pack leave for each other what they found of an input; the shard `share` (i, n) looks
     first at the inputs i - 1, i - 1 + n, …, so that n shards that run at the same time divide the inputs.
     """
     first, count = (share[0] - 1, share[1]) if share else (0, 1)
     order = sorted(range(len(inputs)), key=lambda k: ((k - first) % count, k))
     total = sum(size for size, _ in _states(inputs))
-    run = run if total >= workers.LARGE_BYTES else workers.run_jobs
+    if total < workers.LARGE_BYTES:
+        run, progress = workers.run_jobs, no_progress
     make = partial(partial, _cut, part_bytes, read, found)
-    cuts: dict[int, _Cuts] = dict(zip(order, run(make, [inputs[k] for k in order], total=total), strict=True))
+    cuts: dict[int, _Cuts] = dict(
+        zip(order, run(make, [inputs[k] for k in order], total=total, progress=progress), strict=True)
+    )
     parts: list[Part] = []
     for number, path in enumerate(inputs):
         for each in cuts[number].ranges:
@@ -396,7 +406,7 @@ def plan(
     return [cuts[number].entry for number in range(len(inputs))], parts
 
 
-def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, _tick: workers.Tick) -> _Cuts:
+def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, tick: workers.Tick) -> _Cuts:
     """Return what `plan` needs of an input, from its record in `found` if the input has not changed since."""
     (state,) = _states([path])
     name = hashlib.sha256(repr((str(path), part_bytes, read)).encode()).hexdigest()
@@ -407,7 +417,7 @@ def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, _ti
                 return cuts
     form = format_of(path, read)
     with path.open("rb") as file:
-        sha256, num_bytes, starts = _scan(file, part_bytes)
+        sha256, num_bytes, starts = _scan(file, part_bytes, tick)
     ranges: list[tuple[int, int | None, int, int]]
     if form.is_plain and not form.has_offsets:
         ranges = [(begin, end, begin + 1, size) for begin, end, size in row_ranges(path, part_bytes)]
@@ -455,14 +465,15 @@ def _text_cuts(path: Path, part_bytes: int, read: ReadOptions) -> tuple[int, lis
         stream.file.close()
 
 
-def _scan(file: Any, part_bytes: int) -> tuple[str, int, list[tuple[int, int]]]:
+def _scan(file: Any, part_bytes: int, tick: workers.Tick = no_progress) -> tuple[str, int, list[tuple[int, int]]]:
     """Return the sha256 of a binary stream, its size, and for each part (offset of its first byte, number of its first
-    line)."""
+    line). tick: called with the bytes read since its last call."""
     digest = hashlib.sha256()
     cuts = [(0, 1)]
     position, newlines, target = 0, 0, part_bytes
     while chunk := file.read(READ_BYTES):
         digest.update(chunk)
+        tick(len(chunk))
         at = 0
         while (newline := chunk.find(b"\n", max(at, target - 1 - position))) >= 0:
             newlines += chunk.count(b"\n", at, newline + 1)
