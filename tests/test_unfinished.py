@@ -26,8 +26,11 @@ from mmdata.io import remote, workers
 from mmdata.pack import part as parts
 from mmdata.pack import pipeline, staging
 from mmdata.pack.pipeline import PackResult
+from mmdata.pack.repair import repair
+from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.manifest import every_file
 from mmdata.shards.verify import verify
+from mmdata.stats import stats
 from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -423,6 +426,31 @@ def test_the_workers_hash_large_inputs_and_files_and_send_them(
     assert tree(tmp_path / "sent") == undisturbed
     parts = [("_cut", 1), ("_differences", 0), ("_cut", 1), ("_differences", 9), ("_differences", 0)]
     assert jobs[:-1] == parts and jobs[-1][0] == "_send" and jobs[-1][1] > 20
+
+
+def test_a_directory_has_a_bounded_number_of_files_and_older_datasets_more(
+    tmp_path: Path, rows: Path, pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.write_text(rows.read_text() + "not json\n")
+    flat = pack_to(out="flat")
+    monkeypatch.setattr("mmdata.shards.manifest.PARTS_A_DIRECTORY", 4)
+    leave_half(pack_to)
+    assert not list(tmp_path.glob(".out.packing/done/00004.json"))
+    assert pack_to().digest == flat.digest
+    out = tmp_path / "out"
+    assert sorted(path.name for path in (out / "sources").iterdir() if path.is_dir()) == ["001", "002", "003", "004"]
+    folders = {path for path in out.rglob("*") if path.is_dir()} - {out, out / "tokenizer"}
+    assert max(len([path for path in folder.iterdir() if path.is_file()]) for folder in folders) == 4
+    by_name = [
+        {Path(name).name: content for name, content in tree(d / "sources").items()} for d in (out, tmp_path / "flat")
+    ]
+    assert by_name[0] == by_name[1] and len(by_name[0]) == 17
+    both = [open_dataset(directory) for directory in (out, tmp_path / "flat")]
+    assert list(source_rows(both[0])) == list(source_rows(both[1])) and verify(out) == verify(tmp_path / "flat") == []
+    assert stats._rejected(both[0]) == stats._rejected(both[1]) and stats._rejected(both[0])["not json"]
+    assert stats._sources(both[0], []) == stats._sources(both[1], [])
+    (out / "sources" / "004" / "part-00016.arrow").unlink()
+    assert repair(out) == ["sources/004/part-00016.arrow"]
 
 
 def test_more_parts_than_a_manifest_can_hold_are_refused_with_a_size_that_fits(

@@ -29,7 +29,7 @@ from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
 from mmdata.shards import dataset
 from mmdata.shards.columns import columns_of, read_back
-from mmdata.shards.manifest import FORMAT_VERSION, SPLITS, DatasetHeader, ShardRecord
+from mmdata.shards.manifest import FORMAT_VERSION, SPLITS, DatasetHeader, ShardRecord, part_path
 from mmdata.tokenizer.encoders import REFERENCE, Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -342,7 +342,7 @@ class PartPacker:
         flat, header = rows.flat, self._header
         id_dtype = dataset.id_dtype(header.tokenizer.vocab_size)
         columns = columns_of(flat, ordinals, sizes, id_dtype, dataset.position_dtype(bucket))
-        path = f"{split}/b{bucket:04d}/part-{part.number:05d}.arrow"
+        path = part_path(f"{split}/b{bucket:04d}", part.number)
         place = self._settings.dir / path
         written = write_arrow(place, columns, header.shard_metadata(bucket), dataset.TOKENS_PER_BATCH // bucket)
         return ShardRecord(
@@ -372,11 +372,11 @@ class PartPacker:
                 "sha": np.frombuffer(b"".join(collected.shas), np.uint8).reshape(-1, 8),
                 "first": first.astype(np.uint32),
             }
-            path, metadata = dataset.sources_path(part.number), {"format_version": str(FORMAT_VERSION)}
+            path, metadata = part_path("sources", part.number), {"format_version": str(FORMAT_VERSION)}
             written = write_arrow(directory / path, columns, metadata, dataset.SOURCES_PER_BATCH)
             result.files.append(FileEntry(path, *written))
         if collected.rejected:
-            path = f"rejected/part-{part.number:05d}.jsonl"
+            path = part_path("rejected", part.number)
             lines = [_json_line(row) for row in sorted(collected.rejected, key=lambda row: row.line)]
             result.files.append(FileEntry(path, *write_bytes(directory / path, b"".join(lines))))
 

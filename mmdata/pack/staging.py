@@ -28,7 +28,7 @@ from mmdata.io.records import FileEntry, plain, read_record, write_record
 from mmdata.io.workers import LARGE_BYTES, Tick
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.shards import checksums
-from mmdata.shards.manifest import DatasetHeader
+from mmdata.shards.manifest import DatasetHeader, folder_of
 
 Run = Callable[..., list[Any]]  # calls `workers.run_jobs`
 PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions may write other tokens or bytes
@@ -120,7 +120,7 @@ class Staging:
 
     def recorded(self) -> list[int]:
         """Return the numbers of the parts that were recorded as finished, ascending. Their files are not checked."""
-        return sorted(int(path.stem) for path in (self.dir / "done").glob("*.json") if path.stem.isdigit())
+        return sorted(int(path.stem) for path in (self.dir / "done").rglob("*.json") if path.stem.isdigit())
 
     def finished(self, run: Run, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
         """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). run: as in
@@ -156,7 +156,7 @@ class Staging:
         return [(result, what) for result, several in found for what in several]
 
     def _record_path(self, part: int) -> Path:
-        return self.dir / "done" / f"{part:05d}.json"
+        return self.dir / f"done/{folder_of(part)}{part:05d}.json"
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Remove the records of these parts, so that they are packed again."""

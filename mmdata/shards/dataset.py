@@ -30,6 +30,8 @@ from mmdata.shards.manifest import (
     ShardRecord,
     check_sums,
     damaged,
+    part_files,
+    part_path,
     read_manifest,
 )
 
@@ -246,6 +248,14 @@ class Dataset:
             found.setdefault(shard.part, []).append(shard)
         return found
 
+    def part_file(self, directory: str, part: int) -> str:
+        """Return the path of a part's file in "sources" or "rejected", relative to the dataset."""
+        return self._part_files[directory].get(part, part_path(directory, part))
+
+    @cached_property
+    def _part_files(self) -> dict[str, dict[int, str]]:
+        return {directory: part_files(self.manifest, directory) for directory in ("sources", "rejected")}
+
     def open_shard(self, shard: ShardRecord) -> ArrowFile:
         """Return a memory-mapped shard. The MAX_MAPPED shards used last stay mapped. Raises DatasetError if it is no
         Arrow file, or has another number of samples than its record."""
@@ -294,7 +304,7 @@ def content_check(directory: Path, manifest: Manifest) -> Callable[[FileEntry], 
     and for other files."""
     parts = {part.part: part for part in manifest.parts}
     shards = {shard.path: shard for shard in manifest.shards}
-    sources = {sources_path(part.part): part for part in manifest.parts}
+    sources = {path: parts[part] for part, path in part_files(manifest, "sources").items() if part in parts}
 
     def problem_of(file: FileEntry) -> str:
         if file.path not in shards and file.path not in sources:
@@ -370,13 +380,8 @@ def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
     """Read where the packed rows of a part came from: arrays with an entry for each row that was not left out. file:
     index in `dataset.inputs`. line: from 1. offset: byte offset of the line. sha: uint8 [n, 8], first bytes of the
     line's sha256. first: number, in the part, of the row's first sequence."""
-    file = read_arrow(dataset.dir / sources_path(part))
+    file = read_arrow(dataset.dir / dataset.part_file("sources", part))
     return {name: file.column(name) for name in ("file", "line", "offset", "sha", "first")}
-
-
-def sources_path(part: int) -> str:
-    """Return the path, relative to the dataset, of the file that records where the packed rows of a part came from."""
-    return f"sources/part-{part:05d}.arrow"
 
 
 def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]]:

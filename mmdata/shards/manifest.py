@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 KINDS = ("document", "conversation", "pair")
+PARTS_A_DIRECTORY = 4096  # more files slow some file systems down
 
 
 class TokenizerRecord(msgspec.Struct, frozen=True):
@@ -282,6 +284,23 @@ class Manifest(DatasetHeader, frozen=True, kw_only=True):
     def all_files(self) -> list[FileEntry]:
         """All files of the dataset except the manifest."""
         return [*self.files, *(shard.file for shard in self.shards)]
+
+
+def folder_of(part: int) -> str:
+    """Return the folder of a part's files in their directory: none for the first PARTS_A_DIRECTORY parts, then "001/"."""
+    return f"{part // PARTS_A_DIRECTORY:03d}/" if part >= PARTS_A_DIRECTORY else ""
+
+
+def part_path(directory: str, part: int) -> str:
+    """Return the path, relative to a dataset, of a part's file in a directory such as "sources" or "rejected"."""
+    return f"{directory}/{folder_of(part)}part-{part:05d}{'.jsonl' if directory == 'rejected' else '.arrow'}"
+
+
+def part_files(manifest: Manifest, directory: str) -> dict[int, str]:
+    """Return the paths of the files in "sources" or "rejected" by the number of their part. Older datasets have them all
+    in one folder."""
+    found = ((re.search(r"part-(\d+)\.", file.path), file.path) for file in manifest.files)
+    return {int(match[1]): path for match, path in found if match and path.startswith(f"{directory}/")}
 
 
 def dataset_digest(kind: str, max_len: int, shards: Sequence[ShardRecord]) -> str:

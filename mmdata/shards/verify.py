@@ -15,7 +15,7 @@ from mmdata.io.arrow import Ragged, read_arrow
 from mmdata.io.files import Progress, no_progress
 from mmdata.io.records import FileEntry
 from mmdata.shards import checksums, dataset
-from mmdata.shards.manifest import MANIFEST, Manifest, check_sums, read_manifest
+from mmdata.shards.manifest import MANIFEST, Manifest, check_sums, part_files, part_path, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,13 @@ def _check_sequences(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     """Yield a Problem for each part of which a sequence is not stored exactly once, or whose sources file has another
     number of rows than were packed."""
     shards: dict[int, list[str]] = {}
+    sources = part_files(manifest, "sources")
     for shard in manifest.shards:
         shards.setdefault(shard.part, []).append(shard.path)
     for part in manifest.parts:
         if not part.kept:
             continue
-        path = dataset.sources_path(part.part)
+        path = sources.get(part.part, part_path("sources", part.part))
         if (actual := read_arrow(directory / path).num_rows) != part.kept:
             yield Problem(path, f"names {actual:,} rows, expected {part.kept:,}")
         ordinals = []

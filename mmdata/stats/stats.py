@@ -28,7 +28,7 @@ from mmdata.pack.filter.select import select
 from mmdata.pack.filter.where import Where
 from mmdata.pack.options import SelectOptions
 from mmdata.pack.packing import BUCKETS
-from mmdata.shards.dataset import Dataset, open_dataset, open_sources, sources_path
+from mmdata.shards.dataset import Dataset, open_dataset, open_sources
 from mmdata.shards.manifest import DatasetStats, PartRecord
 from mmdata.shards.pairs import make_loader
 from mmdata.stats import frames, scan
@@ -326,7 +326,7 @@ def _inputs(dataset: Dataset) -> list[Path | None]:
 
 def _rejected_rows(dataset: Dataset, part: PartRecord) -> Iterator[Figures]:
     """Yield the records of the rows of a part that packing left out (from rejected/); none if there is no such file."""
-    path = dataset.dir / "rejected" / f"part-{part.part:05d}.jsonl"
+    path = dataset.dir / dataset.part_file("rejected", part.part)
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from map(json.loads, file)
@@ -365,7 +365,9 @@ def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
     file_of = {}
     for part in dataset.manifest.parts:
         if part.kept:
-            file_of[part.part] = int(read_arrow(dataset.dir / sources_path(part.part)).column("file")[0])
+            file_of[part.part] = int(
+                read_arrow(dataset.dir / dataset.part_file("sources", part.part)).column("file")[0]
+            )
     sources = []
     for number, path in enumerate(dataset.inputs):
         source: Figures = {}

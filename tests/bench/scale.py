@@ -108,7 +108,6 @@ def packing(
         "manifest": parts * m.manifest,
         "driver": parts * m.result,
         "worker": m.worker + m.worker_per_byte * part,
-        "most files in a directory": parts,
         "first opening": out / (4 * m.open),
         "verify": out / (4 * m.verify),
     }
