@@ -1,7 +1,8 @@
 """Makes docs/images/*.png: `python docs/screenshots.py [DIR]`. Needs the dev extra, Chromium and its driver.
 
 Everything shown is made here, in DIR (kept; a temporary directory unless given): the demo's corpus, packed, and a short pretrain,
-sft and dpo run on it, and in DIR/lessons the runs of docs/learn/5-pretraining.md; two minutes on two cores.
+sft and dpo run on it, and in DIR/lessons the runs of docs/learn/5-pretraining.md; two minutes on two cores. docs/serve.png is
+made where DIR/demo is a finished `mm demo`.
 """
 
 import base64
@@ -127,6 +128,31 @@ def shoot(driver: Any, page: Path, image: str, *, width: int, height: int, theme
     print(image, (IMAGES / image).stat().st_size // 1000, "kB")
 
 
+def shoot_chat(driver: Any, run: Path) -> None:
+    """A picture of the chat page, with three questions answered."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    command = [sys.executable, "-m", "cli", "serve", str(run), "--name", "demo", "--port", "8765"]
+    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None and any("chat at" in line for line in server.stderr)
+        size = {"width": 1100, "height": 720, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        light = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", light)
+        driver.get("http://127.0.0.1:8765/")
+        driver.execute_script("localStorage.setItem('mm.settings', JSON.stringify({temperature: 0, language: 'en'}))")
+        driver.refresh()
+        for number, question in enumerate(("Hello!", "What is 17 + 5?", "17 加 5 等于多少？"), 1):
+            driver.find_element("css selector", "#text").send_keys(question + "\n")
+            answered = f"return document.querySelectorAll('.assistant .figures').length == {number}"
+            WebDriverWait(driver, 60).until(lambda driver, answered=answered: driver.execute_script(answered))
+        found = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
+        (ROOT / "docs" / "serve.png").write_bytes(base64.b64decode(found["data"]))
+    finally:
+        server.terminate()
+
+
 def main() -> None:
     """Make the data, the runs and the pages where they are missing, then take the pictures."""
     work = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
@@ -145,6 +171,8 @@ def main() -> None:
         shoot(driver, work / "run-zh.html", "run-phone-zh.png", width=390, height=1500, theme="dark")
         for page, image in (("rates.html", "learn-rates.png"), ("few.html", "learn-overfit.png")):
             shoot(driver, work / "lessons" / page, image, width=860, height=340, at="#curves figure")
+        if (work / "demo" / "runs" / "dpo").exists():
+            shoot_chat(driver, work / "demo" / "runs" / "dpo")
     finally:
         driver.quit()
     print(json.dumps({"images": sum(p.stat().st_size for p in IMAGES.iterdir())}))

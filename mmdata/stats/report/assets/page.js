@@ -176,7 +176,7 @@ function linesOf(spec) {
     }
     tables.push(table);
   });
-  const data = spec.scatter ? [spec.scatter, ...spec.series.map((one) => one.y)] : tables.length === 1 ? tables[0] : uPlot.join(tables);
+  const data = spec.scatter ? [spec.scatter, ...spec.series.map((one) => one.y)] : tables.length === 1 ? tables[0] : uPlot.join(tables, tables.map((table) => table.map(() => 2))); // 2: a null parts a curve also where only other curves have points
   const marks = (spec.marks || []).map((mark) => ({ ...mark, at: mark.x[axis] })).filter((mark) => mark.at !== null && mark.at !== undefined);
   const sync = spec.group ? { key: spec.group, setSeries: false, scales: ["x", null] } : undefined;
   return {
