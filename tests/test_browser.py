@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,26 @@ def test_a_print_is_light_and_whole(driver: Any, pages: Path) -> None:
         driver.execute_script("window.dispatchEvent(new Event('afterprint'))")
         assert driver.execute_script("return document.documentElement.dataset.theme || 'auto'") == "auto"
         nothing_is_wrong(driver)
+
+
+def test_between_two_stages_no_curve_has_a_line(driver: Any, tmp_path: Path) -> None:
+    """Train and val loss stand at other places of x. Where one of them is parted, all places up to its next value are."""
+    make_run(tmp_path / "base", 60, stage="pretrain")
+    make_run(tmp_path / "next", 60, stage="sft", init=str(tmp_path / "base"))
+    page = tmp_path / "run.html"
+    page.write_text(report.run_page(history.figures([tmp_path / "next"])))
+    open_page(driver, page.as_uri())
+    _, *curves = driver.execute_script(
+        "const {data} = document.querySelector('figure.plot').plot;"
+        "return data.map((all) => [...all].map((value) => (value === undefined ? 'none' : value)))"
+    )
+    parted = [[value for value in curve if value != "none"] for curve in curves]
+    assert sum(None in values for values in parted) >= 2
+    for curve in curves:
+        known = [i for i, value in enumerate(curve) if value not in (None, "none")]
+        for before, after in pairwise(known):
+            assert len(set(curve[before + 1 : after])) <= 1  # all of them None (parted) or all "none" (joined)
+    nothing_is_wrong(driver)
 
 
 def test_following_a_run_redraws_it_in_place(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
