@@ -311,8 +311,8 @@ def fragments(lengths: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray
 
 @lru_cache(maxsize=2)
 def _template(tokenizer: Tokenizer, era: str) -> Template:
-    """Return the compiled chat template, with the date DATE if it has no other fixed one. Shared by calls with the same
-    Tokenizer object and era."""
+    """Return the compiled chat template, with the date DATE if it has no other fixed one. Shared by calls with equal
+    tokenizers and the same era."""
     return Template(tokenizer.amended(date=DATE), era=era)
 
 

@@ -28,7 +28,7 @@ from mmdata.encode.columns import (
     truths,
 )
 from mmdata.encode.encoded import EncodedRows
-from mmdata.encode.forms import ODD, Forms, Pieces, leaves
+from mmdata.encode.forms import ODD, forms_of, leaves
 from mmdata.encode.reference import SAME_RENDERING, common_length, too_long, too_long_pair
 from mmdata.encode.rows import BadRow
 from mmdata.encode.sequences import Sequences, pair_sequences, ranges, take
@@ -96,7 +96,7 @@ class FastEncoder:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._max_len = max_len
-        self._forms = Forms(template, train_on)
+        self._forms = forms_of(template, train_on)
         control_ids = list(tokenizer.control_tokens.values())
         self._is_control = np.zeros(max(tokenizer.vocab_size, 1), bool)
         self._is_control[control_ids] = True
@@ -168,10 +168,10 @@ class FastEncoder:
         used, of = np.unique(forms, return_inverse=True)
         found = [self._forms.forms[n] for n in used.tolist()]
         kinds: dict[Edits, int] = {}
-        heads.codes = _gathered([[heads.code(_fixed(head)) for head in form.heads[:-1]] for form in found], of)
+        heads.codes = _gathered([list(map(heads.code, form.fixed[:-1])) for form in found], of)
         edits = _gathered([[kinds.setdefault(one, len(kinds)) for one in form.edits] for form in found], of)
         ends = columns.begins + columns.counts
-        tails.codes[ends - 1] = np.array([tails.code(_fixed(form.heads[-1])) for form in found], np.int32)[of]
+        tails.codes[ends - 1] = np.array([tails.code(form.fixed[-1]) for form in found], np.int32)[of]
         has_slots = np.array([form.has_slots for form in found], bool)[of]
         for row in np.flatnonzero(has_slots).tolist():
             begin, end, tools = int(columns.begins[row]), int(ends[row]), columns.tools.get(row, NO_TOOLS)
@@ -356,11 +356,6 @@ def _gathered(tables: Sequence[Any], of: np.ndarray) -> np.ndarray:
         return np.empty(0, np.int32)
     sizes = np.fromiter(map(len, arrays), np.int64, len(arrays))
     return np.concatenate(arrays)[ranges((np.cumsum(sizes) - sizes)[of], sizes[of])]
-
-
-def _fixed(head: Pieces) -> str:
-    """Return a text of a form that is the same for all rows; "" for another one."""
-    return "" if any(isinstance(piece, Slot) for piece in head) else "".join(map(str, head))
 
 
 def _written(slot: Slot, values: Sequence[Any], tools: ToolSpecs) -> str:

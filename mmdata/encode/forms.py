@@ -10,7 +10,7 @@ not written without jinja2; nor is a row in which the template would find a stri
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -47,6 +47,11 @@ class Form:
     literals: frozenset[str]
     controls: tuple[str, ...]
     spans: tuple[tuple[Edge, Edge], ...]
+
+    @cached_property
+    def fixed(self) -> list[str]:
+        """The heads that are the same for all rows; "" for others."""
+        return ["" if any(isinstance(p, Slot) for p in head) else "".join(map(str, head)) for head in self.heads]
 
     @cached_property
     def has_slots(self) -> bool:
@@ -161,6 +166,12 @@ class Forms:
             return None
         controls = tuple(part.text for part in segments if part.is_control)
         return Form(*written, frozenset(record.literals), controls, spans)
+
+
+@lru_cache(maxsize=4)
+def forms_of(template: Template, train_on: str) -> Forms:
+    """Return the forms of a template, shared by calls with the same Template object."""
+    return Forms(template, train_on)
 
 
 def leaves(tools: Sequence[JsonObject], messages: Iterable[Message]) -> list[Any]:

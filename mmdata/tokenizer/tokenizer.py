@@ -74,6 +74,12 @@ class Tokenizer:
         named = json.dumps(self.chat_templates) if self.chat_templates.keys() - {DEFAULT} else self.chat_template
         self.template_sha256 = hashlib.sha256((named or CHATML).encode()).hexdigest()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and (self.dir, self.files) == (other.dir, other.files)
+
+    def __hash__(self) -> int:
+        return hash((self.sha256, self.template_sha256))
+
     @classmethod
     def load(cls, dir: Path) -> "Tokenizer":
         """Read a tokenizer from a directory. Raises TokenizerError for a missing, unreadable or unusable file."""
