@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -182,6 +183,11 @@ def test_every_heading_is_explained(packed: dict[str, PackResult]) -> None:
         bare = [tag for tag, attributes in parsed(html).tags if tag == "th" and "title" not in attributes]
         assert len(bare) == len(re.findall(r"<th[^>]*></th>", html))  # those of bars
         assert "mm stats x" in html and table("Terms") in html and packed[kind].out.name in html
+
+
+def test_the_name_of_a_dataset_is_not_translated() -> None:
+    called_dpo: Any = SimpleNamespace(path=Path("shards/dpo"))  # as a stage is, which has a translation
+    assert Translation("zh")(data.name_of(called_dpo)) == "dpo" != Translation("zh")("dpo")
 
 
 def samples_of(figures: list[dict[str, Any]], why: str) -> list[dict[str, Any]]:

@@ -89,8 +89,9 @@ def folded(number: int, measured: Measured) -> Section:
 
 
 def name_of(measured: Measured) -> Phrase:
-    """Return the name of a dataset or file on the page: the last part of its path."""
-    return as_name(measured.path.resolve().name)
+    """Return the name of a dataset or file on the page: the last part of its path, untranslated (a dataset may be called dpo)."""
+    path = measured.path.resolve()
+    return as_name(path.name, key=str(path))
 
 
 def warned(warnings: Sequence[Figures]) -> Callouts:
