@@ -140,8 +140,9 @@ def test_a_bare_name_is_looked_up_under_shards_and_a_mistyped_run_is_refused(
     fine(mm("eval runs/sft-1 --data sft_512"))
     fine(mm("train sft --data sft_512 --plan"))
     refused(mm("train sft --data none"), "none: no such dataset", "there is shards/sft_512\n")
-    refused(mm("train sft --resume --out runs/sft-9"), "runs/sft-9: no such run", "there is runs/sft-1;")
-    assert not (home / "runs/sft-9").exists()
+    for stage, name in (("sft", "sft-9"), ("pretrain", "sft_1"), ("dpo", "sft-1x"), ("sft", "SFT-1")):
+        refused(mm(f"train {stage} --resume --out runs/{name}"), f"runs/{name}: no such run", "there is runs/sft-1;")
+        assert not (home / "runs" / name).exists()
 
 
 # --- help
