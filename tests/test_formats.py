@@ -291,6 +291,17 @@ def test_a_row_group_larger_than_a_part_is_read_by_several(tmp_path: Path) -> No
         assert [line.number for line in found] == list(range(1, 5001))
 
 
+def test_the_parts_of_a_table_are_measured_as_json(tmp_path: Path) -> None:
+    """Keys are stored once in a table, but read with each value."""
+    path = tmp_path / "rows.parquet"
+    messages = [{"role": role, "content": f"{role} {'says ' * 20}"} for role in ("user", "assistant")]
+    for row in ({"conversations": messages * 3}, {"text": "says " * 99, "id": 7}):
+        rows = [row | {"number": f"{number:09}"} for number in range(2000)]
+        path.write_bytes(parquet(rows, row_group_size=500, use_dictionary=["number"]))
+        (whole,) = tables.row_ranges(path, 2**30)
+        assert 0.8 < whole.num_bytes / len(jsonl(rows)) < 1.2
+
+
 def test_a_table_is_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(parquet([{"text": "x" * 1000 + str(number)} for number in range(3000)]))

@@ -20,6 +20,7 @@ from mmdata.errors import InputError
 
 BATCH_ROWS, BATCH_BYTES = 4096, 2**20  # most rows, and about the most bytes, that are read at once
 CONVERTED_BYTES = 2**18  # about the most bytes that are converted at once; Python's objects take several times as much
+KEY_BYTES = 10  # of a value in JSON beside its name: quotes, a colon, a comma, and what is stored once for equal values
 SELECTED = ["file", "line", "row"]  # the columns of a parquet file that `mm select` writes
 MOST_RANGES = 8  # of one row group: to read one, all rows of the group before it have to be decoded, too
 _BOM = b"\xef\xbb\xbf"
@@ -103,10 +104,12 @@ def _is_parquet(table: Any) -> bool:
 
 
 def _groups(table: Any) -> Iterator[tuple[int, int]]:
-    """Yield the number of rows and bytes of each row group or record batch."""
+    """Yield the number of rows of each row group or record batch, and about its bytes as JSON."""
     if _is_parquet(table):
-        groups = map(table.metadata.row_group, range(table.num_row_groups))
-        yield from ((group.num_rows, group.total_byte_size) for group in groups)
+        for group in map(table.metadata.row_group, range(table.num_row_groups)):
+            columns = map(group.column, range(group.num_columns))
+            keys = ((column.num_values, column.path_in_schema.rpartition(".")[2]) for column in columns)
+            yield group.num_rows, group.total_byte_size + sum(count * (len(key) + KEY_BYTES) for count, key in keys)
     else:
         yield from ((batch.num_rows, batch.nbytes) for _, batch in _batches(table, 0, None))
 
