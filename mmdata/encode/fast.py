@@ -102,13 +102,14 @@ class FastEncoder:
         self._is_control[control_ids] = True
         self._first_control, self._last_control = min(control_ids, default=1), max(control_ids, default=0)
         self._prefixes = [_Prefix(None)]
+        self._cuts: dict[tuple[int, int], tuple[int, int]] = {}  # form and messages -> control tokens and ranges; or 0
         self._layout = lru_cache(None)(self._make_layout)
 
     def encode(self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, out: EncodedRows) -> np.ndarray:
         """Encode rows and add them to `out`. Return bool [R], or [P] for pairs: True for rows that must go through
         jinja2. at: int64 [rows], the index of each row in the batch. keeps: bool [rows], rows that keep the empty think
         blocks."""
-        tokens, is_good = self._tokens(columns, keeps)
+        tokens, is_good, forms = self._tokens(columns, keeps)
         rows = np.flatnonzero(is_good)
         if columns.is_pairs:
             self._add_pairs(at[rows], tokens, out)
@@ -118,12 +119,13 @@ class FastEncoder:
         if is_long.any():
             long = np.zeros(len(at), bool)
             long[rows[is_long]] = True
-            is_good[long] = self._add_cut(at[long], columns.only(long), keeps[long], tokens.lengths[is_long], out)
+            cut = self._add_cut(at[long], columns.only(long), keeps[long], tokens.only(is_long), forms[is_long], out)
+            is_good[long] = cut
         return ~is_good
 
-    def _tokens(self, columns: Conversations, keeps: np.ndarray) -> tuple[_Tokens, np.ndarray]:
+    def _tokens(self, columns: Conversations, keeps: np.ndarray) -> tuple[_Tokens, np.ndarray, np.ndarray]:
         """Encode rows whole, and return the tokens of those that need no jinja2, for pairs of all chosen sides, then of
-        all rejected ones, and bool [rows], False for the others."""
+        all rejected ones, bool [rows], False for the others, and the forms of the tokens' texts."""
         sides = 1 + columns.is_pairs
         first = np.tile(columns.num_shared, 2) if columns.is_pairs else np.zeros(len(columns), np.int64)
         forms = self._forms.find(columns, np.tile(keeps, sides), first)
@@ -139,7 +141,7 @@ class FastEncoder:
         tokens, is_located = self._locate(self._texts(columns, forms, begins), forms, skipped)
         is_located = self._of_both_sides(is_located, sides)
         is_good[is_good] = is_located
-        return tokens.only(is_located), is_good[: len(keeps)]
+        return tokens.only(is_located), is_good[: len(keeps)], forms[is_located]
 
     @staticmethod
     def _of_both_sides(is_good: np.ndarray, sides: int) -> np.ndarray:
@@ -172,14 +174,13 @@ class FastEncoder:
         edits = _gathered([[kinds.setdefault(one, len(kinds)) for one in form.edits] for form in found], of)
         ends = columns.begins + columns.counts
         tails.codes[ends - 1] = np.array([tails.code(form.fixed[-1]) for form in found], np.int32)[of]
-        has_slots = np.array([form.has_slots for form in found], bool)[of]
+        has_slots = np.array([bool(form.slotted) for form in found], bool)[of]
         for row in np.flatnonzero(has_slots).tolist():
             begin, end, tools = int(columns.begins[row]), int(ends[row]), columns.tools.get(row, NO_TOOLS)
             values = leaves(tools.specs, (columns.extras[at] for at in range(begin, end) if at in columns.extras))
-            for at, head in enumerate(found[of[row]].heads, begin):
-                if any(isinstance(piece, Slot) for piece in head):
-                    codes, at = (heads, at) if at < end else (tails, end - 1)
-                    codes.set(at, "".join(p if isinstance(p, str) else _written(p, values, tools) for p in head))
+            for number, head in found[of[row]].slotted:
+                codes, at = (heads, begin + number) if begin + number < end else (tails, end - 1)
+                codes.set(at, "".join([p if isinstance(p, str) else _written(p, values, tools) for p in head]))
         contents = columns.contents
         for each, code in kinds.items():
             if each:
@@ -290,33 +291,95 @@ class FastEncoder:
         out.add(at, sequences, int(num_tokens.sum()))
 
     def _add_cut(
-        self, at: np.ndarray, columns: Conversations, keeps: np.ndarray, num_tokens: np.ndarray, out: EncodedRows
+        self,
+        at: np.ndarray,
+        columns: Conversations,
+        keeps: np.ndarray,
+        whole: _Tokens,
+        forms: np.ndarray,
+        out: EncodedRows,
     ) -> np.ndarray:
         """Add conversations longer than `max_len`, each cut after its last whole turn (a user message and all up to its
-        final answer) that fits, which is found by bisection; without any the row is bad. Return bool [rows], False for
-        those that must go through jinja2. num_tokens: int64 [rows], before cutting."""
+        final answer) that fits; without any the row is bad. Return bool [rows], False for those that must go through
+        jinja2. whole, forms: the tokens and the form of each conversation, not cut."""
         may_end = (columns.roles == ASSISTANT) & ~np.roll(columns.is_first, -1) & (np.roll(columns.roles, -1) != TOOL)
         row_of = columns.row_of[may_end]
         sizes = 1 + np.flatnonzero(may_end) - columns.begins[row_of]  # messages up to the end of each turn
-        high = np.bincount(row_of, minlength=len(at))
-        firsts, low, is_good = np.cumsum(high) - high, np.zeros_like(high), np.ones(len(at), bool)
-        found = []  # rows, turns and tokens that fit
+        ends = np.bincount(row_of, minlength=len(at))
+        found = [self._begun(columns, keeps, whole, forms, np.split(sizes, np.cumsum(ends)[:-1]))]
+        is_left = np.ones(len(at), bool)
+        is_left[found[0][0]] = False
+        is_good, low = np.ones(len(at), bool), (~is_left).astype(np.int64)
+        if is_left.any():
+            sizes = sizes[is_left[row_of]]
+            more, is_good[is_left], low[is_left] = self._bisected(
+                columns.only(is_left), keeps[is_left], sizes, ends[is_left]
+            )
+            found += [(np.flatnonzero(is_left)[rows], tokens) for rows, tokens in more]
+        for row in np.flatnonzero(is_good & (low == 0)).tolist():
+            out.bad[int(at[row])] = BadRow("too long", too_long(int(whole.lengths[row]), self._max_len))
+        for rows, tokens in found:
+            for dropped in (whole.lengths[rows] - tokens.lengths).tolist():
+                out.add_cut(dropped)
+            self._add(at[rows], tokens, whole.lengths[rows], out)
+        return is_good
+
+    def _begun(
+        self, columns: Conversations, keeps: np.ndarray, whole: _Tokens, forms: np.ndarray, sizes: list[np.ndarray]
+    ) -> tuple[np.ndarray, _Tokens]:
+        """Return the rows of which the whole text begins with that of the cut conversation, and their tokens. sizes: the
+        numbers of messages after which each conversation may be cut."""
+        places = self._control_places(whole.ids)
+        firsts = np.searchsorted(places, whole.begins).tolist()
+        rows, lengths, num_spans = [], [], []
+        for row, form in enumerate(forms.tolist()):
+            for size in sizes[row][::-1].tolist():
+                cut = self._cuts.get((form, size))
+                if cut is None:
+                    number = int(
+                        self._forms.find(
+                            columns.only(np.arange(len(forms)) == row, np.array([size])),
+                            keeps[row : row + 1],
+                            np.zeros(1, np.int64),
+                        )[0]
+                    )
+                    is_begin = number != ODD and self._forms.forms[number].begins(self._forms.forms[form], size)
+                    found = self._forms.forms[number]
+                    cut = self._cuts[form, size] = (len(found.controls), len(found.spans)) if is_begin else (0, 0)
+                if not cut[0]:
+                    break
+                length = int(places[firsts[row] + cut[0]] - whole.begins[row])
+                if length <= self._max_len:
+                    rows.append(row)
+                    lengths.append(length)
+                    num_spans.append(cut[1])
+                    break
+        is_kept = np.zeros(len(forms), bool)
+        is_kept[rows] = True
+        tokens = whole.only(is_kept)
+        tokens.lengths, kept = np.array(lengths, np.int64), np.array(num_spans, np.int64)
+        starts = np.cumsum(tokens.num_spans) - tokens.num_spans
+        tokens.spans, tokens.num_spans = tokens.spans[ranges(starts, kept)], kept
+        return np.array(rows, np.int64), tokens
+
+    def _bisected(
+        self, columns: Conversations, keeps: np.ndarray, sizes: np.ndarray, high: np.ndarray
+    ) -> tuple[list[tuple[np.ndarray, _Tokens]], np.ndarray, np.ndarray]:
+        """Find the most turns of each conversation that fit by encoding it with half of them, and so on. Return rows and
+        their tokens; bool [rows], False for rows that must go through jinja2; and how many turns fit. sizes: messages up
+        to the end of each turn, all rows end to end. high: int64 [rows], the number of turns; it is changed."""
+        firsts, low, is_good = np.cumsum(high) - high, np.zeros_like(high), np.ones(len(high), bool)
+        found = []
         while (is_open := is_good & (low < high)).any():
             middle = ((low + high) // 2)[is_open]
-            tokens, is_done = self._tokens(columns.only(is_open, sizes[firsts[is_open] + middle]), keeps[is_open])
+            tokens, is_done, _ = self._tokens(columns.only(is_open, sizes[firsts[is_open] + middle]), keeps[is_open])
             rows, middle, fits = np.flatnonzero(is_open)[is_done], middle[is_done], tokens.lengths <= self._max_len
             low[rows[fits]], high[rows[~fits]] = middle[fits] + 1, middle[~fits]
             found.append((rows[fits], middle[fits] + 1, tokens.only(fits)))
             is_good[is_open] = is_done
-        for row in np.flatnonzero(is_good & (low == 0)).tolist():
-            out.bad[int(at[row])] = BadRow("too long", too_long(int(num_tokens[row]), self._max_len))
-        for rows, turns, tokens in found:
-            is_best = is_good[rows] & (low[rows] == turns)
-            rows, tokens = rows[is_best], tokens.only(is_best)
-            for dropped in (num_tokens[rows] - tokens.lengths).tolist():
-                out.add_cut(dropped)
-            self._add(at[rows], tokens, num_tokens[rows], out)
-        return is_good
+        best = [is_good[rows] & (low[rows] == turns) for rows, turns, _ in found]
+        kept = [(rows[is_best], tokens.only(is_best)) for (rows, _, tokens), is_best in zip(found, best, strict=True)]
+        return kept, is_good, low
 
     def _add_pairs(self, at: np.ndarray, tokens: _Tokens, out: EncodedRows) -> None:
         """Add pairs, divided into prompt and replies, with their trained ranges. Pairs with a side longer than

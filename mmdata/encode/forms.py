@@ -54,8 +54,24 @@ class Form:
         return ["" if any(isinstance(p, Slot) for p in head) else "".join(map(str, head)) for head in self.heads]
 
     @cached_property
-    def has_slots(self) -> bool:
-        return any(isinstance(piece, Slot) for head in self.heads for piece in head)
+    def slotted(self) -> list[tuple[int, Pieces]]:
+        """The heads that have slots, with their numbers."""
+        return [(n, head) for n, head in enumerate(self.heads) if any(isinstance(piece, Slot) for piece in head)]
+
+    def begins(self, other: "Form", number: int) -> bool:
+        """Return whether this form, of the first `number` messages of another's conversations, is written as they begin,
+        up to one of their control tokens."""
+        end, (next, *_) = "".join(map(str, self.heads[-1])), (*other.heads[number], "")
+        controls, spans = len(self.controls), len(self.spans)
+        return (
+            self.heads[:-1] == other.heads[:number]
+            and self.edits == other.edits[:number]
+            and isinstance(next, str)
+            and next.startswith(end + (*other.controls[controls:], "\ue000")[0])
+            and self.controls == other.controls[:controls]
+            and self.spans == other.spans[:spans]
+            and self.literals <= other.literals
+        )
 
 
 class Forms:
@@ -66,7 +82,7 @@ class Forms:
         self._template, self._train_on = template, train_on
         self._numbers: dict[Key, int] = {}
         self._rests: dict[tuple[int, int, int], tuple[int, int]] = {}
-        self._codes: dict[str, int] = {}
+        self._codes: dict[Any, int] = {}
         self._num_rows = 0
         self.forms: list[Form] = []
 
@@ -89,7 +105,8 @@ class Forms:
             if message.has_marks or len(self._codes) == MOST_CODES:
                 odd_rows.add(int(columns.row_of[at]))
             else:
-                kinds = repr(_mapped(message, type)[2:]) + str(codes[at])
+                reasoning = message.reasoning_content and str
+                kinds = codes[at], reasoning, tuple(map(_shape, message.tool_calls))
                 codes[at] = self._codes.setdefault(kinds, _EXTRAS + len(self._codes))
         self._num_rows += len(columns)
         whole, ends = codes.tobytes(), np.cumsum(columns.counts).tolist()
@@ -178,8 +195,30 @@ def leaves(tools: Sequence[JsonObject], messages: Iterable[Message]) -> list[Any
     """Return the texts and objects that a conversation says besides contents: tools, then those of its messages."""
     values: list[Any] = [*tools]
     for message in messages:
-        _mapped(message, values.append)
+        values += [message.reasoning_content] if message.reasoning_content else []
+        for call in message.tool_calls:
+            _add_leaves(call, values)
     return values
+
+
+def _add_leaves(value: JsonObject, values: list[Any]) -> None:
+    """Append the texts and objects of arguments in a part of a call, in the order of `_mapped`."""
+    for key, item in value.items():
+        if item and key != "type" and isinstance(item, str | dict):
+            if key == "arguments" or isinstance(item, str):
+                values.append(item)
+            else:
+                _add_leaves(item, values)
+
+
+def _shape(value: JsonObject) -> tuple[Any, ...]:
+    """Return what all parts of calls that differ only in their leaves have in common."""
+    return tuple(
+        (key, repr(item))
+        if key == "type" or not item or not isinstance(item, str | dict)
+        else (key, type(item) if key == "arguments" or isinstance(item, str) else _shape(item))
+        for key, item in value.items()
+    )
 
 
 def _row(columns: Conversations, begin: int, end: int, tools: Sequence[JsonObject]) -> Conversation:
