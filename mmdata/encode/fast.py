@@ -153,7 +153,8 @@ class FastEncoder:
         one, or one with a string that it searches for. forms: those that matter."""
         pc, contents = compute(), columns.contents
         literals = set().union(*(self._forms.forms[n].literals for n in np.unique(forms).tolist()))
-        is_odd = (byte_sizes(pc.utf8_ltrim(contents, SPACE)) == 0) & (byte_sizes(contents) > 0)
+        is_odd = as_numpy(pc.match_substring_regex(contents, f"^[{re.escape(SPACE)}]"))
+        is_odd[is_odd] = byte_sizes(pc.utf8_ltrim(contents.filter(truths(is_odd)), SPACE)) == 0
         if literals:
             pattern = "|".join(map(re.escape, sorted(literals)))
             is_odd |= as_numpy(pc.match_substring_regex(contents, pattern))
@@ -306,10 +307,9 @@ class FastEncoder:
         row_of = columns.row_of[may_end]
         sizes = 1 + np.flatnonzero(may_end) - columns.begins[row_of]  # messages up to the end of each turn
         ends = np.bincount(row_of, minlength=len(at))
-        found = [self._begun(columns, keeps, whole, forms, np.split(sizes, np.cumsum(ends)[:-1]))]
-        is_left = np.ones(len(at), bool)
-        is_left[found[0][0]] = False
-        is_good, low = np.ones(len(at), bool), (~is_left).astype(np.int64)
+        rows, tokens, is_left = self._begun(columns, keeps, whole, forms, np.split(sizes, np.cumsum(ends)[:-1]))
+        found = [(rows, tokens)]
+        is_good, low = np.ones(len(at), bool), np.bincount(rows, minlength=len(at))
         if is_left.any():
             sizes = sizes[is_left[row_of]]
             more, is_good[is_left], low[is_left] = self._bisected(
@@ -326,27 +326,21 @@ class FastEncoder:
 
     def _begun(
         self, columns: Conversations, keeps: np.ndarray, whole: _Tokens, forms: np.ndarray, sizes: list[np.ndarray]
-    ) -> tuple[np.ndarray, _Tokens]:
-        """Return the rows of which the whole text begins with that of the cut conversation, and their tokens. sizes: the
-        numbers of messages after which each conversation may be cut."""
+    ) -> tuple[np.ndarray, _Tokens, np.ndarray]:
+        """Return the rows that can be cut and of which the whole text begins with that of the cut conversation, their
+        tokens, and bool [rows], True for those whose whole text may begin otherwise. sizes: the numbers of messages
+        after which each conversation may be cut."""
         places = self._control_places(whole.ids)
         firsts = np.searchsorted(places, whole.begins).tolist()
         rows, lengths, num_spans = [], [], []
+        is_left = np.zeros(len(forms), bool)
         for row, form in enumerate(forms.tolist()):
             for size in sizes[row][::-1].tolist():
-                cut = self._cuts.get((form, size))
-                if cut is None:
-                    number = int(
-                        self._forms.find(
-                            columns.only(np.arange(len(forms)) == row, np.array([size])),
-                            keeps[row : row + 1],
-                            np.zeros(1, np.int64),
-                        )[0]
-                    )
-                    is_begin = number != ODD and self._forms.forms[number].begins(self._forms.forms[form], size)
-                    found = self._forms.forms[number]
-                    cut = self._cuts[form, size] = (len(found.controls), len(found.spans)) if is_begin else (0, 0)
+                if (cut := self._cuts.get((form, size))) is None:
+                    example = columns.only(np.arange(len(forms)) == row, np.array([size]))
+                    cut = self._cuts[form, size] = self._find_cut(form, size, example, keeps[row : row + 1])
                 if not cut[0]:
+                    is_left[row] = True
                     break
                 length = int(places[firsts[row] + cut[0]] - whole.begins[row])
                 if length <= self._max_len:
@@ -360,7 +354,15 @@ class FastEncoder:
         tokens.lengths, kept = np.array(lengths, np.int64), np.array(num_spans, np.int64)
         starts = np.cumsum(tokens.num_spans) - tokens.num_spans
         tokens.spans, tokens.num_spans = tokens.spans[ranges(starts, kept)], kept
-        return np.array(rows, np.int64), tokens
+        return np.array(rows, np.int64), tokens, is_left
+
+    def _find_cut(self, form: int, size: int, example: Conversations, keeps: np.ndarray) -> tuple[int, int]:
+        """Return the numbers of control tokens and trained ranges in the first `size` messages of a form, or zeros if its
+        conversations begin otherwise than those messages alone, of which `example` is one conversation."""
+        number = int(self._forms.find(example, keeps, np.zeros(1, np.int64))[0])
+        if number == ODD or not self._forms.forms[number].begins(self._forms.forms[form], size):
+            return 0, 0
+        return len(self._forms.forms[number].controls), len(self._forms.forms[number].spans)
 
     def _bisected(
         self, columns: Conversations, keeps: np.ndarray, sizes: np.ndarray, high: np.ndarray

@@ -10,7 +10,7 @@ not written without jinja2; nor is a row in which the template would find a stri
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -116,19 +116,18 @@ class Forms:
             tools = columns.tools[row].specs if row in columns.tools else ()
             if row not in odd_rows and all(tools):
                 key = whole[2 * begin : 2 * end], len(tools), keep, first
-                numbers[row] = self._number(key, partial(_row, columns, begin, end, tools))
+                number = self._numbers.get(key)
+                numbers[row] = self._learned(key, _row(columns, begin, end, tools)) if number is None else number
         return numbers
 
-    def _number(self, key: Key, example: Callable[[], Conversation]) -> int:
-        """Return the number of a form, which is learned from a conversation if it is new, or ODD."""
-        number = self._numbers.get(key)
-        if number is None:
-            if len(self._numbers) > MOST + self._num_rows // 16:
-                return ODD
-            form = self._learn(key, example())
-            number = self._numbers[key] = ODD if form is None else len(self.forms)
-            self.forms += [] if form is None else [form]
-        return number
+    def _learned(self, key: Key, example: Conversation) -> int:
+        """Return the number of a new form, learned from a conversation, or ODD."""
+        if len(self._numbers) > MOST + self._num_rows // 16:
+            return ODD
+        form = self._learn(key, example)
+        self._numbers[key] = ODD if form is None else len(self.forms)
+        self.forms += [] if form is None else [form]
+        return self._numbers[key]
 
     def _control_in(self, text: str) -> int:
         """Return where the first control token in a text of the template begins; -1 without one."""
