@@ -196,6 +196,8 @@ class _Dialogue(MessageReader):
         """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is invalid or
         ends with a placeholder."""
         if is_prompted:
+            if self._values.get("label") is False and "label" not in self._found.values():
+                raise BadRow("unwanted answer")
             messages, tools = self._context()
             reply, reply_tools = self._field("completion", "assistant")
             messages, tools = messages + reply, reply_tools or tools
