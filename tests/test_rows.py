@@ -277,12 +277,9 @@ def test_a_long_line_is_one_line(tmp_path: Path) -> None:
     assert [len(parse_row(line.raw).text) for line in iter_lines(path)] == [5_000_000, 1]  # type: ignore[union-attr]
 
 
-def test_an_answer_labelled_false_is_set_aside() -> None:
+def test_an_answer_labelled_true_is_an_answer() -> None:
     row = {"prompt": "a", "completion": "b"}
     assert parse(row | {"label": True}) == parse(row)
-    for prompt in ("a", [{"role": "user", "content": "a"}]):
-        with pytest.raises(BadRow, match="unwanted answer"):
-            parse(row | {"prompt": prompt, "label": False})
 
 
 def test_the_kind_is_told_from_the_first_rows(tmp_path: Path) -> None:
