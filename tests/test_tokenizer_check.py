@@ -206,7 +206,7 @@ def _dead(parts: Parts, config: Parts) -> None:
 
 def test_a_token_no_text_becomes_is_a_note(whole: Path, tmp_path: Path) -> None:
     found = levels(check(edited(whole, tmp_path / "edited", _dead)), "note")["dead tokens"]
-    assert found.found == "1 tokens that no text becomes: qqqq"
+    assert found.found == "1 token that no text becomes: qqqq"
 
 
 def test_what_a_template_leaves_out_is_a_note_with_the_consequence() -> None:

@@ -256,7 +256,7 @@ def _check_decoding(tokenizer: Tokenizer) -> Iterator[Finding]:
     dead = [id for id in range(tokenizer.vocab_size) if not _is_reachable(tokenizer, id)]
     if dead:
         some = ", ".join(legible(texts[id] or b"") or f"id {id}" for id in dead[:8])
-        found = f"{len(dead):,} tokens that no text becomes: {some}"
+        found = f"{len(dead):,} token{'s' * (len(dead) != 1)} that no text becomes: {some}"
         yield Finding("dead tokens", "note", found, "they only take room")
 
 
