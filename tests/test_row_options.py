@@ -62,6 +62,13 @@ def test_a_place_in_a_table_is_a_row(home: Path, mm: Run, tmp_path: Path) -> Non
         assert f"{unit} 5" in fine(mm(f"validate {path}")).out
 
 
+def test_a_column_whose_name_has_spaces_is_quoted_in_the_next_command(home: Path, mm: Run) -> None:
+    (home / "shop.csv").write_text("a question,an answer\n" + "hi,hello\n" * 20)
+    flags = "--map 'prompt=a question' --map 'completion=an answer'"
+    assert fine(mm(f"validate shop.csv {flags}")).err.endswith(f"next: mm pack shop.csv {flags}\n")
+    assert f"next: mm stats shop.csv {flags} --html stats.html\n" in fine(mm(f"stats shop.csv {flags}")).err
+
+
 def test_stats_of_a_file_of_which_most_rows_cannot_be_used_is_an_error(home: Path, mm: Run, tmp_path: Path) -> None:
     half = write(tmp_path / "half.jsonl", [{"text": "boat"}, {"text": ""}] * 4)
     most = write(tmp_path / "most.jsonl", [{"text": "boat"}, {"text": ""}, {"text": None}] * 4)
@@ -76,6 +83,7 @@ def test_a_mapping_is_recorded_and_decides_what_is_up_to_date(home: Path, mm: Ru
         mm(f"pack {asked} --out shards/asked"), "asked.jsonl: none of its first 10 rows", "line 1", "`ask` (a string)"
     ).err
     assert "--map" in told
+    refused(mm(f"validate {asked} --map chosen=Good"), "fix: --map chosen=Good: no row has a value in this column")
     packed = fine(mm(f"pack {asked} --out shards/asked {MAP} --workers 1 --no-report"))
     assert "kept 10 of 10 rows" in packed.out
     assert "keys ignored: mood (10)\nmetadata ignored: id (10)\n" in packed.out

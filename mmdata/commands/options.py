@@ -17,6 +17,7 @@ import inspect
 import operator
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property, partial
@@ -354,7 +355,7 @@ def pack_command(files: Sequence[Path] = (), read: ReadOptions = DEFAULT_READING
     """Return the command that packs these files (none: data/*.jsonl), read the same way, after the one that fetches a
     tokenizer if data/tokenizer is not there."""
     fetch = "" if (DATA_DIR / "tokenizer").is_dir() else "mm fetch --tokenizer minimind-3    then    "
-    return " ".join([f"{fetch}mm pack", *map(str, files), *read.flags])
+    return f"{fetch}mm pack {shlex.join([*map(str, files), *read.flags])}".rstrip()
 
 
 def optional_tokenizer(path: Path | None) -> Path | None:
@@ -368,7 +369,7 @@ def tokenizer_dir(path: Path | None) -> Path:
         return directory
     raise TokenizerError(
         f"no tokenizer given and no {DATA_DIR}/tokenizer here",
-        "`mm fetch --tokenizer minimind-3` brings one, or name a directory: --tokenizer DIR",
+        "`mm fetch --tokenizer minimind-3` brings one, `mm tokenizer train` makes one; or name a directory: --tokenizer DIR",
     )
 
 

@@ -1,6 +1,7 @@
 """`mm stats`: measure packed datasets and jsonl files, and print the figures or write them as an HTML report."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,7 +88,7 @@ def stats(
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
         other = f" --compare {compare}" if compare else ""
-        next_command(f"mm stats {' '.join([*map(str, paths), *read.flags])}{other} --html stats.html")
+        next_command(f"mm stats {shlex.join([*map(str, paths), *read.flags])}{other} --html stats.html")
     end_if_unusable(measured, budget, read.kind)
 
 

@@ -105,9 +105,10 @@ def kind_of_lines(lines: Iterable[Line], path: Path, read: ReadOptions = DEFAULT
     if first and not kinds:
         line, bad = first
         message = f"{path}: none of its first {reasons.total()} rows can be used"
-        raise InputError(
-            f"{message}; {unit_of(path, read)} {line.number} {explain(line.raw, bad, columns)}", REASONS[bad.reason]
-        )
+        fix = REASONS[bad.reason]
+        if unused := columns.unused:
+            fix = f"--map {unused[0]}: no row has a value in this column; write its name as the file does"
+        raise InputError(f"{message}; {unit_of(path, read)} {line.number} {explain(line.raw, bad, columns)}", fix)
     kind, count = kinds.most_common(1)[0]
     if count < 0.9 * kinds.total():
         counts = ", ".join(f"{n} {k}" for k, n in kinds.most_common())
