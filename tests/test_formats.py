@@ -344,6 +344,14 @@ def test_a_csv_that_is_no_table_is_refused_at_its_line(tmp_path: Path, content: 
     assert words in refusal(path).message
 
 
+def test_a_csv_row_with_too_few_cells_is_told_of_empty_ones(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text;n\na;1\nb\n")
+    assert refusal(path).fix.startswith("an empty cell needs its ';' too")
+    path.write_text("text;n\na;1\nb;c;2\n")
+    assert refusal(path).fix.startswith("put cells")
+
+
 def test_columns_without_a_name_are_named_by_their_number(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     for content, row in (

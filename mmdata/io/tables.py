@@ -241,7 +241,8 @@ def csv_rows(path: Path, file: Any, separator: str, begin: int) -> Iterator[tupl
                 return
             if record and len(record) != len(header):
                 cells = f"{len(record)} cells, its header names {len(header)}"
-                raise InputError(f"{path} line {records.line_num}: {cells}", quotes)
+                fix = quotes if len(record) > len(header) else f"an empty cell needs its {separator!r} too; or {quotes}"
+                raise InputError(f"{path} line {records.line_num}: {cells}", fix)
             if record:
                 yield start, _json({name: cell for name, cell in zip(header, record, strict=True) if cell})
     except csv.Error as error:
