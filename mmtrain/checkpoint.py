@@ -393,7 +393,7 @@ def find(path: Path) -> Checkpoint:
     Raises CheckpointError if the checkpoint is damaged, or if the run has no undamaged one."""
     if (path / STATE).exists():
         return open_checkpoint(path)
-    problem = "it holds no checkpoint"
+    problem = "it holds no checkpoint" if path.exists() else "no such directory"
     for directory in _directories(path):
         try:
             return open_checkpoint(directory)

@@ -155,8 +155,10 @@ def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_place_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="no such directory"):
         checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path)
 
 
 def test_the_newest_finished_run_of_a_stage_is_found(tmp_path: Path) -> None:
