@@ -17,6 +17,8 @@ from mmdata.encode.rows import Message
 from mmdata.encode.template import Template
 from mmdata.errors import CheckpointError, TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
+from mmdata.tokenizer.toolkit.options import TokenizerOptions
+from mmdata.tokenizer.toolkit.train import train_to
 from mmtrain.config import TrainOptions
 from mmtrain.convert import export as export_module
 from mmtrain.convert.export import export
@@ -302,6 +304,16 @@ def test_tokenizers_are_named_by_how_they_cut(tmp_path: Path) -> None:
         (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(parts | change))
         with pytest.raises(TokenizerError, match=r"llama\.cpp has no name"):
             pre_tokenizer_name(Tokenizer.load(tmp_path / "b"))
+
+
+def test_of_tokenizers_that_mm_trains_llama_cpp_knows_the_pattern_gpt2(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "one and two is 3. " * 50}))
+    for pattern in ("gpt2", "digits"):
+        train_to([tmp_path / "rows.jsonl"], tmp_path / pattern, TokenizerOptions(320, pattern=pattern))
+    assert pre_tokenizer_name(Tokenizer.load(tmp_path / "gpt2")) == "gpt-2"
+    with pytest.raises(TokenizerError) as refused:
+        pre_tokenizer_name(Tokenizer.load(tmp_path / "digits"))
+    assert "--pattern gpt2" in refused.value.fix
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def _split(regex: str) -> dict[str, object]:
 
 _PRE_TOKENIZERS = {  # llama.cpp's name -> steps of the pre-tokenizer in tokenizer.json, without "trim_offsets"
     "gpt-2": [_GPT2],  # used by MiniMind
-    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],  # used by tokenizers that mm trains
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     "qwen2": [_split(_QWEN2_REGEX), _BYTES],
     "llama-bpe": [_split(_LLAMA3_REGEX), _BYTES],
 }
@@ -229,7 +229,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
                 return name
     raise TokenizerError(
         f"{tokenizer.dir}: llama.cpp has no name for its pre-tokenizer ({json.dumps(steps)[:200]})",
-        f"supported are those of {', '.join(_PRE_TOKENIZERS)}; --format hf keeps any tokenizer",
+        f"supported are those of {', '.join(_PRE_TOKENIZERS)}: train one with `mm tokenizer train --pattern gpt2`; "
+        "--format hf keeps any tokenizer",
     )
 
 
