@@ -435,16 +435,16 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, state)
 
 
-def find_run(root: Path, stages: Sequence[str]) -> Path | None:
-    """Return the directory of the run that finished last, among finished runs of these stages directly under `root`;
-    None if there is none. Unreadable runs are skipped."""
-    finished: list[tuple[float, Path]] = []
+def find_run(root: Path, stages: Sequence[str], status: str = "finished") -> Path | None:
+    """Return the directory of the run that ended last, among runs of these stages and this status directly under
+    `root`; None if there is none. Unreadable runs are skipped."""
+    found: list[tuple[float, Path]] = []
     for path in root.glob(f"*/{RUN}"):
         with contextlib.suppress(CheckpointError):
             run = read_run(path.parent)
-            if run.status == "finished" and run.stage in stages:
-                finished.append((run.ended or 0.0, path.parent))
-    return max(finished)[1] if finished else None
+            if run.status == status and run.stage in stages:
+                found.append((run.ended or 0.0, path.parent))
+    return max(found)[1] if found else None
 
 
 def _directories(run_dir: Path) -> list[Path]:

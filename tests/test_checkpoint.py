@@ -175,3 +175,4 @@ def test_the_newest_finished_run_of_a_stage_is_found(tmp_path: Path) -> None:
     (tmp_path / "torn" / "run.json").write_text("{")
     assert checkpoint.find_run(tmp_path, ("pretrain", "sft")) == tmp_path / "new"
     assert checkpoint.find_run(tmp_path, ("pretrain",)) is None
+    assert checkpoint.find_run(tmp_path, ("pretrain", "sft"), "interrupted") == tmp_path / "open"

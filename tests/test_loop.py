@@ -360,9 +360,14 @@ def test_without_a_run_to_start_from_a_stage_warns_and_takes_new_weights(
     stage: str, first: str, data: Data, tmp_path: Path
 ) -> None:
     lines: list[str] = []
-    config = replace(config_of(stage, data, tmp_path / "run", model="tiny"), steps=1, quiet=False)
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "run.json").write_text(json.dumps({"stage": first.split()[-1], "status": "interrupted", "ended": 1.0}))
+    config = replace(config_of(stage, data, tmp_path / "run", model="tiny"), steps=1, quiet=False, runs_dir=tmp_path)
     train(config, log=lines.append)
     assert any(line.startswith("warning: ") and first in line for line in lines)
+    assert any(f"`{first} --out {earlier} --resume` finishes it" in line for line in lines)
+    assert any(line.startswith(f"{getattr(data, stage)}: ") for line in lines)  # the data is named
     assert (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").exists()
     resumed = train(replace(config, steps=None, model=None, resume=True))  # dpo's reference is found again
     assert resumed.final_step == 1

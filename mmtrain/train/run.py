@@ -213,7 +213,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     )
     run.write_record("running")
     notes += _template_notes(plan.datasets, tokenizer)
-    for line in (*notes, *_start_lines(plan, model, world), *needs.lines()):
+    for line in (*notes, *_start_lines(plan, model, world, options.runs_dir), *needs.lines()):
         console.say(line)
     return run
 
@@ -433,8 +433,9 @@ def _open_trackers(
     return opened[0] if opened else None
 
 
-def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
-    """Yield the console lines at the start: where the weights come from, sizes of model and data, and warnings."""
+def _start_lines(plan: TrainPlan, model: Model, world: World, runs_dir: Path) -> Iterator[str]:
+    """Yield the console lines at the start: where the weights come from, sizes of model and data, and warnings.
+    runs_dir: searched for an interrupted run that could have been the start."""
     loader, source, growth = plan.loader, plan.start.source, plan.start.growth
     begin = (
         f"from {source.run_dir} (step {source.step})"
@@ -444,8 +445,9 @@ def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
     ranks = f" on {world.size} ranks" if world.size > 1 else ""
     rows = sum(dataset.split("train").totals.rows for dataset in plan.datasets)
     yield f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {world.device.type}{ranks}"
+    name = f"{plan.datasets[0].dir}: " if len(plan.datasets) == 1 else ""
     yield (
-        f"{rows:,} rows, {loader.tokens_per_epoch:,} tokens and {loader.steps_per_epoch:,} steps an epoch; "
+        f"{name}{rows:,} rows, {loader.tokens_per_epoch:,} tokens and {loader.steps_per_epoch:,} steps an epoch; "
         f"{plan.num_steps:,} steps"
     )
     if growth:
@@ -461,6 +463,12 @@ def _start_lines(plan: TrainPlan, model: Model, world: World) -> Iterator[str]:
             f"warning: {plan.stage.name} teaches a model that can already write; new weights are good for a trial only. "
             f"Train `mm train pretrain`{', then `mm train sft`' if plan.is_pairs else ''} first, or name a run with --init"
         )
+        if unfinished := checkpoint.find_run(runs_dir, plan.stage.starts_from, "interrupted"):
+            stage = checkpoint.read_run(unfinished).stage
+            yield (
+                f"{unfinished} was interrupted: `mm train {stage} --out {unfinished} --resume` finishes it, and "
+                f"`--init {unfinished}` takes it as it is"
+            )
     yield from sizing.lines(
         plan.settings,
         plan.origins,
