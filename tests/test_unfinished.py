@@ -482,6 +482,17 @@ def test_a_shard_with_other_arguments_is_refused(tmp_path: Path, pack_to: Callab
         pack_to(shard="3/2")
 
 
+def test_finish_with_other_arguments_is_refused_and_deletes_nothing(
+    tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
+) -> None:
+    pack_to(shard="1/2")
+    pack_to(shard="2/2")
+    with pytest.raises(DatasetError, match=r"--val-fraction was 0\.1, now 0\.3"):
+        pack_to(finish=True, val_fraction=0.3)
+    pack_to(finish=True)
+    assert tree(tmp_path / "out") == undisturbed
+
+
 def test_ray_is_asked_for_by_name_and_its_absence_names_the_extra(
     pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

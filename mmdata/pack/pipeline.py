@@ -139,6 +139,8 @@ def pack(
     if share:
         return _pack_shard(job, share, start)
     with _disk_errors(out), only_writer(job.out) as staging, _keep_parts(staging, job):
+        if options.finish:
+            _check_begun(staging, job)
         done = _resume(staging, job)
         if options.finish:
             _check_all_done(job, done)
@@ -162,14 +164,8 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
     number, count = share
     own = job.parts[number - 1 :: count]
     with _disk_errors(job.out), one_of_several(job.out, f"{number}-of-{count}") as staging:
-        key, begun = PackKey.of(job.header), staging.begun()
-        if begun is not None and (differences := key.differences(begun)):
-            raise DatasetError(
-                f"shards of another pack to {job.out} are there already: {'; '.join(differences)}",
-                f"give all shards the same arguments, or begin anew: rm -r {staging.dir}",
-            )
-        if begun is None:
-            staging.begin(key)
+        if not _check_begun(staging, job):
+            staging.begin(PackKey.of(job.header))
         done = staging.finished(job.run, [part.number for part in own])
         _check_disk(job, [part for part in own if part.number not in done])
         results = _pack_parts(staging, job, own, done)
@@ -177,6 +173,17 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
         left = len(job.parts) - len(staging.recorded())
     manifest = msgspec.structs.replace(manifest_of(job.header, results, []), encoders=[], dataset_digest="")
     return _result(job.out, manifest, start, parts_left=left)
+
+
+def _check_begun(staging: Staging, job: _Job) -> bool:
+    """Return whether shards of this pack are there. Raises DatasetError if they are of a pack with other arguments."""
+    begun = staging.begun()
+    if begun is not None and (differences := PackKey.of(job.header).differences(begun)):
+        raise DatasetError(
+            f"shards of another pack to {job.out} are there already: {'; '.join(differences)}",
+            f"give all shards and --finish the same arguments, or begin anew: rm -r {staging.dir}",
+        )
+    return begun is not None
 
 
 def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mapping[int, PartResult]) -> list[PartResult]:
