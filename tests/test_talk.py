@@ -19,8 +19,8 @@ from waiting import LONG_S
 
 from mmdata.encode.rows import Conversation, Message, parse_row
 from mmdata.encode.template import Template
-from mmdata.errors import UsageError
-from mmtrain.commands.chat import Session, Speaker, chat, piped_lines
+from mmdata.errors import CheckpointError, UsageError
+from mmtrain.commands.chat import Session, Speaker, chat, newest_finished_run, piped_lines
 from mmtrain.commands.serve import serve
 from mmtrain.convert.foreign import import_model, open_model
 from mmtrain.inference.chat import Chat
@@ -71,6 +71,22 @@ def test_what_is_loaded_is_said_before_it_is(
     with pytest.raises(UsageError, match="enough"):
         serve(Path("runs/a"), options=ServeOptions())
     assert loading == ["loading runs/a and b.pth\n", "loading the newest run under runs/\n", "loading runs/a\n"]
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [("interrupted", "mm chat runs/cut"), ("running", "mm demo")],
+    ids=["interrupted", "no checkpoint"],
+)
+def test_where_no_run_is_finished_an_interrupted_one_is_named(
+    status: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/cut").mkdir(parents=True)
+    (tmp_path / "runs/cut/run.json").write_text(json.dumps({"stage": "sft", "status": status, "ended": 1.0}))
+    with pytest.raises(CheckpointError, match="no finished run") as refused:
+        newest_finished_run("chat", ("sft",))
+    assert fix in refused.value.fix
 
 
 def test_words_go_to_stdout_and_thinking_beside_them(capsys: pytest.CaptureFixture[str]) -> None:

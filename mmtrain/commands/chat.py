@@ -111,6 +111,8 @@ def newest_finished_run(command: str, stages: Sequence[str]) -> Path:
     run = find_run(RUNS_DIR, tuple(stages))
     if run is None:
         fix = f"`mm demo` trains one in minutes, or name one: mm {command} RUN"
+        if unfinished := find_run(RUNS_DIR, tuple(stages), "interrupted"):
+            fix = f"{unfinished} was interrupted; its last checkpoint serves too: mm {command} {unfinished}"
         raise CheckpointError(f"no finished run under {RUNS_DIR}/", fix)
     return run
 
