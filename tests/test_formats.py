@@ -27,7 +27,7 @@ from mmdata.errors import InputError, MMError, UsageError
 from mmdata.io import lines, remote, tables
 from mmdata.io.lines import format_of, iter_lines
 from mmdata.io.options import ReadOptions
-from mmdata.pack.pipeline import plan
+from mmdata.pack.inputs import plan
 
 TEXTS = [
     "灯塔 and sea",

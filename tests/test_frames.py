@@ -13,7 +13,7 @@ from test_report import tool_rows
 
 from mmdata.encode.rows import Document, Pair, parse_row, split_documents
 from mmdata.pack.filter.features import COLUMNS, MESSAGE_COLUMNS, RowBatch
-from mmdata.pack.filter.ngrams import num_units
+from mmdata.pack.filter.grams import num_units
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.stats.frames import SAMPLE_COLUMNS, messages, rows, samples

@@ -27,8 +27,8 @@ from mmdata.errors import DatasetError, DiskError, InputError, MMError, Tokenize
 from mmdata.io import lines
 from mmdata.io.lines import iter_lines
 from mmdata.io.workers import Tick, run_jobs
+from mmdata.pack import inputs, pipeline
 from mmdata.pack import part as parts
-from mmdata.pack import pipeline
 from mmdata.pack.options import PackOptions
 from mmdata.pack.packing import Packing
 from mmdata.pack.packing import pack as real_pack
@@ -214,7 +214,7 @@ def test_a_compressed_file_is_cut_into_the_parts_of_its_text(
     opened.clear()
     pack_to(packed, out="again", part_bytes=3000)
     assert len(opened) == 3  # for the kind, the format, and once for all parts: it is decompressed once a process
-    some = pipeline.plan([packed], 3000)[1][3]
+    some = inputs.plan([packed], 3000)[1][3]
     assert list(iter_lines(packed, some.begin, some.end, first_number=some.first_line)) == [
         line for line in iter_lines(plain) if some.begin <= line.offset < some.end
     ]
@@ -230,7 +230,7 @@ def test_parts_hold_every_line_once_with_its_number(
     )
     path = tmp_path_factory.mktemp("parts") / "lines.jsonl"
     path.write_bytes(content + b"x")
-    _, found = pipeline.plan([path], data.draw(st.integers(1, 50)))
+    _, found = inputs.plan([path], data.draw(st.integers(1, 50)))
     assert found[0].begin == 0 and found[-1].end == len(content) + 1
     lines = [line for part in found for line in iter_lines(path, part.begin, part.end, first_number=part.first_line)]
     assert lines == list(iter_lines(path))
@@ -239,9 +239,9 @@ def test_parts_hold_every_line_once_with_its_number(
 
 def test_part_boundaries_do_not_depend_on_how_the_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "document", 100)
-    whole = pipeline.plan([path], 1000)
-    monkeypatch.setattr(pipeline, "READ_BYTES", 7)
-    assert pipeline.plan([path], 1000) == whole
+    whole = inputs.plan([path], 1000)
+    monkeypatch.setattr(inputs, "READ_BYTES", 7)
+    assert inputs.plan([path], 1000) == whole
 
 
 def test_several_inputs_become_one_dataset_in_their_order(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:

@@ -11,8 +11,9 @@ import pytest
 from pack_data import MAKERS, pack_with, words, write_rows
 
 from mmdata.errors import InputError, UsageError
-from mmdata.pack import dedup, repair
-from mmdata.pack.filter.ngrams import gram_hashes, num_units
+from mmdata.pack import repair
+from mmdata.pack.filter import dedup
+from mmdata.pack.filter.grams import gram_hashes, num_units
 from mmdata.pack.pipeline import PackResult
 from mmdata.shards.dataset import open_dataset, source_rows
 from mmdata.shards.verify import verify

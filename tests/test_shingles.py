@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from properties import examples
 from test_scripts import PLAIN, arrays
 
-from mmdata.pack.filter.shingles import GRAM, jaccard, likeness, near_duplicates, shingles, signatures
+from mmdata.pack.filter.grams import GRAM, jaccard, likeness, near_duplicates, shingles, signatures
 
 
 def grams(text: str) -> set[str]:

@@ -23,8 +23,8 @@ from waiting import LONG_S
 
 from mmdata.errors import DatasetError, DiskError, InputError, MMError, UsageError
 from mmdata.io import remote, workers
+from mmdata.pack import inputs, pipeline, staging
 from mmdata.pack import part as parts
-from mmdata.pack import pipeline, staging
 from mmdata.pack.pipeline import PackResult
 from mmdata.pack.repair import repair
 from mmdata.shards.dataset import open_dataset, source_rows
@@ -379,10 +379,8 @@ def test_shards_read_each_input_once_and_read_it_again_when_it_has_changed(
 ) -> None:
     files = [write_rows(tmp_path / f"{number}.jsonl", "document", 20 + number) for number in range(4)]
     read: list[str] = []
-    real = pipeline._scan
-    monkeypatch.setattr(
-        pipeline, "_scan", lambda file, *more: [read.append(Path(file.name).stem)] and real(file, *more)
-    )
+    real = inputs.scan
+    monkeypatch.setattr(inputs, "scan", lambda file, *more: [read.append(Path(file.name).stem)] and real(file, *more))
     options: dict[str, Any] = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES}
     whole = pack_with(files, tmp_path / "whole", **options)
     assert read == ["0", "1", "2", "3"]

@@ -326,7 +326,7 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
     """Print an estimate of what packing would give; nothing is written. is_one: all files go into one dataset, else
     each into its own."""
     from mmdata.pack.estimate import estimate
-    from mmdata.pack.pipeline import common_kind
+    from mmdata.pack.inputs import common_kind
     from mmtrain.sizing import batch_for
 
     if options.dedup or options.exclude:

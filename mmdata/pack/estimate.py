@@ -26,9 +26,10 @@ from mmdata.io.lines import JSONL, TABLE, Line, format_of, iter_lines
 from mmdata.io.options import ReadOptions
 from mmdata.io.tables import num_rows
 from mmdata.options import check
+from mmdata.pack.inputs import common_kind
 from mmdata.pack.options import PART_BYTES, PackOptions, packing_tokenizer
 from mmdata.pack.packing import buckets_for, pack
-from mmdata.pack.pipeline import COMPRESSION, arguments_of, common_kind
+from mmdata.pack.pipeline import COMPRESSION, arguments_of
 from mmdata.shards import dataset
 from mmdata.tokenizer.encoders import choose
 from mmdata.tokenizer.tokenizer import Tokenizer

@@ -7,18 +7,16 @@ written, checked and synced.
 
 import contextlib
 import errno
-import hashlib
 import math
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -28,23 +26,21 @@ from mmdata.encode.encoder import DEFAULT_ON_LOST
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
 from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write_json
-from mmdata.io.lines import TABLE, format_of, iter_lines, place_of
-from mmdata.io.options import DEFAULT_READING, ReadOptions
-from mmdata.io.records import FileEntry, decode_record, plain, read_record, write_record
-from mmdata.io.streams import DAMAGED, damaged, open_stream
-from mmdata.io.tables import row_ranges
+from mmdata.io.lines import place_of
+from mmdata.io.options import ReadOptions
+from mmdata.io.records import FileEntry, decode_record, plain, write_record
 from mmdata.options import check
-from mmdata.pack import dedup
+from mmdata.pack.filter import dedup
+from mmdata.pack.inputs import check_inputs, common_kind, plan, states_of
 from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
 from mmdata.pack.part import Part, PartResult, PartSettings, RejectedRow
 from mmdata.pack.staging import PackKey, RecordingPacker, Run, Staging, one_of_several, only_writer
-from mmdata.pack.summary import fill_of, header_of, manifest_of, stats_of, total_of
+from mmdata.pack.summary import PackResult, header_of, manifest_of, result_of, stats_of, total_of
 from mmdata.shards.dataset import id_dtype, open_dataset
 from mmdata.shards.manifest import MANIFEST, DatasetHeader, ExcludedFile, Manifest, PackArguments
 from mmdata.tokenizer.encoders import REFERENCE, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-READ_BYTES = 4 * 2**20
 DISK_SHARE = 0.6  # bytes of shards and sources per byte of jsonl with 16-bit ids (measured: 0.3 to 0.6)
 LARGE_CHARACTERS = 20_000_000  # packed characters from which installing a faster encoder is recommended
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.001, 0.01  # share of bytes that the tokenizer does not know
@@ -53,35 +49,6 @@ Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows lef
 Note = Callable[[str], None]
 Found = TypeVar("Found")
 MOST_PARTS = 200_000  # with records of 2 kB each the manifest stays below what is read of a JSON file
-AT_ONCE = 32  # requests to the storage of inputs at URLs
-
-
-@dataclass(frozen=True, slots=True)
-class PackResult:
-    """What `pack` did with the inputs or, with --shard, the parts of a shard: rows = kept + left out, tokens in =
-    tokens + cut; left_out and cut are by reason."""
-
-    out: Path
-    kind: str
-    up_to_date: bool  # an equal dataset existed already and nothing was done
-    rows: int
-    kept: int
-    left_out: dict[str, int]
-    val_rows: int
-    tokens_in: int
-    tokens: int
-    loss_tokens: int
-    cut: dict[str, int]
-    control_strings: dict[str, int]  # how often each special token's text occurs in content
-    not_written: dict[str, int]  # packed rows of which the chat template leaves out a part, by reason
-    unknown_share: float | None  # share of the texts' bytes that the tokenizer does not know; None if it knows all
-    extra_keys: dict[str, int]  # how often rows have each key that is ignored
-    samples: dict[int, int]  # bucket -> packs or pairs of both splits
-    fill: float  # share of positions that hold tokens
-    encoders: dict[str, int]  # encoder -> parts it encoded
-    digest: str  # the dataset's digest; "" if nothing was published
-    parts_left: int | None  # with --shard: parts not packed yet by any shard; None: the dataset was published
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +98,11 @@ def pack(
     share = options.share
     out = Path(out)
     arguments = arguments_of(options)
-    _check_inputs(inputs := [remote.file_at(path) for path in inputs])
+    check_inputs(inputs := [remote.file_at(path) for path in inputs])
     is_rerun = _is_dataset(out)
     job = _plan_job(inputs, out, options, arguments, progress, watch, note)
     if is_rerun and (manifest := _same_dataset(out, job.header)):
-        return _result(out, manifest, start, up_to_date=True)
+        return result_of(out, manifest, start, up_to_date=True)
     if share:
         return _pack_shard(job, share, start)
     with _disk_errors(out), only_writer(job.out) as staging, _keep_parts(staging, job):
@@ -155,7 +122,7 @@ def pack(
         _note_encoders(results, job)
         _check_files(staging, job, results, done)
         manifest = _publish(staging, job, results)
-    return _result(out, manifest, start)
+    return result_of(out, manifest, start)
 
 
 def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
@@ -172,7 +139,7 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
         _check_unchanged(staging, job, own)
         left = len(job.parts) - len(staging.recorded())
     manifest = msgspec.structs.replace(manifest_of(job.header, results, []), encoders=[], dataset_digest="")
-    return _result(job.out, manifest, start, parts_left=left)
+    return result_of(job.out, manifest, start, parts_left=left)
 
 
 def _check_begun(staging: Staging, job: _Job) -> bool:
@@ -229,62 +196,7 @@ def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Mani
     return manifest
 
 
-def _result(
-    out: Path, manifest: Manifest, start: float, *, up_to_date: bool = False, parts_left: int | None = None
-) -> PackResult:
-    """Summarize a manifest. start: time.monotonic() at the start of packing."""
-    totals = manifest.totals
-    samples = dict.fromkeys(manifest.buckets, 0)
-    for shard in manifest.shards:
-        samples[shard.bucket] += shard.samples
-    return PackResult(
-        out=out,
-        kind=manifest.kind,
-        up_to_date=up_to_date,
-        rows=totals.rows,
-        kept=totals.kept,
-        left_out=totals.left_out,
-        val_rows=totals.val_rows,
-        tokens_in=totals.tokens_in,
-        tokens=totals.tokens,
-        loss_tokens=totals.loss_tokens,
-        cut=totals.cut,
-        control_strings=totals.control_strings,
-        not_written=totals.not_written or {},
-        unknown_share=totals.unknown_bytes / totals.text_bytes if totals.unknown_bytes and totals.text_bytes else None,
-        extra_keys=totals.extra_keys or {},
-        samples=samples,
-        fill=fill_of(manifest.kind, manifest.shards),
-        encoders={encoder.name: encoder.parts for encoder in manifest.encoders},
-        digest=manifest.dataset_digest,
-        parts_left=parts_left,
-        seconds=time.monotonic() - start,
-    )
-
-
 # --- what is to be packed
-
-
-def _check_inputs(inputs: Sequence[Path]) -> None:
-    """Raise UsageError if there are no inputs, and InputError if one is not a file or is empty."""
-    if not inputs:
-        raise UsageError("no input file", "mm pack FILE.jsonl")
-
-    def look(path: Path) -> None:
-        if str(path) == "-" or not path.is_file():
-            raise InputError(f"{path} is not a file", "name jsonl files; `mm fetch` downloads the known ones")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty", "give a file with one JSON object a line")
-
-    _of_each(look, inputs)
-
-
-def _of_each(look: Callable[[Path], Found], inputs: Sequence[Path]) -> list[Found]:
-    """Return look(input) of each input; AT_ONCE at a time if some are at URLs, whose storage lets each look wait."""
-    if not any(isinstance(path, remote.RemoteFile) for path in inputs):
-        return [look(path) for path in inputs]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(look, inputs))
 
 
 def arguments_of(options: PackOptions) -> PackArguments:
@@ -334,7 +246,7 @@ def _plan_job(
     arguments = msgspec.structs.replace(arguments, **changes)
     if options.encoder != "auto":
         choose(tokenizer, options.encoder)  # raises an error here instead of in every worker
-    states = _states(inputs)
+    states = states_of(inputs)
     place = Path(os.path.realpath(out))
     is_one_of_several = options.share or options.finish
     found = Staging(place).dir / "inputs" if is_one_of_several else None
@@ -356,140 +268,11 @@ def _plan_job(
     return _Job(inputs, place, options, tokenizer, states, parts, header, progress, watch, note)
 
 
-def common_kind(inputs: Sequence[Path], read: ReadOptions = DEFAULT_READING) -> str:
-    """Return the row kind of the inputs. Raises InputError if they have different kinds."""
-    kinds = _of_each(partial(rows.find_kind, read=read), inputs)
-    first = kinds[0]
-    for path, other in zip(inputs, kinds, strict=True):
-        if other != first:
-            raise InputError(
-                f"{path} holds {other} rows, {inputs[0]} {first} rows",
-                "pack each kind into a dataset of its own, or take one with --kind",
-            )
-    return first
-
-
-class _Cuts(msgspec.Struct):
-    """An input as `plan` cuts it. state: its size and modification time. ranges: (begin, end, first line, bytes) of each
-    part, as in `Part`."""
-
-    state: tuple[int, int]
-    entry: FileEntry
-    ranges: list[tuple[int, int | None, int, int]]
-    is_table: bool
-
-
-def plan(
-    inputs: Sequence[Path],
-    part_bytes: int,
-    read: ReadOptions = DEFAULT_READING,
-    *,
-    run: Run = workers.run_jobs,
-    share: tuple[int, int] | None = None,
-    found: Path | None = None,
-    progress: Progress = no_progress,
-) -> tuple[list[FileEntry], list[Part]]:
-    """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
-    the first row at or after a multiple of `part_bytes` (of its decompressed UTF-8 text), one of a table after whole row
-    groups of up to `part_bytes`. A compressed JSON array or csv file is one part.
-
-    run: calls `workers.run_jobs`; it is used for inputs of workers.LARGE_BYTES together, each of which is a job, and
-    then `progress` is called with the bytes hashed so far and in all. found: directory in which shards of a pack leave for each other what they found of an input; the shard `share` (i, n) looks
-    first at the inputs i - 1, i - 1 + n, …, so that n shards that run at the same time divide the inputs.
-    """
-    first, count = (share[0] - 1, share[1]) if share else (0, 1)
-    order = sorted(range(len(inputs)), key=lambda k: ((k - first) % count, k))
-    total = sum(size for size, _ in _states(inputs))
-    if total < workers.LARGE_BYTES:
-        run, progress = workers.run_jobs, no_progress
-    make = partial(partial, _cut, part_bytes, read, found)
-    cuts: dict[int, _Cuts] = dict(
-        zip(order, run(make, [inputs[k] for k in order], total=total, progress=progress), strict=True)
-    )
-    parts: list[Part] = []
-    for number, path in enumerate(inputs):
-        for each in cuts[number].ranges:
-            parts.append(Part(len(parts), number, path, *each, read, cuts[number].is_table))
-    return [cuts[number].entry for number in range(len(inputs))], parts
-
-
-def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, tick: workers.Tick) -> _Cuts:
-    """Return what `plan` needs of an input, from its record in `found` if the input has not changed since."""
-    (state,) = _states([path])
-    name = hashlib.sha256(repr((str(path), part_bytes, read)).encode()).hexdigest()
-    if found:
-        with contextlib.suppress(DatasetError):
-            cuts = read_record(found / f"{name}.json", _Cuts, DatasetError, "")
-            if cuts.state == state:
-                return cuts
-    form = format_of(path, read)
-    with path.open("rb") as file:
-        sha256, num_bytes, starts = _scan(file, part_bytes, tick)
-    ranges: list[tuple[int, int | None, int, int]]
-    if form.is_plain and not form.has_offsets:
-        ranges = [(begin, end, begin + 1, size) for begin, end, size in row_ranges(path, part_bytes)]
-    else:
-        num_text = num_bytes
-        if not form.has_offsets:
-            num_text, starts = _text_cuts(path, part_bytes, read) if form.has_lines else (num_bytes, [(0, 1)])
-        elif not form.is_lines:
-            starts = _row_starts(path, part_bytes, read)
-        ends = [begin for begin, _ in starts[1:]] + [num_text]
-        ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(starts, ends, strict=True)]
-        if not form.has_offsets and len(starts) == 1:
-            ranges = [(0, None, 1, num_bytes)]
-    cuts = _Cuts(state, FileEntry(str(path), num_bytes, sha256), ranges, form.kind == TABLE)
-    if found:
-        write_record(found / f"{name}.json", cuts)
-    return cuts
-
-
 def run_with(options: PackOptions) -> Run:
     """Return `workers.run_jobs` with the engine and the workers of the options."""
     return partial(
         workers.run_jobs, workers=options.workers or 1, engine=options.engine, ray_address=options.ray_address
     )
-
-
-def _row_starts(path: Path, part_bytes: int, read: ReadOptions) -> list[tuple[int, int]]:
-    """Return the same as `_scan` for a file whose rows are not lines: (offset, number of the row) for each part."""
-    cuts, target = [(0, 1)], part_bytes
-    for line in iter_lines(path, options=read):
-        if line.offset >= target and line.number > 1:
-            cuts.append((line.offset, line.number))
-            target = (line.offset // part_bytes + 1) * part_bytes
-    return cuts
-
-
-def _text_cuts(path: Path, part_bytes: int, read: ReadOptions) -> tuple[int, list[tuple[int, int]]]:
-    """Return size and parts, as `_scan` does, of the decompressed UTF-8 text of a file."""
-    stream = open_stream(path, read.encoding)
-    try:
-        return _scan(stream.file, part_bytes)[1:]
-    except DAMAGED as error:
-        raise damaged(path, error) from error
-    finally:
-        stream.file.close()
-
-
-def _scan(file: Any, part_bytes: int, tick: workers.Tick = no_progress) -> tuple[str, int, list[tuple[int, int]]]:
-    """Return the sha256 of a binary stream, its size, and for each part (offset of its first byte, number of its first
-    line). tick: called with the bytes read since its last call."""
-    digest = hashlib.sha256()
-    cuts = [(0, 1)]
-    position, newlines, target = 0, 0, part_bytes
-    while chunk := file.read(READ_BYTES):
-        digest.update(chunk)
-        tick(len(chunk))
-        at = 0
-        while (newline := chunk.find(b"\n", max(at, target - 1 - position))) >= 0:
-            newlines += chunk.count(b"\n", at, newline + 1)
-            at = newline + 1
-            cuts.append((position + at, newlines + 1))
-            target = ((position + at) // part_bytes + 1) * part_bytes
-        newlines += chunk.count(b"\n", at)
-        position += len(chunk)
-    return digest.hexdigest(), position, [cut for cut in cuts if cut[0] < position]
 
 
 # --- what is there already
@@ -667,13 +450,9 @@ def _check_unknown(job: _Job, results: Sequence[PartResult]) -> None:
         job.note(f"warning: {problem}")
 
 
-def _states(inputs: Sequence[Path]) -> list[tuple[int, int]]:
-    return [(stat.st_size, stat.st_mtime_ns) for stat in _of_each(lambda path: path.stat(), inputs)]
-
-
 def _check_unchanged(staging: Staging, job: _Job, parts: Iterable[Part]) -> None:
     """Raise InputError if an input has changed since it was hashed; these parts will then be packed again."""
-    for path, before, after in zip(job.inputs, job.states, _states(job.inputs), strict=True):
+    for path, before, after in zip(job.inputs, job.states, states_of(job.inputs), strict=True):
         if before != after:
             staging.forget(part.number for part in parts)
             raise InputError(f"{path} changed while it was packed", "pack again when nothing writes to it any more")

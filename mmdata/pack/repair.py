@@ -16,8 +16,8 @@ from mmdata.io import remote
 from mmdata.io.files import Progress, info_of_bytes, move_into_place, no_progress, write_bytes, write_json
 from mmdata.io.records import FileEntry, plain
 from mmdata.io.workers import run_jobs
+from mmdata.pack.inputs import plan
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
-from mmdata.pack.pipeline import plan
 from mmdata.pack.staging import only_writer
 from mmdata.pack.summary import stats_of
 from mmdata.shards.checksums import difference

@@ -1,8 +1,11 @@
-"""Combine the results of all parts to the content of manifest.json and stats.json."""
+"""Combine the results of all parts to the content of manifest.json and stats.json, and to the result of `pack`."""
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -178,4 +181,65 @@ def length_figures(counts: np.ndarray) -> LengthFigures:
         p99=p99,
         longest=int(present[-1]),
         histogram=[LengthBin(high, int(counts[within].sum()), int(tokens[within].sum())) for within, high in bins],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackResult:
+    """What `pack` did with the inputs or, with --shard, the parts of a shard: rows = kept + left out, tokens in =
+    tokens + cut; left_out and cut are by reason."""
+
+    out: Path
+    kind: str
+    up_to_date: bool  # an equal dataset existed already and nothing was done
+    rows: int
+    kept: int
+    left_out: dict[str, int]
+    val_rows: int
+    tokens_in: int
+    tokens: int
+    loss_tokens: int
+    cut: dict[str, int]
+    control_strings: dict[str, int]  # how often each special token's text occurs in content
+    not_written: dict[str, int]  # packed rows of which the chat template leaves out a part, by reason
+    unknown_share: float | None  # share of the texts' bytes that the tokenizer does not know; None if it knows all
+    extra_keys: dict[str, int]  # how often rows have each key that is ignored
+    samples: dict[int, int]  # bucket -> packs or pairs of both splits
+    fill: float  # share of positions that hold tokens
+    encoders: dict[str, int]  # encoder -> parts it encoded
+    digest: str  # the dataset's digest; "" if nothing was published
+    parts_left: int | None  # with --shard: parts not packed yet by any shard; None: the dataset was published
+    seconds: float
+
+
+def result_of(
+    out: Path, manifest: Manifest, start: float, *, up_to_date: bool = False, parts_left: int | None = None
+) -> PackResult:
+    """Summarize a manifest. start: time.monotonic() at the start of packing."""
+    totals = manifest.totals
+    samples = dict.fromkeys(manifest.buckets, 0)
+    for shard in manifest.shards:
+        samples[shard.bucket] += shard.samples
+    return PackResult(
+        out=out,
+        kind=manifest.kind,
+        up_to_date=up_to_date,
+        rows=totals.rows,
+        kept=totals.kept,
+        left_out=totals.left_out,
+        val_rows=totals.val_rows,
+        tokens_in=totals.tokens_in,
+        tokens=totals.tokens,
+        loss_tokens=totals.loss_tokens,
+        cut=totals.cut,
+        control_strings=totals.control_strings,
+        not_written=totals.not_written or {},
+        unknown_share=totals.unknown_bytes / totals.text_bytes if totals.unknown_bytes and totals.text_bytes else None,
+        extra_keys=totals.extra_keys or {},
+        samples=samples,
+        fill=fill_of(manifest.kind, manifest.shards),
+        encoders={encoder.name: encoder.parts for encoder in manifest.encoders},
+        digest=manifest.dataset_digest,
+        parts_left=parts_left,
+        seconds=time.monotonic() - start,
     )

@@ -16,7 +16,7 @@ from mmdata.errors import InputError
 from mmdata.io.records import decode_record, plain
 from mmdata.pack import summary
 from mmdata.pack.filter.features import pieces_of
-from mmdata.pack.filter.shingles import NEAR, near_duplicates
+from mmdata.pack.filter.grams import NEAR, near_duplicates
 from mmdata.pack.packing import BUCKETS, buckets_for, pack
 from mmdata.stats.phrases import repeated_phrases
 from mmdata.stats.report.page import percent

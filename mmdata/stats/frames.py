@@ -18,8 +18,8 @@ from mmdata.encode.rows import BadRow, find_kind, parse_row
 from mmdata.io.workers import run_jobs
 from mmdata.pack.filter.features import COLUMNS, MESSAGE_COLUMNS, TOKENS, message_frame, schema
 from mmdata.pack.filter.frames import PartColumns, RowReader, grouped, iter_rows, token_columns
+from mmdata.pack.inputs import plan
 from mmdata.pack.part import Part, batches
-from mmdata.pack.pipeline import plan
 from mmdata.shards.columns import read_back
 from mmdata.shards.dataset import Dataset, PartRows, open_dataset, open_sources
 from mmdata.shards.manifest import PartRecord

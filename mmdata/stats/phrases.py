@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from mmdata.io.records import JsonObject
-from mmdata.pack.filter.shingles import GRAM, shingles
+from mmdata.pack.filter.grams import GRAM, shingles
 
 GRAM_UNITS = GRAM  # n of the n-grams among which `repeated_phrases` looks for repeated ones, in units
 _UNITS = re.compile(r"[A-Za-z\u00C0-\u024F\u0370-\u052F]+|\d+|[^\s]")

@@ -32,9 +32,9 @@ from mmdata.io.lines import JSONL, FileFormat, Line, format_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.workers import Tick, run_jobs
 from mmdata.pack.filter.features import ANSWERS, RowBatch, conversation_of, tool_name
-from mmdata.pack.filter.shingles import shingles, signatures
+from mmdata.pack.filter.grams import shingles, signatures
+from mmdata.pack.inputs import plan
 from mmdata.pack.part import Part, batches
-from mmdata.pack.pipeline import plan
 from mmdata.shards.columns import read_back
 from mmdata.shards.dataset import Dataset, PartRows, open_sources
 from mmdata.shards.manifest import PartRecord, ShardRecord

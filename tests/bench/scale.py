@@ -263,7 +263,7 @@ def constants(path: Path, tokenizer: Path, root: Path) -> dict[str, float]:
     from mmdata.errors import DatasetError
     from mmdata.io.files import sha256_of
     from mmdata.io.records import decode_record
-    from mmdata.pack import pipeline
+    from mmdata.pack import inputs, pipeline
     from mmdata.pack.part import PartPacker, PartResult, PartSettings
     from mmdata.pack.summary import manifest_of, stats_of
 
@@ -276,7 +276,7 @@ def constants(path: Path, tokenizer: Path, root: Path) -> dict[str, float]:
     options = PackOptions(tokenizer=tokenizer, max_len=1024, part_bytes=4 * MIB)
     found = {"start_s": time.process_time()}
     with path.open("rb") as file:
-        found["cut, GB/s"] = size / GB / timed(lambda: pipeline._scan(file, 32 * MIB))[0]
+        found["cut, GB/s"] = size / GB / timed(lambda: inputs.scan(file, 32 * MIB))[0]
     found["hash, GB/s"] = size / GB / timed(lambda: sha256_of(path))[0]
     for part_bytes in (4 * MIB, 16 * MIB):
         options = replace(options, part_bytes=part_bytes)

@@ -13,8 +13,7 @@ import polars as pl
 from mmdata.encode.rows import Conversation, Document, Pair, Row, kind_of, split_documents
 from mmdata.io.records import JsonObject
 from mmdata.pack.filter import quality
-from mmdata.pack.filter.ngrams import gram_hashes
-from mmdata.pack.filter.shingles import jaccard, shingles
+from mmdata.pack.filter.grams import gram_hashes, jaccard, shingles
 from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS, code_points, count_scripts, languages_of, scripts_of
 
 TOKENS, EXACT, NEAR = "tokens", "exact", "near"  # in place of the maker of columns that `frames` adds

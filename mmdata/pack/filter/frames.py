@@ -15,7 +15,7 @@ from mmdata.errors import UsageError
 from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import Line
 from mmdata.io.workers import Tick
-from mmdata.pack.dedup import Excluded, band_hashes, check_options, first_of_equal, first_of_near
+from mmdata.pack.filter.dedup import Excluded, band_hashes, check_options, first_of_equal, first_of_near
 from mmdata.pack.filter.features import COLUMNS, EXACT, NEAR, TOKENS, RowBatch, schema
 from mmdata.pack.part import Part, batches
 from mmdata.shards.manifest import PackArguments

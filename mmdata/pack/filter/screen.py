@@ -13,7 +13,7 @@ from mmdata.io.files import write_bytes
 from mmdata.io.lines import Line
 from mmdata.io.records import write_record
 from mmdata.io.workers import Tick
-from mmdata.pack import dedup
+from mmdata.pack.filter import dedup
 from mmdata.pack.filter.frames import PartColumns, RowReader, with_groups
 from mmdata.pack.filter.where import Where
 from mmdata.pack.part import Part, PartSettings, screened_path

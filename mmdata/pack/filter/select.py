@@ -25,14 +25,14 @@ from mmdata.io.files import Progress, atomic_path, no_progress, write_bytes
 from mmdata.io.lines import place_of
 from mmdata.io.tables import SELECTED
 from mmdata.io.workers import run_jobs
-from mmdata.pack import dedup
+from mmdata.pack.filter import dedup
 from mmdata.pack.filter.features import COLUMNS, EXACT, NEAR
 from mmdata.pack.filter.frames import OVERLAPS, RowReader, check_names, read_rows, with_groups, without_keys
 from mmdata.pack.filter.quality import PRESETS
 from mmdata.pack.filter.where import Where
+from mmdata.pack.inputs import common_kind, plan
 from mmdata.pack.options import PART_BYTES, SelectOptions
 from mmdata.pack.part import Part, batches
-from mmdata.pack.pipeline import common_kind, plan
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 NUM_EXAMPLES, EXAMPLE = 3, 100  # rows that are shown for each condition, and characters of each

@@ -8,7 +8,7 @@ keys of SLICE_ROWS rows at a time. Disk: 20 bytes a row, or 148 if near duplicat
 The text of a row is hashed to a MinHash of 128 entries over its 5-grams, which is divided into 16 bands of 8 entries.
 Rows are near duplicates if all 8 entries of a band are equal. For rows with Jaccard similarity s the probability of
 this is 1 - (1 - s^8)^16: 0.06 at s = 0.5, 0.61 at 0.7, 0.95 at 0.8, 1.00 at 0.9 (Broder 1997; the bands as in Leskovec,
-Rajaraman, Ullman, Mining of Massive Datasets, ch. 3). `filter.ngrams` defines the n-grams.
+Rajaraman, Ullman, Mining of Massive Datasets, ch. 3). `grams` defines the n-grams.
 """
 
 import io
@@ -28,7 +28,7 @@ from mmdata.io.lines import iter_lines, place_of
 from mmdata.io.options import ReadOptions
 from mmdata.io.records import read_record, write_record
 from mmdata.io.workers import Tick
-from mmdata.pack.filter.ngrams import gram_hashes, num_units
+from mmdata.pack.filter.grams import gram_hashes, num_units
 from mmdata.pack.part import Part, PartSettings, batches, screened_path
 
 BANDS, ROWS_A_BAND, SHINGLE, SEED = 16, 8, 5, 1
