@@ -85,6 +85,18 @@ def write_bytes(path: Path, content: bytes | memoryview | Any) -> FileInfo:
     return info_of_bytes(content)
 
 
+def append_bytes(path: Path, content: bytes) -> None:
+    """Append bytes to a file, which is created if it is missing, and sync it. A kill may leave a part of them."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> FileInfo:
     """Write a UTF-8 file atomically, without converting newlines, and return its size and sha256."""
     return write_bytes(path, text.encode())

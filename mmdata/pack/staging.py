@@ -1,17 +1,19 @@
 """The hidden directory in which a dataset is packed before it is renamed to its place, and the locks on it.
 
-    .NAME.packing/begun.json       what is being packed: all that the bytes of the dataset depend on
-    .NAME.packing/done/00007.json  the result of a finished part, written after the part's files
-    .NAME.packing/dataset/         the files; renamed to NAME when all of them are written
+    .NAME.packing/begun.json   what is being packed: all that the bytes of the dataset depend on
+    .NAME.packing/done/*.jsonl the results of finished parts, each appended after the part's files; a file a process
+    .NAME.packing/dataset/     the files; renamed to NAME when all of them are written
 
 If a pack ends early (a kill, Ctrl-C, a full disk), its finished parts stay here, and the same command continues. The
 file `.NAME.lock` names the process and host that are packing; a lock whose process has died is taken over.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,12 +25,19 @@ from typing import Any
 import msgspec
 
 from mmdata.errors import DatasetError
-from mmdata.io.files import AlreadyLockedError, locked, replace_directory, restore_directory
-from mmdata.io.records import FileEntry, plain, read_record, write_record
+from mmdata.io.files import (
+    AlreadyLockedError,
+    append_bytes,
+    locked,
+    replace_directory,
+    restore_directory,
+    write_bytes,
+)
+from mmdata.io.records import FileEntry, decode_record, plain, read_record, sealed, write_record
 from mmdata.io.workers import LARGE_BYTES, Tick
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.shards import checksums
-from mmdata.shards.manifest import DatasetHeader, folder_of
+from mmdata.shards.manifest import DatasetHeader
 
 Run = Callable[..., list[Any]]  # calls `workers.run_jobs`
 PACKAGES = ("mm-toolkit", "tokenizers", "pyarrow", "jinja2")  # other versions may write other tokens or bytes
@@ -114,26 +123,24 @@ class Staging:
         self.dataset.mkdir(parents=True, exist_ok=True)
         write_record(self.dir / "begun.json", key)
 
-    def record(self, result: PartResult) -> None:
-        """Record that a part is finished. All files of the part must be on disk."""
-        write_record(self._record_path(result.number), result)
+    def record(self, result: PartResult, writer: str) -> None:
+        """Record that a part is finished. All files of the part must be on disk. writer: a name that only this process
+        has. The newline in front keeps records apart from one that was cut off by a full disk."""
+        append_bytes(self.dir / f"done/{writer}.jsonl", b"\n%b\n" % msgspec.json.encode(sealed(result)))
 
-    def recorded(self) -> list[int]:
-        """Return the numbers of the parts that were recorded as finished, ascending. Their files are not checked."""
-        return sorted(int(path.stem) for path in (self.dir / "done").rglob("*.json") if path.stem.isdigit())
+    def recorded(self) -> set[int]:
+        """Return the numbers of the parts that were recorded as finished. Their files are not checked."""
+        return {number for path in self._records() for number, _ in _numbered(path)}
 
     def finished(self, run: Run, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
         """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). run: as in
-        `differences`. numbers: the parts to check; None means all. Unreadable records, and those of bad files, are
-        removed."""
+        `differences`. numbers: the parts to check; None means all. Records of bad files are removed."""
         results: dict[int, PartResult] = {}
         chosen = None if numbers is None else set(numbers)
-        for number in self.recorded():
+        for number, line in itertools.chain.from_iterable(map(_numbered, self._records())):
             if chosen is None or number in chosen:
-                with contextlib.suppress(DatasetError):
-                    results[number] = read_record(self._record_path(number), PartResult, DatasetError, "")
-                if number not in results:
-                    self.forget([number])
+                with contextlib.suppress(DatasetError):  # an unreadable one: the part is packed again
+                    results[number] = decode_record(line, PartResult, "", DatasetError, "")
         bad = {result.number for result, _ in self.differences(list(results.values()), run, results)}
         self.forget(bad)
         return {number: result for number, result in results.items() if number not in bad}
@@ -155,13 +162,17 @@ class Staging:
         found = [*zip(results, found, strict=True), *zip(parts, wrong, strict=True)]
         return [(result, what) for result, several in found for what in several]
 
-    def _record_path(self, part: int) -> Path:
-        return self.dir / f"done/{folder_of(part)}{part:05d}.json"
+    def _records(self) -> list[Path]:
+        return sorted((self.dir / "done").glob("*.jsonl"))
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Remove the records of these parts, so that they are packed again."""
-        for number in numbers:
-            self._record_path(number).unlink(missing_ok=True)
+        if gone := set(numbers):
+            for path in self._records():
+                lines = list(_numbered(path))
+                kept = [line for number, line in lines if number not in gone]
+                if len(kept) < len(lines):
+                    write_bytes(path, b"".join(kept))
 
     def clear(self) -> None:
         """Remove the hidden directory, records first: a part whose files are partly removed must not pass for finished."""
@@ -178,6 +189,18 @@ class Staging:
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
+class _Number(msgspec.Struct):
+    number: int
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of the part and the line of each record in a file, without those that were cut off."""
+    with path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(msgspec.DecodeError, UnicodeError):
+                yield msgspec.json.decode(line, type=_Number).number, line
+
+
 def _differences(dataset: Path, is_hashed: bool, result: PartResult, _tick: Tick | None = None) -> list[str]:
     """Return what is wrong with the files of a part."""
     checked = ((file.path, checksums.difference(dataset, file, is_hashed=is_hashed)) for file in result.all_files)
@@ -189,11 +212,11 @@ class RecordingPacker:
 
     def __init__(self, settings: PartSettings, out: Path):
         self._pack = PartPacker(settings)
-        self._staging = Staging(out)
+        self._staging, self._name = Staging(out), uuid.uuid4().hex
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
         result = self._pack(part, tick)
-        self._staging.record(result)
+        self._staging.record(result, self._name)
         return result
 
 
