@@ -255,6 +255,7 @@ TYPES: list[tuple[Any, list[Any]]] = [  # a column, and its values as JSON has t
     ),
     (pa.array([{}, None, {}], pa.struct([])), [{}, ABSENT, {}]),
     (pa.array([[("k", 1), ("j", None)], [], None], pa.map_(pa.string(), pa.int64())), [{"k": 1}, {}, ABSENT]),
+    (pa.array([[("k", 1), ("k", 2)], [], None], pa.map_(pa.string(), pa.int32())), [[["k", 1], ["k", 2]], {}, ABSENT]),
     (
         pa.array([{"m": [("k", 1)]}, None, {"m": None}], pa.struct([("m", pa.map_(pa.string(), pa.int64()))])),
         [{"m": {"k": 1}}, ABSENT, {}],

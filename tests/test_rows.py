@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from mmdata.encode.columns import read_lines
 from mmdata.encode.rows import (
     FEW_BAD_ROWS,
     HELP,
@@ -177,8 +178,31 @@ def test_extra_keys_are_ignored_and_counted() -> None:
     assert extra == {"id": 2}
 
 
-def test_of_a_key_given_twice_the_last_stands() -> None:
-    assert parse_row(b'{"text": "a", "text": "b"}') == Document("b")
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "text": "b"}',
+        '{"text" : "a", "text":"b"}',
+        r'{"text": "a", "te\u0078t": "b"}',
+        r'{"text": "\"a\": b", "text": "b", "x\\": 1}',
+        '{"text": "b", "id": 1, "score": 0.5, "id": 2}',
+        '{"text": "b", "meta": {"a": [{"b": 1, "b": null}]}}',
+        '{"conversations": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}], "messages": []}',
+        r'{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '
+        r'"[{\"name\": \"f\", \"arguments\": {\"x\": 1, \"x\": 2}}]"}]}',
+    ],
+)
+def test_a_key_with_two_values_is_named(line: str) -> None:
+    with pytest.raises(BadRow, match="repeated key"):
+        parse_row(line.encode())
+    at, _ = read_lines(40 * [line.encode()], "conversation")  # Arrow's reader refuses such a line, too
+    assert not len(at) or "arguments" in line
+
+
+def test_a_key_given_twice_with_one_value_loses_nothing() -> None:
+    assert parse_row(b'{"text": "b", "text": "b"}') == Document("b")
+    assert parse_row(b'{"text": "\\"a\\": b", "\\\\": 1}') == Document('"a": b')
 
 
 def test_the_hash_tells_rows_apart_by_what_they_say() -> None:

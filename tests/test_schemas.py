@@ -169,6 +169,24 @@ def test_a_row_of_a_published_schema_is_read_as_what_it_is(row: Any, expected: A
     assert row_hash(found) == row_hash(expected)
 
 
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"], ["e", 5]]}, "history: message 2: content"),
+        ({"prompt": "a", "completion": "b", "history": "c"}, "history: found a string"),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"], ["e"]]}, "history: message 2: found a list"),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"], ["", "f"]], "system": "s"}, "history: message 3 (user)"),
+        ({"prompt": "a", "completion": "b", "history": [said("assistant", "c")]}, "history: message 1 is from assistant"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", " "]]}, "history: message 2 (assistant)"),
+        ({"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": 5}]}, "rejected: message 1: content"),
+    ],
+)  # fmt: skip
+def test_an_error_in_a_history_or_side_names_it_and_the_message(row: Any, detail: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        parse_row(json.dumps(row).encode())
+    assert detail in caught.value.detail
+
+
 def test_tools_and_calls_of_openai_are_kept_whole() -> None:
     as_text = {**CALL, "function": {"name": "temp", "arguments": '{"town": "T0"}'}}
     answer = said("tool", '{"c": 7}') | {"tool_call_id": "c1", "name": "temp"}

@@ -185,10 +185,12 @@ def _values(array: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value from pyarrow as JSON has it, without nulls in objects: a map as an object, bytes as text, infinity
+    """Return a value from pyarrow as JSON has it, without nulls in objects: a map as an object, or a list of pairs if it
+    has a key twice, bytes as text, infinity
     and NaN as null, other values, such as times, as their text."""
     if isinstance(value, list) and value and isinstance(value[0], tuple):
-        value = {str(key): item for key, item in value}
+        keys = {str(key) for key, _ in value}
+        value = {str(key): item for key, item in value} if len(keys) == len(value) else list(map(list, value))
     if isinstance(value, dict):
         plain = ((key, _plain(item)) for key, item in value.items())
         return {key: item for key, item in plain if item is not None}

@@ -2,11 +2,13 @@
 
 import json
 import re
+from math import nan
 from typing import Any
 
 import orjson
 
 from mmdata.encode.rows.reasons import BadRow
+from mmdata.io.records import JsonObject
 
 MAX_DEPTH = 64  # nesting of tools and tool calls; far above any schema, far below Python's recursion limit
 # An escape of half of a surrogate pair: \ud800 to \udfff.
@@ -19,34 +21,39 @@ def load(raw: bytes) -> Any:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return load_strictly(raw)
-    return value if _is_exact(value) else load_strictly(raw)
+    # orjson says nothing of a key that it read twice: then the line has more quotes than the value's keys and strings.
+    expected, quotes = _num_quotes(value), raw.count(b'"')
+    if quotes == expected or (quotes - raw.count(b'\\"') == expected and b'\\\\"' not in raw):
+        return value
+    return load_strictly(raw)
 
 
-def _is_exact(value: Any, levels: int = MAX_DEPTH) -> bool:
-    """Return whether a value from orjson is certain to be what Python's json gives: without floats, which orjson also
-    makes of large integers, and nested at most `levels` deep."""
-    kind = type(value)
-    if kind is str:
-        return True
+def _num_quotes(value: Any, levels: int = MAX_DEPTH) -> float:
+    """Return the number of quotes around the strings and keys of a value from orjson; NaN unless it is certain to be
+    what Python's json gives: without floats, which orjson also makes of large integers, and nested at most `levels`
+    deep."""
+    kind, count = type(value), 0
     if kind is dict:
-        value = value.values()
+        count, value = 2 * len(value), value.values()
     elif kind is not list:
-        return kind is not float
-    for item in value:  # noqa: SIM110 - half the time of all()
-        if type(item) is not str and not (levels and _is_exact(item, levels - 1)):
-            return False
-    return True
+        return nan if kind is float else 2 * (kind is str)
+    for item in value:
+        count += 2 if type(item) is str else _num_quotes(item, levels - 1) if levels else nan
+    return count
 
 
 def load_strictly(raw: bytes) -> Any:
     """Return the JSON value of one line, parsed by Python's json. Raises BadRow if it is not UTF-8 or not JSON,
-    contains NaN, Infinity or half of a surrogate pair, or exceeds Python's limits on nesting and on digits."""
+    contains NaN, Infinity, half of a surrogate pair or an object with two values of one key, or exceeds Python's limits
+    on nesting and on digits."""
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow("bad UTF-8", f"byte {error.start}: {error.reason}") from None
     except RecursionError:
         raise BadRow("not json", "nested too deep") from None
+    except BadRow:
+        raise
     except ValueError as error:  # JSONDecodeError, NaN, or an integer with too many digits
         raise BadRow("not json", str(error)[:200]) from None
     if b"\\u" in raw and _SURROGATE.search(raw):
@@ -64,7 +71,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """Return a JSON object of its keys and values. Raises BadRow if a key has two values, of which one would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs) and (twice := [key for key, value in pairs if value != values[key]]):
+        raise BadRow("repeated key", f"`{twice[0][:50]}` has two values in one object")
+    return values
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def json_type(value: Any) -> str:

@@ -252,6 +252,8 @@ def _from_text(text: str, where: str) -> Any:
     try:
         return load(text.encode("utf-8"))
     except BadRow as bad:
+        if bad.reason == "repeated key":
+            raise BadRow(bad.reason, f"{where}: {bad.detail}") from None
         raise BadRow("wrong types", f"{where}: a string that is {bad.reason}") from None
 
 

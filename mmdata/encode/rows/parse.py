@@ -25,8 +25,7 @@ def parse_row(
 ) -> Row:
     """Parse one line (without its newline). Raises BadRow if it is no valid row, or none of the given kind. kind:
     "document", "conversation", "pair" or None (any). extra_keys: counts the keys of valid rows that say something and
-    are ignored, metadata included. columns: those that hold the fields. Of a key that occurs twice the last value is
-    used."""
+    are ignored, metadata included. columns: those that hold the fields."""
     values = load(raw)
     if type(values) is dict and len(values) == 1 and not columns.mapping and (row := _plain(values, kind)):
         return row
@@ -192,6 +191,7 @@ class _Dialogue(MessageReader):
         super().__init__(columns)
         self._values, self._found = values, found
         self.used: set[str] = set()
+        self._history: tuple[Message, ...] = ()
 
     def conversation(self, *, is_prompted: bool) -> Conversation:
         """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is invalid or
@@ -209,7 +209,7 @@ class _Dialogue(MessageReader):
             messages = self._with_history(messages)
         if len(self._found) > 1:
             messages, tools = self._with_row_fields(messages, tools)
-        _check_turns(messages, "")
+        _check_turns(messages, "", self._history)
         return Conversation(messages, tools)
 
     def pair(self) -> Pair:
@@ -225,7 +225,7 @@ class _Dialogue(MessageReader):
                 messages, tools = context[0] + messages, tools or context[1]
             if len(self._found) > 2:
                 messages, tools = self._with_row_fields(messages, tools)
-            _check_turns(messages, f"{self._found[field]}: ")
+            _check_turns(messages, f"{self._found[field]}: ", self._history)
             sides.append(Conversation(messages, tools))
         pair = Pair(*sides)
         _check_sides(pair)
@@ -238,7 +238,12 @@ class _Dialogue(MessageReader):
         value = self._values[column]
         if reply_role and type(value) is str and (field == "completion" or not is_transcript(value)):
             return (Message(reply_role, value),), ()  # a completion also if it looks like a transcript
-        return self.read(value, column, reply_role)
+        try:
+            return self.read(value, column, reply_role)
+        except BadRow as bad:
+            if field == "messages" or not bad.detail.startswith("message "):
+                raise
+            raise BadRow(bad.reason, f"{column}: {bad.detail}") from None
 
     def _context(self) -> Messages:
         """Return the messages before a reply, and their tools: the history, then the prompt with its input. A pair may
@@ -268,9 +273,9 @@ class _Dialogue(MessageReader):
         """Put the messages of the history before the others, but after a system message."""
         if "history" not in self._found or not self._values[self._found["history"]]:
             return messages
-        history, _ = self._field("history")
-        begin = int(messages[0].role == "system" and history[0].role != "system")
-        return messages[:begin] + history + messages[begin:]
+        self._history, _ = self._field("history")
+        begin = int(messages[0].role == "system" and self._history[0].role != "system")
+        return messages[:begin] + self._history + messages[begin:]
 
     def _with_row_fields(self, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]) -> Messages:
         """Add a row's `system` to messages that do not begin with one, and its `tools` if there are none yet. Raises
@@ -307,11 +312,16 @@ def _is_blank(message: Message) -> bool:
     return not message.tool_calls and not message.content.strip() and not (message.reasoning_content or "").strip()
 
 
-def _check_turns(messages: Sequence[Message], where: str) -> None:
+def _check_turns(messages: Sequence[Message], where: str, history: Sequence[Message] = ()) -> None:
     """Raise BadRow if the roles are not in the order user, assistant, user, assistant, …, ending with the assistant, or
     if a user message or an answer is blank (no tool calls, only white space as content and reasoning). Tool messages
     may follow an answer, and are then followed by another answer. System messages may be anywhere. where: begins the
-    detail of errors, such as "chosen: "."""
+    detail of errors, such as "chosen: ". history: those of `messages` that were in the row's history."""
+
+    def place(number: int) -> str:
+        in_history = next((n for n, each in enumerate(history, 1) if each is messages[number - 1]), None)
+        return f"{where}history: message {in_history}" if in_history else f"{where}message {number}"
+
     last = ""
     for number, message in enumerate(messages, 1):
         role = message.role
@@ -319,9 +329,9 @@ def _check_turns(messages: Sequence[Message], where: str) -> None:
             continue
         if last not in _MAY_FOLLOW[role]:
             before = f"after {last}" if last else "at the beginning"
-            raise BadRow("roles out of order", f"{where}message {number} is from {role} {before}")
+            raise BadRow("roles out of order", f"{place(number)} is from {role} {before}")
         if role != "tool" and (not message.content or message.content.isspace()) and _is_blank(message):
-            raise BadRow("empty content", f"{where}message {number} ({role})")
+            raise BadRow("empty content", f"{place(number)} ({role})")
         last = role
     if last != "assistant":
         has_one = any(message.role == "assistant" for message in messages)

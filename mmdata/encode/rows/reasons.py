@@ -8,6 +8,7 @@ _KEEP_LOST = "use another template, or --on-lost warn to pack such rows without 
 REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
     "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8, or name its encoding: --encoding NAME",
     "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
+    "repeated key": "an object gives one key two values, of which readers take the last; fix the program that wrote the file",
     "not an object": 'a row is a JSON object such as {"text": "…"}, or a list of messages',
     "lone surrogate": r"half of an escape pair such as \ud83d\ude00 stands alone; fix the program that wrote the file",
     "unknown fields": "no schema has these fields: name the columns, as in --map prompt=question --map completion=reply",
