@@ -4,13 +4,16 @@ import io
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import eras
 import pytest
 from command_line import Ran, Run, refused
+from waiting import wait_until
 
 import cli
+from mmdata.commands import terminal
 from mmdata.commands.terminal import json_text, print_styled, result, say
 
 OWL = "🦉 皮姆 é"
@@ -71,3 +74,35 @@ def test_the_path_of_a_file_may_be_any_bytes(tmp_path: Path, mm: Run) -> None:
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
     Path(path).write_text('{"text": "a"}\n')
     assert mm(f"validate {path}").code == 0
+
+
+def test_a_command_says_that_it_works_until_its_first_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "WORKING_S", 0.0)
+    with terminal.working():
+        wait_until(lambda: "working, " in capsys.readouterr().err)
+        result("a")
+        say("b")
+    assert capsys.readouterr() == ("a\n", "b\n")
+
+
+def test_on_a_terminal_the_first_output_replaces_the_line_that_it_works(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "WORKING_S", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with terminal.working():
+        wait_until(lambda: "\rworking, " in capsys.readouterr().err)
+        result("a")
+    assert capsys.readouterr().err.endswith("\r\033[2K")
+
+
+@pytest.mark.parametrize(("flags", "times"), [("", 1), ("-q", 0), ("--json", 0)])
+def test_a_quiet_command_does_not_say_that_it_works(
+    flags: str, times: int, mm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(terminal, "working", lambda: nullcontext(begun.append(1)))
+    mm(f"tokenizer show {eras.directory('chatml')} abc {flags}")
+    assert len(begun) == times

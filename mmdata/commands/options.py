@@ -159,7 +159,8 @@ def command_line(function: Callable[..., None], headings: Sequence[str] = ()) ->
         parameters.sort(key=lambda parameter: _rank(parameter, headings))
 
     def run(**values: Any) -> None:
-        with terminal.output(quiet=values["quiet"] and "quiet" not in own, verbose=values["verbose"]):
+        is_quiet, is_silent = values["quiet"] and "quiet" not in own, values["quiet"] or bool(values.get("as_json"))
+        with terminal.output(quiet=is_quiet, verbose=values["verbose"], is_silent=is_silent):
             arguments = {name: convert(values) for name, convert in converters.items()}
             if not terminal.OUTPUT.is_checking:
                 function(**arguments)

@@ -9,11 +9,13 @@ import shlex
 import shutil
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -30,6 +32,7 @@ BAR_WIDTH = 12  # characters of a bar of progress
 CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
+WORKING_S = 1.0  # seconds without any output after which a command says that it works
 SWITCHES = ("--plan", "--dry-run", "--json")  # options without a value that are taken from a command line
 MOST_KEYS = 10  # ignored keys of rows in a line
 
@@ -48,13 +51,15 @@ OUTPUT = Output()
 
 
 @contextmanager
-def output(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Context manager of a command with -q or -v. With `verbose` its time and peak memory are printed at the end, and
-    `fail` prints tracebacks; this holds until the next command."""
+def output(*, quiet: bool, verbose: bool, is_silent: bool = False) -> Iterator[None]:
+    """Context manager of a command with -q or -v. With `verbose` its time and peak memory are printed at the end,
+    and `fail` prints tracebacks; this holds until the next command. Until its first output a line says that it works,
+    but not if `is_silent`."""
     OUTPUT.quiet, OUTPUT.verbose = quiet, verbose
     begun = time.monotonic()
     try:
-        yield
+        with nullcontext() if is_silent or OUTPUT.is_checking else working():
+            yield
     finally:
         OUTPUT.quiet = False
         if verbose:
@@ -314,6 +319,43 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 
 
 # --- progress
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Context manager that prints "working" to stderr if its block, such as an import of torch, has printed nothing for
+    WORKING_S, and again every EVERY_S seconds; on a terminal the line is replaced by the first output."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    if len(streams) < 2 or not is_first_rank or "write" in vars(sys.stderr):  # a command that another one runs
+        yield
+        return
+    begun, has_printed, write_line = time.monotonic(), threading.Event(), sys.stderr.write
+    is_live = sys.stderr.isatty()
+
+    def note(write: Callable[[str], int], text: str) -> int:
+        if not has_printed.is_set():
+            has_printed.set()
+            write_line("\r\033[2K" if is_live else "")
+        return write(text)
+
+    def watch() -> None:
+        wait_s = WORKING_S
+        while not has_printed.wait(wait_s):
+            line = f"working, {in_time(time.monotonic() - begun)}"
+            write_line(f"\r{line}" if is_live else f"{line}\n")
+            sys.stderr.flush()
+            wait_s = 1.0 if is_live else EVERY_S
+
+    for stream in streams:
+        setattr(stream, "write", partial(note, stream.write))  # noqa: B010
+    threading.Thread(target=watch, name="working", daemon=True).start()
+    try:
+        yield
+    finally:
+        note(len, "")
+        for stream in streams:
+            vars(stream).pop("write", None)
 
 
 @contextmanager

@@ -53,6 +53,8 @@ def train(
     """
     check_flags(stage, settings, reference_free=reference_free)
     if nproc > 1:
+        if not (settings["quiet"] or as_json):
+            say(f"starting {nproc} ranks")
         from mmtrain.distributed import launch
 
         raise typer.Exit(launch(nproc, [sys.executable, "-m", "cli", *without_option(sys.argv[1:], "--nproc")]))

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdata.commands.options import HOME, Json, Lang
-from mmdata.commands.terminal import in_time, next_command, print_json, print_sections, same_command, say, size, table
+from mmdata.commands.terminal import (
+    in_time,
+    next_command,
+    print_json,
+    print_sections,
+    progress,
+    same_command,
+    say,
+    size,
+    table,
+)
 from mmdata.errors import UsageError
 from mmdata.options import Option
 
@@ -70,11 +80,13 @@ def run(
     directory = out or HOME / "courses" / (course.name if scale == 1 else f"{course.name}-{scale:g}")
     runner = Runner(course, HOME if scale == 1 else directory, directory, nproc, context.find_root().default_map or {})
     steps = selected(course, begin, only)
-    plans = Planner(runner, scale).plans(steps)
-    if as_json and dry_run:
-        print_json(list(plans))
-    elif not as_json and runner.rank == 0:
-        print_plans(list(plans), course)
+    if runner.rank == 0 and (dry_run or not as_json):
+        plans = []
+        with progress("plan", unit="steps", quiet=as_json) as update:
+            for plan in Planner(runner, scale).plans(steps):
+                plans.append(plan)
+                update(len(plans), sum(step.name == step.base for step in steps))
+        print_json(plans) if as_json else print_plans(plans, course)
     if dry_run:
         next_command(same_command("--dry-run", "--json"))
         return
