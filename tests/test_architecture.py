@@ -68,7 +68,7 @@ OPTIONS = (
     "mmtrain.shapes",
 )  # what the command line is generated from
 PRINT = (*COMMANDS, "mmtrain.log.console")
-READ_ENVIRONMENT = (*COMMANDS, "mmtrain.distributed", "mmdata.io.workers")
+READ_ENVIRONMENT = (*COMMANDS, "mmtrain.distributed", "mmdata.io.workers", "mmdata.encode.template.limits")
 
 
 @dataclass(frozen=True)

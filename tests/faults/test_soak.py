@@ -1,39 +1,64 @@
-"""Training that saves, validates, draws samples and reports as often as it can: memory, open files and objects stay level."""
+"""Training that saves, validates and reports as often as it can, beside a server: memory, open files and objects stay level.
+
+SOAK_MINUTES sets how long it takes, 5 in `make faults`; with -s of pytest it prints a line of figures at each report."""
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import psutil
 import pytest
+from serving import served
+from test_serve import HELLO, client
 from train_data import Data
 from train_runs import config_of
 
 from mmdata.io.files import write_text
+from mmtrain.convert.foreign import open_model
+from mmtrain.inference.engine import Engine
 from mmtrain.log.history import figures
 from mmtrain.log.report import run_page
 from mmtrain.train.loop import train
+from mmtrain.train.run import STOP_FILE
 
-STEPS = 4000 if "FAULTS_SEED" in os.environ else 200  # of `make faults` (about five minutes), and of `make test`
+MINUTES = float(os.environ.get("SOAK_MINUTES", 5 * ("FAULTS_SEED" in os.environ)))
+STEPS = 2_000_000 if MINUTES else 200
+REPORTS = 40 if MINUTES else 8
 
 
 @pytest.mark.slow
 def test_a_long_run_keeps_its_memory_and_files(data: Data, tmp_path: Path) -> None:
-    process, seen = psutil.Process(), {}
+    process, begun, run = psutil.Process(), time.monotonic(), tmp_path / "run"
+    seen: list[tuple[int, int, int]] = []
+    settings = {"model": "tiny", "save_every": 5, "val_every": 5, "log_every": 5, "keep_last": 2}
+
+    def chat(url: str) -> None:
+        assert client(url).chat.completions.create(model="runs-a", messages=HELLO, max_tokens=16).choices
+        next(iter(client(url).chat.completions.create(model="runs-a", messages=HELLO, stream=True)))  # and leaves
 
     def watch(line: str) -> None:
         words = line.split()
-        if words[0] == "step" and words[1].startswith((f"{STEPS // 4}/", f"{STEPS // 2}/", f"{STEPS}/")):
-            write_text(tmp_path / "report.html", run_page(figures([tmp_path / "run"])))
+        if words[0] != "step" or "/" not in words[1]:
+            return
+        step, seconds = int(words[1].partition("/")[0]), time.monotonic() - begun
+        share = seconds / (60 * MINUTES) if MINUTES else step / STEPS
+        if step % 25 == 0:
+            chat(old)
+        if step > 5 and share * REPORTS >= len(seen) + 1 <= REPORTS:
+            with served(Engine(*open_model(run), remember=8)) as newest:
+                chat(newest)
+            write_text(tmp_path / "report.html", run_page(figures([run])))
             gc.collect()
-            step = int(words[1].partition("/")[0])
-            seen[step] = (process.memory_info().rss, process.num_fds(), len(gc.get_objects()))
+            seen.append((process.memory_info().rss, process.num_fds(), len(gc.get_objects())))
+            print(f"step {step:7d} | {seconds:6.0f} s | {seen[-1][0] / 2**20:6.1f} MiB | {seen[-1][1:]}", flush=True)
+        if MINUTES and share >= 1:
+            (run / STOP_FILE).touch()
 
-    options = config_of(
-        "sft", data, tmp_path / "run", model="tiny", steps=STEPS, save_every=5, val_every=5, keep_last=2
-    )
-    train(options, log=watch)
-    (middle, files, objects), (end, files_at_end, objects_at_end) = seen[STEPS // 2], seen[STEPS]
-    assert files_at_end == files and objects_at_end - objects < STEPS
-    assert end - middle < 16 * 2**20
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) <= 3
+    train(config_of("sft", data, tmp_path / "first", model="tiny", steps=5))
+    with served(Engine(*open_model(tmp_path / "first"), remember=8)) as old:
+        train(config_of("sft", data, run, **settings, steps=STEPS), log=watch)
+    middle, end = seen[REPORTS // 2 - 1], seen[-1]
+    assert len(seen) == REPORTS and abs(end[1] - middle[1]) <= 4  # connections that just end
+    assert end[2] - middle[2] < 4000 and end[0] - middle[0] < 16 * 2**20
+    assert len(list((run / "checkpoints").glob("step-*"))) <= 3

@@ -10,7 +10,7 @@ import pytest
 
 from mmdata.encode.template import Template, limits
 from mmdata.encode.template.traced import template_environment
-from mmdata.errors import TokenizerError
+from mmdata.errors import TokenizerError, UsageError
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 GREEDY = [
@@ -70,7 +70,7 @@ def rendered(template: str) -> str:
 
 @pytest.mark.parametrize("template", GREEDY)
 def test_a_greedy_template_is_refused_by_name(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_SECONDS", 0.05)
+    monkeypatch.setenv("MM_TEMPLATE_SECONDS", "0.05")
     begun = time.process_time()
     with pytest.raises((jinja2.TemplateError, OverflowError, RecursionError, ValueError)) as caught:
         rendered(template)
@@ -85,7 +85,7 @@ PLAIN = [
     "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}",
     "{{ messages|map(attribute='role')|join(', ') }}|{{ n|sum }}|{{ n|last }}|{{ 'a b'.split()|length }}",
     "{{ '%s is %d' % ('a', 3) }}|{{ '{} {:>5}'.format('a', 3) }}|{{ 'x'|center(9) }}|{{ 'a\nb'|indent(2) }}",
-    "{{ 7 % 3 }}|{{ 2 ** 10 }}|{{ 'ab' * 3 }}|{{ [1] * 2 + [3] }}|{{ none }}|{{ true }}|{{ undefined_name }}|{{ 1.5 }}",
+    "{{ 7 % 3 }}|{{ 2 ** 10 }}|{{ 10**9 * 2.5 }}|{{ 'ab' * 3 }}|{{ [1] * 2 + [3] }}|{{ none }}|{{ true }}|{{ undefined_name }}|{{ 1.5 }}",
     "{% macro f(x) %}<{{ x }}{{ caller() if caller }}>{% endmacro %}{{ f(1) }}{% call f(2) %}in{% endcall %}",
     "{% set ns = namespace(n=0) %}{% for i in range(5) %}{% if i == 3 %}{% break %}{% endif %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
     "{% filter upper %}abc{{ a }}{% endfilter %}{% set b %}x{{ a }}{% endset %}{{ b * 2 }}",
@@ -103,9 +103,23 @@ def test_other_templates_write_what_jinja2_writes(template: str) -> None:
 
 
 def test_a_time_limit_holds_whatever_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_SECONDS", -1.0)
-    with pytest.raises(limits.TemplateLimitError, match="takes longer than"):
+    monkeypatch.setenv("MM_TEMPLATE_SECONDS", "1e-9")
+    with pytest.raises(limits.TemplateLimitError, match=r"takes longer than 1e-09 s \(MM_TEMPLATE_SECONDS"):
         rendered("{% for i in range(9999) %}{% endfor %}")
+
+
+def test_the_environment_sets_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ ('x' * 2000000)|length }}"
+    assert rendered(template) == "2000000"
+    monkeypatch.setenv("MM_TEMPLATE_MB", "1")
+    with pytest.raises(limits.TemplateLimitError, match=r"more than 1,054,976 characters \(MM_TEMPLATE_MB"):
+        rendered(template)
+    monkeypatch.setenv("MM_TEMPLATE_MB", "200")
+    assert rendered("{{ ('x' * 100000000)|length }}") == "100000000"
+    for value in ("many", "0", "-1", "nan"):
+        monkeypatch.setenv("MM_TEMPLATE_MB", value)
+        with pytest.raises(UsageError, match="MM_TEMPLATE_MB is"):
+            rendered(template)
 
 
 @pytest.mark.parametrize(

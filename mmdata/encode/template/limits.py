@@ -1,4 +1,5 @@
 """A sandboxed jinja2 environment that bounds what a template may use: the characters it makes, its steps and its time.
+The environment variables MM_TEMPLATE_MB and MM_TEMPLATE_SECONDS set other bounds than 64 and 2.
 
 Every operation that can make a long text or a long list is counted before it is run, by what it will make: iterations of
 loops, calls, filters, the operators `+`, `*`, `**`, `%` and `~`, and what is written. The usual templates get 0.1 to 0.3
@@ -7,6 +8,7 @@ ms a row, of which counting takes about a fifth.
 
 import contextlib
 import functools
+import os
 import re
 import threading
 import time
@@ -18,8 +20,10 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 
-MAX_WORK = 2**26  # characters that a rendering may make; a step counts as STEP of them
-MAX_SECONDS = 2.0  # of processor time
+from mmdata.errors import UsageError
+
+# What a rendering may use: Mi characters that it makes, where a step counts as STEP of them, and processor time.
+SIZE, SECONDS = ("MM_TEMPLATE_MB", 64.0), ("MM_TEMPLATE_SECONDS", 2.0)
 PER_CHARACTER = 64  # more characters for each one of the conversation
 STEP, CHECK = 16, 2**16
 MAX_BITS = 2**16  # of integers
@@ -47,11 +51,21 @@ class TemplateLimitError(jinja2.TemplateError):
     """A template would make too much, or takes too long."""
 
 
-class _Budget:
-    """What is left of what a rendering may use."""
+def _limit(name: str, default: float) -> float:
+    """Return the value of an environment variable. Raises UsageError unless it is a number above 0."""
+    text = os.environ.get(name, "")
+    with contextlib.suppress(ValueError):
+        if not text or float(text) > 0:
+            return float(text or default)
+    raise UsageError(f"{name} is {text!r}, expected a number above 0", f"unset {name}, or {name}={default:g}")
 
-    def __init__(self, most: float):
-        self._work, self._due, self._most, self._began = 0, CHECK, most, time.thread_time()
+
+class _Budget:
+    """What is left of what a rendering may use. num_characters: of the conversation that is rendered."""
+
+    def __init__(self, num_characters: int = 0):
+        self._work, self._due, self._began = 0, CHECK, time.thread_time()
+        self._most, self._seconds = _limit(*SIZE) * 2**20 + PER_CHARACTER * num_characters, _limit(*SECONDS)
 
     def spend(self, work: int) -> None:
         """Count characters before they are made. Raises TemplateLimitError if they are too many, or time is up."""
@@ -59,9 +73,9 @@ class _Budget:
         if self._work > self._due:
             self._due = self._work + CHECK
             if self._work > self._most:
-                raise TemplateLimitError(f"it makes more than {self._most:,} characters of this conversation")
-            if time.thread_time() - self._began > MAX_SECONDS:
-                raise TemplateLimitError(f"it takes longer than {MAX_SECONDS:g} s of this conversation")
+                raise TemplateLimitError(f"it makes more than {self._most:,.0f} characters ({SIZE[0]} sets how many)")
+            if time.thread_time() - self._began > self._seconds:
+                raise TemplateLimitError(f"it takes longer than {self._seconds:g} s ({SECONDS[0]} sets how long)")
 
 
 class _Running(threading.local):
@@ -76,7 +90,7 @@ _RUNNING = _Running()
 @contextlib.contextmanager
 def bounded(num_characters: int = 0) -> Iterator[None]:
     """Bound what templates use while the block runs. num_characters: of the conversation that is rendered."""
-    outer, _RUNNING.budget = _RUNNING.budget, _Budget(MAX_WORK + PER_CHARACTER * num_characters)
+    outer, _RUNNING.budget = _RUNNING.budget, _Budget(num_characters)
     try:
         yield
     finally:
@@ -85,7 +99,7 @@ def bounded(num_characters: int = 0) -> Iterator[None]:
 
 def spend(work: int) -> None:
     """Count characters, see `_Budget.spend`."""
-    (_RUNNING.budget or _Budget(MAX_WORK)).spend(work)
+    (_RUNNING.budget or _Budget()).spend(work)
 
 
 def _size(value: Any) -> int:
@@ -242,5 +256,5 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if bits > MAX_BITS:
                 raise TemplateLimitError("it computes a number with too many digits")
         elif operator == "*":
-            spend(max(0, _number((left, right))) * max(_size(left), _size(right)))
+            spend(_number((left, right)) * sum(_size(each) for each in (left, right) if hasattr(each, "__len__")))
         return super().call_binop(context, operator, left, right)
