@@ -214,9 +214,6 @@ def home(data: "Data", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def mm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run a command line in this process, through the same entry as the `mm` script."""
     import cli
-    from mmdata.commands import terminal
-
-    monkeypatch.setattr(terminal, "WORKING_S", 3600.0)  # a slow machine would add a line
 
     def run(line: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["mm", *shlex.split(line)])

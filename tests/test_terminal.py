@@ -76,17 +76,6 @@ def test_the_path_of_a_file_may_be_any_bytes(tmp_path: Path, mm: Run) -> None:
     assert mm(f"validate {path}").code == 0
 
 
-def test_a_command_says_that_it_works_until_its_first_output(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(terminal, "WORKING_S", 0.0)
-    with terminal.working():
-        wait_until(lambda: "working, " in capsys.readouterr().err)
-        result("a")
-        say("b")
-    assert capsys.readouterr() == ("a\n", "b\n")
-
-
 def test_on_a_terminal_the_first_output_replaces_the_line_that_it_works(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,30 +323,27 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 
 @contextmanager
 def working() -> Iterator[None]:
-    """Context manager that prints "working" to stderr if its block, such as an import of torch, has printed nothing for
-    WORKING_S, and again every EVERY_S seconds; on a terminal the line is replaced by the first output."""
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]
+    """Context manager that shows "working" on a terminal if its block, such as an import of torch, has printed nothing
+    for WORKING_S; the first output replaces the line."""
     is_first_rank = os.environ.get("RANK", "0") == "0"
-    if len(streams) < 2 or not is_first_rank or "write" in vars(sys.stderr):  # a command that another one runs
+    # A command that another one runs writes to streams that are watched already.
+    if not (sys.stdout and sys.stderr and sys.stderr.isatty() and is_first_rank) or "write" in vars(sys.stderr):
         yield
         return
     begun, has_printed, write_line = time.monotonic(), threading.Event(), sys.stderr.write
-    is_live = sys.stderr.isatty()
 
     def note(write: Callable[[str], int], text: str) -> int:
         if not has_printed.is_set():
             has_printed.set()
-            write_line("\r\033[2K" if is_live else "")
+            write_line("\r\033[2K")
         return write(text)
 
     def watch() -> None:
-        wait_s = WORKING_S
-        while not has_printed.wait(wait_s):
-            line = f"working, {in_time(time.monotonic() - begun)}"
-            write_line(f"\r{line}" if is_live else f"{line}\n")
+        while not has_printed.wait(WORKING_S):
+            write_line(f"\rworking, {in_time(time.monotonic() - begun)}")
             sys.stderr.flush()
-            wait_s = 1.0 if is_live else EVERY_S
 
+    streams = sys.stdout, sys.stderr
     for stream in streams:
         setattr(stream, "write", partial(note, stream.write))  # noqa: B010
     threading.Thread(target=watch, name="working", daemon=True).start()
