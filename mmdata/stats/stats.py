@@ -210,18 +210,14 @@ def measure_dataset(
         workers = workers if share >= 1 else 1
         scans = scan.scan_decoded(dataset, vocabulary, rows, workers=workers, wanted=wanted, progress=progress)
     tally = _merged(scans)
-    stored = dataset_stats(dataset)
     source = {"bytes": num_bytes, "texts_from": "shards" if is_decoded else "inputs"}
     if where is not None:
         tally.merge(tokens)
-        figures: Figures = {name: stored[name] for name in ("path", "kind", "rows", "left_out")}
-        left_out = {NOT_SELECTED: stored["kept"] - tally.sums["kept"]}
-        figures |= {"kept": tally.sums["kept"], "left_out": {**figures["left_out"], **left_out}}
-        figures |= {"where": where, "characters": tally.sums["characters"], **source}
-        figures["bytes"] = tally.sums["bytes"] or num_bytes
-        figures |= _figures_of_rows(tally, scans, vocabulary, dataset.kind)
+        figures = _chosen_figures(dataset, tally, where, source) | _figures_of_rows(
+            tally, scans, vocabulary, dataset.kind
+        )
     else:
-        figures = {**stored, **source}
+        figures = {**dataset_stats(dataset), **source}
         if is_quick and tally.sums["kept"] < figures["kept"]:
             figures["sample"] = {"rows": tally.sums["kept"], "of": figures["kept"], "tokens": tokens.sums["tokens"]}
         figures |= text_figures(tally, scans, is_whole=not is_quick)
@@ -236,17 +232,42 @@ def measure_dataset(
     figures |= _loss_figures(tally, losses, dataset.inputs)
     figures["set_aside"] = left_out_figures(figures["left_out"], _rejected(dataset), figures["rows"])
     figures["warnings"] = warnings(figures)
+    samples, frame = _shown(dataset, vocabulary, scans, repeats_of(tally, dataset.inputs), losses, is_quick)
     hashes = np.empty(0, np.uint64) if is_quick else hashes_of(tally)
+    return Measured(directory, figures, samples, frame, _named(vocabulary), hashes)
+
+
+def _chosen_figures(dataset: Dataset, tally: Tally, where: str, source: Figures) -> Figures:
+    """Return the counts of rows chosen by a condition, in the order of the report. source: bytes and "texts_from"."""
+    stored, kept = dataset_stats(dataset), tally.sums["kept"]
+    return {
+        **{name: stored[name] for name in ("path", "kind", "rows")},
+        "left_out": {**stored["left_out"], NOT_SELECTED: stored["kept"] - kept},
+        "kept": kept,
+        "where": where,
+        "characters": tally.sums["characters"],
+        **source,
+        "bytes": tally.sums["bytes"] or source["bytes"],
+    }
+
+
+def _shown(
+    dataset: Dataset,
+    vocabulary: Vocabulary,
+    scans: Sequence[PartScan],
+    repeats: pl.DataFrame,
+    losses: pl.DataFrame | None,
+    is_quick: bool,
+) -> tuple[list[Figures], pl.DataFrame]:
+    """Return the records of the rows that the report shows, and the frame of the sampled rows. repeats: from
+    `figures.repeats_of`."""
     few = scans[:: -(-len(scans) // QUICK_PARTS)] if is_quick else scans
-    chosen, drawn = (
-        _chosen(few, NUM_RANDOM_QUICK if is_quick else NUM_RANDOM),
-        _random(few, NUM_TABLED // 10 if is_quick else NUM_TABLED),
-    )
+    chosen = _chosen(few, NUM_RANDOM_QUICK if is_quick else NUM_RANDOM)
+    drawn = _random(few, NUM_TABLED // 10 if is_quick else NUM_TABLED)
     ids = encoded_at(dataset, [(row.file, row.line) for row in [*chosen, *drawn] if not row.encoded])
     chosen, drawn = ([_with_ids(row, ids) for row in some] for some in (chosen, drawn))
-    frame = row_frame(drawn, dataset.kind, repeats_of(tally, dataset.inputs), losses, None)
-    samples = _with_units(records(chosen, vocabulary), dataset.manifest.arguments.reading)
-    return Measured(directory, figures, samples, frame, _named(vocabulary), hashes)
+    frame = row_frame(drawn, dataset.kind, repeats, losses, None)
+    return _with_units(records(chosen, vocabulary), dataset.manifest.arguments.reading), frame
 
 
 def _with_ids(row: SampleRow, ids: Mapping[tuple[str, int], Sequences]) -> SampleRow:

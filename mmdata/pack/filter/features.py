@@ -32,70 +32,64 @@ class ColumnInfo(NamedTuple):
     maker: str = ""
 
 
-def _declared() -> dict[str, ColumnInfo]:
-    """Return `COLUMNS`."""
-    count, share, flag = pl.Int64, pl.Float64, pl.Boolean
-    shares = {_SHARE_OF.get(script, script): f"share of {script} characters" for script in SCRIPTS}
-    groups = {
-        "": {
-            "file": (pl.String, "path of the input"),
-            "line": (count, "number of the line, or of the row of a table, from 1"),
-        },
-        TOKENS: {
-            "tokens": (count, "tokens of the row's sequences (of a pair, the prompt and both replies)"),
-            "trained_tokens": (count, "tokens that are trained on"),
-            "characters_per_token": (share, "characters a token"),
-        },
-        EXACT: {
-            "duplicate": (flag, "whether an earlier row has the same content"),
-            "duplicate_group": (count, "number of the first row with the same content, from 0"),
-        },
-        NEAR: {
-            "near_duplicate": (flag, "whether an earlier row has nearly the same content"),
-            "near_group": (count, "number of the first row that has nearly the same content, from 0"),
-        },
-        "_sizes": {
-            "kind": (pl.Enum(KINDS), "document, conversation or pair"),
-            "bytes": (count, "bytes of the line"),
-            "characters": (count, "characters of the texts and reasoning"),
-        },
-        "_languages": {
-            "language": (pl.Enum(LANGUAGES), "Chinese, English, code or other"),
-            **{name: (share, help) for name, help in shares.items()},
-        },
-        "_structure": {
-            "messages": (count, "messages, of a pair those of the chosen side"),
-            "turns": (count, "messages of the user"),
-            "has_system": (flag, "whether there is a system prompt"),
-            "has_reasoning": (flag, "whether an answer has reasoning"),
-            "reasoning_messages": (count, "messages with reasoning"),
-            "has_tools": (flag, "whether tools are defined"),
-            "tool_calls": (count, "tool calls"),
-        },
-        "_answers": {
-            "trained_characters": (count, "characters of documents and answers"),
-            "prompt_characters": (count, "characters before the last answer, of a pair before the replies"),
-            "answer_characters": (count, "characters of the last answer, of a pair of the chosen reply"),
-            "chosen_characters": (count, "characters of a pair's chosen reply"),
-            "rejected_characters": (count, "characters of a pair's rejected reply"),
-            "difference": (count, "characters of the chosen reply minus those of the rejected one"),
-        },
-        "_lines": {
-            "lines": (count, "lines of text that are not blank"),
-            "longest_line": (count, "characters of the longest line"),
-        },
-        "_repeated": {"repeated": (share, f"share of the {GRAM_UNITS}-grams that repeat an earlier one of the row")},
-        "_similarity": {"similarity": (share, "Jaccard index of the 8-character pieces of a pair's replies")},
-        "_quality_of_lines": {name: (share, help) for name, help in quality.LINES.items()},
-        "_quality_of_words": {name: (share, help) for name, help in quality.WORDS.items()},
-        "_quality_of_grams": {name: (share, help) for name, help in quality.GRAMS.items()},
-    }
-    return {
-        name: ColumnInfo(dtype, help, maker) for maker, group in groups.items() for name, (dtype, help) in group.items()
-    }
-
-
-COLUMNS = _declared()
+_COUNT, _FLAG, _SHARE = pl.Int64, pl.Boolean, pl.Float64
+_GROUPS: dict[str, dict[str, tuple[pl.DataType | type[pl.DataType], str]]] = {  # by maker
+    "": {
+        "file": (pl.String, "path of the input"),
+        "line": (_COUNT, "number of the line, or of the row of a table, from 1"),
+    },
+    TOKENS: {
+        "tokens": (_COUNT, "tokens of the row's sequences (of a pair, the prompt and both replies)"),
+        "trained_tokens": (_COUNT, "tokens that are trained on"),
+        "characters_per_token": (_SHARE, "characters a token"),
+    },
+    EXACT: {
+        "duplicate": (_FLAG, "whether an earlier row has the same content"),
+        "duplicate_group": (_COUNT, "number of the first row with the same content, from 0"),
+    },
+    NEAR: {
+        "near_duplicate": (_FLAG, "whether an earlier row has nearly the same content"),
+        "near_group": (_COUNT, "number of the first row that has nearly the same content, from 0"),
+    },
+    "_sizes": {
+        "kind": (pl.Enum(KINDS), "document, conversation or pair"),
+        "bytes": (_COUNT, "bytes of the line"),
+        "characters": (_COUNT, "characters of the texts and reasoning"),
+    },
+    "_languages": {
+        "language": (pl.Enum(LANGUAGES), "Chinese, English, code or other"),
+        **{_SHARE_OF.get(script, script): (_SHARE, f"share of {script} characters") for script in SCRIPTS},
+    },
+    "_structure": {
+        "messages": (_COUNT, "messages, of a pair those of the chosen side"),
+        "turns": (_COUNT, "messages of the user"),
+        "has_system": (_FLAG, "whether there is a system prompt"),
+        "has_reasoning": (_FLAG, "whether an answer has reasoning"),
+        "reasoning_messages": (_COUNT, "messages with reasoning"),
+        "has_tools": (_FLAG, "whether tools are defined"),
+        "tool_calls": (_COUNT, "tool calls"),
+    },
+    "_answers": {
+        "trained_characters": (_COUNT, "characters of documents and answers"),
+        "prompt_characters": (_COUNT, "characters before the last answer, of a pair before the replies"),
+        "answer_characters": (_COUNT, "characters of the last answer, of a pair of the chosen reply"),
+        "chosen_characters": (_COUNT, "characters of a pair's chosen reply"),
+        "rejected_characters": (_COUNT, "characters of a pair's rejected reply"),
+        "difference": (_COUNT, "characters of the chosen reply minus those of the rejected one"),
+    },
+    "_lines": {
+        "lines": (_COUNT, "lines of text that are not blank"),
+        "longest_line": (_COUNT, "characters of the longest line"),
+    },
+    "_repeated": {"repeated": (_SHARE, f"share of the {GRAM_UNITS}-grams that repeat an earlier one of the row")},
+    "_similarity": {"similarity": (_SHARE, "Jaccard index of the 8-character pieces of a pair's replies")},
+    "_quality_of_lines": {name: (_SHARE, help) for name, help in quality.LINES.items()},
+    "_quality_of_words": {name: (_SHARE, help) for name, help in quality.WORDS.items()},
+    "_quality_of_grams": {name: (_SHARE, help) for name, help in quality.GRAMS.items()},
+}
+COLUMNS = {
+    name: ColumnInfo(dtype, help, maker) for maker, group in _GROUPS.items() for name, (dtype, help) in group.items()
+}
 
 
 def schema(names: Collection[str]) -> pl.Schema:

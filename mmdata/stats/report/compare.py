@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmdata.stats.report import page
-from mmdata.stats.report.data import CUTS, folded, how_made, name_of, overlaid, warned
+from mmdata.stats.report.charts import overlaid
+from mmdata.stats.report.data import CUTS, folded, how_made, name_of, warned
 from mmdata.stats.report.page import Block, Column, Grid, Phrase, Section, Table, as_name, joined, phrase
 from mmdata.stats.stats import Measured
 from mmdata.stats.tally import Figures

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +13,8 @@ from mmdata.encode.rows import split_keys
 from mmdata.pack.filter import features
 from mmdata.shards.dataset import REPORT
 from mmdata.stats.figures import WARNINGS
-from mmdata.stats.report import page
+from mmdata.stats.report import page, texts
+from mmdata.stats.report.charts import histogram, overlaid, share_plot, shares
 from mmdata.stats.report.page import (
     Block,
     Browser,
@@ -27,7 +28,6 @@ from mmdata.stats.report.page import (
     Plot,
     RowTable,
     Section,
-    Strings,
     Table,
     as_name,
     joined,
@@ -112,11 +112,11 @@ def sections_of(measured: Measured) -> Iterator[Section]:
         ("cuts", "Where to cut", _cut_table),
         ("packing", "Packing", _packing),
         ("models", "Models for it", _models),
-        ("language", "Languages and scripts", _language),
-        ("duplicates", "Repetition", _repetition),
-        ("vocabulary", "Vocabulary", _vocabulary),
-        ("conversations", "Conversations", _conversations),
-        ("pairs", "Pairs", _pairs),
+        ("language", "Languages and scripts", texts.language),
+        ("duplicates", "Repetition", texts.repetition),
+        ("vocabulary", "Vocabulary", texts.vocabulary),
+        ("conversations", "Conversations", texts.conversations),
+        ("pairs", "Pairs", texts.pairs),
         ("sources", "Sources", _sources),
         ("losses", "Loss", _losses),
         ("aside", "Set aside", _set_aside),
@@ -124,22 +124,6 @@ def sections_of(measured: Measured) -> Iterator[Section]:
         blocks = list(make(figures))
         if blocks:
             yield Section(id, title, blocks)
-
-
-def shares(title: str, counts: Mapping[str, int], *, unit: str = "rows", total: int = 0, caption: str = "") -> Table:
-    """Return a table of counts with their shares, as numbers and as bars. title, unit: headings of keys and counts.
-    total: what the shares are of; 0: the sum of the counts. caption: the table's title."""
-    total = max(1, total or sum(counts.values()))
-    columns = [Column(title, "word"), Column(unit, "count"), Column("share", "share"), Column("", "bar")]
-    return Table(columns, [(key, count, count / total, count / total) for key, count in counts.items()], caption)
-
-
-def _strings(items: Sequence[Figures], unit: str, title: str = "", first: str = "", *, bar: bool = False) -> Table:
-    """Return a table of [{"text", "count"}], not empty, the most frequent first. unit, first: headings of counts and
-    strings. bar: whether to draw the counts as bars, too."""
-    columns = [Column(first, "code"), Column(unit, "count"), *([Column("", "bar")] if bar else [])]
-    rows = [(item["text"], item["count"], item["count"] / items[0]["count"])[: len(columns)] for item in items]
-    return Table(columns, rows, title, wrap=True)
 
 
 # --- at a glance
@@ -305,7 +289,7 @@ def _lengths(figures: Figures) -> Iterator[Block]:
         series = [(phrase("turn {number}", number=turn), lengths) for turn, lengths in turns]
         plots.append(overlaid("Tokens of an answer, by turn", series))
     if figures.get("trained_shares") and figures["kind"] != "document":
-        plots.append(_share_plot("Trained share of a sequence", figures["trained_shares"], "sequences", num_ticks=4))
+        plots.append(share_plot("Trained share of a sequence", figures["trained_shares"], "sequences", num_ticks=4))
     if plots:
         yield Grid(plots)
     rows = [
@@ -344,42 +328,6 @@ def _length_table(lengths: Figures) -> Table:
         low = each["up_to"] + 1
     columns = [Column("tokens"), Column("sequences", "count"), Column("share of tokens", "percent1"), Column("", "bar")]
     return Table(columns, rows, "Tokens of a sequence")
-
-
-def histogram(title: str, lengths: Figures, unit: str, *, marks: Sequence[float] = ()) -> Plot:
-    """Return a plot of `tally.length_figures`. unit: what is counted. marks: lengths with a vertical line."""
-    return Plot(
-        title, page.bars(lengths["edges"], [(unit, lengths["counts"])], marks=marks, unit=unit, x=_unit_of(title))
-    )
-
-
-def _unit_of(title: str) -> str:
-    return title.partition(" ")[0].rstrip(":").lower()  # every title of lengths begins with what they are counted in
-
-
-def overlaid(
-    title: str, series: Mapping[str, Figures] | Sequence[tuple[page.Text, Figures]], *, marks: Sequence[float] = ()
-) -> Plot:
-    """Return a plot of several histograms (`tally.length_figures` by name; empty ones are omitted) over all their
-    edges, each in shares of its own count. marks: lengths at which vertical lines are drawn."""
-    pairs = [(as_name(key), each) for key, each in series.items()] if isinstance(series, Mapping) else list(series)
-    pairs = [(label, each) for label, each in pairs if each]
-    edges = sorted({edge for _, each in pairs for edge in each["edges"]})
-    drawn = []
-    for label, each in pairs:
-        share = dict.fromkeys(edges, 0.0)
-        for edge, count in zip(each["edges"], each["counts"], strict=False):
-            share[edge] += count / max(1, each["count"])
-        drawn.append((label, [share[edge] for edge in edges[:-1]]))
-    return Plot(title, page.bars(edges, drawn, marks=marks, x=_unit_of(title), is_share=True))
-
-
-def _share_plot(title: str, counts: Sequence[int], unit: str, *, num_ticks: int) -> Plot:
-    """Return a histogram of shares. counts: of items in each of len(counts) equal bins from 0 to 100 %. unit: what is
-    counted. num_ticks: steps between labels of the x axis."""
-    edges = [i / len(counts) for i in range(len(counts) + 1)]
-    ticks = [(i / num_ticks, f"{100 * i // num_ticks} %") for i in range(num_ticks + 1)]
-    return Plot(title, page.bars(edges, [(unit, counts)], ticks=ticks, unit=unit, x="share"), in_terminal=True)
 
 
 # --- cuts and packing
@@ -432,157 +380,6 @@ def _models(figures: Figures) -> Iterator[Block]:
         yield Note(
             "About 20 tokens per parameter are compute-optimal for one run (Hoffmann et al. 2022).", in_terminal=True
         )
-
-
-# --- languages, repetition, vocabulary
-
-
-def _language(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of "Languages and scripts"."""
-    tables: list[Block] = [shares("language", figures["languages"])] if figures.get("languages") else []
-    if figures.get("scripts"):
-        ordered = sorted(figures["scripts"].items(), key=lambda item: -item[1]["characters"])
-        tables.append(shares("script", {key: each["characters"] for key, each in ordered}, unit="characters"))
-    if tables:
-        yield Grid(tables)
-    if figures.get("token_scripts"):
-        table = shares("script", {}, unit="tokens")
-        columns = [*table.columns, Column("characters a token", "decimal2"), Column("bytes a token", "decimal2")]
-        keys = ("tokens", "share", "share", "characters_per_token", "bytes_per_token")
-        ordered = sorted(figures["token_scripts"].items(), key=lambda item: -item[1]["tokens"])
-        yield Table(columns, [(key, *(each[part] for part in keys)) for key, each in ordered])
-    yield Note(
-        "The language of a row is a rule of thumb by its scripts and commonest words; scripts are counted exactly."
-    )
-
-
-def _repetition(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of "Repetition": duplicates, and the most repeated openings and phrases."""
-    if repeats := figures.get("duplicates"):
-        number = max(1, repeats["rows"])
-        cards: list[tuple[str, str, page.Text]] = [
-            ("exact repeats", f"{repeats['exact']:,}", as_name(percent(repeats["exact"] / number)))
-        ]
-        if repeats["near"] is not None:
-            compared = phrase("of {value}", value=f"{repeats['rows_compared']:,}")
-            cards.append(("near repeats", f"{repeats['near']:,}", compared))
-            cards.append(("rows without their like", f"{number - repeats['exact'] - repeats['near']:,}", ""))
-        yield Cards(cards)
-        if repeats["near"] is not None:
-            text = (
-                "Exact: the same roles and texts as an earlier row. Near: about {share} or more of their 8-character "
-                "pieces in common (estimated by MinHash)."
-            )
-            yield Note(phrase(text, share=percent(repeats["near_from"])))
-    lists = (("openings", "Most repeated openings", "times"), ("ngrams", "Most repeated phrases", "rows"))
-    tables = [_strings(figures[key], unit, title, bar=True) for key, title, unit in lists if figures.get(key)]
-    if tables:
-        yield Grid(tables)
-        text = (
-            "Openings are the first {characters} characters of each document or answer; phrases are runs of {units} words "
-            "or Chinese characters, counted once a row, in {rows} rows."
-        )
-        yield Note(phrase(text, characters=20, units=8, rows=f"{figures.get('ngram_rows', 0):,}"))
-
-
-def _vocabulary(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of "Vocabulary": which tokens occur, and how often. Nothing if no tokens were counted."""
-    used = figures.get("vocabulary")
-    if not used or not used["counted"]:
-        return
-    cards: list[tuple[page.Text, str, page.Text]] = [
-        ("vocabulary", f"{used['size']:,}", ""),
-        ("seen", f"{used['seen']:,}", ""),
-        ("never seen", f"{used['never']:,}", as_name(percent(used["never"] / used["size"]))),
-    ]
-    for share, number in used["cover"].items():
-        cards.append((phrase("cover {share} % of the text", share=share), f"{number:,}", "most frequent tokens"))
-    yield Cards(cards)
-    times = {"name": phrase("times"), "x": {"rank": used["ranks"]}, "y": [count or None for count in used["by_rank"]]}
-    spec = {
-        "kind": "lines",
-        "axes": {"rank": {"label": phrase("rank")}},
-        "series": [times],
-        "unit": phrase("times"),
-        "logx": True,
-        "logy": True,
-    }
-    left: list[Block] = [Plot("How often the tokens of each rank occur", spec)]
-    columns = [Column(as_name("id"), "count"), Column("times", "count")]
-    if control := [(item["text"], item["id"], item["count"]) for item in used["control"] if item["count"]]:
-        left.append(Table([Column("special token", "code"), *columns], control))
-    most = used["top"][0]["count"]
-    top = [(_visible(item["text"]), item["id"], item["count"], item["count"] / most) for item in used["top"]]
-    yield Grid([left, Table([Column("top token", "code"), *columns, Column("", "bar")], top)])
-    if unused := used["never_ids"]:
-        title = phrase("Tokens never seen (the first {number})", number=len(unused))
-        yield Fold(title, [Strings([_visible(item["text"]) for item in unused])])
-
-
-def _visible(text: str) -> str:
-    return text.translate({ord(" "): "␣", ord("\n"): "⏎", ord("\t"): "⇥", ord("\r"): "␍"})
-
-
-# --- conversations and pairs
-
-
-def _conversations(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of "Conversations": turns, system prompts and tools. Nothing if the rows are documents."""
-    if not figures.get("turns"):
-        return
-    turns = dict(list(figures["turns"].items())[:12])
-    total = sum(figures["turns"].values())
-    systems, tools, of = figures["systems"], figures["tools"], max(1, figures["text_rows"])
-    cards = Cards(
-        [
-            ("with a system prompt", f"{systems['rows']:,}", as_name(percent(systems["rows"] / of))),
-            ("different system prompts", f"{systems['different']:,}", ""),
-            ("with tools", f"{tools['rows']:,}", as_name(percent(tools["rows"] / of))),
-            ("tool calls", f"{tools['calls']:,}", ""),
-            ("messages with reasoning", f"{figures['reasoning']:,}", ""),
-        ]
-    )
-    yield Grid([shares("turns", turns, total=total, caption="Turns of a conversation"), cards])
-    lists = (("system prompt", systems["top"][:10]), ("tool", tools["top"]))
-    if tables := [_strings(items, "rows", first=title) for title, items in lists if items]:
-        yield Grid(tables)
-
-
-def _pairs(figures: Figures) -> Iterator[Block]:
-    """Yield the blocks of "Pairs": how the two replies differ. Nothing for rows of another kind."""
-    pairs, by_tokens = figures.get("pairs"), (figures.get("tokens_by") or {}).get("pair")
-    plots: list[Block] = []
-    if pairs:
-        labels = {
-            "chosen": "the chosen is longer",
-            "rejected": "the rejected is longer",
-            "chosen by 3": "the chosen by more than 3×",
-            "rejected by 3": "the rejected by more than 3×",
-        }
-        numbers = {label: pairs["longer"].get(key, 0) for key, label in labels.items()}
-        of = max(1, pairs["pairs"])
-        yield Cards([(label, percent(number / of), as_name(f"{number:,}")) for label, number in numbers.items()])
-        ratios = page.bars(
-            range(-8, 10),
-            [("pairs", [pairs["ratios"][str(k)] for k in range(-8, 9)])],
-            ticks=[(k + 0.5, label) for k, label in _RATIOS.items()],
-            unit="pairs",
-            x="chosen / rejected",
-            names=["≤ 1/16", *(f"{2 ** (k / 2):.2g}" for k in range(-7, 8)), "≥ 16"],
-        )
-        plots.append(Plot("Length of the chosen answer over the rejected one's", ratios, in_terminal=True))
-        plots.append(_share_plot("Likeness of the two answers", pairs["similarity"], "pairs", num_ticks=5))
-    if by_tokens:
-        plots.append(overlaid("Tokens of prompt and answers", by_tokens))
-    if pairs and pairs["margins"]:
-        plots.append(histogram("Characters the answers differ by", pairs["margins"], "pairs"))
-    if plots:
-        yield Grid(plots)
-        yield Note("Likeness: common 8-character pieces over all pieces of both answers (Jaccard).")
-
-
-# Labels of the x axis of the histogram of ratios chosen / rejected: the key is 2 log2(ratio).
-_RATIOS = {-8: "1/16", -4: "1/4", -2: "1/2", 0: "1", 2: "2", 4: "4", 8: "16"}
 
 
 # --- sources and rows set aside

@@ -50,12 +50,7 @@ def run(
     ] = None,
     scale: Annotated[
         float,
-        Option(
-            "Take this share of the rows of every file that is packed, in a directory of its own.",
-            STEPS,
-            above=0,
-            most=1,
-        ),
+        Option("Take this share of the rows of every packed file, in a directory of its own.", STEPS, above=0, most=1),
     ] = 1.0,
     nproc: Annotated[int, Option("Number of ranks (processes) of training steps.", RUN, least=1)] = 1,
     out: Annotated[
