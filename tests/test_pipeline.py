@@ -196,13 +196,29 @@ def test_the_digest_is_of_the_tokens_and_not_of_names_or_file_bytes(
 
 
 @pytest.mark.parametrize(
-    ("compress", "name"), [(gzip.compress, "gz"), (zstandard.compress, "zst"), (lzma.compress, "xz")]
+    ("form", "compress", "name"),
+    [
+        ("jsonl", gzip.compress, "gz"),
+        ("jsonl", zstandard.compress, "zst"),
+        ("jsonl", lzma.compress, "xz"),
+        ("json", gzip.compress, "gz"),
+        ("csv", zstandard.compress, "zst"),
+    ],
 )
 def test_a_compressed_file_is_cut_into_the_parts_of_its_text(
-    tmp_path: Path, pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch, compress: Any, name: str
+    tmp_path: Path,
+    pack_to: Callable[..., PackResult],
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    compress: Any,
+    name: str,
 ) -> None:
-    plain = write_rows(tmp_path / "a.jsonl", "conversation", 90)
-    packed = tmp_path / f"a.jsonl.{name}"
+    plain = write_rows(tmp_path / f"a.{form}", "conversation", 90)
+    if form == "json":
+        plain.write_text("[\n" + ",\n ".join(plain.read_text().splitlines()) + "\n]\n")
+    if form == "csv":
+        plain.write_text("text,other\n" + "".join(f'"row {i},\nof ""a"" few {"words " * i}",\n' for i in range(90)))
+    packed = tmp_path / f"a.{form}.{name}"
     packed.write_bytes(compress(plain.read_bytes()))
     opened: list[Any] = []
     real = lines.open_stream
@@ -213,11 +229,15 @@ def test_a_compressed_file_is_cut_into_the_parts_of_its_text(
     assert records == read_manifest(tmp_path / f"of-{plain.name}").parts and len(records) > 5
     opened.clear()
     pack_to(packed, out="again", part_bytes=3000)
-    assert len(opened) == 3  # for the kind, the format, and once for all parts: it is decompressed once a process
-    some = inputs.plan([packed], 3000)[1][3]
+    # For the kind, the format, rows that are not lines, and once for all parts: it is decompressed once a process.
+    assert len(opened) == 3 + (form != "jsonl")
+    parts = inputs.plan([packed], 3000)[1]
+    some = parts[3]
     assert list(iter_lines(packed, some.begin, some.end, first_number=some.first_line)) == [
         line for line in iter_lines(plain) if some.begin <= line.offset < some.end
     ]
+    rows = [list(iter_lines(packed, each.begin, each.end, first_number=each.first_line)) for each in reversed(parts)]
+    assert [line for each in reversed(rows) for line in each] == list(iter_lines(plain))
 
 
 @given(data=st.data())

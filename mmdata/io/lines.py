@@ -103,8 +103,8 @@ def iter_lines(
 ) -> Iterator[Line]:
     """Yield the rows of `path` that begin in [begin, end), in order. Blank lines are counted but not yielded; a byte
     order mark and the line ends (`\\n`, `\\r\\n`) are removed. begin, end: byte offsets of rows; in a table, numbers of
-    rows from 0; None means the end. A begin other than 0 needs a plain file or lines; of a compressed file, what comes
-    before is decompressed and passed over, except what this process has read before. first_number: of the first row
+    rows from 0; None means the end. Of a compressed file, what comes before `begin` is decompressed and passed over, except
+    what this process has read before. first_number: of the first row
     read. Raises InputError if the file cannot be read, is damaged, cut off or of no supported format."""
     kept = _take_kept(path, begin, options) if begin else None
     stream = kept.stream if kept else open_stream(path, options.encoding)
@@ -118,13 +118,13 @@ def iter_lines(
 
 
 class _Kept(NamedTuple):
-    """A file that is read from its beginning, after reading a range of its lines. raw: the line at `offset`, which was
+    """A file that is read from its beginning, after reading a range of its rows. rows: those from `first` on, which was
     the first one behind the range. key: identifies the file and how it is read."""
 
     key: tuple[Any, ...]
     stream: Stream
-    offset: int
-    raw: bytes
+    first: tuple[int, bytes]
+    rows: Iterator[tuple[int, bytes]]
 
 
 _kept: list[_Kept] = []  # of this process: one, or none
@@ -137,7 +137,7 @@ def _key(path: Path, options: ReadOptions) -> tuple[Any, ...]:
 
 def _take_kept(path: Path, begin: int, options: ReadOptions) -> _Kept | None:
     """Return the kept file if it is this one and the range from `begin` on is not passed yet."""
-    if _kept and _kept[0].key == _key(path, options) and _kept[0].offset <= begin:
+    if _kept and _kept[0].key == _key(path, options) and _kept[0].first[0] <= begin:
         return _kept.pop()
     return None
 
@@ -166,31 +166,37 @@ def _lines(
         if text.strip():
             yield Line(1, 0, _document(text.replace(b"\r\n", b"\n")))
         return
-    if kind in (ARRAY, LISTS, CSV):
-        if kind == CSV:
-            rows = csv_rows(path, file, _separator(stream), begin)
-        else:
-            rows = _array_rows(path, file, begin, is_bare=kind == LISTS)
-        for number, (offset, raw) in enumerate(rows, first_number):
-            if end is not None and offset >= end:
-                return
-            yield Line(number, offset, raw)
-        return
-    offset, number = kept.offset if kept else 0, first_number - 1
-    if begin and stream.is_plain:
-        offset = file.seek(begin)
-    for raw in chain([kept.raw], file) if kept else file:
+    rows = kept.rows if kept else _rows(path, stream, kind, begin if stream.is_plain else 0)
+    number = first_number - 1
+    for offset, raw in chain([kept.first], rows) if kept else rows:
         if end is not None and offset >= end:
             if not stream.is_plain:
-                _keep(_Kept(_key(path, options), stream, offset, raw))
+                _keep(_Kept(_key(path, options), stream, (offset, raw), rows))
             return
-        start, offset = offset, offset + len(raw)
-        if start < begin:
+        if offset < begin:
             continue
         number += 1
-        raw = raw.removeprefix(_BOM).rstrip(b"\r\n")  # also where files were joined
-        if raw and not raw.isspace():
-            yield Line(number, start, _document(raw) if kind == TEXT else raw)
+        if kind in (JSONL, TEXT):
+            raw = raw.removeprefix(_BOM).rstrip(b"\r\n")  # also where files were joined
+            if not raw or raw.isspace():
+                continue
+        yield Line(number, offset, _document(raw) if kind == TEXT else raw)
+
+
+def _rows(path: Path, stream: Stream, kind: str, begin: int) -> Iterator[tuple[int, bytes]]:
+    """Return the offset of each row from `begin` on, and its JSON or, for JSONL and TEXT, the line."""
+    if kind == CSV:
+        return csv_rows(path, stream.file, _separator(stream), begin)
+    if kind in (ARRAY, LISTS):
+        return _array_rows(path, stream.file, begin, is_bare=kind == LISTS)
+    return _text_lines(stream.file, begin)
+
+
+def _text_lines(file: Any, begin: int) -> Iterator[tuple[int, bytes]]:
+    offset = file.seek(begin) if begin else 0
+    for raw in file:
+        yield offset, raw
+        offset += len(raw)
 
 
 def _document(text: bytes) -> bytes:

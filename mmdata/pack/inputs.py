@@ -84,7 +84,7 @@ def plan(
 ) -> tuple[list[FileEntry], list[Part]]:
     """Return the size and sha256 of every input, and the parts; reads every file once or twice. A part of text ends at
     the first row at or after a multiple of `part_bytes` (of its decompressed UTF-8 text), one of a table after whole row
-    groups of up to `part_bytes`. A compressed JSON array or csv file is one part.
+    groups of up to `part_bytes`.
 
     run: calls `workers.run_jobs`; it is used for inputs of workers.LARGE_BYTES together, each of which is a job, and
     then `progress` is called with the bytes hashed so far and in all. found: directory in which shards of a pack leave for each other what they found of an input; the shard `share` (i, n) looks
@@ -124,9 +124,9 @@ def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, tic
     else:
         num_text = num_bytes
         if not form.has_offsets:
-            num_text, starts = _text_cuts(path, part_bytes, read) if form.has_lines else (num_bytes, [(0, 1)])
+            num_text, starts = (_text_cuts if form.has_lines else _row_cuts)(path, part_bytes, read)
         elif not form.is_lines:
-            starts = _row_starts(path, part_bytes, read)
+            _, starts = _row_cuts(path, part_bytes, read)
         ends = [begin for begin, _ in starts[1:]] + [num_text]
         ranges = [(begin, end, row, end - begin) for (begin, row), end in zip(starts, ends, strict=True)]
         if not form.has_offsets and len(starts) == 1:
@@ -137,14 +137,16 @@ def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, tic
     return cuts
 
 
-def _row_starts(path: Path, part_bytes: int, read: ReadOptions) -> list[tuple[int, int]]:
-    """Return the same as `scan` for a file whose rows are not lines: (offset, number of the row) for each part."""
-    cuts, target = [(0, 1)], part_bytes
+def _row_cuts(path: Path, part_bytes: int, read: ReadOptions) -> tuple[int, list[tuple[int, int]]]:
+    """Return the same as `_text_cuts` for a file whose rows are not lines: about where its last row ends, and (offset,
+    number of the row) for each part."""
+    cuts, target, end = [(0, 1)], part_bytes, 0
     for line in iter_lines(path, options=read):
+        end = line.offset + len(line.raw)
         if line.offset >= target and line.number > 1:
             cuts.append((line.offset, line.number))
             target = (line.offset // part_bytes + 1) * part_bytes
-    return cuts
+    return end, cuts
 
 
 def _text_cuts(path: Path, part_bytes: int, read: ReadOptions) -> tuple[int, list[tuple[int, int]]]:

@@ -42,8 +42,8 @@ TOO_LONG = "too long"  # the reason why a valid row is left out that is longer t
 @dataclass(frozen=True, slots=True)
 class Part:
     """A range of one input file that is packed on its own. number: counts through all inputs. input: index of the file.
-    begin, end: byte offsets of rows, or in a table numbers of rows from 0; end is None for a file that is read from the
-    beginning, such as a compressed one, always one part. first_line: number of the first row. num_bytes: of the range,
+    begin, end: byte offsets of rows, or in a table numbers of rows from 0; end is None for a file that is one part and
+    read from the beginning, such as a compressed one. first_line: number of the first row. num_bytes: of the range,
     or of a compressed file on disk. read: how the file is read."""
 
     number: int
