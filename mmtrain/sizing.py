@@ -7,8 +7,9 @@ these defaults and a token for every parameter, except that a run of fewer than 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
-from mmtrain.config import TrainSettings, shape_from
+from mmtrain.config import STAGE_KINDS, TrainSettings, shape_from, stage_defaults
 from mmtrain.shapes import ModelConfig, shape_of
 
 # New weights need more steps: after 130 steps on 0.5M tokens of text a model of 0.5M parameters is still at 7 nats.
@@ -43,7 +44,8 @@ def fit_to_data(
         return settings.steps or math.ceil(passes * tokens_per_epoch / batch)
 
     if settings.steps is None and origins["batch_tokens"] == "default":
-        batch = batch_for(stage, round(passes * tokens_per_epoch), batch, least_batch_tokens)
+        least = max(LEAST_BATCH_TOKENS[stage], least_batch_tokens)
+        batch = halved(batch, round(passes * tokens_per_epoch), least_steps, least)
         if batch != settings.batch_tokens:
             origins["batch_tokens"] = f"data: about {least_steps} steps"
     if steps() < least_steps and origins["epochs"] == "default" and settings.steps is None:
@@ -72,10 +74,17 @@ def fit_to_data(
     return settings, origins
 
 
-def batch_for(stage: str, num_tokens: int, most: int, least: int = 0) -> int:
-    """Return the tokens of a step: `most`, halved until a run of `num_tokens` tokens has LEAST_STEPS steps, but not below
-    LEAST_BATCH_TOKENS or `least`."""
-    return halved(most, num_tokens, LEAST_STEPS[stage], max(LEAST_BATCH_TOKENS[stage], least))
+def settings_for(stage: str, tokens_per_epoch: int, *, max_len: int = 0, **given: Any) -> TrainSettings:
+    """Return what `fit_to_data` decides for a run of one rank with only these settings `given`. max_len: of its data."""
+    settings = TrainSettings(**{**stage_defaults(stage), **given})
+    return fit_to_data(
+        replace(settings, model=None, epochs=None if settings.steps else settings.epochs),
+        {name: "flag" if name in given else "default" for name in TrainSettings.__dataclass_fields__},
+        stage=stage,
+        tokens_per_epoch=tokens_per_epoch,
+        vocab_size=0,
+        least_batch_tokens=max_len * (2 if STAGE_KINDS[stage] == "pair" else 1),
+    )[0]
 
 
 def halved(batch: int, num_tokens: int, num_steps: int, least: int) -> int:

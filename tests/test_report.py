@@ -22,7 +22,7 @@ from mmdata.pack.pipeline import PackResult, pack
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.verify import verify
 from mmdata.stats import stats
-from mmdata.stats.figures import BATCH_TOKENS, cut_lines
+from mmdata.stats.figures import cut_lines
 from mmdata.stats.frames import rows
 from mmdata.stats.report import compare, data
 from mmdata.stats.report.page import Translation, as_name
@@ -73,7 +73,6 @@ def test_html_json_and_terminal_agree(home: Path, mm: Run) -> None:
         for name, key in (("rows", "kept"), ("tokens", "tokens"), ("trained tokens", "loss_tokens")):
             assert shown[name] == f"{figures[key]:,}"
             assert re.search(rf"^{name} +{figures[key]:,}\b", printed, re.M), printed
-        assert shown["epoch steps"] == f"{figures['epoch']['steps']:,}"
         for warning in figures["warnings"]:
             assert f"! {warning['text']}" in printed
         exact = figures["duplicates"]["exact"]
@@ -157,7 +156,7 @@ def test_a_condition_gives_the_figures_of_its_rows(tmp_path: Path, tokenizer_dir
         "lengths",
         "cuts",
     ]
-    for name in (*names, "vocabulary", "token_scripts", "trained_share", "epoch", "where"):
+    for name in (*names, "vocabulary", "token_scripts", "trained_share", "where"):
         assert found.figures.get(name) == expected.figures.get(name), name
     assert found.rows.drop("file", "bytes").equals(expected.rows.select(found.rows.drop("file", "bytes").columns))
     with pytest.raises(InputError, match="holds for no row"):
@@ -444,12 +443,6 @@ def test_cut_lines_say_what_a_limit_costs() -> None:
         assert cut["tokens_in_longer_share"] == pytest.approx(sum(v for v in values if v > limit) / sum(values))
         assert cut["padding_share"] == pytest.approx(1 - sum(min(v, limit) for v in values) / (500 * limit))
         assert 1 - cut["padding_share"] <= cut["packed_fill"] <= 1
-
-
-def test_the_stages_take_batches_of_these_tokens() -> None:
-    from mmtrain.config import STAGE_KINDS, stage_defaults
-
-    assert {kind: stage_defaults(stage)["batch_tokens"] for stage, kind in STAGE_KINDS.items()} == BATCH_TOKENS
 
 
 def test_the_reports_assets_are_packaged() -> None:

@@ -11,7 +11,7 @@ from train_runs import config_of
 from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings
 from mmtrain.resolve import resolve
 from mmtrain.shapes import MODEL_SHAPES
-from mmtrain.sizing import LEAST_STEPS, MODELS, MOST_EPOCHS, fit_to_data, lines
+from mmtrain.sizing import LEAST_STEPS, MODELS, MOST_EPOCHS, fit_to_data, lines, settings_for
 
 
 def fitted(stage: str, tokens: int, least: int = 0, **given: Any) -> tuple[TrainSettings, dict[str, str]]:
@@ -28,6 +28,15 @@ def test_nothing_changes_for_large_data_or_what_was_given(stage: str) -> None:
     told: dict[str, Any] = {"batch_tokens": 32_768, "epochs": 1.0, "val_every": 7, "model": "minimind2"}
     for options in (told, told | {"epochs": None, "steps": 50}):
         assert fitted(stage, 30_000, **options) == resolve(TrainOptions(stage, (), Path("run"), **options))
+
+
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+@pytest.mark.parametrize("given", [{}, {"epochs": 2.0}, {"steps": 40}, {"batch_tokens": 8192}])
+def test_a_plan_of_data_and_a_run_decide_the_same(stage: str, given: dict[str, Any]) -> None:
+    for tokens in (3000, 40_000, 700_000, 10**8):
+        run = fitted(stage, tokens, least=512 * (1 + (stage == "dpo")), **given)[0]
+        plan = settings_for(stage, tokens, max_len=512, **given)
+        assert (plan.batch_tokens, plan.epochs, plan.steps) == (run.batch_tokens, run.epochs, run.steps)
 
 
 @pytest.mark.parametrize("stage", STAGE_KINDS)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,7 +34,7 @@ from mmdata.commands.terminal import (
 from mmdata.errors import MMError, UsageError
 from mmdata.options import Option, redeclared
 from mmdata.pack.options import OUTPUT, PackOptions
-from mmtrain.config import STAGE_KINDS, stage_defaults, stage_of
+from mmtrain.config import STAGE_KINDS, stage_of
 
 if TYPE_CHECKING:
     from mmdata.io.files import Progress
@@ -327,17 +327,16 @@ def print_plan(files: list[Path], is_one: bool, options: PackFlags, as_json: boo
     each into its own."""
     from mmdata.pack.estimate import estimate
     from mmdata.pack.inputs import common_kind
-    from mmtrain.sizing import batch_for
+    from mmtrain.sizing import settings_for
 
     if options.dedup or options.exclude:
         say("note: rows that --dedup and --exclude would leave out are counted here: only packing finds them")
     estimates = []
     for inputs in [files] if is_one else [[path] for path in files]:
         stage = stage_of(common_kind(inputs, options.reading))
-        defaults = stage_defaults(stage)
 
-        def step_tokens(epoch: int, stage: str = stage, defaults: dict[str, Any] = defaults) -> int:
-            return batch_for(stage, round(defaults["epochs"] * epoch), defaults["batch_tokens"])
+        def step_tokens(epoch: int, max_len: int, stage: str = stage) -> int:
+            return settings_for(stage, epoch, max_len=max_len).batch_tokens
 
         chosen = settled(inputs, inputs[0], options)
         estimates.append(estimate(inputs, chosen, batch_tokens=step_tokens))
@@ -355,11 +354,11 @@ def print_estimate(estimate: "Estimate") -> None:
         f"(read {size(estimate.read_bytes)}); {estimate.rows_left_out:,} cannot be used"
         + (f", {estimate.rows_not_selected:,} are not selected" if estimate.rows_not_selected else "")
     )
-    head = ("max-len", "tokens", "trained", "padding", "cut rows", "too long", "disk", "time", "steps an epoch")
+    head = ("max-len", "tokens", "trained", "padding", "cut rows", "too long", "disk", "time", "steps")
     rows = (
         (
             limit.max_len,
-            f"{limit.tokens / 1e6:,.1f}M",
+            f"{limit.tokens / 1e6:,.1f}M" if limit.tokens >= 1e6 else limit.tokens,
             percent(limit.loss_tokens, limit.tokens),
             f"{100 * limit.padding:.2f}%",
             limit.rows_cut,
@@ -380,5 +379,6 @@ def print_estimate(estimate: "Estimate") -> None:
             + refused * (share > UNKNOWN_REFUSED)
         )
     batches = sorted({limit.batch_tokens or 0 for limit in estimate.outlooks})
-    step = f"a step takes {' to '.join(f'{batch:,}' for batch in dict.fromkeys((batches[0], batches[-1])))} tokens"
+    batch = " to ".join(f"{tokens:,}" for tokens in dict.fromkeys((batches[0], batches[-1])))
+    step = f"steps: of one epoch, {batch} tokens each"
     say(f"{estimate.workers} workers, {estimate.encoder}; {step}; nothing was written")

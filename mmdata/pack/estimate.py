@@ -171,11 +171,11 @@ def estimate(
     options: PackOptions,
     *,
     max_lens: Sequence[int] = MAX_LENS,
-    batch_tokens: Callable[[int], int] | None = None,
+    batch_tokens: Callable[[int, int], int] | None = None,
 ) -> Estimate:
     """Estimate, from about 1 % of the inputs, what `pack` would give for each of `max_lens`. Rows that `dedup` and
     `exclude` would leave out are counted as packed. batch_tokens: returns the tokens of a training step over all ranks
-    for the tokens of an epoch; None: no steps are estimated. Raises InputError if a file does not exist or no sampled
+    for the tokens of an epoch and max_len; None: no steps are estimated. Raises InputError if a file does not exist or no sampled
     row can be used, and the errors of `pack` for invalid options or tokenizers."""
     check(options)
     kind, workers = common_kind(inputs, options.reading), options.workers or 1
@@ -293,7 +293,7 @@ def _outlook(
     encoder: RowEncoder,
     workers: int,
     val_fraction: float,
-    batch_tokens: Callable[[int], int] | None,
+    batch_tokens: Callable[[int, int], int] | None,
 ) -> Outlook:
     """Encode the sampled rows with `encoder`, which has a length limit, and return the estimates for the whole inputs."""
     max_len, tokenizer = encoder.max_len, encoder.tokenizer
@@ -318,7 +318,7 @@ def _outlook(
     scale = sums["width"] / max(1, int(lengths.sum()))
     total = sum(sample.total_bytes for sample in samples)
     train_tokens = model_tokens * (1 - val_fraction)
-    step_tokens = batch_tokens(round(train_tokens)) if batch_tokens else None
+    step_tokens = batch_tokens(round(train_tokens), max_len) if batch_tokens else None
     return Outlook(
         max_len=max_len,
         tokens=round(sums["tokens"]),

@@ -25,7 +25,6 @@ from mmdata.stats.tally import Figures, Tally, counts_of, length_figures, length
 from mmdata.stats.tokens import MESSAGE_ROLES, NUM_SHARES, NUM_TURNS, Vocabulary
 from mmdata.tokenizer.scripts import LANGUAGES, SCRIPTS
 
-BATCH_TOKENS = {"document": 65_536, "conversation": 32_768, "pair": 16_384}  # per step: defaults of pretrain, sft, dpo
 PACKED_FOR_CUTS = 100_000  # sequences, at most, that are packed to estimate the fill of each length limit
 LONGER_BY = 3  # pairs are counted whose one reply is more than this many times as long as the other
 REPLIES = ("prompt", "chosen", "rejected")  # the parts of a pair
@@ -326,7 +325,6 @@ def cut_lines(lengths: pl.DataFrame, kind: str, limits: Sequence[int], tried: in
                 "tokens_in_longer_share": float((values * counts)[longer].sum() / max(tokens, 1)),
                 "padding_share": 1 - kept / (number * limit),
                 "packed_fill": None if kind == "pair" else _packed_fill(cut, counts, limit, tried),
-                "steps": -(-kept // BATCH_TOKENS[kind]),
             }
         )
     return costs

@@ -30,11 +30,9 @@ from mmdata.pack.options import SelectOptions
 from mmdata.pack.packing import BUCKETS
 from mmdata.shards.dataset import Dataset, open_dataset, open_sources
 from mmdata.shards.manifest import DatasetStats, PartRecord
-from mmdata.shards.pairs import make_loader
 from mmdata.stats import frames, scan
 from mmdata.stats.decoded import encoded_at
 from mmdata.stats.figures import (
-    BATCH_TOKENS,
     PACKED_FOR_CUTS,
     count_figures,
     cut_lines,
@@ -163,8 +161,6 @@ def _figures_of_rows(tally: Tally, scans: Sequence[PartScan], vocabulary: Vocabu
     if vocabulary:
         figures |= count_figures(tally, vocabulary, kind)
         figures["cuts"] = cut_lines(counts_of(tally.frame("sequences", "tokens")["tokens"]), kind, [*BUCKETS])
-        batch_tokens = BATCH_TOKENS[kind]
-        figures["epoch"] = {"batch_tokens": batch_tokens, "steps": -(-figures["tokens"] // batch_tokens)}
     return figures
 
 
@@ -288,7 +284,7 @@ def _rows_where(dataset: Dataset, where: str) -> dict[int, np.ndarray]:
 
 def _packed_figures(dataset: Dataset, is_quick: bool) -> Figures:
     """Return the figures of the sequences as they are packed: their lengths, in all and by bucket (that of a pair is its
-    longer side's, prompt included), what length limits would cut, and the steps of an epoch.
+    longer side's, prompt included), and what length limits would cut.
     """
     lengths = pl.DataFrame(schema={"bucket": pl.Int64, "value": pl.Int64})
     for entry in dataset.manifest.shards:
@@ -304,15 +300,12 @@ def _packed_figures(dataset: Dataset, is_quick: bool) -> Figures:
     counts = lengths.group_by("bucket", "value").agg(count=pl.len().cast(pl.Int64)).sort("bucket", "value")
     every = counts.select("value", "count")
     limits = [bucket for bucket in dict.fromkeys([*BUCKETS, dataset.max_len]) if bucket <= dataset.max_len]
-    batch_tokens = BATCH_TOKENS[dataset.kind]
-    steps = make_loader([dataset], batch_tokens=batch_tokens, seed=0).steps_per_epoch
     return {
         "lengths_by": (
             length_figures(every),
             {str(of[0]): length_figures(each) for of, each in counts.partition_by("bucket", as_dict=True).items()},
         ),
         "cuts": cut_lines(every, dataset.kind, limits, PACKED_FOR_CUTS // (100 if is_quick else 1)),
-        "epoch": {"batch_tokens": batch_tokens, "steps": steps},
     }
 
 

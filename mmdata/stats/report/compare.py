@@ -52,8 +52,6 @@ def comparable(figures: Figures) -> dict[str, float]:
         values["fill"] = figures["fill"]
     if "val_rows" in figures:
         values["rows for val"] = figures["val_rows"]
-    if "epoch" in figures:
-        values["epoch steps"] = figures["epoch"]["steps"]
     if by := (figures.get("tokens_by") or {}).get("sequence"):
         values |= {"mean tokens": by["mean"], "half have up to tokens": by["p50"], "99 % have up to tokens": by["p99"]}
     if repeats := figures.get("duplicates"):

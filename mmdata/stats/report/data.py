@@ -190,9 +190,6 @@ def _first_figures(figures: Figures) -> Iterator[tuple[str, str, page.Text]]:
     if "fill" in figures and figures["kind"] != "pair":  # pairs are not packed, so they have no fill
         padding = phrase("{value} % padding", value=f"{100 * figures['waste']:.2f}")
         yield "fill", f"{100 * figures['fill']:.2f} %", padding
-    if "epoch" in figures:
-        tokens = phrase("of {value} tokens", value=f"{figures['epoch']['batch_tokens']:,}")
-        yield "epoch steps", f"{about}{figures['epoch']['steps']:,}", tokens
     if "val_rows" in figures:
         yield "rows for val", f"{figures['val_rows']:,}", as_name(percent(figures["val_rows"] / max(1, kept)))
 
@@ -342,7 +339,6 @@ def _cut_table(figures: Figures) -> Iterator[Block]:
         "tokens_in_longer_share": Column("tokens of longer ones", "share"),
         "padding_share": Column("padding, one a line", "percent1"),
         "packed_fill": Column("fill, packed", "percent2"),
-        "steps": Column("epoch steps", "count"),
     }
     rows = [[cut[key] for key in columns] for cut in figures.get("cuts", ())]
     if rows:

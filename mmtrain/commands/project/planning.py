@@ -13,7 +13,6 @@ from mmdata.commands.options import HOME
 from mmdata.commands.terminal import without_option
 from mmtrain.commands.project.recipe import NEW_MODEL, SHARDS_DIR, Step
 from mmtrain.commands.project.runner import ALONE, DONE, Runner, resuming
-from mmtrain.config import stage_defaults
 
 SAMPLE_ROWS = 400  # of a file that is not packed yet, to measure training on
 
@@ -132,15 +131,12 @@ class Planner:
 
 
 def _run_tokens(step: Step, tokens: int) -> int:
-    """Return the tokens of a whole run on a dataset of so many tokens. `fit_to_data` may make it longer if it is small."""
-    from mmtrain.sizing import batch_for
+    """Return the tokens of a whole run on a dataset of so many tokens."""
+    from mmtrain.sizing import settings_for
 
-    defaults = stage_defaults(step.values["stage"])
-    run_tokens = round(step.values.get("epochs", defaults["epochs"]) * tokens)
-    if steps := step.values.get("steps"):
-        batch = batch_for(step.values["stage"], run_tokens, defaults["batch_tokens"])
-        return steps * step.values.get("batch_tokens", batch)
-    return run_tokens
+    given = {name: step.values[name] for name in ("epochs", "steps", "batch_tokens") if name in step.values}
+    chosen = settings_for(step.values["stage"], tokens, **given)
+    return chosen.steps * chosen.batch_tokens if chosen.steps else round((chosen.epochs or 1) * tokens)
 
 
 def _listed(value: Any) -> list[str]:
