@@ -131,7 +131,7 @@ class TrainSettings:
     )
     optimizer: str = _setting(
         "adamw",
-        "adamw; or muon, for pretrain only, which needs fewer steps to the same loss.",
+        "adamw; or muon, which needs fewer steps to the same loss: for pretrain, and for sft of weights so trained.",
         OPTIMIZER,
         choices=("adamw", "muon"),
     )
@@ -140,7 +140,7 @@ class TrainSettings:
         "Peak learning rate.",
         OPTIMIZER,
         above=0,
-        default_text="pretrain 0.001, sft 0.0003, dpo 5e-06; with muon 0.004, with --lora 0.002",
+        default_text="pretrain 0.001, sft 0.0003, dpo 5e-06; with muon 0.004 and 0.0012, with --lora 0.002",
     )
     beta2: float = _setting(BETA2, "AdamW's decay rate of the squared gradients.", OPTIMIZER, least=0, below=1)
     schedule: str = _setting(

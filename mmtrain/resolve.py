@@ -40,9 +40,10 @@ PRESET_SETTINGS: Mapping[str, Mapping[str, SettingValues]] = {
         "lora": {"model": "minimind3", "epochs": 10.0, "batch_tokens": 32 * 340, "lr": 1e-4},
     },
 }
-# Defaults with --optimizer muon and with --lora. muon's learning rate was measured on a small model
-# (tests/bench/RESULTS.md), not at 26M to 104M parameters. The values for LoRA were chosen without measuring.
-MUON_DEFAULTS = {"lr": 4e-3}
+# Defaults with --optimizer muon and with --lora. muon's learning rate for pretrain was measured on a small model
+# (tests/bench/RESULTS.md), not at 26M to 104M parameters; that for sft is smaller as AdamW's is. The latter and the
+# values for LoRA were chosen without measuring.
+MUON_RATES = {"pretrain": 4e-3, "sft": 1.2e-3}
 LORA_DEFAULTS = {"lr": 2e-3, "weight_decay": 0.0}
 
 
@@ -79,7 +80,7 @@ def resolve(
     if options.lora:
         defaults |= LORA_DEFAULTS
     elif options.optimizer == "muon":
-        defaults |= MUON_DEFAULTS
+        defaults["lr"] = MUON_RATES[options.stage]
     if device == "cuda":
         defaults["micro_tokens"] = CUDA_MICRO_TOKENS
     if options.stage == "dpo":
@@ -130,11 +131,8 @@ def check_options(options: TrainOptions) -> None:
         raise UsageError("--steps and --epochs contradict each other", "give one of them")
     if options.depth and (other := next((n for n in ("model", "layers", "width") if getattr(options, n)), None)):
         raise UsageError(f"--depth and --{other} both say how large the model is", "give one of them")
-    if options.optimizer == "muon" and (options.stage != "pretrain" or options.lora):
-        raise UsageError(
-            "--optimizer muon is for pretraining: weights trained by AdamW, and adapters, are better trained by AdamW",
-            "leave --optimizer out",
-        )
+    if options.optimizer == "muon" and (options.stage == "dpo" or options.lora):
+        raise UsageError("--optimizer muon is for pretrain and sft, without --lora", "leave --optimizer out")
     if options.lora and options.stage == "pretrain":
         raise UsageError("--lora adapts a trained model; pretraining trains all weights", "leave --lora out")
     if options.resize_embeddings and options.lora:

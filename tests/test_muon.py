@@ -10,6 +10,7 @@ from torch import nn
 from train_data import Data, run_json
 from train_runs import at_step, config_of, interrupt, lines
 
+from mmdata.errors import UsageError
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.train import muon
@@ -176,3 +177,15 @@ def test_a_run_learns_with_muon_and_resumes_to_the_last_bit(data: Data, tmp_path
     assert lines(broken.out) == lines(whole.out) and lines(whole.out)[-2]["loss"] < lines(whole.out)[0]["loss"]
     assert checkpoint.find(broken.out).weights_sha256 == checkpoint.find(whole.out).weights_sha256
     assert run_json(whole.out)["settings"]["optimizer"] == {"value": "muon", "from": "flag"}
+
+
+def test_sft_goes_by_muon_only_from_weights_that_muon_has_trained(data: Data, tmp_path: Path) -> None:
+    for name in ("muon", "adamw"):
+        train(config_of("pretrain", data, tmp_path / name, model="tiny", optimizer=name, steps=2, quiet=True))
+    sft = config_of(
+        "sft", data, tmp_path / "sft", init=tmp_path / "adamw", optimizer="muon", quiet=True, steps=2, lr=None
+    )
+    with pytest.raises(UsageError, match="was not trained by muon"):
+        train(sft)
+    train(replace(sft, init=tmp_path / "muon"))
+    assert run_json(sft.out)["settings"]["lr"] == {"value": 1.2e-3, "from": "default"}

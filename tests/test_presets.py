@@ -81,7 +81,7 @@ def test_a_run_of_before_a_setting_was_there_takes_its_default() -> None:
     [
         ("pretrain", {"preset": "gpt4"}, "--preset gpt4 is unknown"),
         ("pretrain", {"optimizer": "sgd"}, "--optimizer sgd is unknown"),
-        ("sft", {"optimizer": "muon"}, "is for pretraining"),
+        ("dpo", {"optimizer": "muon"}, "is for pretrain and sft"),
         ("pretrain", {"lora": 8}, "pretraining trains all weights"),
         ("sft", {"lora": -1}, "--lora -1"),
         ("sft", {"ema": 1.0}, "--ema 1.0"),

@@ -110,6 +110,12 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
         device=world.device.type,
         share_prompt=stage.kind == "pair" and saved_share(datasets) >= SHARE_FROM,
     )
+    is_muon = start.init and start.init.state.settings.get("optimizer") == "muon"
+    if start.init and options.stage == "sft" and settings.optimizer == "muon" and not is_muon:
+        raise UsageError(
+            f"{start.init.dir} was not trained by muon, and --optimizer muon is for sft of weights that were",
+            "leave --optimizer out",
+        )
     if not resumed:
         settings, origins = fit_to_data(
             settings,
