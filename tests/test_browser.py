@@ -17,7 +17,7 @@ from waiting import LONG_S, wait_until
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
 from mmdata.stats import stats
-from mmdata.stats.report import compare, data
+from mmdata.stats.report import compare, data, page
 from mmtrain.log import history, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # selenium's own warnings
@@ -122,6 +122,26 @@ return [...document.querySelectorAll("figure.plot")].filter((figure) => figure.o
   return colours.size > 2 && canvas.clientWidth <= figure.clientWidth ? "drawn" : `bare: ${colours.size} colours, ${canvas.clientWidth}`;
 });
 """
+
+
+BETWEEN = """
+const canvas = document.querySelector("figure.plot canvas"), { width, height } = canvas;
+const data = canvas.getContext("2d").getImageData(0, Math.round(height * 0.35), width, Math.round(height * 0.2)).data;
+let blue = 0;
+for (let i = 0; i < data.length; i += 4) blue += data[i + 3] > 50 && data[i + 2] > data[i] + 60;
+return blue;
+"""
+
+
+@pytest.mark.parametrize("gap", [[None], []])
+def test_a_curve_is_parted_by_a_gap_narrower_than_a_pixel(driver: Any, tmp_path: Path, gap: list[None]) -> None:
+    middle = [1_000_001 for _ in gap]
+    series = {"name": "a", "x": {"step": [0, 10**6, *middle, 1_000_002, 2 * 10**6]}, "y": [1, 1, *gap, 9, 9]}
+    spec = {"kind": "lines", "axes": {"step": {"label": "steps"}}, "series": [series]}
+    path = tmp_path / "page.html"
+    path.write_text(page.render("a", "", [page.Section("a", "", [page.Plot("a", spec)])], "en"))
+    open_page(driver, f"file://{path}")
+    assert bool(driver.execute_script(BETWEEN)) == (not gap)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -17,7 +17,9 @@ from mmdata.pack.pipeline import pack
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_a_file_read_whole_is_foreseen_exactly(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", kind, 300)
-    found = estimate([path], PackOptions(tokenizer=tokenizer_dir), max_lens=(32, 1024), batch_tokens=lambda epoch, _: 100)
+    found = estimate(
+        [path], PackOptions(tokenizer=tokenizer_dir), max_lens=(32, 1024), batch_tokens=lambda epoch, _: 100
+    )
     assert found.kind == kind and found.rows == 300 and found.read_bytes == found.bytes == path.stat().st_size
     for outlook in found.outlooks:
         out = tmp_path / str(outlook.max_len)

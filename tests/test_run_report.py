@@ -148,7 +148,7 @@ def test_every_kind_of_event_is_marked_and_explained(tmp_path: Path) -> None:
     assert {mark["color"] for mark in spec["marks"]} == {0, 1} and len(both.encode()) < 2_000_000
 
 
-def test_curves_of_two_stages_are_parted_and_changed_settings_come_first(tmp_path: Path) -> None:
+def test_curves_of_two_runs_are_parted_and_changed_settings_come_first(tmp_path: Path) -> None:
     make_run(tmp_path / "base", 20, stage="pretrain")
     make_run(tmp_path / "next", 10, stage="sft", init=str(tmp_path / "base"))
     html = report.run_page(history.figures([tmp_path / "next"]))
@@ -158,6 +158,10 @@ def test_curves_of_two_stages_are_parted_and_changed_settings_come_first(tmp_pat
     for places in loss["x"].values():
         assert len(places) == len(loss["y"]) and places == sorted(places)
         assert places[gap - 1] < places[gap] < places[gap + 1]
+    make_run(tmp_path / "after", 10, stage="sft", init=str(tmp_path / "next"))
+    html = report.run_page(history.figures([tmp_path / "after"]))
+    loss = json.loads(next(script for script in parsed(html).scripts if script.startswith('{"kind"')))["series"][0]
+    assert loss["y"].count(None) == 2
     make_run(tmp_path / "one", 10)
     (runs,) = history.figures([tmp_path / "one"])["chains"]
     of_dpo = {"beta": {"value": 0.0, "from": "default"}, "guard": {"value": "", "from": "default"}}

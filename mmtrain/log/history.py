@@ -261,14 +261,11 @@ def _rounded(values: np.ndarray) -> list[float | None]:
 
 
 def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float | None]:
-    """Return the newest figures by name: loss (mean over the last tenth of the steps), the last step's PAIR_FIGURES,
-    all figures of the last validation, and best_val_loss with its step best_val_step, as far as the run has them."""
+    """Return the newest figures by name: the last step's loss and PAIR_FIGURES, all figures of the last validation, and
+    best_val_loss with its step best_val_step, as far as the run has them."""
     last: dict[str, float | None] = {}
     if steps:
-        losses = _column(steps[-max(1, len(steps) // 10) :], "loss")
-        finite = losses[np.isfinite(losses)]
-        last["loss"] = float(finite.mean()) if len(finite) else None
-        last |= {name: steps[-1][name] for name in PAIR_FIGURES if name in steps[-1]}
+        last |= {name: steps[-1][name] for name in ("loss", *PAIR_FIGURES) if name in steps[-1]}
     if vals:
         last |= {name: value for name, value in vals[-1].items() if name.startswith("val_")}
         losses = [(loss, _step(val)) for val in vals if (loss := val.get("val_loss")) is not None]

@@ -122,7 +122,7 @@ def glance(run: RunFigures) -> list[tuple[Text, str, Text]]:
         ("step", f"{run['step']:,}", phrase("of {value}", value=f"{run['num_steps']:,}"))
     ]
     if last.get("loss") is not None:
-        cards.append(("loss", f"{last['loss']:.4f}", ""))
+        cards.append(("loss", f"{last['loss']:.4f}", "of the last step"))
     if last.get("val_loss") is not None:
         cards.append(
             ("val loss", f"{last['val_loss']:.4f}", phrase("best {value}", value=f"{last['best_val_loss']:.4f}"))
@@ -253,21 +253,19 @@ class _Plotter:
 
     def _joined(self, runs: Sequence[RunFigures], curve: str) -> page.PlotSpec | None:
         """Return one curve over consecutive runs of a chain, None if it has no values: x values by axis, y values, and
-        the band from the lowest to the highest value if the curve was averaged. Where another stage begins, a value
-        None parts the curves."""
+        the band from the lowest to the highest value if the curve was averaged. A value None parts the curves of
+        two runs."""
         is_val = curve.startswith("val_")
         x: dict[str, list[Any]] = {axis: [] for axis in AXES}
         y: list[Any] = []
         low: list[Any] = []
         high: list[Any] = []
-        stage = None
         for run in runs:
             vals = [values for values in run["vals"] if curve in values]
             points = {axis: [values[axis] for values in vals] for axis in AXES} if is_val else run["curves"]
             values = [values[curve] for values in vals] if is_val else run["curves"].get(curve, [])
             known = [i for i, value in enumerate(values) if value is not None]
-            gap = [None] if y and known and run["stage"] != stage else []
-            stage = run["stage"] if known else stage
+            gap = [None] if y and known else []
             for axis, places in x.items():
                 own = [points[axis][i] + run["offset"][axis] for i in known]
                 places += [*((places[-1] + own[0]) / 2 for _ in gap), *own]

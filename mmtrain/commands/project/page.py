@@ -8,7 +8,13 @@ from typing import Any
 from mmtrain.commands.project.recipe import Recipe
 from mmtrain.commands.project.runner import Runner, parsed_output
 
-MEASURES = ("loss", "bits_per_byte", "perplexity", "accuracy", "margin")  # of `mm eval` on packed data, in this order
+MEASURES = {  # of `mm eval` on packed data, and how its table calls them
+    "loss": "loss",
+    "bits_per_byte": "bits/byte",
+    "perplexity": "perplexity",
+    "accuracy": "higher logp",
+    "margin": "margin",
+}
 
 
 def course_page(runner: Runner, lang: str) -> str:
@@ -65,7 +71,7 @@ def course_sections(runner: Runner) -> Iterator[Any]:
         names = [name for name in MEASURES if any(name in figures for _, figures in evaluated)]
         names += [name for name in ("questions", "choices") if any(name in figures for _, figures in evaluated)]
         kinds = [Column("stage", "code"), Column("dataset", "code")]
-        kinds += [Column(as_name(name.replace("_", " ")), "decimal4") for name in names]
+        kinds += [Column(as_name(MEASURES.get(name, name)), "decimal4") for name in names]
         rows = [(stage, figures["dataset"], *(figures.get(name) for name in names)) for stage, figures in evaluated]
         yield Section("evaluation", "Evaluation after every stage", [Table(kinds, rows)])
     answers = {step.base: _answers(records.get(f"{step.name}/answers")) for step in stages}

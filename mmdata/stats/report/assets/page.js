@@ -153,6 +153,18 @@ function smoothed(values, weight) {
   });
 }
 
+// Draws a curve's parts between its gaps (null) one by one. uPlot cuts gaps out of one line, which leaves those narrower
+// than a pixel.
+function parts(plot, index, first, last) {
+  const linear = uPlot.paths.linear(), values = plot.data[index], stroke = new Path2D();
+  for (let i = first, begin = first; i <= last + 1; i++) {
+    if (i <= last && values[i] !== null) continue;
+    if (values.slice(begin, i).some((value) => value !== undefined)) stroke.addPath(linear(plot, index, begin, i - 1).stroke);
+    begin = i + 1;
+  }
+  return { stroke, fill: null, clip: null, band: null, gaps: null, flags: 1 };
+}
+
 function linesOf(spec) {
   const axis = axisName() in (spec.axes || {}) ? axisName() : Object.keys(spec.axes)[0];
   const about = spec.axes[axis];
@@ -163,7 +175,7 @@ function linesOf(spec) {
     const color = colorOf(spec, i);
     const xs = spec.scatter || one.x[axis];
     const table = [xs, weight ? smoothed(one.y, weight) : one.y];
-    const style = { label: one.name, stroke: color, width: one.faint ? 1 : 1.9, spanGaps: false,
+    const style = { label: one.name, stroke: color, width: one.faint ? 1 : 1.9, spanGaps: false, paths: parts,
       dash: one.dash ? [5, 4] : undefined, points: { show: Boolean(one.points), size: 5, fill: color, stroke: color } };
     if (spec.scatter) Object.assign(style, { paths: () => null, points: { show: true, size: 4, width: 0, fill: color + "90" } });
     series.push(style);
