@@ -127,7 +127,7 @@ def source_problems(file: ArrowFile, manifest: Manifest, part: PartRecord) -> It
     if file.num_rows != part.kept:
         yield f"names {file.num_rows:,} rows, expected {part.kept:,}"
     first, sha = file.column("first").astype(np.int64), file.column("sha")
-    if sha.ndim != 2 or sha.shape[1] != 8:
+    if sha.shape[1] != 8:
         yield "sha is not 8 bytes"
     if file.column("file").max() >= len(manifest.inputs):
         yield f"names input {file.column('file').max()}, there are {len(manifest.inputs)}"
@@ -142,7 +142,8 @@ def _check_metadata(file: ArrowFile, manifest: Manifest, shard: ShardRecord) -> 
 
 
 def _check_types(file: ArrowFile, names: Sequence[str], lists: Sequence[str]) -> Iterator[str]:
-    """Yield what is missing: rows, or columns of unsigned numbers; `lists` are those with a list in each row."""
+    """Yield what is missing: rows, or columns of unsigned numbers of at most 32 bits (`offset`: 64), bytes (`sha`), or
+    lists of numbers (`lists`)."""
     if not file.num_rows:
         yield "has no rows"
         return
@@ -150,8 +151,15 @@ def _check_types(file: ArrowFile, names: Sequence[str], lists: Sequence[str]) ->
         for name in names:
             column = batch.get(name)
             values = column.values if isinstance(column, Ragged) else column
-            if values is None or isinstance(column, Ragged) != (name in lists) or values.dtype.kind != "u":
-                yield f"the column {name} is {'missing' if values is None else 'of another type'}"
+            if values is None:
+                yield f"the column {name} is missing"
+            elif (
+                isinstance(column, Ragged) != (name in lists)
+                or values.ndim != (2 if name == "sha" else 1)
+                or values.dtype.kind != "u"
+                or values.itemsize > (8 if name == "offset" else 4)
+            ):
+                yield f"the column {name} is of another type"
             elif isinstance(column, Ragged) and (column.offsets[0] != 0 or column.offsets[-1] != len(column.values)):
                 yield f"the lists of the column {name} do not have all of its values"
 
@@ -181,17 +189,18 @@ def _check_packs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
     if not np.array_equal(_check_spans(span, lengths), num_loss):
         yield "spans are out of place, or do not sum to n_loss"
     elif not _are_inside(span, ids, doc_len):
-        yield "a span is in two sequences"
+        yield "a span is in two sequences, or has the first token of one"
     yield from _check_counts(shard, int(lengths.sum()), int(num_loss.sum()), len(doc.values))
 
 
 def _are_inside(span: Ragged, ids: Ragged, doc_len: Ragged) -> bool:
-    """Return whether each span is inside one sequence. The spans must be inside their packs."""
+    """Return whether each span is inside one sequence, without its first token, which no token predicts. The spans must
+    be inside their packs."""
     ends = np.cumsum(doc_len.values, dtype=np.int64)
     begins = np.repeat(ids.offsets[:-1].astype(np.int64) - ids.offsets[0], span.lengths())  # of the pack of each value
     at = span.values.astype(np.int64) + begins
     first, last = (np.searchsorted(ends, places, side="right") for places in (at[0::2], at[1::2] - 1))
-    return bool(np.array_equal(first, last))
+    return bool(np.array_equal(first, last) and (at[0::2] > (ends - doc_len.values)[first]).all())
 
 
 def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
@@ -206,8 +215,20 @@ def _check_pairs(file: ArrowFile, shard: ShardRecord) -> Iterator[str]:
         expected = np.where(span.lengths() == 0, lengths, _check_spans(span, lengths))
         if not np.array_equal(expected, num_loss):
             yield f"{side}_span is out of place, or does not sum to n_{side}"
+        elif not num_loss.all():
+            yield f"nothing is trained of a {side} reply"
+        elif (_begins_at_0(span) & (prompt == 0)).any():
+            yield f"{side}_span has the first token of a reply without a prompt"
         tokens, loss = tokens + int(lengths.sum()), loss + int(num_loss.sum())
     yield from _check_counts(shard, tokens, loss, file.num_rows)
+
+
+def _begins_at_0(span: Ragged) -> np.ndarray:
+    """Return, for each row, whether the first token is trained: bool [rows]. No spans: the whole reply is."""
+    is_stored = span.lengths() > 0
+    begins = np.zeros(len(is_stored), np.int64)
+    begins[is_stored] = span.values[span.offsets[:-1][is_stored]]
+    return begins == 0
 
 
 def _check_counts(shard: ShardRecord, tokens: int, loss_tokens: int, sequences: int) -> Iterator[str]:
