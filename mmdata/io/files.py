@@ -14,7 +14,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,9 +121,9 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
-@cache
+@lru_cache(32)
 def _remove_partials(directory: Path) -> None:
-    """Remove the hidden files that killed processes of this machine have left in a directory; once for each directory,
+    """Remove the hidden files that killed processes of this machine have left in a directory; seldom more than once,
     so that writing many files stays cheap."""
     if os.name == "nt":
         return  # there is no signal 0 to ask with whether a process is alive
