@@ -393,6 +393,25 @@ def test_shards_of_a_pack_finish_as_one(
     assert tree(tmp_path / "out") == undisturbed and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
+def test_shards_as_processes_beside_each_other_are_finished_as_one(
+    tmp_path: Path, rows: Path, tokenizer_dir: Path, undisturbed: dict[str, bytes]
+) -> None:
+    arguments = [rows.name, "--out", "out", "--tokenizer", str(tokenizer_dir), "--max-len", "256", "--no-report"]
+    arguments += ["--val-fraction", "0.1", "--part-size", str(PART_BYTES), "--workers", "1"]
+    mm = [sys.executable, str(ROOT / "cli.py"), "pack", *arguments]
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=LONG_S)
+    shards = [subprocess.Popen([*mm, "--shard", f"{number}/3"], cwd=tmp_path) for number in (1, 2)]
+    assert [process.wait(LONG_S) for process in shards] == [0, 0]
+    early = run([*mm, "--finish"])
+    assert early.returncode and "those of --shard 3/3" in early.stderr and not (tmp_path / "out").exists()
+    run([*mm, "--shard", "3/3"], check=True)
+    run([*mm, "--finish"], check=True)
+    packed = tree(tmp_path / "out")
+    assert {name for name in undisturbed if name.endswith(".arrow") and packed[name] != undisturbed[name]} == set()
+    assert verify(tmp_path / "out") == []
+
+
 def test_shards_read_each_input_once_and_read_it_again_when_it_has_changed(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,8 +501,11 @@ def test_more_parts_than_a_manifest_can_hold_are_refused_with_a_size_that_fits(
 def test_a_missing_shard_is_named_and_the_others_are_kept(
     tmp_path: Path, pack_to: Callable[..., PackResult], undisturbed: dict[str, bytes]
 ) -> None:
+    pack_to(shard="2/3")
+    with pytest.raises(DatasetError, match=r"11 of 17 parts .* not packed yet: those of --shard 1/3, 3/3$"):
+        pack_to(finish=True)
     pack_to(shard="2/2")
-    with pytest.raises(DatasetError, match=r"not packed yet: 0, 2"):
+    with pytest.raises(DatasetError, match=r"6 of 17 parts .* not packed yet: parts 0, 2, 6, 8"):
         pack_to(finish=True)
     pack_to(shard="1/2")
     pack_to(finish=True)
@@ -612,12 +634,12 @@ from mmdata.pack import pipeline, staging
 from mmdata.pack.options import PackOptions
 
 class NodePacker(staging.RecordingPacker):
-    def __init__(self, settings, out):
+    def __init__(self, settings, out, share):
         if os.environ.get("NODE") == "own disk":
             out = out.with_name("disk") / out.name
             settings = replace(settings, dir=staging.Staging(out).dataset)
             socket.gethostname = lambda: "node-2"
-        super().__init__(settings, out)
+        super().__init__(settings, out, share)
 
     def __call__(self, part, tick):
         if os.environ.get("NODE") == "no input":

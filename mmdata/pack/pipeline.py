@@ -110,7 +110,7 @@ def pack(
             _check_begun(staging, job)
         done = _resume(staging, job)
         if options.finish:
-            _check_all_done(job, done)
+            _check_all_done(staging, job, done)
         _check_disk(job, [part for part in job.parts if part.number not in done])
         results = _pack_parts(staging, job, job.parts, done)
         _check_left_out(staging, job, results)
@@ -175,7 +175,7 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
             from mmdata.pack.filter.screen import screen  # with polars, which takes a moment to load
 
             screen(settings, job.parts, parts, job.run, job.progress)
-        make = partial(RecordingPacker, settings, job.out)
+        make = partial(RecordingPacker, settings, job.out, job.options.share)
         results += job.run(make, todo, total=total - bytes_before, progress=report, with_counts=True)
     return sorted(results, key=lambda result: result.number)
 
@@ -363,14 +363,25 @@ def _check_files(staging: Staging, job: _Job, results: Sequence[PartResult], has
         )
 
 
-def _check_all_done(job: _Job, done: Collection[int]) -> None:
+def _check_all_done(staging: Staging, job: _Job, done: Collection[int]) -> None:
     missing = [part.number for part in job.parts if part.number not in done]
     if missing:
-        names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        raise DatasetError(
-            f"{len(missing):,} of {len(job.parts):,} parts of {job.out} are not packed yet: {names}",
-            "run the shards that pack them (part k belongs to shard k mod n + 1), or leave --finish out to pack them here",
+        rest = "or leave --finish out to pack them here"
+        names, fix = (
+            f"parts {_some(missing)}",
+            f"run the shards that pack them (part k is of shard k mod n + 1), {rest}",
         )
+        if len(counts := staging.shard_counts()) == 1:
+            (count,) = counts
+            shards = _some([f"{number}/{count}" for number in sorted({part % count + 1 for part in missing})])
+            names, fix = f"those of --shard {shards}", f"run these shards again, {rest}"
+        raise DatasetError(
+            f"{len(missing):,} of {len(job.parts):,} parts of {job.out} are not packed yet: {names}", fix
+        )
+
+
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:8])) + (", …" if len(names) > 8 else "")
 
 
 # --- disk

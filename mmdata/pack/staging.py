@@ -132,6 +132,10 @@ class Staging:
         """Return the numbers of the parts that were recorded as finished. Their files are not checked."""
         return {number for path in self._records() for number, _ in _numbered(path)}
 
+    def shard_counts(self) -> set[int]:
+        """Return in how many shards those that have finished parts have divided them: one number, or several."""
+        return {int(count) for path in self._records() if (count := path.stem.rpartition("-of-")[2]).isdigit()}
+
     def finished(self, run: Run, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
         """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). run: as in
         `differences`. numbers: the parts to check; None means all. Records of bad files are removed."""
@@ -208,11 +212,12 @@ def _differences(dataset: Path, is_hashed: bool, result: PartResult, _tick: Tick
 
 
 class RecordingPacker:
-    """A PartPacker that records a part as finished when its files are on disk. out: path of the finished dataset."""
+    """A PartPacker that records a part as finished when its files are on disk. out: path of the finished dataset.
+    share: (i, n) of a shard."""
 
-    def __init__(self, settings: PartSettings, out: Path):
+    def __init__(self, settings: PartSettings, out: Path, share: tuple[int, int] | None = None):
         self._pack = PartPacker(settings)
-        self._staging, self._name = Staging(out), uuid.uuid4().hex
+        self._staging, self._name = Staging(out), f"{uuid.uuid4().hex}{'-{}-of-{}'.format(*share) if share else ''}"
 
     def __call__(self, part: Part, tick: Tick) -> PartResult:
         result = self._pack(part, tick)
