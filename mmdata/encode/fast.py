@@ -17,6 +17,7 @@ import numpy as np
 from mmdata.encode.columns import (
     ASSISTANT,
     SPACE,
+    SYSTEM,
     TOOL,
     Conversations,
     TextCodes,
@@ -152,9 +153,12 @@ class FastEncoder:
         """Return bool [R]: False for conversations with a text for which the template could do something else: a blank
         one, or one with a string that it searches for. forms: those that matter."""
         pc, contents = compute(), columns.contents
-        literals = set().union(*(self._forms.forms[n].literals for n in np.unique(forms).tolist()))
-        is_odd = as_numpy(pc.match_substring_regex(contents, f"^[{re.escape(SPACE)}]"))
-        is_odd[is_odd] = byte_sizes(pc.utf8_ltrim(contents.filter(truths(is_odd)), SPACE)) == 0
+        literals = set().union(*(self._forms.forms[n].literals for n in _distinct(forms)[0]))
+        is_odd = (columns.roles == SYSTEM) | (columns.roles == TOOL)  # others are blank only beside reasoning or calls
+        is_odd[list(columns.extras)] = True
+        is_odd &= byte_sizes(contents) > 0
+        if is_odd.any():
+            is_odd[is_odd] = byte_sizes(pc.utf8_ltrim(contents.filter(truths(is_odd)), SPACE)) == 0
         if literals:
             pattern = "|".join(map(re.escape, sorted(literals)))
             is_odd |= as_numpy(pc.match_substring_regex(contents, pattern))
@@ -168,8 +172,8 @@ class FastEncoder:
     def _texts(self, columns: Conversations, forms: np.ndarray, first: np.ndarray) -> list[str]:
         """Return what the template writes of each conversation, from the message `first` (int64 [R]) on."""
         heads, tails = (TextCodes([""], len(columns.roles)) for _ in range(2))
-        used, of = np.unique(forms, return_inverse=True)
-        found = [self._forms.forms[n] for n in used.tolist()]
+        used, of = _distinct(forms)
+        found = [self._forms.forms[n] for n in used]
         kinds: dict[Edits, int] = {}
         heads.codes = _gathered([list(map(heads.code, form.fixed[:-1])) for form in found], of)
         edits = _gathered([[kinds.setdefault(one, len(kinds)) for one in form.edits] for form in found], of)
@@ -212,8 +216,8 @@ class FastEncoder:
 
     def _table(self, forms: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the control ids (column 0) or edges (1) of these forms end to end, and the number of each's."""
-        used, of = np.unique(forms, return_inverse=True)
-        tables = [self._layout(n)[column] for n in used.tolist()]
+        used, of = _distinct(forms)
+        tables = [self._layout(n)[column] for n in used]
         values = _gathered(tables, of)
         sizes = np.array([len(table) for table in tables], np.int64)[of]
         return values.reshape(-1, 4) if column else values, sizes
@@ -412,6 +416,12 @@ class FastEncoder:
             2 * num_spans,
         )
         out.add(at, sequences, len(sequences.ids))
+
+
+def _distinct(forms: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Return the different numbers in `forms` (int64 [R]), ascending, and the index in them of each of `forms`."""
+    is_used = np.bincount(forms) > 0
+    return np.flatnonzero(is_used).tolist(), (np.cumsum(is_used) - 1)[forms]
 
 
 def _gathered(tables: Sequence[Any], of: np.ndarray) -> np.ndarray:
