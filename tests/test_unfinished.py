@@ -508,6 +508,9 @@ def test_a_missing_shard_is_named_and_the_others_are_kept(
     with pytest.raises(DatasetError, match=r"6 of 17 parts .* not packed yet: parts 0, 2, 6, 8"):
         pack_to(finish=True)
     pack_to(shard="1/2")
+    notes: list[str] = []
+    pack_to(shard="18/20", note=notes.append)
+    assert notes == ["shard 18/20 has nothing to pack: 17 parts of --part-size in all"]
     pack_to(finish=True)
     assert tree(tmp_path / "out") == undisturbed
 

@@ -130,6 +130,8 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
     nothing. Raises DatasetError if the shards so far have other arguments."""
     number, count = share
     own = job.parts[number - 1 :: count]
+    if not own:
+        job.note(f"shard {number}/{count} has nothing to pack: {len(job.parts):,} parts of --part-size in all")
     with _disk_errors(job.out), one_of_several(job.out, f"{number}-of-{count}") as staging:
         if not _check_begun(staging, job):
             staging.begin(PackKey.of(job.header))
