@@ -258,6 +258,9 @@ def _codec_of(path: Path, head: bytes, encoding: str | None, packed: bytes | Non
 def _is_other_than_utf8(head: bytes) -> bool:
     """Return whether too many lines are not UTF-8 to be damaged: several and no line beyond ASCII is UTF-8, or the
     majority of these and a large share of all."""
+    with contextlib.suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut off
+        return False
     lines = head.split(b"\n")
     bad = good = 0
     for number, line in enumerate(lines, 1):
