@@ -69,6 +69,21 @@ def test_a_column_whose_name_has_spaces_is_quoted_in_the_next_command(home: Path
     assert f"next: mm stats shop.csv {flags} --html stats.html\n" in fine(mm(f"stats shop.csv {flags}")).err
 
 
+def test_the_next_command_keeps_the_options(home: Path, mm: Run, tmp_path: Path) -> None:
+    path = write(home / "some rows.jsonl", [{"text": "boat " * n} for n in range(1, 20)])
+    tokenizer = (home / "data" / "tokenizer").rename(home / "tok")
+    kept = f"'{path}' --kind document --tokenizer {tokenizer}"
+    assert f"next: mm stats {kept} --exact --html stats.html\n" in fine(mm(f"stats {kept} --exact")).err
+    ran = fine(mm(f"validate {kept} --max-bad 80%"))
+    assert ran.err.endswith(f"next: mm pack {kept} --max-bad 80%\n")
+    fine(mm(f"pack {kept} --out shards/some --max-len 32 --no-report"))
+    assert fine(mm("show shards/some --split train --ids")).err.endswith("shards/some --split train --ids --index 1\n")
+    assert fine(mm(f"select {kept}")).err.endswith(f"next: mm select {kept} --out FILE.jsonl\n")
+    assert fine(mm(f"select {kept} --out chosen.jsonl")).err.endswith(
+        f"next: mm pack chosen.jsonl --kind document --tokenizer {tokenizer}\n"
+    )
+
+
 def test_stats_of_a_file_of_which_most_rows_cannot_be_used_is_an_error(home: Path, mm: Run, tmp_path: Path) -> None:
     half = write(tmp_path / "half.jsonl", [{"text": "boat"}, {"text": ""}] * 4)
     most = write(tmp_path / "most.jsonl", [{"text": "boat"}, {"text": ""}, {"text": None}] * 4)

@@ -352,11 +352,15 @@ def dataset_dir(path: Path) -> Path:
     raise DatasetError(f"{path}: no such dataset", f"there is {', '.join(there)}" if there else "mm pack")
 
 
-def pack_command(files: Sequence[Path] = (), read: ReadOptions = DEFAULT_READING) -> str:
-    """Return the command that packs these files (none: data/*.jsonl), read the same way, after the one that fetches a
-    tokenizer if data/tokenizer is not there."""
-    fetch = "" if (DATA_DIR / "tokenizer").is_dir() else "mm fetch --tokenizer minimind-3    then    "
-    return f"{fetch}mm pack {shlex.join([*map(str, files), *read.flags])}".rstrip()
+def pack_command(
+    files: Sequence[Path] = (), read: ReadOptions = DEFAULT_READING, tokenizer: Path | None = None, more: str = ""
+) -> str:
+    """Return the command that packs these files (none: data/*.jsonl), read the same way, with this tokenizer (None:
+    data/tokenizer, after the command that fetches it if it is not there). more: further options."""
+    is_default = tokenizer in (None, DATA_DIR / "tokenizer")
+    fetch = "" if optional_tokenizer(tokenizer) else "mm fetch --tokenizer minimind-3    then    "
+    named = [] if is_default else ["--tokenizer", str(tokenizer)]
+    return f"{fetch}mm pack {shlex.join([*map(str, files), *read.flags, *named])}".rstrip() + more
 
 
 def optional_tokenizer(path: Path | None) -> Path | None:

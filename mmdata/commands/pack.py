@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import FILES_HELP, SHARDS_DIR, STEM, Json, data_files, tokenizer_dir
+from mmdata.commands.options import FILES_HELP, SHARDS_DIR, STEM, Json, data_files, pack_command, tokenizer_dir
 from mmdata.commands.terminal import (
     Rate,
     counted,
@@ -98,7 +98,7 @@ def pack(
     if as_json:
         print_json(results)
     if len(paths) > 1:
-        warn_of_contained([packed for packed in results if packed.parts_left is None])
+        warn_of_contained([packed for packed in results if packed.parts_left is None], options)
     if results and results[-1].parts_left is None:
         first = min(results, key=lambda packed: list(STAGE_KINDS.values()).index(packed.kind))
         next_command(f"mm train {stage_of(first.kind)} --data {first.out}")
@@ -269,7 +269,7 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
             say(f"{reason}: {HELP[reason]}")
 
 
-def warn_of_contained(results: "list[PackResult]") -> None:
+def warn_of_contained(results: "list[PackResult]", options: PackOptions) -> None:
     """Warn of each input file of which most rows are also in another one: a model would see them twice. More than
     MOST_COMPARED rows are not compared, as that would take more memory than packing."""
     from mmdata.shards.checks import find_contained
@@ -279,7 +279,8 @@ def warn_of_contained(results: "list[PackResult]") -> None:
         say(f"note: {num_rows:,} rows are too many to compare files with each other; --dedup exact takes rows once")
         return
     for pair in find_contained([open_dataset(packed.out) for packed in results]):
-        once = f"mm pack {pair.inner} {pair.outer} --out {SHARDS_DIR}/NAME --dedup exact"
+        more = f" --out {SHARDS_DIR}/NAME --dedup exact"
+        once = pack_command([Path(pair.inner), Path(pair.outer)], options, options.tokenizer, more)
         rows = f"{pair.rows:,} of {pair.of:,} rows of {pair.inner} stand in {pair.outer} too"
         say(f"warning: {rows}; to train on both, take them once: {once}")
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mmdata.commands.options import Json, data_files, optional_tokenizer
-from mmdata.commands.terminal import next_command, percent, print_json, progress, result, say, table
+from mmdata.commands.options import Json, data_files, optional_tokenizer, pack_command
+from mmdata.commands.terminal import next_command, percent, print_json, progress, result, same_command, say, table
+from mmdata.io.options import ReadOptions
 from mmdata.options import Option
 from mmdata.pack.options import OUTPUT, SelectOptions
 
@@ -64,4 +65,5 @@ def select(
                 if not target.name.endswith(".parquet")
                 else f"wrote {target}"
             )
-    next_command(f"mm pack {out}" if out else f"mm select {' '.join(map(str, paths))} … --out FILE.jsonl")
+    read = ReadOptions(kind=options.kind, mapping=options.mapping)  # what is written is jsonl in UTF-8
+    next_command(pack_command([out], read, tokenizer) if out else same_command(add="--out FILE.jsonl"))

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from mmdata.commands.options import TokenizerDir, tokenizer_dir
-from mmdata.commands.terminal import ignored_keys, json_text, next_command, print_json, print_styled, result, say
+from mmdata.commands.terminal import (
+    ignored_keys,
+    json_text,
+    next_command,
+    print_json,
+    print_styled,
+    result,
+    same_command,
+    say,
+)
 from mmdata.errors import UsageError
 from mmdata.io.options import ReadOptions
 from mmdata.options import Option
@@ -88,7 +97,7 @@ def show_dataset(directory: Path, index: int | None, split: str, with_ids: bool,
                     result(f"ids: {' '.join(map(str, ids))}")
     say(f"sample {number} of {num_samples:,} in {name}; trained tokens are {TRAINED_LOOK}")
     if number + 1 < num_samples:
-        next_command(f"mm show {directory} --split {name} --index {number + 1}")
+        next_command(same_command("--index", add=f"--index {number + 1}"))
 
 
 def show_file(

@@ -1,7 +1,6 @@
 """`mm stats`: measure packed datasets and jsonl files, and print the figures or write them as an HTML report."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,8 +86,7 @@ def stats(
     if html:
         say(f"wrote {html} ({size(html.stat().st_size)})")
     elif not as_json:
-        other = f" --compare {compare}" if compare else ""
-        next_command(f"mm stats {shlex.join([*map(str, paths), *read.flags])}{other} --html stats.html")
+        next_command(same_command(add="--html stats.html"))
     end_if_unusable(measured, budget, read.kind)
 
 

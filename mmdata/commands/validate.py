@@ -3,6 +3,7 @@ check packed datasets against their manifests, and rebuild damaged files with --
 """
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,7 +96,8 @@ def validate(
         print_json(validations)
     if failures:
         raise typer.Exit(failures[0])
-    next_command(pack_command(paths if files else (), read))
+    budget = f" --max-bad {shlex.quote(max_bad)}" if max_bad else ""
+    next_command(pack_command(paths if files else (), read, tokenizer, budget))
 
 
 def row_encoder(tokenizer: Path) -> "RowEncoder":

@@ -10,6 +10,7 @@ read, and its decompressed size is taken to be `COMPRESSION` times its size on d
 """
 
 import math
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -191,9 +192,8 @@ def estimate(
         )  # fmt: skip
         found.append(_outlook(samples, kind, takes, workers, options.val_fraction, batch_tokens))
     if not found[-1].tokens:
-        raise InputError(
-            f"{inputs[0]}: no row of the sample can be used", f"`mm validate {inputs[0]}` lists the reasons"
-        )
+        command = shlex.join(["mm", "validate", str(inputs[0]), *options.flags, "--tokenizer", str(options.tokenizer)])
+        raise InputError(f"{inputs[0]}: no row of the sample can be used", f"`{command}` lists the reasons")
     return Estimate(
         inputs=[str(path) for path in inputs],
         kind=kind,

@@ -286,7 +286,7 @@ class PartPacker:
             option = "--on-lost set-aside" if is_lost else "--on-bad quarantine"
             raise InputError(
                 f"{place_of(part.path, line.number, part.read)}: {bad}",
-                f"{REASONS[bad.reason]}; or `mm pack {part.path} {option}` sets such rows aside",
+                f"{REASONS[bad.reason]}; or {option} sets such rows aside",
             )
         result.left_out[bad.reason] += 1
         raw, exact = line.raw.decode("utf-8", errors="replace"), None

@@ -7,6 +7,7 @@ read once, at about 15 MB per second and core.
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,8 +120,9 @@ def measure_file(
         reason = max(left_out, key=lambda name: left_out[name])
         first = tally.examples[reason][0]
         place = f"{unit_of(path, read)} {first['line']}: {reason}: {first['detail']}"
-        more = f" --tokenizer {tokenizer_dir}" if tokenizer_dir else ""
-        raise InputError(f"{path}: no row can be used; {place}", f"`mm validate {path}{more}` lists the reasons")
+        named = ["--tokenizer", str(tokenizer_dir)] if tokenizer_dir else []
+        command = shlex.join(["mm", "validate", str(path), *read.flags, *named])
+        raise InputError(f"{path}: no row can be used; {place}", f"`{command}` lists the reasons")
     figures: Figures = {
         "path": str(path),
         "kind": kind,
