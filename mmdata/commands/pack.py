@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,9 +119,10 @@ def pack_all(
     results, failures = [], []
     for inputs, place in jobs:
         try:
-            chosen = settled(inputs, place, options)
-            with pack_progress(f"pack {place}", quiet=as_json) as (update, watch):
-                packed = pipeline.pack(inputs, place, chosen, progress=update, watch=watch, note=say)
+            with copies(inputs, place, options, quiet=as_json) as near:
+                chosen = settled(near, place, options)
+                with pack_progress(f"pack {place}", quiet=as_json) as (update, watch):
+                    packed = pipeline.pack(near, place, chosen, progress=update, watch=watch, note=say)
         except MMError as error:
             if len(jobs) == 1:
                 raise
@@ -134,6 +135,21 @@ def pack_all(
             if with_report and packed.parts_left is None:
                 write_report(packed.out, is_new=not packed.up_to_date)
     return results, failures
+
+
+@contextmanager
+def copies(inputs: list[Path], place: Path, options: PackOptions, *, quiet: bool) -> Iterator[list[Path]]:
+    """Yield the inputs, of which those at URLs may have copies on this machine while the block runs."""
+    from mmdata.io.remote import is_url
+    from mmdata.pack.inputs import copied
+
+    if not any(map(is_url, inputs)):
+        yield inputs
+        return
+    with ExitStack() as stack:
+        with progress(f"read for {place}", quiet=quiet) as update:
+            near = stack.enter_context(copied(inputs, place, options, update))
+        yield near
 
 
 def settled(inputs: list[Path], place: Path, options: PackFlags) -> PackOptions:

@@ -97,6 +97,16 @@ def append_bytes(path: Path, content: bytes) -> None:
         sync(path.parent)
 
 
+def write_stream(path: Path, source: Any, tick: Callable[[int], None]) -> None:
+    """Write what is left of a binary stream to a file that only this process needs, at a `partial_path`: neither
+    atomically nor synced. tick: called with the bytes written since its last call."""
+    _remove_partials(path.parent)
+    with path.open("wb") as file:
+        while chunk := source.read(2**22):
+            file.write(chunk)
+            tick(len(chunk))
+
+
 def write_text(path: Path, text: str) -> FileInfo:
     """Write a UTF-8 file atomically, without converting newlines, and return its size and sha256."""
     return write_bytes(path, text.encode())
@@ -195,6 +205,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space of the disk that a path is on, which need not exist."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
 
 
 # --- hashes

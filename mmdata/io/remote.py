@@ -1,6 +1,6 @@
 """Access files at URLs (s3://, gs://, hf://, file://, …) through fsspec: read inputs, and send whole datasets.
 
-Inputs are streamed by byte range and not stored locally. Training memory-maps local files, so a dataset at a URL has to
+Inputs are streamed by byte range, or copied to this machine while they are packed. Training memory-maps local files, so a dataset at a URL has to
 be copied to this machine first; `bring_command` gives the command.
 """
 
@@ -8,17 +8,18 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmdata.errors import DatasetError, InputError, MMError, UsageError
-from mmdata.io.files import Progress, no_progress, sha256_of_stream
+from mmdata.io.files import Progress, no_progress, sha256_of_stream, write_stream
 from mmdata.io.records import FileEntry
 from mmdata.io.workers import Tick, run_jobs
 
 READ_BYTES = 4 * 2**20
+FIRST_BYTES = 2**18  # of the first request after opening or seeking; each that follows doubles, up to READ_BYTES
 SEND_BYTES = 2**28  # of files that one process sends after each other: some seconds
 _BRING = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r", "hf": "hf download"}
 
@@ -33,9 +34,11 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at a URL, with the methods and properties of pathlib.Path that are needed for reading inputs."""
+    """A file at a URL, with the methods and properties of pathlib.Path that are needed for reading inputs. copy: a file
+    on this machine with the same content, which is read instead."""
 
     url: str
+    copy: Path | None = None
 
     def __str__(self) -> str:
         return self.url
@@ -50,10 +53,12 @@ class RemoteFile:
         """The URL without its last component."""
         return self.url.rstrip("/").rpartition("/")[0]
 
-    def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> io.BufferedReader:
+    def open(self, mode: str = "rb", buffering: int = READ_BYTES) -> Any:
         """Open the file as a seekable binary stream. mode: must be "rb". buffering: bytes of one request, at least
         READ_BYTES. Raises InputError if it cannot be opened."""
         assert mode == "rb", mode
+        if self.copy:
+            return self.copy.open("rb", buffering)
         size = max(buffering, READ_BYTES)
         with _told(self.url, "read") as (system, path):  # "none": a cache would read far ahead at every seek
             return io.BufferedReader(_Told(self.url, system.open(path, "rb", block_size=size, cache_type="none")), size)
@@ -80,6 +85,14 @@ def is_url(text: object) -> bool:
 def file_at(text: object) -> Any:
     """Return a RemoteFile if the text is a URL, otherwise a Path. A Path or RemoteFile is returned unchanged."""
     return text if isinstance(text, (Path, RemoteFile)) else RemoteFile(str(text)) if is_url(text) else Path(str(text))
+
+
+def bring(job: tuple[RemoteFile, Path], tick: Tick) -> RemoteFile:
+    """Copy a file at a URL to a path on this machine, and return it with this copy."""
+    file, copy = job
+    with file.open() as source:
+        write_stream(copy, source, tick)
+    return replace(file, copy=copy)
 
 
 def send(
@@ -193,7 +206,7 @@ class _Told(io.RawIOBase):
     """A file of fsspec as a raw stream, whose errors become InputError."""
 
     def __init__(self, url: str, file: Any):
-        self._url, self._file = url, file
+        self._url, self._file, self._next = url, file, FIRST_BYTES
 
     def readable(self) -> bool:
         return True
@@ -202,6 +215,7 @@ class _Told(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._next = FIRST_BYTES
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
@@ -209,7 +223,8 @@ class _Told(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         with _told(self._url, "read"):
-            data = self._file.read(len(buffer))
+            data = self._file.read(min(len(buffer), self._next))
+        self._next = min(2 * self._next, READ_BYTES)
         buffer[: len(data)] = data
         return len(data)
 

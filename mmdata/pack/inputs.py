@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,18 @@ import msgspec
 from mmdata.encode import rows
 from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io import remote, workers
-from mmdata.io.files import Progress, no_progress
+from mmdata.io.files import Progress, free_bytes, no_progress, partial_path
 from mmdata.io.lines import TABLE, format_of, iter_lines
 from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import FileEntry, read_record, write_record
 from mmdata.io.streams import DAMAGED, damaged, open_stream
 from mmdata.io.tables import row_ranges
+from mmdata.pack.options import PackOptions
 from mmdata.pack.part import Part
 from mmdata.pack.staging import Run
 
 READ_BYTES = 4 * 2**20
+SPARE = 8  # a compressed input takes up to five times its size
 AT_ONCE = 32  # requests to the storage of inputs at URLs
 Found = TypeVar("Found")
 
@@ -47,6 +49,29 @@ def _of_each(look: Callable[[Path], Found], inputs: Sequence[Path]) -> list[Foun
         return [look(path) for path in inputs]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(look, inputs))
+
+
+@contextlib.contextmanager
+def copied(inputs: Sequence[Path], out: Path, options: PackOptions, progress: Progress) -> Iterator[list[Path]]:
+    """Yield the inputs. While the block runs, those at URLs have copies beside `out`, so that they are read only once, if
+    only this machine packs them and the disk has SPARE times as much space as they take. progress: called with the bytes
+    read so far and in all."""
+    there = {path: partial_path(out.parent / f"{out.name}.input-{number}") for number, path in enumerate(inputs)}
+    jobs = [(path, copy) for path, copy in there.items() if isinstance(path, remote.RemoteFile)]
+    total = sum(size for size, _ in states_of([path for path, _ in jobs])) if jobs else 0
+    is_shared = options.engine != "local" or options.share or options.finish
+    if not jobs or is_shared or SPARE * total > free_bytes(out):
+        yield list(inputs)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    make = partial(partial, remote.bring)
+    try:
+        found = workers.run_jobs(make, jobs, total=total, workers=options.workers or 1, progress=progress)
+        copies: dict[Any, Path] = {path: file for (path, _), file in zip(jobs, found, strict=True)}
+        yield [copies.get(path, path) for path in inputs]
+    finally:
+        for _, copy in jobs:
+            copy.unlink(missing_ok=True)
 
 
 def common_kind(inputs: Sequence[Path], read: ReadOptions = DEFAULT_READING) -> str:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from mmdata.encode import rows
 from mmdata.encode.encoder import DEFAULT_ON_LOST
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
-from mmdata.io.files import Progress, no_progress, sha256_of, write_bytes, write_json
+from mmdata.io.files import Progress, free_bytes, no_progress, sha256_of, write_bytes, write_json
 from mmdata.io.lines import place_of
 from mmdata.io.options import ReadOptions
 from mmdata.io.records import FileEntry, decode_record, plain, write_record
@@ -396,11 +395,9 @@ def _check_disk(job: _Job, parts: Sequence[Part]) -> None:
     for part in parts:
         expansion = 1 if part.end is not None or part.read.encoding else COMPRESSION
         needed += int(part.num_bytes * expansion * DISK_SHARE * id_bytes / 2)
-    place = next(parent for parent in job.out.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
+    if needed > (free := free_bytes(job.out)):
         raise DiskError(
-            f"packing needs about {needed / 1e6:,.0f} MB, {place} has {free / 1e6:,.0f} MB free",
+            f"packing needs about {needed / 1e6:,.0f} MB, the disk of {job.out} has {free / 1e6:,.0f} MB free",
             "free some space, or choose another disk with --out",
         )
 
