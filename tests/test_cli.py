@@ -12,6 +12,7 @@ from recipe_runs import in_process
 
 import cli
 from mmdata.demo import corpus as demo
+from mmtrain.commands.train import newest_dataset
 
 
 def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) -> None:
@@ -30,6 +31,14 @@ def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) 
     answer = json.loads(fine(mm("chat --prompt 'one and two?' --max-new-tokens 5 --json")).out)
     assert answer["prompt"] == "one and two?" and isinstance(answer["answer"], str)
     assert fine(mm("chat runs/sft-1 --prompt hello --max-new-tokens 3")).out.endswith("\n")
+
+
+def test_the_data_that_pack_names_is_what_train_takes(home: Path, mm: Run) -> None:
+    shutil.copy(home / "data/pretrain_hq.jsonl", home / "data/more.jsonl")
+    assert "next: mm train pretrain --data shards/pretrain_hq\n" in fine(mm("pack")).err
+    assert newest_dataset("pretrain") == Path("shards/pretrain_hq")
+    assert "next: mm train pretrain --data shards/more\n" in fine(mm("pack data/more.jsonl --max-len 256")).err
+    assert newest_dataset("pretrain") == Path("shards/more")
 
 
 def test_packing_again_has_nothing_to_do(home: Path, mm: Run) -> None:

@@ -100,8 +100,12 @@ def pack(
     if len(paths) > 1:
         warn_of_contained([packed for packed in results if packed.parts_left is None], options)
     if results and results[-1].parts_left is None:
-        first = min(results, key=lambda packed: list(STAGE_KINDS.values()).index(packed.kind))
-        next_command(f"mm train {stage_of(first.kind)} --data {first.out}")
+        from mmdata.shards.manifest import MANIFEST
+
+        stage, kind = next(each for each in STAGE_KINDS.items() if each[1] in {packed.kind for packed in results})
+        places = [packed.out for packed in results if packed.kind == kind]
+        newest = max(places, key=lambda place: (place / MANIFEST).stat().st_mtime_ns)  # which `mm train` takes too
+        next_command(f"mm train {stage} --data {newest}")
     elif results:
         say("when the other shards are packed, publish the dataset:")
         next_command(same_command("--shard", add="--finish"))
@@ -162,9 +166,10 @@ def settled(inputs: list[Path], place: Path, options: PackFlags) -> PackOptions:
     max_len = options.max_len or estimate.max_len_for(found)
     fraction = options.val_fraction if options.val_fraction is not None else estimate.val_fraction_for(found.rows)
     if options.max_len is None:
-        say(f"{place}: --max-len {max_len} keeps {percent(found.kept(max_len), 1)} of the tokens uncut")
+        say(f"{place}: --max-len {max_len}: {percent(found.kept(max_len), 1)} of the tokens are in rows that fit")
     if options.val_fraction is None and fraction != estimate.VAL_FRACTION:
-        say(f"{place}: --val-fraction {fraction:g} of about {found.rows:,} rows")
+        held_out = f"about {round(fraction * found.rows):,} of {found.rows:,} rows are held out as the val split"
+        say(f"{place}: --val-fraction {fraction:g}: {held_out}")
     return replace(options, max_len=max_len, val_fraction=fraction)
 
 

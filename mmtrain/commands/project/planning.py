@@ -13,6 +13,7 @@ from mmdata.commands.options import HOME
 from mmdata.commands.terminal import without_option
 from mmtrain.commands.project.recipe import NEW_MODEL, SHARDS_DIR, Step
 from mmtrain.commands.project.runner import ALONE, DONE, Runner, resuming
+from mmtrain.config import stage_defaults
 
 SAMPLE_ROWS = 400  # of a file that is not packed yet, to measure training on
 
@@ -94,7 +95,7 @@ class Planner:
         if run.exists():  # it will be begun again
             argv = [*without_option(argv, "--out"), "--out", f"{step.outputs[0]}.new"]
         if init and not (self.root / init).exists():
-            argv = [*without_option(argv, "--init"), *model]
+            argv = [*without_option(argv, "--init"), *(model or ["--model", str(stage_defaults("pretrain")["model"])])]
         data = [self._dataset(text) for text in _listed(step.values.get("data"))]
         packed = [path for path in data if (self.root / path / "manifest.json").exists()]
         if data and len(packed) == len(data) and self.scale == 1:
@@ -124,9 +125,11 @@ class Planner:
         found = self._ask([*argv, "--plan", "--json"])
         if found is None:
             return StepPlan(note=f"no plan: see mm {' '.join(argv)} --plan")
+        from mmdata.stats.report.page import short
+
         seconds = (tokens / found["tokens_per_s"] if tokens else found["seconds"]) / self.runner.nproc
         tokens = tokens or found["run_tokens"]
-        note = f"{found['num_params'] / 1e6:,.1f}M parameters, {tokens / 1e6:,.1f}M tokens"
+        note = f"{short(float(found['num_params']))} parameters, {short(float(tokens))} tokens"
         return StepPlan(seconds=seconds, disk_bytes=found["disk_bytes"], memory_bytes=found["peak_bytes"], note=note)
 
 
