@@ -565,10 +565,23 @@ def test_the_reason_of_a_failed_connection_to_ray_is_said(
 
 RAY = """
 import sys
+import time
 from pathlib import Path
 from mmdata.errors import InputError
 from mmdata.pack.options import PackOptions
+from mmdata.io.workers import run_jobs
 from mmdata.pack.pipeline import pack
+
+def wait_until_it_was_seen(path, tick):
+    tick(5)
+    while not path.exists():
+        tick(0)
+        time.sleep(0.01)
+    return path.name
+
+def make():
+    return wait_until_it_was_seen
+
 if __name__ == "__main__":
     rows, out, tokenizer, bad = map(Path, sys.argv[1:5])
     options = {"tokenizer": tokenizer, "max_len": 256, "part_bytes": 4000, "val_fraction": 0.1, "engine": "ray"}
@@ -588,6 +601,14 @@ if __name__ == "__main__":
         cluster.shutdown()
         sys.exit(other in cluster.worker_nodes)
     pack([rows], out, PackOptions(workers=2, **options))
+    seen = []
+    def see(done, total):
+        seen.append(done)
+        if done == 5:
+            out.with_name("seen").touch()
+    from script import make
+    assert run_jobs(make, [out.with_name("seen")], total=9, engine="ray", progress=see) == ["seen"]
+    assert seen == sorted(seen) and seen[-1] == 5, seen
     try:
         pack([bad], out.with_name("bad"), PackOptions(workers=2, on_bad="fail", **options))
     except InputError as error:

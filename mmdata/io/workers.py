@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ POLL_S = 0.2
 LARGE_BYTES = 2**30  # that one process reads in about a second: less is not worth to start others for
 ENGINES = ("local", "ray")
 RAY_TASKS = 200  # that are begun and not done at most, or 4 for each core of the cluster if that is more
+REPORT_S = 1.0  # of a ray task, between two reports of its counts
 RAY_RETRIES = 2  # of a job whose machine or process died; an exception of the job itself is not retried
 
 
@@ -225,52 +227,83 @@ def _run_on_ray(
             fix = "if this names no other cause: `ray status` shows clusters, --ray-address auto takes the one here"
             raise MMError(f"cannot connect to ray {place}: {str(error).strip() or type(error).__name__}", fix) from None
     try:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        counts = ray.remote(num_cpus=0, scheduling_strategy=here)(_Counts).remote()
         task = ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(_work_on_ray)
-        shared = ray.put((make, os.getcwd()))
-        return _gather(ray, lambda job: task.remote(shared, job), jobs, total, progress)
+        shared = ray.put((make, os.getcwd(), counts))
+        return _gather(ray, partial(task.remote, shared), counts, jobs, total, progress)
     finally:
         if is_ours:
             ray.shutdown()
 
 
 def _gather(
-    ray: Any, begin: Callable[[Any], Any], jobs: Sequence[Any], total: int, progress: CountedProgress
+    ray: Any, begin: Callable[[int, Any], Any], counts: Any, jobs: Sequence[Any], total: int, progress: CountedProgress
 ) -> list[Any]:
-    """Return the results of all jobs in order. begin: starts the task of a job. The first error noticed is raised
+    """Return the results of all jobs in order. begin: starts the task of a job, given its number. counts: `_Counts` as an
+    actor. The first error noticed is raised
     without waiting for others: an MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker
     died."""
     most = max(RAY_TASKS, 4 * int(ray.cluster_resources().get("CPU", 1)))
     todo, running, done = iter(enumerate(jobs)), {}, [0] * COUNTS
     results: list[Any] = [None] * len(jobs)
     while True:
-        running |= {begin(job): number for number, job in itertools.islice(todo, most - len(running))}
+        running |= {begin(number, job): number for number, job in itertools.islice(todo, most - len(running))}
         if not running:
             return results
         ready, _ = ray.wait(list(running), num_returns=len(running), timeout=POLL_S)
         for task in ready:
             try:
-                results[running.pop(task)], counts = ray.get(task)
+                results[running.pop(task)], of_task = ray.get(task)
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, MMError) else error) from None
             except ray.exceptions.RayError as error:
                 raise MMError(f"a ray worker died: {error}", "look at `ray logs`; run again to go on") from None
-            _add(done, 0, counts)
-        progress(done[0], total, *done[1:])
+            _add(done, 0, of_task)
+        so_far = list(done)
+        for of_task in ray.get(counts.of.remote(list(running.values()))):
+            _add(so_far, 0, of_task)
+        progress(so_far[0], total, *so_far[1:])
 
 
-def _work_on_ray(shared: tuple[Callable[[], Any], str], job: Any) -> tuple[Any, list[int]]:
-    """Run one job in a ray worker process; return its result and its COUNTS summed counts. shared: `make`, and the
-    directory that relative paths are of. The work function is created once in a process for all tasks with an equal
+class _Counts:
+    """The counts of the tasks that are running, by number: an actor of ray, to which they report now and then."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, list[int]] = {}
+
+    def report(self, number: int, counts: list[int]) -> None:
+        self._of[number] = counts
+
+    def of(self, numbers: list[int]) -> list[list[int]]:
+        """Return what tasks of these numbers reported last, and forget the others."""
+        self._of = {number: self._of[number] for number in numbers if number in self._of}
+        return list(self._of.values())
+
+
+def _work_on_ray(shared: tuple[Callable[[], Any], str, Any], number: int, job: Any) -> tuple[Any, list[int]]:
+    """Run one job in a ray worker process; return its result and its COUNTS summed counts. shared: `make`, the directory
+    that relative paths are of, and the actor to which the counts are reported every REPORT_S seconds. The work function is created once in a process for all tasks with an equal
     `make`. An MMError names the node."""
-    make, directory = shared
+    make, directory, actor = shared
     with contextlib.suppress(OSError):  # a node may lack it: absolute paths are found all the same
         os.chdir(directory)
-    done = [0] * COUNTS
+    done, reported = [0] * COUNTS, time.monotonic()
+
+    def tick(*counts: int) -> None:
+        nonlocal reported
+        _add(done, 0, counts)
+        if time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
+            actor.report.remote(number, done)
+
     try:
         key = pickle.dumps(make)
         if _state.get("key") != key:
             _share_cores(os.cpu_count() or 1)  # ray reserves one core for a task
             _state.update(key=key, work=make())
-        return _state["work"](job, lambda *counts: _add(done, 0, counts)), done
+        return _state["work"](job, tick), done
     except MMError as error:
         raise type(error)(f"{error.message} (on node {socket.gethostname()})", error.fix) from None
