@@ -144,8 +144,8 @@ class MessageReader:
         reasoning = _string(item, found, "reasoning_content", number) if "reasoning_content" in found else None
         speaker = _string(item, found, "name", number) or None if "name" in found else None
         call_id = _string(item, found, "tool_call_id", number) or None if "tool_call_id" in found else None
-        if not calls and "tool_calls" in found and item[found["tool_calls"]]:
-            calls = calls_of(item[found["tool_calls"]], f"message {number}: tool_calls")
+        if "tool_calls" in found and item[found["tool_calls"]]:
+            calls = joined(calls or (), calls_of(item[found["tool_calls"]], f"message {number}: tool_calls"))
         weight = 1 if _WEIGHTS.keys().isdisjoint(found) else _weight(item, found, number)
         return Message(ROLES[name], content, reasoning, calls or (), speaker, call_id, weight)
 
@@ -232,14 +232,26 @@ def objects_of(value: Any, where: str) -> tuple[JsonObject, ...]:
     return tuple(value)
 
 
+def joined(*several: tuple[JsonObject, ...]) -> tuple[JsonObject, ...]:
+    """Return the objects of several tuples, such as tools, in one; equal ones once."""
+    first, *others = several
+    for objects in others:
+        first += tuple(each for each in objects if each not in first)
+    return first
+
+
 def calls_of(value: Any, where: str) -> tuple[JsonObject, ...]:
     """Return tool calls as `objects_of` does, with JSON text in arguments decoded, and no arguments as an empty object.
-    Raises BadRow also for a call without a name, and for arguments that are another string."""
+    Arguments may be named `parameters`, as Llama 3 writes them. Raises BadRow also for a call without a name, and for
+    arguments that are another string."""
     calls = []
     for call in objects_of(value, where):
         function = call.get("function") or call
         if type(function) is not dict or type(function.get("name")) is not str:
             raise BadRow("wrong types", f"{where}: a call without a name")
+        if "parameters" in function and "arguments" not in function:
+            named = {"arguments" if key == "parameters" else key: value for key, value in function.items()}
+            call, function = (named if function is call else {**call, "function": named}), named
         if (text := function.get("arguments")) is None or type(text) is str:
             decoded = {**function, "arguments": _from_text(text or "{}", f"{where}: arguments")}
             call = decoded if function is call else {**call, "function": decoded}

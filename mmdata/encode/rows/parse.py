@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.encode.rows.load import json_type, load
-from mmdata.encode.rows.messages import EMPTY, MessageReader, Messages, is_transcript, objects_of
+from mmdata.encode.rows.messages import EMPTY, MessageReader, Messages, is_transcript, joined, objects_of
 from mmdata.encode.rows.reasons import REASONS, BadRow
 from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
 from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, ROW_FIELDS, Columns, describe
@@ -17,6 +17,7 @@ from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import JsonObject
 
 PLACEHOLDER = "无"  # the last answer in MiniMind's rlaif files (prompts for reinforcement learning)
+_VERDICTS = ("label", "kto_tag")  # columns that are false beside an answer that a model should not give
 LOOK_AT = 100  # number of lines at the beginning of a file from which its kind is determined
 
 
@@ -196,17 +197,18 @@ class _Dialogue(MessageReader):
     def conversation(self, *, is_prompted: bool) -> Conversation:
         """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is invalid or
         ends with a placeholder."""
+        for key in _VERDICTS:
+            if str(self._values.get(key)).lower() == "false" and key not in self._found.values():
+                raise BadRow("unwanted answer", f"`{key}` is false")
         if is_prompted:
-            if self._values.get("label") is False and "label" not in self._found.values():
-                raise BadRow("unwanted answer")
             messages, tools = self._context()
             reply, reply_tools = self._field("completion", "assistant")
-            messages, tools = messages + reply, reply_tools or tools
+            messages, tools = messages + reply, joined(tools, reply_tools)
         else:
             messages, tools = self._field("messages")
             if messages[-1].content == PLACEHOLDER and messages[-1].role == "assistant":
                 raise BadRow("prompt only", f"the last answer is the placeholder {PLACEHOLDER}")
-            messages = self._with_history(messages)
+            messages, tools = self._with_history(messages, tools)
         if len(self._found) > 1:
             messages, tools = self._with_row_fields(messages, tools)
         _check_turns(messages, "", self._history)
@@ -222,7 +224,7 @@ class _Dialogue(MessageReader):
             messages, tools = self._field(field, "assistant")
             if messages[0].role != "user" and not any(message.role == "user" for message in messages):
                 context = context or self._context()
-                messages, tools = context[0] + messages, tools or context[1]
+                messages, tools = context[0] + messages, joined(context[1], tools)
             if len(self._found) > 2:
                 messages, tools = self._with_row_fields(messages, tools)
             _check_turns(messages, f"{self._found[field]}: ", self._history)
@@ -258,7 +260,7 @@ class _Dialogue(MessageReader):
             if "prompt" not in self._found:
                 raise BadRow("missing field", "a reply without `prompt` or another column that holds the question")
             messages, tools = self._prompt()
-        return self._with_history(messages), tools
+        return self._with_history(messages, tools)
 
     def _prompt(self) -> Messages:
         """Return the messages of the prompt. An `input` that is text is put on a line after the prompt's text."""
@@ -269,13 +271,13 @@ class _Dialogue(MessageReader):
         self.used |= {"prompt", "input"}
         return self.read(f"{prompt}\n{addition}" if prompt.strip() else addition, self._found["prompt"], "user")
 
-    def _with_history(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        """Put the messages of the history before the others, but after a system message."""
+    def _with_history(self, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]) -> Messages:
+        """Put the messages of the history, and its tools, before the others, but after a system message."""
         if "history" not in self._found or not self._values[self._found["history"]]:
-            return messages
-        self._history, _ = self._field("history")
+            return messages, tools
+        self._history, earlier = self._field("history")
         begin = int(messages[0].role == "system" and self._history[0].role != "system")
-        return messages[:begin] + self._history + messages[begin:]
+        return messages[:begin] + self._history + messages[begin:], joined(earlier, tools)
 
     def _with_row_fields(self, messages: tuple[Message, ...], tools: tuple[JsonObject, ...]) -> Messages:
         """Add a row's `system` to messages that do not begin with one, and its `tools` if there are none yet. Raises

@@ -15,7 +15,7 @@ REASONS = {  # reason why a row is left out -> explanation and remedy, shown to 
     "missing field": "a field of the schema is missing: name the column that holds it, as in --map rejected=worse",
     "another kind": "the file's other rows are of another kind; keep each kind in its own file, or take one with --kind",
     "prompt only": "the row has a prompt without an answer (data for reinforcement learning); mm packs answered rows",
-    "unwanted answer": "`label` is false: the answer is one that a model should not give (as in data for KTO)",
+    "unwanted answer": "`label` (or `kto_tag`) is false: the answer is one that a model should not give (as in data for KTO)",
     "wrong types": "a field is not of the type its schema names",
     "content is not text": "mm trains on text only, not on images, audio or video",
     "unusable weight": "`weight`, `train` or `loss` of a message is 1 or true (trained), or 0 or false (not trained)",

@@ -31,19 +31,21 @@ def loss_of(
     key, quoted = source.path[-1] if source.path else "", repr(part.strip()[:40])
     if source.field == "tools":
         is_said = key == "properties" if source.is_key else key not in _SCHEMA_WORDS
+        is_said |= source.path == ("type",) and source.text != "function"  # such as OpenAI's own tools
         return Loss("tools lost", quoted) if is_said else None
     message, where = messages[source.message], f"message {source.message + 1}"
     if source.field == "tool_calls":
         if key == "id" and not source.is_key:
             return Loss(TOOL_REFERENCES, where)
-        is_said = "arguments" in source.path or (key == "name" and not source.is_key)
+        is_said = "arguments" in source.path or not (source.is_key or key == "type")
         return Loss("tool calls lost", f"{where}: {quoted}") if is_said else None
     if source.field in ("name", "tool_call_id"):
         if _is_told_by_order(messages, source.message, source.field):
             return Loss(TOOL_REFERENCES, where)
         return Loss("name lost" if source.field == "name" else "tool calls lost", f"{where}: {quoted}")
     is_reasoning = source.field != "content" or (message.role == "assistant" and part.rstrip().endswith("</think>"))
-    if is_reasoning and source.message < len(messages) - 1 and writes_last_reasoning[source.field]:
+    is_earlier = message.role == "assistant" and source.message < len(messages) - 1
+    if is_reasoning and is_earlier and writes_last_reasoning[source.field]:
         return Loss(EARLIER_REASONING, where)
     return Loss("reasoning lost" if is_reasoning else "content lost", f"{where} ({message.role}): {quoted}")
 
