@@ -75,15 +75,16 @@ class World:
 
     @contextlib.contextmanager
     def _lost_rank(self) -> Iterator[None]:
-        """Turn torch's error for a lost connection to another rank into a TrainError. First sleeps for 2 seconds, so that
-        the error of the other rank is printed before this one."""
+        """Turn torch's error for a lost connection to another rank into a TrainError with the last words. First sleeps for
+        2 seconds, so that the error of the other rank is printed before this one."""
         try:
             yield
         except RuntimeError as error:  # gloo notices a closed connection at once
             time.sleep(2)
+            problem = f"rank {self.rank}: another rank stopped ({str(error).splitlines()[0][:120]})"
             raise TrainError(
-                f"rank {self.rank}: another rank stopped ({str(error).splitlines()[0][:120]})",
-                "see the first error above; then go on with --resume",
+                "; ".join([problem, *(say() for say in _last_words[-1:])]),
+                "see that rank's error above, if it was not killed; then start all ranks again, with --resume",
             ) from error
 
     def gather(self, *numbers: int) -> list[tuple[int, ...]]:

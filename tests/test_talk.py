@@ -62,7 +62,7 @@ def test_what_is_loaded_is_said_before_it_is(
         raise UsageError("enough", "")
 
     monkeypatch.setattr("mmtrain.commands.chat.open_speaker", load)
-    monkeypatch.setattr("mmtrain.commands.chat.newest_finished_run", load)
+    monkeypatch.setattr("mmtrain.commands.chat.newest_finished_run", lambda *_: Path("runs/newest"))
     monkeypatch.setattr("mmtrain.convert.foreign.open_model", load)
     with pytest.raises(UsageError, match="enough"):
         chat([Path("runs/a"), Path("b.pth")], compare=True)
@@ -70,7 +70,7 @@ def test_what_is_loaded_is_said_before_it_is(
         chat()
     with pytest.raises(UsageError, match="enough"):
         serve(Path("runs/a"), options=ServeOptions())
-    assert loading == ["loading runs/a and b.pth\n", "loading the newest run under runs/\n", "loading runs/a\n"]
+    assert loading == ["loading runs/a and b.pth\n", "loading runs/newest\n", "loading runs/a\n"]
 
 
 @pytest.mark.parametrize(

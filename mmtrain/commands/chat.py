@@ -86,8 +86,8 @@ def chat(
         raise UsageError("--compare needs two models or more", "mm chat --compare RUN_A RUN_B")
     if not compare and len(runs or ()) > 1:
         raise UsageError("several models are for --compare", "mm chat --compare RUN_A RUN_B, or name one")
-    say_loading(runs or ())
     runs = runs or [newest_finished_run("chat", (*STAGE_KINDS, "imported"))]
+    say(f"loading {' and '.join(map(str, runs))}")  # before torch is, which takes seconds
     speakers = [open_speaker(path, tokenizer, plain, window) for path in runs]
     session = Session(speakers, sampling, system, think, as_json)
     if prompt is not None:
@@ -96,11 +96,6 @@ def chat(
     if is_typed:
         say(f"{' and '.join(s.name for s in speakers)}: ask anything; /help shows the commands, Ctrl-D ends")
     session.run(typed_lines() if is_typed else piped_lines(), is_lenient=is_typed)
-
-
-def say_loading(runs: Sequence[Path]) -> None:
-    """Print which runs are about to be loaded, before torch is, which takes seconds. runs: empty for the newest one."""
-    say(f"loading {' and '.join(map(str, runs)) or f'the newest run under {RUNS_DIR}/'}")
 
 
 def newest_finished_run(command: str, stages: Sequence[str]) -> Path:

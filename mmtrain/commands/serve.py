@@ -8,7 +8,7 @@ import typer
 
 from mmdata.commands.terminal import say
 from mmdata.errors import UsageError
-from mmtrain.commands.chat import newest_finished_run, say_loading
+from mmtrain.commands.chat import newest_finished_run
 from mmtrain.config import STAGE_KINDS
 from mmtrain.inference.settings import ServeOptions
 
@@ -28,7 +28,8 @@ def serve(
 
     Example: mm serve runs/dpo-1 --port 8000    mm serve --host 0.0.0.0 --api-key SECRET
     """
-    say_loading([run] if run else ())
+    run = run or newest_finished_run("serve", tuple(STAGE_KINDS)[::-1])
+    say(f"loading {run}")  # before torch is, which takes seconds
     from mmdata.encode.template import Template
     from mmtrain.convert.foreign import open_model
     from mmtrain.inference.engine import Engine
@@ -38,7 +39,6 @@ def serve(
     from mmtrain.log.history import sample_prompts
 
     check_installed()
-    run = run or newest_finished_run("serve", tuple(STAGE_KINDS)[::-1])
     model, tokenizer = open_model(run)
     if options.api_key == "":
         raise UsageError("the API key is empty", "--api-key SECRET, or leave it out")
