@@ -44,6 +44,8 @@ class PackedSplit:
     def __init__(self, directory: str | Path, split: str = "train"):
         if split not in SPLITS:
             raise UsageError(f"there is no split {split!r}", f"one of {', '.join(SPLITS)}")
+        if not isinstance(directory, str | Path):
+            raise UsageError(f"{directory!r} is no path of a dataset", 'such as "shards/sft_512"')
         self.dataset = open_dataset(Path(directory))
         self.split = split
         self.kind = self.dataset.kind

@@ -23,8 +23,8 @@ class TorchBatches(IterableDataset):
 
     def __init__(self, dataset: Dataset, split: str, batch_tokens: int, epochs: int = 1, seed: int = 0):
         for name, value in (("batch_tokens", batch_tokens), ("epochs", epochs)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}", "a number from 1")
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}", "a number from 1")
         micro_tokens = 2**31 if dataset.kind == "pair" else batch_tokens  # one micro-batch is the whole batch
         self._loader = make_loader(
             [dataset], split=split, batch_tokens=batch_tokens, micro_tokens=micro_tokens, seed=seed

@@ -365,7 +365,9 @@ def test_a_node_of_torchrun_that_is_killed_ends_the_other_and_the_run_goes_on(
     train(one)
     nodes = start_nodes(two, "killed")
     codes, errors = zip(*(nodes.end(node) for node in (0, 1)), strict=True)
-    assert 0 not in codes and "error on rank 0: rank 0: another rank stopped" in errors[0] and "step-3" in errors[0], errors
+    assert 0 not in codes and "error on rank 0: rank 0: another rank stopped" in errors[0] and "step-3" in errors[0], (
+        errors
+    )
     assert run_json(two.out)["status"] == "failed" and checkpoint.find(two.out).step == 3
     train(replace(two, resume=True))
     assert_alike(one.out, two.out)

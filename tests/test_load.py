@@ -64,6 +64,10 @@ def test_wrong_use_is_an_error_that_says_what_helps(packed: dict[str, PackResult
         mmdata.load(packed["pair"].out, "test")
     with pytest.raises(DatasetError):
         mmdata.load(tmp_path / "none")
+    with pytest.raises(UsageError, match="3 is no path"):
+        mmdata.load(3)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="batch_tokens is 'many'"):
+        mmdata.load(packed["pair"].out).torch("many")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="batch_tokens is 0"):
         mmdata.load(packed["pair"].out).torch(0)
 

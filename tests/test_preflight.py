@@ -9,7 +9,9 @@ import torch
 from train_data import Data
 
 from mmdata.errors import DiskError, TrainError
+from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import MicroBatch
+from mmdata.shards.pairs import pair_lengths
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
 from mmtrain.train import preflight
@@ -48,6 +50,23 @@ def test_the_speed_is_that_of_larger_batches_where_they_do_not_take_long(
     assert len(passes) == 1 + (measured == 2048)
     assert passes[-1] == pytest.approx(measured, rel=0.2)
     assert needs.tokens_per_s == pytest.approx(passes[-1] / (seconds * (1 + passes[-1] / 512)))
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_the_time_of_pairs_is_that_of_the_tokens_that_are_computed(
+    data: Data, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share_prompt: bool
+) -> None:
+    monkeypatch.setattr(preflight, "_pass_seconds", lambda _, micro: len(micro.ids) / 100)  # 100 tokens a second
+    options = TrainOptions("dpo", (data.dpo,), tmp_path / "run", init=runs / "sft", epochs=1.0, batch_tokens=1024)
+    needs = needs_of(replace(options, device="cpu", quiet=True, share_prompt=share_prompt, val_every=0))
+    train_tokens, val_tokens = (
+        int((pair_lengths(open_dataset(data.dpo).split(split)) @ (1 if share_prompt else 2, 1, 1)).sum())
+        for split in ("train", "val")
+    )
+    known = needs.reference_s or (train_tokens + val_tokens) / 3 / 100  # 0: another test has left the logps
+    assert known == pytest.approx((train_tokens + val_tokens) / 3 / 100, rel=0.01)
+    run_s = needs.seconds - needs.reference_s - needs.forecast_s
+    assert run_s == pytest.approx((train_tokens + 2 / 3 * val_tokens) / 100, rel=0.05)
 
 
 def test_what_autograd_keeps_is_counted(run: TrainOptions) -> None:

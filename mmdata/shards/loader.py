@@ -162,6 +162,7 @@ class BatchLoader(ABC):
 
     kind: str
     limits: Limits
+    computed_share: float = 1.0  # of the tokens, those that are computed: fewer where pairs share their prompt
 
     @abstractmethod
     def micro_batches(self) -> Iterator[MicroBatch]:

@@ -27,6 +27,7 @@ class PairLoader(BatchLoader):
         self.lengths = np.concatenate([pair_lengths(split) for split in self._splits])  # int64 [num_samples, 3]
         self._sizes = self.lengths @ PROMPT_TWICE
         self._costs = self.lengths.sum(1) if self.share_prompt else self._sizes
+        self.computed_share = float(self._costs.sum() / max(1, self._sizes.sum()))
         sides = self._costs if self.share_prompt else self.lengths[:, 0] + self.lengths[:, 1:].max(1, initial=0)
         self.limits = Limits(micro_tokens, int(sides.max(initial=1)))
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)

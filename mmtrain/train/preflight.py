@@ -146,7 +146,7 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
     held_out = plan.val_loader.tokens_per_epoch + (plan.guard.tokens_per_epoch if plan.guard else 0)
     val_tokens = held_out * validations / 3  # a forward pass is a third of the work
     tokens_per_s = world.size / seconds_per_token
-    run_s = (run_tokens * num_left / plan.num_steps + val_tokens) / tokens_per_s
+    run_s = plan.loader.computed_share * (run_tokens * num_left / plan.num_steps + val_tokens) / tokens_per_s
     reference_s = reference_tokens / 3 / tokens_per_s
     forecast_s = 0.0
     if plan.is_pairs and not plan.start.resumed:  # every trial step is a step and two forward passes

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmdata.errors import CheckpointError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import Progress, no_progress
-from mmdata.shards.pairs import PairLoader
+from mmdata.shards.pairs import PROMPT_TWICE, PairLoader
 from mmtrain import checkpoint
 from mmtrain.distributed import World
 from mmtrain.log.console import Console, duration
@@ -75,13 +75,14 @@ def prepare(
 
 
 def num_pending_tokens(plan: TrainPlan, world: World) -> int:
-    """Return the tokens of the pairs of which `prepare` will compute the logps, instead of finding them in the cache."""
+    """Return the tokens computed for the pairs whose logps `prepare` will not find in the cache."""
     pairs = _pairs(plan)
     if pairs and (plan.reference or plan.start.record):
         _, *places = _places(plan, pairs, _record_of(plan), world)
         if any(path.exists() for path in places):
             return 0
-    return sum(int(loader.lengths.sum() + loader.lengths[:, 0].sum()) for loader in pairs.values())
+    tokens = (loader.computed_share * (loader.lengths @ PROMPT_TWICE).sum() for loader in pairs.values())
+    return round(float(sum(tokens)))
 
 
 def _pairs(plan: TrainPlan) -> dict[str, PairLoader]:
