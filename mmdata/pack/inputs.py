@@ -135,9 +135,10 @@ def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, tic
     """Return what `plan` needs of an input, from its record in `found` if the input has not changed since."""
     (state,) = states_of([path])
     name = hashlib.sha256(repr((str(path), part_bytes, read)).encode()).hexdigest()
+    name = f"{name[:2]}/{name[2:]}.json"
     if found:
         with contextlib.suppress(DatasetError):
-            cuts = read_record(found / f"{name}.json", _Cuts, DatasetError, "")
+            cuts = read_record(found / name, _Cuts, DatasetError, "")
             if cuts.state == state:
                 return cuts
     form = format_of(path, read)
@@ -158,7 +159,7 @@ def _cut(part_bytes: int, read: ReadOptions, found: Path | None, path: Path, tic
             ranges = [(0, None, 1, num_bytes)]
     cuts = _Cuts(state, FileEntry(str(path), num_bytes, sha256), ranges, form.kind == TABLE)
     if found:
-        write_record(found / f"{name}.json", cuts)
+        write_record(found / name, cuts)
     return cuts
 
 

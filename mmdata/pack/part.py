@@ -29,13 +29,14 @@ from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
 from mmdata.shards import dataset
 from mmdata.shards.columns import columns_of, read_back
-from mmdata.shards.manifest import FORMAT_VERSION, SPLITS, DatasetHeader, ShardRecord, part_path
+from mmdata.shards.manifest import FORMAT_VERSION, SPLITS, DatasetHeader, ShardRecord, folder_of, part_path
 from mmdata.tokenizer.encoders import REFERENCE, Encoder, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**20  # of jsonl that is encoded in one call: some hundred rows, under a second
 COMPARED_FIRST, COMPARED = 16, 2  # rows encoded twice for comparison: in a part's first batch, in others
 GC_OBJECTS = 200_000  # garbage-collector threshold while packing; the default costs 10 % of the time
+LEFT_OUT = "left_out.json"  # see `screen_path`
 TOO_LONG = "too long"  # the reason why a valid row is left out that is longer than --max-len
 
 
@@ -387,16 +388,16 @@ def _json_line(row: RejectedRow) -> bytes:
     return b"{%s}\n" % b", ".join(fields)
 
 
-def screened_path(directory: Path, part: int) -> Path:
-    """Return the path of the file with the lines of a part that are left out by --where, --dedup or --exclude."""
-    return directory / f"{part:05d}.left_out.json"
+def screen_path(directory: Path, part: int, name: str) -> Path:
+    """Return the path of a file about a part that --where, --dedup and --exclude need, such as its LEFT_OUT lines."""
+    return directory / f"{folder_of(part)}{part:05d}.{name}"
 
 
 def _screened(settings: PartSettings, part: Part) -> dict[int, tuple[str, str]]:
     """Return the lines left out by --where, --dedup or --exclude, by number; DatasetError if their file cannot be read."""
     if not settings.header.arguments.screens:
         return {}
-    path = screened_path(settings.screen_dir, part.number)
+    path = screen_path(settings.screen_dir, part.number, LEFT_OUT)
     return read_record(path, dict[int, tuple[str, str]], DatasetError, "pack again")
 
 

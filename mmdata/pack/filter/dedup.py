@@ -29,7 +29,7 @@ from mmdata.io.options import ReadOptions
 from mmdata.io.records import read_record, write_record
 from mmdata.io.workers import Tick
 from mmdata.pack.filter.grams import gram_hashes, num_units
-from mmdata.pack.part import Part, PartSettings, batches, screened_path
+from mmdata.pack.part import LEFT_OUT, Part, PartSettings, batches, screen_path
 
 BANDS, ROWS_A_BAND, SHINGLE, SEED = 16, 8, 5, 1
 EXCLUDE_N = 8  # units of the n-grams that rows and excluded texts are compared by
@@ -76,13 +76,13 @@ def screen(
         bands = (keys.slices("bands.npy", slice(band, band + 1)) for band in range(BANDS))
         near = first_of_near(chain.from_iterable(bands), equal)
     for i, part in enumerate(parts):
-        found = read_record(_file(directory, part, "found.json"), Verdicts, DatasetError, "pack again")
+        found = read_record(screen_path(directory, part.number, "found.json"), Verdicts, DatasetError, "pack again")
         verdicts = {**left_out.get(part.number, {}), **found}
         begin, end = keys.begins[i], keys.begins[i + 1]
         for reason, same in ((DUPLICATE, equal), (NEAR_DUPLICATE, near)):
             for row in (begin + np.flatnonzero(same[begin:end] != np.arange(begin, end))).tolist():
                 verdicts[int(keys.lines[row])] = (reason, f"as {keys.place(int(same[row]))}")
-        write_record(screened_path(directory, part.number), verdicts, indent=None)
+        write_record(screen_path(directory, part.number, LEFT_OUT), verdicts, indent=None)
 
 
 # --- the keys of a part's rows
@@ -99,7 +99,7 @@ class _Marker:
         self._excluded = Excluded([Path(excluded.path) for excluded in settings.header.arguments.exclude])
 
     def __call__(self, part: Part, tick: Tick) -> None:
-        if not _file(self._directory, part, "found.json").exists():
+        if not screen_path(self._directory, part.number, "found.json").exists():
             self._write(part)
         tick(part.num_bytes)
 
@@ -124,7 +124,7 @@ class _Marker:
         self._save(part, "lines.npy", np.array(lines, np.uint32))
         self._save(part, "keys.npy", np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2).T)
         self._save(part, "bands.npy", np.ascontiguousarray(np.concatenate(bands).T))
-        write_record(_file(self._directory, part, "found.json"), overlapping, indent=None)
+        write_record(screen_path(self._directory, part.number, "found.json"), overlapping, indent=None)
 
     def _parse(self, batch: Sequence[Any]) -> tuple[list[int], list[Any]]:
         """Return line numbers and parsed rows. Invalid rows are skipped; packing leaves them out with their reason."""
@@ -140,11 +140,7 @@ class _Marker:
     def _save(self, part: Part, name: str, array: np.ndarray) -> None:
         buffer = io.BytesIO()
         np.save(buffer, array)
-        write_bytes(_file(self._directory, part, name), buffer.getvalue())
-
-
-def _file(directory: Path, part: Part, name: str) -> Path:
-    return directory / f"{part.number:05d}.{name}"
+        write_bytes(screen_path(self._directory, part.number, name), buffer.getvalue())
 
 
 def band_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -178,7 +174,7 @@ class _Keys:
 
     def __init__(self, directory: Path, parts: Sequence[Part]):
         self._directory, self._parts = directory, parts
-        lines = [np.load(_file(directory, part, "lines.npy")) for part in parts]
+        lines = [np.load(screen_path(directory, part.number, "lines.npy")) for part in parts]
         self.lines = np.concatenate([np.empty(0, np.uint32), *lines])
         self.begins = np.concatenate([[0], np.cumsum([len(of_part) for of_part in lines])]).astype(np.int64)
         self._num_slices = -(-len(self.lines) // SLICE_ROWS) or 1
@@ -194,7 +190,7 @@ class _Keys:
         for number in range(self._num_slices):
             rows, chosen = [], []
             for part, begin in zip(self._parts, self.begins, strict=False):
-                keys = np.load(_file(self._directory, part, name), mmap_mode="r")[columns]
+                keys = np.load(screen_path(self._directory, part.number, name), mmap_mode="r")[columns]
                 at = np.flatnonzero(keys[0] % np.uint64(self._num_slices) == number)
                 rows.append(begin + at)
                 chosen.append([key[at] for key in keys])

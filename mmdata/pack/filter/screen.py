@@ -16,10 +16,11 @@ from mmdata.io.workers import Tick
 from mmdata.pack.filter import dedup
 from mmdata.pack.filter.frames import PartColumns, RowReader, with_groups
 from mmdata.pack.filter.where import Where
-from mmdata.pack.part import Part, PartSettings, screened_path
+from mmdata.pack.part import LEFT_OUT, Part, PartSettings, screen_path
 from mmdata.shards.manifest import PackArguments
 
 ROWS_AT_ONCE = 1000  # rows whose columns are computed at once
+COLUMNS = "columns.parquet"  # see `screen_path`
 
 
 def screen(
@@ -35,7 +36,7 @@ def screen(
         dedup.screen(settings, parts, own, run, progress, left_out)
     else:
         for number, lines in left_out.items():
-            write_record(screened_path(directory, number), lines, indent=None)
+            write_record(screen_path(directory, number, LEFT_OUT), lines, indent=None)
 
 
 def _not_selected(
@@ -51,7 +52,10 @@ def _not_selected(
     run(
         partial(_ColumnWriter, reader, directory), first, total=sum(part.num_bytes for part in first), progress=progress
     )
-    frames = [pl.read_parquet(_file(directory, part)).with_columns(part=pl.lit(part.number)) for part in parts]
+    frames = [
+        pl.read_parquet(screen_path(directory, part.number, COLUMNS)).with_columns(part=pl.lit(part.number))
+        for part in parts
+    ]
     frame = with_groups(pl.concat(frames), reader.makers())
     is_out = frame["reason"].is_null() & ~where.holds(frame)
     found: dict[int, dedup.Verdicts] = {part.number: {} for part in parts}
@@ -86,14 +90,10 @@ class _ColumnWriter:
         self._read, self._directory = PartColumns(reader), directory
 
     def __call__(self, part: Part, tick: Tick) -> None:
-        path = _file(self._directory, part)
+        path = screen_path(self._directory, part.number, COLUMNS)
         if path.exists():
             tick(part.num_bytes)
             return
         buffer = io.BytesIO()
         self._read(part, tick).write_parquet(buffer)
         write_bytes(path, buffer.getvalue())
-
-
-def _file(directory: Path, part: Part) -> Path:
-    return directory / f"{part.number:05d}.columns.parquet"
