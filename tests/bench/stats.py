@@ -2,13 +2,14 @@
 
 Makes its own jsonl file of seeded bilingual conversations outside the repository and deletes it; runs `mm stats FILE
 --html` on it in a process of its own with two workers, and prints wall time, the peak memory of all its processes together (sum
-of their resident sizes, sampled every 50 ms, so shared pages count more than once), and for comparison one pass of json.loads.
+of their PSS, sampled every 50 ms: a page that several share counts once), and for comparison one pass of json.loads.
 With --like FILE the rows are those of conversations in FILEs, repeated with a number in front of each message. With
 --columns it collects all columns of `rows` instead, or those that are named.
 With --pack it packs the file instead, and prints how long the report takes beside the packing itself.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = (  # noqa: SIM905
@@ -87,14 +90,13 @@ if __name__ == "__main__":
 
 
 def resident(pid: int) -> int:
-    """Resident bytes of a process and those it started."""
+    """Resident bytes of a process and those it started; a page that several share counts once (PSS)."""
     total = 0
-    try:
-        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(resident(int(child)) for child in (task / "children").read_text().split())
-    except OSError:
-        pass  # it has just ended
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                total += each.memory_full_info().pss
     return total
 
 

@@ -15,7 +15,7 @@ from mmdata.errors import UsageError
 from mmdata.io.files import Progress, no_progress
 from mmdata.io.lines import Line
 from mmdata.io.workers import Tick
-from mmdata.pack.filter.dedup import Excluded, band_hashes, check_options, first_of_equal, first_of_near
+from mmdata.pack.filter.dedup import BANDS, Excluded, band_hashes, check_options, first_of_equal, first_of_near
 from mmdata.pack.filter.features import COLUMNS, EXACT, NEAR, TOKENS, RowBatch, schema
 from mmdata.pack.part import Part, batches
 from mmdata.shards.manifest import PackArguments
@@ -152,7 +152,7 @@ def with_groups(frame: pl.DataFrame, makers: Collection[str]) -> pl.DataFrame:
     without keys, such as unusable ones, have nulls."""
     if not {EXACT, NEAR} & set(makers):
         return frame
-    groups = _groups(frame, makers)
+    groups = _groups([frame], makers)
     return frame.drop(groups.columns, strict=False).hstack(groups)
 
 
@@ -165,27 +165,29 @@ def grouped(frames: Iterable[pl.DataFrame], makers: Collection[str]) -> Iterator
     for frame in frames:
         keys.append(frame.select(pl.selectors.by_name(_KEYS, _BANDS, require_all=False)))
         rest.append(frame.drop(keys[-1].columns))
-    every, begin = pl.concat(keys, rechunk=True), 0
-    keys.clear()  # the copies of the parts, which are as large
-    groups = _groups(every, makers)
+    groups, begin = _groups(keys, makers), 0
+    keys.clear()
     for frame in rest:
         yield frame.hstack(groups[begin : begin + len(frame)])
         begin += len(frame)
 
 
-def _groups(frame: pl.DataFrame, makers: Collection[str]) -> pl.DataFrame:
-    """Return the columns that `with_groups` adds."""
-    is_used = frame[_KEYS].is_not_null()
+def _groups(frames: Sequence[pl.DataFrame], makers: Collection[str]) -> pl.DataFrame:
+    """Return the columns that `with_groups` adds to the rows of all frames."""
+
+    def entries(name: str, number: int) -> np.ndarray:
+        """One entry of the keys or bands of all rows that have some: the whole would be a second copy of them."""
+        return np.concatenate([frame[name].drop_nulls().arr.get(number).to_numpy() for frame in frames])
+
+    is_used = pl.concat([frame[_KEYS].is_not_null() for frame in frames])
     used = np.flatnonzero(is_used.to_numpy())
     own = np.arange(len(used))
-    keys = frame[_KEYS].filter(is_used).to_numpy()
-    equal = first_of_equal([(own, (keys[:, 0], keys[:, 1]))], len(used))
+    equal = first_of_equal([(own, [entries(_KEYS, number) for number in range(2)])], len(used))
     found = {"duplicate_group": used[equal], "duplicate": equal != own}
     if NEAR in makers:
-        bands = frame[_BANDS].filter(is_used).to_numpy()
-        near = first_of_near([(own, (band,)) for band in bands.T], equal)[equal]
+        near = first_of_near(((own, [entries(_BANDS, band)]) for band in range(BANDS)), equal)[equal]
         found |= {"near_group": used[near], "near_duplicate": near != equal}
-    columns = {name: np.zeros(len(frame), values.dtype) for name, values in found.items()}
+    columns = {name: np.zeros(len(is_used), values.dtype) for name, values in found.items()}
     for name, values in found.items():
         columns[name][used] = values
     return pl.DataFrame(columns).select(pl.when(is_used).then(pl.all()))
