@@ -13,6 +13,7 @@ import torch
 from foreign import NORMED, SHAPE, make_tokenizer, seed_logits, seed_weights, weights
 
 from mmdata.errors import CheckpointError, MMError, TokenizerError, UsageError
+from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.convert.foreign import import_model, interleaved, model_with, open_model, read
 from mmtrain.inference.engine import Engine
@@ -211,9 +212,21 @@ def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_file(tmp_p
     (tmp_path / "pointer.pth").write_text(pointer)
     directory = hf(tmp_path / "hf")
     (directory / "model.safetensors").write_text(pointer)
-    for path, file in ((tmp_path / "pointer.pth", "pointer.pth"), (directory, "model.safetensors")):
-        with pytest.raises(CheckpointError, match=f"{file} is a Git LFS pointer") as caught:
-            read(path)
+    sharded = hf(tmp_path / "sharded")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    (sharded / "model.safetensors").unlink()
+    (sharded / "model-00001-of-00001.safetensors").write_text(pointer)
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(pointer)
+    for reader, path, file in (
+        (read, tmp_path / "pointer.pth", "pointer.pth"),
+        (read, directory, "model.safetensors"),
+        (read, sharded, "model-00001-of-00001.safetensors"),
+        (Tokenizer.load, tmp_path / "tokenizer", "tokenizer.json"),
+    ):
+        with pytest.raises((CheckpointError, TokenizerError), match=f"{file} is a Git LFS pointer") as caught:
+            reader(path)
         assert f"lfs pull --include {file}" in str(caught.value.fix)
 
 

@@ -530,7 +530,7 @@ def tar_of(content: bytes) -> bytes:
         (arrow(ROWS, pa.ipc.new_stream)[:-200], "cut off", "download"),
         (array(ROWS)[:-200], "the JSON array does not end after 13 rows", "download"),
         (array(ROWS) + b"\nand more", "text after the end of the JSON array", "jsonl"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer", "git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS pointer", "lfs pull"),
         (b"FEA1" + bytes(100), "Feather file of version 1", "polars"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "binary file", "parquet"),
         (json.dumps(ROWS[0], indent=2).encode(), "spread over several lines", "jq -c ."),

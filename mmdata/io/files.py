@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import stat
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
+
+from mmdata.errors import MMError
 
 CHUNK_BYTES = 2**16
 MAX_WHOLE_BYTES = 2**29  # the largest file that is read into memory as a whole: records and tokenizers are far smaller
@@ -59,6 +62,14 @@ def read_bytes(path: Path, most: int = MAX_WHOLE_BYTES) -> bytes:
 
 
 # --- atomic writes
+
+
+def refuse_pointer(path: Path, head: bytes, error: type[MMError]) -> None:
+    """Raise an error of this class if a file that begins with `head` is a Git LFS pointer."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        command = f"git -C {shlex.quote(str(path.parent))} lfs pull --include {shlex.quote(path.name)}"
+        problem = f"{path} is a Git LFS pointer, not the file itself"
+        raise error(problem, f"{command}    (or download the file itself)")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.errors import InputError, UsageError
+from mmdata.io.files import refuse_pointer
 
 BUFFER_BYTES = 2**18  # many lines in one system call
 HEAD_BYTES = 2**16  # beginning of a file by which its format and encoding are recognized
@@ -209,8 +210,7 @@ def _only_member(path: Path, file: Any) -> tuple[str, Any]:
 def _check_content(path: Path, head: bytes) -> None:
     """Raise InputError for content that is known not to be rows."""
     name = shlex.quote(str(path))
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise InputError(f"{path} is a Git LFS pointer, not the file itself", f"git lfs pull --include {name}")
+    refuse_pointer(Path(str(path)), head, InputError)
     if head[257:262] == b"ustar":
         raise InputError(f"{path} is a tar archive", f"tar -xf {name}, then name the files that you want")
     if head.startswith(b"FEA1"):

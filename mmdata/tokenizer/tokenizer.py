@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 
 from mmdata.errors import TokenizerError
-from mmdata.io.files import read_bytes
+from mmdata.io.files import read_bytes, refuse_pointer
 from mmdata.io.records import JsonObject
 from mmdata.tokenizer import chat_template as templates
 from mmdata.tokenizer.chat_template import CHATML, DEFAULT, FOLDER
@@ -52,6 +52,7 @@ class Tokenizer:
         except BaseException as error:  # the native library raises bare Exception, and panics as a BaseException
             if isinstance(error, KeyboardInterrupt):
                 raise
+            refuse_pointer(dir / "tokenizer.json", files["tokenizer.json"], TokenizerError)
             raise TokenizerError(f"{dir / 'tokenizer.json'} is not a tokenizer: {error}", _AGAIN) from error
         self.added = self.native.get_added_tokens_decoder()
         self.control_tokens = {token.content: id for id, token in sorted(self.added.items()) if token.special}

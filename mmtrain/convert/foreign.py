@@ -141,11 +141,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file, although the index beside it names it", "download it too")
     with path.open("rb") as file:
         head = file.read(200)
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer; the file that it stands for is not here",
-            f"git -C {path.parent} lfs pull --include {path.name}    (or download the file itself)",
-        )
+    files.refuse_pointer(path, head, CheckpointError)
     return checkpoint.read_tensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
 
 
