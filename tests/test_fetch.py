@@ -1463,3 +1463,21 @@ def test_progress_without_a_terminal_is_a_plain_line_now_and_then(
         "a.jsonl: 12.0 MB of 100.0 MB (12.0%), 1.0 MB/s, 3 min left\n"
         "a.jsonl: 22.0 MB of 100.0 MB (22.0%), 1.0 MB/s, 3 min left\n"
     )
+
+
+def test_a_tokenizer_that_a_failed_run_left_in_part_is_completed(hub: FakeHub, client: Client) -> None:
+    known = catalog.TOKENIZERS["minimind-3"].repo["hf"]
+    files = dict.fromkeys(catalog.TOKENIZER_FILES, b"{}") | {"chat_template.jinja": b"{{ messages }}"}
+    hub.put(known, files, kind="models")
+    whole = client.all(tokenizer="minimind-3")
+    assert {outcome.name for outcome in whole} == {f"tokenizer/{name}" for name in files}
+    for lost in files:
+        shutil.rmtree(client.out)
+        planned = client.plan(tokenizer="minimind-3")
+        items = tuple(
+            replace(item, error=NetworkError("cut")) if item.want.name == f"tokenizer/{lost}" else item
+            for item in planned.items
+        )
+        assert any(outcome.error for outcome in fetch.fetch(replace(planned, items=items)))
+        client.all(tokenizer="minimind-3")
+        assert {path.name for path in client.out.glob("tokenizer/[!.]*")} == {*files}, lost

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mmdata.errors import DiskError, IntegrityError, InterruptedFetch, MMError
+from mmdata.errors import DiskError, FetchError, IntegrityError, InterruptedFetch, MMError
 from mmdata.hub import catalog
 from mmdata.hub.lockfile import LockEntry, guard_path, only_one, read_lock, same_stat, write_entry
 from mmdata.hub.options import FetchOptions
 from mmdata.hub.partial import RESUME, Content, kept_bytes
 from mmdata.hub.plan import TOKENIZER_DIR, FetchItem, FetchPlan, WantedFile
-from mmdata.hub.sources import Source, open_source, opener
+from mmdata.hub.sources import Repo, Source, open_source, opener
 from mmdata.hub.transfer import RetryPolicy, disk_error, download
 from mmdata.io.files import AlreadyLockedError, Digest, locked
 
@@ -50,7 +50,8 @@ def fetch(
     plan: FetchPlan, *, watch: Watch | None = None, on_wait: Callable[[str], None] | None = None
 ) -> list[FetchOutcome]:
     """Download and verify the files of a plan and record them in mm.lock. Return one outcome per file, in order; a file
-    that fails does not stop the others. Bytes that have arrived stay on disk, and the next run resumes from them.
+    that fails does not stop the others, except those of a tokenizer that follow: mm.lock has its last ones only if it
+    has all. Bytes that have arrived stay on disk, and the next run resumes from them.
 
     watch: called with the progress of the file and of the whole plan. on_wait: called with a file's name before waiting
     for another process that downloads it. Raises DiskError if the disk is too small, full or not writable,
@@ -65,14 +66,19 @@ def fetch(
     source = open_source(options.source, options.endpoint, options.retry or RetryPolicy())
     report = _Report(plan, watch)
     outcomes: list[FetchOutcome] = []
+    broken: dict[Repo, str] = {}  # tokenizers, and their first file that failed
     for item in plan.items:
-        name = item.want.name
+        name, repo = item.want.name, item.want.repo
         try:
+            if repo in broken and not item.error:
+                raise FetchError(f"{name} is not fetched without {broken[repo]}", RESUME)
             outcomes.append(_fetch_one(options, source, item, report, partial(on_wait, name) if on_wait else None))
         except DiskError:
             raise
         except MMError as error:
             outcomes.append(FetchOutcome(name, "failed", error=error))
+            if repo.kind == "model":
+                broken.setdefault(repo, name)
         except KeyboardInterrupt as error:
             kept = kept_bytes(options.out / name)
             raise InterruptedFetch(f"interrupted: {kept:,} bytes of {name} are kept", RESUME) from error

@@ -197,8 +197,8 @@ class _Planner:
     def tokenizer(self, name: str, *, is_asked: bool) -> list[WantedFile]:
         """Return the files of a tokenizer of the catalog. Raises UsageError for an unknown name. is_asked: the user
         named it. If the output directory has a tokenizer of another repository, one implied by a preset gives a warning
-        and no files; a named one raises ConflictError without `--update` or `--force`. A tokenizer in mm.lock keeps its
-        list of files unless `--update` is given."""
+        and no files; a named one raises ConflictError without `--update` or `--force`. A tokenizer that is whole in
+        mm.lock keeps its list of files unless `--update` is given. TOKENIZER_FILES are the last: see `fetch`."""
         known = catalog.TOKENIZERS.get(name)
         if known is None:
             raise UsageError(f"no tokenizer {name!r}", f"one of {', '.join(catalog.TOKENIZERS)}")
@@ -212,10 +212,9 @@ class _Planner:
         if others and not (self.options.update or self.options.force):
             problem = f"{where} holds the tokenizer of {min(others)}"
             raise ConflictError(problem, "`--force` replaces it; or use another --out")
-        if there and not others and not self.options.update:
-            paths = [key.removeprefix(f"{TOKENIZER_DIR}/") for key in there]
-        else:
-            paths = [*catalog.TOKENIZER_FILES, *self._extras(repo, known.revision)]
+        paths = [key.removeprefix(f"{TOKENIZER_DIR}/") for key in there]
+        if others or self.options.update or not {*catalog.TOKENIZER_FILES} <= {*paths}:
+            paths = [*self._extras(repo, known.revision), *catalog.TOKENIZER_FILES]
         prefix = "" if self._is_repository else f"{TOKENIZER_DIR}/"
         revision = known.revision if self.source.kind == "hf" else None
         base = WantedFile("", "", repo, TOKENIZER_DIR, None, revision, is_optional=not is_asked)

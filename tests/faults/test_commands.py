@@ -1,6 +1,7 @@
 """Commands that write files, with a disk that fails at one write after another, and killed at random places: each ends with an
 error by name or by the kill, and the same command, run again, writes what an undisturbed one does."""
 
+import errno
 import os
 import random
 import shlex
@@ -79,11 +80,12 @@ def test_a_failing_disk(line: str, home: Path, mm: Run) -> None:
     with failing_at(-1, 0) as count:
         fine(mm(line))
     expected = written(out)
+    ways = (*CODES, errno.ENOENT)  # the last: the directory vanishes
     for number in numbers(count[0], FAILURES):
-        for code in CODES if IS_THOROUGH else [random.Random(f"{SEED} {number}").choice(CODES)]:
-            shutil.rmtree(out)
+        for code in ways if IS_THOROUGH else [random.Random(f"{SEED} {number}").choice(ways)]:
+            shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
-            with failing_at(number, code) as done:
+            with failing_at(number, code, out) as done:
                 ended = mm(line)
             if ended.code or done[0] <= number:
                 refused(ended)

@@ -22,9 +22,10 @@ CODES = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EROFS)
 
 
 @contextmanager
-def failing_at(number: int, code: int) -> Iterator[list[int]]:
-    """Let the write of this number, from 0, to a regular place fail with an error code; yields a list with the count of writes.
-    Opening for writing, fsync, renaming and creating directories count."""
+def failing_at(number: int, code: int, gone: Path | None = None) -> Iterator[list[int]]:
+    """Let the write of this number, from 0, to a regular place fail with an error code, for ENOENT since the directory `gone`
+    vanishes before it; yields a list with the count of writes. Opening for writing, writing at a place, fsync, renaming and
+    creating directories count."""
     count = [0]
     patched = pytest.MonkeyPatch()
 
@@ -32,7 +33,9 @@ def failing_at(number: int, code: int) -> Iterator[list[int]]:
         def run(*arguments: Any, **named: Any) -> Any:
             if is_write(*arguments, **named):
                 count[0] += 1
-                if count[0] - 1 == number:
+                if count[0] - 1 == number and code == errno.ENOENT and gone:
+                    shutil.rmtree(gone, ignore_errors=True)
+                elif count[0] - 1 == number:
                     raise OSError(code, os.strerror(code), str(arguments[0]))
             return call(*arguments, **named)
 
@@ -45,6 +48,9 @@ def failing_at(number: int, code: int) -> Iterator[list[int]]:
     patched.setattr(pathlib.Path, "write_bytes", guarded(pathlib.Path.write_bytes, lambda *_, **__: True))
     patched.setattr(pathlib.Path, "replace", guarded(pathlib.Path.replace, lambda *_: True))
     patched.setattr(pathlib.Path, "rename", guarded(pathlib.Path.rename, lambda *_: True))
+    patched.setattr(pathlib.Path, "mkdir", guarded(pathlib.Path.mkdir, lambda *_, **__: True))
+    patched.setattr(os, "open", guarded(os.open, lambda _, flags, *__, **___: bool(flags & (os.O_WRONLY | os.O_RDWR))))
+    patched.setattr(os, "pwrite", guarded(os.pwrite, lambda *_: True))
     patched.setattr(os, "fsync", guarded(os.fsync, lambda *_: True))
     try:
         yield count
