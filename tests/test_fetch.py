@@ -1167,9 +1167,9 @@ def test_the_plain_command_brings_what_one_needs_to_begin(hub: FakeHub, client: 
         "pretrain_t2t_mini.jsonl",
         "sft_t2t_mini.jsonl",
         "dpo.jsonl",
+        "tokenizer/chat_template.jinja",
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
-        "tokenizer/chat_template.jinja",
     ]
     assert all(outcome.status == "fetched" for outcome in outcomes)
     assert not (client.out / "tokenizer" / "model.bin").exists()

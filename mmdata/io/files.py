@@ -190,14 +190,20 @@ def replace_directory(source: Path, target: Path, aside: Path) -> None:
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield a new, empty directory that takes the place of `target` when the block ends. If the block raises an error,
-    the directory is removed and an old one at `target` stays as it is."""
+    the directory is removed and an old one at `target` stays as it is. Raises FileNotFoundError if the directory was
+    removed meanwhile: `atomic_path` would have made another one, for the files that followed."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    itself = None if os.name == "nt" else os.open(partial, os.O_RDONLY)  # Windows removes no directory that is in use
     try:
         yield partial
+        if itself is not None and not os.fstat(itself).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "was removed while it was written", str(partial))
         replace_directory(partial, target, target.with_name(f".{target.name}.replaced"))
     finally:
+        if itself is not None:
+            os.close(itself)
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ file `.NAME.lock` names the process and host that are packing; a lock whose proc
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -185,10 +186,12 @@ class Staging:
 
     def publish(self, files: Collection[str]) -> None:
         """Move the dataset to `out`, replacing a dataset there, and remove the hidden directory. files: paths, relative
-        to the dataset, that belong to it; others are removed before."""
-        for path in self.dataset.rglob("*"):
-            if path.is_file() and str(path.relative_to(self.dataset)) not in files:
-                path.unlink()  # left by a writer that was killed
+        to the dataset, that belong to it; others are removed before. Raises FileNotFoundError if one was removed."""
+        present = {str(path.relative_to(self.dataset)) for path in self.dataset.rglob("*") if path.is_file()}
+        for path in sorted({*files} - present):
+            raise FileNotFoundError(errno.ENOENT, "was removed while others were written", str(self.dataset / path))
+        for path in present - {*files}:
+            (self.dataset / path).unlink()  # left by a writer that was killed
         replace_directory(self.dataset, self.out, _sibling(self.out, "replaced"))
         shutil.rmtree(self.dir, ignore_errors=True)
 

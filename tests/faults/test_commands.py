@@ -89,6 +89,7 @@ def test_a_failing_disk(line: str, home: Path, mm: Run) -> None:
                 ended = mm(line)
             if ended.code or done[0] <= number:
                 refused(ended)
+            out.mkdir(exist_ok=True)
             assert is_complete(mm(line), out, expected), (number, code, f"FAULTS_SEED={SEED}")
 
 

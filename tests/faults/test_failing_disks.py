@@ -71,8 +71,8 @@ def test_packing_with_a_failing_disk(tmp_path: Path, tokenizer_dir: Path, most: 
         expected = pack_with([rows], tmp_path / "whole", **arguments).digest
     out = tmp_path / "out"
     for number in numbers(count[0], most):
-        for code in CODES if most > 10 else CODES[:1]:
-            with failing_at(number, code) as done:
+        for code in (*CODES, errno.ENOENT) if most > 10 else (CODES[0], errno.ENOENT):
+            with failing_at(number, code, tmp_path / ".out.packing") as done:
                 _, message = refusal(lambda: pack_with([rows], out, **arguments))
             assert message or done[0] <= number or open_dataset(out).digest == expected, (number, code)
             assert not out.exists() or open_dataset(out).digest == expected

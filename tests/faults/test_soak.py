@@ -2,15 +2,18 @@
 
 SOAK_MINUTES sets how long it takes, 5 in `make faults`; with -s of pytest it prints a line of figures at each report."""
 
+import ctypes
 import gc
+import json
 import os
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 from serving import served
-from test_serve import HELLO, client
+from test_serve import HELLO, ask
 from train_data import Data
 from train_runs import config_of
 
@@ -31,11 +34,15 @@ REPORTS = 40 if MINUTES else 8
 def test_a_long_run_keeps_its_memory_and_files(data: Data, tmp_path: Path) -> None:
     process, begun, run = psutil.Process(), time.monotonic(), tmp_path / "run"
     seen: list[tuple[int, int, int]] = []
+    libc = ctypes.CDLL(None)
     settings = {"model": "tiny", "save_every": 5, "val_every": 5, "log_every": 5, "keep_last": 2}
 
     def chat(url: str) -> None:
-        assert client(url).chat.completions.create(model="runs-a", messages=HELLO, max_tokens=16).choices
-        next(iter(client(url).chat.completions.create(model="runs-a", messages=HELLO, stream=True)))  # and leaves
+        body = {"model": "runs-a", "messages": HELLO, "max_tokens": 16}
+        assert ask(url, body)[1]["choices"]
+        content, kind = json.dumps({**body, "stream": True}).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", content, kind)) as response:
+            assert response.readline()  # and leaves
 
     def watch(line: str) -> None:
         words = line.split()
@@ -50,6 +57,8 @@ def test_a_long_run_keeps_its_memory_and_files(data: Data, tmp_path: Path) -> No
                 chat(newest)
             write_text(tmp_path / "report.html", run_page(figures([run])))
             gc.collect()
+            if hasattr(libc, "malloc_trim"):
+                libc.malloc_trim(0)  # what was freed and is only kept
             seen.append((process.memory_info().rss, process.num_fds(), len(gc.get_objects())))
             print(f"step {step:7d} | {seconds:6.0f} s | {seen[-1][0] / 2**20:6.1f} MiB | {seen[-1][1:]}", flush=True)
         if MINUTES and share >= 1:

@@ -188,7 +188,7 @@ def check_target(path: Path, inputs: Sequence[Path], option: str) -> None:
     if path.name.endswith(".zst"):
         with needs(f"{option} {path} needs zstandard", "zstd"):
             import zstandard  # noqa: F401
-    if path.exists() and any(path.samefile(each) for each in inputs):
+    if path.exists() and any(each.exists() and path.samefile(each) for each in inputs):
         raise UsageError(f"{option} {path} is one of the files to read", "choose another name")
 
 
