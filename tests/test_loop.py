@@ -176,14 +176,17 @@ def test_other_data_is_taken_when_told(data: Data, tmp_path: Path) -> None:
     )
 
 
-def test_a_wsd_run_is_lengthened(data: Data, tmp_path: Path) -> None:
-    run = config_of("sft", data, tmp_path / "run", model="tiny", quiet=True, schedule="wsd", steps=4)
-    train(run)
-    longer = replace(run, steps=8, resume=True)
-    assert train(longer).final_step == 8 and [step["step"] for step in steps(run.out)] == list(range(1, 9))
-    facts = run_json(run.out)
-    assert facts["num_steps"] == 8 and facts["settings"]["steps"] == {"value": 8, "from": "flag"}
-    refused_run(UsageError, "has made 8 steps, more than 3", "more --steps", replace(longer, steps=3))
+def test_a_run_is_lengthened_more_than_once(data: Data, tmp_path: Path) -> None:
+    for schedule, lengths in (("wsd", (4, 8, 9)), ("constant", (1, 2))):
+        run = config_of("sft", data, tmp_path / schedule, model="tiny", quiet=True, schedule=schedule, steps=lengths[0])
+        train(run)
+        for length in lengths[1:]:
+            assert train(replace(run, steps=length, resume=True)).final_step == length
+        assert [step["step"] for step in steps(run.out)] == list(range(1, lengths[-1] + 1))
+        facts = run_json(run.out)
+        assert (facts["num_steps"], facts["settings"]["steps"]) == (lengths[-1], {"value": lengths[-1], "from": "flag"})
+        shorter = replace(run, steps=lengths[-1] - 1, resume=True)
+        refused_run(UsageError, f"has made {lengths[-1]} steps, more than {lengths[-1] - 1}", "more --steps", shorter)
 
 
 def test_kill_9_leaves_a_run_that_goes_on(whole: Path, data: Data, tmp_path: Path) -> None:
