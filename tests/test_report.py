@@ -34,28 +34,24 @@ KINDS = ("document", "conversation", "pair")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lang", ["en", "zh"])
-def test_a_packed_dataset_and_its_file_can_be_reported(
-    packed: dict[str, PackResult], tokenizer_dir: Path, kind: str, lang: str
+def test_a_packed_dataset_and_its_file_can_be_reported_and_say_the_same(
+    packed: dict[str, PackResult], tokenizer_dir: Path, kind: str
 ) -> None:
     of_dataset = stats.measure_dataset(packed[kind].out)
     of_file = stats.measure_file(packed[kind].out.with_suffix(".jsonl"), tokenizer_dir)
-    for measured in (of_dataset, of_file, stats.measure_dataset(packed[kind].out, is_quick=True)):
-        html = data.dataset_page([measured], lang=lang)
-        assert len(html.encode()) < 2_000_000 and html.startswith("<!doctype html>")
-        assert f"{measured.figures['tokens']:,}" in html
+    of_share = stats.measure_dataset(packed[kind].out, is_quick=True)
     both = stats.contained([of_dataset, of_file])
     assert [warning["exact"] for warning in both] == [1.0, 1.0]
-    assert compare.compare_page(of_dataset, of_file, lang=lang, others=both)
-    assert data.dataset_page([of_dataset, of_file], lang=lang, others=both)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_dataset_and_its_file_say_the_same_about_texts(
-    packed: dict[str, PackResult], tokenizer_dir: Path, kind: str
-) -> None:
-    one = stats.measure_dataset(packed[kind].out).figures
-    other = stats.measure_file(packed[kind].out.with_suffix(".jsonl"), tokenizer_dir).figures
+    for lang in ("en", "zh"):
+        for measured in (of_dataset, of_file, of_share):
+            html = data.dataset_page([measured], lang=lang)
+            assert len(html.encode()) < 2_000_000 and html.startswith("<!doctype html>")
+            assert f"{measured.figures['tokens']:,}" in html
+        assert compare.compare_page(of_dataset, of_file, lang=lang, others=both)
+        assert data.dataset_page([of_dataset, of_file], lang=lang, others=both)
+    every_heading_is_explained(of_dataset)
+    rows_have_the_columns_of_the_frame(of_dataset)
+    one, other = of_dataset.figures, of_file.figures
     same = ("characters_by", "languages", "scripts", "turns", "duplicates", "openings", "ngrams", "systems", "tools")
     for name in (*same, "vocabulary", "token_scripts"):
         if name != "vocabulary" or kind != "document":  # a document cut in two gets one more bos
@@ -163,25 +159,21 @@ def test_a_condition_gives_the_figures_of_its_rows(tmp_path: Path, tokenizer_dir
         stats.measure_dataset(packed.out, where="line < 0")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_table_of_rows_has_the_columns_of_the_frame(packed: dict[str, PackResult], kind: str) -> None:
-    measured = stats.measure_dataset(packed[kind].out)
+def rows_have_the_columns_of_the_frame(measured: stats.Measured) -> None:
     names = [name for name in measured.rows.columns if name != "text"]
     assert {"duplicate", "tokens", "language", "han", "longest_line", "answer_characters", "repeated"} <= {*names}
-    expected = rows(packed[kind].out).select(names).collect()
+    expected = rows(measured.path).select(names).collect()
     assert measured.rows.select(names).equals(expected.filter(pl.col("line").is_in(measured.rows["line"])))
     spec = next(block for block in data.sections_of(measured) if block.id == "rows").blocks[1].spec(Translation("zh"))
     assert len(spec) > 15 and all(len(column["values"]) == len(measured.rows) for column in spec)
     assert all(re.search("[\u4e00-\u9fff]", column["help"]) for column in spec)  # translated
 
 
-def test_every_heading_is_explained(packed: dict[str, PackResult]) -> None:
-    table = Translation("zh")
-    for kind in KINDS:
-        html = data.dataset_page([stats.measure_dataset(packed[kind].out)], lang="zh", command="mm stats x")
-        bare = [tag for tag, attributes in parsed(html).tags if tag == "th" and "title" not in attributes]
-        assert len(bare) == len(re.findall(r"<th[^>]*></th>", html))  # those of bars
-        assert "mm stats x" in html and table("Terms") in html and packed[kind].out.name in html
+def every_heading_is_explained(measured: stats.Measured) -> None:
+    html = data.dataset_page([measured], lang="zh", command="mm stats x")
+    bare = [tag for tag, attributes in parsed(html).tags if tag == "th" and "title" not in attributes]
+    assert len(bare) == len(re.findall(r"<th[^>]*></th>", html))  # those of bars
+    assert "mm stats x" in html and Translation("zh")("Terms") in html and measured.path.name in html
 
 
 def test_the_name_of_a_dataset_is_not_translated() -> None:
@@ -244,14 +236,15 @@ def test_hostile_rows_are_shown_as_text(tmp_path: Path, tokenizer_dir: Path, kin
 def test_a_large_files_tokens_are_a_samples_and_near_the_truth(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", "conversation", 2000)
+    path = write_rows(tmp_path / "rows.jsonl", "conversation", 1000)
     monkeypatch.setattr("mmdata.stats.scan.SAMPLE_BYTES", path.stat().st_size // 4)
-    found = stats.measure_file(path, tokenizer_dir).figures
+    sampled = stats.measure_file(path, tokenizer_dir)
+    found = sampled.figures
     exact = stats.measure_file(path, tokenizer_dir, is_exact=True).figures
-    assert "sample" not in exact and found["sample"]["of"] == 2000 and 300 < found["sample"]["rows"] < 700
+    assert "sample" not in exact and found["sample"]["of"] == 1000 and 150 < found["sample"]["rows"] < 350
     assert found["tokens"] == pytest.approx(exact["tokens"], rel=0.05)
     assert found["characters"] == exact["characters"] and found["duplicates"] == exact["duplicates"]
-    assert "--exact" in data.dataset_page([stats.measure_file(path, tokenizer_dir)])
+    assert "--exact" in data.dataset_page([sampled])
 
 
 def test_workers_change_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,10 +330,10 @@ def test_shards_tell_of_texts_what_the_inputs_told(tmp_path: Path, tokenizer_dir
 
 
 def test_thousands_of_different_control_strings_leave_a_report_small(home: Path, mm: Run) -> None:
-    rows = [{"text": f"the tide <|im_{'x' * 20}{number}|> and the <|im_end|> rope"} for number in range(9000)]
+    rows = [{"text": f"the tide <|im_{'x' * 20}{number}|> and the <|im_end|> rope"} for number in range(3000)]
     (home / "data/many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ran = fine(mm("pack data/many.jsonl"))
-    assert len(ran.out + ran.err) < 5_000 and "<|im_end|> (9,000)" in ran.out + ran.err
+    assert len(ran.out + ran.err) < 5_000 and "<|im_end|> (3,000)" in ran.out + ran.err
     assert len((home / "shards/many/report.html").read_bytes()) < 400_000
     assert len(fine(mm("stats shards/many")).out) < 20_000
 
