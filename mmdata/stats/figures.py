@@ -419,10 +419,7 @@ def _warnings_on(figures: Figures) -> Iterable[tuple[str, Figures]]:
         yield "unknown characters", {"share": percent(figures["unknown_bytes"] / figures["text_bytes"])}
     used = figures.get("vocabulary")
     if used and used["counted"] >= 100 * used["size"] and used["never"] > 0.02 * used["size"]:
-        yield (
-            "unused vocabulary",
-            {"share": percent(used["never"] / used["size"]), "tokens": f"{used['counted']:,}"},
-        )
+        yield ("unused vocabulary", {"share": percent(used["never"] / used["size"]), "tokens": f"{used['counted']:,}"})
     if figures.get("openings") and figures["openings"][0]["count"] > 0.02 * figures["text_rows"]:
         top = figures["openings"][0]
         text = f"“{top['text']}{'…' if len(top['text']) == OPENING else ''}”"

@@ -100,12 +100,7 @@ def row_frame(
 def _record(shown: SampleRow, vocabulary: Vocabulary | None, encoder: RowEncoder | None) -> SampleRecord:
     """Return the record of one row; see `records`. Raise BadRow if its line cannot be parsed."""
     row = shown.parsed()
-    record: SampleRecord = {
-        "why": shown.why,
-        "file": shown.file,
-        "line": shown.line,
-        "characters": shown.characters,
-    }
+    record: SampleRecord = {"why": shown.why, "file": shown.file, "line": shown.line, "characters": shown.characters}
     if shown.nll is not None:
         record["loss"] = shown.nll
     sequences = shown.encoded
@@ -159,12 +154,7 @@ def _token_parts(sequences: Sequences, vocabulary: Vocabulary) -> list[SampleRec
         most = MOST_TOKENS if len(lists) <= 3 else MOST_TOKENS // 2
         messages = _messages(ids[:most].tolist(), mask, vocabulary, "assistant" if name in _SIDES else "document")
         parts.append(
-            {
-                "name": name,
-                "messages": messages,
-                "hidden": max(0, len(ids) - most),
-                "num_trained": int(mask.sum()),
-            }
+            {"name": name, "messages": messages, "hidden": max(0, len(ids) - most), "num_trained": int(mask.sum())}
         )
     return parts
 

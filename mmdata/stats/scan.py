@@ -15,15 +15,7 @@ import numpy as np
 import polars as pl
 
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import (
-    DEFAULT_COLUMNS,
-    NOT_SELECTED,
-    BadRow,
-    Columns,
-    Row,
-    num_characters,
-    parse_row,
-)
+from mmdata.encode.rows import DEFAULT_COLUMNS, NOT_SELECTED, BadRow, Columns, Row, num_characters, parse_row
 from mmdata.encode.sequences import Sequences, reorder
 from mmdata.encode.validate import control_strings
 from mmdata.io.arrow import ArrowFile, BatchColumns, Ragged, num_rows

@@ -46,10 +46,7 @@ _PRE_TOKENIZERS = {  # llama.cpp's name -> steps of the pre-tokenizer in tokeniz
 }
 # The normalizer of tokenizers that were made of SentencePiece's, as those of Llama 2, TinyLlama and Mistral. They have no
 # pre-tokenizer, and a token for each byte; llama.cpp merges by the scores of tokens instead of a list of merges.
-_SENTENCEPIECE = [
-    {"type": "Prepend", "prepend": "▁"},
-    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-]
+_SENTENCEPIECE = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
 _SENTENCEPIECE_NAME = "default"
 _NAMES = {
     "input_layernorm": "attn_norm",

@@ -169,11 +169,7 @@ class Engine:
             self._keep_cache(row)
 
     def answer(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: Sampling,
-        *,
-        progress: Progress = no_progress,
+        self, prompts: Sequence[Sequence[int]], options: Sampling, *, progress: Progress = no_progress
     ) -> list[Row]:
         """Generate an answer to each prompt, with the same settings. progress: called with (finished answers, prompts)
         after each step. Raise UsageError as `submit` does."""

@@ -75,12 +75,7 @@ def write_scores(path: Path, scored: Iterable[Scored]) -> None:
 
 @torch.no_grad()
 def score(
-    model: Model,
-    tokenizer: Tokenizer,
-    dataset: Dataset,
-    split: str,
-    *,
-    progress: Progress = no_progress,
+    model: Model, tokenizer: Tokenizer, dataset: Dataset, split: str, *, progress: Progress = no_progress
 ) -> Iterator[Scored]:
     """Yield the score of every sequence of a split in the order of its samples; of a pair, chosen then rejected. split:
     "train" or "val". progress: called with (samples scored, all samples) after each forward pass. Raise TokenizerError

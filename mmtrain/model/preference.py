@@ -89,9 +89,7 @@ LOSSES = {
         needs_reference=False,
     ),
     "orpo": PairLoss(
-        lambda p, o: orpo(*p.means, o.beta),
-        lambda p, o: o.beta * log_odds_ratio(*p.means),
-        needs_reference=False,
+        lambda p, o: orpo(*p.means, o.beta), lambda p, o: o.beta * log_odds_ratio(*p.means), needs_reference=False
     ),
 }
 # Margins up to this size may be rounding errors. Such a pair counts as half right, so that a policy equal to its
