@@ -281,3 +281,9 @@ def test_the_commands_of_a_page_run(
             statements = [each for each in statements_of(text) if not any(word in each for word in NOT_RUN)]
             ranks = [rank for each in statements if (rank := run(each, mm))]
             assert [rank.wait(timeout=300) for rank in ranks] == [0] * len(ranks)
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/zh/reliability.md"])
+def test_the_tests_that_hold_the_promises_are_there(page: str) -> None:
+    named = re.findall(r"`((?:faults/)?test_\w+\.py)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 20 and all((ROOT / "tests" / name).is_file() for name in named)
