@@ -84,8 +84,8 @@ class PartSettings:
 class PartResult(msgspec.Struct):
     """The files and counts of a packed part: rows = kept + left out, tokens in = tokens + cut; `left_out` and `cut` are
     by reason. characters: of the content kept. control_strings, extra_keys, not_written, text_bytes, unknown_bytes: as
-    in `DatasetTotals`. lengths: number of sequences of each length; of a pair, prompt and longer reply. digest:
-    `sequence_digest`."""
+    in `DatasetTotals`. lengths: uint32 [N, 2] as bytes, each length of sequences (of a pair: prompt and longer
+    reply) and their number. digest: `sequence_digest`."""
 
     number: Count
     rows: Count = 0
@@ -101,7 +101,7 @@ class PartResult(msgspec.Struct):
     unknown_bytes: Count = 0
     extra_keys: Counter[str] = msgspec.field(default_factory=Counter)
     sequences: Count = 0
-    lengths: Counter[int] = msgspec.field(default_factory=Counter)  # number of sequences by length
+    lengths: bytes = b""
     digest: Annotated[int, msgspec.Meta(ge=0)] = 0
     shards: list[ShardRecord] = []
     files: list[FileEntry] = []
@@ -219,8 +219,8 @@ class PartPacker:
         result.unused_columns = self._fast.columns.unused
         result.sequences = len(rows.flat)
         result.tokens = int(rows.flat.lengths.sum())
-        widths, counts = np.unique(rows.flat.widths(), return_counts=True)
-        result.lengths.update(dict(zip(widths.tolist(), counts.tolist(), strict=True)))
+        widths = np.unique(rows.flat.widths(), return_counts=True)
+        result.lengths = np.stack(widths, axis=1).astype("<u4").tobytes()
         for is_val, split in enumerate(SPLITS):
             self._write_split(part, result, rows, split, np.flatnonzero(rows.is_val == bool(is_val)))
         self._write_sources(part, result, collected, rows.first)

@@ -129,8 +129,9 @@ def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> DatasetStats:
     kind, totals, shards = manifest.kind, manifest.totals, manifest.shards
     characters = sum(result.characters for result in results)
     counts = np.zeros(manifest.max_len + 1, np.int64)
-    for length, count in total_of(result.lengths for result in results).items():
-        counts[length] += count
+    for result in results:
+        lengths = np.frombuffer(result.lengths, "<u4").reshape(-1, 2)
+        counts[lengths[:, 0]] += lengths[:, 1]
     fill = fill_of(kind, shards)
     return DatasetStats(
         kind=kind,

@@ -50,8 +50,8 @@ class Measured:
     start_s: float = 2.0  # of a worker process: imports, tokenizer, encoder
     out: float = 0.645  # bytes of the dataset per byte of jsonl, 16-bit ids
     files: int = 6  # of a part
-    record_s: float = 1.4e-3  # of the driver for a part, from its record to the manifest: `parts`, and "record"
-    result: float = 63e3  # bytes that the result of a part takes in the driver's memory
+    record_s: float = 0.7e-3  # of the driver for a part, from its record to the manifest: `parts`, and "record"
+    result: float = 13e3  # bytes that the result of a part takes in the driver's memory
     manifest: float = 1.89e3  # bytes of the manifest a part
     worker: float = 200 * MB  # memory of a worker, and what each byte of its part adds
     worker_per_byte: float = 7.0
