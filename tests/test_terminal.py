@@ -76,15 +76,26 @@ def test_the_path_of_a_file_may_be_any_bytes(tmp_path: Path, mm: Run) -> None:
     assert mm(f"validate {path}").code == 0
 
 
-def test_on_a_terminal_the_first_output_replaces_the_line_that_it_works(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Screen(io.StringIO):
+    """A terminal that keeps what is written."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_line_says_that_it_works_until_the_first_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = Screen(), Screen()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(terminal, "WORKING_S", 0.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with terminal.working():
-        wait_until(lambda: "\rworking, " in capsys.readouterr().err)
+        wait_until(lambda: err.getvalue().startswith("\rworking, 0 s"))
         result("a")
-    assert capsys.readouterr().err.endswith("\r\033[2K")
+        say("b")
+    assert out.getvalue() == "a\n" and "\r\033[2K" in err.getvalue()
+    begin = len(err.getvalue())
+    say("c")
+    assert err.getvalue()[begin:] == "c\n"
 
 
 @pytest.mark.parametrize(("flags", "times"), [("", 1), ("-q", 0), ("--json", 0)])
@@ -95,3 +106,11 @@ def test_a_quiet_command_does_not_say_that_it_works(
     monkeypatch.setattr(terminal, "working", lambda: nullcontext(begun.append(1)))
     mm(f"tokenizer show {eras.directory('chatml')} abc {flags}")
     assert len(begun) == times
+
+
+def test_a_table_too_wide_for_the_terminal_keeps_its_figures_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("a run of a name", "x" * 40, *(10**9 + n for n in range(6)), "█" * 9)]
+    terminal.table("", ["run", "text", *["steps of an epoch"] * 6, ""], rows)
+    out = capsys.readouterr().out
+    assert "█" not in out and max(map(len, out.splitlines())) <= terminal.PIPE_WIDTH
+    assert all(f"{10**9 + n:,}" in out for n in range(6))

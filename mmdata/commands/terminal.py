@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
 BAR_WIDTH = 12  # characters of a bar of progress
+FIGURE_WIDTH = 16  # characters in a figure at most, in a table too wide for the terminal
 CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
@@ -277,15 +278,28 @@ def _printed(block: "Block | list[Block]", translation: "Translation") -> "Itera
 
 def _grid(title: str, names: Sequence[str], cells: Iterable[Sequence[str]], left: Container[int]) -> "RichTable":
     """Return a table without ruled lines. names: headers, shown if any is not empty. cells: the rows. left: indices of
-    the columns that are aligned left."""
+    the columns that are aligned left. If it is wider than stdout, its gaps and headers become narrower, bars are left
+    out, and figures stay whole."""
+    from rich.cells import cell_len
     from rich.table import Table
 
+    columns = [[name, *map(shown, column)] for name, *column in zip(names, *cells, strict=True)]
+    width = sum(max(map(cell_len, column)) + 2 for column in columns) - 2
+    is_wide = width > (shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH)
     grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     grid.show_header = any(names)
-    for index, name in enumerate(names):
-        grid.add_column(name, justify="left" if index in left else "right", overflow="fold")
-    for row in cells:
-        grid.add_row(*map(shown, row))
+    if is_wide:
+        grid.padding = (0, 1, 0, 0)
+    kept = []
+    for index, (name, *column) in enumerate(columns):
+        if is_wide and any(column) and set("".join(column)) <= {"█"}:
+            continue
+        kept.append(column)
+        is_whole = is_wide and index not in left and max(map(len, column), default=0) <= FIGURE_WIDTH
+        head = name.replace(" ", "\n") if is_whole else name
+        grid.add_column(head, justify="left" if index in left else "right", overflow="fold", no_wrap=is_whole)
+    for row in zip(*kept, strict=True):
+        grid.add_row(*row)
     return grid
 
 
@@ -346,11 +360,13 @@ def working() -> Iterator[None]:
     streams = sys.stdout, sys.stderr
     for stream in streams:
         setattr(stream, "write", partial(note, stream.write))  # noqa: B010
-    threading.Thread(target=watch, name="working", daemon=True).start()
+    thread = threading.Thread(target=watch, name="working", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         note(len, "")
+        thread.join()
         for stream in streams:
             vars(stream).pop("write", None)
 
