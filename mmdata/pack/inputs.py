@@ -112,8 +112,9 @@ def plan(
     groups of up to `part_bytes`.
 
     run: calls `workers.run_jobs`; it is used for inputs of workers.LARGE_BYTES together, each of which is a job, and
-    then `progress` is called with the bytes hashed so far and in all. found: directory in which shards of a pack leave for each other what they found of an input; the shard `share` (i, n) looks
-    first at the inputs i - 1, i - 1 + n, …, so that n shards that run at the same time divide the inputs.
+    then `progress` is called with the bytes hashed so far and in all. found: directory in which shards of a pack leave
+    for each other what they found of an input; the shard `share` (i, n) looks first at the inputs i - 1, i - 1 + n, …,
+    so that n shards that run at the same time divide the inputs.
     """
     first, count = (share[0] - 1, share[1]) if share else (0, 1)
     order = sorted(range(len(inputs)), key=lambda k: ((k - first) % count, k))

@@ -144,8 +144,7 @@ def measure_file(
     figures["set_aside"] = left_out_figures(left_out, examples, figures["rows"])
     figures["warnings"] = warnings(figures)
     encoder = RowEncoder(vocabulary.tokenizer, max_len=UNCUT) if vocabulary else None
-    repeats = repeats_of(tally, [str(path)])
-    frame = row_frame(_random(scans, NUM_TABLED), kind, repeats, losses, tokenizer_dir)
+    frame = row_frame(_random(scans, NUM_TABLED), kind, repeats_of(tally, [str(path)]), losses, tokenizer_dir)
     samples = _with_units(records(_chosen(scans), vocabulary, encoder), read)
     return Measured(path, figures, samples, frame, _named(vocabulary), hashes_of(tally))
 

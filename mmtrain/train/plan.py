@@ -110,12 +110,7 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
         device=world.device.type,
         share_prompt=stage.kind == "pair" and saved_share(datasets) >= SHARE_FROM,
     )
-    is_muon = start.init and start.init.state.settings.get("optimizer") == "muon"
-    if start.init and options.stage == "sft" and settings.optimizer == "muon" and not is_muon:
-        raise UsageError(
-            f"{start.init.dir} was not trained by muon, and --optimizer muon is for sft of weights that were",
-            "leave --optimizer out",
-        )
+    _check_muon(options, settings, start)
     if not resumed:
         settings, origins = fit_to_data(
             settings,
@@ -157,6 +152,16 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
         guard,
         num_steps,
     )
+
+
+def _check_muon(options: TrainOptions, settings: TrainSettings, start: Start) -> None:
+    """Raise UsageError for sft by muon of weights that another optimizer has trained."""
+    is_muon = start.init and start.init.state.settings.get("optimizer") == "muon"
+    if start.init and options.stage == "sft" and settings.optimizer == "muon" and not is_muon:
+        raise UsageError(
+            f"{start.init.dir} was not trained by muon, and --optimizer muon is for sft of weights that were",
+            "leave --optimizer out",
+        )
 
 
 def with_micro_tokens(plan: TrainPlan, micro_tokens: int, world: World) -> TrainPlan:
