@@ -19,6 +19,35 @@ def shown(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1].replace("\\\\", "\\"), text)
 
 
+# Spaces and what follows them up to where a line may end: a word, or a wide character, such as of Chinese, with the
+# punctuation that begins no line.
+_WIDE = "\u2e80-\ud7ff\uf900-\ufaff\uff00-\uff60\U0001f000-\U0003fffd"
+_CLOSING = "\u2019\u201d\u2026\u3001\u3002\u300b\u300d\u300f\u3011\uff01\uff09\uff0c\uff1a\uff1b\uff1f"
+_PIECE = re.compile(rf"\s*(?:[{_WIDE}][{_CLOSING}]*|[^\s{_WIDE}]+)")
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """Return a text in lines of at most `width` cells of a terminal, of which a wide character takes two. They end
+    between words, or beside a wide character; a longer word stays whole. All but the first begin with `indent`."""
+    from rich.cells import cell_len
+
+    lines, line = [], ""
+    for piece in _PIECE.findall(text.expandtabs()):
+        if line.strip() and cell_len(line + piece) > width:
+            lines.append(line)
+            line = indent + piece.lstrip()
+        else:
+            line += piece
+    return "\n".join([*lines, line])
+
+
+def cut_to(text: str, width: int) -> str:
+    """Return the beginning of a line that fits `width` cells of a terminal."""
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, max(0, width)).rstrip()
+
+
 class MMError(Exception):
     """Base class of all errors that a user can cause and correct.
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import eras
 import pytest
 from command_line import Ran, Run, refused
+from rich.cells import cell_len
 from waiting import wait_until
 
 import cli
@@ -114,3 +116,37 @@ def test_a_table_too_wide_for_the_terminal_keeps_its_figures_whole(capsys: pytes
     out = capsys.readouterr().out
     assert "█" not in out and max(map(len, out.splitlines())) <= terminal.PIPE_WIDTH
     assert all(f"{10**9 + n:,}" in out for n in range(6))
+
+
+@pytest.mark.parametrize(
+    "text", ["学习语言模型，需要数据。" * 20, "例如 hello，世界 " * 30, "word " * 50, "한국어 문장 " * 30]
+)
+def test_lines_on_a_terminal_are_wrapped_by_cells(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide character takes two cells. No character is lost, and no line begins with a comma."""
+    from mmtrain.log.console import Console, print_line
+
+    for write, stream in ((result, "stdout"), (say, "stderr"), (print_line, "stderr")):
+        screen = Screen()
+        monkeypatch.setattr(sys, stream, screen)
+        monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+        write(text)
+        lines = screen.getvalue().splitlines()
+        assert len(lines) > 1 and all(60 < cell_len(line) <= 80 for line in lines[:-1]) and cell_len(lines[-1]) <= 80
+        assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", text)
+        assert not any(line.lstrip().startswith(("，", "。")) for line in lines)
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    Console(print, is_live=True).live(lambda: text)
+    assert 60 < cell_len(screen.getvalue()) < 80
+
+
+def test_a_long_path_stays_whole_to_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, path = Screen(), "/" + "a-long-name/" * 20
+    monkeypatch.setattr(sys, "stderr", screen)
+    say(f"written to {path} now")
+    assert path in screen.getvalue().splitlines()[1].split()
+
+
+def test_a_long_text_of_a_table_is_cut_by_cells() -> None:
+    assert cell_len(terminal._one_line("数据" * 99)) in (terminal.CELL_WIDTH - 1, terminal.CELL_WIDTH)
+    assert terminal._one_line("数据" * 25) == "数据" * 25 and terminal._one_line("a " * 99).endswith("…")

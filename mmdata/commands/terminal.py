@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import sys
-import textwrap
 import threading
 import time
 import traceback
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mmdata.errors import MMError, shown
+from mmdata.errors import MMError, cut_to, shown, wrapped
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 120  # characters in a line of a table where stdout is no terminal
 BAR_WIDTH = 12  # characters of a bar of progress
 FIGURE_WIDTH = 16  # characters in a figure at most, in a table too wide for the terminal
-CELL_WIDTH = 100  # characters in a cell of a report's table; longer texts are cut
+CELL_WIDTH = 100  # a terminal's cells for a text in a report's table; longer ones are cut
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
 WORKING_S = 1.0  # seconds without any output after which a command says that it works
@@ -104,11 +103,8 @@ def _wrapped(text: str, stream: TextIO) -> str:
     newlines, or if it names a command to copy."""
     if not stream.isatty() or "\n" in text or text.startswith(("next: ", "fix: ")):
         return text
-    width = shutil.get_terminal_size().columns
     indent = " " * (len(text) - len(text.lstrip()) + 2)
-    return textwrap.fill(
-        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
-    )
+    return wrapped(text, shutil.get_terminal_size().columns, indent)
 
 
 def next_command(command: str) -> None:
@@ -313,10 +309,10 @@ def _print_grids(items: "Iterable[str | RichTable]") -> None:
 
 
 def _one_line(text: str) -> str:
-    """Return a text as one line of at most CELL_WIDTH characters: whitespace is collapsed, a longer text ends with "…";
-    a text of whitespace alone is shown with escapes (\\n)."""
+    """Return a text as one line that fits CELL_WIDTH: whitespace is collapsed, a longer text ends with "…"; a text of
+    whitespace alone is shown with escapes (\\n)."""
     line = " ".join(text.split()) or repr(text)[1:-1]
-    return line if len(line) <= CELL_WIDTH else f"{line[: CELL_WIDTH - 1]}…"
+    return line if cut_to(line, CELL_WIDTH) == line else f"{cut_to(line, CELL_WIDTH - 1)}…"
 
 
 def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
@@ -380,6 +376,7 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
     if quiet or OUTPUT.quiet:
         yield lambda *_, **__: None
     elif sys.stderr.isatty():
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -395,7 +392,7 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
             def draw_bar(label: str, done: int, total: int, words: str, row: int = 0) -> None:
                 while len(tasks) <= row:
                     tasks.append(bars.add_task("", words=""))
-                words = fitting(words, console.width - len(label) - BAR_WIDTH - 2)
+                words = fitting(words, console.width - cell_len(label) - BAR_WIDTH - 2)
                 bars.update(tasks[row], description=shown(label), completed=done, total=total or None, words=words)
 
             yield draw_bar
@@ -412,8 +409,8 @@ def meter(*, quiet: bool) -> Iterator[Callable[..., None]]:
 
 
 def fitting(words: str, width: int) -> str:
-    """Return as many parts of `words`, which are separated by ", ", as fit in `width` characters, at least the first."""
-    while len(words) > width and ", " in words:
+    """Return as many parts of `words`, which are separated by ", ", as fit in `width` cells, at least the first."""
+    while cut_to(words, width) != words and ", " in words:
         words = words.rpartition(", ")[0]
     return words
 

@@ -5,13 +5,12 @@ is."""
 import os
 import shutil
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mmdata.errors import shown
+from mmdata.errors import cut_to, shown, wrapped
 from mmdata.io.files import Progress
 
 SOON_S, AGAIN_S = 1.5, 10.0  # seconds until the first line about a phase, and between the next ones
@@ -50,7 +49,7 @@ class Console:
             with self._lock:
                 self._clear()
                 width = shutil.get_terminal_size().columns - 1
-                print(shown(text()[:width]), end="", file=sys.stderr, flush=True)
+                print(cut_to(shown(text()), width), end="", file=sys.stderr, flush=True)
                 self._drawn = time.monotonic()
 
     def close(self) -> None:
@@ -97,8 +96,7 @@ class Console:
 def print_line(text: str) -> None:
     """Print one line to stderr; on a terminal it is wrapped between words."""
     if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        text = textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        text = wrapped(text, shutil.get_terminal_size().columns, "  ")
     print(shown(text), file=sys.stderr, flush=True)
 
 
