@@ -1,5 +1,6 @@
 """The page of `mm tokenizer eval`: every figure stands in it, in both languages, and text cannot break it."""
 
+from dataclasses import replace
 from html import unescape
 
 import pytest
@@ -31,6 +32,14 @@ def test_every_figure_stands_in_the_page(figures: Evaluation, lang: str) -> None
             assert all(text in texts for text in found.texts(row, Translation(lang)))
     assert "minimind3-digits-420" in made and "minimind3-digits-500" in made
     assert "</script><b>" not in made and "&lt;/script&gt;&lt;b&gt;" in made
+
+
+def test_names_of_tokenizers_and_files_are_never_translated(figures: Evaluation) -> None:
+    one = replace(figures.tokenizers[0], name="data/tokenizer", by_file={"data/all": figures.tokenizers[0]})
+    by_file = tables(replace(figures, tokenizers=[one]))[1]
+    names = [Translation("zh")(column.name) for column in by_file.columns]
+    assert names == ["", "tokenizer"] and by_file.texts(by_file.rows[0], Translation("zh"))[0] == "all"
+    assert Translation("zh")("tokenizer") == "分词器"
 
 
 def test_a_row_has_a_value_for_each_tokenizer(figures: Evaluation) -> None:

@@ -28,6 +28,7 @@ from mmdata.stats.report.page import (
     as_name,
     joined,
     phrase,
+    verbatim,
 )
 from mmtrain.config import TrainSettings
 from mmtrain.log.history import RunFigures
@@ -86,9 +87,9 @@ def run_page(figures: RunFigures, *, lang: str = "en", refresh_s: float | None =
     """Return the HTML page about chains of runs, whose curves share the plots. figures: from `history.figures`. lang:
     "en" or "zh". refresh_s: seconds after which an open page requests a newer version; None for never."""
     last = [runs[-1] for runs in figures["chains"]]
-    title = as_name(", ".join(run["name"] for run in last))
+    title = verbatim(", ".join(run["name"] for run in last))
     subtitle = joined(
-        [joined([as_name(run["dir"]), joined(["(", as_name(run["status"]), ")"], "")], " ") for run in last]
+        [joined([verbatim(run["dir"]), joined(["(", as_name(run["status"]), ")"], "")], " ") for run in last]
     )
     sections = list(sections_of(figures["chains"]))
     return page.render(title, subtitle, sections, lang, refresh_s=refresh_s, axes=AXES)
@@ -149,7 +150,7 @@ def _glance(chains: Chains) -> Iterator[Block]:
     columns += [Column("loss", "decimal4"), Column("val loss", "decimal4"), Column("share of tokens", "bar")]
     for runs in chains:
         if len(chains) > 1:
-            yield Heading(as_name(runs[-1]["name"]))
+            yield Heading(verbatim(runs[-1]["name"]))
         yield Cards(glance(runs[-1]))
         tokens = max(1, sum(run["tokens"] for run in runs))
         keys = ("name", "stage", "status", "step", "tokens", "trained_tokens", "hours")
@@ -160,7 +161,9 @@ def _glance(chains: Chains) -> Iterator[Block]:
         yield Table(columns, rows)
         if "missing" in runs[0]:
             text = "{run} goes back to {parent}, which is no longer there."
-            yield Note(phrase(text, run=as_name(runs[0]["name"]), parent=as_name(runs[0]["missing"])), in_terminal=True)
+            yield Note(
+                phrase(text, run=verbatim(runs[0]["name"]), parent=verbatim(runs[0]["missing"])), in_terminal=True
+            )
         if newest := [(key, value) for key, value in runs[-1]["last"].items() if isinstance(value, float)]:
             yield Fold("Newest figures", [Table([Column("", "code"), Column("", "decimal4")], newest)])
 
@@ -214,8 +217,8 @@ class _Plotter:
                 if not points:
                     continue
                 # The figure of one dataset ("val_loss/NAME") has the dataset's name as label, which is not translated.
-                text = as_name(label) if "/" in curve else phrase(label)
-                called = joined([as_name(runs[-1]["name"]), text], ": ") if is_several else text
+                text = verbatim(label) if "/" in curve else phrase(label)
+                called = joined([verbatim(runs[-1]["name"]), text], ": ") if is_several else text
                 color = number if is_several else i
                 series.append({"name": called, "color": color, "dash": is_several and i % 2 == 1, **points})
         spec = {
@@ -348,13 +351,13 @@ def _samples(runs: Sequence[RunFigures]) -> Iterator[Block]:
         tables = Grid(
             [
                 Table(
-                    [Column("step", "count"), Column(as_name(prompt), "code")],
+                    [Column("step", "count"), Column(verbatim(prompt), "code")],
                     [(s["step"], one_line(s["text"])) for s in _some(samples)],
                 )
                 for prompt, samples in by_prompt.items()
             ]
         )
-        title = joined([as_name(run["name"]), as_name(run["stage"])])
+        title = joined([verbatim(run["name"]), as_name(run["stage"])])
         if tables.blocks:
             yield from [Heading(title), tables] if run is runs[-1] else [Fold(title, [tables], in_terminal=False)]
 
@@ -406,7 +409,7 @@ def _settings(runs: Sequence[RunFigures]) -> Iterator[Block]:
 
     def table(keys: Sequence[str]) -> Table:
         rows = [(key, *([column.get(key, ("–", ""))] for column in columns)) for key in keys]
-        return Table([Column("", "code"), *(Column(as_name(run["name"]), "noted") for run in runs)], rows)
+        return Table([Column("", "code"), *(Column(verbatim(run["name"]), "noted") for run in runs)], rows)
 
     yield table([key for key in keys if key in changed])
     if rest := [key for key in keys if key not in changed]:
@@ -430,7 +433,7 @@ def _lineage(runs: Sequence[RunFigures]) -> Iterator[Block]:
             (
                 run["name"],
                 run["stage"],
-                as_name(source["dir"]) if source.get("dir") else phrase("new weights"),
+                verbatim(source["dir"]) if source.get("dir") else phrase("new weights"),
                 str(source.get("weights_sha256", ""))[:12],
                 [(data["dir"], str(data.get("digest", ""))[:12]) for data in run["data"]],
                 f"{run['device']}, {run['precision']}{ranks}",

@@ -6,7 +6,7 @@ from typing import Any
 from mmdata.stats.report import page
 from mmdata.stats.report.charts import overlaid
 from mmdata.stats.report.data import CUTS, folded, how_made, name_of, warned
-from mmdata.stats.report.page import Block, Column, Grid, Phrase, Section, Table, as_name, joined, phrase
+from mmdata.stats.report.page import Block, Column, Grid, Phrase, Section, Table, as_name, joined, phrase, verbatim
 from mmdata.stats.stats import Measured
 from mmdata.stats.tally import Figures
 from mmdata.tokenizer.scripts import LANGUAGES
@@ -25,14 +25,14 @@ def compare_page(
         folded(0, one),
         folded(1, other),
     ]
-    paths, made = [as_name(one.path), as_name(other.path)], how_made([one, other], command)
+    paths, made = [verbatim(one.path), verbatim(other.path)], how_made([one, other], command)
     return page.render(joined(names, " ↔ "), joined(paths, " ↔ "), sections, lang, made=made)
 
 
 def _two_names(one: Measured, other: Measured) -> tuple[Phrase, Phrase]:
     """Return the names of both on the page: the last parts of their paths or, if these are equal, the whole paths."""
     names = name_of(one), name_of(other)
-    return names if names[0] != names[1] else (as_name(one.path), as_name(other.path))
+    return names if names[0] != names[1] else (verbatim(one.path), verbatim(other.path))
 
 
 # --- figures that can be compared

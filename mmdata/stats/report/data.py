@@ -34,6 +34,7 @@ from mmdata.stats.report.page import (
     percent,
     phrase,
     size,
+    verbatim,
 )
 from mmdata.stats.stats import Measured
 from mmdata.stats.tally import Figures
@@ -89,9 +90,8 @@ def folded(number: int, measured: Measured) -> Section:
 
 
 def name_of(measured: Measured) -> Phrase:
-    """Return the name of a dataset or file on the page: the last part of its path, untranslated (a dataset may be called dpo)."""
-    path = measured.path.resolve()
-    return as_name(path.name, key=str(path))
+    """Return the name of a dataset or file on the page: the last part of its path."""
+    return verbatim(measured.path.resolve().name)
 
 
 def warned(warnings: Sequence[Figures]) -> Callouts:

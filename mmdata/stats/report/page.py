@@ -54,6 +54,11 @@ def as_name(text: object, key: str = "") -> Phrase:
     return Phrase(str(text), is_name=True, key=key)
 
 
+def verbatim(text: object) -> Phrase:
+    """Return a name from the data, such as of a run (one may be called dpo), as a `Phrase` that is never translated."""
+    return as_name(text, key="\0")
+
+
 def joined(pieces: Sequence[Text], separator: str = " · ") -> Phrase:
     """Return one phrase that consists of several texts, each translated on its own, with `separator` between them."""
     values = {f"piece_{i}": piece for i, piece in enumerate(pieces)}

@@ -4,7 +4,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmdata.stats.report import page
-from mmdata.stats.report.page import Block, Column, Grid, Note, Section, Strings, Table, Text, as_name, joined, phrase
+from mmdata.stats.report.page import (
+    Block,
+    Column,
+    Grid,
+    Note,
+    Section,
+    Strings,
+    Table,
+    Text,
+    as_name,
+    joined,
+    phrase,
+    verbatim,
+)
 from mmdata.tokenizer.toolkit.evaluate import Evaluation, TokenizerFigures
 
 
@@ -32,7 +45,7 @@ def tables(figures: Evaluation) -> list[Table]:
     }
     columns = [
         Column("", "word"),
-        *(Column(as_name(short), "figure") for short in short_names([one.name for one in each])),
+        *(Column(verbatim(short), "figure") for short in short_names([one.name for one in each])),
     ]
     return [Table(columns, rows, title) for title, rows in rows_by_title.items()]
 
@@ -42,7 +55,7 @@ def _rate_rows(each: Sequence[TokenizerFigures], group: str, rate: str) -> list[
     "by_language" or "by_file". rate: a field of `Rates`."""
     groups = [getattr(one, group) for one in each]
     kinds = list(groups[0])
-    labels = kinds if group == "by_language" else short_names(kinds)
+    labels = kinds if group == "by_language" else map(verbatim, short_names(kinds))
     rows = [
         [label, *(f"{getattr(rates[kind], rate):.3f}" for rates in groups)]
         for label, kind in zip(labels, kinds, strict=True)
@@ -96,7 +109,7 @@ def sections(figures: Evaluation) -> Iterator[Section]:
     """Yield the sections of the report, for a page of their own or as part of another page."""
     each = figures.tokenizers
     language, file, characters, use, model = tables(figures)
-    names = [as_name(short) for short in short_names([one.name for one in each])]
+    names = [verbatim(short) for short in short_names([one.name for one in each])]
     most = max(one.bytes_per_token for one in each)
     columns = [Column("tokenizer", "code"), Column("vocabulary size", "count"), Column("bytes per token", "figure")]
     rows = [
@@ -109,7 +122,7 @@ def sections(figures: Evaluation) -> Iterator[Section]:
     yield Section("glance", "At a glance", [chart, note])
     yield Section("compression", "Compression", [language, file, characters])
     if figures.text.excerpts:
-        yield Section("splits", "The same text, split by each", list(_splits(figures, names)))
+        yield Section("splits", "The same text, split by each", [Grid(list(_splits(figures, names)))])
     yield Section("model", "What it means for a model", [model])
     note = Note(
         "Tokens that the text a model is trained on never becomes keep an embedding nobody trained. "
@@ -119,13 +132,14 @@ def sections(figures: Evaluation) -> Iterator[Section]:
     yield Section("vocabulary", "Vocabulary", [use, note, Grid(lists)])
 
 
-def _splits(figures: Evaluation, names: Sequence[Text]) -> Iterator[Block]:
+def _splits(figures: Evaluation, names: Sequence[Text]) -> Iterator[list[Block]]:
     """Yield, for each excerpt of the text, its tokens by each tokenizer."""
     for number, _ in enumerate(figures.text.excerpts):
+        blocks: list[Block] = []
         for label, one in zip(names, figures.tokenizers, strict=True):
             tokens = one.splits[number]
-            yield Note(joined([label, phrase("{tokens} tokens", tokens=len(tokens))]))
-            yield Strings(tokens)
+            blocks += [Note(joined([label, phrase("{tokens} tokens", tokens=len(tokens))])), Strings(tokens)]
+        yield blocks
 
 
 def _lists(label: Text, one: TokenizerFigures) -> Iterator[Block]:
