@@ -6,6 +6,7 @@ import lzma
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mmdata.errors import DatasetError, DiskError, InputError, MMError, Tokenize
 from mmdata.io import lines
 from mmdata.io.lines import iter_lines
 from mmdata.io.workers import Tick, run_jobs
-from mmdata.pack import inputs, pipeline
+from mmdata.pack import inputs
 from mmdata.pack import part as parts
 from mmdata.pack.options import PackOptions
 from mmdata.pack.packing import Packing
@@ -379,7 +380,7 @@ def test_an_input_that_changes_while_it_is_packed_is_noticed(
 def test_too_little_disk_is_said_before_anything_is_written(
     tmp_path: Path, pack_to: Callable[..., PackResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: pipeline.shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(DiskError, match="needs about"):
         pack_to(write_rows(tmp_path / "rows.jsonl", "document", 10))
     assert names(tmp_path) == ["rows.jsonl"]

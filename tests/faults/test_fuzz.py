@@ -189,9 +189,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_templates(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmdata.encode.template import limits
-
-    monkeypatch.setattr(limits, "MAX_SECONDS", 0.5)
+    monkeypatch.setenv("MM_TEMPLATE_SECONDS", "0.5")
     directory = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, directory)
     config = directory / "tokenizer_config.json"
