@@ -11,9 +11,10 @@ from train_data import Data
 from mmdata.errors import DiskError, TrainError
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.loader import MicroBatch
-from mmdata.shards.pairs import pair_lengths
+from mmdata.shards.pairs import make_loader, pair_lengths
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
+from mmtrain.model.batch import cut, to_device
 from mmtrain.train import preflight
 from mmtrain.train.loop import train
 from mmtrain.train.run import needs_of
@@ -34,22 +35,43 @@ def test_a_forecast_counts_every_part_and_writes_nothing(run: TrainOptions) -> N
     assert few.peak_bytes == sum(few.parts.values()) and few.num_steps == 2 and few.seconds > 0
 
 
-@pytest.mark.parametrize(("seconds", "measured"), [(1e-4, 2048), (0.3, 512)])
-def test_the_speed_is_that_of_larger_batches_where_they_do_not_take_long(
-    run: TrainOptions, monkeypatch: pytest.MonkeyPatch, seconds: float, measured: int
+@pytest.mark.parametrize(("each", "size"), [(1e-5, 2048), (3e-3, 1024), (1e-2, 256), (0.07, 64), (1.0, 64)])
+def test_the_probe_ends_in_time_and_measures_the_largest_size_it_can(
+    run: TrainOptions, monkeypatch: pytest.MonkeyPatch, each: float, size: int
 ) -> None:
-    """Small batches are slower by the token: a plan that only knew them would promise a longer run."""
+    """Small batches are slower by the token: a plan that only knew them would promise a longer run. An interrupted pass
+    is not the speed."""
     passes: list[int] = []
+    now = [0.0]
 
     def take(model: object, micro: MicroBatch) -> float:
         passes.append(len(micro.ids))
-        return seconds * (1 + len(micro.ids) / 512)
+        seconds = each * len(micro.ids) * (4 if passes.count(len(micro.ids)) == 2 else 1)
+        now[0] += seconds
+        return seconds
 
     monkeypatch.setattr(preflight, "_pass_seconds", take)
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     needs = needs_of(replace(run, batch_tokens=2048, micro_tokens=2048))
-    assert len(passes) == 1 + (measured == 2048)
-    assert passes[-1] == pytest.approx(measured, rel=0.2)
-    assert needs.tokens_per_s == pytest.approx(passes[-1] / (seconds * (1 + passes[-1] / 512)))
+    assert passes[-1] == pytest.approx(size, rel=0.25) and needs.tokens_per_s == pytest.approx(1 / each)
+    assert now[0] <= preflight.PROBE_S or len(set(passes)) == 1
+    assert len(passes) <= len(preflight.PROBE_TOKENS) + preflight.PASSES - 1
+
+
+def test_the_beginning_of_a_micro_batch_has_so_many_tokens(data: Data) -> None:
+    """Whole sequences and pairs, except for a first one that is too long."""
+    for path, is_pairs in ((data.sft, False), (data.dpo, True)):
+        for share in (False, True) if is_pairs else (False,):
+            options = {"share_prompt": share, "batch_tokens": 1024, "seed": 0}
+            (micro, *_) = make_loader([open_dataset(path)], **options).batch(0)
+            first = len(cut(micro, 1, is_pairs)[0].ids)
+            for tokens in (8, first - 1, first, len(micro.ids), 10**6):
+                part = preflight.beginning(micro, tokens, is_pairs)
+                size = len(part.ids)
+                assert size == tokens if tokens < first else first <= size <= tokens
+                assert (part.ids == micro.ids[:size]).all() and part.cu_seqlens[-1] == size
+                assert part.num_loss_tokens == part.loss_mask.sum() > 0
+                assert to_device(part, torch.device("cpu")).num_tokens == size
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

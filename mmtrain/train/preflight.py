@@ -1,8 +1,10 @@
 """Forecast, before the first step, how much memory, time and disk space a run will need. A probe runs the model forward
 and backward on some tokens of the run's data, counts the bytes that autograd keeps per token and measures the
-speed. It changes no weights, draws no random numbers, and takes seconds at most."""
+speed. It changes no weights, draws no random numbers, and takes at most PROBE_S seconds on a CPU."""
 
+import math
 import shutil
+import statistics
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -27,9 +30,11 @@ from mmtrain.shapes import TOKENS_PER_PARAM, ModelConfig, shape_of
 from mmtrain.sizing import MODELS
 from mmtrain.train.plan import TrainPlan
 
-PROBE_TOKENS, SPEED_TOKENS = 512, 4096  # approximate sizes of the probe's batches for memory and for speed
-SLOW_S = 1.0  # a first pass of the probe that takes longer is not repeated
-PROBE_S, PROBE_SHARE = 5.0, 0.03  # longest time of dpo's trial steps in seconds, and as a share of the run if more
+PROBE_TOKENS = (64, 256, 1024, 4096)  # sizes of the probe's passes
+MEMORY_TOKENS = 256  # largest size of the probe on which memory is measured
+PASSES = 3  # passes of the probe's last size, of which the median counts
+# Longest time of the probe in seconds, and of dpo's trial steps, these also as a share of the run if that is more.
+PROBE_S, PROBE_SHARE = 5.0, 0.03
 NUM_TRIALS = 4  # trial steps of dpo's forecast
 LONG_S, SENSIBLE_S = 2 * 3600.0, 1800.0  # a run on the CPU that gets a warning, and one that is proposed, in seconds
 # Memory that glibc's allocator holds without using it, relative to activations and logits. Measured: 0.34 for a model
@@ -124,18 +129,17 @@ class Memory:
         return largest
 
 
-def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, reference_tokens: int = 0) -> Needs:
-    """Run the probe and return what the run will need. model: on its device. base_bytes: memory in use before it was
-    built. reference_tokens: of pairs whose reference logps are to be computed. Ranks on a CPU share its memory
-    equally."""
-    device, settings = world.device, plan.settings
-    larger, micro = _probe_batches(plan)
-    kept, weights_copy, seconds_per_token = _probe(model, micro, larger, plan.is_pairs)
+def measure(
+    plan: TrainPlan, model: Model, probed: "Probed", *, base_bytes: int, world: World, reference_tokens: int = 0
+) -> Needs:
+    """Return what the run will need. model: on its device. base_bytes: memory in use before it was built.
+    reference_tokens: of pairs whose reference logps are to be computed. Ranks on a CPU share its memory equally."""
+    device, settings, kept = world.device, plan.settings, probed.kept
     if model.checkpoints_blocks:  # memory: the input of every block, and the activations of one block
         kept = kept / plan.shape.num_layers + 4 * plan.shape.hidden_size * plan.shape.num_layers
-    fixed, saved = _fixed_bytes(plan, model, base_bytes, weights_copy)
+    fixed, saved = _fixed_bytes(plan, model, base_bytes, probed.weights_copy)
     is_cuda = device.type == "cuda"
-    memory = Memory(fixed, kept, micro.num_loss_tokens / len(micro.ids), plan.shape, 0.0 if is_cuda else SLACK)
+    memory = Memory(fixed, kept, probed.trained_share, plan.shape, 0.0 if is_cuda else SLACK)
     free = int(HEADROOM * free_bytes(device)) // (1 if is_cuda else ranks_here(world))
     cell = plan.loader.cell_tokens if isinstance(plan.loader, Loader) else 2 * plan.datasets[0].max_len
     width = 1.0 if is_cuda else micro_width(plan)  # on CUDA micro-batches are padded to the nominal size
@@ -145,7 +149,7 @@ def measure(plan: TrainPlan, model: Model, *, base_bytes: int, world: World, ref
     validations = (-(-num_left // settings.val_every) if settings.val_every else 1) + plan.is_pairs
     held_out = plan.val_loader.tokens_per_epoch + (plan.guard.tokens_per_epoch if plan.guard else 0)
     val_tokens = held_out * validations / 3  # a forward pass is a third of the work
-    tokens_per_s = world.size / seconds_per_token
+    tokens_per_s = world.size / probed.seconds_per_token
     run_s = plan.loader.computed_share * (run_tokens * num_left / plan.num_steps + val_tokens) / tokens_per_s
     reference_s = reference_tokens / 3 / tokens_per_s
     forecast_s = 0.0
@@ -265,41 +269,71 @@ def micro_width(plan: TrainPlan) -> float:
 # --- the probe
 
 
-def _probe_batches(plan: TrainPlan) -> tuple[MicroBatch, MicroBatch]:
-    """Return about SPEED_TOKENS and about PROBE_TOKENS tokens of the run's first step, as whole sequences or pairs."""
+@dataclass(frozen=True)
+class Probed:
+    """What the probe has measured. kept: bytes per token that autograd keeps. weights_copy: bytes of half-precision
+    copies of the weights. trained_share: share of the tokens with logits. seconds_per_token: of a forward and backward
+    pass."""
+
+    kept: float
+    weights_copy: int
+    trained_share: float
+    seconds_per_token: float
+
+
+def probe(plan: TrainPlan, model: Model) -> Probed:
+    """Run the model on the beginning of the run's first step, on more of it each time. On a CPU no pass is begun that
+    is expected to end after PROBE_S seconds. Leaves no gradients."""
     micro = (plan.loader.batch(0) or [next(plan.loader.micro_batches())])[0]
-    larger, smaller = (cut(micro, tokens, plan.is_pairs)[0] for tokens in (SPEED_TOKENS, PROBE_TOKENS))
-    return larger, smaller
+    end = time.perf_counter() + PROBE_S if model.head_weight.device.type == "cpu" else math.inf
+    part = half = beginning(micro, PROBE_TOKENS[0] // 2, plan.is_pairs)
+    kept = [(len(half.ids), kept_bytes(model, half))]
+    count, times = 0, [0.0]
+    for tokens in PROBE_TOKENS:
+        larger = beginning(micro, tokens, plan.is_pairs)
+        size = len(larger.ids)
+        if size <= count or time.perf_counter() + 4 / 3 * times[0] * size / max(1, count) > end:
+            break
+        part, count = larger, size
+        if tokens <= MEMORY_TOKENS:
+            kept.append((count, kept_bytes(model, part)))
+        times = [_pass_seconds(model, part)]
+    while len(times) < PASSES and time.perf_counter() + times[-1] <= end:
+        times.append(_pass_seconds(model, part))
+    (few, least), (many, most) = kept[-2:]
+    per_token = (most - least) / (many - few) if many > few else most / many
+    trained = beginning(micro, max(PROBE_TOKENS), plan.is_pairs)
+    return Probed(
+        per_token,
+        max(0, int(most - per_token * many)),
+        trained.num_loss_tokens / len(trained.ids),
+        statistics.median_low(times) / count,
+    )
 
 
-def _probe(model: Model, micro: MicroBatch, larger: MicroBatch, is_pairs: bool) -> tuple[float, int, float]:
-    """Measure forward and backward passes on `micro`, and by comparison with half of it the bytes that autograd keeps
-    per token and in any case (half-precision copies of weights). Return both and the seconds of a pass per token,
-    measured on the `larger` micro-batch unless that would take more than SLOW_S. Leaves no gradients."""
-    half = cut(micro, max(1, len(micro.ids) // 2), is_pairs)[0]
-    few, many = (kept_bytes(model, part) for part in (half, micro))
-    num_more = len(micro.ids) - len(half.ids)
-    per_token = (many - few) / num_more if num_more else many / len(micro.ids)
-    seconds = _pass_seconds(model, micro) / len(micro.ids)
-    if len(micro.ids) < len(larger.ids) < SLOW_S / seconds:
-        seconds = _pass_seconds(model, larger) / len(larger.ids)
-    return per_token, max(0, int(many - per_token * len(micro.ids))), seconds
+def beginning(micro: MicroBatch, tokens: int, is_pairs: bool) -> MicroBatch:
+    """Return the first whole sequences or pairs of a micro-batch that have at most `tokens` tokens together. If the
+    first one alone has more, it is cut, a pair to one sequence, and its last token is trained."""
+    first = cut(micro, tokens, is_pairs)[0]
+    if len(first.ids) <= tokens:
+        return first
+    mask = first.loss_mask[:tokens].copy()
+    mask[-1] = 1
+    ends = np.array([0, tokens], np.int32)
+    return MicroBatch(first.ids[:tokens], mask, ends, tokens, first.samples[:1], int(mask.sum()))
 
 
 def _pass_seconds(model: Model, micro: MicroBatch) -> float:
-    """Return the seconds of a forward and backward pass, after one that warms up, unless that takes more than SLOW_S."""
+    """Return the seconds of a forward and backward pass."""
     device = model.head_weight.device
     batch = to_device(micro, device)
-    times: list[float] = []
-    while len(times) < (1 if times and times[0] > SLOW_S else 2):
-        begun = time.perf_counter()
-        with autocast(device):
-            loss = -token_logps_of(model, batch).sum()
-        loss.backward()
-        _synchronize(device)
-        times.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    with autocast(device):
+        loss = -token_logps_of(model, batch).sum()
+    loss.backward()
+    _synchronize(device)
     model.zero_grad(set_to_none=True)
-    return min(times)
+    return time.perf_counter() - begun
 
 
 def kept_bytes(model: Model, micro: MicroBatch) -> int:

@@ -292,14 +292,14 @@ def _build(
         with console.phase("compile the model"):
             notes = compile_blocks(model)
     pending = reference.num_pending_tokens(plan, world) if plan.is_pairs else 0
-    with console.phase("measure speed and memory"):
-        needs = preflight.measure(plan, model, base_bytes=base, world=world, reference_tokens=pending)
+    with console.phase("measure speed and memory", seconds=preflight.PROBE_S):
+        probed = preflight.probe(plan, model)
+    needs = preflight.measure(plan, model, probed, base_bytes=base, world=world, reference_tokens=pending)
     if plan.origins["micro_tokens"] == "default":
         micro_tokens = preflight.fitting(plan, needs, model)
         if micro_tokens != plan.settings.micro_tokens:
             plan = with_micro_tokens(plan, micro_tokens, world)
-            with console.phase("measure speed and memory"):
-                needs = preflight.measure(plan, model, base_bytes=base, world=world, reference_tokens=pending)
+            needs = preflight.measure(plan, model, probed, base_bytes=base, world=world, reference_tokens=pending)
     world.agree_on(lambda: preflight.check(needs, device))
     return plan, model, needs, notes
 
