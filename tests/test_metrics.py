@@ -44,6 +44,13 @@ def test_val_losses_are_read_back_exactly(tmp_path: Path) -> None:
     assert metrics.val_losses(tmp_path / "nothing") == []
 
 
+@pytest.mark.parametrize(
+    ("margin", "printed"), [(-1e-6, "+0.000"), (-0.0006, "-0.001"), (1.25, "+1.250"), (-12.34, "-12.3")]
+)
+def test_a_margin_has_its_sign_unless_it_is_printed_as_zero(margin: float, printed: str) -> None:
+    assert f"margin {printed}" in metrics.val_line({"val_accuracy": 0.5, "val_reward_margin": margin})
+
+
 def test_a_run_that_gets_no_better_ends_early_and_stays_ended(data: Data, tmp_path: Path) -> None:
     """With a rate this small no weight moves, so that no validation is better than the first."""
     base = config_of("sft", data, tmp_path / "run", model="tiny", val_every=1, lr=1e-30, patience=2)

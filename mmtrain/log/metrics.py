@@ -129,7 +129,7 @@ def num_since_best(losses: Sequence[float]) -> int:
 
 def _margin(value: float) -> str:
     """Return a reward margin with its sign, in at most 6 characters below 1,000."""
-    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.1f}"
+    return f"{value:+z.3f}" if abs(value) < 10 else f"{value:+.1f}"
 
 
 def val_line(record: Figures, num_rows: int = 0) -> str:
