@@ -38,28 +38,32 @@ def fit_to_data(
     each came from ("data: RULE" if changed here). tokens_per_epoch: of the train splits. vocab_size: of their
     tokenizer. least_batch_tokens: the smallest batch that gives every rank a sequence."""
     origins = dict(origins)
-    passes, batch, least_steps = settings.epochs or 1.0, settings.batch_tokens, LEAST_STEPS[stage]
+    # With --steps the batch is that of a run without it, not one that needs many passes over small data.
+    passes = settings.epochs or stage_defaults(stage).get("epochs") or 1.0
+    batch, least_steps = settings.batch_tokens, LEAST_STEPS[stage]
 
     def steps() -> int:
-        return settings.steps or math.ceil(passes * tokens_per_epoch / batch)
+        return math.ceil(passes * tokens_per_epoch / batch)
 
-    if settings.steps is None and origins["batch_tokens"] == "default":
+    if origins["batch_tokens"] == "default":
         least = max(LEAST_BATCH_TOKENS[stage], least_batch_tokens)
         batch = halved(batch, round(passes * tokens_per_epoch), least_steps, least)
         if batch != settings.batch_tokens:
             origins["batch_tokens"] = f"data: about {least_steps} steps"
-    if steps() < least_steps and origins["epochs"] == "default" and settings.steps is None:
+    if steps() < least_steps and origins["epochs"] == "default":
         needed = math.ceil(least_steps * batch / max(1, tokens_per_epoch))
         passes = max(passes, min(MOST_EPOCHS[stage], needed))
-        origins["epochs"] = f"data: about {least_steps} steps, at most {MOST_EPOCHS[stage]:g} epochs"
+        if settings.steps is None:
+            origins["epochs"] = f"data: about {least_steps} steps, at most {MOST_EPOCHS[stage]:g} epochs"
         least = max(FEWEST_BATCH_TOKENS, least_batch_tokens)
         smaller = halved(batch, round(passes * tokens_per_epoch), FEW_STEPS, least)
         if smaller != batch and origins["batch_tokens"].startswith("data"):
             batch = smaller
             origins["batch_tokens"] = f"data: about {FEW_STEPS} steps, at least {FEWEST_BATCH_TOKENS} tokens"
     settings = replace(settings, batch_tokens=batch, epochs=None if settings.steps else passes)
-    if origins["val_every"] == "default" and 2 * VALIDATIONS <= steps() < VALIDATIONS * settings.val_every:
-        settings = replace(settings, val_every=steps() // VALIDATIONS)
+    num_steps = settings.steps or steps()
+    if origins["val_every"] == "default" and 2 * VALIDATIONS <= num_steps < VALIDATIONS * settings.val_every:
+        settings = replace(settings, val_every=num_steps // VALIDATIONS)
         origins["val_every"] = f"data: {VALIDATIONS} validations"
     is_default = settings.model and origins["model"] == "default"
     if (

@@ -67,6 +67,15 @@ def test_very_short_rows_give_smaller_batches_where_the_most_epochs_do_not_give_
     assert fitted(stage, tokens, batch_tokens=8192)[0].batch_tokens == 8192
 
 
+@pytest.mark.parametrize("stage", STAGE_KINDS)
+@pytest.mark.parametrize("tokens", [4000, 60_000, 2_000_000, 10**9])
+def test_with_steps_the_batch_is_that_of_a_run_without(stage: str, tokens: int) -> None:
+    settings, origins = fitted(stage, tokens, steps=60)
+    assert settings.batch_tokens == fitted(stage, tokens)[0].batch_tokens
+    assert settings.steps == 60 and settings.epochs is None and not origins["epochs"].startswith("data")
+    assert fitted(stage, tokens, steps=60, batch_tokens=8192)[0].batch_tokens == 8192
+
+
 def test_every_rank_gets_a_sequence() -> None:
     assert fitted("sft", 10_000, least=8192)[0].batch_tokens == 8192
 
