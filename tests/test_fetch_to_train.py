@@ -63,8 +63,7 @@ def test_what_was_fetched_is_packed_and_trained_on_without_further_arguments(
 
     assert mm("fetch").count("fetched data/") == 5
     mm("pack --max-len 1024")
-    mm("train sft --steps 1")  # from new weights, with a warning: no earlier run is here
-    mm("train dpo --steps 1")
+    mm("train dpo --steps 1")  # from new weights, with a warning: no earlier run is here
     assert (tmp_path / "runs" / "dpo-1" / "checkpoints" / "step-1" / "model.safetensors").is_file()
     asked = len(hub.requests)
     assert mm("fetch").count("kept data/") == 5

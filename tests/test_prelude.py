@@ -1,7 +1,6 @@
 """dpo's start: the reference is computed once and found again, and never taken for another's."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 from train_data import Data, pack_to
 
 from mmdata.errors import CheckpointError, UsageError
-from mmdata.io.records import write_record
 from mmtrain import checkpoint
 from mmtrain.config import TrainOptions
-from mmtrain.records import read_run
 from mmtrain.train import reference
 from mmtrain.train.loop import train
 
@@ -157,18 +154,3 @@ def test_contradicting_options_are_refused(dpo: Callable[..., list[str]], tmp_pa
         train(TrainOptions("sft", (data.sft,), tmp_path / "x", model="tiny", loss="ipo", device="cpu"))
     with pytest.raises(UsageError, match="needs --label-smoothing"):
         dpo(loss="robust")
-
-
-def test_dpo_without_a_run_to_start_from_is_refused(data: Data, tmp_path: Path, runs: Path) -> None:
-    options = TrainOptions("dpo", (data.dpo,), tmp_path / "run", runs_dir=tmp_path / "runs", device="cpu", quiet=True)
-    with pytest.raises(CheckpointError, match="dpo starts from an sft run") as raised:
-        train(options)
-    assert "mm train sft " in str(raised.value.fix) and not options.out.exists()
-    shutil.copytree(runs / "sft", tmp_path / "runs/sft-1")
-    record = read_run(tmp_path / "runs/sft-1")
-    record.status = "interrupted"
-    write_record(tmp_path / "runs/sft-1/run.json", record)
-    with pytest.raises(CheckpointError) as raised:
-        train(options)
-    assert raised.value.fix.startswith(f"mm train sft --out {tmp_path / 'runs/sft-1'} --resume")
-    train(replace(options, model="tiny", steps=1, samples=False, report=False))

@@ -291,7 +291,7 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
 def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None, datasets: Sequence[Dataset]) -> Start:
     """Return the weights to start from: the resumed checkpoint, that of --init, unless a new model is described the
     newest finished run under `runs_dir` of a stage in `stage.starts_from`, or else new weights. Raises UsageError if
-    --init is given with an option for a new model, and CheckpointError for dpo if there is no run to start from."""
+    --init is given with an option for a new model."""
     init = None
     if options.init is not None:
         if flags := options.new_model_flags:
@@ -301,11 +301,6 @@ def _find_start(options: TrainOptions, stage: Stage, resumed: Checkpoint | None,
     elif not options.new_model_flags and not resumed:
         run = checkpoint.find_run(options.runs_dir, stage.starts_from)
         init = checkpoint.find(run) if run else None
-        if run is None and stage.kind == "pair":
-            fix = "mm train sft    or    --model minimind2-small    for a trial from new weights"
-            if unfinished := checkpoint.find_run(options.runs_dir, stage.starts_from, "interrupted"):
-                fix = f"mm train sft --out {unfinished} --resume    or    --init {unfinished}"
-            raise CheckpointError(f"dpo starts from an sft run, and none under {options.runs_dir}/ has finished", fix)
     growth = _growth(options, init, datasets)
     if resumed:
         return Start(resumed, None, growth, resumed.state.data.init)

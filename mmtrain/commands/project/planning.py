@@ -13,7 +13,6 @@ from mmdata.commands.options import HOME
 from mmdata.commands.terminal import without_option
 from mmtrain.commands.project.recipe import NEW_MODEL, SHARDS_DIR, Step
 from mmtrain.commands.project.runner import ALONE, DONE, Runner, resuming
-from mmtrain.config import stage_defaults
 
 SAMPLE_ROWS = 400  # of a file that is not packed yet, to measure training on
 
@@ -95,7 +94,7 @@ class Planner:
         if run.exists():  # it will be begun again
             argv = [*without_option(argv, "--out"), "--out", f"{step.outputs[0]}.new"]
         if init and not (self.root / init).exists():
-            argv = [*without_option(argv, "--init"), *(model or ["--model", str(stage_defaults("pretrain")["model"])])]
+            argv = [*without_option(argv, "--init"), *model]
         data = [self._dataset(text) for text in _listed(step.values.get("data"))]
         packed = [path for path in data if (self.root / path / "manifest.json").exists()]
         if data and len(packed) == len(data) and self.scale == 1:
