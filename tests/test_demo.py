@@ -13,7 +13,7 @@ from mmdata.encode import rows
 from mmdata.io.lines import iter_lines
 from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 
-SEED, MINUTES = 3, 0.4
+SEED, MINUTES = 3, 0.6
 
 
 @pytest.fixture(scope="module")

@@ -268,7 +268,7 @@ def test_the_commands_of_a_page_run(
     for line in BEFORE[name]:
         fine(mm(line))
     if name.startswith(("learn/", "getting")):
-        made = built_once("short_demo", lambda out: fine(mm(f"demo --minutes 0.15 --out {out / 'demo'}")))
+        made = built_once("short_demo", lambda out: fine(mm(f"demo --minutes 0.22 --out {out / 'demo'}")))
         shutil.copytree(made / "demo", "demo")
     if name.startswith("learn/"):
         monkeypatch.chdir("demo")

@@ -96,7 +96,7 @@ def shell(commands: str, directory: Path) -> str:
 @pytest.fixture
 def demo(built_once: Build, tmp_path: Path) -> Path:
     """A copy of a small demo run."""
-    made = built_once("small_demo", lambda out: shell("mm demo --minutes 0.3", out))
+    made = built_once("small_demo", lambda out: shell("mm demo --minutes 0.45", out))
     return Path(shutil.copytree(made / "demo", tmp_path / "demo"))
 
 

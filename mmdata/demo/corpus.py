@@ -234,7 +234,7 @@ def showcase(asked: Sequence[Question]) -> list[Question]:
 
 VOCAB_SIZE = 2048
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MINUTES = 3.0  # training time of the ROWS as they are, computed for the machine that recipes/demo.toml names
+MINUTES = 4.5  # training time of the ROWS as they are, measured on two idle cores (tests/bench/RESULTS.md)
 ROWS = {"pretrain_hq": 17_000, "sft_512": 35_000, "sft_1024": 3_100, "dpo": 2_600}  # of each file
 NUM_EACH = 16  # held-out questions for each subject and language
 NUM_PAIRS_EACH = 16  # held-out pairs for each subject and language

@@ -20,7 +20,7 @@ from mmtrain.records import newest_state
 
 IS_THOROUGH = "FAULTS_SEED" in os.environ
 KILLS = 10 if IS_THOROUGH else 3
-SCALE = ["--set", f"demo.minutes={0.3 if IS_THOROUGH else 0.03}", "--set", "questions=[]"]
+SCALE = ["--set", f"demo.minutes={0.45 if IS_THOROUGH else 0.045}", "--set", "questions=[]"]
 
 
 def recipe(path: Path) -> list[str]:
