@@ -208,4 +208,5 @@ def scan(file: Any, part_bytes: int, tick: workers.Tick = no_progress) -> tuple[
 
 
 def states_of(inputs: Sequence[Path]) -> list[tuple[int, int]]:
+    """Return the size in bytes and the time of the last change, in nanoseconds, of each input."""
     return [(stat.st_size, stat.st_mtime_ns) for stat in _of_each(lambda path: path.stat(), inputs)]
